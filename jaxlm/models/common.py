@@ -1,0 +1,72 @@
+"""What families share: checks of configs and inputs, and the loop over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+Remat = Literal["none", "dots", "full"]
+
+
+def check_positive(cfg: Any, *names: str) -> None:
+    """Raise ``ValueError`` unless every named field is at least 1."""
+    for name in names:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+
+
+def check_rates(cfg: Any, *names: str) -> None:
+    """Raise ``ValueError`` unless every named field is a dropout rate in [0, 1)."""
+    for name in names:
+        if not 0.0 <= getattr(cfg, name) < 1.0:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1)")
+
+
+def check_choices(cfg: Any, **choices: tuple[Any, ...]) -> None:
+    """Raise ``ValueError`` unless every named field is one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
+
+
+def check_tokens(tokens: Any, segment_ids: Any, positions: Any, max_positions: int | None) -> None:
+    """Raise unless the inputs of ``apply`` are integer arrays [B, T] of one shape, within the longest sequence."""
+    for name, x in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
+        if x is None:
+            continue
+        if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
+        if x.shape != tokens.shape:
+            raise ValueError(f"{name} {list(x.shape)} must have the shape of tokens {list(tokens.shape)}")
+    # Packed rows (segments) and given positions may be longer than any single document.
+    if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
+        )
+
+
+def scan_layers(
+    block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    weights: Any,
+    state: Any,
+    key: jax.Array | None,
+    *,
+    count: int,
+    remat: Remat,
+    unroll: bool,
+) -> tuple[jax.Array, Any]:
+    """``x, state[i] = block(x, (weights[i], state[i], key[i]))`` over the leading ``layers`` axis of all three.
+
+    ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i.
+    """
+    if remat == "full":
+        block = jax.checkpoint(block)
+    elif remat == "dots":
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    return jax.lax.scan(block, x, (weights, state, keys), length=count, unroll=count if unroll else 1)

@@ -1,0 +1,262 @@
+"""GPT-2 (Radford et al. 2019): a causal transformer with pre-norm blocks, learned positions and a tied head.
+
+Follows the published weights and not the paper where they differ: tanh-GELU, epsilon 1e-5, no scale on the embeddings,
+residual projections initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
+
+Legend: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import spec
+from jaxlm.models import common, files
+from jaxlm.nn import cache
+from jaxlm.nn.activation import Activation, activation
+from jaxlm.nn.attention import Implementation, attention
+from jaxlm.nn.dropout import dropout
+from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import layer_norm, layer_norm_specs
+from jaxlm.sharding import constrain
+from jaxlm.spec import ArraySpec, Normal, fold_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape and behaviour of a GPT-2. The defaults are the published 124M model."""
+
+    vocab_size: int = 50257
+    """Number of token ids."""
+    max_positions: int = 1024
+    """Longest sequence: rows of the learned position table."""
+    num_layers: int = 12
+    """Number of blocks."""
+    num_heads: int = 12
+    """Attention heads of each block; must divide embed_dim."""
+    embed_dim: int = 768
+    """Model width."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; None means 4 * embed_dim."""
+    activation: Activation = "gelu_tanh"
+    """Nonlinearity of the MLP."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in layer norms."""
+    init_stddev: float = 0.02
+    """Standard deviation of initial weights."""
+    tie_embeddings: bool = True
+    """Use the token table as output head."""
+    embedding_dropout: float = 0.1
+    """Dropout rate after the embeddings, while training."""
+    attention_dropout: float = 0.1
+    """Dropout rate on attention probabilities, while training."""
+    residual_dropout: float = 0.1
+    """Dropout rate on what each sublayer adds, while training."""
+    vocab_multiple: int = 1
+    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
+    dtype: common.ComputeDtype = "float32"
+    """Compute dtype of activations; parameters keep their own."""
+    remat: common.Remat = "none"
+    """What the backward pass recomputes: nothing, all of a block but matmul results (dots), or all of it (full)."""
+    scan_layers: bool = True
+    """Loop over layers in one compiled body; False unrolls them."""
+    attention_implementation: Implementation | None = None
+    """Named attention implementation; None picks the best for the device and shape."""
+
+    def __post_init__(self) -> None:
+        common.check_positive(
+            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "vocab_multiple"
+        )
+        common.check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
+        common.check_choices(
+            self, activation=get_args(Activation), dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
+            attention_implementation=(None, *get_args(Implementation)),
+        )  # fmt: skip
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them"
+            )
+
+
+def _mlp_dim(cfg: Config) -> int:
+    return 4 * cfg.embed_dim if cfg.mlp_dim is None else cfg.mlp_dim
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """Every parameter of the model."""
+    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, _mlp_dim(cfg)
+    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    normal = Normal(cfg.init_stddev)
+    residual = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5)
+    block = {
+        "attention_norm": layer_norm_specs(D),
+        "attention": {
+            "qkv": linear_specs((D, 3, H, K), ("embed", None, "heads", "kv"), normal),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), residual, inputs=2),
+        },
+        "mlp_norm": layer_norm_specs(D),
+        "mlp": {
+            "up": linear_specs((D, F), ("embed", "mlp"), normal),
+            "down": linear_specs((F, D), ("mlp", "embed"), residual),
+        },
+    }
+    tree = {
+        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+        "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
+        "layers": spec.stack(cfg.num_layers, block),
+        "final_norm": layer_norm_specs(D),
+    }
+    if not cfg.tie_embeddings:
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
+    return tree
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
+    """The key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
+    if length > cfg.max_positions:
+        raise ValueError(
+            f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
+        )
+    return cache.cache_specs(
+        cfg.num_layers, batch, length, cfg.num_heads, cfg.embed_dim // cfg.num_heads, jnp.dtype(cfg.dtype)
+    )
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """Hidden states after the final norm, [B, T, D], and the new state (None without one).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``; the tokens then continue what it holds. A row that runs past the end of its state
+            gives NaN.
+        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
+        positions: [B, T] int32. Default: the place within the document.
+        key: random key for dropout; None is deterministic.
+    """
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    dtype = jnp.dtype(cfg.dtype)
+    place, state = cache.span(tokens, state, segment_ids, positions)
+
+    x = embed(params["token_embedding"], tokens, dtype) + embed(params["position_embedding"], place.positions, dtype)
+    x = dropout(x, cfg.embedding_dropout, fold_name(key, "embedding"))
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, kv, layer_key = layer
+        attended, kv = _attention(cfg, weights, x, kv, place.mask, state, layer_key)
+        x = constrain(x + attended, ("batch", "seq", "activation_embed"))
+        x = x + _mlp(cfg, weights, x, layer_key)
+        return constrain(x, ("batch", "seq", "activation_embed")), kv
+
+    kv = None if state is None else (state["key"], state["value"])
+    x, kv = common.scan_layers(
+        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
+    )
+    x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
+    if state is None:
+        return x, None
+    x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
+    return x, {**state, "key": kv[0], "value": kv[1]}
+
+
+def _attention(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, mask: Any, state: Any, key: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    normal = layer_norm(weights["attention_norm"], x, cfg.norm_epsilon)
+    qkv = constrain(linear(weights["attention"]["qkv"], normal), ("batch", "seq", None, "heads", "kv"))
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if kv is not None:
+        start_B = state["length"] - x.shape[1]
+        k, v = (cache.append(old, new, start_B) for old, new in zip(kv, (k, v), strict=True))
+        kv = (k, v)
+    mixed = attention(
+        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        implementation=cfg.attention_implementation,
+    )  # fmt: skip
+    out = linear(weights["attention"]["output"], mixed, inputs=2)
+    return dropout(out, cfg.residual_dropout, fold_name(key, "attention_output")), kv
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    hidden = linear(weights["mlp"]["up"], layer_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+    hidden = constrain(activation(cfg.activation)(hidden), ("batch", "seq", "mlp"))
+    return dropout(linear(weights["mlp"]["down"], hidden), cfg.residual_dropout, fold_name(key, "mlp_output"))
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """Unnormalised log-probabilities of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
+    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", "seq", "vocab"))
+
+
+VARIANTS = {
+    "gpt2": Config(),
+    "gpt2-medium": Config(num_layers=24, num_heads=16, embed_dim=1024),
+    "gpt2-large": Config(num_layers=36, num_heads=20, embed_dim=1280),
+    "gpt2-xl": Config(num_layers=48, num_heads=25, embed_dim=1600),
+    "gpt2-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
+}
+
+HUGGING_FACE = files.Format(
+    architectures=("GPT2LMHeadModel", "GPT2Model"),
+    model_type="gpt2",
+    prefix="transformer.",
+    fields={
+        "vocab_size": "vocab_size",
+        "max_positions": "n_positions",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "embed_dim": "n_embd",
+        "mlp_dim": "n_inner",
+        "norm_epsilon": "layer_norm_epsilon",
+        "init_stddev": "initializer_range",
+        "embedding_dropout": "embd_pdrop",
+        "attention_dropout": "attn_pdrop",
+        "residual_dropout": "resid_pdrop",
+        "tie_embeddings": "tie_word_embeddings",
+        "activation": "activation_function",
+    },
+    values={"activation_function": {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}},
+    # Behaviour that this family does not have: any other value is an error.
+    required={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    # Their Conv1D keeps weights as [in, out], so nothing is transposed: axes are only split.
+    tensors={
+        "token_embedding": "wte.weight",
+        "position_embedding": "wpe.weight",
+        "layers/attention_norm/scale": "h.{layer}.ln_1.weight",
+        "layers/attention_norm/bias": "h.{layer}.ln_1.bias",
+        "layers/attention/qkv/weight": "h.{layer}.attn.c_attn.weight",
+        "layers/attention/qkv/bias": "h.{layer}.attn.c_attn.bias",
+        "layers/attention/output/weight": "h.{layer}.attn.c_proj.weight",
+        "layers/attention/output/bias": "h.{layer}.attn.c_proj.bias",
+        "layers/mlp_norm/scale": "h.{layer}.ln_2.weight",
+        "layers/mlp_norm/bias": "h.{layer}.ln_2.bias",
+        "layers/mlp/up/weight": "h.{layer}.mlp.c_fc.weight",
+        "layers/mlp/up/bias": "h.{layer}.mlp.c_fc.bias",
+        "layers/mlp/down/weight": "h.{layer}.mlp.c_proj.weight",
+        "layers/mlp/down/bias": "h.{layer}.mlp.c_proj.bias",
+        "final_norm/scale": "ln_f.weight",
+        "final_norm/bias": "ln_f.bias",
+    },
+    head={"head": "lm_head.weight"},
+    tied_to="token_embedding",
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks that old files carry
+)

@@ -1,0 +1,120 @@
+"""``Model``: a family and a config, whose methods are the family's functions with the config filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jaxlm import spec
+
+FAMILIES = ("gpt",)
+"""Modules of this package that are families."""
+
+
+def family_names() -> tuple[str, ...]:
+    """Names of all families."""
+    return FAMILIES
+
+
+def family(name: str) -> ModuleType:
+    """The module of a family."""
+    return importlib.import_module(f"jaxlm.models.{name}")
+
+
+def variant_names() -> dict[str, str]:
+    """``{variant: family}`` of every published (and tiny) size."""
+    return {variant: name for name in FAMILIES for variant in family(name).VARIANTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A family's functions with their config filled in, and nothing more. Hashable: may be static in ``jax.jit``.
+
+    Example:
+        >>> model = get_model("gpt2-tiny")
+        >>> params = model.init(jax.random.key(0))
+        >>> hidden, state = model.apply(params, jax.numpy.ones((1, 8), int))
+        >>> model.logits(params, hidden).shape
+        (1, 8, 128)
+    """
+
+    family: str
+    config: Any
+
+    @property
+    def module(self) -> ModuleType:
+        """The family's module."""
+        return family(self.family)
+
+    @property
+    def specs(self) -> spec.Tree:
+        """Specs of the parameters."""
+        return self.module.specs(self.config)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return spec.count(self.specs)
+
+    def init(self, key: jax.Array) -> spec.Tree:
+        """Fresh parameters."""
+        return spec.init(self.specs, key)
+
+    def apply(self, params: spec.Tree, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+        """The family's ``apply``: hidden states [B, T, D] and the new state."""
+        return self.module.apply(self.config, params, tokens, **inputs)
+
+    def logits(self, params: spec.Tree, hidden: jax.Array) -> jax.Array:
+        """The family's ``logits``: [B, T, V] float32."""
+        return self.module.logits(self.config, params, hidden)
+
+    def state_specs(self, batch: int, length: int) -> spec.Tree:
+        """Specs of what the model carries between calls.
+
+        Raises:
+            TypeError: the family carries nothing.
+        """
+        if not hasattr(self.module, "state_specs"):
+            raise TypeError(f"family {self.family!r} carries no state between calls, so it cannot decode or stream")
+        return self.module.state_specs(self.config, batch, length)
+
+    def init_state(self, batch: int, length: int) -> spec.Tree:
+        """An empty state for ``batch`` rows of at most ``length`` tokens."""
+        return spec.init(self.state_specs(batch, length))
+
+
+def get_model(name: str, **overrides: Any) -> Model:
+    """The model of a family or variant name, with config fields changed.
+
+    Example:
+        >>> get_model("gpt2", num_layers=2).num_parameters
+        53558784
+
+    Raises:
+        ValueError: no such name or field; the nearest one is suggested.
+    """
+    variants = variant_names()
+    if name in FAMILIES:
+        family_name, config = name, family(name).Config()
+    elif name in variants:
+        family_name, config = variants[name], family(variants[name]).VARIANTS[name]
+    else:
+        known = sorted({*FAMILIES, *variants})
+        raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
+    fields = [field.name for field in dataclasses.fields(config)]
+    for field in overrides:
+        if field not in fields:
+            raise ValueError(
+                f"{family_name} has no field {field!r}: {_suggest(field, fields)}its fields are {', '.join(fields)}"
+            )
+    return Model(family_name, dataclasses.replace(config, **overrides))
+
+
+def _suggest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

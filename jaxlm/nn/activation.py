@@ -1,0 +1,26 @@
+"""Activation functions by name, so that a config can hold one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+"""``gelu`` is the exact (erf) form, ``gelu_tanh`` the approximation that GPT-2 was trained with."""
+
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+assert set(_FUNCTIONS) == set(get_args(Activation))
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function called ``name``; a ``ValueError`` lists the names."""
+    if name not in _FUNCTIONS:
+        raise ValueError(f"no activation is called {name!r}: choose from {', '.join(sorted(_FUNCTIONS))}")
+    return _FUNCTIONS[name]

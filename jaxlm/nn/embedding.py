@@ -1,0 +1,36 @@
+"""Embedding tables: ids to vectors, and vectors to logits.
+
+Shapes: B batch, T time, D model, V vocabulary (rows of the table, possibly padded).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the table in ``dtype``, [B, T, D]. An id outside the table gives NaN, never a neighbour's row."""
+    return table_VD.at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+
+
+def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits ``hidden @ table.T`` in float32, [B, T, V].
+
+    Rows beyond ``vocab_size`` are padding (added so that the table divides over devices): their logits are the lowest
+    float32, so that they take no part in a softmax.
+    """
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+    )
+    if table_VD.shape[0] == vocab_size:
+        return logits_BTV
+    real = jnp.arange(table_VD.shape[0]) < vocab_size
+    return jnp.where(real[None, None, :], logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    """``vocab_size`` rounded up to a multiple: the number of rows of the table."""
+    return -(-vocab_size // multiple) * multiple

@@ -1,0 +1,27 @@
+"""Normalisation. Statistics are float32, whatever the compute dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.spec import ONES, ZEROS, ArraySpec
+
+
+def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
+    """``scale`` (ones) and ``bias`` (zeros) of ``[width]``."""
+    return {"scale": ArraySpec((width,), ("norm",), ONES), "bias": ArraySpec((width,), ("norm",), ZEROS)}
+
+
+def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
+    """Layer normalisation over the last axis (Ba et al. 2016, eq. 3), with the biased variance. Keeps ``x``'s dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    centred = x32 - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normal = centred * lax.rsqrt(variance + epsilon)
+    scale, bias = (lax.broadcast_in_dim(params[name], x.shape, (x.ndim - 1,)) for name in ("scale", "bias"))
+    return (normal * scale + bias).astype(x.dtype)

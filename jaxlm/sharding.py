@@ -1,0 +1,238 @@
+"""Sharding: logical axis names to mesh axes. The only file that knows a mesh.
+
+Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``); a :class:`Rules` table says which mesh
+axes split them. Data parallel, fully sharded, tensor and sequence parallel are tables, not code:
+
+    >>> sharding = Sharding(make_mesh("data=4,tensor=2"))                   # doctest: +SKIP
+    >>> params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(key)   # doctest: +SKIP
+
+Logical axes: parameters use ``embed`` for the model width, activations ``activation_embed``, because fully sharded
+parameters split the width while activations split the batch over the same mesh axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlm import spec as spec_lib
+
+Axes = Sequence[str | None]
+
+LOGICAL_AXES = (
+    "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", spec_lib.LAYERS,
+)  # fmt: skip
+
+
+def _closest(name: str, names: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {match[0]!r}? " if match else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which mesh axes split each logical axis: ``((logical, (mesh axis, ...)), ...)``. Hashable; build with :meth:`of`.
+
+    A logical axis without a rule is not split. A rule may name mesh axes that a mesh lacks: they split nothing there,
+    so one table serves every mesh. A mesh axis that no rule names is an error (:class:`Sharding`).
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @classmethod
+    def of(cls, **rules: str | tuple[str, ...]) -> Rules:
+        """``Rules.of(batch=("data", "fsdp"), heads="tensor")``."""
+        for logical in rules:
+            if logical not in LOGICAL_AXES:
+                hint = _closest(logical, LOGICAL_AXES)
+                raise ValueError(f"no logical axis is called {logical!r}: {hint}they are {', '.join(LOGICAL_AXES)}")
+        return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
+
+    def __or__(self, other: Rules) -> Rules:
+        """Both tables together; a logical axis in both is split by the mesh axes of both."""
+        merged = dict(self.table)
+        for name, axes in other.table:
+            merged[name] = merged.get(name, ()) + tuple(axis for axis in axes if axis not in merged.get(name, ()))
+        return Rules(tuple(merged.items()))
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """Every mesh axis that some rule names, in order of appearance."""
+        return tuple(dict.fromkeys(axis for _, axes in self.table for axis in axes))
+
+    def partition(self, axes: Axes, mesh: Mesh) -> PartitionSpec:
+        """The ``PartitionSpec`` of an array with these logical ``axes``.
+
+        Raises:
+            ValueError: two of its axes fall on one mesh axis, or a name is no logical axis.
+        """
+        table, taken, parts = dict(self.table), {}, []
+        for name in axes:
+            if name is not None and name not in LOGICAL_AXES:
+                raise ValueError(
+                    f"no logical axis is called {name!r}: {_closest(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
+                )
+            mine = tuple(axis for axis in table.get(name or "", ()) if axis in mesh.axis_names)
+            for axis in mine:
+                if axis in taken:
+                    raise ValueError(
+                        f"logical axes {taken[axis]!r} and {name!r} of an array with axes {tuple(axes)} both fall on mesh "
+                        f"axis {axis!r}: give one of them another mesh axis in the rules"
+                    )
+                taken[axis] = name
+            parts.append(mine if len(mine) > 1 else mine[0] if mine else None)
+        return PartitionSpec(*parts)
+
+
+DATA_PARALLEL = Rules.of(batch="data")
+FULLY_SHARDED = Rules.of(batch="fsdp", embed="fsdp")
+TENSOR_PARALLEL = Rules.of(heads="tensor", mlp="tensor", vocab="tensor")
+SEQUENCE_PARALLEL = Rules.of(seq="sequence")
+DEFAULT_RULES = DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | SEQUENCE_PARALLEL
+"""All four tables: which of them act is decided by the axes that the mesh has."""
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``"data=4,tensor=2"`` to ``{"data": 4, "tensor": 2}``."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if not equals or not name or not size.isdigit() or int(size) < 1 or name in sizes:
+            raise ValueError(
+                f"cannot read {part!r} in mesh {text!r}: write distinct axes as name=size, e.g. data=4,tensor=2"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(
+    shape: str | Mapping[str, int],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    axis_type: AxisType = AxisType.Auto,
+) -> Mesh:
+    """A mesh with named axes over all devices (or those given).
+
+    Args:
+        shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
+        axis_type: Auto (the compiler propagates) by default; the models also run under Explicit.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = parse_mesh(shape) if isinstance(shape, str) else dict(shape)
+    devices = jax.devices() if devices is None else devices
+    needed = math.prod(sizes.values())
+    if needed != len(devices):
+        hint = (
+            f" (for {needed} virtual CPU devices, set XLA_FLAGS=--xla_force_host_platform_device_count={needed})"
+            if devices[0].platform == "cpu"
+            else ""
+        )
+        raise ValueError(
+            f"mesh {_show(sizes)} needs {needed} devices, there are {len(devices)}: change the sizes or the devices{hint}"
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=devices)
+
+
+def _show(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh and the rules that map logical axes to it.
+
+    Raises:
+        ValueError: the mesh has an axis that no rule names.
+    """
+
+    mesh: Mesh
+    rules: Rules = DEFAULT_RULES
+
+    def __post_init__(self) -> None:
+        for axis in self.mesh.axis_names:
+            if axis not in self.rules.mesh_axes:
+                raise ValueError(
+                    f"mesh axis {axis!r} is named by no rule, so it would split nothing: "
+                    f"{_closest(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
+                )
+
+    def named(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:
+        """The sharding of one array. With ``shape``, divisibility is checked and ``what`` names the array."""
+        partition = self.rules.partition(axes, self.mesh)
+        if shape is not None:
+            for name, size, part in zip(axes, shape, partition, strict=True):
+                mesh_axes = (part,) if isinstance(part, str) else (part or ())
+                pieces = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
+                if size % pieces:
+                    raise ValueError(
+                        f"{what}: axis {name!r} of size {size} does not divide over mesh axes "
+                        f"{_show({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({pieces} pieces): "
+                        f"make {name!r} a multiple of {pieces} or change the mesh {_show(self.mesh.shape)}"
+                        + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
+                    )
+        return NamedSharding(self.mesh, partition)
+
+    def tree(self, specs: spec_lib.Tree) -> spec_lib.Tree:
+        """The sharding of each array in a tree of specs, checked for divisibility."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, spec: self.named(spec.axes, spec.shape, spec_lib.path_name(path)), specs
+        )
+
+    def abstract(self, specs: spec_lib.Tree) -> spec_lib.Tree:
+        """``jax.ShapeDtypeStruct`` with shardings: what to compile or restore against."""
+        return jax.tree.map(
+            lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+            specs,
+            self.tree(specs),
+        )
+
+    def replicated(self) -> NamedSharding:
+        """A full copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Make :func:`constrain` act. Enter it INSIDE the function that is jitted, so that the rules are part of what
+        was traced and two shardings of one model never share a trace."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+
+_active: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("jaxlm_sharding", default=None)
+
+
+def active() -> Sharding | None:
+    """The sharding of the enclosing :meth:`Sharding.scope`, if any."""
+    return _active.get()
+
+
+def platform() -> str:
+    """The kind of device that is being compiled for: ``cpu``, ``gpu`` or ``tpu``."""
+    sharding = _active.get()
+    return sharding.mesh.devices.flat[0].platform if sharding is not None else jax.default_backend()
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Tell the compiler how an activation with logical ``axes`` is split. Outside a scope: ``x`` as it is."""
+    sharding = _active.get()
+    if sharding is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding.named(axes, x.shape, "activation"))
+
+
+def device_put(tree: Any, specs: spec_lib.Tree, sharding: Sharding) -> Any:
+    """Place host arrays described by ``specs`` on the mesh."""
+    return jax.tree.map(jax.device_put, tree, sharding.tree(specs))
