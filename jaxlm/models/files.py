@@ -6,34 +6,49 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+Layout = tuple[tuple[int, ...], ...]
+"""The axes of a tensor of theirs, each as the axes of ours that it merges, in order.
+
+A weight of ours [D, H, K] (layers left out) is ((0,), (1, 2)) where they keep [D, H * K], and ((1, 2), (0,)) where
+they keep [H * K, D].
+"""
+
+TRANSPOSED: Layout = ((1,), (0,))
+"""A matrix that they keep as [out, in]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """The name map between one family and the files of one ``model_type``.
 
+    A field that their ``config.json`` lacks has the default of our ``Config``, so those defaults must be theirs.
+
     Attributes:
-        architectures: class names in ``config.json``; the first is written on export.
+        architectures: class in ``config.json`` -> values of our config fields that this class stands for. On export, the
+            first whose values are those of the model. Classes that are not listed are not supported.
         model_type: ``model_type`` in ``config.json``.
-        prefix: what the head class puts before every base tensor; files of the base class lack it.
+        prefix: what the head classes put before every base tensor; files of the base class lack it.
         fields: our config field -> theirs.
+        tensors: our parameter path -> their name; ``{layer}`` runs over the leading ``layers`` axis. Paths that the
+            specs of a config lack are not in its files.
         values: their field -> {their value: our value}, where the words differ.
         required: their fields with the only value that the family implements (a missing field has that value).
-        tensors: our parameter path -> their name; ``{layer}`` runs over the leading ``layers`` axis. Reshaped, never
-            transposed, except paths in ``transposed``.
-        head: as ``tensors``, never prefixed, present only in files of a head class whose head is not tied.
-        tied_to: our path whose values the head tensor must equal when it is tied and present all the same.
-        transposed: our paths stored as [out, in] there.
-        ignored: regular expressions of tensors that carry no parameter.
+        token_ids: their fields for special tokens; written as null when the vocabulary is too small to have the id.
+        head: as ``tensors``, never prefixed.
+        layouts: our path -> how the axes of one layer lie in the file, where not as ours.
+        copies: tensors (never prefixed) that files may hold as well -> our path whose bytes they must equal.
+        ignored: regular expressions of names (without prefix) that carry no parameter.
     """
 
-    architectures: tuple[str, ...]
+    architectures: Mapping[str, Mapping[str, Any]]
     model_type: str
     prefix: str
     fields: Mapping[str, str]
     tensors: Mapping[str, str]
     values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     head: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    tied_to: str | None = None
-    transposed: frozenset[str] = frozenset()
+    layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()

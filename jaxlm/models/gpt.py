@@ -9,7 +9,7 @@ Legend: B batch, T time, D model width, H heads, K head width (D / H), F hidden 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,8 @@ def apply(
     dtype = jnp.dtype(cfg.dtype)
     place, state = cache.span(tokens, state, segment_ids, positions)
 
-    x = embed(params["token_embedding"], tokens, dtype) + embed(params["position_embedding"], place.positions, dtype)
+    x = embed(params["token_embedding"], tokens, dtype)
+    x = x + embed(params["position_embedding"], place.positions, dtype, rows="positions")
     x = dropout(x, cfg.embedding_dropout, fold_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
@@ -200,7 +201,7 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | No
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """Unnormalised log-probabilities of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", "seq", "vocab"))
+    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
 
 
 VARIANTS = {
@@ -212,7 +213,7 @@ VARIANTS = {
 }
 
 HUGGING_FACE = files.Format(
-    architectures=("GPT2LMHeadModel", "GPT2Model"),
+    architectures={"GPT2LMHeadModel": {}, "GPT2Model": {}},
     model_type="gpt2",
     prefix="transformer.",
     fields={
@@ -230,14 +231,18 @@ HUGGING_FACE = files.Format(
         "tie_embeddings": "tie_word_embeddings",
         "activation": "activation_function",
     },
-    values={"activation_function": {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}},
+    values={
+        "activation_function": {
+            "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+        }
+    },
     # Behaviour that this family does not have: any other value is an error.
     required={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     },
-    # Their Conv1D keeps weights as [in, out], so nothing is transposed: axes are only split.
+    token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
     tensors={
         "token_embedding": "wte.weight",
         "position_embedding": "wpe.weight",
@@ -257,6 +262,12 @@ HUGGING_FACE = files.Format(
         "final_norm/bias": "ln_f.bias",
     },
     head={"head": "lm_head.weight"},
-    tied_to="token_embedding",
+    copies={"lm_head.weight": "token_embedding"},  # when tied
+    # Their Conv1D keeps weights as [in, out], so nothing is transposed: axes are only merged.
+    layouts={
+        "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
+        "layers/attention/qkv/bias": ((0, 1, 2),),
+        "layers/attention/output/weight": ((0, 1), (2,)),
+    },
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks that old files carry
 )

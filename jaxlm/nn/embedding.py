@@ -10,9 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.sharding import constrain
 
-def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of the table in ``dtype``, [B, T, D]. An id outside the table gives NaN, never a neighbour's row."""
+
+def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str = "vocab") -> jax.Array:
+    """Rows of the table in ``dtype``, [B, T, D]. An id outside the table gives NaN, never a neighbour's row.
+
+    Args:
+        rows: logical name of the table's first axis.
+    """
+    # Fully sharded parameters split the width, activations the batch: gather the width before the rows are picked.
+    table_VD = constrain(table_VD, (rows, "activation_embed"))
     return table_VD.at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
 
 

@@ -1,0 +1,27 @@
+"""Data: text, tokenizers, token files, batches. numpy only; nothing here touches a device."""
+
+from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
+from jaxlm.data.corpora import read_text, shakespeare
+from jaxlm.data.tokenizers import ByteTokenizer, CharTokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.tokens import check_tokens, open_tokens, split, split_documents, write_tokens
+
+__all__ = [
+    "Batches",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Columns",
+    "Packed",
+    "PretrainedTokenizer",
+    "RandomWindows",
+    "Source",
+    "Tokenizer",
+    "Window",
+    "check_tokens",
+    "load_tokenizer",
+    "open_tokens",
+    "read_text",
+    "shakespeare",
+    "split",
+    "split_documents",
+    "write_tokens",
+]

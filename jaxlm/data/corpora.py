@@ -1,0 +1,48 @@
+"""Text: the embedded corpus, and files read strictly."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.resources
+import zlib
+from pathlib import Path
+
+
+def shakespeare() -> str:
+    """Thirteen plays of Shakespeare, 1.56 MB of ASCII laid out as ``ROMEO:\\ntext\\n\\n``; public domain.
+
+    Source, licence and what was normalised: ``SHAKESPEARE.md`` beside this file.
+    """
+    packed = importlib.resources.files(__package__).joinpath("shakespeare.txt.gz").read_bytes()
+    return gzip.decompress(packed).decode("ascii")
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file, ``.gz`` unpacked; characters and line ends exactly as they are there.
+
+    Raises:
+        ValueError: the file is empty, damaged, or not UTF-8; the message names the first offending byte.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    if not data:
+        raise ValueError(f"{path} is empty: nothing to train on")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_text(path, error.start, data[error.start]) from error
+    if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8 full of zeros
+        raise _not_text(path, data.index(0), 0)
+    return text
+
+
+def _not_text(path: Path, offset: int, value: int) -> ValueError:
+    return ValueError(
+        f"{path} is not UTF-8 text: byte 0x{value:02x} at offset {offset}. "
+        f"Re-encode it, e.g. `iconv -f LATIN1 -t UTF-8` (or `-f UTF-16`)"
+    )

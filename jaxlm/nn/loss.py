@@ -1,0 +1,139 @@
+"""Cross entropy over a vocabulary, plain and in chunks.
+
+Shapes: B batch, T time, D model, V vocabulary; C time steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Head = Callable[[Any, jax.Array], jax.Array]
+"""``head(params, hidden [B, C, D]) -> logits [B, C, V]``: a family's ``logits`` with its config filled in."""
+
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time: 64 MiB in float32."""
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """``-log softmax(logits)[target]`` in nats, [B, T] float32. A target outside the vocabulary gives NaN."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return lse_BT - _pick(logits_BTV, targets_BT)
+
+
+def _pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    # "fill": an id outside the vocabulary must not be clamped to a neighbour's logit.
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+
+
+def chunked_cross_entropy(
+    head: Head,
+    params: Any,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> jax.Array:
+    """``sum(weights * cross_entropy(head(params, hidden), targets))`` without ever holding [B, T, V].
+
+    The time axis is cut so that at most ``chunk_logits`` logits exist at once. The gradient of each chunk is taken in the
+    same pass as its loss (the loss is a sum, so its gradient is known up to the factor that arrives later); nothing is
+    recomputed. Differentiable in ``params`` (the leaves that ``head`` reads) and ``hidden``; not in ``weights``.
+
+    Returns:
+        A float32 scalar.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    used = _leaves_read(head, params, hidden_BTD)
+
+    def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
+        # Leaves that the head does not read are left out, lest their zero gradients be carried through the loop.
+        full: list[Any] = [None] * len(leaves)
+        for at, leaf in zip(used, used_leaves, strict=True):
+            full[at] = leaf
+        return head(jax.tree.unflatten(tree, full), hidden)
+
+    return _chunked(
+        head_of_used, chunk_logits, [leaves[at] for at in used], hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)
+    )
+
+
+def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
+    """Which leaves of ``params`` take part in ``head``: those that its trace mentions."""
+    jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
+    mentioned = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    return [at for at, var in enumerate(jaxpr.invars[:-1]) if id(var) in mentioned]
+
+
+def _cut(x: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, ...] to [chunks, B, C, ...], T padded with zeros to chunks * C."""
+    B, T = x.shape[:2]
+    C = -(-T // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * C - T)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
+
+
+def _chunk_count(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Array) -> int:
+    B, T, _ = hidden_BTD.shape
+    V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
+    return min(T, -(-B * T * V // chunk_logits))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    def one(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        hidden, targets, weights = chunk
+        losses = cross_entropy(head(params, hidden), targets)
+        return total + jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), None
+
+    chunks = _chunk_count(head, chunk_logits, params, hidden)
+    return jax.lax.scan(one, jnp.zeros(()), tuple(_cut(x, chunks) for x in (hidden, targets, weights)))[0]
+
+
+def _forward(head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    def one(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
+        total, dparams = carry
+        hidden, targets, weights = chunk
+        logits, pull = jax.vjp(head, params, hidden)
+        loss, dlogits = _loss_and_gradient(logits, targets, weights)
+        dparams_chunk, dhidden = pull(dlogits.astype(logits.dtype))
+        return (total + loss, jax.tree.map(jnp.add, dparams, dparams_chunk)), dhidden
+
+    chunks = _chunk_count(head, chunk_logits, params, hidden)
+    cut = tuple(_cut(x, chunks) for x in (hidden, targets, weights))
+    if chunks == 1:  # no loop, and no zeros to add to
+        logits, pull = jax.vjp(head, params, hidden)
+        loss, dlogits = _loss_and_gradient(logits, targets, weights)
+        return loss, pull(dlogits.astype(logits.dtype))
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (total, dparams), dhidden = jax.lax.scan(one, start, cut)
+    B, T, D = hidden.shape
+    return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])
+
+
+def _loss_and_gradient(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = logits.astype(jnp.float32)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exp = jnp.exp(logits - top)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    losses = (top + jnp.log(total))[..., 0] - _pick(logits, targets)
+    # A weight of 0 takes a place out altogether: its target may be anything and its hidden state not finite.
+    counted = weights > 0
+    loss = jnp.sum(jnp.where(counted, losses * weights, 0.0))
+    is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
+    gradient = exp * (weights[..., None] / total) - jnp.where(is_target, weights[..., None], 0.0)
+    return loss, jnp.where(counted[..., None], gradient, 0.0)
+
+
+def _backward(head: Head, chunk_logits: int, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    return dparams, dhidden, None, None
+
+
+_chunked.defvjp(_forward, _backward)

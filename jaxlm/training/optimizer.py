@@ -1,0 +1,82 @@
+"""Optimizers and schedules, from Optax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+from jaxlm import spec
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with warm-up, decay and clipping."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.99
+    """Decay of the mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on weights and embeddings (not on biases and norm scales)."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon"):
+            if getattr(self, name) <= 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if not 0.0 <= self.final_fraction <= 1.0:
+            raise ValueError(f"final_fraction={self.final_fraction} must be in [0, 1]")
+        if self.warmup_steps < 0 or self.weight_decay < 0.0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} and weight_decay={self.weight_decay} must not be negative")
+        if self.clip_norm is not None and self.clip_norm <= 0.0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
+    """The schedule: a function of the number of updates made so far.
+
+    Raises:
+        ValueError: the warm-up is as long as the training.
+    """
+    peak, last = config.learning_rate, config.learning_rate * config.final_fraction
+    if config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps={config.warmup_steps} must be fewer than the {steps} steps of the training")
+    after = steps - config.warmup_steps
+    falls = {
+        "cosine": optax.cosine_decay_schedule(peak, after, config.final_fraction),
+        "linear": optax.linear_schedule(peak, last, after),
+        "constant": optax.constant_schedule(peak),
+    }
+    if config.schedule not in falls:
+        raise ValueError(f"schedule={config.schedule!r} is unknown: choose from {', '.join(falls)}")
+    # From 1/n and not from 0: the first update should move the weights.
+    rise = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    return optax.join_schedules([rise, falls[config.schedule]], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> optax.GradientTransformation:
+    """Clipping, Adam, decay where ``specs`` say so, and the schedule over ``steps`` updates."""
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(
+        *clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=spec.decay_mask(specs)),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )

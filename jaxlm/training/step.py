@@ -1,0 +1,251 @@
+"""One training step, pure: ``(state, batch) -> (state, metrics)``. Everything else wraps it: jit, sharding, pmap.
+
+Shapes: B batch; A parts that a batch is accumulated over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxlm import spec
+from jaxlm.models import Model
+from jaxlm.sharding import Sharding
+
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
+"""``loss(model, params, batch, *, key) -> (total, weight)``: see ``jaxlm.objectives``."""
+Metrics = dict[str, jax.Array]
+Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """All that a training carries from step to step. What is not here cannot influence a resumed run.
+
+    Attributes:
+        step: steps made, skipped ones included; picks the random key of a step.
+        params: float32 masters.
+        optimizer: the Optax state.
+        key: root of every random draw.
+        average: exponential moving average of ``params``, or None.
+        skipped: steps whose loss or gradient was not finite, in all.
+        skipped_in_a_row: those since the last good step.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    key: jax.Array
+    average: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def fresh_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, average: bool = False
+) -> TrainState:
+    """The state before the first step.
+
+    Raises:
+        ValueError: parameters that are not float32: updates smaller than a bfloat16 step would be lost.
+    """
+    for name, leaf in spec.flatten(params).items():
+        if leaf.dtype != jnp.float32:
+            raise ValueError(
+                f"training needs float32 parameters, {name!r} is {leaf.dtype}: convert them "
+                f'(load_pretrained(..., param_dtype="float32")) and choose the compute dtype in the config'
+            )
+    zero = jnp.zeros((), jnp.int32)
+    # A copy: buffers are donated to the step, and one buffer cannot be donated twice.
+    copy = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(zero, params, optimizer.init(params), key, copy, zero, zero)
+
+
+def init_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    average: bool = False,
+    sharding: Sharding | None = None,
+) -> TrainState:
+    """A fresh state with random parameters, made where it will live. Same values on any number of devices."""
+
+    def make(key: jax.Array) -> TrainState:
+        init_key, train_key = (spec.fold_name(key, name) for name in ("init", "train"))
+        assert init_key is not None
+        assert train_key is not None
+        return fresh_state(model.init(init_key), optimizer, train_key, average=average)
+
+    if sharding is None:
+        return jax.jit(make)(key)
+    return jax.jit(make, out_shardings=state_sharding(model, optimizer, sharding, average=average))(key)
+
+
+def abstract_state(
+    model: Model, optimizer: optax.GradientTransformation, *, average: bool = False, sharding: Sharding | None = None
+) -> TrainState:
+    """Shapes (and shardings) of a state: what to restore a checkpoint into, or compile against."""
+    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key, average=average), jax.random.key(0))
+    if sharding is None:
+        return shapes
+    return jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        shapes,
+        state_sharding(model, optimizer, sharding, average=average),
+    )
+
+
+def state_sharding(
+    model: Model, optimizer: optax.GradientTransformation, sharding: Sharding, *, average: bool = False
+) -> TrainState:
+    """Where each array of a state lives: what is shaped like parameters as they are, the rest on every device."""
+    params, everywhere = sharding.tree(model.specs), sharding.replicated()
+    shapes = jax.eval_shape(optimizer.init, spec.abstract(model.specs))
+    optimizer_sharding = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        shapes,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(
+        everywhere, params, optimizer_sharding, everywhere, params if average else None, everywhere, everywhere
+    )
+
+
+def make_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    accumulate: int = 1,
+    average_decay: float | None = None,
+    axis_name: str | None = None,
+    sharding: Sharding | None = None,
+) -> Step:
+    """The pure step.
+
+    Args:
+        loss: an objective's ``loss``.
+        accumulate: A, parts of the batch whose gradients are summed one after the other: less memory, equal result.
+        average_decay: decay of the moving average of weights; None keeps none.
+        axis_name: the axis to sum gradients over, under ``jax.pmap`` or ``shard_map``.
+        sharding: constraints on activations; parameters and batch are placed by :func:`jit_step`.
+
+    The step skips an update whose loss or gradient norm is not finite: parameters, optimizer and average stay bit for
+    bit what they were, and it is counted. Metrics, float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before
+    clipping), ``weight`` (tokens), ``skipped`` and ``skipped_in_a_row``.
+    """
+
+    def gradients(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        def total_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+            return loss(model, params, batch, key=key)
+
+        (total, weight), grads = jax.value_and_grad(total_loss, has_aux=True)(params)
+        return grads, total, weight
+
+    def accumulated(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        if accumulate == 1:
+            return gradients(params, batch, key)
+
+        def part(sums: Any, numbered: Any) -> tuple[Any, None]:
+            number, rows = numbered
+            return jax.tree.map(jnp.add, sums, gradients(params, rows, jax.random.fold_in(key, number))), None
+
+        start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        return jax.lax.scan(part, start, (jnp.arange(accumulate), _parts(batch, accumulate)))[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        grads, total, weight = accumulated(state.params, batch, key)
+        if axis_name is not None:
+            grads, total, weight = jax.lax.psum((grads, total, weight), axis_name)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        mean = total / weight
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(mean) & jnp.isfinite(norm)
+
+        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        new_average = state.average
+        if average_decay is not None:
+            new_average = jax.tree.map(
+                lambda old, new: average_decay * old + (1.0 - average_decay) * new, state.average, new_params
+            )
+        # A select and not a branch: the old values are read anyway, and it fuses into the update.
+        params, optimizer_state, average = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (new_params, new_optimizer, new_average),
+            (state.params, state.optimizer, state.average),
+        )
+        bad = jnp.where(good, 0, 1)
+        skipped, in_a_row = state.skipped + bad, jnp.where(good, 0, state.skipped_in_a_row + 1)
+        metrics = {
+            "loss": mean,
+            "gradient_norm": norm,
+            "weight": weight,
+            "skipped": skipped.astype(jnp.float32),
+            "skipped_in_a_row": in_a_row.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, params, optimizer_state, state.key, average, skipped, in_a_row), metrics
+
+    if sharding is None:
+        return step
+
+    def sharded_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        with sharding.scope():
+            return step(state, batch)
+
+    return sharded_step
+
+
+def _parts(batch: Any, count: int) -> Any:
+    """[B, ...] to [A, B / A, ...]. Part a takes rows a, a + A, ...: a split of the rows over devices stays a split."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        if x.shape[0] % count:
+            raise ValueError(f"accumulate={count} does not divide the batch of {x.shape[0]} rows: change one of them")
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(cut, batch)
+
+
+def jit_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    accumulate: int = 1,
+    average_decay: float | None = None,
+    sharding: Sharding | None = None,
+) -> Step:
+    """:func:`make_step`, compiled, with the state's buffers donated: the state passed in must not be used again."""
+    step = make_step(
+        model, optimizer, loss, accumulate=accumulate, average_decay=average_decay, sharding=sharding
+    )
+    if sharding is None:
+        return jax.jit(step, donate_argnums=0)
+    place = state_sharding(model, optimizer, sharding, average=average_decay is not None)
+    return jax.jit(
+        step,
+        in_shardings=(place, sharding.named(("batch", "seq"))),
+        out_shardings=(place, sharding.replicated()),
+        donate_argnums=0,
+    )
+
+
+def pmap_step(
+    model: Model, optimizer: optax.GradientTransformation, loss: Loss, *, average_decay: float | None = None
+) -> Step:
+    """Data parallel with ``jax.pmap``: the state has a leading device axis (``flax.jax_utils.replicate``), and so has the
+    batch, [devices, B / devices, T]. Gradients are summed over devices; every device makes the same update."""
+    step = make_step(model, optimizer, loss, average_decay=average_decay, axis_name="devices")
+    return jax.pmap(step, axis_name="devices", donate_argnums=0)

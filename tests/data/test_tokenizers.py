@@ -1,0 +1,183 @@
+"""Round trips, what is saved is what is loaded, and the errors name the character, the id, the fix."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxlm.data import ByteTokenizer, CharTokenizer, PretrainedTokenizer, load_tokenizer
+
+END = "<|endoftext|>"
+
+
+def random_texts(count=50):
+    """Texts of any characters but surrogates, which no encoding can hold."""
+    rng = np.random.default_rng(0)
+    points = rng.integers(0, 0x110000 - 0x800, (count, 40))
+    return ["".join(chr(p if p < 0xD800 else p + 0x800) for p in row) for row in points]
+
+
+def byte_level_files(directory):
+    """A GPT-2 style vocab.json and merges.txt: the 256 bytes, two merges, the end of a document."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "he", "Ġhe", END]
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (directory / "merges.txt").write_text("#version: 0.2\nh e\nĠ he\n", encoding="utf-8")
+    return tokens
+
+
+def words_file(directory, **special):
+    """A tokenizer.json with one id per word."""
+    vocabulary = {"[UNK]": 0, "to": 1, "be": 2, **special}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(directory / "tokenizer.json"))
+    return backend
+
+
+def test_bytes_round_trip_on_any_text():
+    tokenizer = ByteTokenizer()
+    for text in ["", "To be", *random_texts()]:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32
+        assert ids.tolist() == list(text.encode("utf-8"))
+        assert tokenizer.decode(ids) == text
+
+
+def test_bytes_decode_shows_a_cut_character_and_not_the_end_of_document():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([0x61, 0xC3]) == "a\ufffd"
+    assert tokenizer.decode([0x61, tokenizer.end_id, 0x62]) == "ab"
+    assert tokenizer.vocab_size == tokenizer.end_id + 1 == 257
+
+
+def test_characters_round_trip_on_any_text():
+    for text in ["To be", *random_texts()]:
+        tokenizer = CharTokenizer.from_text(text)
+        ids = tokenizer.encode(text)
+        assert tokenizer.vocab_size == len(set(text))
+        assert ids.dtype == np.int32
+        assert tokenizer.decode(ids) == text
+    assert CharTokenizer.from_text("banana").characters == "abn"
+    assert CharTokenizer.from_text("a").encode("").shape == (0,)
+
+
+def test_the_order_of_characters_is_the_order_of_ids():
+    tokenizer = CharTokenizer("zax")
+    assert tokenizer.encode("axz").tolist() == [1, 2, 0]
+    assert tokenizer.decode([0, 1, 2]) == "zax"
+
+
+@pytest.mark.parametrize("unknown", ["b", "~", "\0", "☃"])  # between, above and below the known ones
+def test_an_unknown_character_is_named(unknown):
+    with pytest.raises(ValueError, match=r"\(U\+[0-9A-F]{4}\) at position 2 is not among the 2 characters") as caught:
+        CharTokenizer("ac").encode("ac" + unknown)
+    assert repr(unknown) in str(caught.value)
+
+
+def test_bad_character_sets_are_refused():
+    with pytest.raises(ValueError, match="at least one character"):
+        CharTokenizer.from_text("")
+    with pytest.raises(ValueError, match="'a' more than once"):
+        CharTokenizer("aba")
+
+
+@pytest.mark.parametrize("bad", [-1, 257, 70000])
+def test_decode_names_an_id_outside_the_vocabulary(bad):
+    with pytest.raises(ValueError, match=f"id {bad} at position 1 is outside the vocabulary of 257 ids"):
+        ByteTokenizer().decode([0, bad])
+    with pytest.raises(ValueError, match=f"id {bad} at position 0 is outside the vocabulary of 2 ids"):
+        CharTokenizer("ab").decode(np.asarray([bad]))
+
+
+def test_decode_takes_one_row_of_integers():
+    with pytest.raises(ValueError, match=r"float64\[2\]"):
+        ByteTokenizer().decode([0.5, 1.0])
+    with pytest.raises(ValueError, match=r"int64\[1, 2\]"):
+        ByteTokenizer().decode(np.asarray([[1, 2]], np.int64))
+    assert ByteTokenizer().decode([]) == ""
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer('a"\\☃\n')])
+def test_built_in_tokenizers_are_loaded_as_saved(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new") == tokenizer
+
+
+def test_vocab_and_merges_are_byte_level_bpe(tmp_path):
+    tokens = byte_level_files(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == len(tokens)
+    assert tokenizer.end_id == len(tokens) - 1
+    ids = tokenizer.encode("he he é" + END)
+    assert ids.dtype == np.int32
+    assert [tokens[i] for i in ids] == ["he", "Ġhe", "Ġ", "Ã", "©", END]
+    for text in ["  two  spaces\n\n", *random_texts(10)]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(ValueError, match=f"id {len(tokens)} at position 0"):
+        tokenizer.decode([len(tokens)])
+
+
+def test_tokenizer_json(tmp_path):
+    words_file(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.end_id) == (3, None)
+    assert tokenizer.encode("to be or").tolist() == [1, 2, 0]
+
+
+def test_the_vocabulary_size_covers_gaps_between_ids(tmp_path):
+    words_file(tmp_path, far=9)
+    assert load_tokenizer(tmp_path).vocab_size == 10
+
+
+def test_padding_and_truncation_in_tokenizer_json_change_no_text(tmp_path):
+    backend = words_file(tmp_path)
+    backend.enable_padding(length=4)
+    backend.enable_truncation(2)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("to be to be to").tolist() == [1, 2, 1, 2, 1]
+    assert load_tokenizer(tmp_path).encode("to").tolist() == [1]
+
+
+@pytest.mark.parametrize("eos", ["be", {"content": "be"}])
+def test_the_end_of_document_is_what_the_configuration_says(tmp_path, eos):
+    words_file(tmp_path, **{END: 3})
+    assert load_tokenizer(tmp_path).end_id == 3
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(tmp_path).end_id == 2
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "nowhere"}))
+    with pytest.raises(ValueError, match="end token 'nowhere' is not in the vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_pretrained_tokenizers_are_loaded_as_saved(tmp_path):
+    byte_level_files(tmp_path)
+    tokenizer = PretrainedTokenizer(PretrainedTokenizer.from_directory(tmp_path).backend, end_token="he")
+    tokenizer.save(tmp_path / "new")
+    again = load_tokenizer(tmp_path / "new")
+    assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+    assert again.encode(" he is é").tolist() == tokenizer.encode(" he is é").tolist()
+
+
+def test_the_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    words_file(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[tokenizers\]'"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"found no such directory"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"looked for .*merges\.txt; found \['vocab\.json'\]"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    for content, message in [("{", "is not JSON"), ("[]", "JSON object"), ('{"type": "x"}', "\"type\" is 'x'")]:
+        (tmp_path / "jaxlm_tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)

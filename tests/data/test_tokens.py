@@ -1,0 +1,112 @@
+"""Token files: what is written is what is mapped, and nothing bad gets in or out."""
+
+import numpy as np
+import pytest
+
+from jaxlm.data import ByteTokenizer, check_tokens, open_tokens, split, split_documents, tokens, write_tokens
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
+def test_the_file_is_a_memory_map_of_the_smallest_type(tmp_path, vocab_size, dtype):
+    ids = np.asarray([0, 5, vocab_size - 1], np.int32)
+    assert write_tokens(tmp_path / "a.npy", ids, vocab_size) == 3
+    mapped = open_tokens(tmp_path / "a.npy", vocab_size)
+    assert isinstance(mapped, np.memmap)
+    assert not mapped.flags.writeable
+    assert mapped.dtype == dtype
+    np.testing.assert_array_equal(mapped, ids)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), ids)
+
+
+def test_a_stream_is_written_one_array_at_a_time(tmp_path):
+    alive = []
+
+    def stream():
+        for i in range(300):
+            alive.append(i)
+            yield np.full(1000, i, np.int64)
+        yield np.zeros(0, np.int32)
+        yield ByteTokenizer().encode("end")
+
+    assert write_tokens(tmp_path / "a.npy", stream(), 300) == 300_003
+    mapped = open_tokens(tmp_path / "a.npy", 300)
+    np.testing.assert_array_equal(mapped[:-3], np.repeat(np.arange(300), 1000))
+    assert bytes(mapped[-3:].astype(np.uint8)) == b"end"
+    assert alive == list(range(300))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.npy"
+    write_tokens(path, np.arange(4), 10)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"id 10 at position 5 is outside the vocabulary of 10 ids"):
+        write_tokens(path, iter([np.arange(4), np.asarray([1, 10])]), 10)
+    with pytest.raises(ValueError, match="no tokens at all"):
+        write_tokens(path, [], 10)
+    with pytest.raises(ValueError, match="iterable of arrays, got int"):
+        write_tokens(path, [1, 2], 10)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_file_of_another_vocabulary_is_refused_when_opened(tmp_path):
+    path = tmp_path / "a.npy"
+    write_tokens(path, np.asarray([3, 1, 80, 90]), 100)
+    with pytest.raises(ValueError, match=r"a\.npy: id 80 at position 2 is outside the vocabulary of 77 ids; use"):
+        open_tokens(path, 77)
+
+
+def test_files_that_are_no_token_files_are_refused(tmp_path):
+    path = tmp_path / "a.npy"
+    write_tokens(path, np.arange(100), 100)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"a\.npy is not a whole token file"):
+        open_tokens(path, 100)
+    path.write_bytes(b"To be, or not to be")
+    with pytest.raises(ValueError, match=r"a\.npy is not a whole token file"):
+        open_tokens(path, 100)
+    np.save(path, np.zeros((2, 3), np.int32))
+    with pytest.raises(ValueError, match=r"one row of integer ids, got int32\[2, 3\]"):
+        open_tokens(path, 100)
+    np.save(path, np.zeros(3))
+    with pytest.raises(ValueError, match=r"got float64\[3\]"):
+        open_tokens(path, 100)
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+@pytest.mark.parametrize("at", [0, 7, 8, 20])
+def test_the_first_bad_id_is_named_in_any_chunk(monkeypatch, bad, at):
+    monkeypatch.setattr(tokens, "_CHUNK", 8)
+    ids = np.arange(21)
+    check_tokens(ids, 50)
+    ids[at] = bad
+    ids[-1] = bad
+    with pytest.raises(ValueError, match=f"train: id {bad} at position {at} is outside the vocabulary of 50 ids"):
+        check_tokens(ids, 50, what="train")
+
+
+def test_too_few_tokens_are_counted():
+    with pytest.raises(ValueError, match="train: no tokens at all, at least 1 needed"):
+        check_tokens(np.zeros(0, np.int32), 50, what="train")
+    with pytest.raises(ValueError, match="train: 3 tokens, at least 5 needed; give more data"):
+        check_tokens(np.zeros(3, np.int32), 50, needed=5, what="train")
+
+
+def test_split_takes_the_last_part_for_validation():
+    ids = np.arange(1000)
+    train, validation = split(ids, 0.1)
+    np.testing.assert_array_equal(train, ids[:900])
+    np.testing.assert_array_equal(validation, ids[900:])
+    assert train.base is ids
+    for fraction in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=f"between 0 and 1, got {fraction}"):
+            split(ids, fraction)
+    with pytest.raises(ValueError, match="1 tokens cannot be split"):
+        split(ids[:1], 0.5)
+
+
+def test_documents_end_with_their_end_id():
+    ids = np.asarray([1, 2, 9, 3, 9, 9, 4])
+    assert [d.tolist() for d in split_documents(ids, 9)] == [[1, 2, 9], [3, 9], [9], [4]]
+    assert [d.tolist() for d in split_documents(ids[:3], 9)] == [[1, 2, 9]]
