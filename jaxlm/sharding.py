@@ -74,7 +74,9 @@ class Rules:
         Raises:
             ValueError: two of its axes fall on one mesh axis, or a name is no logical axis.
         """
-        table, taken, parts = dict(self.table), {}, []
+        table = dict(self.table)
+        taken: dict[str, str | None] = {}
+        parts: list[str | tuple[str, ...] | None] = []
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
@@ -233,6 +235,13 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.named(axes, x.shape, "activation"))
 
 
-def device_put(tree: Any, specs: spec_lib.Tree, sharding: Sharding) -> Any:
-    """Place host arrays described by ``specs`` on the mesh."""
-    return jax.tree.map(jax.device_put, tree, sharding.tree(specs))
+def gathered(ids: jax.Array) -> NamedSharding | None:
+    """How rows looked up by ``ids`` are split, for ``.at[ids].get(out_sharding=...)``: as the ids, width whole.
+
+    Only under an Explicit mesh, where JAX asks; None otherwise.
+    """
+    sharding = jax.typeof(ids).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
+

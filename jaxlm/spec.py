@@ -220,7 +220,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[[jax.Array, int], jax.Ar
     def one(path: tuple[Any, ...], spec: ArraySpec, *leaves: jax.Array) -> jax.Array:
         if axis not in spec.axes:
             raise ValueError(f"{path_name(path)!r} has axes {spec.axes}, none is {axis!r}")
-        return function(*leaves, spec.axes.index(axis))  # type: ignore[call-arg]
+        return function(*leaves, spec.axes.index(axis))  # type: ignore[arg-type]
 
     return jax.tree_util.tree_map_with_path(one, specs, *trees)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sharding import constrain
+from jaxlm.sharding import constrain, gathered
 
 
 def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str = "vocab") -> jax.Array:
@@ -21,7 +21,10 @@ def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str = "vo
     """
     # Fully sharded parameters split the width, activations the batch: gather the width before the rows are picked.
     table_VD = constrain(table_VD, (rows, "activation_embed"))
-    return table_VD.at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+    rows_BTD = table_VD.at[ids_BT].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=gathered(ids_BT)
+    )
+    return rows_BTD.astype(dtype)
 
 
 def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.Array:

@@ -1,0 +1,182 @@
+"""Beam search: against every continuation of a tiny vocabulary, and against a plain search without early stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.decoding import beam_search, generate
+
+Pair = tuple[Any, Any]
+Pad = Callable[[list[list[int]], str], tuple[np.ndarray, np.ndarray]]
+Forward = Callable[..., np.ndarray]
+
+PROMPTS = [[1, 2, 3], [4], [0, 3]]
+NEW = 4
+
+
+def every_hypothesis(pair: Pair, forward: Forward, prompt: list[int], end_id: int | None, penalty: float) -> Any:
+    """``(score, tokens)`` of all continuations of a prompt, best first."""
+    V = pair[0].config.vocab_size
+    continuations = list(itertools.product(range(V), repeat=NEW))
+    log_probs = forward(*pair, [prompt + list(tokens) for tokens in continuations])
+    scores = {}
+    for tokens, after in zip(continuations, log_probs, strict=True):
+        length = tokens.index(end_id) + 1 if end_id in tokens else NEW
+        total = sum(after[len(prompt) - 1 + i, tokens[i]] for i in range(length))
+        scores[tokens[:length]] = total / length**penalty
+    return sorted(((score, tokens) for tokens, score in scores.items()), reverse=True)
+
+
+@pytest.mark.parametrize("end_id", [None, 2])
+def test_wide_beams_find_what_brute_force_finds(
+    tiny_pair: Pair, end_id: int | None, pad: Pad, next_log_probs: Forward
+) -> None:
+    V = tiny_pair[0].config.vocab_size
+    beams = V ** (NEW - 1)  # as many as there are live hypotheses before the last step: nothing is ever lost
+    prompts = pad(PROMPTS, "lrr")
+    for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
+        out = beam_search(
+            *tiny_pair, *prompts, max_new_tokens=NEW, beams=beams, length_penalty=penalty, end_id=end_id
+        )  # fmt: skip
+        for row, prompt in enumerate(PROMPTS):
+            expected = every_hypothesis(tiny_pair, next_log_probs, prompt, end_id, penalty)
+            np.testing.assert_allclose(out.scores[row], [score for score, _ in expected[:beams]], rtol=1e-4, atol=1e-5)
+            for k, (score, tokens) in enumerate(expected[:20]):
+                near = [abs(score - expected[k + step][0]) for step in (-1, 1) if k + step >= 0]
+                if min(near) > 1e-4:  # equal scores may come in either order
+                    filled = [*tokens, *[end_id] * (NEW - len(tokens))]
+                    assert out.tokens[row, k].tolist() == filled
+                    assert out.lengths[row, k] == len(tokens)
+    assert len({len(tokens) for _, tokens in expected[:20]}) == (1 if end_id is None else 4)
+
+
+def plain_search(
+    pair: Pair, forward: Forward, prompt: list[int], new: int, beams: int, end_id: int, penalty: float
+) -> list[tuple[float, list[int]]]:
+    """Beam search over Python lists, by full forward passes, that always runs to the end."""
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished: list[tuple[float, list[int]]] = []
+    for length in range(1, new + 1):
+        rows = [prompt + tokens for _, tokens in live]
+        log_probs = forward(*pair, rows + rows[:1] * (beams - len(rows)))
+        candidates = [
+            (total + after[len(row) - 1, token], [*tokens, token])
+            for (total, tokens), row, after in zip(live, rows, log_probs, strict=False)
+            for token in range(pair[0].config.vocab_size)
+        ]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        ends = [length == new or tokens[-1] == end_id for _, tokens in candidates]
+        finished += [
+            (total / length**penalty, tokens)
+            for (total, tokens), end in list(zip(candidates, ends, strict=True))[:beams]
+            if end
+        ]
+        live = [candidate for candidate, end in zip(candidates, ends, strict=True) if not end][:beams]
+        if not live:
+            break
+    return sorted(finished, key=lambda hypothesis: -hypothesis[0])[:beams]
+
+
+def test_narrow_beams_with_early_stop_equal_a_plain_search(tiny_pair: Pair, pad: Pad, next_log_probs: Forward) -> None:
+    for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
+        out = beam_search(
+            *tiny_pair, *pad(PROMPTS, "rll"), max_new_tokens=10, beams=3, length_penalty=penalty, end_id=2
+        )  # fmt: skip
+        for row, prompt in enumerate(PROMPTS):
+            expected = plain_search(tiny_pair, next_log_probs, prompt, 10, 3, 2, penalty)
+            assert [
+                tokens[:length] for tokens, length in zip(out.tokens[row].tolist(), out.lengths[row], strict=True)
+            ] == [tokens for _, tokens in expected]
+            np.testing.assert_allclose(out.scores[row], [score for score, _ in expected], rtol=1e-4)
+
+
+CALLS: list[int] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A model that notes every time it runs, not every time it is traced."""
+
+    model: Any
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def apply(self, params: Any, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+        jax.debug.callback(lambda: CALLS.append(1))
+        return self.model.apply(params, tokens, **inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def test_the_loop_stops_when_nothing_can_improve(tiny_pair: Pair, next_log_probs: Forward) -> None:
+    model, params = tiny_pair
+    end_id = int(next_log_probs(model, params, [[4]])[0, 0].argmax())
+    runs = {}
+    for penalty in (0.0, 20.0):
+        out = beam_search(
+            Counted(model), params, np.array([[4]]), max_new_tokens=16, beams=1, end_id=end_id, length_penalty=penalty
+        )
+        jax.block_until_ready(out)
+        jax.effects_barrier()
+        runs[penalty] = len(CALLS)
+        CALLS.clear()
+    # The end is the most likely first token, so by its sum of log-probabilities it is best for good. A large penalty makes
+    # the longest output the best, however unlikely: the search must go on to the last token.
+    assert runs == {0.0: 1, 20.0: 16}
+
+
+def test_one_beam_without_an_end_is_greedy(pair: Pair, pad: Pad) -> None:
+    prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
+    out = beam_search(*pair, *prompts, max_new_tokens=6, beams=1)
+    greedy = generate(*pair, *prompts, max_new_tokens=6)
+    np.testing.assert_array_equal(out.tokens[:, 0], greedy.tokens)
+    np.testing.assert_allclose(out.scores[:, 0], greedy.log_probs.mean(axis=1), rtol=1e-4)
+
+
+def test_fewer_hypotheses_than_beams(tiny_pair: Pair) -> None:
+    out = beam_search(*tiny_pair, np.array([[1]]), max_new_tokens=1, beams=7, allowed_ids=3, end_id=2)
+    assert out.lengths.tolist() == [[1, 1, 1, 0, 0, 0, 0]]
+    assert sorted(out.tokens[0, :3, 0].tolist()) == [0, 1, 2]
+    assert np.isfinite(out.scores[0]).tolist() == [True] * 3 + [False] * 4
+    np.testing.assert_allclose(np.exp(out.scores[0]).sum(), 1.0, rtol=1e-5)
+
+
+def test_a_state_without_a_batch_axis_is_an_error(tiny_pair: Pair) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Nameless(Counted):
+        def state_specs(self, batch: int, length: int) -> Any:
+            specs = self.model.state_specs(batch, length)
+            return jax.tree.map(lambda leaf: dataclasses.replace(leaf, axes=(None,) * len(leaf.axes)), specs)
+
+        def init_state(self, batch: int, length: int) -> Any:
+            return spec.init(self.model.state_specs(batch, length))
+
+    with pytest.raises(ValueError, match=r"has axes .* none is 'batch'"):
+        beam_search(Nameless(tiny_pair[0]), tiny_pair[1], np.array([[1]]), max_new_tokens=2, beams=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beams": 0}, r"beams=0 must be at least 1"),
+        ({"length_penalty": float("inf")}, r"length_penalty=inf must be finite"),
+        ({"max_new_tokens": 64}, r"65 tokens exceeds max_positions=64"),
+        ({"end_id": -1}, r"end_id=-1 can never be generated"),
+        ({"segment_ids": np.zeros((1, 2), int)}, r"row 0 of the prompts is all padding"),
+    ],
+)
+def test_bad_input(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
+    given = {"prompts": np.array([[5, 6]]), "max_new_tokens": 4, "beams": 2, **arguments}
+    with pytest.raises(ValueError, match=message):
+        beam_search(*gpt, **given)

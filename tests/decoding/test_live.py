@@ -1,0 +1,120 @@
+"""Live comparison with transformers: greedy, logits processors and beam search of one small random GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.decoding import Sampling, beam_search, filter_logits, generate
+
+pytestmark = pytest.mark.live
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 3], [40, 22, 1]]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """Their model, ours, and our parameters."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=48, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    directory: Path = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(directory)
+    model, params = jaxlm.load_pretrained(directory)
+    return theirs, model, params
+
+
+def their_generate(theirs: Any, prompts: np.ndarray, segment_ids: np.ndarray, **options: Any) -> Any:
+    import torch
+
+    return theirs.generate(
+        torch.as_tensor(prompts),
+        attention_mask=torch.as_tensor(segment_ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        pad_token_id=0 if options.get("eos_token_id") is None else options["eos_token_id"],
+        **options,
+    )
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("end_id", [None, 7])
+def test_greedy(reference: Any, pad: Callable[..., Any], penalty: float, end_id: int | None) -> None:
+    theirs, model, params = reference
+    prompts, segment_ids = pad(PROMPTS, "lll")
+    prompts = np.where(segment_ids > 0, prompts, prompts[:, -1:])  # they penalise what stands in padding, too
+    options = {"eos_token_id": end_id, "repetition_penalty": penalty}
+    expected = their_generate(theirs, prompts, segment_ids, **options).sequences.numpy()[:, prompts.shape[1] :]
+    sampling = Sampling(0.0, repetition_penalty=penalty)
+    out = generate(model, params, prompts, segment_ids, max_new_tokens=NEW, sampling=sampling, end_id=end_id)
+    np.testing.assert_array_equal(out.tokens[:, : expected.shape[1]], expected)
+    assert out.lengths.max() <= expected.shape[1]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("end_id", [None, 7])
+def test_beam_search(reference: Any, pad: Callable[..., Any], length_penalty: float, end_id: int | None) -> None:
+    theirs, model, params = reference
+    prompts, segment_ids = pad(PROMPTS, "lll")
+    out = their_generate(
+        theirs, prompts, segment_ids, num_beams=4, num_return_sequences=4, early_stopping="never", output_scores=True,
+        length_penalty=length_penalty, eos_token_id=end_id,
+    )  # fmt: skip
+    expected = out.sequences.numpy()[:, prompts.shape[1] :].reshape(3, 4, -1)
+    beams = beam_search(
+        model, params, prompts, segment_ids, max_new_tokens=NEW, beams=4, length_penalty=length_penalty, end_id=end_id
+    )
+    np.testing.assert_array_equal(beams.tokens[:, :, : expected.shape[2]], expected)
+    np.testing.assert_allclose(beams.scores, out.sequences_scores.numpy().reshape(3, 4), rtol=1e-4)
+    assert beams.lengths.max() <= expected.shape[2]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7, repetition_penalty=1.4),
+        Sampling(top_k=5),
+        Sampling(top_p=0.6),
+        Sampling(min_p=0.1),
+        Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=0.9),
+    ],
+)
+def test_logits_processors(reference: Any, sampling: Sampling) -> None:
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    theirs, _, _ = reference
+    rng = np.random.default_rng(0)
+    logits, prompts = 2 * rng.normal(size=(6, 48)).astype(np.float32), rng.integers(0, 48, (6, 10))
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0 if sampling.top_k is None else sampling.top_k,
+        top_p=1.0 if sampling.top_p is None else sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+    )
+    config._eos_token_tensor = None
+    processors: LogitsProcessorList = theirs._get_logits_processor(config, input_ids_seq_length=10)
+    expected = processors(torch.as_tensor(prompts), torch.as_tensor(logits)).numpy()
+    seen = np.zeros((6, 48), bool)
+    seen[np.arange(6)[:, None], prompts] = True
+    out = np.asarray(filter_logits(sampling, jnp.asarray(logits), jnp.asarray(seen)))
+    np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
+    np.testing.assert_allclose(out, expected, rtol=1e-6)

@@ -1,0 +1,133 @@
+"""Scoring: against plain log-softmax, documents against themselves alone, windows against each token's own context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import jaxlm
+from jaxlm import spec
+from jaxlm.decoding import log_likelihood, perplexity, score
+
+Pair = tuple[Any, Any]
+RNG = np.random.default_rng(0)
+
+
+def picked(log_probs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(log_probs[:, : tokens.shape[1] - 1], tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def test_against_log_softmax(pair: Pair, next_log_probs: Callable[..., np.ndarray]) -> None:
+    tokens = RNG.integers(0, 32, (3, 17))
+    expected = picked(next_log_probs(*pair, tokens), tokens)
+    out = log_likelihood(*pair, tokens)
+    assert out.shape == (3, 16)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def test_packed_documents_and_padding(gpt: Pair, next_log_probs: Callable[..., np.ndarray]) -> None:
+    tokens = RNG.integers(0, 128, (1, 12))
+    segment_ids = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]])
+    out = np.asarray(log_likelihood(*gpt, tokens, segment_ids))[0]
+    alone = [tokens[:, 2:6], tokens[:, 6:10]]
+    first, second = (picked(next_log_probs(*gpt, document), document)[0] for document in alone)
+    np.testing.assert_allclose(out[2:5], first, atol=1e-4)
+    np.testing.assert_allclose(out[6:9], second, atol=1e-4)
+    assert out[[0, 1, 5, 9, 10]].tolist() == [0.0] * 5, "padding, and the first token of a document"
+
+
+def largest(jaxpr: Any) -> Iterator[int]:
+    """Sizes of all float32 arrays of a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.size for var in equation.outvars if var.aval.dtype == jnp.float32)
+        for inner in jaxprs_in_params(equation.params):
+            yield from largest(inner)
+
+
+def test_logits_exist_in_chunks_only(gpt: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = gpt
+    tokens = jnp.asarray(RNG.integers(0, 128, (2, 20)))
+    whole = log_likelihood(model, params, tokens[:, :14])
+    score._log_likelihood.clear_cache()
+    monkeypatch.setattr(score, "CHUNK_LOGITS", 2 * 5 * 128)  # 5 of 13 steps at a time, 3 at the end
+    np.testing.assert_allclose(log_likelihood(model, params, tokens[:, :14]), whole, atol=1e-5)
+    # A narrow model, whose own activations are smaller than the logits.
+    narrow = jaxlm.get_model("gpt2-tiny", embed_dim=4, num_heads=1, mlp_dim=4, max_positions=20)
+    jaxpr = jax.make_jaxpr(lambda p, t: log_likelihood(narrow, p, t))(spec.abstract(narrow.specs), tokens)
+    assert max(largest(jaxpr.jaxpr)) == 2 * 5 * 128
+    score._log_likelihood.clear_cache()
+
+
+def test_one_window_is_the_plain_mean(pair: Pair) -> None:
+    ids = RNG.integers(0, 32, 20)
+    out = perplexity(*pair, ids, window=50, stride=10)
+    expected = -np.asarray(log_likelihood(*pair, ids[None]), np.float64).mean()
+    assert out.tokens == 19
+    np.testing.assert_allclose(out.nats_per_token, expected, rtol=1e-5)
+    np.testing.assert_allclose(out.perplexity, np.exp(expected), rtol=1e-5)
+    assert type(out.nats_per_token) is float
+
+
+@pytest.mark.parametrize(("count", "window", "stride"), [(50, 12, 4), (45, 12, 11), (37, 12, 1), (13, 12, 5)])
+def test_each_token_counts_once_in_the_first_window_that_holds_it(
+    gpt: Pair, next_log_probs: Callable[..., np.ndarray], count: int, window: int, stride: int
+) -> None:
+    ids = RNG.integers(0, 128, count)
+    rows, ends = [], []
+    for token in range(1, count):
+        start = 0
+        while start + window <= token:
+            start = min(start + stride, count - window)
+        rows.append(ids[start:token])
+        ends.append(ids[token])
+    log_probs = next_log_probs(*gpt, rows)
+    expected = [-after[len(row) - 1, end] for row, end, after in zip(rows, ends, log_probs, strict=True)]
+    for batch_size in (1, 4):
+        out = perplexity(*gpt, ids, window=window, stride=stride, batch_size=batch_size)
+        assert out.tokens == count - 1
+        np.testing.assert_allclose(out.nats_per_token, np.mean(expected), rtol=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(gpt: Pair) -> None:
+    model, params = gpt
+    out = perplexity(model, jax.tree.map(jnp.zeros_like, params), np.arange(40, dtype=np.uint16), window=12, stride=6)
+    np.testing.assert_allclose(out.perplexity, 128, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "segment_ids", "message"),
+    [
+        (np.array([[5]]), None, r"tokens are 1 per row"),
+        (np.array([5, 6]), None, r"tokens must be integers of shape \[batch, time\], got int64\[2\]"),
+        (np.array([[5, 128]]), None, r"tokens have id 128 in row 0 at position 1"),
+        (np.array([[5, 6]]), np.array([[1]]), r"segment_ids \[1, 1\] must have the shape of tokens \[1, 2\]"),
+        (np.ones((1, 66), int), None, r"65 tokens exceed max_positions=64"),
+    ],
+)
+def test_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(*gpt, tokens, segment_ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ids": np.array([5])}, r"ids must be a row of at least 2 integers, got int64\[1\]"),
+        ({"ids": np.array([[5, 6]])}, r"got int64\[1, 2\]"),
+        ({"ids": np.array([0.5, 0.5])}, r"got float64\[2\]"),
+        ({"stride": 8}, r"stride=8 must be from 1 to window - 1 = 7"),
+        ({"stride": 0}, r"stride=0 must be from 1 to"),
+        ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
+        ({"ids": np.full(9, 500)}, r"id 500"),
+        ({"ids": np.ones(99, int), "window": 90}, r"89 tokens exceed max_positions=64"),
+    ],
+)
+def test_bad_windows(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        perplexity(*gpt, **{"ids": np.arange(20), "window": 8, "stride": 4, **arguments})

@@ -1,0 +1,178 @@
+"""Text: stop strings, characters of several bytes, streaming, by a model that recites."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import spec
+from jaxlm.data import ByteTokenizer, CharTokenizer
+from jaxlm.decoding import Sampling, generate_text, stream_text, text
+from jaxlm.spec import ArraySpec
+
+Pair = tuple[Any, Any]
+BYTES = ByteTokenizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReciterConfig:
+    vocab_size: int = 300  # more ids than the tokenizer has
+
+
+@dataclasses.dataclass(frozen=True)
+class Reciter:
+    """After n tokens it is sure that the next is ``params[n]``: it counts, and does not listen."""
+
+    config: ReciterConfig = ReciterConfig()
+
+    def state_specs(self, batch: int, length: int) -> spec.Tree:
+        return {"read": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
+
+    def init_state(self, batch: int, length: int) -> spec.Tree:
+        return spec.init(self.state_specs(batch, length))
+
+    def apply(
+        self, params: Any, tokens: jax.Array, *, state: Any = None, segment_ids: Any = None, positions: Any = None
+    ) -> tuple[jax.Array, Any]:
+        read_BT = state["read"][:, None] + jnp.cumsum(segment_ids, axis=1)
+        return jax.nn.one_hot(params[read_BT], self.config.vocab_size), {"read": read_BT[:, -1]}
+
+    def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
+        # The ids that the tokenizer lacks are likelier than anything.
+        return 50.0 * hidden + jnp.where(jnp.arange(self.config.vocab_size) > 256, 100.0, 0.0)[None, None, :]
+
+
+def recite(line: bytes) -> Pair:
+    """A model that continues a prompt of n bytes with ``line[n:]``, then the end token."""
+    params = np.full(200, BYTES.end_id, np.int32)
+    params[: len(line)] = np.frombuffer(line, np.uint8)
+    return Reciter(), jnp.asarray(params)
+
+
+LINE = "The naïve € costs 😀😀 and 日本. And more"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("stop", [(), ("😀 and",), (". A", "xyz"), ("never",), ("日本",)])
+def test_pieces_are_final_and_make_up_the_whole(stop: tuple[str, ...], chunk: int) -> None:
+    model, params = recite(LINE.encode())
+    pieces = list(stream_text(model, params, BYTES, "The", max_new_tokens=90, stop=stop, chunk=chunk))
+    expected = min((LINE[3:].split(string)[0] for string in stop), key=len, default=LINE[3:])
+    assert "".join(pieces) == expected
+    assert "\ufffd" not in "".join(pieces)
+    assert all(pieces)
+    assert len(pieces) > 5 or chunk > 3
+    assert generate_text(model, params, BYTES, ["The"], max_new_tokens=90, stop=stop) == [expected]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+def test_the_first_stop_string_to_be_complete_counts(chunk: int) -> None:
+    model, params = recite(b"0123abcdef")
+    for stop, expected in [
+        (["abcd", "bc"], "123a"),  # bc is complete before abcd
+        (["abcd", "cde"], "123"),
+        (["bc", "abc"], "123"),  # complete together: the longer one
+        (["fe", "f0"], "123abcdef"),  # the end may look like the beginning of one
+    ]:
+        assert "".join(stream_text(model, params, BYTES, "0", max_new_tokens=30, stop=stop, chunk=chunk)) == expected
+        assert generate_text(model, params, BYTES, ["0"], max_new_tokens=30, stop=stop) == [expected]
+
+
+def test_what_could_begin_a_stop_string_is_held_back() -> None:
+    model, params = recite(b"x one st st stop two")
+    pieces = list(stream_text(model, params, BYTES, "x", max_new_tokens=30, stop=["stop"], chunk=1))
+    assert pieces == [" ", "o", "n", "e", " ", "st ", "st "]
+
+
+def test_an_incomplete_character_waits_and_is_shown_at_the_end() -> None:
+    model, params = recite("x é€".encode())
+    assert list(stream_text(model, params, BYTES, "x", max_new_tokens=6, chunk=1)) == [" ", "é", "€"]
+    assert list(stream_text(model, params, BYTES, "x", max_new_tokens=5, chunk=1)) == [" ", "é", "\ufffd"]
+    assert generate_text(model, params, BYTES, ["x"], max_new_tokens=5) == [" é\ufffd"]
+
+
+def test_batched_prompts_of_unequal_length() -> None:
+    model, params = recite(b"0123456789abc")
+    prompts = ["0", "01234", "0123456789ab"]
+    assert generate_text(model, params, BYTES, prompts, max_new_tokens=4) == ["1234", "5678", "c"]
+    # A row that met its stop string waits for the others and gets nothing more.
+    assert generate_text(model, params, BYTES, prompts, max_new_tokens=12, stop=["56", "9a"]) == ["1234", "5678", "c"]
+
+
+def test_nothing_is_generated_beyond_the_chunk_that_holds_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(text, "advance", lambda *given: calls.append(given[-1]) or ADVANCE(*given))
+    model, params = recite(b"0123456789" * 15)
+    assert generate_text(model, params, BYTES, ["0", "012"], max_new_tokens=100, stop=["90"]) == ["12345678", "345678"]
+    assert calls == [text.CHUNK, text.CHUNK]
+    calls.clear()
+    assert len(generate_text(model, params, BYTES, ["0"], max_new_tokens=100)[0]) == 100
+    assert calls == [100], "without stop strings there is one call"
+
+
+ADVANCE = text.advance
+
+
+def test_a_tokenizer_that_treats_the_beginning_differently() -> None:
+    class Words:
+        """Ids are letters; a space stands before every word but the first of a text."""
+
+        vocab_size, end_id = 26, None
+
+        def encode(self, text: str) -> np.ndarray:
+            return np.array([ord(word) - ord("a") for word in text.split()], np.int32)
+
+        def decode(self, ids: Any) -> str:
+            return " ".join(chr(ord("a") + i) for i in ids)
+
+    model, params = Reciter(), jnp.arange(100) % 26
+    tokenizer: Any = Words()
+    assert generate_text(model, params, tokenizer, ["a b"], max_new_tokens=3) == [" c d e"]
+    assert list(stream_text(model, params, tokenizer, "a b", max_new_tokens=3, chunk=1)) == [" c", " d", " e"]
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
+    model = jaxlm.get_model("gpt2-tiny", vocab_size=257)
+    params = jax.jit(model.init)(jax.random.key(0))
+    options: dict[str, Any] = {"max_new_tokens": 30, "sampling": Sampling(top_k=100), "key": jax.random.key(3)}
+    (whole,) = generate_text(model, params, BYTES, ["To be"], **options)
+    assert len(whole) > 5
+    assert "".join(stream_text(model, params, BYTES, "To be", chunk=chunk, **options)) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompts": ["a", ""]}, ValueError, r"prompt 1 is '', which has no tokens: pass at least one character"),
+        ({"prompts": []}, ValueError, r"there are no prompts"),
+        ({"prompts": "ab"}, TypeError, r"prompts are a sequence of strings, got one string: pass \['ab'\]"),
+        ({"stop": "ab"}, TypeError, r"stop is a sequence of strings, got one string: pass \['ab'\]"),
+        ({"stop": ["a", ""]}, ValueError, r"stop strings must not be empty, got \['a', ''\]"),
+        ({"max_new_tokens": 0}, ValueError, r"max_new_tokens=0 must be at least 1"),
+        ({"sampling": Sampling()}, ValueError, r"temperature=1.0 draws at random: pass a key"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"prompts": ["a"], "max_new_tokens": 3, **arguments}
+    with pytest.raises(error, match=message):
+        generate_text(*recite(b"ab"), BYTES, **given)
+
+
+def test_streaming_refuses_at_the_call() -> None:
+    with pytest.raises(ValueError, match=r"prompt 0 is ''"):
+        stream_text(*recite(b"ab"), BYTES, "", max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"chunk=0 must be at least 1"):
+        stream_text(*recite(b"ab"), BYTES, "a", max_new_tokens=3, chunk=0)
+
+
+def test_ids_that_the_model_lacks() -> None:
+    model = jaxlm.get_model("gpt2-tiny", vocab_size=2)
+    with pytest.raises(ValueError, match=r"id 2 in row 0 at position 2, outside the vocabulary of 2 ids"):
+        generate_text(model, {}, CharTokenizer("abc"), ["abc"], max_new_tokens=3)

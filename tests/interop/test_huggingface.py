@@ -1,0 +1,614 @@
+"""Hugging Face directories without torch: against goldens that torch wrote (``make_goldens.py``), and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlm import spec
+from jaxlm.interop import huggingface
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
+from jaxlm.models import FAMILIES, Model, get_model
+from jaxlm.models.model import family
+from jaxlm.objectives import causal
+from jaxlm.sharding import Rules, Sharding, make_mesh
+from tests.helpers import assert_trees_equal, relative_error
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = ("tied", "untied", "padded", "base")
+
+
+def weights(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a directory, read by the safetensors library."""
+    return {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def raw(tensors: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in tensors.items()}
+
+
+def zeros(model: Model) -> Any:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.specs)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A copy of a golden that a test may damage."""
+    return Path(shutil.copytree(GOLDENS / "tied", tmp_path / "model"))
+
+
+def edit_config(directory: Path, **fields: Any) -> None:
+    """Set fields of ``config.json``; ``...`` removes one."""
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+# ------------------------------------------------------------------------------------------------------ numerics
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_logits_loss_and_all_gradients_are_those_of_torch(case: str) -> None:
+    model, params = load_pretrained(GOLDENS / case)
+    with np.load(GOLDENS / case / "reference.npz") as file:
+        golden = dict(file)
+    tokens, segment_ids, real = golden["tokens"], golden["mask"], golden["mask"] == 1
+    assert (case == "padded") == (not real.all())
+
+    @jax.jit
+    def ours_of(params: Any, tokens: Any, segment_ids: Any, batch: causal.Batch) -> Any:
+        hidden, _ = model.apply(params, tokens, segment_ids=segment_ids)
+
+        def mean_loss(params: Any) -> Any:
+            total, count = causal.loss(model, params, batch)
+            return total / count
+
+        return hidden, model.logits(params, hidden), *jax.value_and_grad(mean_loss)(params)
+
+    batch = causal.batch(tokens, segment_ids)
+    hidden, logits, loss, gradients = ours_of(params, tokens, segment_ids, batch)
+    assert relative_error(hidden[real], golden["hidden"][real]) < 1e-5
+    assert relative_error(logits[real], golden["logits"][real]) < 1e-5
+    assert relative_error(loss, golden["loss"]) < 1e-6
+    theirs = {key.removeprefix("gradient of "): value for key, value in golden.items() if key.startswith("gradient")}
+    ours = dict(named_tensors(model, gradients))
+    assert ours.keys() == theirs.keys()
+    assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 2e-5
+
+
+def test_what_the_goldens_cover() -> None:
+    configs = {case: load_pretrained(GOLDENS / case)[0].config for case in CASES}
+    assert [config.tie_embeddings for config in configs.values()] == [True, False, True, True]
+    assert [config.activation for config in configs.values()] == ["gelu_tanh", "gelu", "gelu_tanh", "relu"]
+    assert [config.mlp_dim for config in configs.values()] == [None, 40, 24, None]
+    assert configs["padded"].norm_epsilon == 1e-3
+    assert "wte.weight" in weights(GOLDENS / "base")
+    assert "transformer.wte.weight" in weights(GOLDENS / "tied")
+    assert sum(path.stat().st_size for path in GOLDENS.rglob("*")) < 1_000_000
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    script = (
+        "import sys; from jaxlm.interop.huggingface import load_pretrained; load_pretrained(sys.argv[1]);"
+        "print([name for name in ('torch', 'transformers', 'tokenizers', 'matplotlib') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(GOLDENS / "tied")], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert run.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_trip_keeps_every_byte(case: str, dtype: str, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(GOLDENS / case, tmp_path / "in"))
+    edit_weights(directory, lambda tensors: {name: array.astype(dtype) for name, array in tensors.items()})
+    model, params = load_pretrained(directory)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+    save_pretrained(tmp_path / "out", model, params)
+    source = weights(directory)
+    if case == "base":
+        source = {f"transformer.{name}": array for name, array in source.items()}
+    assert raw(weights(tmp_path / "out")) == raw(source)
+    again, _ = load_pretrained(tmp_path / "out")
+    assert again == model
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        (name, variant)
+        for name in FAMILIES
+        if hasattr(family(name), "HUGGING_FACE")
+        for variant in family(name).VARIANTS
+        if variant.endswith("tiny")
+    ],
+)
+def test_every_family_with_a_table_comes_back_equal(name: str, variant: str, tmp_path: Path) -> None:
+    model = get_model(variant)
+    # Every entry its own number, so that a swapped axis or layer cannot go unseen.
+    flat = spec.flatten(model.specs)
+    ends = np.cumsum([leaf.size for leaf in flat.values()])
+    params = jax.tree.unflatten(
+        jax.tree.structure(model.specs),
+        [
+            np.arange(end - leaf.size, end, dtype=np.float32).reshape(leaf.shape)
+            for leaf, end in zip(flat.values(), ends, strict=True)
+        ],
+    )
+    tensors = dict(named_tensors(model, params))
+    assert sorted(np.concatenate([array.ravel() for array in tensors.values()])) == list(range(ends[-1]))
+    save_pretrained(tmp_path, model, params)
+    assert raw(weights(tmp_path)) == raw(tensors)
+    again, loaded = load_pretrained(tmp_path)
+    assert again == model
+    assert_trees_equal(loaded, params)
+    table = family(name).HUGGING_FACE
+    assert set(table.layouts) <= {*table.tensors, *table.head}
+    fields = {field.name for field in dataclasses.fields(model.config)}
+    assert set(table.fields) <= fields
+    assert all(set(implied) <= fields for implied in table.architectures.values())
+
+
+def test_one_layer_of_qkv_lies_in_the_file_as_in_the_stack() -> None:
+    _, params = load_pretrained(GOLDENS / "tied")
+    file = weights(GOLDENS / "tied")
+    ours = params["layers"]["attention"]["qkv"]["weight"]
+    assert ours.shape == (2, 24, 3, 3, 8)
+    np.testing.assert_array_equal(ours[1].reshape(24, 72), file["transformer.h.1.attn.c_attn.weight"])
+    np.testing.assert_array_equal(  # the second head's queries, in the columns that torch splits them into
+        ours[1, :, 0, 1], file["transformer.h.1.attn.c_attn.weight"][:, 8:16]
+    )
+
+
+def test_layouts_transpose_and_merge() -> None:
+    ours = np.arange(24).reshape(2, 3, 4)  # [D, H, K]
+    merged = huggingface._Place(("a",), (2, 3, 4), ((0,), (1, 2)))
+    turned = huggingface._Place(("a",), (2, 3, 4), ((1, 2), (0,)))
+    assert merged.shape == (2, 12)
+    assert turned.shape == (12, 2)
+    np.testing.assert_array_equal(merged.to_theirs(ours), ours.reshape(2, 12))
+    np.testing.assert_array_equal(turned.to_theirs(ours), ours.reshape(2, 12).T)
+    for place in (merged, turned):
+        np.testing.assert_array_equal(place.to_ours(place.to_theirs(ours)), ours)
+
+
+# ----------------------------------------------------------------------------------------------- options of loading
+
+
+def test_param_dtype_casts_and_the_default_does_not(directory: Path) -> None:
+    _, params = load_pretrained(directory, param_dtype="bfloat16")
+    _, kept = load_pretrained(directory)
+    jax.tree.map(lambda cast, full: np.testing.assert_array_equal(cast, full.astype(jnp.bfloat16)), params, kept)
+    with pytest.raises(ValueError, match="param_dtype='int8' is unknown"):
+        load_pretrained(directory, param_dtype="int8")  # type: ignore[arg-type]
+
+
+def test_dtypes_may_differ_between_parameters_but_not_between_layers_of_one(directory: Path) -> None:
+    def half(*names: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        return lambda tensors: {
+            name: array.astype(np.float16) if name.endswith(names) else array for name, array in tensors.items()
+        }
+
+    edit_weights(directory, half("wpe.weight"))
+    _, params = load_pretrained(directory)
+    assert params["position_embedding"].dtype == jnp.float16
+    assert params["token_embedding"].dtype == jnp.float32
+    model, params = load_pretrained(directory)
+    save_pretrained(directory, model, params)
+    assert json.loads((directory / "config.json").read_text())["torch_dtype"] == "float32"
+
+    edit_weights(directory, half("h.1.ln_1.bias"))
+    with pytest.raises(ValueError, match=r"layers/attention_norm/bias .*F16 and F32.*param_dtype='float32'"):
+        load_pretrained(directory)
+    _, params = load_pretrained(directory, param_dtype="float32")
+    assert params["layers"]["attention_norm"]["bias"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("dtype", "message"), [("float64", "param_dtype='float32'"), ("int8", "only F32, F16, BF16")])
+def test_other_dtypes_are_not_cast_silently(directory: Path, dtype: str, message: str) -> None:
+    edit_weights(directory, lambda tensors: tensors | {"transformer.ln_f.bias": np.ones(24, dtype)})
+    with pytest.raises(ValueError, match=rf"final_norm/bias \(transformer.ln_f.bias\) is .*{message}"):
+        load_pretrained(directory)
+
+
+def test_overrides_change_the_config_and_pad_tables_with_zeros(tmp_path: Path) -> None:
+    model, params = load_pretrained(GOLDENS / "untied", vocab_multiple=64, dtype="bfloat16", attention_dropout=0.0)
+    assert (model.config.dtype, model.config.attention_dropout, model.config.residual_dropout) == ("bfloat16", 0.0, 0.1)
+    for table, name in (("token_embedding", "transformer.wte.weight"), ("head", "lm_head.weight")):
+        assert params[table].shape == (64, 16)
+        np.testing.assert_array_equal(params[table][:48], weights(GOLDENS / "untied")[name])
+        assert not params[table][48:].any()
+    save_pretrained(tmp_path, model, params)
+    assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "untied"))
+    with pytest.raises(ValueError, match=r"no field 'vocab_multiples'.*vocab_multiple"):
+        load_pretrained(GOLDENS / "untied", vocab_multiples=8)
+    with pytest.raises(ValueError, match=r"c_attn.weight expected F32\[12, 36\], got F32\[24, 72\]"):
+        load_pretrained(GOLDENS / "tied", embed_dim=12)
+
+
+def test_parameters_land_sharded(tmp_path: Path) -> None:
+    sharding = Sharding(make_mesh("data=4,tensor=2"), Rules.of(vocab="tensor", embed="data", mlp="tensor"))
+    model, params = load_pretrained(GOLDENS / "tied", sharding=sharding, vocab_multiple=8)
+    _, whole = load_pretrained(GOLDENS / "tied", vocab_multiple=8)
+    assert_trees_equal(params, whole)
+    expected = sharding.tree(model.specs)
+    assert jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted, params, expected) == jax.tree.map(
+        lambda _: True, params
+    )
+    assert params["token_embedding"].addressable_shards[0].data.shape == (32, 6)
+    save_pretrained(tmp_path, model, params)
+    assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "tied"))
+    with pytest.raises(ValueError, match="vocab"):  # 61 rows over 2 devices
+        load_pretrained(GOLDENS / "tied", sharding=sharding)
+
+
+def test_at_most_one_parameter_is_held_beyond_the_result(tmp_path: Path) -> None:
+    model = get_model("gpt2-tiny", num_layers=12, embed_dim=128)
+    save_pretrained(tmp_path, model, zeros(model), max_shard_bytes=1_000_000)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(model.specs))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.specs))
+    tracemalloc.start()
+    _, params = load_pretrained(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert spec.count(params) == model.num_parameters
+    # Numpy's memory is traced, that of XLA is not: all but what is in flight has left numpy.
+    assert largest <= peak < 1.5 * largest < 0.5 * total
+
+
+# ------------------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_names_decide_about_the_prefix_and_old_buffers_are_passed_over(directory: Path, prefix: str) -> None:
+    def old(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = {prefix + name.removeprefix("transformer."): array for name, array in tensors.items()}
+        buffers = {f"{prefix}h.{layer}.attn.bias": np.tri(20, dtype=np.bool_)[None, None] for layer in range(2)}
+        scalars = {f"{prefix}h.{layer}.attn.masked_bias": np.full((), -1e4, np.float32) for layer in range(2)}
+        return tensors | buffers | scalars | {"lm_head.weight": tensors[f"{prefix}wte.weight"]}
+
+    edit_weights(directory, old)
+    _, params = load_pretrained(directory)
+    assert_trees_equal(params, load_pretrained(GOLDENS / "tied")[1])
+
+
+def test_a_tied_head_must_equal_the_token_table(directory: Path) -> None:
+    def head(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        table = tensors["transformer.wte.weight"].copy()
+        table[60, 23] += 1
+        return tensors | {"lm_head.weight": table}
+
+    edit_weights(directory, head)
+    with pytest.raises(ValueError, match=r"lm_head.weight must equal transformer.wte.weight.*differ"):
+        load_pretrained(directory)
+    _, params = load_pretrained(directory, tie_embeddings=False)
+    assert params["head"][60, 23] == params["token_embedding"][60, 23] + 1
+    edit_weights(directory, lambda tensors: tensors | {"lm_head.weight": np.ones((3, 2), np.float32)})
+    with pytest.raises(ValueError, match=r"lm_head.weight must equal"):
+        load_pretrained(directory)
+
+
+def test_fields_that_a_config_lacks_and_words_it_may_use(directory: Path) -> None:
+    edit_config(directory, tie_word_embeddings=..., n_inner=..., scale_attn_weights=..., architectures=...)
+    model, _ = load_pretrained(directory)
+    assert model == load_pretrained(GOLDENS / "tied")[0]
+    edit_config(directory, activation_function="gelu_pytorch_tanh", something_unheard_of=3)  # the same function
+    assert load_pretrained(directory)[0] == model
+
+
+# -------------------------------------------------------------------------------------------------------- saving
+
+
+def test_the_saved_config(tmp_path: Path) -> None:
+    model = get_model("gpt2-tiny", activation="gelu", mlp_dim=48, attention_dropout=0.25)
+    save_pretrained(tmp_path, model, zeros(model))
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": 128,
+        "n_positions": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_inner": 48,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.25,
+        "resid_pdrop": 0.1,
+        "tie_word_embeddings": True,
+        "activation_function": "gelu",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "torch_dtype": "float32",
+    }
+    mode = (tmp_path / "config.json").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == mode
+    assert huggingface._their_config(get_model("gpt2"), "float32")["eos_token_id"] == 50256
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    model, params = load_pretrained(GOLDENS / "tied")
+    save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.iterdir())
+    count = len(files) - 2
+    assert files == [
+        "config.json",
+        *(f"model-{shard:05}-of-{count:05}.safetensors" for shard in range(1, count + 1)),
+        "model.safetensors.index.json",
+    ]
+    assert 3 <= count <= 6
+    for name in set(index["weight_map"].values()):
+        tensors = load_file(tmp_path / name)
+        assert {key for key, file in index["weight_map"].items() if file == name} == tensors.keys()
+        assert sum(array.nbytes for array in tensors.values()) <= 20_000
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "tied"))
+    again, loaded = load_pretrained(tmp_path)
+    assert again == model
+    assert_trees_equal(loaded, params)
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
+    assert huggingface._split([("a", 3), ("b", 9), ("c", 2), ("d", 3)], 5) == [["a"], ["b"], ["c", "d"]]
+    model, params = load_pretrained(GOLDENS / "tied")
+    with pytest.raises(ValueError, match="max_shard_bytes=0"):
+        save_pretrained(tmp_path, model, params, max_shard_bytes=0)
+
+
+def test_a_later_save_replaces_an_earlier_one_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    model, params = load_pretrained(GOLDENS / "tied")
+    other, others = load_pretrained(GOLDENS / "padded")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for most in (20_000, 10**9, 12_000, 20_000):
+        save_pretrained(tmp_path, other, others, max_shard_bytes=10_000)
+        save_pretrained(tmp_path, model, params, max_shard_bytes=most)
+        assert (tmp_path / "model.safetensors").exists() == (most == 10**9)
+        assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "tied"))
+        assert load_pretrained(tmp_path)[0] == model
+        assert (tmp_path / "tokenizer.json").exists()
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = load_pretrained(GOLDENS / "tied")
+    save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        if "00002" in path.name:
+            raise OSError("no space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, params), max_shard_bytes=20_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_shards_half_renamed_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = load_pretrained(GOLDENS / "tied")
+    save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
+
+    def killed(source: Path, target: Path) -> None:
+        if "00002" in target.name:
+            raise KeyboardInterrupt
+        source.rename(target)
+
+    monkeypatch.setattr(huggingface.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, params), max_shard_bytes=20_000)
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor model.safetensors.index.json"):
+        load_pretrained(tmp_path)
+
+
+def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:
+    model, params = load_pretrained(GOLDENS / "tied")
+    with pytest.raises(ValueError, match=r"parameters of gpt .*\n.*missing: token_embedding"):
+        save_pretrained(tmp_path / "a", model, {key: leaf for key, leaf in params.items() if key != "token_embedding"})
+    short = {**params, "final_norm": {"scale": jnp.ones(24), "bias": jnp.ones(23)}}
+    with pytest.raises(ValueError, match=r"final_norm/bias expected float32\[24\], got float32\[23\]"):
+        save_pretrained(tmp_path / "a", model, short)
+    integers = {**params, "position_embedding": params["position_embedding"].astype(jnp.int32)}
+    with pytest.raises(ValueError, match="position_embedding is int32"):
+        save_pretrained(tmp_path / "a", model, integers)
+    assert not (tmp_path / "a").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mamba"}, r"model_type='mamba' is not supported: .*gpt2 \(GPT2LMHeadModel, GPT2Model\)"),
+        ({"model_type": ...}, r"model_type=None is not supported"),
+        ({"architectures": ["GPT2ForSequenceClassification"]}, r"'GPT2ForSequenceClassification'.*GPT2LMHeadModel"),
+        ({"activation_function": "swish"}, r"activation_function='swish' .*choose from gelu_new, "),
+        ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\]"),
+        ({"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True.*only False is"),
+        ({"scale_attn_weights": False}, r"scale_attn_weights=False .*only True is"),
+        ({"n_layer": "2"}, r"n_layer='2' is not of type int"),
+        ({"n_layer": True}, r"n_layer=True is not of type int"),
+        ({"n_inner": 1.5}, r"n_inner=1.5 is not of type int \| None"),
+        ({"tie_word_embeddings": None}, r"tie_word_embeddings=None is not of type bool"),
+        ({"n_head": 5}, r"config.json: num_heads=5 does not divide embed_dim=24"),
+        ({"n_layer": 10**12}, r"1000000000000 layers .*, but 28 tensors"),
+        (
+            {"vocab_size": 10**12},
+            r"differs: transformer.wte.weight expected F32\[1000000000000, 24\], got F32\[61, 24\]",
+        ),
+        ({"n_layer": 1}, r"12 differences\)\S\n.*extra: transformer.h.1.attn.c_attn.bias"),
+        ({"n_layer": 3}, r"12 differences\)\S\n.*missing: transformer.h.2.attn.c_attn.bias"),
+    ],
+)
+def test_configs_that_are_not_supported(directory: Path, fields: dict[str, Any], message: str) -> None:
+    edit_config(directory, **fields)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(directory)
+
+
+def without(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    return lambda tensors: {key: array for key, array in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("transformer.h.1.ln_2.bias"), r"missing: transformer.h.1.ln_2.bias tensor\[24\]"),
+        (lambda t: t | {"score.weight": np.ones((2, 24), np.float32)}, r"extra: score.weight F32\[2, 24\]"),
+        (lambda t: t | {"wte.weight": np.ones(2, np.float32)}, r"extra: wte.weight F32\[2\]"),
+        (
+            lambda t: t | {"transformer.h.0.attn.c_attn.weight": np.ones((72, 24), np.float32)},
+            r"differs: transformer.h.0.attn.c_attn.weight expected F32\[24, 72\], got F32\[72, 24\]",
+        ),
+        (
+            lambda t: t | {"transformer.h.0.attn.c_attn.bias": np.ones((3, 24), np.float32)},
+            r"expected F32\[72\], got F32\[3, 24\]",
+        ),
+    ],
+)  # fmt: skip
+def test_missing_extra_and_misshapen_tensors_are_named(directory: Path, change: Any, message: str) -> None:
+    edit_weights(directory, change)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 60_000, -1])
+def test_truncated_weights(directory: Path, keep: int) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated or no safetensors file"):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"", b'{"n_layer": 2,', b"[1]", b"\xff\xfe"])
+def test_damaged_json(tmp_path: Path, name: str, content: bytes) -> None:
+    save_pretrained(tmp_path, *load_pretrained(GOLDENS / "tied"), max_shard_bytes=20_000)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} (is truncated or no JSON file|must hold a JSON object)"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../elsewhere/model.safetensors", "{outside}/model.safetensors", "sub/model.safetensors", "..\\x.safetensors"],
+)
+def test_an_index_leads_nowhere_else(directory: Path, name: str) -> None:
+    outside = directory.parent / "elsewhere"
+    for place in (outside, directory / "sub"):
+        place.mkdir()
+        shutil.copy(directory / "model.safetensors", place)
+    (directory / "model.safetensors").unlink()
+    name = name.format(outside=outside)
+    index = {"weight_map": dict.fromkeys(weights(outside), name)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="leads out of the directory") as raised:
+        load_pretrained(directory)
+    assert repr(name) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_links_stay_in_the_directory_or_in_the_cache_of_the_hub(directory: Path, name: str) -> None:
+    blobs = directory.parent / "blobs"
+    blobs.mkdir()
+    (directory / name).rename(blobs / "0123")
+    (directory / name).symlink_to(blobs / "0123")
+    with pytest.raises(ValueError, match=rf"{name} is a link out of the directory, to .*0123"):
+        load_pretrained(directory)
+    snapshot = directory.parent / "snapshots" / "abcd"
+    snapshot.parent.mkdir()
+    directory.rename(snapshot)
+    model, _ = load_pretrained(snapshot)
+    assert model == load_pretrained(GOLDENS / "tied")[0]
+
+
+def test_an_index_must_match_its_files(tmp_path: Path) -> None:
+    save_pretrained(tmp_path, *load_pretrained(GOLDENS / "tied"), max_shard_bytes=20_000)
+    path = tmp_path / "model.safetensors.index.json"
+    good = path.read_text()
+    index = json.loads(good)
+    first, last = index["weight_map"]["transformer.h.0.ln_1.bias"], index["weight_map"]["transformer.wte.weight"]
+    assert first != last
+
+    def fails(weight_map: Any, error: type[Exception], message: str) -> None:
+        path.write_text(json.dumps({**index, "weight_map": weight_map}))
+        with pytest.raises(error, match=message):
+            load_pretrained(tmp_path)
+
+    fails(index["weight_map"] | {"transformer.wte.weight": first}, ValueError, f"wte.weight: in {last}, index says")
+    fails(index["weight_map"] | {"new.weight": first}, ValueError, "new.weight: in no file, index says")
+    fails({k: v for k, v in index["weight_map"].items() if k != "transformer.wte.weight"}, ValueError, "says nothing")
+    fails(index["weight_map"] | {"new.weight": "gone.safetensors"}, FileNotFoundError, r"gone.safetensors is missing")
+    fails(index["weight_map"] | {"new.weight": "pytorch_model.bin"}, ValueError, r"names 'pytorch_model.bin': only")
+    fails([], ValueError, "weight_map must name the file")
+    fails({"new.weight": 3}, ValueError, "weight_map must name the file")
+    path.write_text(good)
+    (tmp_path / last).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{last} is missing"):
+        load_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    save_pretrained(tmp_path, *load_pretrained(GOLDENS / "tied"), max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    file = tmp_path / index["weight_map"]["transformer.h.0.ln_1.bias"]
+    save_file(load_file(file) | {"transformer.wte.weight": np.ones(3, np.float32)}, file)
+    with pytest.raises(ValueError, match=r"'transformer.wte.weight' is in model-.* and in model-"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_pickles_are_never_read(directory: Path, name: str, tmp_path: Path) -> None:
+    (directory / name).write_bytes(f"cos\nmkdir\n(V{tmp_path}/opened\ntR.".encode())  # makes a directory when unpickled
+    load_pretrained(directory)  # safetensors beside it: those are read
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"pickles only \({name}\).*any code.*safe_serialization=True"):
+        load_pretrained(directory)
+    shutil.copy(directory / name, directory / "model.safetensors")  # under a false name
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load_pretrained(directory)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_directories_without_a_model(directory: Path) -> None:
+    shutil.copy(directory / "model.safetensors", directory / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match="two models: remove the stale one"):
+        load_pretrained(directory)
+    os.remove(directory / "model.safetensors.index.json")
+    os.rename(directory / "model.safetensors", directory / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*it holds .*weights.safetensors"):
+        load_pretrained(directory)
+    os.remove(directory / "config.json")
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        load_pretrained(directory)
+    with pytest.raises(FileNotFoundError, match=r"'gpt2' is not a directory: nothing is downloaded.*hf download"):
+        load_pretrained("gpt2")

@@ -1,0 +1,596 @@
+"""Checkpoints: bit by bit, strict, checked, and safe against a process that dies at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxlm.checkpoint
+from jaxlm import spec
+from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError, checksums
+
+OPTIMIZER = optax.adamw(1e-2)
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    key: jax.Array
+    carried: Any = None
+
+
+def new_state(seed: int = 0) -> TrainState:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "embed": {"weight": jax.random.normal(keys[0], (16, 8))},
+        "layers": {"scale": jnp.ones((2, 8), jnp.bfloat16), "weight": jax.random.normal(keys[1], (2, 8, 8))},
+    }
+    return TrainState(jnp.int32(0), params, OPTIMIZER.init(params), keys[2])
+
+
+def train_step(state: TrainState) -> TrainState:
+    """Noise from the state's own key, so that a resume with another key, or another moment, would show."""
+
+    def loss(params: Any) -> jax.Array:
+        noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (16, 8))
+        hidden = (params["embed"]["weight"] + noise) @ params["layers"]["weight"][0]
+        return jnp.mean((hidden * params["layers"]["scale"][1][None, :].astype(jnp.float32)) ** 2)
+
+    updates, optimizer = OPTIMIZER.update(jax.grad(loss)(state.params), state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, optimizer=optimizer)
+
+
+jitted_step = jax.jit(train_step)
+donating_step = jax.jit(train_step, donate_argnums=0)
+
+
+def as_bytes(leaf: jax.Array) -> bytes:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def assert_same_bits(expected: Any, actual: Any) -> None:
+    assert jax.tree.structure(expected) == jax.tree.structure(actual)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert as_bytes(one) == as_bytes(other)
+
+
+def target_of(tree: Any, sharding: Any = None) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+# --------------------------------------------------------------------------------------------- there and back
+
+
+def test_round_trip_is_bitwise_with_structure_and_meta(tmp_path: Path) -> None:
+    state = jitted_step(jitted_step(new_state()))
+    meta = {"config": {"name": "gpt", "rate": 1e-3, "tied": True}, "data": {"epoch": 2, "row": [1, 2, None]}}
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(2, state, meta, metric=1.5)
+        restored, restored_meta = checkpointer.restore(target_of(state))
+    assert_same_bits(state, restored)
+    assert isinstance(restored, TrainState)
+    assert restored.carried is None
+    assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
+    assert restored_meta == meta
+    assert type(restored_meta["data"]["epoch"]) is int
+
+
+def test_round_trip_keeps_every_dtype_and_odd_bits(tmp_path: Path) -> None:
+    bits = jnp.array([0x7FC00001, 0xFFC12345, 0x80000000, 1], jnp.uint32)  # two NaNs, minus zero, a denormal
+    tree = {
+        "float": jax.lax.bitcast_convert_type(bits, jnp.float32),
+        "half": jnp.array([jnp.nan, -0.0, jnp.inf], jnp.float16),
+        "bool": jnp.array([True, False]),
+        "int8": jnp.array([-128, 127], jnp.int8),
+        "scalar": jnp.bfloat16(3),
+        "keys": jax.random.split(jax.random.key(1, impl="rbg"), (2, 3)),
+        "raw key": jax.random.PRNGKey(5),
+        "list": [jnp.uint8(1), (jnp.int16(-2), None)],
+    }
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, tree, {}, wait=True)
+        assert_same_bits(tree, checkpointer.restore(tree)[0])
+
+
+def test_round_trip_of_64_bit_types(tmp_path: Path) -> None:
+    with jax.enable_x64(True), Checkpointer(tmp_path) as checkpointer:
+        tree = {"f": jnp.array([1 / 3, -0.0], jnp.float64), "i": jnp.array([-(2**40), 3]), "c": jnp.array([1 + 2j])}
+        assert {leaf.dtype.itemsize for leaf in tree.values()} == {8, 16}
+        checkpointer.save(0, tree, {})
+        assert_same_bits(tree, checkpointer.restore(target_of(tree))[0])
+        assert checksums(tree) != checksums(tree | {"i": tree["i"] + 2**33})
+
+
+def test_specs_are_a_target(tmp_path: Path) -> None:
+    specs = {
+        "embed": spec.ArraySpec((4, 2), ("vocab", "embed"), spec.Normal(0.02)),
+        "scale": spec.ArraySpec((2,), (None,)),
+    }
+    params = spec.init(specs, jax.random.key(0))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, params, {})
+        assert_same_bits(params, checkpointer.restore(specs)[0])
+
+
+def test_resume_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+    state = new_state()
+    for _ in range(6):
+        state = jitted_step(state)
+    uninterrupted, state = state, new_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        for _ in range(3):
+            state = jitted_step(state)
+        checkpointer.save(3, state, {})
+    with Checkpointer(tmp_path) as checkpointer:
+        state, _ = checkpointer.restore(jax.eval_shape(new_state))
+    assert int(state.step) == 3
+    for _ in range(3):
+        state = donating_step(state)
+    assert_same_bits(uninterrupted, state)
+
+
+def test_buffers_may_be_donated_and_meta_changed_right_after_an_asynchronous_save(tmp_path: Path) -> None:
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    devices = jax.devices()
+    for sharding in (
+        jax.sharding.SingleDeviceSharding(devices[0]),
+        NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")),
+    ):
+        tree = step({str(i): jax.device_put(jnp.full((1 << 18,), i, jnp.float32), sharding) for i in range(4)})
+        expected = {name: np.array(leaf) for name, leaf in tree.items()}
+        meta = {"row": 7, "buffer": [1, 2]}
+        with Checkpointer(tmp_path / type(sharding).__name__) as checkpointer:
+            checkpointer.save(1, tree, meta)
+            for _ in range(3):
+                tree = step(tree)
+            meta["row"] = 8
+            meta["buffer"].clear()
+            restored, restored_meta = checkpointer.restore(target_of(tree, sharding))
+        for name, leaf in restored.items():
+            np.testing.assert_array_equal(np.asarray(leaf), expected[name])
+        assert restored_meta == {"row": 7, "buffer": [1, 2]}
+
+
+def test_donated_train_state_is_saved_as_it_was(tmp_path: Path) -> None:
+    state, expected = new_state(), new_state()
+    for _ in range(2):
+        state, expected = donating_step(state), jitted_step(expected)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, state, {})
+        state = donating_step(state)
+        assert_same_bits(expected, checkpointer.restore(jax.eval_shape(new_state))[0])
+
+
+# ------------------------------------------------------------------------------------------------ other meshes
+
+
+def placements() -> dict[str, Any]:
+    """The sharding of an [16, 8] array on one device, on eight, on two by four, and on a mesh of explicit axes."""
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    return {
+        "one": jax.sharding.SingleDeviceSharding(jax.devices()[3]),
+        "eight": NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")),
+        "two by four": NamedSharding(jax.make_mesh((2, 4), ("data", "model")), PartitionSpec("data", "model")),
+        "replicated": NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec()),
+        "explicit": NamedSharding(explicit, PartitionSpec(None, "data")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored"),
+    [
+        ("one", "eight"),
+        ("eight", "one"),
+        ("eight", "two by four"),
+        ("replicated", "eight"),
+        ("two by four", "explicit"),
+    ],
+)
+def test_restore_onto_another_mesh(tmp_path: Path, saved: str, restored: str) -> None:
+    before, after = placements()[saved], placements()[restored]
+    tree = {
+        "weight": jax.device_put(jax.random.normal(jax.random.key(0), (16, 8)), before),
+        "keys": jax.device_put(jax.random.split(jax.random.key(0), (16, 8)), before),
+        "here": jnp.arange(3),
+    }
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {})
+        target = target_of({name: tree[name] for name in ("weight", "keys")}, after) | {"here": tree["here"]}
+        result, _ = checkpointer.restore(target)
+    assert_same_bits(tree, result)
+    assert result["weight"].sharding.is_equivalent_to(after, 2)
+    assert result["keys"].sharding.is_equivalent_to(after, 2)
+    assert result["here"].sharding.is_equivalent_to(tree["here"].sharding, 1)
+
+
+def test_what_was_on_no_device_in_particular_goes_along_with_a_mesh(tmp_path: Path) -> None:
+    """A fresh counter or key runs beside sharded parameters; restored, it still must."""
+    mesh = jax.make_mesh((8,), ("data",))
+    weight = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, PartitionSpec("data")))
+    tree = {"weight": weight, "step": jnp.int32(3), "key": jax.random.key(0)}
+    step = jax.jit(lambda tree: tree["weight"] + tree["step"] + jax.random.normal(tree["key"], (16,)))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {})
+        restored, _ = checkpointer.restore(tree)
+    assert not restored["step"].committed
+    np.testing.assert_array_equal(step(tree), step(restored))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_save_and_restore_under_a_global_mesh(tmp_path: Path, kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    tree = {"free": jnp.arange(4.0), "key": jax.random.key(1)}
+    with jax.set_mesh(mesh), Checkpointer(tmp_path) as checkpointer:
+        tree["sharded"] = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, PartitionSpec("data")))
+        checkpointer.save(1, tree, {})
+        assert_same_bits(tree, checkpointer.restore(tree)[0])
+
+
+def test_a_target_that_jax_cannot_hold_is_refused(tmp_path: Path) -> None:
+    abstract = jax.sharding.AbstractMesh((8,), ("data",))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": jnp.zeros(8)}, {}, wait=True)
+        target = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(abstract, PartitionSpec("data")))
+        with pytest.raises(ValueError, match=r"'x' is to go to .* which has no devices"):
+            checkpointer.restore({"x": target})
+        with jax.enable_x64(True):
+            checkpointer.save(2, {"x": jnp.zeros(8, jnp.float64)}, {}, wait=True)
+        with pytest.raises(ValueError, match="'x' is float64: set jax_enable_x64"):
+            checkpointer.restore({"x": jax.ShapeDtypeStruct((8,), np.dtype("float64"))})
+
+
+# --------------------------------------------------------------------------------------------------- checksums
+
+
+DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float8_e5m2",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_checksum_sees_a_swap_and_any_flipped_bit(dtype: str) -> None:
+    kind = jnp.dtype(dtype)
+    data = np.random.default_rng(0).integers(0, 2, 24, np.uint8).astype(bool) if dtype == "bool" else np.arange(24)
+    values = np.asarray(jnp.asarray(data).astype(kind)).reshape(4, 6)
+    original = checksums({"x": jnp.asarray(values)})["x"]
+    different = np.argwhere(values.ravel() != values.ravel()[0])[0, 0]
+    swapped = values.ravel().copy()
+    swapped[[0, different]] = swapped[[different, 0]]
+    seen = {original, checksums({"x": jnp.asarray(swapped.reshape(4, 6))})["x"]}
+    bits = 1 if dtype == "bool" else 8 * kind.itemsize
+    for bit in range(bits):
+        flipped = bytearray(values.tobytes())
+        flipped[5 * kind.itemsize + bit // 8] ^= 1 << (bit % 8)
+        array = jnp.asarray(np.frombuffer(bytes(flipped), kind).reshape(4, 6))
+        seen.add(checksums({"x": array})["x"])
+    assert len(seen) == 2 + bits
+
+
+def test_checksum_does_not_depend_on_the_sharding() -> None:
+    array = jax.random.normal(jax.random.key(0), (16, 8))
+    placed = {name: jax.device_put(array, sharding) for name, sharding in placements().items()}
+    assert len(set(checksums(placed).values())) == 1
+
+
+def test_checksum_is_the_one_of_earlier_versions() -> None:
+    """If this changes, checkpoints saved before the change are refused: read the old checksums as well."""
+    values = checksums({"floats": jnp.arange(12, dtype=jnp.float32).reshape(3, 4), "scalar": jnp.bfloat16(-1.5)})
+    assert values == GOLDEN
+
+
+GOLDEN = {"floats": "78dfafae3c073165", "scalar": "4674b25ab182e459"}
+
+
+# ---------------------------------------------------------------------------------------------------- strictness
+
+
+def test_another_tree_is_refused_with_a_diff_before_an_array_is_read(tmp_path: Path) -> None:
+    tree = {"a": jnp.zeros(3), "b": {"w": jnp.zeros((2, 2)), "k": jax.random.key(0)}, "same": jnp.int32(1)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(4, tree, {}, wait=True)
+        for path in (tmp_path / "4" / "state").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        target = {
+            "a": jnp.zeros(3, jnp.bfloat16),
+            "b": {"w": jnp.zeros((4,)), "k": jax.random.key(0, impl="rbg")},
+            "same": jnp.int32(1),
+            "new": jnp.zeros(1),
+        }
+        with pytest.raises(ValueError, match=r"\(4 differences\)") as caught:
+            checkpointer.restore(target)
+        del target["new"], target["b"]["w"]
+        with pytest.raises(ValueError, match="extra: b/w float32") as caught_extra:
+            checkpointer.restore(target)
+    text = str(caught.value)
+    assert str(tmp_path / "4") in text
+    assert "missing: new float32[1]" in text
+    assert "differs: a expected bfloat16[3], got float32[3]" in text
+    assert "differs: b/w expected float32[4], got float32[2, 2]" in text
+    assert "differs: b/k expected key<rbg>[], got key<fry>[]" in text
+    assert "same" not in text
+    assert not isinstance(caught_extra.value, CorruptCheckpointError)
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    tree = {"x": jnp.zeros(2)}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        Checkpointer(tmp_path / "file")
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+        Checkpointer(tmp_path, keep_last=0)
+    with pytest.raises(ValueError, match="URL 'gs://bucket/run'"):
+        Checkpointer("gs://bucket/run")
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        assert (checkpointer.steps(), checkpointer.latest, checkpointer.best) == ([], None, None)
+        for look in (
+            checkpointer.meta,
+            lambda: checkpointer.restore(tree),
+            lambda: checkpointer.restore(tree, best=True),
+        ):
+            with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path / 'run'}"):
+                look()
+        assert not (tmp_path / "run").exists()
+        checkpointer.save(3, tree, {})
+        with pytest.raises(FileExistsError, match="run/3 exists"):
+            checkpointer.save(3, tree, {})
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 in .*run: there are \[3\]"):
+            checkpointer.restore(tree, 5)
+        with pytest.raises(FileNotFoundError, match=r"has a metric: \[3\]"):
+            checkpointer.restore(tree, best=True)
+        with pytest.raises(ValueError, match="not for both"):
+            checkpointer.restore(tree, 3, best=True)
+        with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
+            checkpointer.save(-1, tree, {})
+        with pytest.raises(TypeError, match="'x' is 3: a checkpoint holds arrays"):
+            checkpointer.save(4, {"x": 3}, {})
+        with pytest.raises(TypeError, match="'x' is a ndarray"):
+            checkpointer.save(4, {"x": np.zeros(2)}, {})
+        with pytest.raises(ValueError, match=r"'x' has shape \(0, 2\)"):
+            checkpointer.save(4, {"x": jnp.zeros((0, 2))}, {})
+        with pytest.raises(ValueError, match="same path name"):
+            checkpointer.save(4, {"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)}, {})
+        with pytest.raises(TypeError, match=r"meta\['rows'\]\[0\] has the key 3: .* use '3'"):
+            checkpointer.save(4, tree, {"rows": [{3: 1}]})
+        with pytest.raises(TypeError, match=r"meta\['row'\] is np.int64\(3\) of type int64"):
+            checkpointer.save(4, tree, {"row": np.int64(3)})
+        assert checkpointer.steps() == [3]
+
+
+# ---------------------------------------------------------------------------------------------------- corruption
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change the arrays of a checkpoint behind its back, through orbax, so that the files are whole."""
+    with ocp.StandardCheckpointer() as orbax:
+        arrays = orbax.restore(path / "state", jax.tree.map(np.asarray, STORED))
+        shutil.rmtree(path / "state")
+        orbax.save(path / "state", change(arrays))
+
+
+STORED = {"a/one": np.arange(6.0, dtype=np.float32), "a/two": np.arange(4, dtype=np.int32), "b": np.float32(1)}
+
+
+def saved_twice(directory: Path) -> dict[str, Any]:
+    tree = {"a": {"one": jnp.arange(6.0), "two": jnp.arange(4)}, "b": jnp.float32(1)}
+    with Checkpointer(directory) as checkpointer:
+        checkpointer.save(1, tree, {})
+        checkpointer.save(2, tree, {"n": 2})
+    return tree
+
+
+def test_changed_arrays_are_named_with_the_way_out(tmp_path: Path) -> None:
+    tree = saved_twice(tmp_path)
+    rewrite(tmp_path / "2", lambda arrays: arrays | {"a/one": arrays["a/one"][[0, 2, 1, 3, 4, 5]], "b": np.float32(2)})
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CorruptCheckpointError) as caught:
+            checkpointer.restore(tree)
+        text = str(caught.value)
+        assert f"{tmp_path / '2'} is corrupt: wrong checksum of a/one, b;" in text
+        assert f"move {tmp_path / '2'} away and restore an earlier step: [1]" in text
+        assert_same_bits(tree, checkpointer.restore(tree, 1)[0])
+        (tmp_path / "2").rename(tmp_path / "2.bad")
+        assert_same_bits(tree, checkpointer.restore(tree)[0])
+
+
+def test_a_changed_checksum_is_noticed(tmp_path: Path) -> None:
+    tree = saved_twice(tmp_path)
+    path = tmp_path / "2" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    checksum = record["arrays"]["a/two"]["checksum"]
+    record["arrays"]["a/two"]["checksum"] = checksum[:-1] + ("0" if checksum[-1] != "0" else "1")
+    path.write_text(json.dumps(record))
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(CorruptCheckpointError, match="checksum of a/two;"):
+        checkpointer.restore(tree)
+
+
+def test_no_flipped_byte_of_the_stored_arrays_goes_unnoticed(tmp_path: Path) -> None:
+    tree = {"weight": jax.random.normal(jax.random.key(0), (64, 64))}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {}, wait=True)
+        path = max((path for path in (tmp_path / "1" / "state").rglob("*") if path.is_file()), key=os.path.getsize)
+        original = path.read_bytes()
+        assert len(original) > 64 * 64 * 3
+        for place in np.linspace(0, len(original) - 1, 40).astype(int):
+            path.write_bytes(original[:place] + bytes([original[place] ^ 16]) + original[place + 1 :])
+            try:
+                restored, _ = checkpointer.restore(tree)
+            except CorruptCheckpointError as error:
+                assert str(tmp_path / "1") in str(error)  # noqa: PT017
+            else:  # a byte that means nothing
+                assert_same_bits(tree, restored)
+
+
+def test_lost_array_files_are_reported_as_corruption(tmp_path: Path) -> None:
+    tree = {"x": jnp.zeros(4)}  # one array: when one of several fails, tensorstore trips over the rest, unraisably
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree, {})
+        checkpointer.save(2, tree, {}, wait=True)
+        shutil.rmtree(tmp_path / "2" / "state" / "d")
+        with pytest.raises(CorruptCheckpointError, match=r"cannot read the arrays of .*/2 .* earlier step: \[1\]"):
+            checkpointer.restore(tree)
+
+
+def test_meta_is_read_without_arrays(tmp_path: Path) -> None:
+    saved_twice(tmp_path)
+    for path in (tmp_path / "2" / "state").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.meta() == checkpointer.meta(2) == {"n": 2}
+        assert checkpointer.meta(1) == {}
+
+
+# ------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    losses = {10: float("nan"), 20: 1.0, 30: float("nan"), 40: 2.0, 50: None, 60: 1.0}
+    with Checkpointer(tmp_path, keep_last=2) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, {"x": jnp.float32(step)}, {}, metric=loss)
+        checkpointer.wait()
+        assert checkpointer.steps() == [20, 50, 60]
+        assert (checkpointer.latest, checkpointer.best) == (60, 20)
+        assert float(checkpointer.restore({"x": jnp.float32(0)}, best=True)[0]["x"]) == 20
+    assert names_in(tmp_path) == {"20", "50", "60"}
+
+
+def test_keeps_only_the_last_when_told(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep_last=1, keep_best=False, asynchronous=False) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"x": jnp.float32(step)}, {}, metric=float(step))
+            assert checkpointer.steps() == [step]
+
+
+def test_a_step_before_the_latest_survives_its_own_save(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(9, {"x": jnp.float32(9)}, {}, wait=True)
+        checkpointer.save(4, {"x": jnp.float32(4)}, {}, wait=True)
+        assert checkpointer.steps() == [4, 9]
+
+
+def test_leftovers_are_passed_over_and_cleared_by_the_next_save_only(tmp_path: Path) -> None:
+    tree = saved_twice(tmp_path)
+    shutil.copytree(tmp_path / "2", tmp_path / "7.orbax-checkpoint-tmp")
+    shutil.copytree(tmp_path / "2", tmp_path / "0.deleted")
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "half").write_text("a copy that was cut short")
+    (tmp_path / "6" / "record").mkdir(parents=True)
+    (tmp_path / "6" / "record" / "metadata").write_text('{"arrays": {"a')
+    (tmp_path / "notes.txt").write_text("mine")
+    before = names_in(tmp_path)
+    with Checkpointer(tmp_path, keep_last=2) as reader:
+        assert reader.steps() == [1, 2]
+        reader.restore(tree)
+    assert names_in(tmp_path) == before
+    with Checkpointer(tmp_path, keep_last=2) as checkpointer:
+        checkpointer.save(7, tree, {}, wait=True)
+        assert checkpointer.steps() == [2, 7]
+        checkpointer.save(5, tree, {}, wait=True)
+        assert checkpointer.steps() == [5, 7]
+        assert_same_bits(tree, checkpointer.restore(tree, 5)[0])
+    aside = names_in(tmp_path) - {"5", "6", "7", "notes.txt"}
+    assert [name.split("-")[0] for name in aside] == ["5.unreadable"]
+    assert (tmp_path / aside.pop() / "half").exists()
+
+
+def test_a_save_that_fails_is_reported_and_loses_nothing(tmp_path: Path) -> None:
+    tree = {"x": jnp.arange(4.0)}
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.save(1, tree, {}, wait=True)
+        (tmp_path / "2.orbax-checkpoint-tmp").write_text("a file where orbax wants a directory")
+        with pytest.raises(OSError, match=r"2\.orbax-checkpoint-tmp"):
+            checkpointer.save(2, tree, {}, wait=True)
+        assert checkpointer.steps() == [1]
+        (tmp_path / "2.orbax-checkpoint-tmp").unlink()
+        checkpointer.save(2, tree, {}, wait=True)
+        assert_same_bits(tree, checkpointer.restore(tree)[0])
+
+
+# ------------------------------------------------------------------------------------------------------- kill -9
+
+WORKER = """
+import sys, jax, jax.numpy as jnp
+from jaxlm.checkpoint import Checkpointer
+tree = {str(i): jax.random.bits(jax.random.key(i), (1 << 20,)) for i in range(4)}
+with Checkpointer(sys.argv[1], keep_last=2) as checkpointer:
+    step = 0
+    if checkpointer.latest is not None:
+        tree, meta = checkpointer.restore(tree)
+        step = meta["step"]
+    while True:
+        step += 1
+        tree = jax.tree.map(lambda x: x + 1, tree)
+        checkpointer.save(step, tree, {"step": step}, metric=-step)
+"""
+
+
+def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(Path(jaxlm.checkpoint.__file__).parents[1]),
+    }
+    directory, chance, interrupted, reached = tmp_path / "run", random.Random(0), 0, 0
+    target = {str(i): jax.ShapeDtypeStruct((1 << 20,), jnp.uint32) for i in range(4)}
+    for _ in range(3):
+        worker = subprocess.Popen([sys.executable, "-c", WORKER, str(directory)], env=environment)
+        deadline = time.monotonic() + 60
+        while True:  # let it save two more, then catch the next one while it is being written
+            assert worker.poll() is None
+            assert time.monotonic() < deadline
+            saving = list(directory.glob("*.orbax-checkpoint-tmp*"))
+            if saving and int(saving[0].name.split(".")[0]) > reached + 2:
+                break
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        interrupted += bool(list(directory.glob("*.orbax-checkpoint-tmp*")))
+        with Checkpointer(directory) as checkpointer:
+            tree, meta = checkpointer.restore(target)
+            assert checkpointer.latest == meta["step"] >= reached + 2
+        reached = meta["step"]
+        for i in range(4):
+            first = jax.random.bits(jax.random.key(i), (1 << 20,))
+            np.testing.assert_array_equal(np.asarray(tree[str(i)]), np.asarray(first + jnp.uint32(reached)))
+    assert interrupted
+    with Checkpointer(directory, keep_last=2) as checkpointer:
+        checkpointer.save(reached + 1, tree, {"step": reached + 1}, metric=0.0)
+    assert names_in(directory) == {str(reached), str(reached + 1)}
