@@ -24,8 +24,8 @@ class Format:
     A field that their ``config.json`` lacks has the default of our ``Config``, so those defaults must be theirs.
 
     Attributes:
-        architectures: class in ``config.json`` -> values of our config fields that this class stands for. On export, the
-            first whose values are those of the model. Classes that are not listed are not supported.
+        architectures: class in ``config.json`` -> values of our config fields that this class stands for. On export,
+            the first whose values are those of the model. Classes that are not listed are not supported.
         model_type: ``model_type`` in ``config.json``.
         prefix: what the head classes put before every base tensor; files of the base class lack it.
         fields: our config field -> theirs.

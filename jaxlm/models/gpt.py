@@ -233,7 +233,10 @@ HUGGING_FACE = files.Format(
     },
     values={
         "activation_function": {
-            "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+            "gelu_new": "gelu_tanh",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "gelu": "gelu",
+            "relu": "relu",
         }
     },
     # Behaviour that this family does not have: any other value is an error.

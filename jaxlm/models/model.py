@@ -93,7 +93,7 @@ def get_model(name: str, **overrides: Any) -> Model:
 
     Example:
         >>> get_model("gpt2", num_layers=2).num_parameters
-        53558784
+        53561088
 
     Raises:
         ValueError: no such name or field; the nearest one is suggested.

@@ -20,7 +20,8 @@ def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str = "vo
         rows: logical name of the table's first axis.
     """
     # Fully sharded parameters split the width, activations the batch: gather the width before the rows are picked.
-    table_VD = constrain(table_VD, (rows, "activation_embed"))
+    table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
+    ids_BT = jnp.asarray(ids_BT)
     rows_BTD = table_VD.at[ids_BT].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=gathered(ids_BT)
     )

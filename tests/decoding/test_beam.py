@@ -131,8 +131,8 @@ def test_the_loop_stops_when_nothing_can_improve(tiny_pair: Pair, next_log_probs
         jax.effects_barrier()
         runs[penalty] = len(CALLS)
         CALLS.clear()
-    # The end is the most likely first token, so by its sum of log-probabilities it is best for good. A large penalty makes
-    # the longest output the best, however unlikely: the search must go on to the last token.
+    # The end is the most likely first token, so by its sum of log-probabilities it is best for good. A large penalty
+    # makes the longest output the best, however unlikely: the search must go on to the last token.
     assert runs == {0.0: 1, 20.0: 16}
 
 

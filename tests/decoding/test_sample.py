@@ -253,7 +253,7 @@ def test_sharded_parameters_generate_the_same(gpt: Pair, pad: Pad) -> None:
     plain = generate(model, params, *prompts, max_new_tokens=NEW)
     split = sharding.Sharding(sharding.make_mesh("data=2,tensor=4"))
     with split.scope():
-        placed = sharding.device_put(params, model.specs, split)
+        placed = jax.device_put(params, split.tree(model.specs))
         out = generate(model, placed, *prompts, max_new_tokens=NEW)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     np.testing.assert_allclose(out.log_probs, plain.log_probs, atol=1e-4)

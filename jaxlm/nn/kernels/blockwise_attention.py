@@ -49,7 +49,7 @@ def attention(
     """See ``jaxlm.nn.attention.attention``. ``sequential``: one head after the other instead of all together."""
     static = _Static(mask.causal, mask.window, scale, dropout, sequential)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
-    return jnp.swapaxes(_attention(static, q, k, v, mask.arrays, key), 1, 2)
+    return jnp.swapaxes(_attention(static, q, k, v, jax.tree.map(jnp.asarray, mask.arrays), key), 1, 2)
 
 
 def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax.Array:

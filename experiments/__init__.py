@@ -1,0 +1,1 @@
+"""Runnable results: one module, one claim. ``python -m experiments.NAME --help``."""

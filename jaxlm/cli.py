@@ -1,0 +1,140 @@
+"""The ``jaxlm`` command: ``generate`` text from a run or a model directory, ``doctor`` for what this machine has."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from jaxlm import load_pretrained
+from jaxlm.data import load_tokenizer
+from jaxlm.decoding import Sampling, stream_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, token by token on the terminal."""
+
+    directory: tyro.conf.Positional[Path]
+    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 500
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Below 1 more probable, above more surprising; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Keep only this many of the likeliest tokens."""
+    top_p: float | None = None
+    """Keep only the likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Keep only tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were already there less likely."""
+    stop: tuple[str, ...] = ()
+    """Stop at the first of these strings."""
+    seed: int = 0
+    """Seed of the draws."""
+    dtype: str | None = None
+    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+
+    def run(self) -> int:
+        """Print the prompt and its continuation as it is made."""
+        directory = self.directory / "model" if (self.directory / "model").is_dir() else self.directory
+        overrides = {} if self.dtype is None else {"dtype": self.dtype}
+        model, params = load_pretrained(directory, **overrides)
+        tokenizer = load_tokenizer(directory)
+        sampling = Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )  # fmt: skip
+        pieces = stream_text(
+            model, params, tokenizer, self.prompt, max_new_tokens=self.max_new_tokens, sampling=sampling,
+            key=jax.random.key(self.seed), stop=self.stop,
+        )  # fmt: skip
+        sys.stdout.write(self.prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Print versions, devices, memory, and which optional packages are missing."""
+
+    def run(self) -> int:
+        """Print the report."""
+        print(f"python {platform.python_version()} on {platform.platform()}")
+        for package in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+            print(f"{package:18} {_version(package) or 'MISSING'}")
+        print(f"\nbackend            {jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}")
+        for device in jax.devices():
+            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}")
+        print(f"host memory        {_host_memory()}")
+        print()
+        for package, extra, purpose in EXTRAS:
+            found = _version(package)
+            print(f"{package:18} {found or f'missing: {purpose}; pip install {extra}'}")
+        return 0
+
+
+EXTRAS = (
+    ("tokenizers", "'jaxlm[tokenizers]'", "reading tokenizer.json and vocab/merges files"),
+    ("pytest", "'jaxlm[test]'", "running the tests"),
+    ("torch", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
+    ("transformers", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
+)
+"""Optional packages: name, how to install, what for."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory(device: jax.Device) -> str:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return ""
+    return f", {stats.get('bytes_in_use', 0) / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB in use"
+
+
+def _host_memory() -> str:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB available"
+
+
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
+    command: Generate | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)  # type: ignore[arg-type]
+    try:
+        return command.run()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"jaxlm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

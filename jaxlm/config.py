@@ -1,0 +1,89 @@
+"""Configs: frozen dataclasses, to and from JSON, and from the command line with tyro."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as JSON-able dicts; paths become strings."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -> C:
+    """The config of class ``kind`` that :func:`to_json` wrote.
+
+    Raises:
+        ValueError: a field that ``kind`` does not have, or one that is missing and has no default.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{where} has an unknown field {name!r}: {hint}the fields are {', '.join(fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, where)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return Path(value) if Path in options and isinstance(value, str) else value
+
+
+def write(config: Any, path: Path) -> None:
+    """Write a config as JSON."""
+    path.write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+
+
+def read(kind: type[C], path: Path) -> C:
+    """Read what :func:`write` wrote."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: is {path.parent} the directory of a run?")
+    return from_json(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def parse(
+    default: C, presets: Mapping[str, C], arguments: Sequence[str] | None = None, *, program: str, description: str
+) -> tuple[C, Path | None]:
+    """A config from the command line: ``--preset NAME`` or ``--resume RUN_DIR`` chooses where to start from, typed
+    options of any field (``--model.num-layers 6``) change it. ``--help`` lists them all.
+
+    Returns:
+        The config and the run directory to resume, or None.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
+    first.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run, with its configuration")
+    known, rest = first.parse_known_args(arguments)
+    if known.preset is not None and known.resume is not None:
+        first.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
+    if known.preset is not None:
+        default = presets[known.preset]
+    if known.resume is not None:
+        default = read(type(default), known.resume / "config.json")
+    options = "".join(f"  {' '.join(a.option_strings)} {a.metavar or set(presets)}: {a.help}\n" for a in first._actions)
+    return tyro.cli(
+        type(default), default=default, args=rest, prog=program, description=f"{description}\n\n{options}"
+    ), known.resume

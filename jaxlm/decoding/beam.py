@@ -1,0 +1,192 @@
+"""Beam search: the best hypotheses of each prompt, the whole loop inside one ``jit``.
+
+The state of every family is reordered by the name of its ``batch`` axis, so nothing here knows what it holds.
+Shapes: B batch, T prompt length, K beams, N new tokens, V ids that may be generated; C candidates of a step, 2 * K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm import spec
+from jaxlm.decoding.prompts import Array, check_prompts, read_prompts, read_tokens
+from jaxlm.models import Model
+from jaxlm.sharding import Sharding, active
+
+
+@struct.dataclass
+class Beams:
+    """Hypotheses of each prompt, best first.
+
+    Attributes:
+        tokens: [B, K, N] int32; after the end, the end id again and again.
+        lengths: [B, K] int32, new tokens of each hypothesis, its end token included.
+        scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. Where fewer than K hypotheses
+            exist at all, the rest have score -inf and length 0.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+
+
+def beam_search(
+    model: Model,
+    params: Any,
+    prompts: Array,
+    segment_ids: Array | None = None,
+    *,
+    max_new_tokens: int,
+    beams: int,
+    length_penalty: float = 1.0,
+    end_id: int | None = None,
+    allowed_ids: int | None = None,
+) -> Beams:
+    """The best continuations of each prompt that a beam of ``beams`` live hypotheses finds.
+
+    A hypothesis is finished by ``end_id`` or by having ``max_new_tokens`` tokens, and counts when it is among the best
+    ``beams`` of its step. The search of a row is over when no live hypothesis can still beat the worst of ``beams``
+    finished ones. These are the rules of Hugging Face's ``generate`` with ``early_stopping="never"``.
+
+    Args:
+        prompts, segment_ids, end_id, allowed_ids: as in :func:`jaxlm.decoding.generate`.
+        length_penalty: exponent of the length (end token included) that divides the sum of log-probabilities: 0 favours
+            short hypotheses, 1 is the mean, more favours long ones (Wu et al. 2016, section 7, has another formula).
+
+    Raises:
+        TypeError: the family carries no state.
+        ValueError: ``beams`` below 1, a length penalty that is not finite, or what ``generate`` refuses.
+
+    Example:
+        >>> beam_search(model, params, prompts, max_new_tokens=8, beams=4).tokens[:, 0]   # doctest: +SKIP
+    """
+    ids, slots = check_prompts(
+        model, prompts, segment_ids, max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids
+    )
+    if beams < 1:
+        raise ValueError(f"beams={beams} must be at least 1")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty={length_penalty} must be finite")
+    return _beam_search(
+        model, params, prompts, segment_ids, jnp.float32(length_penalty),
+        count=max_new_tokens, beams=beams, end_id=end_id, ids=ids, slots=slots, sharding=active(),
+    )  # fmt: skip
+
+
+@struct.dataclass
+class _Search:
+    """Live hypotheses, all of ``step`` tokens, and the best finished ones.
+
+    ``parents`` [B * K]: which row of the state each live hypothesis continues.
+    """
+
+    state: Any
+    parents: jax.Array
+    step: jax.Array
+    live_tokens: jax.Array
+    live_totals: jax.Array
+    finished: Beams
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count", "beams", "end_id", "ids", "slots", "sharding"))
+def _beam_search(
+    model: Model,
+    params: Any,
+    prompts_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    length_penalty: jax.Array,
+    *,
+    count: int,
+    beams: int,
+    end_id: int | None,
+    ids: int,
+    slots: int,
+    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+) -> Beams:
+    B, K, N = prompts_BT.shape[0], beams, count
+    state_specs = model.state_specs(B, slots)
+    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots)
+    parents = jnp.repeat(jnp.arange(B), K)
+    tokens_BKN = jnp.full((B, K, N), 0 if end_id is None else end_id, jnp.int32)
+    search = _Search(
+        state=spec.take(state_specs, state, parents),
+        parents=parents,
+        step=jnp.zeros((), jnp.int32),
+        live_tokens=tokens_BKN,
+        # The beams of a row are still the same hypothesis: only one of them may branch.
+        live_totals=jnp.full((B, K), -jnp.inf).at[:, 0].set(0.0),
+        finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf)),
+    )
+    search = _select(search, logits_BV[parents, :ids], end_id, length_penalty)
+
+    def unfinished(search: _Search) -> jax.Array:
+        # A total only falls with each token, so this bounds every score that a live hypothesis can still get: divided
+        # by the largest length for a positive penalty, by the next one for a negative.
+        length = jnp.where(length_penalty > 0, N, search.step + 1)
+        best_B = _score(jnp.max(search.live_totals, axis=1), length, length_penalty)
+        return (search.step < N) & jnp.any(best_B > jnp.min(search.finished.scores, axis=1))
+
+    def one(search: _Search) -> _Search:
+        state = spec.take(state_specs, search.state, search.parents)
+        newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
+        # The state is reordered by where its rows were, and from here on its rows are the live hypotheses in order.
+        state, logits = read_tokens(model, params, state, newest)
+        return _select(dataclasses.replace(search, state=state), logits[:, :ids], end_id, length_penalty)
+
+    return jax.lax.while_loop(unfinished, one, search).finished
+
+
+def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:
+    return totals / length.astype(jnp.float32) ** length_penalty
+
+
+def _select(search: _Search, logits: jax.Array, end_id: int | None, length_penalty: jax.Array) -> _Search:
+    """Extend every live hypothesis by every id, keep the best.
+
+    At most K of the best 2 * K candidates end here (one per beam), so that K remain to go on with.
+    """
+    B, K, N = search.live_tokens.shape
+    V = logits.shape[-1]
+    totals_BKV = search.live_totals[:, :, None] + jax.nn.log_softmax(logits, axis=-1).reshape(B, K, V)
+    totals_BC, flat_BC = jax.lax.top_k(totals_BKV.reshape(B, K * V), min(2 * K, K * V))
+    beam_BC, token_BC = flat_BC // V, (flat_BC % V).astype(jnp.int32)
+    tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
+    length = search.step + 1
+    ends_BC = jnp.broadcast_to(length == N, token_BC.shape)
+    if end_id is not None:
+        ends_BC |= token_BC == end_id
+
+    among_best_C = jnp.arange(totals_BC.shape[1]) < K
+    scores_BC = jnp.where(ends_BC & among_best_C[None, :], _score(totals_BC, length, length_penalty), -jnp.inf)
+    old = search.finished
+    # top_k prefers the first of equals: what was there before, and -inf that was never replaced keeps its length of 0.
+    scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([old.scores, scores_BC], axis=1), K)
+    lengths = jnp.concatenate([old.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
+    finished = Beams(
+        tokens=_pick(jnp.concatenate([old.tokens, tokens_BCN], axis=1), chosen_BK),
+        lengths=_pick(lengths, chosen_BK),
+        scores=scores_BK,
+    )
+
+    live_BK, chosen_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
+    parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_BK)
+    return dataclasses.replace(
+        search,
+        parents=parents_BK.reshape(B * K),
+        step=length,
+        live_tokens=_pick(tokens_BCN, chosen_BK),
+        live_totals=live_BK,
+        finished=finished,
+    )
+
+
+def _pick(x: jax.Array, at_BK: jax.Array) -> jax.Array:
+    """``x[b, at[b, k]]`` for each row b."""
+    return jax.vmap(lambda row, at: row[at])(x, at_BK)

@@ -1,0 +1,115 @@
+"""Prompts: their checks, and the two calls of a model that all decoding is made of.
+
+Prompts of unequal length are padded on either side, row by row as one likes: ``segment_ids`` is 1 on the prompt and 0
+on padding. Shapes: B batch, T prompt length with padding, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.models import Model
+
+Array = jax.Array | np.ndarray
+
+
+def check_prompts(
+    model: Model,
+    prompts_BT: Array,
+    segment_ids_BT: Array | None,
+    *,
+    max_new_tokens: int,
+    end_id: int | None,
+    allowed_ids: int | None,
+) -> tuple[int, int]:
+    """How many ids may be generated, and how many slots the state needs; every bad input raises.
+
+    Values are checked on the host, so not for arrays that are being traced.
+
+    Raises:
+        TypeError: the family carries no state, or something is no array.
+        ValueError: shapes, dtypes, ids or counts that cannot be meant; a state longer than the model allows.
+    """
+    check_ids(model, prompts_BT, segment_ids_BT, "prompts")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    batch, length = prompts_BT.shape
+    slots = length + max_new_tokens - 1  # the last token is never read
+    model.state_specs(batch, slots)
+    vocab_size = model.config.vocab_size
+    ids = vocab_size if allowed_ids is None else allowed_ids
+    if not 1 <= ids <= vocab_size:
+        raise ValueError(f"allowed_ids={allowed_ids} must be between 1 and vocab_size={vocab_size}")
+    if end_id is not None and not 0 <= end_id < ids:
+        raise ValueError(f"end_id={end_id} can never be generated: ids are 0 to {ids - 1}; None means no end")
+    if segment_ids_BT is not None and not _traced(segment_ids_BT):
+        _check_one_run(np.asarray(segment_ids_BT))
+    return ids, slots
+
+
+def check_ids(model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str) -> None:
+    """Raise unless ``ids`` are an array [B, T] of integers of the vocabulary, padding included (it is read too)."""
+    for name, x in ((what, ids_BT), ("segment_ids", segment_ids_BT)):
+        if x is None:
+            continue
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{name} must be an array of integers [batch, time], got a {type(x).__name__}")
+        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(x.shape)}")
+    if 0 in ids_BT.shape:
+        raise ValueError(f"{what} {list(ids_BT.shape)} are empty: give at least one row of at least one token")
+    if segment_ids_BT is not None and segment_ids_BT.shape != ids_BT.shape:
+        raise ValueError(f"segment_ids {list(segment_ids_BT.shape)} must have the shape of {what} {list(ids_BT.shape)}")
+    if _traced(ids_BT):
+        return
+    host = np.asarray(ids_BT)
+    bad = np.argwhere((host < 0) | (host >= model.config.vocab_size))
+    if bad.size:
+        row, at = bad[0]
+        raise ValueError(
+            f"{what} have id {host[row, at]} in row {row} at position {at}, outside the vocabulary of "
+            f"{model.config.vocab_size} ids (padding needs a valid id too, e.g. 0)"
+        )
+
+
+def _check_one_run(segment_ids_BT: np.ndarray) -> None:
+    for row, segments in enumerate(segment_ids_BT):
+        real = np.flatnonzero(segments)
+        if real.size == 0:
+            raise ValueError(f"row {row} of the prompts is all padding: give it at least one token")
+        if real.size != real[-1] - real[0] + 1 or np.any(segments[real] != 1):
+            raise ValueError(
+                f"segment_ids of row {row} are {segments.tolist()}: a prompt is one run of 1, with padding (0) around"
+            )
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def read_prompts(
+    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: jax.Array | None, slots: int
+) -> tuple[Any, jax.Array]:
+    """A fresh state that has read the prompts, and the logits [B, V] of the token after each row's last real one."""
+    B, T = prompts_BT.shape
+    state = model.init_state(B, slots)
+    hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
+    if segment_ids_BT is None:
+        last_B1D = hidden_BTD[:, -1:]
+    else:
+        at_B = jnp.max(jnp.where(segment_ids_BT > 0, jnp.arange(T)[None, :], 0), axis=1)
+        last_B1D = jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)
+    return state, model.logits(params, last_B1D)[:, 0]
+
+
+def read_tokens(
+    model: Model, params: Any, state: Any, tokens_B: jax.Array, real_B: jax.Array | None = None
+) -> tuple[Any, jax.Array]:
+    """The state after one more token in each row, and the logits [B, V] of the next. Rows not ``real`` read padding."""
+    segment_ids_B1 = None if real_B is None else real_B.astype(jnp.int32)[:, None]
+    hidden_B1D, state = model.apply(params, tokens_B[:, None], state=state, segment_ids=segment_ids_B1)
+    return state, model.logits(params, hidden_B1D)[:, 0]

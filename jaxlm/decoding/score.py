@@ -1,0 +1,126 @@
+"""Scoring: how likely a text is under a model.
+
+Shapes: B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.decoding.prompts import Array, check_ids
+from jaxlm.models import Model
+from jaxlm.nn.loss import cross_entropy
+from jaxlm.sharding import Sharding, active
+
+CHUNK_LOGITS = 2**22
+"""Logits that exist at a time (16 MiB), unless one time step of the batch alone has more."""
+
+
+def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
+    """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
+
+    0 where the next token is padding or begins another document. The logits of all T steps never exist together.
+
+    Args:
+        tokens: [B, T] integer ids.
+        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
+
+    Raises:
+        ValueError: fewer than 2 tokens, ids outside the vocabulary, or shapes that do not fit.
+
+    Example:
+        >>> log_likelihood(model, params, tokens).sum(axis=1)   # of each row   # doctest: +SKIP
+    """
+    check_ids(model, tokens, segment_ids, "tokens")
+    if tokens.shape[1] < 2:
+        raise ValueError("tokens are 1 per row: the first is only a condition, so at least 2 are needed")
+    return _log_likelihood(model, params, tokens, segment_ids, sharding=active())
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+def _log_likelihood(
+    model: Model,
+    params: Any,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    *,
+    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+) -> jax.Array:
+    before_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
+    hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=before_BT)
+
+    def step(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden_BD, targets_B = inputs
+        return -cross_entropy(model.logits(params, hidden_BD[:, None]), targets_B[:, None])[:, 0]
+
+    V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
+    steps = max(1, CHUNK_LOGITS // (tokens_BT.shape[0] * V))
+    log_probs_BT = jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), tokens_BT[:, 1:].T), batch_size=steps).T
+    if segment_ids_BT is None:
+        return log_probs_BT
+    after_BT = segment_ids_BT[:, 1:]
+    return jnp.where((before_BT == after_BT) & (after_BT > 0), log_probs_BT, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text: the mean negative log-likelihood of the ``tokens`` that were predicted."""
+
+    nats_per_token: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nats_per_token)``: the number of equally likely choices that would be as surprising."""
+        return math.exp(self.nats_per_token)
+
+
+def perplexity(
+    model: Model, params: Any, ids: np.ndarray, *, window: int, stride: int, batch_size: int = 8
+) -> Perplexity:
+    """Perplexity of a long text [tokens] under a model that sees ``window`` tokens at a time.
+
+    Windows begin every ``stride`` tokens (the last one is put back so that it ends with the text) and each counts only
+    what the ones before did not: every token but the first counts once, and, after the first window, with at least
+    ``window - stride`` tokens before it. A smaller stride gives a lower and truer perplexity at more cost. Text that
+    fits into one window is scored in one piece.
+
+    Args:
+        ids: [tokens] integer ids.
+        window: tokens that are scored together, the first one included; the model reads ``window - 1``.
+        stride: from 1 to ``window - 1``.
+        batch_size: windows that are scored at once.
+
+    Raises:
+        ValueError: fewer than 2 tokens, ids outside the vocabulary, a window longer than the model's positions, or
+            numbers outside their ranges.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
+        raise ValueError(f"ids must be a row of at least 2 integers, got {ids.dtype}{list(ids.shape)}")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, or tokens would be left out")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    window = min(window, ids.size)
+    starts = np.append(np.arange(0, ids.size - window, stride), ids.size - window)
+    ends = starts + window
+    new = np.diff(ends, prepend=1)  # tokens at the end of each window that no window before it counted
+    batch_size = min(batch_size, starts.size)
+
+    total = 0.0
+    for first in range(0, starts.size, batch_size):
+        # The last batch is filled up with its last window, so that every batch has one shape.
+        rows = np.minimum(np.arange(first, first + batch_size), starts.size - 1)
+        windows = ids[starts[rows][:, None] + np.arange(window)].astype(np.int32)
+        log_probs = np.asarray(log_likelihood(model, params, windows), np.float64)
+        for row, log_probs_T in zip(rows[: starts.size - first], log_probs, strict=False):
+            total -= float(log_probs_T[window - 1 - new[row] :].sum())
+    return Perplexity(nats_per_token=total / (ids.size - 1), tokens=ids.size - 1)

@@ -1,0 +1,179 @@
+"""Every implementation against a definition in float64 written here, in values and in every gradient."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.attention import attention
+from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.mask import Mask, keep
+from tests.helpers import assert_trees_close, relative_error
+
+SHAPES = [(2, 40, 40, 3, 8), (1, 300, 300, 2, 16), (2, 131, 257, 2, 8)]  # B, T, S, H, K
+
+
+def inputs(B, T, S, H, K, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.normal(size=(B, n, H, K)).astype(dtype)  # noqa: E731
+    return draw(T), draw(S), draw(S), draw(T)
+
+
+def dense(q, k, v, allowed, scale):
+    """softmax(scale q k^T) v with a dense mask [B, T, S], one row at a time."""
+    out = np.zeros((*q.shape[:3], v.shape[3]), np.float64)
+    for b, t, h in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
+        seen = np.flatnonzero(allowed[b, t])
+        if seen.size:
+            scores = scale * k[b, seen, h].astype(np.float64) @ q[b, t, h]
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ v[b, seen, h]
+    return out
+
+
+def masks(B, T, S):
+    """Name, mask, and the dense mask built by loops over the definition."""
+    rng = np.random.default_rng(1)
+    segments_T, segments_S = (np.sort(rng.integers(0, 4, (B, n)), axis=1).astype(np.int32) for n in (T, S))
+    order_T, order_S = (rng.integers(0, 50, (B, n)).astype(np.int32) for n in (T, S))
+    same = np.array([[[segments_T[b, t] == segments_S[b, s] for s in range(S)] for t in range(T)] for b in range(B)])
+    before = np.array([[[order_S[b, s] <= order_T[b, t] for s in range(S)] for t in range(T)] for b in range(B)])
+    near = np.array([[[order_T[b, t] - order_S[b, s] < 9 for s in range(S)] for t in range(T)] for b in range(B)])
+    everything = np.ones((B, T, S), bool)
+    segments = {"query_segments": segments_T, "key_segments": segments_S}
+    order = {"query_order": order_T, "key_order": order_S}
+    yield "all", Mask(), everything
+    yield "segments", Mask(**segments), same
+    yield "order", Mask(causal=True, **order), before
+    yield "order, window", Mask(causal=True, window=9, **order), before & near
+    yield "order, segments", Mask(causal=True, **order, **segments), before & same
+    if T == S:
+        triangle = np.tril(everything)
+        band = triangle & ~np.tril(everything, -9)
+        yield "causal", Mask(causal=True), triangle
+        yield "causal, window", Mask(causal=True, window=9), band
+        yield "causal, segments", Mask(causal=True, **segments), triangle & same
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_of_every_mask(shape):
+    q, k, v, cotangent = inputs(*shape)
+    for name, mask, allowed in masks(*shape[:3]):
+        results = {}
+        for implementation in ("reference", "blockwise"):
+
+            def value_and_gradients(q, k, v, mask, implementation=implementation):
+                out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation=implementation), q, k, v)
+                return out, pull(jnp.asarray(cotangent))
+
+            results[implementation] = jax.jit(value_and_gradients)(q, k, v, mask)
+        want = dense(q, k, v, allowed, shape[-1] ** -0.5)
+        assert relative_error(results["reference"][0], want) < 3e-6, name
+        assert_trees_close(results["blockwise"], results["reference"], 3e-6)
+        grads = results["reference"][1]
+        assert all(np.isfinite(g).all() for g in grads), name
+
+
+def test_reference_gradient_against_differences_in_float64():
+    with jax.enable_x64(True):
+        q, k, v, cotangent = inputs(1, 6, 6, 1, 4, np.float64)
+        mask = Mask(causal=True, query_segments=np.array([[1, 1, 1, 2, 2, 0]]), key_segments=np.array([[1, 1, 1, 2, 2, 0]]))
+        allowed = np.asarray(keep(mask, 6, 6))
+
+        def scalar(q, k, v):
+            return float(np.sum(dense(q, k, v, allowed, 0.5) * cotangent))
+
+        grads = jax.grad(lambda *a: jnp.sum(attention(*a, mask, scale=0.5) * cotangent), argnums=(0, 1, 2))(q, k, v)
+        for which, grad in enumerate(grads):
+            for at in [(0, 1, 0, 2), (0, 4, 0, 0), (0, 5, 0, 3)]:
+                arrays = [x.copy() for x in (q, k, v)]
+                arrays[which][at] += 1e-5
+                up = scalar(*arrays)
+                arrays[which][at] -= 2e-5
+                # The reference computes its softmax in float32.
+                assert (up - scalar(*arrays)) / 2e-5 == pytest.approx(float(grad[at]), abs=2e-5)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
+    q, k, v, _ = inputs(1, 4, 4, 1, 4)
+    mask = Mask(query_segments=np.array([[1, 2, 1, 1]]), key_segments=np.array([[1, 1, 1, 1]]))
+    for implementation in ("reference", "blockwise"):
+        out, grads = jax.value_and_grad(
+            lambda *a, i=implementation: jnp.sum(attention(*a, mask, implementation=i)), argnums=(0, 1, 2)
+        )(q, k, v)
+        assert np.isfinite(float(out))
+        assert np.all(np.asarray(attention(q, k, v, mask, implementation=implementation))[0, 1] == 0)
+        assert all(np.isfinite(g).all() for g in grads)
+        assert np.all(np.asarray(grads[0])[0, 1] == 0)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=True)])
+def test_dropout_is_the_same_in_every_implementation_and_of_the_stated_rate(mask):
+    q, k, v, cotangent = inputs(2, 300, 300, 2, 8)
+
+    def run(implementation, key):
+        out, pull = jax.vjp(
+            lambda *a: attention(*a, mask, dropout=0.3, key=key, implementation=implementation), q, k, v
+        )
+        return out, pull(jnp.asarray(cotangent))
+
+    one, two = (jax.jit(run, static_argnums=0)(name, jax.random.key(7)) for name in ("reference", "blockwise"))
+    assert_trees_close(two, one, 3e-6)
+    other = jax.jit(run, static_argnums=0)("blockwise", jax.random.key(8))
+    assert relative_error(other[0], one[0]) > 0.1
+    # With equal values everywhere the output is the sum of what is kept: its mean is 1.
+    ones = attention(q, k, np.ones_like(v), dropout=0.3, key=jax.random.key(7), implementation="blockwise")
+    assert float(jnp.mean(ones)) == pytest.approx(1.0, abs=0.01)
+    kept = blockwise_attention.dropout_keep(jax.random.key(0), jnp.arange(500, dtype=jnp.uint32), 200, 0.3)
+    assert float(jnp.mean(kept)) == pytest.approx(0.7, abs=0.01)
+
+
+def test_long_sequences_loop_and_still_agree(monkeypatch):
+    """The looped form (used beyond 2048 queries), here on a short sequence with a ragged end."""
+    monkeypatch.setattr(blockwise_attention, "MAX_UNROLLED", 1)
+    monkeypatch.setattr(blockwise_attention, "ROWS_LOOPED", 64)
+    shape = (1, 200, 200, 2, 8)
+    q, k, v, cotangent = inputs(*shape)
+    for name, mask, _ in masks(*shape[:3]):
+        runs = [
+            jax.vjp(lambda *a, m=mask, i=i: attention(*a, m, implementation=i), q, k, v) for i in ("reference", "blockwise")
+        ]
+        assert relative_error(runs[1][0], runs[0][0]) < 3e-6, name
+        assert_trees_close(runs[1][1](jnp.asarray(cotangent)), runs[0][1](jnp.asarray(cotangent)), 3e-6)
+
+
+def test_memory_is_linear_in_time():
+    """Temporaries of the gradient at twice the length: about twice, where a dense matrix would take four times."""
+
+    def temporaries(T):
+        x = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
+        grad = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, Mask(causal=True))), argnums=(0, 1, 2))
+        return jax.jit(grad).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(4096), temporaries(8192)
+    assert long < 2.2 * short
+    assert long < 8192 * 8192 * 4 / 4
+
+
+def test_all_heads_together_equal_one_after_the_other():
+    q, k, v, _ = inputs(2, 150, 150, 2, 8)
+    run = lambda sequential: blockwise_attention.attention(  # noqa: E731
+        q, k, v, Mask(causal=True), scale=0.3, dropout=0.2, key=jax.random.key(0), sequential=sequential
+    )
+    assert relative_error(run(False), run(True)) < 3e-6
+
+
+def test_bad_input_is_named():
+    q, k, v, _ = inputs(1, 4, 6, 2, 4)
+    with pytest.raises(ValueError, match="a causal mask over 4 queries and 6 keys needs query_order"):
+        attention(q, k, v, Mask(causal=True))
+    with pytest.raises(ValueError, match="must agree in batch, heads and width"):
+        attention(q, k[:, :, :1], v)
+    with pytest.raises(ValueError, match="no attention implementation 'flash': choose from reference, blockwise"):
+        attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="takes query_order and key_order together"):
+        Mask(causal=True, query_order=np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="window=3 needs causal=True"):
+        Mask(window=3)

@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
+from tests.helpers import assert_trees_close, relative_error
+
+B, T, D, V = 2, 13, 8, 31
+
+
+def make():
+    rng = np.random.default_rng(0)
+    params = {"table": rng.normal(size=(V, D)).astype(np.float32), "unused": np.ones((3, 3), np.float32)}
+    hidden = rng.normal(size=(B, T, D)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = rng.integers(0, 2, (B, T)).astype(np.float32) * 1.5
+    return params, hidden, targets, weights
+
+
+def head(params, hidden):
+    return jnp.einsum("BTD,VD->BTV", hidden, params["table"])
+
+
+def plain(params, hidden, targets, weights):
+    return jnp.sum(cross_entropy(head(params, hidden), targets) * weights)
+
+
+def test_cross_entropy_against_float64():
+    params, hidden, targets, _ = make()
+    logits = hidden.astype(np.float64) @ params["table"].astype(np.float64).T
+    want = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert relative_error(cross_entropy(jnp.asarray(logits, jnp.float32), targets), want) < 1e-6
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 2 * 5 * V, 2 * 12 * V, 10**9])
+def test_chunked_equals_plain_in_value_and_every_gradient(chunk_logits):
+    params, hidden, targets, weights = make()
+
+    def chunked(params, hidden):
+        return 2.5 * chunked_cross_entropy(head, params, hidden, targets, weights, chunk_logits=chunk_logits)
+
+    want = jax.value_and_grad(lambda p, h: 2.5 * plain(p, h, targets, weights), argnums=(0, 1))(params, hidden)
+    got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden)
+    assert_trees_close(got, want, 3e-6)
+    assert relative_error(jax.jit(chunked)(params, hidden), want[0]) < 1e-6
+    assert np.all(np.asarray(got[1][0]["unused"]) == 0)
+
+
+def test_logits_of_all_places_never_exist():
+    """The largest array in the compiled gradient is a chunk of logits, or the table."""
+    rows, width, vocabulary = 4096, 16, 4096
+    params = {"table": jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)}
+    hidden = jax.ShapeDtypeStruct((1, rows, width), jnp.float32)
+    ints = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+    weights = jax.ShapeDtypeStruct((1, rows), jnp.float32)
+
+    def temporaries(chunk_logits):
+        grad = jax.grad(
+            lambda p, h, t, w: chunked_cross_entropy(head, p, h, t, w, chunk_logits=chunk_logits), argnums=(0, 1)
+        )
+        return jax.jit(grad).lower(params, hidden, ints, weights).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2**18) < rows * vocabulary * 4 / 8
+    assert temporaries(2**30) > rows * vocabulary * 4
+
+
+def test_places_of_weight_zero_take_no_part_even_when_not_finite():
+    params, hidden, targets, weights = make()
+    weights[0, :4] = 0.0
+    want = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
+    targets[0, :4] = -7
+    got = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
+    assert_trees_close(got, want, 0.0)
+
+
+def test_a_target_outside_the_vocabulary_gives_nan():
+    params, hidden, targets, weights = make()
+    weights[0, 0] = 1.0
+    for bad in (V, V + 5):
+        targets[0, 0] = bad
+        assert np.isnan(chunked_cross_entropy(head, params, hidden, targets, weights))
+
+
+def test_bfloat16_keeps_its_statistics_in_float32():
+    params, hidden, targets, weights = make()
+    low = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden.astype(jnp.bfloat16))
+    want = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
+    assert low[0].dtype == jnp.float32
+    assert low[1].dtype == jnp.bfloat16
+    assert relative_error(low[0], want[0]) < 1e-2

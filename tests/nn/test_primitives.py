@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.activation import activation
+from jaxlm.nn.cache import append
+from jaxlm.nn.dropout import dropout
+from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import layer_norm
+from jaxlm.nn.position import positions_in_segments
+from jaxlm.spec import ZEROS
+from tests.helpers import relative_error
+
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def test_linear_over_one_and_several_axes():
+    params = {"weight": draw(5, 3, 2, 4), "bias": draw(3, 2, 4)}
+    x = draw(2, 7, 5)
+    want = np.einsum("btd,dchk->btchk", x, params["weight"]) + params["bias"]
+    assert relative_error(linear(params, x), want) < 1e-6
+    params = {"weight": draw(2, 4, 5), "bias": draw(5)}
+    x = draw(2, 7, 2, 4)
+    want = np.einsum("bthk,hkd->btd", x, params["weight"]) + params["bias"]
+    assert relative_error(linear(params, x, inputs=2), want) < 1e-6
+    assert linear(params, jnp.asarray(x, jnp.bfloat16), inputs=2).dtype == jnp.bfloat16
+    assert linear_specs((2, 4, 5), ("heads", "kv", "embed"), ZEROS, inputs=2)["bias"].axes == ("embed",)
+
+
+def test_layer_norm_against_its_formula_and_gradient():
+    params, x = {"scale": draw(6), "bias": draw(6)}, draw(3, 4, 6)
+    x64 = x.astype(np.float64)
+    want = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
+    assert relative_error(layer_norm(params, x, 1e-5), want) < 1e-6
+    # Adding a constant or scaling changes nothing: the gradient is orthogonal to both.
+    grad = jax.grad(lambda x: jnp.sum(jnp.sin(layer_norm(params, x, 0.0))))(jnp.asarray(x))
+    assert np.abs(np.asarray(grad).sum(-1)).max() < 1e-5
+    assert np.abs(np.sum(np.asarray(grad) * x, -1)).max() < 1e-5
+
+
+def test_layer_norm_statistics_are_float32():
+    x = jnp.asarray(1000.0 + draw(1, 1, 64), jnp.bfloat16)
+    out = layer_norm({"scale": jnp.ones(64), "bias": jnp.zeros(64)}, x, 1e-5)
+    assert out.dtype == jnp.bfloat16
+    assert float(jnp.std(out.astype(jnp.float32))) == pytest.approx(1.0, abs=0.02)
+
+
+def test_embedding_rows_gradient_and_bad_ids():
+    table, ids = draw(9, 4), np.array([[0, 8, 3, 3]])
+    np.testing.assert_array_equal(embed(table, ids, jnp.float32), table[ids])
+    grad = jax.grad(lambda t: jnp.sum(embed(t, jnp.asarray(ids), jnp.float32)))(jnp.asarray(table))
+    np.testing.assert_array_equal(np.asarray(grad)[:, 0], [1, 0, 0, 2, 0, 0, 0, 0, 1])
+    assert np.isnan(embed(table, np.array([[9, -1]]), jnp.float32)).all()
+
+
+def test_unembed_masks_padding_rows():
+    table, hidden = draw(8, 4), draw(2, 3, 4)
+    logits = unembed(table, hidden, 6)
+    assert relative_error(logits[..., :6], hidden @ table[:6].T) < 1e-6
+    np.testing.assert_allclose(jax.nn.softmax(logits)[..., 6:], 0.0)
+    assert (padded(65, 8), padded(64, 8), padded(7, 1)) == (72, 64, 7)
+
+
+def test_dropout_keeps_the_mean_and_is_off_without_a_key():
+    x = jnp.ones((400, 400))
+    dropped = dropout(x, 0.25, jax.random.key(0))
+    assert float(jnp.mean(dropped == 0)) == pytest.approx(0.25, abs=0.01)
+    assert float(jnp.mean(dropped)) == pytest.approx(1.0, abs=0.01)
+    assert dropout(x, 0.25, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("relu", 1.0)])
+def test_activations_at_one(name, at_one):
+    assert float(activation(name)(jnp.float32(1.0))) == pytest.approx(at_one, abs=1e-6)
+    with pytest.raises(ValueError, match="no activation is called 'swush'"):
+        activation("swush")
+
+
+def test_positions_within_documents_and_after_a_state():
+    segments = jnp.array([[0, 0, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [3, 3, 4, 4, 4, 0]])
+    assert positions_in_segments(segments).tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 2, 0, 0, 0], [0, 1, 0, 1, 2, 0]]
+    after = positions_in_segments(segments, jnp.array([1, 1, 3]), jnp.array([10, 20, 30]))
+    assert after.tolist() == [[0, 0, 10, 11, 0, 1], [20, 21, 22, 0, 0, 0], [30, 31, 0, 1, 2, 0]]
+
+
+def test_append_writes_each_row_at_its_own_length():
+    slots = jnp.zeros((2, 5, 1))
+    after = append(slots, jnp.array([[[1.0], [2.0]], [[3.0], [4.0]]]), jnp.array([0, 3]))
+    assert after[..., 0].tolist() == [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]]

@@ -1,0 +1,74 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxlm import config as config_lib
+from jaxlm.models import gpt
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """A config in a config."""
+
+    model: gpt.Config = gpt.Config()
+    """Inner."""
+    path: Path | None = None
+    """A path."""
+    rate: float = 0.5
+    """A number."""
+
+
+def test_json_round_trip(tmp_path):
+    for config in (Outer(), Outer(gpt.Config(num_layers=3, mlp_dim=7), Path("a/b"), 2.0)):
+        assert config_lib.from_json(Outer, config_lib.to_json(config)) == config
+        config_lib.write(config, tmp_path / "config.json")
+        assert config_lib.read(Outer, tmp_path / "config.json") == config
+
+
+def test_unknown_and_missing_fields_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"config.model has an unknown field 'num_layer': did you mean 'num_layers'"):
+        config_lib.from_json(Outer, {"model": {"num_layer": 3}})
+    with pytest.raises(FileNotFoundError, match=r"config.json is not there: is .* the directory of a run"):
+        config_lib.read(Outer, tmp_path / "config.json")
+
+    @dataclasses.dataclass(frozen=True)
+    class Strict:
+        needed: int
+
+    with pytest.raises(ValueError, match="config lacks needed"):
+        config_lib.from_json(Strict, {})
+
+
+def parse(*arguments, presets=None):
+    return config_lib.parse(Outer(), presets or {}, list(arguments), program="program", description="words")
+
+
+def test_options_of_nested_fields_are_typed(tmp_path, capsys):
+    config, resume = parse("--model.num-layers", "6", "--path", "x", "--rate", "0.25")
+    assert (config.model.num_layers, config.path, config.rate, resume) == (6, Path("x"), 0.25, None)
+    with pytest.raises(SystemExit):
+        parse("--model.num-layers", "six")
+    with pytest.raises(SystemExit):
+        parse("--model.num-layrs", "6")
+    assert "--model.num-layers" in capsys.readouterr().err
+
+
+def test_presets_and_runs_are_where_options_start_from(tmp_path):
+    presets = {"small": Outer(rate=0.125)}
+    assert parse("--preset", "small", "--model.num-layers", "2", presets=presets)[0].rate == 0.125
+    config_lib.write(Outer(rate=0.75), tmp_path / "config.json")
+    config, resume = parse("--resume", str(tmp_path), "--model.num-layers", "2")
+    assert (config.rate, config.model.num_layers, resume) == (0.75, 2, tmp_path)
+    with pytest.raises(SystemExit):
+        parse("--preset", "small", "--resume", str(tmp_path), presets=presets)
+    with pytest.raises(SystemExit):
+        parse("--preset", "large", presets=presets)
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Number of blocks." in text
+    assert "--resume" in text

@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.sharding import (
+    DATA_PARALLEL,
+    DEFAULT_RULES,
+    FULLY_SHARDED,
+    TENSOR_PARALLEL,
+    Rules,
+    Sharding,
+    active,
+    constrain,
+    make_mesh,
+    parse_mesh,
+)
+from jaxlm.spec import ArraySpec
+
+
+def test_tables_say_which_mesh_axes_split_what():
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    assert DEFAULT_RULES.partition(("batch", "seq", "activation_embed"), mesh) == P(("data", "fsdp"), None, None)
+    assert DEFAULT_RULES.partition(("embed", None, "heads", "kv"), mesh) == P("fsdp", None, "tensor", None)
+    assert DATA_PARALLEL.partition(("embed", "mlp"), mesh) == P(None, None)
+    assert FULLY_SHARDED.partition(("vocab", "embed"), mesh) == P(None, "fsdp")
+    assert TENSOR_PARALLEL.partition(("vocab", "embed"), mesh) == P("tensor", None)
+    assert DEFAULT_RULES.partition(("batch", "mlp"), make_mesh("data=8")) == P("data", None)
+
+
+def test_two_logical_axes_on_one_mesh_axis_are_named():
+    rules = Rules.of(heads="tensor", kv="tensor")
+    with pytest.raises(ValueError, match=r"'heads' and 'kv' of an array with axes \('heads', 'kv'\) both fall on mesh axis 'tensor'"):
+        rules.partition(("heads", "kv"), make_mesh("tensor=8"))
+
+
+def test_wrong_names_suggest_the_right_one():
+    with pytest.raises(ValueError, match="no logical axis is called 'head': did you mean 'heads'"):
+        Rules.of(head="tensor")
+    with pytest.raises(ValueError, match="no logical axis is called 'emebd': did you mean 'embed'"):
+        DEFAULT_RULES.partition(("emebd",), make_mesh("data=8"))
+    with pytest.raises(ValueError, match="mesh axis 'tenosr' is named by no rule.*did you mean 'tensor'"):
+        Sharding(make_mesh("tenosr=8"))
+
+
+def test_divisibility_is_a_sentence():
+    sharding = Sharding(make_mesh("data=2,tensor=4"))
+    with pytest.raises(ValueError, match=r"head: axis 'vocab' of size 65 does not divide over mesh axes tensor=4 \(4 pieces\): make 'vocab' a multiple of 4 or change the mesh data=2,tensor=4 \(for vocab: vocab_multiple\)"):
+        sharding.tree({"head": ArraySpec((65, 32), ("vocab", "embed"))})
+    with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 3 .* \(2 pieces\)"):
+        sharding.named(("batch", "seq"), (3, 8), "a batch")
+
+
+@pytest.mark.parametrize("text", ["data", "data=", "data=0", "data=-1", "=2", "data=2,data=4", "data=2,,tensor=4", ""])
+def test_an_unreadable_mesh_is_named(text):
+    with pytest.raises(ValueError, match="cannot read"):
+        parse_mesh(text)
+
+
+def test_a_mesh_must_use_all_devices():
+    assert parse_mesh("data=4, tensor=2") == {"data": 4, "tensor": 2}
+    assert make_mesh({"data": 4, "tensor": 2}).shape == {"data": 4, "tensor": 2}
+    assert make_mesh("data=2", devices=jax.devices()[:2]).size == 2
+    with pytest.raises(ValueError, match="mesh data=3 needs 3 devices, there are 8: .*device_count=3"):
+        make_mesh("data=3")
+
+
+def test_constrain_acts_only_in_a_scope():
+    x = jnp.zeros((8, 4))
+    assert constrain(x, ("batch", "embed")) is x
+    sharding = Sharding(make_mesh("data=8"))
+
+    def split(x):
+        with sharding.scope():
+            assert active() is sharding
+            return constrain(x, ("batch", None))
+
+    assert jax.jit(split)(x).sharding.spec[0] == "data"
+    assert active() is None
+    with pytest.raises(ValueError, match="activation: axis 'batch' of size 7"):
+        jax.jit(split)(jnp.zeros((7, 4)))
+
+
+def test_abstract_arrays_carry_their_sharding():
+    sharding = Sharding(make_mesh("fsdp=8"))
+    (leaf,) = jax.tree.leaves(sharding.abstract({"w": ArraySpec((16, 3), ("embed", None), dtype=jnp.bfloat16)}))
+    assert (leaf.shape, leaf.dtype) == ((16, 3), np.dtype(jnp.bfloat16))
+    assert leaf.sharding.shard_shape(leaf.shape) == (2, 3)
+
+
+def test_rules_are_hashable_and_merge():
+    assert hash(DEFAULT_RULES) == hash(DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | Rules.of(seq="sequence"))
+    assert dict((DATA_PARALLEL | FULLY_SHARDED).table)["batch"] == ("data", "fsdp")

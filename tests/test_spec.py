@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, Normal, Uniform
+
+
+def test_a_spec_says_what_is_wrong_with_it():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) has 2 axes but 1 names"):
+        ArraySpec((2, 3), ("embed",))
+    with pytest.raises(ValueError, match="distinct"):
+        ArraySpec((2, 3), ("embed", "embed"))
+    with pytest.raises(ValueError, match="positive"):
+        ArraySpec((2, 0), ("embed", "mlp"))
+
+
+def test_spec_counts_and_compares_by_value():
+    one, two = (ArraySpec((3, 4), ("embed", None), Normal(0.1), jnp.bfloat16) for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != ArraySpec((3, 4), ("embed", None), Normal(0.2), jnp.bfloat16)
+    assert (one.size, one.nbytes) == (12, 24)
+    assert spec.count({"a": one, "b": {"c": one}}) == 24
+
+
+@pytest.mark.parametrize(
+    ("init", "mean", "deviation"),
+    [(Normal(0.02), 0.0, 0.02), (Uniform(0.3), 0.0, 0.3 / 3**0.5), (ONES, 1.0, 0.0), (Constant(-2.0), -2.0, 0.0)],
+)
+def test_initial_values_have_the_stated_moments(init, mean, deviation):
+    (values,) = jax.tree.leaves(spec.init({"w": ArraySpec((400, 300), (None, None), init)}, jax.random.key(0)))
+    assert np.mean(values) == pytest.approx(mean, abs=3e-3)
+    assert np.std(values) == pytest.approx(deviation, abs=3e-3)
+
+
+def test_init_without_a_key_works_for_constants_and_names_what_needs_one():
+    assert np.all(np.asarray(spec.init({"s": ArraySpec((2,), ("batch",), ONES)})["s"]) == 1)
+    with pytest.raises(ValueError, match=r"'a/w' starts from Normal\(stddev=1.0\): pass a key"):
+        spec.init({"a": {"w": ArraySpec((2,), (None,), Normal(1.0))}})
+
+
+def test_layers_of_a_stack_differ_and_do_not_depend_on_their_number():
+    layer = {"w": ArraySpec((5, 6), ("embed", "mlp"), Normal(1.0))}
+    three, seven = (spec.init(spec.stack(n, layer), jax.random.key(0))["w"] for n in (3, 7))
+    assert three.shape == (3, 5, 6)
+    np.testing.assert_array_equal(three, seven[:3])
+    assert len({np.asarray(row).tobytes() for row in seven}) == 7
+
+
+def test_fold_name_separates_names_and_passes_none():
+    key = jax.random.key(0)
+    one, two = (jax.random.key_data(spec.fold_name(key, name)).tolist() for name in ("a", "b"))
+    assert one != two
+    assert spec.fold_name(None, "a") is None
+
+
+def test_diff_names_every_kind_of_difference():
+    expected = {"a": ArraySpec((2, 3), (None, None)), "b": {"c": ArraySpec((4,), (None,)), "d": ArraySpec((1,), (None,))}}
+    actual = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.zeros((5,), np.float32)}, "e": np.zeros(2)}
+    assert spec.diff(expected, actual) == [
+        "missing: b/d float32[1]",
+        "extra: e float64[2]",
+        "differs: b/c expected float32[4], got float32[5]",
+    ]
+    halves = {"a": np.zeros((2, 3), np.float16), "b": {"c": np.zeros(4, np.float32), "d": np.zeros(1, np.float32)}}
+    assert spec.diff(expected, halves) == ["differs: a expected float32[2, 3], got float16[2, 3]"]
+    assert spec.diff(expected, halves, dtypes=False) == []
+    with pytest.raises(ValueError, match=r"the weights do not match \(3 differences\):\n  missing: b/d"):
+        spec.require_same(expected, actual, "the weights")
+    with pytest.raises(ValueError, match="and 2 more"):
+        spec.require_same(expected, actual, "the weights", most=1)
+
+
+def test_take_and_reset_find_the_axis_by_name():
+    specs = {"k": ArraySpec((2, 3, 4), ("layers", "batch", None), ZEROS), "n": ArraySpec((3,), ("batch",), ONES)}
+    tree = {"k": jnp.arange(24.0).reshape(2, 3, 4), "n": jnp.array([5.0, 6.0, 7.0])}
+    taken = spec.take(specs, tree, jnp.array([2, 2, 0]))
+    np.testing.assert_array_equal(taken["k"], np.asarray(tree["k"])[:, [2, 2, 0]])
+    assert taken["n"].tolist() == [7.0, 7.0, 5.0]
+    reset = spec.reset(specs, tree, jnp.array([False, True, False]))
+    assert reset["n"].tolist() == [5.0, 1.0, 7.0]
+    np.testing.assert_array_equal(reset["k"][:, 1], 0)
+    np.testing.assert_array_equal(reset["k"][:, 0], np.asarray(tree["k"])[:, 0])
+    with pytest.raises(ValueError, match=r"'w' has axes \('embed',\), none is 'batch'"):
+        spec.take({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
+
+
+def test_decay_mask_follows_the_specs():
+    specs = {"w": ArraySpec((2,), (None,), decay=True), "b": ArraySpec((2,), (None,))}
+    assert spec.decay_mask(specs) == {"w": True, "b": False}

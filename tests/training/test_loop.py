@@ -1,0 +1,214 @@
+"""The outer loop as a user meets it: interrupted, killed, resumed, diverging."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.data import Batches, RandomWindows
+from jaxlm.objectives import causal
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.training.evaluation import Evaluator, bits_per_character
+from jaxlm.training.loop import DivergedError, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.report import curve, draw_losses, read_metrics
+from tests.helpers import assert_trees_equal, relative_error, tiny_model
+
+STEPS = 12
+
+
+@functools.cache
+def parts():
+    model = tiny_model("gpt", num_layers=1, residual_dropout=0.1)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), model.specs, STEPS)
+    tokens = np.random.default_rng(0).integers(0, 128, 3000).astype(np.int32)
+    validation = Batches(RandomWindows(tokens, 16, 8, seed=9))
+    evaluate = Evaluator(model, causal.loss, [to_batch(next(validation)) for _ in range(2)])
+    return model, optimizer, tokens, evaluate
+
+
+def to_batch(window):
+    return causal.batch(window.tokens)
+
+
+def run(directory, loss=causal.loss, data=None, **options):
+    model, optimizer, tokens, evaluate = parts()
+    config = {"steps": STEPS, "batch_size": 8, "sequence_length": 16, "evaluate_every": 6, "checkpoint_every": 4, **options}
+    resume, sharding = config.pop("resume", False), config.pop("sharding", None)
+    initial = config.pop("initial", None)
+    directory.mkdir(exist_ok=True)
+    return train(
+        model, optimizer, loss, to_batch, data or Batches(RandomWindows(tokens, 16, 8, seed=1)), evaluate,
+        TrainingConfig(**config), directory, meta={"note": "test"}, resume=resume, sharding=sharding, initial=initial,
+    )  # fmt: skip
+
+
+@functools.cache
+def uninterrupted(tmp):
+    return run(tmp / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return uninterrupted(tmp_path_factory.getbasetemp())
+
+
+class Interrupting(Batches):
+    """Batches that raise a signal while the batch of step ``at`` is drawn."""
+
+    def __init__(self, source, at, number):
+        super().__init__(source)
+        self.at, self.number = at, number
+
+    def __next__(self):
+        window = super().__next__()
+        if self.state()["next"] == self.at:
+            os.kill(os.getpid(), self.number)
+        return window
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_so_and_resuming_is_bitwise(tmp_path, whole, capfd, number):
+    data = Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 7, number)
+    before = signal.getsignal(number)
+    cut = run(tmp_path, data=data)
+    assert cut.interrupted == number.name
+    assert int(cut.state.step) == 7
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: saved step 7 in {tmp_path / 'checkpoints'}" in capfd.readouterr().err.replace("\n", " ")
+    resumed = run(tmp_path, resume=True)
+    assert_trees_equal(resumed.state, whole.state)
+    assert resumed.validation_loss == whole.validation_loss
+    steps, losses = curve(read_metrics(tmp_path / "metrics.jsonl"), "loss")
+    want = curve(read_metrics(tmp_path.parent / "whole" / "metrics.jsonl"), "loss")
+    assert steps[-1] == STEPS
+    assert dict(zip(steps, losses, strict=True))[STEPS] == want[1][-1]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_numpy_rank_promotion", "raise")
+from tests.training import test_loop
+test_loop.run(Path(sys.argv[1]), resume=sys.argv[2] == "resume", checkpoint_every=1)
+"""
+
+
+def test_resume_after_kill_9_is_bitwise(tmp_path, whole):
+    """Killed at three different moments, most of them in the middle of a save (one is made every step)."""
+    directory, resume = tmp_path / "killed", "fresh"
+    for seconds in (0.0, 0.05, 0.11):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(directory), resume], cwd=Path(__file__).parents[2],
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        done = int(max(_saved(directory), default=0))
+        while process.poll() is None and max(_saved(directory), default=0) <= done:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resume = "resume"
+        if max(_saved(directory)) == STEPS:
+            break
+    resumed = run(directory, resume=True) if max(_saved(directory)) < STEPS else None
+    assert resumed is not None, "the run ended before it could be killed: make it longer"
+    assert_trees_equal(resumed.state, whole.state)
+
+
+def _saved(directory):
+    return [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def test_a_run_can_go_on_another_mesh(tmp_path, whole):
+    run(tmp_path, data=Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 6, signal.SIGTERM))
+    moved = run(tmp_path, resume=True, sharding=Sharding(make_mesh("fsdp=4,tensor=2")))
+    assert moved.state.params["token_embedding"].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    assert moved.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
+
+
+def test_what_a_run_leaves(tmp_path, whole):
+    directory = tmp_path.parent / "whole"
+    records = read_metrics(directory / "metrics.jsonl")
+    steps, losses = curve(records, "loss")
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]
+    assert losses[-1] < losses[0]
+    assert curve(records, "validation_loss")[0] == [6, 12]
+    assert curve(records, "validation_loss")[1][-1] == whole.validation_loss
+    assert all(record["weight"] == 8 * 16 for record in records if "weight" in record)
+    draw_losses(directory / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    assert read_metrics(directory / "metrics.jsonl") == records
+
+
+def test_divergence_stops_with_a_reason_and_keeps_good_weights(tmp_path):
+    def explode(model, params, batch, *, key=None):
+        total, weight = causal.loss(model, params, batch, key=key)
+        return total * np.float32(np.inf), weight
+
+    with pytest.raises(DivergedError, match=r"step 3: 3 steps in a row had a loss or gradient that is not finite .*Lower"):
+        run(tmp_path, loss=explode, max_skipped_in_a_row=3)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[0]["loss"] is None
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 3.0
+
+
+def test_starting_from_given_parameters_leaves_them_alone(tmp_path):
+    model, _, _, evaluate = parts()
+    params = jax.jit(model.init)(jax.random.key(5))
+    copy = jax.tree.map(np.array, params)
+    result = run(tmp_path, initial=params)
+    assert_trees_equal(params, copy)
+    assert result.validation_loss < evaluate(params)
+    assert relative_error(result.state.params["final_norm"]["scale"], params["final_norm"]["scale"]) > 0
+
+
+def test_nothing_left_to_do_is_said(tmp_path, whole):
+    with pytest.raises(ValueError, match=f"step {STEPS} of {STEPS} is reached"):
+        run(tmp_path.parent / "whole", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"average_decay": 1.5}, "average_decay=1.5"),
+        ({"batch_size": 8, "accumulate": 3}, "accumulate=3 does not divide batch_size=8"),
+    ],
+)
+def test_bad_training_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**change)
+
+
+def test_evaluation_weighs_tokens_and_not_batches():
+    model, _, tokens, _ = parts()
+    params = jax.jit(model.init)(jax.random.key(0))
+    long, short = causal.batch(tokens[:60].reshape(4, 15)), causal.batch(tokens[100:106].reshape(2, 3))
+    totals = [causal.loss(model, params, batch) for batch in (long, short)]
+    want = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)
+    assert Evaluator(model, causal.loss, [long, short])(params) == pytest.approx(want, rel=1e-6)
+    with pytest.raises(ValueError, match="at least one batch"):
+        Evaluator(model, causal.loss, [])
+    with pytest.raises(ValueError, match="padding only"):
+        Evaluator(model, causal.loss, [without_weight(long)])(params)
+
+
+def without_weight(batch):
+    return causal.Batch(batch.tokens, batch.targets, np.zeros_like(batch.weights))
+
+
+def test_bits_per_character():
+    assert bits_per_character(np.log(2.0), 100, 100) == pytest.approx(1.0)
+    assert bits_per_character(np.log(2.0), 100, 400) == pytest.approx(0.25)

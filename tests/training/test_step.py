@@ -1,0 +1,197 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.objectives import causal
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.training import step as step_lib
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens, tiny_model
+
+
+@functools.cache
+def parts():
+    model = tiny_model("gpt", num_layers=1)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1, epsilon=1e-3), model.specs, 20)
+    return model, optimizer, causal.batch(random_tokens(model, 8, 13))
+
+
+def fresh(**options):
+    model, optimizer, _ = parts()
+    return step_lib.init_state(model, optimizer, jax.random.key(0), **options)
+
+
+def poisoned(model, params, batch, *, key=None):
+    """The causal loss, not finite for a batch whose first token is 0."""
+    total, weight = causal.loss(model, params, batch, key=key)
+    return jnp.where(batch.tokens[0, 0] == 0, jnp.nan * total, total), weight
+
+
+@functools.cache
+def jitted(**options):
+    model, optimizer, _ = parts()
+    return jax.jit(step_lib.make_step(model, optimizer, poisoned, **options))
+
+
+def test_a_step_is_what_optax_does_by_hand():
+    model, optimizer, batch = parts()
+    state = fresh()
+    batch.tokens[0, 0] = 3
+    key = jax.random.fold_in(state.key, 0)
+
+    def mean(params):
+        total, weight = causal.loss(model, params, batch, key=key)
+        return total / weight
+
+    loss, grads = jax.jit(jax.value_and_grad(mean))(state.params)
+    updates, _ = optimizer.update(grads, state.optimizer, state.params)
+    after, metrics = jitted()(state, batch)
+    assert_trees_close(after.params, optax.apply_updates(state.params, updates), 1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    assert float(metrics["weight"]) == 8 * 12
+
+
+def test_a_bad_step_changes_nothing_bit_for_bit_and_is_counted():
+    _, _, batch = parts()
+    step = jitted(average_decay=0.9)
+    bad = dataclasses.replace(batch, tokens=batch.tokens.copy())
+    bad.tokens[0, 0], batch.tokens[0, 0] = 0, 3
+    before, _ = step(fresh(average=True), batch)
+    after, metrics = step(before, bad)
+    for name in ("params", "optimizer", "average"):
+        assert_trees_equal(getattr(after, name), getattr(before, name))
+    assert np.isnan(float(metrics["loss"]))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    after, metrics = step(after, bad)
+    assert (int(after.skipped), int(metrics["skipped_in_a_row"])) == (2, 2)
+    after, metrics = step(after, batch)
+    assert (int(after.skipped), int(metrics["skipped_in_a_row"])) == (2, 0)
+    assert not np.array_equal(after.params["token_embedding"], before.params["token_embedding"])
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_accumulation_equals_the_whole_batch_even_with_uneven_padding(count):
+    batch = dataclasses.replace(parts()[2], weights=np.tri(8, 12, 3).astype(np.float32))
+    batch.tokens[0, 0] = 3
+    want, got = (jitted(accumulate=n)(fresh(), batch) for n in (1, count))
+    assert_trees_close((got[0].params, got[0].optimizer, got[1]), (want[0].params, want[0].optimizer, want[1]), 2e-5)
+
+
+def test_accumulation_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="accumulate=3 does not divide the batch of 8 rows"):
+        jitted(accumulate=3)(fresh(), parts()[2])
+
+
+def test_sharded_accumulation_keeps_the_split_of_rows():
+    model, optimizer, batch = parts()
+    batch.tokens[0, 0] = 3
+    sharding = Sharding(make_mesh("data=4", devices=jax.devices()[:4]))
+    state = jax.device_put(fresh(), step_lib.state_sharding(model, optimizer, sharding))
+    step = step_lib.jit_step(model, optimizer, causal.loss, accumulate=2, sharding=sharding)
+    got, want = step(state, batch), jitted()(fresh(), batch)
+    assert_trees_close((got[0].params, got[1]), (want[0].params, want[1]), 2e-5)
+
+
+def test_average_follows_the_weights():
+    batch = parts()[2]
+    batch.tokens[0, 0] = 3
+    state = fresh(average=True)
+    assert_trees_equal(state.average, state.params)
+    after, _ = jitted(average_decay=0.75)(state, batch)
+    want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
+    assert_trees_close(after.average, want, 1e-6)
+
+
+def test_dropout_draws_differ_by_step_and_repeat_by_seed():
+    model, optimizer, batch = parts()
+    wet = dataclasses.replace(model, config=dataclasses.replace(model.config, residual_dropout=0.3))
+    step = jax.jit(step_lib.make_step(wet, optimizer, causal.loss))
+    state = fresh()
+    one, again = step(state, batch)[1]["loss"], step(state, batch)[1]["loss"]
+    later = step(state.replace(step=state.step + 1), batch)[1]["loss"]
+    assert float(one) == float(again)
+    assert float(one) != float(later)
+
+
+def test_training_from_half_precision_parameters_is_refused():
+    model, optimizer, _ = parts()
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh().params)
+    with pytest.raises(ValueError, match="training needs float32 parameters, 'final_norm/bias' is bfloat16: convert"):
+        step_lib.fresh_state(low, optimizer, jax.random.key(0))
+
+
+def test_abstract_state_is_the_real_one_with_shardings():
+    model, optimizer, _ = parts()
+    sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
+    abstract = step_lib.abstract_state(model, optimizer, average=True, sharding=sharding)
+    real = step_lib.init_state(model, optimizer, jax.random.key(0), average=True, sharding=sharding)
+    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == described
+    moments = real.optimizer[1].mu["layers"]["mlp"]["up"]["weight"]
+    assert moments.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+
+
+# ----------------------------------------------------------------------------------------------- optimizer
+
+
+def test_schedule_warms_up_falls_and_ends_where_stated():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
+    rate = learning_rate(config, 110)
+    assert float(rate(0)) == pytest.approx(1 / 11)
+    assert float(rate(10)) == pytest.approx(1.0)
+    assert float(rate(60)) == pytest.approx(0.55)
+    assert float(rate(110)) == pytest.approx(0.1)
+    assert float(learning_rate(dataclasses.replace(config, schedule="linear"), 110)(60)) == pytest.approx(0.55)
+    assert float(learning_rate(dataclasses.replace(config, schedule="constant"), 110)(109)) == pytest.approx(1.0)
+
+
+def test_decay_touches_weights_only():
+    model, _, _ = parts()
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, schedule="constant", clip_norm=None)
+    optimizer = make_optimizer(config, model.specs, 10)
+    params = jax.tree.map(lambda spec: jnp.ones(spec.shape), model.specs)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert float(updates["token_embedding"][0, 0]) == pytest.approx(-0.05)
+    assert float(updates["layers"]["mlp"]["up"]["weight"][0, 0, 0]) == pytest.approx(-0.05)
+    assert float(updates["layers"]["mlp"]["up"]["bias"][0, 0]) == 0.0
+    assert float(updates["final_norm"]["scale"][0]) == 0.0
+    assert float(updates["layers"]["attention"]["qkv"]["bias"][0, 0, 0, 0]) == 0.0
+
+
+def test_clipping_bounds_the_gradient():
+    model, _, _ = parts()
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="constant", clip_norm=1.0, weight_decay=0.0, beta1=0.0, beta2=0.0, epsilon=1.0)
+    params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), model.specs)
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, 7.0), params)
+    updates, _ = make_optimizer(config, model.specs, 10).update(grads, make_optimizer(config, model.specs, 10).init(params), params)
+    clipped = 1.0 / model.num_parameters**0.5
+    assert float(updates["token_embedding"][0, 0]) == pytest.approx(-clipped / (clipped + 1.0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"beta2": 1.0}, r"beta2=1.0 must be in \[0, 1\)"),
+        ({"final_fraction": 2.0}, "final_fraction=2.0"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0 must be positive, or None"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+    ],
+)
+def test_bad_optimizer_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**change)
+
+
+def test_bad_schedules_are_named():
+    with pytest.raises(ValueError, match="warmup_steps=100 must be fewer than the 100 steps"):
+        learning_rate(OptimizerConfig(), 100)
+    with pytest.raises(ValueError, match="schedule='cosin' is unknown: choose from cosine"):
+        learning_rate(OptimizerConfig(schedule="cosin"), 1000)
