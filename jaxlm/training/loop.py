@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from jaxlm.checkpoint import Checkpointer
@@ -174,13 +174,13 @@ def train(
 def _start_from(
     model: Model, optimizer: optax.GradientTransformation, params: Any, config: TrainingConfig, sharding: Sharding | None
 ) -> step_lib.TrainState:
-    key = jax.random.key(config.seed)
-    state = step_lib.fresh_state(params, optimizer, key, average=config.average_decay is not None)
+    averaged = config.average_decay is not None
+    # The step donates its buffers: the caller's parameters must survive.
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    state = step_lib.fresh_state(params, optimizer, jax.random.key(config.seed), average=averaged)
     if sharding is None:
-        # The step donates its buffers: the caller's parameters must survive.
-        return state.replace(params=jax.tree.map(np.array, params))
-    place = step_lib.state_sharding(model, optimizer, sharding, average=config.average_decay is not None)
-    return jax.device_put(state, place, may_alias=False)
+        return state
+    return jax.device_put(state, step_lib.state_sharding(model, optimizer, sharding, average=averaged))
 
 
 def _place(batch: Any, sharding: Sharding | None) -> Any:

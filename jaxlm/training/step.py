@@ -60,10 +60,10 @@ def fresh_state(
                 f"training needs float32 parameters, {name!r} is {leaf.dtype}: convert them "
                 f'(load_pretrained(..., param_dtype="float32")) and choose the compute dtype in the config'
             )
-    zero = jnp.zeros((), jnp.int32)
-    # A copy: buffers are donated to the step, and one buffer cannot be donated twice.
+    # Copies, and a zero for each counter: buffers are donated to the step, and none can be donated twice.
     copy = jax.tree.map(jnp.copy, params) if average else None
-    return TrainState(zero, params, optimizer.init(params), key, copy, zero, zero)
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, optimizer.init(params), key, copy, skipped, in_a_row)
 
 
 def init_state(

@@ -176,3 +176,53 @@ def test_ids_that_the_model_lacks() -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=2)
     with pytest.raises(ValueError, match=r"id 2 in row 0 at position 2, outside the vocabulary of 2 ids"):
         generate_text(model, {}, CharTokenizer("abc"), ["abc"], max_new_tokens=3)
+
+
+def by_hand(model: jaxlm.Model, params: Any, prompt: np.ndarray, count: int) -> list[int]:
+    """Greedy continuation by full forward passes; a full context is cut to its last half."""
+    limit, context, made = model.config.max_positions, list(prompt), []
+
+    @jax.jit
+    def logits(tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        return model.logits(params, model.apply(params, tokens, segment_ids=segment_ids)[0])[0, :, : len(LETTERS)]
+
+    while len(made) < count:
+        if len(context) == limit + 1:
+            context = context[-(limit // 2) :]
+        padding = [0] * (limit - len(context))
+        row = logits(jnp.asarray([context + padding]), jnp.asarray([[1] * len(context) + padding]))[len(context) - 1]
+        made.append(int(jnp.argmax(row)))
+        context.append(made[-1])
+    return made
+
+
+LETTERS = "abcdefghij"
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_text_outgrows_the_context(chunk: int) -> None:
+    model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
+    params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
+    tokenizer = CharTokenizer(LETTERS)
+    want = tokenizer.decode(by_hand(model, params, tokenizer.encode("abc"), 40))
+    assert len(set(want)) > 1
+    pieces = list(stream_text(model, params, tokenizer, "abc", max_new_tokens=40, chunk=chunk))
+    assert "".join(pieces) == want
+    # A stop string that lies across the border of two windows (after 10 tokens) is found.
+    border = want[8:12]
+    cut = want[: want.find(border)]
+    assert generate_text(model, params, tokenizer, ["abc"], max_new_tokens=40, stop=[border]) == [cut]
+    with pytest.raises(ValueError, match="a prompt of 13 tokens exceeds max_positions=12: shorten it"):
+        stream_text(model, params, tokenizer, "abcdefghijabc", max_new_tokens=3)
+
+
+def test_rows_that_end_early_stay_ended_in_later_windows() -> None:
+    model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
+    params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
+    tokenizer = CharTokenizer(LETTERS)
+    alone = [generate_text(model, params, tokenizer, [prompt], max_new_tokens=40)[0] for prompt in ("abc", "jih")]
+    stop = alone[0][2:4]
+    both = generate_text(model, params, tokenizer, ["abc", "jih"], max_new_tokens=40, stop=[stop])
+    assert both[0] == alone[0][: alone[0].find(stop)]
+    at = alone[1].find(stop)
+    assert both[1] == (alone[1] if at < 0 else alone[1][:at])

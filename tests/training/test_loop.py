@@ -28,8 +28,8 @@ STEPS = 12
 @functools.cache
 def parts():
     model = tiny_model("gpt", num_layers=1, residual_dropout=0.1)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), model.specs, STEPS)
-    tokens = np.random.default_rng(0).integers(0, 128, 3000).astype(np.int32)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), model.specs, STEPS)
+    tokens = np.minimum(np.random.default_rng(0).geometric(0.1, 3000), 127).astype(np.int32)
     validation = Batches(RandomWindows(tokens, 16, 8, seed=9))
     evaluate = Evaluator(model, causal.loss, [to_batch(next(validation)) for _ in range(2)])
     return model, optimizer, tokens, evaluate

@@ -29,7 +29,7 @@ def fresh(**options):
 def poisoned(model, params, batch, *, key=None):
     """The causal loss, not finite for a batch whose first token is 0."""
     total, weight = causal.loss(model, params, batch, key=key)
-    return jnp.where(batch.tokens[0, 0] == 0, jnp.nan * total, total), weight
+    return total * jnp.where(batch.tokens[0, 0] == 0, jnp.nan, 1.0), weight
 
 
 @functools.cache
