@@ -4,8 +4,8 @@
 
 trains on the embedded plays (or ``--data FILE``: your own text), prints a passage, and leaves a run directory with
 ``config.json``, ``metrics.jsonl``, ``loss.png``, ``checkpoints/`` and ``model/`` (Hugging Face layout). Expected: see
-README.md. ``--preset nanogpt --data tinyshakespeare.txt`` is nanoGPT's CPU configuration (4 layers of width 128, context
-64, batch 12, 2000 steps), for which nanoGPT states a validation loss of 1.88.
+README.md. ``--preset nanogpt --data tinyshakespeare.txt`` is nanoGPT's CPU configuration (4 layers of width 128,
+context 64, batch 12, 2000 steps), for which nanoGPT states a validation loss of 1.88.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import draw_losses
 
-NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
+SMALL = gpt.Config(
+    vocab_size=1, max_positions=1, num_layers=4, num_heads=4, embed_dim=128,
+    embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """Train a GPT on a text and let it write."""
 
-    model: gpt.Config = gpt.Config(
-        vocab_size=1, max_positions=1, num_layers=4, num_heads=4, embed_dim=160, vocab_multiple=8, **NO_DROPOUT
-    )
+    model: gpt.Config = dataclasses.replace(SMALL, embed_dim=160, vocab_multiple=8)
     """The model. vocab_size and max_positions are raised to what tokenizer and sequences need."""
     training: TrainingConfig = TrainingConfig(steps=1200, batch_size=24, sequence_length=128)
     """The training."""
@@ -76,7 +77,7 @@ class Experiment:
 
 
 NANOGPT = Experiment(
-    model=gpt.Config(vocab_size=1, max_positions=1, num_layers=4, num_heads=4, embed_dim=128, **NO_DROPOUT),
+    model=SMALL,
     training=TrainingConfig(steps=2000, batch_size=12, sequence_length=64, evaluation_batches=140),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, beta2=0.99, weight_decay=0.1),
 )
@@ -124,7 +125,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     data = batches("training", 1, training.seed)
 
     _start_directory(directory, experiment, tokenizer, resume)
-    say(f"{model.num_parameters:,} parameters · {len(tokens):,} tokens of {tokenizer.vocab_size} kinds · run {directory}")
+    say(f"{model.num_parameters:,} parameters · {len(tokens):,} tokens of {tokenizer.vocab_size} kinds · {directory}")
     result = train(
         model, optimizer, causal.loss, to_batch, data, evaluate, training, directory,
         meta={"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__},
@@ -142,7 +143,9 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     passage = write_passage(experiment, model, jax.tree.map(jnp.asarray, jax.device_get(params)), tokenizer)
     (directory / "sample.txt").write_text(passage, encoding="utf-8")
-    say(f"\n{time.perf_counter() - begun:.0f} s in all · jaxlm generate {directory} --prompt {experiment.prompt!r} writes more")
+    say(
+        f"\n{time.perf_counter() - begun:.0f} s in all · more: jaxlm generate {directory} --prompt {experiment.prompt!r}"
+    )
     return result
 
 
@@ -165,7 +168,9 @@ def write_passage(experiment: Experiment, model: Model, params: object, tokenize
 def _start_directory(directory: Path, experiment: Experiment, tokenizer: Tokenizer, resume: Path | None) -> None:
     if resume is None:
         if directory.exists() and any(directory.iterdir()):
-            raise FileExistsError(f"{directory} is not empty: choose another --output, or go on with --resume {directory}")
+            raise FileExistsError(
+                f"{directory} is not empty: choose another --output, or go on with --resume {directory}"
+            )
         (directory / "model").mkdir(parents=True)
         tokenizer.save(directory / "model")
     config_lib.write(experiment, directory / "config.json")

@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -47,7 +47,7 @@ class Generate:
     def run(self) -> int:
         """Print the prompt and its continuation as it is made."""
         directory = self.directory / "model" if (self.directory / "model").is_dir() else self.directory
-        overrides = {} if self.dtype is None else {"dtype": self.dtype}
+        overrides: dict[str, Any] = {} if self.dtype is None else {"dtype": self.dtype}
         model, params = load_pretrained(directory, **overrides)
         tokenizer = load_tokenizer(directory)
         sampling = Sampling(
@@ -118,14 +118,12 @@ def _host_memory() -> str:
     return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB available"
 
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-)
+Command = Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
-    command: Generate | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)  # type: ignore[arg-type]
+    command: Generate | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
     try:
         return command.run()
     except (ValueError, OSError, ImportError) as error:

@@ -18,7 +18,6 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -86,8 +85,8 @@ class Rules:
             for axis in mine:
                 if axis in taken:
                     raise ValueError(
-                        f"logical axes {taken[axis]!r} and {name!r} of an array with axes {tuple(axes)} both fall on mesh "
-                        f"axis {axis!r}: give one of them another mesh axis in the rules"
+                        f"logical axes {taken[axis]!r} and {name!r} of an array with axes {tuple(axes)} both fall on "
+                        f"mesh axis {axis!r}: give one of them another mesh axis in the rules"
                     )
                 taken[axis] = name
             parts.append(mine if len(mine) > 1 else mine[0] if mine else None)
@@ -139,9 +138,7 @@ def make_mesh(
             if devices[0].platform == "cpu"
             else ""
         )
-        raise ValueError(
-            f"mesh {_show(sizes)} needs {needed} devices, there are {len(devices)}: change the sizes or the devices{hint}"
-        )
+        raise ValueError(f"mesh {_show(sizes)} needs {needed} devices, there are {len(devices)}: change the mesh{hint}")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=devices)
 
 
@@ -244,4 +241,3 @@ def gathered(ids: jax.Array) -> NamedSharding | None:
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
-

@@ -210,8 +210,8 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 # ------------------------------------------------------------------------------- operations on a named axis
 
 
-def map_axis(specs: Tree, axis: str, function: Callable[[jax.Array, int], jax.Array], *trees: Tree) -> Tree:
-    """``function(leaf, dimension)`` for each leaf, ``dimension`` being where its spec names ``axis``.
+def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees: Tree) -> Tree:
+    """``function(leaf of each tree, dimension)`` for each spec, ``dimension`` being where its spec names ``axis``.
 
     Raises:
         ValueError: a leaf has no such axis.
@@ -220,7 +220,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[[jax.Array, int], jax.Ar
     def one(path: tuple[Any, ...], spec: ArraySpec, *leaves: jax.Array) -> jax.Array:
         if axis not in spec.axes:
             raise ValueError(f"{path_name(path)!r} has axes {spec.axes}, none is {axis!r}")
-        return function(*leaves, spec.axes.index(axis))  # type: ignore[arg-type]
+        return function(*leaves, spec.axes.index(axis))
 
     return jax.tree_util.tree_map_with_path(one, specs, *trees)
 
@@ -238,4 +238,4 @@ def reset(specs: Tree, tree: Tree, rows: jax.Array, axis: str = "batch") -> Tree
         shape[at] = rows.shape[0]
         return jnp.where(rows.reshape(shape), initial, leaf)
 
-    return map_axis(specs, axis, one, tree, init(specs))  # type: ignore[arg-type]
+    return map_axis(specs, axis, one, tree, init(specs))

@@ -1,4 +1,4 @@
-"""A strict session: eight virtual devices, silent broadcasting of ranks is an error, warnings are errors (pyproject)."""
+"""A strict session: eight virtual devices, silent broadcasting of ranks and warnings are errors (see pyproject)."""
 
 import os
 

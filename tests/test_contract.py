@@ -1,4 +1,4 @@
-"""The contract of a family (docs/tour.md), tested for EVERY family. A new one gets these tests by its line in FAMILIES."""
+"""The contract of a family (docs/tour.md), tested for EVERY family. A line in FAMILIES is all that a new one needs."""
 
 import dataclasses
 import functools
@@ -78,9 +78,13 @@ def test_specs_are_hashable_and_stable(name):
 def test_init_depends_on_path_and_layer_only(name):
     model = tiny_model(name)
     params = spec.flatten(model.init(jax.random.key(0)))
-    without_neighbours = {path: spec.init({path: leaf}, jax.random.key(0))[path] for path, leaf in _by_path(model).items()}
+    without_neighbours = {
+        path: spec.init({path: leaf}, jax.random.key(0))[path] for path, leaf in _by_path(model).items()
+    }
     assert_trees_equal(params, without_neighbours)
-    deeper = dataclasses.replace(model, config=dataclasses.replace(model.config, num_layers=model.config.num_layers + 1))
+    deeper = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, num_layers=model.config.num_layers + 1)
+    )
     for path, leaf in spec.flatten(deeper.init(jax.random.key(0))).items():
         if path.startswith("layers/") and spec.flatten(model.specs)[path].init == spec.flatten(deeper.specs)[path].init:
             assert_trees_equal(leaf[: model.config.num_layers], params[path])
@@ -133,7 +137,9 @@ def test_dropout_acts_by_key_and_only_with_one(name):
     assert relative_error(one, other) > 1e-2
     for rate in rates:
         alone = dataclasses.replace(model, config=dataclasses.replace(config, **{rate: 0.2}))
-        assert relative_error(hidden_of(alone, params, tokens, key=jax.random.key(1)), calm) > 1e-3, f"{rate} does nothing"
+        assert relative_error(hidden_of(alone, params, tokens, key=jax.random.key(1)), calm) > 1e-3, (
+            f"{rate} does nothing"
+        )
 
 
 def test_no_recompilation_on_the_second_call(name):
@@ -163,7 +169,9 @@ def test_causality_by_gradient(name):
     def hidden(table, t):
         return model.apply({**params, "token_embedding": table}, tokens)[0][0, t]
 
-    jacobian = jax.jit(jax.jacrev(lambda table: jnp.stack([hidden(table, t) for t in range(9)])))(params["token_embedding"])
+    jacobian = jax.jit(jax.jacrev(lambda table: jnp.stack([hidden(table, t) for t in range(9)])))(
+        params["token_embedding"]
+    )
     influence_TS = np.abs(np.asarray(jacobian)[:, :, :9]).max(axis=(1, 3))
     assert np.all(influence_TS[np.triu_indices(9, 1)] == 0.0)
     assert np.all(influence_TS[np.tril_indices(9)] > 0.0)
@@ -196,7 +204,9 @@ def test_packed_equals_separate(name):
         assert relative_error(packed[:, start:stop], alone) < TOLERANCE
     batch = causal.batch(tokens, segments)
     total = causal.loss(model, params, batch)[0]
-    parts = [causal.loss(model, params, causal.batch(tokens[:, a:b]))[0] for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [
+        causal.loss(model, params, causal.batch(tokens[:, a:b]))[0] for a, b in zip(borders, borders[1:], strict=False)
+    ]
     assert relative_error(total, sum(parts)) < TOLERANCE
 
 

@@ -31,7 +31,9 @@ def test_tables_say_which_mesh_axes_split_what():
 
 def test_two_logical_axes_on_one_mesh_axis_are_named():
     rules = Rules.of(heads="tensor", kv="tensor")
-    with pytest.raises(ValueError, match=r"'heads' and 'kv' of an array with axes \('heads', 'kv'\) both fall on mesh axis 'tensor'"):
+    with pytest.raises(
+        ValueError, match=r"'heads' and 'kv' of an array with axes \('heads', 'kv'\) both fall on mesh axis 'tensor'"
+    ):
         rules.partition(("heads", "kv"), make_mesh("tensor=8"))
 
 
@@ -46,7 +48,11 @@ def test_wrong_names_suggest_the_right_one():
 
 def test_divisibility_is_a_sentence():
     sharding = Sharding(make_mesh("data=2,tensor=4"))
-    with pytest.raises(ValueError, match=r"head: axis 'vocab' of size 65 does not divide over mesh axes tensor=4 \(4 pieces\): make 'vocab' a multiple of 4 or change the mesh data=2,tensor=4 \(for vocab: vocab_multiple\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"head: axis 'vocab' of size 65 does not divide over mesh axes tensor=4 \(4 pieces\): make 'vocab' a "
+        r"multiple of 4 or change the mesh data=2,tensor=4 \(for vocab: vocab_multiple\)",
+    ):
         sharding.tree({"head": ArraySpec((65, 32), ("vocab", "embed"))})
     with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 3 .* \(2 pieces\)"):
         sharding.named(("batch", "seq"), (3, 8), "a batch")

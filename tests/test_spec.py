@@ -57,7 +57,10 @@ def test_fold_name_separates_names_and_passes_none():
 
 
 def test_diff_names_every_kind_of_difference():
-    expected = {"a": ArraySpec((2, 3), (None, None)), "b": {"c": ArraySpec((4,), (None,)), "d": ArraySpec((1,), (None,))}}
+    expected = {
+        "a": ArraySpec((2, 3), (None, None)),
+        "b": {"c": ArraySpec((4,), (None,)), "d": ArraySpec((1,), (None,))},
+    }
     actual = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.zeros((5,), np.float32)}, "e": np.zeros(2)}
     assert spec.diff(expected, actual) == [
         "missing: b/d float32[1]",

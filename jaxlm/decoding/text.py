@@ -1,8 +1,8 @@
 """Text in, text out: batched and streaming, with stop strings.
 
 Stop strings are looked for in decoded text between calls of the jitted loop, every ``CHUNK`` tokens; what the loop made
-beyond one is dropped, so neither function's text depends on where the calls fall. Texts may outgrow the model's context:
-see :class:`_Windows`.
+beyond one is dropped, so neither function's text depends on where the calls fall. Texts may outgrow the model's
+context: see :class:`_Windows`.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class _Windows:
         # The first window draws what `generate` draws; the others have keys of their own.
         key = self._key if self._key is None or self._number == 0 else jax.random.fold_in(self._key, self._number)
         return prefill(
-            self._model, self._params, prompts_BT, segment_ids_BT, max_new_tokens=room, sampling=self._sampling, key=key,
-            end_id=self._end_id, allowed_ids=self._ids,
+            self._model, self._params, prompts_BT, segment_ids_BT, max_new_tokens=room, sampling=self._sampling,
+            key=key, end_id=self._end_id, allowed_ids=self._ids,
         )  # fmt: skip
 
     @property
@@ -178,6 +178,7 @@ class _Windows:
         self.rows = [np.concatenate(pair) for pair in zip(self.rows, made, strict=True)]
         self._left -= self.progress.tokens.shape[1]
         self._number += 1
+        assert self._limit is not None
         fresh = self._open([ids[-max(self._limit // 2, 1) :] for ids in self.rows])
         # A row that had ended draws nothing: its first token here is taken back.
         lengths = jnp.where(jnp.asarray(ended), 0, fresh.lengths)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.kernels import blockwise_attention
+
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
 
@@ -65,8 +67,12 @@ def scan_layers(
     ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i.
     """
     if remat == "full":
-        block = jax.checkpoint(block)
+        block = jax.checkpoint(block, prevent_cse=False)
     elif remat == "dots":
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise_attention.SAVED)
+        )
+        block = jax.checkpoint(block, policy=policy, prevent_cse=False)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     return jax.lax.scan(block, x, (weights, state, keys), length=count, unroll=count if unroll else 1)

@@ -61,8 +61,8 @@ class Config:
     """Pad the token table to a multiple of this many rows, so that it divides over devices."""
     dtype: common.ComputeDtype = "float32"
     """Compute dtype of activations; parameters keep their own."""
-    remat: common.Remat = "none"
-    """What the backward pass recomputes: nothing, all of a block but matmul results (dots), or all of it (full)."""
+    remat: common.Remat = "dots"
+    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
     scan_layers: bool = True
     """Loop over layers in one compiled body; False unrolls them."""
     attention_implementation: Implementation | None = None
@@ -170,6 +170,7 @@ def apply(
     x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
     if state is None:
         return x, None
+    assert place.valid_B is not None
     x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
     return x, {**state, "key": kv[0], "value": kv[1]}
 

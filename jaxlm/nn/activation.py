@@ -23,4 +23,4 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The function called ``name``; a ``ValueError`` lists the names."""
     if name not in _FUNCTIONS:
         raise ValueError(f"no activation is called {name!r}: choose from {', '.join(sorted(_FUNCTIONS))}")
-    return _FUNCTIONS[name]
+    return jax.checkpoint(_FUNCTIONS[name], prevent_cse=False)

@@ -60,8 +60,8 @@ def attention(
     if implementation == "reference":
         return _reference(q_BTHK, k_BSHK, v_BSHK, mask, scale, dropout, key)
     if implementation == "blockwise":
-        # One head after the other keeps a CPU's matmuls two-dimensional and its temporaries in cache. Where heads or batch
-        # are split over devices, and on accelerators, all heads go together.
+        # One head after the other keeps a CPU's matmuls two-dimensional and its temporaries in cache. Where heads or
+        # batch are split over devices, and on accelerators, all heads go together.
         sequential = sharding.platform() == "cpu" and sharding.active() is None
         return blockwise_attention.attention(
             q_BTHK, k_BSHK, v_BSHK, mask, scale=scale, dropout=dropout, key=key, sequential=sequential

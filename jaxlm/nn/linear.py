@@ -26,7 +26,7 @@ def linear_specs(
 
 
 def linear(params: dict[str, Any], x: jax.Array, *, inputs: int = 1) -> jax.Array:
-    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]; returns [..., out...] in ``x``'s dtype.
+    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]; gives [..., out...] in ``x``'s dtype.
 
     The parameters are cast to the dtype of ``x``: the compute dtype is chosen by the caller, once.
     """

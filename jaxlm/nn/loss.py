@@ -16,7 +16,7 @@ Head = Callable[[Any, jax.Array], jax.Array]
 """``head(params, hidden [B, C, D]) -> logits [B, C, V]``: a family's ``logits`` with its config filled in."""
 
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time: 64 MiB in float32."""
+"""Logits that exist at a time: 64 MiB in float32. On a CPU fewer make matmuls thin, more make fresh memory slow."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -42,8 +42,8 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets))`` without ever holding [B, T, V].
 
-    The time axis is cut so that at most ``chunk_logits`` logits exist at once. The gradient of each chunk is taken in the
-    same pass as its loss (the loss is a sum, so its gradient is known up to the factor that arrives later); nothing is
+    The time axis is cut so that at most ``chunk_logits`` logits exist at once. The gradient of each chunk is taken in
+    the same pass as its loss (the loss is a sum, so its gradient is known up to the factor that arrives later); nothing is
     recomputed. Differentiable in ``params`` (the leaves that ``head`` reads) and ``hidden``; not in ``weights``.
 
     Returns:
@@ -86,7 +86,9 @@ def _chunk_count(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Arr
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+def _chunked(
+    head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Any:
     def one(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         hidden, targets, weights = chunk
         losses = cross_entropy(head(params, hidden), targets)
@@ -96,23 +98,26 @@ def _chunked(head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targ
     return jax.lax.scan(one, jnp.zeros(()), tuple(_cut(x, chunks) for x in (hidden, targets, weights)))[0]
 
 
-def _forward(head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+def _forward(
+    head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Any:
     def one(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        total, dparams = carry
         hidden, targets, weights = chunk
         logits, pull = jax.vjp(head, params, hidden)
         loss, dlogits = _loss_and_gradient(logits, targets, weights)
-        dparams_chunk, dhidden = pull(dlogits.astype(logits.dtype))
-        return (total + loss, jax.tree.map(jnp.add, dparams, dparams_chunk)), dhidden
+        dparams, dhidden = pull(dlogits.astype(logits.dtype))
+        sums = (loss, dparams)
+        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
     chunks = _chunk_count(head, chunk_logits, params, hidden)
     cut = tuple(_cut(x, chunks) for x in (hidden, targets, weights))
-    if chunks == 1:  # no loop, and no zeros to add to
-        logits, pull = jax.vjp(head, params, hidden)
-        loss, dlogits = _loss_and_gradient(logits, targets, weights)
-        return loss, pull(dlogits.astype(logits.dtype))
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (total, dparams), dhidden = jax.lax.scan(one, start, cut)
+    # The first chunk stands before the loop: there are no zeros to write and to add to.
+    carry, dhidden = one(None, jax.tree.map(lambda x: x[0], cut))
+    dhidden = dhidden[None]
+    if chunks > 1:
+        carry, others = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], cut))
+        dhidden = jnp.concatenate([dhidden, others])
+    total, dparams = carry
     B, T, D = hidden.shape
     return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])
 

@@ -20,7 +20,7 @@ class Mask:
     """Who may see whom. ``Mask()`` lets everyone see everyone; ``Mask(causal=True)`` is the usual triangle.
 
     Attributes:
-        causal: compare orders at all. Without given orders, the order is the index, and queries and keys start together.
+        causal: compare orders at all. Without given orders, the order is the index; queries and keys start together.
         window: a query sees only the last ``window`` orders, itself included. Needs ``causal``.
         query_order / key_order: [B, T] / [B, S] int32, both or neither.
         query_segments / key_segments: [B, T] / [B, S] int32, both or neither. 0 is padding: pads see only pads.

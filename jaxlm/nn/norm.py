@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
     return {"scale": ArraySpec((width,), ("norm",), ONES), "bias": ArraySpec((width,), ("norm",), ZEROS)}
 
 
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
     """Layer normalisation over the last axis (Ba et al. 2016, eq. 3), with the biased variance. Keeps ``x``'s dtype."""
     x32 = x.astype(jnp.float32)

@@ -16,8 +16,8 @@ def positions_in_segments(
     """Position of each token within its run of equal segment ids, [B, T] int32, from 0; padding gets 0.
 
     With the last two arguments (the document that a row was in and how far), the first run of that same document goes
-    on counting from ``next_position_B``: prompts padded on either side and later chunks get the positions that they would
-    have alone and in one piece.
+    on counting from ``next_position_B``: prompts padded on either side and later chunks get the positions that they
+    would have alone and in one piece.
 
     Example:
         >>> positions_in_segments(jnp.array([[0, 0, 1, 1, 1, 2]])).tolist()

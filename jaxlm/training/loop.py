@@ -1,4 +1,4 @@
-"""The outer loop: batches in, steps, metrics, evaluations, checkpoints, signals. The only place in training with effects."""
+"""The outer loop: batches in, steps, metrics, evaluations, checkpoints, signals. All effects of training are here."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def train(
         to_batch: a window of tokens (host) to the objective's batch.
         evaluate: parameters to validation loss.
         meta: JSON to keep inside every checkpoint, beside the state of ``data``.
-        resume: go on from the newest checkpoint in ``run``: bit for bit what would have come without the break, when the
-            devices are as many.
+        resume: go on from the newest checkpoint in ``run``: bit for bit what would have come without the break, when
+            the devices are as many.
         initial: parameters to start from instead of random ones.
 
     Raises:
@@ -166,13 +166,19 @@ def train(
                     break
             log.flush()
             if signals.caught is not None and number < config.steps:
-                bar.say(f"{signals.caught}: saved step {number} in {run / 'checkpoints'}; --resume {run} goes on from there")
+                bar.say(
+                    f"{signals.caught}: saved step {number} in {run / 'checkpoints'}; --resume {run} goes on from there"
+                )
                 return Result(state, None, signals.caught, log.first_loss_at - begun, log.tokens_per_second)
     return Result(state, validation, None, log.first_loss_at - begun, log.tokens_per_second)
 
 
 def _start_from(
-    model: Model, optimizer: optax.GradientTransformation, params: Any, config: TrainingConfig, sharding: Sharding | None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    config: TrainingConfig,
+    sharding: Sharding | None,
 ) -> step_lib.TrainState:
     averaged = config.average_decay is not None
     # The step donates its buffers: the caller's parameters must survive.
@@ -196,7 +202,7 @@ def _place(batch: Any, sharding: Sharding | None) -> Any:
 
 
 class _Log:
-    """Metrics on their way from the device: read :data:`LAG` steps late, written every so many steps, watched always."""
+    """Metrics on their way from the device: read :data:`LAG` steps late, written now and then, watched always."""
 
     def __init__(self, file: MetricsFile, bar: Bar, config: TrainingConfig, start: int) -> None:
         self._file, self._bar, self._config, self._start = file, bar, config, start
@@ -238,8 +244,8 @@ class _Log:
         self._bar.update(step, values["loss"], rate)
         if values["skipped_in_a_row"] >= self._config.max_skipped_in_a_row:
             raise DivergedError(
-                f"step {step}: {values['skipped_in_a_row']:.0f} steps in a row had a loss or gradient that is not finite "
-                f"(loss {values['loss']}, gradient norm {values['gradient_norm']}, last finite loss "
+                f"step {step}: {values['skipped_in_a_row']:.0f} steps in a row had a loss or gradient that is not "
+                f"finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, last finite loss "
                 f"{self._last_finite:.4f}). Their updates were skipped, the weights are those before them. Lower the "
                 f"learning rate, clip harder, warm up longer, or look at the data of these steps"
             )

@@ -43,13 +43,13 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label, style in (
-        ("loss", "training", {"color": "#9db8d2", "linewidth": 1.0}),
-        ("validation_loss", "validation", {"color": "#b03a2e", "linewidth": 2.0, "marker": "o", "markersize": 4}),
+    for name, label, colour, marker in (
+        ("loss", "training", "#9db8d2", ""),
+        ("validation_loss", "validation", "#b03a2e", "o"),
     ):
         steps, values = curve(records, name)
         if steps:
-            axes.plot(steps, values, label=f"{label} (last {values[-1]:.3f})", **style)
+            axes.plot(steps, values, color=colour, marker=marker, label=f"{label} (last {values[-1]:.3f})")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

@@ -35,15 +35,17 @@ class TrainState:
         average: exponential moving average of ``params``, or None.
         skipped: steps whose loss or gradient was not finite, in all.
         skipped_in_a_row: those since the last good step.
+
+    Leaves are arrays; shapes, or shardings, in the trees that describe a state.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     optimizer: Any
-    key: jax.Array
+    key: Any
     average: Any
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 def fresh_state(
@@ -143,33 +145,40 @@ def make_step(
     clipping), ``weight`` (tokens), ``skipped`` and ``skipped_in_a_row``.
     """
 
-    def gradients(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        def total_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            return loss(model, params, batch, key=key)
+    def total_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return loss(model, params, batch, key=key)
 
-        (total, weight), grads = jax.value_and_grad(total_loss, has_aux=True)(params)
-        return grads, total, weight
+    def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, weight = total_loss(params, batch, key)
+        return total / weight, weight
 
-    def accumulated(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        if accumulate == 1:
-            return gradients(params, batch, key)
+    def whole(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        (mean, weight), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key)
+        return grads, mean, weight
+
+    def in_parts(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        """As ``whole``; sums over parts and devices are divided at the end, which costs a pass over the gradients."""
 
         def part(sums: Any, numbered: Any) -> tuple[Any, None]:
             number, rows = numbered
-            return jax.tree.map(jnp.add, sums, gradients(params, rows, jax.random.fold_in(key, number))), None
+            part_key = jax.random.fold_in(key, number)
+            (total, weight), grads = jax.value_and_grad(total_loss, has_aux=True)(params, rows, part_key)
+            return jax.tree.map(jnp.add, sums, (grads, total, weight)), None
 
         start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-        return jax.lax.scan(part, start, (jnp.arange(accumulate), _parts(batch, accumulate)))[0]
+        sums, _ = jax.lax.scan(part, start, (jnp.arange(accumulate), _parts(batch, accumulate)))
+        if axis_name is not None:
+            sums = jax.lax.psum(sums, axis_name)
+        grads, total, weight = sums
+        return jax.tree.map(lambda g: g / weight, grads), total / weight, weight
+
+    mean_gradients = whole if accumulate == 1 and axis_name is None else in_parts
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        grads, total, weight = accumulated(state.params, batch, key)
-        if axis_name is not None:
-            grads, total, weight = jax.lax.psum((grads, total, weight), axis_name)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        mean = total / weight
+        grads, mean, weight = mean_gradients(state.params, batch, key)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(mean) & jnp.isfinite(norm)
 
@@ -228,9 +237,7 @@ def jit_step(
     sharding: Sharding | None = None,
 ) -> Step:
     """:func:`make_step`, compiled, with the state's buffers donated: the state passed in must not be used again."""
-    step = make_step(
-        model, optimizer, loss, accumulate=accumulate, average_decay=average_decay, sharding=sharding
-    )
+    step = make_step(model, optimizer, loss, accumulate=accumulate, average_decay=average_decay, sharding=sharding)
     if sharding is None:
         return jax.jit(step, donate_argnums=0)
     place = state_sharding(model, optimizer, sharding, average=average_decay is not None)
@@ -245,7 +252,7 @@ def jit_step(
 def pmap_step(
     model: Model, optimizer: optax.GradientTransformation, loss: Loss, *, average_decay: float | None = None
 ) -> Step:
-    """Data parallel with ``jax.pmap``: the state has a leading device axis (``flax.jax_utils.replicate``), and so has the
-    batch, [devices, B / devices, T]. Gradients are summed over devices; every device makes the same update."""
+    """Data parallel with ``jax.pmap``: the state has a leading device axis (``flax.jax_utils.replicate``), and so has
+    the batch, [devices, B / devices, T]. Gradients are summed over devices; every device makes the same update."""
     step = make_step(model, optimizer, loss, average_decay=average_decay, axis_name="devices")
     return jax.pmap(step, axis_name="devices", donate_argnums=0)

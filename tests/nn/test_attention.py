@@ -79,7 +79,9 @@ def test_values_and_gradients_of_every_mask(shape):
 def test_reference_gradient_against_differences_in_float64():
     with jax.enable_x64(True):
         q, k, v, cotangent = inputs(1, 6, 6, 1, 4, np.float64)
-        mask = Mask(causal=True, query_segments=np.array([[1, 1, 1, 2, 2, 0]]), key_segments=np.array([[1, 1, 1, 2, 2, 0]]))
+        mask = Mask(
+            causal=True, query_segments=np.array([[1, 1, 1, 2, 2, 0]]), key_segments=np.array([[1, 1, 1, 2, 2, 0]])
+        )
         allowed = np.asarray(keep(mask, 6, 6))
 
         def scalar(q, k, v):
@@ -138,7 +140,8 @@ def test_long_sequences_loop_and_still_agree(monkeypatch):
     q, k, v, cotangent = inputs(*shape)
     for name, mask, _ in masks(*shape[:3]):
         runs = [
-            jax.vjp(lambda *a, m=mask, i=i: attention(*a, m, implementation=i), q, k, v) for i in ("reference", "blockwise")
+            jax.vjp(lambda *a, m=mask, i=i: attention(*a, m, implementation=i), q, k, v)
+            for i in ("reference", "blockwise")
         ]
         assert relative_error(runs[1][0], runs[0][0]) < 3e-6, name
         assert_trees_close(runs[1][1](jnp.asarray(cotangent)), runs[0][1](jnp.asarray(cotangent)), 3e-6)

@@ -84,7 +84,9 @@ def test_a_target_outside_the_vocabulary_gives_nan():
 
 def test_bfloat16_keeps_its_statistics_in_float32():
     params, hidden, targets, weights = make()
-    low = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden.astype(jnp.bfloat16))
+    low = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(
+        hidden.astype(jnp.bfloat16)
+    )
     want = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
     assert low[0].dtype == jnp.float32
     assert low[1].dtype == jnp.bfloat16

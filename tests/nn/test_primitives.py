@@ -36,7 +36,9 @@ def test_linear_over_one_and_several_axes():
 def test_layer_norm_against_its_formula_and_gradient():
     params, x = {"scale": draw(6), "bias": draw(6)}, draw(3, 4, 6)
     x64 = x.astype(np.float64)
-    want = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
+    want = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5) * params["scale"] + params[
+        "bias"
+    ]
     assert relative_error(layer_norm(params, x, 1e-5), want) < 1e-6
     # Adding a constant or scaling changes nothing: the gradient is orthogonal to both.
     grad = jax.grad(lambda x: jnp.sum(jnp.sin(layer_norm(params, x, 0.0))))(jnp.asarray(x))

@@ -41,7 +41,14 @@ def to_batch(window):
 
 def run(directory, loss=causal.loss, data=None, **options):
     model, optimizer, tokens, evaluate = parts()
-    config = {"steps": STEPS, "batch_size": 8, "sequence_length": 16, "evaluate_every": 6, "checkpoint_every": 4, **options}
+    config = {
+        "steps": STEPS,
+        "batch_size": 8,
+        "sequence_length": 16,
+        "evaluate_every": 6,
+        "checkpoint_every": 4,
+        **options,
+    }
     resume, sharding = config.pop("resume", False), config.pop("sharding", None)
     initial = config.pop("initial", None)
     directory.mkdir(exist_ok=True)
@@ -157,7 +164,9 @@ def test_divergence_stops_with_a_reason_and_keeps_good_weights(tmp_path):
         total, weight = causal.loss(model, params, batch, key=key)
         return total * np.float32(np.inf), weight
 
-    with pytest.raises(DivergedError, match=r"step 3: 3 steps in a row had a loss or gradient that is not finite .*Lower"):
+    with pytest.raises(
+        DivergedError, match=r"step 3: 3 steps in a row had a loss or gradient that is not finite .*Lower"
+    ):
         run(tmp_path, loss=explode, max_skipped_in_a_row=3)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[0]["loss"] is None

@@ -167,10 +167,21 @@ def test_decay_touches_weights_only():
 
 def test_clipping_bounds_the_gradient():
     model, _, _ = parts()
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="constant", clip_norm=1.0, weight_decay=0.0, beta1=0.0, beta2=0.0, epsilon=1.0)
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        warmup_steps=0,
+        schedule="constant",
+        clip_norm=1.0,
+        weight_decay=0.0,
+        beta1=0.0,
+        beta2=0.0,
+        epsilon=1.0,
+    )
     params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), model.specs)
     grads = jax.tree.map(lambda p: jnp.full(p.shape, 7.0), params)
-    updates, _ = make_optimizer(config, model.specs, 10).update(grads, make_optimizer(config, model.specs, 10).init(params), params)
+    updates, _ = make_optimizer(config, model.specs, 10).update(
+        grads, make_optimizer(config, model.specs, 10).init(params), params
+    )
     clipped = 1.0 / model.num_parameters**0.5
     assert float(updates["token_embedding"][0, 0]) == pytest.approx(-clipped / (clipped + 1.0), rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries: O(T) memory, scores recomputed in the backward pass (Dao et al. 2022, without tiling keys).
+"""Attention in blocks of queries: O(T) memory, scores recomputed in the backward pass (after Dao et al. 2022).
 
 For each head, a block of queries meets all the keys that it may see: with a causal mask in index order, those up to the
 diagonal. Only the output and the log-sum-exp of each row are saved. Shapes as in ``jaxlm.nn.attention``; N = B*H heads,
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn.mask import Mask, keep
 
@@ -22,6 +23,8 @@ ROWS = 128
 """Queries per block while blocks are unrolled (up to MAX_UNROLLED of them); longer sequences loop over ROWS_LOOPED."""
 ROWS_LOOPED = 256
 MAX_UNROLLED = 16
+SAVED = "attention"
+"""Name (``jax.ad_checkpoint.checkpoint_name``) of what the forward pass leaves for the backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +113,8 @@ def _forward_block(
 
 
 def _backward_block(
-    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, row: Any, ints: Any, key: Any, head: Any, length: int,
-    out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, row: Any, ints: Any, key: Any, head: Any,
+    length: int, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients of one block: dq [R, K], and what it adds to dk and dv [E, K], all float32."""
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
@@ -226,9 +229,14 @@ def _attention(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, ints: 
 
 def _forward(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, ints: Any, key: Any) -> tuple[jax.Array, Any]:
     B, H = q.shape[:2]
-    out, lse = _over_heads(
-        static, lambda head, qkv, ints: _head_forward(static, key, head, *qkv, ints), B, H, ints, q, k, v
-    )
+
+    def one(head: Any, arrays: Any, ints: Any) -> Any:
+        q, k, v = arrays
+        return _head_forward(static, key, head, q, k, v, ints)
+
+    out, lse = _over_heads(static, one, B, H, ints, q, k, v)
+    # Named, so that a remat policy can keep them: recomputing them is a second forward pass.
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return out, (q, k, v, ints, key, out, lse)
 
 
