@@ -126,6 +126,20 @@ def test_how_it_is_computed_does_not_change_what(name, change):
     assert_trees_close(got, want, TOLERANCE)
 
 
+def test_layers_taken_apart_give_what_the_stack_gives(name):
+    model, params, tokens = setup(name)
+    apart = jax.jit(spec.unstack)(params)
+    assert jax.tree.structure(apart) != jax.tree.structure(params)
+    key = jax.random.key(2)
+    assert relative_error(hidden_of(model, apart, tokens, key=key), hidden_of(model, params, tokens, key=key)) < TOLERANCE
+    states = []
+    for weights in (params, apart):
+        step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
+        hidden, state = step(weights, tokens[:, :7], model.init_state(2, 9))
+        states.append((hidden, step(weights, tokens[:, 7:9], state)))
+    assert_trees_close(states[1], states[0], TOLERANCE)
+
+
 def test_dropout_acts_by_key_and_only_with_one(name):
     config = tiny_model(name).config
     rates = {field.name: 0.2 for field in dataclasses.fields(config) if field.name.endswith("dropout")}

@@ -49,6 +49,17 @@ def test_layers_of_a_stack_differ_and_do_not_depend_on_their_number():
     assert len({np.asarray(row).tobytes() for row in seven}) == 7
 
 
+def test_unstack_takes_stacks_apart_and_leaves_the_rest():
+    stack = {"w": np.arange(12.0).reshape(2, 2, 3), "b": np.ones((2, 3))}
+    tree = {"table": np.zeros((4, 2)), "encoder": {"layers": stack}}
+    apart = spec.unstack(tree)
+    np.testing.assert_array_equal(apart["encoder"]["layers"][1]["w"], [[6, 7, 8], [9, 10, 11]])
+    assert len(apart["encoder"]["layers"]) == 2
+    assert apart["table"] is tree["table"]
+    again = spec.unstack(apart)
+    assert all(one is two for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(apart), strict=True))
+
+
 def test_fold_name_separates_names_and_passes_none():
     key = jax.random.key(0)
     one, two = (jax.random.key_data(spec.fold_name(key, name)).tolist() for name in ("a", "b"))

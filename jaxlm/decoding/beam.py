@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.decoding.prompts import Array, check_prompts, read_prompts, read_tokens
+from jaxlm.decoding.prompts import Array, check_prompts, layers_apart, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 
@@ -125,6 +125,8 @@ def _beam_search(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf)),
     )
     search = _select(search, logits_BV[parents, :ids], end_id, length_penalty)
+
+    params = layers_apart(params)
 
     def unfinished(search: _Search) -> jax.Array:
         # A total only falls with each token, so this bounds every score that a live hypothesis can still get: divided

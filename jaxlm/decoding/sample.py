@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.decoding.prompts import Array, check_prompts, read_prompts, read_tokens
+from jaxlm.decoding.prompts import Array, check_prompts, layers_apart, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 
@@ -339,4 +339,5 @@ def _advance(
         state, logits_BV = read_tokens(model, params, progress.state, newest_B, ~progress.ended)
         return _draw(dataclasses.replace(progress, state=state), logits_BV)
 
+    params = layers_apart(params)
     return jax.lax.while_loop(unfinished, one, progress)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.decoding.prompts import layers_apart
 from jaxlm.decoding.sample import GREEDY, Progress, Sampling, advance, prefill
 from jaxlm.models import Model
 
@@ -144,6 +145,8 @@ class _Windows:
         if self._limit is not None and longest > self._limit:
             raise ValueError(f"a prompt of {longest} tokens exceeds max_positions={self._limit}: shorten it")
         self.progress = self._open(rows)
+        # Once, and not again in each call of the loop.
+        self._apart = jax.jit(layers_apart)(params)
 
     def _open(self, prompts: list[np.ndarray]) -> Progress:
         """Prompts padded on the left to the longest, and their first tokens."""
@@ -172,7 +175,7 @@ class _Windows:
         """Up to ``chunk`` more tokens for the rows that have not ended, in this window or the first of the next."""
         if not self.full:
             progress = dataclasses.replace(self.progress, ended=jnp.asarray(ended))
-            self.progress = advance(self._model, self._params, progress, chunk)
+            self.progress = advance(self._model, self._apart, progress, chunk)
             return
         made = [np.asarray(self.progress.tokens)[row, :n] for row, n in enumerate(np.asarray(self.progress.lengths))]
         self.rows = [np.concatenate(pair) for pair in zip(self.rows, made, strict=True)]

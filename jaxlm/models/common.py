@@ -64,7 +64,8 @@ def scan_layers(
 ) -> tuple[jax.Array, Any]:
     """``x, state[i] = block(x, (weights[i], state[i], key[i]))`` over the leading ``layers`` axis of all three.
 
-    ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i.
+    ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i. ``weights`` may also be a tuple of the layers'
+    trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says.
     """
     if remat == "full":
         block = jax.checkpoint(block, prevent_cse=False)
@@ -75,4 +76,10 @@ def scan_layers(
         )
         block = jax.checkpoint(block, policy=policy, prevent_cse=False)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    if isinstance(weights, tuple):
+        for layer, own in enumerate(weights):
+            old, layer_key = jax.tree.map(lambda s: s[layer], (state, keys))  # noqa: B023 (called at once)
+            x, new = block(x, (own, old, layer_key))
+            state = jax.tree.map(lambda s, n: s.at[layer].set(n), state, new)  # noqa: B023
+        return x, state
     return jax.lax.scan(block, x, (weights, state, keys), length=count, unroll=count if unroll else 1)

@@ -1,8 +1,8 @@
 """The key-value cache: what an attention layer carries between calls.
 
 Every leaf has a ``batch`` axis, so beams, resets and shardings act on it by name. Each row writes at its own
-``length``, so rows of one batch may be at different places. Slots hold what was fed, padding included: a slot of segment 0 is seen
-by nobody real. Shapes: L layers, B batch, S slots, T new tokens, H heads, K head width.
+``length``, so rows of one batch may be at different places. Slots hold what was fed, padding included: a slot of
+segment 0 is seen by nobody real. Shapes: L layers, B batch, S slots, T new tokens, H heads, K head width.
 """
 
 from __future__ import annotations

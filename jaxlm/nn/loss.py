@@ -43,8 +43,8 @@ def chunked_cross_entropy(
     """``sum(weights * cross_entropy(head(params, hidden), targets))`` without ever holding [B, T, V].
 
     The time axis is cut so that at most ``chunk_logits`` logits exist at once. The gradient of each chunk is taken in
-    the same pass as its loss (the loss is a sum, so its gradient is known up to the factor that arrives later); nothing is
-    recomputed. Differentiable in ``params`` (the leaves that ``head`` reads) and ``hidden``; not in ``weights``.
+    the same pass as its loss (the loss is a sum, so its gradient is known up to the factor that arrives later); nothing
+    is recomputed. Differentiable in ``params`` (the leaves that ``head`` reads) and ``hidden``; not in ``weights``.
 
     Returns:
         A float32 scalar.
