@@ -28,3 +28,13 @@ def test_links_within_the_tour_lead_somewhere():
     assert set(links) <= anchors
     for path in re.findall(r"`((?:jaxlm|tests|docs|experiments)/[\w/.]*)`", page):
         assert (TOUR.parents[1] / path).exists(), path
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    page = (TOUR.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = BLOCK.finditer(page)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    exec(compile(block[1], "README.md", "exec"), namespace)
+    assert namespace["logits"].shape == (1, 19, 77)
+    assert len(namespace["text"]) == 40

@@ -1,0 +1,9 @@
+"""How fast and how exact jaxlm is, beside torch and Flax on the same machine in the same run.
+
+    python -m benchmarks.training      tokens/s of an optimizer step
+    python -m benchmarks.decoding      tokens/s of greedy generation
+    python -m benchmarks.fidelity      largest differences to torch, gradients included
+
+Peers need the extra ``reference``. Each lives in a process of its own (``worker``, ``peers``); ``harness`` lets them
+take turns, so that one state of the machine serves all, and only after their results agree.
+"""

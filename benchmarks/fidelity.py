@@ -1,0 +1,136 @@
+"""How exactly jaxlm computes GPT-2: hidden states, logits, loss and every gradient against torch.
+
+    python -m benchmarks.fidelity                                    GPT-2 124M, random weights, batch 2 of 128 tokens
+    python -m benchmarks.fidelity --model gpt2-tiny --length 32 --json fidelity.json
+
+A difference is max|a - b| / max|b|. Torch in float64 tells whose error it is: the last two columns are the distances of
+jaxlm and of torch in float32 from it. Padding: the first row is padded on the left, the last on the right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks import harness, shapes
+
+Results = dict[str, np.ndarray]
+"""``hidden``, ``logits``, ``loss``, and each gradient under the name that transformers gives the parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity(shapes.Fidelity):
+    """Compare results."""
+
+    json: Path | None = None
+    """Write everything there too."""
+
+
+def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
+    """A window [B, T + 1] and its mask (0 is padding), forward and backward."""
+    import jax
+
+    import jaxlm
+    from jaxlm.interop.huggingface import named_tensors
+    from jaxlm.objectives import causal
+
+    model, params = jaxlm.load_pretrained(directory)
+    batch = causal.batch(tokens, mask)
+
+    @jax.jit
+    def compute(params: Any, batch: causal.Batch) -> Any:
+        def mean_loss(params: Any) -> Any:
+            total, count = causal.loss(model, params, batch)
+            return total / count
+
+        hidden, _ = model.apply(params, batch.tokens, segment_ids=batch.segment_ids)
+        return hidden, model.logits(params, hidden), *jax.value_and_grad(mean_loss)(params)
+
+    hidden, logits, loss, gradients = jax.device_get(compute(params, batch))
+    real = mask[:, :-1] > 0
+    return {"hidden": hidden[real], "logits": logits[real], "loss": loss, **dict(named_tensors(model, gradients))}
+
+
+def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) -> Results:
+    """The same by ``GPT2LMHeadModel``."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(directory, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+    counts = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    targets = torch.from_numpy(np.where(counts, tokens[:, 1:], -100)).long()
+    out = model(
+        torch.from_numpy(tokens[:, :-1]).long(),
+        attention_mask=torch.from_numpy(mask[:, :-1]),
+        position_ids=torch.from_numpy(np.maximum(mask[:, :-1].cumsum(1) - 1, 0)).long(),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss.backward()
+    real = torch.from_numpy(mask[:, :-1] > 0)
+    results = {"hidden": out.hidden_states[-1][real], "logits": out.logits[real], "loss": loss}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: tensor.detach().numpy() for name, tensor in {**results, **gradients}.items()}
+
+
+def difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """max|actual - expected| / max|expected|; infinite where something is not finite."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if actual.shape != expected.shape:
+        raise harness.Failure(f"shapes differ: {actual.shape} and {expected.shape}")
+    found = float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+    return found if np.isfinite(found) else float("inf")
+
+
+def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[dict[str, Any]]:
+    """A row for each result and one for the gradient that differs most from torch."""
+    if ours.keys() != theirs.keys():
+        raise harness.Failure(f"gradients of other parameters: {sorted(ours.keys() ^ theirs.keys())}")
+    found = {
+        name: {
+            "jaxlm_torch": difference(ours[name], theirs[name]),
+            "jaxlm_float64": difference(ours[name], exact[name]),
+            "torch_float64": difference(theirs[name], exact[name]),
+        }
+        for name in ours
+    }
+    outputs = ("hidden", "logits", "loss")
+    worst = max(found.keys() - set(outputs), key=lambda name: found[name]["jaxlm_torch"])
+    return [{"case": case, "result": name, **found[name]} for name in (*outputs, worst)]
+
+
+def run(options: Fidelity) -> None:
+    """Compare and print."""
+    if options.batch < 2 or options.length < 8:
+        raise harness.Failure(f"batch {options.batch}, length {options.length}: at least 2 and 8, to pad both sides")
+    harness.choose("torch", {"jaxlm": "", "torch": ""})
+    with harness.session(options.model) as session:
+        tokens = shapes.random_tokens(session.model["vocab_size"], options.batch, options.length + 1)
+        full, padded = np.ones((2, *tokens.shape), np.int32)
+        padded[0, : options.length // 4] = padded[-1, -options.length // 8 :] = 0
+        rows = []
+        for case, mask in (("no padding", full), ("padding", padded)):
+            theirs, exact = (of_torch(session.directory, tokens, mask, dtype) for dtype in ("float32", "float64"))
+            rows += compare(case, of_jaxlm(session.directory, tokens, mask), theirs, exact)
+        columns = ("jaxlm_torch", "jaxlm_float64", "torch_float64")
+        print(f"largest relative differences, float32, {options.model} B{options.batch} T{options.length}")
+        cells = [[f"{row['case']}: {row['result']}", *(f"{row[name]:.1e}" for name in columns)] for row in rows]
+        print(harness.table(("result", "jaxlm - torch", "jaxlm - float64", "torch - float64"), cells))
+        print("The last line of each case is the gradient that differs most.")
+        harness.write_json(options.json, "fidelity", options, session.description, rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Fidelity, args=arguments, prog="python -m benchmarks.fidelity", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

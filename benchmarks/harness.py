@@ -1,0 +1,398 @@
+"""Peers in processes of their own, taking turns; rows that hold what a number needs to be believed; text and JSON.
+
+Nothing here computes: neither JAX nor torch is imported, so that only one worker uses the machine at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.shapes import Work
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+NEEDS = {"torch": ("torch", "transformers"), "torch-compile": ("torch", "transformers"), "flax": ("transformers",)}
+"""What each peer imports that jaxlm does not depend on."""
+OURS = "jaxlm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every comparison of speed can be asked."""
+
+    against: str = "torch,flax"
+    """Peers, separated by commas; empty measures jaxlm alone."""
+    rounds: int = 7
+    """Repetitions of each peer, after warm-up."""
+    json: Path | None = None
+    """Write everything there too."""
+    quick: bool = False
+    """A tiny model and shape in place of all others given, to see that it works: its numbers mean nothing."""
+
+
+class Failure(Exception):
+    """Why a benchmark stops: one sentence for the user."""
+
+
+# -------------------------------------------------------------------------------------------------- workers
+
+
+class Worker:
+    """A peer in its own process, see ``worker``. To be closed.
+
+    Args:
+        name: what messages call it.
+        target: ``module:class`` of the peer.
+        log: file that takes what the process prints.
+        arguments: for the peer, as JSON.
+
+    Raises:
+        Failure: the peer could not be set up; so do all methods when it fails or dies.
+    """
+
+    def __init__(self, name: str, target: str, log: Path, **arguments: Any) -> None:
+        self.name, self.log = name, log
+        with log.open("w") as errors:
+            self.process: subprocess.Popen[str] = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", target],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, cwd=ROOT,
+            )  # fmt: skip
+        try:
+            self._ask("setup", **arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self) -> tuple[float, Any]:
+        """Seconds of one repetition, and what it computed."""
+        result = self._ask("run")
+        return result["seconds"], result["value"]
+
+    def facts(self) -> dict[str, Any]:
+        """What is known about the peer."""
+        return self._ask("facts")
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(BrokenPipeError), self.process:
+            self.process.kill()
+
+    def _ask(self, call: str, **arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+            line = self.process.stdout.readline()
+        if not line:
+            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+            raise Failure(f"{self.name} died (exit status {self.process.wait()}): {last}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failure(f"{self.name}: {answer['error']}")
+        return answer["result"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A checkpoint in ``directory``, the worker that wrote it and measures the roofs, and what is known of both."""
+
+    directory: Path
+    machine: Worker
+    model: dict[str, Any]
+    description: dict[str, Any]
+    start: Callable[..., Worker]
+    """``start(name, target, **arguments)``: a worker that ends with the session."""
+
+
+@contextlib.contextmanager
+def session(model: str) -> Iterator[Session]:
+    """Write a random ``model``, print what the machine is and can do, and end all workers at the end."""
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
+        directory = Path(temporary) / "model"
+
+        def start(name: str, target: str, **arguments: Any) -> Worker:
+            log = Path(temporary) / f"{name}.log"
+            return workers.enter_context(
+                contextlib.closing(Worker(name, target, log, directory=str(directory), **arguments))
+            )
+
+        description = describe_machine()  # before the load is our own
+        machine = start("machine", "benchmarks.peers:Machine", model=model)
+        known = machine.facts()
+        roofs = machine.run()[1]
+        shown = f"{roofs['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {roofs['B'] / 1e9:,.1f} GB/s copy"
+        description |= {"device": known["device"], "roofs": shown}
+        for name, value in description.items():
+            print(f"{name:10} {value}")
+        print(flush=True)
+        yield Session(directory, machine, known, description, start)
+
+
+def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
+    """jaxlm and the peers named, with their targets.
+
+    Raises:
+        Failure: a peer is unknown, or what it needs is not installed.
+    """
+    names = [name for name in against.replace(" ", "").split(",") if name and name != OURS]
+    for name in names:
+        if name not in peers:
+            raise Failure(
+                f"no peer is called {name!r}: choose from {', '.join(peer for peer in peers if peer != OURS)}"
+            )
+        missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            raise Failure(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
+    return {name: peers[name] for name in (OURS, *names)}
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One peer's measurement. ``seconds`` are in order of rounds, so that peers can be compared round by round;
+    ``warm_up`` are those of the repetitions before, of which the first compiles."""
+
+    op: str
+    peer: str
+    shape: str
+    work: Work
+    seconds: list[float]
+    warm_up: list[float]
+    roof: float
+    """Units of ``work`` a second that the machine can do, measured in the same rounds."""
+    ratio: float
+    """How many times as fast jaxlm is: the median over rounds of this peer's seconds over those of jaxlm."""
+    facts: dict[str, Any]
+    dtype: str = "float32"
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a repetition."""
+        return statistics.median(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Units of ``work`` a second."""
+        return self.work.amount / self.median
+
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        p10, p90 = np.percentile(self.seconds, (10, 90)).tolist()
+        return {
+            **dataclasses.asdict(self),
+            "n": len(self.seconds),
+            "median": self.median,
+            "p10": p10,
+            "p90": p90,
+            "tokens_per_second": self.work.tokens / self.median,
+            "rate": self.rate,
+            "roof_percent": 100 * self.rate / self.roof,
+            "compile_seconds": max(0.0, self.warm_up[0] - statistics.median(self.warm_up[1:])),
+        }
+
+
+def measure(
+    op: str,
+    shape: str,
+    work: Work,
+    machine: Worker,
+    peers: dict[str, Worker],
+    *,
+    warm_up: int,
+    rounds: int,
+    check: Callable[[dict[str, list[Any]]], None],
+) -> list[Row]:
+    """Warm up, check, then let the peers take turns, each round beginning with another one.
+
+    Args:
+        warm_up: repetitions of each peer before the first that counts, at least 2: one of them compiles.
+        check: given what each peer computed in each of them; raises ``Failure`` when they disagree.
+    """
+    if rounds < 1:
+        raise Failure(f"--rounds {rounds} measures nothing: at least 1")
+    platforms = {name: worker.facts()["platform"] for name, worker in peers.items()}
+    if len(set(platforms.values())) > 1:
+        raise Failure(f"peers run on different devices, {platforms}: install them for one, or set JAX_PLATFORMS=cpu")
+    before: dict[str, list[float]] = {}
+    values: dict[str, list[Any]] = {}
+    for name, worker in peers.items():
+        print(f"warming up {name} ...", flush=True)
+        runs = [worker.run() for _ in range(warm_up)]
+        before[name], values[name] = [second for second, _ in runs], [value for _, value in runs]
+    check(values)
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    roofs = []
+    for turn in range(rounds):
+        roofs.append(machine.run()[1][work.unit])
+        for name in rotated(list(peers), turn):
+            seconds[name].append(peers[name].run()[0])
+    roof = statistics.median(roofs)
+    return [
+        Row(
+            op, name, shape, work, seconds[name], before[name], roof,
+            paired_ratio(seconds[name], seconds[OURS]), peers[name].facts(),
+        )
+        for name in peers
+    ]  # fmt: skip
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """The same circle of names, begun ``by`` places later."""
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Median over rounds of their seconds over ours: what slows a whole round cancels."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int, float]]) -> None:
+    """Raise ``Failure`` unless the losses of all peers agree: ``(number of updates, relative tolerance)``."""
+    for updates, tolerance in tolerances:
+        found = {name: values[updates] for name, values in losses.items()}
+        array = np.array(list(found.values()))
+        spread = np.ptp(array) / np.min(np.abs(array))
+        if not spread <= tolerance:  # not-a-number fails too
+            shown = ", ".join(f"{name} {value:.6f}" for name, value in found.items())
+            raise Failure(f"losses after {updates} updates differ by {spread:.1e} (allowed {tolerance:.0e}): {shown}")
+
+
+def check_same(values: dict[str, list[Any]]) -> None:
+    """Raise ``Failure`` unless all peers generated the same tokens, always."""
+    expected = values[OURS][0]
+    for name, repetitions in values.items():
+        for made in repetitions:
+            for row, (ours, theirs) in enumerate(zip(expected, made, strict=True)):
+                if ours != theirs:
+                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+                    raise Failure(f"{name} generated other tokens than {OURS}, from token {at} of row {row} on")
+
+
+# ------------------------------------------------------------------------------------------------ reporting
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers depend on, beside the code that is measured."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+        "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
+        "flags": " ".join(f"{name}={os.environ[name]}" for name in FLAGS if name in os.environ) or "none",
+        "commit": git_commit(),
+    }
+
+
+FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
+"""Environment that changes what is measured."""
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, ``+changes`` where files differ from it; None outside of one."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changes else "")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+_PREFIX = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9)}
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """The measurements, what they mean, and how much faster jaxlm is."""
+    work = rows[0].work
+    unit, scale = _PREFIX[work.unit]
+    header = ("peer", "median s", "p10", "p90", "tokens/s", unit, "% of roof", "compile s", "process GB", "step GB")
+    lines = []
+    for row in rows:
+        r = row.record()
+        memory = [row.facts.get(name) for name in ("peak_process_bytes", "step_bytes")]
+        lines.append(
+            [
+                row.peer, f"{r['median']:.4g}", f"{r['p10']:.4g}", f"{r['p90']:.4g}", f"{r['tokens_per_second']:,.1f}",
+                f"{r['rate'] / scale:.3g}", f"{r['roof_percent']:.1f}", f"{r['compile_seconds']:.1f}",
+                *("n/a" if size is None else f"{size / 1e9:.2f}" for size in memory),
+            ]
+        )  # fmt: skip
+    first = rows[0]
+    return "\n".join(
+        [
+            f"{first.op}, {first.dtype}, {first.shape}, {len(first.seconds)} rounds",
+            table(header, lines),
+            f"{unit}: {work.formula}; roof {first.roof / scale:.3g} {unit}, measured in the same rounds",
+            "compile s: what the first repetition took beyond the rest of the warm-up",
+            "process GB: its peak, loading and compiling included; step GB: what XLA says that a step needs",
+            *(f"{OURS} is {row.ratio:.2f}x of {row.peer}" for row in rows if row.peer != OURS),
+        ]
+    )
+
+
+def write_json(
+    path: Path | None, program: str, options: Any, description: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Everything, when a path is given."""
+    if path is None:
+        return
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    record = {"program": program, "arguments": arguments, "machine": description, "rows": list(rows)}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """Run a program; a failure is one line and status 1."""
+    try:
+        run()
+    except (Failure, OSError) as error:
+        print(f"benchmark stopped: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,130 @@
+"""nanoGPT's CPU configuration from a text file to a validation loss, by jaxlm and by torch, one after the other.
+
+    python -m benchmarks.nanogpt --data tinyshakespeare.txt
+
+Both see the same batches in the same order, the same schedule, clipping and weight decay; weights start from other
+draws of the same distribution. torch trains ``GPT2LMHeadModel`` of transformers, eagerly, as nanoGPT does on a CPU.
+nanoGPT's readme states a validation loss of 1.88 for this configuration. Seconds are of the whole process, imports and
+compilation included; tokens per second are of the training steps alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to train on, and for how long."""
+
+    data: Path
+    """The canonical tinyshakespeare file, or another text."""
+    steps: int = 2000
+    """Updates."""
+    side: Literal["both", "torch"] = "both"
+    """``torch`` runs that side only, in this process."""
+    json: Path | None = None
+    """Write the rows here."""
+
+
+def run_jaxlm(options: Options) -> dict[str, float]:
+    """``experiments.shakespeare --preset nanogpt`` in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "run"
+        command = [
+            sys.executable, "-m", "experiments.shakespeare", "--preset", "nanogpt", "--data", str(options.data),
+            "--training.steps", str(options.steps), "--output", str(run),
+        ]  # fmt: skip
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - begun
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rate = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")][-1]
+    loss = [record["validation_loss"] for record in records if "validation_loss" in record][-1]
+    return {"validation_loss": loss, "tokens_per_second": rate, "seconds": seconds}
+
+
+def run_torch(options: Options) -> dict[str, float]:
+    """The same configuration with torch, in this process."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from experiments.shakespeare import NANOGPT
+    from jaxlm.data import Batches, CharTokenizer, RandomWindows, read_text, split
+    from jaxlm.training.optimizer import learning_rate
+
+    training, settings = NANOGPT.training, NANOGPT.optimizer
+    text = read_text(options.data)
+    tokenizer = CharTokenizer.from_text(text)
+    train, validation = split(tokenizer.encode(text), NANOGPT.validation_fraction)
+    length, rows = training.sequence_length, training.batch_size
+    torch.manual_seed(training.seed)
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=length, n_embd=NANOGPT.model.embed_dim,
+        n_layer=NANOGPT.model.num_layers, n_head=NANOGPT.model.num_heads,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), settings.epsilon)
+    rates = learning_rate(settings, options.steps)
+
+    def loss_of(window: object) -> torch.Tensor:
+        tokens = torch.from_numpy(window.tokens.astype("int64"))  # type: ignore[attr-defined]
+        logits = model(tokens[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    batches, begun = Batches(RandomWindows(train, length, rows, seed=training.seed)), time.perf_counter()
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(next(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
+        optimizer.step()
+    seconds = time.perf_counter() - begun
+    held_out = Batches(RandomWindows(validation, length, rows, seed=0, stride=length))
+    with torch.no_grad():
+        losses = [loss_of(next(held_out)).item() for _ in range(training.evaluation_batches)]
+    return {
+        "validation_loss": sum(losses) / len(losses),
+        "tokens_per_second": options.steps * rows * length / seconds,
+        "seconds": seconds,
+    }
+
+
+def main(options: Options) -> None:
+    """Run both sides and print one row each."""
+    if options.side == "torch":
+        print(json.dumps(run_torch(options)))
+        return
+    rows = {"jaxlm": run_jaxlm(options)}
+    command = [sys.executable, "-m", "benchmarks.nanogpt", "--data", str(options.data), "--steps", str(options.steps)]
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--side", "torch"], check=True, stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    rows["torch"] = {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - begun}
+    print(f"{'':8}{'validation loss':>16}{'tokens/s':>12}{'seconds':>10}")
+    for name, row in rows.items():
+        print(f"{name:8}{row['validation_loss']:16.4f}{row['tokens_per_second']:12,.0f}{row['seconds']:10.1f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"steps": options.steps, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,89 @@
+"""What is measured: sizes, random tokens, optimizer settings, and how much work each size is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+GEMM_SIZE = 2048
+"""Rows and columns of the matrices whose product is the roof of arithmetic."""
+COPY_BYTES = 1 << 28
+"""Bytes of the array whose copy is the roof of bandwidth."""
+ADAMW: dict[str, Any] = {
+    "learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
+}  # fmt: skip
+"""Settings of every peer's optimizer; decay on matrices only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """An optimizer step."""
+
+    model: str = "gpt2"
+    """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
+    batch: int = 2
+    """Rows."""
+    length: int = 512
+    """Tokens of each row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Greedy generation."""
+
+    model: str = "gpt2"
+    """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
+    batch: int = 1
+    """Rows."""
+    prompt: int = 32
+    """Tokens of each prompt."""
+    tokens: int = 64
+    """Tokens generated in each row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity(Training):
+    """Forward and backward, compared."""
+
+    batch: int = 2
+    """Rows; at least 2, so that both sides can be padded."""
+    length: int = 128
+    """Tokens of each row."""
+
+
+QUICK_TRAINING = Training("gpt2-tiny", batch=2, length=32)
+QUICK_DECODING = Decoding("gpt2-tiny", batch=2, prompt=8, tokens=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one repetition does: ``amount`` of ``unit``, by the formula named, on its way to ``tokens`` tokens."""
+
+    tokens: int
+    amount: float
+    unit: str
+    formula: str
+
+
+def training_work(shape: Training, model: dict[str, Any]) -> Work:
+    """Floating-point operations of one step. ``model`` holds the counts that ``peers.Machine`` reports."""
+    tokens = shape.batch * shape.length
+    weights = model["parameters"] - model["position_parameters"]  # positions are looked up, not multiplied
+    attention = 6 * model["layers"] * model["width"] * shape.length
+    formula = "6*N*tokens + 6*L*D*T*tokens: N parameters without positions, causal half of attention"
+    return Work(tokens, (6 * weights + attention) * tokens, "FLOP", formula)
+
+
+def decoding_work(shape: Decoding, model: dict[str, Any]) -> Work:
+    """Bytes that must be read: all parameters for each new token of a row, however many rows there are."""
+    amount = model["parameter_bytes"] * shape.tokens
+    return Work(
+        shape.batch * shape.tokens, amount, "B", "parameter bytes * tokens of a row; prefill included in the time"
+    )
+
+
+def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
+    """The same ids [batch, length] in every process, int32."""
+    return np.random.default_rng(0).integers(0, vocab_size, (batch, length)).astype(np.int32)

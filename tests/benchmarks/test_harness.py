@@ -1,0 +1,297 @@
+"""What the benchmarks do with numbers, and how they talk to their workers; no framework is measured here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import decoding, fidelity, harness, shapes, training
+from benchmarks.harness import Failure, Row, Worker
+from benchmarks.worker import Peer
+from jaxlm import get_model
+
+
+class Dummy(Peer):
+    """A peer that counts its repetitions."""
+
+    def __init__(self, start: int, trouble: str = "") -> None:
+        print("a library greets")
+        self.count, self.trouble = start, trouble
+        if trouble == "setup":
+            raise ValueError("no such size")
+
+    def run(self) -> Any:
+        print("a library talks\n{}")
+        if self.trouble == "run":
+            raise RuntimeError("out of luck")
+        if self.trouble == "death":
+            print("the last words", file=sys.stderr, flush=True)
+            os._exit(3)
+        self.count += 1
+        return self.count
+
+    def facts(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+
+DUMMY = f"{__name__ if __name__.startswith('tests.') else 'tests.benchmarks.' + __name__}:Dummy"
+
+
+def start(directory: Path, **arguments: Any) -> contextlib.closing[Worker]:
+    return contextlib.closing(Worker("dummy", DUMMY, directory / "log", **arguments))
+
+
+class Scripted:
+    """In place of a worker: answers from a list, and a diary of whose turn it was."""
+
+    platform = "cpu"
+
+    def __init__(self, name: str, diary: list[str], seconds: list[float], value: Any) -> None:
+        self.name, self.diary, self.seconds, self.value = name, diary, iter(seconds), value
+
+    def run(self) -> tuple[float, Any]:
+        self.diary.append(self.name)
+        return next(self.seconds), self.value
+
+    def facts(self) -> dict[str, Any]:
+        return {"peak_process_bytes": 2_500_000_000, "platform": self.platform}
+
+
+WORK = shapes.Work(tokens=100, amount=6e12, unit="FLOP", formula="6*N*tokens")
+
+
+@pytest.fixture
+def diary() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def rows(diary: list[str]) -> list[Row]:
+    """Two warm-up repetitions and three rounds; in the last one the machine is ten times slower."""
+    peers: dict[str, Any] = {
+        "jaxlm": Scripted("jaxlm", diary, [5.0, 2.0, 1.0, 2.0, 20.0], 1.0),
+        "torch": Scripted("torch", diary, [4.0, 4.0, 3.0, 4.0, 40.0], 1.0),
+    }
+    machine: Any = Scripted("machine", diary, [1.0] * 3, {"FLOP": 12e12, "B": 1e9})
+    return harness.measure("op", "B1", WORK, machine, peers, warm_up=2, rounds=3, check=lambda values: None)
+
+
+def test_peers_take_turns_and_each_round_begins_with_another(rows: list[Row], diary: list[str]) -> None:
+    assert diary[:4] == ["jaxlm", "jaxlm", "torch", "torch"]
+    assert diary[4:7] == ["machine", "jaxlm", "torch"]
+    assert diary[7:10] == ["machine", "torch", "jaxlm"]
+    assert diary[10:] == ["machine", "jaxlm", "torch"]
+
+
+def test_a_row_holds_statistics_of_its_rounds(rows: list[Row]) -> None:
+    record = rows[0].record()
+    assert (record["n"], record["median"], record["tokens_per_second"]) == (3, 2.0, 50.0)
+    assert (record["p10"], record["p90"]) == pytest.approx((1.2, 16.4))
+    assert (record["rate"], record["roof_percent"]) == (3e12, 25.0)
+    assert record["compile_seconds"] == 3.0
+    assert record["seconds"] == [1.0, 2.0, 20.0]
+    assert rows[1].record()["compile_seconds"] == 0.0
+
+
+def test_ratios_are_paired_by_round(rows: list[Row]) -> None:
+    assert [row.ratio for row in rows] == [1.0, 2.0]
+    assert harness.paired_ratio([3.0, 1.0, 20.0], [1.0, 1.0, 10.0]) == 2.0
+    with pytest.raises(ValueError, match="zip"):
+        harness.paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_the_check_sees_all_of_the_warm_up_and_stops_before_any_round(diary: list[str]) -> None:
+    peers: dict[str, Any] = {"jaxlm": Scripted("jaxlm", diary, [1.0] * 9, 7)}
+
+    def check(values: dict[str, list[Any]]) -> None:
+        raise Failure(f"saw {values}")
+
+    machine: Any = Scripted("machine", diary, [1.0], {})
+    with pytest.raises(Failure, match=r"saw \{'jaxlm': \[7, 7, 7\]\}"):
+        harness.measure("op", "B1", WORK, machine, peers, warm_up=3, rounds=3, check=check)
+    assert diary == ["jaxlm"] * 3
+    with pytest.raises(Failure, match="--rounds 0"):
+        harness.measure("op", "B1", WORK, machine, peers, warm_up=3, rounds=0, check=check)
+
+
+def test_peers_on_different_devices_are_not_compared(diary: list[str]) -> None:
+    peers: dict[str, Any] = {name: Scripted(name, diary, [1.0] * 9, 7) for name in ("jaxlm", "torch")}
+    peers["jaxlm"].platform = "gpu"
+    with pytest.raises(Failure, match="different devices, {'jaxlm': 'gpu', 'torch': 'cpu'}"):
+        harness.measure("op", "B1", WORK, peers["jaxlm"], peers, warm_up=2, rounds=1, check=lambda values: None)
+    assert diary == []
+
+
+def test_speed_table(rows: list[Row]) -> None:
+    lines = harness.speed_table(rows).splitlines()
+    assert lines[0] == "op, float32, B1, 3 rounds"
+    assert lines[1].split("  ")[0] == "peer"
+    assert lines[2].split() == ["jaxlm", "2", "1.2", "16.4", "50.0", "3", "25.0", "3.0", "2.50", "n/a"]
+    assert len({len(line) for line in lines[1:4]}) == 1
+    assert WORK.formula in lines[4]
+    assert lines[-1] == "jaxlm is 2.00x of torch"
+
+
+def test_bytes_are_shown_as_such(rows: list[Row]) -> None:
+    row = dataclasses.replace(rows[0], work=shapes.Work(1, 4e9, "B", "bytes"), roof=8e9)
+    assert "GB/s" in harness.speed_table([row])
+    assert harness.speed_table([row]).splitlines()[2].split()[5:7] == ["2", "25.0"]
+
+
+def test_json_holds_everything(rows: list[Row], tmp_path: Path) -> None:
+    options = training.Training(json=tmp_path / "out.json")
+    harness.write_json(options.json, "training", options, {"device": "cpu"}, [row.record() for row in rows])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["arguments"]["length"] == 512
+    assert found["machine"] == {"device": "cpu"}
+    assert found["rows"][1]["seconds"] == [3.0, 4.0, 40.0]
+    assert found["rows"][1]["work"]["formula"] == WORK.formula
+
+
+def test_machine_description() -> None:
+    found = harness.describe_machine()
+    assert "jax " in found["versions"]
+    assert found["cores"] >= 1
+    assert "xla_force_host_platform_device_count=8" in found["flags"]
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+def test_losses_must_agree() -> None:
+    tolerances = ((0, 1e-4), (1, 1e-3))
+    harness.check_losses({"jaxlm": [10.0, 5.0], "torch": [10.0009, 5.004]}, tolerances)
+    with pytest.raises(Failure, match=r"after 0 updates differ by 1.1e-04 \(allowed 1e-04\): jaxlm 10.0"):
+        harness.check_losses({"jaxlm": [10.0, 5.0], "torch": [10.0011, 5.0]}, tolerances)
+    with pytest.raises(Failure, match="after 1 updates"):
+        harness.check_losses({"jaxlm": [10.0, 5.0], "torch": [10.0, 5.006]}, tolerances)
+    for name in ("jaxlm", "torch"):
+        with pytest.raises(Failure, match="nan"):
+            harness.check_losses({"jaxlm": [1.0], "torch": [1.0], name: [float("nan")]}, ((0, 1.0),))
+
+
+def test_tokens_must_be_the_same() -> None:
+    ours = [[1, 2], [3, 4]]
+    harness.check_same({"jaxlm": [ours, ours], "torch": [ours, ours]})
+    with pytest.raises(Failure, match="torch generated other tokens than jaxlm, from token 1 of row 1 on"):
+        harness.check_same({"jaxlm": [ours], "torch": [ours, [[1, 2], [3, 5]]]})
+    with pytest.raises(Failure, match="from token 1 of row 0"):
+        harness.check_same({"jaxlm": [[[1]]], "torch": [[[1, 2]]]})
+
+
+def test_choosing_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(harness.choose("", training.PEERS)) == ["jaxlm"]
+    with pytest.raises(Failure, match=r"no peer is called 'tensorflow': choose from .*torch-compile"):
+        harness.choose("tensorflow", training.PEERS)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    assert list(harness.choose("flax, jaxlm", decoding.PEERS)) == ["jaxlm", "flax"]
+    with pytest.raises(Failure, match=r"torch needs torch: pip install 'jaxlm\[reference\]'"):
+        harness.choose("torch", decoding.PEERS)
+
+
+def test_a_failure_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert training.main(["--against", "nobody"]) == 1
+    assert capsys.readouterr().err.startswith("benchmark stopped: no peer is called 'nobody'")
+    assert fidelity.main(["--batch", "1"]) == 1
+    assert "at least 2" in capsys.readouterr().err
+
+
+def test_differences_are_relative_to_the_largest_value() -> None:
+    assert fidelity.difference(np.array([1.0, 4.0]), np.array([1.5, -5.0])) == 9.0 / 5.0
+    assert fidelity.difference(np.array([np.nan]), np.array([1.0])) == float("inf")
+    with pytest.raises(Failure, match="shapes"):
+        fidelity.difference(np.ones(2), np.ones((2, 1)))
+
+
+def test_the_worst_gradient_is_named() -> None:
+    exact = {name: np.ones(2) for name in ("hidden", "logits", "loss", "a.weight", "b.weight")}
+    ours = {**exact, "b.weight": np.array([1.0, 1.5])}
+    rows = fidelity.compare("case", ours, exact, exact)
+    assert [row["result"] for row in rows] == ["hidden", "logits", "loss", "b.weight"]
+    assert (rows[-1]["jaxlm_torch"], rows[-1]["torch_float64"]) == (0.5, 0.0)
+    with pytest.raises(Failure, match=r"\['c.weight'\]"):
+        fidelity.compare("case", {**ours, "c.weight": np.ones(1)}, exact, exact)
+
+
+# ------------------------------------------------------------------------------------------------------ work
+
+
+def test_training_work_of_gpt2_124m() -> None:
+    model = get_model("gpt2")
+    counts = {"parameters": model.num_parameters, "position_parameters": 1024 * 768, "layers": 12, "width": 768}
+    work = shapes.training_work(shapes.Training(batch=2, length=512), counts)
+    assert work.tokens == 1024
+    matmul = 6 * (12 * 12 * 768**2 + 50257 * 768) * 1024
+    attention = 3 * 2 * 12 * 4 * 12 * 512**2 * 64 / 2  # forward and twice that backward, rows, layers ... half
+    assert work.amount == pytest.approx(matmul + attention, rel=2e-3)  # biases and norms count in the formula
+
+
+def test_decoding_work_does_not_grow_with_rows() -> None:
+    one, eight = (shapes.decoding_work(shapes.Decoding(batch=B), {"parameter_bytes": 400}) for B in (1, 8))
+    assert (one.amount, eight.amount) == (400 * 64, 400 * 64)
+    assert (one.tokens, eight.tokens) == (64, 512)
+
+
+# --------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with start(tmp_path_factory.mktemp("worker"), start=5) as worker:
+        yield worker
+
+
+def test_a_worker_answers_whatever_its_peer_prints(worker: Worker) -> None:
+    begun = worker.facts()["count"]
+    runs = [worker.run() for _ in range(3)]
+    assert [value for _, value in runs] == [begun + 1, begun + 2, begun + 3]
+    assert all(0.0 < seconds < 10.0 for seconds, _ in runs)
+    facts = worker.facts()
+    assert facts["count"] == begun + 3
+    assert facts["peak_process_bytes"] > 1_000_000
+
+
+def test_a_peer_that_cannot_be_set_up(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="dummy: ValueError: no such size"):
+        start(tmp_path, start=0, trouble="setup")
+
+
+def test_a_peer_that_fails_goes_on_answering(tmp_path: Path) -> None:
+    with start(tmp_path, start=0, trouble="run") as worker:
+        with pytest.raises(Failure, match="dummy: RuntimeError: out of luck"):
+            worker.run()
+        assert worker.facts()["count"] == 0
+    assert "Traceback" in (tmp_path / "log").read_text()
+
+
+def test_a_peer_that_dies(tmp_path: Path) -> None:
+    with start(tmp_path, start=0, trouble="death") as worker:
+        with pytest.raises(Failure, match=r"dummy died \(exit status 3\): the last words"):
+            worker.run()
+        with pytest.raises(Failure, match="dummy died"):
+            worker.run()
+
+
+def test_closing_ends_the_process(tmp_path: Path) -> None:
+    with start(tmp_path, start=0) as worker:
+        assert worker.process.poll() is None
+    assert worker.process.poll() is not None
+
+
+def test_the_parent_imports_no_framework() -> None:
+    code = (
+        "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity\n"
+        "sys.exit(' '.join({'jax', 'torch', 'transformers', 'flax'} & set(sys.modules)) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
