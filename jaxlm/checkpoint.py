@@ -81,8 +81,9 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
 
     The same on any number of devices and processes, for any sharding. No protection against an adversary.
     """
-    sums = {name: _sums(array) for name, array in arrays.items()}  # compiled once per shape, dtype and sharding
-    return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in jax.device_get(sums).items()}
+    # One after the other: on several virtual CPU devices, independent programs with collectives can deadlock.
+    sums = {name: jax.device_get(_sums(array)) for name, array in arrays.items()}
+    return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
 
 
 # ------------------------------------------------------------------------------------- trees as flat dicts

@@ -28,6 +28,7 @@ from tests.helpers import (
 )
 
 TOLERANCE = 2e-5  # float32, other orders of summation
+STEP_TOLERANCE = 1e-4  # the same after Adam, which divides small gradients by their own size
 
 pytestmark = pytest.mark.parametrize("name", FAMILIES)
 
@@ -342,7 +343,7 @@ def test_sharded_step_equals_single(name, mesh):
     sharding = Sharding(make_mesh(mesh))
     state = jax.device_put(fresh(), step_lib.state_sharding(model, optimizer, sharding))
     got = after_one_step(step_lib.jit_step(model, optimizer, causal.loss, sharding=sharding), state, batch)
-    assert_trees_close(got, want, TOLERANCE)
+    assert_trees_close(got, want, STEP_TOLERANCE)
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
@@ -360,7 +361,7 @@ def test_pmap_equals_single(name):
     step = step_lib.pmap_step(model, optimizer, causal.loss)
     got = after_one_step(step, flax.jax_utils.replicate(fresh()), rows)
     for device in (0, 7):
-        assert_trees_close(jax.tree.map(lambda x, device=device: x[device], got), want, TOLERANCE)
+        assert_trees_close(jax.tree.map(lambda x, device=device: x[device], got), want, STEP_TOLERANCE)
 
 
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding
@@ -27,20 +29,21 @@ class Evaluator:
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 
-        def total(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-            if sharding is None:
-                return loss(model, params, batch)
-            with sharding.scope():
-                return loss(model, params, batch)
+        def add(sums: tuple[jax.Array, jax.Array], params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            with contextlib.nullcontext() if sharding is None else sharding.scope():
+                return jax.tree.map(jnp.add, sums, loss(model, params, batch))
 
-        self._total = jax.jit(total)
+        # Each call needs the sums of the one before: no two run at once, which on virtual CPU devices can deadlock.
+        self._add = jax.jit(add)
 
     def __call__(self, params: Any) -> float:
-        parts = jax.device_get([self._total(params, batch) for batch in self.batches])
-        weight = sum(float(weight) for _, weight in parts)
+        sums = (jnp.zeros(()), jnp.zeros(()))
+        for batch in self.batches:
+            sums = self._add(sums, params, batch)
+        total, weight = map(float, jax.device_get(sums))
         if weight == 0.0:
             raise ValueError("no token of the evaluation batches counts: they hold padding only")
-        return sum(float(total) for total, _ in parts) / weight
+        return total / weight
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:
