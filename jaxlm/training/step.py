@@ -182,19 +182,18 @@ def make_step(
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(mean) & jnp.isfinite(norm)
 
-        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.params)
-        new_params = optax.apply_updates(state.params, updates)
-        new_average = state.average
-        if average_decay is not None:
-            new_average = jax.tree.map(
-                lambda old, new: average_decay * old + (1.0 - average_decay) * new, state.average, new_params
-            )
-        # A select and not a branch: the old values are read anyway, and it fuses into the update.
-        params, optimizer_state, average = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
-            (new_params, new_optimizer, new_average),
-            (state.params, state.optimizer, state.average),
-        )
+        def update(held: Any) -> Any:
+            params, optimizer_state, average = held
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+            params = optax.apply_updates(params, updates)
+            if average_decay is not None:
+                average = jax.tree.map(
+                    lambda old, new: average_decay * old + (1.0 - average_decay) * new, average, params
+                )
+            return params, optimizer_state, average
+
+        held = (state.params, state.optimizer, state.average)
+        params, optimizer_state, average = jax.lax.cond(good, update, lambda held: held, held)
         bad = jnp.where(good, 0, 1)
         skipped, in_a_row = state.skipped + bad, jnp.where(good, 0, state.skipped_in_a_row + 1)
         metrics = {
