@@ -52,9 +52,9 @@ SMALL = gpt.Config(
 class Experiment:
     """Train a GPT on a text and let it write."""
 
-    model: gpt.Config = dataclasses.replace(SMALL, embed_dim=160, vocab_multiple=8)
+    model: gpt.Config = dataclasses.replace(SMALL, vocab_multiple=8)
     """The model. vocab_size and max_positions are raised to what tokenizer and sequences need."""
-    training: TrainingConfig = TrainingConfig(steps=1200, batch_size=24, sequence_length=128)
+    training: TrainingConfig = TrainingConfig(steps=1500, batch_size=12, sequence_length=96)
     """The training."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
     """The optimizer."""
@@ -97,6 +97,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train, report, export and sample; returns the result of the training."""
     begun = time.perf_counter()
     training = experiment.training
+    if resume is not None:
+        _check_unchanged(experiment, config_lib.read(Experiment, resume / "config.json"))
     text = shakespeare() if experiment.data is None else read_text(experiment.data)
     directory = resume or experiment.output or Path("runs") / f"shakespeare-{time.strftime('%Y%m%d-%H%M%S')}"
     tokenizer = load_tokenizer(directory / "model") if resume else make_tokenizer(experiment.tokenizer, text)
@@ -113,7 +115,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))
 
     def batches(part: str, stride: int, seed: int) -> Batches:
-        source = RandomWindows(parts[part], training.sequence_length, training.batch_size, seed=seed, stride=stride)
+        try:
+            source = RandomWindows(parts[part], training.sequence_length, training.batch_size, seed=seed, stride=stride)
+        except ValueError as error:
+            raise ValueError(f"{part} part of {experiment.data or 'the embedded text'}: {error}") from error
         source.check(model.config.vocab_size)
         return Batches(source, jax.process_index(), jax.process_count())
 
@@ -124,13 +129,17 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     optimizer = make_optimizer(experiment.optimizer, model.specs, training.steps)
     data = batches("training", 1, training.seed)
 
-    _start_directory(directory, experiment, tokenizer, resume)
+    tokenizer.encode(experiment.prompt)  # a prompt that cannot be read should not be found out after the training
+    if resume is None:
+        _start_directory(directory, experiment, tokenizer)
     say(f"{model.num_parameters:,} parameters · {len(tokens):,} tokens of {tokenizer.vocab_size} kinds · {directory}")
     result = train(
         model, optimizer, causal.loss, to_batch, data, evaluate, training, directory,
         meta={"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__},
         resume=resume is not None, sharding=sharding,
     )  # fmt: skip
+    if resume is not None:  # only now: a run that cannot go on as asked keeps the configuration that it had
+        config_lib.write(experiment, directory / "config.json")
     draw_losses(directory / "metrics.jsonl", directory / "loss.png")
     if result.validation_loss is None:
         return result
@@ -143,9 +152,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     passage = write_passage(experiment, model, jax.tree.map(jnp.asarray, jax.device_get(params)), tokenizer)
     (directory / "sample.txt").write_text(passage, encoding="utf-8")
-    say(
-        f"\n{time.perf_counter() - begun:.0f} s in all · more: jaxlm generate {directory} --prompt {experiment.prompt!r}"
-    )
+    seconds = time.perf_counter() - begun
+    say(f"\n{seconds:.0f} s in all · more: jaxlm generate {directory} --prompt {experiment.prompt!r}")
     return result
 
 
@@ -165,14 +173,20 @@ def write_passage(experiment: Experiment, model: Model, params: object, tokenize
     return passage
 
 
-def _start_directory(directory: Path, experiment: Experiment, tokenizer: Tokenizer, resume: Path | None) -> None:
-    if resume is None:
-        if directory.exists() and any(directory.iterdir()):
-            raise FileExistsError(
-                f"{directory} is not empty: choose another --output, or go on with --resume {directory}"
+def _check_unchanged(asked: Experiment, saved: Experiment) -> None:
+    for name in ("output", "tokenizer", "validation_fraction"):
+        if getattr(asked, name) != getattr(saved, name):
+            was = getattr(saved, name)
+            raise ValueError(
+                f"{name}={getattr(asked, name)} cannot change when a run goes on (it is {was}): leave it out"
             )
-        (directory / "model").mkdir(parents=True)
-        tokenizer.save(directory / "model")
+
+
+def _start_directory(directory: Path, experiment: Experiment, tokenizer: Tokenizer) -> None:
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty: choose another --output, or go on with --resume {directory}")
+    (directory / "model").mkdir(parents=True)
+    tokenizer.save(directory / "model")
     config_lib.write(experiment, directory / "config.json")
 
 
@@ -187,8 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
         Experiment(), {"nanogpt": NANOGPT}, arguments, program="python -m experiments.shakespeare",
         description=(__doc__ or "").split("\n")[0],
     )  # fmt: skip
-    result = run(experiment, resume)
-    return {None: 0, "SIGINT": 130, "SIGTERM": 143}[result.interrupted]
+
+    def command() -> int:
+        return {None: 0, "SIGINT": 130, "SIGTERM": 143}[run(experiment, resume).interrupted]
+
+    return config_lib.exit_status(command, "experiments.shakespeare")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+import jaxlm
 from jaxlm import load_pretrained
+from jaxlm.config import exit_status
 from jaxlm.data import load_tokenizer
 from jaxlm.decoding import Sampling, stream_text
 
@@ -74,7 +76,8 @@ class Doctor:
         """Print the report."""
         print(f"python {platform.python_version()} on {platform.platform()}")
         for package in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-            print(f"{package:18} {_version(package) or 'MISSING'}")
+            found = jaxlm.__version__ if package == "jaxlm" else _version(package)
+            print(f"{package:18} {found or 'MISSING'}")
         print(f"\nbackend            {jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}")
         for device in jax.devices():
             print(f"device {device.id:<11} {device.device_kind}{_memory(device)}")
@@ -124,14 +127,7 @@ Command = Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Doct
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
     command: Generate | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
-    try:
-        return command.run()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"jaxlm: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+    return exit_status(command.run, "jaxlm")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +61,18 @@ def read(kind: type[C], path: Path) -> C:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: is {path.parent} the directory of a run?")
     return from_json(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def exit_status(command: Callable[[], int], program: str) -> int:
+    """Run a command line; what the user can mend is printed as a message and not as a traceback, with status 1."""
+    try:
+        return command()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
 
 
 def parse(

@@ -132,7 +132,7 @@ def stack(count: int, specs: Tree) -> Tree:
 
 
 def unstack(tree: Tree) -> Tree:
-    """``tree`` with the stack under each key ``layers`` as a tuple of trees, one a layer, which ``apply`` takes as well.
+    """``tree`` with the stack under each key ``layers`` as a tuple of trees, one a layer; ``apply`` takes both.
 
     For loops over tokens on a CPU: XLA copies a layer out of its stack at every step, more than half of the time of a
     decode step. Taken apart before the loop, each layer is copied once. A tree already taken apart is given back.

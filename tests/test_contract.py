@@ -132,7 +132,9 @@ def test_layers_taken_apart_give_what_the_stack_gives(name):
     apart = jax.jit(spec.unstack)(params)
     assert jax.tree.structure(apart) != jax.tree.structure(params)
     key = jax.random.key(2)
-    assert relative_error(hidden_of(model, apart, tokens, key=key), hidden_of(model, params, tokens, key=key)) < TOLERANCE
+    assert (
+        relative_error(hidden_of(model, apart, tokens, key=key), hidden_of(model, params, tokens, key=key)) < TOLERANCE
+    )
     states = []
     for weights in (params, apart):
         step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))

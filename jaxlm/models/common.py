@@ -64,8 +64,8 @@ def scan_layers(
 ) -> tuple[jax.Array, Any]:
     """``x, state[i] = block(x, (weights[i], state[i], key[i]))`` over the leading ``layers`` axis of all three.
 
-    ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i. ``weights`` may also be a tuple of the layers'
-    trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says.
+    ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i. ``weights`` may also be a tuple of
+    the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says.
     """
     if remat == "full":
         block = jax.checkpoint(block, prevent_cse=False)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding
-from jaxlm.training.step import Loss
+from jaxlm.training.step import Loss, place_batch
 
 
 class Evaluator:
@@ -25,7 +25,7 @@ class Evaluator:
     """
 
     def __init__(self, model: Model, loss: Loss, batches: Iterable[Any], sharding: Sharding | None = None) -> None:
-        self.batches = list(batches)
+        self.batches = [place_batch(batch, sharding) for batch in batches]
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 

@@ -128,6 +128,7 @@ def train(
     step = step_lib.jit_step(
         model, optimizer, loss, accumulate=config.accumulate, average_decay=config.average_decay, sharding=sharding
     )
+    run.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(run / "metrics.jsonl")
     with Checkpointer(run / "checkpoints", keep_last=config.keep_last) as checkpoints, _Signals() as signals:
         if resume:
@@ -144,12 +145,12 @@ def train(
         if start >= config.steps:
             raise ValueError(f"nothing to do: step {start} of {config.steps} is reached. Ask for more training.steps")
 
-        with Bar(config.steps, start) as bar:
+        with Bar(config.steps, start, 1 if sharding is None else sharding.mesh.size) as bar:
             log = _Log(metrics_file, bar, config, start)
             validation = None
             for number in range(start + 1, config.steps + 1):
                 window = next(data)
-                state, metrics = step(state, _place(to_batch(window), sharding))
+                state, metrics = step(state, step_lib.place_batch(to_batch(window), sharding))
                 log.add(number, metrics)
                 last = number == config.steps or signals.caught is not None
                 if number % config.evaluate_every == 0 or number == config.steps:
@@ -187,18 +188,6 @@ def _start_from(
     if sharding is None:
         return state
     return jax.device_put(state, step_lib.state_sharding(model, optimizer, sharding, average=averaged))
-
-
-def _place(batch: Any, sharding: Sharding | None) -> Any:
-    """This process's rows of a batch as global arrays."""
-    if sharding is None:
-        return batch
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(
-            sharding.named(("batch", "seq"), (x.shape[0] * jax.process_count(), x.shape[1]), "a batch"), x
-        ),
-        batch,
-    )
 
 
 class _Log:

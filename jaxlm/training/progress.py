@@ -13,20 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def device_name() -> str:
-    """All devices in words, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
-    devices = jax.devices()
-    kind = devices[0].device_kind
-    return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
+def device_name(count: int) -> str:
+    """The devices of a run in words, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
+    kind = jax.devices()[0].device_kind
+    return kind if count == 1 else f"{count} x {kind}"
 
 
 class Bar:
     """Loss, tokens per second, remaining time and device of a run of ``steps`` steps, ``start`` of which are done."""
 
-    def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
+    def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self._steps, self._start = steps, start
-        self._begun = self._printed = time.perf_counter()
+        self._steps, self._device = steps, device_name(devices)
+        self._first: tuple[int, float] | None = None  # step and time of the first update: compilation is behind it
+        self._printed = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -38,7 +38,7 @@ class Bar:
             transient=False,
         )
         self._task = self._progress.add_task(
-            "training", total=steps, completed=start, loss="-", rate="-", device=device_name()
+            "training", total=steps, completed=start, loss="-", rate="-", device=self._device
         )
 
     def __enter__(self) -> Bar:
@@ -55,10 +55,11 @@ class Bar:
         rate = "-" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
         now = time.perf_counter()
+        first, since = self._first = self._first or (step, now)
         if not self.console.is_terminal and (now - self._printed >= SECONDS_BETWEEN_LINES or step in (1, self._steps)):
             self._printed = now
-            left = (now - self._begun) / max(step - self._start, 1) * (self._steps - step)
-            self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {device_name()} · {left:.0f} s left")
+            left = f" · {(now - since) / (step - first) * (self._steps - step):.0f} s left" if step > first else ""
+            self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{left}")
 
     def say(self, text: Any) -> None:
         """Print a line above the bar."""

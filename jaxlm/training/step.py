@@ -248,6 +248,18 @@ def jit_step(
     )
 
 
+def place_batch(batch: Any, sharding: Sharding | None) -> Any:
+    """This process's rows of a batch, [B / processes, T] on the host, as global arrays [B, T] split by rows."""
+    if sharding is None:
+        return batch
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(
+            sharding.named(("batch", "seq"), (x.shape[0] * jax.process_count(), x.shape[1]), "a batch"), x
+        ),
+        batch,
+    )
+
+
 def pmap_step(
     model: Model, optimizer: optax.GradientTransformation, loss: Loss, *, average_decay: float | None = None
 ) -> Step:
