@@ -4,6 +4,7 @@ Only ``apply``, ``logits`` and ``state_specs`` of a model are used, never what i
 """
 
 from jaxlm.decoding.beam import Beams, beam_search
+from jaxlm.decoding.prompts import layers_apart
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
 from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity
 from jaxlm.decoding.text import generate_text, stream_text
@@ -20,6 +21,7 @@ __all__ = [
     "filter_logits",
     "generate",
     "generate_text",
+    "layers_apart",
     "log_likelihood",
     "perplexity",
     "prefill",
