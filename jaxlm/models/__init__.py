@@ -4,6 +4,6 @@ A family is a module with ``Config``, ``specs``, ``apply``, ``logits``, ``VARIAN
 between calls, ``state_specs``. To add one: write its file and put its name in :data:`FAMILIES`.
 """
 
-from jaxlm.models.model import FAMILIES, Model, family_names, get_model, variant_names
+from jaxlm.models.model import FAMILIES, Model, get_model, variant_names
 
-__all__ = ["FAMILIES", "Model", "family_names", "get_model", "variant_names"]
+__all__ = ["FAMILIES", "Model", "get_model", "variant_names"]

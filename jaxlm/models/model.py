@@ -16,11 +16,6 @@ FAMILIES = ("gpt",)
 """Modules of this package that are families."""
 
 
-def family_names() -> tuple[str, ...]:
-    """Names of all families."""
-    return FAMILIES
-
-
 def family(name: str) -> ModuleType:
     """The module of a family."""
     return importlib.import_module(f"jaxlm.models.{name}")

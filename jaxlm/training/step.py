@@ -192,6 +192,8 @@ def make_step(
                 )
             return params, optimizer_state, average
 
+        # A branch and not a select: a skipped step reads nothing, and XLA overwrites parameters and moments in place,
+        # where with selects it first copies the old moments (docs/labbook.md).
         held = (state.params, state.optimizer, state.average)
         params, optimizer_state, average = jax.lax.cond(good, update, lambda held: held, held)
         bad = jnp.where(good, 0, 1)
