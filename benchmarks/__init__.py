@@ -3,6 +3,7 @@
     python -m benchmarks.training      tokens/s of an optimizer step
     python -m benchmarks.decoding      tokens/s of greedy generation
     python -m benchmarks.fidelity      largest differences to torch, gradients included
+    python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 
 Peers need the extra ``reference``. Each lives in a process of its own (``worker``, ``peers``); ``harness`` lets them
 take turns, so that one state of the machine serves all, and only after their results agree.
