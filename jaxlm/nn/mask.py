@@ -41,11 +41,6 @@ class Mask:
             raise ValueError(f"window={self.window} needs causal=True and a size of at least 1")
 
     @property
-    def static(self) -> bool:
-        """True when nothing depends on data: blocks can be left out while tracing."""
-        return self.query_order is None and self.query_segments is None
-
-    @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
         """The four integer arrays (or None): what a kernel slices."""
         return self.query_order, self.key_order, self.query_segments, self.key_segments
