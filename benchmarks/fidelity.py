@@ -45,7 +45,7 @@ def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
     @jax.jit
     def compute(params: Any, batch: causal.Batch) -> Any:
         def mean_loss(params: Any) -> Any:
-            total, count = causal.loss(model, params, batch)
+            total, count, _ = causal.loss(model, params, batch)
             return total / count
 
         hidden, _ = model.apply(params, batch.tokens, segment_ids=batch.segment_ids)

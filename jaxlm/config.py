@@ -45,10 +45,19 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, value, where)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return Path(value) if Path in options and isinstance(value, str) else value
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        if isinstance(value, dict) and dataclasses.is_dataclass(option) and isinstance(option, type):
+            return from_json(option, value, where)
+        if isinstance(value, list) and typing.get_origin(option) is tuple:
+            return _tuple(value)
+        if isinstance(value, str) and option is Path:
+            return Path(value)
+    return value
+
+
+def _tuple(value: Any) -> Any:
+    """JSON has lists only; configs are hashable and have tuples only."""
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def write(config: Any, path: Path) -> None:

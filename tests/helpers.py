@@ -6,16 +6,65 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.models import Model
+from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.model import family
+from jaxlm.objectives.batch import Batch
+
+TINY = tuple(variant for name in FAMILIES for variant in family(name).VARIANTS if variant.endswith("-tiny"))
+"""The tiny variants of all families: one for each form that a family has."""
 
 
 def tiny_model(name: str, **overrides: Any) -> Model:
-    """The tiny variant of a family, without dropout unless asked for."""
-    (variant,) = [variant for variant in family(name).VARIANTS if variant.endswith("-tiny")]
-    config = family(name).VARIANTS[variant]
+    """A tiny variant (or the first one of a family), without dropout unless asked for."""
+    if name in FAMILIES:
+        name = next(variant for variant in family(name).VARIANTS if variant.endswith("-tiny"))
+    config = get_model(name).config
     rates = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
-    return Model(name, dataclasses.replace(config, **{**rates, **overrides}))
+    return get_model(name, **{**rates, **overrides})
+
+
+def task_of(model: Model) -> str:
+    """The task of a model."""
+    return getattr(model.config, "task", "causal")
+
+
+def decodes(model: Model) -> bool:
+    """Whether the model carries a state, so that it can decode."""
+    try:
+        model.state_specs(1, 2)
+    except TypeError:
+        return False
+    return True
+
+
+def source_of(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
+    """The source that an encoder-decoder reads beside ``rows`` rows of tokens; nothing for other models."""
+    return {"source": random_tokens(model, rows, 6, seed)} if model.reads_source else {}
+
+
+def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
+    """What the model's task makes of a window [B, T + 1]: next tokens, the tokens themselves at some places, or labels
+    that follow from the tokens. Places that are padding do not count."""
+    read, following = tokens[:, :-1], tokens[:, 1:]
+    inputs = source_of(model, len(tokens))
+    before = None if segment_ids is None else segment_ids[:, :-1]
+    weights = np.ones(read.shape, np.float32)
+    task = task_of(model)
+    if task in ("causal", "permutation", "seq2seq"):
+        if segment_ids is not None:
+            weights = ((before == segment_ids[:, 1:]) & (before > 0)).astype(np.float32)
+        return Batch(read, following, weights, before, inputs)
+    if before is not None:
+        weights = (before > 0).astype(np.float32)
+    if task == "masked":
+        return Batch(read, (read + 1) % 7, weights * (np.arange(read.shape[1]) % 3 == 1), before, inputs)
+    if task == "tagging":
+        return Batch(read, read % model.config.num_labels, weights, before, inputs)
+    ones = np.ones(len(tokens), np.float32)
+    if task == "classification":
+        return Batch(read, read[:, 0] % model.config.num_labels, ones, before, inputs)
+    assert task == "span_qa", task
+    return Batch(read, np.stack([read[:, 0] % 3, 3 + read[:, 1] % 3], axis=1), ones, before, inputs)
 
 
 def lively(params: Any) -> Any:

@@ -48,6 +48,7 @@ def beam_search(
     length_penalty: float = 1.0,
     end_id: int | None = None,
     allowed_ids: int | None = None,
+    state: Any = None,
 ) -> Beams:
     """The best continuations of each prompt that a beam of ``beams`` live hypotheses finds.
 
@@ -56,7 +57,7 @@ def beam_search(
     finished ones. These are the rules of Hugging Face's ``generate`` with ``early_stopping="never"``.
 
     Args:
-        prompts, segment_ids, end_id, allowed_ids: as in :func:`jaxlm.decoding.generate`.
+        prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
         length_penalty: exponent of the length (end token included) that divides the sum of log-probabilities: 0 favours
             short hypotheses, 1 is the mean, more favours long ones (Wu et al. 2016, section 7, has another formula).
 
@@ -68,14 +69,15 @@ def beam_search(
         >>> beam_search(model, params, prompts, max_new_tokens=8, beams=4).tokens[:, 0]   # doctest: +SKIP
     """
     ids, slots = check_prompts(
-        model, prompts, segment_ids, max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids
-    )
+        model, prompts, segment_ids,
+        max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
+    )  # fmt: skip
     if beams < 1:
         raise ValueError(f"beams={beams} must be at least 1")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty={length_penalty} must be finite")
     return _beam_search(
-        model, params, prompts, segment_ids, jnp.float32(length_penalty),
+        model, params, prompts, segment_ids, jnp.float32(length_penalty), state,
         count=max_new_tokens, beams=beams, end_id=end_id, ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
 
@@ -102,6 +104,7 @@ def _beam_search(
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     length_penalty: jax.Array,
+    state: Any,
     *,
     count: int,
     beams: int,
@@ -112,7 +115,7 @@ def _beam_search(
 ) -> Beams:
     B, K, N = prompts_BT.shape[0], beams, count
     state_specs = model.state_specs(B, slots)
-    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots)
+    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), 0 if end_id is None else end_id, jnp.int32)
     search = _Search(

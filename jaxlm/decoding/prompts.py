@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm import spec
 from jaxlm.models import Model
+from jaxlm.models.heads import last_real
 from jaxlm.sharding import active, platform
 
 Array = jax.Array | np.ndarray
@@ -27,6 +28,7 @@ def check_prompts(
     max_new_tokens: int,
     end_id: int | None,
     allowed_ids: int | None,
+    state: Any = None,
 ) -> tuple[int, int]:
     """How many ids may be generated, and how many slots the state needs; every bad input raises.
 
@@ -41,7 +43,14 @@ def check_prompts(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     batch, length = prompts_BT.shape
     slots = length + max_new_tokens - 1  # the last token is never read
-    model.state_specs(batch, slots)
+    specs = model.state_specs(batch, slots)
+    if state is None and model.reads_source:
+        raise ValueError(
+            f"{model.family} reads a source: pass state=model.start(params, source, length) with a length of at least "
+            f"{slots} tokens (the prompt, and all but the last of the {max_new_tokens} new ones)"
+        )
+    if state is not None:
+        _check_state(specs, state, batch)
     vocab_size = model.config.vocab_size
     ids = vocab_size if allowed_ids is None else allowed_ids
     if not 1 <= ids <= vocab_size:
@@ -51,6 +60,19 @@ def check_prompts(
     if segment_ids_BT is not None and not _traced(segment_ids_BT):
         _check_one_run(np.asarray(segment_ids_BT))
     return ids, slots
+
+
+def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
+    """Raise unless ``state`` is built like ``specs`` (its lengths may differ) with ``batch`` rows."""
+    if jax.tree.structure(state) != jax.tree.structure(specs):
+        raise ValueError(f"this is no state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
+    for (path, want), leaf in zip(jax.tree_util.tree_flatten_with_path(specs)[0], jax.tree.leaves(state), strict=True):
+        at = want.axes.index("batch")
+        if leaf.ndim != len(want.shape) or leaf.shape[at] != batch:
+            raise ValueError(
+                f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make the "
+                "state for as many"
+            )
 
 
 def check_ids(model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str) -> None:
@@ -99,18 +121,14 @@ def layers_apart(params: Any) -> Any:
 
 
 def read_prompts(
-    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: jax.Array | None, slots: int
+    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: jax.Array | None, slots: int, state: Any = None
 ) -> tuple[Any, jax.Array]:
-    """A fresh state that has read the prompts, and the logits [B, V] of the token after each row's last real one."""
-    B, T = prompts_BT.shape
-    state = model.init_state(B, slots)
+    """The state (a fresh one, unless given) after the prompts, and the logits [B, V] of the token after each row's last
+    real one."""
+    if state is None:
+        state = model.init_state(prompts_BT.shape[0], slots)
     hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
-    if segment_ids_BT is None:
-        last_B1D = hidden_BTD[:, -1:]
-    else:
-        at_B = jnp.max(jnp.where(segment_ids_BT > 0, jnp.arange(T)[None, :], 0), axis=1)
-        last_B1D = jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)
-    return state, model.logits(params, last_B1D)[:, 0]
+    return state, model.logits(params, last_real(hidden_BTD, segment_ids_BT))[:, 0]
 
 
 def read_tokens(

@@ -165,6 +165,7 @@ def generate(
     key: jax.Array | None = None,
     end_id: int | None = None,
     allowed_ids: int | None = None,
+    state: Any = None,
 ) -> Generation:
     """Continue each prompt by up to ``max_new_tokens``, until ``end_id``: one ``jit``, which stops when all rows ended.
 
@@ -176,6 +177,8 @@ def generate(
         segment_ids: [B, T], 1 on the prompt and 0 on padding. Default: no padding.
         key: needed unless greedy.
         allowed_ids: only ids below it are generated: the tokenizer's vocabulary where it is smaller than the model's.
+        state: what the model carries into the prompts, with as many rows: that of an encoder-decoder that has read a
+            source (``model.start``), or of a model that has read what came before. Default: empty.
 
     Raises:
         TypeError: the family carries no state.
@@ -190,9 +193,9 @@ def generate(
         >>> generate(model, params, prompts, segment_ids, max_new_tokens=4).tokens.shape
         (2, 4)
     """
-    ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids)
+    ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     return _generate(
-        model, params, prompts, segment_ids, key,
+        model, params, prompts, segment_ids, key, state,
         count=max_new_tokens, sampling=sampling, end_id=end_id, ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
 
@@ -208,11 +211,12 @@ def prefill(
     key: jax.Array | None = None,
     end_id: int | None = None,
     allowed_ids: int | None = None,
+    state: Any = None,
 ) -> Progress:
     """Read the prompts and draw the first token of each row. Arguments and errors are those of :func:`generate`."""
-    ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids)
+    ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     return _prefill(
-        model, params, prompts, segment_ids, key,
+        model, params, prompts, segment_ids, key, state,
         count=max_new_tokens, sampling=sampling, end_id=end_id, ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
 
@@ -231,10 +235,12 @@ def _check(
     key: jax.Array | None,
     end_id: int | None,
     allowed_ids: int | None,
+    state: Any,
 ) -> tuple[int, int]:
     ids, slots = check_prompts(
-        model, prompts, segment_ids, max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids
-    )
+        model, prompts, segment_ids,
+        max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
+    )  # fmt: skip
     check_top_k(sampling, ids)
     if key is None and sampling.temperature > 0.0:
         raise ValueError(
@@ -249,9 +255,17 @@ _STATIC = ("model", "count", "sampling", "end_id", "ids", "slots", "sharding")
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _generate(
-    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: Any, key: Any, *, count: int, **static: Any
+    model: Model,
+    params: Any,
+    prompts_BT: jax.Array,
+    segment_ids_BT: Any,
+    key: Any,
+    state: Any,
+    *,
+    count: int,
+    **static: Any,
 ) -> Generation:
-    progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, count=count, **static)
+    progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, count=count, **static)
     progress = _advance(model, params, progress, count - 1, sharding=static["sharding"])
     return Generation(progress.tokens, progress.lengths, progress.log_probs)
 
@@ -263,6 +277,7 @@ def _prefill(
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     key: jax.Array | None,
+    state: Any,
     *,
     count: int,
     sampling: Sampling,
@@ -273,7 +288,7 @@ def _prefill(
 ) -> Progress:
     B = prompts_BT.shape[0]
     rows_B = jnp.arange(B)
-    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots)
+    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     seen_BV = None
     if sampling.repetition_penalty != 1.0:
         read_BT = (

@@ -1,7 +1,9 @@
 """Hugging Face directories in and out, without torch: ``config.json`` and ``*.safetensors``.
 
-What differs between families is data, the ``HUGGING_FACE`` table of each (``jaxlm.models.files.Format``): nothing here
-knows a family. Loading checks the config, then every name, shape and dtype from the headers of the files, and only then
+What differs between families is data, the ``HUGGING_FACE`` tables of each (``jaxlm.models.files.Format``): nothing here
+knows a family. A family without tables, of which no published files exist, is written in the same way with our own
+names: ``model_type`` is ``jaxlm-<family>``, ``config`` holds the fields of its config, and a tensor is called by its
+path, such as ``layers.3.mlp.up.weight``. Loading checks the config, then every name, shape and dtype from the headers of the files, and only then
 reads, one parameter at a time. Nothing is downloaded, and pickles are never opened: loading one can run any code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
@@ -21,7 +23,7 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxlm import config as config_lib
 from jaxlm import spec
 from jaxlm.models.files import Format, Layout
 from jaxlm.models.model import FAMILIES, Model, family, get_model
@@ -40,6 +43,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_NATIVE = "jaxlm-"
 _WEIGHTS_OR_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -79,12 +83,12 @@ def load_pretrained(
             f"{str(directory)!r} is not a directory: nothing is downloaded, so fetch the files first, for example with "
             "`hf download openai-community/gpt2 --local-dir DIRECTORY`"
         )
-    model = _read_model(directory, overrides)
+    model, table = _read_model(directory, overrides)
     specs = spec.flatten(model.specs)
     shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
     with contextlib.ExitStack() as stack:
         tensors = _open(directory, stack)
-        places = _match(model, tensors, directory)
+        places = _match(model, table, tensors, directory)
         dtypes = {path: _dtype(path, place, tensors, param_dtype) for path, place in places.items()}
         leaves = []
         for path, place in places.items():
@@ -112,7 +116,7 @@ def save_pretrained(
         max_shard_bytes: weights above this are split into several files. A larger tensor has a file of its own.
 
     Raises:
-        ValueError: the family has no Hugging Face counterpart, or the params are not those of the model.
+        ValueError: a config that Hugging Face's form of the family cannot express, or params that are not the model's.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
@@ -127,7 +131,7 @@ def save_pretrained(
 
     sizes = [
         (name, math.prod(place.shape) * flat[path].dtype.itemsize)
-        for path, place in _places(model).items()
+        for path, place in _places(model, _format(model)).items()
         for name in place.names
     ]
     shards = _split(sizes, max_shard_bytes)
@@ -170,7 +174,7 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
         (32, 96)
     """
     flat, specs = spec.flatten(tree), spec.flatten(model.specs)
-    for path, place in _places(model).items():
+    for path, place in _places(model, _format(model)).items():
         array = np.asarray(flat[path])
         for name, layer in zip(place.names, array if _stacked(specs[path]) else [array], strict=True):
             yield name, place.to_theirs(layer)
@@ -211,55 +215,90 @@ def _stacked(leaf: spec.ArraySpec) -> bool:
     return leaf.axes[0] == spec.LAYERS
 
 
-def _places(model: Model, prefix: str | None = None) -> dict[str, _Place]:
+def _places(model: Model, table: Format, prefix: str | None = None) -> dict[str, _Place]:
     """Where every parameter of the model is, in the order of its specs. Default prefix: that of the head classes."""
-    table = _format(model)
     prefix = table.prefix if prefix is None else prefix
     unpadded = {"vocab_multiple": 1} if hasattr(model.config, "vocab_multiple") else {}
     specs = spec.flatten(model.module.specs(dataclasses.replace(model.config, **unpadded)))
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
     places = {}
     for path, leaf in specs.items():
+        if path not in names:
+            raise ValueError(f"{path} of this {model.family} has no name in files of model_type={table.model_type!r}")
         layers, ours = (leaf.shape[0], leaf.shape[1:]) if _stacked(leaf) else (1, leaf.shape)
         layout = table.layouts.get(path, tuple((axis,) for axis in range(len(ours))))
         places[path] = _Place(tuple(names[path].format(layer=layer) for layer in range(layers)), ours, layout)
     return places
 
 
-def _formats() -> dict[str, Format]:
-    """The table of every family that has one."""
-    return {name: family(name).HUGGING_FACE for name in FAMILIES if hasattr(family(name), "HUGGING_FACE")}
+def tables(name: str) -> tuple[Format, ...]:
+    """The tables of a family; none where no published files exist."""
+    return getattr(family(name), "HUGGING_FACE", ())
 
 
 def _format(model: Model) -> Format:
-    if model.family not in _formats():
-        raise ValueError(f"{model.family} has no Hugging Face counterpart: those with one are {', '.join(_formats())}")
-    return _formats()[model.family]
+    """The table that a model is written with: the first that can express it."""
+    choices = tables(model.family)
+    if not choices:
+        return _native(model)
+    for table in choices:
+        fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
+        if _has(model, fixed) and any(_has(model, implied) for implied in table.architectures.values()):
+            return table
+    types = ", ".join(f"{table.model_type} ({', '.join(table.architectures)})" for table in choices)
+    raise ValueError(f"no Hugging Face class of {types} is {model.config}")
+
+
+def _has(model: Model, fields: Mapping[str, Any]) -> bool:
+    return all(getattr(model.config, field) == value for field, value in fields.items())
+
+
+def _native(model: Model) -> Format:
+    """The table of a family that has no published files: names are paths."""
+
+    def name(path: str, leaf: spec.ArraySpec) -> str:
+        parts = [f"{part}.{{layer}}" if part == spec.LAYERS and _stacked(leaf) else part for part in path.split("/")]
+        return ".".join(parts)
+
+    names = {path: name(path, leaf) for path, leaf in spec.flatten(model.specs).items()}
+    return Format(architectures={}, model_type=_NATIVE + model.family, prefix="", fields={}, tensors=names)
 
 
 # ------------------------------------------------------------------------------------------------------- config
 
 
-def _read_model(directory: Path, overrides: dict[str, Any]) -> Model:
-    """The model that ``config.json`` and the overrides describe."""
+def _read_model(directory: Path, overrides: dict[str, Any]) -> tuple[Model, Format]:
+    """The model that ``config.json`` and the overrides describe, and the table that names its tensors."""
     path = directory / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a directory of `save_pretrained`")
     config = _read_json(_inside(directory, CONFIG))
-    supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for table in _formats().values())
-    names = [name for name, table in _formats().items() if table.model_type == config.get("model_type")]
-    if not names:
-        raise ValueError(f"{path}: model_type={config.get('model_type')!r} is not supported: {supported}")
-    table = _formats()[names[0]]
+    model_type = config.get("model_type")
+    known = {table.model_type: (name, table) for name in FAMILIES for table in tables(name)}
+    supported = "; ".join(f"{kind} ({', '.join(table.architectures)})" for kind, (_, table) in known.items())
+    if model_type in [_NATIVE + name for name in FAMILIES if not tables(name)]:
+        name = model_type.removeprefix(_NATIVE)
+        try:
+            read = config_lib.from_json(family(name).Config, config.get("config", {}))
+            fields = {field.name: getattr(read, field.name) for field in dataclasses.fields(read)}
+            model = get_model(name, **{**fields, **overrides})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
+        return model, _native(model)
+    if model_type not in known:
+        raise ValueError(f"{path}: model_type={model_type!r} is not supported: {supported}")
+    name, table = known[model_type]
     listed = config.get("architectures")
     if not listed:  # as in configs that were never saved with a model
         listed = list(table.architectures)
     architecture = listed[0] if isinstance(listed, list) else listed
     if architecture not in list(table.architectures):
         raise ValueError(f"{path}: architecture {architecture!r} is not supported: {supported}")
-    fields = _our_fields(config, table, family(names[0]).Config, path)
+    fields = {**table.implied, **_our_fields(config, table, family(name).Config, path)}
     try:
-        return get_model(names[0], **{**fields, **table.architectures[architecture], **overrides})
+        if table.read_fields is not None:
+            fields |= table.read_fields(config)
+        return get_model(name, **{**fields, **table.architectures[architecture], **overrides}), table
     except ValueError as error:
         raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
 
@@ -284,6 +323,8 @@ def _our_fields(config: dict[str, Any], table: Format, config_class: type, path:
                 f"{path}: {theirs}={value!r} is not of type {getattr(hints[ours], '__name__', hints[ours])}"
             )
         fields[ours] = value
+    if "num_labels" in hints and "id2label" in config:  # how they write the number of labels
+        fields["num_labels"] = len(config["id2label"])
     return fields
 
 
@@ -298,6 +339,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _their_config(model: Model, dtype: Any) -> dict[str, Any]:
     table = _format(model)
+    if table.model_type.startswith(_NATIVE):
+        return {"model_type": table.model_type, "config": config_lib.to_json(model.config)}
     fields = {}
     for ours, theirs in table.fields.items():
         value = getattr(model.config, ours)
@@ -307,15 +350,14 @@ def _their_config(model: Model, dtype: Any) -> dict[str, Any]:
                 raise ValueError(f"{ours}={value!r} has no counterpart in {theirs} of {table.model_type}")
             value = words[0]
         fields[theirs] = value
-    architectures = [
-        name
-        for name, implied in table.architectures.items()
-        if all(getattr(model.config, field) == value for field, value in implied.items())
-    ]
-    if not architectures:
-        raise ValueError(f"none of {', '.join(table.architectures)} is {model.config}")
+    if table.write_fields is not None:
+        fields |= table.write_fields(model.config)
+    if getattr(model.config, "task", None) in ("classification", "tagging"):
+        names = {str(number): f"LABEL_{number}" for number in range(model.config.num_labels)}
+        fields |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
+    architecture = next(name for name, implied in table.architectures.items() if _has(model, implied))
     return {
-        "architectures": architectures[:1],
+        "architectures": [architecture],
         "model_type": table.model_type,
         **fields,
         **table.required,
@@ -445,14 +487,13 @@ def _split(sizes: list[tuple[str, int]], most: int) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------ tensors
 
 
-def _match(model: Model, tensors: dict[str, _Tensor], directory: Path) -> dict[str, _Place]:
+def _match(model: Model, table: Format, tensors: dict[str, _Tensor], directory: Path) -> dict[str, _Place]:
     """Where every parameter is, after a check that the files hold exactly the tensors of the model."""
     for path, leaf in spec.flatten(model.specs).items():
         if _stacked(leaf) and leaf.shape[0] > len(tensors):  # before a name is made for each
             raise ValueError(f"{directory}: {leaf.shape[0]} layers of {path} in {CONFIG}, but {len(tensors)} tensors")
-    table = _format(model)
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
-    places = _places(model, prefix)
+    places = _places(model, table, prefix)
     expected = {
         name: _Tensor(None, name, place.shape, tensors[name].dtype if name in tensors else "tensor")
         for place in places.values()

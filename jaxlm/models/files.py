@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Layout = tuple[tuple[int, ...], ...]
@@ -19,16 +19,24 @@ TRANSPOSED: Layout = ((1,), (0,))
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The name map between one family and the files of one ``model_type``.
+    """The name map between one family and the files of one ``model_type``. A family has a tuple of them.
 
-    A field that their ``config.json`` lacks has the default of our ``Config``, so those defaults must be theirs.
+    A field that their ``config.json`` lacks has the value in ``implied``, or else the default of our ``Config``, so
+    those must be theirs.
 
     Attributes:
-        architectures: class in ``config.json`` -> values of our config fields that this class stands for. On export,
-            the first whose values are those of the model. Classes that are not listed are not supported.
+        architectures: class in ``config.json`` -> values of our config fields that this class stands for, ``task``
+            first of all. On export, the first whose values are those of the model. Classes that are not listed are not
+            supported.
         model_type: ``model_type`` in ``config.json``.
         prefix: what the head classes put before every base tensor; files of the base class lack it.
-        fields: our config field -> theirs.
+        fields: our config field -> theirs, where the value is the same or in ``values``.
+        implied: values of our config fields that every model of this ``model_type`` has unless ``config.json`` says
+            otherwise (through ``fields``). A field here that is not in ``fields`` tells which table a model is written
+            with: the first of the family whose implied values are the model's.
+        read_fields: what is no plain renaming: their ``config.json`` -> values of our config fields. A ``ValueError``
+            that it raises gets the path of the file.
+        write_fields: the way back: our config -> their fields.
         tensors: our parameter path -> their name; ``{layer}`` runs over the leading ``layers`` axis. Paths that the
             specs of a config lack are not in its files.
         values: their field -> {their value: our value}, where the words differ.
@@ -45,6 +53,9 @@ class Format:
     prefix: str
     fields: Mapping[str, str]
     tensors: Mapping[str, str]
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read_fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    write_fields: Callable[[Any], dict[str, Any]] | None = None
     values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -213,7 +213,7 @@ VARIANTS = {
     "gpt2-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
 }
 
-HUGGING_FACE = files.Format(
+_GPT2 = files.Format(
     architectures={"GPT2LMHeadModel": {}, "GPT2Model": {}},
     model_type="gpt2",
     prefix="transformer.",
@@ -275,3 +275,5 @@ HUGGING_FACE = files.Format(
     },
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks that old files carry
 )
+
+HUGGING_FACE = (_GPT2,)

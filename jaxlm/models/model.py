@@ -68,15 +68,44 @@ class Model:
         """The family's ``logits``: [B, T, V] float32."""
         return self.module.logits(self.config, params, hidden)
 
-    def state_specs(self, batch: int, length: int) -> spec.Tree:
-        """Specs of what the model carries between calls.
+    def summary(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
+        """What a classifier reads of each row, [B, 1, D']: ``logits`` of it are those of the labels.
+
+        Raises:
+            TypeError: the family does not classify.
+        """
+        if not hasattr(self.module, "summary"):
+            raise TypeError(f"family {self.family!r} has no summary of a row, so it cannot classify")
+        return self.module.summary(self.config, params, hidden, **inputs)
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether the model is an encoder-decoder: ``apply`` needs a source, or a state that has read one."""
+        return hasattr(self.module, "encode")
+
+    def encode(self, params: spec.Tree, source: jax.Array, **inputs: Any) -> jax.Array:
+        """An encoder-decoder's ``encode``: hidden states of the source, [B, S, D]."""
+        self._needs_encoder()
+        return self.module.encode(self.config, params, source, **inputs)
+
+    def start(self, params: spec.Tree, source: jax.Array, length: int, **inputs: Any) -> spec.Tree:
+        """The state of an encoder-decoder that has read a source [B, S] and has room for ``length`` tokens."""
+        self._needs_encoder()
+        return self.module.start(self.config, params, source, length, **inputs)
+
+    def _needs_encoder(self) -> None:
+        if not self.reads_source:
+            raise TypeError(f"family {self.family!r} has no encoder: give it a text with apply")
+
+    def state_specs(self, batch: int, length: int, **sizes: int) -> spec.Tree:
+        """Specs of what the model carries between calls. Encoder-decoders also take ``source_length``.
 
         Raises:
             TypeError: the family carries nothing.
         """
         if not hasattr(self.module, "state_specs"):
             raise TypeError(f"family {self.family!r} carries no state between calls, so it cannot decode or stream")
-        return self.module.state_specs(self.config, batch, length)
+        return self.module.state_specs(self.config, batch, length, **sizes)
 
     def init_state(self, batch: int, length: int) -> spec.Tree:
         """An empty state for ``batch`` rows of at most ``length`` tokens."""

@@ -14,9 +14,9 @@ from jaxlm.spec import ZEROS, ArraySpec, Initializer
 
 
 def linear_specs(
-    shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, inputs: int = 1
+    shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, inputs: int = 1, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """``weight`` of ``shape`` and ``bias`` of its output part. The first ``inputs`` axes are the input.
+    """``weight`` of ``shape`` and, unless told not, ``bias`` of its output part. The first ``inputs`` axes are the input.
 
     Example:
         >>> specs = linear_specs((8, 3, 2, 4), ("embed", None, "heads", "kv"), ZEROS)
@@ -24,17 +24,21 @@ def linear_specs(
         (3, 2, 4)
     """
     weight = ArraySpec(tuple(shape), tuple(axes), init, decay=True)
+    if not bias:
+        return {"weight": weight}
     return {"weight": weight, "bias": ArraySpec(weight.shape[inputs:], weight.axes[inputs:], ZEROS)}
 
 
 def linear(params: dict[str, Any], x: jax.Array, *, inputs: int = 1) -> jax.Array:
-    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]; gives [..., out...] in ``x``'s dtype.
+    """``x @ weight (+ bias)`` over the last ``inputs`` axes of ``x`` [..., in...]; gives [..., out...] in ``x``'s dtype.
 
     The parameters are cast to the dtype of ``x``: the compute dtype is chosen by the caller, once.
     """
     weight = params["weight"].astype(x.dtype)
     widens = math.prod(weight.shape[inputs:]) >= math.prod(weight.shape[:inputs])
     y = _product_that_widens(x, weight, inputs) if widens else _product(x, weight, inputs)
+    if "bias" not in params:
+        return y
     bias = params["bias"].astype(x.dtype)
     return y + lax.broadcast_in_dim(bias, y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))
 

@@ -27,3 +27,16 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     normal = centred * lax.rsqrt(variance + epsilon)
     scale, bias = (lax.broadcast_in_dim(params[name], x.shape, (x.ndim - 1,)) for name in ("scale", "bias"))
     return (normal * scale + bias).astype(x.dtype)
+
+
+def rms_norm_specs(width: int) -> dict[str, ArraySpec]:
+    """``scale`` (ones) of ``[width]``."""
+    return {"scale": ArraySpec((width,), ("norm",), ONES)}
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def rms_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4). Keeps ``x``'s dtype."""
+    x32 = x.astype(jnp.float32)
+    normal = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (normal * lax.broadcast_in_dim(params["scale"], x.shape, (x.ndim - 1,))).astype(x.dtype)

@@ -108,6 +108,7 @@ def train(
     resume: bool = False,
     sharding: Sharding | None = None,
     initial: Any = None,
+    stream: step_lib.Stream | None = None,
 ) -> Result:
     """Train and leave ``metrics.jsonl`` and ``checkpoints/`` in ``run``.
 
@@ -119,6 +120,9 @@ def train(
         resume: go on from the newest checkpoint in ``run``: bit for bit what would have come without the break, when
             the devices are as many.
         initial: parameters to start from instead of random ones.
+        stream: batch rows and tokens remembered, when the batches are consecutive parts of streams
+            (``jaxlm.data.ContiguousColumns``) along which the model carries its state; rows whose window says ``reset``
+            start anew.
 
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
@@ -126,21 +130,22 @@ def train(
     begun = time.perf_counter()
     averaged = config.average_decay is not None
     step = step_lib.jit_step(
-        model, optimizer, loss, accumulate=config.accumulate, average_decay=config.average_decay, sharding=sharding
-    )
+        model, optimizer, loss,
+        accumulate=config.accumulate, average_decay=config.average_decay, stream=stream, sharding=sharding,
+    )  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(run / "metrics.jsonl")
     with Checkpointer(run / "checkpoints", keep_last=config.keep_last) as checkpoints, _Signals() as signals:
         if resume:
-            target = step_lib.abstract_state(model, optimizer, average=averaged, sharding=sharding)
+            target = step_lib.abstract_state(model, optimizer, average=averaged, stream=stream, sharding=sharding)
             state, saved = checkpoints.restore(target)
             data.restore(saved["data"])
             metrics_file.write(event="resumed", step=int(state.step))
         elif initial is not None:
-            state = _start_from(model, optimizer, initial, config, sharding)
+            state = _start_from(model, optimizer, initial, config, stream, sharding)
         else:
             key = jax.random.key(config.seed)
-            state = step_lib.init_state(model, optimizer, key, average=averaged, sharding=sharding)
+            state = step_lib.init_state(model, optimizer, key, average=averaged, stream=stream, sharding=sharding)
         start = int(state.step)
         if start >= config.steps:
             raise ValueError(f"nothing to do: step {start} of {config.steps} is reached. Ask for more training.steps")
@@ -179,15 +184,17 @@ def _start_from(
     optimizer: optax.GradientTransformation,
     params: Any,
     config: TrainingConfig,
+    stream: step_lib.Stream | None,
     sharding: Sharding | None,
 ) -> step_lib.TrainState:
     averaged = config.average_decay is not None
     # The step donates its buffers: the caller's parameters must survive.
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    state = step_lib.fresh_state(params, optimizer, jax.random.key(config.seed), average=averaged)
+    carried = None if stream is None else model.init_state(*stream)
+    state = step_lib.fresh_state(params, optimizer, jax.random.key(config.seed), average=averaged, carried=carried)
     if sharding is None:
         return state
-    return jax.device_put(state, step_lib.state_sharding(model, optimizer, sharding, average=averaged))
+    return jax.device_put(state, step_lib.state_sharding(model, optimizer, sharding, average=averaged, stream=stream))
 
 
 class _Log:

@@ -17,8 +17,10 @@ from jaxlm import spec
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding
 
-Loss = Callable[..., tuple[jax.Array, jax.Array]]
-"""``loss(model, params, batch, *, key) -> (total, weight)``: see ``jaxlm.objectives``."""
+Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
+"""``loss(model, params, batch, *, key, state) -> (total, weight, state)``: see ``jaxlm.objectives``."""
+Stream = tuple[int, int]
+"""Of the state that a stream carries: batch rows, and how many tokens it remembers."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
@@ -35,6 +37,7 @@ class TrainState:
         average: exponential moving average of ``params``, or None.
         skipped: steps whose loss or gradient was not finite, in all.
         skipped_in_a_row: those since the last good step.
+        carried: what the model carries along a stream of batches (``model.state_specs``), or None.
 
     Leaves are arrays; shapes, or shardings, in the trees that describe a state.
     """
@@ -46,12 +49,18 @@ class TrainState:
     average: Any
     skipped: Any
     skipped_in_a_row: Any
+    carried: Any = None
 
 
 def fresh_state(
-    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, *, average: bool = False
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    average: bool = False,
+    carried: Any = None,
 ) -> TrainState:
-    """The state before the first step.
+    """The state before the first step. ``carried``: where a stream starts, ``model.init_state(batch, length)``.
 
     Raises:
         ValueError: parameters that are not float32: updates smaller than a bfloat16 step would be lost.
@@ -65,7 +74,7 @@ def fresh_state(
     # Copies, and a zero for each counter: buffers are donated to the step, and none can be donated twice.
     copy = jax.tree.map(jnp.copy, params) if average else None
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, optimizer.init(params), key, copy, skipped, in_a_row)
+    return TrainState(step, params, optimizer.init(params), key, copy, skipped, in_a_row, carried)
 
 
 def init_state(
@@ -74,6 +83,7 @@ def init_state(
     key: jax.Array,
     *,
     average: bool = False,
+    stream: Stream | None = None,
     sharding: Sharding | None = None,
 ) -> TrainState:
     """A fresh state with random parameters, made where it will live. Same values on any number of devices."""
@@ -82,29 +92,43 @@ def init_state(
         init_key, train_key = (spec.fold_name(key, name) for name in ("init", "train"))
         assert init_key is not None
         assert train_key is not None
-        return fresh_state(model.init(init_key), optimizer, train_key, average=average)
+        carried = None if stream is None else model.init_state(*stream)
+        return fresh_state(model.init(init_key), optimizer, train_key, average=average, carried=carried)
 
     if sharding is None:
         return jax.jit(make)(key)
-    return jax.jit(make, out_shardings=state_sharding(model, optimizer, sharding, average=average))(key)
+    place = state_sharding(model, optimizer, sharding, average=average, stream=stream)
+    return jax.jit(make, out_shardings=place)(key)
 
 
 def abstract_state(
-    model: Model, optimizer: optax.GradientTransformation, *, average: bool = False, sharding: Sharding | None = None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    average: bool = False,
+    stream: Stream | None = None,
+    sharding: Sharding | None = None,
 ) -> TrainState:
     """Shapes (and shardings) of a state: what to restore a checkpoint into, or compile against."""
-    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key, average=average), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: init_state(model, optimizer, key, average=average, stream=stream), jax.random.key(0)
+    )
     if sharding is None:
         return shapes
     return jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
         shapes,
-        state_sharding(model, optimizer, sharding, average=average),
+        state_sharding(model, optimizer, sharding, average=average, stream=stream),
     )
 
 
 def state_sharding(
-    model: Model, optimizer: optax.GradientTransformation, sharding: Sharding, *, average: bool = False
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    sharding: Sharding,
+    *,
+    average: bool = False,
+    stream: Stream | None = None,
 ) -> TrainState:
     """Where each array of a state lives: what is shaped like parameters as they are, the rest on every device."""
     params, everywhere = sharding.tree(model.specs), sharding.replicated()
@@ -116,8 +140,10 @@ def state_sharding(
         params,
         transform_non_params=lambda _: everywhere,
     )
+    carried = None if stream is None else sharding.tree(model.state_specs(*stream))
+    average_sharding = params if average else None
     return TrainState(
-        everywhere, params, optimizer_sharding, everywhere, params if average else None, everywhere, everywhere
+        everywhere, params, optimizer_sharding, everywhere, average_sharding, everywhere, everywhere, carried
     )
 
 
@@ -128,6 +154,7 @@ def make_step(
     *,
     accumulate: int = 1,
     average_decay: float | None = None,
+    stream: Stream | None = None,
     axis_name: str | None = None,
     sharding: Sharding | None = None,
 ) -> Step:
@@ -137,40 +164,54 @@ def make_step(
         loss: an objective's ``loss``.
         accumulate: A, parts of the batch whose gradients are summed one after the other: less memory, equal result.
         average_decay: decay of the moving average of weights; None keeps none.
+        stream: what the state carries along a stream of batches; where ``batch.reset`` is True, a row starts anew.
         axis_name: the axis to sum gradients over, under ``jax.pmap`` or ``shard_map``.
         sharding: constraints on activations; parameters and batch are placed by :func:`jit_step`.
 
-    The step skips an update whose loss or gradient norm is not finite: parameters, optimizer and average stay bit for
-    bit what they were, and it is counted. Metrics, float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before
-    clipping), ``weight`` (tokens), ``skipped`` and ``skipped_in_a_row``.
+    The step skips an update whose loss or gradient norm is not finite: parameters, optimizer, average and what is
+    carried stay bit for bit what they were, and it is counted. Metrics, float32 scalars: ``loss`` (mean, nats),
+    ``gradient_norm`` (before clipping), ``weight`` (tokens), ``skipped`` and ``skipped_in_a_row``.
+
+    Where the state carries nothing, what the loss hands on are new values of parameters that no gradient trains
+    (the running statistics of batch normalisation): they replace entries of the parameters after the update.
     """
 
-    def total_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return loss(model, params, batch, key=key)
+    def total_loss(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[jax.Array, Any]:
+        total, weight, carried = loss(model, params, batch, key=key, state=carried)
+        return total, (weight, carried)
 
-    def mean_loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total, weight = total_loss(params, batch, key)
-        return total / weight, weight
+    def mean_loss(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[jax.Array, Any]:
+        total, (weight, carried) = total_loss(params, batch, key, carried)
+        return total / weight, (weight, carried)
 
-    def whole(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
-        (mean, weight), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key)
-        return grads, mean, weight
+    def whole(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[Any, jax.Array, jax.Array, Any]:
+        """Gradient of the mean loss, mean loss, weight, and what is handed on."""
+        (mean, (weight, carried)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, carried)
+        return grads, mean, weight, carried
 
-    def in_parts(params: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def in_parts(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[Any, jax.Array, jax.Array, Any]:
         """As ``whole``; sums over parts and devices are divided at the end, which costs a pass over the gradients."""
 
-        def part(sums: Any, numbered: Any) -> tuple[Any, None]:
+        def part(sums: Any, numbered: Any) -> tuple[Any, Any]:
             number, rows = numbered
             part_key = jax.random.fold_in(key, number)
-            (total, weight), grads = jax.value_and_grad(total_loss, has_aux=True)(params, rows, part_key)
-            return jax.tree.map(jnp.add, sums, (grads, total, weight)), None
+            gradient = jax.value_and_grad(total_loss, has_aux=True)
+            (total, (weight, moved)), grads = gradient(params, rows, part_key, carried)
+            return jax.tree.map(jnp.add, sums, (grads, total, weight)), moved
 
+        if carried is not None and accumulate > 1:
+            raise ValueError(f"accumulate={accumulate} cannot cut a batch whose rows are streams: leave it at 1")
         start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-        sums, _ = jax.lax.scan(part, start, (jnp.arange(accumulate), _parts(batch, accumulate)))
+        sums, moved = jax.lax.scan(part, start, (jnp.arange(accumulate), _parts(batch, accumulate)))
+        if carried is not None:
+            moved = jax.tree.map(lambda x: x[0], moved)  # its rows stay where they are
+        else:
+            moved = jax.tree.map(lambda x: jnp.mean(x, axis=0), moved)
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
+            moved = moved if carried is not None else jax.lax.pmean(moved, axis_name)
         grads, total, weight = sums
-        return jax.tree.map(lambda g: g / weight, grads), total / weight, weight
+        return jax.tree.map(lambda g: g / weight, grads), total / weight, weight, moved
 
     mean_gradients = whole if accumulate == 1 and axis_name is None else in_parts
 
@@ -178,24 +219,31 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        grads, mean, weight = mean_gradients(state.params, batch, key)
+        carried = state.carried
+        if stream is not None and batch.reset is not None:
+            carried = spec.reset(model.state_specs(*stream), carried, batch.reset)
+        grads, mean, weight, moved = mean_gradients(state.params, batch, key, carried)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(mean) & jnp.isfinite(norm)
 
         def update(held: Any) -> Any:
-            params, optimizer_state, average = held
+            params, optimizer_state, average, carried = held
             updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
             params = optax.apply_updates(params, updates)
+            if carried is not None:
+                carried = moved
+            elif moved is not None:
+                params = {**params, **moved}
             if average_decay is not None:
                 average = jax.tree.map(
                     lambda old, new: average_decay * old + (1.0 - average_decay) * new, average, params
                 )
-            return params, optimizer_state, average
+            return params, optimizer_state, average, carried
 
         # A branch and not a select: a skipped step reads nothing, and XLA overwrites parameters and moments in place,
         # where with selects it first copies the old moments (docs/labbook.md).
-        held = (state.params, state.optimizer, state.average)
-        params, optimizer_state, average = jax.lax.cond(good, update, lambda held: held, held)
+        held = (state.params, state.optimizer, state.average, state.carried)
+        params, optimizer_state, average, carried = jax.lax.cond(good, update, lambda held: held, held)
         bad = jnp.where(good, 0, 1)
         skipped, in_a_row = state.skipped + bad, jnp.where(good, 0, state.skipped_in_a_row + 1)
         metrics = {
@@ -205,7 +253,8 @@ def make_step(
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, optimizer_state, state.key, average, skipped, in_a_row), metrics
+        new = TrainState(state.step + 1, params, optimizer_state, state.key, average, skipped, in_a_row, carried)
+        return new, metrics
 
     if sharding is None:
         return step
@@ -235,37 +284,46 @@ def jit_step(
     *,
     accumulate: int = 1,
     average_decay: float | None = None,
+    stream: Stream | None = None,
     sharding: Sharding | None = None,
 ) -> Step:
     """:func:`make_step`, compiled, with the state's buffers donated: the state passed in must not be used again."""
-    step = make_step(model, optimizer, loss, accumulate=accumulate, average_decay=average_decay, sharding=sharding)
+    step = make_step(
+        model, optimizer, loss,
+        accumulate=accumulate, average_decay=average_decay, stream=stream, sharding=sharding,
+    )  # fmt: skip
     if sharding is None:
         return jax.jit(step, donate_argnums=0)
-    place = state_sharding(model, optimizer, sharding, average=average_decay is not None)
+    place = state_sharding(model, optimizer, sharding, average=average_decay is not None, stream=stream)
     return jax.jit(
         step,
-        in_shardings=(place, sharding.named(("batch", "seq"))),
+        in_shardings=(place, sharding.named(("batch",))),
         out_shardings=(place, sharding.replicated()),
         donate_argnums=0,
     )
 
 
 def place_batch(batch: Any, sharding: Sharding | None) -> Any:
-    """This process's rows of a batch, [B / processes, T] on the host, as global arrays [B, T] split by rows."""
+    """This process's rows of a batch, [B / processes, ...] on the host, as global arrays [B, ...] split by rows."""
     if sharding is None:
         return batch
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(
-            sharding.named(("batch", "seq"), (x.shape[0] * jax.process_count(), x.shape[1]), "a batch"), x
+            sharding.named(("batch",), (x.shape[0] * jax.process_count(),), "a batch"), x
         ),
         batch,
     )
 
 
 def pmap_step(
-    model: Model, optimizer: optax.GradientTransformation, loss: Loss, *, average_decay: float | None = None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    average_decay: float | None = None,
+    stream: Stream | None = None,
 ) -> Step:
     """Data parallel with ``jax.pmap``: the state has a leading device axis (``flax.jax_utils.replicate``), and so has
     the batch, [devices, B / devices, T]. Gradients are summed over devices; every device makes the same update."""
-    step = make_step(model, optimizer, loss, average_decay=average_decay, axis_name="devices")
+    step = make_step(model, optimizer, loss, average_decay=average_decay, stream=stream, axis_name="devices")
     return jax.pmap(step, axis_name="devices", donate_argnums=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_hidden_states_logits_loss_and_all_gradients(torch_model: Any, tokens: n
         hidden, _ = model.apply(params, tokens)
 
         def mean_loss(params: Any) -> Any:
-            total, count = causal.loss(model, params, batch)
+            total, count, _ = causal.loss(model, params, batch)
             return total / count
 
         return hidden, model.logits(params, hidden), *jax.value_and_grad(mean_loss)(params)
@@ -188,12 +189,22 @@ def test_the_base_class_of_torch(torch_model: Any, tokens: np.ndarray, tmp_path:
     assert relative_error(forward(model, params, tokens)[0], theirs) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if hasattr(family(name), "HUGGING_FACE")])
-def test_our_defaults_are_theirs(name: str) -> None:
-    """What a field that ``config.json`` lacks means."""
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, n) for name in FAMILIES for n in range(len(huggingface.tables(name)))]
+)
+def test_our_defaults_are_theirs(name: str, number: int) -> None:
+    """What a field that ``config.json`` lacks means: the config class of each table has the defaults of theirs."""
     from transformers import AutoConfig
 
-    config = huggingface._their_config(Model(name, family(name).Config()), "float32")
-    theirs = AutoConfig.for_model(config["model_type"]).to_dict()
-    written = set(config) - {"architectures", "torch_dtype"}
-    assert {field: config[field] for field in written} == {field: theirs[field] for field in written}
+    table = huggingface.tables(name)[number]
+    theirs = AutoConfig.for_model(table.model_type).to_dict()
+    defaults = dataclasses.replace(
+        family(name).Config(), **{**table.implied, **next(iter(table.architectures.values()))}
+    )
+    for ours, name in table.fields.items():
+        value, words = getattr(defaults, ours), table.values.get(name)
+        assert theirs.get(name, value) in (
+            [word for word, meaning in words.items() if meaning == value] if words else [value]
+        ), name
+    for name, value in table.required.items():
+        assert theirs.get(name, value) == value

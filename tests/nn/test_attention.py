@@ -172,11 +172,42 @@ def test_bad_input_is_named():
     q, k, v, _ = inputs(1, 4, 6, 2, 4)
     with pytest.raises(ValueError, match="a causal mask over 4 queries and 6 keys needs query_order"):
         attention(q, k, v, Mask(causal=True))
-    with pytest.raises(ValueError, match="must agree in batch, heads and width"):
+    with pytest.raises(ValueError, match="must agree in batch and width"):
         attention(q, k[:, :, :1], v)
+    with pytest.raises(ValueError, match=r"bias \(1, 2, 4, 5\) must be \[1 or 1, 1 or 2, 4, 6\]"):
+        attention(q, k, v, bias=np.zeros((1, 2, 4, 5)))
+    with pytest.raises(ValueError, match="'blockwise' takes no bias"):
+        attention(q, k, v, bias=np.zeros((1, 2, 4, 6)), implementation="blockwise")
     with pytest.raises(ValueError, match="no attention implementation 'flash': choose from reference, blockwise"):
         attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="takes query_order and key_order together"):
         Mask(causal=True, query_order=np.zeros((1, 4)))
     with pytest.raises(ValueError, match="window=3 needs causal=True"):
         Mask(window=3)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_grouped_queries_read_the_key_head_of_their_group(implementation):
+    q, k, v, _ = inputs(2, 5, 7, 6, 4)
+    few = k[:, :, :2], v[:, :, :2]
+    every = [jnp.stack([x[:, :, head // 3] for head in range(6)], axis=2) for x in few]
+    want = attention(q, *every, implementation="reference")
+    assert relative_error(attention(q, *few, implementation=implementation), want) < 1e-6
+
+
+def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
+    q, k, v, _ = inputs(2, 4, 4, 3, 8)
+    bias = jax.random.normal(jax.random.key(8), (1, 3, 4, 4))
+    mask = Mask(causal=True)
+
+    def plain(bias):
+        scores = jnp.einsum("BTHK,BSHK->BHTS", q, k) * 0.5 + bias
+        scores = jnp.where(jnp.tril(jnp.ones((4, 4), bool))[None, None], scores, -jnp.inf)
+        return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(scores, axis=-1), v)
+
+    assert relative_error(attention(q, k, v, mask, scale=0.5, bias=bias), plain(bias)) < 1e-6
+    got, want = (
+        jax.grad(lambda bias, f=f: jnp.sum(jnp.sin(f(bias))))(bias)
+        for f in (lambda bias: attention(q, k, v, mask, scale=0.5, bias=bias), plain)
+    )
+    assert relative_error(got, want) < 1e-5

@@ -21,7 +21,7 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits():
     model = tiny_model("gpt")
     params = lively(jax.jit(model.init)(jax.random.key(0)))
     window = random_tokens(model, 3, 11)
-    total, weight = causal.loss(model, params, causal.batch(window))
+    total, weight, _ = causal.loss(model, params, causal.batch(window))
     logits = model.logits(params, model.apply(params, window[:, :-1])[0])
     assert relative_error(total, cross_entropy(logits, window[:, 1:]).sum()) < 1e-6
     assert float(weight) == 30

@@ -160,9 +160,9 @@ def test_what_a_run_leaves(tmp_path, whole):
 
 
 def test_divergence_stops_with_a_reason_and_keeps_good_weights(tmp_path):
-    def explode(model, params, batch, *, key=None):
-        total, weight = causal.loss(model, params, batch, key=key)
-        return total * np.float32(np.inf), weight
+    def explode(model, params, batch, *, key=None, state=None):
+        total, weight, _ = causal.loss(model, params, batch, key=key)
+        return total * np.float32(np.inf), weight, None
 
     with pytest.raises(
         DivergedError, match=r"step 3: 3 steps in a row had a loss or gradient that is not finite .*Lower"
@@ -205,7 +205,7 @@ def test_evaluation_weighs_tokens_and_not_batches():
     model, _, tokens, _ = parts()
     params = jax.jit(model.init)(jax.random.key(0))
     long, short = causal.batch(tokens[:60].reshape(4, 15)), causal.batch(tokens[100:106].reshape(2, 3))
-    totals = [causal.loss(model, params, batch) for batch in (long, short)]
+    totals = [causal.loss(model, params, batch)[:2] for batch in (long, short)]
     want = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)
     assert Evaluator(model, causal.loss, [long, short])(params) == pytest.approx(want, rel=1e-6)
     with pytest.raises(ValueError, match="at least one batch"):

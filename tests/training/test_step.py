@@ -26,10 +26,10 @@ def fresh(**options):
     return step_lib.init_state(model, optimizer, jax.random.key(0), **options)
 
 
-def poisoned(model, params, batch, *, key=None):
+def poisoned(model, params, batch, *, key=None, state=None):
     """The causal loss, not finite for a batch whose first token is 0."""
-    total, weight = causal.loss(model, params, batch, key=key)
-    return total * jnp.where(batch.tokens[0, 0] == 0, jnp.nan, 1.0), weight
+    total, weight, _ = causal.loss(model, params, batch, key=key)
+    return total * jnp.where(batch.tokens[0, 0] == 0, jnp.nan, 1.0), weight, None
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def test_a_step_is_what_optax_does_by_hand():
     key = jax.random.fold_in(state.key, 0)
 
     def mean(params):
-        total, weight = causal.loss(model, params, batch, key=key)
+        total, weight, _ = causal.loss(model, params, batch, key=key)
         return total / weight
 
     loss, grads = jax.jit(jax.value_and_grad(mean))(state.params)

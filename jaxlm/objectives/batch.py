@@ -1,0 +1,55 @@
+"""What all objectives share: the batch, and the loss of predicting a token (or a label) at each of some places.
+
+Shapes: B batch, T time, P places that are predicted (T, unless the model picks some).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.models import Model
+from jaxlm.nn.loss import chunked_cross_entropy
+
+
+@struct.dataclass
+class Batch:
+    """What a model reads, what it should say, and which of that counts.
+
+    Attributes:
+        tokens: [B, T] integers.
+        targets: integers: [B, P] for tokens and tags, [B] for classification, [B, 2] for spans.
+        weights: float32 in the shape of the targets, [B] for spans; 0 takes a target out.
+        segment_ids: [B, T], 0 padding, 1.. documents; None means one document.
+        inputs: further arrays for ``apply``, by keyword: ``token_types``, ``source``, ``source_segment_ids``, ...
+        reset: [B] bool, rows at which a stream begins anew; None: none.
+    """
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any = None
+    inputs: dict[str, Any] = struct.field(default_factory=dict)
+    reset: Any = None
+
+
+def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
+    """What ``apply`` makes of a batch: hidden states [B, P, D], and what it carries on from ``state``.
+
+    No gradient flows into the past: a stream is trained by truncated back-propagation (Williams and Peng 1990).
+    """
+    inputs = dict(batch.inputs) if state is None else {**batch.inputs, "state": jax.lax.stop_gradient(state)}
+    return model.apply(params, batch.tokens, segment_ids=batch.segment_ids, key=key, **inputs)
+
+
+def token_loss(
+    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Summed negative log-likelihood in nats of the targets at their places, the weight that it sums over, and what the
+    model carries on."""
+    hidden, state = hidden_states(model, params, batch, key, state)
+    total = chunked_cross_entropy(model.logits, params, hidden, batch.targets, batch.weights)
+    return total, jnp.sum(batch.weights), state
