@@ -171,7 +171,7 @@ def test_how_it_is_computed_does_not_change_what(name):
             continue
         other = dataclasses.replace(model, config=dataclasses.replace(model.config, **change))
         got = jax.jit(jax.value_and_grad(lambda p, other=other: loss_of(other, p, batch, key)))(params)
-        assert_trees_close(got, want, TOLERANCE)
+        assert_trees_close(got, want, TOLERANCE, floor=1e-4)
 
 
 def _offered(name, change):
@@ -203,7 +203,9 @@ def test_layers_taken_apart_give_what_the_stack_gives(name):
 @every_form
 def test_dropout_acts_by_key_and_only_with_one(name):
     config = tiny_model(name).config
-    rates = {field.name: 0.2 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
+    fields = [field for field in dataclasses.fields(config) if field.name.endswith("dropout")]
+    # A rate that is None by default is that of a head which this form may lack.
+    rates = {field.name: 0.2 for field in fields if field.default is not None}
     model, params, tokens = setup(name, batch=8, **rates)
     batch = batch_of(model, tokens)
 
@@ -445,6 +447,16 @@ def after_one_step(step, state, batch):
     return jax.device_get((state.params, state.optimizer, metrics))
 
 
+def assert_steps_close(got, want):
+    """Parameters, optimizer and metrics, each held against its own largest number where a gradient is only rounding."""
+    for one, other in zip(got, want, strict=True):
+        floats = [
+            [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            for tree in (one, other)
+        ]
+        assert_trees_close(*floats, STEP_TOLERANCE, floor=1e-4)
+
+
 MESHES = [(name, "data=2,fsdp=2,tensor=2") for name in TINY] + [
     ("gpt2-tiny", mesh) for mesh in ("data=8", "fsdp=8", "data=2,tensor=4", "fsdp=4,sequence=2")
 ]
@@ -459,7 +471,7 @@ def test_sharded_step_equals_single(name, mesh):
     sharding = Sharding(make_mesh(mesh))
     state = jax.device_put(fresh(), step_lib.state_sharding(model, optimizer, sharding))
     got = after_one_step(step_lib.jit_step(model, optimizer, loss_function(model), sharding=sharding), state, batch)
-    assert_trees_close(got, want, STEP_TOLERANCE)
+    assert_steps_close(got, want)
 
 
 @every_form
@@ -478,7 +490,7 @@ def test_pmap_equals_single(name):
     step = step_lib.pmap_step(model, optimizer, loss_function(model))
     got = after_one_step(step, flax.jax_utils.replicate(fresh()), rows)
     for device in (0, 7):
-        assert_trees_close(jax.tree.map(lambda x, device=device: x[device], got), want, STEP_TOLERANCE)
+        assert_steps_close(jax.tree.map(lambda x, device=device: x[device], got), want)
 
 
 @every_form

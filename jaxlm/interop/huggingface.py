@@ -3,8 +3,10 @@
 What differs between families is data, the ``HUGGING_FACE`` tables of each (``jaxlm.models.files.Format``): nothing here
 knows a family. A family without tables, of which no published files exist, is written in the same way with our own
 names: ``model_type`` is ``jaxlm-<family>``, ``config`` holds the fields of its config, and a tensor is called by its
-path, such as ``layers.3.mlp.up.weight``. Loading checks the config, then every name, shape and dtype from the headers of the files, and only then
-reads, one parameter at a time. Nothing is downloaded, and pickles are never opened: loading one can run any code.
+path, such as ``layers.3.mlp.up.weight``.
+
+Loading checks the config, then every name, shape and dtype from the headers of the files, and only then reads, one
+parameter at a time. Nothing is downloaded, and pickles are never opened: loading one can run any code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -88,6 +90,7 @@ def load_pretrained(
     shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
     with contextlib.ExitStack() as stack:
         tensors = _open(directory, stack)
+        tensors = _renamed(tensors, table, directory)
         places = _match(model, table, tensors, directory)
         dtypes = {path: _dtype(path, place, tensors, param_dtype) for path, place in places.items()}
         leaves = []
@@ -487,6 +490,21 @@ def _split(sizes: list[tuple[str, int]], most: int) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------ tensors
 
 
+def _renamed(tensors: dict[str, _Tensor], table: Format, directory: Path) -> dict[str, _Tensor]:
+    """The tensors under the names that they have today."""
+
+    def today(name: str) -> str:
+        old = next((old for old in table.renamed if name.endswith(old)), "")
+        return name.removesuffix(old) + table.renamed.get(old, "")
+
+    renamed = {today(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise ValueError(
+            f"{directory} holds tensors under old and new names: {', '.join(sorted(set(tensors) - set(renamed)))}"
+        )
+    return renamed
+
+
 def _match(model: Model, table: Format, tensors: dict[str, _Tensor], directory: Path) -> dict[str, _Place]:
     """Where every parameter is, after a check that the files hold exactly the tensors of the model."""
     for path, leaf in spec.flatten(model.specs).items():
@@ -499,7 +517,9 @@ def _match(model: Model, table: Format, tensors: dict[str, _Tensor], directory: 
         for place in places.values()
         for name in place.names
     }
-    copies = {name: path for name, path in table.copies.items() if name in tensors and name not in expected}
+    copies = {
+        name: path for name, path in table.copies.items() if name in tensors and name not in expected and path in places
+    }
     actual = {
         name: tensor
         for name, tensor in tensors.items()

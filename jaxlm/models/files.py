@@ -45,6 +45,7 @@ class Format:
         head: as ``tensors``, never prefixed.
         layouts: our path -> how the axes of one layer lie in the file, where not as ours.
         copies: tensors (never prefixed) that files may hold as well -> our path whose bytes they must equal.
+        renamed: endings of names in old files -> what they are called today.
         ignored: regular expressions of names (without prefix) that carry no parameter.
     """
 
@@ -62,4 +63,5 @@ class Format:
     head: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import jax
 
 from jaxlm import spec
 
-FAMILIES = ("gpt",)
+FAMILIES = ("gpt", "bert", "roberta")
 """Modules of this package that are families."""
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlm.sharding import constrain, gathered
 
 
-def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str = "vocab") -> jax.Array:
+def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str | None = "vocab") -> jax.Array:
     """Rows of the table in ``dtype``, [B, T, D]. An id outside the table gives NaN, never a neighbour's row.
 
     Args:

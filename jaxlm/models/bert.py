@@ -1,0 +1,393 @@
+"""BERT (Devlin et al. 2018): a bidirectional transformer encoder with post-norm blocks and a tied masked-token head.
+
+Follows the published weights: erf-GELU, epsilon 1e-12, learned positions, token types that are added even when none are
+given (row 0), a normed embedding. The layers are those of Vaswani et al. 2017: ``x = norm(x + sublayer(x))``.
+
+Legend: B batch, T time, P places to predict (T or fewer), D model width, H heads, K head width (D / H), F hidden width
+of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import spec
+from jaxlm.models import common, files, heads
+from jaxlm.nn.activation import Activation, activation
+from jaxlm.nn.attention import Implementation, attention
+from jaxlm.nn.dropout import dropout
+from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.norm import layer_norm, layer_norm_specs
+from jaxlm.nn.position import positions_in_segments
+from jaxlm.sharding import constrain
+from jaxlm.spec import ArraySpec, Normal, fold_name
+
+TASKS = ("masked", "classification", "tagging", "span_qa", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape and behaviour of a BERT. The defaults are the published base model, uncased."""
+
+    vocab_size: int = 30522
+    """Number of token ids."""
+    max_positions: int = 512
+    """Longest sequence."""
+    num_token_types: int = 2
+    """Kinds of tokens: of the first sentence (0) and of the second (1)."""
+    num_layers: int = 12
+    """Number of blocks."""
+    num_heads: int = 12
+    """Attention heads of each block; must divide embed_dim."""
+    embed_dim: int = 768
+    """Model width."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; None means 4 * embed_dim."""
+    activation: Activation = "gelu"
+    """Nonlinearity of the MLP and of the masked-token head."""
+    norm_epsilon: float = 1e-12
+    """Added to the variance in layer norms."""
+    init_stddev: float = 0.02
+    """Standard deviation of initial weights."""
+    hidden_dropout: float = 0.1
+    """Dropout rate after the embeddings and on what each sublayer adds, while training."""
+    attention_dropout: float = 0.1
+    """Dropout rate on attention probabilities, while training."""
+    classifier_dropout: float | None = None
+    """Dropout rate on what the classifier or tagger reads, while training; None means hidden_dropout."""
+    task: heads.Task = "masked"
+    """Which head the model has: masked, classification, tagging, span_qa or none."""
+    next_sentence: bool = False
+    """Also tell whether the second sentence follows the first (with task masked or none)."""
+    num_labels: int = 2
+    """Number of labels (with task classification or tagging)."""
+    vocab_multiple: int = 1
+    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
+    dtype: common.ComputeDtype = "float32"
+    """Compute dtype of activations; parameters keep their own."""
+    remat: common.Remat = "dots"
+    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
+    scan_layers: bool = True
+    """Loop over layers in one compiled body; False unrolls them."""
+    attention_implementation: Implementation | None = None
+    """Named attention implementation; None picks the best for the device and shape."""
+
+    def __post_init__(self) -> None:
+        common.check_positive(
+            self, "vocab_size", "max_positions", "num_token_types", "num_layers", "num_heads", "embed_dim",
+            "num_labels", "vocab_multiple",
+        )  # fmt: skip
+        common.check_rates(self, "hidden_dropout", "attention_dropout")
+        if self.classifier_dropout is not None:
+            common.check_rates(self, "classifier_dropout")
+        common.check_choices(
+            self, activation=get_args(Activation), dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
+            attention_implementation=(None, *get_args(Implementation)), task=TASKS,
+        )  # fmt: skip
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them"
+            )
+        if self.next_sentence and self.task not in ("masked", "none"):
+            raise ValueError(f"next_sentence=True goes with task 'masked' or 'none', not with task={self.task!r}")
+
+
+def _mlp_dim(cfg: Config) -> int:
+    return 4 * cfg.embed_dim if cfg.mlp_dim is None else cfg.mlp_dim
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """Every parameter of the model. As in the published classes, only what reads the first token has a pooler."""
+    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, _mlp_dim(cfg)
+    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    normal = Normal(cfg.init_stddev)
+    block = {
+        "attention": {
+            **{name: linear_specs((D, H, K), ("embed", "heads", "kv"), normal) for name in ("query", "key", "value")},
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, inputs=2),
+        },
+        "attention_norm": layer_norm_specs(D),
+        "mlp": {
+            "up": linear_specs((D, F), ("embed", "mlp"), normal),
+            "down": linear_specs((F, D), ("mlp", "embed"), normal),
+        },
+        "mlp_norm": layer_norm_specs(D),
+    }
+    tree = {
+        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+        "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
+        "token_type_embedding": ArraySpec((cfg.num_token_types, D), (None, "embed"), normal, decay=True),
+        "embedding_norm": layer_norm_specs(D),
+        "layers": spec.stack(cfg.num_layers, block),
+        **heads.head_specs(cfg.task, D, cfg.num_labels, normal),
+    }
+    if cfg.task == "masked":
+        tree["masked"] = {
+            "dense": linear_specs((D, D), ("embed", None), normal),
+            "norm": layer_norm_specs(D),
+            "bias": ArraySpec((V,), ("vocab",)),
+        }
+    if cfg.task in ("classification", "none") or cfg.next_sentence:
+        tree["pooler"] = linear_specs((D, D), ("embed", None), normal)
+    if cfg.next_sentence:
+        tree["next_sentence"] = linear_specs((D, 2), ("embed", None), normal)
+    return tree
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+) -> tuple[jax.Array, None]:
+    """Hidden states of the last layer, [B, T, D], and None: an encoder carries nothing from call to call.
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
+        positions: [B, T] int32. Default: the place within the document.
+        key: random key for dropout; None is deterministic.
+        token_types: [B, T] integers, which sentence of a document each token is of. Default: 0. Not to be confused with
+            ``segment_ids``: the sentences of one document do see each other.
+
+    Raises:
+        ValueError: a state, inputs that are not integers of one shape, or more tokens than ``max_positions``.
+    """
+    if state is not None:
+        raise ValueError("an encoder sees the whole sequence at once and carries no state: leave state out")
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    if token_types is not None and token_types.shape != tokens.shape:
+        raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
+    dtype = jnp.dtype(cfg.dtype)
+    if positions is None:
+        positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+
+    x = embed(params["token_embedding"], tokens, dtype)
+    x = x + embed(params["position_embedding"], positions, dtype, rows="positions")
+    x = x + _embed_types(params["token_type_embedding"], token_types, dtype)
+    x = layer_norm(params["embedding_norm"], x, cfg.norm_epsilon)
+    x = dropout(x, cfg.hidden_dropout, fold_name(key, "embedding"))
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+    mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        weights, _, layer_key = layer
+        x = layer_norm(weights["attention_norm"], x + _attention(cfg, weights, x, mask, layer_key), cfg.norm_epsilon)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights, x, layer_key), cfg.norm_epsilon)
+        return constrain(x, ("batch", "seq", "activation_embed")), None
+
+    x, _ = common.scan_layers(
+        block, x, params["layers"], None, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
+    )
+    if cfg.task == "tagging":  # here and not in logits, which know no key
+        x = dropout(x, classifier_dropout(cfg), fold_name(key, "tagger"))
+    return x, None
+
+
+def _embed_types(table: jax.Array, token_types: jax.Array | None, dtype: Any) -> jax.Array:
+    if token_types is None:  # one row for all: its gradient is then a sum and not a scatter
+        return constrain(jnp.asarray(table), (None, "activation_embed"))[None, :1].astype(dtype)
+    return embed(table, token_types, dtype, rows=None)
+
+
+def _attention(cfg: Config, weights: dict[str, Any], x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
+    q, k, v = (
+        constrain(linear(weights["attention"][name], x), ("batch", "seq", "heads", "kv"))
+        for name in ("query", "key", "value")
+    )
+    mixed = attention(
+        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        implementation=cfg.attention_implementation,
+    )  # fmt: skip
+    out = linear(weights["attention"]["output"], mixed, inputs=2)
+    return dropout(out, cfg.hidden_dropout, fold_name(key, "attention_output"))
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    hidden = activation(cfg.activation)(linear(weights["mlp"]["up"], x))
+    hidden = constrain(hidden, ("batch", "seq", "mlp"))
+    return dropout(linear(weights["mlp"]["down"], hidden), cfg.hidden_dropout, fold_name(key, "mlp_output"))
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """What the head of the task says of any hidden states [B, P, D]: [B, P, V] or [B, P, labels] float32.
+
+    For task masked, V is padded to ``vocab_multiple``, and only the masked places are worth passing. For task
+    classification, ``hidden`` is what :func:`summary` gives.
+
+    Raises:
+        ValueError: task none has no head.
+    """
+    if cfg.task != "masked":
+        return heads.head_logits(cfg.task, params, hidden)
+    head = params["masked"]
+    x = activation(cfg.activation)(linear(head["dense"], hidden))
+    x = layer_norm(head["norm"], x, cfg.norm_epsilon)
+    scores = unembed(params["token_embedding"], x, cfg.vocab_size) + head["bias"].astype(jnp.float32)[None, None, :]
+    return constrain(scores, ("batch", None, "vocab"))
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """``tanh(dense(.))`` of each row's first token, [CLS]: [B, 1, D]. In packed rows, that of the first document.
+
+    Raises:
+        ValueError: the model has no pooler.
+    """
+    if "pooler" not in params:
+        raise ValueError(
+            f"a model with task={cfg.task!r} has no pooler: take task 'classification' or 'none', or next_sentence=True"
+        )
+    pooled = jnp.tanh(linear(params["pooler"], heads.first_real(hidden, segment_ids)))
+    if cfg.task == "classification":
+        pooled = dropout(pooled, classifier_dropout(cfg), fold_name(key, "classifier"))
+    return pooled
+
+
+def next_sentence_logits(
+    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Logits of "the second sentence follows the first" (0) and of "it does not" (1), [B, 2] float32.
+
+    Raises:
+        ValueError: the model has no such head.
+    """
+    if not cfg.next_sentence:
+        raise ValueError("the model has no next-sentence head: take next_sentence=True")
+    pooled = summary(cfg, params, hidden, segment_ids)
+    return linear(params["next_sentence"], pooled)[:, 0].astype(jnp.float32)
+
+
+def classifier_dropout(cfg: Config) -> float:
+    """The rate on what a classifier or tagger reads."""
+    return cfg.hidden_dropout if cfg.classifier_dropout is None else cfg.classifier_dropout
+
+
+VARIANTS = {
+    "bert-base-uncased": Config(),
+    "bert-base-cased": Config(vocab_size=28996),
+    "bert-large-uncased": Config(num_layers=24, num_heads=16, embed_dim=1024),
+    "all-minilm-l6-v2": Config(num_layers=6, embed_dim=384, task="none"),
+    "bert-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
+}
+
+_BERT = files.Format(
+    architectures={
+        "BertForMaskedLM": {"task": "masked", "next_sentence": False},
+        "BertForPreTraining": {"task": "masked", "next_sentence": True},
+        "BertModel": {"task": "none", "next_sentence": False},
+        "BertForNextSentencePrediction": {"task": "none", "next_sentence": True},
+        "BertForSequenceClassification": {"task": "classification"},
+        "BertForTokenClassification": {"task": "tagging"},
+        "BertForQuestionAnswering": {"task": "span_qa"},
+    },
+    model_type="bert",
+    prefix="bert.",
+    fields={
+        "vocab_size": "vocab_size",
+        "max_positions": "max_position_embeddings",
+        "num_token_types": "type_vocab_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "embed_dim": "hidden_size",
+        "mlp_dim": "intermediate_size",
+        "activation": "hidden_act",
+        "norm_epsilon": "layer_norm_eps",
+        "init_stddev": "initializer_range",
+        "hidden_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "classifier_dropout": "classifier_dropout",
+    },
+    implied={"mlp_dim": 3072},
+    write_fields=lambda cfg: {"intermediate_size": _mlp_dim(cfg)},
+    values={
+        "hidden_act": {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"},
+    },
+    # Behaviour that this family does not have: any other value is an error.
+    required={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+    token_ids={"pad_token_id": 0},
+    tensors={
+        "token_embedding": "embeddings.word_embeddings.weight",
+        "position_embedding": "embeddings.position_embeddings.weight",
+        "token_type_embedding": "embeddings.token_type_embeddings.weight",
+        "embedding_norm/scale": "embeddings.LayerNorm.weight",
+        "embedding_norm/bias": "embeddings.LayerNorm.bias",
+        "layers/attention/query/weight": "encoder.layer.{layer}.attention.self.query.weight",
+        "layers/attention/query/bias": "encoder.layer.{layer}.attention.self.query.bias",
+        "layers/attention/key/weight": "encoder.layer.{layer}.attention.self.key.weight",
+        "layers/attention/key/bias": "encoder.layer.{layer}.attention.self.key.bias",
+        "layers/attention/value/weight": "encoder.layer.{layer}.attention.self.value.weight",
+        "layers/attention/value/bias": "encoder.layer.{layer}.attention.self.value.bias",
+        "layers/attention/output/weight": "encoder.layer.{layer}.attention.output.dense.weight",
+        "layers/attention/output/bias": "encoder.layer.{layer}.attention.output.dense.bias",
+        "layers/attention_norm/scale": "encoder.layer.{layer}.attention.output.LayerNorm.weight",
+        "layers/attention_norm/bias": "encoder.layer.{layer}.attention.output.LayerNorm.bias",
+        "layers/mlp/up/weight": "encoder.layer.{layer}.intermediate.dense.weight",
+        "layers/mlp/up/bias": "encoder.layer.{layer}.intermediate.dense.bias",
+        "layers/mlp/down/weight": "encoder.layer.{layer}.output.dense.weight",
+        "layers/mlp/down/bias": "encoder.layer.{layer}.output.dense.bias",
+        "layers/mlp_norm/scale": "encoder.layer.{layer}.output.LayerNorm.weight",
+        "layers/mlp_norm/bias": "encoder.layer.{layer}.output.LayerNorm.bias",
+        "pooler/weight": "pooler.dense.weight",
+        "pooler/bias": "pooler.dense.bias",
+    },
+    head={
+        "masked/dense/weight": "cls.predictions.transform.dense.weight",
+        "masked/dense/bias": "cls.predictions.transform.dense.bias",
+        "masked/norm/scale": "cls.predictions.transform.LayerNorm.weight",
+        "masked/norm/bias": "cls.predictions.transform.LayerNorm.bias",
+        "masked/bias": "cls.predictions.bias",
+        "next_sentence/weight": "cls.seq_relationship.weight",
+        "next_sentence/bias": "cls.seq_relationship.bias",
+        "classifier/weight": "classifier.weight",
+        "classifier/bias": "classifier.bias",
+        "tagger/weight": "classifier.weight",
+        "tagger/bias": "classifier.bias",
+        "span/weight": "qa_outputs.weight",
+        "span/bias": "qa_outputs.bias",
+    },
+    copies={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
+    layouts={
+        "layers/attention/query/weight": ((1, 2), (0,)),
+        "layers/attention/query/bias": ((0, 1),),
+        "layers/attention/key/weight": ((1, 2), (0,)),
+        "layers/attention/key/bias": ((0, 1),),
+        "layers/attention/value/weight": ((1, 2), (0,)),
+        "layers/attention/value/bias": ((0, 1),),
+        "layers/attention/output/weight": ((2,), (0, 1)),
+        "layers/mlp/up/weight": files.TRANSPOSED,
+        "layers/mlp/down/weight": files.TRANSPOSED,
+        "pooler/weight": files.TRANSPOSED,
+        "masked/dense/weight": files.TRANSPOSED,
+        "next_sentence/weight": files.TRANSPOSED,
+        "classifier/weight": files.TRANSPOSED,
+        "tagger/weight": files.TRANSPOSED,
+        "span/weight": files.TRANSPOSED,
+    },
+    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # the first published files
+    ignored=(r"embeddings\.position_ids",),  # 0, 1, 2, ... that old files carry
+)
+
+HUGGING_FACE = (_BERT,)

@@ -1,0 +1,155 @@
+"""RoBERTa (Liu et al. 2019): BERT trained longer on more text, with new masks in each epoch and no next-sentence head.
+
+The encoder is that of :mod:`jaxlm.models.bert`. What differs: one token type; epsilon 1e-5; the first token of a
+document stands at row 2 of the position table (the authors counted on from the padding id, 1; rows 0 and 1 are never
+read); a classifier with a dense layer of its own instead of the pooler.
+
+Legend: as in ``bert``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models import bert, common, files, heads
+from jaxlm.nn.dropout import dropout
+from jaxlm.nn.linear import linear
+from jaxlm.nn.position import positions_in_segments
+from jaxlm.spec import fold_name
+
+FIRST_POSITION = 2
+"""Row of the position table for the first token: the padding id plus 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(bert.Config):
+    """Shape and behaviour of a RoBERTa. The defaults are the published base model."""
+
+    vocab_size: int = 50265
+    """Number of token ids."""
+    num_token_types: int = 1
+    """Kinds of tokens: RoBERTa tells sentences apart by separators alone."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in layer norms."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.next_sentence:
+            raise ValueError("next_sentence=True: RoBERTa has no next-sentence head, take family 'bert'")
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """Every parameter of the model."""
+    tree = bert.specs(cfg)
+    table = tree["position_embedding"]
+    rows = cfg.max_positions + FIRST_POSITION
+    tree["position_embedding"] = dataclasses.replace(table, shape=(rows, cfg.embed_dim))
+    if cfg.task == "classification":
+        tree["classifier_dense"] = tree.pop("pooler")
+    return tree
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+) -> tuple[jax.Array, None]:
+    """As :func:`bert.apply`. ``positions`` count from 0, as in every family."""
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    if positions is None:
+        positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+    return bert.apply(
+        cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions + FIRST_POSITION, key=key,
+        token_types=token_types,
+    )  # fmt: skip
+
+
+logits = bert.logits
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """As :func:`bert.summary`, of <s>; for a classifier with its own dense layer, and dropout before that as well."""
+    if cfg.task != "classification":
+        return bert.summary(cfg, params, hidden, segment_ids, key)
+    rate = bert.classifier_dropout(cfg)
+    first = dropout(heads.first_real(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
+    return dropout(jnp.tanh(linear(params["classifier_dense"], first)), rate, fold_name(key, "classifier"))
+
+
+VARIANTS = {
+    "roberta-base": Config(),
+    "roberta-large": Config(num_layers=24, num_heads=16, embed_dim=1024),
+    "roberta-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
+}
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    rows = config.get("max_position_embeddings", 512)
+    if type(rows) is not int or rows <= FIRST_POSITION:
+        raise ValueError(f"max_position_embeddings={rows!r} must be an integer above {FIRST_POSITION}")
+    return {"max_positions": rows - FIRST_POSITION}
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    assert _BERT.write_fields is not None
+    return {**_BERT.write_fields(cfg), "max_position_embeddings": cfg.max_positions + FIRST_POSITION}
+
+
+_BERT = bert.HUGGING_FACE[0]
+
+_ROBERTA = dataclasses.replace(
+    _BERT,
+    architectures={
+        "RobertaForMaskedLM": {"task": "masked"},
+        "RobertaModel": {"task": "none"},
+        "RobertaForSequenceClassification": {"task": "classification"},
+        "RobertaForTokenClassification": {"task": "tagging"},
+        "RobertaForQuestionAnswering": {"task": "span_qa"},
+    },
+    model_type="roberta",
+    prefix="roberta.",
+    fields={ours: theirs for ours, theirs in _BERT.fields.items() if ours != "max_positions"},
+    # What their config class fills in where config.json is silent, though no published model has it.
+    implied={**_BERT.implied, "norm_epsilon": 1e-12, "num_token_types": 2},
+    read_fields=_read_fields,
+    write_fields=_write_fields,
+    values={"hidden_act": {"gelu": "gelu"}},  # their head has it whatever the config says
+    required={**_BERT.required, "pad_token_id": FIRST_POSITION - 1},
+    token_ids={"bos_token_id": 0, "eos_token_id": 2},
+    head={
+        "masked/dense/weight": "lm_head.dense.weight",
+        "masked/dense/bias": "lm_head.dense.bias",
+        "masked/norm/scale": "lm_head.layer_norm.weight",
+        "masked/norm/bias": "lm_head.layer_norm.bias",
+        "masked/bias": "lm_head.bias",
+        "classifier_dense/weight": "classifier.dense.weight",
+        "classifier_dense/bias": "classifier.dense.bias",
+        "classifier/weight": "classifier.out_proj.weight",
+        "classifier/bias": "classifier.out_proj.bias",
+        "tagger/weight": "classifier.weight",
+        "tagger/bias": "classifier.bias",
+        "span/weight": "qa_outputs.weight",
+        "span/bias": "qa_outputs.bias",
+    },
+    copies={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
+    layouts={**_BERT.layouts, "classifier_dense/weight": files.TRANSPOSED},
+)
+
+HUGGING_FACE = (_ROBERTA,)

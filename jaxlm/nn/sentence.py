@@ -1,0 +1,30 @@
+"""One vector for a text, from the hidden states of its tokens (Reimers and Gurevych 2019, Sentence-BERT).
+
+Shapes: B batch, T time, D model.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def mean_pooled(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+    """The mean over each row's real tokens, scaled to length 1: [B, D] float32. Products are then cosines.
+
+    A row of padding alone gives zeros.
+
+    Args:
+        segment_ids_BT: 0 is padding; default: every token is real.
+
+    Example:
+        >>> mean = mean_pooled(jnp.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]]), jnp.array([[1, 1, 0]]))
+        >>> [round(float(x), 3) for x in mean[0]]
+        [0.6, 0.8]
+    """
+    hidden_BTD = hidden_BTD.astype(jnp.float32)
+    if segment_ids_BT is not None:
+        hidden_BTD = jnp.where(segment_ids_BT[:, :, None] > 0, hidden_BTD, 0.0)
+    total_BD = jnp.sum(hidden_BTD, axis=1)  # its direction is that of the mean
+    return total_BD * lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(total_BD), axis=1, keepdims=True), 1e-24))

@@ -1,0 +1,86 @@
+"""Every Hugging Face class in both directions: run with ``-m live`` and the ``reference`` extra.
+
+python -m tests.interop.test_classes_live      prints the matrix
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.interop import huggingface
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
+from jaxlm.models import FAMILIES, Model
+from jaxlm.models.files import Format
+from tests.helpers import assert_trees_equal, lively, tiny_model
+
+pytestmark = pytest.mark.live
+
+CLASSES = [
+    (name, table, architecture)
+    for name in FAMILIES
+    for table in huggingface.tables(name)
+    for architecture in table.architectures
+]
+
+
+def tiny(name: str, table: Format, architecture: str) -> Model:
+    """A small model that this class holds, with its own number of labels."""
+    model = tiny_model(name)
+    fields = {**table.implied, **table.architectures[architecture]}
+    config = dataclasses.replace(
+        model.config, **{f: value for f, value in fields.items() if f not in table.fields or f == "task"}
+    )
+    if getattr(config, "task", "") in ("classification", "tagging"):
+        config = dataclasses.replace(config, num_labels=3)
+    return Model(name, config)
+
+
+def torch_class(architecture: str) -> Any:
+    """The class of transformers."""
+    import transformers
+
+    if architecture.startswith("TransfoXL"):
+        import transformers.models.deprecated.transfo_xl as deprecated
+
+        return getattr(deprecated, architecture)
+    return getattr(transformers, architecture)
+
+
+def check(name: str, table: Format, architecture: str, directory: Path) -> None:
+    """Ours opens in torch with nothing missing or left over; what torch then saves, we open, every byte as it was."""
+    import torch
+
+    model = tiny(name, table, architecture)
+    params = jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+    save_pretrained(directory / "ours", model, params)
+    theirs, info = torch_class(architecture).from_pretrained(directory / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    state = theirs.state_dict()
+    for tensor, array in named_tensors(model, params):
+        assert torch.equal(state[tensor], torch.from_numpy(np.array(array))), tensor
+    theirs.save_pretrained(directory / "theirs")
+    again, loaded = load_pretrained(directory / "theirs")
+    assert again == model
+    assert_trees_equal(loaded, params)
+
+
+@pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_class_opens_what_we_save_and_we_open_what_it_saves(
+    name: str, table: Format, architecture: str, tmp_path: Path
+) -> None:
+    check(name, table, architecture, tmp_path)
+
+
+if __name__ == "__main__":
+    print("| family | class | ours opens in torch | torch's opens in ours |\n|---|---|---|---|")
+    for case in CLASSES:
+        with tempfile.TemporaryDirectory() as folder:
+            check(*case, Path(folder))
+        print(f"| {case[0]} | `{case[2]}` | yes, byte for byte | yes, byte for byte |", flush=True)

@@ -1,0 +1,259 @@
+"""BERT, beyond the contract and the oracles: classes, first tokens, token types, both losses of pretraining, files."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
+from jaxlm.models import bert, get_model
+from jaxlm.nn.loss import cross_entropy
+from tests.helpers import assert_trees_equal, random_tokens, relative_error, tiny_model
+
+GOLDEN = Path(__file__).parent / "goldens" / "bert_pretraining"
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 3e-5
+
+
+def setup(name="bert", **overrides):
+    """A tiny model, parameters far from their start (made without compiling anything), and tokens [2, 10]."""
+    model = tiny_model(name, **overrides)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(leaf.init == spec.ONES, 0.2, leaf.shape), leaf.dtype), model.specs
+    )
+    return model, params, random_tokens(model, 2, 10)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(model, params, tokens, **inputs):
+    return model.apply(params, tokens, **inputs)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "count"),
+    [
+        ("bert-base-uncased", {"task": "none"}, 109_482_240),  # encoder and pooler, as most tables count
+        ("bert-base-uncased", {"next_sentence": True}, 110_106_428),  # with both heads of pretraining
+        ("bert-base-cased", {"task": "none"}, 108_310_272),
+        ("bert-large-uncased", {"task": "none"}, 335_141_888),
+        ("all-minilm-l6-v2", {}, 22_713_216),
+    ],
+)
+def test_published_sizes(name, overrides, count):
+    assert get_model(name, **overrides).num_parameters == count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heads"),
+    [
+        ({"task": "masked"}, {"masked"}),
+        ({"task": "masked", "next_sentence": True}, {"masked", "pooler", "next_sentence"}),
+        ({"task": "none"}, {"pooler"}),
+        ({"task": "none", "next_sentence": True}, {"pooler", "next_sentence"}),
+        ({"task": "classification", "num_labels": 5}, {"pooler", "classifier"}),
+        ({"task": "tagging", "num_labels": 5}, {"tagger"}),
+        ({"task": "span_qa"}, {"span"}),
+    ],
+)
+def test_each_task_has_its_heads_and_no_others(overrides, heads):
+    model, params, tokens = setup(**overrides)
+    body = {"token_embedding", "position_embedding", "token_type_embedding", "embedding_norm", "layers"}
+    assert set(params) == body | heads
+    if model.config.task == "none":
+        with pytest.raises(ValueError, match="task='none' has no"):
+            model.logits(params, jnp.zeros((2, 10, 32)))
+        return
+    hidden, state = jax.eval_shape(model.apply, params, tokens)
+    assert state is None
+    if model.config.task == "classification":
+        hidden = jax.eval_shape(model.summary, params, hidden)
+    outputs = {"masked": 128, "classification": 5, "tagging": 5, "span_qa": 2}[model.config.task]
+    assert jax.eval_shape(model.logits, params, hidden).shape == (*hidden.shape[:2], outputs)
+
+
+def test_every_place_sees_every_place_of_its_document_and_no_other():
+    model, params, _ = setup()
+    tokens = np.arange(9, dtype=np.int32)[None]
+    segments = np.array([[0, 1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+
+    def hidden(table):
+        return model.apply({**params, "token_embedding": table}, tokens, segment_ids=segments)[0][0].sum(-1)
+
+    influence = np.abs(jax.jit(jax.jacrev(hidden))(params["token_embedding"])[:, :9]).max(axis=-1)
+    same = (segments[0][:, None] == segments[0][None, :]) & (segments[0] > 0)
+    assert (influence[1:8][same[1:8]] > 0).all()
+    assert (influence[1:8][~same[1:8]] == 0).all()
+
+
+def test_summary_reads_the_first_real_token():
+    model, params, tokens = setup(task="none")
+    alone = model.summary(params, hidden_of(model, params, tokens[:1, :6]))
+    assert alone.shape == (1, 1, 32)
+    padded, segments = np.full((3, 10), 7, np.int32), np.zeros((3, 10), np.int32)
+    for row, start in enumerate((4, 0, 1)):
+        padded[row, start : start + 6], segments[row, start : start + 6] = tokens[0, :6], 1
+    segments[2, 7:] = 2  # another document
+    pooled = model.summary(params, hidden_of(model, params, padded, segment_ids=segments), segment_ids=segments)
+    assert relative_error(pooled, jnp.repeat(alone, 3, axis=0)) < TOLERANCE
+
+
+def test_logits_of_some_places_are_those_of_all():
+    model, params, tokens = setup(vocab_multiple=48)
+    hidden = hidden_of(model, params, tokens)
+    logits = jax.jit(model.logits)
+    every = logits(params, hidden)
+    assert every.shape == (2, 10, 144)
+    assert (np.asarray(every[..., 128:]) < -1e38).all()  # the padding of the table takes no part
+    places = np.array([[7, 2], [0, 9]])[:, :, None]
+    some = logits(params, jnp.take_along_axis(hidden, places, axis=1))
+    assert relative_error(some, jnp.take_along_axis(every, places, axis=1)) < TOLERANCE
+
+
+def test_token_types_default_to_the_first_row_which_is_added():
+    model, params, tokens = setup()
+    types = np.zeros_like(tokens)
+    hidden = hidden_of(model, params, tokens)
+    assert relative_error(hidden_of(model, params, tokens, token_types=types), hidden) < TOLERANCE
+    table = params["token_type_embedding"]
+    moved = {**params, "token_type_embedding": table.at[0].add(jnp.arange(32) / 32)}
+    assert relative_error(hidden_of(model, moved, tokens), hidden) > 1e-2
+    types[:, 6:] = 1
+    assert relative_error(hidden_of(model, params, tokens, token_types=types), hidden) > 1e-2
+    types[1, 3] = 2
+    assert np.isnan(np.asarray(hidden_of(model, params, tokens, token_types=types)[1])).any()
+
+
+def test_classifier_dropout_acts_before_the_classifier_and_the_tagger():
+    key = jax.random.key(1)
+    model, params, tokens = setup(task="tagging", classifier_dropout=0.5)  # the only rate that is not 0
+    assert relative_error(hidden_of(model, params, tokens, key=key), hidden_of(model, params, tokens)) > 0.1
+    model, params, _ = setup(task="classification", classifier_dropout=0.5)
+    hidden = jax.random.normal(key, (2, 10, 32))
+    assert relative_error(model.summary(params, hidden, key=key), model.summary(params, hidden)) > 0.1
+    assert bert.classifier_dropout(bert.Config(hidden_dropout=0.3)) == 0.3
+
+
+def test_bad_input_is_named():
+    model, params, tokens = setup()
+    hidden = jnp.zeros((2, 10, 32))
+    with pytest.raises(ValueError, match="carries no state"):
+        model.apply(params, tokens, state={})
+    with pytest.raises(ValueError, match=r"token_types \[2, 3\] must have the shape of tokens \[2, 10\]"):
+        model.apply(params, tokens, token_types=np.zeros((2, 3), np.int32))
+    with pytest.raises(ValueError, match="65 tokens exceed max_positions=64"):
+        model.apply(params, np.zeros((1, 65), np.int32))
+    with pytest.raises(ValueError, match="task='masked' has no pooler"):
+        model.summary(params, hidden)
+    with pytest.raises(ValueError, match="take next_sentence=True"):
+        bert.next_sentence_logits(model.config, params, hidden)
+    with pytest.raises(ValueError, match="not with task='tagging'"):
+        bert.Config(task="tagging", next_sentence=True)
+    with pytest.raises(ValueError, match="task='causal' is unknown"):
+        bert.Config(task="causal")
+    with pytest.raises(ValueError, match="classifier_dropout=1.5 must be in"):
+        bert.Config(classifier_dropout=1.5)
+    with pytest.raises(ValueError, match="num_heads=5 does not divide embed_dim=768"):
+        bert.Config(num_heads=5)
+    with pytest.raises(TypeError, match="carries no state"):
+        model.init_state(1, 8)
+
+
+# ------------------------------------------------------------------------------------------------- pretraining
+
+
+def compare_pretraining(directory, reference):
+    """Pooled [CLS], both heads and the gradient of the sum of both losses, against those of ``BertForPreTraining``."""
+    model, params = load_pretrained(directory)
+    assert (model.config.task, model.config.next_sentence) == ("masked", True)
+    inputs = {name: reference[name] for name in ("tokens", "segment_ids", "token_types")}
+    weights = reference["labels"] >= 0
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params):
+        hidden, _ = model.apply(params, **inputs)
+        pooled = model.summary(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
+        masked = model.logits(params, hidden)
+        following = bert.next_sentence_logits(model.config, params, hidden, inputs["segment_ids"])
+        losses = cross_entropy(masked, np.maximum(reference["labels"], 0))
+        loss = jnp.sum(losses * weights) / weights.sum() + jnp.mean(cross_entropy(following, reference["following"]))
+        return loss, (pooled, masked, following)
+
+    (loss, (pooled, masked, following)), gradient = run(params)
+    real = inputs["segment_ids"] > 0
+    assert relative_error(pooled, reference["pooled"]) < TOLERANCE
+    assert relative_error(masked[real], reference["masked_logits"][real]) < TOLERANCE
+    assert relative_error(following, reference["following_logits"]) < TOLERANCE
+    assert relative_error(loss, reference["loss"]) < TOLERANCE
+    for name, ours in named_tensors(model, gradient):
+        if not name.endswith("key.bias"):  # 0 but for rounding: softmax does not see what all keys have in common
+            assert relative_error(ours, reference[f"gradient of {name}"]) < GRADIENT_TOLERANCE, name
+
+
+def test_pretraining_is_that_of_torch():
+    compare_pretraining(GOLDEN, np.load(GOLDEN / "reference.npz"))
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    """A directory with all that files of old versions repeat: the tied head, its bias, the positions."""
+    model, params, _ = setup()
+    save_pretrained(tmp_path, model, params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].copy()
+    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].copy()
+    tensors["bert.embeddings.position_ids"] = np.arange(64)[None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path, params, tensors
+
+
+def test_what_old_files_repeat_is_read_past(old_file):
+    directory, params, _ = old_file
+    assert_trees_equal(load_pretrained(directory)[1], params)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_head_that_is_not_tied_is_refused(old_file, name):
+    directory, _, tensors = old_file
+    tensors[f"cls.predictions.decoder.{name}"][0] += 1
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=f"cls.predictions.decoder.{name} must equal"):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("position_embedding_type", "relative_key"), ("is_decoder", True), ("hidden_act", "silu")],
+)
+def test_a_setting_that_bert_does_not_have_is_refused(old_file, field, value):
+    directory, _, _ = old_file
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=f"{field}='?{value}"):
+        load_pretrained(directory)
+
+
+def test_the_hidden_width_of_the_mlp_is_written_and_has_their_default(old_file):
+    directory, _, _ = old_file
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    assert config["intermediate_size"] == 128
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "intermediate_size"}))
+    with pytest.raises(ValueError, match="3072"):  # as transformers would read it
+        load_pretrained(directory)
+
+
+def test_decay_spares_biases_and_norms():
+    model = tiny_model("bert", next_sentence=True)
+    decayed = {path for path, decay in spec.flatten(spec.decay_mask(model.specs)).items() if decay}
+    tables = {"token_embedding", "position_embedding", "token_type_embedding"}
+    assert decayed == tables | {path for path in spec.flatten(model.specs) if path.endswith("/weight")}

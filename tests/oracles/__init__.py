@@ -1,0 +1,101 @@
+"""Each family against its reference implementation: one module a family, one runner for all.
+
+A module has ``CASES`` (tiny; their goldens are in the repository), ``LIVE`` (further shapes, compared only where torch
+is) and ``reference(case, directory)``, which writes the files of a random model into ``directory`` and returns what the
+reference says about it:
+
+    input/<keyword>          arrays for ``apply``, ``input/tokens`` at least
+    hidden, logits           what the reference gives
+    real                     which places count (default: those of segments above 0)
+    targets, weights, loss   as in ``jaxlm.objectives.batch.Batch``, and the mean loss
+    gradient/<name>          of every parameter, as ``jaxlm.interop.huggingface.named_tensors`` calls it
+
+    python -m tests.oracles                     the fidelity table: every case, the largest relative differences
+    python -m tests.oracles --write [FAMILY]    make the goldens again (when a case changes, not when a test fails)
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.interop.huggingface import load_pretrained, named_tensors
+from jaxlm.objectives import objective
+from jaxlm.objectives.batch import Batch
+from tests.helpers import relative_error
+
+GOLDENS = Path(__file__).parent / "goldens"
+REFERENCE = "reference.npz"
+FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("_", "test_")))
+
+TOLERANCES = {"hidden": 1e-5, "logits": 1e-5, "loss": 2e-6, "gradient": 3e-5}
+"""Largest difference over largest value, float32. Loosened per family, with the reason, in its module's TOLERANCES."""
+
+
+def oracle(family: str) -> ModuleType:
+    """The oracle module of a family."""
+    return importlib.import_module(f"tests.oracles.{family}")
+
+
+def tolerances(family: str) -> dict[str, float]:
+    """The tolerance of each quantity."""
+    return {**TOLERANCES, **getattr(oracle(family), "TOLERANCES", {})}
+
+
+def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, float]:
+    """The relative error of each quantity that the reference gives, ``{"hidden": 3e-7, ...}``."""
+    model, params = load_pretrained(directory)
+    inputs = {key.removeprefix("input/"): x for key, x in reference.items() if key.startswith("input/")}
+    tokens, segment_ids = inputs.pop("tokens"), inputs.pop("segment_ids", None)
+    targets, weights = reference.get("targets"), reference.get("weights")
+    task = getattr(model.config, "task", "causal")
+
+    @jax.jit
+    def outputs(params: Any, tokens: Any, segment_ids: Any, inputs: Any) -> Any:
+        hidden, _ = model.apply(params, tokens, segment_ids=segment_ids, **inputs)
+        if task == "none" or "logits" not in reference:
+            return hidden, None
+        read = hidden if task != "classification" else model.summary(params, hidden, segment_ids=segment_ids)
+        return hidden, model.logits(params, read)
+
+    hidden, logits = outputs(params, tokens, segment_ids, inputs)
+    real = reference.get("real")
+    if real is None:
+        real = np.ones(hidden.shape[:2], bool) if segment_ids is None else segment_ids > 0
+    errors = {}
+    if "hidden" in reference:
+        errors["hidden"] = relative_error(hidden[real], reference["hidden"][real])
+    if "logits" in reference:
+        got, want = np.asarray(logits), reference["logits"]
+        if task == "classification":
+            got = got[:, 0]
+        else:
+            got, want = got[real][:, : want.shape[-1]], want[real]
+        errors["logits"] = relative_error(got, want)
+    if "loss" in reference:
+        batch = Batch(tokens, targets, weights, segment_ids, inputs)
+
+        @jax.jit
+        def loss_and_gradients(params: Any, batch: Batch) -> Any:
+            def mean(params: Any) -> Any:
+                total, weight, _ = objective(task).loss(model, params, batch)
+                return total / weight
+
+            return jax.value_and_grad(mean)(params)
+
+        loss, gradients = loss_and_gradients(params, batch)
+        errors["loss"] = relative_error(loss, reference["loss"])
+        ours = dict(named_tensors(model, gradients))
+        theirs = {key.removeprefix("gradient/"): x for key, x in reference.items() if key.startswith("gradient/")}
+        assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
+        # A gradient that is nothing but rounding (that of a key's bias) is measured against the largest of them all.
+        largest = max(np.abs(x).max() for x in theirs.values())
+        errors["gradient"] = max(
+            np.abs(ours[name] - theirs[name]).max() / max(np.abs(theirs[name]).max(), 1e-2 * largest) for name in ours
+        )
+    return errors

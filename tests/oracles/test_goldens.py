@@ -1,0 +1,26 @@
+"""What the references said, from the goldens in the repository: runs without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.oracles import GOLDENS, REFERENCE, compare, tolerances
+
+CASES = sorted(path.name for path in GOLDENS.iterdir())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_logits_loss_and_all_gradients_are_those_of_the_reference(case: str) -> None:
+    directory: Path = GOLDENS / case
+    with np.load(directory / REFERENCE) as file:
+        errors = compare(directory, dict(file))
+    allowed = tolerances(case.split("-")[0])
+    assert errors
+    assert all(errors[quantity] < allowed[quantity] for quantity in errors), errors
+
+
+def test_goldens_are_small() -> None:
+    assert sum(path.stat().st_size for path in GOLDENS.rglob("*")) < 4_000_000
