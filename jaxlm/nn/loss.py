@@ -27,7 +27,8 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def _pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    # "fill": an id outside the vocabulary must not be clamped to a neighbour's logit.
+    # "fill": an id outside the vocabulary is not clamped to a neighbour; nor may a negative one count from the end.
+    targets_BT = jnp.where(targets_BT < 0, logits_BTV.shape[-1], targets_BT)
     return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
 
 

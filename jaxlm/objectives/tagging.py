@@ -1,0 +1,45 @@
+"""Tagging: one label for each token, as in part-of-speech tagging or the recognition of names.
+
+Where words are cut into several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels the first of them
+and ignores the others. Shapes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxlm.models import common
+from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.objectives.classification import IGNORED, counted
+
+__all__ = ["IGNORED", "batch", "loss"]
+
+loss = token_loss
+
+
+def batch(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    segment_ids: np.ndarray | None = None,
+    *,
+    num_labels: int,
+    inputs: dict[str, Any] | None = None,
+) -> Batch:
+    """Tokens and their labels, both [B, T]; places labelled ``IGNORED``, and padding, do not count.
+
+    Args:
+        num_labels: labels are below it.
+        inputs: further arrays for ``apply``, as ``token_types``.
+
+    Raises:
+        ValueError: shapes that do not agree, or a label out of range.
+    """
+    common.check_tokens(tokens, segment_ids, None, None)
+    if labels.shape != tokens.shape:
+        raise ValueError(f"labels {list(labels.shape)} must have the shape of tokens {list(tokens.shape)}")
+    targets, weights = counted(labels, num_labels)
+    if segment_ids is not None:
+        weights = np.where(segment_ids > 0, weights, np.float32(0.0))
+    return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))

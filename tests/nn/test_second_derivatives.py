@@ -1,0 +1,94 @@
+"""Own gradients (``jax.custom_vjp``) can be differentiated: Hessian-vector products, forward over reverse, go through
+them and are those of the plain definition."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn.attention import attention
+from jaxlm.nn.linear import linear
+from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.recurrence import gru, gru_cell, gru_specs, lstm, lstm_cell, lstm_specs, project
+from tests.helpers import assert_trees_close
+
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
+
+
+def normal(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def smooth(x):
+    """A scalar whose second derivative in ``x`` is not zero."""
+    return jnp.sum(jnp.sin(x))
+
+
+def attended(implementation):
+    mask = Mask(causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
+    return lambda qkv: smooth(attention(*qkv, mask, implementation=implementation))
+
+
+def plain_linear(tree):
+    return smooth(jnp.einsum("BTD,DF->BTF", tree["x"], tree["weight"]) + tree["bias"][None, None, :])
+
+
+def losses(tree, chunk_logits):
+    head = lambda params, hidden: hidden @ params  # noqa: E731
+    weights = jnp.array([[1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
+    targets = jnp.arange(8).reshape(2, 4) % 6
+    if chunk_logits is None:
+        return smooth(jnp.sum(weights * cross_entropy(head(tree["w"], tree["h"]), targets)))
+    return smooth(chunked_cross_entropy(head, tree["w"], tree["h"], targets, weights, chunk_logits=chunk_logits))
+
+
+def stepwise(cell, names):
+    def run(tree):
+        x = project(tree["params"], tree["x"])
+        state, out = {name: jnp.zeros((2, 3)) for name in names}, []
+        for t in range(x.shape[1]):
+            state = cell(tree["params"], x[:, t], state)
+            out.append(state["hidden"])
+        return smooth(jnp.stack(out))
+
+    return run
+
+
+q, k, v, x, weight, bias, hidden, head = normal(
+    (2, 5, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4), (2, 4, 3), (3, 5), (5,), (2, 4, 3), (3, 6)
+)
+FORMS = {
+    "attention": (attended("blockwise"), attended("reference"), (q, k, v)),
+    "linear": (
+        lambda tree: smooth(linear({"weight": tree["weight"], "bias": tree["bias"]}, tree["x"])),
+        plain_linear,
+        {"x": x, "weight": weight, "bias": bias},
+    ),
+    "chunked_cross_entropy": (
+        lambda tree: losses(tree, 12),
+        lambda tree: losses(tree, None),
+        {"h": hidden, "w": head},
+    ),
+    "lstm": (
+        lambda tree: smooth(lstm(tree["params"], tree["x"])[0]),
+        stepwise(lstm_cell, ("hidden", "cell")),
+        {"params": spec.init(lstm_specs(3, 3), jax.random.key(1)), "x": x},
+    ),
+    "gru": (
+        lambda tree: smooth(gru(tree["params"], tree["x"])[0]),
+        stepwise(gru_cell, ("hidden",)),
+        {"params": spec.init(gru_specs(3, 3), jax.random.key(1)), "x": x},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_hessian_times_vector_is_that_of_the_plain_form(name):
+    own, plain, at = FORMS[name]
+    along = jax.tree.map(lambda leaf: jnp.cos(3.0 * leaf), at)
+    got, want = (
+        jax.jit(lambda at, along, f=f: jax.jvp(jax.grad(f), (at,), (along,))[1])(at, along) for f in (own, plain)
+    )
+    assert_trees_close(got, want, 2e-5)

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.loss import cross_entropy
+from jaxlm.objectives import classification
+from tests.objectives.stub import VOCAB, Bag, compare, random_tokens
+
+MODEL = Bag(5)
+TOKENS = random_tokens(4, 7)
+SEGMENTS = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] * 7, [0] * 2 + [1] * 5], np.int32)
+
+
+def test_loss_is_the_cross_entropy_of_the_summary_and_so_is_its_gradient():
+    batch = classification.batch(TOKENS, np.array([4, 0, classification.IGNORED, 2]), SEGMENTS, num_labels=5)
+    assert batch.targets.tolist() == [4, 0, 0, 2]
+    assert batch.weights.tolist() == [1, 1, 0, 1]
+
+    def literal(params):
+        hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
+        last = jnp.stack([hidden[row, at] for row, at in ((0, 6), (1, 3), (3, 6))])
+        return jnp.sum(cross_entropy(MODEL.logits(params, last), jnp.array([4, 0, 2])))
+
+    assert compare(lambda p: classification.loss(MODEL, p, batch), literal, MODEL.init()) == 3
+
+
+def test_a_row_that_does_not_count_may_be_anything():
+    batch = classification.batch(TOKENS, np.array([1, 1, classification.IGNORED, 1]), SEGMENTS, num_labels=5)
+    broken = batch.replace(tokens=np.where(np.arange(4)[:, None] == 2, VOCAB, TOKENS))  # its hidden states are NaN
+    want, got = (classification.loss(MODEL, MODEL.init(), b)[0] for b in (batch, broken))
+    assert got == want
+
+
+def test_summary_and_model_draw_their_dropout_from_the_key():
+    class Keyed(Bag):
+        def apply(self, params, tokens, *, key=None, **inputs):
+            return super().apply(params, tokens, **inputs)[0] * (1.0 if key is None else 2.0), None
+
+        def summary(self, params, hidden, segment_ids=None, key=None):
+            return super().summary(params, hidden, segment_ids) * (1.0 if key is None else 0.5)
+
+    model, batch = Keyed(5), classification.batch(TOKENS, np.array([4, 0, 1, 2]), num_labels=5)
+    calm, noisy = (classification.loss(model, model.init(), batch, key=key)[0] for key in (None, jax.random.key(0)))
+    assert noisy == calm  # 2 * 0.5: both saw the key
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2, 5], r"label 5 is not in \[0, num_labels=5\); -100 is what does not count"),
+        ([0, -1, 2, 3], r"label -1 is not in \[0, num_labels=5\)"),
+        ([0, 1, 2], r"labels \[3\] must be one for each row of tokens \[4, 7\]"),
+    ],
+)
+def test_bad_labels_are_named(labels, message):
+    with pytest.raises(ValueError, match=message):
+        classification.batch(np.zeros((4, 7), np.int32), np.array(labels), num_labels=5)
+
+
+def test_inputs_reach_the_model():
+    types = {"token_types": np.zeros((2, 3), np.int32)}
+    batch = classification.batch(np.zeros((2, 3), np.int32), np.zeros(2, int), num_labels=2, inputs=types)
+    assert batch.inputs == types
+    assert batch.inputs is not types

@@ -1,0 +1,135 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.objectives import span_qa
+from tests.helpers import assert_trees_close, relative_error
+from tests.objectives.stub import Bag, compare, random_tokens
+
+MODEL = Bag(2)
+TOKENS = random_tokens(4, 8)
+SEGMENTS = np.array([[1] * 8, [1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8], np.int32)
+SPANS = np.array([[2, 5], [0, 4], [3, 3], [6, 9]])  # the last one was cut off
+
+
+def test_rows_whose_answer_was_cut_off_do_not_count():
+    batch = span_qa.batch(np.ones((4, 8), np.int32), SPANS, SEGMENTS)
+    assert batch.weights.tolist() == [1, 1, 1, 0]
+    assert batch.targets[:3].tolist() == SPANS[:3].tolist()
+    assert batch.targets.dtype == np.int32
+
+
+def test_loss_is_that_of_two_softmaxes_over_the_real_tokens_and_so_is_its_gradient():
+    batch = span_qa.batch(TOKENS, SPANS, SEGMENTS)
+
+    def literal(params):
+        logits = MODEL.logits(params, MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)[0])
+        total = 0.0
+        for row, real in enumerate((slice(0, 8), slice(0, 5), slice(2, 8))):
+            for which in (0, 1):
+                scores = logits[row, real, which]
+                total -= jax.nn.log_softmax(scores)[SPANS[row, which] - real.start] / 2
+        return total
+
+    assert compare(lambda p: span_qa.loss(MODEL, p, batch), literal, MODEL.init()) == 3
+
+
+def test_the_loss_of_a_row_does_not_depend_on_its_padding():
+    params = MODEL.init()
+    alone, _, _ = span_qa.loss(MODEL, params, span_qa.batch(TOKENS[1:2, :5], SPANS[1:2]))
+    padded, _, _ = span_qa.loss(MODEL, params, span_qa.batch(TOKENS[1:2], SPANS[1:2], SEGMENTS[1:2]))
+    assert relative_error(padded, alone) < 1e-6
+
+
+def test_a_row_of_padding_alone_changes_nothing():
+    batch = span_qa.batch(TOKENS, SPANS, SEGMENTS)
+    emptied = batch.replace(segment_ids=SEGMENTS * np.array([1, 1, 1, 0])[:, None])
+    want, got = (jax.grad(lambda p, b=b: span_qa.loss(MODEL, p, b)[0])(MODEL.init()) for b in (batch, emptied))
+    assert_trees_close(got, want, 1e-6)
+
+
+def test_best_spans_are_the_best_of_all_pairs():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(30, 9, 2)).astype(np.float32)
+    segments = (rng.random((30, 9)) < 0.7).astype(np.int32)
+    segments[:, 4] = 1
+    for max_length in (1, 3, 9, 30):
+        spans, scores = jax.jit(span_qa.best_spans, static_argnames="max_length")(
+            logits, segments, max_length=max_length
+        )
+        for row in range(30):
+            pairs = {
+                (i, j): logits[row, i, 0] + logits[row, j, 1]
+                for i in range(9)
+                for j in range(i, min(i + max_length, 9))
+                if segments[row, i] and segments[row, j]
+            }
+            best = max(pairs, key=pairs.get)
+            assert tuple(spans[row].tolist()) == best
+            assert scores[row] == pairs[best]
+
+
+def test_best_spans_without_padding_recover_what_the_loss_asks_for():
+    logits = np.zeros((2, 6, 2), np.float32)
+    for row, (first, last) in enumerate([(1, 4), (5, 5)]):
+        logits[row, first, 0] = logits[row, last, 1] = 3.0
+    spans, scores = span_qa.best_spans(jnp.asarray(logits))
+    assert spans.dtype == jnp.int32
+    assert spans.tolist() == [[1, 4], [5, 5]]
+    assert scores.tolist() == [6.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("spans", "segments", "message"),
+    [
+        ([[0, 1], [4, 3]], None, r"span \[4, 3\] of row 1 must be \(first, last\) with 0 <= first <= last"),
+        ([[-1, 1], [2, 3]], None, r"span \[-1, 1\] of row 0"),
+        ([[0, 1], [2, 4]], [[1] * 5, [1] * 4 + [0]], r"span \[2, 4\] of row 1 .* among its real tokens"),
+        ([[0, 1]], None, r"spans must be integers of shape \[2, 2\], got int64\[1, 2\]"),
+        ([[0, 1], [0, 1]], [[1, 1, 2, 2, 0]] * 2, "segment_ids up to 2: a row must be one document"),
+    ],
+)
+def test_bad_spans_are_named(spans, segments, message):
+    segments = None if segments is None else np.array(segments, np.int32)
+    with pytest.raises(ValueError, match=message):
+        span_qa.batch(np.zeros((2, 5), np.int32), np.array(spans), segments)
+
+
+def test_a_head_of_another_task_is_named():
+    batch = span_qa.batch(np.zeros((1, 5), np.int32), np.array([[0, 1]]))
+    with pytest.raises(ValueError, match=r"logits \[1, 5, 3\] are not those of spans"):
+        span_qa.loss(Bag(3), Bag(3).init(), batch)
+    with pytest.raises(ValueError, match="max_length=0 must be at least 1"):
+        span_qa.best_spans(jnp.zeros((1, 5, 2)), max_length=0)
+
+
+@pytest.mark.live
+def test_loss_is_that_of_transformers_where_nothing_is_padded():
+    import torch
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    torch.set_num_threads(1)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    theirs = BertForQuestionAnswering(config).eval()
+    spans = np.array([[2, 5], [0, 0], [9, 9]])  # the last answer lies beyond the row
+    tokens = torch.randint(20, (3, 8))
+    output = theirs(
+        input_ids=tokens, start_positions=torch.tensor(spans[:, 0]), end_positions=torch.tensor(spans[:, 1])
+    )
+    logits = torch.stack([output.start_logits, output.end_logits], dim=-1).detach().numpy()
+
+    class Given:
+        """A model whose logits are given."""
+
+        def apply(self, params, tokens, **inputs):
+            return params, None
+
+        def logits(self, params, hidden):
+            return hidden
+
+    total, weight, _ = span_qa.loss(Given(), jnp.asarray(logits), span_qa.batch(tokens.numpy(), spans))
+    assert relative_error(total / weight, output.loss.item()) < 1e-6
