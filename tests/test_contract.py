@@ -409,6 +409,11 @@ def test_bad_inputs_are_named(name):
         model.apply(params, tokens[0], **source)
     with pytest.raises(ValueError, match=r"segment_ids \[2, 3\] must have the shape of tokens \[2, 24\]"):
         model.apply(params, tokens, segment_ids=np.ones((2, 3), np.int32), **source)
+    if model.reads_source:
+        with pytest.raises(ValueError, match=r"source must be integers of shape \[batch, time\], got float32"):
+            model.apply(params, tokens, source=tokens.astype(np.float32))
+        with pytest.raises(ValueError, match=r"source_segment_ids \[2, 3\] must have the shape of source"):
+            model.apply(params, tokens, **source, source_segment_ids=np.ones((2, 3), np.int32))
     with pytest.raises(ValueError, match="did you mean 'vocab_size'"):
         get_model(name, vocab_sice=3)
 
@@ -534,6 +539,6 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     outputs = model.config.num_labels if task_of(model) in ("classification", "tagging") else model.config.vocab_size
-    assert losses[0] == pytest.approx(np.log(outputs), rel=0.1)
+    assert losses[0] == pytest.approx(np.log(outputs), abs=0.7)  # T5's published start has logits of variance 1
     assert losses[-1] < 0.8 * losses[0]
     assert step._cache_size() == max(compiled, 1)

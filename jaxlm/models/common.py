@@ -35,15 +35,21 @@ def check_choices(cfg: Any, **choices: tuple[Any, ...]) -> None:
             raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
 
 
-def check_tokens(tokens: Any, segment_ids: Any, positions: Any, max_positions: int | None) -> None:
-    """Raise unless the inputs of ``apply`` are integer arrays [B, T] of one shape, within the longest sequence."""
-    for name, x in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):
+def check_tokens(
+    tokens: Any, segment_ids: Any, positions: Any, max_positions: int | None, *, what: str = "tokens"
+) -> None:
+    """Raise unless the inputs of ``apply`` are integer arrays [B, T] of one shape, within the longest sequence.
+
+    ``what``: how messages call them; the segments of a ``source`` are its ``source_segment_ids``.
+    """
+    segments = "segment_ids" if what == "tokens" else f"{what}_segment_ids"
+    for name, x in ((what, tokens), (segments, segment_ids), ("positions", positions)):
         if x is None:
             continue
         if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
         if x.shape != tokens.shape:
-            raise ValueError(f"{name} {list(x.shape)} must have the shape of tokens {list(tokens.shape)}")
+            raise ValueError(f"{name} {list(x.shape)} must have the shape of {what} {list(tokens.shape)}")
     # Packed rows (segments) and given positions may be longer than any single document.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(

@@ -12,7 +12,7 @@ import jax
 
 from jaxlm import spec
 
-FAMILIES = ("gpt", "bert", "roberta")
+FAMILIES = ("gpt", "bert", "roberta", "t5")
 """Modules of this package that are families."""
 
 

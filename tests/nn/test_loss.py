@@ -77,7 +77,7 @@ def test_places_of_weight_zero_take_no_part_even_when_not_finite():
 def test_a_target_outside_the_vocabulary_gives_nan():
     params, hidden, targets, weights = make()
     weights[0, 0] = 1.0
-    for bad in (V, V + 5):
+    for bad in (V, V + 5, -1):
         targets[0, 0] = bad
         assert np.isnan(chunked_cross_entropy(head, params, hidden, targets, weights))
 

@@ -1,0 +1,82 @@
+"""Sequence to sequence: each target token from the source and the targets before it.
+
+Shapes: B batch, S source time, T target time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlm.objectives.batch import Batch, token_loss
+
+loss = token_loss
+
+
+def batch(
+    source: np.ndarray,
+    targets: np.ndarray,
+    *,
+    start_id: int,
+    source_segment_ids: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
+) -> Batch:
+    """Sources [B, S] and targets [B, T], end tokens included, as what the decoder reads, says and is counted for.
+
+    It reads the targets one place to the right; every document begins with ``start_id`` (a ``decoder_start_id``).
+    Without segment ids nothing is padding and a row is one document; document n of the targets sees that of the source.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    for name, x in (("source", source), ("targets", targets)):
+        if x.ndim != 2 or x.shape[1] < 1 or len(x) != len(source):
+            raise ValueError(
+                f"{name} {list(x.shape)} must be [batch, time] with as many rows as source {list(source.shape)}"
+            )
+    for name, segments, x in (("source_", source_segment_ids, source), ("", segment_ids, targets)):
+        if segments is not None and segments.shape != x.shape:
+            raise ValueError(
+                f"{name}segment_ids {list(segments.shape)} must have the shape of their tokens {list(x.shape)}"
+            )
+    inputs = {"source": source}
+    if source_segment_ids is not None:
+        inputs["source_segment_ids"] = source_segment_ids
+    weights = np.ones(targets.shape, np.float32) if segment_ids is None else (segment_ids > 0).astype(np.float32)
+    return Batch(shift_right(targets, start_id, segment_ids), targets, weights, segment_ids, inputs)
+
+
+def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
+    """The token before each target, [B, T]; ``start_id`` before the first of each document (and in padding).
+
+    Example:
+        >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
+        [[0, 5, 6, 0, 7, 0]]
+    """
+    shifted = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
+    if segment_ids is None:
+        return shifted
+    first = np.ones(targets.shape, bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return np.where(first | (segment_ids == 0), start_id, shifted).astype(targets.dtype)
+
+
+def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as tokens [B, T] int32, padded on the right, and segment ids (1, padding 0).
+
+    Args:
+        length: T; None takes the longest row's.
+
+    Raises:
+        ValueError: a row that is empty, or longer than ``length``.
+    """
+    sizes = np.array([len(row) for row in rows])
+    length = int(sizes.max()) if length is None else length
+    for row, size in enumerate(sizes):
+        if not 1 <= size <= length:
+            raise ValueError(f"row {row} has {size} tokens: it must have from 1 to {length}; cut it or leave it out")
+    segment_ids = (np.arange(length)[None] < sizes[:, None]).astype(np.int32)
+    tokens = np.full(segment_ids.shape, pad_id, np.int32)
+    tokens[segment_ids > 0] = np.concatenate([np.asarray(row) for row in rows])
+    return tokens, segment_ids

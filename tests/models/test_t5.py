@@ -1,0 +1,254 @@
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.models import t5
+from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
+
+GOLDEN = Path(__file__).parent / "goldens" / "t5_generate.npz"  # made by test_t5_live.py
+TOLERANCE = 1e-5
+
+# Buckets that differ within a few tokens, so that a wrong distance shows.
+SMALL = {"num_layers": 1, "embed_dim": 16, "head_dim": 6, "mlp_dim": 20, "num_buckets": 8, "max_distance": 7}
+
+
+@functools.cache
+def small(**overrides):
+    model = tiny_model("t5", **{**SMALL, **overrides})
+    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, tokens, inputs):
+    return model.apply(params, tokens, **inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def start(model, params, source, length, segment_ids=None):
+    return t5.start(model.config, params, source, length, segment_ids=segment_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("t5-small", 60_506_624),
+        ("t5-base", 222_903_552),
+        ("t5-large", 737_668_096),
+        ("t5-3b", 2_851_598_336),
+        ("t5-v1.1-small", 76_961_152),
+        ("t5-v1.1-base", 247_577_856),
+        ("t5-v1.1-large", 783_150_080),
+        ("mt5-small", 300_176_768),
+    ],
+)
+def test_published_sizes(name, count):
+    assert spec.count(t5.specs(t5.VARIANTS[name])) == count
+
+
+def test_cached_decoding_is_that_of_transformers():
+    """Greedy ids and the logits of every step, for sources without padding, padded left and padded right."""
+    golden = np.load(GOLDEN)
+    config = t5.Config(
+        vocab_size=30, num_layers=2, num_heads=2, embed_dim=8, head_dim=3, mlp_dim=10, mlp="gated_gelu",
+        tie_embeddings=False, num_buckets=8, max_distance=7,
+    )  # fmt: skip
+    model = dataclasses.replace(tiny_model("t5"), config=config)
+    paths = spec.flatten(model.specs)
+    params = jax.tree.unflatten(jax.tree.structure(model.specs), [golden[f"params/{path}"] for path in paths])
+    source, segments, tokens = golden["source"], golden["segments"], golden["tokens"]
+    encoded = jax.jit(functools.partial(t5.encode, config))(params, source, segment_ids=segments)
+    assert relative_error(encoded[segments > 0], golden["encoded"][segments > 0]) < TOLERANCE
+    state, pieces = start(model, params, source, tokens.shape[1], segments), []
+    newest = np.full((3, 1), config.decoder_start_id, np.int32)
+    for at in range(tokens.shape[1] - 1):
+        hidden, state = apply(model, params, newest, {"state": state})
+        pieces.append(model.logits(params, hidden)[:, 0])
+        newest = np.argmax(pieces[-1], axis=-1).astype(np.int32)[:, None]
+        np.testing.assert_array_equal(newest[:, 0], tokens[:, at + 1])
+    assert relative_error(np.stack(pieces, axis=1), golden["logits"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("bias_per_layer", [False, True])
+def test_decoding_from_a_state_is_applying_to_the_source(bias_per_layer):
+    """A prompt padded on the right between its tokens and those that follow must not stretch distances."""
+    model, params = small(bias_per_layer=bias_per_layer)
+    source, tokens = random_tokens(model, 2, 7), random_tokens(model, 2, 9, seed=1)
+    segments = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], np.int32)
+    full, _ = apply(model, params, tokens, {"source": source, "source_segment_ids": segments})
+    state = start(model, params, source, 12, segments)
+    assert state["source"]["key"].shape == (1, 2, 7, 4, 6)
+    assert spec.diff(t5.state_specs(model.config, 2, 12, 7), state) == []
+    prompt, real = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.int32)
+    for row, length in enumerate((2, 5)):
+        prompt[row, :length], real[row, :length] = tokens[row, :length], 1
+    hidden, state = apply(model, params, prompt, {"state": state, "segment_ids": real})
+    assert relative_error(hidden[0, :2], full[0, :2]) < TOLERANCE
+    for i in range(4):
+        following = np.stack([tokens[0, 2 + i], tokens[1, 5 + i]])[:, None]
+        hidden, state = apply(model, params, following, {"state": state})
+        assert relative_error(hidden[:, 0], jnp.stack([full[0, 2 + i], full[1, 5 + i]])) < TOLERANCE
+
+
+def test_a_target_document_sees_the_source_document_of_its_number():
+    model, params = small()
+    source, tokens = random_tokens(model, 1, 9), random_tokens(model, 1, 8, seed=1)
+    source_segments, segments = np.array([[1] * 5 + [2] * 3 + [0]]), np.array([[1] * 3 + [2] * 4 + [0]])
+    inputs = {"source": source, "source_segment_ids": source_segments, "segment_ids": segments}
+    packed, _ = apply(model, params, tokens, inputs)
+    assert np.isfinite(np.asarray(packed)).all()
+    for of_target, of_source in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(5, 8))):
+        alone, _ = apply(model, params, tokens[:, of_target], {"source": source[:, of_source]})
+        assert relative_error(packed[:, of_target], alone) < TOLERANCE
+    state = start(model, spec.unstack(params), source, 8, source_segments)
+    cached, _ = apply(model, params, tokens, {"state": state, "segment_ids": segments})
+    assert relative_error(cached[:, :7], packed[:, :7]) < TOLERANCE
+    first, _ = apply(model, params, tokens, {"state": state})  # a row without segments is document 1
+    assert relative_error(first[:, :3], packed[:, :3]) < TOLERANCE
+
+
+def test_only_distances_between_positions_count():
+    model, params = small()
+    source, tokens, place = random_tokens(model, 2, 4), random_tokens(model, 2, 6, seed=1), np.arange(6)[None]
+    plain, _ = apply(model, params, tokens, {"source": source})
+    moved = np.asarray(place + np.array([[0], [100]]), np.int32)
+    assert relative_error(apply(model, params, tokens, {"source": source, "positions": moved})[0], plain) < 1e-6
+    stretched = apply(model, params, tokens, {"source": source, "positions": np.repeat(2 * place, 2, axis=0)})[0]
+    assert relative_error(stretched[:, :1], plain[:, :1]) < 1e-6
+    assert relative_error(stretched, plain) > 1e-3
+
+
+def test_a_table_in_every_layer_is_the_shared_one_where_all_are_equal():
+    model, params = small(num_layers=2)
+    own = small(num_layers=2, bias_per_layer=True)[0]
+    same = {**params}
+    for stack in ("encoder", "decoder"):
+        table = params[stack]["relative_bias"]
+        layers = {**params[stack]["layers"], "relative_bias": jnp.stack([table, table])}
+        same[stack] = {"layers": layers, "final_norm": params[stack]["final_norm"]}
+    spec.require_same(own.specs, same, "parameters")
+    tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
+    want = apply(model, params, tokens, inputs)[0]
+    assert relative_error(apply(own, same, tokens, inputs)[0], want) < 1e-6
+    same["decoder"]["layers"]["relative_bias"] = jnp.stack([table, -table])
+    assert relative_error(apply(own, same, tokens, inputs)[0], want) > 1e-3
+
+
+def test_float16_does_not_overflow_where_sublayers_add_up():
+    model, params = small()
+    for stack in ("encoder", "decoder"):
+        params[stack]["layers"]["mlp"]["down"]["weight"] *= 3e5  # sums of more than 65504, the largest float16
+    low = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="float16"))
+    tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
+    hidden, _ = apply(low, params, tokens, inputs)
+    assert hidden.dtype == jnp.float16
+    assert relative_error(hidden, apply(model, params, tokens, inputs)[0]) < 0.02
+
+
+@pytest.mark.parametrize("form", [{}, {"mlp": "gated_gelu", "tie_embeddings": False}])
+def test_scales_at_the_start_are_those_of_the_published_code(form):
+    """Scores and logits of variance 1: nothing is scaled in attention, so the queries start small."""
+    model = tiny_model("t5", embed_dim=64, head_dim=48, mlp_dim=256, vocab_size=512, num_layers=1, **form)
+    params = jax.jit(model.init)(jax.random.key(0))
+    layer = jax.tree.map(lambda x: x[0], params["decoder"]["layers"])
+    x = jax.random.normal(jax.random.key(1), (2, 64))
+    q, k = (jnp.einsum("TD,DHK->HTK", x, layer["attention"][name]["weight"]) for name in ("query", "key"))
+    assert 0.5 < float(jnp.std(jnp.einsum("HTK,HSK->HTS", q, k)[:, 0, 1])) < 2.0
+    logits = model.logits(params, jax.random.normal(jax.random.key(2), (1, 16, 64)))
+    assert 0.9 < float(jnp.std(logits)) < 1.1
+
+
+def test_an_encoder_alone():
+    model, params = small()
+    alone = dataclasses.replace(model.config, num_decoder_layers=0, task="none")
+    assert set(t5.specs(alone)) == {"token_embedding", "encoder"}
+    own = {name: params[name] for name in t5.specs(alone)}
+    source = random_tokens(model, 2, 5)
+    encode = jax.jit(t5.encode, static_argnums=0)
+    assert_trees_equal(encode(alone, own, source), encode(model.config, params, source))
+    for refused in (lambda: t5.apply(alone, own, source, source=source), lambda: t5.start(alone, own, source, 3)):
+        with pytest.raises(ValueError, match="num_decoder_layers=0 decodes nothing: call encode"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("change", "model_type", "architecture"),
+    [
+        ({}, "t5", "T5ForConditionalGeneration"),
+        ({"task": "none"}, "t5", "T5Model"),
+        ({"task": "none", "num_decoder_layers": 0}, "t5", "T5EncoderModel"),
+        (
+            {"bias_per_layer": True, "tie_embeddings": False, "mlp": "gated_gelu"},
+            "umt5",
+            "UMT5ForConditionalGeneration",
+        ),
+    ],
+)
+def test_files_hold_what_was_saved(change, model_type, architecture, tmp_path):
+    model = tiny_model("t5", **SMALL, **change)
+    params = spec.init(model.specs, jax.random.key(0))
+    save_pretrained(tmp_path, model, params)
+    text = (tmp_path / "config.json").read_text()
+    assert f'"{model_type}"' in text
+    assert f'"{architecture}"' in text
+    again, read = load_pretrained(tmp_path)
+    assert again == model
+    assert_trees_equal(read, params)
+
+
+def test_published_files_hold_copies_and_a_table_that_nobody_reads(tmp_path):
+    model = tiny_model("t5", **SMALL)
+    params = spec.init(model.specs, jax.random.key(0))
+    save_pretrained(tmp_path, model, params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((8, 4), np.float32),
+        **dict.fromkeys(("encoder.embed_tokens.weight", "lm_head.weight"), tensors["shared.weight"]),
+    }
+    save_file({**tensors, **extra}, tmp_path / "model.safetensors")
+    assert_trees_equal(load_pretrained(tmp_path)[1], params)
+    save_file({**tensors, **extra, "lm_head.weight": tensors["shared.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight must equal shared.weight"):
+        load_pretrained(tmp_path)
+
+
+def test_bad_input_is_named():
+    model, params = small()
+    tokens, source = random_tokens(model, 2, 3), random_tokens(model, 2, 4)
+    state = model.init_state(2, 5)
+    with pytest.raises(ValueError, match=r"takes source \(to train\) or state \(to decode, from start\), got neither"):
+        model.apply(params, tokens)
+    with pytest.raises(ValueError, match="got both"):
+        model.apply(params, tokens, source=source, state=state)
+    with pytest.raises(ValueError, match="source_segment_ids belong to start where a state is given"):
+        model.apply(params, tokens, source_segment_ids=np.ones((2, 4), np.int32), state=state)
+    with pytest.raises(ValueError, match=r"source \[1, 4\] must have as many rows as tokens \[2, 3\]"):
+        model.apply(params, tokens, source=source[:1])
+    with pytest.raises(ValueError, match="task='none' has no head"):
+        t5.logits(dataclasses.replace(model.config, task="none"), params, np.zeros((1, 1, 16)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_decoder_layers": 0}, "task='seq2seq' needs a decoder"),
+        ({"num_decoder_layers": -1}, "num_decoder_layers=-1 must be at least 0"),
+        ({"decoder_start_id": 32128}, "decoder_start_id=32128 is outside the vocabulary of 32128 ids"),
+        ({"num_buckets": 7}, "7 buckets are too few or odd"),
+        ({"max_distance": 8}, "max_distance=8 must exceed 8"),
+        ({"max_distance": 16}, "max_distance=16 must exceed 16"),
+        ({"mlp": "swiglu"}, "mlp='swiglu' is unknown: choose from 'relu', 'gated_gelu'"),
+        ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
+        ({"head_dim": 0}, "head_dim=0 must be at least 1"),
+    ],
+)
+def test_bad_configs_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        t5.Config(**fields)

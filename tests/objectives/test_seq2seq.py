@@ -1,0 +1,80 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.loss import cross_entropy
+from jaxlm.objectives import seq2seq
+from tests.helpers import lively, random_tokens, relative_error, tiny_model
+
+
+def test_the_decoder_reads_the_target_before():
+    source, targets = np.array([[7, 8, 9, 1]]), np.array([[5, 6, 1]])
+    batch = seq2seq.batch(source, targets, start_id=3)
+    assert batch.tokens.tolist() == [[3, 5, 6]]
+    assert batch.targets.tolist() == [[5, 6, 1]]
+    assert batch.weights.tolist() == [[1, 1, 1]]
+    assert batch.segment_ids is None
+    assert {name: x.tolist() for name, x in batch.inputs.items()} == {"source": [[7, 8, 9, 1]]}
+
+
+def test_every_document_begins_with_the_start_id_and_padding_does_not_count():
+    source, targets = np.array([[7, 1, 8, 1, 0]]), np.array([[0, 5, 6, 1, 9, 1, 0]])
+    segments, source_segments = np.array([[0, 1, 1, 1, 2, 2, 0]]), np.array([[1, 1, 2, 2, 0]])
+    batch = seq2seq.batch(source, targets, start_id=3, source_segment_ids=source_segments, segment_ids=segments)
+    assert batch.tokens.tolist() == [[3, 3, 5, 6, 3, 9, 3]]
+    assert batch.weights.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+    assert batch.segment_ids is segments
+    assert batch.inputs["source_segment_ids"] is source_segments
+
+
+def test_packed_pairs_have_the_loss_of_the_pairs():
+    model = tiny_model("t5")
+    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    source, targets = random_tokens(model, 1, 9), random_tokens(model, 1, 9, seed=1)
+    segments = {
+        "source_segment_ids": np.array([[1] * 4 + [2] * 4 + [0]]),
+        "segment_ids": np.array([[1] * 4 + [2] * 4 + [0]]),
+    }
+    packed = seq2seq.batch(source, targets, start_id=0, **segments)
+    total, weight, state = jax.jit(functools.partial(seq2seq.loss, model))(params, packed)
+    assert float(weight) == 8
+    assert state is None
+    pairs = [seq2seq.batch(source[:, at : at + 4], targets[:, at : at + 4], start_id=0) for at in (0, 4)]
+
+    @jax.jit
+    def loss_and_logits(params, pair):
+        hidden, _ = model.apply(params, pair.tokens, **pair.inputs)
+        return seq2seq.loss(model, params, pair)[0], jnp.sum(cross_entropy(model.logits(params, hidden), pair.targets))
+
+    parts = [loss_and_logits(params, pair) for pair in pairs]
+    assert relative_error(total, sum(loss for loss, _ in parts)) < 1e-5
+    assert relative_error(total, sum(losses for _, losses in parts)) < 1e-5
+
+
+def test_rows_are_padded_on_the_right():
+    tokens, segment_ids = seq2seq.pad([[5, 6, 1], [7], [8, 1]], pad_id=9)
+    assert tokens.tolist() == [[5, 6, 1], [7, 9, 9], [8, 1, 9]]
+    assert segment_ids.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert tokens.dtype == segment_ids.dtype == np.int32
+    assert seq2seq.pad([[5]], 3)[0].tolist() == [[5, 0, 0]]
+
+
+def test_bad_input_is_named():
+    source, targets = np.zeros((2, 4), np.int32), np.zeros((2, 3), np.int32)
+    with pytest.raises(
+        ValueError, match=r"targets \[3, 3\] must be \[batch, time\] with as many rows as source \[2, 4\]"
+    ):
+        seq2seq.batch(source, np.zeros((3, 3), np.int32), start_id=0)
+    with pytest.raises(ValueError, match=r"source \[4\] must be"):
+        seq2seq.batch(source[0], targets, start_id=0)
+    with pytest.raises(ValueError, match=r"source_segment_ids \[2, 3\] must have the shape of their tokens \[2, 4\]"):
+        seq2seq.batch(source, targets, start_id=0, source_segment_ids=targets)
+    with pytest.raises(ValueError, match=r"^segment_ids \[2, 4\]"):
+        seq2seq.batch(source, targets, start_id=0, segment_ids=source)
+    with pytest.raises(ValueError, match="row 1 has 0 tokens: it must have from 1 to 2"):
+        seq2seq.pad([[1, 2], []])
+    with pytest.raises(ValueError, match="row 0 has 4 tokens: it must have from 1 to 3"):
+        seq2seq.pad([[1, 2, 3, 4]], 3)
