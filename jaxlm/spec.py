@@ -54,7 +54,16 @@ class Constant:
         return jnp.full(shape, self.value, dtype)
 
 
-Initializer = Normal | Uniform | Constant
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """A matrix of ones on the diagonal and zeros elsewhere."""
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        rows, columns = shape
+        return jnp.eye(rows, columns, dtype=dtype)
+
+
+Initializer = Normal | Uniform | Constant | Identity
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 

@@ -1,0 +1,137 @@
+"""Convolutional networks over characters: sizes, the published input, and what the language model shares with it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.models import alexnet, get_model
+from jaxlm.nn.convolution import convolution
+from jaxlm.nn.pooling import max_pool
+from tests.helpers import lively, random_tokens, relative_error, tiny_model
+
+
+def setup(variant, length, **overrides):
+    model = tiny_model(variant, **overrides)
+    return model, lively(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
+
+
+@pytest.mark.parametrize(
+    ("variant", "channels", "hidden"), [("alexnet-small", 256, 1024), ("alexnet-large", 1024, 2048)]
+)
+def test_shapes_of_the_paper(variant, channels, hidden):
+    """Tables 1 and 2: six convolutions that leave 34 steps, and hidden layers over all of them."""
+    model = get_model(variant)
+    sizes = {path: leaf.shape for path, leaf in spec.flatten(model.specs).items()}
+    assert [sizes[f"layer_{layer}/weight"][0] for layer in range(6)] == [7, 7, 3, 3, 3, 3]
+    assert sizes["layer_0/weight"] == (7, 70, channels)
+    assert sizes["fc_1/weight"] == (34 * channels, hidden)
+    tokens = jax.ShapeDtypeStruct((3, 500), jnp.int32)
+    features, _ = jax.eval_shape(model.apply, spec.abstract(model.specs), tokens)
+    assert features.shape == (3, 34, channels)
+    assert jax.eval_shape(model.summary, spec.abstract(model.specs), features).shape == (3, 1, hidden)
+
+
+def test_the_input_is_one_hot_and_stays_so():
+    model = get_model("alexnet-small")
+    table = spec.init({"token_embedding": model.specs["token_embedding"]}, jax.random.key(0))["token_embedding"]
+    np.testing.assert_array_equal(table[:70], np.eye(70))
+    assert not np.any(table[70])  # what is not in the alphabet
+    assert not model.specs["token_embedding"].decay
+    tiny, params, tokens = setup("alexnet-tiny", 40)
+    for embedding, trained in (("one_hot", False), ("learned", True)):
+        form = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, embedding=embedding))
+        grads = jax.jit(jax.grad(lambda p: jnp.sum(form.apply(p, tokens)[0] ** 2)))(params)  # noqa: B023
+        assert bool(np.any(grads["token_embedding"])) == trained
+
+
+def test_texts_are_read_backwards_and_padding_moves_nothing():
+    model, params, tokens = setup("alexnet-tiny", 40)
+    forward = dataclasses.replace(model, config=dataclasses.replace(model.config, reverse=False))
+    apply = jax.jit(lambda t, i: model.apply(params, t, segment_ids=i)[0])
+    ids = np.ones((2, 40), np.int32)
+    want = apply(tokens, ids)
+    turned = jax.jit(lambda t: forward.apply(params, t)[0])(tokens[:, ::-1])
+    np.testing.assert_array_equal(want, turned)
+    padded, ids = np.full((2, 60), 3, np.int32), np.zeros((2, 60), np.int32)
+    padded[0, 20:], ids[0, 20:] = tokens[0], 1
+    place = np.delete(np.arange(60), slice(30, 50))
+    padded[1, place], ids[1, place] = tokens[1], 1
+    assert relative_error(jax.jit(apply)(padded, ids), want) < 1e-6
+    ids[1, 55:] = 2
+    hidden = np.asarray(apply(padded, ids))
+    assert np.isnan(hidden[1]).all()
+    assert np.isfinite(hidden[0]).all()
+
+
+def test_hidden_layers_are_dropped_out_by_key():
+    model = get_model("alexnet-tiny", dropout=0.5)
+    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    hidden = jnp.abs(jax.random.normal(jax.random.key(1), (2, 9, 32)))
+    summary = jax.jit(lambda key: model.summary(params, hidden, key=key))
+    calm, one, same, other = (summary(key) for key in (None, *(jax.random.key(seed) for seed in (1, 1, 2))))
+    np.testing.assert_array_equal(one, same)
+    assert np.mean(np.asarray(one) == 0) > np.mean(np.asarray(calm) == 0) + 0.2
+    assert relative_error(one, other) > 1e-2
+
+
+def test_each_place_of_the_language_model_sees_what_the_strided_stack_sees():
+    """The strided stack over the 18 tokens that end at a place gives one step: the same features."""
+    model, params, tokens = setup("alexnet-lm-tiny", 30)
+    params |= {name: {"weight": jnp.eye(32), "bias": jnp.zeros(32)} for name in ("fc_1", "fc_2")}
+    hidden = np.asarray(jax.jit(lambda t: model.apply(params, t)[0])(tokens))
+
+    @jax.jit
+    def strided(window):
+        x = params["token_embedding"][window]
+        for layer in range(2):
+            x = jax.nn.relu(convolution(params[f"layer_{layer}"], x, padding="valid"))
+            x = max_pool(x, 3, padding="valid", stride=3)
+        return x
+
+    # 18 tokens: 15 after a kernel of 4, 5 after pooling, 3 after a kernel of 3, 1 after pooling.
+    for place in (17, 20, 29):
+        want = strided(tokens[:, place - 17 : place + 1])
+        assert want.shape == (2, 1, 32)
+        assert relative_error(hidden[:, place], want[:, 0]) < 1e-6
+
+
+def test_the_published_stack_as_a_language_model_remembers_122_tokens():
+    """Beyond the token itself it sees 6 + 2 + 18 + 6 + 4 * 18 + 18; the state is of one size, whatever the length."""
+    model = get_model("alexnet-small", task="causal", embedding="learned")
+    specs = model.state_specs(2, 5)
+    assert specs == model.state_specs(2, 5000)
+    reaches = {name: leaf.shape[1] for name, leaf in specs.items() if name != "segment_ids"}
+    assert reaches == {
+        "layer_0": 6, "pool_0": 2, "layer_1": 18, "pool_1": 6, "layer_2": 18, "layer_3": 18, "layer_4": 18,
+        "layer_5": 18, "pool_5": 18,
+    }  # fmt: skip
+    assert sum(reaches.values()) == 122
+    hidden, state = jax.eval_shape(
+        lambda p, t, s: model.apply(p, t, state=s),
+        *spec.abstract((model.specs,)), jax.ShapeDtypeStruct((2, 7), jnp.int32), spec.abstract(specs),
+    )  # fmt: skip
+    assert hidden.shape == (2, 7, 1024)
+    assert spec.diff(specs, state) == []
+
+
+def test_bad_input_is_named():
+    model, params, tokens = setup("alexnet-tiny", 40)
+    with pytest.raises(ValueError, match="80 tokens exceed max_positions=64"):
+        model.apply(params, np.concatenate([tokens, tokens], axis=1))
+    with pytest.raises(ValueError, match="task='classification' reads whole texts and carries no state"):
+        model.apply(params, tokens, state={})
+    with pytest.raises(TypeError, match="task='classification' reads whole texts and carries no state"):
+        model.state_specs(2, 8)
+    with pytest.raises(ValueError, match="max_positions=100 leaves nothing"):
+        alexnet.Config(max_positions=100)
+    with pytest.raises(ValueError, match=r"kernels=\(3,\) and pools=\(3, 3\) must be equally many"):
+        alexnet.Config(kernels=(3,), pools=(3, 3))
+    with pytest.raises(ValueError, match="embedding='bytes' is unknown"):
+        alexnet.Config(embedding="bytes")
+    headless = dataclasses.replace(model, config=dataclasses.replace(model.config, task="none"))
+    with pytest.raises(ValueError, match="task='none' has no labelling head"):
+        headless.logits(params, jnp.zeros((1, 1, 32)))

@@ -1,0 +1,86 @@
+"""GCNN: sizes, reach, streams of constant size, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.models import get_model, resnet_lm
+from tests.helpers import lively, random_tokens, relative_error, tiny_model
+
+
+def setup(length=20, **overrides):
+    model = tiny_model("resnet-lm-tiny", **overrides)
+    return model, lively(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
+
+
+def test_size_of_the_published_model_of_wikitext_103():
+    """229 M in fairseq's table of models, with its adaptive softmax (cutoffs 10,000, 20,000, 200,000) as head."""
+    model = get_model("gcnn-14")
+    width, borders = 2048, (10000, 20000, 200000, 267744)
+    adaptive = width * (borders[0] + 3)
+    for cluster, (start, stop) in enumerate(zip(borders, borders[1:], strict=False), start=1):
+        adaptive += width // 4**cluster * (width + stop - start)
+    body = model.num_parameters - spec.flatten(model.specs)["head"].size
+    assert round((body + adaptive) / 1e6) == 229
+
+
+@pytest.mark.parametrize(("variant", "context"), [("gcnn-14", 47), ("gcnn-13", 40), ("gcnn-8b", 25), ("gcnn-14b", 57)])
+def test_reach_of_the_published_stacks(variant, context):
+    """Gated convolutions see a fixed number of tokens, 1 + the sum of (kernel - 1)."""
+    config = get_model(variant).config
+    assert 1 + sum(kernel - 1 for _, kernel, _ in config.blocks) == context
+    residuals = [residual for _, _, residual in config.blocks]
+    assert residuals.count(3) == {"gcnn-8b": 7, "gcnn-14b": 13}.get(variant, 0)
+
+
+def test_it_sees_nine_tokens_and_no_more():
+    model, params, tokens = setup()
+    apply = jax.jit(lambda tokens: model.apply(params, tokens)[0])
+    hidden = apply(tokens)
+    for distance, seen in ((8, True), (9, False)):
+        other = tokens.copy()
+        other[:, 15 - distance] = (other[:, 15 - distance] + 1) % 128
+        assert np.any(np.asarray(apply(other))[:, 15] != np.asarray(hidden)[:, 15]) == seen
+
+
+def test_initial_activations_keep_their_size_through_deep_stacks():
+    sizes = []
+    for depth in (1, 9):
+        model = tiny_model("resnet-lm-tiny", blocks=((64, 4, 1),) * depth, embed_dim=64)
+        tokens = random_tokens(model, 2, 40)
+        hidden = jax.jit(lambda key: model.apply(model.init(key), tokens)[0])(jax.random.key(0))  # noqa: B023
+        sizes.append(float(jnp.std(hidden)))
+    assert 0.2 < sizes[1] / sizes[0] < 5.0
+
+
+def test_documents_of_a_stream_end_where_their_numbers_change():
+    """A packed prompt, then more of its last document and a new one, in single steps."""
+    model, params, tokens = setup(length=18)
+    ids = np.array([[1] * 4 + [2] * 9 + [3] * 5, [0, 0] + [1] * 6 + [0] * 2 + [1] * 8], np.int32)
+    step = jax.jit(lambda t, i, s: model.apply(params, t, state=s, segment_ids=i))
+    state, pieces = model.init_state(2, 1), []
+    for start, stop in [(0, 6), *((at, at + 1) for at in range(6, 18))]:
+        hidden, state = step(tokens[:, start:stop], ids[:, start:stop], state)
+        pieces.append(hidden)
+    got = np.concatenate(pieces, axis=1)
+    whole = jax.jit(lambda t: model.apply(params, t)[0])
+    for row, document in ((0, 1), (0, 2), (0, 3), (1, 1)):
+        place = np.nonzero(ids[row] == document)[0]
+        text = np.zeros((1, 18), np.int32)  # of one shape, so that one program serves all; what follows is not seen
+        text[:, : len(place)] = tokens[row, place]
+        assert relative_error(got[row, place], whole(text)[0, : len(place)]) < 1e-5
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"blocks=\(\) must name at least one block"):
+        resnet_lm.Config(blocks=())
+    with pytest.raises(ValueError, match=r"block 1 of blocks is \(8, 3, 3\).* from 0 to 2 blocks back"):
+        resnet_lm.Config(blocks=((8, 3, 1), (8, 3, 3)))
+    with pytest.raises(ValueError, match=r"dropout=1.0 must be in \[0, 1\)"):
+        resnet_lm.Config(dropout=1.0)
+    model, params, _ = setup(task="none")
+    assert "head" not in params
+    with pytest.raises(ValueError, match="task='none' has no labelling head"):
+        model.logits(params, jnp.zeros((1, 1, 24)))

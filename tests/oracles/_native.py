@@ -1,0 +1,103 @@
+"""What oracles of families without published files share: random parameters of ours as torch tensors, and the answer.
+
+The references compute with torch's functions on tensors laid out as ours, so that names and gradients need no map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import save_pretrained
+from jaxlm.models import Model
+
+
+def parameters(model: Model, seed: int) -> dict[str, Any]:
+    """Initial parameters moved by noise, by path; what is fixed (identities, variances) stays what it must be."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for path, leaf in spec.flatten(model.init(jax.random.key(seed))).items():
+        array = np.asarray(leaf)
+        if path.endswith("variance"):
+            array = rng.uniform(0.5, 1.5, array.shape)
+        elif path != "token_embedding" or getattr(model.config, "embedding", "learned") == "learned":
+            # Weights by their inputs: where activations grow, rounding is all that one would see of a loss.
+            scale = min(0.25, np.prod(array.shape[:-1]) ** -0.5)
+            array = array + scale * rng.standard_normal(array.shape)
+        tensors[path] = torch.tensor(array.astype(np.float32), requires_grad=True)
+    return tensors
+
+
+def padding(segments: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """Segment ids [B, T]: ``left``, ``right`` or ``packed`` rows, None for ``none``."""
+    B, T = shape
+    if segments == "none":
+        return None
+    ids = np.ones((B, T), np.int32)
+    for row, pads in enumerate((0, 3, T // 2)[:B]):
+        if segments == "packed":
+            ids[row, T // 3 + row :] = 2
+            ids[row, T - pads :] = 0
+        else:
+            ids[row, slice(0, pads) if segments == "left" else slice(T - pads, T)] = 0
+    return ids
+
+
+def each_text(
+    run: Callable[[np.ndarray], Any], tokens: np.ndarray, segment_ids: np.ndarray | None
+) -> tuple[Any, np.ndarray]:
+    """What ``run`` gives for each text of a row alone, put at its places [B, T, C], and which places are real."""
+    import torch
+
+    ids = np.ones_like(tokens) if segment_ids is None else segment_ids
+    rows = []
+    for row, row_ids in zip(tokens, ids, strict=True):
+        places = [np.nonzero(row_ids == number)[0] for number in range(1, row_ids.max() + 1)]
+        texts = torch.cat([run(row[place]) for place in places])
+        order = np.concatenate(places)
+        rows.append(torch.zeros(len(row), texts.shape[-1]).index_copy(0, torch.from_numpy(order), texts))
+    return torch.stack(rows), ids > 0
+
+
+def answer(
+    model: Model,
+    tensors: dict[str, Any],
+    tokens: np.ndarray,
+    segment_ids: np.ndarray | None,
+    hidden: Any,
+    logits: Any,
+    real: np.ndarray,
+    seed: int,
+    directory: Path,
+) -> dict[str, np.ndarray]:
+    """The files, and the dictionary of an oracle: logits are [B, labels] or [B, T, V]."""
+    import torch
+
+    tree = jax.tree.unflatten(jax.tree.structure(model.specs), [x.detach().numpy() for x in tensors.values()])
+    save_pretrained(directory, model, tree)
+    result = {"input/tokens": tokens, "hidden": hidden, "real": real}
+    if segment_ids is not None:
+        result["input/segment_ids"] = segment_ids
+    if logits is not None:
+        rng = np.random.default_rng(seed + 1)
+        targets = rng.integers(0, logits.shape[-1], logits.shape[:-1]).astype(np.int32)
+        weights = np.ones(targets.shape, np.float32)
+        if targets.ndim == 2:
+            weights = (real & (rng.random(real.shape) < 0.8)).astype(np.float32)
+        losses = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), torch.from_numpy(targets.reshape(-1)).long(), reduction="none"
+        )
+        loss = (losses * torch.from_numpy(weights.reshape(-1))).sum() / weights.sum()
+        loss.backward()
+        result |= {"logits": logits, "targets": targets, "weights": weights, "loss": loss}
+        for path, tensor in tensors.items():
+            gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            result[f"gradient/{path.replace('/', '.')}"] = gradient
+    return {key: x if isinstance(x, np.ndarray) else x.detach().numpy() for key, x in result.items()}
