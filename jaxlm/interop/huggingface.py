@@ -277,8 +277,8 @@ def _read_model(directory: Path, overrides: dict[str, Any]) -> tuple[Model, Form
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a directory of `save_pretrained`")
     config = _read_json(_inside(directory, CONFIG))
     model_type = config.get("model_type")
-    known = {table.model_type: (name, table) for name in FAMILIES for table in tables(name)}
-    supported = "; ".join(f"{kind} ({', '.join(table.architectures)})" for kind, (_, table) in known.items())
+    known = [(name, table) for name in FAMILIES for table in tables(name)]
+    supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
     if model_type in [_NATIVE + name for name in FAMILIES if not tables(name)]:
         name = model_type.removeprefix(_NATIVE)
         try:
@@ -288,15 +288,16 @@ def _read_model(directory: Path, overrides: dict[str, Any]) -> tuple[Model, Form
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
         return model, _native(model)
-    if model_type not in known:
+    known = [(name, table) for name, table in known if table.model_type == model_type]
+    if not known:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported: {supported}")
-    name, table = known[model_type]
-    listed = config.get("architectures")
-    if not listed:  # as in configs that were never saved with a model
-        listed = list(table.architectures)
+    # Configs that were never saved with a model name no class: the general table of a model type stands last.
+    listed = config.get("architectures") or list(known[-1][1].architectures)
     architecture = listed[0] if isinstance(listed, list) else listed
-    if architecture not in list(table.architectures):
+    choices = [(name, table) for name, table in known if architecture in list(table.architectures)]
+    if not choices:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported: {supported}")
+    name, table = choices[0]
     fields = {**table.implied, **_our_fields(config, table, family(name).Config, path)}
     try:
         if table.read_fields is not None:

@@ -1,7 +1,9 @@
 """GPT-2 (Radford et al. 2019): a causal transformer with pre-norm blocks, learned positions and a tied head.
 
+GPT-1 (Radford et al. 2018) is the same with each norm after its sublayer, and so no final norm (``norm_position``).
+
 Follows the published weights and not the paper where they differ: tanh-GELU, epsilon 1e-5, no scale on the embeddings,
-residual projections initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
+residual projections of GPT-2 initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
 
 Legend: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
 """
@@ -9,13 +11,13 @@ Legend: B batch, T time, D model width, H heads, K head width (D / H), F hidden 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, files
+from jaxlm.models import common, files, heads
 from jaxlm.nn import cache
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
@@ -26,10 +28,13 @@ from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
+NormPosition = Literal["before", "after"]
+Task = Literal["causal", "classification", "tagging", "span_qa", "none"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shape and behaviour of a GPT-2. The defaults are the published 124M model."""
+    """Shape and behaviour of a GPT. The defaults are the published 124M model of GPT-2."""
 
     vocab_size: int = 50257
     """Number of token ids."""
@@ -45,12 +50,18 @@ class Config:
     """Hidden width of the MLP; None means 4 * embed_dim."""
     activation: Activation = "gelu_tanh"
     """Nonlinearity of the MLP."""
+    norm_position: NormPosition = "before"
+    """Norm what each sublayer reads (before, GPT-2), or the sum of what it read and what it adds (after, GPT-1)."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     tie_embeddings: bool = True
     """Use the token table as output head."""
+    task: Task = "causal"
+    """What the model is for, and so its head: the next token, a label for the text or each token, a span, or none."""
+    num_labels: int = 2
+    """Number of labels, where the task is classification or tagging."""
     embedding_dropout: float = 0.1
     """Dropout rate after the embeddings, while training."""
     attention_dropout: float = 0.1
@@ -70,11 +81,12 @@ class Config:
 
     def __post_init__(self) -> None:
         common.check_positive(
-            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "vocab_multiple"
+            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "num_labels", "vocab_multiple"
         )
         common.check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
         common.check_choices(
-            self, activation=get_args(Activation), dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
+            self, activation=get_args(Activation), norm_position=get_args(NormPosition), task=get_args(Task),
+            dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
             attention_implementation=(None, *get_args(Implementation)),
         )  # fmt: skip
         if self.embed_dim % self.num_heads:
@@ -92,7 +104,8 @@ def specs(cfg: Config) -> dict[str, Any]:
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, _mlp_dim(cfg)
     V = padded(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
-    residual = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5)
+    pre_norm = cfg.norm_position == "before"
+    residual = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5) if pre_norm else normal
     block = {
         "attention_norm": layer_norm_specs(D),
         "attention": {
@@ -109,9 +122,10 @@ def specs(cfg: Config) -> dict[str, Any]:
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
         "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
         "layers": spec.stack(cfg.num_layers, block),
-        "final_norm": layer_norm_specs(D),
+        **({"final_norm": layer_norm_specs(D)} if pre_norm else {}),
+        **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
-    if not cfg.tie_embeddings:
+    if cfg.task == "causal" and not cfg.tie_embeddings:
         tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
     return tree
 
@@ -137,7 +151,7 @@ def apply(
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Hidden states after the final norm, [B, T, D], and the new state (None without one).
+    """Hidden states after the last norm, [B, T, D], and the new state (None without one).
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
@@ -158,16 +172,20 @@ def apply(
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
-        attended, kv = _attention(cfg, weights, x, kv, place.mask, state, layer_key)
-        x = constrain(x + attended, ("batch", "seq", "activation_embed"))
-        x = x + _mlp(cfg, weights, x, layer_key)
+        read = _norm(cfg, "before", weights["attention_norm"], x)
+        attended, kv = _attention(cfg, weights, read, kv, place.mask, state, layer_key)
+        x = _norm(cfg, "after", weights["attention_norm"], x + attended)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+        read = _norm(cfg, "before", weights["mlp_norm"], x)
+        x = _norm(cfg, "after", weights["mlp_norm"], x + _mlp(cfg, weights, read, layer_key))
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else (state["key"], state["value"])
     x, kv = common.scan_layers(
         block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
     )
-    x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
+    if cfg.norm_position == "before":
+        x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
     if state is None:
         return x, None
     assert place.valid_B is not None
@@ -175,11 +193,15 @@ def apply(
     return x, {**state, "key": kv[0], "value": kv[1]}
 
 
+def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.Array) -> jax.Array:
+    """``x`` normed if this is where the config has its norms, else ``x`` as it is."""
+    return layer_norm(weights, x, cfg.norm_epsilon) if cfg.norm_position == position else x
+
+
 def _attention(
     cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, mask: Any, state: Any, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    normal = layer_norm(weights["attention_norm"], x, cfg.norm_epsilon)
-    qkv = constrain(linear(weights["attention"]["qkv"], normal), ("batch", "seq", None, "heads", "kv"))
+    qkv = constrain(linear(weights["attention"]["qkv"], x), ("batch", "seq", None, "heads", "kv"))
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     if kv is not None:
         start_B = state["length"] - x.shape[1]
@@ -194,15 +216,29 @@ def _attention(
 
 
 def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    hidden = linear(weights["mlp"]["up"], layer_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+    hidden = linear(weights["mlp"]["up"], x)
     hidden = constrain(activation(cfg.activation)(hidden), ("batch", "seq", "mlp"))
     return dropout(linear(weights["mlp"]["down"], hidden), cfg.residual_dropout, fold_name(key, "mlp_output"))
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """Unnormalised log-probabilities of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    """What the head of the task says, float32: of the next token [B, T, V] (V padded to ``vocab_multiple``), or of the
+    labels (``heads.head_logits``; classification reads :func:`summary`)."""
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
     return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """What the classifier reads: the hidden state of each row's last real token, [B, 1, D]."""
+    return heads.last_real(hidden, segment_ids)
 
 
 VARIANTS = {
@@ -210,13 +246,24 @@ VARIANTS = {
     "gpt2-medium": Config(num_layers=24, num_heads=16, embed_dim=1024),
     "gpt2-large": Config(num_layers=36, num_heads=20, embed_dim=1280),
     "gpt2-xl": Config(num_layers=48, num_heads=25, embed_dim=1600),
+    "openai-gpt": Config(vocab_size=40478, max_positions=512, norm_position="after"),
     "gpt2-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
+    "openai-gpt-tiny": Config(
+        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32, norm_position="after"
+    ),
 }
 
 _GPT2 = files.Format(
-    architectures={"GPT2LMHeadModel": {}, "GPT2Model": {}},
+    architectures={
+        "GPT2LMHeadModel": {"task": "causal"},
+        "GPT2Model": {"task": "none"},
+        "GPT2ForSequenceClassification": {"task": "classification"},
+        "GPT2ForTokenClassification": {"task": "tagging"},
+        "GPT2ForQuestionAnswering": {"task": "span_qa"},
+    },
     model_type="gpt2",
     prefix="transformer.",
+    implied={"norm_position": "before"},
     fields={
         "vocab_size": "vocab_size",
         "max_positions": "n_positions",
@@ -265,15 +312,45 @@ _GPT2 = files.Format(
         "final_norm/scale": "ln_f.weight",
         "final_norm/bias": "ln_f.bias",
     },
-    head={"head": "lm_head.weight"},
+    head={
+        "head": "lm_head.weight",
+        "classifier/weight": "score.weight",
+        "tagger/weight": "classifier.weight",
+        "tagger/bias": "classifier.bias",
+        "span/weight": "qa_outputs.weight",
+        "span/bias": "qa_outputs.bias",
+    },
     copies={"lm_head.weight": "token_embedding"},  # when tied
-    # Their Conv1D keeps weights as [in, out], so nothing is transposed: axes are only merged.
+    # Their Conv1D keeps weights as [in, out], so in blocks nothing is transposed: axes are only merged.
     layouts={
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
         "layers/attention/qkv/bias": ((0, 1, 2),),
         "layers/attention/output/weight": ((0, 1), (2,)),
+        **{f"{name}/weight": files.TRANSPOSED for name in ("classifier", "tagger", "span")},
     },
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks that old files carry
 )
+_GPT1 = dataclasses.replace(
+    _GPT2,
+    architectures={
+        "OpenAIGPTLMHeadModel": {"task": "causal"},
+        "OpenAIGPTModel": {"task": "none"},
+        "OpenAIGPTForSequenceClassification": {"task": "classification"},
+    },
+    model_type="openai-gpt",
+    implied={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},
+    fields={
+        **{ours: theirs for ours, theirs in _GPT2.fields.items() if ours not in ("mlp_dim", "activation")},
+        "activation": "afn",
+    },
+    values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # their "gelu" is the tanh form
+    required={},
+    token_ids={},
+    tensors={
+        **_GPT2.tensors,
+        "token_embedding": "tokens_embed.weight",
+        "position_embedding": "positions_embed.weight",
+    },
+)
 
-HUGGING_FACE = (_GPT2,)
+HUGGING_FACE = (_GPT2, _GPT1)

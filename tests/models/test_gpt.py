@@ -1,0 +1,96 @@
+"""GPT-1 and GPT-2: published sizes, where the norms stand, and task heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.models import get_model
+from tests.helpers import assert_trees_equal, lively, random_tokens, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2", 124439808),
+        ("gpt2-medium", 354823168),
+        ("gpt2-large", 774030080),
+        ("gpt2-xl", 1557611200),
+        ("openai-gpt", 116534784),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    assert spec.count(get_model(name).specs) == count
+
+
+def test_after_each_sublayer_gpt_1_has_a_norm_and_at_the_end_none():
+    model = tiny_model("openai-gpt-tiny")
+    params = model.init(jax.random.key(0))  # norms of scale 1 and bias 0
+    assert "final_norm" not in params
+    hidden = jax.jit(model.apply)(params, random_tokens(model, 2, 9))[0]
+    assert np.allclose(hidden.mean(axis=-1), 0.0, atol=1e-5)
+    assert np.allclose(hidden.var(axis=-1), 1.0, atol=1e-2)
+
+
+def test_residual_projections_start_smaller_in_gpt_2_only():
+    for name, factor in (("gpt2-tiny", 0.5), ("openai-gpt-tiny", 1.0)):
+        specs = get_model(name).specs["layers"]
+        for weight in (specs["attention"]["output"]["weight"], specs["mlp"]["down"]["weight"]):
+            assert weight.init == spec.Normal(0.02 * factor)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
+@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("tagging", 3), ("span_qa", 2)])
+def test_labelling_heads(name, task, outputs):
+    model = tiny_model(name, task=task, num_labels=3, tie_embeddings=False)
+    params, tokens = lively(model.init(jax.random.key(0))), random_tokens(model, 2, 8)
+    segments = np.ones_like(tokens)
+    segments[1, :3], segments[0, 6:] = 0, 0
+    hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
+    if task == "classification":
+        last = model.module.summary(model.config, params, hidden, segments)
+        assert np.array_equal(last[:, 0], np.stack([hidden[0, 5], hidden[1, 7]]))
+        hidden = last
+    logits = model.logits(params, hidden)
+    assert logits.shape == (*hidden.shape[:2], outputs)
+    assert logits.dtype == jnp.float32
+    assert "head" not in params
+
+
+def test_no_task_no_head():
+    model = tiny_model("gpt2-tiny", task="none")
+    with pytest.raises(ValueError, match="task='none'"):
+        model.logits(model.init(jax.random.key(0)), jnp.zeros((1, 1, 32)))
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
+@pytest.mark.parametrize("task", ["causal", "none", "classification"])
+def test_files_give_back_the_model(name, task, tmp_path):
+    model = tiny_model(name, task=task, num_labels=5 if task == "classification" else 2)
+    params = lively(model.init(jax.random.key(0)))
+    save_pretrained(tmp_path, model, params)
+    again, read = load_pretrained(tmp_path)
+    assert again == model
+    assert_trees_equal(read, params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norm_position": "middle"}, "norm_position='middle' is unknown: choose from 'before', 'after'"),
+        ({"task": "seq2seq"}, "task='seq2seq' is unknown"),
+        ({"num_labels": 0}, "num_labels=0 must be at least 1"),
+    ],
+)
+def test_bad_configs_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        get_model("gpt2-tiny", **fields)
+
+
+def test_what_gpt_1_files_cannot_say_is_named(tmp_path):
+    for fields in ({"mlp_dim": 7}, {"task": "tagging"}):
+        model = tiny_model("openai-gpt-tiny", **fields)
+        with pytest.raises(ValueError, match="no Hugging Face class"):
+            save_pretrained(tmp_path, model, model.init(jax.random.key(0)))

@@ -1,0 +1,81 @@
+"""What torch's GPT-1 and GPT-2 say, with every head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TINY = {"vocab_size": 31, "n_positions": 12, "n_embd": 9, "n_layer": 2, "n_head": 3}
+_WIDE = {"vocab_size": 131, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4}
+_CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, side of the padding
+    "base": ("GPT2LMHeadModel", _TINY, "left"),
+    "gpt1": ("OpenAIGPTLMHeadModel", _TINY, "left"),
+    "gpt1_classification": ("OpenAIGPTForSequenceClassification", {**_TINY, "num_labels": 3}, "right"),
+    "classification": ("GPT2ForSequenceClassification", {**_TINY, "num_labels": 4}, "right"),
+    "tagging": ("GPT2ForTokenClassification", {**_TINY, "num_labels": 3}, "left"),
+    "span_qa": ("GPT2ForQuestionAnswering", _TINY, None),
+    "wide": ("GPT2LMHeadModel", {**_WIDE, "n_inner": 20, "tie_word_embeddings": False}, "right"),
+    "gpt1_wide": ("OpenAIGPTLMHeadModel", {**_WIDE, "afn": "relu", "layer_norm_epsilon": 1e-3}, "right"),
+    "gpt1_base": ("OpenAIGPTModel", {**_WIDE, "n_head": 12}, None),
+    "classification_left": ("GPT2ForSequenceClassification", {**_WIDE, "num_labels": 2}, "left"),
+    "gpt2_base": ("GPT2Model", {**_WIDE, "activation_function": "gelu"}, None),
+}
+CASES = ("base", "gpt1", "gpt1_classification", "classification", "tagging", "span_qa")
+LIVE = ("wide", "gpt1_wide", "gpt1_base", "classification_left", "gpt2_base")
+
+
+def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
+    """Files of a random GPT, and what it says about random texts."""
+    import transformers
+
+    name, shape, padding = _CASES[case]
+    kind = transformers.OpenAIGPTConfig if name.startswith("OpenAI") else transformers.GPT2Config
+    config = kind(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    return answers(name, config, padding, list(_CASES).index(case), directory)
+
+
+def answers(name: str, config: Any, padding: str | None, seed: int, directory: Path) -> dict[str, np.ndarray]:
+    """The same for any causal transformer: class ``name`` of transformers with ``config``."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from the initial values, where biases are 0 and scales 1
+            parameter.add_(0.25 * torch.randn(parameter.shape))
+    model.save_pretrained(directory)
+
+    B, T = 3, min(config.max_position_embeddings, 24)
+    mask = torch.ones(B, T, dtype=torch.long)
+    if padding is not None:
+        for row, pads in enumerate((0, 4, 2)):
+            mask[row, slice(T - pads, T) if padding == "right" else slice(0, pads)] = 0
+    # No real token is the padding id: classifiers look for it, and torch may keep its row out of the gradient.
+    tokens = torch.randint(1, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    result = {"input/tokens": tokens.int(), "hidden": model.base_model(**inputs).last_hidden_state}
+    if padding is not None:
+        result["input/segment_ids"] = mask.int()
+
+    output = model(**inputs)
+    if "last_hidden_state" not in output:
+        logits = (
+            torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
+        )
+        if "start_logits" in output:  # one softmax over the places for each end
+            targets, weights = torch.randint(T, (B, 2)), torch.ones(B)
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
+        elif logits.ndim == 2:
+            targets, weights = torch.randint(logits.shape[-1], (B,)), torch.ones(B)
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        else:
+            targets, weights = torch.randint(logits.shape[-1], (B, T)), mask * (torch.rand(B, T) < 0.8)
+            losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
+        loss.backward()
+        result |= {"logits": logits, "targets": targets.int(), "weights": weights.float(), "loss": loss}
+        result |= {f"gradient/{key}": parameter.grad for key, parameter in model.named_parameters()}
+    return {key: value.detach().numpy() for key, value in result.items()}
