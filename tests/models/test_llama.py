@@ -1,0 +1,232 @@
+"""Llama and its relatives: published sizes, the window, task heads, and what their files may and may not say."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.config import from_json, to_json
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
+from jaxlm.models import get_model
+from jaxlm.models.llama import Config
+from jaxlm.nn.rotary import RotaryScaling
+from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
+
+
+def setup(batch=2, length=12, **overrides):
+    model = tiny_model("llama-tiny", **overrides)
+    return model, lively(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-2-7b", 6738415616),
+        ("llama-3-8b", 8030261248),
+        ("llama-3.2-1b", 1235814400),
+        ("mistral-7b", 7241732096),
+        ("qwen2-0.5b", 494032768),
+        ("smollm2-135m", 134515008),
+        ("smollm2-360m", 361821120),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    assert spec.count(get_model(name).specs) == count
+
+
+def test_the_cache_holds_the_heads_of_keys_only():
+    specs = get_model("llama-3-8b").state_specs(1, 4)
+    assert specs["key"].shape == (32, 1, 4, 8, 128)
+
+
+def test_grouped_heads_are_repeated_heads():
+    model, params, tokens = setup()
+    full = tiny_model("llama-tiny", num_kv_heads=4)
+    attention = params["layers"]["attention"]
+    repeated = {name: {"weight": jnp.repeat(attention[name]["weight"], 2, axis=2)} for name in ("key", "value")}
+    wide = {**params, "layers": {**params["layers"], "attention": {**attention, **repeated}}}
+    assert relative_error(jax.jit(full.apply)(wide, tokens)[0], jax.jit(model.apply)(params, tokens)[0]) < 1e-6
+
+
+def test_a_window_hides_what_is_before_it():
+    model, params, tokens = setup(num_layers=1, window=4)
+    changed = tokens.copy()
+    changed[:, 3] = (changed[:, 3] + 1) % 128
+    apply = jax.jit(lambda t: model.apply(params, t)[0])
+    difference_T = np.abs(np.asarray(apply(tokens) - apply(changed))).max(axis=(0, 2))
+    assert (difference_T[3:7] > 0).all()
+    assert (difference_T[7:] == 0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_window_counts_real_tokens_and_not_the_pads_in_the_cache(side):
+    model, params, tokens = setup(batch=2, length=12, window=3)
+    prompt, segments = np.full((2, 7), 5, np.int32), np.zeros((2, 7), np.int32)
+    for row, n in enumerate((7, 2)):
+        place = slice(7 - n, 7) if side == "left" else slice(0, n)
+        prompt[row, place], segments[row, place] = tokens[row, :n], 1
+    step = jax.jit(lambda t, s, i: model.apply(params, t, state=s, segment_ids=i))
+    _, state = step(prompt, model.init_state(2, 16), segments)
+    pieces = []
+    for at in range(5):
+        following = np.stack([tokens[row, n + at] for row, n in enumerate((7, 2))])[:, None]
+        hidden, state = step(following, state, np.ones((2, 1), np.int32))
+        pieces.append(hidden[:, 0])
+    for row, n in enumerate((7, 2)):
+        alone = jax.jit(model.apply)(params, tokens[row : row + 1, : n + 5])[0][0, n:]
+        assert relative_error(jnp.stack(pieces, axis=1)[row], alone) < 2e-5
+
+
+def test_positions_may_start_anywhere():
+    model, params, tokens = setup()
+    places = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+    apply = jax.jit(lambda p: model.apply(params, tokens, positions=p)[0])
+    assert relative_error(apply(places + 1000), apply(places)) < 1e-4
+    assert relative_error(apply(places * 3), apply(places)) > 1e-3
+
+
+@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("tagging", 3), ("span_qa", 2)])
+def test_labelling_heads(task, outputs):
+    model, params, tokens = setup(task=task, num_labels=3)
+    segments = np.ones_like(tokens)
+    segments[0, 8:] = 0
+    hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
+    if task == "classification":
+        hidden_last = model.module.summary(model.config, params, hidden, segments)
+        assert np.array_equal(hidden_last[:, 0], np.stack([hidden[0, 7], hidden[1, 11]]))
+        hidden = hidden_last
+    logits = model.logits(params, hidden)
+    assert logits.shape == (*hidden.shape[:2], outputs)
+    assert logits.dtype == jnp.float32
+    assert "head" not in model.specs
+
+
+def test_no_task_no_head():
+    model, params, tokens = setup(task="none")
+    with pytest.raises(ValueError, match="task='none'"):
+        model.logits(params, model.apply(params, tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=32"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
+        ({"head_dim": 5}, "a head width of 5 is odd"),
+        ({"window": 0}, "window=0 must be at least 1"),
+        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal'"),
+    ],
+)
+def test_bad_configs_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        get_model("llama-tiny", **fields)
+
+
+def test_too_long_for_the_config_is_named():
+    model, params, _ = setup(max_positions=8)
+    with pytest.raises(ValueError, match="9 tokens exceed max_positions=8"):
+        model.apply(params, np.zeros((1, 9), np.int32))
+    with pytest.raises(ValueError, match="a state of 9 tokens exceeds max_positions=8"):
+        model.state_specs(1, 9)
+
+
+def test_a_config_with_scaling_survives_json():
+    config = get_model("llama-3.2-1b").config
+    assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+YARN = RotaryScaling("yarn", 4.0, 16, fast_turns=8.0, slow_turns=2.0, whole_pairs=False, magnitude=0.8)
+SHAPES = {
+    "llama": {"tie_embeddings": True},
+    "llama3": {"rotary_scaling": RotaryScaling("llama3", 8.0, 16, 1.0, 2.0)},
+    "linear": {"rotary_scaling": RotaryScaling("linear", 2.0), "head_dim": 6, "num_kv_heads": 1},
+    "dynamic": {"rotary_scaling": RotaryScaling("dynamic", 2.0, 64)},
+    "mistral": {"window": 5, "rotary_scaling": YARN, "task": "tagging", "num_labels": 4},
+    "qwen2": {"qkv_bias": True, "task": "classification", "num_labels": 3},
+    "qwen2 with a window": {"qkv_bias": True, "window": 7, "task": "none"},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_files_give_back_the_model(name, tmp_path):
+    model = tiny_model("llama-tiny", **SHAPES[name])
+    params = lively(model.init(jax.random.key(0)))
+    save_pretrained(tmp_path, model, params)
+    again, read = load_pretrained(tmp_path)
+    assert again == model
+    assert_trees_equal(read, params)
+    expected = {"mistral": "mistral", "qwen2": "qwen2"}.get(name.split()[0], "llama")
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
+
+
+def test_span_classes_call_their_base_otherwise():
+    for fields, prefix in (({}, "transformer."), ({"window": 5}, "model."), ({"qkv_bias": True}, "transformer.")):
+        model = tiny_model("llama-tiny", task="span_qa", **fields)
+        names = dict(named_tensors(model, spec.init(model.specs, jax.random.key(0))))
+        assert {name for name in names if not name.startswith(prefix)} == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+def saved(tmp_path: Path, **fields) -> Path:
+    """A directory whose ``config.json`` says something else; ``...`` removes a field."""
+    model = tiny_model("llama-tiny")
+    save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
+    path = tmp_path / "config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"head_dim": "8"}, "head_dim='8' is no whole number"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear lacks its factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' of linear rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 of yarn rope_scaling"),
+    ],
+)
+def test_settings_that_are_not_supported_are_named(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(saved(tmp_path, **fields))
+
+
+QWEN2 = {"architectures": ["Qwen2Model"], "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3}
+
+
+def read_window(**fields):
+    from jaxlm.models.llama import HUGGING_FACE
+
+    table = next(table for table in HUGGING_FACE if fields["architectures"][0] in table.architectures)
+    return table.read_fields({"num_hidden_layers": 2, **fields})["window"]
+
+
+def test_windows_in_files():
+    assert read_window(**QWEN2, max_window_layers=0) == 3
+    assert read_window(**QWEN2) is None  # from layer 28 on
+    assert read_window(**{**QWEN2, "use_sliding_window": False}, max_window_layers=0) is None
+    assert read_window(**QWEN2, layer_types=["sliding_attention"] * 2) == 3
+    with pytest.raises(ValueError, match="a sliding window in 1 of 2 layers is not supported"):
+        read_window(**QWEN2, max_window_layers=1)
+    assert read_window(architectures=["MistralModel"]) == 4096
+    assert read_window(architectures=["MistralModel"], sliding_window=None) is None
+
+
+def test_the_names_of_transformers_5(tmp_path):
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    model, _ = load_pretrained(saved(tmp_path, rope_theta=..., rope_parameters=new))
+    assert (model.config.rotary_base, model.config.rotary_scaling) == (500.0, RotaryScaling("linear", 2.0))
+
+
+def test_dynamic_scaling_beyond_the_file_is_not_written(tmp_path):
+    model = tiny_model("llama-tiny", rotary_scaling=RotaryScaling("dynamic", 2.0, 32))
+    with pytest.raises(ValueError, match="dynamic rotary scaling from 32 to max_positions=64 has no counterpart"):
+        save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))

@@ -1,0 +1,95 @@
+"""Rotary positions: what they promise, and their scalings against numbers of transformers 4.57."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.rotary import RotaryScaling, rotary_angles, rotary_frequencies, rotate
+from tests.helpers import relative_error
+
+
+def random(*shape):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
+def test_scores_depend_on_distances_only():
+    q, k = random(1, 1, 2, 8), random(1, 1, 2, 8) + 1
+
+    def score(q_at, k_at):
+        at = [rotary_angles(jnp.array([[place]]), 8, 100.0) for place in (q_at, k_at)]
+        return jnp.sum(rotate(q, at[0]) * rotate(k, at[1]))
+
+    assert relative_error(score(7, 3), score(54, 50)) < 1e-5
+    assert relative_error(score(7, 3), score(8, 3)) > 1e-3
+
+
+def test_pairs_are_half_a_head_apart_and_turn_by_the_frequency():
+    turned = rotate(jnp.eye(4)[None, :1, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
+    assert relative_error(turned[0, 0, 0], [np.cos(3), 0, np.sin(3), 0]) < 1e-6
+    turned = rotate(jnp.eye(4)[None, 1:2, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
+    assert relative_error(turned[0, 0, 0], [0, np.cos(0.3), 0, np.sin(0.3)]) < 1e-6
+
+
+def test_lengths_stay_and_the_dtype_stays():
+    x = random(2, 5, 3, 16)
+    angles = rotary_angles(jnp.arange(10).reshape(2, 5) * 1000, 16, 10000.0)
+    assert relative_error(jnp.linalg.norm(rotate(x, angles), axis=-1), jnp.linalg.norm(x, axis=-1)) < 1e-6
+    assert rotate(x.astype(jnp.bfloat16), angles).dtype == jnp.bfloat16
+
+
+# Width 8, base 100, 64 positions at most: `ROPE_INIT_FUNCTIONS` of transformers (live: test_rotary_live.py).
+SCALINGS = {
+    "linear": RotaryScaling("linear", 4.0),
+    "dynamic": RotaryScaling("dynamic", 4.0, original_positions=16),
+    "llama3": RotaryScaling("llama3", 4.0, 16, low_frequency_factor=0.5, high_frequency_factor=2.0),
+    "yarn": RotaryScaling("yarn", 4.0, original_positions=16, fast_turns=2.0, slow_turns=0.25),
+    "fractional": RotaryScaling(
+        "yarn", 4.0, original_positions=16, fast_turns=2.0, slow_turns=0.25, whole_pairs=False, magnitude=0.7
+    ),
+}
+EXPECTED = {
+    "linear": ([0.25, 0.079056941, 0.025, 0.0079056947], 1),
+    "dynamic": ([1.0, 0.13448863, 0.01808719, 0.0024325212], 1),
+    "llama3": ([1.0, 0.12732396, 0.025, 0.0079056947], 1),
+    "yarn": ([1.0, 0.23717082, 0.049999997, 0.0079056947], 1.1386294),
+    "fractional": ([1.0, 0.21246868, 0.025664398, 0.0079056947], 0.7),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings(name):
+    frequencies, magnitude = rotary_frequencies(8, 100.0, SCALINGS[name], max_positions=64)
+    assert relative_error(frequencies, EXPECTED[name][0]) < 1e-6
+    assert magnitude == pytest.approx(EXPECTED[name][1])
+    cosine, sine = rotary_angles(jnp.array([[0, 9]]), 8, 100.0, SCALINGS[name], max_positions=64)
+    assert relative_error(jnp.hypot(cosine, sine), np.full((1, 2, 4), magnitude)) < 1e-6
+
+
+def test_dynamic_is_no_scaling_within_the_lengths_of_the_training():
+    plain, _ = rotary_frequencies(8, 100.0)
+    for positions in (None, 7, 16):
+        assert np.array_equal(rotary_frequencies(8, 100.0, SCALINGS["dynamic"], positions)[0], plain)
+    assert not np.array_equal(rotary_frequencies(8, 100.0, SCALINGS["dynamic"], 17)[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "longrope", "factor": 2.0}, "kind='longrope' of rotary scaling is unknown: choose from linear"),
+        ({"kind": "linear", "factor": 0.5}, "factor=0.5 of rotary scaling must be at least 1"),
+        ({"kind": "yarn", "factor": 2.0}, "original_positions=None of yarn rotary scaling must be at least 1"),
+        (
+            {"kind": "llama3", "factor": 2.0, "original_positions": 8, "high_frequency_factor": 1.0},
+            "high_frequency_factor=1.0 must exceed low_frequency_factor=1.0",
+        ),
+        ({"kind": "yarn", "factor": 2.0, "original_positions": 8, "fast_turns": 0.5}, "fast_turns=0.5 must exceed"),
+    ],
+)
+def test_bad_scalings_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RotaryScaling(**fields)
+
+
+def test_an_odd_width_is_named():
+    with pytest.raises(ValueError, match="a head width of 7 is odd"):
+        rotary_frequencies(7, 100.0)

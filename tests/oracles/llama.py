@@ -1,0 +1,67 @@
+"""What torch's Llama, Mistral and Qwen2 say, with every head and every way of stretching rotary positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.oracles.gpt import answers
+
+_TINY = {
+    "vocab_size": 31, "max_position_embeddings": 12, "hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 3,
+}  # fmt: skip
+_WIDE = {
+    "vocab_size": 131, "max_position_embeddings": 64, "hidden_size": 48, "intermediate_size": 40,
+    "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+}  # fmt: skip
+# The few positions of these cases make as many turns as the slow, the middle and the fast pairs have to.
+_LLAMA3 = {
+    **_TINY, "max_position_embeddings": 80, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "rope_theta": 100.0,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 20,
+    },
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0, "beta_slow": 0.2,
+}  # fmt: skip
+_CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, side of the padding
+    "base": ("LlamaForCausalLM", {**_TINY, "rms_norm_eps": 1e-3}, "left"),
+    "mistral": ("MistralForCausalLM", {**_TINY, "sliding_window": 4, "head_dim": 4}, "right"),
+    "qwen2": ("Qwen2ForCausalLM", {**_TINY, "tie_word_embeddings": True}, None),
+    "llama3": ("LlamaForCausalLM", _LLAMA3, None),
+    "classification": ("LlamaForSequenceClassification", {**_TINY, "num_labels": 3}, "right"),
+    "span_qa": ("LlamaForQuestionAnswering", _TINY, None),
+    "wide": ("LlamaForCausalLM", {**_WIDE, "num_key_value_heads": 1, "tie_word_embeddings": True}, "right"),
+    "linear": ("LlamaForCausalLM", {**_WIDE, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}, None),
+    "dynamic": ("LlamaForCausalLM", {**_WIDE, "rope_scaling": {"type": "dynamic", "factor": 3.0}}, None),
+    "yarn": ("LlamaForCausalLM", {**_WIDE, "rope_scaling": _YARN}, "left"),
+    "yarn_fraction": (
+        "Qwen2ForCausalLM", {**_WIDE, "rope_scaling": {**_YARN, "truncate": False, "attention_factor": 0.7}}, None
+    ),
+    "llama_base": ("LlamaModel", {**_WIDE, "num_key_value_heads": None}, "left"),
+    "tagging": ("LlamaForTokenClassification", {**_WIDE, "num_labels": 5}, "left"),
+    "mistral_window": ("MistralForCausalLM", {**_WIDE, "sliding_window": 7}, "left"),
+    "mistral_span_qa": ("MistralForQuestionAnswering", {**_WIDE, "sliding_window": 9}, None),
+    "mistral_classification": ("MistralForSequenceClassification", {**_WIDE, "num_labels": 2}, "left"),
+    "qwen2_window": (
+        "Qwen2ForCausalLM", {**_WIDE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, "right"
+    ),
+    "qwen2_span_qa": ("Qwen2ForQuestionAnswering", _WIDE, None),
+    "qwen2_tagging": ("Qwen2ForTokenClassification", {**_WIDE, "num_labels": 4}, "right"),
+}  # fmt: skip
+CASES = ("base", "mistral", "qwen2", "llama3", "classification", "span_qa")
+LIVE = tuple(case for case in _CASES if case not in CASES)
+
+
+def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
+    """Files of a random Llama, and what it says about random texts."""
+    import transformers
+
+    name, shape, padding = _CASES[case]
+    config = getattr(transformers, name).config_class(**shape, pad_token_id=0)
+    return answers(name, config, padding, list(_CASES).index(case), directory)
