@@ -1,0 +1,39 @@
+"""GRU: where the reset gate acts. tests/oracles compares values and gradients, test_recurrent_families.py the rest."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm import spec
+from jaxlm.models import get_model
+from tests.helpers import lively, random_tokens, relative_error, tiny_model
+
+
+def test_the_reset_gate_before_the_product_has_no_bias_of_its_own():
+    after, before = (spec.flatten(get_model("gru-tiny", reset=reset).specs) for reset in ("after", "before"))
+    assert after.keys() - before.keys() == {"layer_0/bias_hidden", "layer_1/bias_hidden"}
+    assert before.keys() < after.keys()
+    with pytest.raises(ValueError, match="reset='none' is unknown: choose from 'after', 'before'"):
+        get_model("gru", reset="none")
+
+
+def test_the_two_forms_differ_and_both_decode_step_by_step():
+    hidden = {}
+    for reset in ("after", "before"):
+        model = tiny_model("gru", reset=reset)
+        tokens = random_tokens(model, 2, 6)
+        params = lively(jax.jit(model.init)(jax.random.key(0)))
+        hidden[reset] = model.apply(params, tokens)[0]
+        step = jax.jit(lambda t, s, model=model, params=params: model.apply(params, t, state=s))
+        state, pieces = model.init_state(2, 6), []
+        for at in range(6):
+            piece, state = step(tokens[:, at : at + 1], state)
+            pieces.append(piece)
+        assert relative_error(jnp.concatenate(pieces, axis=1), hidden[reset]) < 2e-6
+    assert relative_error(hidden["after"], hidden["before"]) > 1e-2
+
+
+def test_a_gru_has_three_quarters_of_the_layers_of_an_lstm():
+    shape = {"num_layers": 2, "embed_dim": 650, "hidden_dim": 650}
+    gru, lstm = (get_model(name, **shape).specs["layer_1"] for name in ("gru", "lstm"))
+    assert spec.count({name: gru[name] for name in lstm}) * 4 == spec.count(lstm) * 3
