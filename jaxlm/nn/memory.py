@@ -1,0 +1,98 @@
+"""The rolling memory of segment-recurrent models (Transformer-XL, XLNet): the last inputs of every layer.
+
+It starts empty, as in the authors' code, where Hugging Face attends to zeros. Every leaf has a ``batch`` axis, so
+beams, resets and shardings act on it by name. The newest token is last; the oldest are dropped; a pad never takes the
+place of a token. Shapes: L layers, B batch, M slots, T new tokens, S = M + T keys, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm import spec
+from jaxlm.nn.mask import Mask
+from jaxlm.spec import ArraySpec
+
+
+def memory_specs(layers: int, batch: int, slots: int, width: int, dtype: Any) -> dict[str, ArraySpec]:
+    """Specs of an empty memory of ``slots`` tokens per row: ``hidden`` [L, B, M, D], ``segment_ids`` [B, M] (0: empty).
+
+    Raises:
+        ValueError: no slots.
+    """
+    if slots < 1:
+        raise ValueError(f"a memory of {slots} slots holds nothing: make it at least 1, or call without a state")
+    hidden = ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)
+    return {
+        "hidden": spec.stack(layers, hidden),
+        "segment_ids": ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32),
+    }
+
+
+@struct.dataclass
+class Span:
+    """Where the new tokens of a call stand: after what the memory holds.
+
+    Attributes:
+        query_positions / key_positions: [1 or B, T] / [1 or B, S]. Pads do not count, so that within a document
+            ``query - key`` is the distance that both would have alone and in one piece.
+        mask: who sees whom, of T queries and S keys (memory, then new).
+        kept: [B, M] which of the S keys the next memory holds; None: the last M. For :func:`append`.
+    """
+
+    query_positions: jax.Array
+    key_positions: jax.Array
+    mask: Mask
+    kept: jax.Array | None
+
+
+def span(
+    tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
+) -> tuple[Span, Any]:
+    """Positions and mask of new tokens, and the state with everything but ``hidden`` written.
+
+    Without segment ids (one document that goes on), positions are plain: queries and keys end together.
+
+    Args:
+        state: of :func:`memory_specs`, or None: no memory, S = T.
+        segment_ids: [B, T], 0 padding on either side or in between, 1.. documents. Default: one document (1).
+        causal: False lets queries see later keys of their document as well.
+        window: a query sees only so many tokens, itself included.
+    """
+    B, T = tokens_BT.shape
+    if state is None and segment_ids is None:
+        place_1T = jnp.arange(T, dtype=jnp.int32)[None]
+        return Span(place_1T, place_1T, Mask(causal=causal, window=window), None), None
+    segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    segments_BS = segments_BT
+    if state is not None:
+        segments_BS = jnp.concatenate([state["segment_ids"], segments_BT], axis=1)
+    positions_BS = jnp.cumsum(segments_BS > 0, axis=1, dtype=jnp.int32)
+    positions_BT = positions_BS[:, -T:]
+    mask = Mask(
+        causal=causal,
+        window=window,
+        query_order=positions_BT,
+        key_order=positions_BS,
+        query_segments=segments_BT,
+        key_segments=segments_BS,
+    )
+    kept_BM = None
+    if state is not None:
+        if segment_ids is not None:
+            kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]  # pads and empty slots first
+        state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_BM)}
+    return Span(positions_BT, positions_BS, mask, kept_BM), state
+
+
+def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
+    """The next memory, without gradient: what is ``kept`` of ``memory`` [B, M, ...] and then ``new`` [B, T, ...]."""
+    both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
+    if kept_BM is None:
+        return both_BS[:, new_BT.shape[1] :]
+    index = kept_BM.reshape(kept_BM.shape + (1,) * (both_BS.ndim - 2))
+    return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")

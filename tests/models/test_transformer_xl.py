@@ -1,0 +1,201 @@
+"""Transformer-XL: what the contract does not see. The memory over several segments is compared with transformers'."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import load_pretrained
+from jaxlm.models import get_model
+from jaxlm.models.transformer_xl import HUGGING_FACE, Config
+from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
+from tests.oracles import GOLDENS
+
+TOLERANCE = 1e-5  # float32, other orders of summation
+SEGMENTS = Path(__file__).parent / "goldens" / "transformer_xl_segments.npz"  # made by test_transformer_xl_live.py
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, tokens, **inputs):
+    return model.apply(params, tokens, **inputs)
+
+
+def setup(batch=2, length=12, **overrides):
+    model = tiny_model("transformer_xl", **overrides)
+    params = jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+    return model, params, random_tokens(model, batch, length)
+
+
+@pytest.mark.parametrize("case", ["base", "divided", "pre_norm", "padded"])
+def test_segments_with_a_memory_give_what_transformers_gives(case):
+    """Segments shorter and longer than the memory, which forgets; padded: same_length as well."""
+    model, params = load_pretrained(GOLDENS / f"transformer_xl-{case}")
+    with np.load(SEGMENTS) as file:
+        golden = {name.removeprefix(f"{case}/"): x for name, x in file.items() if name.startswith(f"{case}/")}
+    state, start = model.init_state(2, model.config.memory_length), 0
+    for length in golden["lengths"]:
+        place = slice(start, start + length)
+        hidden, state = apply(model, params, golden["tokens"][:, place], state=state)
+        assert relative_error(hidden, golden["hidden"][:, place]) < TOLERANCE
+        start += length
+    assert relative_error(state["hidden"], golden["memory"]) < TOLERANCE
+    assert relative_error(model.logits(params, hidden), golden["logits"]) < TOLERANCE
+
+
+def test_a_short_memory_forgets():
+    """The last layer sees one memory, each layer below another one further back: num_layers * slots tokens in all."""
+    model, params, tokens = setup(batch=1, length=9)
+    hidden = []
+    for first in (1, 2):
+        changed = tokens.copy()
+        changed[0, 0] = first
+        state = model.init_state(1, 3)
+        for at in range(9):
+            out, state = apply(model, params, changed[:, at : at + 1], state=state)
+            hidden.append(out[0, 0])
+    differs = [bool(np.any(np.asarray(a) != np.asarray(b))) for a, b in zip(hidden[:9], hidden[9:])]
+    assert differs == [at <= 2 * 3 for at in range(9)]
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_same_length_shows_every_token_the_same_number_of_tokens(calls):
+    """In one call and in several: with one layer, a token of long ago changes nothing, one of memory_length does."""
+    model, params, tokens = setup(batch=1, length=9, same_length=True, memory_length=4, num_layers=1)
+
+    def last_hidden(tokens):
+        state = model.init_state(1, 4)
+        for piece in np.split(tokens, calls, axis=1):
+            hidden, state = apply(model, params, piece, state=state)
+        return np.asarray(hidden[0, -1])
+
+    for at in range(9):
+        changed = tokens.copy()
+        changed[0, at] = (changed[0, at] + 1) % 64
+        assert np.array_equal(last_hidden(changed), last_hidden(tokens)) == (at <= 4), at
+
+
+def test_distances_beyond_the_clamp_are_not_told_apart():
+    model, params, tokens = setup(batch=1, length=8, clamp_length=3, num_layers=1)
+    near, far = tokens.copy(), tokens.copy()
+    near[0, [5, 6]] = tokens[0, [6, 5]]
+    far[0, [1, 3]] = tokens[0, [3, 1]]
+    want, near, far = (apply(model, params, x)[0][0, -1] for x in (tokens, near, far))
+    assert relative_error(far, want) < TOLERANCE
+    assert relative_error(near, want) > 1e-3
+
+
+@pytest.mark.parametrize("form", [{}, {"same_length": True, "memory_length": 3, "clamp_length": 4, "pre_norm": True}])
+def test_documents_and_pads_in_several_calls_are_as_alone(form):
+    model, params, _ = setup(**form)
+    calls = [
+        [[0, 0, 1, 1, 1, 2], [1, 1, 0, 0, 0, 0], [1, 0, 1, 2, 0, 2]],
+        [[2, 0, 2, 3, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
+        [[0, 3, 3, 3, 4, 4], [1, 2, 2, 0, 0, 0], [2, 2, 2, 3, 3, 3]],
+    ]
+    tokens = random_tokens(model, 3, 18)
+    state, hidden = model.init_state(3, 18), []
+    for number, segments in enumerate(calls):
+        piece = tokens[:, 6 * number : 6 * number + 6]
+        out, state = apply(model, params, piece, state=state, segment_ids=np.array(segments, np.int32))
+        hidden.append(out)
+    hidden, segments = np.concatenate(hidden, axis=1), np.concatenate(calls, axis=1)
+    for row in range(3):
+        for document in range(1, segments[row].max() + 1):
+            (places,) = np.nonzero(segments[row] == document)
+            alone, _ = apply(model, params, tokens[row : row + 1, places])
+            assert relative_error(hidden[row, places], alone[0]) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_take_no_place_in_a_memory_that_is_full(side):
+    """A memory shorter than the prompt: a padded row still decodes as it would alone."""
+    model, params, tokens = setup(batch=1, length=10)
+    padded, segments = np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32)
+    place = slice(3, 9) if side == "left" else slice(0, 6)
+    padded[0, place], segments[0, place] = tokens[0, :6], 1
+    padded[1], segments[1] = tokens[0, :9], 1
+    _, state = apply(model, params, padded, state=model.init_state(2, 4), segment_ids=segments)
+    hidden, _ = apply(model, params, np.tile(tokens[:, 6:7], (2, 1)), state=state)
+    _, alone = apply(model, params, tokens[:, :6], state=model.init_state(1, 4))
+    want, _ = apply(model, params, tokens[:, 6:7], state=alone)
+    assert relative_error(hidden[0], want[0]) < TOLERANCE
+
+
+def test_no_gradient_flows_into_the_memory():
+    model, params, tokens = setup()
+
+    def loss(params, state):
+        return jnp.sum(jnp.square(model.apply(params, tokens[:, 6:], state=state)[0]))
+
+    def through(params):
+        return loss(params, model.apply(params, tokens[:, :6], state=model.init_state(2, 8))[1])
+
+    _, state = apply(model, params, tokens[:, :6], state=model.init_state(2, 8))
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(params, state)
+    assert not np.asarray(gradients[1]["hidden"]).any()
+    through = jax.jit(jax.grad(through))(params)
+    for path, gradient in spec.flatten(through).items():
+        assert relative_error(gradient, spec.flatten(gradients[0])[path]) < TOLERANCE, path
+
+
+def test_log_probabilities_are_normalised():
+    model, params, tokens = setup()
+    log_p = model.logits(params, apply(model, params, tokens)[0])
+    assert log_p.shape == (2, 12, 64)
+    assert np.abs(jax.nn.logsumexp(log_p, axis=-1)).max() < 1e-5
+
+
+def test_a_classifier_reads_the_last_real_token():
+    model, params, tokens = setup(task="classification", num_labels=3)
+    segments = np.array([[1] * 12, [0] * 2 + [1] * 7 + [0] * 3], np.int32)
+    hidden, _ = apply(model, params, tokens, segment_ids=segments)
+    summary = model.summary(params, hidden, segment_ids=segments)
+    assert_trees_equal(summary[:, 0], jnp.stack([hidden[0, 11], hidden[1, 8]]))
+    assert model.logits(params, summary).shape == (2, 1, 3)
+
+
+def test_a_model_without_head_says_so():
+    model, params, tokens = setup(task="none")
+    assert "head" not in params
+    with pytest.raises(ValueError, match="task='none' has no"):
+        model.logits(params, apply(model, params, tokens)[0])
+
+
+def test_published_sizes():
+    # As many as transformers' class has (test_transformer_xl_live.py); the paper's table 1 says 257M and 151M.
+    assert get_model("transfo-xl-wt103").num_parameters == 285_205_322
+    assert round(get_model("transformer-xl-base").num_parameters / 1e6) == 151
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embed_dim": 31}, "embed_dim=31 must be even"),
+        ({"clamp_length": 0}, "clamp_length=0 must be at least 1, or None"),
+        ({"memory_length": 0}, "memory_length=0 must be at least 1"),
+        ({"cutoffs": (48, 32)}, r"cutoffs=\(48, 32\) must ascend"),
+        ({"task": "masked"}, "task='masked' is unknown"),
+    ],
+)
+def test_bad_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        get_model("transformer-xl-tiny", **change)
+
+
+def test_config_files_of_theirs():
+    (table,) = HUGGING_FACE
+    read, write = table.read_fields, table.write_fields
+    assert read({"cutoffs": [3, 5], "clamp_len": -1, "tie_projs": [False, False, False]}) == {
+        "cutoffs": (3, 5), "clamp_length": None, "tie_projections": False,
+    }  # fmt: skip
+    assert read({"tie_projs": [False, True], "clamp_len": 7}) == {"tie_projections": True, "clamp_length": 7}
+    for cfg in (Config(), Config(cutoffs=(), clamp_length=None), Config(tie_projections=False)):
+        assert dataclasses.replace(cfg, **read(write(cfg))) == cfg
+    for tied in ([True, True], [False, True, False]):
+        with pytest.raises(ValueError, match="the first must be false and the others equal"):
+            read({"tie_projs": tied})

@@ -1,0 +1,90 @@
+"""Transformer-XL beside transformers' own: a memory over several segments, files there and back, published sizes.
+
+python -m tests.models.test_transformer_xl_live     make the goldens of test_transformer_xl.py again
+"""
+
+import numpy as np
+import pytest
+
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.models import get_model
+from tests.models.test_transformer_xl import SEGMENTS
+from tests.oracles import GOLDENS
+from tests.oracles.transformer_xl import CASES, no_memory, random_model, reference, transformers_module
+
+pytestmark = pytest.mark.live
+
+LENGTHS = (4, 1, 9, 3, 5)
+
+
+def segments(case):
+    """What transformers says about five segments, the memory of each being that of the one before."""
+    import torch
+
+    model = random_model(case)
+    directory = GOLDENS / f"transformer_xl-{case}"
+    _load(model, directory)
+    tokens = np.random.default_rng(7).integers(0, model.config.vocab_size, (2, sum(LENGTHS))).astype(np.int32)
+    memory, hidden, start = no_memory(model, 2), [], 0
+    with torch.no_grad():
+        for length in LENGTHS:
+            ids = torch.tensor(tokens[:, start : start + length], dtype=torch.long)
+            logits = model(ids, mems=memory).prediction_scores
+            output = model.transformer(ids, mems=memory)
+            memory, start = output.mems, start + length
+            hidden.append(output.last_hidden_state.numpy())
+    return {
+        "tokens": tokens,
+        "lengths": np.array(LENGTHS),
+        "hidden": np.concatenate(hidden, axis=1),
+        "logits": logits.numpy(),
+        "memory": np.stack([layer.transpose(0, 1).numpy() for layer in memory]),
+    }
+
+
+def _load(model, directory):
+    """Its own loading makes u and v that are shared between layers anew."""
+    from safetensors.torch import load_file
+
+    missing, unknown = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    assert not unknown
+    assert all("crit.out_" in name or "_bias" in name for name in missing)
+
+
+def test_goldens_are_what_transformers_says():
+    with np.load(SEGMENTS) as file:
+        for case in CASES:
+            for name, x in segments(case).items():
+                np.testing.assert_allclose(file[f"{case}/{name}"], x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["base", "divided", "projected", "untied", "classifier"])
+def test_transformers_opens_what_we_write(case, tmp_path):
+    import torch
+
+    (tmp_path / "theirs").mkdir()
+    told = reference(case, tmp_path / "theirs")
+    save_pretrained(tmp_path / "ours", *load_pretrained(tmp_path / "theirs"))
+    kind = getattr(transformers_module(), type(random_model(case)).__name__)
+    config = transformers_module().TransfoXLConfig.from_pretrained(tmp_path / "ours")
+    config.trainer_compatible, config.pad_token_id = True, 0  # no warning; no complaint of its classifier
+    model = kind.from_pretrained(tmp_path / "ours", config=config).eval()
+    ids = torch.tensor(told["input/tokens"], dtype=torch.long)
+    with torch.no_grad():
+        output = model(ids, mems=no_memory(model, 2))
+    assert np.array_equal(output.logits if case == "classifier" else output.prediction_scores, told["logits"])
+
+
+def test_the_published_model_has_as_many_parameters():
+    import torch
+
+    module = transformers_module()
+    with torch.device("meta"):
+        model = module.TransfoXLLMHeadModel(module.TransfoXLConfig(trainer_compatible=True))
+    assert get_model("transfo-xl-wt103").num_parameters == model.num_parameters()
+
+
+if __name__ == "__main__":
+    arrays = {f"{case}/{name}": x for case in CASES for name, x in segments(case).items()}
+    SEGMENTS.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(SEGMENTS, **arrays)

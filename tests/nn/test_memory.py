@@ -1,0 +1,97 @@
+"""The rolling memory against lists of tokens in Python."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn import memory
+from jaxlm.nn.mask import keep
+
+# Three calls of one row each way: pads on the left, on the right, in the middle; documents that go on and that start.
+CALLS = [
+    [[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 2]],
+    [[1, 1, 2, 2], [1, 0, 0, 0], [2, 2, 0, 0]],
+    [[2, 3, 0, 3], [0, 0, 0, 0], [0, 2, 2, 3]],
+]
+
+
+def run(slots, calls=CALLS):
+    """Yield (segments, span, state) of each call; the number of a token is its hidden state."""
+    state = spec.init(memory.memory_specs(1, 3, slots, 1, jnp.float32))
+    for number, segments in enumerate(calls):
+        segments = np.array(segments, np.int32)
+        tokens = 1 + 100 * number + np.arange(segments.size, dtype=np.float32).reshape(segments.shape)
+        span, state = memory.span(jnp.asarray(tokens), state, segments)
+        hidden = memory.append(state["hidden"][0], jnp.asarray(tokens)[..., None], span.kept)
+        state = {**state, "hidden": hidden[None]}
+        yield segments, tokens, span, state
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 12])
+def test_it_holds_the_last_real_tokens_in_order(slots):
+    histories = [[], [], []]
+    for segments, tokens, _, state in run(slots):
+        for row, history in enumerate(histories):
+            history += [(token, s) for token, s in zip(tokens[row], segments[row]) if s > 0]
+            held = [
+                (token, s)
+                for token, s in zip(state["hidden"][0, row, :, 0].tolist(), state["segment_ids"][row].tolist())
+                if s > 0
+            ]
+            assert held == history[-slots:]
+            assert np.all(np.diff(np.asarray(state["segment_ids"][row]) > 0) >= 0)  # empty slots come first
+    assert spec.diff(memory.memory_specs(1, 3, slots, 1, jnp.float32), state) == []
+
+
+def test_mask_and_distances_are_those_of_the_documents_alone():
+    histories = [[], [], []]
+    slots = 12
+    for segments, _, span, _ in run(slots):
+        kept = np.asarray(keep(span.mask, 4, slots + 4))
+        distance = np.asarray(span.query_positions)[:, :, None] - np.asarray(span.key_positions)[:, None, :]
+        for row, history in enumerate(histories):
+            past = [None] * (slots - len(history)) + [(s, n) for n, s in enumerate(history)]
+            new = []
+            for s in segments[row]:
+                new.append((s, len(history)) if s > 0 else None)
+                history += [s] if s > 0 else []
+            for q, query in enumerate(new):
+                if query is None:
+                    continue
+                for k, key in enumerate(past + new):
+                    sees = key is not None and key[0] == query[0] and key[1] <= query[1]
+                    assert kept[row, q, k] == sees
+                    if sees:
+                        assert distance[row, q, k] == query[1] - key[1]
+
+
+def test_without_segments_positions_are_plain():
+    state = spec.init(memory.memory_specs(1, 2, 3, 1, jnp.float32))
+    for _ in range(3):
+        span, state = memory.span(jnp.zeros((2, 2), int), state, None)
+        assert span.kept is None
+    distance = span.query_positions[:, :, None] - span.key_positions[:, None, :]
+    assert np.array_equal(distance[0], [[3, 2, 1, 0, -1], [4, 3, 2, 1, 0]])
+    span, state = memory.span(jnp.zeros((2, 4), int), None, None, window=2)
+    assert state is None
+    assert np.array_equal(keep(span.mask, 4, 4)[0], np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
+
+
+def test_a_window_counts_tokens_and_not_pads():
+    segments = jnp.array([[1, 0, 0, 1, 1]])
+    span, _ = memory.span(jnp.zeros((1, 5), int), None, segments, window=2)
+    assert np.array_equal(keep(span.mask, 5, 5)[0, 3], [True, False, False, True, False])
+
+
+@pytest.mark.parametrize("kept", [None, jnp.array([[1, 2], [0, 2]])])
+def test_what_is_remembered_carries_no_gradient(kept):
+    old, new = jnp.ones((2, 2, 3)), jnp.ones((2, 1, 3))
+    gradients = jax.grad(lambda old, new: jnp.sum(memory.append(old, new, kept)), argnums=(0, 1))(old, new)
+    assert all(np.all(np.asarray(gradient) == 0.0) for gradient in gradients)
+
+
+def test_a_memory_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="a memory of 0 slots holds nothing"):
+        memory.memory_specs(1, 2, 0, 4, jnp.float32)
