@@ -12,7 +12,7 @@ import jax
 
 from jaxlm import spec
 
-FAMILIES = ("gpt", "llama", "bert", "roberta", "t5", "transformer_xl", "lstm", "gru", "resnet", "resnet_lm", "alexnet")
+FAMILIES = ("gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "resnet", "resnet_lm", "alexnet")
 """Modules of this package that are families."""
 
 

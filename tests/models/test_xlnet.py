@@ -1,0 +1,225 @@
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.decoding import beam_search, log_likelihood
+from jaxlm.interop.huggingface import load_pretrained
+from jaxlm.models import get_model, xlnet
+from tests.helpers import lively, random_tokens, relative_error, tiny_model
+
+GOLDEN = Path(__file__).parent / "goldens" / "xlnet_memory"
+
+
+@functools.cache
+def parameters(model):
+    return lively(jax.jit(model.init)(jax.random.key(0)))
+
+
+def setup(batch=2, length=9, **overrides):
+    model = tiny_model("xlnet", **overrides)
+    return model, parameters(model), random_tokens(model, batch, length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(model, params, tokens, **inputs):
+    return model.apply(params, tokens, **inputs)[0]
+
+
+@pytest.mark.parametrize(("name", "count"), [("xlnet-base-cased", 116_718_336), ("xlnet-large-cased", 360_268_800)])
+def test_published_sizes(name, count):
+    model = get_model(name)
+    assert spec.count(model.specs) == count + 32_000  # and the head's bias
+    assert get_model(name, task="none").num_parameters == count
+
+
+# ------------------------------------------------------------------------------------------- memory, two streams
+
+
+def check_memory(model, params, golden):
+    """Segment after segment, in the order given and from left to right, as transformers has it."""
+    segments, batch, _ = golden["tokens"].shape
+    step = jax.jit(model.apply)
+    permuted = causal = model.init_state(batch, int(golden["slots"]))
+    right_to_left = np.arange(batch) >= batch // 2
+    for i in range(segments):
+        arrays = {name: golden[name][i] for name in ("order", "targets", "token_types")}
+        hidden, permuted = step(params, golden["tokens"][i], state=permuted, right_to_left=right_to_left, **arrays)
+        assert relative_error(hidden, golden["permuted"][i]) < 1e-5
+        hidden, causal = step(params, golden["tokens"][i], state=causal)
+        assert relative_error(hidden, golden["causal"][i]) < 1e-5
+
+
+def test_memory_over_four_segments_is_that_of_transformers():
+    model, params = load_pretrained(GOLDEN)
+    assert (model.config.reuse_length, model.config.clamp_length) == (5, 9)
+    with np.load(GOLDEN / "reference.npz") as file:
+        check_memory(model, params, dict(file))
+
+
+def test_left_to_right_is_the_permutation_that_changes_nothing():
+    model, params, tokens = setup()
+    order = np.tile(np.arange(10, dtype=np.int32), (2, 1))
+    permuted = hidden_of(model, params, np.pad(tokens, ((0, 0), (0, 1))), order=order, targets=order[:, 1:])
+    assert relative_error(hidden_of(model, params, tokens), permuted) < 1e-5
+
+
+@pytest.mark.parametrize("with_types", [False, True])
+def test_a_prediction_depends_on_tokens_of_lower_order_and_on_no_other(with_types):
+    model, params, _ = setup()
+    tokens = np.arange(9, dtype=np.int32)[None]  # distinct, so that each row of the table stands for one place
+    order = np.array([[-1, 4, 2, -1, 7, 0, 5, -1, 3]], np.int32)
+    targets = np.array([[4, 5, 8, 2]], np.int32)
+    types = {"token_types": np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2]], np.int32)} if with_types else {}
+
+    def predicted(table):
+        inputs = {"order": order, "targets": targets, **types}
+        return model.apply({**params, "token_embedding": table}, tokens, **inputs)[0][0]
+
+    influence = np.abs(np.asarray(jax.jit(jax.jacrev(predicted))(params["token_embedding"]))[:, :, :9]).max((1, 3))
+    assert np.array_equal(influence > 0, order < order[0, targets[0]][:, None])
+
+
+def test_steps_with_token_types_continue_the_prefix():
+    model, params, tokens = setup(length=11)
+    types = np.random.default_rng(0).integers(0, 3, (2, 11)).astype(np.int32)
+    full = hidden_of(model, params, tokens, token_types=types)
+    step, state, pieces = jax.jit(model.apply), model.init_state(2, 12), []
+    for start, stop in ((0, 4), (4, 9), (9, 10), (10, 11)):
+        hidden, state = step(params, tokens[:, start:stop], state=state, token_types=types[:, start:stop])
+        pieces.append(hidden)
+    assert relative_error(np.concatenate(pieces, axis=1), full) < 1e-5
+    assert relative_error(full, hidden_of(model, params, tokens)) > 1e-3
+    assert relative_error(hidden_of(model, params, tokens, token_types=types * 5 + 2), full) < 1e-6
+
+
+def test_only_what_is_reused_is_remembered():
+    model, params, tokens = setup(batch=1, length=16, reuse_length=5)
+    order = np.arange(8, dtype=np.int32)[None]
+    arrays = {"order": order, "targets": order[:, :2]}
+    _, state = model.apply(params, tokens[:, :8], state=model.init_state(1, 6), **arrays)
+    assert state["segment_ids"].tolist() == [[0, 1, 1, 1, 1, 1]]
+    after, _ = model.apply(params, tokens[:, 8:], state=state)
+    _, state = model.apply(params, tokens[:, :5], state=model.init_state(1, 6))  # without an order, all is
+    assert state["segment_ids"].sum() == 5
+    assert relative_error(model.apply(params, tokens[:, 8:], state=state)[0], after) < 1e-5
+
+
+def test_no_gradient_flows_into_the_memory():
+    model, params, tokens = setup()
+    _, state = model.apply(params, tokens, state=model.init_state(2, 9))
+
+    def loss(hidden):
+        return model.apply(params, tokens, state={**state, "hidden": hidden})[1]["hidden"].sum()
+
+    assert not np.asarray(jax.grad(loss)(state["hidden"])).any()
+
+
+def test_beams_are_scored_as_whole_texts_are():
+    model, params, tokens = setup(batch=2, length=5)
+    found = beam_search(model, params, tokens, max_new_tokens=4, beams=3, length_penalty=0.0)
+    for row in range(2):
+        texts = np.concatenate([np.tile(tokens[row], (3, 1)), found.tokens[row]], axis=1)
+        scores = np.asarray(log_likelihood(model, params, texts))[:, -4:].sum(axis=1)
+        assert relative_error(found.scores[row], scores) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ content stream
+
+
+def test_every_token_sees_every_other_of_its_document_and_no_pad():
+    model, params, _ = setup(task="tagging")
+    tokens = np.arange(9, dtype=np.int32)[None]
+    segments = np.array([[0, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
+
+    def hidden(table):
+        return model.apply({**params, "token_embedding": table}, tokens, segment_ids=segments)[0][0]
+
+    influence = np.abs(np.asarray(jax.jit(jax.jacrev(hidden))(params["token_embedding"]))[:, :, :9]).max((1, 3))
+    real = segments[0] > 0
+    assert np.array_equal((influence > 0)[real], (segments[0][real, None] == segments))
+    packed = hidden_of(model, params, tokens, segment_ids=segments)
+    for document in (slice(1, 4), slice(4, 7)):
+        assert relative_error(packed[:, document], hidden_of(model, params, tokens[:, document])) < 1e-5
+
+
+def test_a_reversed_text_read_from_the_right_is_the_text():
+    model, params, tokens = setup(task="none")
+    there, back = np.zeros(2, bool), np.ones(2, bool)
+    plain = hidden_of(model, params, tokens)
+    assert relative_error(hidden_of(model, params, tokens, right_to_left=there), plain) < 1e-5
+    assert relative_error(hidden_of(model, params, tokens[:, ::-1], right_to_left=back)[:, ::-1], plain) < 1e-5
+    assert relative_error(hidden_of(model, params, tokens[:, ::-1])[:, ::-1], plain) > 1e-2
+
+
+def test_distances_beyond_the_clamp_are_alike():
+    def odd_one_out(clamp):
+        model, params, tokens = setup(batch=1, length=12, task="none", clamp_length=clamp, num_layers=1)
+        moved = tokens[:, [1, 0, *range(2, 12)]]  # the first two change places: far from the last token
+        return relative_error(hidden_of(model, params, moved)[:, -1], hidden_of(model, params, tokens)[:, -1])
+
+    assert odd_one_out(5) < 1e-6
+    assert odd_one_out(None) > 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_classifier_reads_the_last_real_token(side):
+    model, params, tokens = setup(batch=3, length=8, task="classification", num_labels=5)
+    lengths = (8, 5, 1)
+    padded, segments = np.zeros((3, 8), np.int32), np.zeros((3, 8), np.int32)
+    for row, n in enumerate(lengths):
+        place = slice(8 - n, 8) if side == "left" else slice(0, n)
+        padded[row, place], segments[row, place] = tokens[row, :n], 1
+
+    def labels(tokens, segments=None):
+        hidden = hidden_of(model, params, tokens, segment_ids=segments)
+        return model.logits(params, model.summary(params, hidden, segment_ids=segments))
+
+    together = labels(padded, segments)
+    assert together.shape == (3, 1, 5)
+    for row, n in enumerate(lengths):
+        assert relative_error(together[row], labels(tokens[row : row + 1, :n])[0]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_inputs_are_named():
+    model, params, tokens = setup()
+    order = np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    with pytest.raises(ValueError, match="order and targets come together"):
+        model.apply(params, tokens, order=order)
+    with pytest.raises(ValueError, match=r"order \[2, 5\] must be \[2, 9\]"):
+        model.apply(params, tokens, order=order[:, :5], targets=order)
+    with pytest.raises(ValueError, match=r"targets \[1, 9\] must be \[2, places\]"):
+        model.apply(params, tokens, order=order, targets=order[:1])
+    with pytest.raises(ValueError, match=r"right_to_left \[1\] must be \[2\]"):
+        model.apply(params, tokens, right_to_left=np.zeros(1, bool))
+    tagger = dataclasses.replace(model, config=dataclasses.replace(model.config, task="tagging"))
+    with pytest.raises(ValueError, match="task='tagging' predicts no tokens"):
+        tagger.apply(params, tokens, order=order, targets=order)
+    with pytest.raises(TypeError, match="task='tagging' sees whole texts at once"):
+        tagger.state_specs(1, 5)
+    with pytest.raises(ValueError, match="task='none' has no"):
+        xlnet.logits(dataclasses.replace(model.config, task="none"), params, jnp.zeros((1, 1, 32)))
+    for field, value in {
+        "embed_dim": 33,
+        "num_heads": 5,
+        "clamp_length": 0,
+        "reuse_length": 0,
+        "task": "causal",
+    }.items():
+        with pytest.raises(ValueError, match=field):
+            get_model("xlnet-tiny", **{field: value})
+
+
+def test_a_target_outside_of_the_row_is_not_silent():
+    model, params, tokens = setup()
+    order = np.tile(np.arange(9, dtype=np.int32), (2, 1))
+    hidden = hidden_of(model, params, tokens, order=order, targets=np.array([[3, 9], [-1, 8]], np.int32))
+    assert np.isnan(np.asarray(hidden)).all(axis=-1).tolist() == [[False, True], [True, False]]
