@@ -30,6 +30,7 @@ class Recurrent:
     """``h = tanh(h U + E[x])``, padding skipped. Its state has the batch second, and no slots."""
 
     config: RecurrentConfig = RecurrentConfig()
+    reads_source = False
 
     @property
     def specs(self) -> spec.Tree:

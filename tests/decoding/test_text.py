@@ -30,6 +30,7 @@ class Reciter:
     """After n tokens it is sure that the next is ``params[n]``: it counts, and does not listen."""
 
     config: ReciterConfig = ReciterConfig()
+    reads_source = False
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:
         return {"read": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
