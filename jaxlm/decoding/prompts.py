@@ -65,13 +65,13 @@ def check_prompts(
 def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
     """Raise unless ``state`` is built like ``specs`` (its lengths may differ) with ``batch`` rows."""
     if spec.flatten(state).keys() != spec.flatten(specs).keys():
-        raise ValueError(f"this is no state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
+        raise ValueError("this is no state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
     for (path, want), leaf in zip(jax.tree_util.tree_flatten_with_path(specs)[0], jax.tree.leaves(state), strict=True):
         at = want.axes.index("batch")
         if leaf.ndim != len(want.shape) or leaf.shape[at] != batch:
             raise ValueError(
-                f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make the "
-                "state for as many"
+                f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make "
+                "the state for as many"
             )
 
 

@@ -57,6 +57,23 @@ def check_tokens(
         )
 
 
+def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: Any) -> None:
+    """Raise unless an encoder-decoder is given a source to read, or a state that has read one."""
+    if (source is None) == (state is None):
+        got = "neither" if source is None else "both"
+        raise ValueError(f"apply takes source (to train) or state (to decode, from start), got {got}")
+    if source is None:
+        if source_segment_ids is not None:
+            raise ValueError("source_segment_ids belong to start where a state is given: the state has them")
+    elif source.shape[0] != tokens.shape[0]:
+        raise ValueError(f"source {list(source.shape)} must have as many rows as tokens {list(tokens.shape)}")
+
+
+def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
+    """Segments that are not given are document 1 throughout, [B, T] int32."""
+    return jnp.ones(ids.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+
+
 def scan_layers(
     block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     x: jax.Array,

@@ -12,7 +12,10 @@ import jax
 
 from jaxlm import spec
 
-FAMILIES = ("gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "resnet", "resnet_lm", "alexnet")
+FAMILIES = (
+    "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
+    "resnet", "resnet_lm", "alexnet",
+)  # fmt: skip
 """Modules of this package that are families."""
 
 

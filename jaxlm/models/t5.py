@@ -229,7 +229,7 @@ def start(
     else:
         k, v = jax.lax.map(read, layers)
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    return {**state, "source": {"key": k, "value": v, "segment_ids": _segments(source, segment_ids)}}
+    return {**state, "source": {"key": k, "value": v, "segment_ids": common.segments_of(source, segment_ids)}}
 
 
 # ---------------------------------------------------------------------------------------------------- decoder
@@ -262,7 +262,7 @@ def apply(
     """
     _require_decoder(cfg)
     common.check_tokens(tokens, segment_ids, positions, None)
-    _check_source(tokens, source, source_segment_ids, state)
+    common.check_source(tokens, source, source_segment_ids, state)
     place, state = cache.span(tokens, state, segment_ids, positions)
     layers, encoded = params["decoder"]["layers"], None
     if state is None:
@@ -270,12 +270,12 @@ def apply(
         encoded = encode(cfg, params, source, segment_ids=source_segment_ids, key=key)
         index_1T = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         query_positions = key_positions = index_1T if positions is None else positions
-        source_segments = _segments(source, source_segment_ids)
+        source_segments = common.segments_of(source, source_segment_ids)
     else:
         layers = _with_source(layers, state["source"])
         query_positions, key_positions = place.positions, state["positions"]
         source_segments = state["source"]["segment_ids"]
-    cross_mask = Mask(query_segments=_segments(tokens, segment_ids), key_segments=source_segments)
+    cross_mask = Mask(query_segments=common.segments_of(tokens, segment_ids), key_segments=source_segments)
     key = fold_name(key, "decoder")
     bias_of = _biases(cfg, params["decoder"], query_positions, key_positions, bidirectional=False)
     x = _embed(cfg, params, tokens, key)
@@ -327,22 +327,6 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 def _require_decoder(cfg: Config) -> None:
     if _decoder_layers(cfg) == 0:
         raise ValueError("a T5 with num_decoder_layers=0 decodes nothing: call encode")
-
-
-def _check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: Any) -> None:
-    if (source is None) == (state is None):
-        got = "neither" if source is None else "both"
-        raise ValueError(f"apply takes source (to train) or state (to decode, from start), got {got}")
-    if source is None:
-        if source_segment_ids is not None:
-            raise ValueError("source_segment_ids belong to start where a state is given: the state has them")
-    elif source.shape[0] != tokens.shape[0]:
-        raise ValueError(f"source {list(source.shape)} must have as many rows as tokens {list(tokens.shape)}")
-
-
-def _segments(ids: jax.Array, segment_ids: Any) -> jax.Array:
-    """Segments that are not given are document 1 throughout."""
-    return jnp.ones(ids.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
 
 
 def _with_source(layers: Any, read: dict[str, jax.Array]) -> Any:

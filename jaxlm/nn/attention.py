@@ -40,7 +40,7 @@ def attention(
     the place in the matrix only, so every implementation drops the same entries.
 
     Args:
-        k_BSGK, v_BSGK: G divides H: G = H is the usual attention, G = 1 multi-query, between them grouped-query attention
+        k_BSGK, v_BSGK: G divides H. G = H is the usual attention, G = 1 multi-query, between them grouped queries
             (Ainslie et al. 2023); query head h reads key head ``h // (H / G)``.
         scale: defaults to ``1 / sqrt(K)``.
         bias: [1 or B, 1 or H, T, S], added to the scaled scores: position biases and relative terms. It is a dense

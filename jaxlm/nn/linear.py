@@ -16,7 +16,7 @@ from jaxlm.spec import ZEROS, ArraySpec, Initializer
 def linear_specs(
     shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, inputs: int = 1, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """``weight`` of ``shape`` and, unless told not, ``bias`` of its output part. The first ``inputs`` axes are the input.
+    """``weight`` of ``shape`` and, with ``bias``, one of its output part. The first ``inputs`` axes are the input.
 
     Example:
         >>> specs = linear_specs((8, 3, 2, 4), ("embed", None, "heads", "kv"), ZEROS)
@@ -30,7 +30,7 @@ def linear_specs(
 
 
 def linear(params: dict[str, Any], x: jax.Array, *, inputs: int = 1) -> jax.Array:
-    """``x @ weight (+ bias)`` over the last ``inputs`` axes of ``x`` [..., in...]; gives [..., out...] in ``x``'s dtype.
+    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]: [..., out...] in ``x``'s dtype.
 
     The parameters are cast to the dtype of ``x``: the compute dtype is chosen by the caller, once.
     """

@@ -1,0 +1,111 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn.alignment import (
+    align,
+    alignment_keys,
+    alignment_specs,
+    context,
+    masked_softmax,
+    pooling_specs,
+    pooling_weights,
+)
+from jaxlm.spec import Uniform
+from tests.helpers import relative_error
+
+B, S, Q, C, A = 3, 7, 4, 6, 5
+RNG = np.random.default_rng(0)
+QUERY = RNG.standard_normal((B, Q)).astype(np.float32)
+KEEP = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]], bool)
+
+
+def case(score, local=False):
+    source = np.random.default_rng(1).standard_normal((B, S, Q if score == "dot" else C)).astype(np.float32)
+    specs = alignment_specs(score, Q, source.shape[-1], A, Uniform(1.0), local=local)
+    return jax.tree.map(np.asarray, spec.init(specs, jax.random.key(0))), source
+
+
+def energy(params, score, query, source):
+    if score == "dot":
+        return query @ source
+    if score == "general":
+        return query @ (source @ params["key"]["weight"])
+    return params["score"] @ np.tanh(query @ params["query"]["weight"] + source @ params["key"]["weight"])
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def weights_of(params, query, source, keep, window=None):
+    return align(params, query, alignment_keys(params, source), keep, window=window)
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_weights_are_those_of_the_formula_over_the_places_that_are_kept(score, window):
+    params, source = case(score, local=window is not None)
+    got = weights_of(params, QUERY, source, KEEP, window)
+    assert got.dtype == jnp.float32
+    for row in range(B):
+        kept = np.nonzero(KEEP[row])[0]
+        places = np.arange(len(kept))
+        weights = np.exp([energy(params, score, QUERY[row], source[row, at]) for at in kept])
+        if window is not None:
+            squashed = np.tanh(QUERY[row] @ params["place"]["hidden"]["weight"])
+            picked = len(kept) / (1 + np.exp(-squashed @ params["place"]["score"]))
+            weights[np.abs(places - picked) > window] = 0.0
+        weights /= weights.sum()
+        if window is not None:
+            weights *= np.exp(-((places - picked) ** 2) / (2 * (window / 2) ** 2))
+        expected = np.zeros(S)
+        expected[kept] = weights
+        assert relative_error(got[row], expected) < 1e-5
+        assert np.all(np.asarray(got[row])[~KEEP[row]] == 0.0)
+    assert relative_error(context(got, source), np.einsum("bs,bsc->bc", got, source)) < 1e-5
+
+
+def test_no_mask_is_a_mask_that_keeps_everything():
+    for score, window in (("concat", None), ("general", 3)):
+        params, source = case(score, local=window is not None)
+        want = weights_of(params, QUERY, source, np.ones((B, S), bool), window)
+        assert relative_error(weights_of(params, QUERY, source, None, window), want) < 1e-6
+
+
+def test_a_row_without_anything_to_see_finds_nothing_and_has_no_gradient():
+    params, source = case("concat")
+    keep = KEEP.copy()
+    keep[1] = False
+
+    def found(params, query, source):
+        return context(weights_of(params, query, source, keep), source)
+
+    assert np.all(np.asarray(found(params, QUERY, source))[1] == 0.0)
+    gradients = jax.grad(lambda *inputs: jnp.sum(found(*inputs) ** 2), argnums=(0, 1, 2))(params, QUERY, source)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert np.all(np.asarray(gradients[1])[1] == 0.0)
+    assert np.any(np.asarray(gradients[1])[0] != 0.0)
+
+
+def test_large_scores_do_not_overflow():
+    got = masked_softmax(jnp.array([[3e38, -3e38, 1e30]]), jnp.array([[False, True, True]]))
+    np.testing.assert_array_equal(got, [[0.0, 0.0, 1.0]])
+
+
+def test_pooling_weighs_each_row_and_hop_by_itself():
+    source = RNG.standard_normal((B, S, C)).astype(np.float32)
+    params = spec.init(pooling_specs(C, A, 2, Uniform(1.0)), jax.random.key(3))
+    got = pooling_weights(params, source, KEEP)
+    assert got.shape == (B, 2, S)
+    squashed = np.tanh(source @ np.asarray(params["key"]["weight"]) + np.asarray(params["key"]["bias"]))
+    weights = np.exp(squashed @ np.asarray(params["score"]["weight"])) * KEEP[:, :, None]
+    assert relative_error(got, np.swapaxes(weights / weights.sum(1, keepdims=True), 1, 2)) < 1e-5
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="score='cosine' is unknown: choose from 'dot', 'general', 'concat'"):
+        alignment_specs("cosine", 4, 4, 4, Uniform(1.0))
+    with pytest.raises(ValueError, match="score='dot' needs queries as wide as the source, got 4 and 6"):
+        alignment_specs("dot", 4, 6, 4, Uniform(1.0))
