@@ -14,7 +14,7 @@ from jaxlm import spec
 
 FAMILIES = (
     "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
-    "resnet", "resnet_lm", "alexnet",
+    "attention_rnn_lm", "resnet", "resnet_lm", "alexnet",
 )  # fmt: skip
 """Modules of this package that are families."""
 

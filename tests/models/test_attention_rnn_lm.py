@@ -1,0 +1,113 @@
+"""LSTMs that attend to themselves: what the oracle (tests/oracles/attention_rnn_lm.py) and the contract do not see."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import attention_rnn_lm
+from tests.helpers import lively, random_tokens, relative_error, tiny_model
+
+LM, CLASSIFIER = "attention-rnn-lm-tiny", "attention-rnn-classifier-tiny"
+TOLERANCE = 2e-5
+
+
+@functools.cache
+def small(name, **overrides):
+    model = tiny_model(name, **{"num_layers": 1, "embed_dim": 8, "hidden_dim": 12, **overrides})
+    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(model, params, tokens, inputs):
+    return model.apply(params, tokens, **inputs)
+
+
+def streamed(model, params, tokens, state, size, segment_ids=None):
+    pieces = []
+    for at in range(0, tokens.shape[1], size):
+        inputs = {} if segment_ids is None else {"segment_ids": segment_ids[:, at : at + size]}
+        hidden, state = hidden_of(model, params, tokens[:, at : at + size], {"state": state, **inputs})
+        pieces.append(hidden)
+    return jnp.concatenate(pieces, axis=1)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_window_needs_no_longer_memory(parts):
+    """Chunks shorter and longer than the window, over padded and packed rows, with a memory of three slots."""
+    model, params = small(LM, window=3, parts=parts)
+    tokens = random_tokens(model, 2, 12)
+    segments = np.array([[1] * 5 + [0] + [1] * 3 + [2] * 3, [0, 0] + [1] * 8 + [0, 0]], np.int32)
+    want, _ = hidden_of(model, params, tokens, {"segment_ids": segments})
+    state = model.init_state(2, 100)
+    assert state["memory"]["hidden"].shape == (1, 2, 3, 2 * 12 // parts)
+    for size in (1, 2, 5):
+        got = streamed(model, params, tokens, state, size, segments)
+        assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
+
+
+def test_a_memory_without_a_window_holds_what_there_is_room_for():
+    model, params = small(LM)
+    tokens = random_tokens(model, 2, 9)
+    want, _ = hidden_of(model, params, tokens, {})
+    assert relative_error(streamed(model, params, tokens, model.init_state(2, 9), 3), want) < TOLERANCE
+    forgetful = streamed(model, params, tokens, model.init_state(2, 4), 1)
+    assert relative_error(forgetful[:, :5], want[:, :5]) < TOLERANCE
+    assert relative_error(forgetful[:, 5:], want[:, 5:]) > 1e-4
+    window, _ = small(LM, window=4)
+    assert relative_error(forgetful, hidden_of(window, params, tokens, {})[0]) < TOLERANCE
+
+
+def test_the_window_is_what_a_token_sees():
+    model, params = small(LM, window=2)
+    # Without the recurrence only attention reaches back.
+    silent = {**params["layer_0"], "weight_hidden": jnp.zeros_like(params["layer_0"]["weight_hidden"])}
+    silent["bias"] = silent["bias"].at[1].set(-100.0)  # forget gates that forget everything
+    tokens = np.arange(8, dtype=np.int32)[None]
+
+    def hidden(table):
+        return model.apply({**params, "layer_0": silent, "token_embedding": table}, tokens)[0][0]
+
+    jacobian = np.abs(np.asarray(jax.jit(jax.jacrev(hidden))(params["token_embedding"])))
+    influence_TS = jacobian[:, :, :8].max(axis=(1, 3)) > 1e-20
+    distance = np.arange(8)[:, None] - np.arange(8)[None]
+    np.testing.assert_array_equal(influence_TS, (distance >= 0) & (distance <= 2))
+
+
+def test_hops_weigh_the_real_tokens():
+    model, params = small(CLASSIFIER, hops=3)
+    tokens = random_tokens(model, 2, 6)
+    segments = np.array([[1] * 6, [0] + [1] * 3 + [0] * 2], np.int32)
+    hidden, _ = hidden_of(model, params, tokens, {"segment_ids": segments})
+    weights = attention_rnn_lm.attention_weights(model.config, params, hidden, segments)
+    assert weights.shape == (2, 3, 6)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    assert np.all(np.asarray(weights)[1][:, segments[1] == 0] == 0.0)
+    summary = model.summary(params, hidden, segment_ids=segments)
+    assert relative_error(summary, np.einsum("brt,btd->brd", weights, hidden).reshape(2, 1, -1)) < 1e-5
+
+
+def test_redundancy_is_zero_where_hops_have_nothing_in_common():
+    apart = jnp.eye(4)[None, :2]
+    same = jnp.full((1, 2, 4), 0.25)  # A A' is 1/4 everywhere
+    np.testing.assert_allclose(attention_rnn_lm.redundancy(apart), [0.0])
+    np.testing.assert_allclose(attention_rnn_lm.redundancy(same), [2 * 0.75**2 + 2 * 0.25**2])
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="parts=4 is unknown"):
+        attention_rnn_lm.Config(parts=4)
+    with pytest.raises(ValueError, match="parts=3 does not divide hidden_dim=10"):
+        attention_rnn_lm.Config(parts=3, hidden_dim=10)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        attention_rnn_lm.Config(window=0)
+    model, params = small(CLASSIFIER)
+    with pytest.raises(TypeError, match="only task='causal' carries a state"):
+        model.state_specs(1, 4)
+    with pytest.raises(ValueError, match="carries no state: leave state out"):
+        model.apply(params, np.zeros((1, 2), np.int32), state={})
+    model, params = small(LM)
+    with pytest.raises(ValueError, match="task='causal' pools nothing"):
+        model.summary(params, np.zeros((1, 2, 12), np.float32))
