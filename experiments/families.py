@@ -113,8 +113,18 @@ RECIPES = {
     ),
     "lstm": Recipe("lstm", RECURRENT, "causal", 500, stream=1, learning_rate=1e-2),
     "gru": Recipe("gru", RECURRENT, "causal", 500, stream=1, learning_rate=1e-2),
-    "attention_rnn": Recipe("attention_rnn", {"embed_dim": 96, "hidden_dim": 128}, "span_corruption", 300),
-    "attention_rnn_lm": Recipe("attention_rnn_lm", {"embed_dim": 96, "hidden_dim": 192}, "causal", 300),
+    "attention_rnn": Recipe(
+        "attention_rnn",
+        {
+            "source_vocab_size": VOCABULARY, "embed_dim": 96, "hidden_dim": 192, "output_dim": 96, "init_bound": 0.3,
+        },
+        "span_corruption", 500, learning_rate=5e-3,
+    ),
+    "attention_rnn_lm": Recipe(
+        "attention_rnn_lm",
+        {"embed_dim": 128, "hidden_dim": 256, "attention_dim": 128, "init_bound": 0.3},
+        "causal", 300, learning_rate=5e-3,
+    ),
     "resnet": Recipe(
         "vdcnn-9",
         {"num_labels": len(PLAYS), "max_positions": 256, "channels": 32, "fc_dim": 128},

@@ -149,7 +149,10 @@ _ROBERTA = dataclasses.replace(
         "span/bias": "qa_outputs.bias",
     },
     copies={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
-    layouts={**_BERT.layouts, "classifier_dense/weight": files.TRANSPOSED},
+    layouts={
+        **{path: layout for path, layout in _BERT.layouts.items() if not path.startswith("next_sentence")},
+        "classifier_dense/weight": files.TRANSPOSED,
+    },
 )
 
 HUGGING_FACE = (_ROBERTA,)

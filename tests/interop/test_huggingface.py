@@ -68,7 +68,8 @@ def edit_weights(directory: Path, change: Callable[[dict[str, np.ndarray]], dict
 
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_states_logits_loss_and_all_gradients_are_those_of_torch(case: str) -> None:
-    model, params = load_pretrained(GOLDENS / case)
+    head = {"task": "causal", "tie_embeddings": True} if case == "base" else {}  # its files know of no head
+    model, params = load_pretrained(GOLDENS / case, **head)
     with np.load(GOLDENS / case / "reference.npz") as file:
         golden = dict(file)
     tokens, segment_ids, real = golden["tokens"], golden["mask"], golden["mask"] == 1
@@ -157,7 +158,9 @@ def test_every_family_comes_back_equal(name: str, variant: str, tmp_path: Path) 
     save_pretrained(tmp_path, model, params)
     assert raw(weights(tmp_path)) == raw(tensors)
     again, loaded = load_pretrained(tmp_path)
-    assert again == model
+    assert again.specs == model.specs
+    # A None that stands for a number comes back as the number.
+    assert huggingface._their_config(again, "float32") == huggingface._their_config(model, "float32")
     assert_trees_equal(loaded, params)
     fields = {field.name for field in dataclasses.fields(model.config)}
     for table in huggingface.tables(name):
