@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.model import family
@@ -12,6 +13,15 @@ from jaxlm.objectives.batch import Batch
 
 TINY = tuple(variant for name in FAMILIES for variant in family(name).VARIANTS if variant.endswith("-tiny"))
 """The tiny variants of all families: one for each form that a family has."""
+
+
+FIRST = tuple(next(variant for variant in TINY if variant in family(name).VARIANTS) for name in FAMILIES)
+"""The first form of each family: what a plain ``pytest`` tests; the others are marked ``thorough``."""
+
+
+def forms(names: Any = TINY) -> list[Any]:
+    """Parameters of a test over forms."""
+    return [name if name in FIRST else pytest.param(name, marks=pytest.mark.thorough) for name in names]
 
 
 def tiny_model(name: str, **overrides: Any) -> Model:

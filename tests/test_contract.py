@@ -28,6 +28,7 @@ from tests.helpers import (
     assert_trees_equal,
     batch_of,
     decodes,
+    forms,
     lively,
     random_tokens,
     relative_error,
@@ -40,8 +41,8 @@ TOLERANCE = 2e-5  # float32, other orders of summation
 STEP_TOLERANCE = 1e-4  # the same after Adam, which divides small gradients by their own size
 
 DECODERS = tuple(name for name in TINY if decodes(tiny_model(name)))
-every_form = pytest.mark.parametrize("name", TINY)
-every_decoder = pytest.mark.parametrize("name", DECODERS)
+every_form = pytest.mark.parametrize("name", forms())
+every_decoder = pytest.mark.parametrize("name", forms(DECODERS))
 
 
 def setup(name, batch=2, length=24, **overrides):
@@ -482,14 +483,17 @@ def assert_steps_close(got, want):
         assert_trees_close(*floats, STEP_TOLERANCE, floor=1e-4)
 
 
-MESHES = [(name, "data=2,fsdp=2,tensor=2") for name in TINY] + [
-    ("gpt2-tiny", mesh) for mesh in ("data=8", "fsdp=8", "data=2,tensor=4", "fsdp=4,sequence=2")
-]
-"""Every form under all tables at once; one of them under each table by itself."""
+@every_form
+def test_sharded_step_equals_single(name):
+    check_sharded_step(name, "data=2,fsdp=2,tensor=2")  # all tables at once
 
 
-@pytest.mark.parametrize(("name", "mesh"), MESHES)
-def test_sharded_step_equals_single(name, mesh):
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,tensor=4", "fsdp=4,sequence=2"])
+def test_each_table_by_itself(mesh):
+    check_sharded_step("gpt2-tiny", mesh)
+
+
+def check_sharded_step(name, mesh):
     """Loss, gradients (Adam's first moment is a tenth of them) and the updated parameters."""
     model, optimizer, batch = training(name)
     _, fresh, want = single_step(name)

@@ -23,6 +23,7 @@ from tests.helpers import (
     assert_trees_close,
     assert_trees_equal,
     decodes,
+    forms,
     lively,
     random_tokens,
     relative_error,
@@ -40,7 +41,7 @@ def loss_of(model: Any, params: Any, batch: Any, state: Any) -> Any:
     return objective(task_of(model)).loss(model, params, batch, state=state)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", forms(READERS))
 def test_a_text_in_pieces_costs_what_it_costs_whole(name: str) -> None:
     model = tiny_model(name)
     params = lively(jax.jit(model.init)(jax.random.key(0)))

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from jaxlm.decoding import beam_search, generate
-from tests.helpers import TINY, decodes, lively, random_tokens, relative_error, source_of, tiny_model
+from tests.helpers import TINY, decodes, forms, lively, random_tokens, relative_error, source_of, tiny_model
 
 IDS, NEW = 4, 3
 PROMPTS, SEGMENTS = np.array([[9, 10, 11], [0, 12, 13]], np.int32), np.array([[1, 1, 1], [0, 1, 1]], np.int32)
 
-every_decoder = pytest.mark.parametrize("name", [name for name in TINY if decodes(tiny_model(name))])
+every_decoder = pytest.mark.parametrize("name", forms(name for name in TINY if decodes(tiny_model(name))))
 
 
 @functools.cache

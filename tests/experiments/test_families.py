@@ -1,0 +1,70 @@
+"""The experiment that trains every family: its data, and what a short run leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from experiments import families
+from jaxlm.models import FAMILIES
+from jaxlm.objectives.batch import Batch
+
+
+@pytest.fixture(scope="module")
+def data() -> families.Data:
+    return families.Data.load()
+
+
+def test_every_family_has_a_recipe() -> None:
+    assert tuple(families.RECIPES) == FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_fits_the_model_and_is_the_same_each_time(name: str, data: families.Data) -> None:
+    recipe = families.RECIPES[name]
+    model, make = recipe.build(), families.to_batch(recipe)
+    source = families.source(data, recipe, "training", 0)
+    window = source.batch(3, range(recipe.batch_size))
+    batch, again = make(window), make(source.batch(3, range(recipe.batch_size)))
+    assert all(map(np.array_equal, jax.tree.leaves(batch), jax.tree.leaves(again)))
+    assert batch.tokens.max() < model.config.vocab_size
+    assert batch.weights.sum() > 0
+    inputs = {**batch.inputs, "segment_ids": batch.segment_ids}
+    if recipe.stream is not None:
+        inputs["state"] = jax.tree.map(np.zeros_like, model.init_state(recipe.batch_size, recipe.stream))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    hidden = jax.eval_shape(lambda params: model.apply(params, batch.tokens, **inputs)[0], params)
+    assert hidden.shape[0] == recipe.batch_size
+
+
+def test_passages_are_from_the_play_that_follows_them(data: families.Data) -> None:
+    rows = data.passages("validation", 50, 50).reshape(-1, 51)
+    assert sorted(set(rows[:, -1])) == list(range(13))
+    for row in rows[::97]:
+        play = data.plays[row[-1]]
+        windows = np.lib.stride_tricks.sliding_window_view(play[int(len(play) * 0.9) :], 50)
+        assert (windows == row[:-1]).all(axis=1).any()
+
+
+def test_entropy_is_that_of_the_targets_that_count() -> None:
+    batch = Batch(None, np.array([[0, 1, 2, 2]]), np.array([[1.0, 1.0, 0.0, 0.0]]))
+    assert families.entropy([batch, batch]) == pytest.approx(np.log(2))
+
+
+def test_a_run_leaves_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert families.main(["--family", "lstm", "resnet_lm", "--steps", "3", "--output", str(run)]) == 0
+    assert (run / "losses.png").stat().st_size > 10_000
+    rows = json.loads((run / "results.json").read_text())
+    assert [row["family"] for row in rows] == ["lstm", "resnet_lm"]
+    assert all(3.0 < row["loss"] < 5.5 and 3.3 < row["entropy"] < 3.4 for row in rows)
+    assert (run / "table.md").read_text() in capsys.readouterr().out
+    model, _ = jaxlm.load_pretrained(run / "lstm" / "model")
+    assert model == families.RECIPES["lstm"].build()
+    assert families.main(["--family", "lstm", "--steps", "3", "--output", str(run)]) == 1
+    assert "is not empty: choose another --output" in capsys.readouterr().err
