@@ -141,7 +141,7 @@ def test_init_depends_on_path_and_layer_only(name):
         mine = flat.get(path)
         if mine is not None and leaf.axes[0] == spec.LAYERS and mine.init == leaf.init and mine.shape != leaf.shape:
             longer = spec.init({path: leaf}, jax.random.key(0))[path]
-            assert_trees_equal(longer[: model.config.num_layers], without_neighbours[path])
+            assert relative_error(longer[: model.config.num_layers], without_neighbours[path]) < 1e-6
 
 
 @every_form
