@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -257,3 +258,22 @@ def test_decay_spares_biases_and_norms():
     decayed = {path for path, decay in spec.flatten(spec.decay_mask(model.specs)).items() if decay}
     tables = {"token_embedding", "position_embedding", "token_type_embedding"}
     assert decayed == tables | {path for path in spec.flatten(model.specs) if path.endswith("/weight")}
+
+
+def test_names_of_the_first_published_files_are_read(tmp_path):
+    golden = Path(__file__).parents[1] / "oracles" / "goldens" / "bert-masked"
+    shutil.copytree(golden, tmp_path / "old")
+    path = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(path)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): array
+        for name, array in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    save_file(old, path)
+    (model, params), (same, expected) = load_pretrained(tmp_path / "old"), load_pretrained(golden)
+    assert model == same
+    assert_trees_equal(params, expected)
+    save_file({**old, **tensors}, path)
+    with pytest.raises(ValueError, match=r"holds tensors under old and new names: .*LayerNorm\.beta"):
+        load_pretrained(tmp_path / "old")
