@@ -71,7 +71,8 @@ def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state:
 
 def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
     """Segments that are not given are document 1 throughout, [B, T] int32."""
-    return jnp.ones(ids.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    # ones_like and not ones: split over devices as the ids are.
+    return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
 
 
 def scan_layers(
