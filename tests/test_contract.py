@@ -6,6 +6,7 @@ one that carries a state is causal and decodes; one that does not sees both ways
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 
 import flax.jax_utils
@@ -100,7 +101,7 @@ def test_config_is_frozen_hashable_and_has_only_plain_fields(name):
 def test_every_config_field_has_a_docstring(name):
     bodies = {}
     for owner in family(name).Config.__mro__[:-1]:  # fields may come from a config that it extends
-        text = Path(__import__("sys").modules[owner.__module__].__file__).read_text(encoding="utf-8")
+        text = Path(sys.modules[owner.__module__].__file__).read_text(encoding="utf-8")
         start = text.index(f"class {owner.__name__}")
         bodies[owner] = (
             text[start : text.index("def __post_init__", start)] if "__post_init__" in text[start:] else text

@@ -154,7 +154,7 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     if state is not None and cfg.task != "causal":
         raise ValueError(f"task={cfg.task!r} needs the whole sequence at once and carries no state: leave state out")
-    segments = jnp.ones_like(tokens, jnp.int32) if segment_ids is None else segment_ids
+    segments = common.segments_of(tokens, segment_ids)
     reset, keep, last_segment = borders(segments, None if state is None else state["last_segment"])
     back_reset = borders(segments, reverse=True)[0]
     new_state: dict[str, Any] = {"last_segment": last_segment}

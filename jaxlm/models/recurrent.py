@@ -106,7 +106,7 @@ def apply(
 
     ahead, back, last_segment = {}, {}, None  # the masks of the two directions
     if segment_ids is not None or state is not None:
-        segments = jnp.ones_like(tokens, jnp.int32) if segment_ids is None else segment_ids
+        segments = common.segments_of(tokens, segment_ids)
         reset, keep, last_segment = borders(segments, None if state is None else state["last_segment"])
         ahead = {"reset_BT": reset, "keep_BT": keep}
         back = {"reset_BT": borders(segments, reverse=True)[0], "keep_BT": keep}
