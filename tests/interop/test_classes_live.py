@@ -73,6 +73,7 @@ def check(name: str, table: Format, architecture: str, directory: Path) -> None:
     assert_trees_equal(loaded, params)
 
 
+@pytest.mark.filterwarnings("ignore:The output of TransfoXL will be updated:DeprecationWarning")
 @pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
 def test_a_class_opens_what_we_save_and_we_open_what_it_saves(
     name: str, table: Format, architecture: str, tmp_path: Path
