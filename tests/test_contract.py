@@ -457,8 +457,8 @@ def single_step(name):
     """The compiled step on one device: (step, function that makes a fresh state, result of the first step)."""
     model, optimizer, batch = training(name)
     step = step_lib.jit_step(model, optimizer, loss_function(model))
-    # Weights that leave no ReLU within rounding of 0 (as those of key 0 leave one of T5's): on which side it falls would
-    # depend on the order of a sum, and all gradients below it on that.
+    # Weights that leave no ReLU within rounding of 0 (those of key 0 leave one of T5's): on which side it falls depends
+    # on the order of a sum, and all gradients below it on that.
     host_state = jax.device_get(step_lib.init_state(model, optimizer, jax.random.key(1)).replace(key=None))
 
     def fresh():

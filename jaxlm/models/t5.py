@@ -31,7 +31,9 @@ from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
-from jaxlm.nn.relative_bias import distance_buckets, relative_bias
+from jaxlm.nn.relative import distance_term, distance_term_of_positions
+from jaxlm.nn.relative_bias import distance_buckets, distance_table
+from jaxlm.nn.term import Term
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -175,8 +177,8 @@ def encode(
     common.check_tokens(source, segment_ids, None, None, what="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-    index_1S = jnp.arange(source.shape[1], dtype=jnp.int32)[None]  # within a document, as far apart as its positions
-    bias_of = _biases(cfg, params["encoder"], index_1S, index_1S, bidirectional=True)
+    S = source.shape[1]  # within a document, places are as far apart as positions
+    bias_of = _biases(cfg, params["encoder"], S, None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
@@ -268,16 +270,15 @@ def apply(
     if state is None:
         assert source is not None
         encoded = encode(cfg, params, source, segment_ids=source_segment_ids, key=key)
-        index_1T = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        query_positions = key_positions = index_1T if positions is None else positions
+        pairs = None if positions is None else (positions, positions)
         source_segments = common.segments_of(source, source_segment_ids)
     else:
         layers = _with_source(layers, state["source"])
-        query_positions, key_positions = place.positions, state["positions"]
+        pairs = place.positions, state["positions"]
         source_segments = state["source"]["segment_ids"]
     cross_mask = Mask(query_segments=common.segments_of(tokens, segment_ids), key_segments=source_segments)
     key = fold_name(key, "decoder")
-    bias_of = _biases(cfg, params["decoder"], query_positions, key_positions, bidirectional=False)
+    bias_of = _biases(cfg, params["decoder"], tokens.shape[1], pairs, bidirectional=False)
     x = _embed(cfg, params, tokens, key)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -352,12 +353,18 @@ def _norm(cfg: Config, params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def _biases(
-    cfg: Config, params: dict[str, Any], query: jax.Array, key: jax.Array, *, bidirectional: bool
-) -> Callable[[Any], jax.Array]:
-    """Weights of a layer -> its position bias: made anew in each, or once for the whole stack."""
+    cfg: Config, params: dict[str, Any], length: int, positions: Any, *, bidirectional: bool
+) -> Callable[[Any], Term]:
+    """Weights of a layer -> its position bias: made anew in each, or once for the whole stack.
 
-    def of(weights: Any) -> jax.Array:
-        return relative_bias(weights["relative_bias"], query, key, cfg.max_distance, bidirectional=bidirectional)
+    ``positions``: those of queries and of keys; None: the places of one sequence of ``length``.
+    """
+
+    def of(weights: Any) -> Term:
+        table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
+        if positions is None:
+            return distance_term(table, cfg.max_distance, length, length, ahead=0)
+        return distance_term_of_positions(table, cfg.max_distance, *positions)
 
     if cfg.bias_per_layer:
         return of
@@ -377,7 +384,7 @@ def _attention(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
-    bias: jax.Array | None,
+    bias: Term | None,
     key: jax.Array | None,
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))

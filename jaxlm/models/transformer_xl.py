@@ -25,7 +25,7 @@ from jaxlm.nn.attention import attention
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.relative import shifted_relative_term, sinusoids
+from jaxlm.nn.relative import distance_term, sinusoids
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -219,7 +219,10 @@ def _attention(
     kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
     content, position = (biases[name].astype(q.dtype)[None, None] for name in ("content_bias", "position_bias"))
     scale = cfg.head_dim**-0.5
-    term = shifted_relative_term(q + position, linear(own["relative"], r_SD), context.shape[1], scale=scale)
+    S = context.shape[1]
+    term = distance_term(
+        linear(own["relative"], r_SD), S - 1, T, S, ahead=S - T, q_BTHK=q + position, scale=scale
+    )  # fmt: skip
     mixed = attention(
         q + content, kv[:, :, 0], kv[:, :, 1], mask, scale=scale, bias=term, dropout=cfg.attention_dropout,
         key=fold_name(key, "attention"),

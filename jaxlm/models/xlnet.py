@@ -3,9 +3,9 @@
 Follows the authors' code and Hugging Face's weights. The content stream holds what stands at each place. The query
 stream stands at a place, starts from one learned vector and does not see that place's token: the head predicts from it.
 Both share all weights, and only the content stream (and the memory) gives keys and values, so a block runs on the two
-streams side by side. Who sees whom is an integer per place: the content stream sees orders up to its own, the query
-stream only those below. Hugging Face computes ``gelu`` exactly, so files read from there do so too; the published
-weights were trained with the tanh form (``VARIANTS``).
+streams side by side, and attends for one after the other. Who sees whom is an integer per place: the content stream
+sees orders up to its own, the query stream only those below. Hugging Face computes ``gelu`` exactly, so files read from
+there do so too; the published weights were trained with the tanh form (``VARIANTS``).
 
 Legend: B batch, T time, P places of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
@@ -14,7 +14,7 @@ width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
@@ -31,7 +31,7 @@ from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.relative import relative_term, shifted_relative_term, sinusoids
+from jaxlm.nn.relative import distance_term, distance_term_of_positions, sinusoids, type_term
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -156,22 +156,35 @@ _BEFORE_ALL = -(2**30)
 
 
 @struct.dataclass
-class _Place:
-    """Where the Q queries stand (T of the content stream, then P of the query stream) before S keys.
+class _Stream:
+    """Where the queries of one stream stand, before S keys.
 
     Attributes:
         mask: who sees whom.
-        content_distance / query_distance: [1 or B, T, S] / [1 or B, P, S] from each query to each key. None: the
-            last token is the last key, and the query stream stands one place further on than the content stream.
-        other_type: [B, Q, S], whether a query and a key are of different token types; None: there are no types.
+        ahead: how many places after the first key the first query stands, where this is so in every row.
+        positions: of queries and of keys, [1 or B, T or P] and [1 or B, S], where it is not; else None.
+        types: [B, T or P] token types of the queries, or None.
+    """
+
+    mask: Mask
+    ahead: int = struct.field(pytree_node=False)
+    positions: Any
+    types: Any
+
+
+@struct.dataclass
+class _Place:
+    """Where everything stands.
+
+    Attributes:
+        streams: the content stream and, for the task ``permutation``, the query stream.
+        key_types: [B, S] token types of the keys, or None.
         sinusoids: [R, D] of distances S, S - 1, ..., for both signs as far as they are needed.
         kept: of ``memory.Span``.
     """
 
-    mask: Mask
-    content_distance: Any
-    query_distance: Any
-    other_type: Any
+    streams: tuple[_Stream, ...]
+    key_types: Any
     sinusoids: Any
     kept: Any
 
@@ -275,36 +288,45 @@ def _place(
     two_streams = cfg.task == "permutation"
     span, _ = memory.span(tokens, state, segment_ids, causal=two_streams)
 
-    def both(content_BT: Any, step: int = 0) -> Any:
-        """A number of each content place, and then of the query stream's places (``step`` more)."""
-        if content_BT is None or not two_streams:
+    def of_targets(content_BT: Any) -> Any:
+        """What the query stream's places have of a number of each place."""
+        if content_BT is None or targets is None:
             return content_BT
-        query_BP = content_BT
-        if targets is not None:
-            content_BT = jnp.broadcast_to(content_BT, (B, T))
-            query_BP = jnp.take_along_axis(content_BT, targets, axis=1, mode="clip")
-        return jnp.concatenate([content_BT, query_BP + step], axis=1)
+        return jnp.take_along_axis(jnp.broadcast_to(content_BT, (B, T)), targets, axis=1, mode="clip")
 
     M = 0 if state is None else state["segment_ids"].shape[1]
-    query_order = key_order = None
-    if order is not None:
-        query_order = both(order, -1)
-        key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_BEFORE_ALL)
-    elif two_streams:
-        query_order, key_order = both(span.query_positions), span.key_positions
-    mask = Mask(
-        causal=two_streams,
-        query_order=query_order,
-        key_order=key_order,
-        query_segments=both(span.mask.query_segments),
-        key_segments=span.mask.key_segments,
-    )
-
-    distance_BQS = both(span.query_positions, int(order is None))[:, :, None] - span.key_positions[:, None]
-    if right_to_left is not None:
-        distance_BQS = jnp.where(right_to_left[:, None, None], -distance_BQS, distance_BQS)
-    plain = segment_ids is None and right_to_left is None
     S = M + T
+    types_BS = token_types
+    if token_types is not None and state is not None:
+        types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
+    sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
+
+    def stream(of: Callable[[Any], Any], later: int, order_BT: Any, picked: bool) -> _Stream:
+        """Places ``of`` the content (picked among them, or all), ``later`` by so much, that see up to ``order_BT``."""
+        segments_BT = span.mask.query_segments
+        mask = Mask(
+            causal=two_streams,
+            query_order=order_BT,
+            key_order=None if order_BT is None else key_order,
+            query_segments=of(segments_BT),
+            key_segments=span.mask.key_segments,
+        )
+        positions = None
+        if picked or segment_ids is not None or right_to_left is not None:
+            positions = (of(span.query_positions) + later) * sign, span.key_positions * sign
+        return _Stream(mask, ahead=M + later, positions=positions, types=of(token_types))
+
+    key_order = None
+    if order is not None:
+        key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_BEFORE_ALL)
+        streams = [stream(lambda x: x, 0, order, False), stream(of_targets, 0, of_targets(order) - 1, True)]
+    elif two_streams:
+        key_order = span.key_positions
+        order_BT = None if state is None and segment_ids is None else span.query_positions  # None: that of places
+        streams = [stream(lambda x: x, later, order_BT, False) for later in (0, 1)]
+    else:
+        streams = [stream(lambda x: x, 0, None, False)]
+
     lowest = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
     distance_R = jnp.arange(S, lowest - 1, -1)
     if cfg.clamp_length is not None:
@@ -312,67 +334,44 @@ def _place(
     # One dropout mask for all rows, where the authors draw one for each.
     encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
 
-    other_type = kept = None
-    if token_types is not None:
-        types_BS = token_types
-        if state is not None:
-            types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
-        other_type = both(token_types)[:, :, None] != types_BS[:, None]
+    kept = None
     if state is not None:
         last = _remembered(cfg, T, order)
         saved, state = memory.span(tokens[:, :last], state, None if segment_ids is None else segment_ids[:, :last])
         kept = saved.kept
         types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
         state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :last], kept)}
-    place = _Place(
-        mask=mask,
-        content_distance=None if plain else distance_BQS[:, :T],
-        query_distance=None if plain and order is None else distance_BQS[:, T:],
-        other_type=other_type,
-        sinusoids=encoded_RD.astype(cfg.dtype),
-        kept=kept,
-    )
-    return place, state
+    return _Place(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept), state
 
 
 def _attention(
     cfg: Config, weights: dict[str, Any], x_BQD: jax.Array, T: int, old: Any, place: _Place, key: jax.Array | None
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
-    content = x_BQD[:, :T] if old is None else jnp.concatenate([old, x_BQD[:, :T]], axis=1)
-    k, v = (constrain(linear(weights[name], content), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
-    scale = q.shape[-1] ** -0.5
+    read = x_BQD[:, :T] if old is None else jnp.concatenate([old, x_BQD[:, :T]], axis=1)
+    k, v = (constrain(linear(weights[name], read), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+    scale, S = q.shape[-1] ** -0.5, k.shape[1]
+    table = linear(weights["relative"], place.sinusoids)
+    mixed = []
+    for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), place.streams, ("content", "query")):
 
-    def plus(name: str) -> jax.Array:
-        return q + weights[name].astype(q.dtype)[None, None]
+        def plus(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
+            return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
 
-    r_RHK = linear(weights["relative"], place.sinusoids)
-    bias_BHQS = _distance_term(plus("position_bias"), r_RHK, T, k.shape[1], place, scale)
-    if place.other_type is not None:
-        types_2HK = weights["type_embedding"].astype(q.dtype)
-        term_BHQ2 = scale * jnp.einsum(
-            "BQHK,IHK->BHQI", plus("type_bias"), types_2HK, preferred_element_type=jnp.float32
-        )
-        bias_BHQS += jnp.where(place.other_type[:, None], term_BHQ2[..., 1:], term_BHQ2[..., :1])
-    mixed = attention(
-        plus("content_bias"), k, v, place.mask, scale=scale, bias=bias_BHQS, dropout=cfg.dropout,
-        key=fold_name(key, "attention"),
-    )  # fmt: skip
-    return dropout(linear(weights["output"], mixed, inputs=2), cfg.dropout, fold_name(key, "attention_output"))
-
-
-def _distance_term(q: jax.Array, r: jax.Array, T: int, keys: int, place: _Place, scale: float) -> jax.Array:
-    """What each query adds to each key by the distance between them, [B, H, Q, S] float32."""
-    terms = []
-    streams = (q[:, :T], place.content_distance, r[1:]), (q[:, T:], place.query_distance, r[:-1])
-    for q_stream, distance, shifted_r in streams:
-        if q_stream.shape[1] == 0:
-            continue
-        if distance is None:
-            terms.append(shifted_relative_term(q_stream, shifted_r, keys, scale=scale))
+        vectors: dict[str, Any] = {"q_BTHK": plus("position_bias"), "scale": scale}
+        if stream.positions is None:
+            terms = [distance_term(table, S, q_BTHK.shape[1], S, ahead=stream.ahead, **vectors)]
         else:
-            terms.append(relative_term(q_stream, r, distance, keys, scale=scale))
-    return jnp.concatenate(terms, axis=2)
+            terms = [distance_term_of_positions(table, S, *stream.positions, **vectors)]
+        if stream.types is not None:
+            types_2HK = weights["type_embedding"].astype(q.dtype)
+            terms.append(type_term(plus("type_bias"), types_2HK, stream.types, place.key_types, scale=scale))
+        content, own_key = plus("content_bias"), fold_name(key, f"{name}_attention")
+        mixed.append(
+            attention(content, k, v, stream.mask, scale=scale, bias=terms, dropout=cfg.dropout, key=own_key)
+        )  # fmt: skip
+    out = linear(weights["output"], jnp.concatenate(mixed, axis=1), inputs=2)
+    return dropout(out, cfg.dropout, fold_name(key, "output"))
 
 
 def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:

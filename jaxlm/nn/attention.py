@@ -7,7 +7,8 @@ width.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.nn.kernels import blockwise_attention
 from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.term import Term, check, dense
 
 Implementation = Literal["reference", "blockwise"]
 
@@ -29,7 +31,7 @@ def attention(
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     *,
     scale: float | None = None,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Term | Sequence[Term] | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     implementation: Implementation | None = None,
@@ -43,8 +45,8 @@ def attention(
         k_BSGK, v_BSGK: G divides H. G = H is the usual attention, G = 1 multi-query, between them grouped queries
             (Ainslie et al. 2023); query head h reads key head ``h // (H / G)``.
         scale: defaults to ``1 / sqrt(K)``.
-        bias: [1 or B, 1 or H, T, S], added to the scaled scores: position biases and relative terms. It is a dense
-            array, so only ``reference`` takes it.
+        bias: what is added to the scaled scores: a term or several (``jaxlm.nn.relative``), made as they are needed. Or
+            a dense array [1 or B, 1 or H, T, S], which only ``reference`` takes.
         dropout: rate; acts only with a ``key``.
         implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), or None for the
             best that is known for the device and the shape.
@@ -59,32 +61,46 @@ def attention(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the heads of k "
             "and v must divide those of q"
         )
-    if bias is not None and not all(
-        size in allowed for size, allowed in zip(bias.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
+    array, terms = _bias(bias)
+    if array is not None and not all(
+        size in allowed for size, allowed in zip(array.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
     ):
-        raise ValueError(f"bias {bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+        raise ValueError(f"bias {array.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+    for term in terms:
+        check(term, B, H)
     if mask.causal and mask.query_order is None and T != S:
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
     if implementation is None:
-        implementation = "blockwise" if T >= BLOCKWISE_FROM and bias is None else "reference"
+        implementation = "blockwise" if T >= BLOCKWISE_FROM and array is None else "reference"
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
-    k_BSHK, v_BSHK = (x if G == H else jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
     if implementation == "reference":
-        return _reference(q_BTHK, k_BSHK, v_BSHK, mask, scale, bias, dropout, key)
+        for term in terms:
+            array = dense(term, T, S) if array is None else array + dense(term, T, S)
+        k_BSHK, v_BSHK = (x if G == H else jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
+        return _reference(q_BTHK, k_BSHK, v_BSHK, mask, scale, array, dropout, key)
     if implementation == "blockwise":
-        if bias is not None:
-            raise ValueError("attention implementation 'blockwise' takes no bias: leave the implementation out")
+        if array is not None:
+            raise ValueError("attention implementation 'blockwise' takes no dense bias: leave the implementation out")
         # One head after the other keeps a CPU's matmuls two-dimensional and its temporaries in cache. Where heads or
         # batch are split over devices, and on accelerators, all heads go together.
         sequential = sharding.platform() == "cpu" and sharding.active() is None
         return blockwise_attention.attention(
-            q_BTHK, k_BSHK, v_BSHK, mask, scale=scale, dropout=dropout, key=key, sequential=sequential
+            q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms, dropout=dropout, key=key, sequential=sequential
         )
     raise ValueError(
         f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
     )
+
+
+def _bias(bias: Any) -> tuple[jax.Array | None, tuple[Term, ...]]:
+    """The dense array and the terms of what a caller gives."""
+    if isinstance(bias, Term):
+        return None, (bias,)
+    if bias is None or hasattr(bias, "shape"):
+        return bias, ()
+    return None, tuple(bias)
 
 
 def _reference(

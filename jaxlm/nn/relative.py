@@ -1,16 +1,24 @@
-"""Relative attention terms of Transformer-XL (Dai et al. 2019, section 3.3) and XLNet: what a query adds by distance.
+"""What a query and a key add to their score by the distance between them.
 
-    score(query, key) = scale * ((q + u) . k  +  (q + v) . r[distance]),   distance = query position - key position
+    T5 (Raffel et al. 2020, section 2.1):             a number for each head and distance
+    Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], a vector for each; XLNet has the same
 
-The first part is ordinary attention with ``q + u``; the second is made here and is ``attention``'s ``bias``. Rows of
-``r`` stand for descending distances. Shapes: B batch, T query time, S key time, H heads, K head width, R distances,
-D model.
+distance = query position - key position. Both are a table, the rows of which stand for descending distances, and are
+given to ``attention`` as a ``Term``: no implementation holds more of it than the tile at which it is.
+Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model; R rows and E columns of
+a tile.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.nn.term import Term, Tile
 
 
 def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
@@ -26,39 +34,110 @@ def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def relative_term(
-    q_BTHK: jax.Array, r_RHK: jax.Array, distance_BTS: jax.Array, longest: int, *, scale: float
-) -> jax.Array:
-    """``scale * q . r[distance]`` for any integer distances, [B, H, T, S] float32.
+def distance_term(
+    table: jax.Array,
+    longest: int,
+    queries: int,
+    keys: int,
+    *,
+    ahead: int,
+    q_BTHK: jax.Array | None = None,
+    scale: float = 1.0,
+) -> Term:
+    """A term of distances between places: query t stands ``ahead + t`` places after key 0, in every row of the batch.
 
     Args:
-        r_RHK: row i stands for distance ``longest - i``.
-        distance_BTS: [1 or B, T, S]. Where it is beyond the rows of ``r`` the nearest row counts: such pairs (pads,
-            other documents) are for the mask to hide.
+        table: [N, H], or [N, H, K] with ``q_BTHK``; row n stands for distance ``longest - n``. Beyond its ends the
+            nearest row counts.
+        ahead: 0 where queries and keys start together, ``keys - queries`` where they end together.
+        q_BTHK: what meets the vectors of the table.
+        scale: of the products; numbers are taken as they are.
     """
-    row_BTS = jnp.clip(longest - distance_BTS, 0, r_RHK.shape[0] - 1)
-    return jnp.take_along_axis(_scores(q_BTHK, r_RHK, scale), row_BTS[:, None], axis=-1, mode="clip")
+    # From now on row 0 belongs to the last query and the first key. One row more than pairs have: see ``_aligned``.
+    first, rows = longest - (ahead + queries - 1), queries + keys
+    low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
+    before, after = (min(max(beyond, 0), rows - 1) for beyond in (low - first, first + rows - 1 - high))
+    table = jnp.pad(table[low : high + 1], ((before, after), *[(0, 0)] * (table.ndim - 1)), mode="edge")
+    return Term(_Places(queries - 1, scale), _floats(table, q_BTHK))
 
 
-def shifted_relative_term(q_BTHK: jax.Array, r_RHK: jax.Array, keys: int, *, scale: float) -> jax.Array:
-    """:func:`relative_term` without a gather, where queries and ``keys`` end together: query T-1 is at key S-1.
+def distance_term_of_positions(
+    table: jax.Array,
+    longest: int,
+    query_BT: jax.Array,
+    key_BS: jax.Array,
+    *,
+    q_BTHK: jax.Array | None = None,
+    scale: float = 1.0,
+) -> Term:
+    """:func:`distance_term` for any positions, [1 or B, T] and [1 or B, S] integers: it picks, where places shift."""
+    return Term(_Positions(longest, scale), _floats(table, q_BTHK), {"query": query_BT, "key": key_BS})
 
-    Reading T rows of R + 1 as rows of R shifts each row against the one before (Dai et al. 2019, appendix B).
 
-    Args:
-        r_RHK: row i stands for distance ``keys - 1 - i``. ``keys`` rows serve a causal mask (terms of later keys are
-            then arbitrary, if finite), ``keys + T - 1`` rows every pair.
+def type_term(
+    q_BTHK: jax.Array, table_2HK: jax.Array, query_types_BT: jax.Array, key_types_BS: jax.Array, *, scale: float
+) -> Term:
+    """``scale * q . table[types differ]`` (XLNet; Yang et al. 2019, section 2.5): row 0 for equal token types."""
+    pair_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
+    return Term(_Types(), {"pair": pair_BHT2}, {"query": query_types_BT, "key": key_types_BS})
 
-    Raises:
-        ValueError: fewer rows than keys.
+
+def _floats(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
+    if q_BTHK is None:
+        return {"table": jnp.moveaxis(table.astype(jnp.float32), 1, 0)[None]}
+    return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 1, 0)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Row ``shift - t + s`` of the table for query t and key s."""
+
+    shift: int
+    scale: float
+
+    def __call__(self, floats: Any, integers: Any, tile: Tile) -> jax.Array:
+        R, E = tile.rows, tile.columns
+        strip = lax.dynamic_slice_in_dim(floats["table"], self.shift - tile.row - (R - 1) + tile.column, R + E)
+        if "query" in floats:
+            return _aligned(_product(tile.of_queries(floats["query"]), strip, self.scale))
+        return _aligned(jnp.broadcast_to(strip[None, :], (R, R + E)))
+
+
+def _aligned(x_RP: jax.Array) -> jax.Array:
+    """Entry (i, R - 1 - i + j) of x [R, R + E] at (i, j), [R, E]: diagonals become columns.
+
+    Reading rows of P as rows of P - 1 shifts each against the one before (Dai et al. 2019, appendix B).
     """
-    B, T, H, _ = q_BTHK.shape
-    R = r_RHK.shape[0]
-    if keys > R:
-        raise ValueError(f"{R} relative rows do not reach over {keys} keys")
-    padded = jnp.pad(_scores(q_BTHK, r_RHK, scale), ((0, 0), (0, 0), (0, 0), (1, 0)))
-    return padded.reshape(B, H, T * (R + 1))[..., T:].reshape(B, H, T, R)[..., :keys]
+    R, P = x_RP.shape
+    return x_RP.reshape(R * P)[R - 1 : R - 1 + R * (P - 1)].reshape(R, P - 1)[:, : P - R]
 
 
-def _scores(q_BTHK: jax.Array, r_RHK: jax.Array, scale: float) -> jax.Array:
-    return jnp.einsum("BTHK,RHK->BHTR", q_BTHK, r_RHK, preferred_element_type=jnp.float32) * scale
+@dataclasses.dataclass(frozen=True)
+class _Positions:
+    """Row ``longest - distance`` of the table, or the nearest."""
+
+    longest: int
+    scale: float
+
+    def __call__(self, floats: Any, integers: Any, tile: Tile) -> jax.Array:
+        query_R, key_E = tile.of_queries(integers["query"]), tile.of_keys(integers["key"])
+        table = floats["table"]
+        row_RE = jnp.clip(self.longest - (query_R[:, None] - key_E[None, :]), 0, table.shape[0] - 1)
+        if "query" not in floats:
+            return table.at[row_RE].get(mode="promise_in_bounds")
+        scores_RN = _product(tile.of_queries(floats["query"]), table, self.scale)
+        return jnp.take_along_axis(scores_RN, row_RE, axis=1, mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Types:
+    """One of two numbers of the query."""
+
+    def __call__(self, floats: Any, integers: Any, tile: Tile) -> jax.Array:
+        pair_R2 = tile.of_queries(floats["pair"])
+        same = tile.of_queries(integers["query"])[:, None] == tile.of_keys(integers["key"])[None, :]
+        return jnp.where(same, pair_R2[:, :1], pair_R2[:, 1:])
+
+
+def _product(q_RK: jax.Array, table_NK: jax.Array, scale: float) -> jax.Array:
+    return lax.dot_general(q_RK, table_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale

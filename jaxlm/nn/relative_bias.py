@@ -3,7 +3,7 @@
     bias[head, query, key] = table[bucket(key position - query position), head]
 
 Half of the buckets stand for one distance each, the others for ranges that grow logarithmically; from ``max_distance``
-on all distances share the last. Shapes: B batch, T query time, S key time, H heads, N buckets.
+on all distances share the last. Shapes: H heads, N buckets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.sharding import constrain, gathered
+from jaxlm.sharding import gathered
 
 
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
@@ -50,21 +50,11 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
     return (bucket + np.where(bidirectional & (distance > 0), one_side, 0)).astype(np.int32)
 
 
-def relative_bias(
-    table_NH: jax.Array, query_BT: jax.Array, key_BS: jax.Array, max_distance: int, *, bidirectional: bool
-) -> jax.Array:
-    """The bias of each pair, [B, H, T, S] float32, for ``attention``. B is 1 where positions are those of every row.
+def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
+    """The bias of every distance, [2 * max_distance + 1, H] float32: row n is that of ``max_distance - n``.
 
-    Args:
-        query_BT, key_BS: positions, [1 or B, T] and [1 or B, S] integers. With a cache, those of its slots: the rows of
-            one batch may stand at different places.
+    What ``distance_term`` takes, with ``longest=max_distance``.
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
-    distance_BTS = key_BS[:, None, :] - query_BT[:, :, None]
-    bucket_BTS = buckets[jnp.clip(distance_BTS, -max_distance, max_distance) + max_distance]
-    # Few rows, looked up often: on a CPU this and its gradient are 10 times as fast as a product with one-hot vectors.
-    bias_BTSH = (
-        table_NH.astype(jnp.float32).at[bucket_BTS].get(mode="promise_in_bounds", out_sharding=gathered(bucket_BTS))
-    )
-    rows = "batch" if bias_BTSH.shape[0] > 1 else None
-    return constrain(jnp.moveaxis(bias_BTSH, -1, 1), (rows, "heads", "seq", None))
+    # Few rows: on a CPU this and its gradient are 10 times as fast as a product with one-hot vectors.
+    return table_NH.astype(jnp.float32).at[buckets].get(mode="promise_in_bounds", out_sharding=gathered(buckets))

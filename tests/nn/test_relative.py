@@ -1,26 +1,22 @@
-"""Relative terms against a dense form that picks each row with a one-hot vector."""
+"""Relative terms against one table row picked for every pair, dense and in every implementation of attention."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.relative import relative_term, shifted_relative_term, sinusoids
+from jaxlm import sharding
+from jaxlm.nn.attention import attention
+from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.relative import distance_term, distance_term_of_positions, sinusoids, type_term
+from jaxlm.nn.term import Term, dense
 from tests.helpers import assert_trees_close, relative_error
 
-B, T, S, H, K = 2, 5, 8, 3, 4
-PLAIN = (S - T + np.arange(T))[None, :, None] - np.arange(S)[None, None, :]  # queries and keys end together
-
-
-def arrays(rows):
-    q_key, r_key = jax.random.split(jax.random.key(0))
-    return jax.random.normal(q_key, (B, T, H, K)), jax.random.normal(r_key, (rows, H, K))
-
-
-def dense(q, r, distance, longest):
-    picked_BTSR = jax.nn.one_hot(longest - jnp.asarray(distance), len(r))
-    picked_BTSR = jnp.broadcast_to(picked_BTSR, (B, *picked_BTSR.shape[1:]))
-    return 0.5 * jnp.einsum("BTHK,BTSR,RHK->BHTS", q, picked_BTSR, r)
+B, H, K = 2, 3, 4
+SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, keys, places ahead
 
 
 def test_sinusoids_are_concatenated_and_not_interleaved():
@@ -32,42 +28,147 @@ def test_sinusoids_are_concatenated_and_not_interleaved():
         sinusoids(jnp.arange(3), 5)
 
 
-def test_terms_of_any_distances_and_their_gradients():
-    """Each row has distances of its own, negative and repeated ones too."""
-    q, r = arrays(rows=9)
-    distance = np.random.default_rng(0).integers(-3, 6, (B, T, S))
-    outer = jax.random.normal(jax.random.key(1), (B, H, T, S))
-
-    def of(form):
-        return jax.jit(jax.value_and_grad(lambda q, r: jnp.sum(outer * form(q, r)), argnums=(0, 1)))(q, r)
-
-    ours = of(lambda q, r: relative_term(q, r, jnp.asarray(distance), 5, scale=0.5))
-    assert_trees_close(ours, of(lambda q, r: dense(q, r, distance, 5)), 1e-5)
+def picked(table, longest, distance_BTS, q=None):
+    """The definition: [B, H, T, S], a row of the table for every pair, or the product of it and the query."""
+    rows = jnp.clip(longest - jnp.asarray(distance_BTS), 0, table.shape[0] - 1)
+    chosen = table[rows]
+    if q is None:
+        return jnp.moveaxis(chosen, -1, 1)
+    return 0.5 * jnp.einsum("BTHK,BTSHK->BHTS", q, jnp.broadcast_to(chosen, (B, *chosen.shape[1:])))
 
 
-def test_distances_beyond_the_rows_take_the_nearest():
-    q, r = arrays(rows=3)
-    far = relative_term(q, r, jnp.full((1, T, S), 99), 2, scale=0.5)
-    near = relative_term(q, r, jnp.full((1, T, S), 2), 2, scale=0.5)
-    assert np.array_equal(far, near)
+def arrays(queries, rows, vectors):
+    one, two = jax.random.split(jax.random.key(0))
+    table = jax.random.normal(one, (rows, H, K) if vectors else (rows, H))
+    return table, jax.random.normal(two, (B, queries, H, K)) if vectors else None
 
 
-@pytest.mark.parametrize("rows", [S, S + T - 1])
-def test_shifted_terms_are_those_of_plain_distances_and_so_are_their_gradients(rows):
-    q, r = arrays(rows)
-    # Rows for a causal mask alone: what later keys get is arbitrary, so it must not count.
-    seen = np.broadcast_to((rows > S) | (PLAIN >= 0), (1, T, S))[:, None]
-    outer = jnp.where(seen, jax.random.normal(jax.random.key(1), (B, H, T, S)), 0.0)
+def check(ours, theirs, *arguments):
+    """Values and all gradients, with another weight on every entry."""
 
-    def of(form):
-        return jax.jit(jax.value_and_grad(lambda q, r: jnp.sum(outer * form(q, r)), argnums=(0, 1)))(q, r)
+    def run(function):
+        out, pull = jax.vjp(function, *arguments)
+        return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
 
-    ours = of(lambda q, r: shifted_relative_term(q, r, S, scale=0.5))
-    assert_trees_close(ours, of(lambda q, r: dense(q, r, PLAIN, S - 1)), 1e-5)
-    assert np.isfinite(np.asarray(shifted_relative_term(q, r, S, scale=0.5))).all()
+    # 1e-5: where one row serves all pairs, its gradient is a sum of both signs.
+    assert_trees_close(jax.jit(run, static_argnums=0)(ours), jax.jit(run, static_argnums=0)(theirs), 1e-5)
 
 
-def test_too_few_rows_are_an_error():
-    q, r = arrays(rows=7)
-    with pytest.raises(ValueError, match="7 relative rows do not reach over 8 keys"):
-        shifted_relative_term(q, r, S, scale=1.0)
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "ahead"), SHAPES)
+def test_distances_of_places(queries, keys, ahead, vectors):
+    """Also where the table is too short on either side, or goes on."""
+    distance = (ahead + np.arange(queries))[None, :, None] - np.arange(keys)
+    for longest, rows in ((distance.max(), queries + keys - 1), (2, 4), (40, 60), (2, 1), (-40, 3), (60, 3)):
+        table, q = arrays(queries, rows, vectors)
+
+        def ours(table, *q, longest=longest):
+            query = q[0] if q else None
+            return dense(
+                distance_term(table, int(longest), queries, keys, ahead=ahead, q_BTHK=query, scale=0.5), queries, keys
+            )
+
+        def theirs(table, *q, longest=longest):
+            return picked(table, longest, distance, *q)
+
+        check(ours, theirs, table, *(() if q is None else (q,)))
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_distances_of_positions(vectors):
+    """Rows of the batch have positions of their own, in any order; beyond the table the nearest row counts."""
+    rng = np.random.default_rng(0)
+    query, key = rng.integers(0, 9, (B, 5)), rng.integers(0, 9, (B, 7))
+    table, q = arrays(5, 9, vectors)
+
+    def ours(table, *q):
+        query_vectors = q[0] if q else None
+        return dense(
+            distance_term_of_positions(
+                table, 5, jnp.asarray(query), jnp.asarray(key), q_BTHK=query_vectors, scale=0.5
+            ), 5, 7,
+        )  # fmt: skip
+
+    distance = query[:, :, None] - key[:, None, :]
+    check(ours, lambda table, *q: picked(table, 5, distance, *q), table, *(() if q is None else (q,)))
+
+
+def test_token_types_pick_one_of_two_vectors():
+    rng = np.random.default_rng(0)
+    query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
+    table, q = arrays(5, 2, True)
+    index = jnp.asarray(query[:, :, None] != key[:, None, :]).astype(int)
+    ours = lambda q, table: dense(type_term(q, table, query, key, scale=0.5), 5, 7)  # noqa: E731
+    check(ours, lambda q, table: 0.5 * jnp.einsum("BTHK,BTSHK->BHTS", q, table[index]), q, table)
+
+
+def terms_of(kind, table, vectors, q, types):
+    """Terms of T queries and keys, as the families have them."""
+    T = q.shape[1]
+    place = jnp.arange(T)[None] + jnp.array([[0], [3]])
+    if kind == "numbers":
+        return distance_term(table, 12, T, T, ahead=0)
+    if kind == "numbers of positions":
+        return distance_term_of_positions(table, 12, place, place)
+    if kind == "vectors":
+        return distance_term(vectors, T, T, T, ahead=0, q_BTHK=q, scale=0.5)
+    positions = place // 2, place // 2
+    return [
+        distance_term_of_positions(vectors, T, *positions, q_BTHK=q, scale=0.5),
+        type_term(q, types, place % 3, place % 2, scale=0.5),
+    ]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("kind", ["numbers", "numbers of positions", "vectors", "vectors and types"])
+def test_blocks_make_their_part_of_a_term_and_of_its_gradient(monkeypatch, kind, sequential):
+    monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
+    monkeypatch.setattr(blockwise_attention, "ROWS", 16)
+    monkeypatch.setattr(blockwise_attention, "ALIGN", 8)
+    monkeypatch.setattr(blockwise_attention, "RANGES_FROM", 32)
+    T = 40
+    keys = jax.random.split(jax.random.key(0), 6)
+    q, k, v = (jax.random.normal(key, (B, T, H, K)) for key in keys[:3])
+    table, vectors, types = (
+        jax.random.normal(key, shape) for key, shape in zip(keys[3:], [(25, H), (2 * T, H, K), (2, H, K)])
+    )
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (B, T)), axis=1))
+    for mask in (Mask(causal=True), Mask(query_segments=segments, key_segments=segments)):
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(implementation, mask=mask):
+            def attend(q, k, v, *tables):
+                bias = terms_of(kind, *tables[:2], q, tables[2])
+                return attention(q, k, v, mask, bias=bias, implementation=implementation)
+
+            out, pull = jax.vjp(attend, q, k, v, table, vectors, types)
+            return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+        want = run("reference")
+        assert_trees_close(run("blockwise"), want, 5e-6)
+        assert sum(np.abs(gradient).max() > 1e-3 for gradient in want[1][3:]) == (2 if kind.endswith("types") else 1)
+
+
+def test_no_array_of_all_pairs_is_made():
+    """Temporaries of the gradient at twice the length: about twice, with each kind of term."""
+
+    def temporaries(kind, T):
+        def value(q, k, v, *tables):
+            return jnp.sum(attention(q, k, v, Mask(causal=True), bias=terms_of(kind, *tables[:2], q, tables[2])))
+
+        shapes = [(2, T, 1, K)] * 3 + [(25, 1), (2 * T, 1, K), (2, 1, K)]
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        compiled = jax.jit(jax.grad(value, argnums=range(6))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for kind in ("numbers", "vectors"):
+        assert temporaries(kind, 8192) < 2.2 * temporaries(kind, 4096) < 2.2 * 4096 * 4096 * 4 / 2, kind
+
+
+def test_terms_of_other_shapes_are_named():
+    q = jnp.zeros((B, 5, H, K))
+    term = distance_term(jnp.zeros((9, H + 1)), 4, 5, 5, ahead=0)
+    with pytest.raises(ValueError, match=r"an array \(1, 4, 10\) of a term must be \[1 or 2, 1 or 3"):
+        attention(q, q, q, bias=term)
+    with pytest.raises(ValueError, match=r"integers of a term must be \[1 or 2"):
+        attention(q, q, q, bias=Term(term.form, {"table": jnp.zeros((1, H, 10))}, jnp.zeros((3, 5), jnp.int32)))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.relative_bias import distance_buckets, relative_bias
+from jaxlm.nn.relative_bias import distance_buckets, distance_table
 from tests.helpers import relative_error
 
 # Where a bucket of T5's 32 begins, after the exact ones: 8 * 16**(i/8) and 16 * 8**(i/16), rounded up.
@@ -25,44 +25,20 @@ def test_buckets_of_t5():
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_the_bias_of_a_pair_follows_from_its_own_positions(bidirectional):
-    rng = np.random.default_rng(0)
-    table = rng.normal(size=(8, 3)).astype(np.float32)
-    query, key = rng.integers(0, 40, (2, 5)), rng.integers(0, 40, (2, 7))
-    bias = relative_bias(jnp.asarray(table), jnp.asarray(query), jnp.asarray(key), 12, bidirectional=bidirectional)
-    buckets = distance_buckets(8, 12, bidirectional=bidirectional)
-    for b, t, s in np.ndindex(2, 5, 7):
-        bucket = buckets[np.clip(key[b, s] - query[b, t], -12, 12) + 12]
-        np.testing.assert_array_equal(bias[b, :, t, s], table[bucket])
-
-
-def test_positions_of_every_row_give_one_bias():
-    table = jax.random.normal(jax.random.key(0), (8, 3))
-    place = jnp.arange(6)[None]
-    bias = relative_bias(table, place, place, 12, bidirectional=True)
-    assert bias.shape == (1, 3, 6, 6)
-    moved = relative_bias(table, place + jnp.array([[0], [9]]), place + jnp.array([[0], [9]]), 12, bidirectional=True)
-    np.testing.assert_array_equal(moved, np.broadcast_to(bias, (2, 3, 6, 6)))  # only distances count
-
-
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_gradient_of_the_table_is_the_sum_over_the_pairs_of_a_bucket(bidirectional):
+def test_every_distance_has_the_number_of_its_bucket_and_gives_it_its_gradient(bidirectional):
     rng = np.random.default_rng(1)
-    query, key = rng.integers(0, 40, (3, 6)), rng.integers(0, 40, (3, 9))
-    weight = rng.normal(size=(3, 2, 6, 9)).astype(np.float32)
+    table, weight = (rng.normal(size=(n, 2)).astype(np.float32) for n in (8, 25))
+    buckets = distance_buckets(8, 12, bidirectional=bidirectional)
+    got = distance_table(jnp.asarray(table), 12, bidirectional=bidirectional)
+    np.testing.assert_array_equal(got, table[buckets])
 
     def value(table):
-        bias = relative_bias(table, jnp.asarray(query), jnp.asarray(key), 12, bidirectional=bidirectional)
-        return jnp.sum(weight * jnp.square(bias))
+        return jnp.sum(weight * jnp.square(distance_table(table, 12, bidirectional=bidirectional)))
 
-    table = rng.normal(size=(8, 2)).astype(np.float32)
-    buckets = distance_buckets(8, 12, bidirectional=bidirectional)[
-        np.clip(key[:, None, :] - query[:, :, None], -12, 12) + 12
-    ]
     want = np.zeros((8, 2))
-    np.add.at(want, buckets, np.moveaxis(weight, 1, -1) * 2.0 * table[buckets].astype(np.float64))
+    np.add.at(want, buckets, weight * 2.0 * table[buckets].astype(np.float64))
     assert relative_error(jax.jit(jax.grad(value))(table), want) < 1e-6
-    unused = sorted(set(range(8)) - set(buckets.ravel()))
+    unused = sorted(set(range(8)) - set(buckets))
     assert unused == ([4] if bidirectional else [])
     assert np.all(want[unused] == 0.0)
 

@@ -1,8 +1,9 @@
 """Attention in blocks of queries: O(T) memory, scores recomputed in the backward pass (after Dao et al. 2022).
 
-For each head, a block of queries meets all the keys that it may see: with a causal mask in index order, those up to the
-diagonal. Only the output and the log-sum-exp of each row are saved. Shapes as in ``jaxlm.nn.attention``; N = B*H heads,
-R rows of a block, E keys that a block meets.
+For each head, a block of queries meets the keys that it may see, all at once: with a causal mask in index order those
+up to the diagonal (and within the window), which is known while tracing; with other masks over many keys the range that
+the integers of the block leave, rounded up to one of a few lengths. Only the output and the log-sum-exp of each row are
+saved. Shapes as in ``jaxlm.nn.attention``; R rows of a block, E keys that a block meets.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.term import Term, Tile, axes_over, without_ones
 
-ROWS = 128
-"""Queries per block while blocks are unrolled (up to MAX_UNROLLED of them); longer sequences loop over ROWS_LOOPED."""
-ROWS_LOOPED = 256
-MAX_UNROLLED = 16
+ROWS = 256
+"""Queries per block. Smaller blocks leave matmuls too small, larger ones more of the triangle that is masked."""
+SECTIONS = 8
+"""A causal mask in index order cuts the keys at the end of each section of the queries. There are at most so many, for
+each is compiled by itself. The blocks of a section loop, which also keeps their temporaries from living all at once."""
+ALIGN = 128
+"""Where a range of keys may begin and end."""
+RANGES_FROM = 1024
+"""Keys from which ranges that only the integers of a mask tell are worth a branch."""
 SAVED = "attention"
 """Name (``jax.ad_checkpoint.checkpoint_name``) of what the forward pass leaves for the backward pass."""
 
@@ -36,23 +43,29 @@ class _Static:
     scale: float
     dropout: float
     sequential: bool
+    forms: tuple[Any, ...]
 
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
     mask: Mask,
     *,
     scale: float,
+    terms: tuple[Term, ...],
     dropout: float,
     key: jax.Array | None,
     sequential: bool,
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``sequential``: one head after the other instead of all together."""
-    static = _Static(mask.causal, mask.window, scale, dropout, sequential)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
-    return jnp.swapaxes(_attention(static, q, k, v, jax.tree.map(jnp.asarray, mask.arrays), key), 1, 2)
+    static = _Static(mask.causal, mask.window, scale, dropout, sequential, tuple(term.form for term in terms))
+    if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
+        k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    floats = (q, k, v, tuple(term.floats for term in terms))
+    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
+    return jnp.swapaxes(_attention(static, floats, integers, key), 1, 2)
 
 
 def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax.Array:
@@ -64,44 +77,52 @@ def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax
 # ------------------------------------------------------------------------------------------------ one block
 
 
-def _scores(static: _Static, q_RK: jax.Array, k_EK: jax.Array, row: Any, ints: tuple[Any, ...]) -> jax.Array:
-    """Masked scores of one block of queries, the first of which is number ``row``, [R, E] float32."""
-    scores = lax.dot_general(q_RK, k_EK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * static.scale
-    R, E = scores.shape
-    query_order, key_order, query_segments, key_segments = ints
+def _terms(static: _Static, floats: Any, integers: Any, tile: Tile) -> Any:
+    """What the terms add in a block, [R, E] float32."""
+    return sum(form(f, i, tile) for form, f, i in zip(static.forms, floats, integers, strict=True))
+
+
+def _masked(static: _Static, scores_RE: jax.Array, integers: Any, tile: Tile) -> jax.Array:
+    query_order, key_order, query_segments, key_segments = integers
     if static.causal and query_order is None:
-        query_order, key_order = row + jnp.arange(R), jnp.arange(E)
+        query_order, key_order = tile.row + jnp.arange(tile.rows), tile.column + jnp.arange(tile.columns)
+    elif query_order is not None:
+        query_order, key_order = tile.of_queries(query_order), tile.of_keys(key_order)
+    if query_segments is not None:
+        query_segments, key_segments = tile.of_queries(query_segments), tile.of_keys(key_segments)
     lead = jax.tree.map(lambda x: x[None], (query_order, key_order, query_segments, key_segments))
-    kept = keep(Mask(static.causal, static.window, *lead), R, E)
-    return scores if kept is None else jnp.where(kept[0], scores, -jnp.inf)
+    kept = keep(Mask(static.causal, static.window, *lead), tile.rows, tile.columns)
+    return scores_RE if kept is None else jnp.where(kept[0], scores_RE, -jnp.inf)
 
 
-def _drop(static: _Static, key: Any, head: Any, length: int, row: Any, shape: tuple[int, ...]) -> jax.Array | None:
+def _scores(static: _Static, q_RK: jax.Array, k_EK: jax.Array, floats: Any, integers: Any, tile: Tile) -> jax.Array:
+    """Masked scores of a block, [R, E] float32."""
+    scores = lax.dot_general(q_RK, k_EK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * static.scale
+    if static.forms:
+        scores = scores + _terms(static, floats, integers[1], tile)
+    return _masked(static, scores, integers[0], tile)
+
+
+def _drop(static: _Static, key: Any, head: Any, queries: int, keys: int, tile: Tile) -> jax.Array | None:
     if key is None:
         return None
-    rows = (head * length + row + jnp.arange(shape[0])).astype(jnp.uint32)
-    return dropout_keep(key, rows, shape[1], static.dropout)
+    rows = (head * queries + tile.row + jnp.arange(tile.rows)).astype(jnp.uint32)
+    if isinstance(tile.column, int):
+        return dropout_keep(key, rows, tile.column + tile.columns, static.dropout)[:, tile.column :]
+    return lax.dynamic_slice_in_dim(dropout_keep(key, rows, keys, static.dropout), tile.column, tile.columns, axis=1)
 
 
 def _forward_block(
-    static: _Static,
-    q_RK: jax.Array,
-    k_EK: jax.Array,
-    v_EK: jax.Array,
-    row: Any,
-    ints: Any,
-    key: Any,
-    head: Any,
-    length: int,
-) -> tuple[jax.Array, jax.Array]:
-    scores = _scores(static, q_RK, k_EK, row, ints)
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, floats: Any, integers: Any, tile: Tile,
+    dropped: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    scores = _scores(static, q_RK, k_EK, floats, integers, tile)
     top_R = jnp.max(scores, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # a query that sees nothing
     weights = jnp.exp(scores - top_R[:, None])
     total_R = jnp.sum(weights, axis=1)
-    kept = _drop(static, key, head, length, row, weights.shape)
-    if kept is not None:
-        weights = jnp.where(kept, weights / (1.0 - static.dropout), 0.0)
+    if dropped is not None:
+        weights = jnp.where(dropped, weights / (1.0 - static.dropout), 0.0)
     out = lax.dot_general(
         weights.astype(v_EK.dtype), v_EK, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -113,143 +134,191 @@ def _forward_block(
 
 
 def _backward_block(
-    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, row: Any, ints: Any, key: Any, head: Any,
-    length: int, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Gradients of one block: dq [R, K], and what it adds to dk and dv [E, K], all float32."""
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, floats: Any, integers: Any, tile: Tile,
+    dropped: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
+    """Gradients of a block: dq [R, K], what it adds to dk and dv [E, K], and to the arrays of the terms; float32."""
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-    weights = jnp.exp(_scores(static, q_RK, k_EK, row, ints) - lse_R[:, None])
+    weights = jnp.exp(_scores(static, q_RK, k_EK, floats, integers, tile) - lse_R[:, None])
     dweights = dot(dout_RK, v_EK, (((1,), (1,)), ((), ())))
-    kept = _drop(static, key, head, length, row, weights.shape)
-    dropped = weights
-    if kept is not None:
-        dropped = jnp.where(kept, weights / (1.0 - static.dropout), 0.0)
-        dweights = jnp.where(kept, dweights / (1.0 - static.dropout), 0.0)
+    kept = weights
+    if dropped is not None:
+        kept = jnp.where(dropped, weights / (1.0 - static.dropout), 0.0)
+        dweights = jnp.where(dropped, dweights / (1.0 - static.dropout), 0.0)
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
-    dscores = (weights * (dweights - delta_R[:, None]) * static.scale).astype(q_RK.dtype)
-    dv_EK = dot(dropped.astype(v_EK.dtype), dout_RK, (((0,), (0,)), ((), ())))
-    dq_RK = dot(dscores, k_EK, (((1,), (0,)), ((), ())))
-    dk_EK = dot(dscores, q_RK, (((0,), (0,)), ((), ())))
-    return dq_RK, dk_EK, dv_EK
+    dscores = weights * (dweights - delta_R[:, None])
+    scaled = (dscores * static.scale).astype(q_RK.dtype)
+    dv_EK = dot(kept.astype(v_EK.dtype), dout_RK, (((0,), (0,)), ((), ())))
+    dq_RK = dot(scaled, k_EK, (((1,), (0,)), ((), ())))
+    dk_EK = dot(scaled, q_RK, (((0,), (0,)), ((), ())))
+    dfloats: Any = ()
+    if static.forms:
+        _, pull = jax.vjp(lambda floats: _terms(static, floats, integers[1], tile), floats)
+        (dfloats,) = pull(dscores)
+    return dq_RK, dk_EK, dv_EK, dfloats
 
 
 # ------------------------------------------------------------------------------------------- blocks of a head
 
 
 def _over_blocks(
-    static: _Static,
-    T: int,
-    S: int,
-    ints: tuple[Any, ...],
-    carry: Any,
-    visit: Callable[[Any, Any, int, int, tuple[Any, ...]], Any],
+    static: _Static, queries: int, keys: int, integers: Any, carry: Any, visit: Callable[[Any, Tile], Any]
 ) -> Any:
-    """``carry = visit(carry, first row, rows, keys, integers of the block)`` for every block of queries."""
-
-    def sliced(row: Any, rows: int, keys: int) -> tuple[Any, ...]:
-        query = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, row, rows)  # noqa: E731
-        keyed = lambda x: None if x is None else x[:keys]  # noqa: E731
-        return query(ints[0]), keyed(ints[1]), query(ints[2]), keyed(ints[3])
-
-    if -(-T // ROWS) <= MAX_UNROLLED:
-        diagonal = static.causal and ints[0] is None
-        for row in range(0, T, ROWS):
-            rows = min(ROWS, T - row)
-            keys = row + rows if diagonal else S
-            carry = visit(carry, row, rows, keys, sliced(row, rows, keys))
+    """``carry = visit(carry, tile)`` for every block of queries, with the keys that it may see."""
+    order, _, segments, _ = integers[0]
+    diagonal = static.causal and order is None
+    # Many heads at once may need different keys, and a branch per head would run all branches.
+    ranges = static.sequential and keys >= RANGES_FROM and (order is not None or segments is not None)
+    if diagonal and not ranges:
+        rows = -(-max(queries // SECTIONS, 1) // ROWS) * ROWS
+        for row in range(0, queries, rows):
+            end = min(row + rows, queries)
+            first = 0 if static.window is None else max(row - static.window + 1, 0) // ALIGN * ALIGN
+            carry = _section(row, end, carry, functools.partial(_with_keys, visit, first, end))
         return carry
-    whole = T // ROWS_LOOPED
-    carry = lax.fori_loop(
-        0,
-        whole,
-        lambda i, c: visit(c, i * ROWS_LOOPED, ROWS_LOOPED, S, sliced(i * ROWS_LOOPED, ROWS_LOOPED, S)),
-        carry,
-    )
-    if T % ROWS_LOOPED:
-        row, rows = whole * ROWS_LOOPED, T % ROWS_LOOPED
-        carry = visit(carry, row, rows, S, sliced(row, rows, S))
+
+    def choose(carry: Any, row: Any, rows: int) -> Any:
+        if not ranges:
+            return visit(carry, Tile(row, rows, 0, keys))
+        lengths = sorted({min(-(-keys // (part * ALIGN)) * ALIGN, keys) for part in (16, 8, 4, 2, 1)})
+        first, end = _visible(static, row, rows, queries, keys, integers[0])
+        first = first // ALIGN * ALIGN
+
+        def branch(length: int) -> Callable[[Any], Any]:
+            return lambda carry: visit(carry, Tile(row, rows, jnp.minimum(first, keys - length), length))
+
+        longer = sum((end - first > length).astype(jnp.int32) for length in lengths[:-1])
+        return lax.switch(longer, [branch(length) for length in lengths], carry)
+
+    return _section(0, queries, carry, choose)
+
+
+def _with_keys(visit: Callable[[Any, Tile], Any], first: int, end: int, carry: Any, row: Any, rows: int) -> Any:
+    return visit(carry, Tile(row, rows, first, end - first))
+
+
+def _section(start: int, end: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
+    """``carry = visit(carry, row, rows)`` for the blocks between two rows."""
+    whole = (end - start) // ROWS
+    if whole == 1:
+        carry = visit(carry, start, ROWS)
+    elif whole > 1:
+        carry = lax.fori_loop(0, whole, lambda i, c: visit(c, start + i * ROWS, ROWS), carry)
+    if rest := (end - start) % ROWS:
+        carry = visit(carry, end - rest, rest)
     return carry
 
 
-def _rows(x: jax.Array, row: Any, rows: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, row, rows)
+def _visible(static: _Static, row: Any, rows: int, queries: int, keys: int, integers: Any) -> tuple[Any, Any]:
+    """First key that a block may see, and one beyond the last."""
+    query_order, key_order, query_segments, key_segments = integers
+    tile = Tile(row, rows, 0, keys)
+    seen_S = jnp.ones((keys,), bool)
+    if static.causal:
+        if query_order is None:
+            query_order, key_order = jnp.arange(queries), jnp.arange(keys)
+        order_R = tile.of_queries(query_order)
+        seen_S &= key_order <= jnp.max(order_R)
+        if static.window is not None:
+            seen_S &= key_order > jnp.min(order_R) - static.window
+    if query_segments is not None:
+        segments_R = tile.of_queries(query_segments)
+        seen_S &= (key_segments >= jnp.min(segments_R)) & (key_segments <= jnp.max(segments_R))
+    first = jnp.argmax(seen_S).astype(jnp.int32)
+    return first, jnp.where(jnp.any(seen_S), keys - jnp.argmax(seen_S[::-1]).astype(jnp.int32), first)
 
 
 def _put(x: jax.Array, value: jax.Array, row: Any) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), row, 0)
 
 
-def _head_forward(
-    static: _Static, key: Any, head: Any, q: Any, k: Any, v: Any, ints: Any
-) -> tuple[jax.Array, jax.Array]:
+def _add(x: jax.Array, value: jax.Array, tile: Tile) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, tile.of_keys(x) + value, tile.column, 0)
+
+
+def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
+    q, k, v, added = floats
     T, S = q.shape[0], k.shape[0]
 
-    def visit(carry: Any, row: Any, rows: int, keys: int, block_ints: Any) -> Any:
-        out, lse = _forward_block(static, _rows(q, row, rows), k[:keys], v[:keys], row, block_ints, key, head, T)
-        return _put(carry[0], out, row), _put(carry[1], lse, row)
+    def visit(carry: Any, tile: Tile) -> Any:
+        dropped = _drop(static, key, head, T, S, tile)
+        out, lse = _forward_block(
+            static, tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), added, integers, tile, dropped
+        )
+        return _put(carry[0], out, tile.row), _put(carry[1], lse, tile.row)
 
-    return _over_blocks(static, T, S, ints, (jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)), visit)
+    start = jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)
+    return _over_blocks(static, T, S, integers, start, visit)
 
 
 def _head_backward(
-    static: _Static, key: Any, head: Any, q: Any, k: Any, v: Any, ints: Any, out: Any, lse: Any, dout: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    static: _Static, key: Any, head: Any, floats: Any, integers: Any, out: Any, lse: Any, dout: Any
+) -> Any:
+    q, k, v, added = floats
     T, S = q.shape[0], k.shape[0]
 
-    def visit(carry: Any, row: Any, rows: int, keys: int, block_ints: Any) -> Any:
-        dq, dk, dv = carry
-        saved = (_rows(x, row, rows) for x in (out, lse, dout))
-        block = _backward_block(static, _rows(q, row, rows), k[:keys], v[:keys], row, block_ints, key, head, T, *saved)
-        return _put(dq, block[0], row), dk.at[:keys].add(block[1]), dv.at[:keys].add(block[2])
+    def visit(carry: Any, tile: Tile) -> Any:
+        dq, dk, dv, dadded = carry
+        dropped = _drop(static, key, head, T, S, tile)
+        rows = (tile.of_queries(x) for x in (out, lse, dout))
+        block = _backward_block(
+            static, tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), added, integers, tile, dropped, *rows
+        )
+        dadded = jax.tree.map(jnp.add, dadded, block[3])
+        return _put(dq, block[0], tile.row), _add(dk, block[1], tile), _add(dv, block[2], tile), dadded
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = _over_blocks(static, T, S, ints, start, visit)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k, v, added))
+    return _over_blocks(static, T, S, integers, start, visit)
 
 
-def _over_heads(static: _Static, function: Callable[..., Any], B: int, H: int, ints: Any, *arrays: jax.Array) -> Any:
-    """``function(head number, arrays of the head, integers of its row)`` for arrays [B, H, ...], integers [B, ...]."""
-    number_BH = jnp.arange(B * H).reshape(B, H)
+def _over_heads(static: _Static, function: Callable[..., Any], floats: Any, integers: Any) -> Any:
+    """``function(head number, arrays of the head, integers of its row)``, [B, H, ...].
+
+    ``floats`` may have 1 instead of B, and instead of H a number that divides it; ``integers`` 1 instead of B.
+    """
+    B, H = floats[0].shape[:2]
     if static.sequential:
-        flat = jax.tree.map(lambda x: x.reshape(B * H, *x.shape[2:]), (number_BH, arrays))
 
-        def one(item: Any) -> Any:
-            number, slices = item
-            return function(number, slices, jax.tree.map(lambda x: x[number // H], ints))
+        def one(number: Any) -> Any:
+            row, head = number // H, number % H
+            at = lambda x: x[row if x.shape[0] > 1 else 0]  # noqa: E731
+            of_head = jax.tree.map(lambda x: at(x)[head // (H // x.shape[1])], floats)
+            return function(number, of_head, jax.tree.map(at, integers))
 
-        return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[1:]), lax.map(one, flat))
-    over_heads = jax.vmap(function, in_axes=(0, 0, None))
-    return jax.vmap(over_heads)(number_BH, arrays, ints)
+        return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[1:]), lax.map(one, jnp.arange(B * H)))
+    over_heads = jax.vmap(function, in_axes=(0, axes_over(floats, 1), None))
+    over_rows = jax.vmap(over_heads, in_axes=(0, axes_over(floats, 0), axes_over(integers, 0)))
+    return over_rows(jnp.arange(B * H).reshape(B, H), without_ones(floats), without_ones(integers, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, ints: Any, key: Any) -> jax.Array:
-    return _forward(static, q, k, v, ints, key)[0]
+def _attention(static: _Static, floats: Any, integers: Any, key: Any) -> jax.Array:
+    return _forward(static, floats, integers, key)[0]
 
 
-def _forward(static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, ints: Any, key: Any) -> tuple[jax.Array, Any]:
-    B, H = q.shape[:2]
-
-    def one(head: Any, arrays: Any, ints: Any) -> Any:
-        q, k, v = arrays
-        return _head_forward(static, key, head, q, k, v, ints)
-
-    out, lse = _over_heads(static, one, B, H, ints, q, k, v)
+def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax.Array, Any]:
+    out, lse = _over_heads(static, functools.partial(_head_forward, static, key), floats, integers)
     # Named, so that a remat policy can keep them: recomputing them is a second forward pass.
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return out, (q, k, v, ints, key, out, lse)
+    return out, (floats, integers, key, out, lse)
 
 
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
-    q, k, v, ints, key, out, lse = saved
-    B, H = q.shape[:2]
+    floats, integers, key, out, lse = saved
 
-    def one(head: Any, arrays: Any, ints: Any) -> Any:
-        q, k, v, out, lse, dout = arrays
-        return _head_backward(static, key, head, q, k, v, ints, out, lse, dout)
+    def one(head: Any, both: Any, integers: Any) -> Any:
+        *floats, out, lse, dout = both
+        return _head_backward(static, key, head, tuple(floats), integers, out, lse, dout)
 
-    dq, dk, dv = _over_heads(static, one, B, H, ints, q, k, v, out, lse, dout)
-    return dq, dk, dv, None, None
+    gradients = _over_heads(static, one, (*floats, out, lse, dout), integers)
+
+    def collected(gradient: jax.Array, x: jax.Array) -> jax.Array:
+        """The sum over the rows and heads that share an array."""
+        B, H = gradient.shape[:2]
+        shape = (x.shape[0], B // x.shape[0], x.shape[1], H // x.shape[1], *x.shape[2:])
+        return gradient.reshape(shape).sum(axis=(1, 3)).astype(x.dtype)
+
+    return jax.tree.map(collected, gradients, floats), None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,0 +1,90 @@
+"""What position biases and relative encodings add to attention scores, made tile by tile and never as one array.
+
+A term is a form, which is a function of arrays, and these arrays. An implementation of attention calls the form for the
+tiles of the scores that it is at, and its gradient for the same tiles, so that a term costs no [H, T, S] array.
+Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+from jax import lax
+
+
+class Tile(NamedTuple):
+    """Queries ``row`` .. ``row + rows`` and keys ``column`` .. ``column + columns``; the first may be traced."""
+
+    row: Any
+    rows: int
+    column: Any
+    columns: int
+
+    def of_queries(self, x_T: jax.Array) -> jax.Array:
+        """The rows of the tile, [R, ...]."""
+        return lax.dynamic_slice_in_dim(x_T, self.row, self.rows)
+
+    def of_keys(self, x_S: jax.Array) -> jax.Array:
+        """The columns of the tile, [E, ...]."""
+        return lax.dynamic_slice_in_dim(x_S, self.column, self.columns)
+
+
+@struct.dataclass
+class Term:
+    """What is added to the scaled scores.
+
+    Attributes:
+        form: ``form(floats, integers, tile)`` gives [R, E] float32, from the arrays of one row of the batch and one
+            head (without their two leading axes, or the one of integers). Hashable, as compiled code is kept by it.
+        floats: arrays [1 or B, 1 or H, ...], which have gradients.
+        integers: arrays [1 or B, ...].
+    """
+
+    form: Callable[[Any, Any, Tile], jax.Array] = struct.field(pytree_node=False)
+    floats: Any
+    integers: Any = None
+
+
+def check(term: Term, batch: int, heads: int) -> None:
+    """Refuse a term of another batch or other heads.
+
+    Raises:
+        ValueError: leading axes that are neither 1 nor those of the queries.
+    """
+    for x in jax.tree.leaves(term.floats):
+        if x.ndim < 2 or x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads):
+            raise ValueError(f"an array {x.shape} of a term must be [1 or {batch}, 1 or {heads}, ...]")
+    for x in jax.tree.leaves(term.integers):
+        if x.ndim < 1 or x.shape[0] not in (1, batch):
+            raise ValueError(f"an array {x.shape} of integers of a term must be [1 or {batch}, ...]")
+
+
+def dense(term: Term, queries: int, keys: int) -> jax.Array:
+    """The whole term, [1 or B, 1 or H, T, S] float32: for few queries, and as the reference."""
+    tile = Tile(0, queries, 0, keys)
+    sizes = [x.shape[:2] for x in jax.tree.leaves(term.floats)]
+    B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(term.integers)), 1)
+    H = max(h for _, h in sizes)
+
+    # An axis of 1 is taken away and not mapped over: what all heads or rows share is not worked out for each.
+    def of_head(floats: Any, integers: Any) -> jax.Array:
+        return term.form(floats, integers, tile)
+
+    of_row = of_head if H == 1 else jax.vmap(of_head, in_axes=(axes_over(term.floats, 1), None))
+    both = term.floats, term.integers
+    of_batch = of_row if B == 1 else jax.vmap(of_row, in_axes=axes_over(both, 0))
+    out = of_batch(without_ones(term.floats), without_ones(term.integers, 1))
+    return out.reshape(B, H, queries, keys)
+
+
+def without_ones(tree: Any, axes: int = 2) -> Any:
+    """Arrays without those of their ``axes`` leading axes that are 1."""
+    return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
+
+
+def axes_over(tree: Any, axis: int) -> Any:
+    """What ``jax.vmap`` maps over, of arrays as :func:`without_ones` leaves them: axis 0, or None where it was 1."""
+    return jax.tree.map(lambda x: None if x.shape[axis] == 1 else 0, tree)
