@@ -1,14 +1,15 @@
 """What position biases and relative encodings add to attention scores, made tile by tile and never as one array.
 
 A term is a form, which is a function of arrays, and these arrays. An implementation of attention calls the form for the
-tiles of the scores that it is at, and its gradient for the same tiles, so that a term costs no [H, T, S] array.
+tiles of the scores that it is at, and its gradient for the same tiles, so that a term costs no [H, T, S] array; and it
+hands the form no more of the arrays than the tile needs, so that a tile costs no pass over all of them.
 Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from flax import struct
@@ -32,20 +33,51 @@ class Tile(NamedTuple):
         return lax.dynamic_slice_in_dim(x_S, self.column, self.columns)
 
 
+class Form(Protocol):
+    """How arrays become scores. Hashable, for compiled code is kept by it."""
+
+    def windows(self, tile: Tile) -> Mapping[str, tuple[Any, int]]:
+        """First place and size, on the first axis, of what a tile needs of an array; those not named it needs whole."""
+
+    def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        """What is added to the scaled scores of the tile, [R, E] float32."""
+
+
 @struct.dataclass
 class Term:
     """What is added to the scaled scores.
 
     Attributes:
-        form: ``form(floats, integers, tile)`` gives [R, E] float32, from the arrays of one row of the batch and one
-            head (without their two leading axes, or the one of integers). Hashable, as compiled code is kept by it.
-        floats: arrays [1 or B, 1 or H, ...], which have gradients.
+        form: see there. It meets the arrays of one row of the batch and one head, without these axes.
+        floats: arrays [1 or B, 1 or H, ...] by name, which have gradients.
         integers: arrays [1 or B, ...].
     """
 
-    form: Callable[[Any, Any, Tile], jax.Array] = struct.field(pytree_node=False)
-    floats: Any
+    form: Form = struct.field(pytree_node=False)
+    floats: dict[str, Any]
     integers: Any = None
+
+
+def parts(form: Form, floats: Mapping[str, jax.Array], tile: Tile) -> dict[str, jax.Array]:
+    """What the tile needs of the arrays of one row and head."""
+    windows = form.windows(tile)
+    return {name: lax.dynamic_slice_in_dim(x, *windows[name]) if name in windows else x for name, x in floats.items()}
+
+
+def add_parts(
+    form: Form, total: Mapping[str, jax.Array], added: Mapping[str, jax.Array], tile: Tile
+) -> dict[str, jax.Array]:
+    """``total`` with ``added`` in the places of :func:`parts`: how gradients add up."""
+    windows = form.windows(tile)
+
+    def sum_of(name: str) -> jax.Array:
+        if name not in windows:
+            return total[name] + added[name]
+        start, size = windows[name]
+        sums = lax.dynamic_slice_in_dim(total[name], start, size) + added[name]
+        return lax.dynamic_update_slice_in_dim(total[name], sums, start, 0)
+
+    return {name: sum_of(name) for name in total}
 
 
 def check(term: Term, batch: int, heads: int) -> None:
@@ -71,7 +103,7 @@ def dense(term: Term, queries: int, keys: int) -> jax.Array:
 
     # An axis of 1 is taken away and not mapped over: what all heads or rows share is not worked out for each.
     def of_head(floats: Any, integers: Any) -> jax.Array:
-        return term.form(floats, integers, tile)
+        return term.form(parts(term.form, floats, tile), integers, tile)
 
     of_row = of_head if H == 1 else jax.vmap(of_head, in_axes=(axes_over(term.floats, 1), None))
     both = term.floats, term.integers

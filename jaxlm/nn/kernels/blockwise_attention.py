@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn.mask import Mask, keep
-from jaxlm.nn.term import Term, Tile, axes_over, without_ones
+from jaxlm.nn.term import Form, Term, Tile, add_parts, axes_over, parts, without_ones
 
 ROWS = 256
 """Queries per block. Smaller blocks leave matmuls too small, larger ones more of the triangle that is masked."""
@@ -43,7 +43,7 @@ class _Static:
     scale: float
     dropout: float
     sequential: bool
-    forms: tuple[Any, ...]
+    forms: tuple[Form, ...]
 
 
 def attention(
@@ -77,9 +77,9 @@ def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax
 # ------------------------------------------------------------------------------------------------ one block
 
 
-def _terms(static: _Static, floats: Any, integers: Any, tile: Tile) -> Any:
-    """What the terms add in a block, [R, E] float32."""
-    return sum(form(f, i, tile) for form, f, i in zip(static.forms, floats, integers, strict=True))
+def _terms(static: _Static, of_tile: Any, integers: Any, tile: Tile) -> Any:
+    """What the terms add in a block, [R, E] float32, from what it needs of their arrays."""
+    return sum(form(x, i, tile) for form, x, i in zip(static.forms, of_tile, integers, strict=True))
 
 
 def _masked(static: _Static, scores_RE: jax.Array, integers: Any, tile: Tile) -> jax.Array:
@@ -95,11 +95,11 @@ def _masked(static: _Static, scores_RE: jax.Array, integers: Any, tile: Tile) ->
     return scores_RE if kept is None else jnp.where(kept[0], scores_RE, -jnp.inf)
 
 
-def _scores(static: _Static, q_RK: jax.Array, k_EK: jax.Array, floats: Any, integers: Any, tile: Tile) -> jax.Array:
+def _scores(static: _Static, q_RK: jax.Array, k_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile) -> jax.Array:
     """Masked scores of a block, [R, E] float32."""
     scores = lax.dot_general(q_RK, k_EK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * static.scale
     if static.forms:
-        scores = scores + _terms(static, floats, integers[1], tile)
+        scores = scores + _terms(static, of_tile, integers[1], tile)
     return _masked(static, scores, integers[0], tile)
 
 
@@ -113,10 +113,10 @@ def _drop(static: _Static, key: Any, head: Any, queries: int, keys: int, tile: T
 
 
 def _forward_block(
-    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, floats: Any, integers: Any, tile: Tile,
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile,
     dropped: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    scores = _scores(static, q_RK, k_EK, floats, integers, tile)
+    scores = _scores(static, q_RK, k_EK, of_tile, integers, tile)
     top_R = jnp.max(scores, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # a query that sees nothing
     weights = jnp.exp(scores - top_R[:, None])
@@ -134,12 +134,12 @@ def _forward_block(
 
 
 def _backward_block(
-    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, floats: Any, integers: Any, tile: Tile,
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile,
     dropped: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
-    """Gradients of a block: dq [R, K], what it adds to dk and dv [E, K], and to the arrays of the terms; float32."""
+    """Gradients of a block: dq [R, K], and what it adds to dk and dv [E, K] and to its part of the terms; float32."""
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-    weights = jnp.exp(_scores(static, q_RK, k_EK, floats, integers, tile) - lse_R[:, None])
+    weights = jnp.exp(_scores(static, q_RK, k_EK, of_tile, integers, tile) - lse_R[:, None])
     dweights = dot(dout_RK, v_EK, (((1,), (1,)), ((), ())))
     kept = weights
     if dropped is not None:
@@ -151,11 +151,11 @@ def _backward_block(
     dv_EK = dot(kept.astype(v_EK.dtype), dout_RK, (((0,), (0,)), ((), ())))
     dq_RK = dot(scaled, k_EK, (((1,), (0,)), ((), ())))
     dk_EK = dot(scaled, q_RK, (((0,), (0,)), ((), ())))
-    dfloats: Any = ()
+    dparts: Any = ()
     if static.forms:
-        _, pull = jax.vjp(lambda floats: _terms(static, floats, integers[1], tile), floats)
-        (dfloats,) = pull(dscores)
-    return dq_RK, dk_EK, dv_EK, dfloats
+        _, pull = jax.vjp(lambda of_tile: _terms(static, of_tile, integers[1], tile), of_tile)
+        (dparts,) = pull(dscores)
+    return dq_RK, dk_EK, dv_EK, dparts
 
 
 # ------------------------------------------------------------------------------------------- blocks of a head
@@ -242,8 +242,9 @@ def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: A
 
     def visit(carry: Any, tile: Tile) -> Any:
         dropped = _drop(static, key, head, T, S, tile)
+        of_tile = tuple(parts(form, x, tile) for form, x in zip(static.forms, added))
         out, lse = _forward_block(
-            static, tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), added, integers, tile, dropped
+            static, tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), of_tile, integers, tile, dropped
         )
         return _put(carry[0], out, tile.row), _put(carry[1], lse, tile.row)
 
@@ -260,11 +261,12 @@ def _head_backward(
     def visit(carry: Any, tile: Tile) -> Any:
         dq, dk, dv, dadded = carry
         dropped = _drop(static, key, head, T, S, tile)
+        of_tile = tuple(parts(form, x, tile) for form, x in zip(static.forms, added))
         rows = (tile.of_queries(x) for x in (out, lse, dout))
         block = _backward_block(
-            static, tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), added, integers, tile, dropped, *rows
+            static, tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), of_tile, integers, tile, dropped, *rows
         )
-        dadded = jax.tree.map(jnp.add, dadded, block[3])
+        dadded = tuple(add_parts(form, old, new, tile) for form, old, new in zip(static.forms, dadded, block[3]))
         return _put(dq, block[0], tile.row), _add(dk, block[1], tile), _add(dv, block[2], tile), dadded
 
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k, v, added))
