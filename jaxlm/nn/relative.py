@@ -85,9 +85,10 @@ def type_term(
 
 
 def _floats(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
+    """Distances last: the product with a query and its gradient are then matmuls as a CPU likes them."""
     if q_BTHK is None:
-        return {"table": jnp.moveaxis(table.astype(jnp.float32), 1, 0)[None]}
-    return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 1, 0)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
+        return {"table": jnp.moveaxis(table.astype(jnp.float32), 0, -1)[None]}
+    return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 0, -1)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,9 @@ class _Places:
     shift: int
     scale: float
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int]]:
+    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
         first = self.shift - tile.row - (tile.rows - 1) + tile.column
-        return {"table": (first, tile.rows + tile.columns), "query": (tile.row, tile.rows)}
+        return {"table": (first, tile.rows + tile.columns, -1), "query": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         strip = parts["table"]
@@ -125,13 +126,13 @@ class _Positions:
     longest: int
     scale: float
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int]]:
-        return {"query": (tile.row, tile.rows)}
+    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"query": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         query_R, key_E = tile.of_queries(integers["query"]), tile.of_keys(integers["key"])
         table = parts["table"]
-        row_RE = jnp.clip(self.longest - (query_R[:, None] - key_E[None, :]), 0, table.shape[0] - 1)
+        row_RE = jnp.clip(self.longest - (query_R[:, None] - key_E[None, :]), 0, table.shape[-1] - 1)
         if "query" not in parts:
             return table.at[row_RE].get(mode="promise_in_bounds")
         return jnp.take_along_axis(
@@ -143,13 +144,13 @@ class _Positions:
 class _Types:
     """One of two numbers of the query."""
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int]]:
-        return {"pair": (tile.row, tile.rows)}
+    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"pair": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         same = tile.of_queries(integers["query"])[:, None] == tile.of_keys(integers["key"])[None, :]
         return jnp.where(same, parts["pair"][:, :1], parts["pair"][:, 1:])
 
 
-def _product(q_RK: jax.Array, table_NK: jax.Array, scale: float) -> jax.Array:
-    return lax.dot_general(q_RK, table_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+def _product(q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
+    return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale

@@ -36,8 +36,8 @@ class Tile(NamedTuple):
 class Form(Protocol):
     """How arrays become scores. Hashable, for compiled code is kept by it."""
 
-    def windows(self, tile: Tile) -> Mapping[str, tuple[Any, int]]:
-        """First place and size, on the first axis, of what a tile needs of an array; those not named it needs whole."""
+    def windows(self, tile: Tile) -> Mapping[str, tuple[Any, int, int]]:
+        """First place, size and axis of what a tile needs of an array; those that are not named it needs whole."""
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         """What is added to the scaled scores of the tile, [R, E] float32."""
@@ -73,9 +73,9 @@ def add_parts(
     def sum_of(name: str) -> jax.Array:
         if name not in windows:
             return total[name] + added[name]
-        start, size = windows[name]
-        sums = lax.dynamic_slice_in_dim(total[name], start, size) + added[name]
-        return lax.dynamic_update_slice_in_dim(total[name], sums, start, 0)
+        start, size, axis = windows[name]
+        sums = lax.dynamic_slice_in_dim(total[name], start, size, axis) + added[name]
+        return lax.dynamic_update_slice_in_dim(total[name], sums, start, axis)
 
     return {name: sum_of(name) for name in total}
 

@@ -21,11 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.term import Form, Term, Tile, add_parts, axes_over, parts, without_ones
 
-ROWS = 256
-"""Queries per block. Smaller blocks leave matmuls too small, larger ones more of the triangle that is masked."""
+ROWS = (256, 512)
+"""Queries per block, below and from ``LONG`` on: small blocks leave small matmuls, large ones more that is masked."""
+LONG = 4096
 SECTIONS = 8
 """A causal mask in index order cuts the keys at the end of each section of the queries. There are at most so many, for
-each is compiled by itself. The blocks of a section loop, which also keeps their temporaries from living all at once."""
+each is compiled by itself, and a CPU runs several at once. The blocks of a section loop, one after the other."""
 ALIGN = 128
 """Where a range of keys may begin and end."""
 RANGES_FROM = 1024
@@ -137,7 +138,7 @@ def _backward_block(
     static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile,
     dropped: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
-    """Gradients of a block: dq [R, K], and what it adds to dk and dv [E, K] and to its part of the terms; float32."""
+    """Gradients of a block: dq [R, K], and what it adds to dk and dv [K, E] and to its part of the terms; float32."""
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
     weights = jnp.exp(_scores(static, q_RK, k_EK, of_tile, integers, tile) - lse_R[:, None])
     dweights = dot(dout_RK, v_EK, (((1,), (1,)), ((), ())))
@@ -148,14 +149,15 @@ def _backward_block(
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
     scaled = (dscores * static.scale).astype(q_RK.dtype)
-    dv_EK = dot(kept.astype(v_EK.dtype), dout_RK, (((0,), (0,)), ((), ())))
+    # Keys last: on a CPU the matmul that gives [E, K] from arrays of R rows takes four times as long.
+    dv_KE = dot(dout_RK, kept.astype(v_EK.dtype), (((0,), (0,)), ((), ())))
     dq_RK = dot(scaled, k_EK, (((1,), (0,)), ((), ())))
-    dk_EK = dot(scaled, q_RK, (((0,), (0,)), ((), ())))
+    dk_KE = dot(q_RK, scaled, (((0,), (0,)), ((), ())))
     dparts: Any = ()
     if static.forms:
         _, pull = jax.vjp(lambda of_tile: _terms(static, of_tile, integers[1], tile), of_tile)
         (dparts,) = pull(dscores)
-    return dq_RK, dk_EK, dv_EK, dparts
+    return dq_RK, dk_KE, dv_KE, dparts
 
 
 # ------------------------------------------------------------------------------------------- blocks of a head
@@ -166,15 +168,16 @@ def _over_blocks(
 ) -> Any:
     """``carry = visit(carry, tile)`` for every block of queries, with the keys that it may see."""
     order, _, segments, _ = integers[0]
+    block = ROWS[queries >= LONG]
     diagonal = static.causal and order is None
     # Many heads at once may need different keys, and a branch per head would run all branches.
     ranges = static.sequential and keys >= RANGES_FROM and (order is not None or segments is not None)
     if diagonal and not ranges:
-        rows = -(-max(queries // SECTIONS, 1) // ROWS) * ROWS
+        rows = -(-max(queries // SECTIONS, 1) // block) * block
         for row in range(0, queries, rows):
             end = min(row + rows, queries)
             first = 0 if static.window is None else max(row - static.window + 1, 0) // ALIGN * ALIGN
-            carry = _section(row, end, carry, functools.partial(_with_keys, visit, first, end))
+            carry = _section(row, end, block, carry, functools.partial(_with_keys, visit, first, end))
         return carry
 
     def choose(carry: Any, row: Any, rows: int) -> Any:
@@ -190,21 +193,21 @@ def _over_blocks(
         longer = sum((end - first > length).astype(jnp.int32) for length in lengths[:-1])
         return lax.switch(longer, [branch(length) for length in lengths], carry)
 
-    return _section(0, queries, carry, choose)
+    return _section(0, queries, block, carry, choose)
 
 
 def _with_keys(visit: Callable[[Any, Tile], Any], first: int, end: int, carry: Any, row: Any, rows: int) -> Any:
     return visit(carry, Tile(row, rows, first, end - first))
 
 
-def _section(start: int, end: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
+def _section(start: int, end: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
     """``carry = visit(carry, row, rows)`` for the blocks between two rows."""
-    whole = (end - start) // ROWS
+    whole = (end - start) // block
     if whole == 1:
-        carry = visit(carry, start, ROWS)
+        carry = visit(carry, start, block)
     elif whole > 1:
-        carry = lax.fori_loop(0, whole, lambda i, c: visit(c, start + i * ROWS, ROWS), carry)
-    if rest := (end - start) % ROWS:
+        carry = lax.fori_loop(0, whole, lambda i, c: visit(c, start + i * block, block), carry)
+    if rest := (end - start) % block:
         carry = visit(carry, end - rest, rest)
     return carry
 
@@ -232,8 +235,9 @@ def _put(x: jax.Array, value: jax.Array, row: Any) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), row, 0)
 
 
-def _add(x: jax.Array, value: jax.Array, tile: Tile) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, tile.of_keys(x) + value, tile.column, 0)
+def _add(x_KS: jax.Array, value_KE: jax.Array, tile: Tile) -> jax.Array:
+    sums_KE = lax.dynamic_slice_in_dim(x_KS, tile.column, tile.columns, 1) + value_KE
+    return lax.dynamic_update_slice_in_dim(x_KS, sums_KE, tile.column, 1)
 
 
 def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
@@ -269,8 +273,9 @@ def _head_backward(
         dadded = tuple(add_parts(form, old, new, tile) for form, old, new in zip(static.forms, dadded, block[3]))
         return _put(dq, block[0], tile.row), _add(dk, block[1], tile), _add(dv, block[2], tile), dadded
 
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k, v, added))
-    return _over_blocks(static, T, S, integers, start, visit)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k.T, v.T, added))
+    dq, dk, dv, dadded = _over_blocks(static, T, S, integers, start, visit)
+    return dq, dk.T, dv.T, dadded
 
 
 def _over_heads(static: _Static, function: Callable[..., Any], floats: Any, integers: Any) -> Any:
