@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn import cache
 from jaxlm.nn.kernels import blockwise_attention
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -85,11 +86,13 @@ def scan_layers(
     count: int,
     remat: Remat,
     unroll: bool,
+    in_place: bool = False,
 ) -> tuple[jax.Array, Any]:
     """``x, state[i] = block(x, (weights[i], state[i], key[i]))`` over the leading ``layers`` axis of all three.
 
     ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i. ``weights`` may also be a tuple of
-    the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says.
+    the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says. ``in_place``: the block gets
+    ``cache.Slots`` for ``state[i]`` and gives them back, and nothing of the state is copied.
     """
     if remat == "full":
         block = jax.checkpoint(block, prevent_cse=False)
@@ -100,6 +103,8 @@ def scan_layers(
         )
         block = jax.checkpoint(block, policy=policy, prevent_cse=False)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    if in_place:
+        return _scan_in_place(block, x, weights, state, keys, count, unroll)
     if isinstance(weights, tuple):
         for layer, own in enumerate(weights):
             old, layer_key = jax.tree.map(lambda s: s[layer], (state, keys))  # noqa: B023 (called at once)
@@ -107,3 +112,28 @@ def scan_layers(
             state = jax.tree.map(lambda s, n: s.at[layer].set(n), state, new)  # noqa: B023
         return x, state
     return jax.lax.scan(block, x, (weights, state, keys), length=count, unroll=count if unroll else 1)
+
+
+def _scan_in_place(
+    block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    weights: Any,
+    state: Any,
+    keys: Any,
+    count: int,
+    unroll: bool,
+) -> tuple[jax.Array, Any]:
+    def one(carry: Any, layer: Any) -> tuple[Any, None]:
+        x, state = carry
+        own, index, layer_key = layer
+        x, new = block(x, (own, jax.tree.map(lambda slots: cache.Slots(slots, index), state), layer_key))
+        return (x, jax.tree.map(lambda slots: slots.all, new, is_leaf=lambda x: isinstance(x, cache.Slots))), None
+
+    if isinstance(weights, tuple):
+        for index, own in enumerate(weights):
+            layer_key = None if keys is None else keys[index]
+            (x, state), _ = one((x, state), (own, index, layer_key))
+        return x, state
+    layers = weights, jnp.arange(count), keys
+    (x, state), _ = jax.lax.scan(one, (x, state), layers, length=count, unroll=count if unroll else 1)
+    return x, state

@@ -182,8 +182,9 @@ def apply(
 
     kv = None if state is None else (state["key"], state["value"])
     x, kv = common.scan_layers(
-        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
+        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
+        in_place=cache.stays_in_place(state, tokens.shape[1]),
+    )  # fmt: skip
     if cfg.norm_position == "before":
         x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
     if state is None:

@@ -300,8 +300,9 @@ def apply(
 
     kv = None if state is None else (state["key"], state["value"])
     x, kv = common.scan_layers(
-        block, x, layers, kv, key, count=_decoder_layers(cfg), remat=cfg.remat, unroll=not cfg.scan_layers
-    )
+        block, x, layers, kv, key, count=_decoder_layers(cfg), remat=cfg.remat, unroll=not cfg.scan_layers,
+        in_place=cache.stays_in_place(state, tokens.shape[1]),
+    )  # fmt: skip
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
     if state is None:
         return x, None

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import sharding
-from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.cache import Slots
+from jaxlm.nn.kernels import blockwise_attention, decode_attention
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.term import Term, check, dense
 
-Implementation = Literal["reference", "blockwise"]
+Implementation = Literal["reference", "blockwise", "decode"]
 
 BLOCKWISE_FROM = 256
 """Queries from which blocks pay off; from T = 1024 on, O(T) memory is a rule of the house and not a choice."""
@@ -26,8 +27,8 @@ BLOCKWISE_FROM = 256
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
+    k_BSGK: jax.Array | Slots,
+    v_BSGK: jax.Array | Slots,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     *,
     scale: float | None = None,
@@ -43,13 +44,14 @@ def attention(
 
     Args:
         k_BSGK, v_BSGK: G divides H. G = H is the usual attention, G = 1 multi-query, between them grouped queries
-            (Ainslie et al. 2023); query head h reads key head ``h // (H / G)``.
+            (Ainslie et al. 2023); query head h reads key head ``h // (H / G)``. A cache gives its slots of a layer.
         scale: defaults to ``1 / sqrt(K)``.
         bias: what is added to the scaled scores: a term or several (``jaxlm.nn.relative``), made as they are needed. Or
             a dense array [1 or B, 1 or H, T, S], which only ``reference`` takes.
         dropout: rate; acts only with a ``key``.
-        implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), or None for the
-            best that is known for the device and the shape.
+        implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), ``decode`` (few
+            queries, reads no more of a cache than is filled), or None for the best that is known for the device and the
+            shape.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown implementation.
@@ -72,9 +74,16 @@ def attention(
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
     if implementation is None:
         implementation = "blockwise" if T >= BLOCKWISE_FROM and array is None else "reference"
+        if _decodes(mask, T, S) and array is None and (key is None or dropout == 0.0):
+            implementation = "decode"
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
+    if implementation == "decode":
+        if array is not None or key is not None:
+            raise ValueError("attention implementation 'decode' takes no dense bias and no dropout: leave them out")
+        return decode_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms)
+    k_BSGK, v_BSGK = (x.first(S) if isinstance(x, Slots) else x for x in (k_BSGK, v_BSGK))
     if implementation == "reference":
         for term in terms:
             array = dense(term, T, S) if array is None else array + dense(term, T, S)
@@ -92,6 +101,12 @@ def attention(
     raise ValueError(
         f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
     )
+
+
+def _decodes(mask: Mask, queries: int, keys: int) -> bool:
+    """A few queries, each with its place among many keys."""
+    few = queries <= decode_attention.QUERIES and keys > 2 * decode_attention.SHORTEST
+    return few and mask.query_order is not None and sharding.active() is None
 
 
 def _bias(bias: Any) -> tuple[jax.Array | None, tuple[Term, ...]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxlm import spec
+from jaxlm import sharding, spec
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.position import positions_in_segments
 from jaxlm.spec import ArraySpec
@@ -33,8 +33,44 @@ def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype:
     }
 
 
-def append(slots_BS: jax.Array, new_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+@struct.dataclass
+class Slots:
+    """The slots of one layer [B, S, H, K] where they stand among those of all layers: written and read in place.
+
+    A loop over layers that took each layer's slots out and put them back would copy the whole cache for every token.
+    """
+
+    all: jax.Array
+    layer: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, S, H, K]."""
+        return self.all.shape[1:]
+
+    def first(self, length: int) -> jax.Array:
+        """The first ``length`` slots of every row, [B, length, H, K]."""
+        sizes = (1, self.all.shape[1], length, *self.all.shape[3:])
+        return lax.dynamic_slice(self.all, (self.layer, *[0] * (len(sizes) - 1)), sizes)[0]
+
+    def append(self, new_BT: jax.Array, length_B: jax.Array) -> Slots:
+        """As :func:`append`."""
+        B, T = new_BT.shape[:2]
+        slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
+        rows = jnp.arange(B)[:, None]
+        new = self.all.at[self.layer, rows, slot_BT].set(new_BT.astype(self.all.dtype), unique_indices=True)
+        return Slots(new, self.layer)
+
+
+def stays_in_place(state: Any, new: int) -> bool:
+    """Whether a loop over layers had better leave the cache where it is: few new tokens, much room, nothing sharded."""
+    return state is not None and 8 * new <= state["segment_ids"].shape[1] and sharding.active() is None
+
+
+def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     """Write ``new`` [B, T, ...] into ``slots`` [B, S, ...] from each row's ``length`` on."""
+    if isinstance(slots_BS, Slots):
+        return slots_BS.append(new_BT, length_B)
     return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, 0))(
         slots_BS, new_BT, length_B
     )

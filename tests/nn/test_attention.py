@@ -10,8 +10,10 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
+from jaxlm.nn.cache import Slots, append
 from jaxlm.nn.kernels import blockwise_attention
 from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.relative import distance_term_of_positions
 from tests.helpers import assert_trees_close, relative_error
 
 SHAPES = [(2, 40, 40, 3, 8), (1, 300, 300, 2, 16), (2, 131, 257, 2, 8)]  # B, T, S, H, K
@@ -186,7 +188,9 @@ def test_bad_input_is_named():
         attention(q, k, v, bias=np.zeros((1, 2, 4, 5)))
     with pytest.raises(ValueError, match="'blockwise' takes no dense bias"):
         attention(q, k, v, bias=np.zeros((1, 2, 4, 6)), implementation="blockwise")
-    with pytest.raises(ValueError, match="no attention implementation 'flash': choose from reference, blockwise"):
+    with pytest.raises(
+        ValueError, match="no attention implementation 'flash': choose from reference, blockwise, decode"
+    ):
         attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="takes query_order and key_order together"):
         Mask(causal=True, query_order=np.zeros((1, 4)))
@@ -229,3 +233,60 @@ def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
         for f in (lambda bias: attention(q, k, v, mask, scale=0.5, bias=bias), plain)
     )
     assert relative_error(got, want) < 1e-5
+
+
+def cached(filled, S=700, G=2):
+    """Queries at the end of ``filled`` slots of each row; keys, values, and the mask."""
+    B, T, H, K = len(filled), 2, 4, 8
+    shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    slot_1S, filled_B1 = jnp.arange(S)[None], jnp.asarray(filled)[:, None]
+    segments = jnp.where(slot_1S < filled_B1, 1, 0)
+    mask = Mask(
+        causal=True, query_order=filled_B1 - T + jnp.arange(T)[None], key_order=jnp.broadcast_to(slot_1S, (B, S)),
+        query_segments=jnp.ones((B, T), jnp.int32), key_segments=segments,
+    )  # fmt: skip
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("filled", [(3, 90), (170, 4), (300, 350), (700, 20)])
+def test_few_queries_over_a_cache(monkeypatch, filled, kind):
+    monkeypatch.setattr(sharding, "platform", lambda: kind)
+    q, k, v, mask = cached(filled)
+    table = jax.random.normal(jax.random.key(9), (9, 4))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, mask):
+        def attend(q, k, v, table):
+            bias = distance_term_of_positions(table, 5, mask.query_order, mask.key_order)
+            return attention(q, k, v, mask, bias=bias, implementation=implementation)
+
+        out, pull = jax.vjp(attend, q, k, v, table)
+        return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    assert_trees_close(run("decode", mask), run("reference", mask), 3e-6)
+
+
+@pytest.mark.parametrize(("filled", "read"), [((3, 90), 175), ((170, 4), 175), ((300, 350), 350), ((20, 351), 700)])
+def test_no_more_of_a_cache_is_read_than_is_filled(filled, read):
+    """What is read is multiplied, even where it is masked: NaN tells."""
+    q, k, v, mask = cached(filled)
+    out = jax.jit(attention)(q, k, v.at[:, read:].set(jnp.nan), mask)
+    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
+    assert np.isnan(jax.jit(attention)(q, k, v.at[:, read - 1 :].set(jnp.nan), mask)).any()
+
+
+def test_slots_are_written_and_read_among_those_of_all_layers():
+    q, k, v, mask = cached((6, 90))
+    new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
+    start = jnp.array([3, 87])
+    every = jnp.stack([k - 1.0, k, k + 1.0])
+    written = Slots(every, jnp.int32(1)).append(new, start)
+    want = append(k, new, start)
+    assert written.shape == want.shape
+    np.testing.assert_array_equal(written.first(120), want[:, :120])
+    np.testing.assert_array_equal(written.all[jnp.array([0, 2])], every[jnp.array([0, 2])])
+    for implementation in ("decode", "reference", None):
+        got = attention(q, written, Slots(v[None], 0), mask, implementation=implementation)
+        assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6

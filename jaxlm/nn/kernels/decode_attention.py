@@ -1,0 +1,106 @@
+"""Attention of a few queries over a cache: its cost follows what the cache holds and not what it has room for.
+
+The slots that anybody may see are read, rounded up to one of a few lengths: each is a branch of its own. On a CPU all
+heads are one matmul, ``k [E, G*K] @ q [G*K, T*H]``, with zeros where query and key are of different heads: that is
+more arithmetic than is needed, but a product for each head would first copy the cache into another order.
+Shapes as in ``jaxlm.nn.attention``; E slots read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.nn.cache import Slots
+from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.term import Term, dense
+
+QUERIES = 8
+"""Queries up to which this pays off."""
+SHORTEST = 128
+"""Fewest slots that are read; each further branch reads twice as many."""
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array | Slots,
+    v_BSGK: jax.Array | Slots,
+    mask: Mask,
+    *,
+    scale: float,
+    terms: tuple[Term, ...],
+) -> jax.Array:
+    """See ``jaxlm.nn.attention.attention``."""
+    S = k_BSGK.shape[1]
+    lengths = [S]
+    while lengths[0] > 2 * SHORTEST:
+        lengths.insert(0, -(-lengths[0] // 2))
+
+    def branch(length: int) -> Callable[[], jax.Array]:
+        def read(x: jax.Array | Slots) -> jax.Array:
+            return x.first(length) if isinstance(x, Slots) else x[:, :length]
+
+        return lambda: _attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, terms)
+
+    end = _end(mask, S)
+    longer = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
+    return lax.switch(longer, [branch(length) for length in lengths])
+
+
+def _end(mask: Mask, slots: int) -> jax.Array:
+    """One more than the last slot that any query may see."""
+    seen_BS = jnp.ones((1, slots), bool)
+    if mask.query_order is not None:
+        seen_BS &= mask.key_order <= jnp.max(mask.query_order, axis=1, keepdims=True)
+    if mask.query_segments is not None:
+        low, high = (f(mask.query_segments, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+        seen_BS &= (mask.key_segments >= low) & (mask.key_segments <= high)
+    return jnp.max(jnp.where(seen_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0))
+
+
+def _attend(
+    q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, terms: tuple[Term, ...]
+) -> jax.Array:
+    B, T, H, K = q_BTHK.shape
+    E, G = k_BEGK.shape[1:3]
+    flat = sharding.platform() == "cpu"
+    same_GH = np.arange(G)[:, None] == np.arange(H) // (H // G)
+    if flat:
+        spread = jnp.einsum("BTHK,GH->BGKTH", q_BTHK, same_GH.astype(q_BTHK.dtype)).reshape(B, G * K, T * H)
+        scores = _dot(k_BEGK.reshape(B, E, G * K), spread).reshape(B, E, T, H).transpose(0, 3, 2, 1)
+    else:
+        grouped = q_BTHK.reshape(B, T, G, H // G, K)
+        scores = jnp.einsum("BTGRK,BEGK->BGRTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
+        scores = scores.reshape(B, H, T, E)
+    scores_BHTE = scores * scale
+    for term in terms:
+        scores_BHTE = scores_BHTE + dense(term, T, E)
+    shorter = dataclasses.replace(
+        mask,
+        key_order=None if mask.key_order is None else mask.key_order[:, :E],
+        key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
+    )
+    kept = keep(shorter, T, E)
+    if kept is not None:
+        scores_BHTE = jnp.where(kept[:, None], scores_BHTE, -jnp.inf)
+    top = jnp.max(scores_BHTE, axis=-1, keepdims=True)
+    exp_BHTE = jnp.exp(scores_BHTE - lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)))
+    total = jnp.sum(exp_BHTE, axis=-1, keepdims=True)
+    probabilities = (exp_BHTE / jnp.where(total > 0.0, total, 1.0)).astype(v_BEGK.dtype)
+    V = v_BEGK.shape[3]
+    if flat:
+        mixed = _dot(probabilities.reshape(B, H * T, E), v_BEGK.reshape(B, E, G * V)).reshape(B, H, T, G, V)
+        return jnp.einsum("BHTGV,GH->BTHV", mixed, same_GH.astype(np.float32)).astype(v_BEGK.dtype)
+    grouped = probabilities.reshape(B, G, H // G, T, E)
+    return jnp.einsum("BGRTE,BEGV->BTGRV", grouped, v_BEGK).reshape(B, T, H, V)
+
+
+def _dot(x: Any, y: Any) -> jax.Array:
+    return lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
