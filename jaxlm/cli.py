@@ -1,9 +1,12 @@
-"""The ``jaxlm`` command: ``generate`` text from a run or a model directory, ``doctor`` for what this machine has."""
+"""The ``jaxlm`` command: ``generate`` text from a run or a model directory, ``plan`` a training or decoding step for an
+accelerator that is not there, ``doctor`` for what this machine has."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import sys
 from pathlib import Path
@@ -89,9 +92,82 @@ class Doctor:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a training or decoding step for accelerators that are not there: does it fit, how long will it take?"""
+
+    model: str
+    """A family or variant, as gpt2 or t5-base."""
+    topology: str
+    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (extra tpu) or h100:8 (extra cuda13)."""
+    mesh: str
+    """Axes over these devices, as data=4,fsdp=4."""
+    batch: int
+    """Rows of a step, over all devices."""
+    sequence: int | None = None
+    """Tokens of a row (decoding: those before); None takes what the model has positions for, at most 1024."""
+    decode: bool = False
+    """Plan the decoding of one token instead of a training step."""
+    compare: tuple[str, ...] = ()
+    """Further meshes, to be shown beside the first."""
+    set: tuple[str, ...] = ()
+    """Config fields of the model that differ, as num_layers=24 remat=full."""
+    dtype: str = "bfloat16"
+    """Compute dtype."""
+    param_dtype: str = "float32"
+    """Dtype of the parameters when decoding; training keeps float32 masters."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, whose gradients are summed."""
+    dropout: bool = True
+    """Keep the config's dropout rates; --no-dropout sets all of them to 0."""
+    json: Path | None = None
+    """Write everything there, too."""
+
+    def run(self) -> int:
+        """Print the plans."""
+        from rich.console import Console
+
+        from jaxlm import plan
+
+        plan.prepare()
+        console = Console(soft_wrap=False)
+        model = self._model()
+        plans = []
+        for mesh in (self.mesh, *self.compare):
+            with console.status(f"compiling for {self.topology}, {mesh}"):
+                one = plan.plan(
+                    model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
+                    accumulate=self.accumulate, param_dtype=self.param_dtype, name=self.model,
+                )  # fmt: skip
+            plans.append(one)
+        plan.show(plans, console)
+        if self.json is not None:
+            self.json.write_text(json.dumps([dataclasses.asdict(one) for one in plans], indent=2) + "\n", "utf-8")
+        return 0
+
+    def _model(self) -> jaxlm.Model:
+        changes: dict[str, Any] = {}
+        for change in self.set:
+            name, equals, value = change.partition("=")
+            if not equals:
+                raise ValueError(f"cannot read --set {change!r}: write field=value, e.g. num_layers=24")
+            try:
+                changes[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                changes[name] = value  # a word, as in remat=full
+        model = jaxlm.get_model(self.model, **changes)
+        fields = [field.name for field in dataclasses.fields(model.config)]
+        if "dtype" in fields and "dtype" not in changes:
+            changes["dtype"] = self.dtype
+        if not self.dropout:
+            changes = {**{name: 0.0 for name in fields if name.endswith("dropout")}, **changes}
+        return jaxlm.get_model(self.model, **changes)
+
+
 EXTRAS = (
     ("tokenizers", "'jaxlm[tokenizers]'", "reading tokenizer.json and vocab/merges files"),
     ("pytest", "'jaxlm[test]'", "running the tests"),
+    ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on one"),
     ("torch", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
     ("transformers", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
 )
@@ -121,12 +197,16 @@ def _host_memory() -> str:
     return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB available"
 
 
-Command = Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
-    command: Generate | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
+    command: Generate | Plan | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
     return exit_status(command.run, "jaxlm")
 
 

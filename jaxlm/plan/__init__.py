@@ -6,6 +6,7 @@ Nothing is measured: the time is the compiler's own estimate, added up over its 
 """
 
 from jaxlm.plan.planning import Plan, plan
+from jaxlm.plan.report import show
 from jaxlm.plan.topology import prepare
 
-__all__ = ["Plan", "plan", "prepare"]
+__all__ = ["Plan", "plan", "prepare", "show"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from jaxlm import devices
+from jaxlm.devices import Device, by_name
+from jaxlm.plan import kernels
 
 TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
         "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
@@ -34,7 +35,7 @@ class Topology:
 
     name: str
     devices: tuple[jax.Device, ...]
-    device: devices.Device | None
+    device: Device | None
 
 
 def prepare() -> None:
@@ -44,6 +45,7 @@ def prepare() -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    kernels.dump_schedules()
     if os.environ.get("JAX_PLATFORMS") is None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
@@ -73,7 +75,7 @@ def get(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: pip install 'jaxlm[tpu]'")
     prepare()
-    return Topology(name, _describe(name, "tpu", topology_name=name), devices.by_name(kind))
+    return Topology(name, _describe(name, "tpu", topology_name=name), by_name(kind))
 
 
 def _gpu(name: str, kind: str, shape: str) -> Topology:
@@ -83,7 +85,7 @@ def _gpu(name: str, kind: str, shape: str) -> Topology:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: pip install 'jaxlm[cuda13]'")
     prepare()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
-    return Topology(name, _describe(name, "cuda", **config), devices.by_name(kind))
+    return Topology(name, _describe(name, "cuda", **config), by_name(kind))
 
 
 def _describe(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, ...]:
