@@ -117,7 +117,12 @@ def kernel_grids(jaxpr: Any) -> dict[str, int]:
     grids: dict[str, int] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            grids[equation.params["name_and_src_info"].name] = math.prod(equation.params["grid_mapping"].grid)
+            grids[_kernel_name(equation.params)] = math.prod(equation.params["grid_mapping"].grid)
         for inner in _jaxprs(equation.params):
             grids |= kernel_grids(inner)
     return grids
+
+
+def _kernel_name(params: dict[str, Any]) -> str:
+    named = params.get("name_and_src_info")
+    return str(params.get("name")) if named is None else str(named.name)
