@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import sharding
-from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.kernels import blockwise_attention, splash
 from jaxlm.nn.mask import Mask, keep
 
-Implementation = Literal["reference", "blockwise"]
+Implementation = Literal["reference", "blockwise", "splash"]
 
 BLOCKWISE_FROM = 256
 """Queries from which blocks pay off; from T = 1024 on, O(T) memory is a rule of the house and not a choice."""
@@ -46,11 +46,12 @@ def attention(
         bias: [1 or B, 1 or H, T, S], added to the scaled scores: position biases and relative terms. It is a dense
             array, so only ``reference`` takes it.
         dropout: rate; acts only with a ``key``.
-        implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), or None for the
-            best that is known for the device and the shape.
+        implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), ``splash`` (the
+            same as a TPU kernel; no bias, dropout or orders), or None for the best that is known for the device, the
+            shape and the mask.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or one that cannot do this or runs elsewhere.
     """
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -65,11 +66,20 @@ def attention(
         raise ValueError(f"bias {bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
     if mask.causal and mask.query_order is None and T != S:
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
-    if implementation is None:
-        implementation = "blockwise" if T >= BLOCKWISE_FROM and bias is None else "reference"
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
+    if implementation is None:
+        implementation = "blockwise" if T >= BLOCKWISE_FROM and bias is None else "reference"
+        if T >= BLOCKWISE_FROM and sharding.platform() == "tpu" and splash.refusal(mask, bias, key) is None:
+            implementation = "splash"
+    if implementation == "splash":
+        reason = splash.refusal(mask, bias, key)
+        if reason is None and sharding.platform() != "tpu":
+            reason = f"is a TPU kernel, and this is compiled for {sharding.platform()}: leave the implementation out"
+        if reason is not None:
+            raise ValueError(f"attention implementation 'splash' {reason}")
+        return splash.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     k_BSHK, v_BSHK = (x if G == H else jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
     if implementation == "reference":
         return _reference(q_BTHK, k_BSHK, v_BSHK, mask, scale, bias, dropout, key)
