@@ -20,6 +20,7 @@ from jaxlm import load_pretrained
 from jaxlm.config import exit_status
 from jaxlm.data import load_tokenizer
 from jaxlm.decoding import Sampling, stream_text
+from jaxlm.devices import by_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Doctor:
             print(f"{package:18} {found or 'MISSING'}")
         print(f"\nbackend            {jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}")
         for device in jax.devices():
-            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}")
+            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}{_peak(device)}")
         print(f"host memory        {_host_memory()}")
         print()
         for package, extra, purpose in EXTRAS:
@@ -186,6 +187,13 @@ def _memory(device: jax.Device) -> str:
     if "bytes_limit" not in stats:
         return ""
     return f", {stats.get('bytes_in_use', 0) / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB in use"
+
+
+def _peak(device: jax.Device) -> str:
+    known = by_kind(device.device_kind)
+    if known is None:
+        return ""
+    return f"; datasheet: {known.tflops:g} TFLOP/s bfloat16, {known.memory / 1e9:g} GB, {known.bandwidth / 1e9:g} GB/s"
 
 
 def _host_memory() -> str:

@@ -131,9 +131,7 @@ def test_loops_branches_fusions_kernels_and_collectives_are_counted():
 
 
 def test_a_loop_whose_length_the_compiler_states():
-    stated = PROGRAM.replace(
-        'metadata={op_name="jit(step)/while"}', 'backend_config={"known_trip_count":{"n":"9"}}'
-    )
+    stated = PROGRAM.replace('metadata={op_name="jit(step)/while"}', 'backend_config={"known_trip_count":{"n":"9"}}')
     costs = hlo.costs(hlo.parse(stated))
     assert costs.unknown_loops == []
     assert costs.cycles == 3653 + 8 * 3
@@ -337,7 +335,10 @@ def test_every_family_has_a_step_to_plan(name):
     step.function.lower(*step.arguments)
     if decodes(model):
         step = program.decoding_step(model, sharding, 8, 32, param_dtype="bfloat16")
-        assert {leaf.dtype for leaf in jax.tree.leaves(step.arguments[0])} <= {jnp.dtype("bfloat16"), jnp.dtype("int32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves(step.arguments[0])} <= {
+            jnp.dtype("bfloat16"),
+            jnp.dtype("int32"),
+        }
         step.function.lower(*step.arguments)
 
 

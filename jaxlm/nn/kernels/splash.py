@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding as sharding_lib
 from jaxlm.nn.kernels import blockwise_attention
@@ -92,6 +93,8 @@ def _rows(
         jnp.swapaxes(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
         for x, pad in ((q, pads[0]), (k, pads[1]), (v, pads[1]))
     )
+    # Named as they are read by the kernel: what remat keeps is then neither projected nor transposed again.
+    q, k, v = (checkpoint_name(x, blockwise_attention.SAVED) for x in (q, k, v))
     blocks = _block(T + pads[0]), _block(S + pads[1])
     kernel = _kernel(causal, window, T + pads[0], S + pads[1], blocks, H, interpret)
     if query is None:
@@ -112,6 +115,7 @@ def _kernel(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (queries, keys)
+    mask: masks.Mask
     if window is not None:
         mask = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     else:
