@@ -121,6 +121,8 @@ class Plan:
     """Parts that a batch is cut into, whose gradients are summed."""
     dropout: bool = True
     """Keep the config's dropout rates; --no-dropout sets all of them to 0."""
+    xla: tuple[str, ...] = ()
+    """Options of the compiler that differ, as xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
     json: Path | None = None
     """Write everything there, too."""
 
@@ -132,13 +134,13 @@ class Plan:
 
         plan.prepare()
         console = Console(soft_wrap=False)
-        model = self._model()
+        model, xla = self._model(), dict(_assignment("xla", option) for option in self.xla)
         plans = []
         for mesh in (self.mesh, *self.compare):
             with console.status(f"compiling for {self.topology}, {mesh}"):
                 one = plan.plan(
                     model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
-                    accumulate=self.accumulate, param_dtype=self.param_dtype, name=self.model,
+                    accumulate=self.accumulate, param_dtype=self.param_dtype, name=self.model, xla=xla,
                 )  # fmt: skip
             plans.append(one)
         plan.show(plans, console)
@@ -149,9 +151,7 @@ class Plan:
     def _model(self) -> jaxlm.Model:
         changes: dict[str, Any] = {}
         for change in self.set:
-            name, equals, value = change.partition("=")
-            if not equals:
-                raise ValueError(f"cannot read --set {change!r}: write field=value, e.g. num_layers=24")
+            name, value = _assignment("set", change)
             try:
                 changes[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
@@ -163,6 +163,13 @@ class Plan:
         if not self.dropout:
             changes = {**{name: 0.0 for name in fields if name.endswith("dropout")}, **changes}
         return jaxlm.get_model(self.model, **changes)
+
+
+def _assignment(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"cannot read --{option} {text!r}: write name=value, e.g. num_layers=24")
+    return name, value
 
 
 EXTRAS = (

@@ -52,7 +52,8 @@ def chunked_cross_entropy(
 
     The time axis is cut so that at most ``chunk_logits`` logits exist at once (None: on each device as many as
     :data:`CHUNK_LOGITS` says). The gradient of each chunk is taken in the same pass as its loss (the loss is a sum, so
-    its gradient is known up to the factor that arrives later); nothing is recomputed. Differentiable in ``params`` (the leaves that ``head`` reads) and ``hidden``; not in ``weights``.
+    its gradient is known up to the factor that arrives later); nothing is recomputed. Differentiable in ``params`` (the
+    leaves that ``head`` reads) and ``hidden``; not in ``weights``.
 
     Returns:
         A float32 scalar.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -129,6 +130,7 @@ def plan(
     accumulate: int = 1,
     param_dtype: str = "float32",
     name: str | None = None,
+    xla: Mapping[str, str] | None = None,
 ) -> Plan:
     """Compile the training step of a model (or, with ``decode``, a decoding step) for a topology, and read the result.
 
@@ -139,6 +141,7 @@ def plan(
         sequence: tokens of a row; None takes what the model has positions for, at most 1024. Decoding: tokens before.
         param_dtype: of the parameters, when decoding; training keeps float32 masters.
         name: what the plan calls the model; the family's name unless given.
+        xla: options of the compiler that differ, ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
         ValueError: an unknown topology, a mesh of another size, or sizes that do not divide over it.
@@ -169,8 +172,10 @@ def plan(
     if decode and devices.device is not None:
         bound = (parts["parameters"] + parts["state"]) / devices.device.bandwidth
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=dict(xla or {}))
     except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            raise ValueError(f"the compiler refuses {dict(xla or {})}: {error}") from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         nothing: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
