@@ -124,6 +124,9 @@ def test_loops_branches_fusions_kernels_and_collectives_are_counted():
     assert costs.cycles == 3653
     assert costs.unknown_loops == ["jit(step)/while"]
     assert [operation.instruction.op_name for operation in costs.kernels] == ["jit(step)/pallas_call"]
+    assert [operation.instruction.readable for operation in costs.operations] == [
+        "loop/tanh", "u.double", "pallas_call", "d.copy",
+    ]  # fmt: skip
     assert costs.collectives == [
         hlo.Collective("all-reduce", 8 * 128 * 2, 12, 4, "o.reduce"),
         hlo.Collective("all-gather", 32 * 128 * 2, 1, 4, "gather.start"),

@@ -59,6 +59,13 @@ class Instruction:
         match = _TARGET.search(self.rest) if self.opcode == "custom-call" else None
         return match is not None and match[1] in KERNELS
 
+    @property
+    def readable(self) -> str:
+        """``op_name`` without what every operation has: the jit, and the names of scan's own functions."""
+        parts = self.op_name.split("/")
+        parts = [part for part in parts[1:] if part not in ("closed_call", "body")] if len(parts) > 1 else parts
+        return "/".join("loop" if part == "while" else part for part in parts)
+
     def called(self, *attributes: str) -> list[str]:
         """Names of the computations that these attributes hold."""
         names: list[str] = []

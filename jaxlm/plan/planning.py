@@ -55,7 +55,8 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """Operations of one JAX name: estimated cycles in a step, their share, and how often they run."""
+    """Operations of one JAX name (without its jit; a scan's body is a ``loop``): estimated cycles in a step, their
+    share, and how often they run."""
 
     op_name: str
     cycles: int
@@ -262,7 +263,7 @@ def _traffic(costs: hlo.Costs, device: Device | None) -> list[Traffic]:
 def _top(costs: hlo.Costs) -> list[Fusion]:
     named: dict[str, list[int]] = {}
     for operation in costs.operations:
-        held = named.setdefault(operation.instruction.op_name, [0, 0])
+        held = named.setdefault(operation.instruction.readable, [0, 0])
         held[0] += operation.cycles
         held[1] = max(held[1], operation.times)
     total = max(costs.cycles, 1)

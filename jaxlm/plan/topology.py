@@ -81,7 +81,7 @@ def get(name: str) -> Topology:
 def _gpu(name: str, kind: str, shape: str) -> Topology:
     if not shape.isdigit() or int(shape) < 1:
         raise ValueError(f"topology {name!r}: GPUs of one host are a number, as in {kind}:8")
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: pip install 'jaxlm[cuda13]'")
     prepare()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
