@@ -140,6 +140,46 @@ def test_a_loop_whose_length_the_compiler_states():
     assert costs.cycles == 3653 + 8 * 3
 
 
+FUSED = """\
+HloModule jit_step
+
+%gathering (a.0: bf16[1,64]) -> bf16[4,64] {
+  %a.0 = bf16[1,64]{1,0} parameter(0)
+  %all-gather.1 = bf16[4,64]{1,0} all-gather(%a.0), channel_id=83, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %started = bf16[4,64]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b.0: bf16[1,64], b.1: bf16[8,8]) -> bf16[4,64] {
+  %b.0 = bf16[1,64]{1,0} parameter(0)
+  %b.1 = bf16[8,8]{1,0} parameter(1)
+  %all-gather.2 = bf16[4,64]{1,0} all-gather(%b.0), channel_id=83, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %done = bf16[4,64]{1,0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.7 (c.0: f32[4,64]) -> f32[1,64] {
+  %c.0 = f32[4,64]{1,0} parameter(0)
+  %all-reduce.1 = f32[4,64]{1,0} all-reduce(%c.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %cut = f32[1,64]{1,0} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (x: bf16[1,64], y: bf16[8,8], g: f32[4,64]) -> f32[1,64] {
+  %x = bf16[1,64]{1,0} parameter(0)
+  %y = bf16[8,8]{1,0} parameter(1)
+  %g = f32[4,64]{1,0} parameter(2)
+  %start = bf16[4,64]{1,0} fusion(%x), kind=kCustom, calls=%gathering
+  %meanwhile = bf16[4,64]{1,0} fusion(%x, %y), kind=kOutput, calls=%beside
+  ROOT %scattered = f32[1,64]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+
+
+def test_collectives_inside_fusions_are_found_and_counted_once():
+    found = hlo.costs(hlo.parse(FUSED)).collectives
+    assert [(one.kind, one.bytes, one.group) for one in found] == [
+        ("all-gather", 4 * 64 * 2, 4), ("reduce-scatter", 4 * 64 * 4, 4),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
@@ -443,7 +483,9 @@ def test_the_estimate_of_a_known_matmul_and_a_known_copy(name):
 @live
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_training_step_is_planned(name):
-    made = plan(get_model("gpt2-tiny", dtype="bfloat16"), name, "data=2,fsdp=2", batch=8, sequence=64)
+    # Wide enough for the compiler to scatter what it reduces.
+    model = get_model("gpt2-tiny", dtype="bfloat16", embed_dim=256, mlp_dim=1024)
+    made = plan(model, name, "data=2,fsdp=2", batch=8, sequence=64)
     assert made.fits
     assert made.cycles > 0
     assert 0.0 < made.mfu_exposed < made.mfu < 0.5

@@ -24,6 +24,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _INDEX = re.compile(r"index=(\d+)")
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*->.*\{$")
 _REFERENCE = re.compile(r"%([\w.\-<>]+)")
@@ -324,6 +325,7 @@ def costs(program: Program) -> Costs:
 
 def _walk(program: Program, name: str, times: int, found: Costs) -> None:
     computation = program.computations[name]
+    channels: set[str] = set()
     for i in computation:
         if i.opcode == "while":
             trips = trip_count(program, computation, i)
@@ -344,11 +346,33 @@ def _walk(program: Program, name: str, times: int, found: Costs) -> None:
         elif i.opcode in ("call", "async-start"):
             for part in i.called("to_apply", "calls"):
                 _walk(program, part, times, found)
+        elif i.opcode == "fusion":
+            _fused_collectives(program, i, times, channels, found)
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             found.collectives.append(_collective(computation, i, kind, times))
         if i.cycles is not None or i.kernel:
             found.operations.append(Operation(i, name, times))
+
+
+def _fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], found: Costs) -> None:
+    """Collectives inside a fusion. One that runs beside computation stands in every fusion that it runs beside, always
+    with the same channel; a reduce-scatter is a fusion of an all-reduce and the cut that follows."""
+    for name in fusion.called("calls"):
+        computation = program.computations[name]
+        for i in computation:
+            kind = i.opcode.removesuffix("-start")
+            if i.opcode == "fusion":
+                _fused_collectives(program, i, times, channels, found)
+            if kind not in COLLECTIVES:
+                continue
+            channel = _CHANNEL.search(i.rest)
+            if channel is not None and channel[1] in channels:
+                continue
+            if channel is not None:
+                channels.add(channel[1])
+            kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in name else kind
+            found.collectives.append(_collective(computation, i, kind, times))
 
 
 def _collective(computation: list[Instruction], i: Instruction, kind: str, times: int) -> Collective:
