@@ -231,7 +231,6 @@ def test_bundles_are_counted_by_the_depth_of_their_loop():
     schedule = kernels.parse(BUNDLES)
     assert schedule == kernels.Schedule((3, 4, 2))
     assert schedule.cycles(10) == 3 + 10 * 6
-    assert schedule.inner_loops
 
 
 def test_the_newest_schedule_of_a_kernel_is_found(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 """Operations between devices; an asynchronous one is a pair, of which the ``-start`` counts."""
@@ -224,7 +224,7 @@ def _parameter_index(instruction: Instruction) -> int | None:
     return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
 
 
-def _initial(computation: Iterable[Instruction], loop: Instruction):  # type: ignore[no-untyped-def]
+def _initial(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
     """Of a part of a loop's state: the constant that it starts from, or None."""
     computation = list(computation)
     start = _by_name(computation, loop.operands[0])

@@ -30,11 +30,6 @@ class Schedule:
         once, *inside = self.bundles
         return once + steps * sum(inside)
 
-    @property
-    def inner_loops(self) -> bool:
-        """Whether there are loops within a grid step."""
-        return len(self.bundles) > 2
-
 
 def dump_schedules() -> None:
     """Ask libtpu to write the schedules down; it must be said before it is loaded. The files go with the process."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.devices import Device
+from jaxlm.devices import Device, peak_share
 from jaxlm.models import Model
 from jaxlm.plan import flops, hlo, kernels, program, topology
 from jaxlm.sharding import Sharding, make_mesh
@@ -235,9 +235,9 @@ def _times(costs: hlo.Costs, found: list[Kernel], amount: float, devices: topolo
     communication = sum(waits) if len(waits) == len(traffic) else None
     if device is not None and device.clock is not None and cycles is not None:
         seconds = cycles / device.clock
-        mfu = amount / (seconds * count * device.tflops * 1e12)
+        mfu = peak_share(amount / (seconds * count), device.kind)
         if communication is not None:
-            exposed = amount / ((seconds + communication) * count * device.tflops * 1e12)
+            exposed = peak_share(amount / ((seconds + communication) * count), device.kind)
     return {
         "cycles": cycles, "seconds": seconds, "communication": communication, "mfu": mfu, "mfu_exposed": exposed,
     }  # fmt: skip
