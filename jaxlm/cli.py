@@ -1,9 +1,12 @@
-"""The ``jaxlm`` command: ``generate`` text from a run or a model directory, ``doctor`` for what this machine has."""
+"""The ``jaxlm`` command: ``generate`` text from a run or a model directory, ``plan`` a training or decoding step for an
+accelerator that is not there, ``doctor`` for what this machine has."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from jaxlm import load_pretrained
 from jaxlm.config import exit_status
 from jaxlm.data import load_tokenizer
 from jaxlm.decoding import Sampling, stream_text
+from jaxlm.devices import by_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Doctor:
             print(f"{package:18} {found or 'MISSING'}")
         print(f"\nbackend            {jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}")
         for device in jax.devices():
-            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}")
+            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}{_peak(device)}")
         print(f"host memory        {_host_memory()}")
         print()
         for package, extra, purpose in EXTRAS:
@@ -89,9 +93,89 @@ class Doctor:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a training or decoding step for accelerators that are not there: does it fit, how long will it take?"""
+
+    model: str
+    """A family or variant, as gpt2 or t5-base."""
+    topology: str
+    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (extra tpu) or h100:8 (extra cuda13)."""
+    mesh: str
+    """Axes over these devices, as data=4,fsdp=4."""
+    batch: int
+    """Rows of a step, over all devices."""
+    sequence: int | None = None
+    """Tokens of a row (decoding: those before); None takes what the model has positions for, at most 1024."""
+    decode: bool = False
+    """Plan the decoding of one token instead of a training step."""
+    compare: tuple[str, ...] = ()
+    """Further meshes, to be shown beside the first."""
+    set: tuple[str, ...] = ()
+    """Config fields of the model that differ, as num_layers=24 remat=full."""
+    dtype: str = "bfloat16"
+    """Compute dtype."""
+    param_dtype: str = "float32"
+    """Dtype of the parameters when decoding; training keeps float32 masters."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, whose gradients are summed."""
+    dropout: bool = True
+    """Keep the config's dropout rates; --no-dropout sets all of them to 0."""
+    xla: tuple[str, ...] = ()
+    """Options of the compiler that differ, as xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
+    json: Path | None = None
+    """Write everything there, too."""
+
+    def run(self) -> int:
+        """Print the plans."""
+        from rich.console import Console
+
+        from jaxlm import plan
+
+        plan.prepare()
+        console = Console(soft_wrap=False)
+        model, xla = self._model(), dict(_assignment("xla", option) for option in self.xla)
+        plans = []
+        for mesh in (self.mesh, *self.compare):
+            with console.status(f"compiling for {self.topology}, {mesh}"):
+                one = plan.plan(
+                    model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
+                    accumulate=self.accumulate, param_dtype=self.param_dtype, name=self.model, xla=xla,
+                )  # fmt: skip
+            plans.append(one)
+        plan.show(plans, console)
+        if self.json is not None:
+            self.json.write_text(json.dumps([dataclasses.asdict(one) for one in plans], indent=2) + "\n", "utf-8")
+        return 0
+
+    def _model(self) -> jaxlm.Model:
+        changes: dict[str, Any] = {}
+        for change in self.set:
+            name, value = _assignment("set", change)
+            try:
+                changes[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                changes[name] = value  # a word, as in remat=full
+        model = jaxlm.get_model(self.model, **changes)
+        fields = [field.name for field in dataclasses.fields(model.config)]
+        if "dtype" in fields and "dtype" not in changes:
+            changes["dtype"] = self.dtype
+        if not self.dropout:
+            changes = {**{name: 0.0 for name in fields if name.endswith("dropout")}, **changes}
+        return jaxlm.get_model(self.model, **changes)
+
+
+def _assignment(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"cannot read --{option} {text!r}: write name=value, e.g. num_layers=24")
+    return name, value
+
+
 EXTRAS = (
     ("tokenizers", "'jaxlm[tokenizers]'", "reading tokenizer.json and vocab/merges files"),
     ("pytest", "'jaxlm[test]'", "running the tests"),
+    ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on one"),
     ("torch", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
     ("transformers", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
 )
@@ -112,6 +196,13 @@ def _memory(device: jax.Device) -> str:
     return f", {stats.get('bytes_in_use', 0) / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB in use"
 
 
+def _peak(device: jax.Device) -> str:
+    known = by_kind(device.device_kind)
+    if known is None:
+        return ""
+    return f"; datasheet: {known.tflops:g} TFLOP/s bfloat16, {known.memory / 1e9:g} GB, {known.bandwidth / 1e9:g} GB/s"
+
+
 def _host_memory() -> str:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -121,12 +212,16 @@ def _host_memory() -> str:
     return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB available"
 
 
-Command = Annotated[Generate, tyro.conf.subcommand("generate")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
-    command: Generate | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
+    command: Generate | Plan | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
     return exit_status(command.run, "jaxlm")
 
 

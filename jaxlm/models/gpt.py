@@ -25,7 +25,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.sharding import constrain
+from jaxlm.sharding import constrain, platform
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
 NormPosition = Literal["before", "after"]
@@ -202,8 +202,7 @@ def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.A
 def _attention(
     cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, mask: Any, state: Any, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    qkv = constrain(linear(weights["attention"]["qkv"], x), ("batch", "seq", None, "heads", "kv"))
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    q, k, v = _projections(weights["attention"]["qkv"], x)
     if kv is not None:
         start_B = state["length"] - x.shape[1]
         k, v = (cache.append(old, new, start_B) for old, new in zip(kv, (k, v), strict=True))
@@ -214,6 +213,20 @@ def _attention(
     )  # fmt: skip
     out = linear(weights["attention"]["output"], mixed, inputs=2)
     return dropout(out, cfg.residual_dropout, fold_name(key, "attention_output")), kv
+
+
+def _projections(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values, [B, T, H, K]."""
+    if platform() == "cpu":
+        qkv = constrain(linear(weights, x), ("batch", "seq", None, "heads", "kv"))
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    # An attention kernel reads each from an array of its own: one matmul for all three would be cut apart by copies.
+    def project(part: int) -> jax.Array:
+        own = {name: w[..., part, :, :] for name, w in weights.items()}
+        return constrain(linear(own, x), ("batch", "seq", "heads", "kv"))
+
+    return project(0), project(1), project(2)
 
 
 def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 from jaxlm.nn.cache import Slots
-from jaxlm.nn.kernels import blockwise_attention, decode_attention
+from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, decode_attention, splash
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.term import Term, check, dense
 
-Implementation = Literal["reference", "blockwise", "decode"]
+Implementation = Literal["reference", "blockwise", "decode", "splash", "cudnn"]
 
 BLOCKWISE_FROM = 256
 """Queries from which blocks pay off; from T = 1024 on, O(T) memory is a rule of the house and not a choice."""
@@ -50,11 +50,12 @@ def attention(
             a dense array [1 or B, 1 or H, T, S], which only ``reference`` takes.
         dropout: rate; acts only with a ``key``.
         implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), ``decode`` (few
-            queries, reads no more of a cache than is filled), or None for the best that is known for the device and the
-            shape.
+            queries, reads no more of a cache than is filled), ``splash`` (a TPU kernel; no bias, dropout or orders),
+            ``cudnn`` (NVIDIA; half precision, no bias, dropout, orders or segments), or None for the best that is known
+            for the device, the shape and the mask.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or one that cannot do this or runs elsewhere.
     """
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -64,6 +65,7 @@ def attention(
             "and v must divide those of q"
         )
     array, terms = _bias(bias)
+    platform = sharding.platform()
     if array is not None and not all(
         size in allowed for size, allowed in zip(array.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
     ):
@@ -72,29 +74,40 @@ def attention(
         check(term, B, H)
     if mask.causal and mask.query_order is None and T != S:
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
-    if implementation is None:
-        implementation = "blockwise" if T >= BLOCKWISE_FROM and array is None else "reference"
-        if _decodes(mask, T, S) and array is None and (key is None or dropout == 0.0):
-            implementation = "decode"
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
+    given = array if array is not None else terms or None
+    refusals = {
+        "blockwise": None if array is None else "takes no dense bias",
+        "decode": decode_attention.refusal(array, key),
+        "splash": splash.refusal(mask, given, key),
+        "cudnn": cudnn_attention.refusal(mask, q_BTHK.dtype, given, key),
+    }
+    if implementation is None:
+        implementation = _best(mask, T, S, array, refusals)
+    elif refusals.get(implementation) is None and _PLATFORM.get(implementation, platform) != platform:
+        refusals[implementation] = f"is for a {_PLATFORM[implementation]}, and this is compiled for a {platform}"
+    if refusals.get(implementation) is not None:
+        raise ValueError(
+            f"attention implementation {implementation!r} {refusals[implementation]}: leave the implementation out"
+        )
     if implementation == "decode":
-        if array is not None or key is not None:
-            raise ValueError("attention implementation 'decode' takes no dense bias and no dropout: leave them out")
         return decode_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms)
     k_BSGK, v_BSGK = (x.first(S) if isinstance(x, Slots) else x for x in (k_BSGK, v_BSGK))
+    if implementation == "splash":
+        return splash.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
+    if implementation == "cudnn":
+        return cudnn_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     if implementation == "reference":
         for term in terms:
             array = dense(term, T, S) if array is None else array + dense(term, T, S)
         k_BSHK, v_BSHK = (x if G == H else jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
         return _reference(q_BTHK, k_BSHK, v_BSHK, mask, scale, array, dropout, key)
     if implementation == "blockwise":
-        if array is not None:
-            raise ValueError("attention implementation 'blockwise' takes no dense bias: leave the implementation out")
         # One head after the other keeps a CPU's matmuls two-dimensional and its temporaries in cache. Where heads or
         # batch are split over devices, and on accelerators, all heads go together.
-        sequential = sharding.platform() == "cpu" and sharding.active() is None
+        sequential = platform == "cpu" and sharding.active() is None
         return blockwise_attention.attention(
             q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms, dropout=dropout, key=key, sequential=sequential
         )
@@ -103,10 +116,20 @@ def attention(
     )
 
 
-def _decodes(mask: Mask, queries: int, keys: int) -> bool:
-    """A few queries, each with its place among many keys."""
-    few = queries <= decode_attention.QUERIES and keys > 2 * decode_attention.SHORTEST
-    return few and mask.query_order is not None and sharding.active() is None
+_PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
+
+
+def _best(mask: Mask, T: int, S: int, array: Any, refusals: dict[str, str | None]) -> Implementation:
+    """The best implementation that is known for the device, the shape and the mask."""
+    decodes = T <= decode_attention.QUERIES and S > 2 * decode_attention.SHORTEST and mask.query_order is not None
+    if decodes and refusals["decode"] is None and sharding.active() is None:
+        return "decode"
+    if T < BLOCKWISE_FROM or array is not None:
+        return "reference"
+    for name in ("splash", "cudnn"):
+        if sharding.platform() == _PLATFORM[name] and refusals[name] is None:
+            return name
+    return "blockwise"
 
 
 def _bias(bias: Any) -> tuple[jax.Array | None, tuple[Term, ...]]:

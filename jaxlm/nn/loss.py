@@ -6,17 +6,24 @@ Shapes: B batch, T time, D model, V vocabulary; C time steps of a chunk.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm import sharding
+
 Head = Callable[[Any, jax.Array], jax.Array]
 """``head(params, hidden [B, C, D]) -> logits [B, C, V]``: a family's ``logits`` with its config filled in."""
 
-CHUNK_LOGITS = 2**24
-"""Logits that exist at a time: 64 MiB in float32. On a CPU fewer make matmuls thin, more make fresh memory slow."""
+CHUNK_LOGITS = {"cpu": 2**24}
+"""Logits that exist at a time on each device: 64 MiB in float32. On a CPU fewer make matmuls thin, more make fresh
+memory slow."""
+CHUNK_LOGITS_ELSEWHERE = 2**27
+"""The same on accelerators, 512 MiB: each chunk reads and writes the gradient of the whole head, so that 98 chunks of a
+GPT-2 step took as long as everything else (docs/labbook.md)."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -39,17 +46,20 @@ def chunked_cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets))`` without ever holding [B, T, V].
 
-    The time axis is cut so that at most ``chunk_logits`` logits exist at once. The gradient of each chunk is taken in
-    the same pass as its loss (the loss is a sum, so its gradient is known up to the factor that arrives later); nothing
-    is recomputed. Differentiable in ``params`` (the leaves that ``head`` reads) and ``hidden``; not in ``weights``.
+    The time axis is cut so that at most ``chunk_logits`` logits exist at once (None: on each device as many as
+    :data:`CHUNK_LOGITS` says). The gradient of each chunk is taken in the same pass as its loss (the loss is a sum, so
+    its gradient is known up to the factor that arrives later); nothing is recomputed. Differentiable in ``params`` (the
+    leaves that ``head`` reads) and ``hidden``; not in ``weights``.
 
     Returns:
         A float32 scalar.
     """
+    if chunk_logits is None:
+        chunk_logits = CHUNK_LOGITS.get(sharding.platform(), CHUNK_LOGITS_ELSEWHERE) * _pieces()
     leaves, tree = jax.tree.flatten(params)
     used = _leaves_read(head, params, hidden_BTD)
 
@@ -70,6 +80,16 @@ def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
     mentioned = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
     return [at for at, var in enumerate(jaxpr.invars[:-1]) if id(var) in mentioned]
+
+
+def _pieces() -> int:
+    """Over how many devices the logits are split."""
+    active = sharding.active()
+    if active is None:
+        return 1
+    parts = active.rules.partition(("batch", None, "vocab"), active.mesh)
+    axes = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())]
+    return math.prod(active.mesh.shape[axis] for axis in axes)
 
 
 def _cut(x: jax.Array, chunks: int) -> jax.Array:

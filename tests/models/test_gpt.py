@@ -7,8 +7,8 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
-from jaxlm.models import get_model
-from tests.helpers import assert_trees_equal, lively, random_tokens, tiny_model
+from jaxlm.models import get_model, gpt
+from tests.helpers import assert_trees_close, assert_trees_equal, lively, random_tokens, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,16 @@ def test_what_gpt_1_files_cannot_say_is_named(tmp_path):
         model = tiny_model("openai-gpt-tiny", **fields)
         with pytest.raises(ValueError, match="no Hugging Face class"):
             save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+
+
+def test_on_accelerators_queries_keys_and_values_are_projected_one_by_one(monkeypatch):
+    model = tiny_model("gpt2-tiny")
+    params, tokens = lively(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(model.apply(params, tokens)[0]))
+
+    together = jax.jit(jax.value_and_grad(loss))(params)
+    monkeypatch.setattr(gpt, "platform", lambda: "tpu")
+    one_by_one = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
+    assert_trees_close(one_by_one, together, 1e-5, floor=1e-4)

@@ -11,7 +11,7 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
 from jaxlm.nn.cache import Slots, append
-from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.kernels import blockwise_attention, cudnn_attention
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.relative import distance_term_of_positions
 from tests.helpers import assert_trees_close, relative_error
@@ -189,7 +189,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="'blockwise' takes no dense bias"):
         attention(q, k, v, bias=np.zeros((1, 2, 4, 6)), implementation="blockwise")
     with pytest.raises(
-        ValueError, match="no attention implementation 'flash': choose from reference, blockwise, decode"
+        ValueError, match="no attention implementation 'flash': choose from reference, blockwise, decode, splash, cudnn"
     ):
         attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="takes query_order and key_order together"):
@@ -290,3 +290,32 @@ def test_slots_are_written_and_read_among_those_of_all_layers():
     for implementation in ("decode", "reference", None):
         got = attention(q, written, Slots(v[None], 0), mask, implementation=implementation)
         assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+def test_what_cudnn_is_asked_for_is_the_attention_meant(causal, window):
+    """The same call without a GPU."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(2, 9, 9, 4, 8)[:3])
+    few, mask = (k[:, :, :2], v[:, :, :2]), Mask(causal=causal, window=window)
+    got = cudnn_attention.attention(q, *few, mask, scale=0.3, implementation="xla")
+    want = attention(q, *few, mask, scale=0.3, implementation="reference")
+    assert got.dtype == want.dtype
+    assert relative_error(got, want) < 1e-2  # bfloat16 probabilities
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "options", "message"),
+    [
+        ("cudnn", "float32", {}, "'cudnn' takes bfloat16 and float16, not float32: leave the implementation out"),
+        ("cudnn", "bfloat16", {"dropout": 0.1, "key": jax.random.key(0)}, "'cudnn' drops nothing"),
+        ("cudnn", "bfloat16", {"bias": np.zeros((1, 1, 4, 4))}, "'cudnn' takes no bias"),
+        ("cudnn", "bfloat16", {"mask": Mask(query_segments=np.ones((1, 4)), key_segments=np.ones((1, 4)))}, "segments"),
+        ("cudnn", "bfloat16", {}, "'cudnn' is for a gpu, and this is compiled for a cpu"),
+        ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' drops nothing"),
+        ("decode", "float32", {"bias": np.zeros((1, 1, 4, 4))}, "'decode' takes no dense bias"),
+    ],
+)
+def test_an_implementation_that_cannot_do_this_says_why(implementation, dtype, options, message):
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, 4)[:3])
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, implementation=implementation, **options)

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn import loss
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.sharding import Sharding, make_mesh
 from tests.helpers import assert_trees_close, relative_error
 
 B, T, D, V = 2, 13, 8, 31
@@ -91,3 +93,30 @@ def test_bfloat16_keeps_its_statistics_in_float32():
     assert low[0].dtype == jnp.float32
     assert low[1].dtype == jnp.bfloat16
     assert relative_error(low[0], want[0]) < 1e-2
+
+
+def test_chunks_are_as_large_as_each_device_may_hold(monkeypatch):
+    def summed(hidden):
+        head = lambda table, hidden: hidden @ table  # noqa: E731
+        return chunked_cross_entropy(head, jnp.ones((4, V)), hidden, targets, jnp.ones((8, 16)))
+
+    def chunks():
+        trace = jax.make_jaxpr(jax.grad(summed))(jnp.ones((8, 16, 4)))
+        lengths = [equation.params["length"] for equation in _scans(trace.jaxpr)]
+        return 1 + sum(lengths)  # the first stands before the loop
+
+    targets = jnp.zeros((8, 16), int)
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", 8 * V)
+    assert chunks() == 16
+    with Sharding(make_mesh("data=4,tensor=2")).scope():
+        assert chunks() == 2
+
+
+def _scans(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", None)
+            if inner is not None:
+                yield from _scans(inner)

@@ -28,6 +28,13 @@ SHORTEST = 128
 """Fewest slots that are read; each further branch reads twice as many."""
 
 
+def refusal(bias: jax.Array | None, key: jax.Array | None) -> str | None:
+    """Why this cannot be done here, as the end of a sentence, or None."""
+    if bias is not None:
+        return "takes no dense bias"
+    return None if key is None else "drops nothing"
+
+
 def attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array | Slots,

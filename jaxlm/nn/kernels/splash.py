@@ -1,0 +1,139 @@
+"""Splash attention on TPU: JAX's Pallas kernel that skips the blocks a mask leaves empty, behind our masks.
+
+``jax.experimental.pallas.ops.tpu.splash_attention``: O(T) memory, own gradient, one kernel forward and one or two
+backward. Its blocks of 128 by default keep a TPU waiting; ours are as large as the fast memory allows. Pallas kernels
+have no partitioning rule, so under a sharding each device runs the kernel on its own rows and heads (``shard_map``).
+Shapes as in ``jaxlm.nn.attention``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm import sharding as sharding_lib
+from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.mask import Mask, keep
+
+LANES = 128
+"""Queries and keys come in multiples of it; what is missing is padded."""
+LARGEST_BLOCK = 1024
+"""Queries, and keys, of a block at most."""
+_PADDED_QUERY, _PADDED_KEY = -1, -2  # segments of what was padded: they see and are seen by nothing real
+
+
+def refusal(mask: Mask, bias: Any, key: Any) -> str | None:
+    """Why the kernel cannot do this, or None when it can."""
+    if bias is not None:
+        return "takes no bias"
+    if key is not None:
+        return "has no dropout: set the rate to 0"
+    if mask.query_order is not None:
+        return "takes no query_order and key_order: it knows causal masks in the order of the index only"
+    active = sharding_lib.active()
+    if active is not None and active.named(("seq",)).spec[0] is not None:
+        return "does not split queries over devices: take a mesh without a sequence axis"
+    return None
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
+    q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
+    segments = (mask.query_segments, mask.key_segments)
+    run = functools.partial(_rows, mask.causal, mask.window, interpret)
+    active = sharding_lib.active()
+    if active is None:
+        out_BTHK = run(q_BTHK, k_BSGK, v_BSGK, *segments)
+    else:
+        names = ("batch", None, "heads", "kv")
+        split = [
+            active.named(names, x.shape, what).spec
+            for what, x in (("queries", q_BTHK), ("keys", k_BSGK), ("values", v_BSGK))
+        ]
+        rows = active.named(("batch", None)).spec
+        out_BTHK = jax.shard_map(
+            run, mesh=active.mesh, in_specs=(*split, rows, rows), out_specs=split[0], check_vma=False
+        )(q_BTHK, k_BSGK, v_BSGK, *segments)  # fmt: skip
+    return _blank(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
+
+
+def _blank(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
+    """Zeros where a query sees nothing, which the kernel does not know: it would average what it must not see."""
+    if mask.query_segments is None or mask.query_segments is mask.key_segments:
+        return out_BTHK  # everything sees at least itself
+    kept = keep(mask, out_BTHK.shape[1], keys)
+    assert kept is not None
+    return jnp.where(jnp.any(kept, axis=-1)[:, :, None, None], out_BTHK, 0)  # reduced as it is made, never held
+
+
+def _rows(
+    causal: bool, window: int | None, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, query: Any, key: Any
+) -> jax.Array:
+    """Attention of the rows and heads of one device, [B, T, H, K]; queries are scaled already."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    (B, T, H), S = q.shape[:3], k.shape[1]
+    pads = [-T % LANES, -S % LANES]
+    if pads[1] and query is None and not causal:  # later keys are hidden by a causal mask anyway
+        query, key = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    q, k, v = (
+        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
+        for x, pad in ((q, pads[0]), (k, pads[1]), (v, pads[1]))
+    )
+    # Named as they are read by the kernel: what remat keeps is then neither projected nor transposed again.
+    q, k, v = (checkpoint_name(x, blockwise_attention.SAVED) for x in (q, k, v))
+    blocks = _block(T + pads[0]), _block(S + pads[1])
+    kernel = _kernel(causal, window, T + pads[0], S + pads[1], blocks, H, interpret)
+    if query is None:
+        out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
+    else:
+        query = jnp.pad(query, ((0, 0), (0, pads[0])), constant_values=_PADDED_QUERY)
+        key = jnp.pad(key, ((0, 0), (0, pads[1])), constant_values=_PADDED_KEY)
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=query, kv=key))
+    return jnp.swapaxes(out, 1, 2)[:, :T]
+
+
+@functools.cache
+def _kernel(
+    causal: bool, window: int | None, queries: int, keys: int, blocks: tuple[int, int], heads: int, interpret: bool
+) -> Any:
+    """The kernel of a mask and shape. It lists the blocks that have something in them, on the host, once."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape = (queries, keys)
+    mask: masks.Mask
+    if window is not None:
+        mask = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    else:
+        mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    q_block, k_block = blocks
+    sizes = splash.BlockSizes(
+        block_q=q_block, block_kv=k_block, block_kv_compute=k_block,
+        block_q_dkv=q_block, block_kv_dkv=k_block, block_kv_dkv_compute=k_block,
+        use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha_single_device(
+            masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret,
+            residual_checkpoint_name=blockwise_attention.SAVED,
+        )  # fmt: skip
+        return jax.tree.map(np.asarray, kernel)  # of no device: constants of whatever is compiled
+
+
+def _block(length: int) -> int:
+    """The largest block that divides a length, both multiples of :data:`LANES`."""
+    return max(block for block in range(LANES, min(length, LARGEST_BLOCK) + 1, LANES) if length % block == 0)

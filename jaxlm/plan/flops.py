@@ -1,0 +1,128 @@
+"""Floating-point operations of a step: what the model asks for, however it is compiled.
+
+Model FLOPs are what MFU (Chowdhery et al. 2022, appendix B) divides by: nothing that remat or a kernel computes twice.
+Shapes: N parameters that take part in matmuls, L layers, D width of all heads together, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.extend import core as jax_core
+
+from jaxlm import spec
+from jaxlm.models import Model
+
+CLOSED = ("gpt", "llama", "bert", "roberta")
+"""Families whose FLOPs have a closed formula: stacks of attention and matmuls, and nothing else."""
+_LOOKED_UP = ("position_embedding", "token_type_embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """``amount`` over all devices, by the formula that ``formula`` states."""
+
+    amount: float
+    formula: str
+
+
+def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
+    """FLOPs of a training step by the closed formula of the family, or None where it has none."""
+    if model.family not in CLOSED:
+        return None
+    weights = matmul_parameters(model)
+    causal = model.family in ("gpt", "llama")
+    tokens, cfg = batch * sequence, model.config
+    heads = spec.flatten(model.specs)["layers/attention/output/weight"].shape[1:]
+    width = math.prod(heads[:2])
+    attention = 12 * cfg.num_layers * width * sequence * tokens / (2 if causal else 1)
+    shown = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
+    return Flops(
+        6.0 * weights * tokens + attention,
+        f"6*N*tokens + {shown}, N = {weights:,} parameters that are multiplied; no recomputation counted",
+    )
+
+
+def decoding_flops(model: Model, batch: int) -> Flops:
+    """FLOPs of one new token in each of ``batch`` rows, attention to what came before left out."""
+    weights = matmul_parameters(model)
+    return Flops(
+        2.0 * weights * batch,
+        f"2*N*rows, N = {weights:,} parameters that are multiplied; attention to the cache is not counted",
+    )
+
+
+def matmul_parameters(model: Model) -> int:
+    """Parameters that are multiplied and not only looked up. A tied token table is the matrix of the head."""
+    leaves = spec.flatten(model.specs)
+    looked_up = set(_LOOKED_UP)
+    tied = getattr(model.config, "tie_embeddings", True)
+    if not tied or getattr(model.config, "task", "causal") not in ("causal", "masked", "permutation", "seq2seq"):
+        looked_up.add("token_embedding")
+    return sum(leaf.size for name, leaf in leaves.items() if name not in looked_up)
+
+
+def counted_flops(function: Any, *arguments: Any) -> Flops:
+    """FLOPs of every dot and convolution in the trace of ``function``: loops as often as they run, the dearest branch
+    of a conditional, 2 for each multiplication and addition. Elementwise work is not counted."""
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+    return Flops(
+        _count(jaxpr.jaxpr),
+        "dots and convolutions in JAX's trace of the step without remat (causal attention not halved)",
+    )
+
+
+def _count(jaxpr: Any) -> float:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        return 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]
+    if name == "cond":
+        return max(inner, default=0.0)
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":
+        times = params["mesh"].size
+    elif name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
+    return times * sum(inner)
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, jax_core.ClosedJaxpr):
+                found.append(one.jaxpr)
+            elif isinstance(one, jax_core.Jaxpr):
+                found.append(one)
+    return found
+
+
+def kernel_grids(jaxpr: Any) -> dict[str, int]:
+    """Of each Pallas kernel in a trace, by name: the steps of its grid."""
+    grids: dict[str, int] = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            grids[_kernel_name(equation.params)] = math.prod(equation.params["grid_mapping"].grid)
+        for inner in _jaxprs(equation.params):
+            grids |= kernel_grids(inner)
+    return grids
+
+
+def _kernel_name(params: dict[str, Any]) -> str:
+    named = params.get("name_and_src_info")
+    return str(params.get("name")) if named is None else str(named.name)

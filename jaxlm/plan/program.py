@@ -1,0 +1,178 @@
+"""The step that is planned: the one that training or decoding would run, with shapes in place of arrays.
+
+Shapes: B batch, T tokens of a row, S of a source, P places that are predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import spec
+from jaxlm.decoding.prompts import read_tokens
+from jaxlm.models import Model
+from jaxlm.objectives import objective, span_corruption
+from jaxlm.objectives.batch import Batch
+from jaxlm.plan import flops as flops_lib
+from jaxlm.sharding import Sharding
+from jaxlm.training import step as step_lib
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+
+STREAMED = {"transformer_xl": "memory_length", "lstm": None, "gru": None}
+"""Families whose language models are trained along streams, and the config field that says how much they remember."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is compiled.
+
+    Attributes:
+        function: the jitted step, to be lowered with ``arguments``.
+        arguments: shapes with shardings.
+        parts: named trees of the arguments, for the bytes of each.
+        flops: what the model asks for.
+        tokens: tokens that a step reads, or, decoding, makes.
+        objective: what is trained, or how it decodes.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    parts: dict[str, Any]
+    flops: flops_lib.Flops
+    tokens: int
+    objective: str
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings that one device holds."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += math.prod(shape) * size
+    return total
+
+
+def task_of(model: Model) -> str:
+    """The objective that trains the model."""
+    return getattr(model.config, "task", "causal")
+
+
+def default_sequence(model: Model) -> int:
+    """Tokens of a row, where nothing else is said: what the model has positions for, at most 1024; else 512."""
+    return min(getattr(model.config, "max_positions", None) or 512, 1024)
+
+
+def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) -> Batch:
+    """The batch of the model's objective, as ``jaxlm.objectives`` would make it from texts of ``sequence`` tokens.
+
+    Encoder-decoders: ``sequence`` is the length of the source; the target is that of span corruption.
+
+    Raises:
+        ValueError: the batch does not divide over the mesh, or nothing trains the task.
+    """
+    task = task_of(model)
+    objective(task)  # raises where nothing trains it
+    rows = sharding.named(("batch",), (batch,), "a batch")
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
+
+    tokens = array(sequence)
+    if task == "classification":
+        return Batch(tokens, array(), array(dtype=jnp.float32))
+    if task == "span_qa":
+        return Batch(tokens, array(2), array(dtype=jnp.float32))
+    if task == "permutation":
+        places = max(1, sequence // 6)  # beta of every alpha tokens: Yang et al. 2019 predict 85 of 512
+        inputs = {"token_types": tokens, "order": tokens, "targets": array(places)}
+        return Batch(tokens, array(places), array(places, dtype=jnp.float32), inputs=inputs)
+    if model.reads_source:
+        target = span_corruption.text_length(sequence)[1]
+        source = {"source": tokens}
+        return Batch(array(target), array(target), array(target, dtype=jnp.float32), inputs=source)
+    reset = array(dtype=jnp.bool_) if stream_of(model, batch) is not None else None
+    return Batch(tokens, tokens, array(sequence, dtype=jnp.float32), reset=reset)
+
+
+def stream_of(model: Model, batch: int) -> step_lib.Stream | None:
+    """What training carries along a stream, for families that are trained so."""
+    if model.family not in STREAMED or task_of(model) != "causal":
+        return None
+    field = STREAMED[model.family]
+    return batch, 1 if field is None else getattr(model.config, field)
+
+
+def training_step(
+    model: Model, sharding: Sharding, batch: int, sequence: int, *, optimizer: OptimizerConfig, accumulate: int = 1
+) -> Step:
+    """The step that ``jaxlm.training.loop.train`` runs: state donated, parameters and optimizer placed by the rules.
+
+    Raises:
+        ValueError: sizes that do not divide over the mesh, or a batch that the model cannot read.
+    """
+    task = task_of(model)
+    update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
+    stream = stream_of(model, batch)
+    data = abstract_batch(model, batch, sequence, sharding)
+    state = step_lib.abstract_state(model, update, stream=stream, sharding=sharding)
+    loss = objective(task).loss
+    function = step_lib.jit_step(model, update, loss, accumulate=accumulate, stream=stream, sharding=sharding)
+    counted = flops_lib.training_flops(model, batch, sequence)
+    if counted is None:
+        counted = _counted(model, update, loss, stream, state, data)
+    parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
+    if stream is not None:
+        parts["carried state"] = state.carried
+    tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
+    name = f"train, {task}" + (", along streams" if stream is not None else "")
+    return Step(function, (state, data), parts, counted, tokens, name)
+
+
+def _counted(
+    model: Model, update: Any, loss: step_lib.Loss, stream: step_lib.Stream | None, state: Any, data: Any
+) -> flops_lib.Flops:
+    """FLOPs from the trace of the same step where nothing is computed twice."""
+    plain = {"remat": "none", "attention_implementation": "reference"}
+    fields = {field.name for field in dataclasses.fields(model.config)}
+    changes = {name: value for name, value in plain.items() if name in fields}
+    config = dataclasses.replace(model.config, **changes)
+    step = step_lib.make_step(dataclasses.replace(model, config=config), update, loss, stream=stream)
+    without_places = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
+    return flops_lib.counted_flops(step, *without_places)
+
+
+def decoding_step(model: Model, sharding: Sharding, batch: int, sequence: int, *, param_dtype: str = "float32") -> Step:
+    """One greedy token in each row, after ``sequence`` of them: what ``jaxlm.decoding.generate`` loops over.
+
+    Raises:
+        TypeError: the family carries no state, so it does not decode.
+        ValueError: sizes that do not divide over the mesh, or a state longer than the model allows.
+    """
+    sizes = {"source_length": sequence} if model.reads_source else {}
+    specs = model.state_specs(batch, sequence, **sizes)
+    dtype = jnp.dtype(param_dtype)
+
+    def lower(leaf: spec.ArraySpec) -> spec.ArraySpec:
+        return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    params = sharding.abstract(jax.tree.map(lower, model.specs))
+    state = sharding.abstract(specs)
+    rows = sharding.named(("batch",), (batch,), "a batch")
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
+
+    def step(params: Any, state: Any, tokens_B: jax.Array) -> tuple[Any, jax.Array]:
+        with sharding.scope():
+            state, logits_BV = read_tokens(model, params, state, tokens_B)
+            return state, jnp.argmax(logits_BV[:, : model.config.vocab_size], axis=-1).astype(jnp.int32)
+
+    function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
+    return Step(
+        function, (params, state, tokens), {"parameters": params, "state": state},
+        flops_lib.decoding_flops(model, batch), batch, f"decode, one token after {sequence}",
+    )  # fmt: skip

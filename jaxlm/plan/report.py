@@ -1,0 +1,114 @@
+"""Plans as text, one by one or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxlm.plan.planning import Memory, Plan
+
+
+def show(plans: Sequence[Plan], console: Console) -> None:
+    """Print plans: each figure a row, each mesh a column; then the dearest operations of each plan that has some."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(plans[0].model)
+    for plan in plans:
+        table.add_column(f"{plan.topology} {plan.mesh}", justify="right")
+    for name, value in _rows(plans):
+        table.add_row(name, *(value(plan) for plan in plans))
+    console.print(table)
+    first = plans[0]
+    console.print(f"{first.objective}; FLOPs: {first.flops_formula}", highlight=False, markup=False)
+    for plan in plans:
+        _details(plan, console, titled=len(plans) > 1)
+
+
+def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
+    yield "devices", lambda p: f"{p.devices} x {p.device_kind}"
+    yield "batch x sequence", lambda p: f"{p.batch} x {p.sequence}, {p.dtype}"
+    yield "fits", lambda p: "yes" if p.fits else "NO"
+    parts = dict.fromkeys(part for plan in plans if plan.memory for part in plan.memory.parts)
+    for part in parts:
+        yield f"  {part}", lambda p, part=part: _part(p, lambda m: m.parts.get(part))  # type: ignore[misc]
+    yield "  temporaries", lambda p: _part(p, lambda m: m.temporaries)
+    if any(plan.memory and plan.memory.gradients for plan in plans):
+        yield "    of these, gradients", lambda p: _part(p, lambda m: m.gradients)
+    yield "  code", lambda p: _part(p, lambda m: m.code)
+    yield "bytes a device", lambda p: _part(p, lambda m: m.total)
+    yield "FLOPs a step", lambda p: f"{p.flops:.3g}"
+    yield "estimated cycles", lambda p: "n/a" if p.cycles is None else f"{p.cycles:,}"
+    yield "estimated step", lambda p: _seconds(p.seconds)
+    yield "  MFU", lambda p: _share(p.mfu)
+    yield "communication, at least", lambda p: _seconds(p.communication)
+    yield "  MFU, none overlapped", lambda p: _share(p.mfu_exposed)
+    yield "tokens/s", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
+    if any(plan.memory_bound is not None for plan in plans):
+        yield "reading memory, at least", lambda p: _seconds(p.memory_bound)
+    kinds = dict.fromkeys(traffic.kind for plan in plans for traffic in plan.collectives)
+    for kind in kinds:
+        yield kind, lambda p, kind=kind: _traffic(p, kind)  # type: ignore[misc]
+    yield "compiled in", lambda p: _seconds(p.compile_seconds)
+
+
+def _details(plan: Plan, console: Console, *, titled: bool) -> None:
+    if titled:
+        console.print(f"\n{plan.topology} {plan.mesh}", style="bold", highlight=False)
+    if plan.reason:
+        console.print(f"does not fit: {plan.reason}", highlight=False, markup=False)
+    if plan.top:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, justify in (("cycles", "right"), ("share", "right"), ("times", "right"), ("operation", "left")):
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for one in plan.top:
+            table.add_row(f"{one.cycles:,}", f"{one.share:.1%}", str(one.times), _escape(one.op_name))
+        console.print(table)
+    if plan.kernels:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("calls", "grid", "bundles a grid step", "cycles"):
+            table.add_column(name, justify="right")
+        table.add_column("kernel", overflow="fold")
+        for kernel in plan.kernels:
+            inside = "n/a" if kernel.bundles is None else "+".join(f"{count:,}" for count in kernel.bundles[1:])
+            cycles = "n/a" if kernel.cycles is None else f"{kernel.cycles:,}"
+            grid = "n/a" if kernel.grid is None else f"{kernel.grid:,}"
+            table.add_row(str(kernel.calls), grid, inside, cycles, _escape(kernel.name))
+        console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _part(plan: Plan, of: Callable[[Memory], float | None]) -> str:
+    return _bytes(None if plan.memory is None else of(plan.memory))
+
+
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "n/a"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "n/a"
+    return (
+        f"{seconds:.1f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.3g} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.3g} us"
+    )
+
+
+def _share(share: float | None) -> str:
+    return "n/a" if share is None else f"{share:.1%}"
+
+
+def _traffic(plan: Plan, kind: str) -> str:
+    return next((f"{one.count} x, {_bytes(one.bytes)}" for one in plan.collectives if one.kind == kind), "0")

@@ -1,0 +1,126 @@
+"""Accelerators that are not there: their devices as the compiler describes them.
+
+For TPUs the extra ``tpu`` brings the compiler (libtpu), which needs no TPU to compile for one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+
+from jaxlm.devices import Device, by_name
+from jaxlm.plan import kernels
+
+TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
+        "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
+"""Generations that plans are made for, and usual shapes; others whose sides are even work too."""
+GPUS = ("h100",)
+
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks the cloud which machine this is, and waits
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody owns a chip here, so two plans may be made at once
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for, and what is known of each of them (None: not in the table)."""
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    device: Device | None
+
+
+def prepare() -> None:
+    """What must be said to JAX and libtpu before either starts; harmless later. ``jaxlm plan`` says it for itself.
+
+    The machine's own devices are left alone: JAX runs on the CPU in a process that calls this first.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    kernels.dump_schedules()
+    if os.environ.get("JAX_PLATFORMS") is None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+
+
+def known() -> str:
+    """The topologies that are known, for messages."""
+    return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT"])
+
+
+def get(name: str) -> Topology:
+    """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
+
+    Raises:
+        ValueError: there is no such topology; the message lists those that are known.
+        ImportError: the compiler for it is not installed; the message says how to.
+    """
+    kind, colon, shape = name.partition(":")
+    if not colon or not shape or kind not in (*TPUS, *GPUS):
+        raise ValueError(f"no topology is called {name!r}: known are {known()}")
+    if kind in GPUS:
+        return _gpu(name, kind, shape)
+    if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(
+            f"topology {name!r}: a {kind} has a shape such as {TPUS[kind].partition(',')[0]}, not {shape!r}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: pip install 'jaxlm[tpu]'")
+    prepare()
+    return Topology(name, _describe(name, "tpu", topology_name=name), by_name(kind))
+
+
+def _gpu(name: str, kind: str, shape: str) -> Topology:
+    if not shape.isdigit() or int(shape) < 1:
+        raise ValueError(f"topology {name!r}: GPUs of one host are a number, as in {kind}:8")
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: pip install 'jaxlm[cuda13]'")
+    prepare()
+    config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100}
+    return Topology(name, _describe(name, "cuda", **config), by_name(kind))
+
+
+def _describe(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, ...]:
+    from jax.experimental import topologies
+
+    try:
+        return tuple(topologies.get_topology_desc(platform=platform, **arguments).devices)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the compiler refuses topology {name!r} ({reason}): known are {known()}") from error
+
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""A ``GpuTargetConfigProto``: what XLA's GPU compiler wants to know of the device that it does not see."""

@@ -1,0 +1,529 @@
+"""Plans: reading a schedule, counting FLOPs, the step that is compiled; and, live, the TPU compiler itself."""
+
+import dataclasses
+import functools
+import importlib.util
+import io
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxlm import cli, devices
+from jaxlm.models import FAMILIES, get_model
+from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
+from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topology
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.training import step as step_lib
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from tests.helpers import FIRST, decodes, random_tokens, task_of, tiny_model
+
+# ------------------------------------------------------------------------------------------- reading a schedule
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%fused (p.0: bf16[8,128]) -> bf16[8,128] {
+  %p.0 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  ROOT %tanh.0 = bf16[8,128]{1,0:T(8,128)(2,1)} tanh(%p.0), backend_config={"estimated_cycles":"7"}
+}
+
+%inner_body (i.p: (s32[], bf16[8,128], s32[])) -> (s32[], bf16[8,128], s32[]) {
+  %i.p = (s32[]{:T(128)}, bf16[8,128]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.at = s32[]{:T(128)} get-tuple-element(%i.p), index=0
+  %i.two = s32[]{:T(128)} constant(2)
+  %i.next = s32[]{:T(128)} add(%i.two, %i.at)
+  %i.x = bf16[8,128]{1,0} get-tuple-element(%i.p), index=1
+  %i.bound = s32[]{:T(128)} get-tuple-element(%i.p), index=2
+  %i.fusion = bf16[8,128]{1,0} fusion(%i.x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/while/body/tanh" stack_frame_id=5}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %i.out = (s32[]{:T(128)}, bf16[8,128]{1,0}, s32[]{:T(128)}) tuple(%i.next, %i.fusion, %i.bound)
+}
+
+%inner_condition (i.c: (s32[], bf16[8,128], s32[])) -> pred[] {
+  %i.c = (s32[]{:T(128)}, bf16[8,128]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i.c.at = s32[]{:T(128)} get-tuple-element(%i.c), index=0
+  %i.c.bound = s32[]{:T(128)} get-tuple-element(%i.c), index=2
+  ROOT %i.lt = pred[]{:T(512)} compare(%i.c.at, %i.c.bound), direction=LT
+}
+
+%outer_body (o.p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %o.p = (s32[]{:T(128)}, bf16[8,128]{1,0}) parameter(0)
+  %o.at = s32[]{:T(128)} get-tuple-element(%o.p), index=0
+  %o.one = s32[]{:T(128)} constant(1)
+  %o.next = s32[]{:T(128)} add(%o.at, %o.one)
+  %o.x = bf16[8,128]{1,0} get-tuple-element(%o.p), index=1
+  %o.zero = s32[]{:T(128)} constant(0)
+  %o.five = s32[]{:T(128)} constant(5)
+  %o.five.copy = s32[]{:T(128)} copy(%o.five)
+  %o.start = (s32[]{:T(128)}, bf16[8,128]{1,0}, s32[]{:T(128)}) tuple(%o.zero, %o.x, %o.five.copy)
+  %o.while = (s32[]{:T(128)}, bf16[8,128]{1,0}, s32[]{:T(128)}) while(%o.start), condition=%inner_condition, body=%inner_body
+  %o.y = bf16[8,128]{1,0} get-tuple-element(%o.while), index=1
+  %o.reduce = bf16[8,128]{1,0} all-reduce(%o.y), channel_id=1, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%add
+  ROOT %o.out = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%o.next, %o.reduce)
+}
+
+%outer_condition (o.c: (s32[], bf16[8,128])) -> pred[] {
+  %o.c.twelve = s32[]{:T(128)} constant(12)
+  %o.c = (s32[]{:T(128)}, bf16[8,128]{1,0}) parameter(0)
+  %o.c.at = s32[]{:T(128)} get-tuple-element(%o.c), index=0
+  ROOT %o.lt = pred[]{:T(512)} compare(%o.c.at, %o.c.twelve), direction=LT
+}
+
+%unknown_body (u.p: (s32[])) -> (s32[]) {
+  %u.p = (s32[]{:T(128)}) parameter(0)
+  %u.at = s32[]{:T(128)} get-tuple-element(%u.p), index=0
+  %u.double = s32[]{:T(128)} multiply(%u.at, %u.at), backend_config={"estimated_cycles":"3"}
+  ROOT %u.out = (s32[]{:T(128)}) tuple(%u.double)
+}
+
+%unknown_condition (u.c: (s32[])) -> pred[] {
+  %u.c = (s32[]{:T(128)}) parameter(0)
+  %u.c.at = s32[]{:T(128)} get-tuple-element(%u.c), index=0
+  %u.c.bound = s32[]{:T(128)} constant(1000)
+  ROOT %u.lt = pred[]{:T(512)} compare(%u.c.at, %u.c.bound), direction=LT
+}
+
+%cheap (c.p: bf16[8,128]) -> bf16[8,128] {
+  ROOT %c.p = bf16[8,128]{1,0} parameter(0)
+}
+
+%dear (d.p: bf16[8,128]) -> bf16[8,128] {
+  %d.p = bf16[8,128]{1,0} parameter(0)
+  ROOT %d.copy = bf16[8,128]{1,0} copy(%d.p), backend_config={"window_config":{"estimated_cycles":"50"}}
+}
+
+ENTRY %main (x: bf16[8,128], go: s32[]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0), metadata={op_name="x"}
+  %go = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%zero, %x)
+  %loop = (s32[]{:T(128)}, /*index=1*/bf16[8,128]{1,0}) while(%start), condition=%outer_condition, body=%outer_body
+  %y = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
+  %unknown.start = (s32[]{:T(128)}) tuple(%go)
+  %unknown = (s32[]{:T(128)}) while(%unknown.start), condition=%unknown_condition, body=%unknown_body, metadata={op_name="jit(step)/while"}
+  %gather.start = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%y), dimensions={0}, replica_groups=[2,4]<=[8]
+  %gather.done = bf16[32,128]{1,0} all-gather-done(%gather.start)
+  %kernel.1 = (f32[8,512,128]{2,1,0:T(8,128)}, bf16[8,128]{1,0}) custom-call(%y, %gather.done), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzv"}}
+  %z = bf16[8,128]{1,0} get-tuple-element(%kernel.1), index=1
+  ROOT %chosen = bf16[8,128]{1,0} conditional(%go, %z, %z), branch_computations={%cheap, %dear}
+}
+"""  # noqa: E501
+
+
+def test_loops_branches_fusions_kernels_and_collectives_are_counted():
+    costs = hlo.costs(hlo.parse(PROGRAM))
+    # The inner loop counts 0, 2, 4 up to a bound that comes in with its state; the outer one runs 12 times.
+    by_name = {operation.instruction.name: (operation.times, operation.cycles) for operation in costs.operations}
+    assert by_name == {"i.fusion": (36, 3600), "u.double": (1, 3), "kernel.1": (1, 0), "d.copy": (1, 50)}
+    assert costs.cycles == 3653
+    assert costs.unknown_loops == ["jit(step)/while"]
+    assert [operation.instruction.op_name for operation in costs.kernels] == ["jit(step)/pallas_call"]
+    assert [operation.instruction.readable for operation in costs.operations] == [
+        "loop/tanh", "u.double", "pallas_call", "d.copy",
+    ]  # fmt: skip
+    assert costs.collectives == [
+        hlo.Collective("all-reduce", 8 * 128 * 2, 12, 4, "o.reduce"),
+        hlo.Collective("all-gather", 32 * 128 * 2, 1, 4, "gather.start"),
+    ]
+
+
+def test_a_loop_whose_length_the_compiler_states():
+    stated = PROGRAM.replace('metadata={op_name="jit(step)/while"}', 'backend_config={"known_trip_count":{"n":"9"}}')
+    costs = hlo.costs(hlo.parse(stated))
+    assert costs.unknown_loops == []
+    assert costs.cycles == 3653 + 8 * 3
+
+
+FUSED = """\
+HloModule jit_step
+
+%gathering (a.0: bf16[1,64]) -> bf16[4,64] {
+  %a.0 = bf16[1,64]{1,0} parameter(0)
+  %all-gather.1 = bf16[4,64]{1,0} all-gather(%a.0), channel_id=83, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %started = bf16[4,64]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (b.0: bf16[1,64], b.1: bf16[8,8]) -> bf16[4,64] {
+  %b.0 = bf16[1,64]{1,0} parameter(0)
+  %b.1 = bf16[8,8]{1,0} parameter(1)
+  %all-gather.2 = bf16[4,64]{1,0} all-gather(%b.0), channel_id=83, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %done = bf16[4,64]{1,0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.7 (c.0: f32[4,64]) -> f32[1,64] {
+  %c.0 = f32[4,64]{1,0} parameter(0)
+  %all-reduce.1 = f32[4,64]{1,0} all-reduce(%c.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %cut = f32[1,64]{1,0} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (x: bf16[1,64], y: bf16[8,8], g: f32[4,64]) -> f32[1,64] {
+  %x = bf16[1,64]{1,0} parameter(0)
+  %y = bf16[8,8]{1,0} parameter(1)
+  %g = f32[4,64]{1,0} parameter(2)
+  %start = bf16[4,64]{1,0} fusion(%x), kind=kCustom, calls=%gathering
+  %meanwhile = bf16[4,64]{1,0} fusion(%x, %y), kind=kOutput, calls=%beside
+  ROOT %scattered = f32[1,64]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+
+
+def test_collectives_inside_fusions_are_found_and_counted_once():
+    found = hlo.costs(hlo.parse(FUSED)).collectives
+    assert [(one.kind, one.bytes, one.group) for one in found] == [
+        ("all-gather", 4 * 64 * 2, 4), ("reduce-scatter", 4 * 64 * 4, 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2048), ("f32[]{:T(128)}", 4), ("pred[3]", 3), ("s4[16]{0}", 8),
+        ("(f32[2,3]{1,0}, /*index=1*/u8[5], token[])", 29), ("f8e4m3fn[10]", 10), ("c64[2]", 16),
+    ],
+)  # fmt: skip
+def test_bytes_of_shapes(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no HLO module"):
+        hlo.parse("module @jit_f {}")
+
+
+def test_what_xla_compiles_here_is_read_too():
+    """A loop in a loop, compiled for the CPU, where the compiler states how often loops run."""
+
+    def function(x):
+        inner = lambda _, x: jnp.sin(x @ x)  # noqa: E731
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, 5, inner, x), x)
+
+    text = jax.jit(function).lower(jnp.ones((64, 64))).compile().as_text()
+    parsed = hlo.parse(text)
+    loops = [i for body in parsed.computations.values() for i in body if i.opcode == "while"]
+    trips = {hlo.trip_count(parsed, next(c for c in parsed.computations.values() if i in c), i) for i in loops}
+    assert trips == {3, 5}
+
+
+BUNDLES = """\
+= control target key start
+LH: loop header
+= control target key end
+
+     0   :  { %s1 = smov 0 }
+   0x1   :  { %s2 = smov 1 }
+   0x2 LH: > { %s3 = sadd.s32 1, %s2 }
+   0x3 LB: > { %v4 = vld [vmem:[%s3]] }
+   0x4 PF: > { %v5 = vadd.f32 %v4, %v4 } /* Start region 52 */
+   0x5 LB: > > { %v6 = vmatmul.f32 %v5 }
+   0x6   : > > { %v7 = vpop.f32 }
+   0x7   : > { %s8 = sphi %s3 }
+   0x8   :  { %9 = vsyncpa [#allocation10] } /* exit bundle: %kernel.1 = custom-call(%x), backend_config={ */
+"""
+
+
+def test_bundles_are_counted_by_the_depth_of_their_loop():
+    schedule = kernels.parse(BUNDLES)
+    assert schedule == kernels.Schedule((3, 4, 2))
+    assert schedule.cycles(10) == 3 + 10 * 6
+
+
+def test_the_newest_schedule_of_a_kernel_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--other=1 --xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text=true")
+    for stamp, name, lines in ((9, "kernel.1", 6), (10, "kernel.1", 12), (11, "kernel.12", 6)):
+        text = "\n".join(BUNDLES.splitlines()[:lines])
+        (tmp_path / f"{stamp}-{name}-01-final_bundles.txt").write_text(text)
+        (tmp_path / f"{stamp}-{name}-00-schedule-analysis_final_bundles.txt").write_text("Schedule analysis:")
+    assert kernels.schedule_of("kernel.1") == kernels.Schedule((2, 4, 2))
+    assert kernels.schedule_of("kernel.2") is None
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    assert kernels.schedule_of("kernel.1") is None
+
+
+# -------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def test_counted_flops():
+    a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
+    assert flops.counted_flops(jnp.dot, a, b).amount == 2 * 4 * 8 * 16
+    square = jnp.ones((8, 8))
+    looped = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=7)[0]  # noqa: E731
+    assert flops.counted_flops(looped, square).amount == 7 * 2 * 8**3
+    chosen = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x)  # noqa: E731
+    assert flops.counted_flops(chosen, square).amount == 2 * 2 * 8**3
+    x, kernel = jnp.ones((2, 6, 10)), jnp.ones((3, 6, 5))  # batch, channels, time; channels out, in, time
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NCH", "OIH", "NCH"))
+
+    assert flops.counted_flops(convolve, x, kernel).amount == 2 * (2 * 3 * 10) * 6 * 5
+    mapped = jax.shard_map(
+        lambda x: x @ square, mesh=make_mesh("data=8"), in_specs=jax.P("data"), out_specs=jax.P("data")
+    )
+    assert flops.counted_flops(mapped, jnp.ones((16, 8))).amount == 2 * 16 * 8 * 8
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "bert-tiny", "roberta-tiny"])
+def test_the_closed_formula_is_what_the_step_multiplies(name):
+    """Apart from the half of causal attention, biases and norms, which the formula's N counts as others do."""
+    model = tiny_model(name)
+    B, T = 4, 48
+    closed = flops.training_flops(model, B, T)
+    update = make_optimizer(OptimizerConfig(), model.specs, 1000)
+    data = program.abstract_batch(model, B, T, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
+    state = step_lib.abstract_state(model, update)
+    counted = program._counted(model, update, objective(task_of(model)).loss, None, state, data).amount
+    cfg = model.config
+    attention = 12 * cfg.num_layers * cfg.embed_dim * T * B * T
+    if "causal half" in closed.formula:
+        counted -= attention / 2
+    assert closed.amount == pytest.approx(counted, rel=0.06)
+    assert attention > 0.15 * closed.amount  # so that the attention term is tested as well
+
+
+def test_a_token_table_counts_where_it_is_the_head():
+    tied, untied = (get_model("gpt2-tiny", tie_embeddings=tie) for tie in (True, False))
+    positions, table = 64 * 32, 128 * 32
+    assert flops.matmul_parameters(tied) == tied.num_parameters - positions
+    assert flops.matmul_parameters(untied) == untied.num_parameters - positions - table == flops.matmul_parameters(tied)
+    assert flops.decoding_flops(tied, 3).amount == 6 * flops.matmul_parameters(tied)
+
+
+# --------------------------------------------------------------------------------------------- what is compiled
+
+
+def shapes_of(batch):
+    return jax.tree.map(lambda x: (tuple(x.shape), jnp.dtype(x.dtype).kind), batch)
+
+
+def test_batches_are_shaped_as_the_objectives_make_them():
+    rng, one = np.random.default_rng(0), Sharding(make_mesh("data=1", devices=jax.devices()[:1]))
+    gpt, bert, xlnet, t5 = (tiny_model(name) for name in ("gpt2-tiny", "bert-tiny", "xlnet-tiny", "t5-tiny"))
+    tokens = random_tokens(gpt, 4, 33)
+    cases = [
+        (gpt, 32, causal.batch(tokens)),
+        (bert, 33, masked.batch(tokens, rng, mask_id=3, vocab_size=128)),
+        (
+            xlnet, 36,
+            permutation.batch(tokens, rng, reuse_length=18, permutation_length=18, num_predict=6),
+        ),
+    ]  # fmt: skip
+    text, _ = span_corruption.text_length(32)
+    texts = np.random.default_rng(0).integers(2, 28, (4, text)).astype(np.int32)
+    cases.append((t5, 32, span_corruption.batch(texts, rng, first_sentinel=127)))
+    for model, sequence, want in cases:
+        got = program.abstract_batch(model, 4, sequence, one)
+        assert shapes_of(got) == shapes_of(want), model.family
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    sharding = Sharding(make_mesh("data=8"))
+    with pytest.raises(ValueError, match="a batch: axis 'batch' of size 6 does not divide over mesh axes data=8"):
+        program.abstract_batch(tiny_model("gpt"), 6, 32, sharding)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Plans for this machine's eight virtual devices: all but the compiler's estimates."""
+    monkeypatch.setattr(planning.topology, "get", lambda name: topology.Topology(name, tuple(jax.devices()), None))
+
+
+def test_a_plan_compiles_the_step_that_training_runs(here):
+    model, mesh = tiny_model("gpt2-tiny"), "data=2,fsdp=4"
+    made = plan(model, "here", mesh, batch=16, sequence=32, name="gpt2-tiny")
+    sharding = Sharding(make_mesh(mesh))
+    update = make_optimizer(OptimizerConfig(), model.specs, 1000)
+    state = step_lib.init_state(model, update, jax.random.key(0), sharding=sharding)
+    held = {
+        part: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        for part, tree in (("parameters", state.params), ("optimizer", state.optimizer))
+    }
+    assert made.memory.parts == {**held, "batch": 16 * 32 * 12 // 8}
+    assert made.memory.gradients == held["parameters"]
+    assert made.memory.total >= made.memory.arguments + made.memory.temporaries
+    assert {traffic.kind for traffic in made.collectives} >= {"all-gather", "all-reduce"}
+    assert made.fits
+    assert made.device_kind == "cpu"
+    # Nothing is known of this device, so nothing is said.
+    assert made.cycles is made.seconds is made.mfu is made.memory.limit is None
+    assert json.loads(json.dumps(dataclasses.asdict(made)))["objective"] == "train, causal"
+
+
+def test_plans_are_shown_side_by_side(here):
+    model = tiny_model("gpt2-tiny")
+    plans = [plan(model, "here", mesh, batch=16, decode=True, sequence=32) for mesh in ("data=8", "tensor=4,data=2")]
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(plans, console)
+    text = console.export_text()
+    assert "here data=8" in text
+    assert "here tensor=4,data=2" in text
+    assert re.search(r"MFU +n/a +n/a", text)
+    assert "decode, one token after 32" in text
+    assert "2*N*rows" in text
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_every_family_has_a_step_to_plan(name):
+    """Lowered for eight devices, not compiled: the live tests compile it for a TPU."""
+    model, sharding = tiny_model(name), Sharding(make_mesh("data=4,fsdp=2"))
+    step = program.training_step(model, sharding, 8, 32, optimizer=OptimizerConfig())
+    assert step.flops.amount > 0
+    assert step.tokens >= 8
+    step.function.lower(*step.arguments)
+    if decodes(model):
+        step = program.decoding_step(model, sharding, 8, 32, param_dtype="bfloat16")
+        assert {leaf.dtype for leaf in jax.tree.leaves(step.arguments[0])} <= {
+            jnp.dtype("bfloat16"),
+            jnp.dtype("int32"),
+        }
+        step.function.lower(*step.arguments)
+
+
+def test_a_family_that_cannot_decode_is_named(here):
+    with pytest.raises(TypeError, match="family 'bert' carries no state"):
+        plan(tiny_model("bert"), "here", "data=8", batch=8, decode=True)
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+def refused(capsys, *options):
+    assert cli.main(["plan", "--mesh", "data=4", "--batch", "8", "--sequence", "32", *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_errors_are_one_line_and_name_the_fix(capsys, monkeypatch):
+    tiny = ("--model", "gpt2-tiny")
+    assert "no topology is called 'v5x:2x2': known are v5e:SHAPE" in refused(capsys, *tiny, "--topology", "v5x:2x2")
+    assert "a v5e has a shape such as 2x2" in refused(capsys, *tiny, "--topology", "v5e:four")
+    assert "no model is called 'gpt3'" in refused(capsys, "--model", "gpt3", "--topology", "v5e:2x2")
+    assert "cannot read --set 'remat'" in refused(capsys, *tiny, "--topology", "v5e:2x2", "--set", "remat")
+    assert "did you mean 'num_layers'" in refused(capsys, *tiny, "--topology", "v5e:2x2", "--set", "num_layer=2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'jaxlm[tpu]'" in refused(capsys, *tiny, "--topology", "v5e:2x2")
+    assert "pip install 'jaxlm[cuda13]'" in refused(capsys, *tiny, "--topology", "h100:8")
+    assert "GPUs of one host are a number" in refused(capsys, *tiny, "--topology", "h100:2x2")
+
+
+def test_options_change_the_model():
+    options = {"topology": "v5e:2x2", "mesh": "data=4", "batch": 8}
+    model = cli.Plan(model="gpt2", **options, set=("num_layers=3", "remat=full", "tie_embeddings=False"))._model()
+    assert (model.config.num_layers, model.config.remat, model.config.tie_embeddings) == (3, "full", False)
+    assert (model.config.dtype, model.config.attention_dropout) == ("bfloat16", 0.1)
+    calm = cli.Plan(model="gpt2", **options, dropout=False, set=("residual_dropout=0.2",))._model()
+    assert (calm.config.attention_dropout, calm.config.residual_dropout) == (0.0, 0.2)
+
+
+def test_a_device_that_is_unknown_has_no_peak():
+    assert devices.by_kind("TPU v5 lite").tflops == 197
+    assert devices.by_name("v6e").kind == "TPU v6 lite"
+    assert devices.by_kind("TFRT_CPU") is None
+    assert devices.peak_share(98.5e12, "TPU v5 lite") == 0.5
+    assert devices.peak_share(1e12, jax.devices()[0]) is None
+
+
+# ------------------------------------------------------------------------------------- the TPU compiler (live)
+
+live = pytest.mark.live
+
+
+@functools.cache
+def compiled_cycles(name, function, *shapes):
+    """Estimated seconds of a function of arrays that every device holds whole."""
+    there = topology.get(name)
+    mesh = make_mesh({"data": len(there.devices)}, devices=there.devices)
+    everywhere = Sharding(mesh).replicated()
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in shapes]
+    costs = hlo.costs(hlo.parse(jax.jit(function).lower(*arguments).compile().as_text()))
+    assert costs.unknown_loops == []
+    return costs.cycles / there.device.clock, there.device
+
+
+def matmul(a, b):
+    return a @ b
+
+
+def seven_times(a, b):
+    return jax.lax.fori_loop(0, 7, lambda _, x: x @ b, a)
+
+
+def twenty_one_times(a, b):
+    return jax.lax.fori_loop(0, 21, lambda _, x: x @ b, a)
+
+
+def copied(x):
+    return x
+
+
+TOPOLOGIES = {"v5e:2x2": 0.9, "v5p:2x2x1": 0.9, "v6e:2x2": 0.65}
+"""And which share of the peak the compiler expects of a matmul of 1024 x 4096 x 16384."""
+
+
+@live
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_the_estimate_of_a_known_matmul_and_a_known_copy(name):
+    shapes = ((1024, 4096), jnp.bfloat16), ((4096, 16384), jnp.bfloat16)
+    seconds, device = compiled_cycles(name, matmul, *shapes)
+    assert TOPOLOGIES[name] < devices.peak_share(2 * 1024 * 4096 * 16384 / seconds, device.kind) < 1.0
+    square = (2048, 2048), jnp.bfloat16
+    few, many = (compiled_cycles(name, times, square, square)[0] for times in (seven_times, twenty_one_times))
+    assert 2.8 < many / few < 3.1
+    # A float32 copy; one in bfloat16 is charged as if it were as many bytes again (docs/labbook.md).
+    seconds, device = compiled_cycles(name, copied, ((64, 1024, 1024), jnp.float32))
+    assert 0.65 < 2 * 4 * 64 * 2**20 / seconds / device.bandwidth < 1.0
+
+
+@live
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_training_step_is_planned(name):
+    # Wide enough for the compiler to scatter what it reduces.
+    model = get_model("gpt2-tiny", dtype="bfloat16", embed_dim=256, mlp_dim=1024)
+    made = plan(model, name, "data=2,fsdp=2", batch=8, sequence=64)
+    assert made.fits
+    assert made.cycles > 0
+    assert 0.0 < made.mfu_exposed < made.mfu < 0.5
+    assert made.memory.limit == devices.by_name(name.partition(":")[0]).memory
+    assert {traffic.kind for traffic in made.collectives} >= {"all-gather", "all-reduce"}
+    assert len(made.top) == planning.TOP
+    assert made.top[0].cycles >= made.top[-1].cycles
+    assert not made.notes
+
+
+@live
+def test_a_long_step_runs_the_kernel_and_its_schedule_is_read():
+    model = get_model(
+        "gpt2-tiny", dtype="bfloat16", max_positions=512, num_heads=1, embed_dim=64, attention_dropout=0.0
+    )
+    made = plan(model, "v5e:2x2", "data=4", batch=4, sequence=512)
+    assert [kernel.name.partition(".")[0] for kernel in made.kernels] == [
+        "splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals",
+    ]  # fmt: skip
+    assert all(kernel.calls == 2 and kernel.cycles > 1000 for kernel in made.kernels)
+    assert made.cycles > sum(kernel.cycles for kernel in made.kernels)
+
+
+@live
+def test_what_does_not_fit_is_said_before_it_is_bought(capsys):
+    sizes = ["--batch", str(2**20), "--sequence", "64", "--set", "remat=none"]
+    assert cli.main(["plan", "--model", "gpt2-tiny", "--topology", "v5e:2x2", "--mesh", "data=4", *sizes]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"fits +NO", text)
+    assert "does not fit: Ran out of memory" in text
+
+
+@live
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_planned(name):
+    model = tiny_model(name, dtype="bfloat16")
+    made = plan(model, "v5e:2x2", "data=4", batch=8, sequence=32)
+    assert made.mfu > 0.0
+    assert made.notes == []
+    if decodes(model):
+        made = plan(model, "v6e:2x2", "data=4", batch=8, sequence=32, decode=True)
+        assert 0.0 < made.memory_bound < made.seconds
