@@ -145,18 +145,12 @@ def _forward(
 def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     """With g the gradient of a state by all that comes after it: ``g = dhidden + decay_next * g_next``; that is the
     gradient of the input as well, and ``g * state_before`` that of the decay."""
-    decay_BTD, hidden_BTD, state_BD, masks = saved
-    dhidden_BTD, dlast_BD = cotangents
-    backward = _sequential_backward if implementation == "sequential" else _chunked_backward
-    dinput_BTD, dstate_BD = backward(decay_BTD, dhidden_BTD, dlast_BD, masks, reverse)
-    first_B1D = state_BD[:, None].astype(hidden_BTD.dtype)
-    parts = (hidden_BTD[:, 1:], first_B1D) if reverse else (first_B1D, hidden_BTD[:, :-1])
-    ddecay_BTD = dinput_BTD.astype(jnp.float32) * jnp.concatenate(parts, axis=1).astype(jnp.float32)
+    masks = saved[-1]
+    backward: Any = _sequential_backward if implementation == "sequential" else _chunked_backward
+    ddecay_BTD, dinput_BTD, dstate_BD = backward(*saved, *cotangents, reverse)
     if masks is not None:
-        reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
-        ddecay_BTD = jnp.where(keep_BT1 & ~reset_BT1, ddecay_BTD, 0.0)
-        dinput_BTD = jnp.where(keep_BT1, dinput_BTD, 0.0)
-    return ddecay_BTD.astype(decay_BTD.dtype), dinput_BTD, dstate_BD, None
+        dinput_BTD = jnp.where(masks[1][:, :, None], dinput_BTD, 0.0)
+    return ddecay_BTD, dinput_BTD, dstate_BD, None
 
 
 _scan.defvjp(_forward, _backward)
@@ -168,57 +162,81 @@ _scan.defvjp(_forward, _backward)
 def _sequential(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    def following(state: jax.Array, before: Any, place: jax.Array, new: jax.Array) -> jax.Array:
-        return _step(state, _at(decay_BTD, place), new, _masks_at(masks, place))
+    place = _places(input_BTD, reverse)
 
-    def first(place: jax.Array, new: jax.Array) -> jax.Array:
-        return following(state_BD, None, place, new)
+    def step(states: Any, i: Any, buffers: Any) -> Any:
+        decay_BD, new_BD = _at(decay_BTD, place(i)), _at(buffers[0], place(i))
+        return (_step(states[0], decay_BD, new_BD, _masks_at(masks, place(i))),)
 
-    return _replace(input_BTD, first, following, reverse)
+    (hidden_BTD,), (last_BD,) = _replace((input_BTD,), step((state_BD,), 0, (input_BTD,)), step, place)
+    return hidden_BTD, last_BD
 
 
 def _sequential_backward(
-    decay_BTD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array, masks: Any, reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    def through(gradient: jax.Array, place: jax.Array) -> jax.Array:
+    decay_BTD: jax.Array,
+    hidden_BTD: jax.Array,
+    state_BD: jax.Array,
+    masks: Any,
+    dhidden_BTD: jax.Array,
+    dlast_BD: jax.Array,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient of the input replaces that of the states, and the gradient of the decay replaces the states."""
+    end = hidden_BTD.shape[1] - 1
+    place = _places(hidden_BTD, not reverse)
+
+    def through(gradient_BD: jax.Array, i: Any) -> jax.Array:
         """From the gradient of the state after a step to that of the state before it."""
-        decayed = _at(decay_BTD, place).astype(jnp.float32) * gradient
-        mask = _masks_at(masks, place)
-        return decayed if mask is None else jnp.where(mask[1], jnp.where(mask[0], 0.0, decayed), gradient)
+        decayed_BD = _at(decay_BTD, place(i)).astype(jnp.float32) * gradient_BD
+        mask = _masks_at(masks, place(i))
+        return decayed_BD if mask is None else jnp.where(mask[1], jnp.where(mask[0], 0.0, decayed_BD), gradient_BD)
 
-    def following(gradient: jax.Array, before: jax.Array, place: jax.Array, dhidden: jax.Array) -> jax.Array:
-        return dhidden.astype(jnp.float32) + through(gradient, before)
+    def values(comes_BD: jax.Array, i: Any, buffers: Any) -> Any:
+        gradient_BD = _at(buffers[0], place(i)).astype(jnp.float32) + comes_BD
+        before_BD = jnp.where(i == end, state_BD, _at(buffers[1], place(jnp.minimum(i + 1, end))).astype(jnp.float32))
+        ddecay_BD, mask = gradient_BD * before_BD, _masks_at(masks, place(i))
+        return gradient_BD, ddecay_BD if mask is None else jnp.where(mask[1] & ~mask[0], ddecay_BD, 0.0)
 
-    def first(place: jax.Array, dhidden: jax.Array) -> jax.Array:
-        return dhidden.astype(jnp.float32) + dlast_BD
+    def step(gradients: Any, i: Any, buffers: Any) -> Any:
+        return values(through(gradients[0], i - 1), i, buffers)
 
-    dinput_BTD, gradient_BD = _replace(dhidden_BTD, first, following, not reverse)
-    last = jnp.uint32(dhidden_BTD.shape[1] - 1 if reverse else 0)
-    return dinput_BTD, through(gradient_BD, last)
+    buffers = (dhidden_BTD, hidden_BTD.astype(decay_BTD.dtype))
+    (dinput_BTD, ddecay_BTD), (gradient_BD, _) = _replace(buffers, values(dlast_BD, 0, buffers), step, place)
+    return ddecay_BTD, dinput_BTD, through(gradient_BD, end)
+
+
+def _places(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
+    """The place of step i; unsigned, so that no index counts from the end."""
+    last = x_BTD.shape[1] - 1
+    return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
 
 def _replace(
-    buffer_BTD: jax.Array, first: Callable[..., jax.Array], following: Callable[..., jax.Array], reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The buffer with each step's value [B, D] replaced, and the last value: ``first(place, value)``, then
-    ``following(new value at before, before, place, value)``.
+    buffers: tuple[jax.Array, ...], values: Any, step: Callable[..., Any], place: Callable[[Any], jax.Array]
+) -> tuple[Any, Any]:
+    """Buffers [B, T, D] with the values [B, D] of every step in place of what stood there, and the last values.
 
-    Each turn of the loop writes first, and then reads the next value from what it wrote. So the old buffer is never
-    read after a write, and XLA needs no copy of it: with the read before the write, it depends on how things were
-    fused, and one copy in each turn makes the whole quadratic.
+    Args:
+        values: of step 0.
+        step: ``step(values of step i - 1, i, buffers)`` gives the values of step i. Before place i the buffers already
+            hold new values, there and behind it old ones.
+
+    Each turn of the loop writes first, and then reads for the next step what it wrote into. So the old buffer is never
+    read after a write, and XLA needs no copy of it: with the read before the write that depends on how things were
+    fused, and a copy in each turn makes the whole quadratic.
     """
-    T = buffer_BTD.shape[1]
 
-    def place(i: Any) -> jax.Array:
-        return jnp.asarray(T - 1 - i if reverse else i).astype(jnp.uint32)  # unsigned: no index from the end
+    def write(buffers: Any, values: Any, i: Any) -> Any:
+        return tuple(_put(buffer, value, place(i)) for buffer, value in zip(buffers, values, strict=True))
 
     def turn(i: jax.Array, carry: Any) -> Any:
-        value, buffer = carry
-        buffer = _put(buffer, value, place(i))
-        return following(value, place(i), place(i + 1), _at(buffer, place(i + 1))), buffer
+        values, buffers = carry
+        buffers = write(buffers, values, i)
+        return step(values, i + 1, buffers), buffers
 
-    value, buffer_BTD = lax.fori_loop(0, T - 1, turn, (first(place(0), _at(buffer_BTD, place(0))), buffer_BTD))
-    return _put(buffer_BTD, value, place(T - 1)), value
+    end = buffers[0].shape[1] - 1
+    values, buffers = lax.fori_loop(0, end, turn, (values, buffers))
+    return write(buffers, values, end), values
 
 
 def _at(x_BTD: jax.Array, place: jax.Array) -> jax.Array:
@@ -250,15 +268,30 @@ def _chunked(
 
 
 def _chunked_backward(
-    decay_BTD: jax.Array, dhidden_BTD: jax.Array, dlast_BD: jax.Array, masks: Any, reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    decay_BTD = _masked_decay(decay_BTD, masks)
-    ones_B1D = jnp.ones_like(decay_BTD[:, :1])
-    # Each step takes the decay of the one that it comes from.
-    parts = (ones_B1D, decay_BTD[:, :-1]) if reverse else (decay_BTD[:, 1:], ones_B1D)
-    gradient_BTD = _by_chunks(jnp.concatenate(parts, axis=1), dhidden_BTD, dlast_BD, not reverse)
+    decay_BTD: jax.Array,
+    hidden_BTD: jax.Array,
+    state_BD: jax.Array,
+    masks: Any,
+    dhidden_BTD: jax.Array,
+    dlast_BD: jax.Array,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
+    # Each step takes the decay of the one that its gradient comes from, and the state that it started from.
+    following_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
+    gradient_BTD = _by_chunks(following_BTD, dhidden_BTD, dlast_BD, not reverse)
+    ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
+    if masks is not None:
+        ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
     last = -1 if reverse else 0
-    return gradient_BTD.astype(dhidden_BTD.dtype), decay_BTD[:, last].astype(jnp.float32) * gradient_BTD[:, last]
+    dstate_BD = decay_BTD[:, last].astype(jnp.float32) * gradient_BTD[:, last]
+    return ddecay_BTD.astype(dtype), gradient_BTD.astype(dhidden_BTD.dtype), dstate_BD
+
+
+def _shifted(x_BTD: jax.Array, first_BD: jax.Array, reverse: bool) -> jax.Array:
+    """What stood one step earlier in the order of reading."""
+    first_B1D = first_BD[:, None].astype(x_BTD.dtype)
+    return jnp.concatenate((x_BTD[:, 1:], first_B1D) if reverse else (first_B1D, x_BTD[:, :-1]), axis=1)
 
 
 def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The elementwise linear recurrence: each implementation against a plain loop, with every gradient; its use of memory."""
+"""The elementwise linear recurrence: all implementations against a plain loop, with every gradient; use of memory."""
 
 import functools
 
