@@ -25,7 +25,7 @@ Implementation = Literal["reference", "chunked"]
 
 CHUNK = {"cpu": 32}
 """Steps of a chunk by platform; ``CHUNK_ELSEWHERE`` on others, whose matrix units want longer ones."""
-CHUNK_ELSEWHERE = 64
+CHUNK_ELSEWHERE = 128
 CHUNKED_FROM = 8
 """Steps from which chunks pay off."""
 
