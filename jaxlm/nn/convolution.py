@@ -170,15 +170,15 @@ class _Taps:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _shifts(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return _shifts_forward(taps, weight_KC, x_BTC, segment_ids)[0]
+
+
+def _shifts_forward(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None) -> Any:
     total_BTC = jnp.zeros((), jnp.float32)
     for weight_C, offset, own_BT in zip(weight_KC, taps.offsets, _own(taps, segment_ids), strict=True):
         seen_BTC = _masked(own_BT, _shifted(x_BTC, offset, taps.count))
         total_BTC = total_BTC + seen_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
-    return total_BTC.astype(x_BTC.dtype)
-
-
-def _shifts_forward(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None) -> Any:
-    return _shifts(taps, weight_KC, x_BTC, segment_ids), (weight_KC, x_BTC, segment_ids)
+    return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, segment_ids)
 
 
 def _shifts_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> Any:

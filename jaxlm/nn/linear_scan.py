@@ -131,14 +131,14 @@ def _reference(
 def _scan(
     implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
 ) -> tuple[jax.Array, jax.Array]:
-    forward = _sequential if implementation == "sequential" else _chunked
-    return forward(decay_BTD, input_BTD, state_BD, masks, reverse)
+    return _forward(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)[0]
 
 
 def _forward(
     implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
 ) -> Any:
-    hidden_BTD, last_BD = _scan(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)
+    forward = _sequential if implementation == "sequential" else _chunked
+    hidden_BTD, last_BD = forward(decay_BTD, input_BTD, state_BD, masks, reverse)
     return (hidden_BTD, last_BD), (decay_BTD, hidden_BTD, state_BD, masks)
 
 
