@@ -82,16 +82,18 @@ class JaxCase(Case):
             weight, x = inputs
             return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
 
-        def both(dout: Any, *inputs: Any) -> Any:
-            _, pull = jax.vjp(forward, *inputs)
-            return pull(dout)
+        def both(*arguments: Any) -> Any:
+            # JAX gives donated memory to results in their order: the gradient of the input gets that of ``dout``, the
+            # last, as it would inside of a model, where XLA is free to choose.
+            _, pull = jax.vjp(forward, *arguments[:-1])
+            return pull(arguments[-1])
 
         inputs, dout = inputs_of(op, sizes)
         self.kept, self.dout = jax.device_put(inputs), jax.device_put(dout)
         self.used_up = [1] if op == "linear_scan" else []
         self.backward = backward
         if backward:
-            donated = [0, *(1 + index for index in self.used_up)]
+            donated = [*self.used_up, len(inputs)]
             self.compiled = jax.jit(both, donate_argnums=donated, keep_unused=True)
         else:
             self.compiled = jax.jit(lambda *inputs: [forward(*inputs)], donate_argnums=self.used_up)
@@ -100,7 +102,7 @@ class JaxCase(Case):
 
     def prepare(self) -> None:
         inputs = [self.fresh(x) if index in self.used_up else x for index, x in enumerate(self.kept)]
-        self.arguments = [self.fresh(self.dout), *inputs] if self.backward else inputs
+        self.arguments = [*inputs, self.fresh(self.dout)] if self.backward else inputs
         _jax().block_until_ready(self.arguments)
 
     def compute(self) -> list[Any]:
