@@ -53,6 +53,32 @@ class Fidelity(Training):
     """Tokens of each row."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A recurrence or convolution over time, float32. ``sizes`` are named as the operation names its axes."""
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def shown(self) -> str:
+        """The sizes as text."""
+        return " ".join(f"{name}{'=' if len(name) > 1 else ''}{size}" for name, size in self.sizes)
+
+    def quick(self) -> Scan:
+        """The same, tiny."""
+        small = {"B": 2, "T": 33, "D": 6, "C": 6, "H": 2, "K": 4}
+        return Scan(self.op, tuple((name, small.get(name, size)) for name, size in self.sizes))
+
+
+SCANS = (
+    Scan("linear_scan", (("B", 8), ("T", 2048), ("D", 1024))),
+    Scan("linear_scan", (("B", 1), ("T", 4096), ("D", 2048))),
+    Scan("linear_attention", (("B", 2), ("T", 1024), ("H", 8), ("K", 64), ("decays", 1))),
+    Scan("linear_attention", (("B", 2), ("T", 1024), ("H", 8), ("K", 64), ("decays", 64))),
+    Scan("depthwise_convolution", (("B", 4), ("T", 1024), ("C", 512), ("taps", 4))),
+)
+
 QUICK_TRAINING = Training("gpt2-tiny", batch=2, length=32)
 QUICK_DECODING = Decoding("gpt2-tiny", batch=2, prompt=8, tokens=16)
 
@@ -82,6 +108,24 @@ def decoding_work(shape: Decoding, model: dict[str, Any]) -> Work:
     return Work(
         shape.batch * shape.tokens, amount, "B", "parameter bytes * tokens of a row; prefill included in the time"
     )
+
+
+def scan_work(shape: Scan, backward: bool) -> Work:
+    """What must be moved or computed, forward, or forward and backward."""
+    sizes = dict(shape.sizes)
+    tokens = sizes["B"] * sizes["T"]
+    if shape.op == "linear_attention":
+        amount = 4 * tokens * sizes["H"] * sizes["K"] ** 2
+        return Work(
+            tokens, amount * (3 if backward else 1), "FLOP", "4*B*T*H*K*V forward, as steps do it, 3x with backward"
+        )
+    if shape.op == "linear_scan":
+        numbers, passes = tokens * sizes["D"], 8 if backward else 3
+        formula = "3*B*T*D*4 bytes forward (decay, input, state), 5 more backward (decay, state, three gradients)"
+    else:
+        numbers, passes = tokens * sizes["C"], 6 if backward else 2
+        formula = "2*B*T*C*4 bytes forward (input, output), 4 more backward (input, three gradients)"
+    return Work(tokens, 4 * numbers * passes, "B", formula)
 
 
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:

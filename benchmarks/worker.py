@@ -19,6 +19,9 @@ from typing import Any
 class Peer:
     """What a worker serves. Made from the arguments of ``setup``."""
 
+    def prepare(self) -> None:
+        """What a repetition uses up, made before its time begins."""
+
     def run(self) -> Any:
         """One repetition, complete on return: what it computed, to be checked against the other peers."""
         raise NotImplementedError
@@ -45,6 +48,7 @@ def serve(target: str) -> None:
             elif peer is None:
                 raise RuntimeError(f"{call!r} before 'setup'")
             elif call == "run":
+                peer.prepare()
                 begun = time.perf_counter()
                 value = peer.run()
                 result = {"seconds": time.perf_counter() - begun, "value": value}

@@ -46,17 +46,7 @@ def windows(
     Raises:
         ValueError: an unknown padding, or an input that is shorter than one window.
     """
-    reach = (kernel - 1) * dilation
-    if padding not in ("same", "valid", "causal"):
-        raise ValueError(f"padding={padding!r} is unknown: choose from 'same', 'valid', 'causal'")
-    before = {"same": reach // 2, "valid": 0, "causal": reach}[padding]
-    after = reach - reach // 2 if padding == "same" else 0
-    count = (x_BTC.shape[1] + before + after - reach - 1) // stride + 1
-    if count < 1:
-        raise ValueError(
-            f"{x_BTC.shape[1]} steps are shorter than one window of {kernel} taps with dilation={dilation}: "
-            f"lengthen the input or choose padding 'same' or 'causal'"
-        )
+    before, after, count = extent(x_BTC.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
 
     def taps(x: jax.Array, fill: float) -> list[jax.Array]:
         x = jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -67,9 +57,25 @@ def windows(
     if segment_ids is None:
         return seen_BTKC
     ids_BTK = jnp.stack(taps(segment_ids, 0), axis=2)
-    first = reach if padding == "valid" else 0
+    first = (kernel - 1) * dilation if padding == "valid" else 0
     own_BT = lax.slice_in_dim(segment_ids, first, first + (count - 1) * stride + 1, stride, axis=1)
     return jnp.where((ids_BTK == own_BT[:, :, None])[..., None], seen_BTKC, fill)
+
+
+def extent(length: int, kernel: int, *, padding: Padding, stride: int = 1, dilation: int = 1) -> tuple[int, int, int]:
+    """What stands before and after ``length`` steps, and how many windows there are: see ``windows``."""
+    reach = (kernel - 1) * dilation
+    if padding not in ("same", "valid", "causal"):
+        raise ValueError(f"padding={padding!r} is unknown: choose from 'same', 'valid', 'causal'")
+    before = {"same": reach // 2, "valid": 0, "causal": reach}[padding]
+    after = reach - reach // 2 if padding == "same" else 0
+    count = (length + before + after - reach - 1) // stride + 1
+    if count < 1:
+        raise ValueError(
+            f"{length} steps are shorter than one window of {kernel} taps with dilation={dilation}: "
+            f"lengthen the input or choose padding 'same' or 'causal'"
+        )
+    return before, after, count
 
 
 # --------------------------------------------------------------------------------------------- streams
@@ -139,11 +145,16 @@ def causal_windows(
     if tail_BWC is None:
         ids = stream.segment_ids
         return windows(x_BTC, kernel, padding="causal", dilation=dilation, segment_ids=ids, fill=fill), None
+    x_BSC, ids_BS, tail_BWC = extended(stream, x_BTC, tail_BWC)
+    return windows(x_BSC, kernel, padding="valid", dilation=dilation, segment_ids=ids_BS, fill=fill), tail_BWC
+
+
+def extended(stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A tail and the new inputs behind it [B, W + T, C], the segment ids of both, and the tail for the next call."""
     reach = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
     ids_BS = jnp.concatenate([stream.past[:, stream.past.shape[1] - reach :], stream.segment_ids], axis=1)
-    seen = windows(x_BSC, kernel, padding="valid", dilation=dilation, segment_ids=ids_BS, fill=fill)
-    return seen, _last(x_BSC, stream.count_B, reach)
+    return x_BSC, ids_BS, _last(x_BSC, stream.count_B, reach)
 
 
 def _last(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:

@@ -7,7 +7,10 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.attention import attention
+from jaxlm.nn.convolution import depthwise_convolution
 from jaxlm.nn.linear import linear
+from jaxlm.nn.linear_attention import linear_attention
+from jaxlm.nn.linear_scan import linear_scan
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.recurrence import gru, gru_cell, gru_specs, lstm, lstm_cell, lstm_specs, project
@@ -56,6 +59,26 @@ def stepwise(cell, names):
     return run
 
 
+def scanned(implementation):
+    masks = {"reset_BT": SEGMENTS == 2, "keep_BT": SEGMENTS > 0}
+
+    def run(tree):
+        decay = jax.nn.sigmoid(tree["decay"])
+        return smooth(linear_scan(decay, tree["input"], tree["state"], **masks, implementation=implementation)[0])
+
+    return run
+
+
+def remembered(implementation):
+    options = {"implementation": implementation, "chunk": 4}
+    return lambda tree: smooth(linear_attention(*tree["qkv"], -jnp.exp(tree["decay"]), **options)[0])
+
+
+def convolved(implementation):
+    options = {"padding": "causal", "implementation": implementation}
+    return lambda tree: smooth(depthwise_convolution({"weight": tree["weight"]}, tree["x"], **options))
+
+
 q, k, v, x, weight, bias, hidden, head = normal(
     (2, 5, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4), (2, 4, 3), (3, 5), (5,), (2, 4, 3), (3, 6)
 )
@@ -81,6 +104,16 @@ FORMS = {
         stepwise(gru_cell, ("hidden",)),
         {"params": spec.init(gru_specs(3, 3), jax.random.key(1)), "x": x},
     ),
+    **{
+        f"linear_scan {name}": (
+            scanned(name),
+            scanned("reference"),
+            {"decay": q[:, :, 0], "input": k[:, :, 0], "state": q[:, 0, 1]},
+        )
+        for name in ("sequential", "chunked")
+    },
+    "linear_attention": (remembered("chunked"), remembered("reference"), {"qkv": (q, k, v), "decay": v + q}),
+    "depthwise_convolution": (convolved("shifts"), convolved("reference"), {"weight": weight.T[:, :3], "x": x}),
 }
 
 

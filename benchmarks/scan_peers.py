@@ -1,0 +1,150 @@
+"""The peers of ``benchmarks.scans``: one operation each, from the same random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import _jax, _jax_facts, _torch_device, _torch_facts
+from benchmarks.worker import Peer
+
+SAMPLED = 4096
+"""Numbers of each result that are compared, evenly spaced."""
+
+
+def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """What the operation reads, and the gradient of its output."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    B, T = sizes["B"], sizes["T"]
+    if op == "linear_scan":
+        shape = (B, T, sizes["D"])
+        return [1.0 / (1.0 + np.exp(-normal(*shape))), normal(*shape)], normal(*shape)
+    if op == "linear_attention":
+        wide, decays = (B, T, sizes["H"], sizes["K"]), sizes["decays"]
+        log_decay = -0.1 * np.exp(normal(*(wide[:3] if decays == 1 else wide)))
+        return [normal(*wide), normal(*wide), normal(*wide), log_decay], normal(*wide)
+    assert op == "depthwise_convolution", op
+    return [normal(sizes["taps"], sizes["C"]), normal(B, T, sizes["C"])], normal(B, T, sizes["C"])
+
+
+def sample(result: np.ndarray) -> list[float]:
+    """Some of its numbers."""
+    flat = result.ravel()
+    return flat[:: max(1, flat.size // SAMPLED)].astype(float).tolist()
+
+
+class Case(Peer):
+    """The results of the first repetition are its value; of the others, nothing."""
+
+    first = True
+
+    def compute(self) -> list[Any]:
+        """One repetition, complete on return: the output, or the output and all gradients."""
+        raise NotImplementedError
+
+    def read(self, result: Any) -> np.ndarray:
+        """A result as numpy has it."""
+        return np.asarray(result)
+
+    def run(self) -> Any:
+        results = self.compute()
+        if not self.first:
+            return None
+        self.first = False
+        return [sample(self.read(result)) for result in results]
+
+
+class JaxCase(Case):
+    """jaxlm's default, the plain form that is its reference, or ``lax.associative_scan``."""
+
+    def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
+        jax = _jax()
+        from jax import lax
+
+        from jaxlm.nn.convolution import depthwise_convolution
+        from jaxlm.nn.linear_attention import linear_attention
+        from jaxlm.nn.linear_scan import linear_scan
+
+        implementation: Any = None if form == "jaxlm" else "reference"
+
+        def forward(*inputs: Any) -> Any:
+            if form == "associative_scan":
+                return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
+            if op == "linear_scan":
+                return linear_scan(*inputs, implementation=implementation)[0]
+            if op == "linear_attention":
+                return linear_attention(*inputs, implementation=implementation)[0]
+            weight, x = inputs
+            return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
+
+        def both(*arguments: Any) -> Any:
+            # JAX gives donated memory to results in their order: the gradient of the input gets that of ``dout``, the
+            # last, as it would inside of a model, where XLA is free to choose.
+            _, pull = jax.vjp(forward, *arguments[:-1])
+            return pull(arguments[-1])
+
+        inputs, dout = inputs_of(op, sizes)
+        self.kept, self.dout = jax.device_put(inputs), jax.device_put(dout)
+        self.used_up = [1] if op == "linear_scan" else []
+        self.backward = backward
+        if backward:
+            donated = [*self.used_up, len(inputs)]
+            self.compiled = jax.jit(both, donate_argnums=donated, keep_unused=True)
+        else:
+            self.compiled = jax.jit(lambda *inputs: [forward(*inputs)], donate_argnums=self.used_up)
+        self.fresh = jax.jit(lambda x: x + 0.0)
+        self.arguments: list[Any] = []
+
+    def prepare(self) -> None:
+        inputs = [self.fresh(x) if index in self.used_up else x for index, x in enumerate(self.kept)]
+        self.arguments = [*inputs, self.fresh(self.dout)] if self.backward else inputs
+        _jax().block_until_ready(self.arguments)
+
+    def compute(self) -> list[Any]:
+        arguments, self.arguments = self.arguments, []
+        return _jax().block_until_ready(self.compiled(*arguments))
+
+    def facts(self) -> dict[str, Any]:
+        return _jax_facts()
+
+
+class TorchCase(Case):
+    """``torch.nn.functional.conv1d`` with as many groups as channels, channels before time as it wants them."""
+
+    def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
+        import torch
+
+        (weight, x), dy = inputs_of(op, sizes)
+        device = _torch_device()
+
+        def tensor(array: np.ndarray) -> Any:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self.weight = tensor(weight.T[:, None]).requires_grad_(backward)
+        self.x = tensor(np.swapaxes(x, 1, 2)).requires_grad_(backward)
+        self.dy, self.backward = tensor(np.swapaxes(dy, 1, 2)), backward
+
+    def compute(self) -> list[Any]:
+        import torch
+
+        taps = self.weight.shape[-1]
+        y = torch.nn.functional.conv1d(self.x, self.weight, padding=taps - 1, groups=len(self.weight))
+        y = y[:, :, : self.x.shape[-1]]
+        results = torch.autograd.grad(y, (self.weight, self.x), self.dy) if self.backward else [y]
+        if y.is_cuda:
+            torch.cuda.synchronize()
+        return list(results)
+
+    def read(self, result: Any) -> np.ndarray:
+        array = result.detach().cpu().numpy()
+        if result.shape == self.weight.shape:
+            return array[:, 0].T
+        return np.swapaxes(array, 1, 2)
+
+    def facts(self) -> dict[str, Any]:
+        return _torch_facts()

@@ -1,0 +1,94 @@
+"""Recurrences without a matrix, and depthwise convolution: jaxlm against the plain forms of JAX, and against torch.
+
+    python -m benchmarks.scans                                   all, forward and with gradients, float32
+    python -m benchmarks.scans --only linear_scan --json scans.json
+    python -m benchmarks.scans --quick                           does it work?
+
+Before anything is timed, values and all gradients of all peers must agree. What a repetition may overwrite (the input
+of a scan, the gradients that come from behind) is made anew before each, outside of the time: in a model it is what the
+layer before has just made and nobody reads again. The roof is a copy in place for what memory bounds, and a matrix
+product for linear attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import tyro
+
+from benchmarks import harness, shapes
+from benchmarks.harness import OURS, Failure
+
+PEERS = {
+    "linear_scan": ("lax.scan", "associative_scan"),
+    "linear_attention": ("lax.scan",),
+    "depthwise_convolution": ("lax.conv", "torch"),
+}
+"""Of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's own ``reference``, which is the plain form."""
+TOLERANCE = 2e-4
+"""How far results may be apart, relative to the largest number in each: these are sums of thousands of terms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scans(harness.Options):
+    """Measure scans and depthwise convolutions."""
+
+    against: str = "lax.scan,associative_scan,lax.conv,torch"
+    """Peers, separated by commas; each operation meets those that it has. Empty measures jaxlm alone."""
+    only: str = ""
+    """One operation; empty is all of them."""
+
+
+def run(options: Scans) -> None:
+    """Measure and print."""
+    known = {OURS: "", **{peer: "" for peers in PEERS.values() for peer in peers}}
+    chosen = harness.choose(options.against, known)
+    if options.only and options.only not in PEERS:
+        raise Failure(f"--only {options.only} is unknown: choose from {', '.join(PEERS)}")
+    cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
+    if options.quick:
+        cases = [case.quick() for case in cases]
+    records: list[dict[str, Any]] = []
+    with harness.session("gpt2-tiny") as session:
+        for case in cases:
+            for backward in (False, True):
+                peers = {}
+                for name in (OURS, *(peer for peer in PEERS[case.op] if peer in chosen)):
+                    kind = "Torch" if name == "torch" else "Jax"
+                    peers[name] = session.start(
+                        name, f"benchmarks.scan_peers:{kind}Case",
+                        op=case.op, form=name, sizes=dict(case.sizes), backward=backward,
+                    )  # fmt: skip
+                rows = harness.measure(
+                    f"{case.op}, forward{' and backward' if backward else ''}", case.shown,
+                    shapes.scan_work(case, backward), session.machine, peers, warm_up=2, rounds=options.rounds,
+                    check=check,
+                )  # fmt: skip
+                print("\n" + harness.speed_table(rows) + "\n", flush=True)
+                records += [row.record() for row in rows]
+                for worker in peers.values():
+                    worker.close()
+    harness.write_json(options.json, "scans", options, session.description, records)
+
+
+def check(values: dict[str, list[Any]]) -> None:
+    """Raise ``Failure`` unless what the first repetition of each peer computed agrees."""
+    expected = values[OURS][0]
+    for name, (made, *_) in values.items():
+        for result, (ours, theirs) in enumerate(zip(expected, made, strict=True)):
+            largest = max(abs(number) for number in ours)
+            worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+            if not worst <= TOLERANCE * largest:  # not-a-number fails too
+                raise Failure(f"result {result} of {name} is {worst / largest:.1e} away from that of {OURS}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Scans, args=arguments, prog="python -m benchmarks.scans", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
