@@ -1,0 +1,381 @@
+"""LSTM and GRU layers in chunks of time, with a gradient of their own: what ``recurrence`` runs by default.
+
+A chunk of time multiplies its inputs with the weights at once, then goes on step by step; its gradient goes back step by
+step and then multiplies at once. So products are large, what lies between them stays in a CPU's cache, and no loop over
+steps carries a weight gradient, as that of autodiff does. One chunk of all steps is the usual form with the input's
+product hoisted out of the loop.
+
+What autodiff would keep of each step, its gates, is kept, or with ``remat`` computed anew from the states before the
+steps: these are known, so that a chunk's gates are one product and not a loop.
+
+Each nonlinearity of a step is one ``tanh`` of all gates side by side: XLA would compute separate ones again in each of
+the fusions that read them. ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``.
+
+Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K where there are
+two).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Weights = dict[str, Any]
+"""``weight_input`` [D, G, H] and ``weight_hidden`` [H, G, K] in the compute dtype; ``bias`` [G, H] and, for a GRU that
+resets after the product, ``bias_hidden`` [H], float32."""
+State = tuple[jax.Array, ...]
+"""``(hidden,)`` or ``(hidden, cell)``, [..., H] float32."""
+Kept = tuple[jax.Array, ...]
+"""What a cell computes from input and state with effort, and its gradient reads again."""
+
+
+class Cell(NamedTuple):
+    """A recurrent cell in parts. Leading axes are those of its arguments: one step, or all steps of a chunk."""
+
+    gates: Callable[[Weights, jax.Array, jax.Array], Kept]
+    """``gates(weights, projected [..., G, H], hidden)``: products with the state, and nonlinearities."""
+    advance: Callable[[Kept, State], State]
+    """The state after the step."""
+    back: Callable[[Weights, Kept, State, State], tuple[State, jax.Array, Kept]]
+    """``back(turned, kept, before, dafter)``: gradients of the state before, of the products with it [..., G, H], and
+    what ``dprojected`` needs beside the latter. ``turned`` has ``weight_hidden`` as [G, K, H]."""
+    dprojected: Callable[[jax.Array, Kept], jax.Array]
+    """The gradient of the input's part of the gates."""
+    dweights: Callable[[Kept, jax.Array, jax.Array], Weights]
+    """``dweights(kept, hidden, dproduct)``: of ``weight_hidden`` and ``bias_hidden``, over a whole chunk."""
+
+
+def layer(
+    cell: Cell,
+    weights: Weights,
+    x_BTD: jax.Array,
+    first: State,
+    masks: tuple[jax.Array, jax.Array] | None,
+    *,
+    chunk: int,
+    reverse: bool = False,
+    remat: bool = False,
+) -> tuple[jax.Array, State]:
+    """Hidden states [B, T, H] in ``x``'s dtype, and the last state.
+
+    Args:
+        masks: where the state goes back to zeros before the token, and where a token is real, [B, T, 1] bool each.
+        chunk: steps of a chunk. T need not be a multiple.
+        reverse: read from the last token to the first.
+        remat: keep only the states, and compute the gates again in the gradient.
+    """
+    return _layer((cell, min(chunk, x_BTD.shape[1]), reverse, remat), weights, x_BTD, first, masks)
+
+
+Form = tuple[Cell, int, bool, bool]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer(form: Form, weights: Weights, x_BTD: jax.Array, first: State, masks: Any) -> tuple[jax.Array, State]:
+    return _forward(form, weights, x_BTD, first, masks, keep=False)[0]
+
+
+def _forward_and_kept(form: Form, weights: Weights, x_BTD: jax.Array, first: State, masks: Any) -> Any:
+    return _forward(form, weights, x_BTD, first, masks, keep=True)
+
+
+def _forward(form: Form, weights: Weights, x_BTD: jax.Array, first: State, masks: Any, *, keep: bool) -> Any:
+    cell, chunk, reverse, remat = form
+    T, dtype = x_BTD.shape[1], x_BTD.dtype
+
+    def step(state: State, projected_BGH: jax.Array, mask: Any) -> tuple[State, State, Kept]:
+        before = _reset(mask, state)
+        kept = cell.gates(weights, projected_BGH, before[0])
+        after = _keep(mask, cell.advance(kept, before), before)
+        return after, before, kept
+
+    def parts(after: State, before: State, kept: Kept) -> tuple[jax.Array, ...]:
+        """What is written down at each step: the output, and what the gradient needs."""
+        if not keep:
+            return (after[0].astype(dtype),)
+        states = (before[0].astype(dtype), *before[1:])
+        return (after[0].astype(dtype), *states, *(() if remat else (x.astype(dtype) for x in kept)))
+
+    def run(begin: Any, steps: int, carry: Any) -> Any:
+        at = T - begin - steps if reverse else begin
+        projected_BCGH = _project(weights, lax.dynamic_slice_in_dim(x_BTD, at, steps, 1))
+
+        def one(i: Any, carry: Any) -> Any:
+            state, written = carry
+            i = steps - 1 - i if reverse else i
+            result = step(state, _at(projected_BCGH, i), _mask_at(masks, at + i))
+            return result[0], tuple(_put(all, x, at + i) for all, x in zip(written, parts(*result), strict=True))
+
+        return lax.fori_loop(0, steps, one, carry)
+
+    # Buffers of zeros, made from what is written there, so that they are split over devices as that is.
+    shapes = parts(*step(first, _at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0)))
+    written = tuple(jnp.broadcast_to(jnp.zeros_like(x)[:, None], (x.shape[0], T, *x.shape[1:])) for x in shapes)
+    last, (hidden_BTH, *kept) = _over_chunks(T, chunk, run, (first, written))
+    return (hidden_BTH, last), (weights, x_BTD, first, masks, tuple(kept))
+
+
+def _backward(form: Form, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    cell, chunk, reverse, remat = form
+    weights, x_BTD, first, masks, kept = saved
+    befores, kept = kept[: len(first)], kept[len(first) :]
+    doutput_BTH, dlast = cotangents
+    T, dtype = x_BTD.shape[1], x_BTD.dtype
+    turned = {**weights, "weight_hidden": jnp.moveaxis(weights["weight_hidden"], 0, 2)}  # once, for all steps
+
+    def step(dafter: State, doutput_BH: jax.Array, kept: Kept, before: State, mask: Any) -> Any:
+        dafter = (dafter[0] + doutput_BH, *dafter[1:])
+        dbefore, dproduct_BGH, more = cell.back(turned, kept, before, _real(mask, dafter))
+        dbefore = _reset(mask, _keep(mask, dbefore, dafter))
+        return dbefore, (dproduct_BGH, *more)
+
+    def run(begin: Any, steps: int, carry: Any) -> Any:
+        at = begin if reverse else T - begin - steps  # the other way round
+        x_BCD = lax.dynamic_slice_in_dim(x_BTD, at, steps, 1)
+        dstate, dx_BTD, totals = carry
+        hidden_BCH = lax.dynamic_slice_in_dim(befores[0], at, steps, 1)
+        if remat:
+            chunk_kept, offset = cell.gates(weights, _project(weights, x_BCD), hidden_BCH.astype(jnp.float32)), 0
+            chunk_kept = tuple(x.astype(dtype) for x in chunk_kept)
+        else:
+            chunk_kept, offset = kept, at
+
+        def one(i: Any, carry: Any) -> Any:
+            dstate, written = carry
+            i = i if reverse else steps - 1 - i
+            own = tuple(_at(x, offset + i).astype(jnp.float32) for x in chunk_kept)
+            before = tuple(_at(x, at + i).astype(jnp.float32) for x in befores)
+            doutput = _at(doutput_BTH, at + i).astype(jnp.float32)
+            dstate, new = step(dstate, doutput, own, before, _mask_at(masks, at + i))
+            return dstate, tuple(_put(all, x.astype(dtype), i) for all, x in zip(written, new, strict=True))
+
+        written = tuple(
+            jnp.broadcast_to(jnp.zeros_like(x)[:, None], (x.shape[0], steps, *x.shape[1:])) for x in examples
+        )
+        dstate, (dproduct_BCGH, *more) = lax.fori_loop(0, steps, one, (dstate, written))
+        dprojected_BCGH = cell.dprojected(dproduct_BCGH, tuple(more))
+        dx_BCD = jnp.einsum("BCGH,DGH->BCD", dprojected_BCGH, weights["weight_input"])
+        if not remat:
+            chunk_kept = tuple(lax.dynamic_slice_in_dim(x, at, steps, 1) for x in kept)
+        new = {
+            "weight_input": _outer(x_BCD, dprojected_BCGH),
+            "bias": jnp.sum(dprojected_BCGH, axis=(0, 1), dtype=jnp.float32),
+            **cell.dweights(chunk_kept, hidden_BCH, dproduct_BCGH),
+        }
+        totals = new if totals is None else jax.tree.map(jnp.add, totals, new)
+        return dstate, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, at, 1), totals
+
+    zeros = jax.tree.map(jnp.zeros_like, dlast)
+    own = tuple(_at(x, 0).astype(jnp.float32) for x in kept)
+    if remat:
+        own = cell.gates(weights, _at(_project(weights, x_BTD[:, :1]), 0), first[0])
+    _, examples = step(zeros, zeros[0], own, first, _mask_at(masks, 0))
+    examples = tuple(x.astype(dtype) for x in examples)
+    # The first chunk is apart: it begins the sums.
+    carry = run(0, chunk, (dlast, jnp.zeros_like(x_BTD), None))
+    dfirst, dx_BTD, totals = _over_chunks(T - chunk, chunk, lambda begin, *a: run(begin + chunk, *a), carry)
+    dweights = {name: total.astype(weights[name].dtype) for name, total in totals.items()}
+    return dweights, dx_BTD, dfirst, None
+
+
+_layer.defvjp(_forward_and_kept, _backward)
+
+
+def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """``carry`` after ``run(begin, steps, carry)`` for all chunks, the last of which may be shorter."""
+    whole, rest = divmod(T, chunk)
+    if whole == 1:
+        carry = run(0, chunk, carry)
+    elif whole:
+        carry = lax.fori_loop(0, whole, lambda index, carry: run(index * chunk, chunk, carry), carry)
+    return run(whole * chunk, rest, carry) if rest else carry
+
+
+# ---------------------------------------------------------------------------------------------------------- LSTM
+
+
+def _lstm_gates(weights: Weights, projected: jax.Array, hidden: jax.Array) -> Kept:
+    total = _with_bias(weights, projected) + _product(hidden, weights["weight_hidden"])
+    return (_squashed(total, _LSTM_SCALE),)
+
+
+def _lstm_advance(kept: Kept, before: State) -> State:
+    i, f, g, o = _gates_of(kept[0])
+    cell = f * before[1] + i * g
+    return o * jnp.tanh(cell), cell
+
+
+def _lstm_back(turned: Weights, kept: Kept, before: State, dafter: State) -> tuple[State, jax.Array, Kept]:
+    (gates,), (dhidden, dcell) = kept, dafter
+    i, f, g, o = _gates_of(gates)
+    squashed = jnp.tanh(f * before[1] + i * g)
+    dcell = dcell + dhidden * o * (1.0 - squashed**2)
+    dgates = jnp.stack([dcell * g, dcell * before[1], dcell * i, dhidden * squashed], axis=-2)
+    dtotal = dgates * _slope(gates, _LSTM_SCALE)
+    return (_product_turned(dtotal, turned["weight_hidden"]), dcell * f), dtotal, ()
+
+
+_LSTM_SCALE = (0.5, 0.5, 1.0, 0.5)
+"""Of each gate: 1/2 for a sigmoid, 1 for a tanh."""
+LSTM = Cell(
+    _lstm_gates,
+    _lstm_advance,
+    _lstm_back,
+    dprojected=lambda dproduct, more: dproduct,
+    dweights=lambda kept, hidden, dproduct: {"weight_hidden": _outer(hidden, dproduct)},
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- GRU
+
+
+def _gru_advance(kept: Kept, before: State) -> State:
+    z, n = kept[0][..., 1, :], kept[1]
+    return ((1.0 - z) * n + z * before[0],)
+
+
+def _gru_after_gates(weights: Weights, projected: jax.Array, hidden: jax.Array) -> Kept:
+    projected, product = _with_bias(weights, projected), _product(hidden, weights["weight_hidden"])
+    rz = _squashed(projected[..., :2, :] + product[..., :2, :], (0.5, 0.5))
+    inner = product[..., 2, :] + _over_leading(weights["bias_hidden"], hidden.ndim)
+    return rz, jnp.tanh(projected[..., 2, :] + rz[..., 0, :] * inner), inner
+
+
+def _gru_after_back(turned: Weights, kept: Kept, before: State, dafter: State) -> tuple[State, jax.Array, Kept]:
+    (rz, n, inner), (dhidden,) = kept, dafter
+    r, z = _gates_of(rz)
+    dn = dhidden * (1.0 - z) * (1.0 - n**2)
+    dr = dn * inner * r * (1.0 - r)
+    dz = dhidden * (before[0] - n) * z * (1.0 - z)
+    dproduct = jnp.stack([dr, dz, dn * r], axis=-2)
+    return (dhidden * z + _product_turned(dproduct, turned["weight_hidden"]),), dproduct, (dn,)
+
+
+def _gru_after_dweights(kept: Kept, hidden: jax.Array, dproduct: jax.Array) -> Weights:
+    dbias = jnp.sum(dproduct[..., 2, :], axis=(0, 1), dtype=jnp.float32)
+    return {"weight_hidden": _outer(hidden, dproduct), "bias_hidden": dbias}
+
+
+GRU_AFTER = Cell(
+    _gru_after_gates,
+    _gru_advance,
+    _gru_after_back,
+    dprojected=lambda dproduct, more: jnp.concatenate([dproduct[..., :2, :], more[0][..., None, :]], axis=-2),
+    dweights=_gru_after_dweights,
+)
+"""The reset gate acts after the product with the hidden weights (cuDNN, torch)."""
+
+
+def _gru_before_gates(weights: Weights, projected: jax.Array, hidden: jax.Array) -> Kept:
+    projected, weight = _with_bias(weights, projected), weights["weight_hidden"]
+    rz = _squashed(projected[..., :2, :] + _product(hidden, weight[:, :2]), (0.5, 0.5))
+    product = _product(rz[..., 0, :] * hidden, weight[:, 2:])
+    return rz, jnp.tanh(projected[..., 2, :] + product[..., 0, :])
+
+
+def _gru_before_back(turned: Weights, kept: Kept, before: State, dafter: State) -> tuple[State, jax.Array, Kept]:
+    (rz, n), (dhidden,), weight = kept, dafter, turned["weight_hidden"]
+    r, z = _gates_of(rz)
+    dn = dhidden * (1.0 - z) * (1.0 - n**2)
+    dscaled = _product_turned(dn[..., None, :], weight[2:])  # of r * before
+    dr = dscaled * before[0] * r * (1.0 - r)
+    dz = dhidden * (before[0] - n) * z * (1.0 - z)
+    drz = jnp.stack([dr, dz], axis=-2)
+    dbefore = dhidden * z + dscaled * r + _product_turned(drz, weight[:2])
+    return (dbefore,), jnp.concatenate([drz, dn[..., None, :]], axis=-2), ()
+
+
+def _gru_before_dweights(kept: Kept, hidden: jax.Array, dproduct: jax.Array) -> Weights:
+    scaled = kept[0][..., 0, :] * hidden
+    parts = [_outer(hidden, dproduct[..., :2, :]), _outer(scaled, dproduct[..., 2:, :])]
+    return {"weight_hidden": jnp.concatenate(parts, axis=1)}
+
+
+GRU_BEFORE = Cell(
+    _gru_before_gates,
+    _gru_advance,
+    _gru_before_back,
+    dprojected=lambda dproduct, more: dproduct,
+    dweights=_gru_before_dweights,
+)
+"""The reset gate acts before the product, on the state itself (Cho et al. 2014)."""
+
+
+# ------------------------------------------------------------------------------------------------- what all need
+
+
+def _project(weights: Weights, x: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,DGH->BTGH", x, weights["weight_input"])
+
+
+def _with_bias(weights: Weights, projected: jax.Array) -> jax.Array:
+    return projected.astype(jnp.float32) + _over_leading(weights["bias"], projected.ndim)
+
+
+def _over_leading(x: jax.Array, ndim: int) -> jax.Array:
+    return x.astype(jnp.float32).reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def _product(hidden: jax.Array, weight_HGK: jax.Array) -> jax.Array:
+    hidden = hidden.astype(weight_HGK.dtype)
+    return jnp.einsum("...H,HGK->...GK", hidden, weight_HGK, preferred_element_type=jnp.float32)
+
+
+def _product_turned(dtotal: jax.Array, weight_GKH: jax.Array) -> jax.Array:
+    dtotal = dtotal.astype(weight_GKH.dtype)
+    return jnp.einsum("...GK,GKH->...H", dtotal, weight_GKH, preferred_element_type=jnp.float32)
+
+
+def _outer(x_BCH: jax.Array, dtotal_BCGK: jax.Array) -> jax.Array:
+    return jnp.einsum("BCH,BCGK->HGK", x_BCH, dtotal_BCGK, preferred_element_type=jnp.float32)
+
+
+def _gates_of(gates: jax.Array) -> list[jax.Array]:
+    return [gates[..., gate, :] for gate in range(gates.shape[-2])]
+
+
+def _squashed(total: jax.Array, scale: Sequence[float]) -> jax.Array:
+    """Sigmoids and tanhs of gates [..., G, H]."""
+    s = _column(total, scale)
+    return s * jnp.tanh(s * total) + (1.0 - s)
+
+
+def _slope(gates: jax.Array, scale: Sequence[float]) -> jax.Array:
+    """Derivatives, from the values: ``y - y**2`` of a sigmoid, ``1 - y**2`` of a tanh."""
+    s = _column(gates, scale)
+    return (2.0 * s - 1.0) + (2.0 - 2.0 * s) * gates - gates**2
+
+
+def _column(like: jax.Array, scale: Sequence[float]) -> np.ndarray:
+    return np.asarray(scale, np.float32).reshape((1,) * (like.ndim - 2) + (-1, 1))
+
+
+def _at(x: jax.Array, index: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
+
+
+def _put(all: jax.Array, x: jax.Array, index: Any) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(all, x, index, 1)
+
+
+def _mask_at(masks: Any, index: Any) -> Any:
+    return None if masks is None else tuple(_at(mask, index) for mask in masks)
+
+
+def _reset(mask: Any, state: State) -> State:
+    return state if mask is None else tuple(jnp.where(mask[0], 0.0, x) for x in state)
+
+
+def _keep(mask: Any, new: State, old: State) -> State:
+    return new if mask is None else tuple(jnp.where(mask[1], a, b) for a, b in zip(new, old, strict=True))
+
+
+def _real(mask: Any, dstate: State) -> State:
+    """Zero at pads, through which no gradient reaches the gates."""
+    return dstate if mask is None else tuple(jnp.where(mask[1], x, 0.0) for x in dstate)
