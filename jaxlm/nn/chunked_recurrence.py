@@ -127,7 +127,8 @@ def _backward(form: Form, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     befores, kept = kept[: len(first)], kept[len(first) :]
     doutput_BTH, dlast = cotangents
     T, dtype = x_BTD.shape[1], x_BTD.dtype
-    turned = {**weights, "weight_hidden": jnp.moveaxis(weights["weight_hidden"], 0, 2)}  # once, for all steps
+    # Once, for all steps and chunks: XLA would turn them again in each.
+    turned = {name: jnp.moveaxis(weights[name], 0, 2) for name in ("weight_hidden", "weight_input")}
 
     def step(dafter: State, doutput_BH: jax.Array, kept: Kept, before: State, mask: Any) -> Any:
         dafter = (dafter[0] + doutput_BH, *dafter[1:])
@@ -160,7 +161,7 @@ def _backward(form: Form, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         )
         dstate, (dproduct_BCGH, *more) = lax.fori_loop(0, steps, one, (dstate, written))
         dprojected_BCGH = cell.dprojected(dproduct_BCGH, tuple(more))
-        dx_BCD = jnp.einsum("BCGH,DGH->BCD", dprojected_BCGH, weights["weight_input"])
+        dx_BCD = jnp.einsum("BCGH,GHD->BCD", dprojected_BCGH, turned["weight_input"])
         if not remat:
             chunk_kept = tuple(lax.dynamic_slice_in_dim(x, at, steps, 1) for x in kept)
         new = {
@@ -333,7 +334,9 @@ def _product_turned(dtotal: jax.Array, weight_GKH: jax.Array) -> jax.Array:
 
 
 def _outer(x_BCH: jax.Array, dtotal_BCGK: jax.Array) -> jax.Array:
-    return jnp.einsum("BCH,BCGK->HGK", x_BCH, dtotal_BCGK, preferred_element_type=jnp.float32)
+    # Batch and time as one axis: XLA would turn x explicitly to contract two.
+    x_NH, dtotal_NGK = (x.reshape(-1, *x.shape[2:]) for x in (x_BCH, dtotal_BCGK))
+    return jnp.einsum("NH,NGK->HGK", x_NH, dtotal_NGK, preferred_element_type=jnp.float32)
 
 
 def _gates_of(gates: jax.Array) -> list[jax.Array]:
