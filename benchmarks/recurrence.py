@@ -55,7 +55,9 @@ def run(options: Recurrence) -> None:
         for layer in layers:
             for one_pass in passes:
                 for shape in sizes:
-                    rows += _measure(options, session, targets, layer, one_pass, shape)
+                    found = _measure(options, session, targets, layer, one_pass, shape)
+                    print("; ".join(f"{row.peer} {1e3 * row.median:.4g} ms" for row in found), flush=True)
+                    rows += found
         print("\n" + recurrence_table(rows))
         records = [{**row.record(), "us_per_step": _us_per_step(row)} for row in rows]
         harness.write_json(options.json, "recurrence", options, session.description, records)
