@@ -1,9 +1,9 @@
 """LSTM and GRU layers in chunks of time, with a gradient of their own: what ``recurrence`` runs by default.
 
 A chunk of time multiplies its inputs with the weights at once, then goes on step by step; its gradient goes back step
-by step and then multiplies at once. So products are large, what lies between them stays in a CPU's cache, and no loop over
-steps carries a weight gradient, as that of autodiff does. One chunk of all steps is the usual form with the input's
-product hoisted out of the loop.
+by step and then multiplies at once. So products are large, what lies between them stays in a CPU's cache, and no loop
+over steps carries a weight gradient, as that of autodiff does. One chunk of all steps is the usual form with the
+input's product hoisted out of the loop.
 
 Of each step the gates are kept for the gradient (and an LSTM's cell), or with ``remat`` they are computed anew from the
 states before the steps: these are known, so that the gates of a chunk are one product and not a loop.

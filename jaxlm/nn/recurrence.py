@@ -1,8 +1,8 @@
 """Recurrent layers: LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and GRU (Cho et al. 2014).
 
-A layer is ``project`` (the input's part of all gates) and then a loop of a cell, which adds the state's part. What a cell
-does alone, ``lstm_cell`` and ``gru_cell``, may stand in another loop, such as a decoder that attends. Conventions are
-those of torch and cuDNN: gates i, f, g, o and r, z, n; ``h' = (1 - z) * n + z * h``.
+A layer is ``project`` (the input's part of all gates) and then a loop of a cell, which adds the state's part. What a
+cell does alone, ``lstm_cell`` and ``gru_cell``, may stand in another loop, such as a decoder that attends. Conventions
+are those of torch and cuDNN: gates i, f, g, o and r, z, n; ``h' = (1 - z) * n + z * h``.
 
 The state is float32, whatever the compute dtype. A document border puts it back to zeros *before* the token there is
 read; a pad leaves it as it is.
@@ -30,6 +30,8 @@ GRUReset = Literal["after", "before"]
 be one for all gates, or ``before`` it, on the state itself (Cho et al. 2014)."""
 
 Implementation = Literal["reference", "chunked", "cudnn"]
+"""``reference`` is a loop of ``lstm_cell`` or ``gru_cell``, ``chunked`` is in ``chunked_recurrence``, ``cudnn`` an LSTM
+by ``jax.experimental.rnn``."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
@@ -139,9 +141,10 @@ def lstm(
         reset_BT: True where the state goes back to zeros before the token is read (see ``borders``). None: nowhere.
         keep_BT: False where the token is padding: the state stays as it is, and the output repeats it. None: all real.
         reverse: read from the last token to the first; outputs stay at their tokens.
-        implementation: ``reference`` (short), ``chunked`` (gradient of its own), ``cudnn`` (an LSTM in float32 on an
-            NVIDIA GPU, without resets and pads), or None for the best that is known for the device and the shape.
-        remat: for the gradient, keep the states alone and compute the gates of a chunk of time again (``chunked``).
+        implementation: ``reference`` (short; autodiff's gradient), ``chunked`` (gradient of its own), ``cudnn``
+            (float32 on an NVIDIA GPU; no resets; each row has a token, and pads behind its tokens alone, or is NaN), or
+            None for the best that is known, which is ``chunked``.
+        remat: keep no gates for the gradient, but compute those of a chunk of time again (``chunked`` alone).
 
     Raises:
         ValueError: shapes that do not fit, or an implementation that cannot run.
@@ -263,13 +266,65 @@ def _run(
 
 
 def _chunk(B: int, T: int) -> int:
-    """Steps of a chunk of time."""
+    """Steps of a chunk of time: one product for all steps where memory is fast or split over devices, but on a CPU what
+    a chunk makes must stay in cache, and new memory is slow (0.4 ms/MB to get pages for what exceeds 32 MB)."""
     if sharding.platform() != "cpu" or sharding.active() is not None:
         return T
     return max(1, ROWS_OF_A_CHUNK // B)
 
 
 ROWS_OF_A_CHUNK = 512
+"""Rows of a chunk's products, T times B. Forward in ms (LSTM, 2 cores of Zen 5, all steps at once last):
+T128 B32 H512: 128 rows 50, 512 rows 48, 1024 rows 48, 4096 rows ; T256 B64 H256: ."""
+
+
+def _cudnn_lstm(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+    reverse: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    if sharding.platform() != "gpu":
+        raise ValueError(
+            f"implementation='cudnn' needs an NVIDIA GPU, this is a {sharding.platform()}: leave the implementation out"
+        )
+    if x_BTD.dtype != jnp.float32:
+        raise ValueError(f"implementation='cudnn' computes in float32, not in {x_BTD.dtype}: choose 'chunked'")
+    if reset_BT is not None:
+        raise ValueError("implementation='cudnn' cannot go back to zeros at document borders: choose 'chunked'")
+    from jax.experimental import rnn
+
+    (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
+    lengths_B = jnp.full((B,), T, jnp.int32)
+    if keep_BT is not None:
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens is NaN below
+    time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    real_BT = time_BT < lengths_B[:, None]
+    # cuDNN reads a text in one direction: the other is the text turned round, its pads left behind it.
+    order_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
+    if reverse:
+        x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
+    # One flat array: input weights, hidden weights, and two biases, each with gates and outputs first.
+    matrices = [params[name].astype(jnp.float32) for name in ("weight_input", "weight_hidden")]
+    bias = params["bias"].astype(jnp.float32).ravel()
+    weights = jnp.concatenate(
+        [*(jnp.moveaxis(matrix, 0, 2).ravel() for matrix in matrices), bias, jnp.zeros_like(bias)]
+    )
+    first = [jnp.zeros((1, B, H)) if state is None else state[name][None] for name in ("hidden", "cell")]
+    hidden_BTH, *last = rnn.lstm(x_BTD, *first, weights, lengths_B, D, H, 1, 0.0, False)
+    if reverse:
+        hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
+    hidden_BH, cell_BH = (x[0] for x in last)
+    if keep_BT is not None:
+        # A pad repeats the state: before the text, when read backwards, the first one.
+        pad_BH = first[0][0] if reverse else hidden_BH
+        hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
+        bad_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
+        hidden_BTH = jnp.where(bad_B1[:, :, None], jnp.nan, hidden_BTH)
+        hidden_BH, cell_BH = (jnp.where(bad_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))
+    return hidden_BTH, {"hidden": hidden_BH, "cell": cell_BH}
 
 
 def _reference(
