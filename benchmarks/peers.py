@@ -341,15 +341,17 @@ class TorchRecurrence(Peer):
         arrays = shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer)
         self.x, self.doutput = (torch.from_numpy(arrays.pop(name)).to(device) for name in ("input", "doutput"))
         self.gradients, self.layer = passes != "forward", layer
-        self.apply: Any = (torch.nn.LSTM if layer == "lstm" else torch.nn.GRU)(H, H, batch_first=True)
-        with torch.no_grad():
-            for name, parameter in (("weight_input", "weight_ih_l0"), ("weight_hidden", "weight_hh_l0")):
-                getattr(self.apply, parameter).copy_(torch.from_numpy(arrays[name].reshape(H, -1).T))
-            self.apply.bias_ih_l0.copy_(torch.from_numpy(arrays["bias"].ravel()))
-            self.apply.bias_hh_l0.zero_()
-            if layer == "gru":
-                self.apply.bias_hh_l0[2 * H :] = torch.from_numpy(arrays["bias_hidden"])
+        self.apply = (torch.nn.LSTM if layer == "lstm" else torch.nn.GRU)(H, H, batch_first=True)
         self.apply.to(device).requires_grad_(self.gradients)
+        self.own = list(self.apply.parameters())  # weights and biases, of input and state
+        weight_input, weight_hidden, bias, bias_hidden = self.own
+        with torch.no_grad():
+            for name, weight in (("weight_input", weight_input), ("weight_hidden", weight_hidden)):
+                weight.copy_(torch.from_numpy(arrays[name].reshape(H, -1).T))
+            bias.copy_(torch.from_numpy(arrays["bias"].ravel()))
+            bias_hidden.zero_()
+            if layer == "gru":
+                bias_hidden[2 * H :] = torch.from_numpy(arrays["bias_hidden"])
         self.x.requires_grad_(self.gradients)
 
     def run(self) -> dict[str, list[float]]:
@@ -360,8 +362,8 @@ class TorchRecurrence(Peer):
         hidden, *cell = state if self.layer == "lstm" else (state,)
         results = {"output": output, "hidden": hidden, **({"cell": cell[0]} if cell else {})}
         if self.gradients:
-            own = [self.apply.weight_ih_l0, self.apply.weight_hh_l0, self.apply.bias_ih_l0, self.apply.bias_hh_l0]
-            dinput, dhidden, dbias, dbias_hidden, dx = torch.autograd.grad(output, [*own, self.x], self.doutput)
+            gradients = torch.autograd.grad(output, [*self.own, self.x], self.doutput)
+            dinput, dhidden, dbias, dbias_hidden, dx = gradients
             results |= {"weight_input": dinput.T, "weight_hidden": dhidden.T, "bias": dbias, "input": dx}
             if self.layer == "gru":
                 results["bias_hidden"] = dbias_hidden[2 * output.shape[-1] :]
