@@ -37,6 +37,8 @@ Kept = tuple[jax.Array, ...]
 """What a cell computes from input and state with effort, and its gradient reads again."""
 
 
+Projected = Callable[[int, int], jax.Array]
+"""The input's part of gates ``begin`` to ``end``, [..., end - begin, H]: one slice of what is projected."""
 Pull = Callable[[jax.Array], jax.Array]
 """The gradient of a state from that of its product with weights, [B, G, K] to [B, H]."""
 
@@ -46,8 +48,8 @@ class Cell(NamedTuple):
 
     products: tuple[int, ...]
     """How many gates each product with a state is for: ``weight_hidden`` comes to the functions in such parts."""
-    gates: Callable[[Weights, jax.Array, jax.Array], Kept]
-    """``gates(weights, projected [..., G, H], hidden)``: products with the state, and nonlinearities."""
+    gates: Callable[[Weights, Projected, jax.Array], Kept]
+    """``gates(weights, projected, hidden)``: products with the state, and nonlinearities."""
     advance: Callable[[Kept, State], State]
     """The state after the step."""
     back: Callable[[tuple[Pull, ...], Kept, State, State], tuple[Any, ...]]
@@ -98,10 +100,10 @@ def _forward(form: Form, weights: Weights, x_BTD: jax.Array, first: State, masks
     T, dtype, weights_given = x_BTD.shape[1], x_BTD.dtype, weights
     weights = _in_parts(cell, weights)
 
-    def step(state: State, projected_BGH: jax.Array, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
+    def step(state: State, projected: Projected, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
         """The state after it, and what is written down: output and, for the gradient, cell before and gates."""
         before = _reset(mask, state)
-        kept = cell.gates(weights, projected_BGH, before[0])
+        kept = cell.gates(weights, projected, before[0])
         after = _keep(mask, cell.advance(kept, before), before)
         if not keep:
             return after, (after[0].astype(dtype),)
@@ -115,12 +117,12 @@ def _forward(form: Form, weights: Weights, x_BTD: jax.Array, first: State, masks
         def one(i: Any, carry: Any) -> Any:
             state, written = carry
             i = steps - 1 - i if reverse else i
-            state, new = step(state, _at(projected_BCGH, i, 1), _mask_at(masks, at + i))
+            state, new = step(state, _projected_at(projected_BCGH, i), _mask_at(masks, at + i))
             return state, tuple(_put(all, x, at + i, axis) for all, x, axis in zip(written, new, axes, strict=True))
 
         return lax.fori_loop(0, steps, one, carry)
 
-    _, examples = step(first, _at(_project(weights, x_BTD[:, :1]), 0, 1), _mask_at(masks, 0))
+    _, examples = step(first, _projected_at(_project(weights, x_BTD[:, :1]), 0), _mask_at(masks, 0))
     # The rest with time in front, so that a step reads what lies together.
     axes = (1, *(0 for _ in examples[1:]))
     written = tuple(_zeros(x, T, axis) for x, axis in zip(examples, axes, strict=True))
@@ -152,7 +154,7 @@ def _backward(form: Form, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         x_BCD = lax.dynamic_slice_in_dim(x_BTD, at, steps, 1)
         hidden_BCH = _hidden_before(hidden_BTH, first[0], masks, at, steps, reverse)
         if remat:
-            again = cell.gates(parts, _project(parts, x_BCD), hidden_BCH.astype(jnp.float32))
+            again = cell.gates(parts, _projected(_project(parts, x_BCD)), hidden_BCH.astype(jnp.float32))
             chunk_kept = tuple(x.astype(dtype) for x in again)
 
         def one(i: Any, carry: Any) -> Any:
@@ -179,7 +181,7 @@ def _backward(form: Form, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         return dstate, lax.dynamic_update_slice_in_dim(dx_BTD, dx_BCD, at, 1), totals
 
     if remat:
-        own = _gates_at(cell.gates(parts, _project(parts, x_BTD[:, :1]), hidden_BTH[:, :1]), 0, 1)
+        own = _gates_at(cell.gates(parts, _projected(_project(parts, x_BTD[:, :1])), hidden_BTH[:, :1]), 0, 1)
     else:
         own = _gates_at(kept, 0, 0)
     _, examples = step(dlast, own, first, _mask_at(masks, 0))
@@ -206,8 +208,8 @@ def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry:
 # ---------------------------------------------------------------------------------------------------------- LSTM
 
 
-def _lstm_gates(weights: Weights, projected: jax.Array, hidden: jax.Array) -> Kept:
-    total = _with_bias(weights, projected) + _product(hidden, weights["weight_hidden"][0])
+def _lstm_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Kept:
+    total = _with_bias(weights, projected, 0, 4) + _product(hidden, weights["weight_hidden"][0])
     return (_squashed(total, _LSTM_SCALE),)
 
 
@@ -246,11 +248,12 @@ def _gru_advance(kept: Kept, before: State) -> State:
     return ((1.0 - z) * n + z * before[0],)
 
 
-def _gru_after_gates(weights: Weights, projected: jax.Array, hidden: jax.Array) -> Kept:
-    projected, product = _with_bias(weights, projected), _product(hidden, weights["weight_hidden"][0])
-    rz = _squashed(projected[..., :2, :] + product[..., :2, :], (0.5, 0.5))
+def _gru_after_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Kept:
+    product = _product(hidden, weights["weight_hidden"][0])
+    rz = _squashed(_with_bias(weights, projected, 0, 2) + product[..., :2, :], (0.5, 0.5))
     inner = product[..., 2, :] + _over_leading(weights["bias_hidden"], hidden.ndim)
-    return rz, jnp.tanh(projected[..., 2, :] + rz[..., 0, :] * inner), inner
+    n = jnp.tanh(_with_bias(weights, projected, 2, 3)[..., 0, :] + rz[..., 0, :] * inner)
+    return rz, n, inner
 
 
 def _gru_after_back(pulls: tuple[Pull, ...], kept: Kept, before: State, dafter: State) -> tuple[Any, ...]:
@@ -278,11 +281,11 @@ GRU_AFTER = Cell(
 """The reset gate acts after the product with the hidden weights (cuDNN, torch)."""
 
 
-def _gru_before_gates(weights: Weights, projected: jax.Array, hidden: jax.Array) -> Kept:
-    projected, (weight_rz, weight_n) = _with_bias(weights, projected), weights["weight_hidden"]
-    rz = _squashed(projected[..., :2, :] + _product(hidden, weight_rz), (0.5, 0.5))
+def _gru_before_gates(weights: Weights, projected: Projected, hidden: jax.Array) -> Kept:
+    weight_rz, weight_n = weights["weight_hidden"]
+    rz = _squashed(_with_bias(weights, projected, 0, 2) + _product(hidden, weight_rz), (0.5, 0.5))
     product = _product(rz[..., 0, :] * hidden, weight_n)
-    return rz, jnp.tanh(projected[..., 2, :] + product[..., 0, :])
+    return rz, jnp.tanh(_with_bias(weights, projected, 2, 3) + product)[..., 0, :]
 
 
 def _gru_before_back(pulls: tuple[Pull, ...], kept: Kept, before: State, dafter: State) -> tuple[Any, ...]:
@@ -319,8 +322,19 @@ def _project(weights: Weights, x: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,DGH->BTGH", x, weights["weight_input"])
 
 
-def _with_bias(weights: Weights, projected: jax.Array) -> jax.Array:
-    return projected.astype(jnp.float32) + _over_leading(weights["bias"], projected.ndim)
+def _projected(projected_BCGH: jax.Array) -> Projected:
+    return lambda begin, end: projected_BCGH[:, :, begin:end]
+
+
+def _projected_at(projected_BCGH: jax.Array, index: Any) -> Projected:
+    """Of one step. One slice for time and gates: a CPU's loop over two of them is 3 times as slow."""
+    B, _, _, H = projected_BCGH.shape
+    return lambda begin, end: lax.dynamic_slice(projected_BCGH, (0, index, begin, 0), (B, 1, end - begin, H))[:, 0]
+
+
+def _with_bias(weights: Weights, projected: Projected, begin: int, end: int) -> jax.Array:
+    part = projected(begin, end).astype(jnp.float32)
+    return part + _over_leading(weights["bias"][begin:end], part.ndim)
 
 
 def _over_leading(x: jax.Array, ndim: int) -> jax.Array:
