@@ -3,6 +3,7 @@
     python -m benchmarks.training      tokens/s of an optimizer step
     python -m benchmarks.decoding      tokens/s of greedy generation
     python -m benchmarks.scans         linear recurrences and depthwise convolution, beside plain forms of JAX
+    python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
     python -m benchmarks.fidelity      largest differences to torch, gradients included
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 

@@ -111,7 +111,8 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A checkpoint in ``directory``, the worker that wrote it and measures the roofs, and what is known of both."""
+    """A checkpoint in ``directory``, the worker that wrote it and measures the roofs, and what is known of both.
+    Without a model there is no checkpoint."""
 
     directory: Path
     machine: Worker
@@ -122,8 +123,8 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(model: str) -> Iterator[Session]:
-    """Write a random ``model``, print what the machine is and can do, and end all workers at the end."""
+def session(model: str | None) -> Iterator[Session]:
+    """Write a random ``model`` (None: none), print what the machine is and can do, and end all workers at the end."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         directory = Path(temporary) / "model"
 

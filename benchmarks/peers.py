@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import shapes
 from benchmarks.shapes import ADAMW, COPY_BYTES, GEMM_SIZE, random_tokens
 from benchmarks.worker import Peer
 
@@ -32,14 +33,25 @@ def _jax_facts() -> dict[str, Any]:
 
 
 class Machine(Peer):
-    """Writes the checkpoint and measures the roofs: a matrix product and a copy, both by JAX."""
+    """Writes the checkpoint, if a model is named, and measures the roofs: a matrix product and a copy, both by JAX."""
 
     repeats = 8
 
-    def __init__(self, directory: str, model: str) -> None:
+    def __init__(self, directory: str, model: str | None) -> None:
         jax = _jax()
         import jax.numpy as jnp
 
+        self.known = {"device": jax.devices()[0].device_kind}
+        if model is not None:
+            self.known |= self._write(directory, model)
+        self.x = jax.random.normal(jax.random.key(2), (GEMM_SIZE, GEMM_SIZE))
+        self.product = jax.jit(jnp.matmul)
+        self.memory = jnp.zeros(COPY_BYTES // 4, jnp.float32)
+        self.add = jax.jit(lambda memory: memory + 1.0, donate_argnums=0)
+        self.run()
+
+    def _write(self, directory: str, model: str) -> dict[str, Any]:
+        jax = _jax()
         import jaxlm
 
         no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
@@ -54,20 +66,14 @@ class Machine(Peer):
         params = jax.tree.unflatten(tree, map(lively, leaves, keys))
         jaxlm.save_pretrained(directory, gpt, params)
         config = gpt.config
-        self.known = {
+        return {
             "parameters": gpt.num_parameters,
             "position_parameters": config.max_positions * config.embed_dim,
             "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
             "layers": config.num_layers,
             "width": config.embed_dim,
             "vocab_size": config.vocab_size,
-            "device": jax.devices()[0].device_kind,
         }
-        self.x = jax.random.normal(jax.random.key(2), (GEMM_SIZE, GEMM_SIZE))
-        self.product = jax.jit(jnp.matmul)
-        self.memory = jnp.zeros(COPY_BYTES // 4, jnp.float32)
-        self.add = jax.jit(lambda memory: memory + 1.0, donate_argnums=0)
-        self.run()
 
     def run(self) -> dict[str, float]:
         return {
@@ -283,6 +289,95 @@ class TorchDecoding(Peer):
 
     def facts(self) -> dict[str, Any]:
         return _torch_facts()
+
+
+# ----------------------------------------------------------------------------------------------- recurrence
+
+
+class JaxlmRecurrence(Peer):
+    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in a jit: output and last state, or also the gradient of everything."""
+
+    def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
+        jax = _jax()
+        from jaxlm.nn import recurrence
+
+        arrays = jax.device_put(shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer))
+        x, doutput = arrays.pop("input"), arrays.pop("doutput")
+        apply = recurrence.lstm if layer == "lstm" else recurrence.gru
+
+        def forward(params: Any, x: Any) -> Any:
+            return apply(params, x)
+
+        def both(params: Any, x: Any, doutput: Any) -> Any:
+            output, pull, state = jax.vjp(apply, params, x, has_aux=True)
+            dparams, dx = pull(doutput)
+            return output, state, {**dparams, "input": dx}
+
+        self.arguments = (arrays, x) if passes == "forward" else (arrays, x, doutput)
+        self.jitted = jax.jit(forward if passes == "forward" else both)
+        self.compiled: Any = None
+
+    def run(self) -> dict[str, list[float]]:
+        import numpy as np
+
+        if self.compiled is None:
+            self.compiled = self.jitted.lower(*self.arguments).compile()
+        output, state, *gradients = _jax().block_until_ready(self.compiled(*self.arguments))
+        results = {"output": output, **state, **(gradients[0] if gradients else {})}
+        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        memory = None if self.compiled is None else self.compiled.memory_analysis()
+        return {**_jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
+
+
+class TorchRecurrence(Peer):
+    """``torch.nn.LSTM`` or ``torch.nn.GRU``, whose reset gate acts after the product."""
+
+    def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
+        import torch
+
+        device, H = _torch_device(), sizes["width"]
+        arrays = shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer)
+        self.x, self.doutput = (torch.from_numpy(arrays.pop(name)).to(device) for name in ("input", "doutput"))
+        self.gradients, self.layer = passes != "forward", layer
+        self.apply = (torch.nn.LSTM if layer == "lstm" else torch.nn.GRU)(H, H, batch_first=True)
+        self.apply.to(device).requires_grad_(self.gradients)
+        self.own = list(self.apply.parameters())  # weights and biases, of input and state
+        weight_input, weight_hidden, bias, bias_hidden = self.own
+        with torch.no_grad():
+            for name, weight in (("weight_input", weight_input), ("weight_hidden", weight_hidden)):
+                weight.copy_(torch.from_numpy(arrays[name].reshape(H, -1).T))
+            bias.copy_(torch.from_numpy(arrays["bias"].ravel()))
+            bias_hidden.zero_()
+            if layer == "gru":
+                bias_hidden[2 * H :] = torch.from_numpy(arrays["bias_hidden"])
+        self.x.requires_grad_(self.gradients)
+
+    def run(self) -> dict[str, list[float]]:
+        import torch
+
+        with torch.set_grad_enabled(self.gradients):
+            output, state = self.apply(self.x)
+        hidden, *cell = state if self.layer == "lstm" else (state,)
+        results = {"output": output, "hidden": hidden, **({"cell": cell[0]} if cell else {})}
+        if self.gradients:
+            gradients = torch.autograd.grad(output, [*self.own, self.x], self.doutput)
+            dinput, dhidden, dbias, dbias_hidden, dx = gradients
+            results |= {"weight_input": dinput.T, "weight_hidden": dhidden.T, "bias": dbias, "input": dx}
+            if self.layer == "gru":
+                results["bias_hidden"] = dbias_hidden[2 * output.shape[-1] :]
+        return {name: _torch_samples(leaf) for name, leaf in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return _torch_facts()
+
+
+def _torch_samples(x: Any) -> list[float]:
+    import numpy as np
+
+    at = np.unravel_index(shapes.samples(x.numel()), tuple(x.shape))
+    return x.detach()[at].tolist()  # waits for all of the above
 
 
 def _torch_device() -> str:

@@ -79,6 +79,28 @@ SCANS = (
     Scan("depthwise_convolution", (("B", 4), ("T", 1024), ("C", 512), ("taps", 4))),
 )
 
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """A recurrent layer over a whole batch; its input is as wide as its state."""
+
+    length: int
+    """Steps."""
+    batch: int
+    """Rows."""
+    width: int
+    """Of the hidden state."""
+
+    def __str__(self) -> str:
+        return f"T{self.length} B{self.batch} H{self.width}"
+
+
+RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
+"""Whose products weigh, whose gates weigh, and whose steps each read all weights: Zaremba et al. 2014 for one text."""
+GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
+"""Layers, with how many gates they have. ``gru`` resets after the product, as torch does."""
+
+QUICK_RECURRENCES = (Recurrence(6, 2, 8),)
 QUICK_TRAINING = Training("gpt2-tiny", batch=2, length=32)
 QUICK_DECODING = Decoding("gpt2-tiny", batch=2, prompt=8, tokens=16)
 
@@ -131,3 +153,27 @@ def scan_work(shape: Scan, backward: bool) -> Work:
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
     """The same ids [batch, length] in every process, int32."""
     return np.random.default_rng(0).integers(0, vocab_size, (batch, length)).astype(np.int32)
+
+
+def recurrence_work(shape: Recurrence, layer: str, passes: str) -> Work:
+    """Floating-point operations of the products of one layer, forward or with all gradients."""
+    tokens, forward = shape.length * shape.batch, 2 * GATES[layer] * 2 * shape.width**2
+    if passes == "forward":
+        return Work(tokens, forward * tokens, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates")
+    return Work(tokens, 3 * forward * tokens, "FLOP", "6*G*H*(D+H)*tokens, D = H: products of G gates, three times")
+
+
+def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
+    """The same parameters (in jaxlm's layout), input [B, T, D] and gradient of the output in every process, float32."""
+    rng, gates, H = np.random.default_rng(0), GATES[layer], shape.width
+    shapes = {"weight_input": (H, gates, H), "weight_hidden": (H, gates, H), "bias": (gates, H), "bias_hidden": (H,)}
+    arrays = {name: rng.uniform(-(H**-0.5), H**-0.5, size) for name, size in shapes.items()}
+    arrays |= {name: rng.standard_normal((shape.batch, shape.length, H)) for name in ("input", "doutput")}
+    if layer != "gru":
+        del arrays["bias_hidden"]
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def samples(size: int) -> np.ndarray:
+    """Indices of some elements of a flat array, the same in every process."""
+    return np.random.default_rng(1).integers(0, size, 64)

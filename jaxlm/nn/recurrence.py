@@ -1,26 +1,26 @@
 """Recurrent layers: LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and GRU (Cho et al. 2014).
 
-A layer is ``project`` (the input's part of all gates, for all steps at once) and then a scan of a cell, which adds the
-state's part. What a cell does alone, ``lstm_cell`` and ``gru_cell``, may stand in another loop, such as a decoder that
-attends. Conventions are those of torch and cuDNN: gates i, f, g, o and r, z, n; ``h' = (1 - z) * n + z * h``.
+A layer is ``project`` (the input's part of all gates) and then a loop of a cell, which adds the state's part. What a
+cell does alone, ``lstm_cell`` and ``gru_cell``, may stand in another loop, such as a decoder that attends. Conventions
+are those of torch and cuDNN: gates i, f, g, o and r, z, n; ``h' = (1 - z) * n + z * h``.
 
 The state is float32, whatever the compute dtype. A document border puts it back to zeros *before* the token there is
-read; a pad leaves it as it is. Both scans have their own gradient: autodiff adds up the gradient of the hidden weights
-step by step inside the backward loop, here it is one matmul after it.
+read; a pad leaves it as it is.
 
 Shapes: B batch, T time, D input width, G gates (LSTM 4, GRU 3), H hidden width (K where there are two).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlm import sharding
+from jaxlm.nn import chunked_recurrence
+from jaxlm.nn.chunked_recurrence import GRU_AFTER, GRU_BEFORE, LSTM
 from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
@@ -28,6 +28,10 @@ from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
 GRUReset = Literal["after", "before"]
 """Where the reset gate acts: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), which can then
 be one for all gates, or ``before`` it, on the state itself (Cho et al. 2014)."""
+
+Implementation = Literal["reference", "chunked", "cudnn"]
+"""``reference`` is a loop of ``lstm_cell`` or ``gru_cell``, ``chunked`` is in ``chunked_recurrence``, ``cudnn`` an LSTM
+by ``jax.experimental.rnn``."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
@@ -96,10 +100,14 @@ def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
     Raises:
         ValueError: ``x`` is not as wide as the weights.
     """
+    _check_width(params, x)
+    return linear({"weight": params["weight_input"], "bias": params["bias"]}, x)
+
+
+def _check_width(params: dict[str, Any], x: jax.Array) -> None:
     width = params["weight_input"].shape[0]
     if x.shape[-1] != width:
         raise ValueError(f"the input is {x.shape[-1]} wide, but weight_input is made for {width}")
-    return linear({"weight": params["weight_input"], "bias": params["bias"]}, x)
 
 
 # ---------------------------------------------------------------------------------------------------------- LSTM
@@ -108,8 +116,10 @@ def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
 def lstm_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
     """One step: the state {"hidden", "cell"} after a token whose ``project`` is given. The output is its ``hidden``."""
     weight = params["weight_hidden"].astype(projected_BGH.dtype)
-    hidden_BH, cell_BH, _ = _lstm_step(projected_BGH, weight, state["hidden"], state["cell"])
-    return {"hidden": hidden_BH, "cell": cell_BH}
+    total_BGH = projected_BGH.astype(jnp.float32) + _recurrent(state["hidden"], weight)
+    i, f, o = (jax.nn.sigmoid(total_BGH[:, gate]) for gate in (0, 1, 3))
+    cell_BH = f * state["cell"] + i * jnp.tanh(total_BGH[:, 2])
+    return {"hidden": o * jnp.tanh(cell_BH), "cell": cell_BH}
 
 
 def lstm(
@@ -120,6 +130,8 @@ def lstm(
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
     reverse: bool = False,
+    implementation: Implementation | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One LSTM layer: the hidden state after each token, [B, T, H] in ``x``'s dtype, and the last state.
 
@@ -129,90 +141,19 @@ def lstm(
         reset_BT: True where the state goes back to zeros before the token is read (see ``borders``). None: nowhere.
         keep_BT: False where the token is padding: the state stays as it is, and the output repeats it. None: all real.
         reverse: read from the last token to the first; outputs stay at their tokens.
+        implementation: ``reference`` (short; autodiff's gradient), ``chunked`` (gradient of its own), ``cudnn``
+            (float32 on an NVIDIA GPU; no resets; each row has a token, and pads behind its tokens alone, or is NaN), or
+            None for the best that is known, which is ``chunked``.
+        remat: keep no gates for the gradient, but compute those of a chunk of time again (``chunked`` alone).
+
+    Raises:
+        ValueError: shapes that do not fit, or an implementation that cannot run.
     """
-    projected_TBGH, masks = _prepare(params, x_BTD, reset_BT, keep_BT)
-    if state is None:
-        zeros_BH = jnp.zeros_like(projected_TBGH[0, :, 0], jnp.float32)
-        state = {"hidden": zeros_BH, "cell": zeros_BH}
-    hidden_TBH, hidden_BH, cell_BH = _lstm_scan(
-        reverse, projected_TBGH, _weight_hidden(params, x_BTD), state["hidden"], state["cell"], masks
-    )
-    return jnp.swapaxes(hidden_TBH, 0, 1), {"hidden": hidden_BH, "cell": cell_BH}
-
-
-def _lstm_step(
-    projected_BGH: jax.Array, weight_HGK: jax.Array, hidden_BH: jax.Array, cell_BH: jax.Array
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    total_BGH = projected_BGH.astype(jnp.float32) + _recurrent(hidden_BH, weight_HGK)
-    i, f, o = (jax.nn.sigmoid(total_BGH[:, gate]) for gate in (0, 1, 3))
-    g = jnp.tanh(total_BGH[:, 2])
-    cell_BH = f * cell_BH + i * g
-    return o * jnp.tanh(cell_BH), cell_BH, [i, f, g, o]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lstm_scan(
-    reverse: bool,
-    projected_TBGH: jax.Array,
-    weight_HGK: jax.Array,
-    hidden_BH: jax.Array,
-    cell_BH: jax.Array,
-    masks: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _lstm_forward(reverse, projected_TBGH, weight_HGK, hidden_BH, cell_BH, masks)[0]
-
-
-def _lstm_forward(
-    reverse: bool,
-    projected_TBGH: jax.Array,
-    weight_HGK: jax.Array,
-    hidden_BH: jax.Array,
-    cell_BH: jax.Array,
-    masks: Any,
-) -> Any:
-    dtype = projected_TBGH.dtype
-
-    def step(carry: Any, inputs: Any) -> Any:
-        projected, mask = inputs
-        hidden, cell = _reset(mask, *carry)
-        new_hidden, new_cell, gates = _lstm_step(projected, weight_HGK, hidden, cell)
-        carry = _keep(mask, (new_hidden, new_cell), (hidden, cell))
-        return carry, (carry[0].astype(dtype), carry[1], jnp.stack(gates, axis=1).astype(dtype))
-
-    first = (hidden_BH, cell_BH)
-    last, (hidden_TBH, cell_TBH, gates_TBGH) = lax.scan(step, first, (projected_TBGH, masks), reverse=reverse)
-    return (hidden_TBH, *last), (weight_HGK, first, hidden_TBH, cell_TBH, gates_TBGH, masks)
-
-
-def _lstm_backward(reverse: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    weight_HGK, (hidden_BH, cell_BH), hidden_TBH, cell_TBH, gates_TBGH, masks = saved
-    dtype = weight_HGK.dtype
-    before_TBH = _before(hidden_TBH, hidden_BH, masks, reverse)
-    cell_before_TBH = _before(cell_TBH, cell_BH, masks, reverse)
-
-    def step(carry: Any, inputs: Any) -> Any:
-        doutput, gates, cell, cell_before, mask = inputs
-        dhidden, dcell = carry[0] + doutput, carry[1]
-        i, f, g, o = (gates[:, gate].astype(jnp.float32) for gate in range(4))
-        squashed = jnp.tanh(cell)
-        dsum = dcell + dhidden * o * (1.0 - squashed**2)
-        di, df, dg, do = dsum * g, dsum * cell_before, dsum * i, dhidden * squashed
-        dtotal = [di * i * (1.0 - i), df * f * (1.0 - f), dg * (1.0 - g**2), do * o * (1.0 - o)]
-        dtotal_BGH = _real(mask, jnp.stack(dtotal, axis=1)).astype(dtype)
-        dbefore = (_recurrent_transposed(dtotal_BGH, weight_HGK), dsum * f)
-        return _reset(mask, *_keep(mask, dbefore, (dhidden, dcell))), dtotal_BGH
-
-    doutput_TBH, *dlast = cotangents
-    dfirst, dtotal_TBGH = lax.scan(
-        step,
-        tuple(dlast),
-        (doutput_TBH.astype(jnp.float32), gates_TBGH, cell_TBH, cell_before_TBH, masks),
-        reverse=not reverse,
-    )
-    return dtotal_TBGH, _weight_gradient(before_TBH, dtotal_TBGH), *dfirst, None
-
-
-_lstm_scan.defvjp(_lstm_forward, _lstm_backward)
+    _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
+    if implementation == "cudnn":
+        return _cudnn_lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
+    names = ("hidden", "cell")
+    return _run(names, lstm_cell, LSTM, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
 
 
 # ----------------------------------------------------------------------------------------------------------- GRU
@@ -223,8 +164,17 @@ def gru_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, 
 
     The reset gate acts after the product where the params have a ``bias_hidden``, before it where not (``gru_specs``).
     """
-    weight = params["weight_hidden"].astype(projected_BGH.dtype)
-    return {"hidden": _gru_step(projected_BGH, weight, params.get("bias_hidden"), state["hidden"])[0]}
+    weight, hidden_BH = params["weight_hidden"].astype(projected_BGH.dtype), state["hidden"]
+    projected_BGH = projected_BGH.astype(jnp.float32)
+    gates_BGH = jax.nn.sigmoid(projected_BGH[:, :2] + _recurrent(hidden_BH, weight[:, :2]))
+    r, z = gates_BGH[:, 0], gates_BGH[:, 1]
+    if "bias_hidden" in params:
+        bias_H = params["bias_hidden"].astype(jnp.float32)
+        product_BH = r * (_recurrent(hidden_BH, weight[:, 2:])[:, 0] + bias_H[None, :])
+    else:
+        product_BH = _recurrent(r * hidden_BH, weight[:, 2:])[:, 0]
+    n = jnp.tanh(projected_BGH[:, 2] + product_BH)
+    return {"hidden": (1.0 - z) * n + z * hidden_BH}
 
 
 def gru(
@@ -235,111 +185,18 @@ def gru(
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
     reverse: bool = False,
+    implementation: Implementation | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One GRU layer, as ``lstm`` (which explains the arguments), with the state {"hidden"}.
+    """One GRU layer, as ``lstm`` (which explains the arguments), with the state {"hidden"}. No ``cudnn``: JAX has none.
 
     The reset gate acts after the product where the params have a ``bias_hidden``, before it where not (``gru_specs``).
     """
-    projected_TBGH, masks = _prepare(params, x_BTD, reset_BT, keep_BT)
-    hidden_BH = jnp.zeros_like(projected_TBGH[0, :, 0], jnp.float32) if state is None else state["hidden"]
-    hidden_TBH, hidden_BH = _gru_scan(
-        reverse, projected_TBGH, _weight_hidden(params, x_BTD), params.get("bias_hidden"), hidden_BH, masks
-    )
-    return jnp.swapaxes(hidden_TBH, 0, 1), {"hidden": hidden_BH}
-
-
-def _gru_step(
-    projected_BGH: jax.Array, weight_HGK: jax.Array, bias_H: jax.Array | None, hidden_BH: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
-    """The new hidden state, and what its gradient needs: r, z, n and, with a bias (reset after), n's product."""
-    projected_BGH = projected_BGH.astype(jnp.float32)
-    if bias_H is None:
-        gates_BGH = jax.nn.sigmoid(projected_BGH[:, :2] + _recurrent(hidden_BH, weight_HGK[:, :2]))
-        r, z = gates_BGH[:, 0], gates_BGH[:, 1]
-        n = jnp.tanh(projected_BGH[:, 2] + _recurrent(r * hidden_BH, weight_HGK[:, 2:])[:, 0])
-        return (1.0 - z) * n + z * hidden_BH, [r, z, n]
-    product_BGH = _recurrent(hidden_BH, weight_HGK)
-    r, z = (jax.nn.sigmoid(projected_BGH[:, gate] + product_BGH[:, gate]) for gate in (0, 1))
-    product = product_BGH[:, 2] + bias_H.astype(jnp.float32)[None, :]
-    n = jnp.tanh(projected_BGH[:, 2] + r * product)
-    return (1.0 - z) * n + z * hidden_BH, [r, z, n, product]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gru_scan(
-    reverse: bool,
-    projected_TBGH: jax.Array,
-    weight_HGK: jax.Array,
-    bias_H: jax.Array | None,
-    hidden_BH: jax.Array,
-    masks: Any,
-) -> tuple[jax.Array, jax.Array]:
-    return _gru_forward(reverse, projected_TBGH, weight_HGK, bias_H, hidden_BH, masks)[0]
-
-
-def _gru_forward(
-    reverse: bool,
-    projected_TBGH: jax.Array,
-    weight_HGK: jax.Array,
-    bias_H: jax.Array | None,
-    hidden_BH: jax.Array,
-    masks: Any,
-) -> Any:
-    dtype = projected_TBGH.dtype
-
-    def step(hidden: jax.Array, inputs: Any) -> Any:
-        projected, mask = inputs
-        (hidden,) = _reset(mask, hidden)
-        new, saved = _gru_step(projected, weight_HGK, bias_H, hidden)
-        (hidden,) = _keep(mask, (new,), (hidden,))
-        return hidden, (hidden.astype(dtype), jnp.stack(saved, axis=1).astype(dtype))
-
-    last, (hidden_TBH, gates_TBGH) = lax.scan(step, hidden_BH, (projected_TBGH, masks), reverse=reverse)
-    return (hidden_TBH, last), (weight_HGK, bias_H, hidden_BH, hidden_TBH, gates_TBGH, masks)
-
-
-def _gru_backward(reverse: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    weight_HGK, bias_H, hidden_BH, hidden_TBH, gates_TBGH, masks = saved
-    dtype = weight_HGK.dtype
-    before_TBH = _before(hidden_TBH, hidden_BH, masks, reverse)
-
-    def step(dhidden: jax.Array, inputs: Any) -> Any:
-        doutput, gates, before, mask = inputs
-        dhidden, before = dhidden + doutput, before.astype(jnp.float32)
-        r, z, n, *product = (gates[:, gate].astype(jnp.float32) for gate in range(gates.shape[1]))
-        dn = _real(mask, dhidden * (1.0 - z) * (1.0 - n**2))
-        dz = _real(mask, dhidden * (before - n) * z * (1.0 - z))
-        if product:
-            dr = dn * product[0] * r * (1.0 - r)
-            dtotal_BGH = jnp.stack([dr, dz, dn * r], axis=1).astype(dtype)  # of the three products
-            dbefore = dhidden * z + _recurrent_transposed(dtotal_BGH, weight_HGK)
-        else:
-            dscaled = _recurrent_transposed(dn[:, None].astype(dtype), weight_HGK[:, 2:])  # of r * before
-            dr = dscaled * before * r * (1.0 - r)
-            dtotal_BGH = jnp.stack([dr, dz, dn], axis=1).astype(dtype)
-            dbefore = dhidden * z + dscaled * r + _recurrent_transposed(dtotal_BGH[:, :2], weight_HGK[:, :2])
-        (dbefore,) = _reset(mask, *_keep(mask, (dbefore,), (dhidden,)))
-        return dbefore, (dtotal_BGH, dn.astype(dtype))
-
-    doutput_TBH, dlast_BH = cotangents
-    inputs = (doutput_TBH.astype(jnp.float32), gates_TBGH, before_TBH, masks)
-    dfirst_BH, (dtotal_TBGH, dn_TBH) = lax.scan(step, dlast_BH, inputs, reverse=not reverse)
-    if bias_H is None:
-        scaled_TBH = gates_TBGH[:, :, 0] * before_TBH
-        dweight_HGK = jnp.concatenate(
-            [
-                _weight_gradient(before_TBH, dtotal_TBGH[:, :, :2]),
-                _weight_gradient(scaled_TBH, dtotal_TBGH[:, :, 2:]),
-            ],
-            axis=1,
-        )
-        return dtotal_TBGH, dweight_HGK, None, dfirst_BH, None
-    dbias_H = jnp.sum(dtotal_TBGH[:, :, 2], axis=(0, 1), dtype=jnp.float32).astype(bias_H.dtype)
-    dprojected_TBGH = dtotal_TBGH.at[:, :, 2].set(dn_TBH)
-    return dprojected_TBGH, _weight_gradient(before_TBH, dtotal_TBGH), dbias_H, dfirst_BH, None
-
-
-_gru_scan.defvjp(_gru_forward, _gru_backward)
+    _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
+    if implementation == "cudnn":
+        raise ValueError("implementation='cudnn' runs an LSTM alone: for a GRU choose reference or chunked")
+    cell = GRU_AFTER if "bias_hidden" in params else GRU_BEFORE
+    return _run(("hidden",), gru_cell, cell, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
 
 
 # ------------------------------------------------------------------------------------------------- what both need
@@ -350,57 +207,146 @@ def _check_reset(reset: str) -> None:
         raise ValueError(f"reset={reset!r} is unknown: choose from {', '.join(map(repr, get_args(GRUReset)))}")
 
 
-def _prepare(
-    params: dict[str, Any], x_BTD: jax.Array, reset_BT: jax.Array | None, keep_BT: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    """Projection and masks with time in front, as a scan wants them. No masks at all: None, and no time is spent."""
+def _check(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+    implementation: str | None,
+    remat: bool,
+) -> None:
+    _check_width(params, x_BTD)
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != x_BTD.shape[:2]:
             raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the input, {list(x_BTD.shape[:2])}")
-    # A split of time ends here: the steps go one after the other.
-    projected_TBGH = constrain(project(params, jnp.swapaxes(x_BTD, 0, 1)), (None, "batch", None, "mlp"))
-    if reset_BT is None and keep_BT is None:
-        return projected_TBGH, None
-    if keep_BT is None:
-        keep_BT = jnp.ones(x_BTD.shape[:2], bool)
-    reset_BT = jnp.zeros_like(keep_BT) if reset_BT is None else reset_BT & keep_BT  # a pad changes nothing
-    return projected_TBGH, (reset_BT.T[:, :, None], keep_BT.T[:, :, None])
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"no recurrent implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
+        )
+    if remat and implementation not in (None, "chunked"):
+        raise ValueError(f"implementation={implementation!r} has no remat: take implementation='chunked'")
 
 
-def _weight_hidden(params: dict[str, Any], x: jax.Array) -> jax.Array:
+def _run(
+    names: tuple[str, ...],
+    step: Any,
+    cell: chunked_recurrence.Cell,
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+    reverse: bool,
+    implementation: Implementation | None,
+    remat: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    B, T, _ = x_BTD.shape
+    x_BTD = constrain(x_BTD, ("batch", None, None))  # a split of time ends here: the steps go one after the other
     # Fully sharded weights are gathered once, before the loop, and not in each of its steps.
-    return constrain(params["weight_hidden"].astype(x.dtype), ("activation_embed", None, "mlp"))
+    weights = {
+        name: constrain(params[name].astype(x_BTD.dtype), ("activation_embed", None, "mlp"))
+        for name in ("weight_input", "weight_hidden")
+    }
+    params = {**params, **weights}
+    if state is None:
+        like_BH = project(params, x_BTD[:, 0])[:, 0]  # split over devices as the state will be
+        state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in names}
+    masks = None
+    if reset_BT is not None or keep_BT is not None:
+        keep_BT = jnp.ones((B, T), bool) if keep_BT is None else keep_BT
+        reset_BT = jnp.zeros_like(keep_BT) if reset_BT is None else reset_BT & keep_BT  # a pad changes nothing
+        masks = (reset_BT[:, :, None], keep_BT[:, :, None])
+    if implementation == "reference":
+        return _reference(step, params, x_BTD, state, masks, reverse)
+    hidden_BTH, last = chunked_recurrence.layer(
+        cell, params, x_BTD, tuple(state[name] for name in names), masks,
+        chunk=_chunk(B, T), reverse=reverse, remat=remat,
+    )  # fmt: skip
+    return hidden_BTH, dict(zip(names, last, strict=True))
+
+
+def _chunk(B: int, T: int) -> int:
+    """Steps of a chunk of time: one product for all steps where memory is fast or split over devices, but on a CPU what
+    a chunk makes must stay in cache, and new memory is slow (0.4 ms/MB to get pages for what exceeds 32 MB)."""
+    if sharding.platform() != "cpu" or sharding.active() is not None:
+        return T
+    return max(1, ROWS_OF_A_CHUNK // B)
+
+
+ROWS_OF_A_CHUNK = 512
+"""Rows of a chunk's products: its steps times B. Milliseconds of CPU time of an LSTM, forward and with all gradients, by
+rows (jaxlib 0.10.2, AMD Zen 5): T128 B32 H512: 128 rows 103 and 344, 256 98 and 311, 512 92 and 312, 1024 91 and 306, all
+109 and 326; T256 B64 H256: 100 and 388, 100 and 361, 99 and 343, 100 and 350, 138 and 401."""
+
+
+def _cudnn_lstm(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+    reverse: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    if sharding.platform() != "gpu":
+        raise ValueError(
+            f"implementation='cudnn' needs an NVIDIA GPU, this is a {sharding.platform()}: leave the implementation out"
+        )
+    if x_BTD.dtype != jnp.float32:
+        raise ValueError(f"implementation='cudnn' computes in float32, not in {x_BTD.dtype}: choose 'chunked'")
+    if reset_BT is not None:
+        raise ValueError("implementation='cudnn' cannot go back to zeros at document borders: choose 'chunked'")
+    from jax.experimental import rnn
+
+    (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
+    lengths_B = jnp.full((B,), T, jnp.int32)
+    if keep_BT is not None:
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens is NaN below
+    time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    real_BT = time_BT < lengths_B[:, None]
+    # cuDNN reads a text in one direction: the other is the text turned round, its pads left behind it.
+    order_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
+    if reverse:
+        x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
+    # One flat array: input weights, hidden weights, and two biases, each with gates and outputs first.
+    matrices = [params[name].astype(jnp.float32) for name in ("weight_input", "weight_hidden")]
+    bias = params["bias"].astype(jnp.float32).ravel()
+    weights = jnp.concatenate(
+        [*(jnp.moveaxis(matrix, 0, 2).ravel() for matrix in matrices), bias, jnp.zeros_like(bias)]
+    )
+    first = [jnp.zeros((1, B, H)) if state is None else state[name][None] for name in ("hidden", "cell")]
+    hidden_BTH, *last = rnn.lstm(x_BTD, *first, weights, lengths_B, D, H, 1, 0.0, False)
+    if reverse:
+        hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
+    hidden_BH, cell_BH = (x[0] for x in last)
+    if keep_BT is not None:
+        # A pad repeats the state: before the text, when read backwards, the first one.
+        pad_BH = first[0][0] if reverse else hidden_BH
+        hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
+        bad_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
+        hidden_BTH = jnp.where(bad_B1[:, :, None], jnp.nan, hidden_BTH)
+        hidden_BH, cell_BH = (jnp.where(bad_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))
+    return hidden_BTH, {"hidden": hidden_BH, "cell": cell_BH}
+
+
+def _reference(
+    step: Any, params: dict[str, Any], x_BTD: jax.Array, state: dict[str, Any], masks: Any, reverse: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One cell after the other; the gradient is autodiff's."""
+
+    def one(state: dict[str, Any], inputs: Any) -> Any:
+        projected_BGH, mask = inputs
+        if mask is not None:
+            state = {name: jnp.where(mask[0], 0.0, old) for name, old in state.items()}
+        new = step(params, projected_BGH, state)
+        if mask is not None:
+            new = {name: jnp.where(mask[1], new[name], old) for name, old in state.items()}
+        return new, new["hidden"].astype(x_BTD.dtype)
+
+    projected_BTGH = constrain(project(params, x_BTD), ("batch", None, None, "mlp"))
+    by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))
+    last, hidden_TBH = lax.scan(one, state, by_time, reverse=reverse)
+    return jnp.swapaxes(hidden_TBH, 0, 1), last
 
 
 def _recurrent(hidden_BH: jax.Array, weight_HGK: jax.Array) -> jax.Array:
     return jnp.einsum("BH,HGK->BGK", hidden_BH.astype(weight_HGK.dtype), weight_HGK, preferred_element_type=jnp.float32)
-
-
-def _recurrent_transposed(dtotal_BGK: jax.Array, weight_HGK: jax.Array) -> jax.Array:
-    return jnp.einsum("BGK,HGK->BH", dtotal_BGK, weight_HGK, preferred_element_type=jnp.float32)
-
-
-def _weight_gradient(before_TBH: jax.Array, dtotal_TBGK: jax.Array) -> jax.Array:
-    dtype = dtotal_TBGK.dtype
-    return jnp.einsum("TBH,TBGK->HGK", before_TBH.astype(dtype), dtotal_TBGK)
-
-
-def _reset(mask: Any, *state: jax.Array) -> Sequence[jax.Array]:
-    return state if mask is None else tuple(jnp.where(mask[0], 0.0, x) for x in state)
-
-
-def _keep(mask: Any, new: Sequence[jax.Array], old: Sequence[jax.Array]) -> Any:
-    return new if mask is None else tuple(jnp.where(mask[1], one, two) for one, two in zip(new, old, strict=True))
-
-
-def _real(mask: Any, x: jax.Array) -> jax.Array:
-    """``x`` [B, ...], zero at pads."""
-    return x if mask is None else jnp.where(mask[1].reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
-
-
-def _before(states_TBH: jax.Array, first_BH: jax.Array, masks: Any, reverse: bool) -> jax.Array:
-    """The state that each step started from, in the order of the tokens."""
-    first_1BH = first_BH[None].astype(states_TBH.dtype)
-    parts = (states_TBH[1:], first_1BH) if reverse else (first_1BH, states_TBH[:-1])
-    before_TBH = jnp.concatenate(parts)
-    return before_TBH if masks is None else jnp.where(masks[0], jnp.zeros_like(before_TBH), before_TBH)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import decoding, fidelity, harness, shapes, training
+from benchmarks import decoding, fidelity, harness, recurrence, shapes, training
 from benchmarks.harness import Failure, Row, Worker
 from benchmarks.worker import Peer
 from jaxlm import get_model
@@ -222,7 +222,61 @@ def test_the_worst_gradient_is_named() -> None:
         fidelity.compare("case", {**ours, "c.weight": np.ones(1)}, exact, exact)
 
 
+def test_sampled_results_must_agree() -> None:
+    ours = {"output": [1.0, -4.0], "bias": [2.0, 0.0]}
+    recurrence.check_results({"jaxlm": [ours, ours], "torch": [ours, {**ours, "output": [1.0001, -4.0]}]})
+    with pytest.raises(Failure, match="output of torch differs by 2.5e-03 of its largest element"):
+        recurrence.check_results({"jaxlm": [ours], "torch": [ours, {**ours, "output": [1.01, -4.0]}]})
+    with pytest.raises(Failure, match="bias of torch differs by nan"):
+        recurrence.check_results({"jaxlm": [ours], "torch": [{**ours, "bias": [float("nan"), 0.0]}]})
+    with pytest.raises(Failure, match=r"torch computes \['output'\], jaxlm \['bias', 'output'\]"):
+        recurrence.check_results({"jaxlm": [ours], "torch": [{"output": [1.0, -4.0]}]})
+
+
+def test_bad_choices_of_recurrences_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--layers", "lstm,rnn"], "--layers 'rnn' is unknown: choose from lstm, gru, gru-before"),
+        (["--passes", "backward"], "--passes 'backward' is unknown: choose from forward, both"),
+        (["--sizes", "128x32"], "--sizes '128x32' is no size: steps x rows x width, such as 128x32x512"),
+    ):
+        assert recurrence.main(arguments) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_recurrences_are_compared_by_time_and_step(rows: list[Row]) -> None:
+    timed = [dataclasses.replace(row, op="lstm forward", shape="T100 B1 H8") for row in rows]
+    lines = recurrence.recurrence_table(timed).splitlines()
+    assert lines[2].split() == [
+        "lstm",
+        "forward",
+        "T100",
+        "B1",
+        "H8",
+        "jaxlm",
+        "2000",
+        "1200",
+        "1.64e+04",
+        "2e+04",
+        "25.0",
+    ]
+    assert lines[3].split()[-3:] == ["0.50", "0.37", "0.50"]  # of 1/3, 2/4 and 20/40
+
+
+def test_quick_recurrences_run_without_a_peer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["--quick", "--against", "", "--layers", "gru-before", "--rounds", "1", "--json", str(path)]
+    assert recurrence.main(arguments) == 0
+    assert "gru-before both     T6 B2 H8  jaxlm" in capsys.readouterr().out
+    assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["gru-before forward", "gru-before both"]
+
+
 # ------------------------------------------------------------------------------------------------------ work
+
+
+def test_recurrent_work_is_that_of_the_products() -> None:
+    work = shapes.recurrence_work(shapes.Recurrence(10, 2, 8), "gru", "forward")
+    assert (work.tokens, work.amount) == (20, 20 * 2 * (8 * 24 + 8 * 24))
+    assert shapes.recurrence_work(shapes.Recurrence(10, 2, 8), "gru", "both").amount == 3 * work.amount
 
 
 def test_training_work_of_gpt2_124m() -> None:
@@ -289,7 +343,7 @@ def test_closing_ends_the_process(tmp_path: Path) -> None:
 
 def test_the_parent_imports_no_framework() -> None:
     code = (
-        "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity\n"
+        "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity, benchmarks.recurrence\n"
         "sys.exit(' '.join({'jax', 'torch', 'transformers', 'flax'} & set(sys.modules)) or 0)"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False)

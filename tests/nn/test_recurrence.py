@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxlm import spec
 from jaxlm.nn import recurrence
@@ -69,37 +70,97 @@ def masks():
     return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.3), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.7)}
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_values_and_every_gradient_are_those_of_the_plain_loop(kind, masked, reverse):
-    params, x, state = setup(kind)
-    inputs = {**(masks() if masked else {}), "reverse": reverse}
+FORMS = {
+    "reference": ({"implementation": "reference"}, 512),
+    "one chunk": ({"implementation": "chunked"}, 512),
+    "chunks of 3, 3 and 1": ({}, 3 * B),  # None is chunked
+    "chunks of 2 with remat": ({"remat": True}, 2 * B),
+}
+"""Arguments, and rows of a chunk."""
 
-    def weighted(layer, params, x, state):
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    arguments, rows = FORMS[request.param]
+    monkeypatch.setattr(recurrence, "ROWS_OF_A_CHUNK", rows)
+    return arguments
+
+
+def value_and_gradients(layer, params, x, state, **inputs):
+    def weighted(params, x, state):
         hidden, last = layer(params, x, state, **inputs)
         leaves = [hidden, *jax.tree.leaves(last)]  # the last state has a gradient of its own
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), (
-            hidden,
-            last,
-        )
+        loss = sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves)
+        return loss, (hidden, last)
 
-    gradient = jax.value_and_grad(weighted, argnums=(1, 2, 3), has_aux=True)
-    (_, want), want_gradients = jax.jit(functools.partial(gradient, functools.partial(plain, kind)))(params, x, state)
-    (_, got), gradients = jax.jit(functools.partial(gradient, layer_of(kind)))(params, x, state)
-    assert_trees_close(got, want, 1e-6)
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(params, x, state)
+    return outputs, gradients
+
+
+@functools.cache
+def wanted(kind, masked, reverse):
+    return value_and_gradients(
+        functools.partial(plain, kind), *setup(kind), **(masks() if masked else {}), reverse=reverse
+    )
+
+
+@pytest.mark.parametrize(("masked", "reverse"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_every_gradient_are_those_of_the_plain_loop(kind, masked, reverse, form):
+    inputs = {**(masks() if masked else {}), "reverse": reverse}
+    outputs, gradients = value_and_gradients(layer_of(kind), *setup(kind), **inputs, **form)
+    want, want_gradients = wanted(kind, masked, reverse)
+    assert_trees_close(outputs, want, 1e-6)
     assert_trees_close(gradients, want_gradients, 2e-6)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_loop_carries_a_weight_gradient(kind):
+def test_one_row_whose_weights_are_read_as_they_lie(kind):
+    params, x, state = setup(kind)
+    one = params, x[:1], jax.tree.map(lambda leaf: leaf[:1], state)
+    outputs, gradients = value_and_gradients(layer_of(kind), *one, implementation="chunked")
+    want, want_gradients = value_and_gradients(functools.partial(plain, kind), *one)
+    assert_trees_close(outputs, want, 1e-6)
+    assert_trees_close(gradients, want_gradients, 2e-6)
+
+
+def loops_of(jaxpr):
+    """Every loop, with whether another one is inside."""
+    for eqn in jaxpr.eqns:
+        inner = [loop for sub in jaxprs_in_params(eqn.params) for loop in loops_of(sub)]
+        yield from inner
+        if eqn.primitive.name == "scan":
+            yield eqn, bool(inner)
+
+
+@pytest.mark.parametrize("rows", [512, 3 * B])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_loop_over_steps_carries_a_weight_gradient(kind, rows, monkeypatch):
+    monkeypatch.setattr(recurrence, "ROWS_OF_A_CHUNK", rows)
     params, x, _ = setup(kind)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(layer_of(kind)(p, x)[0])))(params)
-    loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-    assert len(loops) == 2
-    for loop in loops:
-        assert all(var.aval.shape != params["weight_hidden"].shape for var in loop.outvars)
+
+    def carrying(implementation):
+        layer = functools.partial(layer_of(kind), implementation=implementation)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(layer(p, x)[0])))(params).jaxpr
+        steps = [loop for loop, has_inner in loops_of(jaxpr) if not has_inner]
+        assert len(steps) >= 2
+        return [loop for loop in steps for var in loop.outvars if var.aval.shape == params["weight_hidden"].shape]
+
+    assert not carrying("chunked")
+    assert carrying("reference")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_remat_keeps_no_gates(kind):
+    params, x, _ = setup(kind)
+
+    def kept(remat):
+        pull = jax.vjp(functools.partial(layer_of(kind), remat=remat), params, x)[1]
+        return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+    gates = {"lstm": 4, "gru_after": 4, "gru_before": 3}[kind]  # after: the candidate's product too
+    assert kept(False) - kept(True) == gates * B * T * H
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,20 +207,25 @@ def test_borders_of_documents_that_go_on_across_pads_and_calls():
     assert last_B.tolist() == [1, 0, 3]
 
 
+@pytest.mark.parametrize(
+    ("rows", "form"), [(B, "reference"), (B, "chunks of 2 with remat"), (1, "one chunk")], indirect=["form"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind):
+def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind, rows, form):
     params, x, state = setup(kind)
-    hidden, last = layer_of(kind)(params, x.astype(jnp.bfloat16), state)
-    assert hidden.dtype == jnp.bfloat16
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(last))
+    x, state = x[:rows], jax.tree.map(lambda leaf: leaf[:rows], state)
+    layer = functools.partial(layer_of(kind), **form)
 
     def gradients(x):
-        return jax.grad(lambda p, s: jnp.sum(layer_of(kind)(p, x, s)[0].astype(jnp.float32) ** 2), (0, 1))(
-            params, state
-        )
+        def loss(p, s):
+            hidden, last = layer(p, x, s)
+            return jnp.sum(hidden.astype(jnp.float32) ** 2), (hidden, last)
 
-    got, want = gradients(x.astype(jnp.bfloat16)), gradients(x)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, state)
+
+    (got, (hidden, last)), (want, _) = gradients(x.astype(jnp.bfloat16)), gradients(x)
+    assert hidden.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((last, got)))
     assert_trees_close(got, want, 0.05)
 
 
@@ -179,3 +245,58 @@ def test_bad_inputs_are_named():
         recurrence.lstm(params, x, keep_BT=jnp.ones((3, 2), bool))
     with pytest.raises(ValueError, match="reset='never' is unknown: choose from 'after', 'before'"):
         recurrence.gru_specs(D, H, reset="never")
+    with pytest.raises(ValueError, match="no recurrent implementation 'fast': choose from reference, chunked, cudnn"):
+        recurrence.lstm(params, x, implementation="fast")
+    with pytest.raises(ValueError, match="implementation='reference' has no remat: take implementation='chunked'"):
+        recurrence.lstm(params, x, implementation="reference", remat=True)
+
+
+# --------------------------------------------------------------------------------------------------------- cuDNN
+
+
+def test_cudnn_says_why_it_cannot_run(monkeypatch):
+    params, x, _ = setup("lstm")
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, this is a cpu: leave the implementation out"):
+        recurrence.lstm(params, x, implementation="cudnn")
+    with pytest.raises(ValueError, match="runs an LSTM alone: for a GRU choose reference or chunked"):
+        recurrence.gru(setup("gru_after")[0], x, implementation="cudnn")
+    monkeypatch.setattr(recurrence.sharding, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match="computes in float32, not in bfloat16: choose 'chunked'"):
+        recurrence.lstm(params, x.astype(jnp.bfloat16), implementation="cudnn")
+    with pytest.raises(ValueError, match="cannot go back to zeros at document borders: choose 'chunked'"):
+        recurrence.lstm(params, x, implementation="cudnn", reset_BT=jnp.ones((B, T), bool))
+
+
+@pytest.fixture
+def cudnn_by_reference(monkeypatch):
+    """JAX's own definition of what its cuDNN call computes, in place of it: no GPU is here."""
+    from jax.experimental import rnn
+
+    def lstm(x, h_0, c_0, weights, lengths, *sizes):
+        unpacked = rnn.unpack_lstm_weights(weights, sizes[0], sizes[1], sizes[2], sizes[4])
+        return rnn.lstm_ref(x, h_0, c_0, *unpacked, lengths, *sizes)
+
+    monkeypatch.setattr(rnn, "lstm", lstm)
+    monkeypatch.setattr(recurrence.sharding, "platform", lambda: "gpu")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [None, (7, 3, 1)])
+def test_what_cudnn_is_asked_for_is_this_layer(lengths, reverse, cudnn_by_reference):
+    inputs = {"reverse": reverse}
+    if lengths is not None:
+        inputs["keep_BT"] = jnp.arange(T)[None, :] < jnp.array(lengths)[:, None]
+    got = value_and_gradients(recurrence.lstm, *setup("lstm"), **inputs, implementation="cudnn")
+    want = value_and_gradients(functools.partial(plain, "lstm"), *setup("lstm"), **inputs)
+    assert_trees_close(got[0], want[0], 1e-6)
+    assert_trees_close(got[1], want[1], 2e-6)
+
+
+def test_cudnn_gives_nan_for_pads_that_are_no_lengths(cudnn_by_reference):
+    params, x, _ = setup("lstm")
+    keep_BT = jnp.array([[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
+    hidden, last = recurrence.lstm(params, x, keep_BT=keep_BT, implementation="cudnn")
+    for leaf in (hidden, *last.values()):
+        finite = np.isfinite(np.asarray(leaf)).reshape(B, -1)
+        assert finite.all(axis=1).tolist() == [True, False, False]
+        assert not finite[1:].any()

@@ -1,0 +1,157 @@
+"""LSTM and GRU layers: jaxlm against torch (oneDNN on a CPU), from the same weights on the same random input.
+
+    python -m benchmarks.recurrence                                    three sizes, forward and forward + backward
+    python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
+    python -m benchmarks.recurrence --quick                            does it work?
+
+``gru`` resets after the product, as torch does; ``gru-before`` (Cho et al. 2014) has no peer. Before anything is timed,
+outputs, last states and all gradients must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks import harness, shapes
+
+PEERS = {"jaxlm": "benchmarks.peers:JaxlmRecurrence", "torch": "benchmarks.peers:TorchRecurrence"}
+WITHOUT_PEER = ("gru-before",)
+PASSES = ("forward", "both")
+TOLERANCE = 1e-4
+"""How far sampled elements of a result may be apart, relative to the largest of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence(harness.Options):
+    """Measure recurrent layers."""
+
+    against: str = "torch"
+    """Peers, separated by commas; empty measures jaxlm alone."""
+    rounds: int = 11
+    """Repetitions of each peer, after warm-up."""
+    layers: str = ",".join(shapes.GATES)
+    """Which layers: lstm, gru, gru-before."""
+    passes: str = ",".join(PASSES)
+    """forward, or both: forward and backward, gradients of parameters and input."""
+    sizes: str = ",".join(f"{shape.length}x{shape.batch}x{shape.width}" for shape in shapes.RECURRENCES)
+    """Steps x rows x width, of input and state."""
+
+
+def run(options: Recurrence) -> None:
+    """Measure and print."""
+    layers = _chosen("layers", options.layers, tuple(shapes.GATES))
+    passes = _chosen("passes", options.passes, PASSES)
+    sizes = shapes.QUICK_RECURRENCES if options.quick else [_size(text) for text in options.sizes.split(",")]
+    targets = harness.choose(options.against, PEERS)
+    rows: list[harness.Row] = []
+    with harness.session(None) as session:
+        for layer in layers:
+            for one_pass in passes:
+                for shape in sizes:
+                    found = _measure(options, session, targets, layer, one_pass, shape)
+                    print("; ".join(f"{row.peer} {1e3 * row.median:.4g} ms" for row in found), flush=True)
+                    rows += found
+        print("\n" + recurrence_table(rows))
+        records = [{**row.record(), "us_per_step": _us_per_step(row)} for row in rows]
+        harness.write_json(options.json, "recurrence", options, session.description, records)
+
+
+def _measure(
+    options: Recurrence,
+    session: harness.Session,
+    targets: dict[str, str],
+    layer: str,
+    passes: str,
+    shape: shapes.Recurrence,
+) -> list[harness.Row]:
+    op = f"{layer} {passes}"
+    print(f"{op}, {shape}: ", end="")
+    with contextlib.ExitStack() as workers:
+        peers = {
+            name: workers.enter_context(
+                contextlib.closing(session.start(name, target, layer=layer, passes=passes, **dataclasses.asdict(shape)))
+            )
+            for name, target in targets.items()
+            if name == harness.OURS or layer not in WITHOUT_PEER
+        }
+        return harness.measure(
+            op, str(shape), shapes.recurrence_work(shape, layer, passes), session.machine, peers,
+            warm_up=2, rounds=options.rounds, check=check_results,
+        )  # fmt: skip
+
+
+def check_results(values: dict[str, list[Any]]) -> None:
+    """Raise ``Failure`` unless sampled elements of every result agree, in every repetition."""
+    expected = values[harness.OURS][0]
+    for name, repetitions in values.items():
+        for results in repetitions:
+            if results.keys() != expected.keys():
+                raise harness.Failure(f"{name} computes {sorted(results)}, {harness.OURS} {sorted(expected)}")
+            for what, sample in results.items():
+                ours, theirs = np.array(expected[what]), np.array(sample)
+                difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
+                if not difference <= TOLERANCE:  # not-a-number fails too
+                    raise harness.Failure(
+                        f"{what} of {name} differs by {difference:.1e} of its largest element (allowed {TOLERANCE:.0e})"
+                    )
+
+
+def recurrence_table(rows: Sequence[harness.Row]) -> str:
+    """The measurements, and the time of jaxlm over that of each peer: median, p10 and p90 over the rounds."""
+    header = ("layer, pass", "shape", "peer", "ms", "p10", "p90", "us/step", "% of roof", "jaxlm/peer", "p10", "p90")
+    lines = []
+    ours = {(row.op, row.shape): row for row in rows if row.peer == harness.OURS}
+    for row in rows:
+        r = row.record()
+        cells = [row.op, row.shape, row.peer, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
+        cells += [f"{_us_per_step(row):.4g}", f"{r['roof_percent']:.1f}"]
+        if row.peer != harness.OURS:
+            first = ours[row.op, row.shape]
+            ratios = [a / b for a, b in zip(first.seconds, row.seconds, strict=True)]
+            cells += [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
+        lines.append([*cells, *[""] * (len(header) - len(cells))])
+    formulas = sorted({row.work.formula for row in rows})
+    return "\n".join(
+        [
+            f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
+            harness.table(header, lines),
+            *(f"% of roof: {formula}, against a matrix product measured in the same rounds" for formula in formulas),
+            "jaxlm/peer: time of jaxlm over time of the peer, round by round; below 1 jaxlm is faster",
+        ]
+    )
+
+
+def _us_per_step(row: harness.Row) -> float:
+    return 1e6 * row.median / int(row.shape.split()[0].removeprefix("T"))
+
+
+def _chosen(option: str, text: str, known: Sequence[str]) -> list[str]:
+    names = text.replace(" ", "").split(",")
+    for name in names:
+        if name not in known:
+            raise harness.Failure(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+    return names
+
+
+def _size(text: str) -> shapes.Recurrence:
+    parts = text.strip().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise harness.Failure(f"--sizes {text!r} is no size: steps x rows x width, such as 128x32x512")
+    return shapes.Recurrence(*map(int, parts))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Recurrence, args=arguments, prog="python -m benchmarks.recurrence", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
