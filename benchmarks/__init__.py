@@ -2,6 +2,7 @@
 
     python -m benchmarks.training      tokens/s of an optimizer step
     python -m benchmarks.decoding      tokens/s of greedy generation
+    python -m benchmarks.attention     attention of sequences and over caches, with position biases
     python -m benchmarks.scans         linear recurrences and depthwise convolution, beside plain forms of JAX
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
     python -m benchmarks.fidelity      largest differences to torch, gradients included

@@ -295,6 +295,25 @@ def check_same(values: dict[str, list[Any]]) -> None:
                     raise Failure(f"{name} generated other tokens than {OURS}, from token {at} of row {row} on")
 
 
+def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
+    """Raise ``Failure`` unless sampled elements of every result agree, in every repetition.
+
+    ``tolerance``: how far they may be apart, relative to the largest of the result.
+    """
+    expected = values[OURS][0]
+    for name, repetitions in values.items():
+        for results in repetitions:
+            if results.keys() != expected.keys():
+                raise Failure(f"{name} computes {sorted(results)}, {OURS} {sorted(expected)}")
+            for what, sample in results.items():
+                ours, theirs = np.array(expected[what]), np.array(sample)
+                difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
+                if not difference <= tolerance:  # not-a-number fails too
+                    raise Failure(
+                        f"{what} of {name} differs by {difference:.1e} of its largest element (allowed {tolerance:.0e})"
+                    )
+
+
 # ------------------------------------------------------------------------------------------------ reporting
 
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tyro
@@ -83,24 +82,8 @@ def _measure(
         }
         return harness.measure(
             op, str(shape), shapes.recurrence_work(shape, layer, passes), session.machine, peers,
-            warm_up=2, rounds=options.rounds, check=check_results,
+            warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
         )  # fmt: skip
-
-
-def check_results(values: dict[str, list[Any]]) -> None:
-    """Raise ``Failure`` unless sampled elements of every result agree, in every repetition."""
-    expected = values[harness.OURS][0]
-    for name, repetitions in values.items():
-        for results in repetitions:
-            if results.keys() != expected.keys():
-                raise harness.Failure(f"{name} computes {sorted(results)}, {harness.OURS} {sorted(expected)}")
-            for what, sample in results.items():
-                ours, theirs = np.array(expected[what]), np.array(sample)
-                difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
-                if not difference <= TOLERANCE:  # not-a-number fails too
-                    raise harness.Failure(
-                        f"{what} of {name} differs by {difference:.1e} of its largest element (allowed {TOLERANCE:.0e})"
-                    )
 
 
 def recurrence_table(rows: Sequence[harness.Row]) -> str:

@@ -101,6 +101,55 @@ GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
 """Layers, with how many gates they have. ``gru`` resets after the product, as torch does."""
 
 QUICK_RECURRENCES = (Recurrence(6, 2, 8),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Causal attention of one row, or one query over a cache."""
+
+    form: str
+    """plain, bias, relative or decode."""
+    length: int
+    """Tokens; for decode, those that the cache holds."""
+    slots: int
+    """For decode: tokens that the cache has room for."""
+    heads: int = 12
+    """Heads."""
+    width: int = 64
+    """Of each."""
+
+    @property
+    def queries(self) -> int:
+        """How many."""
+        return 1 if self.form == "decode" else self.length
+
+    @property
+    def keys(self) -> int:
+        """How many."""
+        return self.slots if self.form == "decode" else self.length
+
+    def __str__(self) -> str:
+        cache = f" of {self.slots}" if self.form == "decode" else ""
+        return f"B1 T{self.length}{cache} H{self.heads} K{self.width}"
+
+
+ATTENTION_LENGTHS = (1024, 4096)
+
+
+def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
+    """query, key, value, the output's gradient and, where the form has one, the table of biases or vectors."""
+    rng = np.random.default_rng(0)
+
+    def draw(*sizes: int) -> np.ndarray:
+        return rng.standard_normal(sizes, np.float32)
+
+    H, K = shape.heads, shape.width
+    arrays = {name: draw(1, n, H, K) for name, n in (("query", shape.queries), ("dout", shape.queries))}
+    arrays |= {name: draw(1, shape.keys, H, K) for name in ("key", "value")}
+    tables = {"bias": (32, H), "relative": (shape.keys, H, K)}
+    return arrays | ({"table": draw(*tables[shape.form])} if shape.form in tables else {})
+
+
 QUICK_TRAINING = Training("gpt2-tiny", batch=2, length=32)
 QUICK_DECODING = Decoding("gpt2-tiny", batch=2, prompt=8, tokens=16)
 
@@ -148,6 +197,15 @@ def scan_work(shape: Scan, backward: bool) -> Work:
         numbers, passes = tokens * sizes["C"], 6 if backward else 2
         formula = "2*B*T*C*4 bytes forward (input, output), 4 more backward (input, three gradients)"
     return Work(tokens, 4 * numbers * passes, "B", formula)
+
+
+def attention_work(shape: Attention, passes: str) -> Work:
+    """Floating-point operations of plain attention, whatever the form adds; for decode, the bytes of the cache."""
+    H, K = shape.heads, shape.width
+    if shape.form == "decode":
+        return Work(1, 2 * 4 * H * K * shape.length, "B", "bytes of the keys and values held, against a copy")
+    amount = 2.0 * shape.length**2 * H * K * (1 if passes == "forward" else 3.5)
+    return Work(shape.length, amount, "FLOP", "2*T*T*H*K forward, 3.5 times that with backward, against a GEMM")
 
 
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:

@@ -1,0 +1,119 @@
+"""Attention: jaxlm against torch's scaled_dot_product_attention, on the same random numbers, float32, causal.
+
+    python -m benchmarks.attention                                 1024 and 4096 tokens, three forms, forward and both
+    python -m benchmarks.attention --forms plain --lengths 1024 --json attention.json
+    python -m benchmarks.attention --forms decode                  one query over caches that are filled more or less
+    python -m benchmarks.attention --quick                         does it work?
+
+``bias`` adds T5's bias of bucketed distances, ``relative`` the term of Transformer-XL; gradients reach their tables.
+torch has no form of them but a dense array of all pairs, made and given to it in every repetition. Before anything is
+timed, outputs and all gradients must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import tyro
+
+from benchmarks import harness, shapes
+
+PEERS = {"jaxlm": "benchmarks.attention_peers:Jaxlm", "torch": "benchmarks.attention_peers:Torch"}
+FORMS = ("plain", "bias", "relative", "decode")
+PASSES = ("forward", "both")
+TOLERANCE = 1e-4
+"""How far sampled elements of a result may be apart, relative to the largest of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(harness.Options):
+    """Measure attention."""
+
+    against: str = "torch"
+    """Peers, separated by commas; empty measures jaxlm alone."""
+    rounds: int = 11
+    """Repetitions of each peer, after warm-up."""
+    forms: str = "plain,bias,relative"
+    """Which forms: plain, bias, relative, decode."""
+    lengths: str = ",".join(map(str, shapes.ATTENTION_LENGTHS))
+    """Tokens; decode has a cache of the longest, filled to each of them."""
+
+
+def run(options: Attention) -> None:
+    """Measure and print."""
+    forms = options.forms.replace(" ", "").split(",")
+    for form in forms:
+        if form not in FORMS:
+            raise harness.Failure(f"--forms {form!r} is unknown: choose from {', '.join(FORMS)}")
+    try:
+        lengths = [32, 48] if options.quick else [int(text) for text in options.lengths.split(",")]
+    except ValueError:
+        raise harness.Failure(f"--lengths {options.lengths!r} must be numbers with commas between them") from None
+    targets = harness.choose(options.against, PEERS)
+    rows: list[harness.Row] = []
+    with harness.session(None) as session:
+        for form in forms:
+            for length in lengths:
+                shape = shapes.Attention(form, length, max(lengths), heads=2 if options.quick else 12)
+                for passes in PASSES[: 1 if form == "decode" else 2]:
+                    rows += _measure(options, session, targets, shape, passes)
+        print("\n" + attention_table(rows))
+        harness.write_json(options.json, "attention", options, session.description, [row.record() for row in rows])
+
+
+def _measure(
+    options: Attention, session: harness.Session, targets: dict[str, str], shape: shapes.Attention, passes: str
+) -> list[harness.Row]:
+    with contextlib.ExitStack() as workers:
+        peers = {
+            name: workers.enter_context(
+                contextlib.closing(session.start(name, target, passes=passes, **dataclasses.asdict(shape)))
+            )
+            for name, target in targets.items()
+        }
+        return harness.measure(
+            f"{shape.form} {passes}", str(shape), shapes.attention_work(shape, passes), session.machine, peers,
+            warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
+        )  # fmt: skip
+
+
+def attention_table(rows: Sequence[harness.Row]) -> str:
+    """The measurements, and the time of jaxlm over that of each peer and over that of its own plain form."""
+    header = ("form, pass", "shape", "peer", "ms", "p10", "p90", "% of roof", "jaxlm/peer", "p10", "p90", "/plain")
+    ours = {(row.op, row.shape): row for row in rows if row.peer == harness.OURS}
+    lines = []
+    for row in rows:
+        r = row.record()
+        cells = [row.op, row.shape, row.peer, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
+        cells.append(f"{r['roof_percent']:.1f}")
+        if row.peer == harness.OURS:
+            plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
+            cells += ["", "", "", "" if plain is None else f"{row.median / plain.median:.2f}"]
+        else:
+            first = ours[row.op, row.shape]
+            ratios = [a / b for a, b in zip(first.seconds, row.seconds, strict=True)]
+            cells += [*(f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))), ""]
+        lines.append(cells)
+    formulas = sorted({row.work.formula for row in rows})
+    return "\n".join(
+        [
+            f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
+            harness.table(header, lines),
+            *(f"% of roof: {formula}" for formula in formulas),
+            "jaxlm/peer: time of jaxlm over time of the peer, round by round; below 1 jaxlm is faster",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Attention, args=arguments, prog="python -m benchmarks.attention", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

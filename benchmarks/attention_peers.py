@@ -1,0 +1,125 @@
+"""Both sides of ``benchmarks.attention``. Shapes: T queries, S keys, H heads, K head width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.peers import _jax, _jax_facts, _torch_device, _torch_facts, _torch_samples
+from benchmarks.worker import Peer
+
+MAX_DISTANCE = 128
+"""Of T5's buckets, which are 32."""
+
+
+class Jaxlm(Peer):
+    """``jaxlm.nn.attention`` in a jit, at its defaults."""
+
+    def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
+        jax = _jax()
+        import jax.numpy as jnp
+
+        from jaxlm.nn.attention import attention
+        from jaxlm.nn.mask import Mask
+        from jaxlm.nn.relative import distance_term
+        from jaxlm.nn.relative_bias import distance_table
+
+        shape = shapes.Attention(**sizes)
+        arrays = jax.device_put(shapes.attention_arrays(shape))
+        dout, T, S = arrays.pop("dout"), shape.queries, shape.keys
+        mask = Mask(causal=True)
+        if shape.form == "decode":
+            slot_1S = jnp.arange(S)[None]
+            segments = (slot_1S < shape.length).astype(jnp.int32)
+            mask = Mask(
+                causal=True, query_order=jnp.full((1, 1), shape.length - 1), key_order=slot_1S,
+                query_segments=jnp.ones((1, 1), jnp.int32), key_segments=segments,
+            )  # fmt: skip
+
+        def forward(arrays: Any, mask: Any) -> Any:
+            bias = None
+            if shape.form == "bias":
+                table = distance_table(arrays["table"], MAX_DISTANCE, bidirectional=False)
+                bias = distance_term(table, MAX_DISTANCE, T, S, ahead=0)
+            if shape.form == "relative":
+                bias = distance_term(arrays["table"], S - 1, T, S, ahead=0, q_BTHK=arrays["query"], scale=K**-0.5)
+            return attention(arrays["query"], arrays["key"], arrays["value"], mask, bias=bias)
+
+        K = shape.width
+
+        def both(arrays: Any, mask: Any, dout: Any) -> Any:
+            out, pull = jax.vjp(lambda arrays: forward(arrays, mask), arrays)
+            return out, pull(dout)[0]
+
+        self.arguments = (arrays, mask) if passes == "forward" else (arrays, mask, dout)
+        self.jitted = jax.jit(forward if passes == "forward" else both)
+        self.passes = passes
+        self.compiled: Any = None
+
+    def run(self) -> dict[str, list[float]]:
+        import numpy as np
+
+        if self.compiled is None:
+            self.compiled = self.jitted.lower(*self.arguments).compile()
+        made = _jax().block_until_ready(self.compiled(*self.arguments))
+        results = {"out": made} if self.passes == "forward" else {"out": made[0], **made[1]}
+        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        memory = None if self.compiled is None else self.compiled.memory_analysis()
+        return {**_jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
+
+
+class Torch(Peer):
+    """``scaled_dot_product_attention``, with a dense array of biases where there are any."""
+
+    def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
+        import torch
+
+        self.shape, self.passes = shapes.Attention(**sizes), passes
+        arrays = {
+            name: torch.from_numpy(x).to(_torch_device()) for name, x in shapes.attention_arrays(self.shape).items()
+        }
+        self.dout = arrays.pop("dout")
+        self.arrays = {name: x.requires_grad_(passes == "both") for name, x in arrays.items()}
+        T, S = self.shape.queries, self.shape.keys
+        self.later = torch.ones(T, S, dtype=torch.bool, device=_torch_device()).triu(1)
+        if self.shape.form == "bias":
+            from transformers.models.t5.modeling_t5 import T5Attention
+
+            distance = torch.arange(S)[None] - torch.arange(T)[:, None]
+            bucket = T5Attention._relative_position_bucket(
+                distance, bidirectional=False, num_buckets=32, max_distance=MAX_DISTANCE
+            )
+            self.bucket = bucket.to(_torch_device())
+
+    def _forward(self) -> Any:
+        import torch
+
+        q, k, v = (self.arrays[name].transpose(1, 2) for name in ("query", "key", "value"))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        if self.shape.form == "plain":
+            return attend(q, k, v, is_causal=True).transpose(1, 2)
+        if self.shape.form == "decode":
+            n = self.shape.length
+            return attend(q, k[:, :, :n], v[:, :, :n]).transpose(1, 2)
+        if self.shape.form == "bias":
+            bias = self.arrays["table"][self.bucket].permute(2, 0, 1)[None]
+        else:
+            scores = torch.einsum("bhtk,rhk->bhtr", q, self.arrays["table"]) * self.shape.width**-0.5
+            B, H, T, R = scores.shape  # rows shifted against each other, as the authors do
+            bias = torch.nn.functional.pad(scores, (1, 0)).view(B, H, R + 1, T)[:, :, 1:].reshape(B, H, T, R)
+        return attend(q, k, v, attn_mask=bias.masked_fill(self.later, float("-inf"))).transpose(1, 2)
+
+    def run(self) -> dict[str, list[float]]:
+        import torch
+
+        with torch.set_grad_enabled(self.passes == "both"):
+            results = {"out": self._forward()}
+        if self.passes == "both":
+            gradients = torch.autograd.grad(results["out"], list(self.arrays.values()), self.dout)
+            results |= dict(zip(self.arrays, gradients, strict=True))
+        return {name: _torch_samples(x) for name, x in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return _torch_facts()
