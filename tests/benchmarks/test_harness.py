@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from benchmarks import decoding, fidelity, harness, recurrence, shapes, training
+=======
+from benchmarks import decoding, fidelity, harness, scans, shapes, training
+>>>>>>> scans
 from benchmarks.harness import Failure, Row, Worker
 from benchmarks.worker import Peer
 from jaxlm import get_model
@@ -188,6 +192,15 @@ def test_tokens_must_be_the_same() -> None:
         harness.check_same({"jaxlm": [[[1]]], "torch": [[[1, 2]]]})
 
 
+def test_results_of_scans_must_agree() -> None:
+    ours = [[1.0, -2.0], [0.0, 10.0]]
+    scans.check({"jaxlm": [ours, None], "torch": [[[1.0, -2.0003], [0.001, 10.0]], None]})
+    with pytest.raises(Failure, match="result 1 of torch is 3.0e-04 away from that of jaxlm"):
+        scans.check({"jaxlm": [ours], "torch": [[[1.0, -2.0], [0.003, 10.0]]]})
+    with pytest.raises(Failure, match="result 0 of torch is nan"):
+        scans.check({"jaxlm": [ours], "torch": [[[1.0, float("nan")], [0.0, 10.0]]]})
+
+
 def test_choosing_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(harness.choose("", training.PEERS)) == ["jaxlm"]
     with pytest.raises(Failure, match=r"no peer is called 'tensorflow': choose from .*torch-compile"):
@@ -295,6 +308,20 @@ def test_decoding_work_does_not_grow_with_rows() -> None:
     assert (one.tokens, eight.tokens) == (64, 512)
 
 
+def test_scan_work_counts_each_array_once() -> None:
+    scan, attention, convolution = (
+        next(case for case in shapes.SCANS if case.op == op)
+        for op in ("linear_scan", "linear_attention", "depthwise_convolution")
+    )
+    array = 8 * 2048 * 1024 * 4
+    assert [shapes.scan_work(scan, backward).amount for backward in (False, True)] == [3 * array, 8 * array]
+    assert shapes.scan_work(convolution, False).amount == 2 * 4 * 1024 * 512 * 4
+    work = shapes.scan_work(attention, True)
+    assert (work.unit, work.amount) == ("FLOP", 3 * 4 * 2 * 1024 * 8 * 64 * 64)
+    assert scan.shown == "B8 T2048 D1024"
+    assert dict(attention.quick().sizes) == {"B": 2, "T": 33, "H": 2, "K": 4, "decays": 1}
+
+
 # --------------------------------------------------------------------------------------------------- workers
 
 
@@ -343,7 +370,11 @@ def test_closing_ends_the_process(tmp_path: Path) -> None:
 
 def test_the_parent_imports_no_framework() -> None:
     code = (
+<<<<<<< HEAD
         "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity, benchmarks.recurrence\n"
+=======
+        "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity, benchmarks.scans\n"
+>>>>>>> scans
         "sys.exit(' '.join({'jax', 'torch', 'transformers', 'flax'} & set(sys.modules)) or 0)"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False)
