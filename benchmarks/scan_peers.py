@@ -56,7 +56,7 @@ class Case(Peer):
         if not self.first:
             return None
         self.first = False
-        return [sample(self.read(result)) for result in results]
+        return {f"result {number}": sample(self.read(result)) for number, result in enumerate(results)}
 
 
 class JaxCase(Case):

@@ -16,7 +16,6 @@ import dataclasses
 import sys
 from typing import Any
 
-import numpy as np
 import tyro
 
 from benchmarks import harness, shapes
@@ -65,24 +64,13 @@ def run(options: Scans) -> None:
                 rows = harness.measure(
                     f"{case.op}, forward{' and backward' if backward else ''}", case.shown,
                     shapes.scan_work(case, backward), session.machine, peers, warm_up=2, rounds=options.rounds,
-                    check=check,
+                    check=lambda values: harness.check_samples(values, TOLERANCE),
                 )  # fmt: skip
                 print("\n" + harness.speed_table(rows) + "\n", flush=True)
                 records += [row.record() for row in rows]
                 for worker in peers.values():
                     worker.close()
     harness.write_json(options.json, "scans", options, session.description, records)
-
-
-def check(values: dict[str, list[Any]]) -> None:
-    """Raise ``Failure`` unless what the first repetition of each peer computed agrees."""
-    expected = values[OURS][0]
-    for name, (made, *_) in values.items():
-        for result, (ours, theirs) in enumerate(zip(expected, made, strict=True)):
-            largest = float(np.max(np.abs(ours)))
-            worst = float(np.max(np.abs(np.subtract(ours, theirs))))  # not Python's max, which may pass over nan
-            if not worst <= TOLERANCE * largest:  # not-a-number fails too
-                raise Failure(f"result {result} of {name} is {worst / largest:.1e} away from that of {OURS}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,11 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from benchmarks import decoding, fidelity, harness, recurrence, shapes, training
-=======
-from benchmarks import decoding, fidelity, harness, scans, shapes, training
->>>>>>> scans
+from benchmarks import attention, decoding, fidelity, harness, recurrence, shapes, training
 from benchmarks.harness import Failure, Row, Worker
 from benchmarks.worker import Peer
 from jaxlm import get_model
@@ -192,15 +188,6 @@ def test_tokens_must_be_the_same() -> None:
         harness.check_same({"jaxlm": [[[1]]], "torch": [[[1, 2]]]})
 
 
-def test_results_of_scans_must_agree() -> None:
-    ours = [[1.0, -2.0], [0.0, 10.0]]
-    scans.check({"jaxlm": [ours, None], "torch": [[[1.0, -2.0003], [0.001, 10.0]], None]})
-    with pytest.raises(Failure, match="result 1 of torch is 3.0e-04 away from that of jaxlm"):
-        scans.check({"jaxlm": [ours], "torch": [[[1.0, -2.0], [0.003, 10.0]]]})
-    with pytest.raises(Failure, match="result 0 of torch is nan"):
-        scans.check({"jaxlm": [ours], "torch": [[[1.0, float("nan")], [0.0, 10.0]]]})
-
-
 def test_choosing_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(harness.choose("", training.PEERS)) == ["jaxlm"]
     with pytest.raises(Failure, match=r"no peer is called 'tensorflow': choose from .*torch-compile"):
@@ -237,13 +224,38 @@ def test_the_worst_gradient_is_named() -> None:
 
 def test_sampled_results_must_agree() -> None:
     ours = {"output": [1.0, -4.0], "bias": [2.0, 0.0]}
-    recurrence.check_results({"jaxlm": [ours, ours], "torch": [ours, {**ours, "output": [1.0001, -4.0]}]})
+    harness.check_samples({"jaxlm": [ours, ours], "torch": [ours, None, {**ours, "output": [1.0001, -4.0]}]}, 1e-4)
     with pytest.raises(Failure, match="output of torch differs by 2.5e-03 of its largest element"):
-        recurrence.check_results({"jaxlm": [ours], "torch": [ours, {**ours, "output": [1.01, -4.0]}]})
+        harness.check_samples({"jaxlm": [ours], "torch": [ours, {**ours, "output": [1.01, -4.0]}]}, 1e-4)
     with pytest.raises(Failure, match="bias of torch differs by nan"):
-        recurrence.check_results({"jaxlm": [ours], "torch": [{**ours, "bias": [float("nan"), 0.0]}]})
+        harness.check_samples({"jaxlm": [ours], "torch": [{**ours, "bias": [float("nan"), 0.0]}]}, 1e-4)
     with pytest.raises(Failure, match=r"torch computes \['output'\], jaxlm \['bias', 'output'\]"):
-        recurrence.check_results({"jaxlm": [ours], "torch": [{"output": [1.0, -4.0]}]})
+        harness.check_samples({"jaxlm": [ours], "torch": [{"output": [1.0, -4.0]}]}, 1e-4)
+
+
+def test_attention_is_measured_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    arguments = [
+        "--quick",
+        "--against",
+        "",
+        "--rounds",
+        "1",
+        "--forms",
+        "plain,bias,relative,decode",
+        "--json",
+        str(path),
+    ]
+    assert attention.main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    both_ways = {f"{form} {passes}" for form in ("plain", "bias", "relative") for passes in ("forward", "both")}
+    assert {row["op"] for row in rows} == {*both_ways, "decode forward"}
+    assert all(row["median"] > 0 for row in rows)
+    assert "/plain" in capsys.readouterr().out
+    assert attention.main(["--forms", "flash"]) == 1
+    assert "--forms 'flash' is unknown: choose from plain, bias, relative, decode" in capsys.readouterr().err
+    assert attention.main(["--lengths", "1k"]) == 1
+    assert "--lengths '1k' must be numbers" in capsys.readouterr().err
 
 
 def test_bad_choices_of_recurrences_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,11 +382,8 @@ def test_closing_ends_the_process(tmp_path: Path) -> None:
 
 def test_the_parent_imports_no_framework() -> None:
     code = (
-<<<<<<< HEAD
-        "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity, benchmarks.recurrence\n"
-=======
-        "import sys, benchmarks.training, benchmarks.decoding, benchmarks.fidelity, benchmarks.scans\n"
->>>>>>> scans
+        "import sys, benchmarks.attention, benchmarks.decoding, benchmarks.fidelity, benchmarks.recurrence\n"
+        "import benchmarks.scans, benchmarks.training\n"
         "sys.exit(' '.join({'jax', 'torch', 'transformers', 'flax'} & set(sys.modules)) or 0)"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False)
