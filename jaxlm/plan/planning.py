@@ -272,13 +272,14 @@ def _top(costs: hlo.Costs, found: list[Kernel]) -> list[Fusion]:
 
 
 def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[Kernel]:
-    found = []
+    found: list[Kernel] = []
+    schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
         name = operation.instruction.name
-        grid = next(
-            (size for kernel, size in grids.items() if re.fullmatch(rf"{re.escape(kernel)}(\.\d+)*", name)), None
-        )
-        schedule = kernels.schedule_of(name)
+        kind = re.sub(r"(\.\d+)*$", "", name)
+        same = kind, operation.instruction.shape  # libtpu compiles equal kernels once, under the name of the first
+        schedule = schedules[same] = kernels.schedule_of(name) or schedules.get(same)
+        grid = grids.get(kind)
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
         found.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
     return found
