@@ -245,6 +245,16 @@ def test_the_newest_schedule_of_a_kernel_is_found(tmp_path, monkeypatch):
     assert kernels.schedule_of("kernel.1") is None
 
 
+def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
+    (tmp_path / "9-kernel.1-01-final_bundles.txt").write_text(BUNDLES)
+    call = next(line for line in PROGRAM.splitlines() if "%kernel.1 =" in line)
+    again, other = call.replace("%kernel.1 ", "%kernel.2 "), call.replace("%kernel.1 = (f32[8,", "%kernel.3 = (f32[9,")
+    text = PROGRAM.replace(call, f"{call} \n}}}}\n{again}\n}}}}\n{other}")
+    found = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": 10})
+    assert [(one.name, one.cycles) for one in found] == [("kernel.1", 63), ("kernel.2", 63), ("kernel.3", None)]
+
+
 # -------------------------------------------------------------------------------------------------------- FLOPs
 
 

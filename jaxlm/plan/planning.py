@@ -56,7 +56,7 @@ class Traffic:
 @dataclasses.dataclass(frozen=True)
 class Fusion:
     """Operations of one JAX name (without its jit; a scan's body is a ``loop``): estimated cycles in a step, their
-    share, and how often they run."""
+    share of all cycles, kernels included, and how often they run."""
 
     op_name: str
     cycles: int
@@ -197,7 +197,7 @@ def plan(
         memory=memory,
         memory_bound=bound,
         collectives=_traffic(costs, devices.device),
-        top=_top(costs),
+        top=_top(costs, found),
         kernels=found,
         notes=_notes(costs, found),
         compile_seconds=seconds,
@@ -260,25 +260,26 @@ def _traffic(costs: hlo.Costs, device: Device | None) -> list[Traffic]:
     ]
 
 
-def _top(costs: hlo.Costs) -> list[Fusion]:
+def _top(costs: hlo.Costs, found: list[Kernel]) -> list[Fusion]:
     named: dict[str, list[int]] = {}
     for operation in costs.operations:
         held = named.setdefault(operation.instruction.readable, [0, 0])
         held[0] += operation.cycles
         held[1] = max(held[1], operation.times)
-    total = max(costs.cycles, 1)
+    total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in found), 1)
     dearest = sorted(named.items(), key=lambda item: -item[1][0])[:TOP]
     return [Fusion(name, cycles, cycles / total, times) for name, (cycles, times) in dearest if cycles]
 
 
 def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[Kernel]:
-    found = []
+    found: list[Kernel] = []
+    schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
         name = operation.instruction.name
-        grid = next(
-            (size for kernel, size in grids.items() if re.fullmatch(rf"{re.escape(kernel)}(\.\d+)*", name)), None
-        )
-        schedule = kernels.schedule_of(name)
+        kind = re.sub(r"(\.\d+)*$", "", name)
+        same = kind, operation.instruction.shape  # libtpu compiles equal kernels once, under the name of the first
+        schedule = schedules[same] = kernels.schedule_of(name) or schedules.get(same)
+        grid = grids.get(kind)
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
         found.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
     return found
