@@ -274,9 +274,9 @@ def _chunk(B: int, T: int) -> int:
 
 
 ROWS_OF_A_CHUNK = 512
-"""Rows of a chunk's products: its steps times B. Milliseconds of CPU time of an LSTM, forward and with all gradients, by
-rows (jaxlib 0.10.2, AMD Zen 5): T128 B32 H512: 128 rows 103 and 344, 256 98 and 311, 512 92 and 312, 1024 91 and 306, all
-109 and 326; T256 B64 H256: 100 and 388, 100 and 361, 99 and 343, 100 and 350, 138 and 401."""
+"""Rows of a chunk's products: its steps times B. Milliseconds of CPU time of an LSTM, forward and with all gradients
+(jaxlib 0.10.2, AMD Zen 5), with 128, 256, 512, 1024 and all rows: T128 B32 H512: 103 and 344, 98 and 311, 92 and 312,
+91 and 306, 109 and 326; T256 B64 H256: 100 and 388, 100 and 361, 99 and 343, 100 and 350, 138 and 401."""
 
 
 def _cudnn_lstm(
