@@ -1,5 +1,5 @@
 """The ``jaxlm`` command: ``generate`` text from a run or a model directory, ``plan`` a training or decoding step for an
-accelerator that is not there, ``doctor`` for what this machine has."""
+accelerator that is not there, ``launch`` prints scripts for rented ones, ``doctor`` for what this machine has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from jaxlm.config import exit_status
 from jaxlm.data import load_tokenizer
 from jaxlm.decoding import Sampling, stream_text
 from jaxlm.devices import by_kind
+from jaxlm.launch import script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,38 @@ class Plan:
         return jaxlm.get_model(self.model, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Print the script that creates a cloud machine, runs a command there and fetches the results."""
+
+    topology: str
+    """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; or gpu, a node that is there already."""
+    command: str = "python -m benchmarks.training --against '' --json results/training.json"
+    """What to run there; what it writes to results/ is fetched."""
+    zone: str | None = None
+    """Where a TPU is to be, as us-central1-a."""
+    name: str = "jaxlm"
+    """What a TPU is to be called."""
+    host: str | None = None
+    """user@machine of a GPU node."""
+    spot: bool = False
+    """Take a TPU that may be taken away again, for less."""
+    dry_run: bool = False
+    """Needed: scripts are printed, and never executed by jaxlm."""
+
+    def run(self) -> int:
+        """Print the script."""
+        if not self.dry_run:
+            raise ValueError(
+                "jaxlm rents no machines: say --dry-run, read the script that it prints, and run it yourself"
+            )
+        command = shlex.split(self.command)
+        print(
+            script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""
+        )  # fmt: skip
+        return 0
+
+
 def _assignment(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -215,13 +249,14 @@ def _host_memory() -> str:
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
-    command: Generate | Plan | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
+    command: Generate | Plan | Launch | Doctor = tyro.cli(Command, args=arguments, prog="jaxlm", description=__doc__)
     return exit_status(command.run, "jaxlm")
 
 
