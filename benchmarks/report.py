@@ -1,0 +1,216 @@
+"""One page from any number of result files: tables, plots, and where we lose.
+
+    python -m benchmarks.report benchmarks/results/*.json --output report.html
+
+The page is one file without scripts, plots inside. Nothing in it is written by hand: "where we lose" are the rows in
+which a peer took less time than jaxlm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks import harness
+from benchmarks.harness import OURS, Failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Make the page."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """What benchmarks wrote with --json."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page."""
+
+
+def read(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The measured rows of all files, each with its ``file``, ``program`` and ``machine``.
+
+    Raises:
+        Failure: no files, or one that no benchmark wrote.
+    """
+    if not files:
+        raise Failure("no result files are named: give what benchmarks wrote with --json")
+    rows = []
+    for file in files:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            for row in record["rows"]:
+                if "median" in row and "work" in row:  # fidelity and nanogpt measure something else
+                    rows.append({**row, "file": file.name, "program": record["program"], "machine": record["machine"]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Failure(f"{file} is not what a benchmark writes with --json: {error!r}") from error
+    if not rows:
+        raise Failure("these files hold no timed rows: training, decoding, attention, recurrence and scans write them")
+    return rows
+
+
+def sizes(shape: str) -> dict[str, int]:
+    """The numbers of a shape by their letters.
+
+    Example:
+        >>> sizes("gpt2 B2 T512 heads=8")
+        {'B': 2, 'T': 512, 'heads': 8}
+    """
+    return {name.rstrip("="): int(size) for name, size in re.findall(r"\b([A-Z]|[a-z]+=)(\d+)\b", shape)}
+
+
+def losses(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of peers that took less time than jaxlm in the same rounds, the worst first."""
+    return sorted((row for row in rows if row["peer"] != OURS and row["ratio"] < 1.0), key=lambda row: row["ratio"])
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]]:
+    """Rows that differ in one size alone: (file, operation, name of the size) -> peer -> [(size, row)], two or more."""
+    found: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]] = {}
+    for row in rows:
+        for name, size in sizes(row["shape"]).items():
+            rest = re.sub(rf"\b{name}=?{size}\b", f"{name} ...", row["shape"])
+            lines = found.setdefault((row["file"], f"{row['op']}, {rest}", name), {})
+            lines.setdefault(row["peer"], []).append((size, row))
+    return {
+        key: {peer: sorted(line, key=lambda one: one[0]) for peer, line in lines.items()}
+        for key, lines in found.items()
+        if any(len(line) > 1 for line in lines.values())
+    }
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """The page as HTML."""
+    parts = ["<h1>jaxlm: measured</h1>"]
+    for file, of_file in itertools.groupby(rows, key=lambda row: row["file"]):
+        own = list(of_file)
+        machine = own[0]["machine"]
+        shown = " · ".join(f"{name} {value}" for name, value in machine.items() if name != "flags")
+        parts += [
+            f"<h2>{html.escape(own[0]['program'])}</h2>",
+            f"<p class=machine>{html.escape(f'{file}: {shown}')}</p>",
+        ]
+        parts.append(_table(own))
+    worst = losses(rows)
+    parts.append("<h2>Where we lose</h2>")
+    if worst:
+        parts.append("<p>Every row in which a peer took less time than jaxlm, in the same rounds.</p>")
+        parts.append(_table(worst))
+    else:
+        parts.append("<p>In none of these rows.</p>")
+    parts += [
+        "<h2>Share of the roof</h2>",
+        "<p>Of the matrix product or copy measured in the same rounds.</p>",
+        _roof(rows),
+    ]
+    grown = growth(rows)
+    if grown:
+        parts.append("<h2>As sizes grow</h2>")
+        parts += [_curve(operation, name, lines) for (_, operation, name), lines in grown.items()]
+    body = "\n".join(parts)
+    return f"<!doctype html>\n<meta charset=utf-8>\n<title>jaxlm: measured</title>\n<style>{_STYLE}</style>\n{body}\n"
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.2rem .7rem;"
+    "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,th:first-child,td:nth-child(2),"
+    "td:nth-child(3){text-align:left}.lost{color:#b3261e;font-weight:600}.machine{color:#666;font-size:13px}"
+    "svg{max-width:100%;height:auto}"
+)
+_HEADER = ("operation", "shape", "peer", "ms", "p10", "p90", "tokens/s", "% of roof", "compile s", "time over jaxlm's")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["<table>", "<tr>" + "".join(f"<th>{name}</th>" for name in _HEADER) + "</tr>"]
+    for row in rows:
+        times = [f"{1e3 * row[name]:,.4g}" for name in ("median", "p10", "p90")]
+        ratio = "" if row["peer"] == OURS else f"{row['ratio']:.2f}"
+        lost = " class=lost" if ratio and row["ratio"] < 1.0 else ""
+        cells = [row["op"], row["shape"], row["peer"], *times, f"{row['tokens_per_second']:,.0f}"]
+        cells += [f"{row['roof_percent']:.1f}", f"{row['compile_seconds']:.1f}"]
+        text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr>{text}<td{lost}>{ratio}</td></tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _roof(rows: Sequence[dict[str, Any]]) -> str:
+    names = [f"{row['op']}, {row['shape']}" for row in rows]
+    places = {name: index for index, name in enumerate(dict.fromkeys(reversed(names)))}
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    figure, axes = _figure(0.34 * len(places) + 1.2)
+    height = 0.8 / len(peers)
+    for index, peer in enumerate(peers):
+        own = [
+            (places[name] + 0.4 - height * (index + 0.5), row) for name, row in zip(names, rows) if row["peer"] == peer
+        ]
+        axes.barh(
+            [y for y, _ in own], [row["roof_percent"] for _, row in own], height, label=peer, color=_color(peers, peer)
+        )
+    axes.set_yticks(list(places.values()), list(places), fontsize=8)
+    axes.axvline(100, color="#888", linewidth=0.8)
+    axes.set_xlabel("% of the roof")
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> str:
+    """Milliseconds over one size, both logarithmic: equal slopes are equal growth."""
+    figure, axes = _figure(3.2)
+    for peer, line in lines.items():
+        points = [size for size, _ in line]
+        low, high = ([1e3 * row[which] for _, row in line] for which in ("p10", "p90"))
+        color = _color(list(lines), peer)
+        axes.plot(points, [1e3 * row["median"] for _, row in line], marker="o", label=peer, color=color)
+        axes.fill_between(points, low, high, alpha=0.15, color=color)
+    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms", title=operation)
+    ticks = sorted({size for line in lines.values() for size, _ in line})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _color(peers: Sequence[str], peer: str) -> str:
+    """jaxlm is always blue."""
+    others = [name for name in sorted(peers) if name != OURS]
+    return "C0" if peer == OURS else f"C{1 + others.index(peer) % 9}"
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def run(options: Report) -> None:
+    """Read, and write the page."""
+    options.output.write_text(page(read(options.files)), encoding="utf-8")
+    print(f"wrote {options.output}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Report, args=arguments, prog="python -m benchmarks.report", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The page that result files make."""
+
+import json
+import re
+
+from benchmarks import report
+
+
+def row(op="lstm forward", shape="T128 B32 H512", peer="jaxlm", median=0.1, ratio=1.0):
+    return {
+        "op": op, "shape": shape, "peer": peer, "ratio": ratio, "work": {},
+        "median": median, "p10": 0.9 * median, "p90": 1.2 * median,
+        "tokens_per_second": 128 / median, "roof_percent": 5 / median, "compile_seconds": 0.5,
+    }  # fmt: skip
+
+
+def written(directory, rows, name="a.json", **record):
+    path = directory / name
+    path.write_text(json.dumps({"program": "recurrence", "machine": {"cpu": "<some> CPU"}, "rows": rows, **record}))
+    return path
+
+
+ROWS = [
+    row(), row(peer="torch", median=0.2, ratio=2.0),
+    row(shape="T512 B32 H512", median=0.5), row(shape="T512 B32 H512", peer="torch", median=0.4, ratio=0.8),
+    row(shape="T128 B1 H650", median=0.01), row(shape="T128 B1 H650", peer="torch", median=0.001, ratio=0.1),
+]  # fmt: skip
+
+
+def test_where_we_lose_is_what_the_rows_say(tmp_path, capsys):
+    output = tmp_path / "page.html"
+    assert report.main([str(written(tmp_path, ROWS)), "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out
+    page = output.read_text()
+    lost = page[page.index("Where we lose") : page.index("Share of the roof")]
+    assert re.findall(r"<td class=lost>([\d.]+)</td>", lost) == ["0.10", "0.80"]  # the worst first
+    assert re.findall(r"<td class=lost>", page[: page.index("Where we lose")]) == ["<td class=lost>"] * 2
+    assert "2.00" not in lost
+    assert "&lt;some&gt; CPU" in page
+    assert "<script" not in page
+    assert page.count("<svg") == 2  # the roof, and time over T
+
+
+def test_no_loss_is_said_too(tmp_path):
+    assert "In none of these rows" in report.page(report.read([written(tmp_path, ROWS[:2])]))
+
+
+def test_curves_are_of_rows_that_differ_in_one_size():
+    found = report.growth([{**one, "file": "a.json"} for one in ROWS])
+    assert list(found) == [("a.json", "lstm forward, T ... B32 H512", "T")]
+    (lines,) = found.values()
+    assert {peer: [size for size, _ in line] for peer, line in lines.items()} == {
+        "jaxlm": [128, 512],
+        "torch": [128, 512],
+    }
+    assert report.sizes("gpt2 B2 T512 heads=8") == {"B": 2, "T": 512, "heads": 8}
+
+
+def test_files_of_something_else_are_named(tmp_path, capsys):
+    assert report.main([str(tmp_path / "none.json")]) == 1
+    assert "none.json is not what a benchmark writes" in capsys.readouterr().err
+    (tmp_path / "b.json").write_text("[1]")
+    assert report.main([str(tmp_path / "b.json")]) == 1
+    assert "b.json is not what a benchmark writes" in capsys.readouterr().err
+    assert report.main([str(written(tmp_path, [{"quantity": "loss"}]))]) == 1
+    assert "hold no timed rows" in capsys.readouterr().err
+    assert report.main([]) == 1
+    assert "no result files are named" in capsys.readouterr().err
