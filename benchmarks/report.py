@@ -143,7 +143,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _roof(rows: Sequence[dict[str, Any]]) -> str:
-    names = [f"{row['op']}, {row['shape']}" for row in rows]
+    names = [(row["file"], f"{row['op']}, {row['shape']}") for row in rows]
     places = {name: index for index, name in enumerate(dict.fromkeys(reversed(names)))}
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     figure, axes = _figure(0.34 * len(places) + 1.2)
@@ -153,9 +153,13 @@ def _roof(rows: Sequence[dict[str, Any]]) -> str:
             (places[name] + 0.4 - height * (index + 0.5), row) for name, row in zip(names, rows) if row["peer"] == peer
         ]
         axes.barh(
-            [y for y, _ in own], [row["roof_percent"] for _, row in own], height, label=peer, color=_color(peers, peer)
+            [y for y, _ in own],
+            [row["roof_percent"] for _, row in own],
+            height,
+            label=peer,
+            color=_COLORS.get(peer, _OTHER_COLOR),
         )
-    axes.set_yticks(list(places.values()), list(places), fontsize=8)
+    axes.set_yticks(list(places.values()), [name for _, name in places], fontsize=8)
     axes.axvline(100, color="#888", linewidth=0.8)
     axes.set_xlabel("% of the roof")
     axes.legend(frameon=False, fontsize=8)
@@ -168,7 +172,7 @@ def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str,
     for peer, line in lines.items():
         points = [size for size, _ in line]
         low, high = ([1e3 * row[which] for _, row in line] for which in ("p10", "p90"))
-        color = _color(list(lines), peer)
+        color = _COLORS.get(peer, _OTHER_COLOR)
         axes.plot(points, [1e3 * row["median"] for _, row in line], marker="o", label=peer, color=color)
         axes.fill_between(points, low, high, alpha=0.15, color=color)
     axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms", title=operation)
@@ -179,10 +183,8 @@ def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str,
     return _svg(figure)
 
 
-def _color(peers: Sequence[str], peer: str) -> str:
-    """jaxlm is always blue."""
-    others = [name for name in sorted(peers) if name != OURS]
-    return "C0" if peer == OURS else f"C{1 + others.index(peer) % 9}"
+_COLORS = {OURS: "C0", "torch": "C1", "flax": "C2", "torch-compile": "C3", "lax.scan": "C4", "lax.conv": "C5"}
+_OTHER_COLOR = "C7"
 
 
 def _figure(height: float) -> tuple[Any, Any]:
