@@ -6,6 +6,7 @@
     python -m benchmarks.scans         linear recurrences and depthwise convolution, beside plain forms of JAX
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
     python -m benchmarks.fidelity      largest differences to torch, gradients included
+    python -m benchmarks.shootout      all causal families at equal parameters and at equal arithmetic
     python -m benchmarks.report        one page of tables and plots from all their results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 

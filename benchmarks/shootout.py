@@ -1,0 +1,289 @@
+"""Every causal family at equal parameters and at equal arithmetic: what does the same budget of text buy?
+
+    python -m benchmarks.shootout                            a million parameters, 400,000 characters each
+    python -m benchmarks.shootout --families gpt,lstm --tokens 2000000
+    python -m benchmarks.shootout --quick                    does it work?
+
+A family is made wider or narrower, its depth kept, until it has as many parameters as asked, or until a character costs
+as many floating-point operations in training as one of the GPT at equal parameters does (dots and convolutions, counted
+in the trace of the step without remat). Then it reads the same number of characters, those that carry a state along
+contiguous columns, the others in windows drawn at random. Loss is that of the last tenth of the text. Decoding is one
+row, one character at a time, after contexts of several lengths, in a state that has room for the longest.
+
+The directory that it leaves holds ``table.md``, ``results.json`` and ``shootout.png``. One process runs all of it, one
+family after the other: times are good for orders of magnitude, losses for comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import harness
+from benchmarks.harness import Failure
+
+BASES = ("parameters", "flops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shootout:
+    """Compare the causal families."""
+
+    families: str = ""
+    """Which, separated by commas; empty is all that are causal."""
+    equal: str = "parameters,flops"
+    """What is equal: parameters, flops (of a character in training), or one after the other."""
+    parameters: int = 1_000_000
+    """Of each model, as near as its width allows."""
+    tokens: int = 400_000
+    """Characters that each reads."""
+    batch: int = 16
+    """Rows of a batch."""
+    length: int = 128
+    """Characters of a row."""
+    contexts: str = "64,512"
+    """Characters before the one that is decoded."""
+    output: Path | None = None
+    """Directory to be made; None is runs/shootout-<time>."""
+    quick: bool = False
+    """Tiny models and budgets, to see that it works: its numbers mean nothing."""
+
+
+# What grows with the width u; the rest is the recipe's of ``experiments.families``.
+_WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "gpt": lambda u: {"embed_dim": 16 * u},
+    "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
+    "transformer_xl": lambda u: {"embed_dim": 16 * u, "token_dim": 16 * u, "head_dim": 4 * u, "mlp_dim": 64 * u},
+    "lstm": lambda u: {"embed_dim": 16 * u, "hidden_dim": 32 * u},
+    "gru": lambda u: {"embed_dim": 16 * u, "hidden_dim": 32 * u},
+    "attention_rnn_lm": lambda u: {"embed_dim": 16 * u, "hidden_dim": 32 * u, "attention_dim": 16 * u},
+    "resnet_lm": lambda u: {"embed_dim": 8 * u, "blocks": ((16 * u, 4, 1),) * 5},
+    "alexnet": lambda u: {"embed_dim": 8 * u, "channels": 16 * u, "fc_dim": 32 * u},
+}
+_WIDEST = 64
+
+
+def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float) -> Any:
+    """The model of the width from 1 to 64 whose measure, which grows with it, is nearest to the target in ratio."""
+    low, high = 1, _WIDEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        if measure(build(middle)) < target:
+            low = middle
+        else:
+            high = middle
+    return min(map(build, (low, high)), key=lambda model: abs(math.log(measure(model) / target)))
+
+
+def run(options: Shootout) -> None:
+    """Measure, and write the directory."""
+    if options.quick:
+        options = dataclasses.replace(
+            options, parameters=20_000, tokens=512, batch=4, length=16, contexts="4,20"
+        )  # fmt: skip
+    families = [name for name in options.families.replace(" ", "").split(",") if name] or list(_WIDTHS)
+    bases = options.equal.replace(" ", "").split(",")
+    for option, names, known in (("families", families, tuple(_WIDTHS)), ("equal", bases, BASES)):
+        for name in names:
+            if name not in known:
+                raise Failure(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+    try:
+        contexts = sorted(int(text) for text in options.contexts.split(","))
+    except ValueError:
+        raise Failure(f"--contexts {options.contexts!r} must be numbers with commas between them") from None
+    steps = options.tokens // (options.batch * options.length)
+    if steps < 8:
+        raise Failure(
+            f"--tokens {options.tokens} are {steps} batches of {options.batch} x {options.length}: at least 8"
+        )
+    directory = options.output or Path("runs") / f"shootout-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory.mkdir(parents=True)  # an old one stays as it is
+    machine = harness.describe_machine()
+    rows: list[dict[str, Any]] = []
+    for basis in bases:
+        for family in families:
+            row = _measure(family, basis, options, steps, contexts)
+            rows.append(row)
+            print(f"{basis}: {family}, {row['parameters']:,} parameters: loss {row['loss']:.3f}", flush=True)
+            record = {"program": "shootout", "machine": machine, "rows": rows}
+            (directory / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (directory / "table.md").write_text(table(rows), encoding="utf-8")
+    draw(rows, directory / "shootout.png")
+    print(f"\n{table(rows)}\n{directory}")
+
+
+def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: Sequence[int]) -> dict[str, Any]:
+    import jax
+
+    from experiments.families import RECIPES, Data, source, to_batch
+    from jaxlm.data import Batches
+    from jaxlm.objectives import causal
+    from jaxlm.plan.flops import counted_flops
+    from jaxlm.training import step as step_lib
+    from jaxlm.training.evaluation import Evaluator
+    from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+
+    B, T = options.batch, options.length
+
+    def recipe_of(name: str) -> Any:
+        stream = RECIPES[name].stream
+        return dataclasses.replace(
+            RECIPES[name], batch_size=B, length=T, stream=T if stream is not None and stream > 1 else stream
+        )
+
+    def build_of(name: str) -> Callable[[int], Any]:
+        def build(width: int) -> Any:
+            changes = {**RECIPES[name].model, **_WIDTHS[name](width)}
+            if "max_positions" in changes:
+                changes["max_positions"] = max(T, contexts[-1] + _DECODED + 1)
+            if "memory_length" in changes:
+                changes["memory_length"] = T
+            return dataclasses.replace(RECIPES[name], model=changes).build()
+
+        return build
+
+    def step_of(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
+        recipe = recipe_of(name)
+        stream = None if recipe.stream is None else (B, recipe.stream)
+        config = OptimizerConfig(learning_rate=recipe.learning_rate, warmup_steps=max(1, min(50, steps // 4)))
+        return recipe, stream, make_optimizer(config, model.specs, steps), causal.loss
+
+    def flops(name: str) -> Callable[[Any], float]:
+        def of(model: Any) -> float:
+            changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
+            plain = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+            _, stream, optimizer, loss = step_of(name, plain)
+            step = step_lib.make_step(plain, optimizer, loss, stream=stream)
+            state = step_lib.abstract_state(plain, optimizer, stream=stream)
+            window = jax.ShapeDtypeStruct((B, T), "int32")
+            weights = jax.ShapeDtypeStruct((B, T), "float32")
+            reset = None if stream is None else jax.ShapeDtypeStruct((B,), "bool")
+            batch = causal.Batch(window, window, weights, reset=reset)
+            return counted_flops(step, state, batch).amount / (B * T)
+
+        return of
+
+    def at_equal_parameters(name: str) -> Any:
+        return sized(build_of(name), lambda model: model.num_parameters, options.parameters)
+
+    model = at_equal_parameters(family)
+    if basis == "flops":
+        model = sized(build_of(family), flops(family), flops("gpt")(at_equal_parameters("gpt")))
+    recipe, stream, optimizer, loss = step_of(family, model)
+    data, make = Data.load(), to_batch(recipe)
+    state = step_lib.init_state(model, optimizer, jax.random.key(0), stream=stream)
+    parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    training = Batches(source(data, recipe, "training", 0))
+    batch = make(next(training))
+    begun = time.perf_counter()
+    step: Any = step_lib.jit_step(model, optimizer, loss, stream=stream)
+    step = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - begun
+    seconds, losses = [], []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))  # waits for the step
+        seconds.append(time.perf_counter() - begun)
+        batch = make(next(training))
+    validation = Batches(source(data, recipe, "validation", 0))
+    held_out = [make(next(validation)) for _ in range(2 if options.quick else 16)]
+    memory = step.memory_analysis()
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    decoded, state_bytes = _decode(model, state.params, contexts)
+    return {
+        "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops(family)(model),
+        "tokens": steps * B * T, "loss": Evaluator(model, loss, held_out, stream=stream)(state.params),
+        "losses": losses, "tokens_per_second": B * T / statistics.median(seconds), "compile_seconds": compile_seconds,
+        "step_bytes": arrays + memory.temp_size_in_bytes, "parameter_bytes": parameter_bytes,
+        "state_bytes": state_bytes, "decode_seconds": decoded,
+    }  # fmt: skip
+
+
+_DECODED = 16
+
+
+def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int, float], int]:
+    """Seconds of a character after each context, the median of 16, and bytes of the state with room for the longest."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.decoding.prompts import read_tokens
+
+    room = contexts[-1] + _DECODED
+    empty = model.init_state(1, room)
+    read = jax.jit(lambda params, state, tokens: model.apply(params, tokens, state=state)[1])
+
+    def step(params: Any, state: Any, token_1: Any) -> Any:
+        state, logits_1V = read_tokens(model, params, state, token_1)
+        return state, jnp.argmax(logits_1V, axis=-1).astype(jnp.int32)
+
+    step = jax.jit(step, donate_argnums=1)
+    found = {}
+    for context in contexts:
+        state = read(params, empty, jnp.arange(context, dtype=jnp.int32)[None] % 64)
+        token_1, seconds = jnp.zeros((1,), jnp.int32), []
+        for _ in range(_DECODED):
+            begun = time.perf_counter()
+            state, token_1 = jax.block_until_ready(step(params, state, token_1))
+            seconds.append(time.perf_counter() - begun)
+        found[context] = statistics.median(seconds[1:])  # the first one compiles
+    return found, sum(leaf.nbytes for leaf in jax.tree.leaves(empty))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    contexts = list(rows[0]["decode_seconds"])
+    header = ["equal", "family", "parameters", "MFLOP/char", "loss", "chars/s", "step MB", "state kB", "compile s"]
+    header += [f"us/char after {context}" for context in contexts]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [row["equal"], row["family"], f"{row['parameters']:,}", f"{row['flops_per_token'] / 1e6:.1f}"]
+        cells += [f"{row['loss']:.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['step_bytes'] / 1e6:.0f}"]
+        cells += [f"{row['state_bytes'] / 1e3:,.0f}", f"{row['compile_seconds']:.1f}"]
+        cells += [f"{1e6 * row['decode_seconds'][context]:,.0f}" for context in contexts]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training loss over characters read, one plot for each thing that is equal."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    bases = list(dict.fromkeys(row["equal"] for row in rows))
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    figure = Figure(figsize=(6.2 * len(bases), 4.6), layout="constrained")
+    for axes, basis in zip(figure.subplots(1, len(bases), squeeze=False, sharey=True)[0], bases, strict=True):
+        for row in rows:
+            if row["equal"] != basis:
+                continue
+            near = min(10, len(row["losses"]))
+            smooth = np.convolve(row["losses"], np.full(near, 1 / near), mode="valid")
+            read = np.linspace(row["tokens"] * near / len(row["losses"]), row["tokens"], len(smooth))
+            color = colormaps["tab10"](families.index(row["family"]))
+            axes.plot(read, smooth, label=f"{row['family']} ({row['loss']:.2f})", color=color)
+        axes.set(title=f"equal {basis}", xlabel="characters read", ylabel="training loss, nats per character")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, title="family (validation loss)")
+    figure.savefig(path, dpi=130)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Shootout, args=arguments, prog="python -m benchmarks.shootout", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The comparison of causal families, on two of them and a few steps."""
+
+import json
+import math
+from types import SimpleNamespace
+
+from benchmarks import shootout
+
+
+def test_two_families_are_compared_at_equal_parameters_and_flops(tmp_path):
+    output = tmp_path / "run"
+    assert shootout.main(["--quick", "--families", "lstm,gpt", "--output", str(output)]) == 0
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    assert [(row["equal"], row["family"]) for row in rows] == [
+        (basis, family) for basis in ("parameters", "flops") for family in ("lstm", "gpt")
+    ]
+    for row in rows:
+        assert 0 < row["loss"] < 2 * math.log(128)
+        assert row["tokens"] == 512
+        assert len(row["losses"]) == 8
+        assert all(seconds > 0 for seconds in row["decode_seconds"].values())
+    lstm, gpt = (row for row in rows if row["equal"] == "flops")
+    assert 0.5 < lstm["flops_per_token"] / gpt["flops_per_token"] < 2.0
+    assert lstm["state_bytes"] < gpt["state_bytes"]
+    assert (output / "table.md").read_text().count("\n") == 6
+    assert (output / "shootout.png").stat().st_size > 10_000
+
+
+def test_the_width_is_the_nearest():
+    def build(width):
+        return SimpleNamespace(size=width**2)
+
+    def at(target):
+        return shootout.sized(build, lambda model: model.size, target).size
+
+    assert [at(target) for target in (1, 5, 7, 100, 10**6)] == [1, 4, 9, 100, 64**2]
+
+
+def test_options_that_cannot_be_meant_are_named(tmp_path, capsys):
+    for arguments, message in (
+        (["--families", "bert"], "--families 'bert' is unknown: choose from gpt, llama"),
+        (["--equal", "speed"], "--equal 'speed' is unknown: choose from parameters, flops"),
+        (["--contexts", "long"], "--contexts 'long' must be numbers"),
+        (["--tokens", "100"], "--tokens 100 are 0 batches of 16 x 128: at least 8"),
+        (["--quick", "--output", str(tmp_path)], "File exists"),
+    ):
+        assert shootout.main(arguments) == 1
+        assert message in capsys.readouterr().err
