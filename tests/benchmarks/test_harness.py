@@ -92,6 +92,11 @@ def test_peers_take_turns_and_each_round_begins_with_another(rows: list[Row], di
     assert diary[4::2] == ["machine", "jaxlm", "torch", "machine", "torch", "jaxlm", "machine", "jaxlm", "torch"]
 
 
+def test_what_is_quick_runs_more_often_before_it_counts(diary: list[str]) -> None:
+    worker: Any = Scripted("jaxlm", diary, [0.2, 0.05, 0.1, 7.0], 1.0)
+    assert harness.warm_run(worker) == (7.0, 1.0)
+
+
 def test_a_row_holds_statistics_of_its_rounds(rows: list[Row]) -> None:
     record = rows[0].record()
     assert (record["n"], record["median"], record["tokens_per_second"]) == (3, 2.0, 50.0)

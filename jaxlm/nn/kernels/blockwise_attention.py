@@ -63,10 +63,9 @@ def attention(
     static = _Static(mask.causal, mask.window, scale, dropout, sequential, tuple(term.form for term in terms))
     if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
         k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    floats = (q, k, v, tuple(term.floats for term in terms))
+    floats = (q_BTHK, k_BSGK, v_BSGK, tuple(term.floats for term in terms))
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
-    return jnp.swapaxes(_attention(static, floats, integers, key), 1, 2)
+    return _attention(static, floats, integers, key)
 
 
 def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax.Array:
@@ -278,46 +277,56 @@ def _head_backward(
     return dq, dk.T, dv.T, dadded
 
 
-def _over_heads(static: _Static, function: Callable[..., Any], floats: Any, integers: Any) -> Any:
-    """``function(head number, arrays of the head, integers of its row)``, [B, H, ...].
-
-    ``floats`` may have 1 instead of B, and instead of H a number that divides it; ``integers`` 1 instead of B.
-    """
-    B, H = floats[0].shape[:2]
-    if static.sequential:
-
-        def one(number: Any) -> Any:
-            row, head = number // H, number % H
-            at = lambda x: x[row if x.shape[0] > 1 else 0]  # noqa: E731
-            of_head = jax.tree.map(lambda x: at(x)[head // (H // x.shape[1])], floats)
-            return function(number, of_head, jax.tree.map(at, integers))
-
-        return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[1:]), lax.map(one, jnp.arange(B * H)))
-    over_heads = jax.vmap(function, in_axes=(0, axes_over(floats, 1), None))
-    over_rows = jax.vmap(over_heads, in_axes=(0, axes_over(floats, 0), axes_over(integers, 0)))
-    return over_rows(jnp.arange(B * H).reshape(B, H), without_ones(floats), without_ones(integers, 1))
+# ------------------------------------------------------------------------------------------------ all heads
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, floats: Any, integers: Any, key: Any) -> jax.Array:
+    """``floats``: q [B, T, H, K], k and v [B, S, G, K], and for each term its arrays [1 or B, 1 or H, ...]."""
     return _forward(static, floats, integers, key)[0]
 
 
 def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax.Array, Any]:
-    out, lse = _over_heads(static, functools.partial(_head_forward, static, key), floats, integers)
+    of_head = functools.partial(_head_forward, static, key)
+    (B, T, H, _), v = floats[0].shape, floats[2]
+    if static.sequential:
+
+        def one(number: Any, carry: Any) -> Any:
+            out, lse = of_head(number, *_at(number, H, floats, _AXES, integers))
+            place = number // H, number % H
+            return _write(carry[0], out, *place, 2), _write(carry[1], lse, *place, 1)
+
+        start = jnp.zeros((B, T, H, v.shape[3]), v.dtype), jnp.zeros((B, H, T), jnp.float32)
+        out_BTHK, lse_BHT = lax.fori_loop(0, B * H, one, start)
+    else:
+        out_BHTK, lse_BHT = _together(of_head, _heads_first(floats), integers)
+        out_BTHK = jnp.swapaxes(out_BHTK, 1, 2)
     # Named, so that a remat policy can keep them: recomputing them is a second forward pass.
-    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return out, (floats, integers, key, out, lse)
+    out_BTHK, lse_BHT = checkpoint_name(out_BTHK, SAVED), checkpoint_name(lse_BHT, SAVED)
+    return out_BTHK, (floats, integers, key, out_BTHK, lse_BHT)
 
 
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     floats, integers, key, out, lse = saved
 
-    def one(head: Any, both: Any, integers: Any) -> Any:
-        *floats, out, lse, dout = both
-        return _head_backward(static, key, head, tuple(floats), integers, out, lse, dout)
+    def of_head(number: Any, both: Any, integers: Any) -> Any:
+        of_floats, (out, lse, dout) = both
+        return _head_backward(static, key, number, of_floats, integers, out, lse, dout)
 
-    gradients = _over_heads(static, one, (*floats, out, lse, dout), integers)
+    if static.sequential:
+        B, _, H, _ = floats[0].shape
+
+        def one(number: Any, gradients: Any) -> Any:
+            both = (floats, (out, lse, dout))
+            new = of_head(number, *_at(number, H, both, (_AXES, (2, 1, 2)), integers))
+            return _axes_map(lambda total, x, axis: _add_to(total, x, number, H, axis), gradients, new, axes=_AXES)
+
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), floats)
+        gradients = lax.fori_loop(0, B * H, one, start)
+        return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, floats), None, None
+
+    turned = _heads_first(floats)
+    both = turned, (jnp.swapaxes(out, 1, 2), lse, jnp.swapaxes(dout, 1, 2))
 
     def collected(gradient: jax.Array, x: jax.Array) -> jax.Array:
         """The sum over the rows and heads that share an array."""
@@ -325,7 +334,58 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
         shape = (x.shape[0], B // x.shape[0], x.shape[1], H // x.shape[1], *x.shape[2:])
         return gradient.reshape(shape).sum(axis=(1, 3)).astype(x.dtype)
 
-    return jax.tree.map(collected, gradients, floats), None, None
+    gradients = jax.tree.map(collected, _together(of_head, both, integers), turned)
+    return _heads_first(gradients), None, None
 
 
 _attention.defvjp(_forward, _backward)
+
+_AXES = (2, 2, 2, 1)
+"""Where heads are in q, k, v, and in all arrays of terms."""
+
+
+def _axes_map(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
+    """``function(leaf of each tree, axis of heads)``; an axis stands for all arrays of its part of the trees."""
+    if isinstance(axes, int):
+        return jax.tree.map(lambda *x: function(*x, axes), *trees)
+    return tuple(_axes_map(function, *part, axes=own) for *part, own in zip(*trees, axes, strict=True))
+
+
+def _at(number: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
+    """The arrays of head ``number`` of all rows, where they lie: only what a head needs is copied."""
+    row, head = number // heads, number % heads
+
+    def of(x: jax.Array, axis: int) -> jax.Array:
+        own = lax.dynamic_index_in_dim(x, row if x.shape[0] > 1 else 0, 0, keepdims=False)
+        return lax.dynamic_index_in_dim(own, head // (heads // x.shape[axis]), axis - 1, keepdims=False)
+
+    return _axes_map(of, floats, axes=axes), jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
+
+
+def _write(total: jax.Array, own: jax.Array, row: Any, head: Any, axis: int) -> jax.Array:
+    starts = [row, *[0] * (total.ndim - 1)]
+    starts[axis] = head
+    return lax.dynamic_update_slice(total, jnp.expand_dims(own, (0, axis)), starts)
+
+
+def _add_to(total: jax.Array, own: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
+    row, head = (number // heads if total.shape[0] > 1 else 0), (number % heads) // (heads // total.shape[axis])
+    old = lax.dynamic_index_in_dim(lax.dynamic_index_in_dim(total, row, 0, False), head, axis - 1, False)
+    return _write(total, old + own, row, head, axis)
+
+
+def _heads_first(floats: Any) -> Any:
+    """q, k and v with heads before time, or back; terms have them there."""
+    q, k, v, added = floats
+    return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), added
+
+
+def _together(function: Callable[..., Any], floats: Any, integers: Any) -> Any:
+    """``function(head number, arrays of the head, integers of its row)`` of all at once, [B, H, ...].
+
+    Arrays may have 1 in place of B or H, integers 1 in place of B.
+    """
+    B, H = jax.tree.leaves(floats)[0].shape[:2]
+    over_heads = jax.vmap(function, in_axes=(0, axes_over(floats, 1), None))
+    over_rows = jax.vmap(over_heads, in_axes=(0, axes_over(floats, 0), axes_over(integers, 0)))
+    return over_rows(jnp.arange(B * H).reshape(B, H), without_ones(floats), without_ones(integers, 1))
