@@ -1,6 +1,8 @@
 """A strict session: eight virtual devices, silent broadcasting of ranks and warnings are errors (see pyproject)."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -12,3 +14,21 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MAPS = Path("/proc/self/maps")
+MAX_MAPS = Path("/proc/sys/vm/max_map_count")
+EVERY = 20
+_finished = 0
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget compiled programs before there are too many: each maps pieces of memory, of which Linux allows a process
+    65,530, and the compiler crashes at the next one."""
+    global _finished
+    _finished += 1
+    if _finished % EVERY == 0 and MAPS.exists() and MAX_MAPS.exists():
+        with MAPS.open("rb") as lines:
+            count = sum(1 for _ in lines)
+        if count > int(MAX_MAPS.read_text()) // 2:
+            jax.clear_caches()
+            gc.collect()
