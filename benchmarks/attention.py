@@ -17,7 +17,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 import tyro
 
 from benchmarks import harness, shapes
@@ -45,14 +44,8 @@ class Attention(harness.Options):
 
 def run(options: Attention) -> None:
     """Measure and print."""
-    forms = options.forms.replace(" ", "").split(",")
-    for form in forms:
-        if form not in FORMS:
-            raise harness.Failure(f"--forms {form!r} is unknown: choose from {', '.join(FORMS)}")
-    try:
-        lengths = [32, 48] if options.quick else [int(text) for text in options.lengths.split(",")]
-    except ValueError:
-        raise harness.Failure(f"--lengths {options.lengths!r} must be numbers with commas between them") from None
+    forms = harness.names("forms", options.forms, FORMS)
+    lengths = [32, 48] if options.quick else harness.numbers("lengths", options.lengths)
     targets = harness.choose(options.against, PEERS)
     rows: list[harness.Row] = []
     with harness.session(None) as session:
@@ -94,9 +87,7 @@ def attention_table(rows: Sequence[harness.Row]) -> str:
             plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
             cells += ["", "", "", "" if plain is None else f"{row.median / plain.median:.2f}"]
         else:
-            first = ours[row.op, row.shape]
-            ratios = [a / b for a, b in zip(first.seconds, row.seconds, strict=True)]
-            cells += [*(f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))), ""]
+            cells += [*harness.over_peer(ours[row.op, row.shape], row), ""]
         lines.append(cells)
     formulas = sorted({row.work.formula for row in rows})
     return "\n".join(

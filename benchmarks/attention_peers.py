@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.peers import _jax, _jax_facts, _torch_device, _torch_facts, _torch_samples
+from benchmarks.peers import JaxSampled, _jax, _torch_device, _torch_facts, _torch_samples
 from benchmarks.worker import Peer
 
 MAX_DISTANCE = 128
 """Of T5's buckets, which are 32."""
 
 
-class Jaxlm(Peer):
+class Jaxlm(JaxSampled):
     """``jaxlm.nn.attention`` in a jit, at its defaults."""
 
     def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
@@ -54,20 +54,9 @@ class Jaxlm(Peer):
         self.arguments = (arrays, mask) if passes == "forward" else (arrays, mask, dout)
         self.jitted = jax.jit(forward if passes == "forward" else both)
         self.passes = passes
-        self.compiled: Any = None
 
-    def run(self) -> dict[str, list[float]]:
-        import numpy as np
-
-        if self.compiled is None:
-            self.compiled = self.jitted.lower(*self.arguments).compile()
-        made = _jax().block_until_ready(self.compiled(*self.arguments))
-        results = {"out": made} if self.passes == "forward" else {"out": made[0], **made[1]}
-        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
-
-    def facts(self) -> dict[str, Any]:
-        memory = None if self.compiled is None else self.compiled.memory_analysis()
-        return {**_jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
+    def named(self, made: Any) -> dict[str, Any]:
+        return {"out": made} if self.passes == "forward" else {"out": made[0], **made[1]}
 
 
 class Torch(Peer):

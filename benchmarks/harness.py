@@ -167,6 +167,31 @@ def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
     return {name: peers[name] for name in (OURS, *names)}
 
 
+def names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """What an option names, separated by commas.
+
+    Raises:
+        Failure: something that is not ``known``.
+    """
+    found = text.replace(" ", "").split(",")
+    for name in found:
+        if name not in known:
+            raise Failure(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+    return found
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The whole numbers of an option, separated by commas.
+
+    Raises:
+        Failure: something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise Failure(f"--{option} {text!r} must be numbers with commas between them") from None
+
+
 # ------------------------------------------------------------------------------------------------ measuring
 
 
@@ -276,6 +301,12 @@ def rotated(names: list[str], by: int) -> list[str]:
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """Median over rounds of their seconds over ours: what slows a whole round cancels."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def over_peer(ours: Row, theirs: Row) -> list[str]:
+    """Our time over that of a peer, round by round: median, p10 and p90."""
+    ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    return [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
 
 
 def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int, float]]) -> None:

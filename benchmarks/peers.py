@@ -294,7 +294,31 @@ class TorchDecoding(Peer):
 # ----------------------------------------------------------------------------------------------- recurrence
 
 
-class JaxlmRecurrence(Peer):
+class JaxSampled(Peer):
+    """A jitted function, compiled in the first repetition, and samples of what it gives."""
+
+    jitted: Any
+    arguments: tuple[Any, ...]
+    compiled: Any = None
+
+    def named(self, made: Any) -> dict[str, Any]:
+        """Its results by name."""
+        raise NotImplementedError
+
+    def run(self) -> dict[str, list[float]]:
+        import numpy as np
+
+        if self.compiled is None:
+            self.compiled = self.jitted.lower(*self.arguments).compile()
+        results = self.named(_jax().block_until_ready(self.compiled(*self.arguments)))
+        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        memory = None if self.compiled is None else self.compiled.memory_analysis()
+        return {**_jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
+
+
+class JaxlmRecurrence(JaxSampled):
     """``jaxlm.nn.recurrence.lstm`` or ``gru`` in a jit: output and last state, or also the gradient of everything."""
 
     def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
@@ -315,20 +339,10 @@ class JaxlmRecurrence(Peer):
 
         self.arguments = (arrays, x) if passes == "forward" else (arrays, x, doutput)
         self.jitted = jax.jit(forward if passes == "forward" else both)
-        self.compiled: Any = None
 
-    def run(self) -> dict[str, list[float]]:
-        import numpy as np
-
-        if self.compiled is None:
-            self.compiled = self.jitted.lower(*self.arguments).compile()
-        output, state, *gradients = _jax().block_until_ready(self.compiled(*self.arguments))
-        results = {"output": output, **state, **(gradients[0] if gradients else {})}
-        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
-
-    def facts(self) -> dict[str, Any]:
-        memory = None if self.compiled is None else self.compiled.memory_analysis()
-        return {**_jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
+    def named(self, made: Any) -> dict[str, Any]:
+        output, state, *gradients = made
+        return {"output": output, **state, **(gradients[0] if gradients else {})}
 
 
 class TorchRecurrence(Peer):

@@ -15,7 +15,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 import tyro
 
 from benchmarks import harness, shapes
@@ -45,8 +44,8 @@ class Recurrence(harness.Options):
 
 def run(options: Recurrence) -> None:
     """Measure and print."""
-    layers = _chosen("layers", options.layers, tuple(shapes.GATES))
-    passes = _chosen("passes", options.passes, PASSES)
+    layers = harness.names("layers", options.layers, tuple(shapes.GATES))
+    passes = harness.names("passes", options.passes, PASSES)
     sizes = shapes.QUICK_RECURRENCES if options.quick else [_size(text) for text in options.sizes.split(",")]
     targets = harness.choose(options.against, PEERS)
     rows: list[harness.Row] = []
@@ -96,9 +95,7 @@ def recurrence_table(rows: Sequence[harness.Row]) -> str:
         cells = [row.op, row.shape, row.peer, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
         cells += [f"{_us_per_step(row):.4g}", f"{r['roof_percent']:.1f}"]
         if row.peer != harness.OURS:
-            first = ours[row.op, row.shape]
-            ratios = [a / b for a, b in zip(first.seconds, row.seconds, strict=True)]
-            cells += [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
+            cells += harness.over_peer(ours[row.op, row.shape], row)
         lines.append([*cells, *[""] * (len(header) - len(cells))])
     formulas = sorted({row.work.formula for row in rows})
     return "\n".join(
@@ -113,14 +110,6 @@ def recurrence_table(rows: Sequence[harness.Row]) -> str:
 
 def _us_per_step(row: harness.Row) -> float:
     return 1e6 * row.median / int(row.shape.split()[0].removeprefix("T"))
-
-
-def _chosen(option: str, text: str, known: Sequence[str]) -> list[str]:
-    names = text.replace(" ", "").split(",")
-    for name in names:
-        if name not in known:
-            raise harness.Failure(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
-    return names
 
 
 def _size(text: str) -> shapes.Recurrence:

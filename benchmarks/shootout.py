@@ -90,16 +90,9 @@ def run(options: Shootout) -> None:
         options = dataclasses.replace(
             options, parameters=20_000, tokens=512, batch=4, length=16, contexts="4,20"
         )  # fmt: skip
-    families = [name for name in options.families.replace(" ", "").split(",") if name] or list(_WIDTHS)
-    bases = options.equal.replace(" ", "").split(",")
-    for option, names, known in (("families", families, tuple(_WIDTHS)), ("equal", bases, BASES)):
-        for name in names:
-            if name not in known:
-                raise Failure(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
-    try:
-        contexts = sorted(int(text) for text in options.contexts.split(","))
-    except ValueError:
-        raise Failure(f"--contexts {options.contexts!r} must be numbers with commas between them") from None
+    families = harness.names("families", options.families or ",".join(_WIDTHS), tuple(_WIDTHS))
+    bases = harness.names("equal", options.equal, BASES)
+    contexts = sorted(harness.numbers("contexts", options.contexts))
     steps = options.tokens // (options.batch * options.length)
     if steps < 8:
         raise Failure(

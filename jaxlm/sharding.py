@@ -146,6 +146,11 @@ def _show(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
+def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a partition names."""
+    return (part,) if isinstance(part, str) else (part or ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """A mesh and the rules that map logical axes to it.
@@ -170,7 +175,7 @@ class Sharding:
         partition = self.rules.partition(axes, self.mesh)
         if shape is not None:
             for name, size, part in zip(axes, shape, partition, strict=True):
-                mesh_axes = (part,) if isinstance(part, str) else (part or ())
+                mesh_axes = _mesh_axes(part)
                 pieces = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
                 if size % pieces:
                     raise ValueError(
@@ -180,6 +185,11 @@ class Sharding:
                         + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
                     )
         return NamedSharding(self.mesh, partition)
+
+    def pieces(self, axes: Axes) -> int:
+        """Into how many parts an array with logical ``axes`` is split."""
+        parts = self.rules.partition(axes, self.mesh)
+        return math.prod(self.mesh.shape[axis] for part in parts for axis in _mesh_axes(part))
 
     def tree(self, specs: spec_lib.Tree) -> spec_lib.Tree:
         """The sharding of each array in a tree of specs, checked for divisibility."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -103,37 +104,21 @@ def scan_layers(
         )
         block = jax.checkpoint(block, policy=policy, prevent_cse=False)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    if in_place:
-        return _scan_in_place(block, x, weights, state, keys, count, unroll)
-    if isinstance(weights, tuple):
-        for layer, own in enumerate(weights):
-            old, layer_key = jax.tree.map(lambda s: s[layer], (state, keys))  # noqa: B023 (called at once)
-            x, new = block(x, (own, old, layer_key))
-            state = jax.tree.map(lambda s, n: s.at[layer].set(n), state, new)  # noqa: B023
-        return x, state
-    return jax.lax.scan(block, x, (weights, state, keys), length=count, unroll=count if unroll else 1)
 
-
-def _scan_in_place(
-    block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    weights: Any,
-    state: Any,
-    keys: Any,
-    count: int,
-    unroll: bool,
-) -> tuple[jax.Array, Any]:
     def one(carry: Any, layer: Any) -> tuple[Any, None]:
+        """A layer of a state that is carried whole."""
         x, state = carry
         own, index, layer_key = layer
-        x, new = block(x, (own, jax.tree.map(lambda slots: cache.Slots(slots, index), state), layer_key))
-        return (x, jax.tree.map(lambda slots: slots.all, new, is_leaf=lambda x: isinstance(x, cache.Slots))), None
+        old = jax.tree.map(lambda s: cache.Slots(s, index) if in_place else s[index], state)
+        x, new = block(x, (own, old, layer_key))
+        state = jax.tree.map(lambda s, n: n.all if in_place else s.at[index].set(n), state, new)
+        return (x, state), None
 
     if isinstance(weights, tuple):
         for index, own in enumerate(weights):
-            layer_key = None if keys is None else keys[index]
-            (x, state), _ = one((x, state), (own, index, layer_key))
+            (x, state), _ = one((x, state), (own, index, None if keys is None else keys[index]))
         return x, state
-    layers = weights, jnp.arange(count), keys
-    (x, state), _ = jax.lax.scan(one, (x, state), layers, length=count, unroll=count if unroll else 1)
-    return x, state
+    loop = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)
+    if in_place:
+        return loop(one, (x, state), (weights, jnp.arange(count), keys))[0]
+    return loop(block, x, (weights, state, keys))

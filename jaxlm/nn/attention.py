@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.nn.cache import Slots
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, decode_attention, splash
-from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.mask import Mask, keep, softmax
 from jaxlm.nn.term import Term, check, dense
 
 Implementation = Literal["reference", "blockwise", "decode", "splash", "cudnn"]
@@ -155,13 +155,7 @@ def _reference(
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores_BHTS = scores_BHTS + bias.astype(jnp.float32)
-    kept = keep(mask, T, S)
-    if kept is not None:
-        scores_BHTS = jnp.where(kept[:, None], scores_BHTS, -jnp.inf)
-    top = jnp.max(scores_BHTS, axis=-1, keepdims=True)
-    exp_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)))
-    total = jnp.sum(exp_BHTS, axis=-1, keepdims=True)
-    probabilities = exp_BHTS / jnp.where(total > 0.0, total, 1.0)
+    probabilities = softmax(scores_BHTS, keep(mask, T, S))
     if key is not None:
         rows = jnp.arange(B * H * T, dtype=jnp.uint32)
         kept_rows = blockwise_attention.dropout_keep(key, rows, S, dropout).reshape(B, H, T, S)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm import sharding
+from jaxlm.nn.recurrence import check_masks
 
 Implementation = Literal["reference", "chunked"]
 
@@ -113,9 +114,7 @@ def _check(
     (B, T, H, K), V = query.shape, value.shape[-1]
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
-    for name, mask in (("reset_BT", reset), ("keep_BT", keep)):
-        if mask is not None and mask.shape != (B, T):
-            raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the query, {[B, T]}")
+    check_masks(reset, keep, (B, T), "query")
 
 
 def linear_attention_step(

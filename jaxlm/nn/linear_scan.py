@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm import sharding
+from jaxlm.nn.recurrence import both_masks, check_masks
 
 Implementation = Literal["reference", "sequential", "chunked"]
 
@@ -90,14 +91,8 @@ def _check(
     B, T, D = input_BTD.shape
     if state_BD is not None and state_BD.shape != (B, D):
         raise ValueError(f"state_BD {list(state_BD.shape)} must be [batch, channels] of the input, {[B, D]}")
-    for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
-        if mask is not None and mask.shape != (B, T):
-            raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the input, {[B, T]}")
-    if reset_BT is None and keep_BT is None:
-        return None
-    if keep_BT is None:
-        keep_BT = jnp.ones((B, T), bool)
-    return (jnp.zeros((B, T), bool) if reset_BT is None else reset_BT & keep_BT), keep_BT  # a pad changes nothing
+    check_masks(reset_BT, keep_BT, (B, T))
+    return both_masks(reset_BT, keep_BT, (B, T))
 
 
 def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Any) -> jax.Array:

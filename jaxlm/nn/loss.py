@@ -6,7 +6,6 @@ Shapes: B batch, T time, D model, V vocabulary; C time steps of a chunk.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +58,9 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
     if chunk_logits is None:
-        chunk_logits = CHUNK_LOGITS.get(sharding.platform(), CHUNK_LOGITS_ELSEWHERE) * _pieces()
+        active = sharding.active()
+        pieces = 1 if active is None else active.pieces(("batch", None, "vocab"))
+        chunk_logits = CHUNK_LOGITS.get(sharding.platform(), CHUNK_LOGITS_ELSEWHERE) * pieces
     leaves, tree = jax.tree.flatten(params)
     used = _leaves_read(head, params, hidden_BTD)
 
@@ -80,16 +81,6 @@ def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
     mentioned = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
     return [at for at, var in enumerate(jaxpr.invars[:-1]) if id(var) in mentioned]
-
-
-def _pieces() -> int:
-    """Over how many devices the logits are split."""
-    active = sharding.active()
-    if active is None:
-        return 1
-    parts = active.rules.partition(("batch", None, "vocab"), active.mesh)
-    axes = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())]
-    return math.prod(active.mesh.shape[axis] for axis in axes)
 
 
 def _cut(x: jax.Array, chunks: int) -> jax.Array:

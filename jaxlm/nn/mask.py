@@ -61,3 +61,13 @@ def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
             ordered &= distance < mask.window
         kept = ordered if kept is None else kept & ordered
     return kept
+
+
+def softmax(scores_BHTS: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """Probabilities over the keys that are ``kept`` ([B or 1, T, S], of :func:`keep`); zeros where there are none."""
+    if kept is not None:
+        scores_BHTS = jnp.where(kept[:, None], scores_BHTS, -jnp.inf)
+    top = jnp.max(scores_BHTS, axis=-1, keepdims=True)
+    exp_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)))
+    total = jnp.sum(exp_BHTS, axis=-1, keepdims=True)
+    return exp_BHTS / jnp.where(total > 0.0, total, 1.0)

@@ -12,6 +12,7 @@ Shapes: B batch, T time, D input width, G gates (LSTM 4, GRU 3), H hidden width 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -92,6 +93,25 @@ def borders(
     if reverse:
         reset_BT, keep_BT = jnp.flip(reset_BT, axis=1), jnp.flip(keep_BT, axis=1)
     return reset_BT, keep_BT, last_real_BT[:, -1]
+
+
+def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
+    """Refuse masks of steps that have not the ``shape`` [B, T] of ``what`` is read.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
+        if mask is not None and mask.shape != tuple(shape):
+            raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
+
+
+def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
+    """``(reset_BT, keep_BT)`` where at least one is given, a pad resetting nothing; else None."""
+    if reset_BT is None and keep_BT is None:
+        return None
+    keep_BT = jnp.ones(shape, bool) if keep_BT is None else keep_BT
+    return jnp.zeros_like(keep_BT) if reset_BT is None else reset_BT & keep_BT, keep_BT
 
 
 def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -216,9 +236,7 @@ def _check(
     remat: bool,
 ) -> None:
     _check_width(params, x_BTD)
-    for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
-        if mask is not None and mask.shape != x_BTD.shape[:2]:
-            raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the input, {list(x_BTD.shape[:2])}")
+    check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(
             f"no recurrent implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
@@ -251,11 +269,7 @@ def _run(
     if state is None:
         like_BH = project(params, x_BTD[:, 0])[:, 0]  # split over devices as the state will be
         state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in names}
-    masks = None
-    if reset_BT is not None or keep_BT is not None:
-        keep_BT = jnp.ones((B, T), bool) if keep_BT is None else keep_BT
-        reset_BT = jnp.zeros_like(keep_BT) if reset_BT is None else reset_BT & keep_BT  # a pad changes nothing
-        masks = (reset_BT[:, :, None], keep_BT[:, :, None])
+    masks = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], both_masks(reset_BT, keep_BT, (B, T)))
     if implementation == "reference":
         return _reference(step, params, x_BTD, state, masks, reverse)
     hidden_BTH, last = chunked_recurrence.layer(

@@ -293,8 +293,7 @@ def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax
 
         def one(number: Any, carry: Any) -> Any:
             out, lse = of_head(number, *_at(number, H, floats, _AXES, integers))
-            place = number // H, number % H
-            return _write(carry[0], out, *place, 2), _write(carry[1], lse, *place, 1)
+            return _write(carry[0], out, number, H, 2), _write(carry[1], lse, number, H, 1)
 
         start = jnp.zeros((B, T, H, v.shape[3]), v.dtype), jnp.zeros((B, H, T), jnp.float32)
         out_BTHK, lse_BHT = lax.fori_loop(0, B * H, one, start)
@@ -319,7 +318,11 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
         def one(number: Any, gradients: Any) -> Any:
             both = (floats, (out, lse, dout))
             new = of_head(number, *_at(number, H, both, (_AXES, (2, 1, 2)), integers))
-            return _axes_map(lambda total, x, axis: _add_to(total, x, number, H, axis), gradients, new, axes=_AXES)
+
+            def add(total: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+                return _write(total, _read(total, number, H, axis) + x, number, H, axis)
+
+            return _axes_map(add, gradients, new, axes=_AXES)
 
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), floats)
         gradients = lax.fori_loop(0, B * H, one, start)
@@ -353,25 +356,25 @@ def _axes_map(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
 
 def _at(number: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
     """The arrays of head ``number`` of all rows, where they lie: only what a head needs is copied."""
-    row, head = number // heads, number % heads
-
-    def of(x: jax.Array, axis: int) -> jax.Array:
-        own = lax.dynamic_index_in_dim(x, row if x.shape[0] > 1 else 0, 0, keepdims=False)
-        return lax.dynamic_index_in_dim(own, head // (heads // x.shape[axis]), axis - 1, keepdims=False)
-
-    return _axes_map(of, floats, axes=axes), jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
+    row = number // heads
+    of_head = _axes_map(lambda x, axis: _read(x, number, heads, axis), floats, axes=axes)
+    return of_head, jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
 
 
-def _write(total: jax.Array, own: jax.Array, row: Any, head: Any, axis: int) -> jax.Array:
-    starts = [row, *[0] * (total.ndim - 1)]
-    starts[axis] = head
-    return lax.dynamic_update_slice(total, jnp.expand_dims(own, (0, axis)), starts)
+def _starts(x: jax.Array, number: Any, heads: int, axis: int) -> list[Any]:
+    """Where head ``number`` of all rows begins in an array that rows and heads may share."""
+    starts = [number // heads if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
+    starts[axis] = number % heads // (heads // x.shape[axis])
+    return starts
 
 
-def _add_to(total: jax.Array, own: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
-    row, head = (number // heads if total.shape[0] > 1 else 0), (number % heads) // (heads // total.shape[axis])
-    old = lax.dynamic_index_in_dim(lax.dynamic_index_in_dim(total, row, 0, False), head, axis - 1, False)
-    return _write(total, old + own, row, head, axis)
+def _read(x: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
+    sizes = [1 if at in (0, axis) else size for at, size in enumerate(x.shape)]
+    return lax.squeeze(lax.dynamic_slice(x, _starts(x, number, heads, axis), sizes), (0, axis))
+
+
+def _write(x: jax.Array, own: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice(x, jnp.expand_dims(own, (0, axis)), _starts(x, number, heads, axis))
 
 
 def _heads_first(floats: Any) -> Any:

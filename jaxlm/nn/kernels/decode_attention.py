@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn.cache import Slots
-from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.mask import Mask, keep, softmax
 from jaxlm.nn.term import Term, dense
 
 QUERIES = 8
@@ -94,13 +94,7 @@ def _attend(
         key_order=None if mask.key_order is None else mask.key_order[:, :E],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
     )
-    kept = keep(shorter, T, E)
-    if kept is not None:
-        scores_BHTE = jnp.where(kept[:, None], scores_BHTE, -jnp.inf)
-    top = jnp.max(scores_BHTE, axis=-1, keepdims=True)
-    exp_BHTE = jnp.exp(scores_BHTE - lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)))
-    total = jnp.sum(exp_BHTE, axis=-1, keepdims=True)
-    probabilities = (exp_BHTE / jnp.where(total > 0.0, total, 1.0)).astype(v_BEGK.dtype)
+    probabilities = softmax(scores_BHTE, keep(shorter, T, E)).astype(v_BEGK.dtype)
     V = v_BEGK.shape[3]
     if flat:
         mixed = _dot(probabilities.reshape(B, H * T, E), v_BEGK.reshape(B, E, G * V)).reshape(B, H, T, G, V)

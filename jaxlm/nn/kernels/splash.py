@@ -9,7 +9,6 @@ Shapes as in ``jaxlm.nn.attention``.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -60,8 +59,8 @@ def attention(
         out_BTHK = run(q_BTHK, k_BSGK, v_BSGK, *segments)
     else:
         names = ("batch", None, "heads", "kv")
-        G, axes = k_BSGK.shape[2], active.named(("heads",)).spec[0]
-        if axes is not None and G % math.prod(active.mesh.shape[axis] for axis in np.atleast_1d(axes)):
+        G = k_BSGK.shape[2]
+        if G % active.pieces(("heads",)):
             # Fewer key heads than devices: each device needs the one that its queries read.
             k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // G, axis=2) for x in (k_BSGK, v_BSGK))
         split = [
