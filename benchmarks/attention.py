@@ -48,7 +48,7 @@ def run(options: Attention) -> None:
     lengths = [32, 48] if options.quick else harness.numbers("lengths", options.lengths)
     targets = harness.choose(options.against, PEERS)
     rows: list[harness.Row] = []
-    with harness.session(None) as session:
+    with harness.session(None, options.device) as session:
         for form in forms:
             for length in lengths:
                 shape = shapes.Attention(form, length, max(lengths), heads=2 if options.quick else 12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.peers import JaxSampled, _jax, _torch_device, _torch_facts, _torch_samples
+from benchmarks.peers import JaxSampled, jax_exact, torch_device, torch_facts, torch_samples
 from benchmarks.worker import Peer
 
 MAX_DISTANCE = 128
@@ -16,7 +16,7 @@ class Jaxlm(JaxSampled):
     """``jaxlm.nn.attention`` in a jit, at its defaults."""
 
     def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
-        jax = _jax()
+        jax = jax_exact()
         import jax.numpy as jnp
 
         from jaxlm.nn.attention import attention
@@ -67,12 +67,12 @@ class Torch(Peer):
 
         self.shape, self.passes = shapes.Attention(**sizes), passes
         arrays = {
-            name: torch.from_numpy(x).to(_torch_device()) for name, x in shapes.attention_arrays(self.shape).items()
+            name: torch.from_numpy(x).to(torch_device()) for name, x in shapes.attention_arrays(self.shape).items()
         }
         self.dout = arrays.pop("dout")
         self.arrays = {name: x.requires_grad_(passes == "both") for name, x in arrays.items()}
         T, S = self.shape.queries, self.shape.keys
-        self.later = torch.ones(T, S, dtype=torch.bool, device=_torch_device()).triu(1)
+        self.later = torch.ones(T, S, dtype=torch.bool, device=torch_device()).triu(1)
         if self.shape.form == "bias":
             from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -80,7 +80,7 @@ class Torch(Peer):
             bucket = T5Attention._relative_position_bucket(
                 distance, bidirectional=False, num_buckets=32, max_distance=MAX_DISTANCE
             )
-            self.bucket = bucket.to(_torch_device())
+            self.bucket = bucket.to(torch_device())
 
     def _forward(self) -> Any:
         import torch
@@ -108,7 +108,7 @@ class Torch(Peer):
         if self.passes == "both":
             gradients = torch.autograd.grad(results["out"], list(self.arrays.values()), self.dout)
             results |= dict(zip(self.arrays, gradients, strict=True))
-        return {name: _torch_samples(x) for name, x in results.items()}
+        return {name: torch_samples(x) for name, x in results.items()}
 
     def facts(self) -> dict[str, Any]:
-        return _torch_facts()
+        return torch_facts()

@@ -1,7 +1,8 @@
-"""Greedy generation with GPT-2: jaxlm against torch and Flax, from one random checkpoint and the same random prompts.
+"""Greedy generation: jaxlm against torch and Flax, from one random checkpoint and the same random prompts.
 
     python -m benchmarks.decoding                                    GPT-2 124M, float32, 64 tokens after a prompt of 32
-    python -m benchmarks.decoding --batch 8 --json decoding.json
+    python -m benchmarks.decoding --batch 1,8 --prompt 32,512 --json decoding.json
+    python -m benchmarks.decoding --model gpt2,t5-small,lstm-zaremba-medium
     python -m benchmarks.decoding --quick                            does it work?
 
 Before anything is timed, all peers must have generated the same tokens. No end token: each row has all its tokens.
@@ -10,16 +11,17 @@ Before anything is timed, all peers must have generated the same tokens. No end 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 
 import tyro
 
-from benchmarks import harness, shapes
+from benchmarks import harness, shapes, wholes
 
 PEERS = {
-    "jaxlm": "benchmarks.peers:JaxlmDecoding",
-    "torch": "benchmarks.peers:TorchDecoding",
-    "flax": "benchmarks.peers:FlaxDecoding",
+    "jaxlm": "benchmarks.decoding_peers:Jaxlm",
+    "torch": "benchmarks.decoding_peers:Torch",
+    "flax": "benchmarks.decoding_peers:Flax",
 }
 
 
@@ -31,17 +33,27 @@ class Decoding(shapes.Decoding, harness.Options):
 def run(options: Decoding) -> None:
     """Measure and print."""
     if options.quick:
-        options = dataclasses.replace(options, **dataclasses.asdict(shapes.QUICK_DECODING))
+        quick = shapes.QUICK_DECODING
+        options = dataclasses.replace(options, batch=quick.batch, prompt=quick.prompt, tokens=quick.tokens)
     targets = harness.choose(options.against, PEERS)
-    with harness.session(options.model) as session:
-        sizes = {"batch": options.batch, "prompt": options.prompt, "tokens": options.tokens}
-        peers = {name: session.start(name, target, **sizes) for name, target in targets.items()}
-        rows = harness.measure(
-            "greedy decoding", f"{options.model} B{options.batch} prompt {options.prompt} + {options.tokens} tokens",
-            shapes.decoding_work(options, session.model), session.machine, peers, warm_up=2, rounds=options.rounds,
-            check=harness.check_same,
-        )  # fmt: skip
-        print("\n" + harness.speed_table(rows))
+    batches, prompts = harness.numbers("batch", options.batch), harness.numbers("prompt", options.prompt)
+    rows: list[harness.Row] = []
+    for name in options.model.replace(" ", "").split(","):
+        with harness.session(name, options.device, quick=options.quick) as session:
+            family = session.model["family"]
+            found = harness.with_class(targets, family, wholes.CLASSES, wholes.DECODES)
+            for batch, prompt in itertools.product(batches, prompts):
+                sizes = {"batch": batch, "prompt": prompt, "tokens": options.tokens}
+                peers = {peer: session.start(peer, target, family=family, **sizes) for peer, target in found.items()}
+                measured = harness.measure(
+                    "greedy decoding", f"{name} B{batch} prompt {prompt} + {options.tokens} tokens",
+                    shapes.decoding_work(batch, options.tokens, session.model), session.machine, peers,
+                    warm_up=2, rounds=options.rounds, check=harness.check_same,
+                )  # fmt: skip
+                for worker in peers.values():
+                    worker.close()
+                rows += session.with_cached_compile(measured, targets[harness.OURS], family=family, **sizes)
+                print("\n" + harness.speed_table(rows[-len(peers) :]) + "\n", flush=True)
         harness.write_json(options.json, "decoding", options, session.description, [row.record() for row in rows])
 
 

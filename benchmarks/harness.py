@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,6 +47,18 @@ class Options:
     """Write everything there too."""
     quick: bool = False
     """A tiny model and shape in place of all others given, to see that it works: its numbers mean nothing."""
+    device: Literal["any", "cpu", "gpu", "tpu"] = "any"
+    """What all peers must run on; any: what each finds."""
+
+
+DEVICES = {
+    "any": {},
+    "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    "gpu": {"JAX_PLATFORMS": "cuda"},
+    "tpu": {"JAX_PLATFORMS": "tpu"},
+}
+"""Environment of the workers, by device. Without that device JAX says so; torch runs on what there is, and then peers
+on different devices are refused."""
 
 
 class Failure(Exception):
@@ -63,18 +75,22 @@ class Worker:
         name: what messages call it.
         target: ``module:class`` of the peer.
         log: file that takes what the process prints.
+        environment: variables of the process beside those of this one.
         arguments: for the peer, as JSON.
 
     Raises:
         Failure: the peer could not be set up; so do all methods when it fails or dies.
     """
 
-    def __init__(self, name: str, target: str, log: Path, **arguments: Any) -> None:
+    def __init__(
+        self, name: str, target: str, log: Path, environment: dict[str, str] | None = None, **arguments: Any
+    ) -> None:
         self.name, self.log = name, log
         with log.open("w") as errors:
             self.process: subprocess.Popen[str] = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker", target],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, cwd=ROOT,
+                env=os.environ | (environment or {}),
             )  # fmt: skip
         try:
             self._ask("setup", **arguments)
@@ -122,23 +138,40 @@ class Session:
     model: dict[str, Any]
     description: dict[str, Any]
     start: Callable[..., Worker]
-    """``start(name, target, **arguments)``: a worker that ends with the session."""
+    """``start(name, target, **arguments)``: a worker that ends with the session, or when it is closed. All of them keep
+    what they compile in one persistent cache, empty at first."""
+
+    def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
+        """The rows of :func:`measure`; that of jaxlm also tells how long its first repetition takes longer than others
+        in a new process that finds the compiled program in the cache."""
+        with contextlib.closing(self.start("jaxlm again", target, **arguments)) as worker:
+            first = worker.run()[0]
+        cached = max(0.0, first - rows[0].median)
+        return [
+            dataclasses.replace(row, facts={**row.facts, "cached_compile_seconds": cached}) if row.peer == OURS else row
+            for row in rows
+        ]
 
 
 @contextlib.contextmanager
-def session(model: str | None) -> Iterator[Session]:
-    """Write a random ``model`` (None: none), print what the machine is and can do, and end all workers at the end."""
+def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Session]:
+    """Write a random ``model`` (None: none) and its batch of these ``sizes``, print what the machine is and can do, and
+    end all workers at the end."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         directory = Path(temporary) / "model"
+        environment = {
+            **DEVICES[device], "JAX_COMPILATION_CACHE_DIR": str(Path(temporary) / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }  # fmt: skip
 
         def start(name: str, target: str, **arguments: Any) -> Worker:
             log = Path(temporary) / f"{name}.log"
             return workers.enter_context(
-                contextlib.closing(Worker(name, target, log, directory=str(directory), **arguments))
+                contextlib.closing(Worker(name, target, log, environment, directory=str(directory), **arguments))
             )
 
         description = describe_machine()  # before the load is our own
-        machine = start("machine", "benchmarks.peers:Machine", model=model)
+        machine = start("machine", "benchmarks.peers:Machine", model=model, **sizes)
         known = machine.facts()
         roofs = machine.run()[1]
         shown = f"{roofs['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {roofs['B'] / 1e9:,.1f} GB/s copy"
@@ -165,6 +198,22 @@ def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
         if missing:
             raise Failure(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
     return {name: peers[name] for name in (OURS, *names)}
+
+
+def with_class(
+    targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
+) -> dict[str, str]:
+    """The peers that have a model of a family; those that have none are named.
+
+    Raises:
+        Failure: jaxlm itself is not measured on this family.
+    """
+    if family not in known:
+        raise Failure(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
+    missing = [name for name in targets if name != OURS and family not in classes[name]]
+    if missing:
+        print(f"left out, as there is no such model: {', '.join(missing)} of {family}")
+    return {name: target for name, target in targets.items() if name not in missing}
 
 
 def names(option: str, text: str, known: Sequence[str]) -> list[str]:
@@ -416,15 +465,19 @@ def speed_table(rows: Sequence[Row]) -> str:
     """The measurements, what they mean, and how much faster jaxlm is."""
     work = rows[0].work
     unit, scale = _PREFIX[work.unit]
-    header = ("peer", "median s", "p10", "p90", "tokens/s", unit, "% of roof", "compile s", "process GB", "step GB")
+    header = (
+        "peer", "median s", "p10", "p90", "tokens/s", unit, "% of roof", "compile s", "cached", "process GB", "step GB",
+    )  # fmt: skip
     lines = []
     for row in rows:
         r = row.record()
         memory = [row.facts.get(name) for name in ("peak_process_bytes", "step_bytes")]
+        compiled = [r["compile_seconds"], row.facts.get("cached_compile_seconds")]
         lines.append(
             [
                 row.peer, f"{r['median']:.4g}", f"{r['p10']:.4g}", f"{r['p90']:.4g}", f"{r['tokens_per_second']:,.1f}",
-                f"{r['rate'] / scale:.3g}", f"{r['roof_percent']:.1f}", f"{r['compile_seconds']:.1f}",
+                f"{r['rate'] / scale:.3g}", f"{r['roof_percent']:.1f}",
+                *("n/a" if seconds is None else f"{seconds:.1f}" for seconds in compiled),
                 *("n/a" if size is None else f"{size / 1e9:.2f}" for size in memory),
             ]
         )  # fmt: skip
@@ -434,7 +487,7 @@ def speed_table(rows: Sequence[Row]) -> str:
             f"{first.op}, {first.dtype}, {first.shape}, {len(first.seconds)} rounds",
             table(header, lines),
             f"{unit}: {work.formula}; roof {first.roof / scale:.3g} {unit}, measured in the same rounds",
-            "compile s: what the first repetition took beyond the rest of the warm-up",
+            "compile s: what the first repetition took beyond the rest of the warm-up; cached: with a persistent cache",
             "process GB: its peak, loading and compiling included; step GB: what XLA says that a step needs",
             *(f"{OURS} is {row.ratio:.2f}x of {row.peer}" for row in rows if row.peer != OURS),
         ]

@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks import harness, shapes
 
-PEERS = {"jaxlm": "benchmarks.peers:JaxlmRecurrence", "torch": "benchmarks.peers:TorchRecurrence"}
+PEERS = {"jaxlm": "benchmarks.recurrence_peers:JaxlmRecurrence", "torch": "benchmarks.recurrence_peers:TorchRecurrence"}
 WITHOUT_PEER = ("gru-before",)
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
@@ -49,7 +49,7 @@ def run(options: Recurrence) -> None:
     sizes = shapes.QUICK_RECURRENCES if options.quick else [_size(text) for text in options.sizes.split(",")]
     targets = harness.choose(options.against, PEERS)
     rows: list[harness.Row] = []
-    with harness.session(None) as session:
+    with harness.session(None, options.device) as session:
         for layer in layers:
             for one_pass in passes:
                 for shape in sizes:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import _jax, _jax_facts, _torch_device, _torch_facts
+from benchmarks.peers import jax_exact, jax_facts, torch_device, torch_facts
 from benchmarks.worker import Peer
 
 SAMPLED = 4096
@@ -63,7 +63,7 @@ class JaxCase(Case):
     """jaxlm's default, the plain form that is its reference, or ``lax.associative_scan``."""
 
     def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
-        jax = _jax()
+        jax = jax_exact()
         from jax import lax
 
         from jaxlm.nn.convolution import depthwise_convolution
@@ -103,14 +103,14 @@ class JaxCase(Case):
     def prepare(self) -> None:
         inputs = [self.fresh(x) if index in self.used_up else x for index, x in enumerate(self.kept)]
         self.arguments = [*inputs, self.fresh(self.dout)] if self.backward else inputs
-        _jax().block_until_ready(self.arguments)
+        jax_exact().block_until_ready(self.arguments)
 
     def compute(self) -> list[Any]:
         arguments, self.arguments = self.arguments, []
-        return _jax().block_until_ready(self.compiled(*arguments))
+        return jax_exact().block_until_ready(self.compiled(*arguments))
 
     def facts(self) -> dict[str, Any]:
-        return _jax_facts()
+        return jax_facts()
 
 
 class TorchCase(Case):
@@ -120,7 +120,7 @@ class TorchCase(Case):
         import torch
 
         (weight, x), dy = inputs_of(op, sizes)
-        device = _torch_device()
+        device = torch_device()
 
         def tensor(array: np.ndarray) -> Any:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -147,4 +147,4 @@ class TorchCase(Case):
         return np.swapaxes(array, 1, 2)
 
     def facts(self) -> dict[str, Any]:
-        return _torch_facts()
+        return torch_facts()

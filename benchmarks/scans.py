@@ -51,7 +51,7 @@ def run(options: Scans) -> None:
     if options.quick:
         cases = [case.quick() for case in cases]
     records: list[dict[str, Any]] = []
-    with harness.session("gpt2-tiny") as session:
+    with harness.session(None, options.device) as session:
         for case in cases:
             for backward in (False, True):
                 peers = {}

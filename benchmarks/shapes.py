@@ -12,21 +12,23 @@ GEMM_SIZE = 2048
 COPY_BYTES = 1 << 28
 """Bytes of the array whose copy is the roof of bandwidth."""
 ADAMW: dict[str, Any] = {
-    "learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
+    "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
 """Settings of every peer's optimizer; decay on matrices only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """An optimizer step."""
+    """A model's loss, or its optimizer step."""
 
     model: str = "gpt2"
-    """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
-    batch: int = 2
-    """Rows."""
-    length: int = 512
-    """Tokens of each row."""
+    """Models of the families gpt, llama, bert, t5, xlnet, lstm, resnet (VDCNN), separated by commas."""
+    passes: str = "step"
+    """forward (the loss alone), step (an optimizer step), or both with a comma between them."""
+    batch: int | None = None
+    """Rows; None takes what is usual for the family."""
+    length: int | None = None
+    """Tokens of each row; None takes what is usual for the family."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +36,21 @@ class Decoding:
     """Greedy generation."""
 
     model: str = "gpt2"
-    """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
-    batch: int = 1
-    """Rows."""
-    prompt: int = 32
-    """Tokens of each prompt."""
+    """Models of the families gpt, llama, t5, xlnet, lstm, separated by commas."""
+    batch: str = "1"
+    """Rows; several numbers with commas between them."""
+    prompt: str = "32"
+    """Tokens of each prompt (of T5's source); several numbers with commas between them."""
     tokens: int = 64
     """Tokens generated in each row."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Fidelity(Training):
+class Fidelity:
     """Forward and backward, compared."""
 
+    model: str = "gpt2"
+    """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
     batch: int = 2
     """Rows; at least 2, so that both sides can be padded."""
     length: int = 128
@@ -150,8 +154,7 @@ def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
     return arrays | ({"table": draw(*tables[shape.form])} if shape.form in tables else {})
 
 
-QUICK_TRAINING = Training("gpt2-tiny", batch=2, length=32)
-QUICK_DECODING = Decoding("gpt2-tiny", batch=2, prompt=8, tokens=16)
+QUICK_DECODING = Decoding(batch="2", prompt="8", tokens=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,21 +167,18 @@ class Work:
     formula: str
 
 
-def training_work(shape: Training, model: dict[str, Any]) -> Work:
-    """Floating-point operations of one step. ``model`` holds the counts that ``peers.Machine`` reports."""
-    tokens = shape.batch * shape.length
-    weights = model["parameters"] - model["position_parameters"]  # positions are looked up, not multiplied
-    attention = 6 * model["layers"] * model["width"] * shape.length
-    formula = "6*N*tokens + 6*L*D*T*tokens: N parameters without positions, causal half of attention"
-    return Work(tokens, (6 * weights + attention) * tokens, "FLOP", formula)
+def training_work(passes: str, model: dict[str, Any]) -> Work:
+    """Floating-point operations of a loss, or of a step. ``model`` holds what ``peers.Machine`` reports."""
+    tokens = model["batch"] * model["length"]
+    if passes == "forward":
+        return Work(tokens, model["training_flops"] / 3, "FLOP", f"({model['formula']}) / 3")
+    return Work(tokens, model["training_flops"], "FLOP", model["formula"])
 
 
-def decoding_work(shape: Decoding, model: dict[str, Any]) -> Work:
-    """Bytes that must be read: all parameters for each new token of a row, however many rows there are."""
-    amount = model["parameter_bytes"] * shape.tokens
-    return Work(
-        shape.batch * shape.tokens, amount, "B", "parameter bytes * tokens of a row; prefill included in the time"
-    )
+def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
+    """Bytes that must be read: what each new token of a row is multiplied with, however many rows there are."""
+    formula = "bytes of multiplied parameters (no encoder's) * tokens of a row; reading the prompt included in the time"
+    return Work(batch * tokens, model["decoded_bytes"] * tokens, "B", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:

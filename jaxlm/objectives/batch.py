@@ -1,6 +1,6 @@
 """What all objectives share: the batch, and the loss of predicting a token (or a label) at each of some places.
 
-Shapes: B batch, T time, P places that are predicted (T, unless the model picks some).
+Shapes: B batch, T time, P places that are predicted (T, unless the batch or the model picks some).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Batch:
         segment_ids: [B, T], 0 padding, 1.. documents; None means one document.
         inputs: further arrays for ``apply``, by keyword: ``token_types``, ``source``, ``source_segment_ids``, ...
         reset: [B] bool, rows at which a stream begins anew; None: none.
+        places: [B, P] integers, where in the text each target is predicted, so that the vocabulary is computed there
+            alone; None: the model says a hidden state for each target.
     """
 
     tokens: Any
@@ -34,6 +36,7 @@ class Batch:
     segment_ids: Any = None
     inputs: dict[str, Any] = struct.field(default_factory=dict)
     reset: Any = None
+    places: Any = None
 
 
 def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
@@ -51,5 +54,7 @@ def token_loss(
     """Summed negative log-likelihood in nats of the targets at their places, the weight that it sums over, and what the
     model carries on."""
     hidden, state = hidden_states(model, params, batch, key, state)
+    if batch.places is not None:
+        hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
     total = chunked_cross_entropy(model.logits, params, hidden, batch.targets, batch.weights)
     return total, jnp.sum(batch.weights), state

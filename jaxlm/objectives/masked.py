@@ -4,13 +4,14 @@ Of the tokens, ``rate`` are chosen to be predicted. What the model reads in thei
 
     80 %  the mask           10 %  a random id           10 %  the token itself
 
-Tokens (or words) are chosen independently of each other, as ``transformers`` does; the authors' code chooses a fixed
-number of each row and passes over words that no longer fit, so that long words are chosen less often. Parts of a word
-are chosen together and replaced one by one, as in the authors' code.
+Tokens (or words) are chosen independently of each other, as ``transformers`` does. With ``num_predict``, a fixed number
+of each row, as the authors' code does: words that no longer fit are passed over, so that long words are chosen less
+often; in return only those places meet the vocabulary (15 % of the logits, their gradients and their memory). Parts of
+a word are chosen together and replaced one by one, as in the authors' code.
 
 Called once, this is BERT's static masking; called anew in each epoch with a generator of that epoch, RoBERTa's dynamic
 masking (Liu et al. 2019, section 4.1): ``rng = np.random.default_rng([seed, epoch])``.
-Shapes: B batch, T time.
+Shapes: B batch, T time, P places that are predicted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def batch(
     word_ids: np.ndarray | None = None,
     inputs: dict[str, Any] | None = None,
     rate: float = RATE,
+    num_predict: int | None = None,
     masked: float = MASKED,
     random: float = RANDOM,
 ) -> Batch:
@@ -55,6 +57,8 @@ def batch(
             token for itself.
         inputs: further arrays for ``apply``, as ``token_types``.
         rate: share of the tokens that are chosen.
+        num_predict: P, choose so many tokens of each row instead of a share: the batch then has ``places``, and places
+            of weight 0 fill up where a row has fewer to choose from.
         masked: share of the chosen tokens that are read as the mask.
         random: share of the chosen tokens that are read as a random id.
 
@@ -70,18 +74,31 @@ def batch(
             raise ValueError(f"{name}: id {outside[0]} is outside the vocabulary of {vocab_size} ids")
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"rate={rate} must be in (0, 1]")
+    if num_predict is not None and not 1 <= num_predict <= tokens.shape[1]:
+        raise ValueError(f"num_predict={num_predict} must be from 1 to the {tokens.shape[1]} tokens of a row")
+    if num_predict is not None and rate != RATE:
+        raise ValueError(f"num_predict={num_predict} is a number and rate={rate} a share: give one of them")
     if min(masked, random) < 0.0 or masked + random > 1.0:
         raise ValueError(f"masked={masked} and random={random} are shares of one whole: they must be within [0, 1]")
 
     fixed = np.isin(tokens, [mask_id, *special_ids])
     if segment_ids is not None:
         fixed |= segment_ids == 0
-    chosen = np.take_along_axis(rng.random(tokens.shape) < rate, _words(fixed, segment_ids, word_ids), axis=1) & ~fixed
+    words = _words(fixed, segment_ids, word_ids)
+    if num_predict is None:
+        chosen = np.take_along_axis(rng.random(tokens.shape) < rate, words, axis=1) & ~fixed
+    else:
+        chosen = _fixed_number(fixed, words, num_predict, rng)
     fate = rng.random(tokens.shape)
     others = rng.integers(vocab_size, size=tokens.shape, dtype=tokens.dtype)
     replaced = np.where(fate < masked, np.asarray(mask_id, tokens.dtype), others)
     read = np.where(chosen & (fate < masked + random), replaced, tokens)
-    return Batch(read, tokens, chosen.astype(np.float32), segment_ids, dict(inputs or {}))
+    weights, inputs = chosen.astype(np.float32), dict(inputs or {})
+    if num_predict is None:
+        return Batch(read, tokens, weights, segment_ids, inputs)
+    places = np.argsort(~chosen, axis=1, kind="stable")[:, :num_predict].astype(np.int32)
+    targets, weights = (np.take_along_axis(x, places, axis=1) for x in (tokens, weights))
+    return Batch(read, targets, weights, segment_ids, inputs, places=places)
 
 
 def _words(fixed: np.ndarray, segment_ids: np.ndarray | None, word_ids: np.ndarray | None) -> np.ndarray:
@@ -93,3 +110,15 @@ def _words(fixed: np.ndarray, segment_ids: np.ndarray | None, word_ids: np.ndarr
         if segment_ids is not None:
             begins[:, 1:] |= segment_ids[:, 1:] != segment_ids[:, :-1]
     return np.cumsum(begins, axis=1)
+
+
+def _fixed_number(fixed: np.ndarray, words: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole words in random order, those passed over that would make it more than ``count`` tokens: [B, T] bool."""
+    chosen = np.zeros(fixed.shape, bool)
+    for row, (row_fixed, row_words) in enumerate(zip(fixed, words, strict=True)):
+        sizes, room = np.bincount(row_words, ~row_fixed).astype(int), count
+        for word in rng.permutation(np.flatnonzero(sizes)):
+            if sizes[word] <= room:
+                chosen[row] |= (row_words == word) & ~row_fixed
+                room -= sizes[word]
+    return chosen

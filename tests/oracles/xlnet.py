@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.wholes import perm_mask, target_mapping
+
 CASES = ("tagging", "permutation", "causal", "classification")
 LIVE = ("base", "span_qa", "wide", "clamped", "bare")
 
@@ -39,18 +41,6 @@ def random_model(case: str) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.25 * torch.randn(parameter.shape))
     return model
-
-
-def perm_mask(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Their mask [B, T, T] of a factorization order: 1 where i must not see j. Only what is no target sees itself."""
-    is_target = target_mapping(targets, order.shape[1]).max(axis=1) > 0
-    query_order = np.where(is_target, order - 1, order)
-    return (order[:, None, :] > query_order[:, :, None]).astype(np.float32)
-
-
-def target_mapping(targets: np.ndarray, length: int) -> np.ndarray:
-    """Their one-hot rows [B, P, T] of the places that are predicted."""
-    return np.eye(length, dtype=np.float32)[targets]
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,126 @@
+"""The peers of ``benchmarks.decoding``: greedy generation, from one checkpoint and the same random prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks import wholes
+from benchmarks.peers import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.shapes import random_tokens
+from benchmarks.training_peers import flax_model, torch_model
+from benchmarks.worker import Peer
+
+
+class Jaxlm(Peer):
+    """``jaxlm.decoding.generate``: prompt and all tokens in one jit (a source in another, before)."""
+
+    def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
+        jax = jax_exact()
+        import jaxlm
+        from jaxlm.decoding import layers_apart
+
+        self.model, params = jaxlm.load_pretrained(directory)
+        self.params = jax.jit(layers_apart)(params)  # once for many calls, as the tour advises
+        self.prompts, self.tokens = random_tokens(self.model.config.vocab_size, batch, prompt), tokens
+        self.source: np.ndarray | None = None
+        if self.model.reads_source:
+            self.source = self.prompts
+            self.prompts = np.full((batch, 1), self.model.config.decoder_start_id, np.int32)
+            self.start = jax.jit(lambda params, source: self.model.start(params, source, tokens + 1))
+
+    def run(self) -> list[list[int]]:
+        from jaxlm.decoding import generate
+
+        state = None if self.source is None else self.start(self.params, self.source)
+        made = generate(self.model, self.params, self.prompts, max_new_tokens=self.tokens, state=state)
+        return jax_exact().device_get(made.tokens).tolist()
+
+    def facts(self) -> dict[str, Any]:
+        return jax_facts()
+
+
+class Flax(Peer):
+    """``generate`` of the Flax class of transformers, all of it in one jit."""
+
+    def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
+        jax = jax_exact()
+
+        model = flax_model(directory, family)
+        self.params = jax.device_put(model.params)
+        self.prompts, self.tokens = random_tokens(model.config.vocab_size, batch, prompt), tokens
+        # No end token, as for the others: its generate() has no None for that, so it is an id that does not exist.
+        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        options["eos_token_id"] = model.config.vocab_size
+        self.generate = jax.jit(lambda params, prompts: model.generate(prompts, params=params, **options).sequences)
+
+    def run(self) -> list[list[int]]:
+        sequences = self.generate(self.params, self.prompts)
+        return jax_exact().device_get(sequences)[:, -self.tokens :].tolist()
+
+    def facts(self) -> dict[str, Any]:
+        return jax_facts()
+
+
+class Torch(Peer):
+    """``generate`` of transformers with its key-value cache; a loop over tokens for the others.
+
+    XLNet: transformers' ``generate`` lets all of the text see all of it, which no left-to-right state can keep up with,
+    so it is another function. What computes ours with its classes reads the whole text again for each token.
+    """
+
+    def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
+        import torch
+
+        device = torch_device()
+        self.model, self.family, self.count = torch_model(directory, family).eval().to(device), family, tokens
+        vocab_size = self.model.embedding.num_embeddings if family == "lstm" else self.model.config.vocab_size
+        self.prompts = torch.from_numpy(random_tokens(vocab_size, batch, prompt)).long().to(device)
+        self.options: dict[str, Any] = {
+            "max_new_tokens": tokens,
+            "do_sample": False,
+            "use_cache": True,
+            "pad_token_id": 0,
+        }
+        self.options["attention_mask"] = torch.ones_like(self.prompts)
+        if family not in ("lstm", "xlnet"):
+            self.model.generation_config.eos_token_id = None  # never ends early, like the others
+
+    def run(self) -> list[list[int]]:
+        import torch
+
+        with torch.inference_mode():
+            made = {"lstm": self._steps, "xlnet": self._again}.get(self.family, self._generate)()
+        return made[:, -self.count :].tolist()
+
+    def _generate(self) -> Any:
+        return self.model.generate(self.prompts, **self.options)
+
+    def _steps(self) -> Any:
+        import torch
+
+        logits, state = self.model(self.prompts)
+        made = [logits[:, -1].argmax(-1)]
+        while len(made) < self.count:
+            logits, state = self.model(made[-1][:, None], state)
+            made.append(logits[:, -1].argmax(-1))
+        return torch.stack(made, dim=1)
+
+    def _again(self) -> Any:
+        import torch
+
+        text = self.prompts
+        for _ in range(self.count):
+            B, T = text.shape
+            # A place for the token to come, which is predicted from all before it; each of them sees those up to it.
+            order, target = np.tile(np.arange(T + 1), (B, 1)), np.full((B, 1), T)
+            masks = wholes.perm_mask(order, target), wholes.target_mapping(target, T + 1)
+            perm_mask, target_mapping = (torch.from_numpy(mask).to(text.device) for mask in masks)
+            padded = torch.nn.functional.pad(text, (0, 1))
+            logits = self.model(padded, perm_mask=perm_mask, target_mapping=target_mapping, use_mems=False).logits
+            text = torch.cat([text, logits[:, 0].argmax(-1)[:, None]], dim=1)
+        return text
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()

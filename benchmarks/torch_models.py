@@ -1,0 +1,109 @@
+"""Models of torch's own layers, for families that transformers does not have, with the weights of a jaxlm checkpoint.
+
+Only torch's processes import this. Shapes: B batch, T time, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LSTM(nn.Module):
+    """Embedding, ``nn.LSTM`` and an untied head: the language model of Zaremba et al. 2014."""
+
+    def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        if config["tie_embeddings"] or config["direction"] != "forward":
+            raise ValueError("only a forward LSTM with a head of its own is built of torch's layers")
+        V, D, H, layers = (config[name] for name in ("vocab_size", "embed_dim", "hidden_dim", "num_layers"))
+        self.embedding, self.head = nn.Embedding(V, D), nn.Linear(H, V)
+        self.layers = nn.LSTM(D, H, layers, batch_first=True)
+        state = {"embedding.weight": arrays["token_embedding"]}
+        state |= {"head.weight": arrays["head.weight"], "head.bias": arrays["head.bias"]}
+        for layer in range(layers):
+            part = {name: arrays[f"layer_{layer}.{name}"] for name in ("weight_input", "weight_hidden", "bias")}
+            for name, weight in (("ih", part["weight_input"]), ("hh", part["weight_hidden"])):
+                state[f"layers.weight_{name}_l{layer}"] = weight.reshape(len(weight), -1).T
+            state[f"layers.bias_ih_l{layer}"] = part["bias"].ravel()
+            state[f"layers.bias_hh_l{layer}"] = np.zeros(part["bias"].size, np.float32)
+        _load(self, state)
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits [B, T, V] and the state."""
+        hidden, state = self.layers(self.embedding(tokens), state)
+        return self.head(hidden), state
+
+
+class VDCNN(nn.Module):
+    """``nn.Conv1d``, ``nn.BatchNorm1d`` and poolings as Conneau et al. 2017 stack them, for texts of full length."""
+
+    def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        if config["shortcut"] or config["downsample"] != "max_pool":
+            raise ValueError("only the VDCNN with max pooling and without shortcuts is built of torch's layers")
+        self.k_max, self.embedding = config["k_max"], nn.Embedding(config["vocab_size"], config["embed_dim"])
+        state = {"embedding.weight": arrays["token_embedding"]}
+        width = config["channels"]
+        self.input = nn.Conv1d(config["embed_dim"], width, 3, padding=1)
+        state |= {"input.weight": arrays["input.weight"].transpose(2, 1, 0), "input.bias": arrays["input.bias"]}
+        stages: list[nn.Module] = []
+        for group, blocks in enumerate(config["blocks"]):
+            if group:
+                stages.append(nn.MaxPool1d(3, stride=2, padding=1))
+            for _ in range(blocks):
+                layer = sum(isinstance(stage, nn.Sequential) for stage in stages)
+                wide = config["channels"] * 2**group
+                parts: list[nn.Module] = []
+                for number in (1, 2):
+                    name, at = f"layer_{layer}", f"stages.{len(stages)}"
+                    convolution = nn.Conv1d(width, wide, 3, padding=1, bias=False)
+                    norm = nn.BatchNorm1d(wide, config["norm_epsilon"], config["norm_momentum"])
+                    weight = arrays[f"{name}.convolution_{number}.weight"]
+                    state[f"{at}.{len(parts)}.weight"] = weight.transpose(2, 1, 0)
+                    at = f"{at}.{len(parts) + 1}"
+                    state[f"{at}.weight"] = arrays[f"{name}.norm_{number}.scale"]
+                    state[f"{at}.bias"] = arrays[f"{name}.norm_{number}.bias"]
+                    for ours, theirs in (("mean", "running_mean"), ("variance", "running_var")):
+                        state[f"{at}.{theirs}"] = arrays[f"statistics.{name}.norm_{number}.{ours}"]
+                    state[f"{at}.num_batches_tracked"] = np.zeros((), np.int64)
+                    parts += [convolution, norm, nn.ReLU(inplace=True)]
+                    width = wide
+                stages.append(nn.Sequential(*parts))
+        self.stages = nn.ModuleList(stages)
+        F = config["fc_dim"]
+        self.fc_1, self.fc_2 = nn.Linear(width * self.k_max, F), nn.Linear(F, F)
+        self.classifier = nn.Linear(F, config["num_labels"])
+        for name in ("fc_1", "fc_2", "classifier"):
+            state |= {f"{name}.weight": arrays[f"{name}.weight"].T, f"{name}.bias": arrays[f"{name}.bias"]}
+        _load(self, state)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, labels]."""
+        x = self.input(self.embedding(tokens).mT)
+        for stage in self.stages:
+            x = stage(x)
+        # topk leaves open which of equal entries (the zeros of a ReLU) it takes: the first are made the largest.
+        first = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
+        places = first.topk(self.k_max, dim=-1).indices.sort(dim=-1).values
+        x = x.gather(-1, places).mT.flatten(1)
+        return self.classifier(functional.relu(self.fc_2(functional.relu(self.fc_1(x)))))
+
+
+def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
+    """Strictly: every tensor of the module, and no other."""
+    module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
+
+
+def read(directory: str, family: str) -> nn.Module:
+    """The model of a family (lstm or resnet) from a directory that ``jaxlm.save_pretrained`` wrote."""
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]
+    arrays = load_file(Path(directory) / "model.safetensors")
+    return {"lstm": LSTM, "resnet": VDCNN}[family](config, arrays)

@@ -1,0 +1,212 @@
+"""The peers of ``benchmarks.training``: a model's loss, or its optimizer step, from one checkpoint and one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import wholes
+from benchmarks.peers import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.shapes import ADAMW
+from benchmarks.worker import Peer
+
+
+class JaxTraining(Peer):
+    """A jitted function of a state and a batch, compiled in the first repetition: a step
+    ``(state, batch) -> (state, {"loss": ...})`` or a loss ``(state, batch) -> loss``."""
+
+    function: Any
+    state: Any
+    batch: Any
+    compiled: Any = None
+    updates = True
+
+    def run(self) -> float:
+        if self.compiled is None:
+            self.compiled = self.function.lower(self.state, self.batch).compile()
+        made = jax_exact().block_until_ready(self.compiled(self.state, self.batch))
+        if not self.updates:
+            return float(made)
+        self.state, metrics = made
+        return float(metrics["loss"])
+
+    def facts(self) -> dict[str, Any]:
+        memory = None if self.compiled is None else self.compiled.memory_analysis()
+        if memory is None:
+            return jax_facts()
+        arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return {**jax_facts(), "step_bytes": arrays + memory.temp_size_in_bytes}
+
+
+class Jaxlm(JaxTraining):
+    """``jaxlm.training.step.jit_step`` of the model's objective, or the objective alone."""
+
+    def __init__(self, directory: str, family: str, passes: str) -> None:
+        jax = jax_exact()
+        import jaxlm
+        from jaxlm.objectives import objective
+        from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+        from jaxlm.training.step import fresh_state, jit_step
+
+        model, params = jaxlm.load_pretrained(directory)
+        self.updates = passes == "step"
+        self.batch = jax.device_put(wholes.batch_of(wholes.load(directory)))
+        loss = objective(getattr(model.config, "task", "causal")).loss
+        if not self.updates:
+
+            def mean(params: Any, batch: Any) -> Any:
+                total, weight, _ = loss(model, params, batch)
+                return total / weight
+
+            self.state, self.function = jax.device_put(params), jax.jit(mean)
+            return
+        settings = OptimizerConfig(schedule="constant", warmup_steps=0, **ADAMW)
+        optimizer = make_optimizer(settings, model.specs, steps=1_000_000)
+        self.state = fresh_state(params, optimizer, jax.random.key(0))
+        self.function = jit_step(model, optimizer, loss)
+
+
+class Flax(JaxTraining):
+    """The Flax class of transformers, in a jitted step with a donated state."""
+
+    def __init__(self, directory: str, family: str, passes: str) -> None:
+        jax = jax_exact()
+        import jax.numpy as jnp
+        import optax
+
+        model = flax_model(directory, family)
+        arrays = wholes.load(directory)
+        self.updates = passes == "step"
+        self.batch = jax.device_put((wholes.inputs(family, arrays), wholes.labels(arrays)))
+
+        def mean(params: Any, batch: Any) -> Any:
+            inputs, labels = batch
+            logits = model(**inputs, params=params, train=self.updates).logits
+            counted = labels != wholes.IGNORED
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
+            return jnp.sum(losses * counted) / jnp.sum(counted)
+
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(ADAMW["clip_norm"]),
+            optax.adamw(
+                ADAMW["learning_rate"], ADAMW["beta1"], ADAMW["beta2"], ADAMW["epsilon"],
+                weight_decay=ADAMW["weight_decay"], mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
+            ),
+        )  # fmt: skip
+
+        def step(state: Any, batch: Any) -> Any:
+            params, optimizer_state = state
+            loss, gradients = jax.value_and_grad(mean)(params, batch)
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), {"loss": loss}
+
+        params = jax.device_put(model.params)
+        if self.updates:
+            self.state, self.function = (
+                (params, jax.device_put(optimizer.init(params))),
+                jax.jit(step, donate_argnums=0),
+            )
+        else:
+            self.state, self.function = params, jax.jit(mean)
+
+
+def flax_model(directory: str, family: str) -> Any:
+    """The Flax class of a family with the weights of a checkpoint."""
+    import inspect
+
+    import jax.numpy as jnp
+    import transformers
+
+    clip = jnp.clip
+    if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 still says so; JAX now calls it max
+        vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **new: clip(x, a_min, a_max, **new)
+    return getattr(transformers, wholes.FLAX[family]).from_pretrained(directory)
+
+
+class Torch(Peer):
+    """The class of transformers (or of torch's layers) with its default attention, and fused AdamW; eager."""
+
+    compile = False
+
+    def __init__(self, directory: str, family: str, passes: str) -> None:
+        import torch
+
+        self.updates, self.device = passes == "step", torch_device()
+        model, loss = torch_loss(directory, family)
+        model.to(self.device).train(self.updates)
+        self.parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": ADAMW["weight_decay"]},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        betas = (ADAMW["beta1"], ADAMW["beta2"])
+        self.optimizer = torch.optim.AdamW(groups, ADAMW["learning_rate"], betas, ADAMW["epsilon"], fused=True)
+        self.loss = torch.compile(loss) if self.compile else loss
+
+    def run(self) -> float:
+        import torch
+
+        if not self.updates:
+            with torch.no_grad():
+                return self.loss().item()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, ADAMW["clip_norm"])
+        self.optimizer.step()
+        return loss.item()  # waits for all of the above
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()
+
+
+class TorchCompiled(Torch):
+    """The same with forward and backward compiled by ``torch.compile``."""
+
+    compile = True
+
+
+def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
+    """The model and its mean loss on the batch next to it."""
+    import torch
+
+    device, arrays = torch_device(), wholes.load(directory)
+
+    def tensor(x: Any) -> Any:
+        found = torch.from_numpy(x).to(device)
+        return found if found.is_floating_point() else found.long()
+
+    labels = tensor(wholes.labels(arrays))
+    model = torch_model(directory, family)
+    if wholes.TORCH[family]:
+        inputs = {name: tensor(x) for name, x in wholes.inputs(family, arrays).items()}
+        options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})
+
+        def logits() -> Any:
+            return model(**inputs, **options).logits
+
+    else:
+        tokens = tensor(arrays["tokens"])
+
+        def logits() -> Any:
+            made = model(tokens)
+            return made[0] if family == "lstm" else made
+
+    def loss() -> Any:
+        made = logits()
+        return torch.nn.functional.cross_entropy(
+            made.reshape(-1, made.shape[-1]), labels.reshape(-1), ignore_index=wholes.IGNORED
+        )
+
+    return model, loss
+
+
+def torch_model(directory: str, family: str) -> Any:
+    """The model of a checkpoint as torch's users have it."""
+    if not wholes.TORCH[family]:
+        from benchmarks import torch_models
+
+        return torch_models.read(directory, family)
+    import transformers
+
+    return getattr(transformers, wholes.TORCH[family]).from_pretrained(directory)
