@@ -1,7 +1,7 @@
 """How fast and how exact jaxlm is, beside torch and Flax on the same machine in the same run.
 
-    python -m benchmarks.training      tokens/s of an optimizer step
-    python -m benchmarks.decoding      tokens/s of greedy generation
+    python -m benchmarks.training      optimizer steps and losses of whole models
+    python -m benchmarks.decoding      greedy generation of whole models
     python -m benchmarks.attention     attention of sequences and over caches, with position biases
     python -m benchmarks.scans         linear recurrences and depthwise convolution, beside plain forms of JAX
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
@@ -10,6 +10,6 @@
     python -m benchmarks.report        one page of tables and plots from all their results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 
-Peers need the extra ``reference``. Each lives in a process of its own (``worker``, ``peers``); ``harness`` lets them
+Peers need the extra ``reference``. Each lives in a process of its own (``worker``, ``*_peers``); ``harness`` lets them
 take turns, so that one state of the machine serves all, and only after their results agree.
 """

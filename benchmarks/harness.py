@@ -175,6 +175,7 @@ def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Se
         known = machine.facts()
         roofs = machine.run()[1]
         shown = f"{roofs['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {roofs['B'] / 1e9:,.1f} GB/s copy"
+        shown += f", {roofs['B read'] / 1e9:,.1f} GB/s read"
         description |= {"device": known["device"], "roofs": shown}
         for name, value in description.items():
             print(f"{name:10} {value}")
@@ -458,7 +459,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-_PREFIX = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9)}
+_PREFIX = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "B read": ("GB/s", 1e9)}
 
 
 def speed_table(rows: Sequence[Row]) -> str:

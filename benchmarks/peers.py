@@ -7,13 +7,14 @@ writes; the peers of a layer or an operation draw the same random arrays.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import shapes, wholes
-from benchmarks.shapes import COPY_BYTES, GEMM_SIZE
+from benchmarks.shapes import COPY_BYTES, GEMM_SIZE, READ_ROWS, READ_WIDTH
 from benchmarks.worker import Peer
 
 # A GPU is shared by all peers: JAX must not take most of its memory at once.
@@ -34,7 +35,8 @@ def jax_facts() -> dict[str, Any]:
 
 
 class Machine(Peer):
-    """Writes the checkpoint and the batch, if a model is named, and measures the roofs: a product and a copy, by JAX.
+    """Writes the checkpoint and the batch, if a model is named, and measures the roofs by JAX: a product, a
+    copy, and reading alone, by a sum or as a matrix that is multiplied with a vector, whichever is faster.
 
     Args:
         model: name, None for none.
@@ -62,6 +64,7 @@ class Machine(Peer):
         self.product = jax.jit(jnp.matmul)
         self.memory = jnp.zeros(COPY_BYTES // 4, jnp.float32)
         self.add = jax.jit(lambda memory: memory + 1.0, donate_argnums=0)
+        self.reads = (jax.jit(jnp.sum), jax.jit(lambda memory: memory.reshape(READ_ROWS, -1) @ jnp.ones(READ_WIDTH)))
         self.run()
 
     def _write(self, directory: str, name: str, quick: bool, batch: int | None, length: int | None) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Machine(Peer):
         return {
             "FLOP": 2 * GEMM_SIZE**3 / self._fastest(lambda: self.product(self.x, self.x)),
             "B": 2 * COPY_BYTES / self._fastest(self._copy),
+            "B read": COPY_BYTES / min(self._fastest(functools.partial(read, self.memory)) for read in self.reads),
         }
 
     def _copy(self) -> Any:

@@ -11,6 +11,9 @@ GEMM_SIZE = 2048
 """Rows and columns of the matrices whose product is the roof of arithmetic."""
 COPY_BYTES = 1 << 28
 """Bytes of the array whose copy is the roof of bandwidth."""
+READ_ROWS = 1 << 13
+READ_WIDTH = COPY_BYTES // 4 // READ_ROWS
+"""The same array as a matrix, whose product with a vector is one way to read it."""
 ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
@@ -178,7 +181,7 @@ def training_work(passes: str, model: dict[str, Any]) -> Work:
 def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
     """Bytes that must be read: what each new token of a row is multiplied with, however many rows there are."""
     formula = "bytes of multiplied parameters (no encoder's) * tokens of a row; reading the prompt included in the time"
-    return Work(batch * tokens, model["decoded_bytes"] * tokens, "B", formula)
+    return Work(batch * tokens, model["decoded_bytes"] * tokens, "B read", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:

@@ -32,8 +32,8 @@ UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
 """Updates made, and how far losses may be apart, relatively."""
 LOOSE = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
-"""The same for steps of a family. Adam's first updates are as large where a gradient is nothing but rounding as elsewhere,
-and what stands before a batch norm has many of those."""
+"""The same for steps of a family. Adam's first updates are as large where a gradient is nothing but rounding as
+elsewhere, and what stands before a batch norm has many of those."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,9 +39,12 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``jaxlm.training.step.jit_step`` of the model's objective, or the objective alone."""
+    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone, in a process that keeps its memory."""
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
+        from jaxlm import host
+
+        host.keep_freed_memory()  # as jaxlm's command lines do, before anything else
         jax = jax_exact()
         import jaxlm
         from jaxlm.objectives import objective

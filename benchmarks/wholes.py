@@ -16,12 +16,13 @@ from benchmarks import shapes
 
 SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
-    "lstm": (20, 35), "resnet": (16, 1024),
+    "lstm": (20, 35), "resnet": (128, 1024),
 }  # fmt: skip
 """Rows, and tokens of a row, of a training batch of each family, unless others are asked for. The LSTM's are those of
 Zaremba et al. 2014; a VDCNN reads texts of 1024 characters; T5's source and target have as many tokens each."""
 TORCH = {
-    "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "lstm": "", "resnet": "",
+    "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
+    "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "lstm": "", "resnet": "",
 }  # fmt: skip
 """The class of transformers, by family; empty: the model of torch's own layers in ``torch_models``."""
 FLAX = {name: f"Flax{TORCH[name]}" for name in ("gpt", "llama", "bert", "t5")}

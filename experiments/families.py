@@ -35,6 +35,7 @@ import numpy as np
 
 import jaxlm
 from jaxlm import config as config_lib
+from jaxlm import host
 from jaxlm.data import Batches, CharTokenizer, Columns, RandomWindows, Source, Window, shakespeare
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
@@ -95,49 +96,49 @@ RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound":
 RECIPES = {
     "gpt": Recipe("gpt2", {**WIDE, "max_positions": 96}, "causal", 900),
     "llama": Recipe("llama", {**WIDE, "num_kv_heads": 2, "mlp_dim": 352, "max_positions": 96}, "causal", 900),
-    "bert": Recipe("bert", {**SHALLOW, "max_positions": 32}, "masked", 900, batch_size=48, length=32),
-    "roberta": Recipe("roberta", {**SHALLOW, "max_positions": 32}, "masked", 900, batch_size=48, length=32),
+    "bert": Recipe("bert", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32),
+    "roberta": Recipe("roberta", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32),
     "t5": Recipe(
         "t5",
         {**WIDE, "num_layers": 2, "head_dim": 32, "mlp_dim": 512, "decoder_start_id": START},
-        "span_corruption", 900,
+        "span_corruption", 1200,
     ),
-    "xlnet": Recipe("xlnet", {**SHALLOW, "mlp_dim": 512}, "permutation", 500, batch_size=48, length=2 * PART - 3),
+    "xlnet": Recipe("xlnet", {**SHALLOW, "mlp_dim": 512}, "permutation", 1000, batch_size=48, length=2 * PART - 3),
     "transformer_xl": Recipe(
         "transformer-xl-base",
         {
             **WIDE, "head_dim": 32, "token_dim": 128, "mlp_dim": 512, "cutoffs": (), "memory_length": 64,
             "embedding_divisor": 1,
         },
-        "causal", 700, length=64, stream=64,
+        "causal", 850, length=64, stream=64,
     ),
-    "lstm": Recipe("lstm", RECURRENT, "causal", 500, stream=1, learning_rate=1e-2),
-    "gru": Recipe("gru", RECURRENT, "causal", 500, stream=1, learning_rate=1e-2),
+    "lstm": Recipe("lstm", RECURRENT, "causal", 1500, stream=1, learning_rate=1e-2),
+    "gru": Recipe("gru", RECURRENT, "causal", 1500, stream=1, learning_rate=1e-2),
     "attention_rnn": Recipe(
         "attention_rnn",
         {
             "source_vocab_size": VOCABULARY, "embed_dim": 96, "hidden_dim": 192, "output_dim": 96, "init_bound": 0.3,
         },
-        "span_corruption", 500, learning_rate=5e-3,
+        "span_corruption", 900, learning_rate=5e-3,
     ),
     "attention_rnn_lm": Recipe(
         "attention_rnn_lm",
         {"embed_dim": 128, "hidden_dim": 256, "attention_dim": 128, "init_bound": 0.3},
-        "causal", 300, learning_rate=5e-3,
+        "causal", 700, learning_rate=5e-3,
     ),
     "resnet": Recipe(
         "vdcnn-9",
-        {"num_labels": len(PLAYS), "max_positions": 256, "channels": 32, "fc_dim": 128},
+        {"num_labels": len(PLAYS), "max_positions": 256, "channels": 32, "fc_dim": 128, "shortcut": True},
         "classification", 1500, length=256, learning_rate=1e-3,
     ),
     "resnet_lm": Recipe(
-        "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 800
+        "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 1400
     ),
     "alexnet": Recipe(
         "alexnet-lm-tiny",
         {"embed_dim": 64, "channels": 128, "kernels": (7, 7, 3, 3), "pools": (3, 1, 1, 1), "fc_dim": 256,
          "init_stddev": 0.05},
-        "causal", 1800, learning_rate=1e-3,
+        "causal", 2600, learning_rate=1e-3,
     ),
 }  # fmt: skip
 
@@ -356,4 +357,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    host.keep_freed_memory()
     sys.exit(main())

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import jaxlm
 from jaxlm import config as config_lib
+from jaxlm import host
 from jaxlm.data import (
     Batches,
     ByteTokenizer,
@@ -209,4 +210,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    host.keep_freed_memory()
     sys.exit(main())

@@ -183,10 +183,11 @@ def fixed_length(
     T = tokens_BT.shape[1]
     if length < T:
         raise ValueError(f"{T} tokens exceed max_positions={length}: shorten them or enlarge the model")
-    if segment_ids is None:
-        segment_ids = jnp.ones(tokens_BT.shape, jnp.int32)
     if reverse:
-        tokens_BT, segment_ids = tokens_BT[:, ::-1], segment_ids[:, ::-1]
+        tokens_BT, segment_ids = tokens_BT[:, ::-1], None if segment_ids is None else segment_ids[:, ::-1]
+    if segment_ids is None:  # nothing to sort
+        real_BT = jnp.broadcast_to(jnp.arange(length)[None] < T, (len(tokens_BT), length))
+        return jnp.pad(tokens_BT, ((0, 0), (0, length - T))), real_BT, jnp.ones(len(tokens_BT), bool)
     single_B = jnp.all((segment_ids == 0) | (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True)), axis=1)
     order_BT = real_first(segment_ids)
     tokens_BT, segment_ids = (

@@ -19,6 +19,7 @@ from benchmarks import attention, decoding, fidelity, harness, recurrence, shape
 from benchmarks.harness import Failure, Row, Worker
 from benchmarks.worker import Peer
 from jaxlm import get_model
+from jaxlm.plan import flops
 
 
 class Dummy(Peer):
@@ -41,7 +42,7 @@ class Dummy(Peer):
         return self.count
 
     def facts(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"count": self.count, "environment": os.environ.get("JAXLM_TEST")}
 
 
 DUMMY = f"{__name__ if __name__.startswith('tests.') else 'tests.benchmarks.' + __name__}:Dummy"
@@ -140,7 +141,7 @@ def test_speed_table(rows: list[Row]) -> None:
     lines = harness.speed_table(rows).splitlines()
     assert lines[0] == "op, float32, B1, 3 rounds"
     assert lines[1].split("  ")[0] == "peer"
-    assert lines[2].split() == ["jaxlm", "2", "1.2", "16.4", "50.0", "3", "25.0", "3.0", "2.50", "n/a"]
+    assert lines[2].split() == ["jaxlm", "2", "1.2", "16.4", "50.0", "3", "25.0", "3.0", "n/a", "2.50", "n/a"]
     assert len({len(line) for line in lines[1:4]}) == 1
     assert WORK.formula in lines[4]
     assert lines[-1] == "jaxlm is 2.00x of torch"
@@ -153,7 +154,7 @@ def test_bytes_are_shown_as_such(rows: list[Row]) -> None:
 
 
 def test_json_holds_everything(rows: list[Row], tmp_path: Path) -> None:
-    options = training.Training(json=tmp_path / "out.json")
+    options = training.Training(length=512, json=tmp_path / "out.json")
     harness.write_json(options.json, "training", options, {"device": "cpu"}, [row.record() for row in rows])
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["arguments"]["length"] == 512
@@ -310,17 +311,18 @@ def test_recurrent_work_is_that_of_the_products() -> None:
 
 
 def test_training_work_of_gpt2_124m() -> None:
-    model = get_model("gpt2")
-    counts = {"parameters": model.num_parameters, "position_parameters": 1024 * 768, "layers": 12, "width": 768}
-    work = shapes.training_work(shapes.Training(batch=2, length=512), counts)
-    assert work.tokens == 1024
+    counted = flops.training_flops(get_model("gpt2"), 2, 512)
+    assert counted is not None
+    known = {"batch": 2, "length": 512, "training_flops": counted.amount, "formula": counted.formula}
+    work = shapes.training_work("step", known)
+    assert (work.tokens, shapes.training_work("forward", known).amount) == (1024, work.amount / 3)
     matmul = 6 * (12 * 12 * 768**2 + 50257 * 768) * 1024
     attention = 3 * 2 * 12 * 4 * 12 * 512**2 * 64 / 2  # forward and twice that backward, rows, layers ... half
     assert work.amount == pytest.approx(matmul + attention, rel=2e-3)  # biases and norms count in the formula
 
 
 def test_decoding_work_does_not_grow_with_rows() -> None:
-    one, eight = (shapes.decoding_work(shapes.Decoding(batch=B), {"parameter_bytes": 400}) for B in (1, 8))
+    one, eight = (shapes.decoding_work(B, 64, {"decoded_bytes": 400}) for B in (1, 8))
     assert (one.amount, eight.amount) == (400 * 64, 400 * 64)
     assert (one.tokens, eight.tokens) == (64, 512)
 
@@ -377,6 +379,13 @@ def test_a_peer_that_dies(tmp_path: Path) -> None:
             worker.run()
         with pytest.raises(Failure, match="dummy died"):
             worker.run()
+
+
+def test_a_device_is_chosen_by_the_environment_of_the_workers(tmp_path: Path) -> None:
+    assert harness.DEVICES["any"] == {}
+    environment = {"JAX_PLATFORMS": "cpu", "JAXLM_TEST": "here"}
+    with contextlib.closing(Worker("dummy", DUMMY, tmp_path / "log", environment, start=0)) as worker:
+        assert worker.facts()["environment"] == "here"
 
 
 def test_closing_ends_the_process(tmp_path: Path) -> None:

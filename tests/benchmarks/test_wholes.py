@@ -1,0 +1,140 @@
+"""Batches of whole models as jaxlm and its peers read them; live: the peers compute the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import decoding, harness, shapes, training, wholes
+from benchmarks.harness import Failure
+from jaxlm import spec
+from jaxlm.objectives import objective
+from jaxlm.plan import flops
+from tests.helpers import relative_error
+
+NAMES = {
+    "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
+    "lstm": "lstm-zaremba-medium", "resnet": "vdcnn-9",
+}  # fmt: skip
+
+
+def test_every_family_that_is_measured_has_its_classes() -> None:
+    assert wholes.SIZES.keys() == wholes.TORCH.keys() == NAMES.keys()
+    assert set(wholes.FLAX) < set(wholes.TORCH)
+    assert set(wholes.DECODES) < set(wholes.TORCH)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_batch_survives_its_file_and_has_a_loss(family: str, tmp_path: Path) -> None:
+    model = wholes.build(NAMES[family], quick=True)
+    assert model.family == family
+    rates = [value for name, value in vars(model.config).items() if name.endswith("dropout")]
+    assert not any(rates)
+    batch = wholes.example(model, *wholes.sizes(model, True, 3, None))
+    wholes.save(batch, str(tmp_path))
+    arrays = wholes.load(str(tmp_path))
+    again = wholes.batch_of(arrays)
+    assert jax.tree.structure(again) == jax.tree.structure(batch)
+    for ours, read in zip(jax.tree.leaves(batch), jax.tree.leaves(again), strict=True):
+        assert np.array_equal(ours, read)
+    params = spec.abstract(model.specs)
+    loss = objective(getattr(model.config, "task", "causal")).loss
+    total, weight, _ = jax.eval_shape(lambda params: loss(model, params, again), params)
+    assert (total.shape, weight.shape) == ((), ())
+    labels = wholes.labels(arrays)
+    assert np.sum(labels != wholes.IGNORED) == np.sum(arrays["weights"] > 0) > 0
+    if wholes.TORCH[family]:
+        assert all(len(x) == 3 for x in wholes.inputs(family, arrays).values())
+    assert wholes.counted_flops(model, batch).amount > 0
+
+
+def test_labels_stand_at_their_places() -> None:
+    arrays = {
+        "tokens": np.zeros((1, 4), np.int32), "labels": np.array([[7, 8, 9]]), "weights": np.array([[1.0, 1.0, 0.0]]),
+        "places": np.array([[3, 1, 0]]),
+    }  # fmt: skip
+    assert wholes.labels(arrays).tolist() == [[-100, 8, -100, 7]]
+
+
+def test_counted_flops_are_the_closed_formula_but_for_the_causal_half() -> None:
+    model = wholes.build("gpt2", quick=True)
+    batch = wholes.example(model, 2, 32)
+    closed, counted = flops.training_flops(model, 2, 32), wholes.counted_flops(model, batch)
+    assert closed is not None
+    cfg = model.config
+    half = 6 * cfg.num_layers * cfg.embed_dim * 32 * 64
+    assert relative_error(counted.amount, closed.amount + half) < 0.03  # biases and norms count in the formula
+
+
+def test_a_new_token_reads_what_it_is_multiplied_with() -> None:
+    t5, lstm = (wholes.build(name, quick=True) for name in ("t5-small", "lstm-zaremba-medium"))
+    leaves = spec.flatten(t5.specs)
+    encoder = sum(leaf.size for name, leaf in leaves.items() if name.startswith("encoder/"))
+    assert 0 < encoder < t5.num_parameters
+    assert wholes.decoded_parameters(t5) == t5.num_parameters - encoder
+    table = lstm.config.vocab_size * lstm.config.embed_dim  # looked up; the head is another
+    assert wholes.decoded_parameters(lstm) == lstm.num_parameters - table
+
+
+def test_masks_of_xlnet() -> None:
+    # Place 0 is seen by all, 2 comes before 1; 1 and 2 are predicted, so neither sees itself.
+    mask = wholes.perm_mask(np.array([[-1, 1, 0]]), np.array([[1, 2]]))
+    assert mask.tolist() == [[[0, 1, 1], [0, 1, 0], [0, 1, 1]]]
+    assert wholes.target_mapping(np.array([[2]]), 3).tolist() == [[[0, 0, 1]]]
+
+
+def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="--length 32: a VDCNN reads texts of max_positions=64"):
+        wholes.sizes(wholes.build("vdcnn-9", quick=True), True, None, 32)
+    targets = {"jaxlm": "a", "torch": "b", "flax": "c"}
+    assert harness.with_class(targets, "xlnet", wholes.CLASSES, wholes.SIZES) == {"jaxlm": "a", "torch": "b"}
+    assert "no such model: flax of xlnet" in capsys.readouterr().out
+    with pytest.raises(Failure, match="family 'gru' is not measured here: choose a model of gpt, llama"):
+        harness.with_class(targets, "gru", wholes.CLASSES, wholes.SIZES)
+    assert training.main(["--passes", "backward"]) == 1
+    assert "--passes 'backward' is unknown: choose from forward, step" in capsys.readouterr().err
+    assert decoding.main(["--batch", "one"]) == 1
+    assert "--batch 'one' must be numbers" in capsys.readouterr().err
+
+
+def test_whole_models_are_measured_without_a_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, common = tmp_path / "rows.json", ["--quick", "--against", "", "--rounds", "1", "--device", "cpu"]
+    common += ["--model", "lstm-zaremba-medium", "--json", str(path)]
+    assert training.main([*common, "--passes", "forward"]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["op"], row["shape"]) == ("loss", "lstm-zaremba-medium B2 T32")
+    assert row["facts"]["cached_compile_seconds"] >= 0
+    assert "cached" in capsys.readouterr().out
+    assert decoding.main(common) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["shape"] == "lstm-zaremba-medium B2 prompt 8 + 16 tokens"
+    assert row["work"]["amount"] == 16 * 4 * wholes.decoded_parameters(wholes.build("lstm-zaremba-medium", quick=True))
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("family", NAMES)
+def test_peers_compute_the_same_losses_and_tokens(family: str, tmp_path: Path) -> None:
+    from benchmarks import decoding_peers, peers, training_peers
+
+    directory = str(tmp_path / "model")
+    peers.Machine(directory, NAMES[family], quick=True)
+    flax = ["Flax"] if family in wholes.FLAX else []
+    for passes in ("forward", "step"):
+        losses = {}
+        for name in ("Jaxlm", "Torch", *flax):
+            peer = getattr(training_peers, name)(directory, family, passes)
+            losses[name.lower()] = [peer.run() for _ in range(training.UPDATES + 1)]
+        tolerances = training.LOOSE.get(family, training.TOLERANCES) if passes == "step" else training.TOLERANCES
+        harness.check_losses(losses, tolerances)
+    if family in wholes.DECODES:
+        quick = shapes.QUICK_DECODING
+        sizes = {"batch": int(quick.batch), "prompt": int(quick.prompt), "tokens": quick.tokens}
+        made = {
+            name.lower(): [getattr(decoding_peers, name)(directory, family, **sizes).run()]
+            for name in ("Jaxlm", "Torch", *flax)
+        }
+        harness.check_same(made)

@@ -1,0 +1,45 @@
+"""Memory that a process keeps: without it, every step has its temporaries from the system anew."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from jaxlm import host
+
+STEPS = """
+import resource, sys
+from jaxlm import host
+if sys.argv[1] == "keep":
+    assert host.keep_freed_memory()
+import jax, jax.numpy as jnp
+@jax.jit
+def step(x):
+    large = jnp.sin(x[:, None] * jnp.arange(4000.0)[None])
+    return jnp.sum(jnp.dot(large.T, large), axis=1)
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(jnp.ones(4000)).block_until_ready()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+def faults(choice: str) -> int:
+    """Pages that the eighth of some equal steps had from the system."""
+    found = subprocess.run([sys.executable, "-c", STEPS, choice], capture_output=True, text=True, check=True)
+    return int(found.stdout)
+
+
+def test_kept_memory_is_used_again():
+    if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        assert not host.keep_freed_memory()
+        return
+    assert faults("usual") > 10_000  # two arrays of 64 MB, 4 KB a page
+    assert faults("keep") < 100
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert host.keep_freed_memory() is False
