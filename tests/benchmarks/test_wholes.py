@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -122,19 +124,19 @@ def test_peers_compute_the_same_losses_and_tokens(family: str, tmp_path: Path) -
 
     directory = str(tmp_path / "model")
     peers.Machine(directory, NAMES[family], quick=True)
-    flax = ["Flax"] if family in wholes.FLAX else []
+    names = ["Jaxlm", "Torch", *(["Flax"] if family in wholes.FLAX else [])]
+
+    def run(module: ModuleType, name: str, times: int, **arguments: Any) -> list[Any]:
+        # The Flax classes broadcast as this library never does.
+        with jax.numpy_rank_promotion("allow" if name == "Flax" else "raise"):
+            peer = getattr(module, name)(directory, family, **arguments)
+            return [peer.run() for _ in range(times)]
+
     for passes in ("forward", "step"):
-        losses = {}
-        for name in ("Jaxlm", "Torch", *flax):
-            peer = getattr(training_peers, name)(directory, family, passes)
-            losses[name.lower()] = [peer.run() for _ in range(training.UPDATES + 1)]
+        losses = {name.lower(): run(training_peers, name, training.UPDATES + 1, passes=passes) for name in names}
         tolerances = training.LOOSE.get(family, training.TOLERANCES) if passes == "step" else training.TOLERANCES
         harness.check_losses(losses, tolerances)
     if family in wholes.DECODES:
         quick = shapes.QUICK_DECODING
         sizes = {"batch": int(quick.batch), "prompt": int(quick.prompt), "tokens": quick.tokens}
-        made = {
-            name.lower(): [getattr(decoding_peers, name)(directory, family, **sizes).run()]
-            for name in ("Jaxlm", "Torch", *flax)
-        }
-        harness.check_same(made)
+        harness.check_same({name.lower(): run(decoding_peers, name, 1, **sizes) for name in names})

@@ -277,6 +277,16 @@ def test_no_more_of_a_cache_is_read_than_is_filled(filled, read):
     assert np.isnan(jax.jit(attention)(q, k, v.at[:, read - 1 :].set(jnp.nan), mask)).any()
 
 
+def test_few_queries_over_a_source_read_no_more_of_it_than_is_text():
+    """Without orders, as an encoder's: the same branches, and the same result."""
+    q, k, v, _ = cached((0, 0))
+    segments = jnp.where(jnp.arange(700)[None] < jnp.array([[300], [20]]), 1, 0)
+    mask = Mask(query_segments=jnp.ones((2, 2), jnp.int32), key_segments=segments)
+    want = attention(q, k, v, mask, implementation="reference")
+    got = jax.jit(attention)(q, k, v.at[:, 350:].set(jnp.nan), mask)
+    assert relative_error(got, want) < 3e-6
+
+
 def test_slots_are_written_and_read_among_those_of_all_layers():
     q, k, v, mask = cached((6, 90))
     new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
