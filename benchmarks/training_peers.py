@@ -39,12 +39,12 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone, in a process that keeps its memory."""
+    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone; as the experiments are, in a process
+    that keeps its memory."""
+
+    keeps_memory = True
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
-        from jaxlm import host
-
-        host.keep_freed_memory()  # as jaxlm's command lines do, before anything else
         jax = jax_exact()
         import jaxlm
         from jaxlm.objectives import objective
@@ -104,13 +104,10 @@ class Flax(JaxTraining):
             return (optax.apply_updates(params, updates), optimizer_state), {"loss": loss}
 
         params = jax.device_put(model.params)
+        self.state, self.function = params, jax.jit(mean)
         if self.updates:
-            self.state, self.function = (
-                (params, jax.device_put(optimizer.init(params))),
-                jax.jit(step, donate_argnums=0),
-            )
-        else:
-            self.state, self.function = params, jax.jit(mean)
+            self.state = params, jax.device_put(optimizer.init(params))
+            self.function = jax.jit(step, donate_argnums=0)
 
 
 def flax_model(directory: str, family: str) -> Any:

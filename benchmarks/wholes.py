@@ -33,8 +33,6 @@ CLASSES = {"torch": TORCH, "torch-compile": TORCH, "flax": FLAX}
 MASKED = 0.15
 """Share of the tokens that a masked model predicts."""
 FILE = "batch.npz"
-
-
 QUICK: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
 """Config fields that make a family's tiny variant what its large one is to the peers."""
 
@@ -57,8 +55,11 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     """Rows and tokens of a training batch: those asked for, or the usual ones.
 
     Raises:
-        ValueError: a text of another length than a VDCNN's.
+        ValueError: less than one, or a text of another length than a VDCNN's.
     """
+    for name, given in (("batch", batch), ("length", length)):
+        if given is not None and given < 1:
+            raise ValueError(f"--{name} {given} must be at least 1")
     usual_batch, usual_length = (2, 32) if quick else SIZES[model.family]
     if model.family == "resnet":
         usual_length = model.config.max_positions

@@ -19,6 +19,9 @@ from typing import Any
 class Peer:
     """What a worker serves. Made from the arguments of ``setup``."""
 
+    keeps_memory = False
+    """Whether the process is told to keep what it frees (``jaxlm.host``), before anything else."""
+
     def prepare(self) -> None:
         """What a repetition uses up, made before its time begins."""
 
@@ -43,7 +46,10 @@ def serve(target: str) -> None:
         try:
             if call == "setup":
                 module, name = target.split(":")
-                peer = getattr(importlib.import_module(module), name)(**arguments)
+                kind = getattr(importlib.import_module(module), name)
+                if kind.keeps_memory:
+                    importlib.import_module("jaxlm.host").keep_freed_memory()
+                peer = kind(**arguments)
                 result: Any = None
             elif peer is None:
                 raise RuntimeError(f"{call!r} before 'setup'")

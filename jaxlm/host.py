@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 # Of mallopt(3) and glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -20,8 +21,9 @@ def keep_freed_memory() -> bool:
     may grow to twice the memory that it needs, so it is not for what fills the machine. Elsewhere than under glibc
     (Linux) it does nothing.
     """
-    library = ctypes.CDLL(None)
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "gnu_get_libc_version"):
         return False
+    assert library is not None
     # One heap (others are too small for large blocks), no blocks outside of it, and nothing cut off its end.
     return all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])

@@ -92,6 +92,8 @@ def test_masks_of_xlnet() -> None:
 def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="--length 32: a VDCNN reads texts of max_positions=64"):
         wholes.sizes(wholes.build("vdcnn-9", quick=True), True, None, 32)
+    with pytest.raises(ValueError, match="--batch 0 must be at least 1"):
+        wholes.sizes(wholes.build("gpt2", quick=True), True, 0, None)
     targets = {"jaxlm": "a", "torch": "b", "flax": "c"}
     assert harness.with_class(targets, "xlnet", wholes.CLASSES, wholes.SIZES) == {"jaxlm": "a", "torch": "b"}
     assert "no such model: flax of xlnet" in capsys.readouterr().out
