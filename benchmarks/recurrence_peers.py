@@ -10,7 +10,10 @@ from benchmarks.worker import Peer
 
 
 class JaxlmRecurrence(JaxSampled):
-    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in a jit: output and last state, or also the gradient of everything."""
+    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in a jit: output and last state, or also the gradient of everything. As
+    the experiments are, in a process that keeps its memory."""
+
+    keeps_memory = True
 
     def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
         jax = jax_exact()
