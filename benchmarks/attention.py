@@ -12,7 +12,6 @@ timed, outputs and all gradients must agree.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -61,17 +60,11 @@ def run(options: Attention) -> None:
 def _measure(
     options: Attention, session: harness.Session, targets: dict[str, str], shape: shapes.Attention, passes: str
 ) -> list[harness.Row]:
-    with contextlib.ExitStack() as workers:
-        peers = {
-            name: workers.enter_context(
-                contextlib.closing(session.start(name, target, passes=passes, **dataclasses.asdict(shape)))
-            )
-            for name, target in targets.items()
-        }
-        return harness.measure(
-            f"{shape.form} {passes}", str(shape), shapes.attention_work(shape, passes), session.machine, peers,
-            warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
-        )  # fmt: skip
+    return session.compare(
+        targets, {"passes": passes, **dataclasses.asdict(shape)},
+        f"{shape.form} {passes}", str(shape), shapes.attention_work(shape, passes),
+        warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
+    )  # fmt: skip
 
 
 def attention_table(rows: Sequence[harness.Row]) -> str:

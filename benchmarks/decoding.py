@@ -43,17 +43,14 @@ def run(options: Decoding) -> None:
             family = session.model["family"]
             found = harness.with_class(targets, family, wholes.CLASSES, wholes.DECODES)
             for batch, prompt in itertools.product(batches, prompts):
-                sizes = {"batch": batch, "prompt": prompt, "tokens": options.tokens}
-                peers = {peer: session.start(peer, target, family=family, **sizes) for peer, target in found.items()}
-                measured = harness.measure(
-                    "greedy decoding", f"{name} B{batch} prompt {prompt} + {options.tokens} tokens",
-                    shapes.decoding_work(batch, options.tokens, session.model), session.machine, peers,
+                sizes = {"family": family, "batch": batch, "prompt": prompt, "tokens": options.tokens}
+                measured = session.compare(
+                    found, sizes, "greedy decoding", f"{name} B{batch} prompt {prompt} + {options.tokens} tokens",
+                    shapes.decoding_work(batch, options.tokens, session.model),
                     warm_up=2, rounds=options.rounds, check=harness.check_same,
                 )  # fmt: skip
-                for worker in peers.values():
-                    worker.close()
-                rows += session.with_cached_compile(measured, targets[harness.OURS], family=family, **sizes)
-                print("\n" + harness.speed_table(rows[-len(peers) :]) + "\n", flush=True)
+                rows += session.with_cached_compile(measured, targets[harness.OURS], **sizes)
+                print("\n" + harness.speed_table(rows[-len(found) :]) + "\n", flush=True)
         harness.write_json(options.json, "decoding", options, session.description, [row.record() for row in rows])
 
 

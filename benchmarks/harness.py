@@ -141,6 +141,18 @@ class Session:
     """``start(name, target, **arguments)``: a worker that ends with the session, or when it is closed. All of them keep
     what they compile in one persistent cache, empty at first."""
 
+    def compare(
+        self, targets: dict[str, str], arguments: dict[str, Any], op: str, shape: str, work: Work, **options: Any
+    ) -> list[Row]:
+        """:func:`measure` peers that all take the same ``arguments``, in processes that end with it. ``options`` are
+        its ``warm_up``, ``rounds`` and ``check``."""
+        with contextlib.ExitStack() as workers:
+            peers = {
+                name: workers.enter_context(contextlib.closing(self.start(name, target, **arguments)))
+                for name, target in targets.items()
+            }
+            return measure(op, shape, work, self.machine, peers, **options)
+
     def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
         """The rows of :func:`measure`; that of jaxlm also tells how long its first repetition takes longer than others
         in a new process that finds the compiled program in the cache."""

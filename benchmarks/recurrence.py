@@ -10,7 +10,6 @@ outputs, last states and all gradients must agree.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -71,18 +70,12 @@ def _measure(
 ) -> list[harness.Row]:
     op = f"{layer} {passes}"
     print(f"{op}, {shape}: ", end="")
-    with contextlib.ExitStack() as workers:
-        peers = {
-            name: workers.enter_context(
-                contextlib.closing(session.start(name, target, layer=layer, passes=passes, **dataclasses.asdict(shape)))
-            )
-            for name, target in targets.items()
-            if name == harness.OURS or layer not in WITHOUT_PEER
-        }
-        return harness.measure(
-            op, str(shape), shapes.recurrence_work(shape, layer, passes), session.machine, peers,
-            warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
-        )  # fmt: skip
+    return session.compare(
+        {name: target for name, target in targets.items() if name == harness.OURS or layer not in WITHOUT_PEER},
+        {"layer": layer, "passes": passes, **dataclasses.asdict(shape)},
+        op, str(shape), shapes.recurrence_work(shape, layer, passes),
+        warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
+    )  # fmt: skip
 
 
 def recurrence_table(rows: Sequence[harness.Row]) -> str:

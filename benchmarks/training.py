@@ -54,17 +54,13 @@ def run(options: Training) -> None:
             for which in passes:
                 tolerances = LOOSE.get(model["family"], TOLERANCES) if which == "step" else TOLERANCES
                 arguments = {"family": model["family"], "passes": which}
-                peers = {peer: session.start(peer, target, **arguments) for peer, target in found.items()}
-                measured = harness.measure(
-                    OPERATIONS[which], f"{name} B{model['batch']} T{model['length']}",
-                    shapes.training_work(which, model), session.machine, peers,
-                    warm_up=UPDATES + 1, rounds=options.rounds,
+                measured = session.compare(
+                    found, arguments, OPERATIONS[which], f"{name} B{model['batch']} T{model['length']}",
+                    shapes.training_work(which, model), warm_up=UPDATES + 1, rounds=options.rounds,
                     check=functools.partial(harness.check_losses, tolerances=tolerances),
                 )  # fmt: skip
-                for worker in peers.values():
-                    worker.close()
                 rows += session.with_cached_compile(measured, targets[harness.OURS], **arguments)
-                print("\n" + harness.speed_table(rows[-len(peers) :]) + "\n", flush=True)
+                print("\n" + harness.speed_table(rows[-len(found) :]) + "\n", flush=True)
         harness.write_json(options.json, "training", options, session.description, [row.record() for row in rows])
 
 

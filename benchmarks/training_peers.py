@@ -48,13 +48,14 @@ class Jaxlm(JaxTraining):
         jax = jax_exact()
         import jaxlm
         from jaxlm.objectives import objective
+        from jaxlm.plan.program import task_of
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
         from jaxlm.training.step import fresh_state, jit_step
 
         model, params = jaxlm.load_pretrained(directory)
         self.updates = passes == "step"
         self.batch = jax.device_put(wholes.batch_of(wholes.load(directory)))
-        loss = objective(getattr(model.config, "task", "causal")).loss
+        loss = objective(task_of(model)).loss
         if not self.updates:
 
             def mean(params: Any, batch: Any) -> Any:

@@ -30,8 +30,6 @@ FLAX = {name: f"Flax{TORCH[name]}" for name in ("gpt", "llama", "bert", "t5")}
 DECODES = ("gpt", "llama", "t5", "xlnet", "lstm")
 """Families whose generation has a peer."""
 CLASSES = {"torch": TORCH, "torch-compile": TORCH, "flax": FLAX}
-MASKED = 0.15
-"""Share of the tokens that a masked model predicts."""
 FILE = "batch.npz"
 QUICK: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
 """Config fields that make a family's tiny variant what its large one is to the peers."""
@@ -82,11 +80,9 @@ def counted_flops(model: Any, batch: Any) -> Any:
     from jaxlm import spec
     from jaxlm.objectives import objective
     from jaxlm.plan import flops
+    from jaxlm.plan.program import plain_form, task_of
 
-    if hasattr(model.config, "attention_implementation"):
-        plain = dataclasses.replace(model.config, attention_implementation="reference")
-        model = dataclasses.replace(model, config=plain)
-    loss = objective(getattr(model.config, "task", "causal")).loss
+    model, loss = plain_form(model), objective(task_of(model)).loss
     forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
     return flops.Flops(
         3 * forward.amount, "3 * dots and convolutions of the forward pass, at the predicted places only"
@@ -96,12 +92,13 @@ def counted_flops(model: Any, batch: Any) -> Any:
 def example(model: Any, batch: int, length: int) -> Any:
     """A batch of the model's objective from random tokens, as ``jaxlm.objectives`` makes it."""
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq
+    from jaxlm.plan.program import task_of
 
     cfg, rng = model.config, np.random.default_rng(1)
     tokens = shapes.random_tokens(cfg.vocab_size, batch, length)
-    task = getattr(cfg, "task", "causal")
+    task = task_of(model)
     if task == "masked":
-        count = max(1, round(MASKED * length))
+        count = max(1, round(masked.RATE * length))
         return masked.batch(tokens, rng, mask_id=0, vocab_size=cfg.vocab_size, num_predict=count)
     if task == "permutation":
         half = length // 2

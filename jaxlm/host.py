@@ -21,9 +21,10 @@ def keep_freed_memory() -> bool:
     may grow to twice the memory that it needs, so it is not for what fills the machine. Elsewhere than under glibc
     (Linux) it does nothing.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    assert library is not None
     # One heap (others are too small for large blocks), no blocks outside of it, and nothing cut off its end.
     return all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])

@@ -134,15 +134,19 @@ def training_step(
     return Step(function, (state, data), parts, counted, tokens, name)
 
 
+def plain_form(model: Model) -> Model:
+    """The same model where nothing is computed twice: what FLOPs are counted of."""
+    plain = {"remat": "none", "attention_implementation": "reference"}
+    fields = {field.name for field in dataclasses.fields(model.config)}
+    changes = {name: value for name, value in plain.items() if name in fields}
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+
+
 def _counted(
     model: Model, update: Any, loss: step_lib.Loss, stream: step_lib.Stream | None, state: Any, data: Any
 ) -> flops_lib.Flops:
     """FLOPs from the trace of the same step where nothing is computed twice."""
-    plain = {"remat": "none", "attention_implementation": "reference"}
-    fields = {field.name for field in dataclasses.fields(model.config)}
-    changes = {name: value for name, value in plain.items() if name in fields}
-    config = dataclasses.replace(model.config, **changes)
-    step = step_lib.make_step(dataclasses.replace(model, config=config), update, loss, stream=stream)
+    step = step_lib.make_step(plain_form(model), update, loss, stream=stream)
     without_places = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
     return flops_lib.counted_flops(step, *without_places)
 
