@@ -239,6 +239,7 @@ def test_sampled_results_must_agree() -> None:
         harness.check_samples({"jaxlm": [ours], "torch": [{"output": [1.0, -4.0]}]}, 1e-4)
 
 
+@pytest.mark.thorough
 def test_attention_is_measured_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     arguments = [

@@ -105,6 +105,7 @@ def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture
     assert "--batch 'one' must be numbers" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_whole_models_are_measured_without_a_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, common = tmp_path / "rows.json", ["--quick", "--against", "", "--rounds", "1", "--device", "cpu"]
     common += ["--model", "lstm-zaremba-medium", "--json", str(path)]

@@ -9,7 +9,12 @@ import pytest
 
 from tests.oracles import GOLDENS, REFERENCE, compare, tolerances
 
-CASES = sorted(path.name for path in GOLDENS.iterdir())
+HEADS = ("classification", "span_qa", "tagging", "classes", "tags", "predict")
+"""What the names of cases end with whose model differs from another case's in its head alone: these are thorough."""
+CASES = [
+    pytest.param(name, marks=pytest.mark.thorough) if name.endswith(HEADS) else name
+    for name in sorted(path.name for path in GOLDENS.iterdir())
+]
 
 
 @pytest.mark.parametrize("case", CASES)
