@@ -4,24 +4,23 @@ import gc
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    # Nearly all of a test's time is LLVM's: without its optimisations a test takes half as long.
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-
 import jaxlib.version
 
-if jaxlib.version.__version_info__ < (0, 11) and "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+DEFAULTS = {
+    "xla_force_host_platform_device_count": "8",
+    # Most of a test's time is the compiler's. Without LLVM's optimisations a test takes half as long.
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_parallel_codegen_split_count": "1",  # two processes share the cores already
+}
+if jaxlib.version.__version_info__ < (0, 11):
     # Its older way from fused operations to LLVM compiles four times as fast. Later versions have only the new one, and
     # refuse a flag that they do not know.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-if "xla_cpu_parallel_codegen_split_count" not in os.environ["XLA_FLAGS"]:
-    # Two processes share the cores already.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+    DEFAULTS["xla_cpu_use_fusion_emitters"] = "false"
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={v}" for name, v in DEFAULTS.items() if name not in flags)])
 
-import jax
+import jax  # noqa: E402 (reads the environment)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
