@@ -119,6 +119,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
     from experiments.families import RECIPES, Data, source, to_batch
     from jaxlm.data import Batches
+    from jaxlm.models.common import layers_apart
     from jaxlm.objectives import causal
     from jaxlm.plan.flops import counted_flops
     from jaxlm.training import step as step_lib
@@ -173,7 +174,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
         model = sized(build_of(family), flops(family), flops("gpt")(at_equal_parameters("gpt")))
     recipe, stream, optimizer, loss = step_of(family, model)
     data, make = Data.load(), to_batch(recipe)
-    state = step_lib.init_state(model, optimizer, jax.random.key(0), stream=stream)
+    state = jax.jit(layers_apart)(step_lib.init_state(model, optimizer, jax.random.key(0), stream=stream))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
     batch = make(next(training))

@@ -39,14 +39,15 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone; as the experiments are, in a process
-    that keeps its memory."""
+    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone; as the experiments are, with layers apart
+    and in a process that keeps its memory."""
 
     keeps_memory = True
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
         import jaxlm
+        from jaxlm.models.common import layers_apart
         from jaxlm.objectives import objective
         from jaxlm.plan.program import task_of
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -66,7 +67,7 @@ class Jaxlm(JaxTraining):
             return
         settings = OptimizerConfig(schedule="constant", warmup_steps=0, **ADAMW)
         optimizer = make_optimizer(settings, model.specs, steps=1_000_000)
-        self.state = fresh_state(params, optimizer, jax.random.key(0))
+        self.state = jax.jit(layers_apart)(fresh_state(params, optimizer, jax.random.key(0)))
         self.function = jit_step(model, optimizer, loss)
 
 

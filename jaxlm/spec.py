@@ -143,19 +143,50 @@ def stack(count: int, specs: Tree) -> Tree:
 def unstack(tree: Tree) -> Tree:
     """``tree`` with the stack under each key ``layers`` as a tuple of trees, one a layer; ``apply`` takes both.
 
-    For loops over tokens on a CPU: XLA copies a layer out of its stack at every step, more than half of the time of a
-    decode step. Taken apart before the loop, each layer is copied once. A tree already taken apart is given back.
+    For a CPU, where XLA copies each layer out of its stack and its gradients back into one at every step
+    (``jaxlm.models.common.layers_apart``). Taken apart before the steps, each layer is copied once. ``tree`` may be
+    parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``. A tree already taken apart is
+    given back.
     """
-    if not isinstance(tree, dict):
-        return tree
 
     def apart(stack: Tree) -> tuple[Tree, ...]:
-        if isinstance(stack, tuple):
-            return stack
         layers = jax.tree.leaves(stack)[0].shape[0]
         return tuple(jax.tree.map(lambda x: x[layer], stack) for layer in range(layers))  # noqa: B023 (called at once)
 
-    return {name: apart(child) if name == LAYERS else unstack(child) for name, child in tree.items()}
+    return _at_layers(lambda child: child if isinstance(child, tuple) else apart(child), tree)
+
+
+def restack(tree: Tree) -> Tree:
+    """What :func:`unstack` took apart, as it was."""
+
+    def together(layers: tuple[Tree, ...]) -> Tree:
+        return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+    return _at_layers(lambda child: together(child) if isinstance(child, tuple) else child, tree)
+
+
+def for_each_layer(tree: Tree, like: Tree) -> Tree:
+    """``tree``, which has an entry for each leaf of stacked parameters, in the layout of the parameters ``like``: where
+    they have layers apart, each layer has the entries of the stack."""
+    if not isinstance(tree, dict) or not isinstance(like, dict):
+        return tree
+    return {
+        name: (child,) * len(like[name])
+        if name == LAYERS and isinstance(like[name], tuple)
+        else for_each_layer(child, like[name])
+        for name, child in tree.items()
+    }
+
+
+def _at_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
+    """``tree`` with what stands under each key ``layers`` changed."""
+
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {name: change(child) if name == LAYERS else walk(child) for name, child in node.items()}
+
+    return jax.tree.map(walk, tree, is_leaf=lambda node: isinstance(node, dict))
 
 
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:

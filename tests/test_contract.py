@@ -487,6 +487,17 @@ def assert_steps_close(got, want):
 
 
 @every_form
+def test_a_step_with_layers_apart_is_that_of_the_stack(name):
+    _, _, batch = training(name)
+    step, fresh, want = single_step(name)
+    apart = jax.jit(spec.unstack)(fresh())
+    if jax.tree.structure(apart) == jax.tree.structure(fresh()):
+        return  # nothing is stacked
+    params, optimizer, metrics = after_one_step(step, apart, batch)
+    assert_steps_close((spec.restack(params), spec.restack(optimizer), metrics), want)
+
+
+@every_form
 def test_sharded_step_equals_single(name):
     check_sharded_step(name, "data=2,fsdp=2,tensor=2")  # all tables at once
 

@@ -5,6 +5,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, Normal, Uniform
+from tests.helpers import assert_trees_equal
 
 
 def test_a_spec_says_what_is_wrong_with_it():
@@ -50,7 +51,7 @@ def test_layers_of_a_stack_differ_and_do_not_depend_on_their_number():
 
 
 def test_unstack_takes_stacks_apart_and_leaves_the_rest():
-    stack = {"w": np.arange(12.0).reshape(2, 2, 3), "b": np.ones((2, 3))}
+    stack = {"w": np.arange(12, dtype=np.float32).reshape(2, 2, 3), "b": np.ones((2, 3), np.float32)}
     tree = {"table": np.zeros((4, 2)), "encoder": {"layers": stack}}
     apart = spec.unstack(tree)
     np.testing.assert_array_equal(apart["encoder"]["layers"][1]["w"], [[6, 7, 8], [9, 10, 11]])
@@ -58,6 +59,18 @@ def test_unstack_takes_stacks_apart_and_leaves_the_rest():
     assert apart["table"] is tree["table"]
     again = spec.unstack(apart)
     assert all(one is two for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(apart), strict=True))
+    for tree_of in (lambda params: params, lambda params: (3, [params])):  # parameters, and what holds such
+        assert_trees_equal(spec.unstack(tree_of(tree)), tree_of(apart))
+        assert_trees_equal(spec.restack(tree_of(apart)), tree_of(tree))
+    assert spec.restack(tree)["encoder"]["layers"] == stack
+
+
+def test_an_entry_of_a_stack_is_that_of_each_layer_where_layers_are_apart():
+    marks = {"table": True, "encoder": {"layers": {"w": True, "b": False}}}
+    stacked = {"table": 0, "encoder": {"layers": {"w": 1, "b": 2}}}
+    assert spec.for_each_layer(marks, stacked) == marks
+    apart = {"table": 0, "encoder": {"layers": ({"w": 1, "b": 2},) * 3}}
+    assert spec.for_each_layer(marks, apart) == {**marks, "encoder": {"layers": (marks["encoder"]["layers"],) * 3}}
 
 
 def test_fold_name_separates_names_and_passes_none():

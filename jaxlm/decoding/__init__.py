@@ -4,10 +4,10 @@ Only ``apply``, ``logits`` and ``state_specs`` of a model are used, never what i
 """
 
 from jaxlm.decoding.beam import Beams, beam_search
-from jaxlm.decoding.prompts import layers_apart
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
 from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity
 from jaxlm.decoding.text import generate_text, stream_text
+from jaxlm.models.common import layers_apart
 
 __all__ = [
     "GREEDY",

@@ -15,7 +15,6 @@ import numpy as np
 from jaxlm import spec
 from jaxlm.models import Model
 from jaxlm.models.heads import last_real
-from jaxlm.sharding import active, platform
 
 Array = jax.Array | np.ndarray
 
@@ -113,11 +112,6 @@ def _check_one_run(segment_ids_BT: np.ndarray) -> None:
 
 def _traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
-
-
-def layers_apart(params: Any) -> Any:
-    """Parameters for a loop over tokens: on a CPU each layer by itself (``spec.unstack``, which copies them once)."""
-    return spec.unstack(params) if platform() == "cpu" and active() is None else params
 
 
 def read_prompts(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm import sharding, spec
 from jaxlm.nn import cache
 from jaxlm.nn.kernels import blockwise_attention
 
@@ -77,6 +78,14 @@ def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
     return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
 
 
+def layers_apart(tree: Any) -> Any:
+    """Parameters, or a ``TrainState``, for many steps: on a CPU each layer by itself, elsewhere as they are.
+
+    The layers are copied once (``spec.unstack``); ``spec.restack`` undoes it.
+    """
+    return spec.unstack(tree) if sharding.platform() == "cpu" and sharding.active() is None else tree
+
+
 def scan_layers(
     block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     x: jax.Array,
@@ -95,14 +104,17 @@ def scan_layers(
     the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says. ``in_place``: the block gets
     ``cache.Slots`` for ``state[i]`` and gives them back, and nothing of the state is copied.
     """
+    # In an unrolled loop, what is recomputed would be merged with what was computed before. A CPU's compiler may do so:
+    # it puts an unrolled loop in an order of its own, and recomputing saves no memory there (docs/labbook.md).
+    prevent_cse = (unroll or isinstance(weights, tuple)) and sharding.platform() != "cpu"
     if remat == "full":
-        block = jax.checkpoint(block, prevent_cse=False)
+        block = jax.checkpoint(block, prevent_cse=prevent_cse)
     elif remat == "dots":
         policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise_attention.SAVED)
         )
-        block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        block = jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
     def one(carry: Any, layer: Any) -> tuple[Any, None]:

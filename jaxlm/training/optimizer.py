@@ -75,15 +75,27 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     return optax.join_schedules([rise, falls[config.schedule]], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> optax.GradientTransformation:
+class Entrywise(optax.GradientTransformation):
+    """A transformation to which it is all the same how parameters are gathered in arrays, so that layers may be apart.
+
+    An entry's update depends on its own gradients, and on norms over all parameters. Adam is one; Adafactor, LAMB and
+    Muon, which look at whole arrays, are not, nor is what has a mask in the form of a tree.
+    """
+
+    __slots__ = ()
+
+
+def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> Entrywise:
     """Clipping, Adam, decay where ``specs`` say so, and the schedule over ``steps`` updates."""
     clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
-    return optax.chain(
+    decays = spec.decay_mask(specs)
+    chain = optax.chain(
         *clip,
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=spec.decay_mask(specs)),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: spec.for_each_layer(decays, params)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+    return Entrywise(chain.init, chain.update)
 
 
 def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:

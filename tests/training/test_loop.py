@@ -1,5 +1,6 @@
 """The outer loop as a user meets it: interrupted, killed, resumed, diverging."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxlm.data import Batches, RandomWindows
@@ -141,6 +143,37 @@ def test_a_run_can_go_on_another_mesh(tmp_path, whole):
     moved = run(tmp_path, resume=True, sharding=Sharding(make_mesh("fsdp=4,tensor=2")))
     assert moved.state.params["token_embedding"].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
     assert moved.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "remat", "entrywise", "apart"),
+    [
+        ({}, "dots", True, True),
+        ({"layers_apart": False}, "dots", True, False),
+        ({}, "full", True, False),  # asks for little memory
+        ({}, "dots", False, False),  # might mean something else by a leaf
+    ],
+)
+def test_layers_are_apart_where_that_changes_nothing_but_time(
+    tmp_path, whole, monkeypatch, options, remat, entrywise, apart
+):
+    model, optimizer, tokens, evaluate = parts()
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=remat))
+    if not entrywise:
+        optimizer = optax.GradientTransformation(*optimizer)
+    monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, evaluate))
+    trained = []
+
+    def loss(model, params, *arguments, **options):
+        trained.append(params)
+        return causal.loss(model, params, *arguments, **options)
+
+    result = run(tmp_path, loss=loss, **options)
+    assert isinstance(trained[0]["layers"], tuple) == apart
+    assert jax.tree.structure(result.state) == jax.tree.structure(whole.state)  # stacked again
+    assert result.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
+    resumed = run(tmp_path, resume=True, steps=STEPS + 1, layers_apart=not apart)  # and so it is saved
+    assert int(resumed.state.step) == STEPS + 1
 
 
 def test_what_a_run_leaves(tmp_path, whole):
