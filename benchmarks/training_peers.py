@@ -39,8 +39,8 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone; as the experiments are, with layers apart
-    and in a process that keeps its memory."""
+    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone. As the experiments are: with layers
+    apart, and in a process that keeps its memory."""
 
     keeps_memory = True
 

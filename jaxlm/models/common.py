@@ -121,15 +121,18 @@ def scan_layers(
         """A layer of a state that is carried whole."""
         x, state = carry
         own, index, layer_key = layer
-        old = jax.tree.map(lambda s: cache.Slots(s, index) if in_place else s[index], state)
-        x, new = block(x, (own, old, layer_key))
-        state = jax.tree.map(lambda s, n: n.all if in_place else s.at[index].set(n), state, new)
-        return (x, state), None
+        x, new = block(x, (own, jax.tree.map(lambda s: cache.Slots(s, index), state), layer_key))
+        return (x, jax.tree.map(lambda _, n: n.all, state, new)), None
 
     if isinstance(weights, tuple):
-        for index, own in enumerate(weights):
-            (x, state), _ = one((x, state), (own, index, None if keys is None else keys[index]))
-        return x, state
+        numbered = [(own, i, None if keys is None else keys[i]) for i, own in enumerate(weights)]
+        if in_place:
+            return functools.reduce(lambda carry, layer: one(carry, layer)[0], numbered, (x, state))
+        made = []
+        for own, i, layer_key in numbered:
+            x, new = block(x, (own, jax.tree.map(lambda s: s[i], state), layer_key))  # noqa: B023 (called at once)
+            made.append(new)
+        return x, jax.tree.map(lambda *new: jnp.stack(new), *made)  # once: each write into the stack would copy it
     loop = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)
     if in_place:
         return loop(one, (x, state), (weights, jnp.arange(count), keys))[0]

@@ -26,6 +26,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.relative import distance_term, sinusoids
+from jaxlm.nn.term import Term
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -216,17 +217,24 @@ def _attention(
         context = layer_norm(norm, context, cfg.norm_epsilon)
     qkv = own["qkv"]["weight"]
     q = constrain(linear({"weight": qkv[:, 0]}, context[:, -T:]), ("batch", "seq", "heads", "kv"))
-    kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
-    content, position = (biases[name].astype(q.dtype)[None, None] for name in ("content_bias", "position_bias"))
+    content, position = (q + biases[name].astype(q.dtype)[None, None] for name in ("content_bias", "position_bias"))
     scale = cfg.head_dim**-0.5
     S = context.shape[1]
-    term = distance_term(
-        linear(own["relative"], r_SD), S - 1, T, S, ahead=S - T, q_BTHK=q + position, scale=scale
-    )  # fmt: skip
-    mixed = attention(
-        q + content, kv[:, :, 0], kv[:, :, 1], mask, scale=scale, bias=term, dropout=cfg.attention_dropout,
-        key=fold_name(key, "attention"),
-    )  # fmt: skip
+
+    def term(table: jax.Array, q: jax.Array) -> Term:
+        return distance_term(table, S - 1, T, S, ahead=S - T, q_BTHK=q, scale=scale)
+
+    drops = key is not None and cfg.attention_dropout > 0.0
+    if S > T and not drops and memory.is_met_directly(q, context):
+        distances = term(r_SD[:, None], memory.absorbed(own["relative"]["weight"], position))
+        met = memory.absorbed(qkv[:, 1], content)
+        mixed = memory.projected(qkv[:, 2], memory.attend(met, context, mask, scale=scale, terms=[distances]))
+    else:
+        kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
+        mixed = attention(
+            content, kv[:, :, 0], kv[:, :, 1], mask, scale=scale, bias=term(linear(own["relative"], r_SD), position),
+            dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        )  # fmt: skip
     out = dropout(linear(own["output"], mixed, inputs=2), cfg.dropout, fold_name(key, "attention_output"))
     return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
 

@@ -349,16 +349,26 @@ def _attention(
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
     read = x_BQD[:, :T] if old is None else jnp.concatenate([old, x_BQD[:, :T]], axis=1)
-    k, v = (constrain(linear(weights[name], read), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
-    scale, S = q.shape[-1] ** -0.5, k.shape[1]
-    table = linear(weights["relative"], place.sinusoids)
+    scale, S = q.shape[-1] ** -0.5, read.shape[1]
+    drops = key is not None and cfg.dropout > 0.0
+    directly = old is not None and not drops and memory.is_met_directly(q, read)
+    if directly:
+        table = place.sinusoids[:, None]
+    else:
+        k, v = (constrain(linear(weights[name], read), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+        table = linear(weights["relative"], place.sinusoids)
+
+    def meeting(name: str, q_BTHK: jax.Array) -> jax.Array:
+        """The queries as they meet the table or the keys."""
+        return memory.absorbed(weights[name]["weight"], q_BTHK) if directly else q_BTHK
+
     mixed = []
     for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), place.streams, ("content", "query")):
 
         def plus(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
             return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
 
-        vectors: dict[str, Any] = {"q_BTHK": plus("position_bias"), "scale": scale}
+        vectors: dict[str, Any] = {"q_BTHK": meeting("relative", plus("position_bias")), "scale": scale}
         if stream.positions is None:
             terms = [distance_term(table, S, q_BTHK.shape[1], S, ahead=stream.ahead, **vectors)]
         else:
@@ -366,11 +376,17 @@ def _attention(
         if stream.types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
             terms.append(type_term(plus("type_bias"), types_2HK, stream.types, place.key_types, scale=scale))
-        content, own_key = plus("content_bias"), fold_name(key, f"{name}_attention")
-        mixed.append(
-            attention(content, k, v, stream.mask, scale=scale, bias=terms, dropout=cfg.dropout, key=own_key)
-        )  # fmt: skip
-    out = linear(weights["output"], jnp.concatenate(mixed, axis=1), inputs=2)
+        content, own_key = meeting("key", plus("content_bias")), fold_name(key, f"{name}_attention")
+        if directly:
+            mixed.append(memory.attend(content, read, stream.mask, scale=scale, terms=terms))
+        else:
+            mixed.append(
+                attention(content, k, v, stream.mask, scale=scale, bias=terms, dropout=cfg.dropout, key=own_key)
+            )
+    values = jnp.concatenate(mixed, axis=1)
+    if directly:
+        values = memory.projected(weights["value"]["weight"], values)
+    out = linear(weights["output"], values, inputs=2)
     return dropout(out, cfg.dropout, fold_name(key, "output"))
 
 

@@ -102,8 +102,7 @@ def attention(
     if implementation == "reference":
         for term in terms:
             array = dense(term, T, S) if array is None else array + dense(term, T, S)
-        k_BSHK, v_BSHK = (x if G == H else jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
-        return _reference(q_BTHK, k_BSHK, v_BSHK, mask, scale, array, dropout, key)
+        return _reference(q_BTHK, k_BSGK, v_BSGK, mask, scale, array, dropout, key)
     if implementation == "blockwise":
         # One head after the other keeps a CPU's matmuls two-dimensional and its temporaries in cache. Where heads or
         # batch are split over devices, and on accelerators, all heads go together.
@@ -151,8 +150,10 @@ def _reference(
     dropout: float,
     key: jax.Array | None,
 ) -> jax.Array:
-    (B, T, H, _), S = q.shape, k.shape[1]
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32) * scale
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    grouped = q.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("BTGRK,BSGK->BGRTS", grouped, k, preferred_element_type=jnp.float32)
+    scores_BHTS = scores.reshape(B, H, T, S) * scale
     if bias is not None:
         scores_BHTS = scores_BHTS + bias.astype(jnp.float32)
     probabilities = softmax(scores_BHTS, keep(mask, T, S))
@@ -160,4 +161,5 @@ def _reference(
         rows = jnp.arange(B * H * T, dtype=jnp.uint32)
         kept_rows = blockwise_attention.dropout_keep(key, rows, S, dropout).reshape(B, H, T, S)
         probabilities = jnp.where(kept_rows, probabilities / (1.0 - dropout), 0.0)
-    return jnp.einsum("BHTS,BSHK->BTHK", probabilities.astype(v.dtype), v)
+    mixed = jnp.einsum("BGRTS,BSGK->BTGRK", probabilities.astype(v.dtype).reshape(B, G, H // G, T, S), v)
+    return mixed.reshape(B, T, H, v.shape[-1])

@@ -7,6 +7,7 @@ place of a token. Shapes: L layers, B batch, M slots, T new tokens, S = M + T ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm import spec
+from jaxlm.nn.kernels import decode_attention
 from jaxlm.nn.mask import Mask
+from jaxlm.nn.term import Term
 from jaxlm.spec import ArraySpec
 
 
@@ -96,3 +99,35 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -
         return both_BS[:, new_BT.shape[1] :]
     index = kept_BM.reshape(kept_BM.shape + (1,) * (both_BS.ndim - 2))
     return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")
+
+
+DIRECTLY_FROM = 128
+"""Inputs, B S, from which on they are met directly: for fewer, a CPU turns weights longer than it projects inputs."""
+
+
+def is_met_directly(q_BTHK: jax.Array, context_BSD: jax.Array) -> bool:
+    """Whether so few queries had better meet what is remembered than keys and values made of it.
+
+    ``q . (W h) = (q W) . h``: a query moved to the width of the model (:func:`absorbed`) meets the inputs themselves,
+    and a mean of inputs is made a value last (:func:`projected`). So no input is projected anew for every token, and
+    the memory takes half of what keys and values would. With the term of distances, that is ``3 B T S H D``
+    multiplications and not ``3 B S D H K``.
+    """
+    (B, T, _, K), S = q_BTHK.shape, context_BSD.shape[1]
+    return 4 * T <= K and B * S >= DIRECTLY_FROM
+
+
+def absorbed(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
+    """Queries that meet inputs [.., D] as they are as ``q`` meets their projections by ``weight``, [B, T, H, D]."""
+    return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
+
+
+def attend(q_BTHD: jax.Array, context_BSD: jax.Array, mask: Mask, *, scale: float, terms: Sequence[Term]) -> jax.Array:
+    """The mean of inputs that each query is given for its :func:`absorbed` form, [B, T, H, D]."""
+    context_BS1D = context_BSD[:, :, None]
+    return decode_attention.attend(q_BTHD, context_BS1D, context_BS1D, mask, scale, terms)
+
+
+def projected(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
+    """For each head its own projection of what it has, [B, T, H, K]: a mean of inputs becomes one of values."""
+    return jnp.einsum("BTHD,DHK->BTHK", x_BTHD, weight_DHK.astype(x_BTHD.dtype))

@@ -32,8 +32,9 @@ def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
     if width % 2:
         raise ValueError(f"sinusoids come in pairs: width={width} must be even")
     frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = distance_R.astype(jnp.float32)[:, None] * frequency[None, :]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    angle = frequency[:, None] * distance_R.astype(jnp.float32)[None, :]
+    # Made as it is met (``_floats``): XLA would turn it round again for every layer.
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
 
 def distance_term(
@@ -59,8 +60,10 @@ def distance_term(
     first, rows = longest - (ahead + queries - 1), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(beyond, 0), rows - 1) for beyond in (low - first, first + rows - 1 - high))
-    table = jnp.pad(table[low : high + 1], ((before, after), *[(0, 0)] * (table.ndim - 1)), mode="edge")
-    return Term(_Places(queries - 1, scale), _floats(table, q_BTHK))
+    floats = _floats(table, q_BTHK)
+    wanted = floats["table"][..., low : high + 1]
+    floats["table"] = jnp.pad(wanted, (*[(0, 0)] * (wanted.ndim - 1), (before, after)), mode="edge")
+    return Term(_Places(queries - 1, scale), floats)
 
 
 def distance_term_of_positions(

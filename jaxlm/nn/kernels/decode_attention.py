@@ -9,7 +9,7 @@ Shapes as in ``jaxlm.nn.attention``; E slots read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ def attention(
         def read(x: jax.Array | Slots) -> jax.Array:
             return x.first(length) if isinstance(x, Slots) else x[:, :length]
 
-        return lambda: _attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, terms)
+        return lambda: attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, terms)
 
     end = _end(mask, S)
     longer = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
@@ -72,9 +72,10 @@ def _end(mask: Mask, slots: int) -> jax.Array:
     return jnp.max(jnp.where(seen_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0))
 
 
-def _attend(
-    q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, terms: tuple[Term, ...]
+def attend(
+    q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, terms: Sequence[Term]
 ) -> jax.Array:
+    """As :func:`attention`, over the first E keys only."""
     B, T, H, K = q_BTHK.shape
     E, G = k_BEGK.shape[1:3]
     flat = sharding.platform() == "cpu"
