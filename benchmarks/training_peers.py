@@ -67,7 +67,7 @@ class Jaxlm(JaxTraining):
             return
         settings = OptimizerConfig(schedule="constant", warmup_steps=0, **ADAMW)
         optimizer = make_optimizer(settings, model.specs, steps=1_000_000)
-        self.state = jax.jit(layers_apart)(fresh_state(params, optimizer, jax.random.key(0)))
+        self.state = fresh_state(jax.jit(layers_apart)(params), optimizer, jax.random.key(0))
         self.function = jit_step(model, optimizer, loss)
 
 

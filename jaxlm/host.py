@@ -8,6 +8,8 @@ import sys
 # Of mallopt(3) and glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
+_kept = False
+
 
 def keep_freed_memory() -> bool:
     """Keep memory that is freed, so that the next step need not have it from the system anew: whether this took effect.
@@ -21,10 +23,17 @@ def keep_freed_memory() -> bool:
     may grow to twice the memory that it needs, so it is not for what fills the machine. Elsewhere than under glibc
     (Linux) it does nothing.
     """
+    global _kept
     if sys.platform != "linux":
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # One heap (others are too small for large blocks), no blocks outside of it, and nothing cut off its end.
-    return all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])
+    _kept = all([library.mallopt(_ARENA_MAX, 1), library.mallopt(_MMAP_MAX, 0), library.mallopt(_TRIM_THRESHOLD, -1)])
+    return _kept
+
+
+def keeps_freed_memory() -> bool:
+    """Whether :func:`keep_freed_memory` took effect in this process: large blocks then cost no more than small ones."""
+    return _kept

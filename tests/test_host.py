@@ -13,6 +13,7 @@ import resource, sys
 from jaxlm import host
 if sys.argv[1] == "keep":
     assert host.keep_freed_memory()
+assert host.keeps_freed_memory() == (sys.argv[1] == "keep")
 import jax, jax.numpy as jnp
 @jax.jit
 def step(x):
@@ -43,4 +44,6 @@ def test_kept_memory_is_used_again():
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(host, "_kept", False)
     assert host.keep_freed_memory() is False
+    assert host.keeps_freed_memory() is False

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm import sharding
+from jaxlm import host, sharding
 
 Head = Callable[[Any, jax.Array], jax.Array]
 """``head(params, hidden [B, C, D]) -> logits [B, C, V]``: a family's ``logits`` with its config filled in."""
 
 CHUNK_LOGITS = {"cpu": 2**24}
 """Logits that exist at a time on each device: 64 MiB in float32. On a CPU fewer make matmuls thin, more make fresh
-memory slow."""
+memory slow; twice as many where the process keeps its memory (``host.keep_freed_memory``)."""
 CHUNK_LOGITS_ELSEWHERE = 2**27
 """The same on accelerators, 512 MiB: each chunk reads and writes the gradient of the whole head, so that 98 chunks of a
 GPT-2 step took as long as everything else (docs/labbook.md)."""
@@ -60,7 +60,10 @@ def chunked_cross_entropy(
     if chunk_logits is None:
         active = sharding.active()
         pieces = 1 if active is None else active.pieces(("batch", None, "vocab"))
-        chunk_logits = CHUNK_LOGITS.get(sharding.platform(), CHUNK_LOGITS_ELSEWHERE) * pieces
+        platform = sharding.platform()
+        chunk_logits = CHUNK_LOGITS.get(platform, CHUNK_LOGITS_ELSEWHERE) * pieces
+        if platform == "cpu" and host.keeps_freed_memory():
+            chunk_logits *= 2
     leaves, tree = jax.tree.flatten(params)
     used = _leaves_read(head, params, hidden_BTD)
 
