@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn import linear as linear_module
 from jaxlm.nn.activation import activation
 from jaxlm.nn.cache import append
 from jaxlm.nn.dropout import dropout
@@ -11,13 +12,40 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
 from jaxlm.nn.position import positions_in_segments
 from jaxlm.spec import ZEROS
-from tests.helpers import relative_error
+from tests.helpers import assert_trees_close, relative_error
 
 RNG = np.random.default_rng(0)
 
 
 def draw(*shape):
     return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "shape"), [((3, 7), 1, (8, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4))]
+)
+def test_gradients_over_blocks_of_rows_are_those_of_one_product(monkeypatch, rows, inputs, shape):
+    """With and without rows that are left over, and into what both were computed from."""
+    x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
+    params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
+
+    def gradients(blocks):
+        monkeypatch.setattr(linear_module, "BLOCKS", blocks)
+
+        def loss(params, x):
+            y = linear(params, jnp.sin(x), inputs=inputs)
+            return jnp.sum(jnp.tanh(y) * jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape))
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        loops = "while" in str(jax.make_jaxpr(gradient)(params, x)) or "scan" in str(
+            jax.make_jaxpr(gradient)(params, x)
+        )
+        return loops, jax.jit(gradient)(params, x)
+
+    monkeypatch.setattr(linear_module, "_block", lambda weight, inputs: 5)
+    (loops, got), (none, want) = gradients(4), gradients(100)
+    assert (loops, none) == (True, False)
+    assert_trees_close(got, want, 1e-5)
 
 
 def test_linear_over_one_and_several_axes():
