@@ -7,7 +7,6 @@ from jaxlm.decoding.beam import Beams, beam_search
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
 from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity
 from jaxlm.decoding.text import generate_text, stream_text
-from jaxlm.models.common import layers_apart
 
 __all__ = [
     "GREEDY",
@@ -21,7 +20,6 @@ __all__ = [
     "filter_logits",
     "generate",
     "generate_text",
-    "layers_apart",
     "log_likelihood",
     "perplexity",
     "prefill",
