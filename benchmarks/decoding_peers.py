@@ -19,7 +19,7 @@ class Jaxlm(Peer):
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()
         import jaxlm
-        from jaxlm.models import layers_apart
+        from jaxlm.models.common import layers_apart
 
         self.model, params = jaxlm.load_pretrained(directory)
         self.params = jax.jit(layers_apart)(params)  # once for many calls, as the tour advises

@@ -119,7 +119,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
     from experiments.families import RECIPES, Data, source, to_batch
     from jaxlm.data import Batches
-    from jaxlm.models import layers_apart
+    from jaxlm.models.common import layers_apart
     from jaxlm.objectives import causal
     from jaxlm.plan.flops import counted_flops
     from jaxlm.training import step as step_lib

@@ -47,7 +47,7 @@ class Jaxlm(JaxTraining):
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
         import jaxlm
-        from jaxlm.models import layers_apart
+        from jaxlm.models.common import layers_apart
         from jaxlm.objectives import objective
         from jaxlm.plan.program import task_of
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer

@@ -144,7 +144,7 @@ def unstack(tree: Tree) -> Tree:
     """``tree`` with the stack under each key ``layers`` as a tuple of trees, one a layer; ``apply`` takes both.
 
     For a CPU, where XLA copies each layer out of its stack and its gradients back into one at every step
-    (``jaxlm.models.layers_apart``). Taken apart before the steps, each layer is copied once. ``tree`` may be
+    (``jaxlm.models.common.layers_apart``). Taken apart before the steps, each layer is copied once. ``tree`` may be
     parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``. A tree already taken apart is
     given back.
     """

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.decoding.prompts import Array, check_prompts, read_prompts, read_tokens
-from jaxlm.models import Model, layers_apart
+from jaxlm.models import Model
+from jaxlm.models.common import layers_apart
 from jaxlm.sharding import Sharding, active
 
 

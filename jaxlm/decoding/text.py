@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.sample import GREEDY, Progress, Sampling, advance, prefill
-from jaxlm.models import Model, layers_apart
+from jaxlm.models import Model
+from jaxlm.models.common import layers_apart
 
 CHUNK = 8
 """Tokens between two looks at the text."""

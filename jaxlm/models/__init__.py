@@ -4,7 +4,6 @@ A family is a module with ``Config``, ``specs``, ``apply``, ``logits``, ``VARIAN
 between calls, ``state_specs``. To add one: write its file and put its name in :data:`FAMILIES`.
 """
 
-from jaxlm.models.common import layers_apart
 from jaxlm.models.model import FAMILIES, Model, get_model, variant_names
 
-__all__ = ["FAMILIES", "Model", "get_model", "layers_apart", "variant_names"]
+__all__ = ["FAMILIES", "Model", "get_model", "variant_names"]

@@ -19,7 +19,8 @@ import optax
 from jaxlm import spec
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, Window
-from jaxlm.models import Model, layers_apart
+from jaxlm.models import Model
+from jaxlm.models.common import layers_apart
 from jaxlm.sharding import Sharding
 from jaxlm.training import step as step_lib
 from jaxlm.training.optimizer import Entrywise
