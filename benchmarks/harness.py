@@ -510,10 +510,14 @@ def speed_table(rows: Sequence[Row]) -> str:
 def write_json(
     path: Path | None, program: str, options: Any, description: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Everything, when a path is given."""
+    """Everything but the path itself, when one is given."""
     if path is None:
         return
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name != "json"
+    }
     record = {"program": program, "arguments": arguments, "machine": description, "rows": list(rows)}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

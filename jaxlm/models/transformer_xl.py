@@ -224,8 +224,7 @@ def _attention(
     def term(table: jax.Array, q: jax.Array) -> Term:
         return distance_term(table, S - 1, T, S, ahead=S - T, q_BTHK=q, scale=scale)
 
-    drops = key is not None and cfg.attention_dropout > 0.0
-    if S > T and not drops and memory.is_met_directly(q, context):
+    if S > T and memory.is_met_directly(q, context, dropout=cfg.attention_dropout, key=key):
         distances = term(r_SD[:, None], memory.absorbed(own["relative"]["weight"], position))
         met = memory.absorbed(qkv[:, 1], content)
         mixed = memory.projected(qkv[:, 2], memory.attend(met, context, mask, scale=scale, terms=[distances]))

@@ -350,8 +350,7 @@ def _attention(
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
     read = x_BQD[:, :T] if old is None else jnp.concatenate([old, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, read.shape[1]
-    drops = key is not None and cfg.dropout > 0.0
-    directly = old is not None and not drops and memory.is_met_directly(q, read)
+    directly = old is not None and memory.is_met_directly(q, read, dropout=cfg.dropout, key=key)
     if directly:
         table = place.sinusoids[:, None]
     else:

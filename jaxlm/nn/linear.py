@@ -89,6 +89,7 @@ def _forward(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, A
 
 
 def _backward(inputs: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """N rows, of which a block has L; C inputs and D outputs, each as one axis."""
     x, weight = saved
     rows = tuple(range(x.ndim - inputs))
     outputs = tuple(range(len(rows), dy.ndim))

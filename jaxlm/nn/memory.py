@@ -105,14 +105,17 @@ DIRECTLY_FROM = 128
 """Inputs, B S, from which on they are met directly: for fewer, a CPU turns weights longer than it projects inputs."""
 
 
-def is_met_directly(q_BTHK: jax.Array, context_BSD: jax.Array) -> bool:
+def is_met_directly(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: float, key: jax.Array | None) -> bool:
     """Whether so few queries had better meet what is remembered than keys and values made of it.
 
     ``q . (W h) = (q W) . h``: a query moved to the width of the model (:func:`absorbed`) meets the inputs themselves,
     and a mean of inputs is made a value last (:func:`projected`). So no input is projected anew for every token, and
     the memory takes half of what keys and values would. With the term of distances, that is ``3 B T S H D``
-    multiplications and not ``3 B S D H K``.
+    multiplications and not ``3 B S D H K``. Nothing is dropped on the way: ``dropout`` and ``key`` are those of the
+    probabilities.
     """
+    if key is not None and dropout > 0.0:
+        return False
     (B, T, _, K), S = q_BTHK.shape, context_BSD.shape[1]
     return 4 * T <= K and B * S >= DIRECTLY_FROM
 

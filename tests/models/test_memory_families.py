@@ -67,7 +67,7 @@ def test_probabilities_that_are_dropped_need_keys_and_values(monkeypatch, case, 
 
 def test_many_queries_and_few_inputs_are_projected():
     def met(queries, inputs):
-        return memory.is_met_directly(jnp.zeros((2, queries, 3, 16)), jnp.zeros((2, inputs, 48)))
+        return memory.is_met_directly(jnp.zeros((2, queries, 3, 16)), jnp.zeros((2, inputs, 48)), dropout=0.1, key=None)
 
     assert met(4, memory.DIRECTLY_FROM)
     assert met(4, memory.DIRECTLY_FROM // 2)  # in each of two rows
