@@ -123,6 +123,8 @@ class Plan:
     """Parts that a batch is cut into, whose gradients are summed."""
     dropout: bool = True
     """Keep the config's dropout rates; --no-dropout sets all of them to 0."""
+    layers_apart: bool = False
+    """Each layer's parameters in arrays of their own, and no loop over layers (training.layers_apart)."""
     xla: tuple[str, ...] = ()
     """Options of the compiler that differ, as xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
     json: Path | None = None
@@ -142,7 +144,8 @@ class Plan:
             with console.status(f"compiling for {self.topology}, {mesh}"):
                 one = plan.plan(
                     model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
-                    accumulate=self.accumulate, param_dtype=self.param_dtype, name=self.model, xla=xla,
+                    accumulate=self.accumulate, param_dtype=self.param_dtype, layers_apart=self.layers_apart,
+                    name=self.model, xla=xla,
                 )  # fmt: skip
             plans.append(one)
         plan.show(plans, console)

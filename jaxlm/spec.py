@@ -9,6 +9,7 @@ operations on a named axis (``batch``) that beam search and document resets need
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -143,15 +144,20 @@ def stack(count: int, specs: Tree) -> Tree:
 def unstack(tree: Tree) -> Tree:
     """``tree`` with the stack under each key ``layers`` as a tuple of trees, one a layer; ``apply`` takes both.
 
-    For a CPU, where XLA copies each layer out of its stack and its gradients back into one at every step
+    A loop over a stack copies each layer out of it, and its gradients back into one, at every step
     (``jaxlm.models.common.layers_apart``). Taken apart before the steps, each layer is copied once. ``tree`` may be
-    parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``. A tree already taken apart is
-    given back.
+    parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``; or their specs. A tree already
+    taken apart is given back.
     """
+
+    def one(x: Any, layer: int) -> Any:
+        if isinstance(x, ArraySpec):
+            return dataclasses.replace(x, shape=x.shape[1:], axes=x.axes[1:])
+        return x[layer]
 
     def apart(stack: Tree) -> tuple[Tree, ...]:
         layers = jax.tree.leaves(stack)[0].shape[0]
-        return tuple(jax.tree.map(lambda x: x[layer], stack) for layer in range(layers))  # noqa: B023 (called at once)
+        return tuple(jax.tree.map(functools.partial(one, layer=layer), stack) for layer in range(layers))
 
     return _at_layers(lambda child: child if isinstance(child, tuple) else apart(child), tree)
 

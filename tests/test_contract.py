@@ -507,14 +507,24 @@ def test_each_table_by_itself(mesh):
     check_sharded_step("gpt2-tiny", mesh)
 
 
-def check_sharded_step(name, mesh):
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("gpt2-tiny", "data=2,fsdp=2,tensor=2"), ("t5-tiny", "fsdp=4,tensor=2"), ("transformer-xl-tiny", "data=8")],
+)
+def test_sharded_step_with_layers_apart_equals_single(name, mesh):
+    check_sharded_step(name, mesh, layers_apart=True)
+
+
+def check_sharded_step(name, mesh, *, layers_apart=False):
     """Loss, gradients (Adam's first moment is a tenth of them) and the updated parameters."""
     model, optimizer, batch = training(name)
     _, fresh, want = single_step(name)
     sharding = Sharding(make_mesh(mesh))
-    state = jax.device_put(fresh(), step_lib.state_sharding(model, optimizer, sharding))
-    got = after_one_step(step_lib.jit_step(model, optimizer, loss_function(model), sharding=sharding), state, batch)
-    assert_steps_close(got, want)
+    options = {"sharding": sharding, "layers_apart": layers_apart}
+    state = spec.unstack(fresh()) if layers_apart else fresh()
+    state = jax.device_put(state, step_lib.state_sharding(model, optimizer, **options))
+    step = step_lib.jit_step(model, optimizer, loss_function(model), **options)
+    assert_steps_close(spec.restack(after_one_step(step, state, batch)), want)
 
 
 @every_form

@@ -385,6 +385,11 @@ def test_every_family_has_a_step_to_plan(name):
     assert step.flops.amount > 0
     assert step.tokens >= 8
     step.function.lower(*step.arguments)
+    apart = program.training_step(model, sharding, 8, 32, optimizer=OptimizerConfig(), layers_apart=True)
+    assert apart.flops == step.flops
+    assert apart.parts.keys() == step.parts.keys()
+    assert program.device_bytes(apart.parts) == program.device_bytes(step.parts)
+    apart.function.lower(*apart.arguments)
     if decodes(model):
         step = program.decoding_step(model, sharding, 8, 32, param_dtype="bfloat16")
         assert {leaf.dtype for leaf in jax.tree.leaves(step.arguments[0])} <= {

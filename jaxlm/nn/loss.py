@@ -23,6 +23,8 @@ memory slow; twice as many where the process keeps its memory (``host.keep_freed
 CHUNK_LOGITS_ELSEWHERE = 2**27
 """The same on accelerators, 512 MiB: each chunk reads and writes the gradient of the whole head, so that 98 chunks of a
 GPT-2 step took as long as everything else (docs/labbook.md)."""
+VECTOR = 128
+"""Time steps that an accelerator computes at once: chunks of 147 take a TPU a sixth longer than chunks of 128."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -86,18 +88,24 @@ def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
     return [at for at, var in enumerate(jaxpr.invars[:-1]) if id(var) in mentioned]
 
 
-def _cut(x: jax.Array, chunks: int) -> jax.Array:
+def _cut(x: jax.Array, C: int) -> jax.Array:
     """[B, T, ...] to [chunks, B, C, ...], T padded with zeros to chunks * C."""
     B, T = x.shape[:2]
-    C = -(-T // chunks)
+    chunks = -(-T // C)
     x = jnp.pad(x, ((0, 0), (0, chunks * C - T)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
 
 
-def _chunk_count(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Array) -> int:
+def _chunk_length(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Array) -> int:
+    """C, as ``chunk_logits`` allows: all T, or on an accelerator whole vectors or a power of two, else equal parts."""
     B, T, _ = hidden_BTD.shape
     V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
-    return min(T, -(-B * T * V // chunk_logits))
+    longest = max(1, chunk_logits // (B * V))
+    if longest >= T:
+        return T
+    if sharding.platform() == "cpu":
+        return -(-T // -(-T // longest))
+    return longest - longest % min(VECTOR, 2 ** (longest.bit_length() - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -109,8 +117,8 @@ def _chunked(
         losses = cross_entropy(head(params, hidden), targets)
         return total + jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), None
 
-    chunks = _chunk_count(head, chunk_logits, params, hidden)
-    return jax.lax.scan(one, jnp.zeros(()), tuple(_cut(x, chunks) for x in (hidden, targets, weights)))[0]
+    C = _chunk_length(head, chunk_logits, params, hidden)
+    return jax.lax.scan(one, jnp.zeros(()), tuple(_cut(x, C) for x in (hidden, targets, weights)))[0]
 
 
 def _forward(
@@ -124,12 +132,12 @@ def _forward(
         sums = (loss, dparams)
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
-    chunks = _chunk_count(head, chunk_logits, params, hidden)
-    cut = tuple(_cut(x, chunks) for x in (hidden, targets, weights))
+    C = _chunk_length(head, chunk_logits, params, hidden)
+    cut = tuple(_cut(x, C) for x in (hidden, targets, weights))
     # The first chunk stands before the loop: there are no zeros to write and to add to.
     carry, dhidden = one(None, jax.tree.map(lambda x: x[0], cut))
     dhidden = dhidden[None]
-    if chunks > 1:
+    if hidden.shape[1] > C:
         carry, others = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], cut))
         dhidden = jnp.concatenate([dhidden, others])
     total, dparams = carry

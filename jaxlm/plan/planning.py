@@ -130,6 +130,7 @@ def plan(
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
     accumulate: int = 1,
     param_dtype: str = "float32",
+    layers_apart: bool = False,
     name: str | None = None,
     xla: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -141,6 +142,7 @@ def plan(
         batch: rows over all devices.
         sequence: tokens of a row; None takes what the model has positions for, at most 1024. Decoding: tokens before.
         param_dtype: of the parameters, when decoding; training keeps float32 masters.
+        layers_apart: each layer's parameters in arrays of their own (``TrainingConfig.layers_apart``).
         name: what the plan calls the model; the family's name unless given.
         xla: options of the compiler that differ, ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
@@ -153,11 +155,13 @@ def plan(
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
     if decode:
-        step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
+        step = program.decoding_step(
+            model, sharding, batch, sequence, param_dtype=param_dtype, layers_apart=layers_apart
+        )
     else:
         step = program.training_step(
-            model, sharding, batch, sequence, optimizer=optimizer, accumulate=accumulate
-        )  # fmt: skip
+            model, sharding, batch, sequence, optimizer=optimizer, accumulate=accumulate, layers_apart=layers_apart
+        )
     begun = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)

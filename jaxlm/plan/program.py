@@ -109,7 +109,14 @@ def stream_of(model: Model, batch: int) -> step_lib.Stream | None:
 
 
 def training_step(
-    model: Model, sharding: Sharding, batch: int, sequence: int, *, optimizer: OptimizerConfig, accumulate: int = 1
+    model: Model,
+    sharding: Sharding,
+    batch: int,
+    sequence: int,
+    *,
+    optimizer: OptimizerConfig,
+    accumulate: int = 1,
+    layers_apart: bool = False,
 ) -> Step:
     """The step that ``jaxlm.training.loop.train`` runs: state donated, parameters and optimizer placed by the rules.
 
@@ -120,9 +127,10 @@ def training_step(
     update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
     stream = stream_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
-    state = step_lib.abstract_state(model, update, stream=stream, sharding=sharding)
+    layout: dict[str, Any] = {"stream": stream, "sharding": sharding, "layers_apart": layers_apart}
+    state = step_lib.abstract_state(model, update, **layout)
     loss = objective(task).loss
-    function = step_lib.jit_step(model, update, loss, accumulate=accumulate, stream=stream, sharding=sharding)
+    function = step_lib.jit_step(model, update, loss, accumulate=accumulate, **layout)
     counted = flops_lib.training_flops(model, batch, sequence)
     if counted is None:
         counted = _counted(model, update, loss, stream, state, data)
@@ -130,8 +138,12 @@ def training_step(
     if stream is not None:
         parts["carried state"] = state.carried
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
-    name = f"train, {task}" + (", along streams" if stream is not None else "")
+    name = f"train, {task}" + (", along streams" if stream is not None else "") + _apart(layers_apart)
     return Step(function, (state, data), parts, counted, tokens, name)
+
+
+def _apart(layers_apart: bool) -> str:
+    return ", layers apart" if layers_apart else ""
 
 
 def plain_form(model: Model) -> Model:
@@ -151,7 +163,15 @@ def _counted(
     return flops_lib.counted_flops(step, *without_places)
 
 
-def decoding_step(model: Model, sharding: Sharding, batch: int, sequence: int, *, param_dtype: str = "float32") -> Step:
+def decoding_step(
+    model: Model,
+    sharding: Sharding,
+    batch: int,
+    sequence: int,
+    *,
+    param_dtype: str = "float32",
+    layers_apart: bool = False,
+) -> Step:
     """One greedy token in each row, after ``sequence`` of them: what ``jaxlm.decoding.generate`` loops over.
 
     Raises:
@@ -165,7 +185,7 @@ def decoding_step(model: Model, sharding: Sharding, batch: int, sequence: int, *
     def lower(leaf: spec.ArraySpec) -> spec.ArraySpec:
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    params = sharding.abstract(jax.tree.map(lower, model.specs))
+    params = sharding.abstract(jax.tree.map(lower, spec.unstack(model.specs) if layers_apart else model.specs))
     state = sharding.abstract(specs)
     rows = sharding.named(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
@@ -178,5 +198,5 @@ def decoding_step(model: Model, sharding: Sharding, batch: int, sequence: int, *
     function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},
-        flops_lib.decoding_flops(model, batch), batch, f"decode, one token after {sequence}",
+        flops_lib.decoding_flops(model, batch), batch, f"decode, one token after {sequence}" + _apart(layers_apart),
     )  # fmt: skip

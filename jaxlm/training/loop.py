@@ -20,7 +20,6 @@ from jaxlm import spec
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, Window
 from jaxlm.models import Model
-from jaxlm.models.common import layers_apart
 from jaxlm.sharding import Sharding
 from jaxlm.training import step as step_lib
 from jaxlm.training.optimizer import Entrywise
@@ -60,10 +59,10 @@ class TrainingConfig:
     """Steps between records in metrics.jsonl."""
     max_skipped_in_a_row: int = 10
     """Stop after this many steps in a row without a finite loss and gradient."""
-    layers_apart: bool = True
-    """On one CPU device, train each layer's parameters as arrays of their own and unroll the loop over layers: a step
-    takes about a tenth less time, but more memory, and compiling about twice as long. Layers stay stacked elsewhere,
-    with remat="full", and with optimizers that are not known to be entrywise."""
+    layers_apart: bool | None = None
+    """Train each layer's parameters as arrays of their own and unroll the loop over layers: a step takes less time, but
+    compiling twice as long or more, and on a CPU more memory. None does so on one CPU device (a tenth less time),
+    unless remat="full" asks for little memory or the optimizer is not known to be entrywise."""
     seed: int = 0
     """Seed of initial weights, dropout and the order of the data."""
 
@@ -133,13 +132,28 @@ def train(
 
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
+        ValueError: ``config.layers_apart`` is True, and the optimizer not known to be entrywise.
     """
     begun = time.perf_counter()
     averaged = config.average_decay is not None
+    apart = _takes_apart(model, optimizer, config, sharding)
     step = step_lib.jit_step(
-        model, optimizer, loss,
-        accumulate=config.accumulate, average_decay=config.average_decay, stream=stream, sharding=sharding,
+        model, optimizer, loss, accumulate=config.accumulate, average_decay=config.average_decay, stream=stream,
+        sharding=sharding, layers_apart=apart,
     )  # fmt: skip
+
+    def changed(state: step_lib.TrainState, change: Callable[[Any], Any], apart: bool) -> step_lib.TrainState:
+        place = None
+        if sharding is not None:
+            place = step_lib.state_sharding(
+                model, optimizer, sharding, average=averaged, stream=stream, layers_apart=apart
+            )
+        return jax.jit(change, out_shardings=place)(state)
+
+    def stacked(state: step_lib.TrainState) -> step_lib.TrainState:
+        """As checkpoints and callers know a state, however it was trained."""
+        return changed(state, spec.restack, False) if apart else state
+
     run.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(run / "metrics.jsonl")
     with Checkpointer(run / "checkpoints", keep_last=config.keep_last) as checkpoints, _Signals() as signals:
@@ -153,8 +167,8 @@ def train(
         else:
             key = jax.random.key(config.seed)
             state = step_lib.init_state(model, optimizer, key, average=averaged, stream=stream, sharding=sharding)
-        if _may_take_apart(model, optimizer, config, sharding):
-            state = jax.jit(layers_apart)(state)
+        if apart:
+            state = changed(state, spec.unstack, True)
         start = int(state.step)
         if start >= config.steps:
             raise ValueError(f"nothing to do: step {start} of {config.steps} is reached. Ask for more training.steps")
@@ -176,7 +190,7 @@ def train(
                 if number % config.checkpoint_every == 0 or last:
                     content = {**meta, "data": data.state()}
                     fresh = validation if number % config.evaluate_every == 0 or number == config.steps else None
-                    checkpoints.save(number, _stacked(state), content, metric=fresh, wait=last)
+                    checkpoints.save(number, stacked(state), content, metric=fresh, wait=last)
                 if last:
                     break
             log.flush()
@@ -184,20 +198,24 @@ def train(
                 bar.say(
                     f"{signals.caught}: saved step {number} in {run / 'checkpoints'}; --resume {run} goes on from there"
                 )
-                return Result(_stacked(state), None, signals.caught, log.first_loss_at - begun, log.tokens_per_second)
-    return Result(_stacked(state), validation, None, log.first_loss_at - begun, log.tokens_per_second)
+                return Result(stacked(state), None, signals.caught, log.first_loss_at - begun, log.tokens_per_second)
+    return Result(stacked(state), validation, None, log.first_loss_at - begun, log.tokens_per_second)
 
 
-def _may_take_apart(
+def _takes_apart(
     model: Model, optimizer: optax.GradientTransformation, config: TrainingConfig, sharding: Sharding | None
 ) -> bool:
-    """Whether a step gives the same with layers apart, and may take more memory: only a loop saves what remat may."""
-    saves_memory = getattr(model.config, "remat", None) == "full"
-    return config.layers_apart and sharding is None and isinstance(optimizer, Entrywise) and not saves_memory
-
-
-# As checkpoints and callers know a state, however it was trained. What was stacked is handed on and not copied.
-_stacked = jax.jit(spec.restack)
+    """Whether the run trains layers apart, as ``config.layers_apart`` says."""
+    entrywise = isinstance(optimizer, Entrywise)
+    if config.layers_apart is None:
+        saves_memory = getattr(model.config, "remat", None) == "full"  # which on a CPU only a loop does
+        return entrywise and not saves_memory and sharding is None and jax.default_backend() == "cpu"
+    if config.layers_apart and not entrywise:
+        raise ValueError(
+            "layers_apart=True needs an optimizer to which it is all the same how parameters are gathered in arrays: "
+            "take make_optimizer's, wrap yours in jaxlm.training.optimizer.Entrywise, or leave layers_apart at None"
+        )
+    return config.layers_apart
 
 
 def _start_from(

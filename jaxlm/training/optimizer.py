@@ -75,7 +75,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     return optax.join_schedules([rise, falls[config.schedule]], [config.warmup_steps])
 
 
-class Entrywise(optax.GradientTransformation):
+class Entrywise(optax.GradientTransformationExtraArgs):
     """A transformation to which it is all the same how parameters are gathered in arrays, so that layers may be apart.
 
     An entry's update depends on its own gradients, and on norms over all parameters. Adam is one; Adafactor, LAMB and
@@ -98,14 +98,19 @@ def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> Ent
     return Entrywise(chain.init, chain.update)
 
 
-def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+def _clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArgs:
     """``optax.clip_by_global_norm`` as one product with a scalar (Pascanu et al. 2013, algorithm 1).
 
-    Theirs divides each entry, and XLA writes the quotient out before Adam reads it: a pass over all gradients.
+    Theirs divides each entry, and XLA writes the quotient out before Adam reads it: a pass over all gradients. Where
+    the caller hands over ``gradient_norm``, as our step does, they are not read for it once more either.
     """
 
-    def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        factor = jnp.minimum(1.0, largest / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+    def clip(
+        updates: optax.Updates, state: Any, params: Any = None, *, gradient_norm: Any = None, **others: Any
+    ) -> tuple[optax.Updates, Any]:
+        del params, others
+        norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
+        factor = jnp.minimum(1.0, largest / norm)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 
-    return optax.stateless(clip)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip)

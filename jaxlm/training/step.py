@@ -108,17 +108,21 @@ def abstract_state(
     average: bool = False,
     stream: Stream | None = None,
     sharding: Sharding | None = None,
+    layers_apart: bool = False,
 ) -> TrainState:
     """Shapes (and shardings) of a state: what to restore a checkpoint into, or compile against."""
-    shapes = jax.eval_shape(
-        lambda key: init_state(model, optimizer, key, average=average, stream=stream), jax.random.key(0)
-    )
+
+    def make(key: jax.Array) -> TrainState:
+        state = init_state(model, optimizer, key, average=average, stream=stream)
+        return spec.unstack(state) if layers_apart else state
+
+    shapes = jax.eval_shape(make, jax.random.key(0))
     if sharding is None:
         return shapes
     return jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
         shapes,
-        state_sharding(model, optimizer, sharding, average=average, stream=stream),
+        state_sharding(model, optimizer, sharding, average=average, stream=stream, layers_apart=layers_apart),
     )
 
 
@@ -129,10 +133,15 @@ def state_sharding(
     *,
     average: bool = False,
     stream: Stream | None = None,
+    layers_apart: bool = False,
 ) -> TrainState:
-    """Where each array of a state lives: what is shaped like parameters as they are, the rest on every device."""
-    params, everywhere = sharding.tree(model.specs), sharding.replicated()
-    shapes = jax.eval_shape(optimizer.init, spec.abstract(model.specs))
+    """Where each array of a state lives: what is shaped like parameters as they are, the rest on every device.
+
+    ``layers_apart``: of a state whose layers ``spec.unstack`` took apart; so the optimizer must be ``Entrywise``.
+    """
+    specs = spec.unstack(model.specs) if layers_apart else model.specs
+    params, everywhere = sharding.tree(specs), sharding.replicated()
+    shapes = jax.eval_shape(optimizer.init, spec.abstract(specs))
     optimizer_sharding = optax.tree.map_params(
         optimizer,
         lambda _, place: place,
@@ -214,6 +223,8 @@ def make_step(
         return jax.tree.map(lambda g: g / weight, grads), total / weight, weight, moved
 
     mean_gradients = whole if accumulate == 1 and axis_name is None else in_parts
+    # Clipping need not read every gradient once more for a norm that is known; what asks for none is given none.
+    apply_optimizer = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -228,7 +239,7 @@ def make_step(
 
         def update(held: Any) -> Any:
             params, optimizer_state, average, carried = held
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+            updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
             params = optax.apply_updates(params, updates)
             if carried is not None:
                 carried = moved
@@ -286,15 +297,22 @@ def jit_step(
     average_decay: float | None = None,
     stream: Stream | None = None,
     sharding: Sharding | None = None,
+    layers_apart: bool = False,
 ) -> Step:
-    """:func:`make_step`, compiled, with the state's buffers donated: the state passed in must not be used again."""
+    """:func:`make_step`, compiled, with the state's buffers donated: the state passed in must not be used again.
+
+    ``layers_apart``: the state is one that ``spec.unstack`` took apart, and so placed; without ``sharding`` the step
+    takes either.
+    """
     step = make_step(
         model, optimizer, loss,
         accumulate=accumulate, average_decay=average_decay, stream=stream, sharding=sharding,
     )  # fmt: skip
     if sharding is None:
         return jax.jit(step, donate_argnums=0)
-    place = state_sharding(model, optimizer, sharding, average=average_decay is not None, stream=stream)
+    place = state_sharding(
+        model, optimizer, sharding, average=average_decay is not None, stream=stream, layers_apart=layers_apart
+    )
     return jax.jit(
         step,
         in_shardings=(place, sharding.named(("batch",))),

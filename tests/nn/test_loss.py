@@ -115,6 +115,22 @@ def test_chunks_are_as_large_as_each_device_may_hold(monkeypatch):
     assert chunks() == 8
 
 
+@pytest.mark.parametrize(("limit", "chunks"), [(147, 3), (128, 3), (127, 5), (97, 5), (63, 10), (1, 300)])
+def test_chunks_on_accelerators_are_whole_vectors(monkeypatch, limit, chunks):
+    params, *_ = make()
+    rng = np.random.default_rng(1)
+    hidden, targets = rng.normal(size=(1, 300, D)).astype(np.float32), rng.integers(0, V, (1, 300))
+    monkeypatch.setattr(loss.sharding, "platform", lambda: "tpu")
+
+    def chunked(params, hidden):
+        return chunked_cross_entropy(head, params, hidden, targets, np.ones((1, 300)), chunk_logits=limit * V)
+
+    gradient = jax.grad(chunked, argnums=(0, 1))
+    assert 1 + sum(scan.params["length"] for scan in _scans(jax.make_jaxpr(gradient)(params, hidden).jaxpr)) == chunks
+    want = jax.grad(lambda p, h: plain(p, h, targets, np.ones((1, 300))), argnums=(0, 1))(params, hidden)
+    assert_trees_close(jax.jit(gradient)(params, hidden), want, 3e-6)
+
+
 def _scans(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":

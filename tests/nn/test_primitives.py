@@ -12,7 +12,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
 from jaxlm.nn.position import positions_in_segments
 from jaxlm.spec import ZEROS
-from tests.helpers import assert_trees_close, relative_error
+from tests.helpers import assert_trees_close, assert_trees_equal, relative_error
 
 RNG = np.random.default_rng(0)
 
@@ -60,6 +60,22 @@ def test_linear_over_one_and_several_axes():
     assert linear_specs((2, 4, 5), ("heads", "kv", "embed"), ZEROS, inputs=2)["bias"].axes == ("embed",)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_heads_on_a_tpu_are_those_elsewhere(monkeypatch, dtype):
+    """The bias has the sum of what comes back, added up in float32."""
+    x, dy = jnp.asarray(draw(5, 40, 6), dtype), jnp.asarray(draw(5, 40, 3, 4), dtype)
+    params = {"weight": draw(6, 3, 4), "bias": draw(3, 4)}
+
+    def results(platform):
+        monkeypatch.setattr(linear_module, "platform", lambda: platform)
+        out, pull = jax.vjp(linear, params, x)
+        return out, pull(dy)
+
+    (out, (got, dx)), (want_out, (want, want_dx)) = results("tpu"), results("gpu")
+    assert_trees_equal((out, got["weight"], dx), (want_out, want["weight"], want_dx))
+    assert relative_error(got["bias"], np.asarray(dy, np.float64).sum((0, 1))) < 1e-6
+
+
 def test_layer_norm_against_its_formula_and_gradient():
     params, x = {"scale": draw(6), "bias": draw(6)}, draw(3, 4, 6)
     x64 = x.astype(np.float64)
@@ -78,6 +94,21 @@ def test_layer_norm_statistics_are_float32():
     out = layer_norm({"scale": jnp.ones(64), "bias": jnp.zeros(64)}, x, 1e-5)
     assert out.dtype == jnp.bfloat16
     assert float(jnp.std(out.astype(jnp.float32))) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (30.0, 1.0), (0.0, 1e-3), (-200.0, 20.0), (7.0, 0.0)])
+def test_layer_norm_of_half_precision_is_that_of_its_values(mean, spread):
+    """One pass over the values is as good as two, even where their mean is tens of deviations."""
+    x = jnp.asarray(mean + spread * draw(2, 3, 512), jnp.bfloat16)
+    params = {"scale": 1.0 + 0.1 * draw(512), "bias": draw(512)}
+    weights = draw(2, 3, 512)
+
+    def loss(x):
+        return jnp.sum(layer_norm(params, x, 1e-5).astype(jnp.float32) * weights)
+
+    exact = x.astype(jnp.float32)
+    assert relative_error(layer_norm(params, x, 1e-5), layer_norm(params, exact, 1e-5)) < 2**-7
+    assert relative_error(jax.grad(loss)(x), jax.grad(loss)(exact)) < 2**-6
 
 
 def test_embedding_rows_gradient_and_bad_ids():

@@ -37,6 +37,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     mask, T, S, H, G = CASES[name]
+    scale = 0.25 if name == "causal" else 0.3  # a power of two is another way
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # several blocks, some of them skipped
     q, k, v, cotangent = inputs(T, S, H, G, 16)
 
@@ -47,8 +48,8 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
 
         return jax.jit(value_and_gradients)(q, k, v)
 
-    got = both(lambda q, k, v: splash.attention(q, k, v, mask, scale=0.3, interpret=True))
-    want = both(lambda q, k, v: attention(q, k, v, mask, scale=0.3, implementation="reference"))
+    got = both(lambda q, k, v: splash.attention(q, k, v, mask, scale=scale, interpret=True))
+    want = both(lambda q, k, v: attention(q, k, v, mask, scale=scale, implementation="reference"))
     assert_trees_close(got, want, 1e-5)
     if "alone" in name:
         assert np.any(np.all(np.asarray(want[0]) == 0.0, axis=(2, 3)))  # there are queries that see nothing

@@ -151,6 +151,9 @@ def test_a_run_can_go_on_another_mesh(tmp_path, whole):
         ({}, "dots", True, True),
         ({"layers_apart": False}, "dots", True, False),
         ({}, "full", True, False),  # asks for little memory
+        ({"layers_apart": True}, "full", True, True),
+        ({"sharding": "data=2,fsdp=4"}, "dots", True, False),
+        ({"sharding": "data=2,fsdp=4", "layers_apart": True}, "dots", True, True),
         ({}, "dots", False, False),  # might mean something else by a leaf
     ],
 )
@@ -162,6 +165,8 @@ def test_layers_are_apart_where_that_changes_nothing_but_time(
     if not entrywise:
         optimizer = optax.GradientTransformation(*optimizer)
     monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, evaluate))
+    if "sharding" in options:
+        options = {**options, "sharding": Sharding(make_mesh(options["sharding"]))}
     trained = []
 
     def loss(model, params, *arguments, **options):
@@ -172,8 +177,18 @@ def test_layers_are_apart_where_that_changes_nothing_but_time(
     assert isinstance(trained[0]["layers"], tuple) == apart
     assert jax.tree.structure(result.state) == jax.tree.structure(whole.state)  # stacked again
     assert result.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
-    resumed = run(tmp_path, resume=True, steps=STEPS + 1, layers_apart=not apart)  # and so it is saved
+    options = {**options, "layers_apart": None if apart else entrywise}
+    resumed = run(tmp_path, resume=True, steps=STEPS + 1, **options)  # and so it is saved
     assert int(resumed.state.step) == STEPS + 1
+
+
+def test_layers_apart_for_an_optimizer_that_may_look_at_whole_arrays_is_refused(tmp_path, monkeypatch):
+    model, optimizer, tokens, evaluate = parts()
+    other = optax.GradientTransformation(*optimizer)
+    monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, other, tokens, evaluate))
+    with pytest.raises(ValueError, match=r"layers_apart=True needs an optimizer .* take make_optimizer's, wrap yours"):
+        run(tmp_path, layers_apart=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_run_leaves(tmp_path, whole):

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlm import spec
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training import step as step_lib
@@ -126,15 +127,38 @@ def test_training_from_half_precision_parameters_is_refused():
         step_lib.fresh_state(low, optimizer, jax.random.key(0))
 
 
-def test_abstract_state_is_the_real_one_with_shardings():
+def test_the_optimizer_is_handed_the_norm_that_the_step_knows():
+    """One that takes none, and one that clips by it: what is handed over is what it would have computed."""
+    model, optimizer, batch = parts()
+    seen = []
+
+    def update(updates, state, params=None, **others):
+        seen.append(set(others))
+        return optimizer.update(updates, state, params, **others)
+
+    batch.tokens[0, 0] = 3
+    want, _ = jitted()(fresh(), batch)
+    plain = optax.GradientTransformation(optimizer.init, lambda grads, state, params=None: update(grads, state, params))
+    for watched in (plain, optax.GradientTransformationExtraArgs(optimizer.init, update)):
+        step = jax.jit(step_lib.make_step(model, watched, poisoned))
+        assert_trees_close(step(fresh(), batch)[0].params, want.params, 1e-6)
+    assert seen == [set(), {"gradient_norm"}]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_abstract_state_is_the_real_one_with_shardings(apart):
     model, optimizer, _ = parts()
     sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
-    abstract = step_lib.abstract_state(model, optimizer, average=True, sharding=sharding)
+    abstract = step_lib.abstract_state(model, optimizer, average=True, sharding=sharding, layers_apart=apart)
     real = step_lib.init_state(model, optimizer, jax.random.key(0), average=True, sharding=sharding)
+    if apart:
+        place = step_lib.state_sharding(model, optimizer, sharding, average=True, layers_apart=True)
+        real = jax.jit(spec.unstack, out_shardings=place)(real)
     described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == described
-    moments = real.optimizer[1].mu["layers"]["mlp"]["up"]["weight"]
-    assert moments.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    layers = real.optimizer[1].mu["layers"]
+    moments = (layers[0] if apart else layers)["mlp"]["up"]["weight"]
+    assert moments.sharding.spec == jax.sharding.PartitionSpec(*[None] * (not apart), "fsdp", "tensor")
 
 
 # ----------------------------------------------------------------------------------------------- optimizer

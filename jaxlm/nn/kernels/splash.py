@@ -9,6 +9,7 @@ Shapes as in ``jaxlm.nn.attention``.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -51,7 +52,10 @@ def attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
-    q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
+    if math.frexp(scale)[0] == 0.5:
+        q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # a power of two is exact, and a part of the projection
+    else:
+        q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
     segments = (mask.query_segments, mask.key_segments)
     run = functools.partial(_rows, mask.causal, mask.window, interpret)
     active = sharding_lib.active()
