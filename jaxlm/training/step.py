@@ -189,40 +189,27 @@ def make_step(
         total, weight, carried = loss(model, params, batch, key=key, state=carried)
         return total, (weight, carried)
 
-    def mean_loss(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[jax.Array, Any]:
-        total, (weight, carried) = total_loss(params, batch, key, carried)
-        return total / weight, (weight, carried)
+    def whole(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[Any, Any]:
+        """Sums over the batch: gradient of the loss, loss, and weight; and what is handed on."""
+        gradient = jax.value_and_grad(total_loss, has_aux=True)
+        (total, (weight, carried)), grads = gradient(params, batch, key, carried)
+        return (grads, total, weight), carried
 
-    def whole(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[Any, jax.Array, jax.Array, Any]:
-        """Gradient of the mean loss, mean loss, weight, and what is handed on."""
-        (mean, (weight, carried)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, carried)
-        return grads, mean, weight, carried
-
-    def in_parts(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[Any, jax.Array, jax.Array, Any]:
-        """As ``whole``; sums over parts and devices are divided at the end, which costs a pass over the gradients."""
+    def in_parts(params: Any, batch: Any, key: jax.Array, carried: Any) -> tuple[Any, Any]:
+        """As ``whole``, of one part of the batch after the other."""
 
         def part(sums: Any, numbered: Any) -> tuple[Any, Any]:
             number, rows = numbered
-            part_key = jax.random.fold_in(key, number)
-            gradient = jax.value_and_grad(total_loss, has_aux=True)
-            (total, (weight, moved)), grads = gradient(params, rows, part_key, carried)
-            return jax.tree.map(jnp.add, sums, (grads, total, weight)), moved
+            added, moved = whole(params, rows, jax.random.fold_in(key, number), None)
+            return jax.tree.map(jnp.add, sums, added), moved
 
-        if carried is not None and accumulate > 1:
+        if carried is not None:
             raise ValueError(f"accumulate={accumulate} cannot cut a batch whose rows are streams: leave it at 1")
         start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
         sums, moved = jax.lax.scan(part, start, (jnp.arange(accumulate), _parts(batch, accumulate)))
-        if carried is not None:
-            moved = jax.tree.map(lambda x: x[0], moved)  # its rows stay where they are
-        else:
-            moved = jax.tree.map(lambda x: jnp.mean(x, axis=0), moved)
-        if axis_name is not None:
-            sums = jax.lax.psum(sums, axis_name)
-            moved = moved if carried is not None else jax.lax.pmean(moved, axis_name)
-        grads, total, weight = sums
-        return jax.tree.map(lambda g: g / weight, grads), total / weight, weight, moved
+        return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), moved)
 
-    mean_gradients = whole if accumulate == 1 and axis_name is None else in_parts
+    gradients = whole if accumulate == 1 else in_parts
     # Clipping need not read every gradient once more for a norm that is known; what asks for none is given none.
     apply_optimizer = optax.with_extra_args_support(optimizer).update
 
@@ -233,12 +220,19 @@ def make_step(
         carried = state.carried
         if stream is not None and batch.reset is not None:
             carried = spec.reset(model.state_specs(*stream), carried, batch.reset)
-        grads, mean, weight, moved = mean_gradients(state.params, batch, key, carried)
-        norm = optax.tree.norm(grads)
+        sums, moved = gradients(state.params, batch, key, carried)
+        if axis_name is not None:
+            sums = jax.lax.psum(sums, axis_name)
+            moved = moved if carried is not None else jax.lax.pmean(moved, axis_name)
+        summed, total, weight = sums
+        mean, share = total / weight, 1.0 / weight
+        norm = optax.tree.norm(summed) * share
         good = jnp.isfinite(mean) & jnp.isfinite(norm)
 
         def update(held: Any) -> Any:
             params, optimizer_state, average, carried = held
+            # Made means here, where the optimizer reads them, and by a product: no pass over the gradients of its own.
+            grads = jax.tree.map(lambda g: g * share.astype(g.dtype), summed)
             updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
             params = optax.apply_updates(params, updates)
             if carried is not None:

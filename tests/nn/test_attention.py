@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jaxlm.nn.attention import attention
 from jaxlm.nn.cache import Slots, append
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention
 from jaxlm.nn.mask import Mask, keep
-from jaxlm.nn.relative import distance_term_of_positions
+from jaxlm.nn.relative import distance_term, distance_term_of_positions
+from jaxlm.sharding import Sharding, make_mesh
 from tests.helpers import assert_trees_close, relative_error
 
 SHAPES = [(2, 40, 40, 3, 8), (1, 300, 300, 2, 16), (2, 131, 257, 2, 8)]  # B, T, S, H, K
@@ -176,6 +178,38 @@ def test_all_heads_together_equal_one_after_the_other():
         q, k, v, Mask(causal=True), scale=0.3, terms=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
     )
     assert relative_error(run(False), run(True)) < 3e-6
+
+
+def test_what_all_rows_share_gets_its_gradient_once_and_on_each_device():
+    """Between devices goes the sum of its gradients, and no tile of scores."""
+    B, T, H = 8, 300, 2
+    q, k, v, cotangent = inputs(B, T, T, H, 8)
+    table = np.random.default_rng(2).normal(size=(33, H)).astype(np.float32)
+
+    def gradients(sequential):
+        def value(table, q):
+            term = distance_term(table, 16, T, T, ahead=0)
+            out = blockwise_attention.attention(
+                q, k, v, Mask(causal=True), scale=0.3, terms=(term,), dropout=0.0, key=None, sequential=sequential
+            )
+            return jnp.sum(out * cotangent)
+
+        return jax.grad(value, argnums=(0, 1))
+
+    want = jax.jit(gradients(True))(table, q)
+    assert_trees_close(jax.jit(gradients(False))(table, q), want, 1e-5)
+    split = Sharding(make_mesh("data=4,tensor=2"))
+
+    def scoped(table, q):
+        with split.scope():
+            return gradients(False)(table, split_rows(q))
+
+    split_rows = lambda x: sharding.constrain(x, ("batch", None, None, None))  # noqa: E731
+    compiled = jax.jit(scoped).lower(table, q).compile()
+    assert_trees_close(compiled(table, q), want, 1e-5)
+    summed = re.findall(r"= \(?f32\[([\d,]*)\][^=]* all-reduce(?:-start)?\(", compiled.as_text())
+    assert summed
+    assert all(np.prod([int(size) for size in shape.split(",")]) <= 2 * T * H for shape in summed)
 
 
 def test_bad_input_is_named():

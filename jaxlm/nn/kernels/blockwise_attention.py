@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm import sharding
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.term import Form, Term, Tile, add_parts, axes_over, parts, without_ones
 
@@ -33,6 +35,8 @@ RANGES_FROM = 1024
 """Keys from which ranges that only the integers of a mask tell are worth a branch."""
 SAVED = "attention"
 """Name (``jax.ad_checkpoint.checkpoint_name``) of what the forward pass leaves for the backward pass."""
+ROWS_OF_BATCH = "attention_rows"
+"""Name of the axis over which all rows are worked on together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class _Static:
     dropout: float
     sequential: bool
     forms: tuple[Form, ...]
+    shared: tuple[bool, ...]
+    """Which terms are one for all rows of the batch, where these are worked on together."""
 
 
 def attention(
@@ -60,12 +66,17 @@ def attention(
     sequential: bool,
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``sequential``: one head after the other instead of all together."""
-    static = _Static(mask.causal, mask.window, scale, dropout, sequential, tuple(term.form for term in terms))
+    shared = tuple(not sequential and all(x.shape[0] == 1 for x in _arrays(term)) for term in terms)
+    static = _Static(mask.causal, mask.window, scale, dropout, sequential, tuple(term.form for term in terms), shared)
     if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
         k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
     floats = (q_BTHK, k_BSGK, v_BSGK, tuple(term.floats for term in terms))
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
     return _attention(static, floats, integers, key)
+
+
+def _arrays(term: Term) -> list[Any]:
+    return jax.tree.leaves((term.floats, term.integers))
 
 
 def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax.Array:
@@ -152,11 +163,18 @@ def _backward_block(
     dv_KE = dot(dout_RK, kept.astype(v_EK.dtype), (((0,), (0,)), ((), ())))
     dq_RK = dot(scaled, k_EK, (((1,), (0,)), ((), ())))
     dk_KE = dot(q_RK, scaled, (((0,), (0,)), ((), ())))
-    dparts: Any = ()
-    if static.forms:
-        _, pull = jax.vjp(lambda of_tile: _terms(static, of_tile, integers[1], tile), of_tile)
-        (dparts,) = pull(dscores)
-    return dq_RK, dk_KE, dv_KE, dparts
+    return dq_RK, dk_KE, dv_KE, _term_gradients(static, of_tile, integers[1], tile, dscores)
+
+
+def _term_gradients(static: _Static, of_tile: Any, integers: Any, tile: Tile, dscores: jax.Array) -> tuple[Any, ...]:
+    """What a block adds to the gradients of each term's parts."""
+
+    def one(form: Form, shared: bool, of_tile: Any, integers: Any) -> Any:
+        _, pull = jax.vjp(lambda of_tile: form(of_tile, integers, tile), of_tile)
+        # Linear in dscores: summed over the rows first, it is worked out once and not for each of them.
+        return pull(lax.psum(dscores, ROWS_OF_BATCH) if shared else dscores)[0]
+
+    return tuple(map(one, static.forms, static.shared, of_tile, integers))
 
 
 # ------------------------------------------------------------------------------------------- blocks of a head
@@ -337,7 +355,14 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
         shape = (x.shape[0], B // x.shape[0], x.shape[1], H // x.shape[1], *x.shape[2:])
         return gradient.reshape(shape).sum(axis=(1, 3)).astype(x.dtype)
 
-    gradients = jax.tree.map(collected, _together(of_head, both, integers), turned)
+    # What all rows share is summed over those of a device, and not of another, before its gradient is worked out.
+    active = sharding.active()
+    B = lse.shape[0]
+    devices = 1 if active is None or not any(static.shared) else math.gcd(B, active.pieces(("batch",)))
+    *own, added = _together(of_head, both, integers, devices)
+    once = lambda x: x.reshape(devices, B // devices, *x.shape[1:])[:, 0]  # noqa: E731 (every row has the sum)
+    added = tuple(jax.tree.map(once, x) if shared else x for x, shared in zip(added, static.shared, strict=True))
+    gradients = jax.tree.map(collected, (*own, added), turned)
     return _heads_first(gradients), None, None
 
 
@@ -383,12 +408,22 @@ def _heads_first(floats: Any) -> Any:
     return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), added
 
 
-def _together(function: Callable[..., Any], floats: Any, integers: Any) -> Any:
+def _together(function: Callable[..., Any], floats: Any, integers: Any, parts_of_batch: int = 1) -> Any:
     """``function(head number, arrays of the head, integers of its row)`` of all at once, [B, H, ...].
 
-    Arrays may have 1 in place of B or H, integers 1 in place of B.
+    Arrays may have 1 in place of B or H, integers 1 in place of B. ``parts_of_batch``: what the function sums over
+    :data:`ROWS_OF_BATCH` are the rows of one of so many parts.
     """
     B, H = jax.tree.leaves(floats)[0].shape[:2]
     over_heads = jax.vmap(function, in_axes=(0, axes_over(floats, 1), None))
-    over_rows = jax.vmap(over_heads, in_axes=(0, axes_over(floats, 0), axes_over(integers, 0)))
-    return over_rows(jnp.arange(B * H).reshape(B, H), without_ones(floats), without_ones(integers, 1))
+    axes = 0, axes_over(floats, 0), axes_over(integers, 0)
+    over_rows = jax.vmap(over_heads, in_axes=axes, axis_name=ROWS_OF_BATCH)
+    arguments = jnp.arange(B * H).reshape(B, H), without_ones(floats), without_ones(integers, 1)
+    if parts_of_batch == 1:
+        return over_rows(*arguments)
+
+    def cut(axis: int | None, x: Any) -> Any:
+        return x if axis is None else x.reshape(parts_of_batch, -1, *x.shape[1:])
+
+    arguments = jax.tree.map(cut, axes, arguments, is_leaf=lambda axis: axis is None)
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), jax.vmap(over_rows, in_axes=axes)(*arguments))
