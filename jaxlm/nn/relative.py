@@ -56,14 +56,14 @@ def distance_term(
         q_BTHK: what meets the vectors of the table.
         scale: of the products; numbers are taken as they are.
     """
-    # From now on row 0 belongs to the last query and the first key. One row more than pairs have: see ``_aligned``.
-    first, rows = longest - (ahead + queries - 1), queries + keys
+    # From now on row 1 belongs to the last query and the first key. One row more than pairs have: see ``_aligned``.
+    first, rows = longest - (ahead + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(beyond, 0), rows - 1) for beyond in (low - first, first + rows - 1 - high))
     floats = _floats(table, q_BTHK)
     wanted = floats["table"][..., low : high + 1]
     floats["table"] = jnp.pad(wanted, (*[(0, 0)] * (wanted.ndim - 1), (before, after)), mode="edge")
-    return Term(_Places(queries - 1, scale), floats)
+    return Term(_Places(queries, scale), floats)
 
 
 def distance_term_of_positions(
@@ -102,7 +102,7 @@ class _Places:
     scale: float
 
     def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
-        first = self.shift - tile.row - (tile.rows - 1) + tile.column
+        first = self.shift - tile.row - tile.rows + tile.column
         return {"table": (first, tile.rows + tile.columns, -1), "query": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
@@ -113,13 +113,14 @@ class _Places:
 
 
 def _aligned(x_RP: jax.Array) -> jax.Array:
-    """Entry (i, R - 1 - i + j) of x [R, R + E] at (i, j), [R, E]: diagonals become columns."""
+    """Entry (i, R - i + j) of x [R, R + E] at (i, j), [R, E]: diagonals become columns."""
     R, P = x_RP.shape
     if sharding.platform() == "cpu":  # whose gradient of the other form takes three times as long
         flat, width = x_RP.reshape(R * P), P - R
-        return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R - 1,), (width,)))(jnp.arange(R))
-    # Reading rows of P as rows of P - 1 shifts each against the one before (Dai et al. 2019, appendix B).
-    return x_RP.reshape(R * P)[R - 1 : R - 1 + R * (P - 1)].reshape(R, P - 1)[:, : P - R]
+        return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
+    # Reading rows of P as rows of P - 1 shifts each against the one before (Dai et al. 2019, appendix B). From R on and
+    # not from R - 1, where whole vectors begin.
+    return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
 @dataclasses.dataclass(frozen=True)
