@@ -23,12 +23,12 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centred = x32 - mean
-    if x.dtype == jnp.float32:
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    else:
+    if jnp.finfo(x.dtype).bits < 32:
         # Both sums in one pass, which a TPU makes as it computes x. What cancels here is less than rounding x to half
         # precision has cost, until a mean of thousands of deviations leaves x no digits.
         variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    else:
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normal = centred * lax.rsqrt(variance + epsilon)
     scale, bias = (lax.broadcast_in_dim(params[name], x.shape, (x.ndim - 1,)) for name in ("scale", "bias"))
     return (normal * scale + bias).astype(x.dtype)

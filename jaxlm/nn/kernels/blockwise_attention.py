@@ -66,17 +66,14 @@ def attention(
     sequential: bool,
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``sequential``: one head after the other instead of all together."""
-    shared = tuple(not sequential and all(x.shape[0] == 1 for x in _arrays(term)) for term in terms)
+    arrays = [jax.tree.leaves((term.floats, term.integers)) for term in terms]
+    shared = tuple(not sequential and all(x.shape[0] == 1 for x in own) for own in arrays)
     static = _Static(mask.causal, mask.window, scale, dropout, sequential, tuple(term.form for term in terms), shared)
     if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
         k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
     floats = (q_BTHK, k_BSGK, v_BSGK, tuple(term.floats for term in terms))
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
     return _attention(static, floats, integers, key)
-
-
-def _arrays(term: Term) -> list[Any]:
-    return jax.tree.leaves((term.floats, term.integers))
 
 
 def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax.Array:
