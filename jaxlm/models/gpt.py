@@ -173,7 +173,7 @@ def apply(
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
         read = _norm(cfg, "before", weights["attention_norm"], x)
-        attended, kv = _attention(cfg, weights, read, kv, place.mask, state, layer_key)
+        attended, kv = _attention(cfg, weights, read, kv, place, layer_key)
         x = _norm(cfg, "after", weights["attention_norm"], x + attended)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         read = _norm(cfg, "before", weights["mlp_norm"], x)
@@ -200,15 +200,12 @@ def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.A
 
 
 def _attention(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, mask: Any, state: Any, key: jax.Array | None
+    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, place: cache.Span, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     q, k, v = _projections(weights["attention"]["qkv"], x)
-    if kv is not None:
-        start_B = state["length"] - x.shape[1]
-        k, v = (cache.append(old, new, start_B) for old, new in zip(kv, (k, v), strict=True))
-        kv = (k, v)
+    kv, (k, v) = cache.extended(kv, (k, v), place)
     mixed = attention(
-        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        q, k, v, place.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,
     )  # fmt: skip
     out = linear(weights["attention"]["output"], mixed, inputs=2)

@@ -183,7 +183,7 @@ def apply(
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
-        attended, kv = _attention(cfg, weights, x, kv, mask, angles, state, layer_key)
+        attended, kv = _attention(cfg, weights, x, kv, place, mask, angles, layer_key)
         x = constrain(x + attended, ("batch", "seq", "activation_embed"))
         x = x + _mlp(cfg, weights, x)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
@@ -215,9 +215,9 @@ def _attention(
     weights: dict[str, Any],
     x: jax.Array,
     kv: Any,
+    place: cache.Span,
     mask: Mask,
     angles: tuple[jax.Array, jax.Array],
-    state: Any,
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     normal = rms_norm(weights["attention_norm"], x, cfg.norm_epsilon)
@@ -226,10 +226,7 @@ def _attention(
         for name in ("query", "key", "value")
     )
     q, k = rotate(q, angles), rotate(k, angles)
-    if kv is not None:
-        start_B = state["length"] - x.shape[1]
-        k, v = (cache.append(old, new, start_B) for old, new in zip(kv, (k, v), strict=True))
-        kv = (k, v)
+    kv, (k, v) = cache.extended(kv, (k, v), place)
     mixed = attention(
         q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,

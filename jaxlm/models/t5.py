@@ -285,9 +285,7 @@ def apply(
         weights, kv, layer_key = layer
         normal = _norm(cfg, weights["attention_norm"], x)
         k, v = _keys_values(weights["attention"], normal)
-        if kv is not None:
-            start_B = state["length"] - x.shape[1]
-            kv = k, v = tuple(cache.append(old, new, start_B) for old, new in zip(kv, (k, v), strict=True))
+        kv, (k, v) = cache.extended(kv, (k, v), place)
         own_key = fold_name(layer_key, "attention")
         x = x + _attention(cfg, weights["attention"], normal, k, v, place.mask, bias_of(weights), own_key)
 

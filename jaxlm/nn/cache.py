@@ -2,11 +2,13 @@
 
 Every leaf has a ``batch`` axis, so beams, resets and shardings act on it by name. Each row writes at its own
 ``length``, so rows of one batch may be at different places. Slots hold what was fed, padding included: a slot of
-segment 0 is seen by nobody real. Shapes: L layers, B batch, S slots, T new tokens, H heads, K head width.
+segment 0 is seen by nobody real. The heads of a slot stand side by side in one axis: one of the width of a head would
+leave half of a TPU's vectors empty. Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxlm import sharding, spec
+from jaxlm import spec
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.position import positions_in_segments
 from jaxlm.spec import ArraySpec
@@ -22,7 +24,7 @@ from jaxlm.spec import ArraySpec
 
 def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any) -> dict[str, ArraySpec]:
     """Specs of an empty cache of ``slots`` tokens per row for ``layers`` layers."""
-    keys = spec.stack(layers, ArraySpec((batch, slots, heads, kv), ("batch", None, "heads", "kv"), dtype=dtype))
+    keys = spec.stack(layers, ArraySpec((batch, slots, heads * kv), ("batch", None, "heads"), dtype=dtype))
     slot = ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32)
     return {
         "key": keys,
@@ -35,57 +37,79 @@ def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype:
 
 @struct.dataclass
 class Slots:
-    """The slots of one layer [B, S, H, K] where they stand among those of all layers: written and read in place.
+    """The slots of one layer [B, S, G * K] where they stand among those of all layers: written and read in place.
 
     A loop over layers that took each layer's slots out and put them back would copy the whole cache for every token.
+    With ``heads``, they are read as [B, S, G, K].
     """
 
     all: jax.Array
     layer: Any
+    heads: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[B, S, H, K]."""
-        return self.all.shape[1:]
+        """[B, S, G * K], or by heads."""
+        *most, width = self.all.shape[1:]
+        return (*most, width) if self.heads is None else (*most, self.heads, width // self.heads)
 
     def first(self, length: int) -> jax.Array:
-        """The first ``length`` slots of every row, [B, length, H, K]."""
+        """The first ``length`` slots of every row, [B, length, ...]."""
         sizes = (1, self.all.shape[1], length, *self.all.shape[3:])
-        return lax.dynamic_slice(self.all, (self.layer, *[0] * (len(sizes) - 1)), sizes)[0]
+        first = lax.dynamic_slice(self.all, (self.layer, *[0] * (len(sizes) - 1)), sizes)
+        return first.reshape(self.shape[0], length, *self.shape[2:])
 
     def append(self, new_BT: jax.Array, length_B: jax.Array) -> Slots:
         """As :func:`append`."""
         B, T = new_BT.shape[:2]
         slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
         rows = jnp.arange(B)[:, None]
-        new = self.all.at[self.layer, rows, slot_BT].set(new_BT.astype(self.all.dtype), unique_indices=True)
-        return Slots(new, self.layer)
+        new = new_BT.reshape(B, T, *self.all.shape[3:]).astype(self.all.dtype)
+        return dataclasses.replace(self, all=self.all.at[self.layer, rows, slot_BT].set(new, unique_indices=True))
 
 
 def stays_in_place(state: Any, new: int) -> bool:
-    """Whether a loop over layers had better leave the cache where it is: few new tokens, much room, nothing sharded."""
-    return state is not None and 8 * new <= state["segment_ids"].shape[1] and sharding.active() is None
+    """Whether a loop over layers had better leave the cache where it is: few new tokens, much room."""
+    return state is not None and 8 * new <= state["segment_ids"].shape[1]
 
 
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     """Write ``new`` [B, T, ...] into ``slots`` [B, S, ...] from each row's ``length`` on."""
     if isinstance(slots_BS, Slots):
         return slots_BS.append(new_BT, length_B)
-    return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, 0))(
-        slots_BS, new_BT, length_B
-    )
+    new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
+    return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(slots_BS, new_BT, length_B)
+
+
+def extended(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any, tuple[Any, Any]]:
+    """A layer's slots of keys and values with new ones, each [B, T, G, K]: as they are carried, and as attention reads
+    them, [B, S, G, K]. Without slots, the new ones are all there are."""
+    if kv is None:
+        return None, new
+    assert span.start_B is not None
+    kv = tuple(append(old, x, span.start_B) for old, x in zip(kv, new, strict=True))
+
+    def by_heads(slots: Any) -> Any:
+        heads = new[0].shape[2]
+        if isinstance(slots, Slots):
+            return dataclasses.replace(slots, heads=heads)
+        return slots.reshape(*slots.shape[:2], heads, slots.shape[2] // heads)
+
+    return kv, (by_heads(kv[0]), by_heads(kv[1]))
 
 
 @struct.dataclass
 class Span:
     """Where the new tokens of a call stand: between what came before (the cache) and what they may see.
 
-    ``mask`` is who sees whom. ``valid_B`` is False for a row whose cache is too short for the new tokens.
+    ``mask`` is who sees whom. ``start_B`` is the slot of each row's first new token. ``valid_B`` is False for a row
+    whose cache is too short for the new tokens.
     """
 
     segment_ids: jax.Array
     positions: jax.Array
     mask: Mask
+    start_B: jax.Array | None
     valid_B: jax.Array | None
 
 
@@ -103,7 +127,7 @@ def span(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> 
         if positions is None:
             ones = jnp.ones((B, T), jnp.int32)
             positions = positions_in_segments(ones if segment_ids is None else segment_ids)
-        return Span(segment_ids, positions, mask, None), None
+        return Span(segment_ids, positions, mask, None, None), None
     S = state["segment_ids"].shape[1]
     if T > S:
         raise ValueError(f"{T} new tokens do not fit a state of {S} slots: make it with state_specs(cfg, batch, {T})")
@@ -128,4 +152,4 @@ def span(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> 
         query_segments=segments,
         key_segments=state["segment_ids"],
     )
-    return Span(segments, positions, mask, length_B + T <= S), state
+    return Span(segments, positions, mask, length_B, length_B + T <= S), state

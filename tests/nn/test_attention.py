@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
-from jaxlm.nn.cache import Slots, append
+from jaxlm.nn.cache import Slots, Span, append, extended
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.relative import distance_term, distance_term_of_positions
@@ -321,18 +321,31 @@ def test_few_queries_over_a_source_read_no_more_of_it_than_is_text():
     assert relative_error(got, want) < 3e-6
 
 
+def span_from(start_B):
+    return Span(None, None, Mask(), start_B, None)
+
+
 def test_slots_are_written_and_read_among_those_of_all_layers():
     q, k, v, mask = cached((6, 90))
     new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
     start = jnp.array([3, 87])
-    every = jnp.stack([k - 1.0, k, k + 1.0])
-    written = Slots(every, jnp.int32(1)).append(new, start)
+    by_heads, every = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
+    every = every.reshape(3, *by_heads[:2], -1)
+    (written, _), (seen, _) = extended(
+        (Slots(every, jnp.int32(1)), Slots(every, jnp.int32(1))), (new, new), span_from(start)
+    )
     want = append(k, new, start)
-    assert written.shape == want.shape
-    np.testing.assert_array_equal(written.first(120), want[:, :120])
+    assert written.shape == every.shape[1:]
+    assert seen.shape == by_heads
+    np.testing.assert_array_equal(written.first(120), want[:, :120].reshape(2, 120, -1))
+    np.testing.assert_array_equal(seen.first(120), want[:, :120])
+    (plain, _), (plain_seen, _) = extended((every[1], every[1]), (new, new), span_from(start))
+    np.testing.assert_array_equal(plain, written.first(by_heads[1]))
+    np.testing.assert_array_equal(plain_seen, want)
     np.testing.assert_array_equal(written.all[jnp.array([0, 2])], every[jnp.array([0, 2])])
     for implementation in ("decode", "reference", None):
-        got = attention(q, written, Slots(v[None], 0), mask, implementation=implementation)
+        values = Slots(v.reshape(1, *by_heads[:2], -1), 0, by_heads[2])
+        got = attention(q, seen, values, mask, implementation=implementation)
         assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6
 
 

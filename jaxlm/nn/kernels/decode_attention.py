@@ -1,8 +1,8 @@
 """Attention of a few queries over a cache: its cost follows what the cache holds and not what it has room for.
 
-The slots that anybody may see are read, rounded up to one of a few lengths: each is a branch of its own. On a CPU all
-heads are one matmul, ``k [E, G*K] @ q [G*K, T*H]``, with zeros where query and key are of different heads: that is
-more arithmetic than is needed, but a product for each head would first copy the cache into another order.
+The slots that anybody may see are read, rounded up to one of a few lengths: each is a branch of its own. On a CPU and a
+TPU all heads are one matmul, ``k [E, G*K] @ q [G*K, T*H]``, with zeros where query and key are of different heads: that
+is more arithmetic than is needed, but a product for each head would first copy the cache into another order.
 Shapes as in ``jaxlm.nn.attention``; E slots read.
 """
 
@@ -78,7 +78,8 @@ def attend(
     """As :func:`attention`, over the first E keys only."""
     B, T, H, K = q_BTHK.shape
     E, G = k_BEGK.shape[1:3]
-    flat = sharding.platform() == "cpu"
+    active = sharding.active()
+    flat = sharding.platform() in ("cpu", "tpu") and (active is None or active.pieces(("heads",)) == 1)
     same_GH = np.arange(G)[:, None] == np.arange(H) // (H // G)
     if flat:
         spread = jnp.einsum("BTHK,GH->BGKTH", q_BTHK, same_GH.astype(q_BTHK.dtype)).reshape(B, G * K, T * H)
