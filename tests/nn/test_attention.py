@@ -283,7 +283,7 @@ def cached(filled, S=700, G=2):
     return q, k, v, mask
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("filled", [(3, 90), (170, 4), (300, 350), (700, 20)])
 def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     monkeypatch.setattr(sharding, "platform", lambda: kind)

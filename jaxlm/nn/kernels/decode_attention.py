@@ -26,6 +26,8 @@ QUERIES = 8
 """Queries up to which this pays off."""
 SHORTEST = 128
 """Fewest slots that are read; each further branch reads twice as many."""
+VECTOR = 128
+"""Numbers in a row of a TPU's vector."""
 
 
 def refusal(bias: jax.Array | None, key: jax.Array | None) -> str | None:
@@ -83,7 +85,8 @@ def attend(
     same_GH = np.arange(G)[:, None] == np.arange(H) // (H // G)
     if flat:
         spread = jnp.einsum("BTHK,GH->BGKTH", q_BTHK, same_GH.astype(q_BTHK.dtype)).reshape(B, G * K, T * H)
-        scores = _dot(k_BEGK.reshape(B, E, G * K), spread).reshape(B, E, T, H).transpose(0, 3, 2, 1)
+        spread = jnp.pad(spread, ((0, 0), (0, _missing(G * K)), (0, 0)))
+        scores = _dot(_flat(k_BEGK), spread).reshape(B, E, T, H).transpose(0, 3, 2, 1)
     else:
         grouped = q_BTHK.reshape(B, T, G, H // G, K)
         scores = jnp.einsum("BTGRK,BEGK->BGRTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
@@ -99,10 +102,22 @@ def attend(
     probabilities = softmax(scores_BHTE, keep(shorter, T, E)).astype(v_BEGK.dtype)
     V = v_BEGK.shape[3]
     if flat:
-        mixed = _dot(probabilities.reshape(B, H * T, E), v_BEGK.reshape(B, E, G * V)).reshape(B, H, T, G, V)
+        mixed = _dot(probabilities.reshape(B, H * T, E), _flat(v_BEGK))[..., : G * V].reshape(B, H, T, G, V)
         return jnp.einsum("BHTGV,GH->BTHV", mixed, same_GH.astype(np.float32)).astype(v_BEGK.dtype)
     grouped = probabilities.reshape(B, G, H // G, T, E)
     return jnp.einsum("BGRTE,BEGV->BTGRV", grouped, v_BEGK).reshape(B, T, H, V)
+
+
+def _flat(x_BEGK: jax.Array) -> jax.Array:
+    """All heads side by side, and on a TPU zeros up to whole vectors."""
+    B, E, G, K = x_BEGK.shape
+    return jnp.pad(x_BEGK.reshape(B, E, G * K), ((0, 0), (0, 0), (0, _missing(G * K))))
+
+
+def _missing(width: int) -> int:
+    """What a TPU's vectors are not filled by. Unpadded, its compiler turns the whole cache round for every layer, to
+    have slots where vectors are and not heads (docs/labbook.md)."""
+    return -width % VECTOR if sharding.platform() == "tpu" else 0
 
 
 def _dot(x: Any, y: Any) -> jax.Array:
