@@ -302,6 +302,27 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     assert_trees_close(run("decode", mask), run("reference", mask), 3e-6)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    "mesh", ["data=2,tensor=2", "data=1,tensor=4"]
+)  # two heads of keys: split by two, or not at all
+def test_heads_that_devices_share_are_read_where_they_are(monkeypatch, kind, mesh):
+    q, k, v, mask = cached((3, 300))
+    want = attention(q, k, v, mask, implementation="reference")
+    monkeypatch.setattr(sharding, "platform", lambda: kind)
+    split = Sharding(make_mesh(mesh, devices=jax.devices()[:4]))
+
+    @jax.jit
+    def run(q, k, v):
+        with split.scope():
+            q = sharding.constrain(q, ("batch", None, "heads", None))
+            if mesh.endswith("2"):
+                k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (k, v))
+            return attention(q, k, v, mask, implementation="decode")
+
+    assert relative_error(run(q, k, v), want) < 3e-6
+
+
 @pytest.mark.parametrize(("filled", "read"), [((3, 90), 175), ((170, 4), 175), ((300, 350), 350), ((20, 351), 700)])
 def test_no_more_of_a_cache_is_read_than_is_filled(filled, read):
     """What is read is multiplied, even where it is masked: NaN tells."""

@@ -79,14 +79,17 @@ def attend(
 ) -> jax.Array:
     """As :func:`attention`, over the first E keys only."""
     B, T, H, K = q_BTHK.shape
-    E, G = k_BEGK.shape[1:3]
+    E, G, V = k_BEGK.shape[1], k_BEGK.shape[2], v_BEGK.shape[3]
     active = sharding.active()
-    flat = sharding.platform() in ("cpu", "tpu") and (active is None or active.pieces(("heads",)) == 1)
-    same_GH = np.arange(G)[:, None] == np.arange(H) // (H // G)
+    P = 1 if active is None else active.pieces(("heads",))  # devices that share the heads: each has its own product
+    flat = sharding.platform() in ("cpu", "tpu") and G % P == 0
+    same = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if flat else np.zeros(())
     if flat:
-        spread = jnp.einsum("BTHK,GH->BGKTH", q_BTHK, same_GH.astype(q_BTHK.dtype)).reshape(B, G * K, T * H)
-        spread = jnp.pad(spread, ((0, 0), (0, _missing(G * K)), (0, 0)))
-        scores = _dot(_flat(k_BEGK), spread).reshape(B, E, T, H).transpose(0, 3, 2, 1)
+        own_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
+        spread = jnp.einsum("BTPRK,GR->BPGKTR", own_BTPRK, same.astype(q_BTHK.dtype)).reshape(B, P, -1, T * H // P)
+        spread = jnp.pad(spread, ((0, 0), (0, 0), (0, _missing(spread.shape[2])), (0, 0)))
+        scores = _dot(_flat(k_BEGK, P), spread, (((3,), (2,)), ((0, 2), (0, 1))))
+        scores = scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
     else:
         grouped = q_BTHK.reshape(B, T, G, H // G, K)
         scores = jnp.einsum("BTGRK,BEGK->BGRTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
@@ -100,18 +103,20 @@ def attend(
         key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
     )
     probabilities = softmax(scores_BHTE, keep(shorter, T, E)).astype(v_BEGK.dtype)
-    V = v_BEGK.shape[3]
     if flat:
-        mixed = _dot(probabilities.reshape(B, H * T, E), _flat(v_BEGK))[..., : G * V].reshape(B, H, T, G, V)
-        return jnp.einsum("BHTGV,GH->BTHV", mixed, same_GH.astype(np.float32)).astype(v_BEGK.dtype)
+        own = probabilities.reshape(B, P, T * H // P, E)
+        mixed = _dot(own, _flat(v_BEGK, P), (((3,), (1,)), ((0, 1), (0, 2))))[..., : G // P * V]
+        mixed = mixed.reshape(B, P, H // P, T, G // P, V)
+        out = jnp.einsum("BPRTGV,GR->BTPRV", mixed, same.astype(np.float32))
+        return out.reshape(B, T, H, V).astype(v_BEGK.dtype)
     grouped = probabilities.reshape(B, G, H // G, T, E)
     return jnp.einsum("BGRTE,BEGV->BTGRV", grouped, v_BEGK).reshape(B, T, H, V)
 
 
-def _flat(x_BEGK: jax.Array) -> jax.Array:
-    """All heads side by side, and on a TPU zeros up to whole vectors."""
-    B, E, G, K = x_BEGK.shape
-    return jnp.pad(x_BEGK.reshape(B, E, G * K), ((0, 0), (0, 0), (0, _missing(G * K))))
+def _flat(x_BEGK: jax.Array, pieces: int) -> jax.Array:
+    """All heads of a piece side by side, and on a TPU zeros up to whole vectors, [B, E, P, ...]."""
+    x = x_BEGK.reshape(*x_BEGK.shape[:2], pieces, -1)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _missing(x.shape[3]))))
 
 
 def _missing(width: int) -> int:
@@ -120,5 +125,5 @@ def _missing(width: int) -> int:
     return -width % VECTOR if sharding.platform() == "tpu" else 0
 
 
-def _dot(x: Any, y: Any) -> jax.Array:
-    return lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+def _dot(x: Any, y: Any, axes: Any) -> jax.Array:
+    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
