@@ -202,14 +202,12 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
 
     As it starts, a row has read no source; :func:`start` gives a state that has.
     """
-    layers, dtype = _decoder_layers(cfg), jnp.dtype(cfg.dtype)
-    shape = (batch, source_length, cfg.num_heads, cfg.head_dim)
-    read = spec.stack(layers, ArraySpec(shape, ("batch", None, "heads", "kv"), dtype=dtype))
-    segments = ArraySpec((batch, source_length), ("batch", None), dtype=jnp.int32)
-    return {
-        **cache.cache_specs(layers, batch, length, cfg.num_heads, cfg.head_dim, dtype),
-        "source": {"key": read, "value": read, "segment_ids": segments},
-    }
+
+    def slots(count: int) -> dict[str, ArraySpec]:
+        return cache.cache_specs(_decoder_layers(cfg), batch, count, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+
+    read = slots(source_length)
+    return {**slots(length), "source": {name: read[name] for name in ("key", "value", "segment_ids")}}
 
 
 def start(
@@ -230,6 +228,7 @@ def start(
         k, v = (jnp.stack(x) for x in zip(*map(read, layers), strict=True))
     else:
         k, v = jax.lax.map(read, layers)
+    k, v = (x.reshape(*x.shape[:3], -1) for x in (k, v))
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
     return {**state, "source": {"key": k, "value": v, "segment_ids": common.segments_of(source, segment_ids)}}
 
@@ -273,13 +272,17 @@ def apply(
         pairs = None if positions is None else (positions, positions)
         source_segments = common.segments_of(source, source_segment_ids)
     else:
-        layers = _with_source(layers, state["source"])
+        layers = _numbered(layers, _decoder_layers(cfg))
         pairs = place.positions, state["positions"]
         source_segments = state["source"]["segment_ids"]
     cross_mask = Mask(query_segments=common.segments_of(tokens, segment_ids), key_segments=source_segments)
     key = fold_name(key, "decoder")
     bias_of = _biases(cfg, params["decoder"], tokens.shape[1], pairs, bidirectional=False)
     x = _embed(cfg, params, tokens, key)
+
+    def read_source(weights: dict[str, Any]) -> tuple[Any, Any]:
+        k, v = (cache.Slots(state["source"][name], weights["number"], cfg.num_heads) for name in ("key", "value"))
+        return k, v
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
@@ -290,7 +293,7 @@ def apply(
         x = x + _attention(cfg, weights["attention"], normal, k, v, place.mask, bias_of(weights), own_key)
 
         normal = _norm(cfg, weights["cross_norm"], x)
-        k, v = weights["source"] if encoded is None else _keys_values(weights["cross_attention"], encoded)
+        k, v = read_source(weights) if encoded is None else _keys_values(weights["cross_attention"], encoded)
         own_key = fold_name(layer_key, "cross_attention")
         x = x + _attention(cfg, weights["cross_attention"], normal, k, v, cross_mask, None, own_key)
         x = x + _mlp(cfg, weights, x, layer_key)
@@ -329,12 +332,11 @@ def _require_decoder(cfg: Config) -> None:
         raise ValueError("a T5 with num_decoder_layers=0 decodes nothing: call encode")
 
 
-def _with_source(layers: Any, read: dict[str, jax.Array]) -> Any:
-    """The layers' weights, each with the keys and values of the source that it attends to under ``source``."""
-    k, v = read["key"], read["value"]
+def _numbered(layers: Any, count: int) -> Any:
+    """The layers' weights, each with its ``number``: by it, it finds the keys and values of the source in place."""
     if isinstance(layers, tuple):
-        return tuple({**layer, "source": (k[i], v[i])} for i, layer in enumerate(layers))
-    return {**layers, "source": (k, v)}
+        return tuple({**layer, "number": i} for i, layer in enumerate(layers))
+    return {**layers, "number": jnp.arange(count)}
 
 
 # -------------------------------------------------------------------------------------------------- both stacks
