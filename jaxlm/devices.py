@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+LANES = 128
+"""Numbers in a row of a TPU's vectors: axes of a multiple of it leave none of them empty."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:

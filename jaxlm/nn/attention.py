@@ -121,7 +121,7 @@ _PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
 def _best(mask: Mask, T: int, S: int, array: Any, refusals: dict[str, str | None]) -> Implementation:
     """The best implementation that is known for the device, the shape and the mask."""
     decodes = T <= decode_attention.QUERIES and S > 2 * decode_attention.SHORTEST  # over a cache, or over a source
-    if decodes and refusals["decode"] is None and (sharding.active() is None or sharding.platform() != "cpu"):
+    if decodes and refusals["decode"] is None:
         return "decode"
     if T < BLOCKWISE_FROM or array is not None:
         return "reference"

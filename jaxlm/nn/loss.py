@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import host, sharding
+from jaxlm.devices import LANES
 
 Head = Callable[[Any, jax.Array], jax.Array]
 """``head(params, hidden [B, C, D]) -> logits [B, C, V]``: a family's ``logits`` with its config filled in."""
@@ -23,9 +24,6 @@ memory slow; twice as many where the process keeps its memory (``host.keep_freed
 CHUNK_LOGITS_ELSEWHERE = 2**27
 """The same on accelerators, 512 MiB: each chunk reads and writes the gradient of the whole head, so that 98 chunks of a
 GPT-2 step took as long as everything else (docs/labbook.md)."""
-VECTOR = 128
-"""Time steps that an accelerator computes at once. By its compiler's estimate a TPU takes a sixth longer for a loss in
-chunks of 147."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -106,7 +104,8 @@ def _chunk_length(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Ar
         return T
     if sharding.platform() == "cpu":
         return -(-T // -(-T // longest))
-    return longest - longest % min(VECTOR, 2 ** (longest.bit_length() - 1))
+    # By its compiler's estimate, a TPU takes a sixth longer in chunks of 147 than in chunks of 128.
+    return longest - longest % min(LANES, 2 ** (longest.bit_length() - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -142,17 +142,16 @@ def train(
         sharding=sharding, layers_apart=apart,
     )  # fmt: skip
 
-    def changed(state: step_lib.TrainState, change: Callable[[Any], Any], apart: bool) -> step_lib.TrainState:
+    def placed(change: Callable[[Any], Any], layers_apart: bool) -> Callable[[Any], Any]:
         place = None
         if sharding is not None:
             place = step_lib.state_sharding(
-                model, optimizer, sharding, average=averaged, stream=stream, layers_apart=apart
+                model, optimizer, sharding, average=averaged, stream=stream, layers_apart=layers_apart
             )
-        return jax.jit(change, out_shardings=place)(state)
+        return jax.jit(change, out_shardings=place)
 
-    def stacked(state: step_lib.TrainState) -> step_lib.TrainState:
-        """As checkpoints and callers know a state, however it was trained."""
-        return changed(state, spec.restack, False) if apart else state
+    # As checkpoints and callers know a state, however it was trained.
+    stacked = placed(spec.restack, layers_apart=False) if apart else lambda state: state
 
     run.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(run / "metrics.jsonl")
@@ -168,7 +167,7 @@ def train(
             key = jax.random.key(config.seed)
             state = step_lib.init_state(model, optimizer, key, average=averaged, stream=stream, sharding=sharding)
         if apart:
-            state = changed(state, spec.unstack, True)
+            state = placed(spec.unstack, layers_apart=True)(state)
         start = int(state.step)
         if start >= config.steps:
             raise ValueError(f"nothing to do: step {start} of {config.steps} is reached. Ask for more training.steps")

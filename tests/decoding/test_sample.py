@@ -259,6 +259,18 @@ def test_sharded_parameters_generate_the_same(gpt: Pair, pad: Pad) -> None:
     np.testing.assert_allclose(out.log_probs, plain.log_probs, atol=1e-4)
 
 
+def test_a_long_cache_is_read_over_devices_as_on_one() -> None:
+    model = jaxlm.get_model("gpt2-tiny", max_positions=320)
+    params = jax.jit(model.init)(jax.random.key(0))
+    prompts = np.random.default_rng(0).integers(0, 128, (8, 300)).astype(np.int32)
+    plain = generate(model, params, prompts, max_new_tokens=8)
+    split = sharding.Sharding(sharding.make_mesh("data=2,tensor=4"))
+    with split.scope():
+        out = generate(model, jax.device_put(params, split.tree(model.specs)), prompts, max_new_tokens=8)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_allclose(out.log_probs, plain.log_probs, atol=1e-4)
+
+
 def test_a_trace_serves_one_sharding_only(gpt: Pair) -> None:
     def trace() -> str:
         return str(jax.make_jaxpr(lambda params, x: generate(gpt[0], params, x, max_new_tokens=2))(gpt[1], prompts))

@@ -303,10 +303,9 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
-@pytest.mark.parametrize(
-    "mesh", ["data=2,tensor=2", "data=1,tensor=4"]
-)  # two heads of keys: split by two, or not at all
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=1,tensor=4"])
 def test_heads_that_devices_share_are_read_where_they_are(monkeypatch, kind, mesh):
+    """Two heads of keys: shared by two devices, or too few for four."""
     q, k, v, mask = cached((3, 300))
     want = attention(q, k, v, mask, implementation="reference")
     monkeypatch.setattr(sharding, "platform", lambda: kind)

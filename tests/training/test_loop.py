@@ -177,7 +177,7 @@ def test_layers_are_apart_where_that_changes_nothing_but_time(
     assert isinstance(trained[0]["layers"], tuple) == apart
     assert jax.tree.structure(result.state) == jax.tree.structure(whole.state)  # stacked again
     assert result.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
-    options = {**options, "layers_apart": None if apart else entrywise}
+    options = {**options, "layers_apart": not apart and entrywise}
     resumed = run(tmp_path, resume=True, steps=STEPS + 1, **options)  # and so it is saved
     assert int(resumed.state.step) == STEPS + 1
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxlm import sharding
+from jaxlm.devices import LANES
 from jaxlm.nn.cache import Slots
 from jaxlm.nn.mask import Mask, keep, softmax
 from jaxlm.nn.term import Term, dense
@@ -26,8 +27,6 @@ QUERIES = 8
 """Queries up to which this pays off."""
 SHORTEST = 128
 """Fewest slots that are read; each further branch reads twice as many."""
-VECTOR = 128
-"""Numbers in a row of a TPU's vector."""
 
 
 def refusal(bias: jax.Array | None, key: jax.Array | None) -> str | None:
@@ -122,7 +121,7 @@ def _flat(x_BEGK: jax.Array, pieces: int) -> jax.Array:
 def _missing(width: int) -> int:
     """What a TPU's vectors are not filled by. Unpadded, its compiler turns the whole cache round for every layer, to
     have slots where vectors are and not heads (docs/labbook.md)."""
-    return -width % VECTOR if sharding.platform() == "tpu" else 0
+    return -width % LANES if sharding.platform() == "tpu" else 0
 
 
 def _dot(x: Any, y: Any, axes: Any) -> jax.Array:

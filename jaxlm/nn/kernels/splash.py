@@ -1,8 +1,9 @@
 """Splash attention on TPU: JAX's Pallas kernel that skips the blocks a mask leaves empty, behind our masks.
 
 ``jax.experimental.pallas.ops.tpu.splash_attention``: O(T) memory, own gradient, one kernel forward and one or two
-backward. Its blocks of 128 by default keep a TPU waiting; ours are as large as the fast memory allows. Pallas kernels
-have no partitioning rule, so under a sharding each device runs the kernel on its own rows and heads (``shard_map``).
+backward. Its blocks of 128 by default keep a TPU waiting; ours are as large as the fast memory allows. Queries and keys
+come in multiples of ``LANES``; what is missing is padded. Pallas kernels have no partitioning rule, so under a sharding
+each device runs the kernel on its own rows and heads (``shard_map``).
 Shapes as in ``jaxlm.nn.attention``.
 """
 
@@ -18,11 +19,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding as sharding_lib
+from jaxlm.devices import LANES
 from jaxlm.nn.kernels import blockwise_attention
 from jaxlm.nn.mask import Mask, keep
 
-LANES = 128
-"""Queries and keys come in multiples of it; what is missing is padded."""
 LARGEST_BLOCK = 1024
 """Queries, and keys, of a block at most."""
 _PADDED_QUERY, _PADDED_KEY = -1, -2  # segments of what was padded: they see and are seen by nothing real
