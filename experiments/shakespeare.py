@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 import jaxlm
 from jaxlm import config as config_lib
-from jaxlm import host
+from jaxlm import host, processes
 from jaxlm.data import (
     Batches,
     ByteTokenizer,
@@ -101,8 +101,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if resume is not None:
         _check_unchanged(experiment, config_lib.read(Experiment, resume / "config.json"))
     text = shakespeare() if experiment.data is None else read_text(experiment.data)
-    directory = resume or experiment.output or Path("runs") / f"shakespeare-{time.strftime('%Y%m%d-%H%M%S')}"
-    tokenizer = load_tokenizer(directory / "model") if resume else make_tokenizer(experiment.tokenizer, text)
+    tokenizer = load_tokenizer(resume / "model") if resume else make_tokenizer(experiment.tokenizer, text)
     tokens = tokenizer.encode(text)
     parts = dict(zip(("training", "validation"), split(tokens, experiment.validation_fraction), strict=True))
     model = Model(
@@ -121,7 +120,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         except ValueError as error:
             raise ValueError(f"{part} part of {experiment.data or 'the embedded text'}: {error}") from error
         source.check(model.config.vocab_size)
-        return Batches(source, jax.process_index(), jax.process_count())
+        return Batches(source, None if sharding is None else sharding.rows(source.batch_size))
 
     validation = batches("validation", training.sequence_length, 0)
     evaluate = Evaluator(
@@ -131,28 +130,30 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     data = batches("training", 1, training.seed)
 
     tokenizer.encode(experiment.prompt)  # a prompt that cannot be read should not be found out after the training
-    if resume is None:
-        _start_directory(directory, experiment, tokenizer)
+    directory = resume or Path(processes.from_first(lambda: str(_start_directory(experiment, tokenizer))))
     say(f"{model.num_parameters:,} parameters · {len(tokens):,} tokens of {tokenizer.vocab_size} kinds · {directory}")
     result = train(
         model, optimizer, causal.loss, to_batch, data, evaluate, training, directory,
         meta={"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__},
         resume=resume is not None, sharding=sharding,
     )  # fmt: skip
-    if resume is not None:  # only now: a run that cannot go on as asked keeps the configuration that it had
-        config_lib.write(experiment, directory / "config.json")
-    draw_losses(directory / "metrics.jsonl", directory / "loss.png")
+    if processes.is_first():
+        if resume is not None:  # only now: a run that cannot go on as asked keeps the configuration that it had
+            config_lib.write(experiment, directory / "config.json")
+        draw_losses(directory / "metrics.jsonl", directory / "loss.png")
     if result.validation_loss is None:
         return result
     params = result.state.average if training.average_decay is not None else result.state.params
     jaxlm.save_pretrained(directory / "model", model, params)
+    params = jax.tree.map(processes.on_host, params)
     bits = bits_per_character(result.validation_loss, len(tokens), len(text))
     say(
         f"validation loss {result.validation_loss:.4f} nats per token = {bits:.3f} bits per character · "
         f"{result.tokens_per_second:,.0f} tokens/s · first loss after {result.seconds_to_first_loss:.1f} s"
     )
-    passage = write_passage(experiment, model, jax.tree.map(jnp.asarray, jax.device_get(params)), tokenizer)
-    (directory / "sample.txt").write_text(passage, encoding="utf-8")
+    if processes.is_first():
+        passage = write_passage(experiment, model, jax.tree.map(jnp.asarray, params), tokenizer)
+        (directory / "sample.txt").write_text(passage, encoding="utf-8")
     seconds = time.perf_counter() - begun
     say(f"\n{seconds:.0f} s in all · more: jaxlm generate {directory} --prompt {experiment.prompt!r}")
     return result
@@ -183,17 +184,20 @@ def _check_unchanged(asked: Experiment, saved: Experiment) -> None:
             )
 
 
-def _start_directory(directory: Path, experiment: Experiment, tokenizer: Tokenizer) -> None:
+def _start_directory(experiment: Experiment, tokenizer: Tokenizer) -> Path:
+    directory = experiment.output or Path("runs") / f"shakespeare-{time.strftime('%Y%m%d-%H%M%S')}"
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output, or go on with --resume {directory}")
     (directory / "model").mkdir(parents=True)
     tokenizer.save(directory / "model")
     config_lib.write(experiment, directory / "config.json")
+    return directory
 
 
 def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once; of several processes, the first does."""
+    if processes.is_first():
+        print(text, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

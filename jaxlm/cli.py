@@ -176,8 +176,9 @@ class Launch:
 
     topology: str
     """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; or gpu, a node that is there already."""
-    command: str = "python -m benchmarks.training --against '' --json results/training.json"
-    """What to run there; what it writes to results/ is fetched."""
+    command: str | None = None
+    """What to run there, python -m MODULE ...; what it writes to results/ is fetched. None: the training benchmark, or
+    on several hosts the training of a GPT as large as GPT-2."""
     zone: str | None = None
     """Where a TPU is to be, as us-central1-a."""
     name: str = "jaxlm"
@@ -195,7 +196,7 @@ class Launch:
             raise ValueError(
                 "jaxlm rents no machines: say --dry-run, read the script that it prints, and run it yourself"
             )
-        command = shlex.split(self.command)
+        command = None if self.command is None else shlex.split(self.command)
         print(
             script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""
         )  # fmt: skip

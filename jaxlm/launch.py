@@ -3,13 +3,15 @@
 A script creates the machine, installs this checkout, runs a command on every host, fetches what it left, and gives the
 machine back even if something failed on the way. Nothing here is executed: :func:`script` returns text.
 
-    python -m jaxlm.launch MODULE ARGUMENTS
+    python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
-is what the script runs on each host of a slice: it joins the hosts (``jax.distributed``), then runs the module.
+is what the script runs on each host of a slice: it joins the hosts (``jax.distributed``), then runs the module. On a
+TPU, under Slurm or Kubernetes, JAX finds the other processes itself; elsewhere they are told of each other.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
@@ -46,7 +48,7 @@ _SAFE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 def script(
     topology: str,
-    command: Sequence[str],
+    command: Sequence[str] | None = None,
     *,
     zone: str | None = None,
     name: str = "jaxlm",
@@ -59,14 +61,20 @@ def script(
 
     Args:
         topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, a machine that is there already.
+        command: None measures training: by the benchmark, or on several hosts, as all of which no benchmark runs, by
+            training a GPT as large as GPT-2.
         zone: where the TPU is to be.
         name: what the TPU is to be called.
         host: ``user@machine`` of a GPU node.
         spot: take a machine that may be taken away again, for less.
 
     Raises:
-        ValueError: an unknown topology, a command that is no module, or something missing or of no use.
+        ValueError: an unknown topology, a command that is no module or a benchmark on several hosts, or something
+            missing or of no use.
     """
+    chosen = command is None
+    if command is None:
+        command = ["python", "-m", "benchmarks.training", "--against", "", "--json", f"{_RESULTS}/training.json"]
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
         raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
     if topology == "gpu":
@@ -84,11 +92,31 @@ def script(
     if not _SAFE.fullmatch(name):
         raise ValueError(f"name={name!r} must be of small letters, digits and hyphens, and begin with a letter")
     chips = math.prod(int(side) for side in shape.split("x"))
-    return _slice(_TPUS[kind], chips, command, zone, name, spot)
+    several = chips > _TPUS[kind].largest_host
+    if several and command[2].startswith("benchmarks."):
+        if not chosen:
+            raise ValueError(
+                f"{command[2]} measures the devices of one process, and {topology} is several hosts: train something "
+                f"over all of its {chips} chips (python -m experiments.shakespeare --mesh data={chips} ...)"
+            )
+        command = _gpt2(chips)
+    return _slice(_TPUS[kind], chips, several, command, zone, name, spot)
 
 
-def _slice(tpu: _Generation, chips: int, command: Sequence[str], zone: str, name: str, spot: bool) -> str:
-    several = chips > tpu.largest_host
+def _gpt2(chips: int) -> list[str]:
+    """Training a GPT as large as GPT-2 on 8 x 1024 tokens a chip, with nothing that takes a directory that all see."""
+    return shlex.split(
+        f"python -m experiments.shakespeare --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
+        "--model.num-layers 12 --model.num-heads 12 --model.embed-dim 768 --model.vocab-size 50304 "
+        f"--model.dtype bfloat16 --training.sequence-length 1024 --training.batch-size {8 * chips} "
+        "--training.layers-apart True --training.steps 200 --training.evaluation-batches 2 "
+        "--training.checkpoint-every None --optimizer.learning-rate 6e-4"
+    )
+
+
+def _slice(
+    tpu: _Generation, chips: int, several: bool, command: Sequence[str], zone: str, name: str, spot: bool
+) -> str:
     run = shlex.join(["python", "-m", "jaxlm.launch", *command[2:]] if several else command)
     where = shlex.quote(zone)
     there = f"gcloud compute tpus tpu-vm ssh {name} --zone={where} --worker=all --command"
@@ -128,12 +156,22 @@ scp -r {where}:jaxlm/{_RESULTS} .
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Join the hosts, then run a module as ``python -m`` would."""
-    if not arguments:
-        raise SystemExit("python -m jaxlm.launch MODULE ARGUMENTS: no module is named")
-    jax.distributed.initialize()
-    sys.argv = list(arguments)
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    """Join the processes of a run, then run a module as ``python -m`` would."""
+    parser = argparse.ArgumentParser("python -m jaxlm.launch", allow_abbrev=False)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="an address of the first process, the same for all")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("module", help="what to run, as after python -m")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    asked = parser.parse_args(arguments)
+    told = (asked.coordinator, asked.processes, asked.process)
+    if None in told and told != (None, None, None):
+        parser.error("--coordinator, --processes and --process are given together or not at all")
+    if asked.process is not None and not 0 <= asked.process < asked.processes:
+        parser.error(f"--process {asked.process} of {asked.processes}: they are counted from 0")
+    jax.distributed.initialize(*told)
+    sys.argv = [asked.module, *asked.arguments]
+    runpy.run_module(asked.module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import spec as spec_lib
@@ -208,6 +209,39 @@ class Sharding:
     def replicated(self) -> NamedSharding:
         """A full copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+    def rows(self, batch_size: int) -> list[int]:
+        """The rows of a batch that devices of this process hold, in order: all of them in a run of one process.
+
+        Where tensor parallelism crosses processes, several hold the same rows.
+
+        Raises:
+            ValueError: the rows do not divide over the mesh.
+        """
+        self.named(("batch",), (batch_size,), "a batch")
+        pieces, mine = self._blocks()
+        size = batch_size // pieces
+        return [block * size + row for block in mine for row in range(size)]
+
+    def from_rows(self, local: np.ndarray) -> jax.Array:
+        """This process's :meth:`rows` of an array, on the host, as the global array [B, ...] split by rows."""
+        pieces, mine = self._blocks()
+        shape = (local.shape[0] * pieces // len(mine), *local.shape[1:])
+        place = self.named(("batch",), shape[:1], "a batch")
+        size = shape[0] // pieces
+
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # the callback is for devices of this process
+            at = mine.index((index[0].start or 0) // size) * size
+            return local[at : at + size]
+
+        return jax.make_array_from_callback(shape, place, block)
+
+    def _blocks(self) -> tuple[int, list[int]]:
+        """Into how many blocks the rows of a batch are split, and which of them are on devices of this process."""
+        pieces = self.pieces(("batch",))
+        places = self.named(("batch",)).addressable_devices_indices_map((pieces,)).values()
+        return pieces, sorted({range(pieces)[place[0]].start for place in places if place is not None})
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:

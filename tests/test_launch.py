@@ -1,15 +1,18 @@
 """Scripts for rented machines, run here with a ``gcloud`` that writes down what it is asked for."""
 
 import os
-import socket
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxlm import cli
+from experiments import shakespeare
+from jaxlm import cli, config, launch
 from jaxlm.launch import script
+from jaxlm.models import Model
 
 COMMAND = ["python", "-m", "benchmarks.training", "--json", "results/it's.json"]
 
@@ -63,9 +66,25 @@ def test_a_tpu_is_deleted_also_when_something_fails(tmp_path):
     ],
 )
 def test_slices_of_several_hosts_join_them(topology, type, several):
-    text = script(topology, COMMAND, zone="z")
+    command = ["python", "-m", "experiments.shakespeare", "--mesh", "data=8"]
+    text = script(topology, command, zone="z")
     assert f"--accelerator-type={type} " in text
-    assert ("python -m jaxlm.launch benchmarks.training" in text) == several
+    assert ("python -m jaxlm.launch experiments.shakespeare --mesh" in text) == several
+
+
+def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
+    with pytest.raises(
+        ValueError, match=r"benchmarks.training measures the devices of one process, and v5e:4x4 is sev"
+    ):
+        script("v5e:4x4", COMMAND, zone="z")
+    (command,) = re.findall(r"python -m jaxlm.launch experiments.shakespeare (.*)'", script("v5e:4x4", zone="z"))
+    arguments = shlex.split(command)
+    assert not set(";&|<>$'\"") & set(command)
+    experiment, _ = config.parse(shakespeare.Experiment(), {}, arguments, program="test", description="")
+    assert (experiment.mesh, experiment.training.batch_size) == ("data=16", 128)
+    assert experiment.training.checkpoint_every is None
+    assert experiment.output == Path("results/gpt2")
+    assert Model("gpt", experiment.model).num_parameters == pytest.approx(124e6, rel=0.01)
 
 
 def test_a_gpu_node_is_only_used(tmp_path):
@@ -101,32 +120,15 @@ def test_the_command_prints_and_does_not_run(capsys):
     assert capsys.readouterr().out == script("v5e:2x2", default, zone="z")
 
 
-def test_hosts_are_joined_before_the_module_runs(tmp_path):
-    """Two processes of one device each."""
-    (tmp_path / "shown.py").write_text(
-        "import sys, jax\nprint(sys.argv, jax.process_count(), jax.process_index(), len(jax.devices()))\n"
-    )
-    code = (
-        "import sys, functools, jax; from jaxlm import launch\n"
-        "port, index = sys.argv[1:]\n"
-        "join = jax.distributed.initialize\n"
-        "jax.distributed.initialize = functools.partial(join, f'localhost:{port}', 2, int(index))\n"
-        "launch.main(['shown', '--flag'])\n"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}",
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-    }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, port, str(index)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for index in range(2)
-    ]
-    shown = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert shown == [f"['{tmp_path / 'shown.py'}', '--flag'] 2 {index} 2" for index in range(2)]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: module"),
+        (["--coordinator", "localhost:1", "m"], "--processes and --process are given together or not at all"),
+        (["--coordinator", "localhost:1", "--processes", "2", "--process", "2", "m"], "--process 2 of 2: they are cou"),
+    ],
+)
+def test_what_cannot_be_joined_is_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        launch.main(arguments)
+    assert message in capsys.readouterr().err

@@ -98,3 +98,20 @@ def test_abstract_arrays_carry_their_sharding():
 def test_rules_are_hashable_and_merge():
     assert hash(DEFAULT_RULES) == hash(DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | Rules.of(seq="sequence"))
     assert dict((DATA_PARALLEL | FULLY_SHARDED).table)["batch"] == ("data", "fsdp")
+
+
+@pytest.mark.parametrize("mesh", ["data=4,fsdp=2", "tensor=2,data=4", "tensor=8"])
+def test_one_process_holds_all_rows_and_brings_them_to_its_devices(mesh):
+    sharding = Sharding(make_mesh(mesh))
+    assert sharding.rows(16) == list(range(16))
+    local = np.arange(48).reshape(16, 3)
+    rows = sharding.from_rows(local)
+    np.testing.assert_array_equal(rows, local)
+    assert rows.sharding.is_equivalent_to(sharding.named(("batch",)), 2)
+
+
+def test_rows_that_do_not_divide_are_named():
+    sharding = Sharding(make_mesh("data=4,fsdp=2"))
+    for refused in (lambda: sharding.rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
+        with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 does not divide over .* \(8 pieces\)"):
+            refused()

@@ -45,7 +45,7 @@ class Source(Protocol):
         """Rows in one pass over the data: step i is in epoch ``i * batch_size // rows_per_epoch``."""
         ...
 
-    def batch(self, index: int, rows: range) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> Window:
         """The given rows of the global batch of step ``index``."""
         ...
 
@@ -85,7 +85,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _shuffled(index: int, rows: range, batch_size: int, count: int, seed: int) -> np.ndarray:
+def _shuffled(index: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
     """The items that ``rows`` of step ``index`` visit when each epoch is a permutation of ``count`` items."""
     position = index * batch_size + np.asarray(rows, np.int64)
     items = np.empty_like(position)
@@ -140,7 +140,7 @@ class RandomWindows:
     def rows_per_epoch(self) -> int:
         return (len(self.tokens) - self.length - 1) // self.stride + 1
 
-    def batch(self, index: int, rows: range) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> Window:
         windows = _shuffled(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
         return Window(_slices(self.tokens, windows * self.stride, self.length))
 
@@ -184,7 +184,7 @@ class Columns:
         """Tokens that no batch has as a target, not counting the very first."""
         return len(self.tokens) - 1 - self.rows_per_epoch * self.length
 
-    def batch(self, index: int, rows: range) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> Window:
         step = index % self.steps_per_epoch
         width = (len(self.tokens) - 1) // self.batch_size
         starts = np.asarray(rows, np.int64) * width + step * self.length
@@ -249,7 +249,7 @@ class Packed:
         """Share of positions that hold a token and not padding."""
         return float((self._pieces[:, 2] - self._pieces[:, 1]).sum() / (self.rows_per_epoch * (self.length + 1)))
 
-    def batch(self, index: int, rows: range) -> Window:
+    def batch(self, index: int, rows: Sequence[int]) -> Window:
         tokens = np.full((len(rows), self.length + 1), self.pad_id, np.int32)
         segment_ids = np.zeros_like(tokens)
         packed = _shuffled(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
@@ -311,10 +311,10 @@ class Batches(Iterator[Window]):
     The state is ``{"next": step, "source": fingerprint}``, the same in every process and for any number of them.
 
     Args:
-        process_index, process_count: ``jax.process_index()`` and ``jax.process_count()``.
+        rows: in a run of several processes, ``sharding.rows(batch_size)``; None reads all rows.
 
     Raises:
-        ValueError: the batch cannot be shared equally among the processes.
+        ValueError: the batch has no such rows.
 
     Example:
         >>> batches = Batches(RandomWindows(tokens, length=256, batch_size=64))
@@ -322,16 +322,12 @@ class Batches(Iterator[Window]):
         >>> saved = json.dumps(batches.state())
     """
 
-    def __init__(self, source: Source, process_index: int = 0, process_count: int = 1) -> None:
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index must be in [0, process_count), got {process_index} of {process_count}")
-        if source.batch_size % process_count:
-            raise ValueError(
-                f"batch_size {source.batch_size} is not divisible by the {process_count} processes that share it"
-            )
-        share = source.batch_size // process_count
+    def __init__(self, source: Source, rows: Sequence[int] | None = None) -> None:
+        every = range(source.batch_size)
         self.source = source
-        self.rows = range(process_index * share, (process_index + 1) * share)
+        self.rows = every if rows is None else rows
+        if not self.rows or not set(self.rows) <= set(every):
+            raise ValueError(f"rows {list(self.rows)} of a batch of {source.batch_size}: take some of 0 to {every[-1]}")
         self._next = 0
         self._fingerprint = source.fingerprint()
 

@@ -14,6 +14,7 @@ parameter at a time. Nothing is downloaded, and pickles are never opened: loadin
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -36,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxlm import config as config_lib
-from jaxlm import spec
+from jaxlm import processes, spec
 from jaxlm.models.files import Format, Layout
 from jaxlm.models.model import FAMILIES, Model, family, get_model
 from jaxlm.sharding import Sharding
@@ -115,7 +116,8 @@ def save_pretrained(
 
     Args:
         directory: made when missing. Files other than the config and the weights are left alone.
-        params: of :attr:`Model.specs`' shapes, in float32, bfloat16 or float16, wholly on devices of this process.
+        params: of :attr:`Model.specs`' shapes, in float32, bfloat16 or float16. Where they are spread over the devices
+            of several processes, all of these must call this, and the first one writes.
         max_shard_bytes: weights above this are split into several files. A larger tensor has a file of its own.
 
     Raises:
@@ -128,8 +130,6 @@ def save_pretrained(
     for path, leaf in flat.items():
         if str(leaf.dtype) not in _DTYPES.values():
             raise ValueError(f"{path} is {leaf.dtype}: cast it to one of {', '.join(_DTYPES.values())} before saving")
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise ValueError(f"{path} is spread over several processes: gather it in one before saving")
     config = _their_config(model, jnp.result_type(*(leaf.dtype for leaf in flat.values())))
 
     sizes = [
@@ -142,6 +142,11 @@ def save_pretrained(
     files = [WEIGHTS] if last == 1 else [f"model-{i:05}-of-{last:05}.safetensors" for i in range(1, last + 1)]
     written = [*files, CONFIG]
 
+    together = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in flat.values())
+    if together and not processes.is_first():
+        collections.deque(named_tensors(model, params), maxlen=0)  # gathering them takes all processes
+        processes.wait("saved")
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
@@ -165,6 +170,8 @@ def save_pretrained(
     for file in os.listdir(directory):
         if (file == INDEX or _WEIGHTS_OR_SHARD.fullmatch(file)) and file not in written:
             (directory / file).unlink()
+    if together:
+        processes.wait("saved")
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
@@ -178,7 +185,7 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
     """
     flat, specs = spec.flatten(tree), spec.flatten(model.specs)
     for path, place in _places(model, _format(model)).items():
-        array = np.asarray(flat[path])
+        array = processes.on_host(flat[path])
         for name, layer in zip(place.names, array if _stacked(specs[path]) else [array], strict=True):
             yield name, place.to_theirs(layer)
 

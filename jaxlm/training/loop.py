@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
-from jaxlm import spec
+from jaxlm import processes, spec
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, Window
 from jaxlm.models import Model
@@ -51,8 +54,8 @@ class TrainingConfig:
     """Steps between evaluations."""
     evaluation_batches: int = 20
     """Batches of an evaluation."""
-    checkpoint_every: int = 250
-    """Steps between checkpoints."""
+    checkpoint_every: int | None = 250
+    """Steps between checkpoints, the last step having one, too; None keeps none: for a run that is only measured."""
     keep_last: int = 2
     """Checkpoints to keep, besides the best one."""
     log_every: int = 10
@@ -69,7 +72,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("average_decay", "layers_apart", "seed") and value < 1:
+            optional = field.default is None or (field.name == "checkpoint_every" and value is None)
+            if not optional and field.name != "seed" and value < 1:
                 raise ValueError(f"{field.name}={value} must be at least 1")
         if self.average_decay is not None and not 0.0 < self.average_decay < 1.0:
             raise ValueError(f"average_decay={self.average_decay} must be between 0 and 1, or None")
@@ -130,11 +134,21 @@ def train(
             (``jaxlm.data.ContiguousColumns``) along which the model carries its state; rows whose window says ``reset``
             start anew.
 
+    In a run of several processes all of them call this, each with its own rows in ``data``, over a mesh of all devices
+    and with one directory that all see (without checkpoints, each may have its own). The first writes
+    ``metrics.jsonl``; a signal to any ends all.
+
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
-        ValueError: ``config.layers_apart`` is True, and the optimizer not known to be entrywise.
+        ValueError: ``config.layers_apart`` is True, and the optimizer not known to be entrywise; or there are several
+            processes, and no ``sharding`` or no directory for checkpoints that all of them see.
     """
     begun = time.perf_counter()
+    if sharding is None and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes without a mesh would each train a model of their own: give a sharding "
+            f"over all {jax.device_count()} devices"
+        )
     averaged = config.average_decay is not None
     apart = _takes_apart(model, optimizer, config, sharding)
     step = step_lib.jit_step(
@@ -154,6 +168,8 @@ def train(
     stacked = placed(spec.restack, layers_apart=False) if apart else lambda state: state
 
     run.mkdir(parents=True, exist_ok=True)
+    if config.checkpoint_every is not None:
+        processes.require_shared(run)
     metrics_file = MetricsFile(run / "metrics.jsonl")
     with Checkpointer(run / "checkpoints", keep_last=config.keep_last) as checkpoints, _Signals() as signals:
         if resume:
@@ -179,24 +195,26 @@ def train(
                 window = next(data)
                 state, metrics = step(state, step_lib.place_batch(to_batch(window), sharding))
                 log.add(number, metrics)
-                last = number == config.steps or signals.caught is not None
+                stopped = signals.stop_after(number)
+                last = number == config.steps or stopped
                 if number % config.evaluate_every == 0 or number == config.steps:
                     log.flush()
                     validation = evaluate(state.average if averaged else state.params)
                     metrics_file.write(step=number, validation_loss=validation)
                     bar.say(f"step {number}: validation loss {validation:.4f}")
                     log.restart_clock()
-                if number % config.checkpoint_every == 0 or last:
+                if config.checkpoint_every is not None and (number % config.checkpoint_every == 0 or last):
                     content = {**meta, "data": data.state()}
                     fresh = validation if number % config.evaluate_every == 0 or number == config.steps else None
                     checkpoints.save(number, stacked(state), content, metric=fresh, wait=last)
                 if last:
                     break
             log.flush()
-            if signals.caught is not None and number < config.steps:
-                bar.say(
-                    f"{signals.caught}: saved step {number} in {run / 'checkpoints'}; --resume {run} goes on from there"
-                )
+            if stopped and number < config.steps:
+                kept = "nothing is saved, as checkpoint_every=None asks"
+                if config.checkpoint_every is not None:
+                    kept = f"saved step {number} in {run / 'checkpoints'}; --resume {run} goes on from there"
+                bar.say(f"{signals.caught}: {kept}")
                 return Result(stacked(state), None, signals.caught, log.first_loss_at - begun, log.tokens_per_second)
     return Result(stacked(state), validation, None, log.first_loss_at - begun, log.tokens_per_second)
 
@@ -225,14 +243,22 @@ def _start_from(
     stream: step_lib.Stream | None,
     sharding: Sharding | None,
 ) -> step_lib.TrainState:
-    averaged = config.average_decay is not None
+    averaged, several = config.average_decay is not None, jax.process_count() > 1
+
+    def copied(x: Any) -> Any:
+        local = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return np.array(x) if several and local else jnp.array(x, copy=True)
+
     # The step donates its buffers: the caller's parameters must survive.
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    params = jax.tree.map(copied, params)
     carried = None if stream is None else model.init_state(*stream)
     state = step_lib.fresh_state(params, optimizer, jax.random.key(config.seed), average=averaged, carried=carried)
     if sharding is None:
         return state
-    return jax.device_put(state, step_lib.state_sharding(model, optimizer, sharding, average=averaged, stream=stream))
+    place = step_lib.state_sharding(model, optimizer, sharding, average=averaged, stream=stream)
+    if several:  # device_put brings typed keys to no device of another process
+        return jax.jit(lambda state: state, out_shardings=place)(state)
+    return jax.device_put(state, place)
 
 
 class _Log:
@@ -288,14 +314,28 @@ class _Log:
 
 
 class _Signals:
-    """Catches the first SIGINT or SIGTERM so that the loop can end after a whole step; a second one acts as ever."""
+    """Catches the first SIGINT or SIGTERM so that the loop can end after a whole step; a second one acts as ever.
+
+    Of several processes, all end after the same step when any of them is signalled. They agree on it as JAX's service
+    against preemption does, which has its own handler of SIGTERM: SIGINT is passed on to it.
+    """
 
     def __init__(self) -> None:
         self.caught: str | None = None
+        self._alone = jax.process_count() == 1
         self._before: dict[int, Any] = {}
 
+    def stop_after(self, step: int) -> bool:
+        """Whether to end after ``step``: to be asked after every step, and the same in all processes."""
+        if self._alone:
+            return self.caught is not None
+        stop = multihost_utils.reached_preemption_sync_point(step)
+        if stop and self.caught is None:
+            self.caught = signal.SIGTERM.name
+        return stop
+
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
             try:
                 self._before[number] = signal.signal(number, self._catch)
             except ValueError:  # not the main thread: signals are somebody else's
@@ -305,6 +345,8 @@ class _Signals:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = signal.Signals(number).name
         self._restore()
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -10,6 +10,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxlm import processes
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -20,10 +22,13 @@ def device_name(count: int) -> str:
 
 
 class Bar:
-    """Loss, tokens per second, remaining time and device of a run of ``steps`` steps, ``start`` of which are done."""
+    """Loss, tokens per second, remaining time and device of a run of ``steps`` steps, ``start`` of which are done.
+
+    Of several processes, the first prints.
+    """
 
     def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not processes.is_first())
         self._steps, self._device = steps, device_name(devices)
         self._first: tuple[int, float] | None = None  # step and time of the first update: compilation is behind it
         self._printed = time.perf_counter()

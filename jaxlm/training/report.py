@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxlm import processes
+
 
 class MetricsFile:
-    """Appends records to a JSONL file, each line whole on disk before the call returns."""
+    """Appends records to a JSONL file, each line whole on disk before the call returns. Of several processes, the first
+    writes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def write(self, **record: Any) -> None:
         """Append one record."""
+        if not processes.is_first():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -316,15 +316,8 @@ def jit_step(
 
 
 def place_batch(batch: Any, sharding: Sharding | None) -> Any:
-    """This process's rows of a batch, [B / processes, ...] on the host, as global arrays [B, ...] split by rows."""
-    if sharding is None:
-        return batch
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(
-            sharding.named(("batch",), (x.shape[0] * jax.process_count(),), "a batch"), x
-        ),
-        batch,
-    )
+    """This process's rows of a batch (``sharding.rows``), on the host, as global arrays [B, ...] split by rows."""
+    return batch if sharding is None else jax.tree.map(sharding.from_rows, batch)
 
 
 def pmap_step(

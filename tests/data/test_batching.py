@@ -91,7 +91,8 @@ def test_shapes_and_types(make):
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_any_number_of_processes_reads_the_same_global_batches(make, process_count):
     source = make()
-    processes = [Batches(make(), i, process_count) for i in range(process_count)]
+    share = 8 // process_count
+    processes = [Batches(make(), range(i * share, (i + 1) * share)) for i in range(process_count)]
     for step in range(2 * source.rows_per_epoch // source.batch_size + 2):
         parts = [next(process) for process in processes]
         joined = [None if field[0] is None else np.concatenate(field) for field in zip(*parts, strict=True)]
@@ -106,7 +107,7 @@ def test_a_restored_iterator_goes_on_exactly(make):
         next(straight), next(saved)
     state = json.loads(json.dumps(saved.state()))
     assert len(json.dumps(state)) < 300
-    halves = [Batches(make(), i, 2) for i in range(2)]  # and with another number of processes
+    halves = [Batches(make(), rows) for rows in (range(4), range(4, 8))]  # and with another number of processes
     for half in halves:
         half.restore(state)
     for _ in range(30):
@@ -162,12 +163,10 @@ def test_a_memory_map_and_an_array_give_the_same_fingerprint(tmp_path):
     json.dumps(mapped.fingerprint())
 
 
-def test_processes_must_share_the_batch_equally():
-    source = SOURCES["columns"]()
-    with pytest.raises(ValueError, match="batch_size 8 is not divisible by the 3 processes"):
-        Batches(source, 0, 3)
-    with pytest.raises(ValueError, match=r"process_index must be in \[0, process_count\), got 2 of 2"):
-        Batches(source, 2, 2)
+@pytest.mark.parametrize("rows", [[], [7, 8], [-1]])
+def test_rows_that_a_batch_does_not_have_are_named(rows):
+    with pytest.raises(ValueError, match=r"rows \[.*\] of a batch of 8: take some of 0 to 7"):
+        Batches(SOURCES["columns"](), rows)
 
 
 @each_source

@@ -1,0 +1,190 @@
+"""One run of several processes: two of them, of two devices each, against one process of four devices.
+
+This file is also the program that they run: ``python -m jaxlm.launch ... tests.test_processes WORK DIRECTORY``.
+"""
+
+import concurrent.futures
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import processes
+from jaxlm.checkpoint import Checkpointer
+from jaxlm.data import Batches, Columns, RandomWindows
+from jaxlm.objectives import causal
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.report import curve, read_metrics
+from tests.helpers import assert_trees_close, assert_trees_equal, tiny_model
+
+COUNT, DEVICES = 2, 4
+STEPS, LENGTH, ROWS = 6, 16, 8
+MESHES = {
+    "fsdp": "data=2,fsdp=2",
+    "tensor": "tensor=2,data=2",  # processes share rows, and split heads
+    "stream": "data=4",
+}
+PATIENCE = 240
+"""Seconds."""
+
+
+def program(what, directory, mesh, *, resume=False, batches=Batches, initial=None, **options):
+    """Train in every process of the run."""
+    sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:DEVICES]))
+    model = tiny_model("lstm" if what == "stream" else "gpt")
+    tokens = np.minimum(np.random.default_rng(0).geometric(0.1, 3000), 63).astype(np.int32)
+    stream = (ROWS, LENGTH) if what == "stream" else None
+    source = Columns(tokens, LENGTH, ROWS) if stream else RandomWindows(tokens, LENGTH, ROWS, seed=1)
+    rows = sharding.rows(ROWS)
+    held_out = Batches(source, rows)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), model.specs, STEPS)
+    config = TrainingConfig(
+        batch_size=ROWS, sequence_length=LENGTH, evaluate_every=3, average_decay=0.9,
+        **{"steps": STEPS, "checkpoint_every": 2, **options},
+    )  # fmt: skip
+
+    def to_batch(window):
+        return causal.batch(window.tokens, reset=window.reset)
+
+    evaluate = Evaluator(model, causal.loss, [to_batch(next(held_out)) for _ in range(2)], sharding, stream=stream)
+    return model, train(
+        model, optimizer, causal.loss, to_batch, batches(source, rows), evaluate, config, directory,
+        meta={}, resume=resume, sharding=sharding, stream=stream, initial=initial,
+    )  # fmt: skip
+
+
+def given():
+    return jax.jit(tiny_model("lstm").init)(jax.random.key(3))
+
+
+class Signalled(Batches):
+    """Batches without end in sight, of which the last process interrupts the run at its fourth."""
+
+    def __next__(self):
+        if processes.is_first():
+            time.sleep(0.01)  # so that it falls behind
+        elif self.state()["next"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__next__()
+
+
+def work_together(directory):
+    """What all processes do in the first test; what they say to each other first."""
+    index = jax.process_index()
+    assert processes.from_first(lambda: f"said by {index} é") == "said by 0 é"
+    assert processes.from_first(lambda: "") == ""
+    with pytest.raises(ValueError if index == 0 else RuntimeError, match="there is no room"):
+        processes.from_first(lambda: (_ for _ in ()).throw(ValueError("there is no room")))
+    with pytest.raises(ValueError, match="2 processes without a mesh would each train .* over all 4 devices"):
+        train(None, None, None, None, None, None, TrainingConfig(), directory, meta={})
+
+    model, result = program("fsdp", directory / "fsdp", MESHES["fsdp"])
+    embedding = result.state.params["token_embedding"]
+    assert not embedding.is_fully_addressable
+    jaxlm.save_pretrained(directory / "model", model, result.state.params)
+    assert (directory / "model" / "model.safetensors").exists()  # also where another process wrote it
+    assert processes.on_host(embedding).shape == embedding.shape
+    local = jax.numpy.arange(3) + index
+    assert processes.on_host(local).tolist() == [index, index + 1, index + 2]  # of one process: no one's business
+
+    own = directory / f"of-{index}"
+    with pytest.raises(
+        ValueError, match="process 1 of 2 does not see what the first writes to .*checkpoint_every=None"
+    ):
+        program("fsdp", own, MESHES["fsdp"])
+    _, measured = program("fsdp", own, MESHES["fsdp"], steps=1, checkpoint_every=None)
+    assert int(measured.state.step) == 1
+    assert [path.name for path in own.iterdir()] == ["metrics.jsonl"] * (index == 0)
+
+    program("fsdp", directory / "parts", MESHES["fsdp"], steps=4)
+    program("fsdp", directory / "parts", MESHES["fsdp"], resume=True)
+    program("tensor", directory / "tensor", MESHES["tensor"])
+    program("stream", directory / "stream", MESHES["stream"], initial=given())
+
+
+def work_until_signalled(directory):
+    _, result = program("fsdp", directory, MESHES["fsdp"], steps=1_000_000, batches=Signalled)
+    print("stopped", result.interrupted, int(result.state.step), flush=True)
+
+
+def launch(work, directory):
+    """Run a program of several processes to its end; returns what each wrote to its standard output."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    flags += f" --xla_force_host_platform_device_count={DEVICES // COUNT}"
+    command = [sys.executable, "-m", "jaxlm.launch", "--coordinator", coordinator, "--processes", str(COUNT)]
+    running = [
+        subprocess.Popen(
+            [*command, "--process", str(index), "tests.test_processes", work, str(directory)],
+            cwd=Path(__file__).parents[1], env={**os.environ, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(COUNT)
+    ]  # fmt: skip
+    try:
+        # Together: one that is not read from, and whose pipe is full, would let the other wait.
+        with concurrent.futures.ThreadPoolExecutor() as readers:
+            said = list(readers.map(lambda process: process.communicate(timeout=PATIENCE), running))
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * COUNT, "\n\n".join(error for _, error in said)
+    return [out for out, _ in said]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("together")
+    launch("together", directory)
+    return directory
+
+
+def restored(directory, state):
+    """The last checkpoint, placed as ``state`` is in this one process."""
+    with Checkpointer(directory / "checkpoints") as checkpoints:
+        restored, meta = checkpoints.restore(state)
+        assert checkpoints.steps() == [4, 6]
+    assert meta["data"]["next"] == STEPS
+    return restored
+
+
+@pytest.mark.parametrize("what", MESHES)
+def test_two_processes_train_as_one_does(together, tmp_path, what):
+    _, alone = program(what, tmp_path, MESHES[what], initial=given() if what == "stream" else None)
+    records = [read_metrics(directory / "metrics.jsonl") for directory in (tmp_path, together / what)]
+    assert len(records[0]) == len(records[1])  # each written once
+    for name in ("loss", "gradient_norm", "validation_loss", "weight"):
+        (steps, want), (also, got) = (curve(record, name) for record in records)
+        assert also == steps
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    # Adam divides a gradient by its own size: of one that is next to nothing, rounding shows.
+    state = restored(together / what, alone.state)
+    assert_trees_close((state.params, state.average), (alone.state.params, alone.state.average), 1e-3)
+    if what == "fsdp":
+        assert_trees_equal(restored(together / "parts", alone.state), state)  # in two parts: bit for bit
+        assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)
+
+
+def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
+    first, second = (re.search(r"stopped (\w+) (\d+)", out).groups() for out in launch("until_signalled", tmp_path))
+    assert first[1] == second[1]
+    assert (first[0], second[0]) == ("SIGTERM", "SIGINT")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    {"together": work_together, "until_signalled": work_until_signalled}[sys.argv[1]](Path(sys.argv[2]))
