@@ -69,7 +69,7 @@ ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
 LAYERS = "layers"
-"""The axis that :func:`stack` adds, and the key of parameters under which a stack stands."""
+"""The axis that :func:`stack` adds, and the key under which a stack stands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
 def stack(count: int, specs: Tree) -> Tree:
     """The specs of ``count`` equal layers held in one array each: a leading ``layers`` axis.
 
-    In a family's parameters a stack stands under a key ``layers`` (see :func:`unstack`).
+    In a family's parameters, and in what it carries, a stack stands under a key ``layers`` (see :func:`unstack`).
     """
     return jax.tree.map(
         lambda spec: dataclasses.replace(spec, shape=(count, *spec.shape), axes=(LAYERS, *spec.axes)), specs
@@ -146,8 +146,8 @@ def unstack(tree: Tree) -> Tree:
 
     A loop over a stack copies each layer out of it, and its gradients back into one, at every step
     (``jaxlm.models.common.layers_apart``). Taken apart before the steps, each layer is copied once. ``tree`` may be
-    parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``; or their specs. A tree already
-    taken apart is given back.
+    parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``; what a model carries between
+    calls; or their specs. A tree already taken apart is given back.
     """
 
     def one(x: Any, layer: int) -> Any:
@@ -182,6 +182,13 @@ def for_each_layer(tree: Tree, like: Tree) -> Tree:
         else for_each_layer(child, like[name])
         for name, child in tree.items()
     }
+
+
+def _is_apart(tree: Tree) -> bool:
+    """Whether some stack in ``tree`` was taken apart."""
+    if not isinstance(tree, dict):
+        return False
+    return any(isinstance(child, tuple) if name == LAYERS else _is_apart(child) for name, child in tree.items())
 
 
 def _at_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -280,6 +287,8 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees: Tree) -> Tree:
     """``function(leaf of each tree, dimension)`` for each spec, ``dimension`` being where its spec names ``axis``.
 
+    Where the first tree has its layers apart (:func:`unstack`), all are taken as apart, the specs included.
+
     Raises:
         ValueError: a leaf has no such axis.
     """
@@ -289,6 +298,8 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees:
             raise ValueError(f"{path_name(path)!r} has axes {spec.axes}, none is {axis!r}")
         return function(*leaves, spec.axes.index(axis))
 
+    if trees and _is_apart(trees[0]):
+        specs, trees = unstack(specs), tuple(map(unstack, trees))
     return jax.tree_util.tree_map_with_path(one, specs, *trees)
 
 

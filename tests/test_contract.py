@@ -393,6 +393,32 @@ def test_rows_reorder_and_reset_by_axis_name(name):
 
 
 @every_decoder
+def test_a_state_with_layers_apart_is_the_same_state(name):
+    """Read, stepped on, reordered and reset, with padding: bit for bit what the stacked one is, but for rounding."""
+    model, params, tokens = setup(name, batch=3, length=10)
+    segments = np.ones((3, 8), np.int32)
+    segments[1, :3] = 0
+    sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
+    specs, order = model.state_specs(3, 12, **sizes), jnp.array([1, 0, 0])
+    found = []
+    for form in (lambda tree: tree, spec.unstack):
+        _, state = step_of(model, form(params), tokens[:, :8], form(empty_state(model, params, 3, 12)), segments)
+        state = spec.take(specs, state, order)
+        hidden, state = step_of(model, form(params), tokens[:, 8:9], state)
+        if not model.reads_source:  # a row without its source is no beginning
+            state = spec.reset(specs, state, jnp.array([False, False, True]))
+        more, state = step_of(model, form(params), tokens[:, 9:], state)
+        assert jax.tree.structure(state) == jax.tree.structure(form(specs))
+        found.append((hidden, more, spec.restack(state)))
+    assert_trees_close(found[1], found[0], TOLERANCE)
+    stacked = jax.tree.structure(specs) == jax.tree.structure(spec.unstack(specs))
+    assert stacked == ("layers" not in specs)
+    if not stacked:
+        with pytest.raises(ValueError, match="the state has its layers apart, and the parameters have not"):
+            model.apply(params, tokens[:, 9:], state=spec.unstack(state))
+
+
+@every_decoder
 def test_running_past_the_state_is_not_silent(name):
     """A state with room for fewer tokens than fed: an error when shapes tell, NaN when only the data does."""
     model, params, tokens = setup(name, batch=2, length=6)

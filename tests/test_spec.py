@@ -110,6 +110,9 @@ def test_take_and_reset_find_the_axis_by_name():
     assert reset["n"].tolist() == [5.0, 1.0, 7.0]
     np.testing.assert_array_equal(reset["k"][:, 1], 0)
     np.testing.assert_array_equal(reset["k"][:, 0], np.asarray(tree["k"])[:, 0])
+    stacked = {"layers": {"k": specs["k"]}}, {"layers": {"k": tree["k"]}}
+    apart = spec.take(stacked[0], spec.unstack(stacked[1]), jnp.array([2, 2, 0]))
+    np.testing.assert_array_equal(apart["layers"][1]["k"], taken["k"][1])
     with pytest.raises(ValueError, match=r"'w' has axes \('embed',\), none is 'batch'"):
         spec.take({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
 

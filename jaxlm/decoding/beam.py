@@ -115,8 +115,8 @@ def _beam_search(
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
 ) -> Beams:
     B, K, N = prompts_BT.shape[0], beams, count
-    state_specs = model.state_specs(B, slots)
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
+    params, state, state_specs = layers_apart(params), layers_apart(state), model.state_specs(B, slots)
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), 0 if end_id is None else end_id, jnp.int32)
     search = _Search(
@@ -129,8 +129,6 @@ def _beam_search(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf)),
     )
     search = _select(search, logits_BV[parents, :ids], end_id, length_penalty)
-
-    params = layers_apart(params)
 
     def unfinished(search: _Search) -> jax.Array:
         # A total only falls with each token, so this bounds every score that a live hypothesis can still get: divided

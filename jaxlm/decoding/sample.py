@@ -115,7 +115,7 @@ class Progress:
     """A generation under way: all that :func:`advance` needs to go on.
 
     Attributes:
-        state: what the model carries; it has read everything but each row's newest token.
+        state: what the model carries, on a CPU with layers apart; it has read everything but each row's newest token.
         tokens: [B, N] int32, filled up to ``step``.
         log_probs: [B, N] float32, see :class:`Generation`.
         lengths: [B] int32, tokens made in each row, its end token included.
@@ -301,7 +301,7 @@ def _prefill(
         assert key is not None
         keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
     progress = Progress(
-        state=state,
+        state=layers_apart(state),
         tokens=jnp.full((B, count), 0 if end_id is None else end_id, jnp.int32),
         log_probs=jnp.zeros((B, count), jnp.float32),
         lengths=jnp.zeros((B,), jnp.int32),

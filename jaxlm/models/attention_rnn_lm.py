@@ -130,7 +130,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     return {
         **{f"layer_{index}": lstm_state_specs(batch, cfg.hidden_dim) for index in range(cfg.num_layers)},
         "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32),
-        "memory": memory.memory_specs(1, batch, slots, 2 * K, cfg.dtype),
+        "memory": memory.memory_specs(None, batch, slots, 2 * K, cfg.dtype),
     }
 
 
@@ -189,8 +189,8 @@ def _attend(
     place, new = memory.span(tokens_BT, old, segments_BT)
     mask = place.mask
     if old is not None:
-        both_BSX = jnp.concatenate([old["hidden"][0], both_BTX], axis=1)
-        new = {**new, "hidden": memory.append(old["hidden"][0], both_BTX, place.kept)[None]}
+        both_BSX = jnp.concatenate([old["hidden"], both_BTX], axis=1)
+        new = {**new, "hidden": memory.append(old["hidden"], both_BTX, place.kept)}
     keys_BSK, values_BSK = jnp.split(both_BSX, 2, axis=-1)
 
     def look(one: Any) -> jax.Array:

@@ -79,7 +79,8 @@ def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
 
 
 def layers_apart(tree: Any) -> Any:
-    """Parameters, or a ``TrainState``, for many steps: on a CPU each layer by itself, elsewhere as they are.
+    """Parameters, what a model carries, or a ``TrainState``, for many steps: on a CPU each layer by itself, elsewhere
+    as they are.
 
     The layers are copied once (``spec.unstack``); ``spec.restack`` undoes it.
     """
@@ -101,9 +102,16 @@ def scan_layers(
     """``x, state[i] = block(x, (weights[i], state[i], key[i]))`` over the leading ``layers`` axis of all three.
 
     ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i. ``weights`` may also be a tuple of
-    the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says. ``in_place``: the block gets
-    ``cache.Slots`` for ``state[i]`` and gives them back, and nothing of the state is copied.
+    the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says; and so may ``state`` then.
+    ``in_place``: the block gets ``cache.Slots`` for what is stacked in ``state[i]`` and gives them back, and nothing of
+    the state is copied.
+
+    Raises:
+        ValueError: a state with layers apart for weights that are stacked.
     """
+    apart = isinstance(state, tuple)
+    if apart and not isinstance(weights, tuple):
+        raise ValueError("the state has its layers apart, and the parameters have not: take both or neither apart")
     # In an unrolled loop, what is recomputed would be merged with what was computed before. A CPU's compiler may do so:
     # it puts an unrolled loop in an order of its own, and recomputing saves no memory there (docs/labbook.md).
     prevent_cse = (unroll or isinstance(weights, tuple)) and sharding.platform() != "cpu"
@@ -121,17 +129,20 @@ def scan_layers(
         """A layer of a state that is carried whole."""
         x, state = carry
         own, index, layer_key = layer
-        x, new = block(x, (own, jax.tree.map(lambda s: cache.Slots(s, index), state), layer_key))
+        x, new = block(x, (own, cache.layer(state, index), layer_key))
         return (x, jax.tree.map(lambda _, n: n.all, state, new)), None
 
     if isinstance(weights, tuple):
         numbered = [(own, i, None if keys is None else keys[i]) for i, own in enumerate(weights)]
-        if in_place:
+        if in_place and not apart:
             return functools.reduce(lambda carry, layer: one(carry, layer)[0], numbered, (x, state))
         made = []
         for own, i, layer_key in numbered:
-            x, new = block(x, (own, jax.tree.map(lambda s: s[i], state), layer_key))  # noqa: B023 (called at once)
+            old = state[i] if apart else jax.tree.map(lambda s: s[i], state)  # noqa: B023 (called at once)
+            x, new = block(x, (own, old, layer_key))
             made.append(new)
+        if apart:
+            return x, tuple(made)
         return x, jax.tree.map(lambda *new: jnp.stack(new), *made)  # once: each write into the stack would copy it
     loop = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)
     if in_place:

@@ -180,7 +180,7 @@ def apply(
         x = _norm(cfg, "after", weights["mlp_norm"], x + _mlp(cfg, weights, read, layer_key))
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
-    kv = None if state is None else (state["key"], state["value"])
+    kv = None if state is None else state["layers"]
     x, kv = common.scan_layers(
         block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
         in_place=cache.stays_in_place(state, tokens.shape[1]),
@@ -191,7 +191,7 @@ def apply(
         return x, None
     assert place.valid_B is not None
     x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
-    return x, {**state, "key": kv[0], "value": kv[1]}
+    return x, {**state, "layers": kv}
 
 
 def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.Array) -> jax.Array:

@@ -207,7 +207,7 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
         return cache.cache_specs(_decoder_layers(cfg), batch, count, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
 
     read = slots(source_length)
-    return {**slots(length), "source": {name: read[name] for name in ("key", "value", "segment_ids")}}
+    return {**slots(length), "source": {name: read[name] for name in ("layers", "segment_ids")}}
 
 
 def start(
@@ -230,7 +230,8 @@ def start(
         k, v = jax.lax.map(read, layers)
     k, v = (x.reshape(*x.shape[:3], -1) for x in (k, v))
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    return {**state, "source": {"key": k, "value": v, "segment_ids": common.segments_of(source, segment_ids)}}
+    read_source = {"layers": {"key": k, "value": v}, "segment_ids": common.segments_of(source, segment_ids)}
+    return {**state, "source": read_source}
 
 
 # ---------------------------------------------------------------------------------------------------- decoder
@@ -272,7 +273,7 @@ def apply(
         pairs = None if positions is None else (positions, positions)
         source_segments = common.segments_of(source, source_segment_ids)
     else:
-        layers = _numbered(layers, _decoder_layers(cfg))
+        layers = _with_source(layers, state["source"]["layers"], _decoder_layers(cfg))
         pairs = place.positions, state["positions"]
         source_segments = state["source"]["segment_ids"]
     cross_mask = Mask(query_segments=common.segments_of(tokens, segment_ids), key_segments=source_segments)
@@ -281,8 +282,8 @@ def apply(
     x = _embed(cfg, params, tokens, key)
 
     def read_source(weights: dict[str, Any]) -> tuple[Any, Any]:
-        k, v = (cache.Slots(state["source"][name], weights["number"], cfg.num_heads) for name in ("key", "value"))
-        return k, v
+        own = weights["source"] if "source" in weights else cache.layer(state["source"]["layers"], weights["number"])
+        return cache.by_heads(own, cfg.num_heads)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
@@ -299,7 +300,7 @@ def apply(
         x = x + _mlp(cfg, weights, x, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
-    kv = None if state is None else (state["key"], state["value"])
+    kv = None if state is None else state["layers"]
     x, kv = common.scan_layers(
         block, x, layers, kv, key, count=_decoder_layers(cfg), remat=cfg.remat, unroll=not cfg.scan_layers,
         in_place=cache.stays_in_place(state, tokens.shape[1]),
@@ -309,7 +310,7 @@ def apply(
         return x, None
     assert place.valid_B is not None
     x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
-    return x, {**state, "key": kv[0], "value": kv[1]}
+    return x, {**state, "layers": kv}
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
@@ -332,10 +333,11 @@ def _require_decoder(cfg: Config) -> None:
         raise ValueError("a T5 with num_decoder_layers=0 decodes nothing: call encode")
 
 
-def _numbered(layers: Any, count: int) -> Any:
-    """The layers' weights, each with its ``number``: by it, it finds the keys and values of the source in place."""
+def _with_source(layers: Any, source: Any, count: int) -> Any:
+    """The layers' weights, each with the keys and values of the ``source``, or with its ``number``, by which it finds
+    them in place: a loop over stacks would copy each layer's part out."""
     if isinstance(layers, tuple):
-        return tuple({**layer, "number": i} for i, layer in enumerate(layers))
+        return tuple({**layer, "source": cache.layer(source, i)} for i, layer in enumerate(layers))
     return {**layers, "number": jnp.arange(count)}
 
 

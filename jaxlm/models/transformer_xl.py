@@ -187,24 +187,24 @@ def apply(
     r_SD = dropout(sinusoids(distance_S, cfg.embed_dim).astype(dtype), cfg.dropout, fold_name(key, "relative"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, hidden, layer_key = layer
-        context, remembered = x, None
-        if hidden is not None:
-            context = jnp.concatenate([jax.lax.stop_gradient(hidden), x], axis=1)
-            remembered = memory.append(hidden, x, place.kept)
+        weights, old, layer_key = layer
+        context, new = x, None
+        if old is not None:
+            context = jnp.concatenate([jax.lax.stop_gradient(old["hidden"]), x], axis=1)
+            new = {"hidden": memory.append(old["hidden"], x, place.kept)}
         biases = params if not cfg.untie_relative else weights["attention"]
         x = _attention(cfg, weights, biases, x, context, r_SD, place.mask, layer_key)
         x = constrain(x, ("batch", "seq", "activation_embed"))
-        return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), remembered
+        return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new
 
-    hidden = None if state is None else state["hidden"]
-    x, hidden = common.scan_layers(
-        block, x, params["layers"], hidden, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
+    old = None if state is None else state["layers"]
+    x, new = common.scan_layers(
+        block, x, params["layers"], old, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
     )
     x = dropout(x, cfg.dropout, fold_name(key, "output"))
     if order_BT is not None:
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
-    return x, None if state is None else {**state, "hidden": hidden}
+    return x, None if state is None else {**state, "layers": new}
 
 
 def _attention(

@@ -236,19 +236,22 @@ def apply(
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, old, layer_key = layer
-        attended = _attention(cfg, weights["attention"], x, T, old, place, layer_key)
-        new = None if old is None else memory.append(old, x[:, : _remembered(cfg, T, order)], place.kept)
+        remembered = None if old is None else old["hidden"]
+        attended = _attention(cfg, weights["attention"], x, T, remembered, place, layer_key)
+        new = None
+        if remembered is not None:
+            new = {"hidden": memory.append(remembered, x[:, : _remembered(cfg, T, order)], place.kept)}
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
         return constrain(x, ("batch", "seq", "activation_embed")), new
 
-    old = None if state is None else state["hidden"]
+    old = None if state is None else state["layers"]
     x, new = common.scan_layers(
         block, x, params["layers"], old, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
     )
     hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
-    return hidden, None if state is None else {**state, "hidden": new}
+    return hidden, None if state is None else {**state, "layers": new}
 
 
 def _check(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:

@@ -24,11 +24,10 @@ from jaxlm.spec import ArraySpec
 
 def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any) -> dict[str, ArraySpec]:
     """Specs of an empty cache of ``slots`` tokens per row for ``layers`` layers."""
-    keys = spec.stack(layers, ArraySpec((batch, slots, heads * kv), ("batch", None, "heads"), dtype=dtype))
+    keys = ArraySpec((batch, slots, heads * kv), ("batch", None, "heads"), dtype=dtype)
     slot = ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32)
     return {
-        "key": keys,
-        "value": keys,
+        spec.LAYERS: spec.stack(layers, {"key": keys, "value": keys}),
         "segment_ids": slot,
         "positions": slot,
         "length": ArraySpec((batch,), ("batch",), dtype=jnp.int32),
@@ -40,23 +39,27 @@ class Slots:
     """The slots of one layer [B, S, G * K] where they stand among those of all layers: written and read in place.
 
     A loop over layers that took each layer's slots out and put them back would copy the whole cache for every token.
-    With ``heads``, they are read as [B, S, G, K].
+    With ``heads``, they are read as [B, S, G, K]. ``layer`` None: ``all`` are those of one layer, as where layers are
+    apart (``spec.unstack``).
     """
 
     all: jax.Array
-    layer: Any
+    layer: Any = None
     heads: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[B, S, G * K], or by heads."""
-        *most, width = self.all.shape[1:]
+        *most, width = self.all.shape[-3:]
         return (*most, width) if self.heads is None else (*most, self.heads, width // self.heads)
 
     def first(self, length: int) -> jax.Array:
         """The first ``length`` slots of every row, [B, length, ...]."""
-        sizes = (1, self.all.shape[1], length, *self.all.shape[3:])
-        first = lax.dynamic_slice(self.all, (self.layer, *[0] * (len(sizes) - 1)), sizes)
+        if self.layer is None:
+            first = self.all[:, :length]
+        else:
+            sizes = (1, self.all.shape[1], length, self.all.shape[3])
+            first = lax.dynamic_slice(self.all, (self.layer, 0, 0, 0), sizes)
         return first.reshape(self.shape[0], length, *self.shape[2:])
 
     def append(self, new_BT: jax.Array, length_B: jax.Array) -> Slots:
@@ -81,21 +84,27 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(slots_BS, new_BT, length_B)
 
 
+def by_heads(kv: Any, heads: int) -> tuple[Any, Any]:
+    """A layer's slots of keys and values as attention reads them, [B, S, G, K] of G ``heads``."""
+
+    # Slots of one layer, too, and not reshaped here: XLA would write the new ones into two arrays, one of each shape.
+    key, value = (x if isinstance(x, Slots) else Slots(x) for x in (kv["key"], kv["value"]))
+    return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
+
+
 def extended(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any, tuple[Any, Any]]:
     """A layer's slots of keys and values with new ones, each [B, T, G, K]: as they are carried, and as attention reads
     them, [B, S, G, K]. Without slots, the new ones are all there are."""
     if kv is None:
         return None, new
     assert span.start_B is not None
-    kv = tuple(append(old, x, span.start_B) for old, x in zip(kv, new, strict=True))
+    kv = {name: append(kv[name], x, span.start_B) for name, x in zip(("key", "value"), new, strict=True)}
+    return kv, by_heads(kv, new[0].shape[2])
 
-    def by_heads(slots: Any) -> Any:
-        heads = new[0].shape[2]
-        if isinstance(slots, Slots):
-            return dataclasses.replace(slots, heads=heads)
-        return slots.reshape(*slots.shape[:2], heads, slots.shape[2] // heads)
 
-    return kv, (by_heads(kv[0]), by_heads(kv[1]))
+def layer(stack: Any, number: Any) -> Any:
+    """What of a state's ``layers`` belongs to one of them: :class:`Slots` of a stack, or, apart, what it has itself."""
+    return stack[number] if isinstance(stack, tuple) else jax.tree.map(lambda all: Slots(all, number), stack)
 
 
 @struct.dataclass

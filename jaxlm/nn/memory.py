@@ -21,17 +21,18 @@ from jaxlm.nn.term import Term
 from jaxlm.spec import ArraySpec
 
 
-def memory_specs(layers: int, batch: int, slots: int, width: int, dtype: Any) -> dict[str, ArraySpec]:
-    """Specs of an empty memory of ``slots`` tokens per row: ``hidden`` [L, B, M, D], ``segment_ids`` [B, M] (0: empty).
+def memory_specs(layers: int | None, batch: int, slots: int, width: int, dtype: Any) -> dict[str, Any]:
+    """Specs of an empty memory of ``slots`` tokens per row: ``layers/hidden`` [L, B, M, D], or with ``layers`` None
+    ``hidden`` [B, M, D]; ``segment_ids`` [B, M] (0: empty).
 
     Raises:
         ValueError: no slots.
     """
     if slots < 1:
         raise ValueError(f"a memory of {slots} slots holds nothing: make it at least 1, or call without a state")
-    hidden = ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)
+    hidden = {"hidden": ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)}
     return {
-        "hidden": spec.stack(layers, hidden),
+        **(hidden if layers is None else {spec.LAYERS: spec.stack(layers, hidden)}),
         "segment_ids": ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32),
     }
 

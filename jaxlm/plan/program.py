@@ -179,13 +179,15 @@ def decoding_step(
         ValueError: sizes that do not divide over the mesh, or a state longer than the model allows.
     """
     sizes = {"source_length": sequence} if model.reads_source else {}
-    specs = model.state_specs(batch, sequence, **sizes)
+    specs, parameter_specs = model.state_specs(batch, sequence, **sizes), model.specs
+    if layers_apart:
+        specs, parameter_specs = spec.unstack(specs), spec.unstack(parameter_specs)
     dtype = jnp.dtype(param_dtype)
 
     def lower(leaf: spec.ArraySpec) -> spec.ArraySpec:
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    params = sharding.abstract(jax.tree.map(lower, spec.unstack(model.specs) if layers_apart else model.specs))
+    params = sharding.abstract(jax.tree.map(lower, parameter_specs))
     state = sharding.abstract(specs)
     rows = sharding.named(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)

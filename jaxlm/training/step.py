@@ -149,7 +149,10 @@ def state_sharding(
         params,
         transform_non_params=lambda _: everywhere,
     )
-    carried = None if stream is None else sharding.tree(model.state_specs(*stream))
+    carried = None
+    if stream is not None:
+        carried_specs = model.state_specs(*stream)
+        carried = sharding.tree(spec.unstack(carried_specs) if layers_apart else carried_specs)
     average_sharding = params if average else None
     return TrainState(
         everywhere, params, optimizer_sharding, everywhere, average_sharding, everywhere, everywhere, carried

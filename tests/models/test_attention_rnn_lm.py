@@ -42,7 +42,7 @@ def test_a_window_needs_no_longer_memory(parts):
     segments = np.array([[1] * 5 + [0] + [1] * 3 + [2] * 3, [0, 0] + [1] * 8 + [0, 0]], np.int32)
     want, _ = hidden_of(model, params, tokens, {"segment_ids": segments})
     state = model.init_state(2, 100)
-    assert state["memory"]["hidden"].shape == (1, 2, 3, 2 * 12 // parts)
+    assert state["memory"]["hidden"].shape == (2, 3, 2 * 12 // parts)
     for size in (1, 2, 5):
         got = streamed(model, params, tokens, state, size, segments)
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE

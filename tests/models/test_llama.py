@@ -40,7 +40,7 @@ def test_published_parameter_counts(name, count):
 
 def test_the_cache_holds_the_heads_of_keys_only():
     specs = get_model("llama-3-8b").state_specs(1, 4)
-    assert specs["key"].shape == (32, 1, 4, 8 * 128)
+    assert specs["layers"]["key"].shape == (32, 1, 4, 8 * 128)
 
 
 def test_grouped_heads_are_repeated_heads():

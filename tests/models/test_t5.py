@@ -84,7 +84,7 @@ def test_decoding_from_a_state_is_applying_to_the_source(bias_per_layer):
     segments = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], np.int32)
     full, _ = apply(model, params, tokens, {"source": source, "source_segment_ids": segments})
     state = start(model, params, source, 12, segments)
-    assert state["source"]["key"].shape == (1, 2, 7, 4 * 6)
+    assert state["source"]["layers"]["key"].shape == (1, 2, 7, 4 * 6)
     assert spec.diff(t5.state_specs(model.config, 2, 12, 7), state) == []
     prompt, real = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.int32)
     for row, length in enumerate((2, 5)):

@@ -43,7 +43,7 @@ def test_segments_with_a_memory_give_what_transformers_gives(case):
         hidden, state = apply(model, params, golden["tokens"][:, place], state=state)
         assert relative_error(hidden, golden["hidden"][:, place]) < TOLERANCE
         start += length
-    assert relative_error(state["hidden"], golden["memory"]) < TOLERANCE
+    assert relative_error(state["layers"]["hidden"], golden["memory"]) < TOLERANCE
     assert relative_error(model.logits(params, hidden), golden["logits"]) < TOLERANCE
 
 
@@ -137,7 +137,7 @@ def test_no_gradient_flows_into_the_memory():
 
     _, state = apply(model, params, tokens[:, :6], state=model.init_state(2, 8))
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(params, state)
-    assert not np.asarray(gradients[1]["hidden"]).any()
+    assert not np.asarray(gradients[1]["layers"]["hidden"]).any()
     through = jax.jit(jax.grad(through))(params)
     for path, gradient in spec.flatten(through).items():
         assert relative_error(gradient, spec.flatten(gradients[0])[path]) < TOLERANCE, path

@@ -115,9 +115,9 @@ def test_no_gradient_flows_into_the_memory():
     _, state = model.apply(params, tokens, state=model.init_state(2, 9))
 
     def loss(hidden):
-        return model.apply(params, tokens, state={**state, "hidden": hidden})[1]["hidden"].sum()
+        return model.apply(params, tokens, state={**state, "layers": {"hidden": hidden}})[1]["layers"]["hidden"].sum()
 
-    assert not np.asarray(jax.grad(loss)(state["hidden"])).any()
+    assert not np.asarray(jax.grad(loss)(state["layers"]["hidden"])).any()
 
 
 def test_beams_are_scored_as_whole_texts_are():

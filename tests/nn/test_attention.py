@@ -351,17 +351,19 @@ def test_slots_are_written_and_read_among_those_of_all_layers():
     start = jnp.array([3, 87])
     by_heads, every = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
     every = every.reshape(3, *by_heads[:2], -1)
-    (written, _), (seen, _) = extended(
-        (Slots(every, jnp.int32(1)), Slots(every, jnp.int32(1))), (new, new), span_from(start)
-    )
+    slots = Slots(every, jnp.int32(1))
+    kv, (seen, _) = extended({"key": slots, "value": slots}, (new, new), span_from(start))
+    written = kv["key"]
     want = append(k, new, start)
     assert written.shape == every.shape[1:]
     assert seen.shape == by_heads
     np.testing.assert_array_equal(written.first(120), want[:, :120].reshape(2, 120, -1))
     np.testing.assert_array_equal(seen.first(120), want[:, :120])
-    (plain, _), (plain_seen, _) = extended((every[1], every[1]), (new, new), span_from(start))
-    np.testing.assert_array_equal(plain, written.first(by_heads[1]))
-    np.testing.assert_array_equal(plain_seen, want)
+    plain, (plain_seen, _) = extended({"key": every[1], "value": every[1]}, (new, new), span_from(start))
+    np.testing.assert_array_equal(plain["key"], written.first(by_heads[1]))
+    assert plain_seen.shape == by_heads
+    np.testing.assert_array_equal(plain_seen.first(by_heads[1]), want)
+    np.testing.assert_array_equal(plain_seen.first(7), want[:, :7])
     np.testing.assert_array_equal(written.all[jnp.array([0, 2])], every[jnp.array([0, 2])])
     for implementation in ("decode", "reference", None):
         values = Slots(v.reshape(1, *by_heads[:2], -1), 0, by_heads[2])

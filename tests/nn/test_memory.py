@@ -19,13 +19,13 @@ CALLS = [
 
 def run(slots, calls=CALLS):
     """Yield (segments, span, state) of each call; the number of a token is its hidden state."""
-    state = spec.init(memory.memory_specs(1, 3, slots, 1, jnp.float32))
+    state = spec.init(memory.memory_specs(None, 3, slots, 1, jnp.float32))
     for number, segments in enumerate(calls):
         segments = np.array(segments, np.int32)
         tokens = 1 + 100 * number + np.arange(segments.size, dtype=np.float32).reshape(segments.shape)
         span, state = memory.span(jnp.asarray(tokens), state, segments)
-        hidden = memory.append(state["hidden"][0], jnp.asarray(tokens)[..., None], span.kept)
-        state = {**state, "hidden": hidden[None]}
+        hidden = memory.append(state["hidden"], jnp.asarray(tokens)[..., None], span.kept)
+        state = {**state, "hidden": hidden}
         yield segments, tokens, span, state
 
 
@@ -37,12 +37,12 @@ def test_it_holds_the_last_real_tokens_in_order(slots):
             history += [(token, s) for token, s in zip(tokens[row], segments[row]) if s > 0]
             held = [
                 (token, s)
-                for token, s in zip(state["hidden"][0, row, :, 0].tolist(), state["segment_ids"][row].tolist())
+                for token, s in zip(state["hidden"][row, :, 0].tolist(), state["segment_ids"][row].tolist())
                 if s > 0
             ]
             assert held == history[-slots:]
             assert np.all(np.diff(np.asarray(state["segment_ids"][row]) > 0) >= 0)  # empty slots come first
-    assert spec.diff(memory.memory_specs(1, 3, slots, 1, jnp.float32), state) == []
+    assert spec.diff(memory.memory_specs(None, 3, slots, 1, jnp.float32), state) == []
 
 
 def test_mask_and_distances_are_those_of_the_documents_alone():
