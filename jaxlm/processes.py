@@ -14,7 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+
+def _multihost_utils() -> Any:
+    """Imported by who needs it: ``import jaxlm`` does not."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils
 
 
 def is_first() -> bool:
@@ -33,6 +39,7 @@ def from_first(make: Callable[[], str]) -> str:
     """
     if jax.process_count() == 1:
         return make()
+    multihost_utils = _multihost_utils()
     made, error = "", None
     if is_first():
         try:
@@ -54,7 +61,7 @@ def from_first(make: Callable[[], str]) -> str:
 def wait(why: str) -> None:
     """Return when every process has called this. ``why`` is in the error, should they call it for different reasons."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(why)
+        _multihost_utils().sync_global_devices(why)
 
 
 def require_shared(directory: Path) -> None:
@@ -72,7 +79,7 @@ def require_shared(directory: Path) -> None:
         return Path(path).name
 
     left = directory / from_first(leave)
-    seen = multihost_utils.process_allgather(np.array(left.exists())).reshape(-1)
+    seen = _multihost_utils().process_allgather(np.array(left.exists())).reshape(-1)
     if is_first():
         left.unlink()
     if not seen.all():
@@ -86,5 +93,5 @@ def require_shared(directory: Path) -> None:
 def on_host(array: Any) -> np.ndarray:
     """The whole array as numpy, in every process, also where its parts are on devices of several."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return np.asarray(_multihost_utils().process_allgather(array, tiled=True))
     return np.asarray(array)

@@ -191,7 +191,7 @@ def apply(
         context, new = x, None
         if old is not None:
             context = jnp.concatenate([jax.lax.stop_gradient(old["hidden"]), x], axis=1)
-            new = {"hidden": memory.append(old["hidden"], x, place.kept)}
+            new = {"hidden": x}
         biases = params if not cfg.untie_relative else weights["attention"]
         x = _attention(cfg, weights, biases, x, context, r_SD, place.mask, layer_key)
         x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -204,7 +204,7 @@ def apply(
     x = dropout(x, cfg.dropout, fold_name(key, "output"))
     if order_BT is not None:
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
-    return x, None if state is None else {**state, "layers": new}
+    return x, None if state is None else {**state, "layers": memory.append_layers(old, new, place.kept)}
 
 
 def _attention(

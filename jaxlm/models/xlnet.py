@@ -238,9 +238,7 @@ def apply(
         weights, old, layer_key = layer
         remembered = None if old is None else old["hidden"]
         attended = _attention(cfg, weights["attention"], x, T, remembered, place, layer_key)
-        new = None
-        if remembered is not None:
-            new = {"hidden": memory.append(remembered, x[:, : _remembered(cfg, T, order)], place.kept)}
+        new = None if old is None else {"hidden": x[:, : _remembered(cfg, T, order)]}
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
@@ -251,7 +249,7 @@ def apply(
         block, x, params["layers"], old, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
     )
     hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
-    return hidden, None if state is None else {**state, "layers": new}
+    return hidden, None if state is None else {**state, "layers": memory.append_layers(old, new, place.kept)}
 
 
 def _check(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:

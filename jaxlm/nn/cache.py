@@ -67,8 +67,9 @@ class Slots:
         B, T = new_BT.shape[:2]
         slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
         rows = jnp.arange(B)[:, None]
-        new = new_BT.reshape(B, T, *self.all.shape[3:]).astype(self.all.dtype)
-        return dataclasses.replace(self, all=self.all.at[self.layer, rows, slot_BT].set(new, unique_indices=True))
+        new = new_BT.reshape(B, T, self.all.shape[-1]).astype(self.all.dtype)
+        index = (rows, slot_BT) if self.layer is None else (self.layer, rows, slot_BT)
+        return dataclasses.replace(self, all=self.all.at[index].set(new, unique_indices=True))
 
 
 def stays_in_place(state: Any, new: int) -> bool:
@@ -80,6 +81,8 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     """Write ``new`` [B, T, ...] into ``slots`` [B, S, ...] from each row's ``length`` on."""
     if isinstance(slots_BS, Slots):
         return slots_BS.append(new_BT, length_B)
+    if slots_BS.ndim == 3 and 8 * new_BT.shape[1] <= slots_BS.shape[1]:
+        return Slots(slots_BS).append(new_BT, length_B).all
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(slots_BS, new_BT, length_B)
 

@@ -102,6 +102,14 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -
     return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")
 
 
+def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
+    """:func:`append` for a state's ``layers``, stacked or apart: at once for all, after a loop over layers that gave
+    what is new of each. One that carried whole memories would copy them in and out."""
+    if isinstance(memory, tuple):
+        return jax.tree.map(lambda old, x: append(old, x, kept_BM), memory, new)
+    return jax.tree.map(lambda old, x: jax.vmap(append, in_axes=(0, 0, None))(old, x, kept_BM), memory, new)
+
+
 DIRECTLY_FROM = 128
 """Inputs, B S, from which on they are met directly: for fewer, a CPU turns weights longer than it projects inputs."""
 
