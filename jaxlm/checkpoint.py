@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm import spec
+from jaxlm import processes, spec
 
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
@@ -228,7 +228,7 @@ class Checkpointer:
         path = self._path(step)
         if self._read(step) is not None:
             raise FileExistsError(f"{path} exists, and nothing saved is overwritten: move it away, or save elsewhere")
-        if path.exists() and jax.process_index() == 0:
+        if path.exists() and processes.is_first():
             aside = path.with_name(f"{step}.unreadable-{time.time_ns()}")
             logging.getLogger(__name__).warning("%s is not a readable checkpoint: moved to %s", path, aside)
             path.rename(aside)
@@ -253,7 +253,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Return when the last save is complete and what it superseded is deleted; raise what went wrong with it."""
         self._orbax.wait_until_finished()
-        if self._last_saved is not None and jax.process_index() == 0:
+        if self._last_saved is not None and processes.is_first():
             self._prune(self._last_saved)
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ def script(
         ValueError: an unknown topology, a command that is no module or a benchmark on several hosts, or something
             missing or of no use.
     """
-    chosen = command is None
+    default = command is None
     if command is None:
         command = ["python", "-m", "benchmarks.training", "--against", "", "--json", f"{_RESULTS}/training.json"]
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
@@ -94,7 +94,7 @@ def script(
     chips = math.prod(int(side) for side in shape.split("x"))
     several = chips > _TPUS[kind].largest_host
     if several and command[2].startswith("benchmarks."):
-        if not chosen:
+        if not default:
             raise ValueError(
                 f"{command[2]} measures the devices of one process, and {topology} is several hosts: train something "
                 f"over all of its {chips} chips (python -m experiments.shakespeare --mesh data={chips} ...)"

@@ -230,8 +230,8 @@ def start(
         k, v = jax.lax.map(read, layers)
     k, v = (x.reshape(*x.shape[:3], -1) for x in (k, v))
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    read_source = {"layers": {"key": k, "value": v}, "segment_ids": common.segments_of(source, segment_ids)}
-    return {**state, "source": read_source}
+    kept = {"layers": {"key": k, "value": v}, "segment_ids": common.segments_of(source, segment_ids)}
+    return {**state, "source": kept}
 
 
 # ---------------------------------------------------------------------------------------------------- decoder

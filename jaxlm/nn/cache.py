@@ -74,14 +74,19 @@ class Slots:
 
 def stays_in_place(state: Any, new: int) -> bool:
     """Whether a loop over layers had better leave the cache where it is: few new tokens, much room."""
-    return state is not None and 8 * new <= state["segment_ids"].shape[1]
+    return state is not None and _are_few(new, state["segment_ids"].shape[1])
+
+
+def _are_few(new: int, slots: int) -> bool:
+    return 8 * new <= slots
 
 
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     """Write ``new`` [B, T, ...] into ``slots`` [B, S, ...] from each row's ``length`` on."""
     if isinstance(slots_BS, Slots):
         return slots_BS.append(new_BT, length_B)
-    if slots_BS.ndim == 3 and 8 * new_BT.shape[1] <= slots_BS.shape[1]:
+    if slots_BS.ndim == 3 and _are_few(new_BT.shape[1], slots_BS.shape[1]):
+        # Not the update below, which for several rows becomes a scatter in float32 on a TPU (docs/labbook.md).
         return Slots(slots_BS).append(new_BT, length_B).all
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(slots_BS, new_BT, length_B)
