@@ -146,13 +146,6 @@ def launch(work, directory):
     return [out for out, _ in said]
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("together")
-    launch("together", directory)
-    return directory
-
-
 def restored(directory, state):
     """The last checkpoint, placed as ``state`` is in this one process."""
     with Checkpointer(directory / "checkpoints") as checkpoints:
@@ -162,21 +155,26 @@ def restored(directory, state):
     return restored
 
 
-@pytest.mark.parametrize("what", MESHES)
-def test_two_processes_train_as_one_does(together, tmp_path, what):
-    _, alone = program(what, tmp_path, MESHES[what], initial=given() if what == "stream" else None)
-    records = [read_metrics(directory / "metrics.jsonl") for directory in (tmp_path, together / what)]
-    assert len(records[0]) == len(records[1])  # each written once
-    for name in ("loss", "gradient_norm", "validation_loss", "weight"):
-        (steps, want), (also, got) = (curve(record, name) for record in records)
-        assert also == steps
-        np.testing.assert_allclose(got, want, rtol=1e-5)
-    # Adam divides a gradient by its own size: of one that is next to nothing, rounding shows.
-    state = restored(together / what, alone.state)
-    assert_trees_close((state.params, state.average), (alone.state.params, alone.state.average), 1e-3)
-    if what == "fsdp":
-        assert_trees_equal(restored(together / "parts", alone.state), state)  # in two parts: bit for bit
-        assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)
+@pytest.mark.thorough
+def test_two_processes_train_as_one_does(tmp_path):
+    """One test, so that the processes start once, however many workers share the tests."""
+    together = tmp_path / "together"
+    together.mkdir()
+    launch("together", together)
+    for what, mesh in MESHES.items():
+        _, alone = program(what, tmp_path / what, mesh, initial=given() if what == "stream" else None)
+        records = [read_metrics(directory / what / "metrics.jsonl") for directory in (tmp_path, together)]
+        assert len(records[0]) == len(records[1])  # each written once
+        for name in ("loss", "gradient_norm", "validation_loss", "weight"):
+            (steps, want), (also, got) = (curve(record, name) for record in records)
+            assert also == steps
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+        # Adam divides a gradient by its own size: of one that is next to nothing, rounding shows.
+        state = restored(together / what, alone.state)
+        assert_trees_close((state.params, state.average), (alone.state.params, alone.state.average), 1e-3)
+        if what == "fsdp":
+            assert_trees_equal(restored(together / "parts", alone.state), state)  # in two parts: bit for bit
+            assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)
 
 
 def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
