@@ -64,6 +64,12 @@ def wait(why: str) -> None:
         _multihost_utils().sync_global_devices(why)
 
 
+def end_after(step: int) -> bool:
+    """Whether all processes of several end after ``step``, because one of them was sent SIGTERM: JAX's service against
+    preemption, which handles that signal, makes them agree. To be asked after every step."""
+    return bool(_multihost_utils().reached_preemption_sync_point(step))
+
+
 def require_shared(directory: Path) -> None:
     """Make sure that all processes see the first one's ``directory``, which is there.
 

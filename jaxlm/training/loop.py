@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from jaxlm import processes, spec
 from jaxlm.checkpoint import Checkpointer
@@ -131,7 +130,7 @@ def train(
             the devices are as many.
         initial: parameters to start from instead of random ones.
         stream: batch rows and tokens remembered, when the batches are consecutive parts of streams
-            (``jaxlm.data.ContiguousColumns``) along which the model carries its state; rows whose window says ``reset``
+            (``jaxlm.data.Columns``) along which the model carries its state; rows whose window says ``reset``
             start anew.
 
     In a run of several processes all of them call this, each with its own rows in ``data``, over a mesh of all devices
@@ -316,8 +315,8 @@ class _Log:
 class _Signals:
     """Catches the first SIGINT or SIGTERM so that the loop can end after a whole step; a second one acts as ever.
 
-    Of several processes, all end after the same step when any of them is signalled. They agree on it as JAX's service
-    against preemption does, which has its own handler of SIGTERM: SIGINT is passed on to it.
+    Of several processes, all end after the same step when any of them is signalled (``processes.end_after``): SIGTERM
+    is handled there, and SIGINT passed on to it.
     """
 
     def __init__(self) -> None:
@@ -329,7 +328,7 @@ class _Signals:
         """Whether to end after ``step``: to be asked after every step, and the same in all processes."""
         if self._alone:
             return self.caught is not None
-        stop = multihost_utils.reached_preemption_sync_point(step)
+        stop = processes.end_after(step)
         if stop and self.caught is None:
             self.caught = signal.SIGTERM.name
         return stop
