@@ -264,8 +264,17 @@ def active() -> Sharding | None:
 
 def platform() -> str:
     """The kind of device that is being compiled for: ``cpu``, ``gpu`` or ``tpu``."""
+    return _device().platform
+
+
+def device_kind() -> str:
+    """The device that is being compiled for, as JAX names it: ``TPU v5 lite``, for example."""
+    return _device().device_kind
+
+
+def _device() -> jax.Device:
     sharding = _active.get()
-    return sharding.mesh.devices.flat[0].platform if sharding is not None else jax.default_backend()
+    return jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:

@@ -31,7 +31,13 @@ from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.relative import distance_term, distance_term_of_positions, sinusoids, type_term
+from jaxlm.nn.relative import (
+    distance_term,
+    distance_term_of_positions,
+    distance_term_of_queries,
+    sinusoids,
+    type_term,
+)
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -161,13 +167,16 @@ class _Stream:
 
     Attributes:
         mask: who sees whom.
-        ahead: how many places after the first key the first query stands, where this is so in every row.
-        positions: of queries and of keys, [1 or B, T or P] and [1 or B, S], where it is not; else None.
+        ahead: how many places after the first key the first query stands, and the others follow one by one.
+        places: how many places after the first key each query stands, [B, P], where they do not; else None.
+        positions: of queries and of keys, [1 or B, T or P] and [1 or B, S], where keys do not stand at their places;
+            else None.
         types: [B, T or P] token types of the queries, or None.
     """
 
     mask: Mask
     ahead: int = struct.field(pytree_node=False)
+    places: Any
     positions: Any
     types: Any
 
@@ -313,9 +322,10 @@ def _place(
             key_segments=span.mask.key_segments,
         )
         positions = None
-        if picked or segment_ids is not None or right_to_left is not None:
+        if segment_ids is not None or right_to_left is not None:
             positions = (of(span.query_positions) + later) * sign, span.key_positions * sign
-        return _Stream(mask, ahead=M + later, positions=positions, types=of(token_types))
+        places = M + later + of(jnp.arange(T)[None]) if picked else None
+        return _Stream(mask, M + later, places, positions, types=of(token_types))
 
     key_order = None
     if order is not None:
@@ -369,10 +379,12 @@ def _attention(
             return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
 
         vectors: dict[str, Any] = {"q_BTHK": meeting("relative", plus("position_bias")), "scale": scale}
-        if stream.positions is None:
-            terms = [distance_term(table, S, q_BTHK.shape[1], S, ahead=stream.ahead, **vectors)]
-        else:
+        if stream.positions is not None:
             terms = [distance_term_of_positions(table, S, *stream.positions, **vectors)]
+        elif stream.places is not None:
+            terms = [distance_term_of_queries(table, S, stream.places, S, **vectors)]
+        else:
+            terms = [distance_term(table, S, q_BTHK.shape[1], S, ahead=stream.ahead, **vectors)]
         if stream.types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
             terms.append(type_term(plus("type_bias"), types_2HK, stream.types, place.key_types, scale=scale))

@@ -15,14 +15,17 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 from jaxlm.nn.cache import Slots
-from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, decode_attention, splash
+from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, decode_attention, pallas_attention, splash
 from jaxlm.nn.mask import Mask, keep, softmax
 from jaxlm.nn.term import Term, check, dense
 
-Implementation = Literal["reference", "blockwise", "decode", "splash", "cudnn"]
+Implementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
 BLOCKWISE_FROM = 256
 """Queries from which blocks pay off; from T = 1024 on, O(T) memory is a rule of the house and not a choice."""
+
+TERMS_FROM = 64
+"""Queries from which terms are worth a kernel of their own on a TPU: a block of it has 128."""
 
 
 def attention(
@@ -51,6 +54,7 @@ def attention(
         dropout: rate; acts only with a ``key``.
         implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), ``decode`` (few
             queries, reads no more of a cache than is filled), ``splash`` (a TPU kernel; no bias, dropout or orders),
+            ``pallas`` (a TPU kernel that takes terms and orders, from v5 on; up to 4096 keys, no dropout),
             ``cudnn`` (NVIDIA; half precision, no bias, dropout, orders or segments), or None for the best that is known
             for the device, the shape and the mask.
 
@@ -82,10 +86,11 @@ def attention(
         "blockwise": None if array is None else "takes no dense bias",
         "decode": decode_attention.refusal(array, key),
         "splash": splash.refusal(mask, given, key),
+        "pallas": pallas_attention.refusal(T, S, terms, array, key),
         "cudnn": cudnn_attention.refusal(mask, q_BTHK.dtype, given, key),
     }
     if implementation is None:
-        implementation = _best(mask, T, S, array, refusals)
+        implementation = _best(T, S, array, terms, refusals)
     elif refusals.get(implementation) is None and _PLATFORM.get(implementation, platform) != platform:
         refusals[implementation] = f"is for a {_PLATFORM[implementation]}, and this is compiled for a {platform}"
     if refusals.get(implementation) is not None:
@@ -97,6 +102,8 @@ def attention(
     k_BSGK, v_BSGK = (x.first(S) if isinstance(x, Slots) else x for x in (k_BSGK, v_BSGK))
     if implementation == "splash":
         return splash.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
+    if implementation == "pallas":
+        return pallas_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms)
     if implementation == "cudnn":
         return cudnn_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     if implementation == "reference":
@@ -115,17 +122,19 @@ def attention(
     )
 
 
-_PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
+_PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 
 
-def _best(mask: Mask, T: int, S: int, array: Any, refusals: dict[str, str | None]) -> Implementation:
-    """The best implementation that is known for the device, the shape and the mask."""
+def _best(T: int, S: int, array: Any, terms: Any, refusals: dict[str, str | None]) -> Implementation:
+    """The best implementation that is known for the device, the shape and what is added to the scores."""
     decodes = T <= decode_attention.QUERIES and S > 2 * decode_attention.SHORTEST  # over a cache, or over a source
     if decodes and refusals["decode"] is None:
         return "decode"
+    if terms and T >= TERMS_FROM and sharding.platform() == "tpu" and refusals["pallas"] is None:
+        return "pallas"
     if T < BLOCKWISE_FROM or array is not None:
         return "reference"
-    for name in ("splash", "cudnn"):
+    for name in ("splash", "pallas", "cudnn"):
         if sharding.platform() == _PLATFORM[name] and refusals[name] is None:
             return name
     return "blockwise"

@@ -48,14 +48,22 @@ class Mask:
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
     """The dense mask [B or 1, T, S] of bools, or None when everything is kept: for reference and small blocks."""
-    kept = None
-    if mask.query_segments is not None:
-        kept = mask.query_segments[:, :, None] == mask.key_segments[:, None, :]
+    orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
+    if mask.causal and mask.query_order is None:
+        orders = jnp.arange(queries)[None], jnp.arange(keys)[None]
+
+    def met(query_BT: Any, key_BS: Any) -> Any:
+        return None if query_BT is None else (query_BT[:, :, None], key_BS[:, None, :])
+
+    return keep_pairs(mask, met(*orders), met(*segments))
+
+
+def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
+    """:func:`keep` of queries and keys whose orders (for a causal mask) and segments are given in pairs of arrays that
+    broadcast against each other, or as None."""
+    kept = None if segments is None else segments[0] == segments[1]
     if mask.causal:
-        query_order, key_order = mask.query_order, mask.key_order
-        if query_order is None:
-            query_order, key_order = jnp.arange(queries)[None], jnp.arange(keys)[None]
-        distance = query_order[:, :, None] - key_order[:, None, :]
+        distance = orders[0] - orders[1]
         ordered = distance >= 0
         if mask.window is not None:
             ordered &= distance < mask.window

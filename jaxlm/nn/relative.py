@@ -17,10 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxlm import sharding
-from jaxlm.nn.term import Term, Tile
+from jaxlm.devices import LANES
+from jaxlm.nn.term import Form, Term, Tile
 
 
 def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
@@ -56,7 +55,7 @@ def distance_term(
         q_BTHK: what meets the vectors of the table.
         scale: of the products; numbers are taken as they are.
     """
-    # From now on row 1 belongs to the last query and the first key. One row more than pairs have: see ``_aligned``.
+    # From now on row 1 belongs to the last query and the first key: one row more than pairs have (``Tile.diagonals``).
     first, rows = longest - (ahead + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(beyond, 0), rows - 1) for beyond in (low - first, first + rows - 1 - high))
@@ -64,6 +63,21 @@ def distance_term(
     wanted = floats["table"][..., low : high + 1]
     floats["table"] = jnp.pad(wanted, (*[(0, 0)] * (wanted.ndim - 1), (before, after)), mode="edge")
     return Term(_Places(queries, scale), floats)
+
+
+def distance_term_of_queries(
+    table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
+) -> Term:
+    """:func:`distance_term` for queries that stand anywhere, before keys that stand at their places.
+
+    The table must have a row for every pair: ``longest`` at least the last query, and ``longest - N`` below the first
+    query minus the last key. Without these rows the term is undefined.
+
+    Args:
+        query_BT: [1 or B, T] integers, how many places after key 0 each query stands.
+        keys: how many keys there are.
+    """
+    return Term(_Queries(longest, keys, scale), _floats(table, q_BTHK), {"query": query_BT})
 
 
 def distance_term_of_positions(
@@ -90,7 +104,7 @@ def type_term(
 def _floats(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
     """Distances last: the product with a query and its gradient are then matmuls as a CPU likes them."""
     if q_BTHK is None:
-        return {"table": jnp.moveaxis(table.astype(jnp.float32), 0, -1)[None]}
+        return {"table": jnp.moveaxis(table.astype(jnp.float32)[..., None], 0, -1)[None]}
     return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 0, -1)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
 
 
@@ -106,21 +120,34 @@ class _Places:
         return {"table": (first, tile.rows + tile.columns, -1), "query": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        strip = parts["table"]
-        if "query" in parts:
-            return _aligned(_product(parts["query"], strip, self.scale))
-        return _aligned(jnp.broadcast_to(strip[None, :], (tile.rows, len(strip))))
+        return tile.diagonals(parts["table"], parts.get("query"), self.scale)
+
+    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
+        longer = {"table": _longer(floats["table"], queries, keys, axis=-1)}
+        if "query" in floats:
+            longer["query"] = _longer(floats["query"], 0, queries, axis=-2)
+        return dataclasses.replace(self, shift=self.shift + queries), longer
 
 
-def _aligned(x_RP: jax.Array) -> jax.Array:
-    """Entry (i, R - i + j) of x [R, R + E] at (i, j), [R, E]: diagonals become columns."""
-    R, P = x_RP.shape
-    if sharding.platform() == "cpu":  # whose gradient of the other form takes three times as long
-        flat, width = x_RP.reshape(R * P), P - R
-        return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
-    # Reading rows of P as rows of P - 1 shifts each against the one before (Dai et al. 2019, appendix B). From R on and
-    # not from R - 1, where whole vectors begin.
-    return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
+@dataclasses.dataclass(frozen=True)
+class _Queries:
+    """Row ``longest - query position + s`` of the table for key s."""
+
+    longest: int
+    keys: int
+    scale: float
+
+    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"query": (tile.row, tile.rows, 0)}
+
+    def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        product_RN = tile.product(parts["query"], parts["table"], self.scale)
+        return tile.shifted(product_RN, self.longest - tile.queries(integers["query"]))
+
+    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
+        table, query = floats["table"], _longer(floats["query"], 0, queries, axis=-2)
+        rows = max(table.shape[-1], self.keys + keys)
+        return self, {"table": _longer(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +161,13 @@ class _Positions:
         return {"query": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        query_R, key_E = tile.of_queries(integers["query"]), tile.of_keys(integers["key"])
+        query_R1, key_1E = tile.queries(integers["query"]), tile.keys(integers["key"])
         table = parts["table"]
-        row_RE = jnp.clip(self.longest - (query_R[:, None] - key_E[None, :]), 0, table.shape[-1] - 1)
+        row_RE = jnp.clip(self.longest - (query_R1 - key_1E), 0, table.shape[-1] - 1)
         if "query" not in parts:
-            return table.at[row_RE].get(mode="promise_in_bounds")
-        return jnp.take_along_axis(
-            _product(parts["query"], table, self.scale), row_RE, axis=1, mode="promise_in_bounds"
-        )
+            return table[0].at[row_RE].get(mode="promise_in_bounds")
+        product_RN = tile.product(parts["query"], table, self.scale)
+        return jnp.take_along_axis(product_RN, row_RE, axis=1, mode="promise_in_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +178,14 @@ class _Types:
         return {"pair": (tile.row, tile.rows, 0)}
 
     def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        same = tile.of_queries(integers["query"])[:, None] == tile.of_keys(integers["key"])[None, :]
-        return jnp.where(same, parts["pair"][:, :1], parts["pair"][:, 1:])
+        query_R1, key_1E = tile.queries(integers["query"]), tile.keys(integers["key"])
+        return jnp.where(query_R1 == key_1E, parts["pair"][:, :1], parts["pair"][:, 1:])
+
+    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
+        return self, {"pair": _longer(floats["pair"], 0, queries, axis=-2)}
 
 
-def _product(q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
-    return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
+def _longer(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (before, after)
+    return jnp.pad(x, pads)

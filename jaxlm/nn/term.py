@@ -9,15 +9,21 @@ Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxlm import sharding
+
 
 class Tile(NamedTuple):
-    """Queries ``row`` .. ``row + rows`` and keys ``column`` .. ``column + columns``; the first may be traced."""
+    """Queries ``row`` .. ``row + rows`` and keys ``column`` .. ``column + columns``; the first may be traced.
+
+    What a form does with its arrays, it does by these methods, where there are some: a kernel has its own.
+    """
 
     row: Any
     rows: int
@@ -32,6 +38,48 @@ class Tile(NamedTuple):
         """The columns of the tile, [E, ...]."""
         return lax.dynamic_slice_in_dim(x_S, self.column, self.columns)
 
+    def places(self) -> tuple[jax.Array, jax.Array]:
+        """The numbers of the queries, [R, 1], and of the keys, [1, E]."""
+        rows, columns = (jnp.arange(size, dtype=jnp.int32) for size in (self.rows, self.columns))
+        return (self.row + rows)[:, None], (self.column + columns)[None, :]
+
+    def queries(self, x_T: jax.Array) -> jax.Array:
+        """Integers of the queries as a column, [R, 1]."""
+        return self.of_queries(x_T)[:, None]
+
+    def keys(self, x_S: jax.Array) -> jax.Array:
+        """Integers of the keys as a row, [1, E]."""
+        return self.of_keys(x_S)[None, :]
+
+    def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
+        """Entry (i, R - i + j) of ``scale * q @ strip`` at (i, j), [R, E] float32: diagonals become columns.
+
+        Without queries, the strip is one row [1, P] that all of them have in common, and is not scaled.
+        """
+        if q_RK is None:
+            return _aligned(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
+        return _aligned(self.product(q_RK, strip_KP, scale))
+
+    def product(self, q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
+        """``scale * q @ table`` in float32, [R, N]."""
+        return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
+
+    def shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+        """Entry (i, first[i] + j) of x at (i, column + j), [R, E]; all of these must be in x."""
+        index_RE = first_R1 + self.places()[1]
+        return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
+
+
+def _aligned(x_RP: jax.Array) -> jax.Array:
+    """Entry (i, R - i + j) of x [R, R + E] at (i, j), [R, E]."""
+    R, P = x_RP.shape
+    if sharding.platform() == "cpu":  # whose gradient of the other form takes three times as long
+        flat, width = x_RP.reshape(R * P), P - R
+        return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
+    # Reading rows of P as rows of P - 1 shifts each against the one before (Dai et al. 2019, appendix B). From R on and
+    # not from R - 1, where whole vectors begin.
+    return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
+
 
 class Form(Protocol):
     """How arrays become scores. Hashable, for compiled code is kept by it."""
@@ -43,6 +91,14 @@ class Form(Protocol):
         """What is added to the scaled scores of the tile, [R, E] float32."""
 
 
+@runtime_checkable
+class Extendable(Form, Protocol):
+    """A form that kernels of accelerators can work out: it picks no entries one by one."""
+
+    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
+        """The same with so many more queries and keys at the end, whatever it gives for them."""
+
+
 @struct.dataclass
 class Term:
     """What is added to the scaled scores.
@@ -50,7 +106,7 @@ class Term:
     Attributes:
         form: see there. It meets the arrays of one row of the batch and one head, without these axes.
         floats: arrays [1 or B, 1 or H, ...] by name, which have gradients.
-        integers: arrays [1 or B, ...].
+        integers: None, or arrays by name: ``query`` [1 or B, T] and ``key`` [1 or B, S].
     """
 
     form: Form = struct.field(pytree_node=False)

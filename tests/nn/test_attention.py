@@ -223,7 +223,8 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="'blockwise' takes no dense bias"):
         attention(q, k, v, bias=np.zeros((1, 2, 4, 6)), implementation="blockwise")
     with pytest.raises(
-        ValueError, match="no attention implementation 'flash': choose from reference, blockwise, decode, splash, cudnn"
+        ValueError,
+        match="no attention implementation 'flash': choose from reference, blockwise, decode, splash, pallas, cudnn",
     ):
         attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="takes query_order and key_order together"):

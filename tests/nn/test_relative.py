@@ -11,7 +11,13 @@ from jaxlm import sharding
 from jaxlm.nn.attention import attention
 from jaxlm.nn.kernels import blockwise_attention
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.relative import distance_term, distance_term_of_positions, sinusoids, type_term
+from jaxlm.nn.relative import (
+    distance_term,
+    distance_term_of_positions,
+    distance_term_of_queries,
+    sinusoids,
+    type_term,
+)
 from jaxlm.nn.term import Term, dense
 from tests.helpers import assert_trees_close, relative_error
 
@@ -93,6 +99,17 @@ def test_distances_of_positions(vectors):
     check(ours, lambda table, *q: picked(table, 5, distance, *q), table, *(() if q is None else (q,)))
 
 
+def test_distances_of_queries_that_stand_anywhere():
+    query = np.random.default_rng(0).integers(0, 7, (B, 5))
+    table, q = arrays(5, 13, True)
+
+    def ours(table, q):
+        return dense(distance_term_of_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
+
+    distance = query[:, :, None] - np.arange(7)
+    check(ours, lambda table, q: picked(table, 6, distance, q), table, q)
+
+
 def test_token_types_pick_one_of_two_vectors():
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
@@ -112,6 +129,8 @@ def terms_of(kind, table, vectors, q, types):
         return distance_term_of_positions(table, 12, place, place)
     if kind == "vectors":
         return distance_term(vectors, T, T, T, ahead=0, q_BTHK=q, scale=0.5)
+    if kind == "vectors of queries":
+        return distance_term_of_queries(vectors, T, place % T, T, q_BTHK=q, scale=0.5)
     positions = place // 2, place // 2
     return [
         distance_term_of_positions(vectors, T, *positions, q_BTHK=q, scale=0.5),
@@ -120,7 +139,9 @@ def terms_of(kind, table, vectors, q, types):
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-@pytest.mark.parametrize("kind", ["numbers", "numbers of positions", "vectors", "vectors and types"])
+@pytest.mark.parametrize(
+    "kind", ["numbers", "numbers of positions", "vectors", "vectors of queries", "vectors and types"]
+)
 def test_blocks_make_their_part_of_a_term_and_of_its_gradient(monkeypatch, kind, sequential):
     monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
     monkeypatch.setattr(blockwise_attention, "ROWS", (16, 16))
@@ -168,7 +189,9 @@ def test_no_array_of_all_pairs_is_made():
 def test_terms_of_other_shapes_are_named():
     q = jnp.zeros((B, 5, H, K))
     term = distance_term(jnp.zeros((9, H + 1)), 4, 5, 5, ahead=0)
-    with pytest.raises(ValueError, match=r"an array \(1, 4, 10\) of a term must be \[1 or 2, 1 or 3"):
+    with pytest.raises(ValueError, match=r"an array \(1, 4, 1, 10\) of a term must be \[1 or 2, 1 or 3"):
         attention(q, q, q, bias=term)
     with pytest.raises(ValueError, match=r"integers of a term must be \[1 or 2"):
-        attention(q, q, q, bias=Term(term.form, {"table": jnp.zeros((1, H, 10))}, jnp.zeros((3, 5), jnp.int32)))
+        attention(
+            q, q, q, bias=Term(term.form, {"table": jnp.zeros((1, H, 1, 10))}, {"query": jnp.zeros((3, 5), jnp.int32)})
+        )

@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
-from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.mask import Mask, keep_pairs
 from jaxlm.nn.term import Form, Term, Tile, add_parts, axes_over, parts, without_ones
 
 ROWS = (256, 512)
@@ -40,15 +40,21 @@ ROWS_OF_BATCH = "attention_rows"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-    """What is known while tracing."""
+class Rule:
+    """How scores are made, as far as it is known while tracing."""
 
     causal: bool
     window: int | None
     scale: float
+    forms: tuple[Form, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static(Rule):
+    """What is known while tracing."""
+
     dropout: float
     sequential: bool
-    forms: tuple[Form, ...]
     shared: tuple[bool, ...]
     """Which terms are one for all rows of the batch, where these are worked on together."""
 
@@ -68,7 +74,7 @@ def attention(
     """See ``jaxlm.nn.attention.attention``. ``sequential``: one head after the other instead of all together."""
     arrays = [jax.tree.leaves((term.floats, term.integers)) for term in terms]
     shared = tuple(not sequential and all(x.shape[0] == 1 for x in own) for own in arrays)
-    static = _Static(mask.causal, mask.window, scale, dropout, sequential, tuple(term.form for term in terms), shared)
+    static = _Static(mask.causal, mask.window, scale, tuple(term.form for term in terms), dropout, sequential, shared)
     if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
         k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
     floats = (q_BTHK, k_BSGK, v_BSGK, tuple(term.floats for term in terms))
@@ -85,30 +91,53 @@ def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax
 # ------------------------------------------------------------------------------------------------ one block
 
 
-def _terms(static: _Static, of_tile: Any, integers: Any, tile: Tile) -> Any:
-    """What the terms add in a block, [R, E] float32, from what it needs of their arrays."""
-    return sum(form(x, i, tile) for form, x, i in zip(static.forms, of_tile, integers, strict=True))
+def scores(rule: Rule, q_RK: jax.Array, k_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile) -> jax.Array:
+    """Masked scores of a block, [R, E] float32.
+
+    Args:
+        of_tile: what the tile needs of each term's arrays.
+        integers: orders of queries and keys, segments of both (or None); and the integers of each term.
+    """
+    scores_RE = _dot(q_RK, k_EK, 1, 1) * rule.scale
+    of_mask, of_terms = integers
+    for form, parts_, own in zip(rule.forms, of_tile, of_terms, strict=True):
+        scores_RE = scores_RE + form(parts_, own, tile)
+    query_order, key_order, query_segments, key_segments = of_mask
+    orders = tile.places() if query_order is None else (tile.queries(query_order), tile.keys(key_order))
+    segments = None if query_segments is None else (tile.queries(query_segments), tile.keys(key_segments))
+    kept = keep_pairs(Mask(rule.causal, rule.window), orders, segments)
+    return scores_RE if kept is None else jnp.where(kept, scores_RE, -jnp.inf)
 
 
-def _masked(static: _Static, scores_RE: jax.Array, integers: Any, tile: Tile) -> jax.Array:
-    query_order, key_order, query_segments, key_segments = integers
-    if static.causal and query_order is None:
-        query_order, key_order = tile.row + jnp.arange(tile.rows), tile.column + jnp.arange(tile.columns)
-    elif query_order is not None:
-        query_order, key_order = tile.of_queries(query_order), tile.of_keys(key_order)
-    if query_segments is not None:
-        query_segments, key_segments = tile.of_queries(query_segments), tile.of_keys(key_segments)
-    lead = jax.tree.map(lambda x: x[None], (query_order, key_order, query_segments, key_segments))
-    kept = keep(Mask(static.causal, static.window, *lead), tile.rows, tile.columns)
-    return scores_RE if kept is None else jnp.where(kept[0], scores_RE, -jnp.inf)
+def products(
+    rule: Rule,
+    q_RK: jax.Array,
+    k_EK: jax.Array,
+    v_EK: jax.Array,
+    dout_RK: jax.Array,
+    kept: jax.Array,
+    dscores: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of a block, float32: dq [R, K], and what it adds to dk and dv [K, E].
+
+    Keys last: on a CPU the matmul that gives [E, K] from arrays of R rows takes four times as long, and on a TPU the
+    larger factor would have to be turned.
+
+    Args:
+        kept: [R, E], probabilities as they met the values.
+        dscores: [R, E], the gradient of the scores.
+    """
+    scaled = (dscores * rule.scale).astype(q_RK.dtype)
+    return _dot(scaled, k_EK, 1, 0), _dot(q_RK, scaled, 0, 0), _dot(dout_RK, kept.astype(v_EK.dtype), 0, 0)
 
 
-def _scores(static: _Static, q_RK: jax.Array, k_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile) -> jax.Array:
-    """Masked scores of a block, [R, E] float32."""
-    scores = lax.dot_general(q_RK, k_EK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * static.scale
-    if static.forms:
-        scores = scores + _terms(static, of_tile, integers[1], tile)
-    return _masked(static, scores, integers[0], tile)
+def _dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
+    return lax.dot_general(x, y, (((of_x,), (of_y,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def pull(form: Form, of_tile: Any, integers: Any, tile: Tile, dscores: jax.Array) -> Any:
+    """What the gradient of a tile's scores adds to that of what the tile needs of a term's arrays."""
+    return jax.vjp(lambda of_tile: form(of_tile, integers, tile), of_tile)[1](dscores)[0]
 
 
 def _drop(static: _Static, key: Any, head: Any, queries: int, keys: int, tile: Tile) -> jax.Array | None:
@@ -124,16 +153,14 @@ def _forward_block(
     static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, of_tile: Any, integers: Any, tile: Tile,
     dropped: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    scores = _scores(static, q_RK, k_EK, of_tile, integers, tile)
-    top_R = jnp.max(scores, axis=1)
+    scores_RE = scores(static, q_RK, k_EK, of_tile, integers, tile)
+    top_R = jnp.max(scores_RE, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # a query that sees nothing
-    weights = jnp.exp(scores - top_R[:, None])
+    weights = jnp.exp(scores_RE - top_R[:, None])
     total_R = jnp.sum(weights, axis=1)
     if dropped is not None:
         weights = jnp.where(dropped, weights / (1.0 - static.dropout), 0.0)
-    out = lax.dot_general(
-        weights.astype(v_EK.dtype), v_EK, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    out = _dot(weights.astype(v_EK.dtype), v_EK, 1, 0)
     seen_R = total_R > 0.0
     total_R = jnp.where(seen_R, total_R, 1.0)
     # Where nothing is seen, +inf makes exp(score - lse) vanish in the backward pass.
@@ -146,20 +173,15 @@ def _backward_block(
     dropped: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
     """Gradients of a block: dq [R, K], and what it adds to dk and dv [K, E] and to its part of the terms; float32."""
-    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-    weights = jnp.exp(_scores(static, q_RK, k_EK, of_tile, integers, tile) - lse_R[:, None])
-    dweights = dot(dout_RK, v_EK, (((1,), (1,)), ((), ())))
+    weights = jnp.exp(scores(static, q_RK, k_EK, of_tile, integers, tile) - lse_R[:, None])
+    dweights = _dot(dout_RK, v_EK, 1, 1)
     kept = weights
     if dropped is not None:
         kept = jnp.where(dropped, weights / (1.0 - static.dropout), 0.0)
         dweights = jnp.where(dropped, dweights / (1.0 - static.dropout), 0.0)
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
-    scaled = (dscores * static.scale).astype(q_RK.dtype)
-    # Keys last: on a CPU the matmul that gives [E, K] from arrays of R rows takes four times as long.
-    dv_KE = dot(dout_RK, kept.astype(v_EK.dtype), (((0,), (0,)), ((), ())))
-    dq_RK = dot(scaled, k_EK, (((1,), (0,)), ((), ())))
-    dk_KE = dot(q_RK, scaled, (((0,), (0,)), ((), ())))
+    dq_RK, dk_KE, dv_KE = products(static, q_RK, k_EK, v_EK, dout_RK, kept, dscores)
     return dq_RK, dk_KE, dv_KE, _term_gradients(static, of_tile, integers[1], tile, dscores)
 
 
@@ -167,9 +189,8 @@ def _term_gradients(static: _Static, of_tile: Any, integers: Any, tile: Tile, ds
     """What a block adds to the gradients of each term's parts."""
 
     def one(form: Form, shared: bool, of_tile: Any, integers: Any) -> Any:
-        _, pull = jax.vjp(lambda of_tile: form(of_tile, integers, tile), of_tile)
         # Linear in dscores: summed over the rows first, it is worked out once and not for each of them.
-        return pull(lax.psum(dscores, ROWS_OF_BATCH) if shared else dscores)[0]
+        return pull(form, of_tile, integers, tile, lax.psum(dscores, ROWS_OF_BATCH) if shared else dscores)
 
     return tuple(map(one, static.forms, static.shared, of_tile, integers))
 

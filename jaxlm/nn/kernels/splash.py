@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm import sharding as sharding_lib
 from jaxlm.devices import LANES
-from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn.kernels import blockwise_attention, split
 from jaxlm.nn.mask import Mask, keep
 
 LARGEST_BLOCK = 1024
@@ -36,10 +35,7 @@ def refusal(mask: Mask, bias: Any, key: Any) -> str | None:
         return "has no dropout: set the rate to 0"
     if mask.query_order is not None:
         return "takes no query_order and key_order: it knows causal masks in the order of the index only"
-    active = sharding_lib.active()
-    if active is not None and active.named(("seq",)).spec[0] is not None:
-        return "does not split queries over devices: take a mesh without a sequence axis"
-    return None
+    return split.refusal()
 
 
 def attention(
@@ -56,25 +52,8 @@ def attention(
         q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # a power of two is exact, and a part of the projection
     else:
         q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
-    segments = (mask.query_segments, mask.key_segments)
     run = functools.partial(_rows, mask.causal, mask.window, interpret)
-    active = sharding_lib.active()
-    if active is None:
-        out_BTHK = run(q_BTHK, k_BSGK, v_BSGK, *segments)
-    else:
-        names = ("batch", None, "heads", "kv")
-        G = k_BSGK.shape[2]
-        if G % active.pieces(("heads",)):
-            # Fewer key heads than devices: each device needs the one that its queries read.
-            k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // G, axis=2) for x in (k_BSGK, v_BSGK))
-        split = [
-            active.named(names, x.shape, what).spec
-            for what, x in (("queries", q_BTHK), ("keys", k_BSGK), ("values", v_BSGK))
-        ]
-        rows = active.named(("batch", None)).spec
-        out_BTHK = jax.shard_map(
-            run, mesh=active.mesh, in_specs=(*split, rows, rows), out_specs=split[0], check_vma=False
-        )(q_BTHK, k_BSGK, v_BSGK, *segments)  # fmt: skip
+    out_BTHK = split.over_devices(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
     return _blank(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
 
 
@@ -87,12 +66,11 @@ def _blank(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
     return jnp.where(jnp.any(kept, axis=-1)[:, :, None, None], out_BTHK, 0)  # reduced as it is made, never held
 
 
-def _rows(
-    causal: bool, window: int | None, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, query: Any, key: Any
-) -> jax.Array:
+def _rows(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
     """Attention of the rows and heads of one device, [B, T, H, K]; queries are scaled already."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
+    (q, k, v), (query, key) = qkv, segments
     (B, T, H), S = q.shape[:3], k.shape[1]
     pads = [-T % LANES, -S % LANES]
     if pads[1] and query is None and not causal:  # later keys are hidden by a causal mask anyway

@@ -1,0 +1,468 @@
+"""Attention on TPU where terms are added to the scores or orders mask them: a Pallas kernel forward, and one backward.
+
+Splash attention takes neither, and XLA keeps every tile of the scores in slow memory, several times over where a
+relative term turns diagonals into columns. Here a block of queries meets all keys at once, in fast memory from the
+product to the values, and rotations within the vector unit align relative terms. Only the output is kept: the backward
+pass works the scores out again, and the sums of their rows with them, for it has whole rows.
+Shapes as in ``jaxlm.nn.attention``, with V the width of values; R queries of a block, E = S keys, P = R + S places of a
+strip, N rows of a table, X and Y the last axes of a term's array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm import sharding
+from jaxlm.devices import LANES
+from jaxlm.nn.kernels import blockwise_attention, split
+from jaxlm.nn.mask import Mask
+from jaxlm.nn.term import Extendable, Form, Term, Tile
+
+LARGEST_BLOCK = 512
+"""Queries of a block at most."""
+SCORES = 512 * 1536
+"""Entries of a strip, R by R + S, for which there is room: several arrays of that size live at once."""
+LONGEST = 4096
+"""Keys for which there is room beside them."""
+FAST_MEMORY = 32 * 2**20
+"""Bytes of fast memory that a kernel may take."""
+SUBLANES = 8
+"""Rows of a vector, in float32."""
+_OLDER = ("TPU v2", "TPU v3", "TPU v4")
+
+
+def refusal(queries: int, keys: int, terms: tuple[Term, ...], array: Any, key: Any) -> str | None:
+    """Why the kernel cannot do this, or None when it can."""
+    if array is not None:
+        return "takes no dense bias"
+    if key is not None:
+        return "has no dropout: set the rate to 0"
+    for term in terms:
+        if not isinstance(term.form, Extendable):
+            return f"does not know the term {type(term.form).__name__.strip('_')}, which picks entries one by one"
+    if sharding.device_kind().startswith(_OLDER):
+        return "needs a TPU from v5 on: older ones do not rotate each row by an amount of its own"
+    if keys > LONGEST:
+        return f"has room for {LONGEST} keys, and these are {keys}"
+    return split.refusal()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static(blockwise_attention.Rule):
+    """What is known while tracing; from key number ``keys`` on there is only what fills vectors."""
+
+    keys: int
+    interpret: bool
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    terms: tuple[Term, ...],
+    interpret: bool = False,
+) -> jax.Array:
+    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
+    B, _, H, _ = q_BTHK.shape
+    if k_BSGK.shape[2] != H:
+        k_BSGK, v_BSGK = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
+
+    def own(form: Form, name: str, x: jax.Array) -> jax.Array:
+        """Blocks are of one head each, and what queries have is of one row each."""
+        return jnp.broadcast_to(x, (B if _by_queries(form, name) else x.shape[0], H, *x.shape[2:]))
+
+    forms = tuple(term.form for term in terms)
+    floats = tuple({name: own(term.form, name, x) for name, x in term.floats.items()} for term in terms)
+    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
+    static = _Static(mask.causal, mask.window, scale, forms, keys=k_BSGK.shape[1], interpret=interpret)
+    return split.over_devices(functools.partial(_rows, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
+
+
+def _rows(static: _Static, qkv: Any, added: Any, integers: Any) -> jax.Array:
+    """Attention of the rows and heads of one device, [B, T, H, V]."""
+    T = qkv[0].shape[1]
+    more_queries, more_keys = -T % LANES, -static.keys % LANES
+
+    def heads_first(x_BTHK: jax.Array, more: int) -> jax.Array:
+        # Named as they are read by the kernel: what remat keeps is then neither projected nor transposed again.
+        longer = jnp.pad(x_BTHK, ((0, 0), (0, more), (0, 0), (0, 0)))
+        return checkpoint_name(jnp.swapaxes(longer, 1, 2), blockwise_attention.SAVED)
+
+    def column(x_BT: jax.Array) -> jax.Array:
+        return jnp.pad(x_BT, ((0, 0), (0, more_queries)))[:, :, None]
+
+    def row(x_BS: jax.Array) -> jax.Array:
+        return jnp.pad(x_BS, ((0, 0), (0, more_keys)))[:, None, :]
+
+    q, k, v = map(heads_first, qkv, (more_queries, more_keys, more_keys))
+    longer = [
+        cast(Extendable, form).extended(own, more_queries, more_keys)
+        for form, own in zip(static.forms, added, strict=True)
+    ]
+    static = dataclasses.replace(static, forms=tuple(form for form, _ in longer))
+    of_mask, of_terms = integers
+    of_mask = tuple(None if x is None else turn(x) for x, turn in zip(of_mask, (column, row, column, row), strict=True))
+    turns = {"query": column, "key": row}
+    of_terms = tuple(own and {name: turns[name](x) for name, x in own.items()} for own in of_terms)
+    out_BHTV = _attention(static, (q, k, v, tuple(own for _, own in longer)), (of_mask, of_terms))
+    return jnp.swapaxes(out_BHTV, 1, 2)[:, :T]
+
+
+def _block(queries: int, keys: int) -> int:
+    """Queries of a block: the largest that divides them, for which there is room; multiples of :data:`LANES`."""
+    sizes = range(LANES, min(queries, LARGEST_BLOCK) + 1, LANES)
+    return max(size for size in sizes if queries % size == 0 and size * (size + keys) <= SCORES)
+
+
+def _by_queries(form: Form, name: str) -> bool:
+    """Whether an array of a term has a row for each query."""
+    window = form.windows(Tile(0, LANES, 0, LANES)).get(name)
+    return window is not None and window[2] == 0
+
+
+# ------------------------------------------------------------------------------------------------ relative terms
+
+
+class _Block(Tile):
+    """A tile in fast memory, where integers of queries are a column already, and those of keys a row."""
+
+    def places(self) -> tuple[jax.Array, jax.Array]:
+        shape = self.rows, self.columns
+        return self.row + lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def queries(self, x_T: jax.Array) -> jax.Array:
+        return x_T
+
+    def keys(self, x_S: jax.Array) -> jax.Array:
+        return x_S
+
+    def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
+        if q_RK is None:
+            return _diagonals_of_row(self.rows, strip_KP)
+        return _diagonals(scale, q_RK, strip_KP)
+
+    def product(self, q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
+        return _product(scale, q_RK, table_KN)
+
+    def shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+        return _shifted(self.columns, x_RN.shape[1] - self.columns, x_RN, first_R1)
+
+
+def _rotated(x_RP: jax.Array, shift: int) -> jax.Array:
+    """Row i rotated to the right by ``shift + i``."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.roll(x_RP, shift, 1, stride=1, stride_axis=0)
+
+
+def _each_rotated(x_RN: jax.Array, shift_R1: jax.Array) -> jax.Array:
+    """Row i rotated to the right by ``shift[i]``, modulo N: by each bit of it."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    N = x_RN.shape[1]
+    shift_R1 = lax.rem(shift_R1, N)
+    shift_R1 = jnp.where(shift_R1 < 0, shift_R1 + N, shift_R1)
+    for bit in range((N - 1).bit_length()):
+        x_RN = jnp.where((shift_R1 >> bit) & 1 > 0, pltpu.roll(x_RN, 1 << bit, 1), x_RN)
+    return x_RN
+
+
+def _wide(dout_RE: jax.Array, more: int) -> jax.Array:
+    """With so many more columns, of zeros."""
+    return jnp.concatenate([dout_RE, jnp.zeros((dout_RE.shape[0], more), dout_RE.dtype)], axis=1) if more else dout_RE
+
+
+def _turn(x_RY: jax.Array) -> jax.Array:
+    """Rows in the opposite order, float32: by a product, for the vector unit does not turn them. Each sum has one
+    entry, so it is exact."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    turned = (row + column == LANES - 1).astype(x_RY.dtype)
+    precision = lax.Precision.HIGHEST if x_RY.dtype == jnp.float32 else None
+    dot = functools.partial(jnp.dot, turned, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.concatenate([dot(x_RY[end - LANES : end]) for end in range(x_RY.shape[0], 0, -LANES)])
+
+
+def _factors(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of q and of the table from that of their product, which is in their dtype as all factors here are."""
+    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+    dq_RK = dot(dproduct_RN, table_KN, (((1,), (1,)), ((), ())))
+    dtable_KN = dot(q_RK, dproduct_RN, (((0,), (0,)), ((), ())))
+    return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(scale: float, q_RK: jax.Array, table_KN: jax.Array) -> jax.Array:
+    return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
+
+
+_product.defvjp(
+    lambda scale, q, table: (_product(scale, q, table), (q, table)),
+    lambda scale, saved, dproduct: _factors((dproduct * scale).astype(saved[0].dtype), *saved),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _shifted(columns: int, more: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+    """Entry (i, first[i] + j) of x at (i, j), [R, E]; x has so many ``more`` columns."""
+    return _each_rotated(x_RN, -first_R1)[:, :columns]
+
+
+_shifted.defvjp(
+    lambda columns, more, x, first: (_shifted(columns, more, x, first), first),
+    lambda columns, more, first, dout: (_each_rotated(_wide(dout, more), first), None),
+)
+
+
+def _aligned(x_RP: jax.Array) -> jax.Array:
+    R, P = x_RP.shape
+    return _rotated(x_RP, P - R)[:, : P - R]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
+    return _aligned(_product(scale, q_RK, strip_KP))
+
+
+def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """With the last row first, for a rotation can only grow from row to row."""
+    q_RK, strip_KP = saved
+    R, dtype = q_RK.shape[0], q_RK.dtype
+    dproduct_RP = _rotated(_wide(_turn((dout_RE * scale).astype(dtype)), R), 1).astype(dtype)
+    dq_RK, dstrip_KP = _factors(dproduct_RP, _turn(q_RK).astype(dtype), strip_KP)
+    return _turn(dq_RK).astype(dtype), dstrip_KP
+
+
+_diagonals.defvjp(lambda scale, q, strip: (_diagonals(scale, q, strip), (q, strip)), _diagonals_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _diagonals_of_row(R: int, strip_1P: jax.Array) -> jax.Array:
+    return _aligned(jnp.broadcast_to(strip_1P, (R, strip_1P.shape[1])))
+
+
+def _diagonals_of_row_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
+    """Sums along diagonals: groups of rows are aligned and added up, and then the rows of the sum."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    wide_RP = _wide(dout_RE, R)
+    groups = (pltpu.roll(wide_RP[row : row + SUBLANES], R - row, 1) for row in range(0, R, SUBLANES))
+    total = functools.reduce(jnp.add, groups)
+    total = _each_rotated(total, SUBLANES - 1 - lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0))
+    return (pltpu.roll(jnp.sum(total, axis=0, keepdims=True), total.shape[1] - SUBLANES + 1, 1),)
+
+
+_diagonals_of_row.defvjp(lambda R, strip: (_diagonals_of_row(R, strip), None), _diagonals_of_row_backward)
+
+
+# ------------------------------------------------------------------------------------------------ the kernels
+
+
+def _windows(form: Form, tile: Tile) -> dict[str, Any]:
+    """What a tile needs of the arrays that blocks do not cut already, as indices (``form.windows``). They begin where
+    vectors do: blocks, and what was added, are whole ones."""
+    from jax.experimental import pallas as pl
+
+    return {
+        name: (slice(None), pl.ds(pl.multiple_of(start, LANES), size))
+        for name, (start, size, axis) in form.windows(tile).items()
+        if axis != 0
+    }
+
+
+def _read(static: _Static, R: int, references: Any) -> tuple[Any, Any, Any, _Block]:
+    """q, k, v; what the tile needs of the terms' arrays; all integers; and which tile it is."""
+    from jax.experimental import pallas as pl
+
+    qkv, added, integers = references
+    tile = _Block(pl.program_id(2) * R, R, 0, qkv[1].shape[0])
+    of_tile = tuple(
+        {name: x[_windows(form, tile).get(name, ...)] for name, x in own.items()}
+        for form, own in zip(static.forms, added, strict=True)
+    )
+    return *jax.tree.map(lambda x: x[...], (qkv,)), of_tile, jax.tree.map(lambda x: x[...], integers), tile
+
+
+def _weights(static: _Static, qkv: Any, of_tile: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """Exponentials of a block's scores [R, S], and one over the sums of their rows [R, 1] (0 where nothing is seen)."""
+    scores = blockwise_attention.scores(static, qkv[0], qkv[1], of_tile, integers, tile)
+    if static.keys < tile.columns:
+        scores = jnp.where(tile.places()[1] < static.keys, scores, -jnp.inf)
+    top_R1 = jnp.max(scores, axis=1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top_R1), top_R1, 0.0))
+    total_R1 = jnp.sum(weights, axis=1, keepdims=True)
+    return weights, jnp.where(total_R1 > 0.0, 1.0 / total_R1, 0.0)
+
+
+def _forward_kernel(static: _Static, R: int, references: Any, out: Any) -> None:
+    qkv, *rest = _read(static, R, references)
+    weights, share_R1 = _weights(static, qkv, *rest)
+    mixed_RV = jnp.dot(weights.astype(qkv[2].dtype), qkv[2], preferred_element_type=jnp.float32)
+    out[...] = (mixed_RV * share_R1).astype(out.dtype)
+
+
+def _backward_kernel(
+    static: _Static, R: int, shared: Any, references: Any, dout: Any, dqkv: Any, dadded: Any, *sums: Any
+) -> None:
+    """``shared``: which arrays of the terms are one for all rows of the batch. ``sums``: of dk and dv, keys last."""
+    from jax.experimental import pallas as pl
+
+    qkv, of_tile, integers, tile = _read(static, R, references)
+    weights, share_R1 = _weights(static, qkv, of_tile, integers, tile)
+    probabilities, dout_RV = weights * share_R1, dout[...]
+    dprobabilities = lax.dot_general(dout_RV, qkv[2], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    mean_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
+    dscores = probabilities * (dprobabilities - mean_R1)
+
+    first_block = pl.program_id(2) == 0
+    first_of_all = first_block & (pl.program_id(1) == 0)
+
+    def add(total: Any, new: jax.Array, index: Any, first: Any) -> None:
+        @pl.when(first)
+        def _() -> None:
+            total[...] = jnp.zeros(total.shape, total.dtype)
+
+        total[index] += new.astype(total.dtype)
+
+    q, k, v = qkv
+    dq_RK, *of_keys = blockwise_attention.products(static, q, k, v, dout_RV, probabilities, dscores)
+    dqkv[0][...] = dq_RK.astype(dqkv[0].dtype)
+    for total, new in zip(sums, of_keys, strict=True):
+        add(total, new, ..., first_block)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _() -> None:
+        for out, total in zip(dqkv[1:], sums, strict=True):
+            out[...] = total[...].astype(out.dtype)
+
+    for i, form in enumerate(static.forms):
+        for name, new in blockwise_attention.pull(form, of_tile[i], integers[1][i], tile, dscores).items():
+            out = dadded[i][name]
+            if _by_queries(form, name):
+                out[...] = new.astype(out.dtype)
+            else:
+                add(out, new, _windows(form, tile).get(name, ...), first_of_all if shared[i][name] else first_block)
+
+
+# ------------------------------------------------------------------------------------------------ their calls
+
+
+class _Layout(NamedTuple):
+    """How arrays are cut over a grid of heads, rows of the batch and blocks of R queries."""
+
+    R: int
+    grid: tuple[int, int, int]
+    inputs: Any
+    """Blocks of q, k and v; of the terms' arrays; of the integers."""
+    out: Any
+    """Blocks of the output."""
+
+
+def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
+    from jax.experimental import pallas as pl
+
+    (B, H, T, K), (S, V) = floats[0].shape, floats[2].shape[2:]
+    R = _block(T, S)
+
+    def by_queries(width: int) -> Any:
+        return pl.BlockSpec((None, None, R, width), lambda h, b, t: (b, h, t, 0))
+
+    def by_keys(width: int) -> Any:
+        return pl.BlockSpec((None, None, S, width), lambda h, b, t: (b, h, 0, 0))
+
+    def of_term(form: Form, name: str, x: jax.Array) -> Any:
+        if _by_queries(form, name):
+            return by_queries(x.shape[3])
+        shared = x.shape[0] == 1
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda h, b, t: (0 if shared else b, h, 0, 0))
+
+    def of_integers(x: jax.Array) -> Any:
+        shared, column = x.shape[0] == 1, x.shape[2] == 1
+        shape = (None, R, 1) if column else (None, 1, S)
+        return pl.BlockSpec(shape, lambda h, b, t: (0 if shared else b, t if column else 0, 0))
+
+    added = _by_form(static, of_term, floats[3])
+    inputs = (by_queries(K), by_keys(K), by_keys(V)), added, jax.tree.map(of_integers, integers)
+    return _Layout(R, (H, B, T // R), inputs, by_queries(V))
+
+
+def _by_form(
+    static: _Static, function: Callable[[Form, str, jax.Array], Any], added: Any
+) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {name: function(form, name, x) for name, x in own.items()}
+        for form, own in zip(static.forms, added, strict=True)
+    )
+
+
+def _call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any) -> Any:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    # Rows one after the other, for what they share is added up.
+    order = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=FAST_MEMORY
+    )
+    return pl.pallas_call(
+        kernel, grid=layout.grid, interpret=static.interpret, name=name, compiler_params=order, **arguments
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
+    """``floats``: q [B, H, T, K], k and v [B, H, S, K], and for each term its arrays [1 or B, H, X, Y]."""
+    return _forward(static, floats, integers)[0]
+
+
+def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
+    layout = _layout(static, floats, integers)
+    q, k, v, added = floats
+    run = _call(
+        static, layout, functools.partial(_forward_kernel, static, layout.R), "attention_forward",
+        in_specs=(layout.inputs,), out_specs=layout.out,
+        out_shape=jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype),
+    )  # fmt: skip
+    out_BHTV = run(((q, k, v), added, integers))
+    return checkpoint_name(out_BHTV, blockwise_attention.SAVED), (floats, integers)
+
+
+def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, ...]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    floats, integers = saved
+    layout = _layout(static, floats, integers)
+    q, *kv, added = floats
+    S, widths = kv[0].shape[2], [x.shape[3] for x in kv]
+
+    def sums(form: Form, name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if _by_queries(form, name) else jnp.float32)
+
+    def keys_last(x_BHSK: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x_BHSK.shape[:2], x_BHSK.shape[3], S), x_BHSK.dtype)
+
+    shared = jax.tree.map(lambda x: x.shape[0] == 1, added)
+    by_keys = [pl.BlockSpec((None, None, width, S), lambda h, b, t: (b, h, 0, 0)) for width in widths]
+    of_qkv, of_added, _ = layout.inputs
+    run = _call(
+        static, layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
+        in_specs=(layout.inputs, layout.out), out_specs=((of_qkv[0], *by_keys), of_added),
+        out_shape=((jax.ShapeDtypeStruct(q.shape, q.dtype), *map(keys_last, kv)), _by_form(static, sums, added)),
+        scratch_shapes=[pltpu.VMEM((width, S), jnp.float32) for width in widths],
+    )  # fmt: skip
+    (dq, dk, dv), dadded = run(((q, *kv), added, integers), dout_BHTV)
+    dadded = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dadded, added)
+    return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dadded), None
+
+
+_attention.defvjp(_forward, _backward)
