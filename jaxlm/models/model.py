@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxlm import spec
+from jaxlm.nn.loss import chunked_cross_entropy
 
 FAMILIES = (
     "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
@@ -70,6 +71,15 @@ class Model:
     def logits(self, params: spec.Tree, hidden: jax.Array) -> jax.Array:
         """The family's ``logits``: [B, T, V] float32."""
         return self.module.logits(self.config, params, hidden)
+
+    def cross_entropy(self, params: spec.Tree, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """``sum(weights * -log p(target))`` in nats, float32, of hidden states [B, T, D]; [B, T, V] is never held.
+
+        A family that can do with less than its ``logits`` has a ``cross_entropy`` of its own.
+        """
+        if hasattr(self.module, "cross_entropy"):
+            return self.module.cross_entropy(self.config, params, hidden, targets, weights)
+        return chunked_cross_entropy(self.logits, params, hidden, targets, weights)
 
     def summary(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
         """What a classifier reads of each row, [B, 1, D']: ``logits`` of it are those of the labels.

@@ -257,6 +257,13 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, "vocab"))
 
 
+def cross_entropy(
+    cfg: Config, params: dict[str, Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """``sum(weights * -log p(target))``, which asks each cluster of the vocabulary for its own words alone."""
+    return adaptive_softmax.cross_entropy(_clusters(cfg), params, hidden, targets, weights)
+
+
 def summary(
     cfg: Config,
     params: dict[str, Any],

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import embedding
+from jaxlm.nn.loss import chunked_cross_entropy, sparse_cross_entropy
 from jaxlm.spec import ArraySpec, Initializer
 
 
@@ -152,21 +153,37 @@ def embed(clusters: Clusters, params: dict[str, Any], ids_BT: jax.Array, dtype: 
 
 def log_probabilities(clusters: Clusters, params: dict[str, Any], hidden_BTD: jax.Array) -> jax.Array:
     """Normalised log-probabilities of the whole vocabulary, [B, T, V] float32."""
-    parts = []
-    for i, (_, stop) in enumerate(clusters.borders):
-        weight, bias, projection = _output(clusters, params, i)
-        if i == 0 and clusters.cutoffs:
-            weight = jnp.concatenate([weight, params["head"]["cluster_weight"]])
-            bias = jnp.concatenate([bias, params["head"]["cluster_bias"]])
-        x = hidden_BTD if projection is None else hidden_BTD @ projection.astype(hidden_BTD.dtype).T
-        logits = embedding.unembed(weight, x, weight.shape[0]) + bias.astype(jnp.float32)[None, None]
-        log_p = jax.nn.log_softmax(logits)
-        if i == 0:
-            cluster_log_p = log_p[..., stop:]
-            parts.append(log_p[..., :stop])
-        else:
-            parts.append(cluster_log_p[..., i - 1 : i] + log_p)
-    return jnp.concatenate(parts, axis=-1)
+    first, *tails = (jax.nn.log_softmax(_logits(own, hidden_BTD)) for own in _outputs(clusters, params))
+    words = clusters.borders[0][1]
+    of_clusters = jnp.split(first[..., words:], len(tails), axis=-1) if tails else []
+    return jnp.concatenate([first[..., :words], *map(jnp.add, of_clusters, tails)], axis=-1)
+
+
+def cross_entropy(
+    clusters: Clusters, params: dict[str, Any], hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
+    """``sum(weights * -log p(target))`` in nats, a float32 scalar. A target outside the vocabulary gives NaN.
+
+    What the clusters are for: each but the first is worked out at the places alone whose target is in it (Grave et al.
+    2017, section 4). Differentiable in ``params`` and ``hidden``.
+    """
+    first, *tails = _outputs(clusters, params)
+    words = clusters.borders[0][1]
+    outside = (targets_BT < 0) | (targets_BT >= clusters.vocab_size)
+    cluster_BT = jnp.where(outside, -1, sum((targets_BT >= cutoff).astype(jnp.int32) for cutoff in clusters.cutoffs))
+    in_head_BT = jnp.where(cluster_BT > 0, words - 1 + cluster_BT, jnp.where(outside, -1, targets_BT))
+    total = chunked_cross_entropy(_logits, first, hidden_BTD, in_head_BT, weights_BT)
+    for i, own in enumerate(tails, start=1):
+        weights = jnp.where(cluster_BT == i, weights_BT, 0.0)
+        total += sparse_cross_entropy(_logits, own, hidden_BTD, targets_BT - clusters.borders[i][0], weights)
+    return total
+
+
+def _logits(output: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
+    """Scores of the words (and entries) of one cluster."""
+    projection, weight = output.get("projection"), output["weight"]
+    x = hidden_BTD if projection is None else hidden_BTD @ projection.astype(hidden_BTD.dtype).T
+    return embedding.unembed(weight, x, weight.shape[0]) + output["bias"].astype(jnp.float32)[None, None]
 
 
 def _input(params: dict[str, Any], i: int) -> tuple[jax.Array, Any]:
@@ -177,13 +194,24 @@ def _input(params: dict[str, Any], i: int) -> tuple[jax.Array, Any]:
     return tail["embedding"], tail["projection"]
 
 
-def _output(clusters: Clusters, params: dict[str, Any], i: int) -> tuple[jax.Array, jax.Array, Any]:
-    """Table, bias and projection (or None) of cluster i in the softmax: the head's own, or else those of the input."""
+def _outputs(clusters: Clusters, params: dict[str, Any]) -> list[dict[str, jax.Array]]:
+    """Weight, bias and, where there is one, projection of each cluster in the softmax: the head's own, or else those of
+    the input. The first has the entries of the others after its words."""
     head = params["head"]
-    own = head if i == 0 else head.get("tails", {}).get(f"cluster_{i}", {})
-    table, projection = _input(params, 0 if clusters.divisor == 1 else i)
-    projection = own.get("projection", projection)
-    if clusters.divisor > 1:
-        return own.get("embedding", table), own["bias"], projection
-    rows = slice(*clusters.borders[i])
-    return head.get("embedding", table)[rows], head["bias"][rows], projection
+    own = [head if i == 0 else head.get("tails", {}).get(f"cluster_{i}", {}) for i in range(len(clusters.borders))]
+    inputs = [_input(params, 0 if clusters.divisor == 1 else i) for i in range(len(own))]
+    projections = [mine.get("projection", shared) for mine, (_, shared) in zip(own, inputs, strict=True)]
+    if clusters.divisor == 1:
+        # Split and not sliced: its gradient is put together, and not added up from arrays that are zero elsewhere.
+        weights = jnp.split(head.get("embedding", inputs[0][0]), clusters.cutoffs)
+        biases = jnp.split(head["bias"], clusters.cutoffs)
+    else:
+        weights = [mine.get("embedding", shared) for mine, (shared, _) in zip(own, inputs, strict=True)]
+        biases = [mine["bias"] for mine in own]
+    if clusters.cutoffs:
+        weights[0] = jnp.concatenate([weights[0], head["cluster_weight"]])
+        biases[0] = jnp.concatenate([biases[0], head["cluster_bias"]])
+    return [
+        {"weight": weight, "bias": bias, **({} if projection is None else {"projection": projection})}
+        for weight, bias, projection in zip(weights, biases, projections, strict=True)
+    ]

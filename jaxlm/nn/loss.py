@@ -59,12 +59,7 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
     if chunk_logits is None:
-        active = sharding.active()
-        pieces = 1 if active is None else active.pieces(("batch", None, "vocab"))
-        platform = sharding.platform()
-        chunk_logits = CHUNK_LOGITS.get(platform, CHUNK_LOGITS_ELSEWHERE) * pieces
-        if platform == "cpu" and host.keeps_freed_memory():
-            chunk_logits *= 2
+        chunk_logits = _logits_at_once()
     leaves, tree = jax.tree.flatten(params)
     used = _leaves_read(head, params, hidden_BTD)
 
@@ -78,6 +73,15 @@ def chunked_cross_entropy(
     return _chunked(
         head_of_used, chunk_logits, [leaves[at] for at in used], hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)
     )
+
+
+def _logits_at_once() -> int:
+    """Logits that may exist at a time, on all devices together."""
+    active = sharding.active()
+    pieces = 1 if active is None else active.pieces(("batch", None, "vocab"))
+    platform = sharding.platform()
+    kept = platform == "cpu" and host.keeps_freed_memory()
+    return CHUNK_LOGITS.get(platform, CHUNK_LOGITS_ELSEWHERE) * pieces * (2 if kept else 1)
 
 
 def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
@@ -125,10 +129,7 @@ def _forward(
     head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> Any:
     def one(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        hidden, targets, weights = chunk
-        logits, pull = jax.vjp(head, params, hidden)
-        loss, dlogits = _loss_and_gradient(logits, targets, weights)
-        dparams, dhidden = pull(dlogits.astype(logits.dtype))
+        loss, dparams, dhidden = _of_chunk(head, params, *chunk)
         sums = (loss, dparams)
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
@@ -143,6 +144,15 @@ def _forward(
     total, dparams = carry
     B, T, D = hidden.shape
     return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])
+
+
+def _of_chunk(
+    head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, Any, jax.Array]:
+    """The loss of a chunk and its gradients, of the parameters and of the hidden states."""
+    logits, pull = jax.vjp(head, params, hidden)
+    loss, dlogits = _loss_and_gradient(logits, targets, weights)
+    return loss, *pull(dlogits.astype(logits.dtype))
 
 
 def _loss_and_gradient(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,3 +175,86 @@ def _backward(head: Head, chunk_logits: int, gradients: Any, cotangent: jax.Arra
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+# ------------------------------------------------------------------------------------------- where few places count
+
+PIECES = 16
+"""Into so many blocks all places are cut at least, where only some count: a part of a block may be empty."""
+ROWS = {"cpu": 32}
+"""Rows of a block at least: fewer make its matmuls thin."""
+ROWS_ELSEWHERE = LANES
+
+
+def sparse_cross_entropy(
+    head: Head, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
+    """:func:`chunked_cross_entropy` where many weights are 0: places of weight 0 cost nothing.
+
+    The places that count are put together, and a loop goes over as many blocks of them as there are: how many need not
+    be known while tracing. Differentiable in ``params``, of which the head must read all leaves, and ``hidden``.
+
+    Returns:
+        A float32 scalar.
+    """
+    return _sparse(head, params, hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sparse(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def one(block: Any) -> jax.Array:
+        hidden, targets, weights = block
+        return jnp.sum(jnp.where(weights > 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
+
+    return _over_counted(head, params, (hidden, targets, weights), lambda total, i, block: total + one(block), 0.0)[0]
+
+
+def _over_counted(
+    head: Head, params: Any, of_places: Any, visit: Callable[[Any, Any, Any], Any], start: Any
+) -> tuple[Any, jax.Array]:
+    """``carry = visit(carry, first place, block)`` for blocks [B', R / B', ...] of the places that count, which the
+    B' devices of the batch share, and the order in which these places come, before all others: [B T]."""
+    hidden, targets, weights = (jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in of_places)
+    N = len(targets)
+    V = jax.eval_shape(head, params, hidden[None]).shape[-1]
+    active = sharding.active()
+    pieces = 1 if active is None else active.pieces(("batch",))
+    least = ROWS.get(sharding.platform(), ROWS_ELSEWHERE) * pieces
+    R = max(min(-(-N // (PIECES * least)) * least, _logits_at_once() // V, N) // pieces, 1) * pieces
+    counted = weights > 0
+    order = jnp.argsort(~counted, stable=True)
+    # Beyond the last place there are copies of weight 0.
+    padded = jnp.pad(order, (0, -N % R))
+    sorted_weights = jnp.pad(weights[order], (0, -N % R))
+
+    def block(i: Any) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(padded, i * R, R)
+        own = jax.lax.dynamic_slice_in_dim(sorted_weights, i * R, R)
+        cut = (x.reshape(pieces, R // pieces, *x.shape[1:]) for x in (hidden[rows], targets[rows], own))
+        return tuple(sharding.constrain(x, ("batch", *[None] * (x.ndim - 1))) for x in cut)
+
+    blocks = -(-jnp.sum(counted) // R)
+    return jax.lax.fori_loop(0, blocks, lambda i, carry: visit(carry, i * R, block(i)), start), order
+
+
+def _sparse_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    def visit(carry: Any, first: Any, block: Any) -> Any:
+        total, dparams, dhidden = carry
+        loss, own, rows = _of_chunk(head, params, *block)
+        dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, rows.reshape(-1, D), first, 0)
+        return total + loss, jax.tree.map(jnp.add, dparams, own), dhidden
+
+    N, D = targets.size, hidden.shape[-1]
+    # Twice the room, for a last block that reaches beyond the end.
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), jnp.zeros((2 * N, D), hidden.dtype)
+    (total, dparams, sorted_ND), order = _over_counted(head, params, (hidden, targets, weights), visit, start)
+    dhidden = jnp.zeros((N, D), hidden.dtype).at[order].set(sorted_ND[:N])
+    return total, (dparams, dhidden.reshape(hidden.shape))
+
+
+def _sparse_backward(head: Head, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    return dparams, dhidden, None, None
+
+
+_sparse.defvjp(_sparse_forward, _sparse_backward)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.models import Model
-from jaxlm.nn.loss import chunked_cross_entropy
 
 
 @struct.dataclass
@@ -56,5 +55,5 @@ def token_loss(
     hidden, state = hidden_states(model, params, batch, key, state)
     if batch.places is not None:
         hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
-    total = chunked_cross_entropy(model.logits, params, hidden, batch.targets, batch.weights)
+    total = model.cross_entropy(params, hidden, batch.targets, batch.weights)
     return total, jnp.sum(batch.weights), state

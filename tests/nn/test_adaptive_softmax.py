@@ -1,15 +1,17 @@
 """Adaptive softmax and input against plain numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm import spec
-from jaxlm.nn import adaptive_softmax
+from jaxlm.nn import adaptive_softmax, loss
 from jaxlm.nn.adaptive_softmax import Clusters
 from jaxlm.spec import Normal
-from tests.helpers import lively, relative_error
+from tests.helpers import assert_trees_close, lively, relative_error
 
 FORMS = {
     "one table": Clusters(20, (6, 11), 8, 8),
@@ -142,3 +144,36 @@ def test_cutoffs_that_do_not_ascend_are_an_error(cutoffs):
 def test_a_cluster_without_width_is_an_error():
     with pytest.raises(ValueError, match=r"cluster 2 would have width 8 / 4\^2 < 1"):
         Clusters(20, (6, 11), 8, 8, 4)
+
+
+@every_form
+@pytest.mark.parametrize("ties", [{}, {"tie_embeddings": False, "tie_projections": False}])
+def test_the_loss_and_its_gradients_are_those_of_the_log_probabilities(form, ties, monkeypatch):
+    monkeypatch.setattr(loss, "ROWS", {"cpu": 2})  # several blocks
+    clusters, rng = FORMS[form], np.random.default_rng(1)
+    params, hidden = parameters(clusters, **ties), rng.normal(size=(3, 11, 8)).astype(np.float32)
+    weights = rng.integers(0, 3, (3, 11)).astype(np.float32) * 0.7
+
+    def dense(params, hidden, targets, weights):
+        log_p = adaptive_softmax.log_probabilities(clusters, params, hidden)
+        return -jnp.sum(jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0] * weights)
+
+    def run(function, targets):
+        return jax.jit(jax.value_and_grad(lambda p, h: 2.5 * function(p, h, targets, weights), (0, 1)))(params, hidden)
+
+    adaptive = functools.partial(adaptive_softmax.cross_entropy, clusters)
+    # Every cluster has some places, one of them has all, or none.
+    for targets in (rng.integers(0, 20, (3, 11)), rng.integers(11, 20, (3, 11)), rng.integers(0, 6, (3, 11))):
+        want = run(dense, jnp.asarray(targets))
+        assert_trees_close(run(adaptive, targets), want, 3e-6)
+        assert relative_error(jax.jit(adaptive)(params, hidden, targets, weights), want[0] / 2.5) < 1e-6
+
+
+def test_a_target_outside_the_vocabulary_gives_nan_and_one_that_does_not_count_nothing():
+    clusters = FORMS["one table"]
+    params, hidden = parameters(clusters), np.ones((1, 3, 8), np.float32)
+    run = jax.jit(functools.partial(adaptive_softmax.cross_entropy, clusters))
+    for bad in (20, 25, -1):
+        targets = np.array([[3, bad, 15]])
+        assert np.isnan(run(params, hidden, targets, np.ones((1, 3), np.float32)))
+        assert np.isfinite(run(params, hidden, targets, np.array([[1.0, 0.0, 1.0]], np.float32)))
