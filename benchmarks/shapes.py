@@ -216,6 +216,14 @@ def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, (batch, length)).astype(np.int32)
 
 
+def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
+    """Ids [batch, length] as frequent as words of their rank, int32: 1 / (rank + 2.7) (Mandelbrot 1953). For an
+    adaptive softmax, the work of which depends on them."""
+    frequency = 1.0 / (np.arange(vocab_size) + 2.7)
+    rng = np.random.default_rng(0)
+    return rng.choice(vocab_size, (batch, length), p=frequency / frequency.sum()).astype(np.int32)
+
+
 def recurrence_work(shape: Recurrence, layer: str, passes: str) -> Work:
     """Floating-point operations of the products of one layer, forward or with all gradients."""
     tokens, forward = shape.length * shape.batch, 2 * GATES[layer] * 2 * shape.width**2

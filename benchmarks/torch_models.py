@@ -1,11 +1,14 @@
-"""Models of torch's own layers, for families that transformers does not have, with the weights of a jaxlm checkpoint.
+"""Models of torch's own layers, for families that transformers does not have, with the weights of a jaxlm checkpoint;
+and Transformer-XL, which transformers keeps among what is deprecated.
 
 Only torch's processes import this. Shapes: B batch, T time, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +105,33 @@ def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
     module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
 
 
+class TransformerXL(nn.Module):
+    """The deprecated class of transformers, without a memory. Its adaptive softmax asks each cluster of the vocabulary
+    for its own words alone."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
+
+        # A cast in its adaptive embedding names an argument that torch does not have.
+        source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
+        exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
+        self.model = module.TransfoXLLMHeadModel.from_pretrained(directory)
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean over all labels [B, T]."""
+        config = self.model.config
+        memory = [torch.zeros(0, len(tokens), config.d_model, device=tokens.device) for _ in range(config.n_layer)]
+        hidden = self.model.transformer(tokens, mems=memory).last_hidden_state
+        # It takes the label after each place: one more at either end gives it those that we have.
+        hidden, labels = torch.cat([hidden, hidden[:, :1]], 1), torch.cat([labels[:, :1], labels], 1)
+        return self.model.crit(hidden, labels).mean()
+
+
 def read(directory: str, family: str) -> nn.Module:
-    """The model of a family (lstm or resnet) from a directory that ``jaxlm.save_pretrained`` wrote."""
+    """The model of a family of this file from a directory that ``jaxlm.save_pretrained`` wrote."""
+    if family == "transformer_xl":
+        return TransformerXL(directory)
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]
     arrays = load_file(Path(directory) / "model.safetensors")
     return {"lstm": LSTM, "resnet": VDCNN}[family](config, arrays)

@@ -2,10 +2,12 @@
 
     python -m benchmarks.training                                    GPT-2 124M, float32, batch 2 of 512 tokens
     python -m benchmarks.training --model bert-base-uncased,t5-small,xlnet-base-cased,lstm-zaremba-medium,vdcnn-9
+    python -m benchmarks.training --model transformer-xl-base
     python -m benchmarks.training --passes forward,step --against torch,torch-compile,flax --json training.json
     python -m benchmarks.training --quick                            does it work?
 
 Each model learns its own objective, without dropout; no torch class is slowed down by one that it would not have.
+Transformer-XL reads words as frequent as their ranks, for which its softmax is made.
 Masked models: all sides predict the same 15 % of the tokens; the classes of transformers compute the vocabulary at all
 places, as they always do, jaxlm at those that are predicted.
 Before anything is timed, the losses of all peers must agree, before the first update and after the third.

@@ -180,6 +180,9 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
 
     labels = tensor(wholes.labels(arrays))
     model = torch_model(directory, family)
+    if family == "transformer_xl":
+        tokens = tensor(arrays["tokens"])
+        return model, lambda: model.loss(tokens, labels)
     if wholes.TORCH[family]:
         inputs = {name: tensor(x) for name, x in wholes.inputs(family, arrays).items()}
         options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})

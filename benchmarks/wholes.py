@@ -16,15 +16,15 @@ from benchmarks import shapes
 
 SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
-    "lstm": (20, 35), "resnet": (128, 1024),
+    "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024),
 }  # fmt: skip
 """Rows, and tokens of a row, of a training batch of each family, unless others are asked for. The LSTM's are those of
 Zaremba et al. 2014; a VDCNN reads texts of 1024 characters; T5's source and target have as many tokens each."""
 TORCH = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
-    "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "lstm": "", "resnet": "",
+    "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
 }  # fmt: skip
-"""The class of transformers, by family; empty: the model of torch's own layers in ``torch_models``."""
+"""The class of transformers, by family; empty: that of ``torch_models``."""
 FLAX = {name: f"Flax{TORCH[name]}" for name in ("gpt", "llama", "bert", "t5")}
 """The old Flax class of transformers."""
 DECODES = ("gpt", "llama", "t5", "xlnet", "lstm")
@@ -97,6 +97,8 @@ def example(model: Any, batch: int, length: int) -> Any:
     cfg, rng = model.config, np.random.default_rng(1)
     tokens = shapes.random_tokens(cfg.vocab_size, batch, length)
     task = task_of(model)
+    if model.family == "transformer_xl":
+        return causal.batch(shapes.zipf_tokens(cfg.vocab_size, batch, length + 1))
     if task == "masked":
         count = max(1, round(masked.RATE * length))
         return masked.batch(tokens, rng, mask_id=0, vocab_size=cfg.vocab_size, num_predict=count)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import embedding
-from jaxlm.nn.loss import chunked_cross_entropy, sparse_cross_entropy
+from jaxlm.nn.loss import chunked_cross_entropy, selected_cross_entropy
 from jaxlm.spec import ArraySpec, Initializer
 
 
@@ -175,7 +175,7 @@ def cross_entropy(
     total = chunked_cross_entropy(_logits, first, hidden_BTD, in_head_BT, weights_BT)
     for i, own in enumerate(tails, start=1):
         weights = jnp.where(cluster_BT == i, weights_BT, 0.0)
-        total += sparse_cross_entropy(_logits, own, hidden_BTD, targets_BT - clusters.borders[i][0], weights)
+        total += selected_cross_entropy(_logits, own, hidden_BTD, targets_BT - clusters.borders[i][0], weights)
     return total
 
 

@@ -26,6 +26,9 @@ BLOCKWISE_FROM = 256
 
 TERMS_FROM = 64
 """Queries from which terms are worth a kernel of their own on a TPU: a block of it has 128."""
+WHOLE_ROWS = 1024
+"""Keys up to which a TPU is fastest with whole rows, by its compiler's estimate (docs/labbook.md): of so many, splash
+makes one block, and leaves out nothing that a causal mask hides."""
 
 
 def attention(
@@ -54,7 +57,7 @@ def attention(
         dropout: rate; acts only with a ``key``.
         implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), ``decode`` (few
             queries, reads no more of a cache than is filled), ``splash`` (a TPU kernel; no bias, dropout or orders),
-            ``pallas`` (a TPU kernel that takes terms and orders, from v5 on; up to 4096 keys, no dropout),
+            ``pallas`` (a TPU kernel of whole rows, from v5 on, with terms and orders; up to 4096 keys, no dropout),
             ``cudnn`` (NVIDIA; half precision, no bias, dropout, orders or segments), or None for the best that is known
             for the device, the shape and the mask.
 
@@ -134,7 +137,8 @@ def _best(T: int, S: int, array: Any, terms: Any, refusals: dict[str, str | None
         return "pallas"
     if T < BLOCKWISE_FROM or array is not None:
         return "reference"
-    for name in ("splash", "pallas", "cudnn"):
+    kernels: tuple[Implementation, ...] = ("pallas", "splash") if S <= WHOLE_ROWS else ("splash", "pallas")
+    for name in (*kernels, "cudnn"):
         if sharding.platform() == _PLATFORM[name] and refusals[name] is None:
             return name
     return "blockwise"

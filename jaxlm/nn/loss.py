@@ -186,7 +186,7 @@ ROWS = {"cpu": 32}
 ROWS_ELSEWHERE = LANES
 
 
-def sparse_cross_entropy(
+def selected_cross_entropy(
     head: Head, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
     """:func:`chunked_cross_entropy` where many weights are 0: places of weight 0 cost nothing.
@@ -197,11 +197,11 @@ def sparse_cross_entropy(
     Returns:
         A float32 scalar.
     """
-    return _sparse(head, params, hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
+    return _selected(head, params, hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sparse(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def _selected(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def one(block: Any) -> jax.Array:
         hidden, targets, weights = block
         return jnp.sum(jnp.where(weights > 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
@@ -237,7 +237,7 @@ def _over_counted(
     return jax.lax.fori_loop(0, blocks, lambda i, carry: visit(carry, i * R, block(i)), start), order
 
 
-def _sparse_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
     def visit(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
         loss, own, rows = _of_chunk(head, params, *block)
@@ -252,9 +252,9 @@ def _sparse_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Arr
     return total, (dparams, dhidden.reshape(hidden.shape))
 
 
-def _sparse_backward(head: Head, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _selected_backward(head: Head, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
     return dparams, dhidden, None, None
 
 
-_sparse.defvjp(_sparse_forward, _sparse_backward)
+_selected.defvjp(_selected_forward, _selected_backward)

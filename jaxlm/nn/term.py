@@ -65,7 +65,7 @@ class Tile(NamedTuple):
         return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
 
     def shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-        """Entry (i, first[i] + j) of x at (i, column + j), [R, E]; all of these must be in x."""
+        """Entry (i, first[i] + s) of x for query i of the tile and key s, [R, E]; all of these must be in x."""
         index_RE = first_R1 + self.places()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
 

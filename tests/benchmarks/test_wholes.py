@@ -20,7 +20,7 @@ from tests.helpers import relative_error
 
 NAMES = {
     "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
-    "lstm": "lstm-zaremba-medium", "resnet": "vdcnn-9",
+    "transformer_xl": "transformer-xl-base", "lstm": "lstm-zaremba-medium", "resnet": "vdcnn-9",
 }  # fmt: skip
 
 

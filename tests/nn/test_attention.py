@@ -12,7 +12,7 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
 from jaxlm.nn.cache import Slots, Span, append, extended
-from jaxlm.nn.kernels import blockwise_attention, cudnn_attention
+from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, pallas_attention, splash
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.relative import distance_term, distance_term_of_positions
 from jaxlm.sharding import Sharding, make_mesh
@@ -399,3 +399,41 @@ def test_an_implementation_that_cannot_do_this_says_why(implementation, dtype, o
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, 4)[:3])
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, implementation=implementation, **options)
+
+
+def test_what_a_tpu_runs_by_default(monkeypatch):
+    """Whole rows where they are short, or where splash cannot; blocks where no kernel can."""
+    ran = []
+
+    def runs(name):
+        def attend(q, k, v, mask, **_):
+            ran.append(name)
+            return q
+
+        return attend
+
+    modules = {"pallas": pallas_attention, "splash": splash, "blockwise": blockwise_attention}
+    for name, module in modules.items():
+        monkeypatch.setattr(module, "attention", runs(name))
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+    def default(T, S, mask=Mask(causal=True), **options):  # noqa: B008 (frozen)
+        q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, S, 2, 8))
+        ran.clear()
+        jax.eval_shape(lambda q, k: attention(q, k, k, mask, **options), q, k)
+        return ran[0] if ran else "reference"
+
+    term = distance_term(jnp.zeros((9, 2)), 4, 100, 100, ahead=0)
+    long_term = distance_term(jnp.zeros((9, 2)), 4, 5000, 5000, ahead=0)
+    order = {f"{of}_order": jnp.zeros((1, 2048), jnp.int32) for of in ("query", "key")}
+    assert default(1024, 1024) == "pallas"
+    assert default(1024, 1024, dropout=0.1, key=jax.random.key(0)) == "blockwise"
+    assert default(2048, 2048) == "splash"
+    assert default(2048, 2048, Mask(causal=True, **order)) == "pallas"
+    assert default(100, 100) == "reference"
+    assert default(100, 100, bias=term) == "pallas"
+    assert default(5000, 5000, bias=long_term) == "blockwise"
+    monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v4")
+    assert default(1024, 1024) == "splash"
+    with pytest.raises(ValueError, match="'pallas' needs a TPU from v5 on"):
+        default(1024, 1024, implementation="pallas")

@@ -52,8 +52,9 @@ def terms(kinds, q, numbers, vectors, types, S):
 
 
 CASES = {
+    "nothing but keys for all heads": ((), Mask(causal=True), 256, 256),
     "numbers": (("numbers",), Mask(), 256, 256),
-    "numbers of all heads, padded": (("numbers of all heads",), Mask(), 130, 200),
+    "numbers of all heads, keys for all heads, padded": (("numbers of all heads",), Mask(), 130, 200),
     "numbers, causal": (("numbers",), Mask(causal=True), 256, 256),
     "vectors": (("vectors",), Mask(), 256, 256),
     "vectors, causal, window, padded": (("vectors",), Mask(causal=True, window=70), 200, 200),
@@ -85,7 +86,7 @@ def run(attend, kinds, S, floats, cotangent):
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     kinds, mask, T, S = CASES[name]
     monkeypatch.setattr(pallas_attention, "LARGEST_BLOCK", 128)  # several blocks
-    floats, cotangent = arrays(T, S, heads=1 if name == "numbers" else H)
+    floats, cotangent = arrays(T, S, heads=1 if "keys for all heads" in name else H)
 
     def kernel(q, k, v, bias):
         return pallas_attention.attention(q, k, v, mask, scale=0.3, terms=tuple(bias), interpret=True)
@@ -98,7 +99,7 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     assert_trees_close(got, want, 1e-5)
     used = [np.abs(gradient).max() > 1e-3 for gradient in want[1][3:]]
     assert used == [any(name in kind for kind in kinds) for name in ("numbers", "vectors", "types")]
-    if "nothing" in name or "alone" in name:
+    if "see nothing" in name or "some alone" in name:
         assert np.any(np.all(np.asarray(want[0]) == 0.0, axis=(2, 3)))
 
 

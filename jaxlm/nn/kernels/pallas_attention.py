@@ -1,9 +1,10 @@
-"""Attention on TPU where terms are added to the scores or orders mask them: a Pallas kernel forward, and one backward.
+"""Attention on TPU by whole rows, with terms and orders: a Pallas kernel forward, and one backward.
 
-Splash attention takes neither, and XLA keeps every tile of the scores in slow memory, several times over where a
-relative term turns diagonals into columns. Here a block of queries meets all keys at once, in fast memory from the
-product to the values, and rotations within the vector unit align relative terms. Only the output is kept: the backward
-pass works the scores out again, and the sums of their rows with them, for it has whole rows.
+A block of queries meets all keys at once, in fast memory from the product to the values. Terms are added there, where
+XLA would keep every tile of the scores in slow memory, several times over where a relative term turns diagonals into
+columns: rotations within the vector unit do. Only the output is kept. The backward pass works the scores out again and
+the sums of their rows with them, for it has whole rows: neither log-sum-exps nor the sums of the output's gradient pass
+through memory. What a causal mask hides is computed all the same.
 Shapes as in ``jaxlm.nn.attention``, with V the width of values; R queries of a block, E = S keys, P = R + S places of a
 strip, N rows of a table, X and Y the last axes of a term's array.
 """
@@ -75,8 +76,6 @@ def attention(
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
     B, _, H, _ = q_BTHK.shape
-    if k_BSGK.shape[2] != H:
-        k_BSGK, v_BSGK = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
 
     def own(form: Form, name: str, x: jax.Array) -> jax.Array:
         """Blocks are of one head each, and what queries have is of one row each."""
@@ -371,14 +370,14 @@ class _Layout(NamedTuple):
 def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
     from jax.experimental import pallas as pl
 
-    (B, H, T, K), (S, V) = floats[0].shape, floats[2].shape[2:]
+    (B, H, T, K), (G, S, V) = floats[0].shape, floats[2].shape[1:]
     R = _block(T, S)
 
     def by_queries(width: int) -> Any:
         return pl.BlockSpec((None, None, R, width), lambda h, b, t: (b, h, t, 0))
 
     def by_keys(width: int) -> Any:
-        return pl.BlockSpec((None, None, S, width), lambda h, b, t: (b, h, 0, 0))
+        return pl.BlockSpec((None, None, S, width), lambda h, b, t: (b, h // (H // G), 0, 0))
 
     def of_term(form: Form, name: str, x: jax.Array) -> Any:
         if _by_queries(form, name):
@@ -420,7 +419,7 @@ def _call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: s
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
-    """``floats``: q [B, H, T, K], k and v [B, H, S, K], and for each term its arrays [1 or B, H, X, Y]."""
+    """``floats``: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each term its arrays [1 or B, H, X, Y]."""
     return _forward(static, floats, integers)[0]
 
 
@@ -443,13 +442,19 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
     floats, integers = saved
     layout = _layout(static, floats, integers)
     q, *kv, added = floats
-    S, widths = kv[0].shape[2], [x.shape[3] for x in kv]
+    (B, H), (G, S), widths = q.shape[:2], kv[0].shape[1:3], [x.shape[3] for x in kv]
 
     def sums(form: Form, name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype if _by_queries(form, name) else jnp.float32)
 
-    def keys_last(x_BHSK: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*x_BHSK.shape[:2], x_BHSK.shape[3], S), x_BHSK.dtype)
+    def keys_last(x_BGSK: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((B, H, x_BGSK.shape[3], S), x_BGSK.dtype)
+
+    def of_group(dx_BHKS: jax.Array) -> jax.Array:
+        """The sum over the queries' heads that share one of keys, [B, G, S, K]."""
+        if G != H:
+            dx_BHKS = dx_BHKS.reshape(B, G, H // G, *dx_BHKS.shape[2:]).sum(2)
+        return jnp.swapaxes(dx_BHKS, 2, 3)
 
     shared = jax.tree.map(lambda x: x.shape[0] == 1, added)
     by_keys = [pl.BlockSpec((None, None, width, S), lambda h, b, t: (b, h, 0, 0)) for width in widths]
@@ -462,7 +467,7 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
     )  # fmt: skip
     (dq, dk, dv), dadded = run(((q, *kv), added, integers), dout_BHTV)
     dadded = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dadded, added)
-    return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dadded), None
+    return (dq, of_group(dk), of_group(dv), dadded), None
 
 
 _attention.defvjp(_forward, _backward)
