@@ -76,10 +76,13 @@ def attention(
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
     B, _, H, _ = q_BTHK.shape
+    grouped = k_BSGK.shape[2] != H
 
     def own(form: Form, name: str, x: jax.Array) -> jax.Array:
-        """Blocks are of one head each, and what queries have is of one row each."""
-        return jnp.broadcast_to(x, (B if _by_queries(form, name) else x.shape[0], H, *x.shape[2:]))
+        """Blocks are of one head each, and what queries have is of one row each. Gradients add up over what follows
+        each other on the grid: over the queries' heads of a group, or over rows that share an array."""
+        rows = B if grouped or _by_queries(form, name) else x.shape[0]
+        return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
 
     forms = tuple(term.form for term in terms)
     floats = tuple({name: own(term.form, name, x) for name, x in term.floats.items()} for term in terms)
@@ -284,12 +287,13 @@ def _read(static: _Static, R: int, references: Any) -> tuple[Any, Any, Any, _Blo
     from jax.experimental import pallas as pl
 
     qkv, added, integers = references
-    tile = _Block(pl.program_id(2) * R, R, 0, qkv[1].shape[0])
+    tile = _Block(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
     of_tile = tuple(
         {name: x[_windows(form, tile).get(name, ...)] for name, x in own.items()}
         for form, own in zip(static.forms, added, strict=True)
     )
-    return *jax.tree.map(lambda x: x[...], (qkv,)), of_tile, jax.tree.map(lambda x: x[...], integers), tile
+    read = functools.partial(jax.tree.map, lambda x: x[...])
+    return read(qkv), of_tile, read(integers), tile
 
 
 def _weights(static: _Static, qkv: Any, of_tile: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
@@ -323,12 +327,12 @@ def _backward_kernel(
     mean_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
     dscores = probabilities * (dprobabilities - mean_R1)
 
-    first_block = pl.program_id(2) == 0
-    first_of_all = first_block & (pl.program_id(1) == 0)
+    _, row, head, block = map(pl.program_id, range(4))
+    _, _, heads, blocks = map(pl.num_programs, range(4))
 
     def add(total: Any, new: jax.Array, index: Any, first: Any) -> None:
         @pl.when(first)
-        def _() -> None:
+        def begin() -> None:
             total[...] = jnp.zeros(total.shape, total.dtype)
 
         total[index] += new.astype(total.dtype)
@@ -337,10 +341,10 @@ def _backward_kernel(
     dq_RK, *of_keys = blockwise_attention.products(static, q, k, v, dout_RV, probabilities, dscores)
     dqkv[0][...] = dq_RK.astype(dqkv[0].dtype)
     for total, new in zip(sums, of_keys, strict=True):
-        add(total, new, ..., first_block)
+        add(total, new, ..., (head == 0) & (block == 0))
 
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _() -> None:
+    @pl.when((head == heads - 1) & (block == blocks - 1))
+    def end() -> None:
         for out, total in zip(dqkv[1:], sums, strict=True):
             out[...] = total[...].astype(out.dtype)
 
@@ -350,17 +354,18 @@ def _backward_kernel(
             if _by_queries(form, name):
                 out[...] = new.astype(out.dtype)
             else:
-                add(out, new, _windows(form, tile).get(name, ...), first_of_all if shared[i][name] else first_block)
+                first = (row == 0) & (block == 0) if shared[i][name] else block == 0
+                add(out, new, _windows(form, tile).get(name, ...), first)
 
 
 # ------------------------------------------------------------------------------------------------ their calls
 
 
 class _Layout(NamedTuple):
-    """How arrays are cut over a grid of heads, rows of the batch and blocks of R queries."""
+    """How arrays are cut over a grid: heads of keys, rows of the batch, heads of queries of each, blocks of queries."""
 
     R: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int, int]
     inputs: Any
     """Blocks of q, k and v; of the terms' arrays; of the integers."""
     out: Any
@@ -373,26 +378,28 @@ def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
     (B, H, T, K), (G, S, V) = floats[0].shape, floats[2].shape[1:]
     R = _block(T, S)
 
+    group = H // G
+
     def by_queries(width: int) -> Any:
-        return pl.BlockSpec((None, None, R, width), lambda h, b, t: (b, h, t, 0))
+        return pl.BlockSpec((None, None, R, width), lambda g, b, h, t: (b, g * group + h, t, 0))
 
     def by_keys(width: int) -> Any:
-        return pl.BlockSpec((None, None, S, width), lambda h, b, t: (b, h // (H // G), 0, 0))
+        return pl.BlockSpec((None, None, S, width), lambda g, b, h, t: (b, g, 0, 0))
 
     def of_term(form: Form, name: str, x: jax.Array) -> Any:
         if _by_queries(form, name):
             return by_queries(x.shape[3])
         shared = x.shape[0] == 1
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda h, b, t: (0 if shared else b, h, 0, 0))
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda g, b, h, t: (0 if shared else b, g * group + h, 0, 0))
 
     def of_integers(x: jax.Array) -> Any:
         shared, column = x.shape[0] == 1, x.shape[2] == 1
         shape = (None, R, 1) if column else (None, 1, S)
-        return pl.BlockSpec(shape, lambda h, b, t: (0 if shared else b, t if column else 0, 0))
+        return pl.BlockSpec(shape, lambda g, b, h, t: (0 if shared else b, t if column else 0, 0))
 
     added = _by_form(static, of_term, floats[3])
     inputs = (by_queries(K), by_keys(K), by_keys(V)), added, jax.tree.map(of_integers, integers)
-    return _Layout(R, (H, B, T // R), inputs, by_queries(V))
+    return _Layout(R, (G, B, group, T // R), inputs, by_queries(V))
 
 
 def _by_form(
@@ -408,9 +415,8 @@ def _call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: s
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    # Rows one after the other, for what they share is added up.
     order = pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=FAST_MEMORY
+        dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=FAST_MEMORY
     )
     return pl.pallas_call(
         kernel, grid=layout.grid, interpret=static.interpret, name=name, compiler_params=order, **arguments
@@ -442,22 +448,16 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
     floats, integers = saved
     layout = _layout(static, floats, integers)
     q, *kv, added = floats
-    (B, H), (G, S), widths = q.shape[:2], kv[0].shape[1:3], [x.shape[3] for x in kv]
+    S, widths = kv[0].shape[2], [x.shape[3] for x in kv]
 
     def sums(form: Form, name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype if _by_queries(form, name) else jnp.float32)
 
     def keys_last(x_BGSK: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((B, H, x_BGSK.shape[3], S), x_BGSK.dtype)
-
-    def of_group(dx_BHKS: jax.Array) -> jax.Array:
-        """The sum over the queries' heads that share one of keys, [B, G, S, K]."""
-        if G != H:
-            dx_BHKS = dx_BHKS.reshape(B, G, H // G, *dx_BHKS.shape[2:]).sum(2)
-        return jnp.swapaxes(dx_BHKS, 2, 3)
+        return jax.ShapeDtypeStruct((*x_BGSK.shape[:2], x_BGSK.shape[3], x_BGSK.shape[2]), x_BGSK.dtype)
 
     shared = jax.tree.map(lambda x: x.shape[0] == 1, added)
-    by_keys = [pl.BlockSpec((None, None, width, S), lambda h, b, t: (b, h, 0, 0)) for width in widths]
+    by_keys = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
     of_qkv, of_added, _ = layout.inputs
     run = _call(
         static, layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
@@ -467,7 +467,7 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
     )  # fmt: skip
     (dq, dk, dv), dadded = run(((q, *kv), added, integers), dout_BHTV)
     dadded = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dadded, added)
-    return (dq, of_group(dk), of_group(dv), dadded), None
+    return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dadded), None
 
 
 _attention.defvjp(_forward, _backward)
