@@ -37,6 +37,7 @@ FAST_MEMORY = 32 * 2**20
 """Bytes of fast memory that a kernel may take."""
 SUBLANES = 8
 """Rows of a vector, in float32."""
+SUBLANE_BITS, LANE_BITS = 3, 7
 _OLDER = ("TPU v2", "TPU v3", "TPU v4")
 
 
@@ -168,16 +169,17 @@ def _rotated(x_RP: jax.Array, shift: int) -> jax.Array:
     return pltpu.roll(x_RP, shift, 1, stride=1, stride_axis=0)
 
 
-def _each_rotated(x_RN: jax.Array, shift_R1: jax.Array) -> jax.Array:
-    """Row i rotated to the right by ``shift[i]``, modulo N: by each bit of it."""
+def _each_rotated(x_RP: jax.Array, shift_R1: jax.Array, bits: int) -> jax.Array:
+    """Row i rotated to the right by ``shift[i]``, which has so many bits: by one bit after the other."""
     from jax.experimental.pallas import tpu as pltpu
 
-    N = x_RN.shape[1]
-    shift_R1 = lax.rem(shift_R1, N)
-    shift_R1 = jnp.where(shift_R1 < 0, shift_R1 + N, shift_R1)
-    for bit in range((N - 1).bit_length()):
-        x_RN = jnp.where((shift_R1 >> bit) & 1 > 0, pltpu.roll(x_RN, 1 << bit, 1), x_RN)
-    return x_RN
+    for bit in range(bits):
+        x_RP = jnp.where(_bit(shift_R1, bit), pltpu.roll(x_RP, 1 << bit, 1), x_RP)
+    return x_RP
+
+
+def _bit(x: jax.Array, bit: int) -> jax.Array:
+    return (x >> bit) & 1 > 0
 
 
 def _wide(dout_RE: jax.Array, more: int) -> jax.Array:
@@ -216,14 +218,36 @@ _product.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _shifted(columns: int, more: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-    """Entry (i, first[i] + j) of x at (i, j), [R, E]; x has so many ``more`` columns."""
-    return _each_rotated(x_RN, -first_R1)[:, :columns]
+    """Entry (i, first[i] + j) of x at (i, j), [R, E]; x has so many ``more`` columns, and ``first`` is none beyond.
+
+    Whole vectors are chosen first, so that few columns are left to be rotated.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    for bit in reversed(range(_bits_of_vectors(more))):
+        size = LANES << bit
+        x_RN = _wide(x_RN, max(columns + 2 * size - x_RN.shape[1], 0))
+        x_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), x_RN[:, size : columns + 2 * size], x_RN[:, : columns + size])
+    for bit in range(LANE_BITS):
+        x_RN = jnp.where(_bit(first_R1, bit), pltpu.roll(x_RN, x_RN.shape[1] - (1 << bit), 1), x_RN)
+    return x_RN[:, :columns]
 
 
-_shifted.defvjp(
-    lambda columns, more, x, first: (_shifted(columns, more, x, first), first),
-    lambda columns, more, first, dout: (_each_rotated(_wide(dout, more), first), None),
-)
+def _shifted_backward(columns: int, more: int, first_R1: jax.Array, dout_RE: jax.Array) -> tuple[jax.Array, None]:
+    dx_RN = _each_rotated(_wide(dout_RE, LANES), first_R1, LANE_BITS)
+    for bit in range(_bits_of_vectors(more)):
+        zeros = jnp.zeros((dx_RN.shape[0], LANES << bit), dx_RN.dtype)
+        later, as_it_is = (jnp.concatenate(both, axis=1) for both in ((zeros, dx_RN), (dx_RN, zeros)))
+        dx_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), later, as_it_is)
+    return _wide(dx_RN, max(columns + more - dx_RN.shape[1], 0))[:, : columns + more], None
+
+
+def _bits_of_vectors(more: int) -> int:
+    """Bits of how many whole vectors a row may begin later."""
+    return (more // LANES).bit_length()
+
+
+_shifted.defvjp(lambda columns, more, x, first: (_shifted(columns, more, x, first), first), _shifted_backward)
 
 
 def _aligned(x_RP: jax.Array) -> jax.Array:
@@ -260,7 +284,7 @@ def _diagonals_of_row_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax
     wide_RP = _wide(dout_RE, R)
     groups = (pltpu.roll(wide_RP[row : row + SUBLANES], R - row, 1) for row in range(0, R, SUBLANES))
     total = functools.reduce(jnp.add, groups)
-    total = _each_rotated(total, SUBLANES - 1 - lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0))
+    total = _each_rotated(total, SUBLANES - 1 - lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0), SUBLANE_BITS)
     return (pltpu.roll(jnp.sum(total, axis=0, keepdims=True), total.shape[1] - SUBLANES + 1, 1),)
 
 
