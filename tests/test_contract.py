@@ -245,6 +245,23 @@ def test_no_recompilation_on_the_second_call(name):
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("name", [name for name in DECODERS if hasattr(tiny_model(name).module, "cross_entropy")])
+def test_a_loss_of_its_own_is_that_of_the_logits(name):
+    model, params, tokens = setup(name)
+    hidden = hidden_of(model, params, tokens)
+    targets, weights = jnp.roll(tokens, -1, axis=1), jnp.asarray(tokens % 3, jnp.float32)
+
+    def by_logits(params, hidden):
+        log_p = jax.nn.log_softmax(model.logits(params, hidden)[..., : model.config.vocab_size])
+        return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+
+    def own(params, hidden):
+        return model.cross_entropy(params, hidden, targets, weights)
+
+    got, want = (jax.jit(jax.value_and_grad(loss, (0, 1)))(params, hidden) for loss in (own, by_logits))
+    assert_trees_close(got, want, TOLERANCE)
+
+
 @every_form
 def test_bfloat16_is_finite_and_near_float32(name):
     model, params, tokens = setup(name)
