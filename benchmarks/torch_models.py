@@ -116,7 +116,9 @@ class TransformerXL(nn.Module):
         # A cast in its adaptive embedding names an argument that torch does not have.
         source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
         exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
-        self.model = module.TransfoXLLMHeadModel.from_pretrained(directory)
+        config = module.TransfoXLConfig.from_pretrained(directory)
+        config.trainer_compatible = True  # without, it warns
+        self.model = module.TransfoXLLMHeadModel.from_pretrained(directory, config=config)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean over all labels [B, T]."""

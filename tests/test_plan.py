@@ -511,14 +511,19 @@ def test_a_training_step_is_planned(name):
 
 
 @live
-def test_a_long_step_runs_the_kernel_and_its_schedule_is_read():
+@pytest.mark.parametrize(
+    ("length", "kernels"),
+    [
+        (512, ["attention_forward", "attention_backward"]),
+        (2048, ["splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"]),
+    ],
+)
+def test_a_long_step_runs_the_kernel_and_its_schedule_is_read(length, kernels):
     model = get_model(
-        "gpt2-tiny", dtype="bfloat16", max_positions=512, num_heads=1, embed_dim=64, attention_dropout=0.0
+        "gpt2-tiny", dtype="bfloat16", max_positions=length, num_heads=1, embed_dim=64, attention_dropout=0.0
     )
-    made = plan(model, "v5e:2x2", "data=4", batch=4, sequence=512)
-    assert [kernel.name.partition(".")[0] for kernel in made.kernels] == [
-        "splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals",
-    ]  # fmt: skip
+    made = plan(model, "v5e:2x2", "data=4", batch=4, sequence=length)
+    assert [kernel.name.partition(".")[0] for kernel in made.kernels] == kernels
     assert all(kernel.calls == 2 and kernel.cycles > 1000 for kernel in made.kernels)
     assert made.cycles > sum(kernel.cycles for kernel in made.kernels)
 
@@ -538,7 +543,10 @@ def test_every_family_is_planned(name):
     model = tiny_model(name, dtype="bfloat16")
     made = plan(model, "v5e:2x2", "data=4", batch=8, sequence=32)
     assert made.mfu > 0.0
-    assert made.notes == []
+    # How many blocks the loss of an adaptive softmax goes over is not known before it runs, and said.
+    unknown = [note for note in made.notes if note.startswith("loop of unknown length, counted once")]
+    assert made.notes == unknown
+    assert bool(unknown) == hasattr(model.module, "cross_entropy")
     if decodes(model):
         made = plan(model, "v6e:2x2", "data=4", batch=8, sequence=32, decode=True)
         assert 0.0 < made.memory_bound < made.seconds
