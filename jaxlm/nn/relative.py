@@ -76,7 +76,12 @@ def distance_term_of_queries(
     Args:
         query_BT: [1 or B, T] integers, how many places after key 0 each query stands.
         keys: how many keys there are.
+
+    Raises:
+        ValueError: a table that is too short for any query.
     """
+    if table.shape[0] < keys:
+        raise ValueError(f"a table of {table.shape[0]} distances has none for each of {keys} keys: make it longer")
     return Term(_Queries(longest, keys, scale), _floats(table, q_BTHK), {"query": query_BT})
 
 

@@ -108,6 +108,8 @@ def test_distances_of_queries_that_stand_anywhere():
 
     distance = query[:, :, None] - np.arange(7)
     check(ours, lambda table, q: picked(table, 6, distance, q), table, q)
+    with pytest.raises(ValueError, match="a table of 13 distances has none for each of 14 keys"):
+        distance_term_of_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
 
 
 def test_token_types_pick_one_of_two_vectors():

@@ -98,7 +98,7 @@ def scores(rule: Rule, q_RK: jax.Array, k_EK: jax.Array, of_tile: Any, integers:
         of_tile: what the tile needs of each term's arrays.
         integers: orders of queries and keys, segments of both (or None); and the integers of each term.
     """
-    scores_RE = _dot(q_RK, k_EK, 1, 1) * rule.scale
+    scores_RE = dot(q_RK, k_EK, 1, 1) * rule.scale
     of_mask, of_terms = integers
     for form, parts_, own in zip(rule.forms, of_tile, of_terms, strict=True):
         scores_RE = scores_RE + form(parts_, own, tile)
@@ -110,14 +110,9 @@ def scores(rule: Rule, q_RK: jax.Array, k_EK: jax.Array, of_tile: Any, integers:
 
 
 def products(
-    rule: Rule,
-    q_RK: jax.Array,
-    k_EK: jax.Array,
-    v_EK: jax.Array,
-    dout_RK: jax.Array,
-    kept: jax.Array,
+    rule: Rule, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, dout_RK: jax.Array, kept: jax.Array,
     dscores: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients of a block, float32: dq [R, K], and what it adds to dk and dv [K, E].
 
     Keys last: on a CPU the matmul that gives [E, K] from arrays of R rows takes four times as long, and on a TPU the
@@ -128,10 +123,11 @@ def products(
         dscores: [R, E], the gradient of the scores.
     """
     scaled = (dscores * rule.scale).astype(q_RK.dtype)
-    return _dot(scaled, k_EK, 1, 0), _dot(q_RK, scaled, 0, 0), _dot(dout_RK, kept.astype(v_EK.dtype), 0, 0)
+    return dot(scaled, k_EK, 1, 0), dot(q_RK, scaled, 0, 0), dot(dout_RK, kept.astype(v_EK.dtype), 0, 0)
 
 
-def _dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
+    """The product of two matrices over an axis of each, float32."""
     return lax.dot_general(x, y, (((of_x,), (of_y,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -160,7 +156,7 @@ def _forward_block(
     total_R = jnp.sum(weights, axis=1)
     if dropped is not None:
         weights = jnp.where(dropped, weights / (1.0 - static.dropout), 0.0)
-    out = _dot(weights.astype(v_EK.dtype), v_EK, 1, 0)
+    out = dot(weights.astype(v_EK.dtype), v_EK, 1, 0)
     seen_R = total_R > 0.0
     total_R = jnp.where(seen_R, total_R, 1.0)
     # Where nothing is seen, +inf makes exp(score - lse) vanish in the backward pass.
@@ -174,7 +170,7 @@ def _backward_block(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
     """Gradients of a block: dq [R, K], and what it adds to dk and dv [K, E] and to its part of the terms; float32."""
     weights = jnp.exp(scores(static, q_RK, k_EK, of_tile, integers, tile) - lse_R[:, None])
-    dweights = _dot(dout_RK, v_EK, 1, 1)
+    dweights = dot(dout_RK, v_EK, 1, 1)
     kept = weights
     if dropped is not None:
         kept = jnp.where(dropped, weights / (1.0 - static.dropout), 0.0)

@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn.kernels import blockwise_attention, split
+from jaxlm.nn.kernels.blockwise_attention import dot
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.term import Extendable, Form, Term, Tile
 
@@ -193,21 +194,19 @@ def _turn(x_RY: jax.Array) -> jax.Array:
     row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     turned = (row + column == LANES - 1).astype(x_RY.dtype)
     precision = lax.Precision.HIGHEST if x_RY.dtype == jnp.float32 else None
-    dot = functools.partial(jnp.dot, turned, precision=precision, preferred_element_type=jnp.float32)
-    return jnp.concatenate([dot(x_RY[end - LANES : end]) for end in range(x_RY.shape[0], 0, -LANES)])
+    turn = functools.partial(jnp.dot, turned, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.concatenate([turn(x_RY[end - LANES : end]) for end in range(x_RY.shape[0], 0, -LANES)])
 
 
 def _factors(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradients of q and of the table from that of their product, which is in their dtype as all factors here are."""
-    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-    dq_RK = dot(dproduct_RN, table_KN, (((1,), (1,)), ((), ())))
-    dtable_KN = dot(q_RK, dproduct_RN, (((0,), (0,)), ((), ())))
+    dq_RK, dtable_KN = dot(dproduct_RN, table_KN, 1, 1), dot(q_RK, dproduct_RN, 0, 0)
     return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(scale: float, q_RK: jax.Array, table_KN: jax.Array) -> jax.Array:
-    return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
+    return dot(q_RK, table_KN, 1, 0) * scale
 
 
 _product.defvjp(
@@ -334,7 +333,7 @@ def _weights(static: _Static, qkv: Any, of_tile: Any, integers: Any, tile: Tile)
 def _forward_kernel(static: _Static, R: int, references: Any, out: Any) -> None:
     qkv, *rest = _read(static, R, references)
     weights, share_R1 = _weights(static, qkv, *rest)
-    mixed_RV = jnp.dot(weights.astype(qkv[2].dtype), qkv[2], preferred_element_type=jnp.float32)
+    mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], 1, 0)
     out[...] = (mixed_RV * share_R1).astype(out.dtype)
 
 
@@ -347,7 +346,7 @@ def _backward_kernel(
     qkv, of_tile, integers, tile = _read(static, R, references)
     weights, share_R1 = _weights(static, qkv, of_tile, integers, tile)
     probabilities, dout_RV = weights * share_R1, dout[...]
-    dprobabilities = lax.dot_general(dout_RV, qkv[2], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dprobabilities = dot(dout_RV, qkv[2], 1, 1)
     mean_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
     dscores = probabilities * (dprobabilities - mean_R1)
 
