@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.models import heads
+from jaxlm.nn.loss import chunked_cross_entropy
 from tests.helpers import assert_trees_close, relative_error
 
 VOCAB = 11
@@ -34,6 +35,9 @@ class Bag:
 
     def logits(self, params, hidden):
         return hidden @ params["head"]
+
+    def cross_entropy(self, params, hidden, targets, weights):
+        return chunked_cross_entropy(self.logits, params, hidden, targets, weights)
 
     def summary(self, params, hidden, segment_ids=None, key=None):
         return heads.last_real(hidden, None if segment_ids is None else jnp.asarray(segment_ids))
