@@ -6,6 +6,7 @@ Only torch's processes import this. Shapes: B batch, T time, C channels, V vocab
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -105,17 +106,23 @@ def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
     module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
 
 
+@functools.cache
+def transformer_xl_module() -> Any:
+    """The module of transformers' deprecated Transformer-XL, with a broken cast in its adaptive embedding mended."""
+    import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
+
+    source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
+    exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
+    return module
+
+
 class TransformerXL(nn.Module):
     """The deprecated class of transformers, without a memory. Its adaptive softmax asks each cluster of the vocabulary
     for its own words alone."""
 
     def __init__(self, directory: str) -> None:
         super().__init__()
-        import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
-
-        # A cast in its adaptive embedding names an argument that torch does not have.
-        source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
-        exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
+        module = transformer_xl_module()
         config = module.TransfoXLConfig.from_pretrained(directory)
         config.trainer_compatible = True  # without, it warns
         self.model = module.TransfoXLLMHeadModel.from_pretrained(directory, config=config)

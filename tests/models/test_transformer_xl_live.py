@@ -10,7 +10,7 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model
 from tests.models.test_transformer_xl import SEGMENTS
 from tests.oracles import GOLDENS
-from tests.oracles.transformer_xl import CASES, no_memory, random_model, reference, transformers_module
+from tests.oracles.transformer_xl import CASES, no_memory, random_model, reference
 
 pytestmark = pytest.mark.live
 
@@ -62,11 +62,13 @@ def test_goldens_are_what_transformers_says():
 def test_transformers_opens_what_we_write(case, tmp_path):
     import torch
 
+    from benchmarks.torch_models import transformer_xl_module
+
     (tmp_path / "theirs").mkdir()
     told = reference(case, tmp_path / "theirs")
     save_pretrained(tmp_path / "ours", *load_pretrained(tmp_path / "theirs"))
-    kind = getattr(transformers_module(), type(random_model(case)).__name__)
-    config = transformers_module().TransfoXLConfig.from_pretrained(tmp_path / "ours")
+    kind = getattr(transformer_xl_module(), type(random_model(case)).__name__)
+    config = transformer_xl_module().TransfoXLConfig.from_pretrained(tmp_path / "ours")
     config.trainer_compatible, config.pad_token_id = True, 0  # no warning; no complaint of its classifier
     model = kind.from_pretrained(tmp_path / "ours", config=config).eval()
     ids = torch.tensor(told["input/tokens"], dtype=torch.long)
@@ -78,7 +80,9 @@ def test_transformers_opens_what_we_write(case, tmp_path):
 def test_the_published_model_has_as_many_parameters():
     import torch
 
-    module = transformers_module()
+    from benchmarks.torch_models import transformer_xl_module
+
+    module = transformer_xl_module()
     with torch.device("meta"):
         model = module.TransfoXLLMHeadModel(module.TransfoXLConfig(trainer_compatible=True))
     assert get_model("transfo-xl-wt103").num_parameters == model.num_parameters()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +33,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@functools.cache
-def transformers_module() -> Any:
-    """transformers' modeling module, with a broken cast in its adaptive embedding mended."""
-    import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
-
-    source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
-    exec(compile(source, module.__file__, "exec", dont_inherit=True), module.__dict__)
-    return module
-
-
 def random_model(case: str) -> Any:
     """The case's model, with noise on every parameter."""
     import torch
 
-    module = transformers_module()
+    from benchmarks.torch_models import transformer_xl_module
+
+    module = transformer_xl_module()
     kind = module.TransfoXLForSequenceClassification if case == "classifier" else module.TransfoXLLMHeadModel
     torch.manual_seed(sum(case.encode()))
     model = kind(module.TransfoXLConfig(**{**SHAPE, **CHANGES[case]})).eval()
