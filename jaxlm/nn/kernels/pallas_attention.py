@@ -84,9 +84,9 @@ def attention(
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
 
     forms = tuple(term.form for term in terms)
-    floats = tuple({name: own(term.form, name, x) for name, x in term.floats.items()} for term in terms)
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
     static = _Static(mask.causal, mask.window, scale, forms, keys=k_BSGK.shape[1], interpret=interpret)
+    floats = _by_form(static, own, tuple(term.floats for term in terms))
     return split.over_devices(functools.partial(_rows, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
 
 
@@ -153,10 +153,7 @@ def _read(static: _Static, R: int, references: Any) -> tuple[Any, Any, Any, Bloc
 
     qkv, added, integers = references
     tile = Block(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
-    of_tile = tuple(
-        {name: x[_windows(form, tile).get(name, ...)] for name, x in own.items()}
-        for form, own in zip(static.forms, added, strict=True)
-    )
+    of_tile = _by_form(static, lambda form, name, x: x[_windows(form, tile).get(name, ...)], added)
     read = functools.partial(jax.tree.map, lambda x: x[...])
     return read(qkv), of_tile, read(integers), tile
 
