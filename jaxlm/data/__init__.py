@@ -2,7 +2,15 @@
 
 from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
 from jaxlm.data.corpora import read_text, shakespeare
-from jaxlm.data.tokenizers import ByteTokenizer, CharTokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.encodings import Encoding
+from jaxlm.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    PretrainedTokenizer,
+    SpecialIds,
+    Tokenizer,
+    load_tokenizer,
+)
 from jaxlm.data.tokens import check_tokens, open_tokens, split, split_documents, write_tokens
 
 __all__ = [
@@ -10,10 +18,12 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Columns",
+    "Encoding",
     "Packed",
     "PretrainedTokenizer",
     "RandomWindows",
     "Source",
+    "SpecialIds",
     "Tokenizer",
     "Window",
     "check_tokens",

@@ -154,7 +154,7 @@ def test_the_end_of_document_is_what_the_configuration_says(tmp_path, eos):
 
 def test_pretrained_tokenizers_are_loaded_as_saved(tmp_path):
     byte_level_files(tmp_path)
-    tokenizer = PretrainedTokenizer(PretrainedTokenizer.from_directory(tmp_path).backend, end_token="he")
+    tokenizer = PretrainedTokenizer(PretrainedTokenizer.from_directory(tmp_path).backend, {"eos": "he"})
     tokenizer.save(tmp_path / "new")
     again = load_tokenizer(tmp_path / "new")
     assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
