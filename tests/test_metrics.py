@@ -1,0 +1,173 @@
+"""Metric values, their intervals, and the errors for bad input."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlm import metrics
+from jaxlm.metrics import Score
+
+
+def test_a_score_reads_as_one_line():
+    assert str(Score("accuracy", 0.9048, 0.8835, 0.9226, 872)) == "accuracy 0.905 [0.883, 0.923]"
+    assert str(Score("BLEU", 38.214, 37.0, 39.456, 1000)) == "BLEU 38.21 [37.00, 39.46]"
+    assert str(Score("perplexity", 12.5)) == "perplexity 12.50"
+    with pytest.raises(ValueError, match="give both ends or neither"):
+        Score("accuracy", 0.5, low=0.4)
+
+
+def test_accuracy_has_the_wilson_interval():
+    # Expected ends: Wilson 1927, (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) at p = 0.9, n = 10, z = 1.96.
+    score = metrics.accuracy([1] * 9 + [0], [1] * 10)
+    assert (score.value, score.count) == (0.9, 10)
+    assert score.low == pytest.approx(0.59585, abs=1e-4)
+    assert score.high == pytest.approx(0.98212, abs=1e-4)
+    assert metrics.accuracy(np.array(["neg", "pos"]), ["neg", "neg"]).value == 0.5
+    assert metrics.proportion("legal moves", 20, 20).high == 1.0
+    with pytest.raises(ValueError, match="legal moves: 3 successes of 2 examples"):
+        metrics.proportion("legal moves", 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels", "error", "message"),
+    [
+        ([1, 0], [1], ValueError, r"predictions \[2\] and labels \[1\]"),
+        ([], [], ValueError, "at least one"),
+        ([1, 0], [1, -100], ValueError, "label -100 is negative: leave out"),
+        (["a"], [1], TypeError, "both must be of one kind"),
+    ],
+)
+def test_accuracy_refuses_pairs_that_do_not_fit(predictions, labels, error, message):
+    with pytest.raises(error, match=message):
+        metrics.accuracy(predictions, labels)
+
+
+def test_confusion_counts_labels_by_row_and_predictions_by_column():
+    counts = metrics.confusion([0, 1, 1, 2, 1], [0, 0, 1, 2, 2], 4)
+    np.testing.assert_array_equal(counts, [[1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+    with pytest.raises(ValueError, match=r"labels: 2 is not in \[0, num_labels=2\)"):
+        metrics.confusion([0, 1], [0, 2], 2)
+    with pytest.raises(TypeError, match="predictions must be integers, got float64"):
+        metrics.confusion([0.5, 1.0], [0, 1], 2)
+
+
+def test_macro_f1_weighs_classes_equally():
+    # a: 2 of 2 predictions are right and 2 of 3 labels are found, F1 0.8. b: 1 of 2 and 1 of 1, F1 2/3.
+    score = metrics.macro_f1(["a", "b", "b", "a"] * 50, ["a", "a", "b", "a"] * 50)
+    assert score.value == pytest.approx((0.8 + 2 / 3) / 2)
+    assert score.low < score.value < score.high
+    assert score == metrics.macro_f1(["a", "b", "b", "a"] * 50, ["a", "a", "b", "a"] * 50)
+
+
+def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():
+    values = np.random.default_rng(0).normal(5.0, 2.0, 2000)
+    low, high = metrics.bootstrap(values, seed=1)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert (low, high) == metrics.bootstrap(values, seed=1) != metrics.bootstrap(values, seed=2)
+    with pytest.raises(ValueError, match=r"values\[1\] is not finite"):
+        metrics.bootstrap([1.0, np.nan])
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.mean("score", [])
+    with pytest.raises(ValueError, match="samples=10 are too few"):
+        metrics.bootstrap(values, samples=10)
+
+
+HYPOTHESES = ["the cat sat on the mat", "a dog barks at the red car", "it is raining"] * 4
+REFERENCES = ["the cat sat on a mat", "The dog barks at the red car", "it rains"] * 4
+
+
+def test_bleu_is_that_of_sacrebleu_and_keeps_its_signature():
+    import sacrebleu
+
+    score = metrics.bleu(HYPOTHESES, REFERENCES)
+    assert score.value == pytest.approx(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score)
+    assert score.low < score.value < score.high
+    assert "case:mixed" in score.detail
+    assert "tok:13a" in score.detail
+    lower = metrics.bleu(HYPOTHESES, [text.upper() for text in REFERENCES], tokenize="none", lowercase=True)
+    assert lower.value == pytest.approx(metrics.bleu(HYPOTHESES, [text.lower() for text in REFERENCES]).value)
+    assert "case:lc" in lower.detail
+    assert "tok:none" in lower.detail
+
+
+def test_chrf_is_that_of_sacrebleu():
+    import sacrebleu
+
+    score = metrics.chrf(HYPOTHESES, REFERENCES)
+    assert score.value == pytest.approx(sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score)
+    assert score.name == "chrF2"
+    assert score.low < score.value < score.high
+
+
+def test_rouge_f_measures_by_hand():
+    # "cats"/"cat" and "runs"/"running" share their stems: 3 of 4 words in both texts, 2 of 3 bigrams.
+    first, second, longest = metrics.rouge(["the cats runs home"] * 2, ["the cat running away"] * 2)
+    assert (first.value, second.value, longest.value) == pytest.approx((3 / 4, 2 / 3, 3 / 4))
+    assert (first.name, second.name, longest.name) == ("ROUGE-1", "ROUGE-2", "ROUGE-L")
+    assert first.low == first.high == first.value  # two equal examples
+
+
+def test_squad_normalization_and_the_best_of_several_answers():
+    assert metrics.normalize_answer("  The  Saint-Denis, an Abbey! ") == "saintdenis abbey"
+    predictions = ["the Eiffel Tower", "in 1889 or so", "", "Paris"]
+    answers = [["Eiffel tower.", "tower"], ["1889"], [], []]
+    exact = metrics.exact_match(predictions, answers)
+    assert exact.value == 50.0
+    assert exact.low == pytest.approx(15.004, abs=1e-3)
+    # F1 of the second: 1 common word, 4 predicted and 1 wanted.
+    assert metrics.token_f1(predictions, answers).value == pytest.approx(100 * (1 + 2 / 5 + 1 + 0) / 4)
+    with pytest.raises(TypeError, match=r"answers\[0\] is a string"):
+        metrics.exact_match(["1889"], ["1889"])
+    with pytest.raises(ValueError, match="1 predictions for 2 questions"):
+        metrics.token_f1(["1889"], [["1889"], ["1890"]])
+
+
+@pytest.mark.live
+def test_squad_metrics_agree_with_transformers():
+    from transformers.data.metrics import squad_metrics
+
+    words = ["the", "A", "an", "Tower", "tower.", "of", "London", "1889", "—", "d'Arc", "¿qué?", "U.S.", "  ", "!"]
+    rng = np.random.default_rng(0)
+
+    def text():
+        return " ".join(rng.choice(words, rng.integers(0, 5)))
+
+    predictions = [text() for _ in range(300)]
+    answers = [[text() for _ in range(rng.integers(0, 4))] for _ in range(300)]
+    expected_exact, expected_f1 = [], []
+    for prediction, accepted in zip(predictions, answers, strict=True):
+        golds = [answer for answer in accepted if squad_metrics.normalize_answer(answer)] or [""]
+        expected_exact.append(max(squad_metrics.compute_exact(gold, prediction) for gold in golds))
+        expected_f1.append(max(squad_metrics.compute_f1(gold, prediction) for gold in golds))
+    assert 0 < sum(expected_exact) < 300
+    assert metrics.exact_match(predictions, answers).value == pytest.approx(100 * np.mean(expected_exact))
+    assert metrics.token_f1(predictions, answers).value == pytest.approx(100 * np.mean(expected_f1))
+
+
+@pytest.mark.parametrize("metric", [metrics.bleu, metrics.chrf, metrics.rouge])
+def test_texts_that_do_not_fit_are_refused(metric):
+    with pytest.raises(ValueError, match="2 .* for 1 references"):
+        metric(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="0 .* for 0 references"):
+        metric([], [])
+    with pytest.raises(TypeError, match=r"references\[1\] is NoneType"):
+        metric(["a", "b"], ["a", None])
+    with pytest.raises(TypeError, match="references is one string"):
+        metric(["a"], "a")
+
+
+def test_an_unknown_tokenizer_of_sacrebleu_is_named():
+    with pytest.raises(ValueError, match=r"tokenize='13b' is none of sacrebleu's: none, zh, 13a"):
+        metrics.bleu(["a"], ["a"], tokenize="13b")
+
+
+@pytest.mark.parametrize(
+    ("package", "metric"), [("sacrebleu.metrics", "bleu"), ("sacrebleu.metrics", "chrf"), ("rouge_score", "rouge")]
+)
+def test_a_missing_package_names_the_extra(monkeypatch, package, metric):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[metrics\]'"):
+        getattr(metrics, metric)(["a"], ["a"])
