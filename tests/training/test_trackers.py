@@ -1,0 +1,92 @@
+"""Trackers against fake services (offline), and TensorBoard's event files read back (live)."""
+
+import sys
+import types
+
+import pytest
+
+from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
+
+
+class FakeRun:
+    """A run of wandb or trackio that keeps what it is given."""
+
+    def __init__(self, **options):
+        self.options, self.logged, self.finished = options, [], False
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.mark.parametrize(("service", "tracker_class"), [("wandb", WandbTracker), ("trackio", TrackioTracker)])
+def test_services_get_names_values_and_the_end(monkeypatch, service, tracker_class):
+    runs = []
+
+    def init(**options):
+        runs.append(FakeRun(**options))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, service, types.SimpleNamespace(init=init))
+    tracker = tracker_class("translation", name="t5", config={"steps": 100})
+    tracker.log(10, {"loss": 2.5, "learning_rate": 1e-3})
+    tracker.log(20, {"validation_loss": 2.0})
+    (run,) = runs
+    assert run.options == {"project": "translation", "name": "t5", "config": {"steps": 100}}
+    assert run.logged == [(10, {"loss": 2.5, "learning_rate": 1e-3}), (20, {"validation_loss": 2.0})]
+    assert not run.finished
+    tracker.close()
+    assert run.finished
+
+
+def test_tensorboard_gets_one_scalar_per_metric(monkeypatch, tmp_path):
+    calls = []
+
+    class Writer:
+        def __init__(self, directory):
+            calls.append(directory)
+
+        def add_scalar(self, tag, data, step):
+            calls.append((tag, data, step))
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", types.SimpleNamespace(Writer=Writer))
+    tracker = TensorBoardTracker(tmp_path)
+    tracker.log(10, {"loss": 2.5, "learning_rate": 1e-3})
+    tracker.close()
+    assert calls == [str(tmp_path), ("loss", 2.5, 10), ("learning_rate", 1e-3, 10), "closed"]
+
+
+@pytest.mark.live
+def test_tensorboard_event_files_hold_the_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    tracker = TensorBoardTracker(tmp_path / "events")
+    tracker.log(10, {"loss": 2.5, "validation_accuracy": 0.75})
+    tracker.log(20, {"loss": 2.25})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert sorted(events.Tags()["tensors"]) == ["loss", "validation_accuracy"]
+    points = [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors("loss")]
+    assert points == [(10, 2.5), (20, 2.25)]
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "make"),
+    [
+        ("tensorboard.summary", "tensorboard", lambda: TensorBoardTracker("events")),
+        ("wandb", "wandb", lambda: WandbTracker("project")),
+        ("trackio", "trackio", lambda: TrackioTracker("project")),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, module, package, make):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        make()
