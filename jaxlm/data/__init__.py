@@ -12,6 +12,7 @@ from jaxlm.data.tokenizers import (
     load_tokenizer,
 )
 from jaxlm.data.tokens import check_tokens, open_tokens, split, split_documents, write_tokens
+from jaxlm.data.vocabularies import train_tokenizer
 
 __all__ = [
     "Batches",
@@ -33,5 +34,6 @@ __all__ = [
     "shakespeare",
     "split",
     "split_documents",
+    "train_tokenizer",
     "write_tokens",
 ]

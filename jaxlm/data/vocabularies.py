@@ -1,0 +1,249 @@
+"""Training of tokenizers: subwords (BPE, unigram), words and characters. Needs the extra ``jaxlm[tokenizers]``.
+
+    tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
+    tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer open it
+
+Subwords are built from the 256 bytes, so every text has ids and comes back exactly. A space is put before each text, so
+that its first word has the ids that it has elsewhere; decoding removes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from jaxlm.data.tokenizers import PretrainedTokenizer
+
+Kind = Literal["bpe", "unigram", "word", "character"]
+TemplateName = Literal["none", "eos", "bos_eos", "cls_sep", "sep_cls"]
+_SUBWORDS = ("bpe", "unigram")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    """The special tokens by role, in the order of their ids, and their positions around one text and a pair."""
+
+    tokens: Mapping[str, str]
+    single: str
+    pair: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_NO_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
+# The orders are those of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs its pad id 1.
+_TEMPLATES: dict[str, _Template] = {
+    "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", _NO_TYPES),
+    "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", _NO_TYPES),
+    "bos_eos": _Template(
+        {
+            "bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>",
+        },
+        "<s> $A </s>",
+        "<s> $A </s> </s> $B </s>",
+        _NO_TYPES,
+    ),
+    "cls_sep": _Template(
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
+        "[CLS] $A [SEP]",
+        "[CLS] $A [SEP] $B:1 [SEP]:1",
+    ),
+    "sep_cls": _Template(
+        {
+            "unk": "<unk>", "bos": "<s>", "eos": "</s>", "cls": "<cls>", "sep": "<sep>", "pad": "<pad>",
+            "mask": "<mask>",
+        },
+        "$A <sep> <cls>:2",
+        "$A <sep> $B:1 <sep>:1 <cls>:2",
+        {"padding_side": "left"},
+    ),
+}  # fmt: skip
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    kind: Kind,
+    vocab_size: int,
+    *,
+    template: TemplateName = "none",
+    lowercase: bool = False,
+    min_frequency: int = 1,
+    extra_tokens: Sequence[str] = (),
+) -> PretrainedTokenizer:
+    """A tokenizer whose vocabulary is made from ``texts``. The same texts in the same order give the same vocabulary.
+
+    Special tokens have the first ids. For translation, pass the texts of both languages.
+
+    Args:
+        texts: read once.
+        kind: ``"bpe"`` (Sennrich et al. 2016) and ``"unigram"`` (Kudo 2018) make subwords of bytes, with
+            ``decode(encode(x)) == x``. ``"word"`` splits at white space: decoding puts one space between words.
+            ``"character"`` has one id per character: decoding is exact. Words and characters outside the vocabulary
+            become the unknown token.
+        vocab_size: the most ids, special tokens included. A short text gives fewer.
+        template: the special tokens that ``encode_inputs`` adds to a text ``a`` or a pair ``a``, ``b``:
+
+            ===========  ============================  ==================  ==============================
+            ``none``     ``a b``                       language models     ids: pad 0, eos 1, unk 2
+            ``eos``      ``a </s> b </s>``             encoder-decoders    ids as above, those of T5
+            ``bos_eos``  ``<s> a </s> </s> b </s>``    RoBERTa             bos 0, pad 1, eos 2, unk 3, mask 4
+            ``cls_sep``  ``[CLS] a [SEP] b [SEP]``     BERT                pad 0, unk 1, cls 2, sep 3, mask 4
+            ``sep_cls``  ``a <sep> b <sep> <cls>``     XLNet               unk 0, bos, eos, cls, sep, pad 5, mask 6
+            ===========  ============================  ==================  ==============================
+
+        lowercase: texts are lowercased before anything else, also by ``encode``.
+        min_frequency: a word, a character or a merge of BPE that is rarer in ``texts`` is left out. Not for unigram.
+        extra_tokens: further special tokens, such as T5's ``<extra_id_0>``, with the ids after those of the template.
+
+    Raises:
+        ImportError: the package ``tokenizers`` is not installed.
+        TypeError: ``texts`` is one string, or holds what is not a string.
+        ValueError: no texts; an unknown kind or template; a vocabulary without room for its special tokens (and the
+            256 bytes of subwords).
+
+    Example:
+        >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")
+        >>> tokenizer.encode_inputs("to be here").ids.tolist()
+        [4, 3, 2, 1]
+        >>> tokenizer.decode([4, 3, 2, 1], skip_special_tokens=True)
+        'to be'
+    """
+    specials = _check(texts, kind, vocab_size, template, min_frequency, extra_tokens)
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "training a tokenizer needs the package `tokenizers`: pip install 'jaxlm[tokenizers]'"
+        ) from error
+    build = _subwords if kind in _SUBWORDS else _symbols
+    backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
+    backend.train_from_iterator(_checked_texts(texts), trainer)
+    if kind == "unigram":
+        backend.model = _reproducible(tokenizers, backend, len(specials))
+    form = _TEMPLATES[template]
+    added = tokenizers.processors.TemplateProcessing(
+        single=form.single, pair=form.pair, special_tokens=[(t, backend.token_to_id(t)) for t in specials]
+    )
+    # Offsets of a subword leave out the space before it; the prefix space at 0 is not in the text.
+    trimmed = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
+    backend.post_processor = tokenizers.processors.Sequence([trimmed, added]) if kind in _SUBWORDS else added
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": token for role, token in form.tokens.items()},
+        **form.config,
+    }
+    if extra_tokens:
+        config["additional_special_tokens"] = list(extra_tokens)
+    files = {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    return PretrainedTokenizer(backend, form.tokens, files=files)
+
+
+def _check(
+    texts: Iterable[str], kind: str, vocab_size: int, template: str, min_frequency: int, extra_tokens: Sequence[str]
+) -> list[str]:
+    """The special tokens in the order of their ids, after a check of the arguments."""
+    for name, value, choices in (("kind", kind, get_args(Kind)), ("template", template, tuple(_TEMPLATES))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
+    if isinstance(texts, str):
+        raise TypeError("texts must be an iterable of strings, got one string: pass [text] or text.splitlines()")
+    if isinstance(extra_tokens, str):
+        raise TypeError(f"extra_tokens must be a sequence of strings, got one string: pass [{extra_tokens!r}]")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency={min_frequency} must be at least 1")
+    if min_frequency > 1 and kind == "unigram":
+        raise ValueError(f"min_frequency={min_frequency} has no meaning for kind='unigram': leave it out")
+    specials = list(dict.fromkeys([*_TEMPLATES[template].tokens.values(), *extra_tokens]))
+    symbols = 256 if kind in _SUBWORDS else 1
+    if vocab_size < len(specials) + symbols:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {len(specials)} special tokens and at least {symbols} "
+            f"{'bytes' if symbols == 256 else 'entry'} need {len(specials) + symbols}"
+        )
+    return specials
+
+
+def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, after a check that they are strings and that there is one."""
+    position = -1
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {position} must be a string, got {type(text).__name__}: {text!r}")
+        yield text
+    if position < 0:
+        raise ValueError("there are no texts to train a tokenizer on: pass at least one")
+
+
+def _subwords(
+    tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
+) -> tuple[Any, Any]:
+    """The untrained tokenizer of subwords, and its trainer."""
+    common = {
+        "vocab_size": vocab_size,
+        "special_tokens": specials,
+        "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
+    if kind == "bpe":
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        trainer = tokenizers.trainers.BpeTrainer(min_frequency=min_frequency, **common)
+    else:
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
+        trainer = tokenizers.trainers.UnigramTrainer(unk_token=unknown, **common)
+    prepend = tokenizers.normalizers.Prepend(" ")
+    backend.normalizer = (
+        tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), prepend]) if lowercase else prepend
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    return backend, trainer
+
+
+def _symbols(
+    tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
+) -> tuple[Any, Any]:
+    """The untrained tokenizer of words or characters, and its trainer."""
+    unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({unknown: 0}, unk_token=unknown))
+    if lowercase:
+        backend.normalizer = tokenizers.normalizers.Lowercase()
+    if kind == "word":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    else:
+        # "." would not match a line break.
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        backend.decoder = tokenizers.decoders.Fuse()
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=specials, min_frequency=min_frequency, show_progress=False
+    )
+    return backend, trainer
+
+
+def _reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) -> Any:
+    """The trained unigram model with scores and an order that do not depend on the order of a hash table.
+
+    The trainer sums scores in the order of a hash table, and in that order it gives the bytes that never occur the
+    lowest score plus 0, 1, 2, ... times 0.0001. Here scores are rounded, and those bytes have the lowest score.
+    """
+    content = json.loads(backend.to_str())["model"]
+    pieces = content["vocab"][num_specials:]
+    lowest = min(score for _, score in pieces)
+    steps: dict[float, list[str]] = {}
+    for piece, score in pieces:
+        if len(piece) == 1:
+            steps.setdefault(round((score - lowest) / 1e-4, 3), []).append(piece)
+    unseen: set[str] = set()
+    step = 0.0
+    while step in steps:
+        unseen.update(steps[step])
+        step += 1
+    scores = [(piece, round(lowest if piece in unseen else score, 6)) for piece, score in pieces]
+    scores.sort(key=lambda entry: (-entry[1], entry[0]))
+    specials = [(piece, score) for piece, score in content["vocab"][:num_specials]]
+    return tokenizers.models.Unigram(specials + scores, content["unk_id"], False)

@@ -1,0 +1,209 @@
+"""Inputs of a model: templates, truncation, windows; what they select is checked against the text by offsets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxlm.data import ByteTokenizer, CharTokenizer, PretrainedTokenizer, SpecialIds, load_tokenizer, train_tokenizer
+
+TEXT = "It was the best of times, it was the worst of times."
+WORDS = TEXT.replace(",", "").replace(".", "").split()
+
+
+def words(template: str = "cls_sep") -> PretrainedTokenizer:
+    return train_tokenizer([" ".join(WORDS), "who is it"], "word", 50, template=template)  # type: ignore[arg-type]
+
+
+def pieces(encoding, texts) -> list[list[str]]:
+    """The piece of each text that each of its tokens comes from."""
+    return [
+        [text[start:stop] for (start, stop), one in zip(encoding.offsets, encoding.sequence, strict=True) if one == n]
+        for n, text in enumerate(texts)
+    ]
+
+
+def test_bytes_and_characters_have_no_special_tokens():
+    encoding = ByteTokenizer().encode_inputs("aé", "b")
+    assert encoding.ids.tolist() == [97, 195, 169, 98]
+    assert encoding.sequence.tolist() == encoding.token_types.tolist() == [0, 0, 0, 1]
+    assert encoding.offsets.tolist() == [[0, 1], [1, 2], [1, 2], [0, 1]]
+    encoding = CharTokenizer("abc").encode_inputs("ab", "c")
+    assert encoding.ids.tolist() == [0, 1, 2]
+    assert encoding.offsets.tolist() == [[0, 1], [1, 2], [0, 1]]
+    assert CharTokenizer("abc").encode_inputs("").offsets.shape == (0, 2)
+    assert (ByteTokenizer().special_ids, CharTokenizer("a").special_ids) == (SpecialIds(eos=256), SpecialIds())
+
+
+@pytest.mark.parametrize(
+    ("template", "expected", "types"),
+    [
+        ("none", "who is it it was", [0, 0, 0, 1, 1]),
+        ("eos", "who is it </s> it was </s>", [0] * 7),
+        ("bos_eos", "<s> who is it </s> </s> it was </s>", [0] * 9),
+        ("cls_sep", "[CLS] who is it [SEP] it was [SEP]", [0, 0, 0, 0, 0, 1, 1, 1]),
+        ("sep_cls", "who is it <sep> it was <sep> <cls>", [0, 0, 0, 0, 1, 1, 1, 2]),
+    ],
+)
+def test_templates(template, expected, types):
+    tokenizer = words(template)
+    encoding = tokenizer.encode_inputs("who is it", "it was")
+    assert tokenizer.decode(encoding.ids) == expected
+    assert encoding.token_types.tolist() == types
+    assert pieces(encoding, ["who is it", "it was"]) == [["who", "is", "it"], ["it", "was"]]
+    assert not encoding.offsets[encoding.sequence == -1].any()
+    assert all(field.dtype == np.int32 for field in encoding)
+    (batched,) = tokenizer.encode_inputs_batch(["who is it"], ["it was"])
+    for one, other in zip(encoding, batched, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_max_length_shortens_the_longer_text_first():
+    tokenizer = words()
+    lengths = {}
+    for max_length in range(5, 16):
+        encoding = tokenizer.encode_inputs("who is it", "it was the best of times it was", max_length=max_length)
+        first, second = (int(np.sum(encoding.sequence == number)) for number in (0, 1))
+        assert len(encoding.ids) == min(max_length, 14)
+        lengths[max_length] = (first, second)
+    assert lengths[15] == lengths[14] == (3, 8)
+    assert [lengths[n] for n in (10, 9, 8, 7, 5)] == [(3, 4), (3, 3), (2, 3), (2, 2), (1, 1)]
+    swapped = tokenizer.encode_inputs("it was the best of times it was", "who is it", max_length=8)
+    assert [int(np.sum(swapped.sequence == number)) for number in (0, 1)] == [3, 2]
+    assert tokenizer.decode(tokenizer.encode_inputs("who is it", max_length=4).ids) == "[CLS] who is [SEP]"
+    with pytest.raises(ValueError, match="max_length=4 is too short: 3 special tokens leave room for 1 tokens of two"):
+        tokenizer.encode_inputs("who is it", "it was", max_length=4)
+    with pytest.raises(ValueError, match="max_length=0 is too short"):
+        ByteTokenizer().encode_inputs("a", max_length=0)
+
+
+def test_truncation_is_that_of_the_tokenizers_package():
+    tokenizer = words()
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    for first, second in [(1, 9), (4, 5), (5, 4), (9, 1), (6, 6), (3, 8)]:
+        texts = (" ".join(WORDS[:first]), " ".join(WORDS[:second]))
+        for max_length in range(6, 16):
+            backend.enable_truncation(max_length, strategy="longest_first")
+            expected = backend.encode(*texts)
+            actual = tokenizer.encode_inputs(*texts, max_length=max_length)
+            assert (actual.ids.tolist(), actual.token_types.tolist()) == (expected.ids, expected.type_ids)
+
+
+@pytest.mark.parametrize("template", ["none", "eos", "bos_eos", "cls_sep", "sep_cls"])
+@pytest.mark.parametrize("stride", [0, 2])
+def test_windows_cover_the_context_and_overlap_by_stride(template, stride):
+    tokenizer = words(template)
+    question, context = "who is it", " ".join(WORDS)
+    whole = tokenizer.encode_inputs(question, context)
+    max_length = len(whole.ids) - len(WORDS) + 5
+    windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
+    found = [pieces(window, [question, context]) for window in windows]
+    assert all(asked == question.split() for asked, _ in found)
+    assert [len(read) for _, read in found[:-1]] == [5] * (len(windows) - 1)
+    for (_, before), (_, after) in zip(found[:-1], found[1:], strict=True):
+        assert before[5 - stride :] == after[:stride]
+        assert len(after) > stride
+    assert found[0][1] + [word for _, read in found[1:] for word in read[stride:]] == WORDS
+    (one,) = tokenizer.encode_windows(question, context, max_length=len(whole.ids), stride=stride)
+    assert len(one.ids) == len(whole.ids)
+
+
+def test_the_context_comes_first_where_the_classifier_token_comes_last():
+    windows = words("sep_cls").encode_windows("who is it", "it was the best", max_length=8, stride=1)
+    assert [words("sep_cls").decode(window.ids) for window in windows] == [
+        "it was <sep> who is it <sep> <cls>",
+        "was the <sep> who is it <sep> <cls>",
+        "the best <sep> who is it <sep> <cls>",
+    ]
+    assert windows[0].sequence.tolist() == [1, 1, -1, 0, 0, 0, -1, -1]
+    assert windows[0].token_types.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_windows_that_cannot_be_made_are_refused():
+    tokenizer = words()
+    with pytest.raises(ValueError, match="leaves 2 tokens for the context beside 6 tokens .* more than stride=2"):
+        tokenizer.encode_windows("who is it", TEXT, max_length=8, stride=2)
+    with pytest.raises(ValueError, match="stride=-1 must be at least 0"):
+        tokenizer.encode_windows("who is it", TEXT, max_length=9, stride=-1)
+    with pytest.raises(ValueError, match="the question has no tokens: ' '"):
+        tokenizer.encode_windows(" ", TEXT, max_length=9, stride=1)
+    with pytest.raises(ValueError, match="the context has no tokens: ''"):
+        tokenizer.encode_windows("who", "", max_length=9, stride=1)
+
+
+def test_batches_of_wrong_form_are_refused():
+    tokenizer = ByteTokenizer()
+    with pytest.raises(TypeError, match=r"texts must be a sequence of strings, got one string: pass \['ab'\]"):
+        tokenizer.encode_inputs_batch("ab")
+    with pytest.raises(TypeError, match=r"pairs\[1\] must be a string, got int: 3"):
+        tokenizer.encode_inputs_batch(["a", "b"], ["c", 3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="got 2 texts and 1 pairs"):
+        tokenizer.encode_inputs_batch(["a", "b"], ["c"])
+    assert tokenizer.encode_inputs_batch([]) == []
+
+
+def published(directory: Path, **files: dict) -> PretrainedTokenizer:
+    """A tokenizer.json of words with RoBERTa's template, and further files."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<x>", "to", "be"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<x>"])
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    backend.save(str(directory / "tokenizer.json"))
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return PretrainedTokenizer.from_directory(directory)
+
+
+def test_special_ids_come_from_the_files_in_this_order(tmp_path):
+    # The template and well-known names.
+    assert published(tmp_path).special_ids == SpecialIds(pad=1, unk=3, bos=0, eos=2, cls=0, sep=2, mask=4)
+    # Ids of config.json; 6 is no special token, 900 is not in the vocabulary: class defaults.
+    config = {"bos_token_id": 5, "eos_token_id": [5, 2], "pad_token_id": 6, "mask_token_id": 900}
+    assert published(tmp_path, config=config).special_ids == SpecialIds(1, 3, bos=5, eos=5, cls=0, sep=2, mask=4)
+    names = {"bos_token": "</s>", "mask_token": {"content": "<x>"}}
+    ids = published(tmp_path, special_tokens_map=names).special_ids
+    assert ids == SpecialIds(1, 3, bos=2, eos=5, cls=0, sep=2, mask=5)
+    tokenizer = published(tmp_path, tokenizer_config={"bos_token": "<unk>", "pad_token": None, "extra": [1]})
+    assert tokenizer.special_ids == SpecialIds(None, 3, bos=3, eos=5, cls=0, sep=2, mask=5)
+    assert tokenizer.end_id == 5
+
+
+def test_all_files_of_a_tokenizer_are_saved_as_they_were(tmp_path):
+    published(tmp_path, tokenizer_config={"bos_token": {"content": "<s>", "lstrip": True}, "model_max_length": 5})
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens":   ["<x>"]}')
+    (tmp_path / "merges.txt").write_text("x")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_padding(length=4, pad_id=1, pad_token="<pad>")
+    backend.enable_truncation(3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "weights").write_text("not of the tokenizer")
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "out")
+    tokenizer.save(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "weights"}
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert json.loads(after.pop("tokenizer.json")) == json.loads(before.pop("tokenizer.json"))
+    assert after == before
+    assert tokenizer.encode_inputs("to be to be to").ids.tolist() == [0, 6, 7, 6, 7, 6, 2]
+
+
+def test_special_tokens_are_checked():
+    backend = words().backend
+    with pytest.raises(ValueError, match="'start' is not a role of special tokens: choose from pad, unk, "):
+        PretrainedTokenizer(backend, {"start": "[CLS]"})
+    with pytest.raises(ValueError, match="pad token '<none>' is not in the vocabulary"):
+        PretrainedTokenizer(backend, {"pad": "<none>"})
+    assert PretrainedTokenizer(backend, {"pad": None}).special_ids.pad is None
+
+
+def test_decoding_may_skip_special_tokens():
+    ids = words().encode_inputs("it was").ids
+    assert words().decode(ids) == "[CLS] it was [SEP]"
+    assert words().decode(ids, skip_special_tokens=True) == "it was"
+    assert ByteTokenizer().decode([97, 256], skip_special_tokens=True) == "a"
+    assert CharTokenizer("ab").decode([0, 1], skip_special_tokens=True) == "ab"
