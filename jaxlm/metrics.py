@@ -165,6 +165,7 @@ def bleu(
 ) -> Score:
     """Corpus BLEU in [0, 100] (Papineni et al. 2002) as sacrebleu computes it (Post 2018).
 
+    The score's name says when tokenization or case are not the default: ``BLEU (intl, lowercase)``.
     The interval is sacrebleu's: 1,000 bootstrap samples; the variable ``SACREBLEU_SEED`` sets their seed (12345).
     It takes about 50 MB of memory for 1,000 sentences. ``detail`` has sacrebleu's signature, which names the
     tokenization, the case, the smoothing and the version.
@@ -183,7 +184,9 @@ def bleu(
     _check_texts(hypotheses, references, "hypotheses")
     if tokenize not in metrics.BLEU.TOKENIZERS:
         raise ValueError(f"tokenize={tokenize!r} is none of sacrebleu's: {', '.join(metrics.BLEU.TOKENIZERS)}")
-    return _corpus_score("BLEU", metrics.BLEU(tokenize=tokenize, lowercase=lowercase), hypotheses, references)
+    variant = ", ".join([tokenize] * (tokenize != "13a") + ["lowercase"] * lowercase)
+    name = f"BLEU ({variant})" if variant else "BLEU"
+    return _corpus_score(name, metrics.BLEU(tokenize=tokenize, lowercase=lowercase), hypotheses, references)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False) -> Score:
@@ -193,7 +196,9 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
     """
     metrics = _sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
-    return _corpus_score("chrF2", metrics.CHRF(lowercase=lowercase), hypotheses, references)
+    return _corpus_score(
+        "chrF2 (lowercase)" if lowercase else "chrF2", metrics.CHRF(lowercase=lowercase), hypotheses, references
+    )
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> tuple[Score, Score, Score]:

@@ -89,6 +89,7 @@ def test_bleu_is_that_of_sacrebleu_and_keeps_its_signature():
     assert "tok:13a" in score.detail
     lower = metrics.bleu(HYPOTHESES, [text.upper() for text in REFERENCES], tokenize="none", lowercase=True)
     assert lower.value == pytest.approx(metrics.bleu(HYPOTHESES, [text.lower() for text in REFERENCES]).value)
+    assert lower.name == "BLEU (none, lowercase)"
     assert "case:lc" in lower.detail
     assert "tok:none" in lower.detail
 

@@ -1,12 +1,45 @@
-"""What a run leaves to read: ``metrics.jsonl`` (append-only, one JSON object a line) and a picture of its losses."""
+"""The files of a run directory that a reader looks at: writers, readers and a picture of the losses.
+
+    metrics.jsonl    one record a line: metrics of a step, or an event            MetricsFile, read_metrics
+    results.json     task, family, size, time and scores of a finished run        write_results, read_results
+    samples.jsonl    outputs of the model beside sources and references           write_samples, read_samples
+    confusion.json   counts of labels and predictions                             write_confusion, read_confusion
+    attention.json   attention weights with the tokens of both axes               write_attention, read_attention
+    boards.json      chess positions                                              write_boards, read_boards
+
+``jaxlm.training.html_report.write_report`` makes one page of them, ``jaxlm.training.compare`` a table of several runs.
+Of several processes, only the first writes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+import numpy.typing as npt
+
 from jaxlm import processes
+from jaxlm.metrics import Score
+
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+SAMPLES = "samples.jsonl"
+CONFUSION = "confusion.json"
+ATTENTION = "attention.json"
+BOARDS = "boards.json"
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits", "nats", "error")
+"""Parts of the names of metrics that improve by falling; all other metrics improve by rising."""
+
+# --------------------------------------------------------------------------------------------- metrics.jsonl
 
 
 class MetricsFile:
@@ -15,48 +48,349 @@ class MetricsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._checked = False
 
     def write(self, **record: Any) -> None:
         """Append one record."""
         if not processes.is_first():
             return
+        if not self._checked:
+            _cut_torn_line(self.path)
+            self._checked = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove a last line without a line end, which a killed run leaves: appending to it would make no JSON."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All records of a metrics file. A last line cut short by a killed run is left out.
 
     After a resume, steps that were run again appear twice: the later record counts.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: another line is not a JSON object.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return _read_lines(Path(path))
 
 
 def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, the last record of a step counting."""
+    """Steps and values of one metric, the last record of a step counting. A value that was not finite is NaN."""
     points = {record["step"]: record[name] for record in records if name in record and "step" in record}
-    return sorted(points), [points[step] for step in sorted(points)]
+    return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
+
+
+def validation_metrics(records: list[dict[str, Any]]) -> list[str]:
+    """Names of the validation metrics (``validation_loss``, ``validation_accuracy``, ...), the loss first."""
+    names = dict.fromkeys(name for record in records for name in record if name.startswith("validation_"))
+    return sorted(names, key=lambda name: name != "validation_loss")
+
+
+def best(name: str, values: Sequence[float]) -> float:
+    """The best finite value of a metric, the lowest or the highest (:data:`LOWER_IS_BETTER`); NaN if none is finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return math.nan
+    return min(finite) if any(part in name for part in LOWER_IS_BETTER) else max(finite)
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Draw training and validation loss over steps into a PNG (needs matplotlib, which is imported here)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw training and validation loss over steps into a PNG, and each other validation metric in a further panel.
 
-    records = read_metrics(metrics)
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, label, colour, marker in (
-        ("loss", "training", "#9db8d2", ""),
-        ("validation_loss", "validation", "#b03a2e", "o"),
-    ):
-        steps, values = curve(records, name)
-        if steps:
-            axes.plot(steps, values, color=colour, marker=marker, label=f"{label} (last {values[-1]:.3f})")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(picture, dpi=130)
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from jaxlm.training import plots
+
+    plots.save_png(plots.training_panels(read_metrics(metrics)), picture)
+
+
+# --------------------------------------------------------------------------------------------- results.json
+
+
+def write_results(
+    run: str | Path,
+    *,
+    task: str,
+    family: str,
+    parameters: int,
+    minutes: float,
+    scores: Sequence[Score],
+    **details: Any,
+) -> None:
+    """Write ``results.json`` of a finished run.
+
+    Args:
+        task: ``translation``, for example.
+        family: ``t5``, for example.
+        parameters: number of trained and frozen parameters.
+        minutes: duration of training.
+        scores: metrics of the final model.
+        details: further JSON values, as ``data`` (which examples were scored). ``processor`` and ``versions`` are those
+            of this machine unless they are given here.
+
+    Raises:
+        ValueError: a value that is not JSON, NaN for example.
+    """
+    content = {
+        "task": task,
+        "family": family,
+        "parameters": parameters,
+        "minutes": round(minutes, 2),
+        "scores": [dataclasses.asdict(score) for score in scores],
+    }
+    _write_json(Path(run) / RESULTS, {**content, **_machine(), **details})
+
+
+def read_results(run: str | Path) -> dict[str, Any]:
+    """``results.json`` as it was given to :func:`write_results`, ``scores`` as a list of :class:`Score`.
+
+    Raises:
+        FileNotFoundError: the run has no such file.
+        ValueError: the file is not JSON.
+    """
+    content = _read_json(Path(run) / RESULTS)
+    return {**content, "scores": [Score(**score) for score in content.get("scores", [])]}
+
+
+def _machine() -> dict[str, Any]:
+    """Processor and versions of this machine."""
+    import jaxlm
+
+    versions = {"jaxlm": jaxlm.__version__, "jax": jax.__version__, "python": platform.python_version()}
+    return {"processor": _processor(), "versions": versions}
+
+
+def _processor() -> str:
+    devices = jax.devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
+    cores = f"{len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()} cores"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores}"
+
+
+# --------------------------------------------------------------------------------------------- samples.jsonl
+
+
+def write_samples(run: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write ``samples.jsonl``, one object a line.
+
+    Args:
+        rows: strings by name. The report shows ``source``, ``reference``, ``output``, ``label`` and ``score`` in this
+            order, then other names. An output that differs from its ``label`` is marked as wrong.
+
+    Raises:
+        TypeError: a value that is not a string.
+    """
+    lines = []
+    for index, row in enumerate(rows):
+        for name, value in row.items():
+            if not isinstance(value, str):
+                raise TypeError(f"sample {index}: {name} is {type(value).__name__}: it must be a string")
+        lines.append(json.dumps(dict(row), ensure_ascii=False) + "\n")
+    _write_text(Path(run) / SAMPLES, "".join(lines))
+
+
+def read_samples(run: str | Path) -> list[dict[str, str]]:
+    """The rows of ``samples.jsonl``.
+
+    Raises:
+        FileNotFoundError: the run has no such file.
+        ValueError: a line is not a JSON object.
+    """
+    return _read_lines(Path(run) / SAMPLES)
+
+
+# --------------------------------------------------------------------------------------------- confusion.json
+
+
+def write_confusion(run: str | Path, labels: Sequence[str], counts: npt.ArrayLike) -> None:
+    """Write ``confusion.json``: names of the labels [L] and counts [L, L] (rows: labels, columns: predictions).
+
+    Raises:
+        ValueError: counts that are not [L, L] non-negative integers.
+    """
+    _write_json(Path(run) / CONFUSION, {"labels": list(labels), "counts": _counts(labels, counts).tolist()})
+
+
+def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
+    """Labels [L] and counts [L, L] of ``confusion.json``.
+
+    Raises:
+        FileNotFoundError: the run has no such file.
+        ValueError: counts that are not [L, L] non-negative integers.
+    """
+    content = _read_json(Path(run) / CONFUSION)
+    return content["labels"], _counts(content["labels"], content["counts"])
+
+
+def _counts(labels: Sequence[str], counts: npt.ArrayLike) -> np.ndarray:
+    array = np.asarray(counts)
+    if array.shape != (len(labels), len(labels)) or array.dtype.kind not in "iu" or np.any(array < 0):
+        raise ValueError(
+            f"counts {list(array.shape)} of {array.dtype} must be integers >= 0 of shape [{len(labels)}, {len(labels)}]"
+            f", one row and one column for each label"
+        )
+    return array
+
+
+# --------------------------------------------------------------------------------------------- attention.json
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMap:
+    """Attention weights of one example.
+
+    Attributes:
+        title: heading in the report.
+        rows: tokens that attend [R], the outputs of a translation for example.
+        columns: tokens that are attended to [C].
+        weights: [R, C] numbers in [0, 1].
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    weights: npt.ArrayLike
+
+    def __post_init__(self) -> None:
+        weights = np.asarray(self.weights, np.float64)
+        if weights.shape != (len(self.rows), len(self.columns)):
+            raise ValueError(
+                f"attention map {self.title!r}: weights {list(weights.shape)} must be [{len(self.rows)} rows, "
+                f"{len(self.columns)} columns]"
+            )
+        if not np.all((weights >= 0) & (weights <= 1.001)):
+            raise ValueError(f"attention map {self.title!r}: weights must be in [0, 1]")
+
+
+def write_attention(run: str | Path, maps: Iterable[AttentionMap]) -> None:
+    """Write ``attention.json``; weights are rounded to 4 decimals."""
+    content = [
+        {
+            "title": item.title,
+            "rows": list(item.rows),
+            "columns": list(item.columns),
+            "weights": np.round(np.asarray(item.weights, np.float64), 4).tolist(),
+        }
+        for item in maps
+    ]
+    _write_json(Path(run) / ATTENTION, content)
+
+
+def read_attention(run: str | Path) -> list[AttentionMap]:
+    """The maps of ``attention.json``.
+
+    Raises:
+        FileNotFoundError: the run has no such file.
+        ValueError: weights that do not fit their tokens.
+    """
+    return [AttentionMap(**item) for item in _read_json(Path(run) / ATTENTION)]
+
+
+# --------------------------------------------------------------------------------------------- boards.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+    """A chess position.
+
+    Attributes:
+        title: heading in the report.
+        fen: the position in Forsyth-Edwards notation.
+        last_move: the move that led to it in UCI notation, ``e2e4``; the report highlights it.
+        text: a line below the board.
+    """
+
+    title: str
+    fen: str
+    last_move: str | None = None
+    text: str = ""
+
+
+def write_boards(run: str | Path, boards: Iterable[Board]) -> None:
+    """Write ``boards.json``."""
+    _write_json(Path(run) / BOARDS, [dataclasses.asdict(board) for board in boards])
+
+
+def read_boards(run: str | Path) -> list[Board]:
+    """The positions of ``boards.json``.
+
+    Raises:
+        FileNotFoundError: the run has no such file.
+        ValueError: the file is not JSON.
+    """
+    return [Board(**item) for item in _read_json(Path(run) / BOARDS)]
+
+
+# --------------------------------------------------------------------------------------------- shared parts
+
+
+def check_run(run: str | Path) -> Path:
+    """``run`` as a path, if it is a run directory.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: the directory has neither ``metrics.jsonl`` nor ``results.json``.
+    """
+    path = Path(run)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a directory: give the directory of a run")
+    if not any((path / name).exists() for name in (METRICS, RESULTS)):
+        raise ValueError(f"{path} is not a run directory: it has neither {METRICS} nor {RESULTS}")
+    return path
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is torn, or empty
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {type(row).__name__} instead of a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def _write_json(path: Path, content: Any) -> None:
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path.name}: a value is not JSON: {error}") from error
+    _write_text(path, text + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a killed process leaves the old file or the new one."""
+    if not processes.is_first():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,105 @@
+"""A table and a picture that compare runs, for ``jaxlm compare RUN RUN ...``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.training import plots, report
+
+MISSING = "-"
+
+
+def compare_runs(runs: Sequence[str | Path]) -> str:
+    """A Markdown table with one row for each run, aligned so that it also reads well in a terminal.
+
+    Columns: run, family, parameters, steps, minutes, the last and best value of each validation metric, and each score
+    with its 95 % interval. A dash marks what a run does not have.
+
+    Raises:
+        FileNotFoundError: a directory does not exist.
+        ValueError: no runs, a directory that is not a run, or a run with a damaged file.
+    """
+    paths = _check_runs(runs)
+    records = [_records(path) for path in paths]
+    results = [report.read_results(path) if (path / report.RESULTS).exists() else {} for path in paths]
+    metrics = _metrics(records)
+    scores = list(dict.fromkeys(score.name for result in results for score in result.get("scores", [])))
+    head = ["run", "family", "parameters", "steps", "minutes"]
+    head += [f"{plots.readable(metric)} {which}" for metric in metrics for which in ("last", "best")] + scores
+    cells = [head]
+    for name, run, result in zip(_names(paths), records, results, strict=True):
+        found = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
+        cells.append([*_facts(name, run, result), *_values(run, metrics), *(found.get(key, MISSING) for key in scores)])
+    widths = [max(len(line[index]) for line in cells) for index in range(len(head))]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return "\n".join(lines)
+
+
+def draw_comparison(runs: Sequence[str | Path], picture: str | Path) -> None:
+    """Draw the validation curves of runs into a PNG: one panel for each metric, one line for each run.
+
+    Raises:
+        FileNotFoundError: a directory does not exist.
+        ValueError: no runs, a directory that is not a run, or no run with a validation metric.
+        ImportError: matplotlib is not installed.
+    """
+    paths = _check_runs(runs)
+    records = {name: _records(path) for name, path in zip(_names(paths), paths, strict=True)}
+    panels = []
+    for metric in _metrics(records.values()):
+        series = []
+        for index, (name, run) in enumerate(records.items()):
+            steps, values = report.curve(run, metric)
+            if steps:
+                series.append(plots.Series(name, steps, values, color=index, markers=True))
+        panels.append(plots.Panel(plots.readable(metric), tuple(series)))
+    plots.save_png(panels, picture)
+
+
+def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
+    if not runs:
+        raise ValueError("there are no runs to compare: give at least one run directory")
+    return [report.check_run(run) for run in runs]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Names of the directories, or their whole paths when two directories have the same name."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    metrics = path / report.METRICS
+    return report.read_metrics(metrics) if metrics.exists() else []
+
+
+def _metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
+    """Validation metrics of any run, the loss first."""
+    return report.validation_metrics([record for records in runs for record in records])
+
+
+def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
+    """Run, family, parameters, steps and minutes."""
+    steps = [record["step"] for record in records if "step" in record]
+    family, parameters, minutes = (results.get(key) for key in ("family", "parameters", "minutes"))
+    return [
+        name,
+        MISSING if family is None else family,
+        MISSING if parameters is None else f"{parameters:,}",
+        f"{max(steps):,}" if steps else MISSING,
+        MISSING if minutes is None else f"{minutes:,.1f}",
+    ]
+
+
+def _values(records: list[dict[str, Any]], metrics: Sequence[str]) -> list[str]:
+    """The last and the best value of each metric."""
+    cells = []
+    for metric in metrics:
+        values = report.curve(records, metric)[1]
+        found = (values[-1], report.best(metric, values)) if values else (math.nan, math.nan)
+        cells += [f"{value:.4g}" if math.isfinite(value) else MISSING for value in found]
+    return cells

@@ -1,0 +1,369 @@
+"""One self-contained HTML page of a run: scores, curves, samples, confusion matrix, attention maps, chess boards.
+
+The page needs no other file, no network and no script. It follows the reader's light or dark theme and fits a phone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm import processes
+from jaxlm.metrics import Score
+from jaxlm.training import plots, report
+
+SHOWN_SAMPLES = 20
+"""Samples in sight; the others are in the page, folded."""
+
+SHORT = 20
+"""Most characters of a sample's text that is not broken into lines."""
+
+REPORT = "report.html"
+CONFIG = "config.json"
+_FIRST_COLUMNS = ("source", "reference", "output", "label", "score")
+_Section = tuple[str, str, str]  # identifier, heading, HTML
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.html`` into a run directory and return its path.
+
+    The page shows the files that the run has (``jaxlm.training.report`` lists them) and leaves out the sections of the
+    others. Of several processes, only the first writes.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: the directory is not a run, or one of its files is damaged.
+        ImportError: the run has metrics and matplotlib is not installed.
+    """
+    run = report.check_run(run)
+    path = run / REPORT
+    if processes.is_first():
+        path.write_text(_page(run), encoding="utf-8")
+    return path
+
+
+def _page(run: Path) -> str:
+    results = report.read_results(run) if (run / report.RESULTS).exists() else {}
+    records = report.read_metrics(run / report.METRICS) if (run / report.METRICS).exists() else []
+    names = [plots.readable(results[name]) for name in ("task", "family") if name in results]
+    title = " · ".join(names) or run.resolve().name
+    sections = [
+        section
+        for section in (
+            _scores(results.get("scores", [])),
+            _curves(records),
+            _samples(run),
+            _confusion(run),
+            _attention(run),
+            _boards(run),
+        )
+        if section is not None
+    ]
+    links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
+    body = "".join(
+        f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>' for name, heading, html in sections
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f'<header><h1>{escape(title)}</h1><p class="path">{escape(run.resolve().name)}</p></header>'
+        f"{_facts(results, records)}{_configuration(run)}<nav>{links}</nav>{body}{_footer(results)}"
+        "</main></body></html>\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------- head and foot
+
+
+def _facts(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """The entries of ``results.json`` besides the title, the scores and the versions, and the number of steps."""
+    facts = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
+    steps = [record["step"] for record in records if "step" in record]
+    if steps:
+        facts = {"steps": max(steps), **facts}
+    items = "".join(
+        f"<div><dt>{escape(plots.readable(name))}</dt><dd>{_value(facts[name])}</dd></div>" for name in facts
+    )
+    return f'<dl class="facts">{items}</dl>' if facts else ""
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _configuration(run: Path) -> str:
+    path = run / CONFIG
+    if not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8").strip()
+    return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
+
+
+def _footer(results: Mapping[str, Any]) -> str:
+    versions = results.get("versions", {})
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"<footer>{escape(text)}</footer>" if text else ""
+
+
+# --------------------------------------------------------------------------------------------- scores and curves
+
+
+def _scores(scores: Sequence[Score]) -> _Section | None:
+    if not scores:
+        return None
+    rows = "".join(
+        f'<tr><th scope="row">{escape(score.name)}</th><td class="value">{score.number}</td>'
+        f'<td class="number">{score.interval or "-"}</td>'
+        f'<td class="number">{"-" if score.count is None else f"{score.count:,}"}</td>'
+        f'<td class="detail">{escape(score.detail).replace("|", "|<wbr>")}</td></tr>'
+        for score in scores
+    )
+    head = "<tr><th>metric</th><th>value</th><th>95 % interval</th><th>examples</th><th>method</th></tr>"
+    return (
+        "scores",
+        "Scores",
+        f'<div class="wide"><table class="scores"><thead>{head}</thead><tbody>{rows}</tbody></table></div>',
+    )
+
+
+def _curves(records: list[dict[str, Any]]) -> _Section | None:
+    main, details = plots.training_panels(records), plots.optimization_panels(records)
+    if not main and not details:
+        return None
+    html = _figures(main, "curve")
+    if details:
+        html += f"<details><summary>Optimization</summary>{_figures(details, 'optimization')}</details>"
+    return "training", "Training", html
+
+
+def _figures(panels: Sequence[plots.Panel], prefix: str) -> str:
+    figures = "".join(f"<figure>{plots.svg(panel, f'{prefix}-{index}')}</figure>" for index, panel in enumerate(panels))
+    return f'<div class="figures">{figures}</div>'
+
+
+# --------------------------------------------------------------------------------------------- samples
+
+
+def _samples(run: Path) -> _Section | None:
+    rows = report.read_samples(run) if (run / report.SAMPLES).exists() else []
+    if not rows:
+        return None
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in _FIRST_COLUMNS if name in names]
+    columns += [name for name in names if name not in columns]
+    short = {name for name in columns if max(len(row.get(name, "")) for row in rows) <= SHORT}
+    html = _sample_table(rows[:SHOWN_SAMPLES], columns, short)
+    if len(rows) > SHOWN_SAMPLES:
+        more = len(rows) - SHOWN_SAMPLES
+        table = _sample_table(rows[SHOWN_SAMPLES:], columns, short)
+        html += f"<details><summary>{more:,} more samples</summary>{table}</details>"
+    return "samples", "Samples", html
+
+
+def _sample_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], short: set[str]) -> str:
+    """A table of samples; cells of the ``short`` columns do not break lines."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(_sample_cell(row, name, short) for name in columns)}</tr>" for row in rows)
+    return f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _sample_cell(row: Mapping[str, str], name: str, short: set[str]) -> str:
+    wrong = name == "output" and "label" in row and row.get("output") != row["label"]
+    mark = ' <span class="wrong">wrong</span>' if wrong else ""
+    kind = "short" if name in short else "text"
+    return f'<td data-name="{escape(name)}" class="{kind}" dir="auto">{escape(row.get(name, ""))}{mark}</td>'
+
+
+# --------------------------------------------------------------------------------------------- heat maps
+
+
+def _confusion(run: Path) -> _Section | None:
+    if not (run / report.CONFUSION).exists():
+        return None
+    labels, counts = report.read_confusion(run)
+    totals = counts.sum(axis=1, keepdims=True)
+    fractions = counts / np.maximum(totals, 1)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(label)}</th>'
+        + "".join(
+            _heat_cell(fraction, f"{count:,}<small>{fraction:.0%}</small>", f"{label} predicted as {other}")
+            for other, count, fraction in zip(labels, counts[index], fractions[index], strict=True)
+        )
+        + f'<td class="total">{int(totals[index, 0]):,}</td></tr>'
+        for index, label in enumerate(labels)
+    )
+    head = f'<tr><td></td>{_column_names(labels)}<th class="total">all</th></tr>'
+    caption = "Rows are labels, columns are predictions. The shade is the fraction of the row."
+    table = f'<table class="heat confusion"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    return "confusion", "Confusion matrix", f'<p class="note">{caption}</p><div class="wide">{table}</div>'
+
+
+def _attention(run: Path) -> _Section | None:
+    maps = report.read_attention(run) if (run / report.ATTENTION).exists() else []
+    if not maps:
+        return None
+    caption = "Each row is a token that attends to the columns; a stronger color is more weight." + _SCALE
+    figures = "".join(
+        f'<figure class="wide"><figcaption>{escape(item.title)}</figcaption>{_attention_table(item)}</figure>'
+        for item in maps
+    )
+    return "attention", "Attention", f'<p class="note">{caption}</p><div class="maps">{figures}</div>'
+
+
+def _attention_table(item: report.AttentionMap) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{_token(row)}</th>'
+        + "".join(
+            _heat_cell(weight, "", f"{row} → {column}: {weight:.2f}")
+            for column, weight in zip(item.columns, weights, strict=True)
+        )
+        + "</tr>"
+        for row, weights in zip(item.rows, np.asarray(item.weights, np.float64), strict=True)
+    )
+    head = "".join(f'<th scope="col" class="upright"><span>{_token(column)}</span></th>' for column in item.columns)
+    return f'<table class="heat map"><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _heat_cell(fraction: float, text: str, title: str) -> str:
+    shade = min(max(float(fraction), 0.0), 1.0)
+    strong = " strong" if shade > 0.55 else ""
+    return f'<td class="cell{strong}" style="--shade:{shade:.3f}" title="{escape(title)}">{text}</td>'
+
+
+def _column_names(names: Sequence[str]) -> str:
+    """Names of columns, upright when they are too many or too long to stand side by side."""
+    upright = len(names) > 6 or max(map(len, names), default=0) > 14
+    kind = ' class="upright"' if upright else ""
+    return "".join(f'<th scope="col"{kind}><span>{escape(name)}</span></th>' for name in names)
+
+
+def _token(token: str) -> str:
+    """A token as visible text: a space or line break alone would look like an empty label."""
+    return escape(token.replace("\n", "⏎")) if token.strip() else "␣" * max(len(token), 1)
+
+
+_SCALE = '<span class="scale" aria-hidden="true"><i>0</i><b></b><i>1</i></span>'
+
+
+# --------------------------------------------------------------------------------------------- chess
+
+
+def _boards(run: Path) -> _Section | None:
+    boards = report.read_boards(run) if (run / report.BOARDS).exists() else []
+    if not boards:
+        return None
+    figures = "".join(
+        f"<figure><figcaption>{escape(board.title)}</figcaption>{_board(board, index)}"
+        f'<p class="note">{escape(board.text)}</p></figure>'
+        for index, board in enumerate(boards)
+    )
+    return "boards", "Boards", f'<div class="boards">{figures}</div>'
+
+
+def _board(board: report.Board, index: int) -> str:
+    try:
+        import chess
+        import chess.svg
+    except ImportError:
+        note = "pip install 'jaxlm[chess]' and write the report again to see the board."
+        return f"<p><code>{escape(board.fen)}</code></p><p class='note'>{note}</p>"
+    try:
+        position = chess.Board(board.fen)
+        move = None if board.last_move is None else chess.Move.from_uci(board.last_move)
+    except ValueError as error:
+        raise ValueError(f"board {board.title!r} in {report.BOARDS}: {error}") from error
+    check = position.king(position.turn) if position.is_check() else None
+    drawing = chess.svg.board(position, lastmove=move, check=check)
+    return plots.inline(drawing, f"board-{index}", label=f"chess position {escape(board.fen)}")
+
+
+_STYLE = """
+:root{--page:#fff;--text:#1d2329;--soft:#5d6773;--line:#d9dee3;--panel:#f5f7f9;--accent:0,100,170;--wrong:#b3261e;
+--series-0:#0072b2;--series-1:#d55e00;--series-2:#009e73;--series-3:#b0578d;--series-4:#3b93c4;--series-5:#b97d00;
+--series-6:#555;color-scheme:light dark}
+@media (prefers-color-scheme:dark){:root{--page:#14181c;--text:#e4e8ec;--soft:#9aa5b1;--line:#333b44;--panel:#1d2329;
+--accent:77,166,232;--wrong:#ff8a80;--series-0:#4da6e8;--series-1:#ff8f4d;--series-2:#35c49a;--series-3:#e39bc4;
+--series-4:#8fd0f5;--series-5:#f0b95a;--series-6:#aaa}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
+main{max-width:1080px;margin:0 auto;padding:24px 20px 48px}
+h1{margin:0;font-size:1.75rem;line-height:1.2}
+h2{margin:0 0 12px;font-size:1.2rem}
+section{margin-top:36px}
+.path,.note,footer{color:var(--soft);font-size:.875rem}
+.path{margin:2px 0 0;overflow-wrap:anywhere}
+.note{margin:0 0 10px}
+footer{margin-top:40px;padding-top:10px;border-top:1px solid var(--line)}
+.facts{display:flex;flex-wrap:wrap;gap:10px 32px;margin:18px 0}
+.facts div{max-width:100%}
+dt{color:var(--soft);font-size:.8rem}
+dd{margin:0;overflow-wrap:anywhere}
+nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin-top:16px;padding:8px 0;border-block:1px solid var(--line)}
+a{color:var(--series-0)}
+summary{cursor:pointer;color:var(--soft);padding:6px 0}
+pre{margin:0;padding:12px;background:var(--panel);border-radius:6px;overflow-x:auto;font-size:.8rem}
+table{border-collapse:collapse}
+th{font-weight:600;text-align:left}
+.wide{overflow-x:auto;max-width:100%}
+.scores,.samples{width:100%}
+.scores th,.scores td,.samples th,.samples td{padding:7px 14px 7px 0;border-bottom:1px solid var(--line);
+vertical-align:top}
+thead th{color:var(--soft);font-size:.8rem;font-weight:500}
+.number,.value{font-variant-numeric:tabular-nums;white-space:nowrap}
+.value{font-weight:700}
+.detail{color:var(--soft);font-size:.78rem;overflow-wrap:anywhere}
+.samples{font-size:.92rem;table-layout:auto}
+.samples .short{white-space:nowrap;font-variant-numeric:tabular-nums}
+.samples .text{white-space:pre-wrap;overflow-wrap:anywhere}
+.wrong{color:var(--wrong);border:1px solid currentColor;border-radius:4px;padding:0 5px;font-size:.72rem}
+figure{margin:0;min-width:0}
+figure svg{display:block;width:100%;height:auto}
+figure svg text{font-family:inherit!important}
+figcaption{font-weight:600;margin-bottom:6px;overflow-wrap:anywhere}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr));gap:20px}
+.figures figure{max-width:560px}
+.boards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr));gap:24px}
+.boards .note{margin-top:6px}
+.maps{display:flex;flex-wrap:wrap;gap:28px 40px}
+.maps figcaption{width:0;min-width:100%}
+.heat{font-size:.85rem;border-collapse:separate;border-spacing:2px}
+.heat th{font-weight:500;padding:2px 8px 2px 0;white-space:nowrap}
+.heat thead th{color:var(--text);font-size:inherit;text-align:center;padding:0 6px 4px;vertical-align:bottom}
+.heat tbody th{position:sticky;left:0;background:var(--page);text-align:right;z-index:1}
+.heat .upright{padding:0 0 6px}
+.upright span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap}
+.cell{background:rgba(var(--accent),var(--shade));border-radius:3px;text-align:center;
+box-shadow:inset 0 0 0 1px var(--line)}
+.cell small{display:block;font-size:.72rem;opacity:.8}
+.confusion .cell{min-width:64px;padding:8px 10px;font-variant-numeric:tabular-nums}
+.strong{color:#fff}
+.total{color:var(--soft);padding-left:10px;text-align:right}
+.map .cell{width:26px;min-width:26px;height:26px;padding:0}
+.scale{display:inline-flex;align-items:center;gap:5px;margin-left:12px}
+.scale i{font-style:normal}
+.scale b{width:90px;height:11px;border-radius:3px;box-shadow:inset 0 0 0 1px var(--line);
+background:linear-gradient(90deg,transparent,rgb(var(--accent)))}
+@media (prefers-color-scheme:dark){.strong{color:#0b0f13}}
+@media (max-width:640px){main{padding:16px 14px 32px}
+.scores thead,.scores tbody{display:block}
+.scores tr{display:grid;grid-template-columns:4fr 3fr 5fr 3fr;padding:5px 0;border-bottom:1px solid var(--line)}
+.scores tr>:nth-child(n){padding:2px 8px 2px 0;border:0}
+.scores .detail{grid-column:1/-1}.scores thead th:last-child{display:none}
+.samples thead{display:none}.samples,.samples tbody,.samples tr,.samples td{display:block}
+.samples tr{border:1px solid var(--line);border-radius:8px;padding:8px 12px;margin-bottom:10px}
+.samples td{border:0;padding:3px 0}
+.samples td.short{display:inline-block;margin-right:24px}
+.samples td::before{content:attr(data-name);display:block;color:var(--soft);font-size:.75rem}}
+@media print{details{display:none}.figures{grid-template-columns:1fr 1fr}}
+"""

@@ -1,0 +1,208 @@
+"""Curves of metrics over steps, as PNG files and as inline SVG (needs matplotlib, which the functions import)."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.training import report
+
+SMOOTH_FROM = 60
+"""Number of training losses from which a running mean is drawn over them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line of a panel.
+
+    Attributes:
+        label: name in the legend; empty for none.
+        steps: [N] x values.
+        values: [N] y values; NaN leaves a gap.
+        color: index into the palette.
+        markers: mark each point.
+        faint: draw thin and pale, behind the others.
+    """
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    color: int = 0
+    markers: bool = False
+    faint: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes: the label of its y axis and its lines."""
+
+    ylabel: str
+    series: tuple[Series, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colors of a picture: text, grid lines, and the lines in turn."""
+
+    text: str
+    grid: str
+    palette: tuple[str, ...]
+
+
+# Okabe and Ito's palette, which color-blind readers can tell apart, with the pale yellow left out.
+PNG = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
+
+# These colors stand for CSS variables, which `svg` inserts: a page then has one picture for its light and dark theme.
+_CSS = {
+    "#010101": "var(--text)",
+    "#020202": "var(--line)",
+    **{f"#0303{index:02x}": f"var(--series-{index})" for index in range(len(PNG.palette))},
+}
+SVG = Theme("#010101", "#020202", tuple(color for color in _CSS if color.startswith("#0303")))
+
+
+def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
+    """The loss (training and validation) and each other validation metric, one panel each; empty without records."""
+    lines: list[Series] = []
+    steps, values = report.curve(records, "loss")
+    if steps:
+        lines += _training_loss(steps, values)
+    steps, values = report.curve(records, "validation_loss")
+    if steps:
+        label = f"validation (last {values[-1]:.3f}, best {report.best('validation_loss', values):.3f})"
+        lines.append(Series(label, steps, values, color=1, markers=True))
+    panels = [Panel("loss (nats)", tuple(lines))] if lines else []
+    for name in report.validation_metrics(records):
+        if name != "validation_loss":
+            steps, values = report.curve(records, name)
+            label = f"last {values[-1]:.4g}, best {report.best(name, values):.4g}"
+            panels.append(Panel(readable(name), (Series(label, steps, values, color=1, markers=True),)))
+    return panels
+
+
+def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
+    """Learning rate, gradient norm and tokens per second, one panel for each that the records have."""
+    panels = []
+    for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
+        steps, values = report.curve(records, name)
+        if np.any(np.isfinite(np.asarray(values, np.float64))):
+            panels.append(Panel(readable(name), (Series("", steps, values),)))
+    return panels
+
+
+def readable(name: str) -> str:
+    """A metric's name as text: ``validation_accuracy`` becomes ``validation accuracy``."""
+    return name.replace("_", " ")
+
+
+def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
+    """The training losses, and their running mean when there are many."""
+    label = f"training (last {values[-1]:.3f})"
+    if len(values) < SMOOTH_FROM:
+        return [Series(label, steps, values)]
+    width = max(5, len(values) // 40)
+    array = np.asarray(values, np.float64)
+    means = []
+    for index, value in enumerate(array):
+        window = array[max(0, index + 1 - width) : index + 1]
+        means.append(float(np.nanmean(window)) if np.isfinite(value) else np.nan)
+    return [Series("", steps, values, faint=True), Series(f"training (mean of {width} records)", steps, means)]
+
+
+def save_png(panels: Sequence[Panel], picture: str | Path, columns: int = 2) -> None:
+    """Draw panels into a PNG, side by side and then row by row.
+
+    Raises:
+        ValueError: no panels.
+        ImportError: matplotlib is not installed.
+    """
+    if not panels:
+        raise ValueError(f"{picture}: there are no metrics to draw")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (7.0, 4.2) if len(panels) == 1 else (5.2 * columns, 3.6 * rows)
+    _save(panels, PNG, size, (rows, columns), picture, format="png", dpi=130)
+
+
+def svg(panel: Panel, identifier: str) -> str:
+    """One panel as an ``<svg>`` element without fixed size. Its colors are the CSS variables ``--text``, ``--line`` and
+    ``--series-0`` to ``--series-6``; its text has the font of the page.
+
+    Args:
+        identifier: prefix of the ids in it, unique in the page.
+    """
+    buffer = io.BytesIO()
+    _save([panel], SVG, (4.6, 2.9), (1, 1), buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue().decode()
+    for color, variable in _CSS.items():
+        text = text.replace(color, variable)
+    return inline(text, identifier, label=f"{panel.ylabel} over steps")
+
+
+def inline(text: str, identifier: str, *, label: str) -> str:
+    """An SVG file as an element of a page: without XML header and fixed size, with unique ids and a spoken label."""
+    text = text[text.index("<svg") :].strip()
+    head, rest = text.split(">", 1)
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'\bid="', f'id="{identifier}-', rest)
+    rest = re.sub(r'href="#', f'href="#{identifier}-', rest)
+    rest = re.sub(r"url\(#", f"url(#{identifier}-", rest)
+    return f'{head} role="img" aria-label="{label}">{rest}'
+
+
+def _save(
+    panels: Sequence[Panel],
+    theme: Theme,
+    size: tuple[float, float],
+    grid: tuple[int, int],
+    target: Any,
+    **options: Any,
+) -> None:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing curves needs matplotlib: pip install matplotlib") from error
+    style: Any = {
+        "text.color": theme.text,
+        "axes.labelcolor": theme.text,
+        "axes.edgecolor": theme.grid,
+        "xtick.color": theme.text,
+        "ytick.color": theme.text,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "jaxlm",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none" if theme is SVG else "white")
+        for index, panel in enumerate(panels):
+            _draw(figure.add_subplot(*grid, index + 1), panel, theme)
+        figure.savefig(target, **options)
+
+
+def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
+    for series in panel.series:
+        axes.plot(
+            series.steps,
+            series.values,
+            color=theme.palette[series.color % len(theme.palette)],
+            linewidth=0.8 if series.faint else 1.6,
+            alpha=0.35 if series.faint else 1.0,
+            marker="o" if series.markers else "",
+            markersize=3.5,
+            label=series.label or None,
+        )
+    axes.set_facecolor("none")
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.ylabel)
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=theme.grid)
+    if any(series.label for series in panel.series):
+        axes.legend(frameon=False, fontsize="small")

@@ -1,0 +1,269 @@
+"""The files of a run directory, the picture of its losses, and the HTML report of them."""
+
+import html.parser
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlm.metrics import Score
+from jaxlm.training import plots, report
+from jaxlm.training.html_report import SHOWN_SAMPLES, write_report
+from jaxlm.training.report import AttentionMap, Board, MetricsFile, curve, draw_losses, read_metrics
+
+# --------------------------------------------------------------------------------------------- metrics.jsonl
+
+
+def write_metrics(path, steps=3):
+    file = MetricsFile(path)
+    for step in range(1, steps + 1):
+        file.write(step=step, loss=3.0 / step, learning_rate=1e-3, gradient_norm=1.0, tokens_per_second=None)
+    file.write(step=steps, validation_loss=1.5, validation_accuracy=0.75)
+    return path
+
+
+def test_a_torn_last_line_is_left_out_and_then_removed(tmp_path):
+    path = write_metrics(tmp_path / "metrics.jsonl")
+    records = read_metrics(path)
+    with path.open("a") as file:
+        file.write('{"step": 99, "lo')
+    assert read_metrics(path) == records
+    MetricsFile(path).write(event="resumed", step=3)
+    assert read_metrics(path) == [*records, {"event": "resumed", "step": 3}]
+
+
+@pytest.mark.parametrize(("line", "message"), [('{"step": 9,', "line 5: not JSON"), ("[1]", "line 5: list instead of")])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line, message):
+    path = write_metrics(tmp_path / "metrics.jsonl")
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=f"metrics.jsonl, {message}"):
+        read_metrics(path)
+
+
+def test_a_curve_takes_the_last_record_of_a_step_and_null_is_nan():
+    records = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": None}, {"step": 2, "loss": 4.0}, {"event": "resumed"}]
+    steps, values = curve(records, "loss")
+    assert steps == [1, 2]
+    assert math.isnan(values[0])
+    assert values[1] == 4.0
+
+
+def test_panels_have_the_loss_and_each_validation_metric(tmp_path):
+    records = read_metrics(write_metrics(tmp_path / "metrics.jsonl"))
+    loss, accuracy = plots.training_panels(records)
+    assert [line.label for line in loss.series] == ["training (last 1.000)", "validation (last 1.500, best 1.500)"]
+    assert accuracy.ylabel == "validation accuracy"
+    assert list(accuracy.series[0].values) == [0.75]
+    # tokens_per_second is null in all records.
+    assert [panel.ylabel for panel in plots.optimization_panels(records)] == ["learning rate", "gradient norm"]
+
+
+def test_many_training_losses_get_a_running_mean():
+    records = [{"step": step, "loss": None if step == 100 else 1.0 + step % 2} for step in range(1, 201)]
+    ((raw, smooth),) = (panel.series for panel in plots.training_panels(records))
+    assert raw.faint
+    assert not smooth.faint
+    assert smooth.label == "training (mean of 5 records)"
+    assert smooth.values[-1] == pytest.approx(1.4)  # of 1, 2, 1, 2, 1
+    assert math.isnan(smooth.values[99])
+
+
+def test_losses_are_drawn_with_a_panel_for_other_validation_metrics(tmp_path):
+    path = write_metrics(tmp_path / "metrics.jsonl")
+    draw_losses(path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    path.write_text('{"event": "resumed"}\n')
+    with pytest.raises(ValueError, match="no metrics to draw"):
+        draw_losses(path, tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("validation_loss", 1.0), ("validation_bits_per_character", 1.0), ("validation_BLEU", 3.0)]
+)
+def test_the_best_value_depends_on_the_metric(name, expected):
+    assert report.best(name, [3.0, math.nan, 1.0, 2.0]) == expected
+    assert math.isnan(report.best(name, [math.nan]))
+
+
+# --------------------------------------------------------------------------------------------- other files
+
+
+def test_results_come_back_as_scores_with_processor_and_versions(tmp_path):
+    scores = [Score("BLEU", 38.2, 37.1, 39.3, 1000, "case:mixed|tok:13a"), Score("perplexity", 12.5)]
+    details = {"data": "test_2016_flickr", "versions": {"jaxlm": "9"}}
+    report.write_results(
+        tmp_path, task="translation", family="t5", parameters=123, minutes=1.2345, scores=scores, **details
+    )
+    results = report.read_results(tmp_path)
+    assert results["scores"] == scores
+    assert (results["parameters"], results["minutes"], results["data"]) == (123, 1.23, "test_2016_flickr")
+    assert results["versions"] == {"jaxlm": "9"}  # given, so not this machine's
+    assert results["processor"]
+
+
+def test_values_that_are_not_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"results.json: a value is not JSON"):
+        report.write_results(
+            tmp_path, task="t", family="f", parameters=1, minutes=1.0, scores=[Score("loss", math.nan)]
+        )
+    with pytest.raises(TypeError, match="sample 1: score is float: it must be a string"):
+        report.write_samples(tmp_path, [{"score": "0.5"}, {"score": 0.5}])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("counts", [[[1, 2]], [[1, -1], [0, 1]], [[0.5, 0.5], [0, 1]]])
+def test_confusion_counts_must_fit_their_labels(tmp_path, counts):
+    with pytest.raises(ValueError, match=r"must be integers >= 0 of shape \[2, 2\]"):
+        report.write_confusion(tmp_path, ["a", "b"], counts)
+
+
+def test_attention_weights_must_fit_their_tokens():
+    with pytest.raises(ValueError, match=r"'x': weights \[1, 2\] must be \[2 rows, 2 columns\]"):
+        AttentionMap("x", ["a", "b"], ["c", "d"], [[0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"weights must be in \[0, 1\]"):
+        AttentionMap("x", ["a"], ["c", "d"], [[-1.0, 2.0]])
+    with pytest.raises(ValueError, match=r"weights must be in \[0, 1\]"):
+        AttentionMap("x", ["a"], ["c"], [[math.nan]])
+
+
+# --------------------------------------------------------------------------------------------- report.html
+
+
+class Page(html.parser.HTMLParser):
+    """Ids, text and outward references of a page, with a check that its elements are nested."""
+
+    VOID = ("meta", "wbr", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.references, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._attributes(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self._attributes(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def _attributes(self, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("src", "href", "xlink:href", "data") or "url(" in (value or ""):
+                self.references.append(value)
+
+
+FEN = "r1bqkb1r/pppp1Qpp/2n2n2/4p3/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 0 4"
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    write_metrics(run / "metrics.jsonl", 80)
+    (run / "config.json").write_text('{"model": "<b>gpt</b>"}')
+    scores = [Score("accuracy", 0.9048, 0.8835, 0.9226, 872, "a|b"), Score("loss", 1.5)]
+    report.write_results(
+        run, task="chess", family="attention_rnn", parameters=1234567, minutes=60, scores=scores, data="<held out>"
+    )
+    rows = [{"source": f"source {index}", "output": "yes", "label": "yes"} for index in range(SHOWN_SAMPLES + 5)]
+    rows[1]["output"] = "no"
+    rows[2] = {"source": "<script>alert('x')</script> & more", "output": "yes", "label": "yes", "score": "0.5"}
+    report.write_samples(run, rows)
+    report.write_confusion(run, ["no", "y&s"], [[30, 10], [0, 0]])
+    report.write_attention(run, [AttentionMap("A <map>", ["ein", " "], ["a", "</s>"], [[0.9, 0.1], [0.2, 0.8]])])
+    report.write_boards(run, [Board("Mate", FEN, "h5f7", "Qxf7#"), Board("Again", FEN)])
+    return run, write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_report_is_one_valid_file_without_scripts(whole_run):
+    run, text = whole_run
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    fragments = set()
+    for reference in page.references:
+        fragments |= set(re.findall(r"#([^)\"';]+)", reference))
+        assert reference.startswith("#") or "url(#" in reference, reference
+    assert fragments <= set(page.ids)
+    assert "<script" not in text
+    assert "@import" not in text
+    assert "prefers-color-scheme:dark" in text
+    assert not re.search(r"#0[123]0[0-9a-f]0[0-9a-f]", text)  # all placeholder colors became variables
+    assert write_report(run).read_text(encoding="utf-8") == text  # no dates, no random ids
+
+
+def test_the_report_shows_every_file(whole_run):
+    _, text = whole_run
+    page = Page(text)
+    for section in ("scores", "training", "samples", "confusion", "attention", "boards"):
+        assert section in page.ids
+    for words in (
+        "chess · attention rnn", "1,234,567", "<held out>", '"model": "<b>gpt</b>"', "0.905", "[0.883, 0.923]", "872",
+        "training (mean of 5 records)", "learning rate", "<script>alert('x')</script> & more", "5 more samples",
+        "A <map>", "ein", "</s>", "Qxf7#",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert page.text.count("wrong") == 1
+    assert len(re.findall("<svg", text)) == 2 + 2 + 2  # losses and accuracy, optimization, boards
+    assert "y&amp;s" in text
+    # Shades: 30 of 40 in the first row, no counts in the second; attention weights as they are.
+    shades = [float(shade) for shade in re.findall(r"--shade:([\d.]+)", text)]
+    assert shades == [0.75, 0.25, 0.0, 0.0, 0.9, 0.1, 0.2, 0.8]
+
+
+def test_missing_files_leave_their_sections_out(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)"', text) == ["training"]
+    assert f"<h1>{tmp_path.name}</h1>" in text
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="is not a run directory"):
+        write_report(tmp_path)
+    report.write_results(tmp_path, task="t", family="f", parameters=1, minutes=1.0, scores=[])
+    assert "<section" not in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_report_without_the_chess_package_has_the_position_as_text(tmp_path, monkeypatch):
+    report.write_results(tmp_path, task="chess", family="gpt", parameters=1, minutes=1.0, scores=[])
+    report.write_boards(tmp_path, [Board("Mate", FEN, "h5f7")])
+    monkeypatch.setitem(sys.modules, "chess", None)
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert FEN in text
+    assert "pip install 'jaxlm[chess]'" in text
+
+
+def test_a_position_that_is_not_one_is_named(tmp_path):
+    report.write_results(tmp_path, task="chess", family="gpt", parameters=1, minutes=1.0, scores=[])
+    report.write_boards(tmp_path, [Board("First", "not a position")])
+    with pytest.raises(ValueError, match=r"board 'First' in boards.json: "):
+        write_report(tmp_path)
+
+
+def test_files_of_a_run_read_back(whole_run):
+    run, _ = whole_run
+    labels, counts = report.read_confusion(run)
+    assert labels == ["no", "y&s"]
+    np.testing.assert_array_equal(counts, [[30, 10], [0, 0]])
+    assert report.read_attention(run)[0].rows == ["ein", " "]
+    assert report.read_boards(run)[0] == Board("Mate", FEN, "h5f7", "Qxf7#")
+    assert report.read_samples(run)[1] == {"source": "source 1", "output": "no", "label": "yes"}
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "boards.json").write_text("[")
+    with pytest.raises(ValueError, match=r"boards.json: not JSON"):
+        report.read_boards(tmp_path)
