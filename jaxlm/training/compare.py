@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ MISSING = "-"
 def compare_runs(runs: Sequence[str | Path]) -> str:
     """A Markdown table with one row for each run, aligned so that it also reads well in a terminal.
 
-    Columns: run, family, parameters, steps, minutes, the last and best value of each validation metric, and each score
-    with its 95 % interval. A dash marks what a run does not have.
+    Columns: run, family, parameters, steps, minutes, the last value of each validation metric with the best one in
+    parentheses, and each score with its 95 % interval. A dash stands for a value that a run does not have.
 
     Raises:
         FileNotFoundError: a directory does not exist.
@@ -28,7 +27,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     metrics = _metrics(records)
     scores = list(dict.fromkeys(score.name for result in results for score in result.get("scores", [])))
     head = ["run", "family", "parameters", "steps", "minutes"]
-    head += [f"{plots.readable(metric)} {which}" for metric in metrics for which in ("last", "best")] + scores
+    head += [f"{plots.readable(metric)} (best)" for metric in metrics] + scores
     cells = [head]
     for name, run, result in zip(_names(paths), records, results, strict=True):
         found = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
@@ -87,7 +86,7 @@ def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) ->
     steps = [record["step"] for record in records if "step" in record]
     family, parameters, minutes = (results.get(key) for key in ("family", "parameters", "minutes"))
     return [
-        name,
+        name.replace("|", r"\|"),
         MISSING if family is None else family,
         MISSING if parameters is None else f"{parameters:,}",
         f"{max(steps):,}" if steps else MISSING,
@@ -96,10 +95,9 @@ def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) ->
 
 
 def _values(records: list[dict[str, Any]], metrics: Sequence[str]) -> list[str]:
-    """The last and the best value of each metric."""
+    """The last value of each metric, and the best one in parentheses."""
     cells = []
     for metric in metrics:
         values = report.curve(records, metric)[1]
-        found = (values[-1], report.best(metric, values)) if values else (math.nan, math.nan)
-        cells += [f"{value:.4g}" if math.isfinite(value) else MISSING for value in found]
+        cells.append(f"{values[-1]:.4g} ({report.best(metric, values):.4g})" if values else MISSING)
     return cells

@@ -284,7 +284,7 @@ def _board(board: report.Board, index: int) -> str:
         raise ValueError(f"board {board.title!r} in {report.BOARDS}: {error}") from error
     check = position.king(position.turn) if position.is_check() else None
     drawing = chess.svg.board(position, lastmove=move, check=check)
-    return plots.inline(drawing, f"board-{index}", label=f"chess position {escape(board.fen)}")
+    return plots.inline(drawing, f"board-{index}", label=f"chess position {board.fen}")
 
 
 _STYLE = """
@@ -364,6 +364,7 @@ background:linear-gradient(90deg,transparent,rgb(var(--accent)))}
 .samples tr{border:1px solid var(--line);border-radius:8px;padding:8px 12px;margin-bottom:10px}
 .samples td{border:0;padding:3px 0}
 .samples td.short{display:inline-block;margin-right:24px}
+.map .cell{width:18px;min-width:18px;height:20px}.map{font-size:.78rem}
 .samples td::before{content:attr(data-name);display:block;color:var(--soft);font-size:.75rem}}
 @media print{details{display:none}.figures{grid-template-columns:1fr 1fr}}
 """

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,11 @@ def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
     label = f"training (last {values[-1]:.3f})"
     if len(values) < SMOOTH_FROM:
         return [Series(label, steps, values)]
-    width = max(5, len(values) // 40)
+    width = max(5, len(values) // 40 | 1)  # odd, so that it has a center
     array = np.asarray(values, np.float64)
     means = []
     for index, value in enumerate(array):
-        window = array[max(0, index + 1 - width) : index + 1]
+        window = array[max(0, index - width // 2) : index + width // 2 + 1]  # centered: a trailing mean lags
         means.append(float(np.nanmean(window)) if np.isfinite(value) else np.nan)
     return [Series("", steps, values, faint=True), Series(f"training (mean of {width} records)", steps, means)]
 
@@ -154,7 +155,7 @@ def inline(text: str, identifier: str, *, label: str) -> str:
     rest = re.sub(r'\bid="', f'id="{identifier}-', rest)
     rest = re.sub(r'href="#', f'href="#{identifier}-', rest)
     rest = re.sub(r"url\(#", f"url(#{identifier}-", rest)
-    return f'{head} role="img" aria-label="{label}">{rest}'
+    return f'{head} role="img" aria-label="{escape(label)}">{rest}'
 
 
 def _save(
@@ -176,6 +177,8 @@ def _save(
         "axes.edgecolor": theme.grid,
         "xtick.color": theme.text,
         "ytick.color": theme.text,
+        "figure.constrained_layout.w_pad": 0.1,
+        "figure.constrained_layout.h_pad": 0.1,
         "svg.fonttype": "none",
         "svg.hashsalt": "jaxlm",
     }

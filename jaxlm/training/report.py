@@ -18,9 +18,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,8 @@ import numpy.typing as npt
 
 from jaxlm import processes
 from jaxlm.metrics import Score
+
+T = TypeVar("T")
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
@@ -158,8 +160,9 @@ def read_results(run: str | Path) -> dict[str, Any]:
         FileNotFoundError: the run has no such file.
         ValueError: the file is not JSON.
     """
-    content = _read_json(Path(run) / RESULTS)
-    return {**content, "scores": [Score(**score) for score in content.get("scores", [])]}
+    path = Path(run) / RESULTS
+    content = _read_json(path)
+    return {**content, "scores": _entries(Score, content.get("scores", []), path)}
 
 
 def _machine() -> dict[str, Any]:
@@ -234,7 +237,10 @@ def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
         FileNotFoundError: the run has no such file.
         ValueError: counts that are not [L, L] non-negative integers.
     """
-    content = _read_json(Path(run) / CONFUSION)
+    path = Path(run) / CONFUSION
+    content = _read_json(path)
+    if set(content) != {"labels", "counts"}:
+        raise ValueError(f"{path}: its keys must be labels and counts, got {', '.join(content)}")
     return content["labels"], _counts(content["labels"], content["counts"])
 
 
@@ -299,7 +305,8 @@ def read_attention(run: str | Path) -> list[AttentionMap]:
         FileNotFoundError: the run has no such file.
         ValueError: weights that do not fit their tokens.
     """
-    return [AttentionMap(**item) for item in _read_json(Path(run) / ATTENTION)]
+    path = Path(run) / ATTENTION
+    return _entries(AttentionMap, _read_json(path), path)
 
 
 # --------------------------------------------------------------------------------------------- boards.json
@@ -334,7 +341,8 @@ def read_boards(run: str | Path) -> list[Board]:
         FileNotFoundError: the run has no such file.
         ValueError: the file is not JSON.
     """
-    return [Board(**item) for item in _read_json(Path(run) / BOARDS)]
+    path = Path(run) / BOARDS
+    return _entries(Board, _read_json(path), path)
 
 
 # --------------------------------------------------------------------------------------------- shared parts
@@ -376,6 +384,13 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def _entries(kind: Callable[..., T], items: Sequence[Mapping[str, Any]], path: Path) -> list[T]:
+    try:
+        return [kind(**item) for item in items]
+    except TypeError as error:  # unknown or missing fields
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -31,14 +31,14 @@ def test_the_table_has_last_and_best_values_and_scores(tmp_path):
     unfinished = make_run(tmp_path / "lstm", [None, 0.6])
     head, rule, first, second = compare_runs([bert, unfinished]).splitlines()
     assert cells(head) == [
-        "run", "family", "parameters", "steps", "minutes", "validation loss last", "validation loss best",
-        "validation accuracy last", "validation accuracy best", "accuracy",
+        "run", "family", "parameters", "steps", "minutes", "validation loss (best)", "validation accuracy (best)",
+        "accuracy",
     ]  # fmt: skip
     assert set(rule) == {"|", "-"}
     assert cells(first) == [
-        "bert", "bert", "22,713,986", "300", "41.3", "0.4", "0.3", "0.8", "0.9", "0.905 [0.883, 0.923]",
+        "bert", "bert", "22,713,986", "300", "41.3", "0.4 (0.3)", "0.8 (0.9)", "0.905 [0.883, 0.923]",
     ]  # fmt: skip
-    assert cells(second) == ["lstm", "-", "-", "200", "-", "0.6", "0.6", "-", "-", "-"]
+    assert cells(second) == ["lstm", "-", "-", "200", "-", "0.6 (0.6)", "-", "-"]
     assert len({len(line) for line in (head, rule, first, second)}) == 1  # aligned
 
 

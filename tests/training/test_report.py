@@ -67,7 +67,7 @@ def test_many_training_losses_get_a_running_mean():
     assert raw.faint
     assert not smooth.faint
     assert smooth.label == "training (mean of 5 records)"
-    assert smooth.values[-1] == pytest.approx(1.4)  # of 1, 2, 1, 2, 1
+    assert smooth.values[-1] == pytest.approx(4 / 3)  # of 1, 2, 1: the window ends with the records
     assert math.isnan(smooth.values[99])
 
 
@@ -267,3 +267,9 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "boards.json").write_text("[")
     with pytest.raises(ValueError, match=r"boards.json: not JSON"):
         report.read_boards(tmp_path)
+    (tmp_path / "attention.json").write_text('[{"title": "x", "rows": []}]')
+    with pytest.raises(ValueError, match=r"attention.json: .*missing .*'columns' and 'weights'"):
+        report.read_attention(tmp_path)
+    (tmp_path / "confusion.json").write_text('{"labels": []}')
+    with pytest.raises(ValueError, match=r"confusion.json: its keys must be labels and counts, got labels"):
+        report.read_confusion(tmp_path)
