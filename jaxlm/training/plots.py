@@ -17,6 +17,9 @@ from jaxlm.training import report
 SMOOTH_FROM = 60
 """Number of training losses from which a running mean is drawn over them."""
 
+BOOKKEEPING = ("step", "time", "weight", "skipped", "skipped_in_a_row")
+"""Entries of training records that are not drawn."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Series:
@@ -88,11 +91,18 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
 
 
 def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """Learning rate, gradient norm and tokens per second, one panel for each that the records have."""
+    """One panel for each metric of a training step besides the loss: learning rate, gradient norm, auxiliary losses, ...
+
+    Metrics without a finite value are left out, and bookkeeping (:data:`BOOKKEEPING`).
+    """
+    names = dict.fromkeys(name for record in records if "step" in record for name in record)
     panels = []
-    for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
+    for name in names:
+        if name == "loss" or name in BOOKKEEPING or name.startswith("validation_"):
+            continue
         steps, values = report.curve(records, name)
-        if np.any(np.isfinite(np.asarray(values, np.float64))):
+        numbers = all(isinstance(value, int | float) for value in values)
+        if numbers and np.any(np.isfinite(np.asarray(values, np.float64))):
             panels.append(Panel(readable(name), (Series("", steps, values),)))
     return panels
 

@@ -57,8 +57,10 @@ def test_panels_have_the_loss_and_each_validation_metric(tmp_path):
     assert [line.label for line in loss.series] == ["training (last 1.000)", "validation (last 1.500, best 1.500)"]
     assert accuracy.ylabel == "validation accuracy"
     assert list(accuracy.series[0].values) == [0.75]
-    # tokens_per_second is null in all records.
-    assert [panel.ylabel for panel in plots.optimization_panels(records)] == ["learning rate", "gradient norm"]
+    # tokens_per_second is null in all records, time is not drawn, and events are not metrics.
+    records += [{"step": 4, "time": 9.0, "auxiliary_loss": 0.1}, {"event": "resumed", "step": 4}]
+    panels = plots.optimization_panels(records)
+    assert [panel.ylabel for panel in panels] == ["learning rate", "gradient norm", "auxiliary loss"]
 
 
 def test_many_training_losses_get_a_running_mean():
