@@ -91,9 +91,9 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
 
 
 def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """One panel for each metric of a training step besides the loss: learning rate, gradient norm, auxiliary losses, ...
+    """One panel for each metric of a training step besides the loss: learning rate, gradient norm, ...
 
-    Metrics without a finite value are left out, and bookkeeping (:data:`BOOKKEEPING`).
+    It leaves out metrics without a finite value and the bookkeeping (:data:`BOOKKEEPING`).
     """
     names = dict.fromkeys(name for record in records if "step" in record for name in record)
     panels = []
