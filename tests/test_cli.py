@@ -1,5 +1,7 @@
 """The ``jaxlm`` command as a user types it."""
 
+import io
+import math
 import subprocess
 import sys
 
@@ -8,8 +10,10 @@ import pytest
 
 import jaxlm
 from jaxlm import cli
-from jaxlm.data import CharTokenizer
-from jaxlm.decoding import generate_text
+from jaxlm.cli import doctor
+from jaxlm.data import ByteTokenizer, CharTokenizer
+from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.tasks.predict import classify, score_texts
 from tests.helpers import tiny_model
 
 TOKENIZER = CharTokenizer.from_text("To be, or not to be: that is the question.\n")
@@ -59,7 +63,7 @@ def test_generate_continues_the_prompt_and_repeats_by_seed(run_directory, capsys
 
 
 def test_greedy_is_what_the_library_makes(run_directory, model, params, capsys):
-    (want,) = generate_text(model, params, TOKENIZER, ["to be"], max_new_tokens=12)
+    (want,) = generate_text(model, params, TOKENIZER, ["to be"], GenerationConfig(12))
     for options in (["--temperature", "0"], ["--temperature", "0", "--seed", "3"], ["--top-k", "1", "--seed", "4"]):
         assert generated(capsys, run_directory, *options) == f"to be{want}\n"
 
@@ -81,7 +85,7 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
     assert "has no config.json" in refused(capsys, "generate", tmp_path, *prompt)
     assert "character 'Z' (U+005A) at position 1" in refused(capsys, "generate", run_directory, "--prompt", "tZ")
     assert "pass at least one character" in refused(capsys, "generate", run_directory, "--prompt", "")
-    assert "a prompt of 25 tokens exceeds max_positions=24" in refused(
+    assert "prompt 0 has 25 tokens, but max_positions=24" in refused(
         capsys, "generate", run_directory, "--prompt", "t" * 25
     )
     for option, value, message in (
@@ -103,7 +107,7 @@ def test_an_interrupt_is_no_traceback(run_directory, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "stream_text", interrupted)
+    monkeypatch.setattr("jaxlm.cli.generate.stream_text", interrupted)
     assert cli.main(["generate", str(run_directory), "--prompt", "to be"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -122,13 +126,18 @@ def test_help_names_the_commands(capsys):
         cli.main(["--help"])
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    assert "generate" in text
-    assert "doctor" in text
+    for name in ("generate", "translate", "summarize", "classify", "score", "plan", "launch", "doctor"):
+        assert name in text
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxlm {jaxlm.__version__}\n"
 
 
 def test_doctor_prints_versions_devices_and_what_is_missing(monkeypatch, capsys):
-    real = cli._version
-    monkeypatch.setattr(cli, "_version", lambda package: None if package == "torch" else real(package))
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("torch", "chess") else real(package))
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line}
@@ -139,6 +148,119 @@ def test_doctor_prints_versions_devices_and_what_is_missing(monkeypatch, capsys)
     assert report["torch"].startswith("missing: ")
     assert "pip install 'jaxlm[reference]'" in report["torch"]
     assert report["tokenizers"] == real("tokenizers")
+    assert report["sacrebleu"] == real("sacrebleu")
+    assert report["chess"] == "missing: the rules of chess; pip install 'jaxlm[chess]'"
+
+
+# ------------------------------------------------------------------------------------- lines in, lines out
+
+
+def printed(capsys, *arguments):
+    """The lines that a command prints."""
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Directories of finished models with a byte tokenizer, by variant and task."""
+    made = {}
+
+    def directory(name, **fields):
+        if (name, *fields.items()) not in made:
+            path = tmp_path_factory.mktemp(name)
+            model = tiny_model(name, vocab_size=264, **fields)
+            jaxlm.save_pretrained(path, model, jax.jit(model.init)(jax.random.key(0)))
+            ByteTokenizer().save(path)
+            made[name, *fields.items()] = path
+        return made[name, *fields.items()]
+
+    return directory
+
+
+def test_texts_come_from_arguments_a_file_or_standard_input(finished, tmp_path, monkeypatch, capsys):
+    directory = finished("t5-tiny")
+    model, params = jaxlm.load_pretrained(directory)
+    sources = ["guten Tag", "ja", "auf Wiedersehen"]
+    config = GenerationConfig(6, num_beams=2)
+    want = [cli.common.one_line(text) for text in generate_text(model, params, ByteTokenizer(), sources, config)]
+    options = ["--max-new-tokens", "6", "--num-beams", "2"]
+    assert printed(capsys, "translate", directory, *sources, *options) == want
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(sources) + "\n", encoding="utf-8")
+    assert printed(capsys, "summarize", directory, "--file", file, *options) == want
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(sources)))
+    assert printed(capsys, "translate", directory, *options) == want
+    prefixed = generate_text(model, params, ByteTokenizer(), [f"de: {text}" for text in sources], config)
+    assert printed(capsys, "translate", directory, *sources, "--prefix", "de: ", *options) == [
+        cli.common.one_line(text) for text in prefixed
+    ]
+
+
+def test_several_prompts_are_continued_in_one_line_each(run_directory, model, params, tmp_path, capsys):
+    file = tmp_path / "lines.txt"
+    file.write_text("to be\nis\n", encoding="utf-8")
+    want = generate_text(model, params, TOKENIZER, ["to be", "is"], GenerationConfig(12))
+    options = ["--max-new-tokens", "12", "--temperature", "0"]
+    lines = [cli.common.one_line(prompt + text) for prompt, text in zip(["to be", "is"], want, strict=True)]
+    assert printed(capsys, "generate", run_directory, "--file", file, *options) == lines
+    assert printed(capsys, "generate", run_directory, "to be", "is", *options) == lines
+
+
+def test_one_line_escapes_line_breaks():
+    assert cli.common.one_line("a\nb\r\\n") == "a\\nb\\r\\\\n"
+
+
+def test_classify_prints_labels_and_probabilities(finished, capsys):
+    directory = finished("bert-tiny", task="classification", num_labels=3)
+    found = classify(*jaxlm.load_pretrained(directory), ByteTokenizer(), ["fine", "a bore"])
+    lines = printed(capsys, "classify", directory, "fine", "a bore")
+    for line, label, probabilities in zip(lines, found.ids, found.probabilities, strict=True):
+        assert line.split("\t") == [str(label), f"{probabilities[label]:.4f}"]
+    (line,) = printed(capsys, "classify", directory, "fine", "--all")
+    shown = [float(cell) for cell in line.split("\t")[1::2]]
+    assert shown == sorted(shown, reverse=True)
+    assert sum(shown) == pytest.approx(1.0, abs=1e-3)
+    assert printed(capsys, "classify", directory, "fine\ta bore", "a\tb")[0] != lines[0], "pairs"
+
+
+def test_score_prints_likelihoods(finished, capsys):
+    lines = printed(capsys, "score", finished("gpt2-tiny"), "to be", "is")
+    scores = score_texts(*jaxlm.load_pretrained(finished("gpt2-tiny")), ByteTokenizer(), ["to be", "is"])
+    for line, total, count in zip(lines, scores.log_likelihoods, scores.num_tokens, strict=True):
+        shown = [float(cell) for cell in line.split("\t")]
+        assert shown == pytest.approx([total, count, math.exp(-total / count)], rel=1e-4)
+    (line,) = printed(capsys, "score", finished("t5-tiny"), "ja\tyes")
+    assert line.split("\t")[1] == "4", "three bytes and the end"
+
+
+def test_the_wrong_model_is_one_line(finished, capsys):
+    bert, gpt, t5 = finished("bert-tiny"), finished("gpt2-tiny"), finished("t5-tiny")
+    masked = "this is a BERT with a masked-token head: it"
+    for command, directory, message in (
+        ("classify", bert, f"{masked} classifies nothing; fine-tune it with load_pretrained(directory, task="),
+        ("translate", bert, f"{masked} reads no source, so it translates nothing; load an encoder-decoder"),
+        ("generate", bert, f"{masked} generates no text; load a language model"),
+        ("score", bert, f"{masked} scores no text; load a language model"),
+        ("summarize", gpt, "this is a GPT with a next-token head: it reads no source, so it summarizes nothing"),
+        ("generate", t5, "this is a T5 with a sequence-to-sequence head: it reads a source and continues nothing"),
+        ("score", t5, "it scores targets, give each as SOURCE<tab>TARGET"),
+    ):
+        assert message in refused(capsys, command, directory, "a text")
+
+
+def test_texts_that_cannot_be_used_are_named(finished, tmp_path, monkeypatch, capsys):
+    directory, file = finished("gpt2-tiny"), tmp_path / "lines.txt"
+    file.write_text("one\n\nthree\n", encoding="utf-8")
+    assert f"line 2 of {file} is empty" in refused(capsys, "score", directory, "--file", file)
+    assert "give texts or --file, not both" in refused(capsys, "score", directory, "text", "--file", file)
+    assert "only one of them" in refused(capsys, "generate", directory, "text", "--prompt", "text")
+    file.write_bytes("né".encode("latin-1"))
+    assert "is not UTF-8 text: byte 0xe9" in refused(capsys, "score", directory, "--file", file)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "standard input is empty" in refused(capsys, "score", directory)
+    assert "text 2 has 0 tabs and text 1 has 1" in refused(capsys, "score", finished("t5-tiny"), "a\tb", "c")
+    assert "text 1 has 100 tokens, but max_positions=64" in refused(capsys, "score", directory, "short", "x" * 100)
 
 
 def test_python_m_jaxlm_is_the_command():

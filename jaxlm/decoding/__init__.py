@@ -1,22 +1,24 @@
 """Decoding: sampling, beam search, scoring and text, written once for every family that carries a state.
 
-Only ``apply``, ``logits`` and ``state_specs`` of a model are used, never what its state holds.
+Only ``apply``, ``logits``, ``start`` and ``state_specs`` of a model are used, never the contents of its state.
 """
 
 from jaxlm.decoding.beam import Beams, beam_search
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
-from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity
-from jaxlm.decoding.text import generate_text, stream_text
+from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity, target_log_likelihood
+from jaxlm.decoding.text import GenerationConfig, decoder_start_id, generate_text, stream_text
 
 __all__ = [
     "GREEDY",
     "Beams",
     "Generation",
+    "GenerationConfig",
     "Perplexity",
     "Progress",
     "Sampling",
     "advance",
     "beam_search",
+    "decoder_start_id",
     "filter_logits",
     "generate",
     "generate_text",
@@ -24,4 +26,5 @@ __all__ = [
     "perplexity",
     "prefill",
     "stream_text",
+    "target_log_likelihood",
 ]

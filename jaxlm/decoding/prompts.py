@@ -45,8 +45,10 @@ def check_prompts(
     specs = model.state_specs(batch, slots)
     if state is None and model.reads_source:
         raise ValueError(
-            f"{model.family} reads a source: pass state=model.start(params, source, length) with a length of at least "
-            f"{slots} tokens (the prompt, and all but the last of the {max_new_tokens} new ones)"
+            f"{model.family} reads a source: for text, call jaxlm.decoding.generate_text(model, params, tokenizer, "
+            "sources); for arrays, pass the prompts [batch, 1] of the decoder's start id and "
+            f"state=model.start(params, source, length) with a length of at least {slots} tokens (the prompt, and all "
+            f"but the last of the {max_new_tokens} new ones)"
         )
     if state is not None:
         _check_state(specs, state, batch)
@@ -74,8 +76,19 @@ def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
             )
 
 
-def check_ids(model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str) -> None:
-    """Raise unless ``ids`` are an array [B, T] of integers of the vocabulary, padding included (it is read too)."""
+def source_vocab_size(model: Model) -> int:
+    """Number of ids that the encoder of an encoder-decoder reads."""
+    return getattr(model.config, "source_vocab_size", None) or model.config.vocab_size
+
+
+def check_ids(
+    model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str, *, vocab_size: int | None = None
+) -> None:
+    """Raise unless ``ids`` are an array [B, T] of integers of the vocabulary, padding included (it is read too).
+
+    ``vocab_size``: default is the size of the model's vocabulary.
+    """
+    vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     for name, x in ((what, ids_BT), ("segment_ids", segment_ids_BT)):
         if x is None:
             continue
@@ -90,12 +103,12 @@ def check_ids(model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: s
     if _traced(ids_BT):
         return
     host = np.asarray(ids_BT)
-    bad = np.argwhere((host < 0) | (host >= model.config.vocab_size))
+    bad = np.argwhere((host < 0) | (host >= vocab_size))
     if bad.size:
         row, at = bad[0]
         raise ValueError(
             f"{what} have id {host[row, at]} in row {row} at position {at}, outside the vocabulary of "
-            f"{model.config.vocab_size} ids (padding needs a valid id too, e.g. 0)"
+            f"{vocab_size} ids (padding needs a valid id too, e.g. 0)"
         )
 
 

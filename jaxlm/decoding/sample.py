@@ -176,10 +176,12 @@ def generate(
     Args:
         prompts: [B, T] integer ids, padded on either side to one length.
         segment_ids: [B, T], 1 on the prompt and 0 on padding. Default: no padding.
-        key: needed unless greedy.
+        key: needed unless greedy. One key, which is folded with the index of each row; or typed keys [B], one for each
+            row, so that a row draws the same in any batch.
         allowed_ids: only ids below it are generated: the tokenizer's vocabulary where it is smaller than the model's.
         state: what the model carries into the prompts, with as many rows: that of an encoder-decoder that has read a
-            source (``model.start``), or of a model that has read what came before. Default: empty.
+            source (``model.start``; ``prompts`` then begin with the decoder's start id), or of a model that has read
+            earlier tokens. Default: empty.
 
     Raises:
         TypeError: the family carries no state.
@@ -247,7 +249,19 @@ def _check(
         raise ValueError(
             f"temperature={sampling.temperature} draws at random: pass a key, e.g. jax.random.key(0), or temperature=0"
         )
+    if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
+        raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one for each prompt")
     return ids, slots
+
+
+def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
+    """Random keys [B], one for each row number."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
+
+
+def _has_row_keys(key: jax.Array) -> bool:
+    """Whether ``key`` is an array of typed keys, one for each row."""
+    return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
 # The active sharding is read while tracing (constrain), so it belongs to the cache key of each jit.
@@ -299,7 +313,7 @@ def _prefill(
     keys_B = None
     if sampling.temperature > 0.0:
         assert key is not None
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
+        keys_B = key if _has_row_keys(key) else row_keys(key, rows_B)
     progress = Progress(
         state=layers_apart(state),
         tokens=jnp.full((B, count), 0 if end_id is None else end_id, jnp.int32),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding.prompts import Array, check_ids
+from jaxlm.decoding.prompts import Array, check_ids, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.sharding import Sharding, active
@@ -44,6 +44,39 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
     return _log_likelihood(model, params, tokens, segment_ids, sharding=active())
 
 
+def target_log_likelihood(
+    model: Model,
+    params: Any,
+    source: Array,
+    targets: Array,
+    *,
+    start_id: int,
+    source_segment_ids: Array | None = None,
+    segment_ids: Array | None = None,
+) -> jax.Array:
+    """``log p(targets[:, t] | source, targets[:, :t])`` of an encoder-decoder in nats, [B, T] float32; 0 at padding.
+
+    Args:
+        source: [B, S] integer ids.
+        targets: [B, T] integer ids, end token included.
+        start_id: the token that the decoder reads before the first target.
+        source_segment_ids, segment_ids: of the source [B, S] and the targets [B, T], 1 and 0 on padding (at the end).
+
+    Raises:
+        TypeError: the model reads no source.
+        ValueError: ids outside the vocabulary, or shapes that do not fit.
+    """
+    if not model.reads_source:
+        raise TypeError(f"family {model.family!r} reads no source: call log_likelihood")
+    check_ids(model, source, source_segment_ids, "sources", vocab_size=source_vocab_size(model))
+    check_ids(model, targets, segment_ids, "targets")
+    decoder_BT = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
+    check_ids(model, decoder_BT[:, :1], None, "start ids")
+    return _target_log_likelihood(
+        model, params, source, targets, decoder_BT, source_segment_ids, segment_ids, sharding=active()
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
 def _log_likelihood(
     model: Model,
@@ -55,18 +88,42 @@ def _log_likelihood(
 ) -> jax.Array:
     before_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
     hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=before_BT)
+    log_probs_BT = _target_log_probs(model, params, hidden_BTD, tokens_BT[:, 1:])
+    if segment_ids_BT is None:
+        return log_probs_BT
+    after_BT = segment_ids_BT[:, 1:]
+    return jnp.where((before_BT == after_BT) & (after_BT > 0), log_probs_BT, 0.0)
+
+
+def _target_log_probs(model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Log-probability of each target under the logits of its hidden state, [B, T] float32."""
 
     def step(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_BD, targets_B = inputs
         return -cross_entropy(model.logits(params, hidden_BD[:, None]), targets_B[:, None])[:, 0]
 
     V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
-    steps = max(1, CHUNK_LOGITS // (tokens_BT.shape[0] * V))
-    log_probs_BT = jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), tokens_BT[:, 1:].T), batch_size=steps).T
-    if segment_ids_BT is None:
-        return log_probs_BT
-    after_BT = segment_ids_BT[:, 1:]
-    return jnp.where((before_BT == after_BT) & (after_BT > 0), log_probs_BT, 0.0)
+    steps = max(1, CHUNK_LOGITS // (targets_BT.shape[0] * V))
+    return jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps).T
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+def _target_log_likelihood(
+    model: Model,
+    params: Any,
+    source_BS: jax.Array,
+    targets_BT: jax.Array,
+    decoder_BT: jax.Array,
+    source_segment_ids_BS: jax.Array | None,
+    segment_ids_BT: jax.Array | None,
+    *,
+    sharding: Sharding | None,
+) -> jax.Array:
+    hidden_BTD, _ = model.apply(
+        params, decoder_BT, source=source_BS, source_segment_ids=source_segment_ids_BS, segment_ids=segment_ids_BT
+    )
+    log_probs_BT = _target_log_probs(model, params, hidden_BTD, targets_BT)
+    return log_probs_BT if segment_ids_BT is None else jnp.where(segment_ids_BT > 0, log_probs_BT, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,219 +1,299 @@
-"""Text in, text out: batched and streaming, with stop strings.
+"""Text generation for every family that decodes: continuations of prompts, or outputs for sources.
 
-Stop strings are looked for in decoded text between calls of the jitted loop, every ``CHUNK`` tokens; what the loop made
-beyond one is dropped, so neither function's text depends on where the calls fall. Texts may outgrow the model's
-context: see :class:`_Windows`.
+Stop strings are searched in decoded text between calls of the jitted loop, every ``CHUNK`` tokens. Tokens beyond a stop
+string are discarded, so the text does not depend on where the calls end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.decoding.sample import GREEDY, Progress, Sampling, advance, prefill
+from jaxlm.decoding.batches import length_batches, pad_rows
+from jaxlm.decoding.beam import beam_search
+from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.prompts import source_vocab_size
+from jaxlm.decoding.sample import GREEDY, Sampling
+from jaxlm.decoding.windows import TokenRequest, Windows, pad_prompts, read_sources
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
 
 CHUNK = 8
-"""Tokens between two looks at the text."""
+"""Tokens between two searches for stop strings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """A request for generated text. Hashable.
+
+    Attributes:
+        max_new_tokens: tokens to generate at most for each text, the end token included.
+        sampling: how the next token is drawn; beam search needs ``GREEDY``.
+        num_beams: live hypotheses of beam search; 1 generates token by token.
+        length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
+        stop: the text ends before the first of these strings to be complete.
+        batch_size: texts that are generated together; None takes all of them.
+        decoder_start_id: the first token that an encoder-decoder reads. None takes the model's ``decoder_start_id``, or
+            else the tokenizer's beginning-of-sequence token.
+
+    Raises:
+        TypeError: ``stop`` is a single string.
+        ValueError: a value outside its range, or beams together with random sampling.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    batch_size: int | None = 32
+    decoder_start_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise TypeError(f"stop is a sequence of strings, got one string: pass ({self.stop!r},)")
+        object.__setattr__(self, "stop", tuple(self.stop))  # hashable
+        if "" in self.stop:
+            raise ValueError(f"stop strings must not be empty, got {list(self.stop)}")
+        for name in ("max_new_tokens", "num_beams", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty} must be finite")
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError(f"length_penalty={self.length_penalty} ranks beams: set num_beams above 1")
+        if self.num_beams > 1 and self.sampling != GREEDY:
+            raise ValueError(f"num_beams={self.num_beams} searches for likely texts: leave sampling at GREEDY")
 
 
 def generate_text(
     model: Model,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    texts: Sequence[str],
+    config: GenerationConfig = GenerationConfig(),
     *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    stop: Sequence[str] = (),
 ) -> list[str]:
-    """The continuation of each prompt, up to the tokenizer's end token or the first stop string (neither is included).
+    """The generated text for each of ``texts``, in their order, without the end token and the stop string.
 
-    Of several stop strings, the first to be complete counts. Bytes that are no whole character when the tokens run out
-    are what the tokenizer makes of them (U+FFFD).
+    ``texts`` are prompts to continue, or sources for an encoder-decoder (translation, summarization). Prompts are
+    encoded without special tokens, and their continuations are decoded with them; sources are encoded by
+    ``tokenizer.encode_inputs``, and outputs are decoded without special tokens. Incomplete UTF-8 characters at the end
+    are decoded as the tokenizer does (U+FFFD).
+
+    Texts are sorted by length, batched, and padded to a few lengths, for each of which the loop is compiled once. The
+    draws of a text depend on ``key`` and its index, not on its batch. Prompts may outgrow the model's context: the last
+    half of each then becomes the next prompt, when the longest of the batch has reached the end of the context.
+
+    Args:
+        key: needed unless ``config.sampling`` is greedy.
 
     Raises:
-        TypeError: ``prompts`` or ``stop`` is a single string.
-        ValueError: an empty prompt or stop string, or what :func:`jaxlm.decoding.generate` refuses.
+        TypeError: ``texts`` is a single string.
+        ValueError: the model has no head for text; a text that is empty or longer than the model's positions; what
+            :func:`jaxlm.decoding.generate` or :func:`jaxlm.decoding.beam_search` refuses.
 
     Example:
-        >>> generate_text(model, params, tokenizer, ["To be", "O"], max_new_tokens=40, stop=["."])   # doctest: +SKIP
+        >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
     """
-    rows = _encode(tokenizer, prompts)
-    _check_stop(stop)
-    windows = _Windows(model, params, tokenizer, rows, max_new_tokens, sampling, key)
-    *_, texts = _texts(windows, tokenizer, stop, CHUNK if stop else max_new_tokens)
-    return texts
+    text = _Text(model, params, tokenizer, config, key)
+    rows = text.encode(texts)
+    results = [""] * len(rows)
+    for numbers in length_batches([ids.size for ids in rows], config.batch_size):
+        batch = [rows[number] for number in numbers]
+        if config.num_beams > 1:
+            outputs = text.beam_texts(batch)
+        else:
+            *_, outputs = text.partial_texts(batch, numbers, CHUNK if config.stop else config.max_new_tokens)
+        for number, output in zip(numbers, outputs, strict=True):
+            results[number] = output
+    return results
 
 
 def stream_text(
     model: Model,
     params: Any,
     tokenizer: Tokenizer,
-    prompt: str,
+    text: str,
+    config: GenerationConfig = GenerationConfig(),
     *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    stop: Sequence[str] = (),
     chunk: int = CHUNK,
 ) -> Iterator[str]:
-    """The same text as :func:`generate_text`, in pieces as they become final.
+    """The text that :func:`generate_text` gives for one prompt or source, in pieces as they become final.
 
-    Held back is what later tokens may still change: an incomplete character (U+FFFD at the end) and whatever could
-    begin a stop string.
+    A piece is held back while later tokens may change it: an incomplete character, and the beginning of a stop string.
 
     Args:
-        chunk: tokens per call of the jitted loop.
+        chunk: tokens of each call of the jitted loop.
 
     Raises:
-        As :func:`generate_text`, at the call and not at the first piece; ValueError for ``chunk`` below 1.
+        As :func:`generate_text`, at the call and not at the first piece. ValueError for beams or ``chunk`` below 1.
 
     Example:
-        >>> for piece in stream_text(model, params, tokenizer, "To be", max_new_tokens=100):   # doctest: +SKIP
+        >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
         ...     print(piece, end="", flush=True)
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    rows = _encode(tokenizer, [prompt])
-    _check_stop(stop)
-    windows = _Windows(model, params, tokenizer, rows, max_new_tokens, sampling, key)
+    if config.num_beams > 1:
+        raise ValueError(f"num_beams={config.num_beams}: beam search knows no text before its end; use generate_text")
+    generation = _Text(model, params, tokenizer, config, key)
+    texts = generation.partial_texts(generation.encode([text]), np.zeros(1, np.int32), chunk)
+    first = next(texts)  # raises here what the model refuses
 
     def pieces() -> Iterator[str]:
         shown = 0
-        for (text,) in _texts(windows, tokenizer, stop, chunk):
-            if len(text) > shown:
-                yield text[shown:]
-                shown = len(text)
+        for (output,) in (first, *texts):
+            if len(output) > shown:
+                yield output[shown:]
+                shown = len(output)
 
     return pieces()
 
 
-def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts are a sequence of strings, got one string: pass [{prompts!r}]")
-    if not prompts:
-        raise ValueError("there are no prompts: pass at least one")
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
-    for row, (ids, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        if ids.size == 0:
-            raise ValueError(
-                f"prompt {row} is {prompt!r}, which has no tokens: pass at least one character, or a start token"
-            )
-    return rows
+def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
+    """The first token that the decoder of an encoder-decoder reads: the model's, or the tokenizer's bos token.
 
-
-def _check_stop(stop: Sequence[str]) -> None:
-    if isinstance(stop, str):
-        raise TypeError(f"stop is a sequence of strings, got one string: pass [{stop!r}]")
-    if "" in stop:
-        raise ValueError(f"stop strings must not be empty, got {list(stop)}")
-
-
-class _Windows:
-    """Generation that outlasts the context: whenever it is full, the last half of each row becomes the next prompt.
-
-    Models without ``max_positions`` have one window. ``rows`` is what each row holds from earlier windows, prompt
-    included; ``progress`` the window under way.
+    Raises:
+        ValueError: neither has one.
     """
+    start = getattr(model.config, "decoder_start_id", None)
+    if start is None:
+        start = tokenizer.special_ids.bos
+    if start is None:
+        raise ValueError(
+            f"{model.family} has no decoder_start_id and the tokenizer no beginning-of-sequence token: pass "
+            "GenerationConfig(decoder_start_id=...) with the token that came before the targets in training"
+        )
+    return start
+
+
+class _Text:
+    """A request together with its model and tokenizer."""
 
     def __init__(
-        self,
-        model: Model,
-        params: Any,
-        tokenizer: Tokenizer,
-        rows: list[np.ndarray],
-        max_new_tokens: int,
-        sampling: Sampling,
-        key: jax.Array | None,
+        self, model: Model, params: Any, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
     ) -> None:
-        self._model, self._params, self._sampling, self._key = model, params, sampling, key
-        self._end_id = tokenizer.end_id
-        self._ids = min(tokenizer.vocab_size, model.config.vocab_size)
-        self._limit = getattr(model.config, "max_positions", None)
-        self._left, self._number = max_new_tokens, 0
-        self.rows = rows
-        longest = max(ids.size for ids in rows)
-        if self._limit is not None and longest > self._limit:
-            raise ValueError(f"a prompt of {longest} tokens exceeds max_positions={self._limit}: shorten it")
-        self.progress = self._open(rows)
-        # Once, and not again in each call of the loop.
-        self._apart = jax.jit(layers_apart)(params)
-
-    def _open(self, prompts: list[np.ndarray]) -> Progress:
-        """Prompts padded on the left to the longest, and their first tokens."""
-        longest = max(ids.size for ids in prompts)
-        prompts_BT = np.stack([np.pad(ids, (longest - ids.size, 0)) for ids in prompts])
-        segment_ids_BT = np.stack([np.arange(longest) >= longest - ids.size for ids in prompts]).astype(np.int32)
-        room = self._left if self._limit is None else min(self._left, self._limit - longest + 1)
-        # The first window draws what `generate` draws; the others have keys of their own.
-        key = self._key if self._key is None or self._number == 0 else jax.random.fold_in(self._key, self._number)
-        return prefill(
-            self._model, self._params, prompts_BT, segment_ids_BT, max_new_tokens=room, sampling=self._sampling,
-            key=key, end_id=self._end_id, allowed_ids=self._ids,
+        require_task(
+            model, ("causal", "permutation", "seq2seq"), "it generates no text",
+            "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
         )  # fmt: skip
+        self._model, self._tokenizer, self._config = model, tokenizer, config
+        self._start: np.ndarray | None = None
+        if model.reads_source:
+            start = config.decoder_start_id
+            self._start = np.array([decoder_start_id(model, tokenizer) if start is None else start], np.int32)
+        elif config.decoder_start_id is not None:
+            raise ValueError(f"decoder_start_id={config.decoder_start_id}: {model.family} has no decoder of its own")
+        self._request = TokenRequest(
+            model=model,
+            params=jax.jit(layers_apart)(params),  # once here, instead of in each call of the loop
+            max_new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
+            key=key,
+            end_id=tokenizer.end_id,
+            num_ids=min(tokenizer.vocab_size, model.config.vocab_size),
+        )
 
-    @property
-    def full(self) -> bool:
-        """No more tokens fit into this window."""
-        return int(self.progress.step) == self.progress.tokens.shape[1]
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each prompt or source."""
+        what = "source" if self._model.reads_source else "prompt"
+        if isinstance(texts, str):
+            raise TypeError(f"texts are a sequence of strings, got one string: pass [{texts!r}]")
+        if not texts:
+            raise ValueError(f"there are no {what}s: pass at least one")
+        limit = self._request.max_positions
+        if self._model.reads_source:
+            encodings = self._tokenizer.encode_inputs_batch(texts)
+            rows = [encoding.ids for encoding in encodings]
+            empty = [bool(np.all(encoding.sequence == SPECIAL)) for encoding in encodings]
+        else:
+            rows = [self._tokenizer.encode(text) for text in texts]
+            empty = [ids.size == 0 for ids in rows]
+        for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
+            if empty[row]:
+                raise ValueError(f"{what} {row} is {text!r}, which has no tokens: pass at least one character")
+            check_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
+            if limit is not None and ids.size > limit:
+                raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
+        return rows
 
-    @property
-    def over(self) -> bool:
-        """All tokens that were asked for are made."""
-        return self.full and self.progress.tokens.shape[1] == self._left
+    def beam_texts(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """The text of the best hypothesis of each row."""
+        request, config = self._request, self._config
+        if self._start is None:
+            prompts, state = batch, None
+            tokens_BT, segment_ids_BT = pad_prompts(request, prompts, config.max_new_tokens)
+        else:
+            prompts, state = [self._start] * len(batch), read_sources(request, batch, config.max_new_tokens)
+            tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
+        beams = beam_search(
+            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=config.max_new_tokens,
+            beams=config.num_beams, length_penalty=config.length_penalty, end_id=request.end_id,
+            allowed_ids=request.num_ids, state=state,
+        )  # fmt: skip
+        best_BN, lengths_B = np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0])
+        rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, best_BN, lengths_B, strict=True)]
+        texts = [self._decode(ids, prompt.size) for ids, prompt in zip(rows, prompts, strict=True)]
+        return [_final(text, config.stop, over=True)[0] for text in texts]
 
-    def advance(self, ended: np.ndarray, chunk: int) -> None:
-        """Up to ``chunk`` more tokens for the rows that have not ended, in this window or the first of the next."""
-        if not self.full:
-            progress = dataclasses.replace(self.progress, ended=jnp.asarray(ended))
-            self.progress = advance(self._model, self._apart, progress, chunk)
-            return
-        made = [np.asarray(self.progress.tokens)[row, :n] for row, n in enumerate(np.asarray(self.progress.lengths))]
-        self.rows = [np.concatenate(pair) for pair in zip(self.rows, made, strict=True)]
-        self._left -= self.progress.tokens.shape[1]
-        self._number += 1
-        assert self._limit is not None
-        fresh = self._open([ids[-max(self._limit // 2, 1) :] for ids in self.rows])
-        # A row that had ended draws nothing: its first token here is taken back.
-        lengths = jnp.where(jnp.asarray(ended), 0, fresh.lengths)
-        self.progress = dataclasses.replace(fresh, ended=fresh.ended | jnp.asarray(ended), lengths=lengths)
+    def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int) -> Iterator[list[str]]:
+        """The final part of the text of every row, after each chunk; the last one is the whole text."""
+        if self._start is None:
+            prompts, windows = batch, Windows(self._request, batch, numbers)
+        else:
+            prompts = [self._start] * len(batch)
+            windows = Windows(self._request, prompts, numbers, batch)
+        while True:
+            # Copies: the buffers are donated to the next call.
+            progress = windows.progress
+            tokens, lengths, ended = (np.array(x) for x in (progress.tokens, progress.lengths, progress.ended))
+            texts, stopped = [], []
+            for row, earlier in enumerate(windows.rows):
+                ids = np.concatenate([earlier, tokens[row, : lengths[row]]])
+                text = self._decode(ids, prompts[row].size)
+                text, found = _final(text, self._config.stop, over=windows.over or bool(ended[row]))
+                texts.append(text)
+                stopped.append(found)
+            yield texts
+            ended |= np.array(stopped)
+            if windows.over or ended.all():
+                return
+            windows.advance(ended, chunk)
+
+    def _decode(self, ids: np.ndarray, prompt: int) -> str:
+        """The text of the ids after the first ``prompt``, without an end token at their end."""
+        if ids.size > prompt and ids[-1] == self._request.end_id:
+            ids = ids[:-1]
+        if self._start is not None:
+            return self._tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+        # Decoded together with the prompt: some tokenizers treat the beginning of a text differently.
+        return self._tokenizer.decode(ids)[len(self._tokenizer.decode(ids[:prompt])) :]
 
 
-def _texts(windows: _Windows, tokenizer: Tokenizer, stop: Sequence[str], chunk: int) -> Iterator[list[str]]:
-    """The text of every row that is final, after each chunk; the last one is all of it."""
-    before = [len(tokenizer.decode(prompt)) for prompt in windows.rows]
-    while True:
-        # Copies: the buffers are donated to the next call.
-        progress = windows.progress
-        tokens, lengths, ended = (np.array(x) for x in (progress.tokens, progress.lengths, progress.ended))
-        texts, stopped = [], []
-        for row, earlier in enumerate(windows.rows):
-            ids = np.concatenate([earlier, tokens[row, : lengths[row]]])
-            if tokenizer.end_id is not None and ended[row] and ids[-1] == tokenizer.end_id:
-                ids = ids[:-1]
-            # Decoded together with the prompt: some tokenizers treat the beginning of a text differently.
-            text = tokenizer.decode(ids)[before[row] :]
-            text, found = _final(text, stop, over=windows.over or bool(ended[row]))
-            texts.append(text)
-            stopped.append(found)
-        yield texts
-        ended |= np.array(stopped)
-        if windows.over or ended.all():
-            return
-        windows.advance(ended, chunk)
+def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
+    """Raise ``ValueError`` for an id outside the vocabulary of the model."""
+    if ids.size and ids.max() >= vocab_size:
+        raise ValueError(
+            f"{what} has id {ids.max()}, outside the model's {vocab_size} ids: is this the tokenizer of the model?"
+        )
 
 
 def _final(text: str, stop: Sequence[str], *, over: bool) -> tuple[str, bool]:
-    """What of ``text`` later tokens cannot change, and whether it ends at a stop string. ``over``: none will come."""
+    """The part of ``text`` that later tokens cannot change, and whether a stop string ends it.
+
+    ``over``: there are no later tokens.
+    """
     if not over:
         text = text.rstrip("\ufffd")
     found = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]

@@ -13,7 +13,7 @@ import pytest
 import jaxlm
 from jaxlm import spec
 from jaxlm.data import ByteTokenizer, CharTokenizer
-from jaxlm.decoding import Sampling, generate_text, stream_text, text
+from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text, text, windows
 from jaxlm.spec import ArraySpec
 
 Pair = tuple[Any, Any]
@@ -63,13 +63,13 @@ LINE = "The naïve € costs 😀😀 and 日本. And more"
 @pytest.mark.parametrize("stop", [(), ("😀 and",), (". A", "xyz"), ("never",), ("日本",)])
 def test_pieces_are_final_and_make_up_the_whole(stop: tuple[str, ...], chunk: int) -> None:
     model, params = recite(LINE.encode())
-    pieces = list(stream_text(model, params, BYTES, "The", max_new_tokens=90, stop=stop, chunk=chunk))
+    pieces = list(stream_text(model, params, BYTES, "The", GenerationConfig(90, stop=stop), chunk=chunk))
     expected = min((LINE[3:].split(string)[0] for string in stop), key=len, default=LINE[3:])
     assert "".join(pieces) == expected
     assert "\ufffd" not in "".join(pieces)
     assert all(pieces)
     assert len(pieces) > 5 or chunk > 3
-    assert generate_text(model, params, BYTES, ["The"], max_new_tokens=90, stop=stop) == [expected]
+    assert generate_text(model, params, BYTES, ["The"], GenerationConfig(90, stop=stop)) == [expected]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 50])
@@ -81,43 +81,46 @@ def test_the_first_stop_string_to_be_complete_counts(chunk: int) -> None:
         (["bc", "abc"], "123"),  # complete together: the longer one
         (["fe", "f0"], "123abcdef"),  # the end may look like the beginning of one
     ]:
-        assert "".join(stream_text(model, params, BYTES, "0", max_new_tokens=30, stop=stop, chunk=chunk)) == expected
-        assert generate_text(model, params, BYTES, ["0"], max_new_tokens=30, stop=stop) == [expected]
+        assert "".join(stream_text(model, params, BYTES, "0", GenerationConfig(30, stop=stop), chunk=chunk)) == expected
+        assert generate_text(model, params, BYTES, ["0"], GenerationConfig(30, stop=stop)) == [expected]
 
 
 def test_what_could_begin_a_stop_string_is_held_back() -> None:
     model, params = recite(b"x one st st stop two")
-    pieces = list(stream_text(model, params, BYTES, "x", max_new_tokens=30, stop=["stop"], chunk=1))
+    pieces = list(stream_text(model, params, BYTES, "x", GenerationConfig(30, stop=("stop",)), chunk=1))
     assert pieces == [" ", "o", "n", "e", " ", "st ", "st "]
 
 
 def test_an_incomplete_character_waits_and_is_shown_at_the_end() -> None:
     model, params = recite("x é€".encode())
-    assert list(stream_text(model, params, BYTES, "x", max_new_tokens=6, chunk=1)) == [" ", "é", "€"]
-    assert list(stream_text(model, params, BYTES, "x", max_new_tokens=5, chunk=1)) == [" ", "é", "\ufffd"]
-    assert generate_text(model, params, BYTES, ["x"], max_new_tokens=5) == [" é\ufffd"]
+    assert list(stream_text(model, params, BYTES, "x", GenerationConfig(6), chunk=1)) == [" ", "é", "€"]
+    assert list(stream_text(model, params, BYTES, "x", GenerationConfig(5), chunk=1)) == [" ", "é", "\ufffd"]
+    assert generate_text(model, params, BYTES, ["x"], GenerationConfig(5)) == [" é\ufffd"]
 
 
 def test_batched_prompts_of_unequal_length() -> None:
     model, params = recite(b"0123456789abc")
     prompts = ["0", "01234", "0123456789ab"]
-    assert generate_text(model, params, BYTES, prompts, max_new_tokens=4) == ["1234", "5678", "c"]
+    assert generate_text(model, params, BYTES, prompts, GenerationConfig(4)) == ["1234", "5678", "c"]
     # A row that met its stop string waits for the others and gets nothing more.
-    assert generate_text(model, params, BYTES, prompts, max_new_tokens=12, stop=["45", "9a"]) == ["123", "5678", "c"]
+    assert generate_text(model, params, BYTES, prompts, GenerationConfig(12, stop=("45", "9a"))) == ["123", "5678", "c"]
 
 
 def test_nothing_is_generated_beyond_the_chunk_that_holds_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(text, "advance", lambda *given: calls.append(given[-1]) or ADVANCE(*given))
+    monkeypatch.setattr(windows, "advance", lambda *given: calls.append(given[-1]) or ADVANCE(*given))
     model, params = recite(b"0123456789" * 15)
-    assert generate_text(model, params, BYTES, ["0", "012"], max_new_tokens=100, stop=["90"]) == ["12345678", "345678"]
+    assert generate_text(model, params, BYTES, ["0", "012"], GenerationConfig(100, stop=("90",))) == [
+        "12345678",
+        "345678",
+    ]
     assert calls == [text.CHUNK, text.CHUNK]
     calls.clear()
-    assert len(generate_text(model, params, BYTES, ["0"], max_new_tokens=100)[0]) == 100
+    assert len(generate_text(model, params, BYTES, ["0"], GenerationConfig(100))[0]) == 100
     assert calls == [100], "without stop strings there is one call"
 
 
-ADVANCE = text.advance
+ADVANCE = windows.advance
 
 
 def test_a_tokenizer_that_treats_the_beginning_differently() -> None:
@@ -134,49 +137,71 @@ def test_a_tokenizer_that_treats_the_beginning_differently() -> None:
 
     model, params = Reciter(), jnp.arange(100) % 26
     tokenizer: Any = Words()
-    assert generate_text(model, params, tokenizer, ["a b"], max_new_tokens=3) == [" c d e"]
-    assert list(stream_text(model, params, tokenizer, "a b", max_new_tokens=3, chunk=1)) == [" c", " d", " e"]
+    assert generate_text(model, params, tokenizer, ["a b"], GenerationConfig(3)) == [" c d e"]
+    assert list(stream_text(model, params, tokenizer, "a b", GenerationConfig(3), chunk=1)) == [" c", " d", " e"]
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=257)
     params = jax.jit(model.init)(jax.random.key(0))
-    options: dict[str, Any] = {"max_new_tokens": 30, "sampling": Sampling(top_k=100), "key": jax.random.key(3)}
-    (whole,) = generate_text(model, params, BYTES, ["To be"], **options)
+    config, key = GenerationConfig(30, Sampling(top_k=100)), jax.random.key(3)
+    (whole,) = generate_text(model, params, BYTES, ["To be"], config, key=key)
     assert len(whole) > 5
-    assert "".join(stream_text(model, params, BYTES, "To be", chunk=chunk, **options)) == whole
+    assert "".join(stream_text(model, params, BYTES, "To be", config, key=key, chunk=chunk)) == whole
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("texts", "error", "message"),
     [
-        ({"prompts": ["a", ""]}, ValueError, r"prompt 1 is '', which has no tokens: pass at least one character"),
-        ({"prompts": []}, ValueError, r"there are no prompts"),
-        ({"prompts": "ab"}, TypeError, r"prompts are a sequence of strings, got one string: pass \['ab'\]"),
-        ({"stop": "ab"}, TypeError, r"stop is a sequence of strings, got one string: pass \['ab'\]"),
-        ({"stop": ["a", ""]}, ValueError, r"stop strings must not be empty, got \['a', ''\]"),
-        ({"max_new_tokens": 0}, ValueError, r"max_new_tokens=0 must be at least 1"),
-        ({"sampling": Sampling()}, ValueError, r"temperature=1.0 draws at random: pass a key"),
+        (["a", ""], ValueError, r"prompt 1 is '', which has no tokens: pass at least one character"),
+        ([], ValueError, r"there are no prompts"),
+        ("ab", TypeError, r"texts are a sequence of strings, got one string: pass \['ab'\]"),
     ],
 )
-def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    given = {"prompts": ["a"], "max_new_tokens": 3, **arguments}
+def test_bad_texts(texts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        generate_text(*recite(b"ab"), BYTES, **given)
+        generate_text(*recite(b"ab"), BYTES, texts, GenerationConfig(3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"stop": "ab"}, TypeError, r"stop is a sequence of strings, got one string: pass \('ab',\)"),
+        ({"stop": ("a", "")}, ValueError, r"stop strings must not be empty, got \['a', ''\]"),
+        ({"max_new_tokens": 0}, ValueError, r"max_new_tokens=0 must be at least 1"),
+        ({"batch_size": 0}, ValueError, r"batch_size=0 must be at least 1"),
+        ({"num_beams": 0}, ValueError, r"num_beams=0 must be at least 1"),
+        (
+            {"num_beams": 2, "sampling": Sampling()},
+            ValueError,
+            r"num_beams=2 searches for likely texts: leave sampling",
+        ),
+        ({"length_penalty": 2.0}, ValueError, r"length_penalty=2.0 ranks beams: set num_beams above 1"),
+        ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be finite"),
+    ],
+)
+def test_bad_config(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GenerationConfig(**fields)
+
+
+def test_random_sampling_needs_a_key() -> None:
+    with pytest.raises(ValueError, match=r"temperature=1.0 draws at random: pass a key"):
+        generate_text(*recite(b"ab"), BYTES, ["a"], GenerationConfig(3, Sampling()))
 
 
 def test_streaming_refuses_at_the_call() -> None:
     with pytest.raises(ValueError, match=r"prompt 0 is ''"):
-        stream_text(*recite(b"ab"), BYTES, "", max_new_tokens=3)
+        stream_text(*recite(b"ab"), BYTES, "", GenerationConfig(3))
     with pytest.raises(ValueError, match=r"chunk=0 must be at least 1"):
-        stream_text(*recite(b"ab"), BYTES, "a", max_new_tokens=3, chunk=0)
+        stream_text(*recite(b"ab"), BYTES, "a", GenerationConfig(3), chunk=0)
 
 
 def test_ids_that_the_model_lacks() -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=2)
-    with pytest.raises(ValueError, match=r"id 2 in row 0 at position 2, outside the vocabulary of 2 ids"):
-        generate_text(model, {}, CharTokenizer("abc"), ["abc"], max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"prompt 0 has id 2, outside the model's 2 ids: is this the tokenizer"):
+        generate_text(model, {}, CharTokenizer("abc"), ["abc"], GenerationConfig(3))
 
 
 def by_hand(model: jaxlm.Model, params: Any, prompt: np.ndarray, count: int) -> list[int]:
@@ -207,23 +232,23 @@ def test_text_outgrows_the_context(chunk: int) -> None:
     tokenizer = CharTokenizer(LETTERS)
     want = tokenizer.decode(by_hand(model, params, tokenizer.encode("abc"), 40))
     assert len(set(want)) > 1
-    pieces = list(stream_text(model, params, tokenizer, "abc", max_new_tokens=40, chunk=chunk))
+    pieces = list(stream_text(model, params, tokenizer, "abc", GenerationConfig(40), chunk=chunk))
     assert "".join(pieces) == want
     # A stop string that lies across the border of two windows (after 10 tokens) is found.
     border = want[8:12]
     cut = want[: want.find(border)]
-    assert generate_text(model, params, tokenizer, ["abc"], max_new_tokens=40, stop=[border]) == [cut]
-    with pytest.raises(ValueError, match="a prompt of 13 tokens exceeds max_positions=12: shorten it"):
-        stream_text(model, params, tokenizer, "abcdefghijabc", max_new_tokens=3)
+    assert generate_text(model, params, tokenizer, ["abc"], GenerationConfig(40, stop=(border,))) == [cut]
+    with pytest.raises(ValueError, match="prompt 0 has 13 tokens, but max_positions=12: shorten it"):
+        stream_text(model, params, tokenizer, "abcdefghijabc", GenerationConfig(3))
 
 
 def test_rows_that_end_early_stay_ended_in_later_windows() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
     params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
     tokenizer = CharTokenizer(LETTERS)
-    alone = [generate_text(model, params, tokenizer, [prompt], max_new_tokens=40)[0] for prompt in ("abc", "jih")]
+    alone = [generate_text(model, params, tokenizer, [prompt], GenerationConfig(40))[0] for prompt in ("abc", "jih")]
     stop = alone[0][2:4]
-    both = generate_text(model, params, tokenizer, ["abc", "jih"], max_new_tokens=40, stop=[stop])
+    both = generate_text(model, params, tokenizer, ["abc", "jih"], GenerationConfig(40, stop=(stop,)))
     assert both[0] == alone[0][: alone[0].find(stop)]
     at = alone[1].find(stop)
     assert both[1] == (alone[1] if at < 0 else alone[1][:at])

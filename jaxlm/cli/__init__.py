@@ -1,0 +1,59 @@
+"""The ``jaxlm`` command.
+
+With a finished model (a run directory, or a directory in Hugging Face layout): ``generate``, ``translate``,
+``summarize``, ``classify``, ``score``. Before a training: ``plan``, ``launch``. ``doctor`` shows what this machine has,
+``--version`` the version.
+
+To add a command, write a frozen dataclass with a method ``run() -> int`` (its fields are the options, its docstring the
+help) and put it into :data:`COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Protocol, Union
+
+import tyro
+
+import jaxlm
+from jaxlm.cli.classify import Classify
+from jaxlm.cli.doctor import Doctor
+from jaxlm.cli.generate import Generate
+from jaxlm.cli.launch import Launch
+from jaxlm.cli.plan import Plan
+from jaxlm.cli.score import Score
+from jaxlm.cli.translate import Summarize, Translate
+from jaxlm.config import exit_status
+
+
+class Command(Protocol):
+    """What a command has."""
+
+    def run(self) -> int:
+        """Do the work; returns the exit status."""
+        ...
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "generate": Generate,
+    "translate": Translate,
+    "summarize": Summarize,
+    "classify": Classify,
+    "score": Score,
+    "plan": Plan,
+    "launch": Launch,
+    "doctor": Doctor,
+}
+"""Name of each command -> its class."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"jaxlm {jaxlm.__version__}")
+        return 0
+    kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    union: Any = Union[kinds]  # noqa: UP007 (made at run time)
+    command: Command = tyro.cli(union, args=arguments, prog="jaxlm", description=__doc__)
+    return exit_status(command.run, "jaxlm")

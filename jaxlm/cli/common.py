@@ -1,0 +1,65 @@
+"""What the commands share: loading a finished model, and texts from arguments, a file or standard input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm import Model, load_pretrained
+from jaxlm.data import load_tokenizer
+from jaxlm.data.tokenizers import Tokenizer
+
+
+def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
+    """The model, parameters and tokenizer of a run directory or a directory in Hugging Face layout."""
+    inside = directory / "model" if (directory / "model").is_dir() else directory
+    overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    model, params = load_pretrained(inside, **overrides)
+    return model, params, load_tokenizer(inside)
+
+
+def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
+    """The texts of the command line, or the lines of a file, or else those of standard input.
+
+    Raises:
+        ValueError: texts and a file, an empty line, no line at all, or a file that is not UTF-8.
+    """
+    if texts and file is not None:
+        raise ValueError("give texts or --file, not both")
+    if texts:
+        return list(texts)
+    name = "standard input" if file is None else str(file)
+    try:
+        content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.object[error.start]:#04x}") from error
+    lines = content.removesuffix("\n").split("\n") if content else []
+    if not lines:
+        raise ValueError(f"{name} is empty: give one text a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"line {number} of {name} is empty: every line needs a text")
+    return [line.removesuffix("\r") for line in lines]
+
+
+def one_line(text: str) -> str:
+    """The text with backslashes and line breaks escaped as in JSON."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Texts, and their pairs where they are separated by a tab.
+
+    Raises:
+        ValueError: some texts have a tab and others have none, or a text has several.
+    """
+    rows = [text.split("\t") for text in texts]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]) or len(row) > 2:
+            raise ValueError(
+                f"text {number} has {len(row) - 1} tabs and text 1 has {len(rows[0]) - 1}: give all texts alone, or "
+                "each as TEXT<tab>TEXT"
+            )
+    return [row[0] for row in rows], [row[1] for row in rows] if len(rows[0]) == 2 else None

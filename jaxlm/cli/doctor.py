@@ -1,0 +1,76 @@
+"""``jaxlm doctor``: versions, devices and optional packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import jax
+
+import jaxlm
+from jaxlm.devices import by_kind
+
+EXTRAS = (
+    ("tokenizers", "'jaxlm[tokenizers]'", "reading tokenizer.json and vocab/merges files"),
+    ("sacrebleu", "'jaxlm[metrics]'", "BLEU and chrF of translations"),
+    ("rouge-score", "'jaxlm[metrics]'", "ROUGE of summaries"),
+    ("chess", "'jaxlm[chess]'", "the rules of chess"),
+    ("pytest", "'jaxlm[test]'", "running the tests"),
+    ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on one"),
+    ("torch", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
+    ("transformers", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
+)
+"""Optional packages: name, how to install, what for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Print versions, devices, memory, and which optional packages are missing."""
+
+    def run(self) -> int:
+        """Print the report."""
+        print(f"python {platform.python_version()} on {platform.platform()}")
+        for package in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+            found = jaxlm.__version__ if package == "jaxlm" else _version(package)
+            print(f"{package:18} {found or 'MISSING'}")
+        print(f"\nbackend            {jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}")
+        for device in jax.devices():
+            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}{_peak(device)}")
+        print(f"host memory        {_host_memory()}")
+        print()
+        for package, extra, purpose in EXTRAS:
+            found = _version(package)
+            print(f"{package:18} {found or f'missing: {purpose}; pip install {extra}'}")
+        return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory(device: jax.Device) -> str:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return ""
+    return f", {stats.get('bytes_in_use', 0) / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB in use"
+
+
+def _peak(device: jax.Device) -> str:
+    known = by_kind(device.device_kind)
+    if known is None:
+        return ""
+    return f"; datasheet: {known.tflops:g} TFLOP/s bfloat16, {known.memory / 1e9:g} GB, {known.bandwidth / 1e9:g} GB/s"
+
+
+def _host_memory() -> str:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB available"

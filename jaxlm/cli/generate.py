@@ -1,0 +1,83 @@
+"""``jaxlm generate``: continue prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import tyro
+
+from jaxlm.cli.common import load, one_line, read_texts
+from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
+from jaxlm.decoding.describe import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue prompts: a single one token by token on the terminal, several as one line each."""
+
+    directory: tyro.conf.Positional[Path]
+    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Prompts. Without any (and without --prompt and --file), the lines of standard input."""
+    prompt: str | None = None
+    """Text to continue, like a single TEXT."""
+    file: Path | None = None
+    """File with one prompt a line. Line breaks in the output are printed as \\n."""
+    max_new_tokens: int = 500
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Below 1 more probable, above more surprising; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Keep only this many of the likeliest tokens."""
+    top_p: float | None = None
+    """Keep only the likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Keep only tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were already there less likely."""
+    stop: tuple[str, ...] = ()
+    """Stop at the first of these strings."""
+    batch_size: int = 32
+    """Prompts that are continued together."""
+    seed: int = 0
+    """Seed of the draws."""
+    dtype: str | None = None
+    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+
+    def run(self) -> int:
+        """Print each prompt and its continuation."""
+        if self.prompt is not None and (self.texts or self.file is not None):
+            raise ValueError("give --prompt, texts or --file, only one of them")
+        given = self.texts if self.prompt is None else (self.prompt,)
+        model, params, tokenizer = load(self.directory, self.dtype)
+        if model.reads_source:
+            raise ValueError(
+                f"this is {describe(model)}: it reads a source and continues nothing; use jaxlm translate or summarize"
+            )
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            sampling=Sampling(
+                temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+            ),
+            stop=self.stop,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+        key = jax.random.key(self.seed)
+        prompts = list(given) if given else read_texts((), self.file)
+        if len(given) != 1:
+            for prompt, text in zip(
+                prompts, generate_text(model, params, tokenizer, prompts, config, key=key), strict=True
+            ):
+                print(one_line(prompt + text))
+            return 0
+        pieces = stream_text(model, params, tokenizer, prompts[0], config, key=key)
+        sys.stdout.write(prompts[0])
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return 0

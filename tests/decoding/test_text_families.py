@@ -1,0 +1,224 @@
+"""Text of every kind of family: equal to array-level results, whatever the batches and the padding are."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.data import ByteTokenizer
+from jaxlm.decoding import (
+    GREEDY,
+    GenerationConfig,
+    Sampling,
+    batches,
+    beam_search,
+    generate,
+    generate_text,
+    sample,
+    stream_text,
+    text,
+    windows,
+)
+from tests.helpers import lively, tiny_model
+
+BYTES = ByteTokenizer()
+NEW = 6
+CAUSAL, SOURCE = ("gpt2-tiny", "lstm-tiny"), ("t5-tiny", "attention-rnn-tiny")
+TEXTS = ["a man", "o", "two dogs are running", "the sea is", "a", "snow on a hill", "men"]
+every_family = pytest.mark.parametrize("name", [*CAUSAL, *SOURCE])
+
+
+@functools.cache
+def pair(name: str) -> tuple[Any, Any]:
+    model = tiny_model(name, vocab_size=264)
+    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+
+
+def config_of(name: str, **fields: Any) -> GenerationConfig:
+    """A config with the start token that the attention RNN and a byte tokenizer lack."""
+    start = {"decoder_start_id": BYTES.end_id} if name == "attention-rnn-tiny" else {}
+    return GenerationConfig(**{"max_new_tokens": NEW, **start, **fields})
+
+
+def array_level(name: str, source: str, num_beams: int) -> str:
+    """The text of one prompt or source by the functions on arrays, without padding."""
+    model, params = pair(name)
+    ids, state = BYTES.encode(source)[None], None
+    if model.reads_source:
+        state = model.start(params, ids, NEW)
+        ids = np.array([[BYTES.end_id if name == "attention-rnn-tiny" else model.config.decoder_start_id]], np.int32)
+    options: dict[str, Any] = {
+        "max_new_tokens": NEW, "end_id": BYTES.end_id, "allowed_ids": BYTES.vocab_size, "state": state,
+    }  # fmt: skip
+    if num_beams == 1:
+        out = generate(model, params, ids, **options)
+        return BYTES.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
+    beams = beam_search(model, params, ids, beams=num_beams, **options)
+    return BYTES.decode(np.asarray(beams.tokens)[0, 0, : int(beams.lengths[0, 0])])
+
+
+@every_family
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_batches_of_padded_texts_equal_each_text_alone_on_arrays(name: str, num_beams: int) -> None:
+    texts = ["a man", "snow on a hill", "o sea"]
+    out = generate_text(*pair(name), BYTES, texts, config_of(name, num_beams=num_beams, batch_size=2))
+    assert out == [array_level(name, source, num_beams) for source in texts]
+    assert len(set(out)) > 1, "this model ignores its inputs"
+
+
+@every_family
+def test_order_batches_and_buckets_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = pair(name)
+    whole = generate_text(model, params, BYTES, TEXTS, config_of(name, batch_size=None))
+    assert generate_text(model, params, BYTES, TEXTS, config_of(name, batch_size=2)) == whole
+    assert generate_text(model, params, BYTES, TEXTS[::-1], config_of(name)) == whole[::-1]
+    monkeypatch.setattr(windows, "bucket_length", lambda length, limit=None: length)
+    assert generate_text(model, params, BYTES, TEXTS, config_of(name)) == whole, "padding to buckets changes texts"
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
+def test_draws_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
+    model, params = pair(name)
+    sampling, key = Sampling(top_k=50), jax.random.key(3)
+    whole = generate_text(model, params, BYTES, TEXTS, config_of(name, sampling=sampling, batch_size=None), key=key)
+    assert (
+        generate_text(model, params, BYTES, TEXTS, config_of(name, sampling=sampling, batch_size=3), key=key) == whole
+    )
+    assert len(set(generate_text(model, params, BYTES, ["a"] * 4, config_of(name, sampling=sampling), key=key))) == 4
+
+
+@pytest.mark.parametrize("name", ["t5-tiny", "gpt2-tiny"])
+def test_compilations_are_bounded_by_the_buckets(name: str) -> None:
+    model, params = pair(name)
+    texts = ["x" * n for n in range(1, 24)]
+    before = sample._prefill._cache_size(), windows._read_sources._cache_size()
+    generate_text(model, params, BYTES, texts, config_of(name, batch_size=4, max_new_tokens=2))
+    buckets = len({batches.bucket_length(n) for n in range(1, 24)})
+    assert buckets == 3
+    prefills, sources = sample._prefill._cache_size() - before[0], windows._read_sources._cache_size() - before[1]
+    assert prefills <= buckets
+    assert sources <= buckets
+    generate_text(model, params, BYTES, texts[5:], config_of(name, batch_size=4, max_new_tokens=2))
+    assert sample._prefill._cache_size() == before[0] + prefills, "a second call compiles nothing"
+    assert windows._read_sources._cache_size() == before[1] + sources
+
+
+@pytest.mark.parametrize("name", SOURCE)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_streaming_equals_generating_from_a_source(name: str, chunk: int) -> None:
+    model, params = pair(name)
+    sampling, key = Sampling(top_k=50), jax.random.key(1)
+    config = config_of(name, sampling=sampling, max_new_tokens=12)
+    (whole,) = generate_text(model, params, BYTES, ["a man"], config, key=key)
+    pieces = list(stream_text(model, params, BYTES, "a man", config, key=key, chunk=chunk))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_stop_strings_end_outputs(num_beams: int) -> None:
+    model, params = pair("t5-tiny")
+    (whole,) = generate_text(model, params, BYTES, ["a man"], config_of("t5-tiny", num_beams=num_beams))
+    stop = whole[3]
+    config = config_of("t5-tiny", num_beams=num_beams, stop=(stop,))
+    assert generate_text(model, params, BYTES, ["a man"], config) == [whole[: whole.index(stop)]]
+
+
+def trained_tokenizer() -> Any:
+    """Words with special tokens and T5's template ``text </s>``."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    from jaxlm.data.tokenizers import PretrainedTokenizer
+
+    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:3])
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PretrainedTokenizer(backend)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> None:
+    tokenizer, model = trained_tokenizer(), tiny_model("t5-tiny", vocab_size=63)
+    params = lively(jax.jit(model.init)(jax.random.key(5)))
+    ids = tokenizer.encode_inputs("w3 w9").ids
+    assert ids[-1] == tokenizer.special_ids.eos == 1
+    config = GenerationConfig(20, num_beams=num_beams)
+    state = model.start(params, ids[None], 20)
+    out = beam_search(
+        model, params, np.zeros((1, 1), np.int32), max_new_tokens=20, beams=num_beams, end_id=1, state=state
+    )
+    tokens = np.asarray(out.tokens)[0, 0, : int(out.lengths[0, 0])].tolist()
+    (found,) = generate_text(model, params, tokenizer, ["w3 w9"], config)
+    assert found == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "<" not in found
+
+
+def test_bad_sources() -> None:
+    model, params = pair("t5-tiny")
+    with pytest.raises(ValueError, match=r"source 1 is '', which has no tokens"):
+        generate_text(model, params, BYTES, ["a", ""])
+    with pytest.raises(ValueError, match=r"source 0 is '', which has no tokens"):
+        generate_text(tiny_model("t5-tiny"), {}, trained_tokenizer(), [""])
+    with pytest.raises(ValueError, match=r"source 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
+        generate_text(tiny_model("t5-tiny", vocab_size=100), {}, BYTES, ["xa"])
+    with pytest.raises(ValueError, match=r"attention_rnn has no decoder_start_id and the tokenizer no beginning"):
+        generate_text(*pair("attention-rnn-tiny"), BYTES, ["a"])
+    with pytest.raises(ValueError, match=r"decoder_start_id=3: gpt has no decoder of its own"):
+        generate_text(*pair("gpt2-tiny"), BYTES, ["a"], GenerationConfig(decoder_start_id=3))
+    with pytest.raises(ValueError, match=r"num_beams=2: beam search knows no text before its end; use generate_text"):
+        stream_text(model, params, BYTES, "a", GenerationConfig(num_beams=2))
+
+
+def test_a_source_longer_than_the_positions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = pair("t5-tiny")
+    monkeypatch.setattr(text.TokenRequest, "max_positions", 6)
+    with pytest.raises(ValueError, match=r"source 1 has 7 tokens, but max_positions=6: shorten it"):
+        generate_text(model, params, BYTES, ["a", "0123456"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("bert-tiny", {}, "this is a BERT with a masked-token head: it generates no text; load a language model"),
+        ("gpt2-tiny", {"task": "classification"}, "this is a GPT with a classification head: it generates no text"),
+        ("t5-tiny", {"task": "none"}, "this is a T5 with no head: it generates no text"),
+    ],
+)
+def test_a_model_without_a_head_for_text_is_described(name: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        generate_text(jaxlm.get_model(name, **fields), {}, BYTES, ["a"])
+
+
+def test_generate_tells_what_an_encoder_decoder_needs_and_that_works() -> None:
+    model, params = pair("t5-tiny")
+    start = np.zeros((1, 1), np.int32)
+    with pytest.raises(ValueError, match=r"generate_text\(model, params, tokenizer, sources\).*state=model.start\("):
+        generate(model, params, start, max_new_tokens=NEW)
+    out = generate(
+        model, params, start, max_new_tokens=NEW, state=model.start(params, BYTES.encode("a man")[None], NEW)
+    )
+    assert out.tokens.shape == (1, NEW)
+
+
+def test_a_key_for_each_row() -> None:
+    model, params = pair("gpt2-tiny")
+    prompts, key = np.array([[5, 6], [5, 6]], np.int32), jax.random.key(0)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "sampling": Sampling()}
+    folded = generate(model, params, prompts, key=key, **options).tokens
+    given = generate(model, params, prompts, key=sample.row_keys(key, np.array([1, 0])), **options).tokens
+    np.testing.assert_array_equal(given, folded[::-1])
+    with pytest.raises(ValueError, match="3 keys for 2 prompts: pass one key, or one for each prompt"):
+        generate(model, params, prompts, key=jax.random.split(key, 3), **options)
+
+
+def test_the_config_is_hashable() -> None:
+    assert hash(GenerationConfig(stop=["a", "b"])) == hash(GenerationConfig(stop=("a", "b")))  # type: ignore[arg-type]
+    assert GenerationConfig().sampling == GREEDY
