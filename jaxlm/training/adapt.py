@@ -224,8 +224,7 @@ class LoRA:
 
     def frozen_specs(self, model_specs: spec.Tree) -> spec.Tree:
         """Specs of the frozen tree."""
-        whole = self._trained_whole(model_specs)
-        return _filter(model_specs, lambda name: name not in whole)
+        return self.frozen(model_specs, model_specs)
 
     def split(self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
         """The trained tree, with new factors drawn from ``key``, and the frozen one.
@@ -237,7 +236,12 @@ class LoRA:
         if not same_structure(params, model_specs):
             factors = spec.unstack(factors)
         trained = _union(factors, _filter(params, lambda name: name in whole))
-        return trained, _filter(params, lambda name: name not in whole)
+        return trained, self.frozen(model_specs, params)
+
+    def frozen(self, model_specs: spec.Tree, params: spec.Tree) -> spec.Tree:
+        """The frozen tree of ``params``: what a trained tree that was saved needs beside it."""
+        whole = self._trained_whole(model_specs)
+        return _filter(params, lambda name: name not in whole)
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
         """Parameters of the model, each weight in the dtype that it has in ``frozen``."""

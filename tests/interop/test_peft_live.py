@@ -1,0 +1,169 @@
+"""LoRA adapters against ``peft`` on torch: run with ``-m live`` and the extras ``reference`` and ``adapters``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.interop.peft import load_adapter, save_adapter
+from jaxlm.models import Model
+from jaxlm.training.adapt import LoRA
+from tests.helpers import relative_error
+
+pytestmark = pytest.mark.live
+
+SMALL_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "gpt2": (
+        "GPT2LMHeadModel", "GPT2Config",
+        {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 50, "n_positions": 16},
+        {"target_modules": ["c_attn", "attn.c_proj", "c_fc"], "fan_in_fan_out": True, "lora_alpha": 7},
+    ),
+    "gpt2_base": (
+        "GPT2Model", "GPT2Config",
+        {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 50, "n_positions": 16},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ),
+    "bert": (
+        "BertForSequenceClassification", "BertConfig", {**SMALL_BERT, "vocab_size": 50, "num_labels": 3},
+        {"target_modules": ["query", "value", "attention.output.dense"], "task_type": "SEQ_CLS"},
+    ),
+    "llama": (
+        "LlamaForCausalLM", "LlamaConfig",
+        {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 40, "vocab_size": 50, "max_position_embeddings": 32, "tie_word_embeddings": False,
+        },
+        {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "lm_head"], "use_rslora": True},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration", "T5Config",
+        {"d_model": 32, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+         "vocab_size": 50, "decoder_start_token_id": 0},
+        {"target_modules": ["q", "v", "o", "wi"], "lora_alpha": 16},
+    ),
+}  # fmt: skip
+
+
+def peft_model(case: str, directory: Path) -> Any:
+    """A random base model of transformers, saved, with random adapters on it, saved beside it."""
+    import peft
+    import torch
+    import transformers
+
+    architecture, config, sizes, options = CASES[case]
+    torch.manual_seed(1)
+    base = getattr(transformers, architecture)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    base.save_pretrained(directory / "base", safe_serialization=True)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(directory / "adapter")
+    return model
+
+
+def outputs(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """What the torch model says: logits, or hidden states of a base class."""
+    import torch
+
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    extra = (
+        {"decoder_input_ids": ids.flip(1)}
+        if hasattr(model.config, "decoder_start_token_id") and model.config.is_encoder_decoder
+        else {}
+    )
+    with torch.no_grad():
+        result = model(input_ids=ids, **extra)
+    return (result.logits if hasattr(result, "logits") else result.last_hidden_state).numpy()
+
+
+def our_outputs(model: Model, params: Any, tokens: np.ndarray) -> Any:
+    if model.reads_source:
+        hidden, _ = model.apply(params, tokens[:, ::-1], source=tokens)
+    elif model.config.task == "classification":
+        hidden, _ = model.apply(params, tokens)
+        return model.logits(params, model.summary(params, hidden))[:, 0]
+    else:
+        hidden, _ = model.apply(params, tokens)
+    return hidden if model.config.task == "none" else model.logits(params, hidden)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_of_peft_give_its_outputs_and_go_back(case: str, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    theirs = peft_model(case, tmp_path)
+    tokens = np.random.default_rng(0).integers(1, 50, (2, 7)).astype(np.int32)
+    expected = outputs(theirs, tokens)
+    model, params = load_pretrained(tmp_path / "base")
+    lora, trained = load_adapter(tmp_path / "adapter", model)
+    merged = lora.merge(trained, lora.frozen(model.specs, params))
+    run = jax.jit(lambda params: our_outputs(model, params, tokens))
+    assert relative_error(run(merged), expected) < 1e-5
+    assert relative_error(run(params), expected) > 1e-2  # the adapters matter
+
+    save_adapter(tmp_path / "back", model, lora, trained, base=str(tmp_path / "base"))
+    architecture = getattr(transformers, CASES[case][0])
+    base = architecture.from_pretrained(tmp_path / "base").eval()
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "back").eval()
+    assert relative_error(outputs(again, tokens), expected) < 1e-5
+    lora_again, trained_again = load_adapter(tmp_path / "back", model)
+    assert lora_again == lora
+    assert all(map(np.array_equal, jax.tree.leaves(trained_again), jax.tree.leaves(trained)))
+
+    save_pretrained(tmp_path / "merged", model, merged)
+    assert relative_error(outputs(architecture.from_pretrained(tmp_path / "merged").eval(), tokens), expected) < 1e-5
+
+
+def test_peft_trains_on_what_we_save_without_a_head(tmp_path: Path) -> None:
+    """A classifier whose head is not trained is opened without a task: PEFT would look for tensors of the head."""
+    import peft
+    import transformers
+
+    peft_model("bert", tmp_path)
+    model, params = load_pretrained(tmp_path / "base")
+    lora = LoRA(2, targets=("attention/output",))
+    trained, _ = lora.split(model.specs, params, jax.random.key(0))
+    save_adapter(tmp_path / "adapter2", model, lora, trained)
+    assert json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())["task_type"] is None
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    tokens = np.random.default_rng(0).integers(1, 50, (2, 7)).astype(np.int32)
+    expected = outputs(base, tokens)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter2").eval()
+    assert relative_error(outputs(again, tokens), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"rank_pattern": {"query": 2}}, r"rank_pattern=\{'query': 2\} is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"layers_to_transform": [1]}, "lacks .* some layers"),
+        ({"target_modules": ["word_embeddings"]}, "lora_embedding_A"),
+    ],
+)
+def test_options_of_peft_that_are_not_supported(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    base = transformers.BertModel(transformers.BertConfig(**SMALL_BERT, vocab_size=50))
+    base.save_pretrained(tmp_path / "base")
+    peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["query"], **options})).save_pretrained(
+        tmp_path / "a"
+    )
+    model, _ = load_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path / "a", model)
