@@ -331,6 +331,11 @@ def _kind(name: str, owners: dict[str, _Weight], directory: Path) -> tuple[str, 
                 raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(part)!r}")
             owners[weight].check()
             return weight, part
+    if name.endswith(".base_layer.weight"):
+        raise ValueError(
+            f"{directory / WEIGHTS}: {name!r} is a weight of the base model: save the adapter with PEFT's "
+            "save_pretrained(..., save_embedding_layers=False)"
+        )
     if name not in owners:
         raise ValueError(f"{directory / WEIGHTS}: {name!r} is neither a factor of LoRA nor a parameter of the model")
     return name, ""

@@ -69,7 +69,8 @@ def peft_model(case: str, directory: Path) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(directory / "adapter")
+    # Else PEFT writes the whole table of a head that has factors, too.
+    model.save_pretrained(directory / "adapter", save_embedding_layers=False)
     return model
 
 
@@ -78,11 +79,7 @@ def outputs(model: Any, tokens: np.ndarray) -> np.ndarray:
     import torch
 
     ids = torch.from_numpy(tokens.astype(np.int64))
-    extra = (
-        {"decoder_input_ids": ids.flip(1)}
-        if hasattr(model.config, "decoder_start_token_id") and model.config.is_encoder_decoder
-        else {}
-    )
+    extra = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         result = model(input_ids=ids, **extra)
     return (result.logits if hasattr(result, "logits") else result.last_hidden_state).numpy()
@@ -161,9 +158,8 @@ def test_options_of_peft_that_are_not_supported(options: dict[str, Any], message
 
     base = transformers.BertModel(transformers.BertConfig(**SMALL_BERT, vocab_size=50))
     base.save_pretrained(tmp_path / "base")
-    peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["query"], **options})).save_pretrained(
-        tmp_path / "a"
-    )
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["query"], **options}))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     model, _ = load_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=message):
-        load_adapter(tmp_path / "a", model)
+        load_adapter(tmp_path / "adapter", model)
