@@ -122,9 +122,9 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     from jaxlm.models.common import layers_apart
     from jaxlm.objectives import causal
     from jaxlm.plan.flops import counted_flops
-    from jaxlm.training import step as step_lib
     from jaxlm.training.evaluation import Evaluator
     from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+    from jaxlm.training.trainer import Trainer
 
     B, T = options.batch, options.length
 
@@ -156,13 +156,12 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
             changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
             plain = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
             _, stream, optimizer, loss = step_of(name, plain)
-            step = step_lib.make_step(plain, optimizer, loss, stream=stream)
-            state = step_lib.abstract_state(plain, optimizer, stream=stream)
+            trainer = Trainer(plain, optimizer, loss, carry=stream)
             window = jax.ShapeDtypeStruct((B, T), "int32")
             weights = jax.ShapeDtypeStruct((B, T), "float32")
             reset = None if stream is None else jax.ShapeDtypeStruct((B,), "bool")
             batch = causal.Batch(window, window, weights, reset=reset)
-            return counted_flops(step, state, batch).amount / (B * T)
+            return counted_flops(trainer.step, trainer.abstract(), batch).amount / (B * T)
 
         return of
 
@@ -174,12 +173,13 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
         model = sized(build_of(family), flops(family), flops("gpt")(at_equal_parameters("gpt")))
     recipe, stream, optimizer, loss = step_of(family, model)
     data, make = Data.load(), to_batch(recipe)
-    state = jax.jit(layers_apart)(step_lib.init_state(model, optimizer, jax.random.key(0), stream=stream))
+    trainer = Trainer(model, optimizer, loss, carry=stream)
+    state = jax.jit(layers_apart)(trainer.init(jax.random.key(0)))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
     batch = make(next(training))
     begun = time.perf_counter()
-    step: Any = step_lib.jit_step(model, optimizer, loss, stream=stream)
+    step: Any = trainer.jit_step()
     step = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - begun
     seconds, losses = [], []
@@ -196,7 +196,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     decoded, state_bytes = _decode(model, state.params, contexts)
     return {
         "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops(family)(model),
-        "tokens": steps * B * T, "loss": Evaluator(model, loss, held_out, stream=stream)(state.params),
+        "tokens": steps * B * T, "loss": Evaluator(model, loss, held_out, carry=stream)(state.params)["loss"],
         "losses": losses, "tokens_per_second": B * T / statistics.median(seconds), "compile_seconds": compile_seconds,
         "step_bytes": arrays + memory.temp_size_in_bytes, "parameter_bytes": parameter_bytes,
         "state_bytes": state_bytes, "decode_seconds": decoded,

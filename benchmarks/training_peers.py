@@ -39,7 +39,7 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``jaxlm.training.step.jit_step`` of the objective, or the objective alone. As the experiments are: with layers
+    """``Trainer.jit_step`` of the objective, or the objective alone. As the experiments are: with layers
     apart, and in a process that keeps its memory."""
 
     keeps_memory = True
@@ -51,7 +51,7 @@ class Jaxlm(JaxTraining):
         from jaxlm.objectives import objective
         from jaxlm.plan.program import task_of
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-        from jaxlm.training.step import fresh_state, jit_step
+        from jaxlm.training.trainer import Trainer
 
         model, params = jaxlm.load_pretrained(directory)
         self.updates = passes == "step"
@@ -67,8 +67,9 @@ class Jaxlm(JaxTraining):
             return
         settings = OptimizerConfig(schedule="constant", warmup_steps=0, **ADAMW)
         optimizer = make_optimizer(settings, model.specs, steps=1_000_000)
-        self.state = fresh_state(jax.jit(layers_apart)(params), optimizer, jax.random.key(0))
-        self.function = jit_step(model, optimizer, loss)
+        trainer = Trainer(model, optimizer, loss)
+        self.state = jax.jit(layers_apart)(trainer.init(jax.random.key(0), params))
+        self.function = trainer.jit_step()
 
 
 class Flax(JaxTraining):

@@ -41,7 +41,7 @@ from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.loop import TrainingConfig, train
+from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import curve, read_metrics
 
@@ -266,15 +266,15 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     loss = objective(recipe.objective).loss
     stream = None if recipe.stream is None else (recipe.batch_size, recipe.stream)
     begun = time.perf_counter()
+    meta = {"family": name, "config": config_lib.to_json(model.config), "jaxlm": jaxlm.__version__}
     result = train(
-        model, optimizer, loss, make, Batches(source(data, recipe, "training", training.seed)),
-        Evaluator(model, loss, held_out, stream=stream), training, directory,
-        meta={"family": name, "config": config_lib.to_json(model.config), "jaxlm": jaxlm.__version__},
-        stream=stream,
+        training.trainer(model, optimizer, loss, carry=stream),
+        Batches(source(data, recipe, "training", training.seed), to_batch=make),
+        Evaluator(model, loss, held_out, carry=stream), training, Run(directory, meta),
     )  # fmt: skip
     if result.validation_loss is None:
         raise KeyboardInterrupt
-    jaxlm.save_pretrained(directory / "model", model, result.state.params)
+    jaxlm.save_pretrained(directory / "model", model, result.params)
     return Row(
         name, recipe.variant, recipe.objective + (", streamed" if stream else ""), model.num_parameters, training.steps,
         time.perf_counter() - begun, result.tokens_per_second, result.validation_loss, entropy(held_out),

@@ -34,13 +34,13 @@ from jaxlm.data import (
     shakespeare,
     split,
 )
-from jaxlm.decoding import Sampling, stream_text
+from jaxlm.decoding import GenerationConfig, Sampling, stream_text
 from jaxlm.models import Model, gpt
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.evaluation import Evaluator, bits_per_character
-from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.loop import Result, Run, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.report import draw_losses
 
 SMALL = gpt.Config(
@@ -120,32 +120,30 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         except ValueError as error:
             raise ValueError(f"{part} part of {experiment.data or 'the embedded text'}: {error}") from error
         source.check(model.config.vocab_size)
-        return Batches(source, None if sharding is None else sharding.rows(source.batch_size))
+        rows = None if sharding is None else sharding.rows(source.batch_size)
+        return Batches(source, rows, to_batch=to_batch)
 
     validation = batches("validation", training.sequence_length, 0)
-    evaluate = Evaluator(
-        model, causal.loss, [to_batch(next(validation)) for _ in range(training.evaluation_batches)], sharding
-    )
+    held_out = [next(validation) for _ in range(training.evaluation_batches)]
+    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding)
     optimizer = make_optimizer(experiment.optimizer, model.specs, training.steps)
     data = batches("training", 1, training.seed)
 
     tokenizer.encode(experiment.prompt)  # a prompt that cannot be read should not be found out after the training
     directory = resume or Path(processes.from_first(lambda: str(_start_directory(experiment, tokenizer))))
     say(f"{model.num_parameters:,} parameters · {len(tokens):,} tokens of {tokenizer.vocab_size} kinds · {directory}")
-    result = train(
-        model, optimizer, causal.loss, to_batch, data, evaluate, training, directory,
-        meta={"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__},
-        resume=resume is not None, sharding=sharding,
-    )  # fmt: skip
+    schedule = learning_rate(experiment.optimizer, training.steps)
+    trainer = training.trainer(model, optimizer, causal.loss, sharding=sharding, learning_rate=schedule)
+    meta = {"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__}
+    result = train(trainer, data, evaluate, training, Run(directory, meta, resume=resume is not None))
     if processes.is_first():
         if resume is not None:  # only now: a run that cannot go on as asked keeps the configuration that it had
             config_lib.write(experiment, directory / "config.json")
         draw_losses(directory / "metrics.jsonl", directory / "loss.png")
     if result.validation_loss is None:
         return result
-    params = result.state.average if training.average_decay is not None else result.state.params
-    jaxlm.save_pretrained(directory / "model", model, params)
-    params = jax.tree.map(processes.on_host, params)
+    jaxlm.save_pretrained(directory / "model", model, result.params)
+    params = jax.tree.map(processes.on_host, result.params)
     bits = bits_per_character(result.validation_loss, len(tokens), len(text))
     say(
         f"validation loss {result.validation_loss:.4f} nats per token = {bits:.3f} bits per character · "
@@ -163,11 +161,11 @@ def write_passage(experiment: Experiment, model: Model, params: object, tokenize
     """Generate a passage, shown while it is written."""
     passage = experiment.prompt
     sys.stdout.write(f"\n{experiment.prompt}")
-    for piece in stream_text(
-        model, params, tokenizer, experiment.prompt,
-        max_new_tokens=experiment.sample_tokens, sampling=Sampling(temperature=experiment.temperature),
-        key=jax.random.key(experiment.training.seed),
-    ):  # fmt: skip
+    config = GenerationConfig(
+        max_new_tokens=experiment.sample_tokens, sampling=Sampling(temperature=experiment.temperature)
+    )
+    key = jax.random.key(experiment.training.seed)
+    for piece in stream_text(model, params, tokenizer, experiment.prompt, config, key=key):
         sys.stdout.write(piece)
         sys.stdout.flush()
         passage += piece

@@ -21,7 +21,7 @@ from jaxlm.models import FAMILIES, get_model
 from jaxlm.models.model import family
 from jaxlm.objectives import objective
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training import step as step_lib
+from jaxlm.training.trainer import Trainer
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from tests.helpers import (
     TINY,
@@ -499,10 +499,11 @@ def training(name, batch=16):
 def single_step(name):
     """The compiled step on one device: (step, function that makes a fresh state, result of the first step)."""
     model, optimizer, batch = training(name)
-    step = step_lib.jit_step(model, optimizer, loss_function(model))
+    trainer = Trainer(model, optimizer, loss_function(model))
+    step = trainer.jit_step()
     # Weights that leave no ReLU within rounding of 0 (those of key 0 leave one of T5's): on which side it falls depends
     # on the order of a sum, and all gradients below it on that.
-    host_state = jax.device_get(step_lib.init_state(model, optimizer, jax.random.key(1)).replace(key=None))
+    host_state = jax.device_get(trainer.init(jax.random.key(1)).replace(key=None))
 
     def fresh():
         return jax.tree.map(jnp.array, host_state).replace(key=jax.random.key(5))
@@ -563,11 +564,10 @@ def check_sharded_step(name, mesh, *, layers_apart=False):
     model, optimizer, batch = training(name)
     _, fresh, want = single_step(name)
     sharding = Sharding(make_mesh(mesh))
-    options = {"sharding": sharding, "layers_apart": layers_apart}
+    trainer = Trainer(model, optimizer, loss_function(model), sharding=sharding, layers_apart=layers_apart)
     state = spec.unstack(fresh()) if layers_apart else fresh()
-    state = jax.device_put(state, step_lib.state_sharding(model, optimizer, **options))
-    step = step_lib.jit_step(model, optimizer, loss_function(model), **options)
-    assert_steps_close(spec.restack(after_one_step(step, state, batch)), want)
+    state = jax.device_put(state, trainer.shardings())
+    assert_steps_close(spec.restack(after_one_step(trainer.jit_step(), state, batch)), want)
 
 
 @every_form
@@ -584,9 +584,9 @@ def test_pmap_equals_single(name):
     _, fresh, want = single_step(name)
     rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(2, 8, *x.shape[1:]), 0, 1), batch)
     if has_statistics(model):  # each device normalises over its own rows, as each part of an accumulated batch does
-        parts = step_lib.jit_step(model, optimizer, loss_function(model), accumulate=8)
-        want = after_one_step(parts, fresh(), batch)
-    step = step_lib.pmap_step(model, optimizer, loss_function(model))
+        accumulating = Trainer(model, optimizer, loss_function(model), grad_accum_steps=8)
+        want = after_one_step(accumulating.jit_step(), fresh(), batch)
+    step = Trainer(model, optimizer, loss_function(model)).pmap_step()
     got = after_one_step(step, flax.jax_utils.replicate(fresh()), rows)
     for device in (0, 7):
         assert_steps_close(jax.tree.map(lambda x, device=device: x[device], got), want)
@@ -617,7 +617,7 @@ def test_checkpoint_round_trip(name, tmp_path):
     state, _ = step(fresh(), batch)
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"family": name}, wait=True)
-        restored, meta = checkpoints.restore(step_lib.abstract_state(model, optimizer))
+        restored, meta = checkpoints.restore(Trainer(model, optimizer, loss_function(model)).abstract())
     assert meta["family"] == name
     assert_trees_equal(restored, state)
     assert_trees_equal(step(restored, batch), step(state, batch))

@@ -18,8 +18,8 @@ from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
 from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topology
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training import step as step_lib
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
 from tests.helpers import FIRST, decodes, random_tokens, task_of, tiny_model
 
 # ------------------------------------------------------------------------------------------- reading a schedule
@@ -286,8 +286,8 @@ def test_the_closed_formula_is_what_the_step_multiplies(name):
     closed = flops.training_flops(model, B, T)
     update = make_optimizer(OptimizerConfig(), model.specs, 1000)
     data = program.abstract_batch(model, B, T, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
-    state = step_lib.abstract_state(model, update)
-    counted = program._counted(model, update, objective(task_of(model)).loss, None, state, data).amount
+    trainer = Trainer(model, update, objective(task_of(model)).loss)
+    counted = program._counted(trainer, trainer.abstract(), data).amount
     cfg = model.config
     attention = 12 * cfg.num_layers * cfg.embed_dim * T * B * T
     if "causal half" in closed.formula:
@@ -348,7 +348,7 @@ def test_a_plan_compiles_the_step_that_training_runs(here):
     made = plan(model, "here", mesh, batch=16, sequence=32, name="gpt2-tiny")
     sharding = Sharding(make_mesh(mesh))
     update = make_optimizer(OptimizerConfig(), model.specs, 1000)
-    state = step_lib.init_state(model, update, jax.random.key(0), sharding=sharding)
+    state = Trainer(model, update, causal.loss, sharding=sharding).init(jax.random.key(0))
     held = {
         part: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
         for part, tree in (("parameters", state.params), ("optimizer", state.optimizer))

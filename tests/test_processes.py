@@ -24,8 +24,9 @@ from jaxlm.data import Batches, Columns, RandomWindows
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.loop import TrainingConfig, train
+from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
 from jaxlm.training.report import curve, read_metrics
 from tests.helpers import assert_trees_close, assert_trees_equal, tiny_model
 
@@ -51,18 +52,18 @@ def program(what, directory, mesh, *, resume=False, batches=Batches, initial=Non
     held_out = Batches(source, rows)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), model.specs, STEPS)
     config = TrainingConfig(
-        batch_size=ROWS, sequence_length=LENGTH, evaluate_every=3, average_decay=0.9,
+        batch_size=ROWS, sequence_length=LENGTH, evaluate_every=3, ema_decay=0.9,
         **{"steps": STEPS, "checkpoint_every": 2, **options},
     )  # fmt: skip
 
     def to_batch(window):
         return causal.batch(window.tokens, reset=window.reset)
 
-    evaluate = Evaluator(model, causal.loss, [to_batch(next(held_out)) for _ in range(2)], sharding, stream=stream)
-    return model, train(
-        model, optimizer, causal.loss, to_batch, batches(source, rows), evaluate, config, directory,
-        meta={}, resume=resume, sharding=sharding, stream=stream, initial=initial,
-    )  # fmt: skip
+    held_out = [to_batch(next(held_out)) for _ in range(2)]
+    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=stream)
+    trainer = config.trainer(model, optimizer, causal.loss, sharding=sharding, carry=stream)
+    data = batches(source, rows, to_batch=to_batch)
+    return model, train(trainer, data, evaluate, config, Run(directory, resume=resume), initial)
 
 
 def given():
@@ -88,7 +89,7 @@ def work_together(directory):
     with pytest.raises(ValueError if index == 0 else RuntimeError, match="there is no room"):
         processes.from_first(lambda: (_ for _ in ()).throw(ValueError("there is no room")))
     with pytest.raises(ValueError, match="2 processes without a mesh would each train .* over all 4 devices"):
-        train(None, None, None, None, None, None, TrainingConfig(), directory, meta={})
+        train(Trainer(tiny_model("gpt"), None, None), None, None, TrainingConfig(), Run(directory))
 
     model, result = program("fsdp", directory / "fsdp", MESHES["fsdp"])
     embedding = result.state.params["token_embedding"]
@@ -171,7 +172,7 @@ def test_two_processes_train_as_one_does(tmp_path):
             np.testing.assert_allclose(got, want, rtol=1e-5)
         # Adam divides a gradient by its own size: of one that is next to nothing, rounding shows.
         state = restored(together / what, alone.state)
-        assert_trees_close((state.params, state.average), (alone.state.params, alone.state.average), 1e-3)
+        assert_trees_close((state.params, state.ema), (alone.state.params, alone.state.ema), 1e-3)
         if what == "fsdp":
             assert_trees_equal(restored(together / "parts", alone.state), state)  # in two parts: bit for bit
             assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import bisect
 import collections
+import concurrent.futures
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -45,8 +46,8 @@ class Source(Protocol):
         """Rows in one pass over the data: step i is in epoch ``i * batch_size // rows_per_epoch``."""
         ...
 
-    def batch(self, index: int, rows: Sequence[int]) -> Window:
-        """The given rows of the global batch of step ``index``."""
+    def batch(self, index: int, rows: Sequence[int]) -> Any:
+        """The given rows of the global batch of step ``index``: a ``Window``, or what the source documents."""
         ...
 
     def check(self, vocab_size: int) -> None:
@@ -305,36 +306,61 @@ def _fingerprint(source: Any, **facts: int) -> dict[str, Any]:
     return {"kind": type(source).__name__, **numbers, **facts}
 
 
-class Batches(Iterator[Window]):
-    """Iterates over a source without end, giving this process its rows of each global batch.
+class Batches(Iterator[Any]):
+    """Iterates over a source without end: this process's rows of each batch, made by ``to_batch``.
 
-    The state is ``{"next": step, "source": fingerprint}``, the same in every process and for any number of them.
+    The state is ``{"next": step, "source": fingerprint}``, the same in every process and for any number of them. With
+    ``prefetch``, a thread makes the next batches while the device works; the state counts the batches that were taken.
 
     Args:
+        source: the data set.
         rows: in a run of several processes, ``sharding.rows(batch_size)``; None reads all rows.
+        to_batch: a pure function from what the source gives (a ``Window``, for example) to the batch of an objective;
+            None gives the source's own.
+        prefetch: number of batches that are made in advance.
 
     Raises:
         ValueError: the batch has no such rows.
 
     Example:
-        >>> batches = Batches(RandomWindows(tokens, length=256, batch_size=64))
-        >>> window = next(batches)
+        >>> batches = Batches(RandomWindows(tokens, length=256, batch_size=64), to_batch=to_batch)
+        >>> batch = next(batches)
         >>> saved = json.dumps(batches.state())
     """
 
-    def __init__(self, source: Source, rows: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        rows: Sequence[int] | None = None,
+        *,
+        to_batch: Callable[[Any], Any] | None = None,
+        prefetch: int = 0,
+    ) -> None:
         every = range(source.batch_size)
         self.source = source
         self.rows = every if rows is None else rows
         if not self.rows or not set(self.rows) <= set(every):
             raise ValueError(f"rows {list(self.rows)} of a batch of {source.batch_size}: take some of 0 to {every[-1]}")
+        _at_least(0, prefetch=prefetch)
+        self._to_batch = to_batch or (lambda given: given)
         self._next = 0
         self._fingerprint = source.fingerprint()
+        self._prefetch = prefetch
+        self._thread = concurrent.futures.ThreadPoolExecutor(1) if prefetch else None
+        self._waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
 
-    def __next__(self) -> Window:
-        window = self.source.batch(self._next, self.rows)
+    def _make(self, index: int) -> Any:
+        return self._to_batch(self.source.batch(index, self.rows))
+
+    def __next__(self) -> Any:
+        if self._thread is None:
+            batch = self._make(self._next)
+        else:
+            while len(self._waiting) <= self._prefetch:
+                self._waiting.append(self._thread.submit(self._make, self._next + len(self._waiting)))
+            batch = self._waiting.popleft().result()
         self._next += 1
-        return window
+        return batch
 
     def state(self) -> dict[str, Any]:
         """Where the iterator is, fit for JSON."""
@@ -360,3 +386,4 @@ class Batches(Iterator[Window]):
         if differences:
             raise ValueError("the saved iterator read other data:\n  " + "\n  ".join(differences))
         self._next = step
+        self._waiting.clear()

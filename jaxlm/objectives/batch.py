@@ -5,13 +5,18 @@ Shapes: B batch, T time, P places that are predicted (T, unless the batch or the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm.models import Model
+
+Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
+"""``loss(model, params, batch, *, key, state) -> (total, weight, state)``: see ``jaxlm.objectives``."""
 
 
 @struct.dataclass
@@ -38,6 +43,17 @@ class Batch:
     places: Any = None
 
 
+def count(batch: Batch) -> tuple[int, int]:
+    """Number of examples and of tokens of a batch on the host: rows with a target that has a weight, and tokens that are
+    not padding, those of a source included."""
+    examples = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
+    texts = [(batch.tokens, batch.segment_ids)]
+    if "source" in batch.inputs:
+        texts.append((batch.inputs["source"], batch.inputs.get("source_segment_ids")))
+    tokens = [np.size(ids) if segments is None else np.count_nonzero(segments) for ids, segments in texts]
+    return int(np.count_nonzero(examples)), int(sum(tokens))
+
+
 def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
     """What ``apply`` makes of a batch: hidden states [B, P, D], and what it carries on from ``state``.
 
@@ -57,3 +73,15 @@ def token_loss(
         hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
     total = model.cross_entropy(params, hidden, batch.targets, batch.weights)
     return total, jnp.sum(batch.weights), state
+
+
+def token_accuracy(
+    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Weighted number of targets that are the most likely token at their position, the sum of the weights, and the new
+    model state: an evaluation metric with the signature of a loss."""
+    hidden, state = hidden_states(model, params, batch, key, state)
+    if batch.places is not None:
+        hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
+    best = jnp.argmax(model.logits(params, hidden)[..., : model.config.vocab_size], axis=-1)
+    return jnp.sum(jnp.where(best == batch.targets, batch.weights, 0.0)), jnp.sum(batch.weights), state

@@ -5,6 +5,7 @@ Shapes: B batch, T time, D' width of a summary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.models import Model, common
-from jaxlm.nn.loss import chunked_cross_entropy
-from jaxlm.objectives.batch import Batch, hidden_states
+from jaxlm.nn.loss import cross_entropy
+from jaxlm.objectives.batch import Batch, Loss, hidden_states
 
 IGNORED = -100
 """The label of what does not count, as in ``transformers`` and torch."""
@@ -55,12 +56,63 @@ def counted(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray
     return np.where(labels == IGNORED, 0, labels).astype(np.int32), (labels != IGNORED).astype(np.float32)
 
 
+def label_logits(
+    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+) -> tuple[jax.Array, Any]:
+    """Logits of the labels of each row, [B, labels] float32, and the new model state."""
+    hidden, state = hidden_states(model, params, batch, key, state)
+    summary_B1D = model.summary(params, hidden, segment_ids=batch.segment_ids, key=key)
+    return model.logits(params, summary_B1D)[:, 0], state
+
+
 def loss(
     model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Summed negative log-likelihood in nats of the rows' labels, the weight that it sums over, and what the model
-    carries on."""
-    hidden, state = hidden_states(model, params, batch, key, state)
-    summary_B1D = model.summary(params, hidden, segment_ids=batch.segment_ids, key=key)
-    total = chunked_cross_entropy(model.logits, params, summary_B1D, batch.targets[:, None], batch.weights[:, None])
-    return total, jnp.sum(batch.weights), state
+    """Summed negative log-likelihood in nats of the rows' labels, the weight that it sums over, and the new model
+    state."""
+    logits, state = label_logits(model, params, batch, key=key, state=state)
+    return jnp.sum(batch.weights * cross_entropy(logits, batch.targets)), jnp.sum(batch.weights), state
+
+
+def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> Loss:
+    """:func:`loss` with smoothed labels and a weight for each class.
+
+    Args:
+        label_smoothing: share of the target probability that is spread over all labels (Szegedy et al. 2016, section
+            7).
+        class_weights: weight of a row by its label, as ``weight`` of ``torch.nn.CrossEntropyLoss``; None weighs all
+            alike.
+
+    Raises:
+        ValueError: a smoothing out of [0, 1), or weights that are not positive.
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    if class_weights is not None and not min(class_weights) > 0.0:
+        raise ValueError(f"class_weights={tuple(class_weights)} must be positive")
+
+    def weighted_loss(
+        model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        logits, state = label_logits(model, params, batch, key=key, state=state)
+        weights = batch.weights
+        if class_weights is not None:
+            if len(class_weights) != logits.shape[-1]:
+                raise ValueError(f"{len(class_weights)} class_weights for {logits.shape[-1]} labels: give one for each")
+            weights = weights * jnp.asarray(class_weights, jnp.float32)[batch.targets]
+        nats = (1.0 - label_smoothing) * cross_entropy(logits, batch.targets)
+        if label_smoothing > 0.0:
+            nats = nats - label_smoothing * jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        return jnp.sum(weights * nats), jnp.sum(weights), state
+
+    return weighted_loss
+
+
+def accuracy(
+    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Weighted number of rows whose most likely label is theirs, the sum of the weights, and the new model state: an
+    evaluation metric with the signature of a loss."""
+    logits, state = label_logits(model, params, batch, key=key, state=state)
+    right = jnp.argmax(logits, axis=-1) == batch.targets
+    return jnp.sum(jnp.where(right, batch.weights, 0.0)), jnp.sum(batch.weights), state

@@ -20,8 +20,8 @@ from jaxlm.objectives import objective, span_corruption
 from jaxlm.objectives.batch import Batch
 from jaxlm.plan import flops as flops_lib
 from jaxlm.sharding import Sharding
-from jaxlm.training import step as step_lib
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Carry, Trainer
 
 STREAMED = {"transformer_xl": "memory_length", "lstm": None, "gru": None}
 """Families whose language models are trained along streams, and the config field that says how much they remember."""
@@ -100,7 +100,7 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     return Batch(tokens, tokens, array(sequence, dtype=jnp.float32), reset=reset)
 
 
-def stream_of(model: Model, batch: int) -> step_lib.Stream | None:
+def stream_of(model: Model, batch: int) -> Carry | None:
     """What training carries along a stream, for families that are trained so."""
     if model.family not in STREAMED or task_of(model) != "causal":
         return None
@@ -127,19 +127,20 @@ def training_step(
     update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
     stream = stream_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
-    layout: dict[str, Any] = {"stream": stream, "sharding": sharding, "layers_apart": layers_apart}
-    state = step_lib.abstract_state(model, update, **layout)
-    loss = objective(task).loss
-    function = step_lib.jit_step(model, update, loss, accumulate=accumulate, **layout)
+    trainer = Trainer(
+        model, update, objective(task).loss, grad_accum_steps=accumulate, carry=stream, sharding=sharding,
+        layers_apart=layers_apart,
+    )  # fmt: skip
+    state = trainer.abstract()
     counted = flops_lib.training_flops(model, batch, sequence)
     if counted is None:
-        counted = _counted(model, update, loss, stream, state, data)
+        counted = _counted(trainer, state, data)
     parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
     if stream is not None:
-        parts["carried state"] = state.carried
+        parts["carried state"] = state.model_state
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
     name = f"train, {task}" + (", along streams" if stream is not None else "") + _apart(layers_apart)
-    return Step(function, (state, data), parts, counted, tokens, name)
+    return Step(trainer.jit_step(), (state, data), parts, counted, tokens, name)
 
 
 def _apart(layers_apart: bool) -> str:
@@ -154,13 +155,11 @@ def plain_form(model: Model) -> Model:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
 
 
-def _counted(
-    model: Model, update: Any, loss: step_lib.Loss, stream: step_lib.Stream | None, state: Any, data: Any
-) -> flops_lib.Flops:
+def _counted(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:
     """FLOPs from the trace of the same step where nothing is computed twice."""
-    step = step_lib.make_step(plain_form(model), update, loss, stream=stream)
-    without_places = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
-    return flops_lib.counted_flops(step, *without_places)
+    plain = dataclasses.replace(trainer, model=plain_form(trainer.model), grad_accum_steps=1, sharding=None)
+    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
+    return flops_lib.counted_flops(plain.step, *unsharded)
 
 
 def decoding_step(

@@ -1,64 +1,85 @@
-"""Evaluation: the mean loss of an objective over a fixed set of batches."""
+"""Evaluation: means over a fixed set of batches, such as loss and accuracy."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.models import Model
+from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
-from jaxlm.training.step import Loss, Stream, place_batch
+from jaxlm.training.trainer import Carry, place_batch
 
 
 class Evaluator:
-    """Mean loss over ``batches`` (kept, so that every evaluation sees the same), in nats per token.
+    """Named means over ``batches``, which are kept, so that every evaluation sees the same.
 
-    With ``stream`` (batch rows, tokens remembered), the batches are consecutive parts of a stream and the model carries
-    its state from one to the next, starting empty.
+    Args:
+        losses: a function with the signature of an objective's ``loss``, reported as ``loss``; or several by name, as
+            ``{"loss": classification.loss, "accuracy": classification.accuracy}``.
+        sharding: where the batches live; None is one device.
+        carry: rows and tokens of the model state that is carried from batch to batch, from an empty one; None carries
+            nothing.
+        further: parameters to further metrics, which are computed in another way (translations and their BLEU).
+
+    Raises:
+        ValueError: there is no batch.
 
     Example:
         >>> evaluate = Evaluator(model, causal.loss, batches)     # doctest: +SKIP
         >>> evaluate(params)                                      # doctest: +SKIP
-        4.17
+        {'loss': 4.17}
     """
 
     def __init__(
         self,
         model: Model,
-        loss: Loss,
+        losses: Loss | Mapping[str, Loss],
         batches: Iterable[Any],
-        sharding: Sharding | None = None,
         *,
-        stream: Stream | None = None,
+        sharding: Sharding | None = None,
+        carry: Carry | None = None,
+        further: Callable[[Any], Mapping[str, float]] | None = None,
     ) -> None:
-        self._start = None if stream is None else model.init_state(*stream)
+        self._start = None if carry is None else model.init_state(*carry)
+        self._further = further
+        self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
         self.batches = [place_batch(batch, sharding) for batch in batches]
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 
-        def add(sums: tuple[jax.Array, jax.Array], params: Any, batch: Any, state: Any) -> Any:
+        def add(sums: dict[str, Any], params: Any, batch: Any, state: Any) -> Any:
             with contextlib.nullcontext() if sharding is None else sharding.scope():
-                *new, state = loss(model, params, batch, state=state)
-                return jax.tree.map(jnp.add, sums, tuple(new)), state
+                new, new_state = {}, None
+                for name, loss in self._losses.items():
+                    *new[name], new_state = loss(model, params, batch, state=state)
+                return jax.tree.map(jnp.add, sums, new), new_state
 
-        # Each call needs the sums of the one before: no two run at once, which on virtual CPU devices can deadlock.
+        # Each call needs the sums of the call before: two that run at once can deadlock on virtual CPU devices.
         self._add = jax.jit(add)
 
-    def __call__(self, params: Any) -> float:
-        sums, state = (jnp.zeros(()), jnp.zeros(())), self._start
+    def __call__(self, params: Any) -> dict[str, float]:
+        """The metrics of the model with these parameters.
+
+        Raises:
+            ValueError: no target of the batches has a weight.
+        """
+        sums, state = {name: [jnp.zeros(()), jnp.zeros(())] for name in self._losses}, self._start
         for batch in self.batches:
             sums, state = self._add(sums, params, batch, state)
             if self._start is None:
                 state = None
-        total, weight = map(float, jax.device_get(sums))
-        if weight == 0.0:
-            raise ValueError("no token of the evaluation batches counts: they hold padding only")
-        return total / weight
+        values = {}
+        for name, (total, weight) in jax.device_get(sums).items():
+            if weight == 0.0:
+                raise ValueError("no token of the evaluation batches counts: they hold padding only")
+            values[name] = float(total) / float(weight)
+        return values if self._further is None else {**values, **self._further(params)}
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:

@@ -1,4 +1,4 @@
-"""The outer loop: batches in, steps, metrics, evaluations, checkpoints, signals. All effects of training are here."""
+"""The training loop: batches in; steps, metrics, evaluations, checkpoints, signals. All side effects are here."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxlm import processes, spec
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.data import Batches, Window
+from jaxlm.data import Batches
 from jaxlm.models import Model
-from jaxlm.sharding import Sharding
-from jaxlm.training import step as step_lib
+from jaxlm.objectives.batch import Loss, count
 from jaxlm.training.optimizer import Entrywise
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
+from jaxlm.training.trackers import Tracker
+from jaxlm.training.trainer import Metrics, Trainer, TrainState, place_batch
 
 LAG = 2
 """Steps by which metrics are read late, so that the host never waits for a step that it has just started."""
 
 EARLY_STEPS = 10
-"""First steps whose metrics are all written, however seldom the rest are."""
+"""The metrics of the first steps are all written, whatever ``log_every`` says."""
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+"""Parameters of the model to named validation metrics, ``loss`` among them (``jaxlm.training.evaluation``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +47,24 @@ class TrainingConfig:
     """Sequences of a step, over all devices."""
     sequence_length: int = 128
     """Tokens of a sequence."""
-    accumulate: int = 1
-    """Parts that a batch is cut into, whose gradients are summed one after the other to save memory."""
-    average_decay: float | None = None
+    grad_accum_steps: int = 1
+    """Micro-batches of a batch, whose gradients are summed one after the other to save memory."""
+    ema_decay: float | None = None
     """Decay of a moving average of the weights, evaluated and exported instead of them; None keeps none."""
     evaluate_every: int = 250
     """Steps between evaluations."""
     evaluation_batches: int = 20
     """Batches of an evaluation."""
+    best_metric: str = "loss"
+    """Validation metric that decides which checkpoint is the best."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether a lower (min) or a higher (max) value of best_metric is better."""
+    restore_best: bool = False
+    """End with the weights of the best evaluation, not with the last ones; each best evaluation gets a checkpoint."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a better best_metric; None never stops early."""
     checkpoint_every: int | None = 250
-    """Steps between checkpoints, the last step having one, too; None keeps none: for a run that is only measured."""
+    """Steps between checkpoints; the last step has one, too. None keeps none: for a run that is only measured."""
     keep_last: int = 2
     """Checkpoints to keep, besides the best one."""
     log_every: int = 10
@@ -62,8 +72,8 @@ class TrainingConfig:
     max_skipped_in_a_row: int = 10
     """Stop after this many steps in a row without a finite loss and gradient."""
     layers_apart: bool | None = None
-    """Train each layer's parameters as arrays of their own and unroll the loop over layers: a step takes less time, but
-    compiling twice as long or more, and on a CPU more memory. None does so on one CPU device (a tenth less time),
+    """Train each layer's parameters as separate arrays and unroll the loop over layers: a step takes less time, but
+    compiling takes twice as long or more, and on a CPU more memory. None does so on one CPU device (a tenth less time),
     unless remat="full" asks for little memory or the optimizer is not known to be entrywise."""
     seed: int = 0
     """Seed of initial weights, dropout and the order of the data."""
@@ -71,13 +81,57 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            optional = field.default is None or (field.name == "checkpoint_every" and value is None)
-            if not optional and field.name != "seed" and value < 1:
+            if type(value) is int and field.name != "seed" and value < 1:
                 raise ValueError(f"{field.name}={value} must be at least 1")
-        if self.average_decay is not None and not 0.0 < self.average_decay < 1.0:
-            raise ValueError(f"average_decay={self.average_decay} must be between 0 and 1, or None")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or None")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(f"grad_accum_steps={self.grad_accum_steps} does not divide batch_size={self.batch_size}")
+        if self.restore_best and self.checkpoint_every is None:
+            raise ValueError("restore_best=True needs checkpoints: set checkpoint_every")
+
+    def trainer(self, model: Model, optimizer: optax.GradientTransformation, loss: Loss, **options: Any) -> Trainer:
+        """The ``Trainer`` with the options of this config, and further ``options`` of ``Trainer``.
+
+        Raises:
+            ValueError: ``layers_apart`` is True and the optimizer is not known to be entrywise.
+        """
+        apart = _layers_apart(model, optimizer, self.layers_apart, options.get("sharding"))
+        return Trainer(
+            model, optimizer, loss, grad_accum_steps=self.grad_accum_steps, ema_decay=self.ema_decay,
+            layers_apart=apart, **options,
+        )  # fmt: skip
+
+
+def _layers_apart(model: Model, optimizer: optax.GradientTransformation, asked: bool | None, sharding: Any) -> bool:
+    entrywise = isinstance(optimizer, Entrywise)
+    if asked is None:
+        saves_memory = getattr(model.config, "remat", None) == "full"  # on a CPU only a loop saves memory
+        return entrywise and not saves_memory and sharding is None and jax.default_backend() == "cpu"
+    if asked and not entrywise:
+        raise ValueError(
+            "layers_apart=True needs an optimizer whose updates do not depend on how parameters are grouped in arrays: "
+            "take make_optimizer's, wrap yours in jaxlm.training.optimizer.Entrywise, or leave layers_apart at None"
+        )
+    return asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where a training writes.
+
+    Attributes:
+        directory: gets ``metrics.jsonl`` and ``checkpoints/``.
+        meta: JSON to keep in every checkpoint.
+        resume: continue from the newest checkpoint in the directory: bit for bit the same as without the break, on the
+            same number of devices.
+        trackers: further receivers of the metrics.
+    """
+
+    directory: Path
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    resume: bool = False
+    trackers: tuple[Tracker, ...] = ()
 
 
 class DivergedError(RuntimeError):
@@ -89,191 +143,251 @@ class Result:
     """What a run ended with.
 
     Attributes:
-        state: the last state.
-        validation_loss: nats per token after the last step; None when the run was interrupted.
+        state: the last state, or that of the best evaluation (``restore_best``); layers are stacked.
+        params: the parameters of the model to evaluate and export.
+        step: the step of ``state``.
+        validation: metrics of the last evaluation, or of the best one (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
         seconds_to_first_loss: from the call to the first loss on the host, compilation included.
-        tokens_per_second: over the steps after the first.
+        tokens_per_second: tokens that the model read, over the steps after the first.
+        examples_per_second: rows, over the same steps.
+        compilations: number of different batch shapes; the step was compiled once for each.
     """
 
-    state: step_lib.TrainState
-    validation_loss: float | None
+    state: TrainState
+    params: Any
+    step: int
+    validation: Mapping[str, float] | None
     interrupted: str | None
     seconds_to_first_loss: float
     tokens_per_second: float
+    examples_per_second: float
+    compilations: int
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in ("step", "validation", "interrupted", "tokens_per_second")}
+        return f"Result({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Mean validation loss in nats, or None."""
+        return None if self.validation is None else self.validation["loss"]
 
 
 def train(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    loss: step_lib.Loss,
-    to_batch: Callable[[Window], Any],
-    data: Batches,
-    evaluate: Callable[[Any], float],
-    config: TrainingConfig,
-    run: Path,
-    *,
-    meta: dict[str, Any],
-    resume: bool = False,
-    sharding: Sharding | None = None,
-    initial: Any = None,
-    stream: step_lib.Stream | None = None,
+    trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Any = None
 ) -> Result:
-    """Train and leave ``metrics.jsonl`` and ``checkpoints/`` in ``run``.
-
-    Args:
-        loss: an objective's ``loss``.
-        to_batch: a window of tokens (host) to the objective's batch.
-        evaluate: parameters to validation loss.
-        meta: JSON to keep inside every checkpoint, beside the state of ``data``.
-        resume: go on from the newest checkpoint in ``run``: bit for bit what would have come without the break, when
-            the devices are as many.
-        initial: parameters to start from instead of random ones.
-        stream: batch rows and tokens remembered, when the batches are consecutive parts of streams
-            (``jaxlm.data.Columns``) along which the model carries its state; rows whose window says ``reset``
-            start anew.
+    """Train, and leave ``metrics.jsonl`` and ``checkpoints/`` in the directory of the run.
 
     In a run of several processes all of them call this, each with its own rows in ``data``, over a mesh of all devices
     and with one directory that all see (without checkpoints, each may have its own). The first writes
     ``metrics.jsonl``; a signal to any ends all.
 
+    Args:
+        trainer: model, optimizer and loss (``config.trainer(...)`` makes one).
+        data: yields the batches of the objective.
+        evaluate: parameters of the model to validation metrics.
+        params: parameters to start from instead of random ones.
+
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
-        ValueError: ``config.layers_apart`` is True, and the optimizer not known to be entrywise; or there are several
-            processes, and no ``sharding`` or no directory for checkpoints that all of them see.
+        ValueError: nothing is left to do; ``evaluate`` has no ``config.best_metric``; or there are several processes,
+            and no ``sharding`` or no directory for checkpoints that all of them see.
     """
-    begun = time.perf_counter()
-    if sharding is None and jax.process_count() > 1:
+    if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes without a mesh would each train a model of their own: give a sharding "
             f"over all {jax.device_count()} devices"
         )
-    averaged = config.average_decay is not None
-    apart = _takes_apart(model, optimizer, config, sharding)
-    step = step_lib.jit_step(
-        model, optimizer, loss, accumulate=config.accumulate, average_decay=config.average_decay, stream=stream,
-        sharding=sharding, layers_apart=apart,
-    )  # fmt: skip
-
-    def placed(change: Callable[[Any], Any], layers_apart: bool) -> Callable[[Any], Any]:
-        place = None
-        if sharding is not None:
-            place = step_lib.state_sharding(
-                model, optimizer, sharding, average=averaged, stream=stream, layers_apart=layers_apart
-            )
-        return jax.jit(change, out_shardings=place)
-
-    # As checkpoints and callers know a state, however it was trained.
-    stacked = placed(spec.restack, layers_apart=False) if apart else lambda state: state
-
-    run.mkdir(parents=True, exist_ok=True)
+    run.directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
-        processes.require_shared(run)
-    metrics_file = MetricsFile(run / "metrics.jsonl")
-    with Checkpointer(run / "checkpoints", keep_last=config.keep_last) as checkpoints, _Signals() as signals:
-        if resume:
-            target = step_lib.abstract_state(model, optimizer, average=averaged, stream=stream, sharding=sharding)
-            state, saved = checkpoints.restore(target)
-            data.restore(saved["data"])
-            metrics_file.write(event="resumed", step=int(state.step))
-        elif initial is not None:
-            state = _start_from(model, optimizer, initial, config, stream, sharding)
+        processes.require_shared(run.directory)
+    checkpointer = Checkpointer(run.directory / "checkpoints", keep_last=config.keep_last)
+    with checkpointer as checkpoints, _Signals() as signals:
+        loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
+        loop.start(params)
+        with Bar(config.steps, loop.step, 1 if trainer.sharding is None else trainer.sharding.mesh.size) as bar:
+            return loop.run(bar, signals)
+
+
+class _Loop:
+    """The state of a running :func:`train`."""
+
+    def __init__(
+        self, trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run,
+        checkpoints: Checkpointer,
+    ) -> None:  # fmt: skip
+        self._begun = time.perf_counter()
+        self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
+        self._run, self._checkpoints = run, checkpoints
+        # Checkpoints and callers get stacked layers, however the steps keep them.
+        self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False)
+        self._params = jax.jit(self._stacked_trainer.model_params)
+        self._evaluated = jax.jit(trainer.model_params)
+        self._jit_step = trainer.jit_step()
+        self._shapes: set[Any] = set()
+        self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
+        self._validation: Mapping[str, float] | None = None
+        self._validated = 0  # the step of the last evaluation
+        self._best: float | None = None
+        self._without_improvement = 0
+        self.step = 0
+
+    def start(self, params: Any) -> None:
+        """Make the first state, or restore it."""
+        if self._run.resume:
+            state, saved = self._checkpoints.restore(self._stacked_trainer.abstract())
+            self._data.restore(saved["data"])
+            progress = saved.get("evaluation", {})
+            self._best = progress.get("best")
+            self._without_improvement = progress.get("without_improvement", 0)
+            self._records.write(int(state.step), event="resumed")
+            self._state = self._change_layout(spec.unstack, self._trainer, state)
         else:
-            key = jax.random.key(config.seed)
-            state = step_lib.init_state(model, optimizer, key, average=averaged, stream=stream, sharding=sharding)
-        if apart:
-            state = placed(spec.unstack, layers_apart=True)(state)
-        start = int(state.step)
-        if start >= config.steps:
-            raise ValueError(f"nothing to do: step {start} of {config.steps} is reached. Ask for more training.steps")
+            self._state = self._trainer.init(jax.random.key(self._config.seed), params)
+        self.step = int(self._state.step)
+        if self.step >= self._config.steps:
+            raise ValueError(
+                f"nothing to do: step {self.step} of {self._config.steps} is reached. Ask for more training.steps"
+            )
 
-        with Bar(config.steps, start, 1 if sharding is None else sharding.mesh.size) as bar:
-            log = _Log(metrics_file, bar, config, start)
-            validation = None
-            for number in range(start + 1, config.steps + 1):
-                window = next(data)
-                state, metrics = step(state, step_lib.place_batch(to_batch(window), sharding))
-                log.add(number, metrics)
-                stopped = signals.stop_after(number)
-                last = number == config.steps or stopped
-                if number % config.evaluate_every == 0 or number == config.steps:
-                    log.flush()
-                    validation = evaluate(state.average if averaged else state.params)
-                    metrics_file.write(step=number, validation_loss=validation)
-                    bar.say(f"step {number}: validation loss {validation:.4f}")
-                    log.restart_clock()
-                if config.checkpoint_every is not None and (number % config.checkpoint_every == 0 or last):
-                    content = {**meta, "data": data.state()}
-                    fresh = validation if number % config.evaluate_every == 0 or number == config.steps else None
-                    checkpoints.save(number, stacked(state), content, metric=fresh, wait=last)
-                if last:
-                    break
-            log.flush()
-            if stopped and number < config.steps:
-                kept = "nothing is saved, as checkpoint_every=None asks"
-                if config.checkpoint_every is not None:
-                    kept = f"saved step {number} in {run / 'checkpoints'}; --resume {run} goes on from there"
-                bar.say(f"{signals.caught}: {kept}")
-                return Result(stacked(state), None, signals.caught, log.first_loss_at - begun, log.tokens_per_second)
-    return Result(stacked(state), validation, None, log.first_loss_at - begun, log.tokens_per_second)
+    def _change_layout(self, change: Callable[[Any], Any], trainer: Trainer, state: TrainState) -> TrainState:
+        if not self._trainer.layers_apart:
+            return state
+        return jax.jit(change, out_shardings=None if trainer.sharding is None else trainer.shardings())(state)
+
+    def _stacked(self) -> TrainState:
+        return self._change_layout(spec.restack, self._stacked_trainer, self._state)
+
+    def run(self, bar: Bar, signals: _Signals) -> Result:
+        """All steps."""
+        config, log = self._config, _Log(self._records, bar, self._config, self._trainer, self.step)
+        stop: str | None = None
+        while self.step < config.steps and stop is None:
+            self._one_step(log, bar)
+            stop = "signal" if signals.stop_after(self.step) else None
+            last = self.step == config.steps
+            improved = False
+            if self.step % config.evaluate_every == 0 or last:
+                log.flush()
+                improved = self._evaluate_now(bar)
+                log.restart_clock()
+                if config.patience is not None and self._without_improvement >= config.patience and stop is None:
+                    stop = "patience"
+                    bar.say(f"step {self.step}: no better {config.best_metric} in {config.patience} evaluations: stop")
+            due = config.checkpoint_every is not None and self.step % config.checkpoint_every == 0
+            final = last or stop is not None
+            if config.checkpoint_every is not None and (due or final or (config.restore_best and improved)):
+                self._save(wait=final)
+        log.flush()
+        if stop == "signal" and self.step < config.steps:
+            kept = "nothing is saved, as checkpoint_every=None asks"
+            if config.checkpoint_every is not None:
+                where = self._run.directory
+                kept = f"saved step {self.step} in {where / 'checkpoints'}; --resume {where} goes on from there"
+            bar.say(f"{signals.caught}: {kept}")
+            return self._result(log, self._stacked(), None, signals.caught)
+        return self._finish(log, bar)
+
+    def _one_step(self, log: _Log, bar: Bar) -> None:
+        batch = next(self._data)
+        placed = place_batch(batch, self._trainer.sharding)
+        shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(placed))
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            if len(self._shapes) > 1:
+                bar.say(f"step {self.step + 1}: compiling for batch shape {len(self._shapes)}")
+        examples, tokens = count(batch)
+        share = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]
+        self._state, metrics = self._jit_step(self._state, placed)
+        self.step += 1
+        log.add(self.step, metrics, round(examples / share), round(tokens / share))
+
+    def _evaluate_now(self, bar: Bar) -> bool:
+        """Evaluate, write, and say whether the best metric improved."""
+        config = self._config
+        values = dict(self._evaluate(self._evaluated(self._state)))
+        if config.best_metric not in values:
+            raise ValueError(
+                f"best_metric={config.best_metric!r} is not among the validation metrics {', '.join(values)}: "
+                "choose one of them"
+            )
+        self._validation, self._validated = values, self.step
+        self._records.write(self.step, **{f"validation_{name}": value for name, value in values.items()})
+        shown = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
+        bar.say(f"step {self.step}: validation {shown}")
+        value = self._to_minimize(values[config.best_metric])
+        improved = not math.isnan(value) and (self._best is None or value < self._best)
+        self._best = value if improved else self._best
+        self._without_improvement = 0 if improved else self._without_improvement + 1
+        return improved
+
+    def _to_minimize(self, value: float) -> float:
+        return value if self._config.best_mode == "min" else -value
+
+    def _save(self, *, wait: bool) -> None:
+        content = {
+            **self._run.meta,
+            "data": self._data.state(),
+            "evaluation": {"best": self._best, "without_improvement": self._without_improvement},
+        }
+        metric = None
+        if self._validation is not None and self._validated == self.step:
+            content["validation"] = dict(self._validation)
+            metric = self._to_minimize(self._validation[self._config.best_metric])
+        self._checkpoints.save(self.step, self._stacked(), content, metric=metric, wait=wait)
+
+    def _finish(self, log: _Log, bar: Bar) -> Result:
+        if not self._config.restore_best or self._checkpoints.best in (None, self.step):
+            return self._result(log, self._stacked(), self._validation, None)
+        state, saved = self._checkpoints.restore(self._stacked_trainer.abstract(), best=True)
+        bar.say(f"the weights are those of step {int(state.step)}, the best by {self._config.best_metric}")
+        return self._result(log, state, saved["validation"], None)
+
+    def _result(
+        self, log: _Log, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
+    ) -> Result:
+        return Result(
+            state, self._params(state), int(state.step), validation, interrupted,
+            log.first_loss_at - self._begun, log.tokens_per_second, log.examples_per_second, len(self._shapes),
+        )  # fmt: skip
 
 
-def _takes_apart(
-    model: Model, optimizer: optax.GradientTransformation, config: TrainingConfig, sharding: Sharding | None
-) -> bool:
-    """Whether the run trains layers apart, as ``config.layers_apart`` says."""
-    entrywise = isinstance(optimizer, Entrywise)
-    if config.layers_apart is None:
-        saves_memory = getattr(model.config, "remat", None) == "full"  # which on a CPU only a loop does
-        return entrywise and not saves_memory and sharding is None and jax.default_backend() == "cpu"
-    if config.layers_apart and not entrywise:
-        raise ValueError(
-            "layers_apart=True needs an optimizer to which it is all the same how parameters are gathered in arrays: "
-            "take make_optimizer's, wrap yours in jaxlm.training.optimizer.Entrywise, or leave layers_apart at None"
-        )
-    return config.layers_apart
+class _Records:
+    """Writes the records of a run to ``metrics.jsonl`` and to the trackers."""
 
+    def __init__(self, file: MetricsFile, trackers: tuple[Tracker, ...]) -> None:
+        self._file, self._trackers = file, trackers if processes.is_first() else ()
 
-def _start_from(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    params: Any,
-    config: TrainingConfig,
-    stream: step_lib.Stream | None,
-    sharding: Sharding | None,
-) -> step_lib.TrainState:
-    averaged, several = config.average_decay is not None, jax.process_count() > 1
-
-    def copied(x: Any) -> Any:
-        local = not isinstance(x, jax.Array) or x.is_fully_addressable
-        return np.array(x) if several and local else jnp.array(x, copy=True)
-
-    # The step donates its buffers: the caller's parameters must survive.
-    params = jax.tree.map(copied, params)
-    carried = None if stream is None else model.init_state(*stream)
-    state = step_lib.fresh_state(params, optimizer, jax.random.key(config.seed), average=averaged, carried=carried)
-    if sharding is None:
-        return state
-    place = step_lib.state_sharding(model, optimizer, sharding, average=averaged, stream=stream)
-    if several:  # device_put brings typed keys to no device of another process
-        return jax.jit(lambda state: state, out_shardings=place)(state)
-    return jax.device_put(state, place)
+    def write(self, step: int, **record: Any) -> None:
+        self._file.write(step=step, **record)
+        numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
 
 
 class _Log:
-    """Metrics on their way from the device: read :data:`LAG` steps late, written now and then, watched always."""
+    """Metrics on their way from the device: read :data:`LAG` steps late, written now and then, always watched."""
 
-    def __init__(self, file: MetricsFile, bar: Bar, config: TrainingConfig, start: int) -> None:
-        self._file, self._bar, self._config, self._start = file, bar, config, start
-        self._waiting: collections.deque[tuple[int, step_lib.Metrics]] = collections.deque()
+    def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
+        self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
+        self._waiting: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
         self._last_finite = math.nan
         self._clock: tuple[float, int] | None = None
-        self._seconds, self._counted = 0.0, 0
+        self._seconds, self._tokens, self._examples = 0.0, 0, 0
         self.first_loss_at = math.nan
-        self.tokens_per_second = math.nan
 
-    def add(self, step: int, metrics: step_lib.Metrics) -> None:
-        self._waiting.append((step, metrics))
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._seconds if self._seconds else math.nan
+
+    @property
+    def examples_per_second(self) -> float:
+        return self._examples / self._seconds if self._seconds else math.nan
+
+    def add(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
+        """Metrics of a step that was just started, and the numbers of examples and tokens of its batch."""
+        self._waiting.append((step, metrics, examples, tokens))
         while len(self._waiting) > (LAG if step > self._start + 1 else 0):
             self._read(*self._waiting.popleft())
 
@@ -282,24 +396,29 @@ class _Log:
             self._read(*self._waiting.popleft())
 
     def restart_clock(self) -> None:
-        """What happened since the last step (an evaluation) is not training time."""
+        """Leave the time since the last step (an evaluation) out of the training time."""
         self._clock = None
 
-    def _read(self, step: int, metrics: step_lib.Metrics) -> None:
+    def _read(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         if math.isnan(self.first_loss_at):
             self.first_loss_at = now
         if self._clock is not None:
             self._seconds += now - self._clock[0]
-            self._counted += int(values["weight"])
-            self.tokens_per_second = self._counted / self._seconds
+            self._tokens += tokens
+            self._examples += examples
         self._clock = (now, step)
         rate = None if math.isnan(self.tokens_per_second) else self.tokens_per_second
         if step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps:
             # JSON has no NaN: a loss that is not finite is written as null, and `skipped` says so.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._file.write(step=step, **finite, tokens_per_second=rate, time=round(time.time(), 3))
+            if self._trainer.learning_rate is not None:
+                finite["learning_rate"] = float(self._trainer.learning_rate(step - 1 - int(values["skipped"])))
+            self._records.write(
+                step, **finite, tokens=tokens, examples=examples, tokens_per_second=rate,
+                examples_per_second=None if rate is None else self.examples_per_second, time=round(time.time(), 3),
+            )  # fmt: skip
         self._bar.update(step, values["loss"], rate)
         if values["skipped_in_a_row"] >= self._config.max_skipped_in_a_row:
             raise DivergedError(

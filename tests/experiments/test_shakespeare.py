@@ -14,10 +14,11 @@ from jaxlm import cli, spec
 from jaxlm import config as config_lib
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import load_tokenizer, read_text
+from jaxlm.objectives import causal
 from jaxlm.training.loop import Result
 from jaxlm.training.optimizer import make_optimizer
 from jaxlm.training.report import curve, read_metrics
-from jaxlm.training.step import abstract_state
+from jaxlm.training.trainer import Trainer
 
 TINY = (
     "--training.steps", "12", "--training.batch-size", "8", "--training.sequence-length", "32",
@@ -94,7 +95,8 @@ def test_the_exported_model_is_that_of_the_last_checkpoint(finished):
 def _target(run):
     experiment = config_lib.read(shakespeare.Experiment, run / "config.json")
     model, _ = jaxlm.load_pretrained(run / "model", vocab_multiple=experiment.model.vocab_multiple)
-    return abstract_state(model, make_optimizer(experiment.optimizer, model.specs, experiment.training.steps))
+    optimizer = make_optimizer(experiment.optimizer, model.specs, experiment.training.steps)
+    return Trainer(model, optimizer, causal.loss).abstract()
 
 
 def test_jaxlm_generate_writes_the_passage_of_the_run_again(finished, capsys):
@@ -204,7 +206,7 @@ def asked(monkeypatch):
 
     def run(experiment, resume=None):
         seen["experiment"] = experiment
-        return Result(None, None, seen["interrupted"], 0.0, 0.0)
+        return Result(None, None, 0, None, seen["interrupted"], 0.0, 0.0, 0.0, 0)
 
     monkeypatch.setattr(shakespeare, "run", run)
     return seen

@@ -19,7 +19,7 @@ from jaxlm.data import Batches, RandomWindows
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.evaluation import Evaluator, bits_per_character
-from jaxlm.training.loop import DivergedError, TrainingConfig, train
+from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import curve, draw_losses, read_metrics
 from tests.helpers import assert_trees_equal, relative_error, tiny_model
@@ -54,10 +54,10 @@ def run(directory, loss=causal.loss, data=None, **options):
     resume, sharding = config.pop("resume", False), config.pop("sharding", None)
     initial = config.pop("initial", None)
     directory.mkdir(exist_ok=True)
-    return train(
-        model, optimizer, loss, to_batch, data or Batches(RandomWindows(tokens, 16, 8, seed=1)), evaluate,
-        TrainingConfig(**config), directory, meta={"note": "test"}, resume=resume, sharding=sharding, initial=initial,
-    )  # fmt: skip
+    config = TrainingConfig(**config)
+    trainer = config.trainer(model, optimizer, loss, sharding=sharding)
+    data = data or Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
+    return train(trainer, data, evaluate, config, Run(directory, {"note": "test"}, resume), initial)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ class Interrupting(Batches):
     """Batches that raise a signal while the batch of step ``at`` is drawn."""
 
     def __init__(self, source, at, number):
-        super().__init__(source)
+        super().__init__(source, to_batch=to_batch)
         self.at, self.number = at, number
 
     def __next__(self):
@@ -227,7 +227,7 @@ def test_starting_from_given_parameters_leaves_them_alone(tmp_path):
     copy = jax.tree.map(np.array, params)
     result = run(tmp_path, initial=params)
     assert_trees_equal(params, copy)
-    assert result.validation_loss < evaluate(params)
+    assert result.validation_loss < evaluate(params)["loss"]
     assert relative_error(result.state.params["final_norm"]["scale"], params["final_norm"]["scale"]) > 0
 
 
@@ -240,8 +240,8 @@ def test_nothing_left_to_do_is_said(tmp_path, whole):
     ("change", "message"),
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"average_decay": 1.5}, "average_decay=1.5"),
-        ({"batch_size": 8, "accumulate": 3}, "accumulate=3 does not divide batch_size=8"),
+        ({"ema_decay": 1.5}, "ema_decay=1.5"),
+        ({"batch_size": 8, "grad_accum_steps": 3}, "grad_accum_steps=3 does not divide batch_size=8"),
     ],
 )
 def test_bad_training_configs_are_named(change, message):
@@ -255,7 +255,7 @@ def test_evaluation_weighs_tokens_and_not_batches():
     long, short = causal.batch(tokens[:60].reshape(4, 15)), causal.batch(tokens[100:106].reshape(2, 3))
     totals = [causal.loss(model, params, batch)[:2] for batch in (long, short)]
     want = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)
-    assert Evaluator(model, causal.loss, [long, short])(params) == pytest.approx(want, rel=1e-6)
+    assert Evaluator(model, causal.loss, [long, short])(params)["loss"] == pytest.approx(want, rel=1e-6)
     with pytest.raises(ValueError, match="at least one batch"):
         Evaluator(model, causal.loss, [])
     with pytest.raises(ValueError, match="padding only"):

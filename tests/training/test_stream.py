@@ -15,9 +15,9 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Columns
 from jaxlm.objectives import causal, objective
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training import step as step_lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
 from tests.helpers import (
     TINY,
     assert_trees_close,
@@ -75,68 +75,72 @@ def setup(name: str) -> tuple[Any, Any, Any]:
     return model, optimizer, [causal.batch(window.tokens, reset=window.reset) for window in batches]
 
 
+def trainer_of(model: Any, optimizer: Any, **options: Any) -> Trainer:
+    return Trainer(model, optimizer, causal.loss, carry=STREAM, **options)
+
+
 def fresh(model: Any, optimizer: Any) -> Any:
-    return step_lib.init_state(model, optimizer, jax.random.key(0), stream=STREAM)
+    return trainer_of(model, optimizer).init(jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
 def test_a_step_carries_the_state_on_and_starts_anew_where_told(name: str) -> None:
     model, optimizer, batches = setup(name)
-    step = step_lib.jit_step(model, optimizer, causal.loss, stream=STREAM)
+    step = trainer_of(model, optimizer).jit_step()
     state = fresh(model, optimizer)
     carried = []
     for batch in batches[:2]:
         params = jax.tree.map(jnp.copy, state.params)
-        expected = causal.loss(model, params, batch, state=state.carried)[2]
+        expected = causal.loss(model, params, batch, state=state.model_state)[2]
         state, _ = step(state, batch)
-        assert_trees_close(state.carried, expected, 2e-5)
-        assert spec.diff(model.state_specs(*STREAM), state.carried) == []
-        carried.append(jax.device_get(state.carried))
+        assert_trees_close(state.model_state, expected, 2e-5)
+        assert spec.diff(model.state_specs(*STREAM), state.model_state) == []
+        carried.append(jax.device_get(state.model_state))
     assert step._cache_size() == 1
     # The fourth batch begins the next epoch: what came before is forgotten.
     assert batches[3].reset.all()
     params = jax.tree.map(jnp.copy, state.params)
     expected = causal.loss(model, params, batches[3], state=model.init_state(*STREAM))[2]
     state, _ = step(state, batches[3])
-    assert_trees_close(state.carried, expected, 2e-5)
+    assert_trees_close(state.model_state, expected, 2e-5)
 
 
 def test_a_step_that_is_skipped_carries_nothing_on() -> None:
     model, optimizer, batches = setup("lstm-tiny")
-    step = step_lib.jit_step(model, optimizer, causal.loss, stream=STREAM)
+    step = trainer_of(model, optimizer).jit_step()
     state, _ = step(fresh(model, optimizer), batches[0])
-    before = jax.device_get(state.carried)
+    before = jax.device_get(state.model_state)
     bad = batches[1].replace(tokens=np.full_like(batches[1].tokens, model.config.vocab_size))
     state, metrics = step(state, bad)
     assert metrics["skipped"] == 1
-    assert_trees_equal(state.carried, before)
+    assert_trees_equal(state.model_state, before)
 
 
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
 def test_streams_split_over_devices_and_come_back_from_checkpoints(name: str, tmp_path: Any) -> None:
     model, optimizer, batches = setup(name)
-    single = step_lib.jit_step(model, optimizer, causal.loss, stream=STREAM)
+    single = trainer_of(model, optimizer).jit_step()
     want = fresh(model, optimizer)
     for batch in batches[:2]:
         want, _ = single(want, batch)
     sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
-    split = step_lib.jit_step(model, optimizer, causal.loss, stream=STREAM, sharding=sharding)
-    state = step_lib.init_state(model, optimizer, jax.random.key(0), stream=STREAM, sharding=sharding)
+    split = trainer_of(model, optimizer, sharding=sharding).jit_step()
+    state = trainer_of(model, optimizer, sharding=sharding).init(jax.random.key(0))
     state, _ = split(state, batches[0])
-    target = step_lib.abstract_state(model, optimizer, stream=STREAM, sharding=sharding)
+    target = trainer_of(model, optimizer, sharding=sharding).abstract()
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, {}, wait=True)
         restored, _ = checkpoints.restore(target)
     assert_trees_equal(restored, state)
     restored, _ = split(restored, batches[1])
     assert_trees_close(restored.params, want.params, 1e-4)
-    assert_trees_close(restored.carried, want.carried, 1e-4)
+    assert_trees_close(restored.model_state, want.model_state, 1e-4)
 
 
 def test_a_batch_of_streams_cannot_be_cut_into_parts() -> None:
     model, optimizer, batches = setup("lstm-tiny")
-    step = step_lib.jit_step(model, optimizer, causal.loss, accumulate=2, stream=STREAM)
-    with pytest.raises(ValueError, match="accumulate=2 cannot cut a batch whose rows are streams"):
+    step = trainer_of(model, optimizer, grad_accum_steps=2).jit_step()
+    with pytest.raises(ValueError, match="grad_accum_steps=2 cannot split a batch whose rows carry state"):
         step(fresh(model, optimizer), batches[0])
 
 
@@ -147,6 +151,6 @@ def test_an_evaluation_carries_the_state_too() -> None:
         np.concatenate([batches[0].tokens, batches[1].tokens, batches[1].targets[:, -1:]], axis=1)
     )  # fmt: skip
     total, weight, _ = causal.loss(model, params, whole)
-    evaluate = Evaluator(model, causal.loss, batches[:2], stream=STREAM)
-    assert evaluate(params) == pytest.approx(float(total / weight), rel=1e-5)
-    assert Evaluator(model, causal.loss, batches[:2])(params) != pytest.approx(float(total / weight), rel=1e-5)
+    evaluate = Evaluator(model, causal.loss, batches[:2], carry=STREAM)
+    assert evaluate(params)["loss"] == pytest.approx(float(total / weight), rel=1e-5)
+    assert Evaluator(model, causal.loss, batches[:2])(params)["loss"] != pytest.approx(float(total / weight), rel=1e-5)

@@ -10,8 +10,8 @@ import pytest
 from jaxlm import spec
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training import step as step_lib
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.trainer import Trainer
 from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens, tiny_model
 
 
@@ -24,7 +24,7 @@ def parts():
 
 def fresh(**options):
     model, optimizer, _ = parts()
-    return step_lib.init_state(model, optimizer, jax.random.key(0), **options)
+    return Trainer(model, optimizer, causal.loss, **options).init(jax.random.key(0))
 
 
 def poisoned(model, params, batch, *, key=None, state=None):
@@ -36,7 +36,7 @@ def poisoned(model, params, batch, *, key=None, state=None):
 @functools.cache
 def jitted(**options):
     model, optimizer, _ = parts()
-    return jax.jit(step_lib.make_step(model, optimizer, poisoned, **options))
+    return jax.jit(Trainer(model, optimizer, poisoned, **options).step)
 
 
 def test_a_step_is_what_optax_does_by_hand():
@@ -60,12 +60,12 @@ def test_a_step_is_what_optax_does_by_hand():
 
 def test_a_bad_step_changes_nothing_bit_for_bit_and_is_counted():
     _, _, batch = parts()
-    step = jitted(average_decay=0.9)
+    step = jitted(ema_decay=0.9)
     bad = dataclasses.replace(batch, tokens=batch.tokens.copy())
     bad.tokens[0, 0], batch.tokens[0, 0] = 0, 3
-    before, _ = step(fresh(average=True), batch)
+    before, _ = step(fresh(ema_decay=0.9), batch)
     after, metrics = step(before, bad)
-    for name in ("params", "optimizer", "average"):
+    for name in ("params", "optimizer", "ema"):
         assert_trees_equal(getattr(after, name), getattr(before, name))
     assert np.isnan(float(metrics["loss"]))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
@@ -80,39 +80,39 @@ def test_a_bad_step_changes_nothing_bit_for_bit_and_is_counted():
 def test_accumulation_equals_the_whole_batch_even_with_uneven_padding(count):
     batch = dataclasses.replace(parts()[2], weights=np.tri(8, 12, 3).astype(np.float32))
     batch.tokens[0, 0] = 3
-    want, got = (jitted(accumulate=n)(fresh(), batch) for n in (1, count))
+    want, got = (jitted(grad_accum_steps=n)(fresh(), batch) for n in (1, count))
     assert_trees_close((got[0].params, got[0].optimizer, got[1]), (want[0].params, want[0].optimizer, want[1]), 2e-5)
 
 
 def test_accumulation_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match="accumulate=3 does not divide the batch of 8 rows"):
-        jitted(accumulate=3)(fresh(), parts()[2])
+    with pytest.raises(ValueError, match="grad_accum_steps=3 does not divide the batch of 8 rows"):
+        jitted(grad_accum_steps=3)(fresh(), parts()[2])
 
 
 def test_sharded_accumulation_keeps_the_split_of_rows():
     model, optimizer, batch = parts()
     batch.tokens[0, 0] = 3
     sharding = Sharding(make_mesh("data=4", devices=jax.devices()[:4]))
-    state = jax.device_put(fresh(), step_lib.state_sharding(model, optimizer, sharding))
-    step = step_lib.jit_step(model, optimizer, causal.loss, accumulate=2, sharding=sharding)
-    got, want = step(state, batch), jitted()(fresh(), batch)
+    trainer = Trainer(model, optimizer, causal.loss, grad_accum_steps=2, sharding=sharding)
+    state = jax.device_put(fresh(), trainer.shardings())
+    got, want = trainer.jit_step()(state, batch), jitted()(fresh(), batch)
     assert_trees_close((got[0].params, got[1]), (want[0].params, want[1]), 2e-5)
 
 
 def test_average_follows_the_weights():
     batch = parts()[2]
     batch.tokens[0, 0] = 3
-    state = fresh(average=True)
-    assert_trees_equal(state.average, state.params)
-    after, _ = jitted(average_decay=0.75)(state, batch)
+    state = fresh(ema_decay=0.9)
+    assert_trees_equal(state.ema, state.params)
+    after, _ = jitted(ema_decay=0.75)(state, batch)
     want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
-    assert_trees_close(after.average, want, 1e-6)
+    assert_trees_close(after.ema, want, 1e-6)
 
 
 def test_dropout_draws_differ_by_step_and_repeat_by_seed():
     model, optimizer, batch = parts()
     wet = dataclasses.replace(model, config=dataclasses.replace(model.config, residual_dropout=0.3))
-    step = jax.jit(step_lib.make_step(wet, optimizer, causal.loss))
+    step = jax.jit(Trainer(wet, optimizer, causal.loss).step)
     state = fresh()
     one, again = step(state, batch)[1]["loss"], step(state, batch)[1]["loss"]
     later = step(state.replace(step=state.step + 1), batch)[1]["loss"]
@@ -124,7 +124,7 @@ def test_training_from_half_precision_parameters_is_refused():
     model, optimizer, _ = parts()
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh().params)
     with pytest.raises(ValueError, match="training needs float32 parameters, 'final_norm/bias' is bfloat16: convert"):
-        step_lib.fresh_state(low, optimizer, jax.random.key(0))
+        Trainer(model, optimizer, causal.loss).init(jax.random.key(0), low)
 
 
 def test_the_optimizer_is_handed_the_norm_that_the_step_knows():
@@ -140,7 +140,7 @@ def test_the_optimizer_is_handed_the_norm_that_the_step_knows():
     want, _ = jitted()(fresh(), batch)
     plain = optax.GradientTransformation(optimizer.init, lambda grads, state, params=None: update(grads, state, params))
     for watched in (plain, optax.GradientTransformationExtraArgs(optimizer.init, update)):
-        step = jax.jit(step_lib.make_step(model, watched, poisoned))
+        step = jax.jit(Trainer(model, watched, poisoned).step)
         assert_trees_close(step(fresh(), batch)[0].params, want.params, 1e-6)
     assert seen == [set(), {"gradient_norm"}]
 
@@ -149,11 +149,8 @@ def test_the_optimizer_is_handed_the_norm_that_the_step_knows():
 def test_abstract_state_is_the_real_one_with_shardings(apart):
     model, optimizer, _ = parts()
     sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
-    abstract = step_lib.abstract_state(model, optimizer, average=True, sharding=sharding, layers_apart=apart)
-    real = step_lib.init_state(model, optimizer, jax.random.key(0), average=True, sharding=sharding)
-    if apart:
-        place = step_lib.state_sharding(model, optimizer, sharding, average=True, layers_apart=True)
-        real = jax.jit(spec.unstack, out_shardings=place)(real)
+    trainer = Trainer(model, optimizer, causal.loss, ema_decay=0.9, sharding=sharding, layers_apart=apart)
+    abstract, real = trainer.abstract(), trainer.init(jax.random.key(0))
     described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == described
     layers = real.optimizer[1].mu["layers"]

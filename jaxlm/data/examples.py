@@ -1,0 +1,309 @@
+"""Examples: labelled or paired texts, read from the files in which data sets are published.
+
+    TSV, CSV             one example a row, named columns           GLUE, most classification sets
+    labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
+    JSONL                one object a line                          SQuAD-like and summarization sets
+    pairs of files       line n of one file belongs to line n of the other     Multi30k, WMT
+
+An example is a dict with the fields that the reader was asked for. Files may be compressed with gzip (``.gz``). Every
+error names the file and the line. Nothing is dropped: with ``on_error="report"``, a bad line is listed in ``rejected``.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+Example = dict[str, Any]
+OnError = Literal["raise", "report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A line that is no example: its number, from 1, and the reason."""
+
+    line: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """A data set in memory.
+
+    Attributes:
+        rows: the examples.
+        name: where they come from, for messages.
+        rejected: the lines of the file that are no examples.
+
+    Example:
+        >>> Examples([{"text": "a fine film", "label": "1"}]).column("label")
+        ['1']
+    """
+
+    rows: Sequence[Example]
+    name: str = "the examples"
+    rejected: tuple[Rejected, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return Examples(self.rows[index], self.name)
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.rows)
+
+    def column(self, field: str) -> list[Any]:
+        """The values of one field.
+
+        Raises:
+            ValueError: an example has no such field.
+        """
+        for number, row in enumerate(self.rows):
+            if field not in row:
+                raise ValueError(f"example {number} of {self.name} has no field {field!r}: it has {', '.join(row)}")
+        return [row[field] for row in self.rows]
+
+    def select(self, indices: Iterable[int]) -> Examples:
+        """The examples with these indices."""
+        return Examples([self.rows[index] for index in indices], self.name)
+
+    def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
+        """Random parts: one for each fraction, and last the rest.
+
+        Args:
+            fractions: shares of the examples (or of the groups).
+            seed: of the random choice.
+            by: a field; examples with the same value stay in one part.
+
+        Raises:
+            ValueError: fractions that leave a part empty.
+        """
+        if not all(0.0 < fraction < 1.0 for fraction in fractions) or sum(fractions) >= 1.0:
+            raise ValueError(f"fractions {fractions} must be positive and leave a rest: their sum must be below 1")
+        groups = list(range(len(self))) if by is None else self.column(by)
+        names = list(dict.fromkeys(groups))
+        order = np.random.default_rng(seed).permutation(len(names))
+        stops = [round(sum(fractions[: n + 1]) * len(names)) for n in range(len(fractions))]
+        part_of = {names[name]: part for part, chunk in enumerate(np.split(order, stops)) for name in chunk.tolist()}
+        parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+        for index, group in enumerate(groups):
+            parts[part_of[group]].append(index)
+        if not all(parts):
+            raise ValueError(f"{len(names)} groups of {self.name} are too few for parts of {fractions}")
+        return [self.select(part) for part in parts]
+
+    def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
+        """Cross-validation: ``count`` pairs (training, test); each example is in the test part of exactly one."""
+        if not 2 <= count <= len(self):
+            raise ValueError(f"{count} folds of {len(self)} examples: choose from 2 to the number of examples")
+        order = np.random.default_rng(seed).permutation(len(self))
+        chunks = np.array_split(order, count)
+        return [
+            (self.select(np.concatenate(chunks[:fold] + chunks[fold + 1 :])), self.select(chunk))
+            for fold, chunk in enumerate(chunks)
+        ]
+
+    def label_names(self, field: str = "label") -> tuple[str, ...]:
+        """The distinct labels as strings, sorted (as numbers if all of them are)."""
+        names = {str(value) for value in self.column(field)}
+        return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
+
+
+def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the examples") -> np.ndarray:
+    """The index of each label in ``names``, int32 [N].
+
+    Raises:
+        ValueError: a label that is not among the names.
+    """
+    index = {name: number for number, name in enumerate(names)}
+    for number, label in enumerate(labels):
+        if str(label) not in index:
+            raise ValueError(f"example {number} of {what} has the label {label!r}: known are {', '.join(names)}")
+    return np.asarray([index[str(label)] for label in labels], np.int32)
+
+
+# --------------------------------------------------------------------------------------------------- readers
+
+
+def open_text(path: str | Path, encoding: str = "utf-8") -> io.TextIOBase:
+    """A text file, or a gzip file that ends in ``.gz``, opened for reading. Lines end at newlines only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (the caller closes it)
+    # A byte order mark is not text; "utf-8-sig" drops it.
+    return io.TextIOWrapper(opened, encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline="\n")
+
+
+def _lines(path: str | Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file, numbered from 1, without their ends."""
+    number = 0
+    with open_text(path, encoding) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, after line {number}: byte {error.object[error.start]:#04x} is not {encoding}: "
+                "pass another encoding, for example encoding='latin-1'"
+            ) from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}, after line {number}: the gzip file is truncated or damaged: {error}") from error
+
+
+def _collect(path: str | Path, made: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
+    """Examples made line by line; a ``ValueError`` gets the file and the line, or the line is reported."""
+    rows, rejected = [], []
+    for number, make in made:
+        try:
+            rows.append(make())
+        except ValueError as error:
+            if on_error == "raise":
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            rejected.append(Rejected(number, str(error)))
+    if not rows:
+        raise ValueError(f"{path} holds no example")
+    return Examples(rows, str(path), tuple(rejected))
+
+
+def _required(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
+    """The fields of an example from the columns of a row, none missing or empty."""
+    example = {}
+    for field, column in fields.items():
+        value = row.get(column)
+        if value is None:
+            raise ValueError(f"no column {column!r}: the columns are {', '.join(map(repr, row))}")
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{column!r} is empty")
+        example[field] = value
+    return example
+
+
+def read_table(
+    path: str | Path,
+    fields: Mapping[str, str],
+    *,
+    delimiter: Literal["\t", ","] | None = None,
+    encoding: str = "utf-8",
+    on_error: OnError = "raise",
+) -> Examples:
+    """Examples from a TSV or CSV file whose first line names the columns.
+
+    TSV files have no quotes, as in GLUE; CSV files have (RFC 4180).
+
+    Args:
+        fields: field of the example -> name of the column.
+        delimiter: None decides by the name of the file (``.tsv`` or ``.csv``).
+
+    Raises:
+        ValueError: a missing column, an empty text, a line with another number of columns.
+
+    Example:
+        >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
+    """
+    if delimiter is None:
+        suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
+        if suffix not in ("tsv", "csv"):
+            raise ValueError(f"{path} is neither .tsv nor .csv: pass the delimiter")
+        delimiter = "\t" if suffix == "tsv" else ","
+    lines = _lines(path, encoding)
+    texts = (f"{line}\n" for _, line in lines)
+    if delimiter == "\t":
+        reader = csv.reader(texts, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(texts, delimiter=delimiter)
+    header = next(reader, None)
+    if header is None:
+        raise ValueError(f"{path} is empty: the first line must name the columns")
+    missing = [column for column in fields.values() if column not in header]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}: its columns are {', '.join(map(repr, header))}")
+
+    def example(row: list[str]) -> Example:
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} columns where the first line has {len(header)}: {row}")
+        return _required(dict(zip(header, row, strict=True)), fields)
+
+    rows = ((reader.line_num, functools.partial(example, row)) for row in reader)
+    return _collect(path, rows, on_error)
+
+
+def read_jsonl(
+    path: str | Path, fields: Mapping[str, str], *, encoding: str = "utf-8", on_error: OnError = "raise"
+) -> Examples:
+    """Examples from a file with one JSON object a line.
+
+    Args:
+        fields: field of the example -> key of the object.
+
+    Raises:
+        ValueError: a line that is not a JSON object, a missing key, an empty text.
+    """
+
+    def example(line: str) -> Example:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"must hold a JSON object, got {type(row).__name__}")
+        return _required(row, fields)
+
+    lines = ((number, functools.partial(example, line)) for number, line in _lines(path, encoding) if line)
+    return _collect(path, lines, on_error)
+
+
+def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
+    """Examples ``{"label", "text"}`` from lines that hold a label, a space and the text."""
+
+    def example(line: str) -> Example:
+        label, _, text = line.partition(" ")
+        if not label or not text.strip():
+            raise ValueError(f"must hold a label, a space and a text, got {line!r}")
+        return {"label": label, "text": text.strip()}
+
+    lines = ((number, functools.partial(example, line)) for number, line in _lines(path, encoding))
+    return _collect(path, lines, on_error)
+
+
+def read_pairs(
+    source: str | Path, target: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise"
+) -> Examples:
+    """Examples ``{"source", "target"}``: line n of one file and line n of the other.
+
+    Raises:
+        ValueError: files of unequal length, an empty line.
+    """
+    sources, targets = ([line for _, line in _lines(path, encoding)] for path in (source, target))
+    if len(sources) != len(targets):
+        raise ValueError(f"{source} has {len(sources)} lines and {target} has {len(targets)}: they must be parallel")
+
+    def example(pair: tuple[str, str]) -> Example:
+        for text, path in zip(pair, (source, target), strict=True):
+            if not text.strip():
+                raise ValueError(f"the line of {path} is empty")
+        return {"source": pair[0].strip(), "target": pair[1].strip()}
+
+    pairs = enumerate(zip(sources, targets, strict=True), start=1)
+    return _collect(source, ((number, functools.partial(example, pair)) for number, pair in pairs), on_error)

@@ -1,0 +1,341 @@
+"""``Trainer``: one training step and the state it works on, as pure functions. jit, sharding and pmap wrap the step.
+
+Shapes: B batch; A micro-batches of a batch (``grad_accum_steps``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from jaxlm import spec
+from jaxlm.models import Model
+from jaxlm.objectives.batch import Loss
+from jaxlm.sharding import Sharding
+from jaxlm.training.adapt import Adaptation
+
+Carry = tuple[int, int]
+"""The size of the model state that training carries from batch to batch: rows, and tokens remembered."""
+Metrics = dict[str, jax.Array]
+Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training carries from step to step. A resumed run depends on nothing else.
+
+    Attributes:
+        step: steps made, skipped ones included; selects the random key of a step.
+        params: the trained arrays, float32.
+        optimizer: the Optax state.
+        key: root of every random draw.
+        ema: exponential moving average of ``params``, or None.
+        skipped: number of steps whose loss or gradient was not finite.
+        skipped_in_a_row: the same since the last good step.
+        model_state: the model state at the end of the last batch (``model.state_specs``), or None.
+        frozen: parameters that are not trained (``Trainer.adaptation``), or None.
+
+    Leaves are arrays, or shapes or shardings in the trees that describe a state.
+    """
+
+    step: Any
+    params: Any
+    optimizer: Any
+    key: Any
+    ema: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    model_state: Any = None
+    frozen: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A model, its loss and its optimizer, with the functions that training needs of them.
+
+    Attributes:
+        model: the model.
+        optimizer: any Optax transformation.
+        loss: the ``loss`` of an objective, or a function with its signature.
+        grad_accum_steps: A, the number of micro-batches whose gradients are summed one after the other: less memory,
+            the same result.
+        ema_decay: decay of a moving average of the trained arrays; None keeps no average.
+        carry: rows and tokens of the model state that is carried along consecutive batches; None carries nothing.
+        adaptation: which parameters are trained (``jaxlm.training.adapt``); None trains all of them.
+        learning_rate: the schedule, a function of the number of updates; only the log reads it.
+        sharding: where arrays live; None is one device.
+        layers_apart: the layers of the state are separate trees (``spec.unstack``). The optimizer must be
+            ``Entrywise``.
+
+    Example:
+        >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
+        >>> state, step = trainer.init(jax.random.key(0)), trainer.jit_step()    # doctest: +SKIP
+        >>> state, metrics = step(state, batch)                                  # doctest: +SKIP
+    """
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    grad_accum_steps: int = 1
+    ema_decay: float | None = None
+    carry: Carry | None = None
+    adaptation: Adaptation | None = None
+    learning_rate: Callable[[Any], Any] | None = None
+    sharding: Sharding | None = None
+    layers_apart: bool = False
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    @property
+    def specs(self) -> spec.Tree:
+        """Specs of the trained arrays, in the layout of the state."""
+        specs = self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
+        return self._layout(specs)
+
+    def init(self, key: jax.Array, params: Any = None) -> TrainState:
+        """A fresh state, made on the devices where it will live: the same values for any number of devices.
+
+        Args:
+            key: root of every random draw of the training.
+            params: parameters of the model to start from; they are copied. None draws random ones.
+
+        Raises:
+            ValueError: parameters that are trained and not float32.
+        """
+        shardings = None if self.sharding is None else self.shardings()
+        if params is not None:
+            params = jax.tree.map(_on_host_of_several, params)
+        return jax.jit(self._init, out_shardings=shardings)(key, params)
+
+    def _init(self, key: jax.Array, params: Any) -> TrainState:
+        init_key, train_key, adapt_key = (_fold(key, name) for name in ("init", "train", "adapt"))
+        # The step donates its buffers; without the copy, jit would return the buffers of the caller.
+        params = self.model.init(init_key) if params is None else jax.tree.map(jnp.copy, params)
+        frozen = None
+        if self.adaptation is not None:
+            params, frozen = self.adaptation.split(self.model.specs, params, adapt_key)
+        for name, leaf in spec.flatten(params).items():
+            if leaf.dtype != jnp.float32:
+                raise ValueError(
+                    f"training needs float32 parameters, {name!r} is {leaf.dtype}: convert them "
+                    f'(load_pretrained(..., param_dtype="float32")) and choose the compute dtype in the config'
+                )
+        params, frozen = self._layout(params), self._layout(frozen)
+        # No buffer may be donated twice: the average is a copy, and each counter has a zero of its own.
+        ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
+        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        model_state = None if self.carry is None else self._layout(self.model.init_state(*self.carry))
+        return TrainState(
+            step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen
+        )
+
+    def abstract(self) -> TrainState:
+        """Shapes (and shardings) of the state: what to restore a checkpoint into, or to compile against."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0), spec.abstract(self.model.specs))
+        if self.sharding is None:
+            return shapes
+        return jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            shapes,
+            self.shardings(),
+        )
+
+    def shardings(self) -> TrainState:
+        """The sharding of each array of the state: arrays shaped like parameters are split like them, others are on
+        every device."""
+        assert self.sharding is not None
+        everywhere = self.sharding.replicated()
+        params = self.sharding.tree(self.specs)
+        optimizer = optax.tree.map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self.optimizer.init, spec.abstract(self.specs)),
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        model_state = frozen = None
+        if self.carry is not None:
+            model_state = self.sharding.tree(self._layout(self.model.state_specs(*self.carry)))
+        if self.adaptation is not None:
+            frozen = self.sharding.tree(self._layout(self.adaptation.frozen_specs(self.model.specs)))
+        ema = None if self.ema_decay is None else params
+        return TrainState(everywhere, params, optimizer, everywhere, ema, everywhere, everywhere, model_state, frozen)
+
+    def model_params(self, state: TrainState) -> Any:
+        """The parameters to evaluate and to export: the moving average where there is one, merged with frozen ones."""
+        return self._merge(state.params if state.ema is None else state.ema, state.frozen)
+
+    def _merge(self, params: Any, frozen: Any) -> Any:
+        return params if self.adaptation is None else self.adaptation.merge(params, frozen)
+
+    def _layout(self, tree: Any) -> Any:
+        return spec.unstack(tree) if self.layers_apart else tree
+
+    # -------------------------------------------------------------------------------------------------- step
+
+    def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
+        """The state after one update, and metrics. Pure.
+
+        A step whose loss or gradient norm is not finite changes nothing but the counters: parameters, optimizer,
+        average and model state stay bit for bit the same. Metrics, float32 scalars: ``loss`` (mean, nats),
+        ``gradient_norm`` (before clipping), ``weight`` (number of targets), ``skipped`` and ``skipped_in_a_row``.
+
+        If no model state is carried, the state that the loss returns replaces entries of the parameters after the
+        update (the running statistics of batch normalisation).
+
+        Args:
+            batch: rows with ``batch.reset`` start from an empty model state.
+            axis_name: the axis over which to sum gradients, under ``jax.pmap`` or ``shard_map``.
+        """
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        model_state = state.model_state
+        if self.carry is not None and batch.reset is not None:
+            model_state = spec.reset(self.model.state_specs(*self.carry), model_state, batch.reset)
+        gradients = self._gradients if self.grad_accum_steps == 1 else self._accumulated_gradients
+        sums, new_model_state = gradients(state.params, state.frozen, batch, key, model_state)
+        if axis_name is not None:
+            sums = jax.lax.psum(sums, axis_name)
+            if model_state is None:
+                new_model_state = jax.lax.pmean(new_model_state, axis_name)
+        grads, total, weight = sums
+        mean, scale = total / weight, 1.0 / weight
+        norm = optax.tree.norm(grads) * scale
+        good = jnp.isfinite(mean) & jnp.isfinite(norm)
+
+        # A branch, not a select: a skipped step reads nothing, and XLA updates parameters and moments in place.
+        # With selects it first copies the old moments (docs/labbook.md).
+        carried = (state.params, state.optimizer, state.ema, model_state, state.frozen)
+        carried = jax.lax.cond(
+            good, lambda carried: self._update(carried, grads, scale, norm, new_model_state), lambda x: x, carried
+        )
+        bad = jnp.where(good, 0, 1)
+        skipped, in_a_row = state.skipped + bad, jnp.where(good, 0, state.skipped_in_a_row + 1)
+        metrics = {
+            "loss": mean,
+            "gradient_norm": norm,
+            "weight": weight,
+            "skipped": skipped.astype(jnp.float32),
+            "skipped_in_a_row": in_a_row.astype(jnp.float32),
+        }
+        params, optimizer, ema, model_state, frozen = carried
+        new = TrainState(
+            state.step + 1, params, optimizer, state.key, ema, skipped, in_a_row, model_state, frozen
+        )  # fmt: skip
+        return new, metrics
+
+    def _gradients(self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
+        """Sums over the batch (gradient of the loss, loss, weight) and the state that the loss returns."""
+
+        def total_loss(params: Any) -> tuple[jax.Array, Any]:
+            total, weight, new = self.loss(self.model, self._merge(params, frozen), batch, key=key, state=model_state)
+            return total, (weight, new)
+
+        (total, (weight, new)), grads = jax.value_and_grad(total_loss, has_aux=True)(params)
+        return (grads, total, weight), new
+
+    def _accumulated_gradients(
+        self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any
+    ) -> tuple[Any, Any]:
+        """As ``_gradients``, one micro-batch after the other."""
+        if model_state is not None:
+            raise ValueError(
+                f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: leave it at 1"
+            )
+
+        def add(sums: Any, numbered: Any) -> tuple[Any, Any]:
+            number, rows = numbered
+            added, new = self._gradients(params, frozen, rows, jax.random.fold_in(key, number), None)
+            return jax.tree.map(jnp.add, sums, added), new
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        numbered = (jnp.arange(self.grad_accum_steps), _micro_batches(batch, self.grad_accum_steps))
+        sums, new = jax.lax.scan(add, zeros, numbered)
+        return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new)
+
+    def _update(self, carried: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
+        params, optimizer_state, ema, model_state, frozen = carried
+        # The mean gradient is computed here, where the optimizer reads it: no extra pass over the gradients.
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        # Clipping can use the norm that is known. An optimizer without this argument does not get it.
+        apply_optimizer = optax.with_extra_args_support(self.optimizer).update
+        updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
+        params = optax.apply_updates(params, updates)
+        if model_state is not None:
+            model_state = new_model_state
+        elif new_model_state is not None:
+            params = {**params, **{name: new for name, new in new_model_state.items() if name in params}}
+            if frozen is not None:
+                frozen = {**frozen, **{name: new for name, new in new_model_state.items() if name in frozen}}
+        if self.ema_decay is not None:
+            decay = self.ema_decay
+            ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+        return params, optimizer_state, ema, model_state, frozen
+
+    def jit_step(self) -> Step:
+        """:meth:`step`, compiled. It donates the state's buffers: the state passed in must not be used again.
+
+        Without ``sharding`` the step takes a state in either layout of layers.
+        """
+        if self.sharding is None:
+            return jax.jit(self.step, donate_argnums=0)
+        sharding = self.sharding
+
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            with sharding.scope():
+                return self.step(state, batch)
+
+        state = self.shardings()
+        return jax.jit(
+            step,
+            in_shardings=(state, sharding.named(("batch",))),
+            out_shardings=(state, sharding.replicated()),
+            donate_argnums=0,
+        )
+
+    def pmap_step(self) -> Step:
+        """:meth:`step` with data parallelism by ``jax.pmap``: the state has a leading device axis
+        (``flax.jax_utils.replicate``), and so has the batch, [devices, B / devices, T]."""
+
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            return self.step(state, batch, axis_name="devices")
+
+        return jax.pmap(step, axis_name="devices", donate_argnums=0)
+
+
+def _fold(key: jax.Array, name: str) -> jax.Array:
+    folded = spec.fold_name(key, name)
+    assert folded is not None
+    return folded
+
+
+def _on_host_of_several(x: Any) -> Any:
+    """``x``; in a run of several processes as a host array, unless it is spread over them: jit could not move it."""
+    local = not isinstance(x, jax.Array) or x.is_fully_addressable
+    return np.asarray(x) if jax.process_count() > 1 and local else x
+
+
+def _micro_batches(batch: Any, count: int) -> Any:
+    """[B, ...] to [A, B / A, ...]. Micro-batch a has rows a, a + A, ...: rows split over devices stay split."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        if x.shape[0] % count:
+            raise ValueError(
+                f"grad_accum_steps={count} does not divide the batch of {x.shape[0]} rows: change one of them"
+            )
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(cut, batch)
+
+
+def place_batch(batch: Any, sharding: Sharding | None) -> Any:
+    """This process's rows of a batch (``sharding.rows``) as global arrays [B, ...], split by rows over the mesh."""
+    return batch if sharding is None else jax.tree.map(sharding.from_rows, batch)
