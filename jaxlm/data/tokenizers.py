@@ -32,6 +32,8 @@ _KEPT_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
 """Files of a published tokenizer that are saved as they were loaded."""
+TOKENIZER_FILES = (_OWN_FILE, "tokenizer.json", *_KEPT_FILES)
+"""Names of all files that :func:`load_tokenizer` or transformers read a tokenizer from."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,8 +32,32 @@ def variant_names() -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Metadata:
+    """Facts about a model that its functions do not need: what a directory said, and how it was loaded.
+
+    Attributes:
+        labels: the names of a classifier's or tagger's labels, in the order of its logits; None: they have no names.
+        token_ids: ids of special tokens by role, such as ``{"eos": 2, "pad": 0, "decoder_start": 0}``. An id may be
+            None, or a list where several tokens end a text.
+        config: the whole ``config.json``; ``save_pretrained`` writes back what jaxlm does not decide.
+        generation_config: the whole ``generation_config.json``; None: there is none.
+        fresh: paths of the parameters that the files do not have, which were initialised.
+        unused: names of the tensors in the files that the model does not have.
+    """
+
+    labels: tuple[str, ...] | None = None
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation_config: Mapping[str, Any] | None = None
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A family's functions with their config filled in, and nothing more. Hashable: may be static in ``jax.jit``.
+
+    ``metadata`` is no part of equality or hash, so models that differ in nothing else share compiled functions.
 
     Example:
         >>> model = get_model("gpt2-tiny")
@@ -44,11 +69,40 @@ class Model:
 
     family: str
     config: Any
+    metadata: Metadata | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def module(self) -> ModuleType:
         """The family's module."""
         return family(self.family)
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The names of the labels, in the order of the logits; None where they have no names."""
+        return None if self.metadata is None else self.metadata.labels
+
+    def with_labels(self, names: Sequence[str]) -> Model:
+        """The same model with names for its labels, which ``save_pretrained`` writes.
+
+        Example:
+            >>> get_model("bert-tiny", task="classification", num_labels=2).with_labels(["bad", "good"]).labels
+            ('bad', 'good')
+
+        Raises:
+            TypeError: one string, or names that are not strings.
+            ValueError: the model has no labels; another number of names than of labels; a name that occurs twice.
+        """
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"labels must be a sequence of strings, got {names!r}")
+        task = getattr(self.config, "task", None)
+        if task not in ("classification", "tagging"):
+            raise ValueError(f"a model with task={task!r} has no labels: take task='classification' or 'tagging'")
+        if len(names) != self.config.num_labels:
+            raise ValueError(f"got {len(names)} labels {list(names)} for num_labels={self.config.num_labels}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"labels must be distinct, got {list(names)}")
+        metadata = dataclasses.replace(self.metadata or Metadata(), labels=tuple(names))
+        return dataclasses.replace(self, metadata=metadata)
 
     @property
     def specs(self) -> spec.Tree:

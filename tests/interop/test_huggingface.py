@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
-from jaxlm.interop import huggingface
+from jaxlm.interop import config_json, huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.model import family
@@ -160,7 +160,7 @@ def test_every_family_comes_back_equal(name: str, variant: str, tmp_path: Path) 
     again, loaded = load_pretrained(tmp_path)
     assert again.specs == model.specs
     # A None that stands for a number comes back as the number.
-    assert huggingface._their_config(again, "float32") == huggingface._their_config(model, "float32")
+    assert config_json.their_config(again, "float32") == config_json.their_config(model, "float32")
     assert_trees_equal(loaded, params)
     fields = {field.name for field in dataclasses.fields(model.config)}
     for table in huggingface.tables(name):
@@ -215,7 +215,7 @@ def test_dtypes_may_differ_between_parameters_but_not_between_layers_of_one(dire
     assert params["token_embedding"].dtype == jnp.float32
     model, params = load_pretrained(directory)
     save_pretrained(directory, model, params)
-    assert json.loads((directory / "config.json").read_text())["torch_dtype"] == "float32"
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "float32"
 
     edit_weights(directory, half("h.1.ln_1.bias"))
     with pytest.raises(ValueError, match=r"layers/attention_norm/bias .*F16 and F32.*param_dtype='float32'"):
@@ -347,7 +347,7 @@ def test_the_saved_config(tmp_path: Path) -> None:
     }
     mode = (tmp_path / "config.json").stat().st_mode
     assert (tmp_path / "model.safetensors").stat().st_mode == mode
-    assert huggingface._their_config(get_model("gpt2"), "float32")["eos_token_id"] == 50256
+    assert config_json.their_config(get_model("gpt2"), "float32")["eos_token_id"] == 50256
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

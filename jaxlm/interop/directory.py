@@ -1,0 +1,43 @@
+"""The JSON files of a Hugging Face directory: read with clear errors, and never from outside of the directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The resolved path of the file ``name`` directly in ``directory``; links out of the directory are refused.
+
+    The cache of the Hugging Face hub links ``snapshots/<revision>/<name>`` to ``blobs/``: there, links may lead
+    anywhere in the folder of the model.
+    """
+    if Path(name).name != name or "\\" in name:
+        raise ValueError(f"{directory}: the path {name!r} leads out of the directory: only plain file names are read")
+    root = directory.resolve()
+    path = (root / name).resolve()
+    allowed_root = root.parent.parent if root.parent.name == "snapshots" else root
+    if not path.is_relative_to(allowed_root):
+        raise ValueError(f"{directory / name} is a link out of the directory, to {path}: copy the file into it instead")
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory / name} is missing or not a regular file")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, not UTF-8
+        raise ValueError(f"{path} is truncated or no JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
