@@ -1,0 +1,186 @@
+"""Chess moves as tokens: one id per move, in UCI or SAN notation (see ``jaxlm.data.games``)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.encodings import Encoding
+from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
+from jaxlm.data.tokenizers import _OWN_FILE, SpecialIds, _checked, _Inputs, _without_template, _write_json
+
+_SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>", "<unk>")}
+
+
+def uci_moves() -> tuple[str, ...]:
+    """The 1,968 moves that some piece can make on an empty board, promotions included, in alphabetical order.
+
+    Queen and knight moves cover those of all pieces; castling is the king's move of two squares.
+    """
+    squares = [(file, rank) for file in range(8) for rank in range(8)]
+    moves = []
+    for (file, rank), (to_file, to_rank) in ((a, b) for a in squares for b in squares if a != b):
+        files, ranks = abs(to_file - file), abs(to_rank - rank)
+        name = f"{'abcdefgh'[file]}{rank + 1}{'abcdefgh'[to_file]}{to_rank + 1}"
+        if files == 0 or ranks == 0 or files == ranks or {files, ranks} == {1, 2}:
+            moves.append(name)
+        if files <= 1 and (rank, to_rank) in ((6, 7), (1, 0)):
+            moves += [name + piece for piece in "bnqr"]
+    return tuple(sorted(moves))
+
+
+class MoveTokenizer(_Inputs):
+    """One id per move; a text is a line of moves such as ``e2e4 e7e5 g1f3`` or ``e4 e5 Nf3``.
+
+    Ids 0 to 2 are padding, the beginning and the end of a game. UCI has all 1,968 moves. SAN has the moves of the
+    training games: id 3 stands for any other move. Signs for check and mate (``+``, ``#``) are removed by ``encode``:
+    they follow from the position, and with them the vocabulary would be two thirds larger.
+
+    Args:
+        notation: ``uci`` or ``san``.
+        moves: the moves in the order of their ids; None (only for ``uci``): all moves.
+
+    Raises:
+        ValueError: moves that are missing, repeated, or not in the notation.
+
+    Attributes:
+        notation: as given.
+        moves: the moves in the order of their ids.
+        pad_id, bos_id, eos_id: ids of padding (a decoder that reads a source also begins with it), beginning and end.
+        first_move_id: the id of ``moves[0]``; smaller ids are special.
+
+    Example:
+        >>> MoveTokenizer("uci").encode("e2e4 e7e5").tolist()
+        [1034, 1209]
+    """
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    end_id = 2
+
+    def __init__(self, notation: Notation = "uci", moves: Sequence[str] | None = None) -> None:
+        check_notation(notation)
+        if moves is None:
+            if notation == "san":
+                raise ValueError("SAN has no fixed set of moves: use MoveTokenizer.from_games(san_lines, 'san')")
+            moves = uci_moves()
+        pattern = UCI_MOVE if notation == "uci" else SAN_MOVE
+        for move in moves:
+            if not pattern.fullmatch(move) or move[-1] in "+#":
+                raise ValueError(f"{move!r} is not a {notation} move without signs for check and mate")
+        repeated = [move for move, count in Counter(moves).items() if count > 1]
+        if repeated or not moves:
+            raise ValueError(f"the moves of a vocabulary must be distinct, got {repeated[0]!r} twice" if repeated
+                             else "a vocabulary needs at least one move")  # fmt: skip
+        self.notation: Notation = notation
+        self.moves = tuple(moves)
+        special = _SPECIAL[notation]
+        self.first_move_id = len(special)
+        self.special_ids = SpecialIds(pad=0, bos=1, eos=2, unk=3 if notation == "san" else None)
+        self.vocab_size = len(special) + len(self.moves)
+        self._texts = (*special, *self.moves)
+        self._ids = {move: id for id, move in enumerate(self.moves, start=self.first_move_id)}
+
+    @classmethod
+    def from_games(cls, lines: Iterable[str], notation: Notation = "uci", *, min_count: int = 1) -> MoveTokenizer:
+        """The tokenizer of training games: for ``san`` their moves that appear at least ``min_count`` times, the most
+        frequent first; for ``uci`` always all moves.
+
+        Raises:
+            ValueError: lines in another notation, no move that is frequent enough.
+        """
+        check_notation(notation)
+        if min_count < 1:
+            raise ValueError(f"min_count={min_count} must be at least 1")
+        if notation == "uci":
+            return cls("uci")
+        counts = Counter(word.rstrip("+#") for line in lines for word in line.split())
+        return cls("san", sorted((move for move in counts if counts[move] >= min_count), key=lambda m: (-counts[m], m)))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the moves, int32 [moves], without the ids of beginning and end.
+
+        Raises:
+            ValueError: a word that is not a move in the notation (results and move numbers are not moves).
+        """
+        ids = []
+        for number, word in enumerate(text.split()):
+            id = self._ids.get(word)
+            ids.append(self._id(word, number) if id is None else id)
+        return np.array(ids, np.int32)
+
+    def game(self, line: str) -> np.ndarray:
+        """A whole game as a training document: beginning, moves, end; int32 [moves + 2]."""
+        return np.concatenate([[self.bos_id], self.encode(line), [self.eos_id]]).astype(np.int32)
+
+    def is_move(self, id: int) -> bool:
+        """Whether an id stands for one certain move."""
+        return self.first_move_id <= id < self.vocab_size
+
+    def move_id(self, move: str) -> int | None:
+        """The id of a move (without signs for check and mate), None when it is not in the vocabulary."""
+        return self._ids.get(move)
+
+    def move_text(self, id: int) -> str:
+        """The move of an id, or the name of a special token (``<eos>``)."""
+        return self._texts[id]
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
+        """The line of moves. By default padding, beginning and end have no text; an unknown move is ``<unk>``."""
+        unknown = self.special_ids.unk
+        return " ".join(
+            self._texts[id]
+            for id in _checked(ids, self.vocab_size)
+            if id >= self.first_move_id or id == unknown or not skip_special_tokens
+        )
+
+    def save(self, directory: str | Path) -> None:
+        content: dict[str, Any] = {"type": "moves", "notation": self.notation}
+        if self.notation == "san":
+            content["moves"] = " ".join(self.moves)
+        _write_json(Path(directory) / _OWN_FILE, content)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> MoveTokenizer:
+        """The tokenizer of a saved ``jaxlm_tokenizer.json`` of type ``moves``.
+
+        Raises:
+            ValueError: fields that are missing or wrong.
+        """
+        moves = content.get("moves")
+        if moves is not None and not isinstance(moves, str):
+            raise ValueError(f"moves must be a text, got {type(moves).__name__}")
+        return cls(content.get("notation", "uci"), None if moves is None else moves.split())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MoveTokenizer) and (self.notation, self.moves) == (other.notation, other.moves)
+
+    def __hash__(self) -> int:
+        return hash((self.notation, self.moves))
+
+    def __repr__(self) -> str:
+        return f"MoveTokenizer({self.notation!r}, {len(self.moves):,} moves)"
+
+    def _id(self, word: str, number: int) -> int:
+        plain = word.rstrip("+#") if self.notation == "san" else word
+        id = self._ids.get(plain, self.special_ids.unk)
+        pattern = SAN_MOVE if self.notation == "san" else UCI_MOVE
+        if id is None or not pattern.fullmatch(word):
+            raise ValueError(
+                f"word {number + 1} of the game, {word!r}, is not a {self.notation} move: read games with "
+                f"read_games(path, {self.notation!r}), or convert a line with to_{self.notation}"
+            )
+        return id
+
+    def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
+        def part(text: str) -> tuple[np.ndarray, np.ndarray]:
+            spans = [match.span() for match in re.finditer(r"\S+", text)]
+            return self.encode(text), np.array(spans, np.int32).reshape(-1, 2)
+
+        return _without_template(part, texts, pairs)

@@ -1,0 +1,308 @@
+"""Chess players (random, language model, engine) and matches between them.
+
+    result = play_match(ModelPlayer(model, params, tokenizer), RandomPlayer(), games=200)
+    print(result)
+
+One move means one move of one player.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from jaxlm.data.games import Games, import_chess
+from jaxlm.data.moves import MoveTokenizer
+from jaxlm.metrics import Score
+from jaxlm.models import Model
+from jaxlm.tasks.chess import LegalMoves, MoveReader, choose_ids
+
+if TYPE_CHECKING:
+    import chess
+
+
+class Player(Protocol):
+    """Chooses moves for many boards at once.
+
+    Attributes:
+        max_moves: the longest game after which the player can still move; None: any.
+    """
+
+    @property
+    def max_moves(self) -> int | None: ...
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        """One move for each board, whose side to move is the player's; None or an illegal move loses the game.
+
+        Boards are not changed. ``rng`` is for random choices.
+        """
+        ...
+
+
+class RandomPlayer:
+    """Plays a uniformly drawn legal move."""
+
+    max_moves = None
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        return [_random_move(board, rng) for board in boards]
+
+
+class ModelPlayer:
+    """A language model. Any causal family that carries a state plays, and any encoder-decoder.
+
+    Args:
+        temperature: the move is drawn from ``softmax(logits / temperature)``; 0 takes the most probable one.
+        masked: choose among legal moves. Otherwise any token may be chosen, and an illegal move loses the game.
+
+    A masked player whose SAN vocabulary has no legal move of a position plays a random legal move there.
+
+    Raises:
+        TypeError: a model that predicts no next token or carries no state.
+        ValueError: a tokenizer with more tokens than the model, or a temperature outside its range.
+    """
+
+    def __init__(
+        self, model: Model, params: Any, tokenizer: MoveTokenizer, temperature: float = 0.0, masked: bool = True
+    ) -> None:
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be finite and at least 0")
+        self.temperature, self.masked = temperature, masked
+        self._reader = MoveReader(model, params, tokenizer)
+        self._legal = LegalMoves(tokenizer)
+
+    @property
+    def max_moves(self) -> int | None:
+        return self._reader.max_moves
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        logits = self._reader.logits(boards)
+        if not self.masked:
+            ids = choose_ids(logits, self.temperature, rng)
+            return [self._legal.move(board, id) for board, id in zip(boards, ids.tolist(), strict=True)]
+        moves = [self._legal.ids(board) for board in boards]
+        legal = np.zeros(logits.shape, bool)
+        for row, ids_of_board in zip(legal, moves, strict=True):
+            row[list(ids_of_board)] = True
+        ids = choose_ids(np.where(legal, logits, -np.inf), self.temperature, rng)
+        return [
+            by_id[id] if by_id else _random_move(board, rng)
+            for board, by_id, id in zip(boards, moves, ids.tolist(), strict=True)
+        ]
+
+
+class EnginePlayer:
+    """A UCI engine, by default Stockfish at its lowest level. Use it in a ``with`` statement, or call ``close``.
+
+    At skill level n, Stockfish chooses with some randomness (which ``seed`` of a match does not determine) among the
+    best moves of a search of depth n + 1. So a small number of nodes gives the same strength as a long search.
+
+    Args:
+        command: the engine's program; None looks for ``stockfish`` on the PATH and in /usr/games.
+        skill_level: the engine's option "Skill Level", 0 to 20 for Stockfish; None leaves its full strength.
+        nodes: positions that are searched for each move.
+
+    Raises:
+        FileNotFoundError: no engine is installed.
+        ValueError: the program is not a UCI engine, or has no such skill level.
+    """
+
+    max_moves = None
+
+    def __init__(self, command: str | Path | None = None, *, skill_level: int | None = 0, nodes: int = 1000) -> None:
+        import_chess()
+        import chess.engine
+
+        if nodes < 1:
+            raise ValueError(f"nodes={nodes} must be at least 1")
+        program = str(command) if command is not None else shutil.which("stockfish", path=_engine_path())
+        if program is None or shutil.which(program) is None:
+            raise FileNotFoundError(
+                f"no chess engine {program or 'stockfish on the PATH or in /usr/games'}: install one "
+                "(apt-get install stockfish), or pass its program as command"
+            )
+        self._limit = chess.engine.Limit(nodes=nodes)
+        try:
+            self._engine = chess.engine.SimpleEngine.popen_uci(program)
+        except (chess.engine.EngineError, OSError, TimeoutError) as error:
+            raise ValueError(f"{program} does not answer as a UCI engine: {error!r}") from error
+        if skill_level is not None:
+            try:
+                self._engine.configure({"Skill Level": skill_level})
+            except chess.engine.EngineError as error:
+                self.close()
+                raise ValueError(f"{program} has no skill level {skill_level}: {error}") from error
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        return [self._engine.play(board, self._limit).move for board in boards]
+
+    def close(self) -> None:
+        """End the engine's process."""
+        self._engine.close()
+
+    def __enter__(self) -> EnginePlayer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchResult:
+    """Result of a match, for its first player.
+
+    Attributes:
+        wins, draws, losses: numbers of games.
+        unfinished: draws that are games which reached the largest number of moves.
+        illegal: losses by an illegal move.
+        games: the games in UCI notation. The first player has white in games 0, 2, 4, ...
+    """
+
+    wins: int
+    draws: int
+    losses: int
+    unfinished: int
+    illegal: int
+    games: Games
+
+    @property
+    def score(self) -> Score:
+        """(wins + draws / 2) / games, with Wilson's 95 % interval of a proportion of that value.
+
+        With draws the interval is too wide rather than too narrow: a score that is 0, 1/2 or 1 varies less than one
+        that is 0 or 1.
+        """
+        n = self.wins + self.draws + self.losses
+        p, z = (self.wins + self.draws / 2) / n, 1.959964
+        centre, scale = p + z**2 / (2 * n), 1 + z**2 / n
+        half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        low, high = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+        return Score("score", p, low, high, n, "Wilson interval")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.wins} wins, {self.draws} draws ({self.unfinished} unfinished), {self.losses} losses "
+            f"({self.illegal} by illegal moves): {self.score}"
+        )
+
+
+def play_match(
+    player: Player,
+    opponent: Player,
+    games: int = 200,
+    *,
+    max_moves: int = 200,
+    opening_moves: int = 0,
+    seed: int = 0,
+) -> MatchResult:
+    """The result of ``games`` games for ``player``, who has white in every other game, the first one included.
+
+    All games advance together: each player is called once per turn for all boards. A game ends by checkmate, stalemate,
+    insufficient material, the third repetition, 50 moves of both sides without capture or pawn move, an illegal move,
+    or after ``max_moves`` moves, which is a draw.
+
+    Args:
+        opening_moves: random moves at the beginning, the same in games 2k and 2k + 1. Players without randomness need
+            them, or all their games are equal.
+        seed: of all random choices, an engine's excepted.
+
+    Raises:
+        ValueError: counts outside their range, or games longer than a player can follow.
+    """
+    for name, value, least in (("games", games, 1), ("max_moves", max_moves, 1), ("opening_moves", opening_moves, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if opening_moves >= max_moves:
+        raise ValueError(f"opening_moves={opening_moves} must be less than max_moves={max_moves}")
+    for side in (player, opponent):
+        if side.max_moves is not None and max_moves > side.max_moves + 1:
+            raise ValueError(
+                f"max_moves={max_moves} is too long for a player whose model reads games of at most {side.max_moves} "
+                f"moves: use max_moves={side.max_moves + 1} or fewer"
+            )
+    rng = np.random.default_rng(seed)
+    boards = _openings(games, opening_moves, rng)
+    outcomes: list[_Outcome | None] = [_outcome(board, max_moves) for board in boards]
+    while None in outcomes:
+        for side, parity in ((player, 0), (opponent, 1)):  # may be one object
+            turn = [
+                game
+                for game, board in enumerate(boards)
+                if outcomes[game] is None and board.turn == (game % 2 == parity)
+            ]
+            if turn:
+                moves = side.choose([boards[game] for game in turn], rng)
+                for game, move in zip(turn, moves, strict=True):
+                    outcomes[game] = _play(boards[game], move, max_moves)
+    return _result(boards, [outcome for outcome in outcomes if outcome is not None])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    result: str
+    unfinished: bool = False
+    illegal: bool = False
+
+
+def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> _Outcome | None:
+    if move is None or not board.is_legal(move):
+        return _Outcome("0-1" if board.turn else "1-0", illegal=True)
+    board.push(move)
+    return _outcome(board, max_moves)
+
+
+def _outcome(board: chess.Board, max_moves: int) -> _Outcome | None:
+    outcome = board.outcome()
+    if outcome is not None:
+        return _Outcome(outcome.result())
+    if board.is_repetition(3) or board.is_fifty_moves():
+        return _Outcome("1/2-1/2")
+    if len(board.move_stack) >= max_moves:
+        return _Outcome("1/2-1/2", unfinished=True)
+    return None
+
+
+def _openings(games: int, moves: int, rng: np.random.Generator) -> list[chess.Board]:
+    Board = import_chess().Board
+    boards: list[chess.Board] = []
+    while len(boards) < games:
+        board = Board()
+        while len(board.move_stack) < moves:
+            if board.is_game_over():
+                board = Board()  # a random opening that ended is drawn anew
+            board.push(_random_move(board, rng))
+        boards += [board, board.copy()]
+    return boards[:games]
+
+
+def _random_move(board: chess.Board, rng: np.random.Generator) -> chess.Move:
+    moves = list(board.legal_moves)
+    return moves[int(rng.integers(len(moves)))]
+
+
+def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> MatchResult:
+    points = []
+    for game, outcome in enumerate(outcomes):
+        white = {"1-0": 1.0, "0-1": 0.0}.get(outcome.result, 0.5)
+        points.append(white if game % 2 == 0 else 1.0 - white)
+    lines = tuple(" ".join(move.uci() for move in board.move_stack) for board in boards)
+    results = tuple(outcome.result for outcome in outcomes)
+    return MatchResult(
+        wins=points.count(1.0),
+        draws=points.count(0.5),
+        losses=points.count(0.0),
+        unfinished=sum(outcome.unfinished for outcome in outcomes),
+        illegal=sum(outcome.illegal and point == 0.0 for outcome, point in zip(outcomes, points, strict=True)),
+        games=Games(lines, results, "uci", source="match"),
+    )
+
+
+def _engine_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/games"])

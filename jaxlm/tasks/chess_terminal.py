@@ -1,0 +1,171 @@
+"""Chess on a terminal: a drawn board, and a game of a person against a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxlm.data.games import import_chess
+from jaxlm.data.moves import MoveTokenizer
+from jaxlm.models import Model
+from jaxlm.tasks.chess_players import ModelPlayer
+
+if TYPE_CHECKING:
+    import chess
+
+HELP = "a move (e4, Nf3, O-O, e7e8q), or: moves, board, undo, resign, quit"
+
+
+def draw_board(board: chess.Board, *, white_below: bool = True) -> str:
+    """The position as ten lines of text, with Unicode pieces; brackets mark both squares of the last move.
+
+    Example:
+        >>> print(draw_board(chess.Board()).splitlines()[0])   # doctest: +SKIP
+        8  ♜  ♞  ♝  ♛  ♚  ♝  ♞  ♜
+    """
+    chess = import_chess()
+    last = board.peek() if board.move_stack else chess.Move.null()
+    marked = {last.from_square, last.to_square} if last else set()
+    ranks = range(7, -1, -1) if white_below else range(8)
+    files = range(8) if white_below else range(7, -1, -1)
+    lines = []
+    for rank in ranks:
+        cells = []
+        for file in files:
+            square = chess.square(file, rank)
+            piece = board.piece_at(square)
+            symbol = "·" if piece is None else piece.unicode_symbol()
+            cells.append(f"[{symbol}]" if square in marked else f" {symbol} ")
+        lines.append(f"{rank + 1} {''.join(cells)}".rstrip())
+    lines.append("  " + "".join(f" {chess.FILE_NAMES[file]} " for file in files).rstrip())
+    lines.append(f"{'White' if board.turn else 'Black'} to move{', in check' if board.is_check() else ''}")
+    return "\n".join(lines)
+
+
+def play_on_terminal(
+    model: Model,
+    params: Any,
+    tokenizer: MoveTokenizer,
+    ask: Callable[[str], str] = input,
+    say: Callable[[str], object] = print,
+    *,
+    person: Literal["white", "black"] = "white",
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The result of a game of a person against a model: ``1-0``, ``0-1``, ``1/2-1/2``, or ``*`` when the person quits.
+
+    The person types a SAN or UCI move, or ``moves`` (list the legal ones), ``board`` (draw it), ``undo`` (take back the
+    last move of both), ``resign`` or ``quit``. Any other input is answered by one line. The model plays legal moves.
+
+    Args:
+        ask: gives the person's line for a prompt; ``EOFError`` is taken for ``quit``.
+        say: shows a text.
+        temperature, seed: how the model chooses, see ``ModelPlayer``.
+
+    Raises:
+        ValueError: ``person`` is neither white nor black; or as ``ModelPlayer``.
+    """
+    if person not in ("white", "black"):
+        raise ValueError(f"person={person!r} must be 'white' or 'black'")
+    board, white = import_chess().Board(), person == "white"
+    player, rng = ModelPlayer(model, params, tokenizer, temperature), np.random.default_rng(seed)
+    say(f"You play {person}. Type {HELP}.")
+    if white:
+        say(draw_board(board))
+    result = None
+    while result is None:
+        if board.turn == white:
+            result = _person_moves(board, ask, say, white)
+        else:
+            _model_moves(board, player, rng, say, white)
+        result = result or _ended(board, player)
+    say("Game ended without a result." if result == "*" else f"Result: {result}")
+    return result
+
+
+def _ended(board: chess.Board, player: ModelPlayer) -> str | None:
+    """The result of a finished game. A game that is too long for the model is a draw."""
+    outcome = board.outcome()
+    if outcome is not None:
+        return outcome.result()
+    too_long = player.max_moves is not None and len(board.move_stack) > player.max_moves
+    return "1/2-1/2" if too_long or board.is_repetition(3) or board.is_fifty_moves() else None
+
+
+def _model_moves(
+    board: chess.Board, player: ModelPlayer, rng: np.random.Generator, say: Callable[[str], object], white: bool
+) -> None:
+    move = player.choose([board], rng)[0]
+    assert move is not None  # a masked player always finds a legal move
+    name = board.san(move)
+    board.push(move)
+    say(f"The model plays {name}.")
+    say(draw_board(board, white_below=white))
+
+
+def _person_moves(
+    board: chess.Board, ask: Callable[[str], str], say: Callable[[str], object], white: bool
+) -> str | None:
+    """Read one line and do what it says; the result when it ends the game."""
+    try:
+        line = ask("your move: ").strip()
+    except EOFError:
+        return "*"
+    match line.lower():
+        case "quit":
+            return "*"
+        case "resign":
+            return "0-1" if white else "1-0"
+        case "moves":
+            say(" ".join(sorted(board.san(move) for move in board.legal_moves)))
+        case "board":
+            say(draw_board(board, white_below=white))
+        case "undo":
+            if len(board.move_stack) < 2:
+                say("There is no move of yours to take back.")
+            else:
+                board.pop()
+                board.pop()
+                say(draw_board(board, white_below=white))
+        case _:
+            move = _parse(board, line, say)
+            if move is not None:
+                board.push(move)
+    return None
+
+
+def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess.Move | None:
+    """The legal move that ``line`` names, or None after saying what is wrong with it."""
+    chess = import_chess()
+    for parse in (board.parse_san, board.parse_uci):
+        try:
+            move = parse(line)
+            if move:
+                return move
+        except (chess.AmbiguousMoveError, chess.IllegalMoveError):
+            choices = _completions(board, line)
+            if choices:
+                say(f"{line!r} is ambiguous: type {' or '.join(choices)}.")
+            else:
+                check = ": you are in check" if board.is_check() else ""
+                say(f"{line!r} is not legal here{check}. Type moves for a list.")
+            return None
+        except chess.InvalidMoveError:
+            continue
+    say(f"{line!r} is not understood. Type {HELP}.")
+    return None
+
+
+def _completions(board: chess.Board, line: str) -> list[str]:
+    """Legal moves that ``line`` names without the piece's origin, or without the piece of a promotion."""
+    plain, found = line.rstrip("+#"), []
+    for move in board.legal_moves:
+        name = board.san(move)
+        bare = name.rstrip("+#")
+        same_piece = bare[0] == plain[0] and bare[0] in "QRBN" and bare[-2:] == plain[-2:]
+        if same_piece or (move.promotion and (bare.startswith(plain) or move.uci()[:4] == plain)):
+            found.append(name)
+    return sorted(found) if len(found) > 1 else []

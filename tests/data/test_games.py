@@ -1,0 +1,196 @@
+"""Chess games: the embedded file, reading of each format, rejected games with line and reason, duplicates, splits."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import importlib.resources
+from pathlib import Path
+
+import chess
+import pytest
+
+from jaxlm.data import games as games_module
+from jaxlm.data.games import Games, chess_games, read_games, split_games, to_san, to_uci
+
+PGN = """[Event "First"]
+[Result "1-0"]
+
+1. e4 {best} e5 2. Qh5 (2. Nf3 Nc6 $1) Nc6 3. Bc4 Nf6?? 4. Qxf7# 1-0
+
+[Event "Second"]
+[Result "1/2-1/2"]
+
+1. d4 d5 2. Kd3 1/2-1/2
+
+[Event "Third"]
+[SetUp "1"]
+[FEN "4k3/8/8/8/8/8/4P3/4K3 w - - 0 1"]
+[Result "*"]
+
+1. e4 *
+[Event "Fourth"]
+[Result "0-1"]
+
+1. f3 e5 2. g4
+{[%clk 0:01]}
+Qh4# 0-1
+
+[Event "Fifth"]
+[Result "*"]
+
+*
+"""
+
+
+@functools.cache
+def embedded(notation: str) -> Games:
+    return chess_games(notation)  # type: ignore[arg-type]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def test_embedded_games_are_what_their_note_describes() -> None:
+    folder = importlib.resources.files("jaxlm.data")
+    data = gzip.decompress(folder.joinpath("chess_games.txt.gz").read_bytes())
+    note = folder.joinpath("CHESS.md").read_text(encoding="utf-8")
+    games = embedded("san")
+    assert hashlib.sha256(data).hexdigest() in note
+    assert f"{len(data):,}".replace(",", " ") + " bytes" in note
+    assert (len(games), games.rejected, games.duplicates()) == (2000, (), [])
+    assert f"{sum(len(line.split()) for line in games.moves):,} moves" in note
+    assert f"{len({move for line in games.moves for move in line.split()}):,} distinct SAN moves" in note
+    assert [games.results.count(result) for result in ("1-0", "0-1", "1/2-1/2")] == [715, 486, 799]
+
+
+def test_notations_convert_into_each_other_on_all_embedded_games() -> None:
+    uci, san = embedded("uci"), embedded("san")
+    assert uci.results == san.results
+    for line, expected in zip(uci.moves[::20], san.moves[::20], strict=True):
+        assert to_san(line) == expected
+        assert to_uci(expected) == line
+    for line, expected in zip(uci.moves[::100], san.moves[::100], strict=True):  # by the functions of chess itself
+        board = chess.Board()
+        for move, name in zip(line.split(), expected.split(), strict=True):
+            assert board.san(chess.Move.from_uci(move)).rstrip("+#") == name
+            board.push_uci(move)
+    raw = gzip.decompress(importlib.resources.files("jaxlm.data").joinpath("chess_games.txt.gz").read_bytes())
+    stripped = [line.rsplit(" ", 1)[0].replace("+", "").replace("#", "") for line in raw.decode().splitlines()]
+    assert list(san.moves) == stripped
+
+
+def test_lines_of_both_notations_are_read_and_bad_ones_reported(tmp_path: Path) -> None:
+    lines = [
+        "e4 e5 Nf3 1-0",
+        "",
+        "e2e4 e7e5 g1f3 0-1",
+        "e4 e5 Ke3 1-0",
+        "d4 d5 Ngf3 0-0 1/2-1/2",
+        "d4 hello",
+        "1-0",
+        "1. e4 e5 1-0",
+        "Nf3 d5 d4 c5 Nd2 *",
+        "e2e4 0000",
+        "Ng1f3 d5 d4 Nc6 e3 Bf5 Bb5 a6 Bxc6+",
+    ]
+    games = read_games(write(tmp_path / "games.txt", "\n".join(lines)), "san")
+    assert games.moves == ("e4 e5 Nf3", "e4 e5 Nf3", "Nf3 d5 d4 Nc6 e3 Bf5 Bb5 a6 Bxc6")
+    assert games.results == ("1-0", "0-1", "*")
+    reasons = dict(games.rejected)
+    assert reasons == {
+        4: "move 2 of white, 'Ke3', is illegal",
+        5: "move 2 of black, '0-0', is illegal",
+        6: "move 1 of black, 'hello', is unreadable",
+        7: "no moves",
+        8: "move 1 of white, '1.', is unreadable; a file with move numbers or tags must be called .pgn",
+        9: "move 3 of white, 'Nd2', is ambiguous",
+        10: "move 1 of black, '0000', is a null move",
+    }
+    assert games.duplicates() == [[0, 1]]
+    report = games.report(most=2).splitlines()
+    assert report[0].endswith("games.txt: 3 games, 7 rejected, 1 duplicates")
+    assert report[1].endswith("games.txt, line 4: move 2 of white, 'Ke3', is illegal")
+    assert report[-1] == "  and 5 more rejected games"
+
+
+def test_pgn_keeps_main_lines(tmp_path: Path) -> None:
+    for name in ("games.pgn", "games.pgn.gz"):
+        games = read_games(write(tmp_path / name, PGN), "uci")
+        assert games.moves == ("e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7", "f2f3 e7e5 g2g4 d8h4")
+        assert games.results == ("1-0", "0-1")
+        assert [line for line, _ in games.rejected] == [6, 11, 24]
+        illegal, start, empty = (reason for _, reason in games.rejected)
+        assert "Kd3" in illegal
+        assert "illegal" in illegal
+        assert "standard chess from the initial position" in start
+        assert empty == "no moves"
+    assert read_games(tmp_path / "games.pgn", "san").moves[0] == "e4 e5 Qh5 Nc6 Bc4 Nf6 Qxf7"
+
+
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    lines = [*embedded("san").moves[:9], "e4 e4"]
+    file = write(tmp_path / "games.txt.gz", "\n".join(lines))
+    assert read_games(file, workers=2) == read_games(file, workers=1)
+
+
+def test_syntax_check_looks_at_words_only(tmp_path: Path) -> None:
+    file = write(tmp_path / "games.txt", "e4 Qxh7# 1-0\ne4 e2e4\n")
+    games = read_games(file, "san", check="syntax")
+    assert games.moves == ("e4 Qxh7",)
+    assert games.rejected == ((2, "move 1 of black, 'e2e4', is not a san move"),)
+    syntax = [games_module.SAN_MOVE.fullmatch(move) for line in embedded("san").moves for move in set(line.split())]
+    assert all(syntax)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "message"),
+    [
+        ("a.txt", "e4 e4\n", {}, r"no game of the file can be used(.|\n)*line 1: move 1 of black, 'e4', is illegal"),
+        ("a.txt", "", {}, "is empty"),
+        ("a.pgn", PGN, {"check": "syntax"}, "check='syntax' cannot read the PGN file"),
+        ("a.txt", "e4", {"check": "no"}, "check='no' must be 'rules' or 'syntax'"),
+        ("a.txt", "e4", {"workers": 0}, "workers=0 must be at least 1"),
+        ("a.txt", "e4", {"notation": "lan"}, "notation='lan' must be one of uci, san"),
+    ],
+)
+def test_bad_files_and_arguments_are_named(tmp_path: Path, name: str, text: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_games(write(tmp_path / name, text), **options)
+
+
+def test_conversion_names_the_bad_move() -> None:
+    with pytest.raises(ValueError, match="move 2 of white, 'e2e4', is illegal"):
+        to_san("e2e4 e7e5 e2e4")
+
+
+def test_split_keeps_duplicates_together() -> None:
+    base = embedded("uci").moves[:90]
+    games = Games((*base, *base[:60]), ("*",) * 150, "uci")
+    train, validation, test = split_games(games, 0.2, 0.1, seed=3)
+    parts = [set(part.moves) for part in (train, validation, test)]
+    assert [len(part) for part in parts] == [63, 18, 9]
+    assert set.union(*parts) == set(base)
+    assert sum(len(part) for part in (train, validation, test)) == 150
+    assert split_games(games, 0.2, 0.1, seed=3)[1] == validation
+    assert split_games(games, 0.2, 0.1, seed=4)[1] != validation
+    positions = [games.moves.index(line) for line in dict.fromkeys(train.moves)]
+    assert len(split_games(games, 0.0, 0.1)[1]) == 0
+    assert positions == sorted(positions), "a part keeps the order of the games"
+
+
+@pytest.mark.parametrize(
+    ("fractions", "message"),
+    [
+        ((0.5, 0.5), "leave none of the 10 distinct games"),
+        ((-0.1, 0.0), "validation_fraction=-0.1 must be at least 0"),
+        ((0.2, 1.0), "test_fraction=1.0 must be"),
+        ((0.01, 0.2), "validation_fraction=0.01 of 10 distinct games is no game"),
+    ],
+)
+def test_split_refuses_fractions_that_leave_nothing(fractions: tuple[float, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_games(embedded("uci").select(range(10)), *fractions)

@@ -1,0 +1,103 @@
+"""Moves as tokens: the fixed UCI vocabulary, SAN vocabularies of games, round trips and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import chess
+import numpy as np
+import pytest
+
+from jaxlm.data.games import chess_games
+from jaxlm.data.moves import MoveTokenizer, uci_moves
+from jaxlm.data.tokenizers import SpecialIds
+
+
+def test_uci_moves_are_those_of_pieces_on_an_empty_board() -> None:
+    expected = set()
+    for square in chess.SQUARES:
+        for piece in (chess.QUEEN, chess.KNIGHT):
+            board = chess.BaseBoard.empty()
+            board.set_piece_at(square, chess.Piece(piece, chess.WHITE))
+            expected |= {chess.Move(square, to).uci() for to in board.attacks(square)}
+    for color, rank in ((chess.WHITE, 6), (chess.BLACK, 1)):
+        for file in range(8):
+            square, ahead = chess.square(file, rank), chess.square(file, 7 if color else 0)
+            for to in [ahead, *chess.SquareSet(chess.BB_PAWN_ATTACKS[color][square])]:
+                expected |= {chess.Move(square, to, piece).uci() for piece in (2, 3, 4, 5)}
+    assert len(expected) == 1968
+    assert set(uci_moves()) == expected
+    assert list(uci_moves()) == sorted(expected), "ids must not depend on the session"
+
+
+@pytest.mark.parametrize("notation", ["uci", "san"])
+def test_all_embedded_games_come_back(notation: str) -> None:
+    games = chess_games(notation)
+    tokenizer = MoveTokenizer.from_games(games.moves, notation)
+    for line in games.moves:
+        ids = tokenizer.encode(line)
+        assert ids.dtype == np.int32
+        assert ids.min() >= tokenizer.first_move_id
+        assert tokenizer.decode(ids) == line
+    assert tokenizer.vocab_size == {"uci": 1971, "san": 1595}[notation]
+
+
+def test_san_vocabulary_has_the_frequent_moves_first_and_unknown_ones() -> None:
+    tokenizer = MoveTokenizer.from_games(["e4 e5 Nf3", "e4 c5+ Nf3", "e4 Qxf7#"], "san", min_count=1)
+    assert tokenizer.moves == ("e4", "Nf3", "Qxf7", "c5", "e5")
+    assert tokenizer.encode("e4 Qxf7# Qxf7+ d4").tolist() == [4, 6, 6, 3]
+    assert tokenizer.decode([1, 4, 3, 2, 0]) == "e4 <unk>"
+    assert tokenizer.decode([1, 4, 3, 2, 0], skip_special_tokens=False) == "<bos> e4 <unk> <eos> <pad>"
+    assert MoveTokenizer.from_games(["e4 e5", "e4 c5"], "san", min_count=2).moves == ("e4",)
+    assert tokenizer.special_ids == SpecialIds(pad=0, unk=3, bos=1, eos=2)
+    assert tokenizer.end_id == 2
+
+
+def test_a_game_begins_and_ends() -> None:
+    tokenizer = MoveTokenizer("uci")
+    first, second = tokenizer.encode("e2e4 e7e5").tolist()
+    assert tokenizer.game("e2e4 e7e5").tolist() == [1, first, second, 2]
+    assert tokenizer.move_text(first) == "e2e4"
+    assert tokenizer.move_id("e7e5") == second
+    assert tokenizer.move_id("e7e4e5") is None
+    assert [tokenizer.is_move(id) for id in (0, 2, 3, 1970, 1971)] == [False, False, True, True, False]
+    assert tokenizer.encode("").shape == (0,)
+
+
+def test_encodings_have_the_characters_of_each_move() -> None:
+    encoding = MoveTokenizer("uci").encode_inputs("e2e4  e7e5")
+    assert [("e2e4  e7e5")[a:b] for a, b in encoding.offsets] == ["e2e4", "e7e5"]
+    assert len(MoveTokenizer("uci").encode_inputs("e2e4 e7e5 g1f3", max_length=2).ids) == 2
+
+
+@pytest.mark.parametrize("tokenizer", [MoveTokenizer("uci"), MoveTokenizer("san", ["e4", "O-O", "e8=Q"])])
+def test_a_saved_tokenizer_is_loaded(tmp_path: Path, tokenizer: MoveTokenizer) -> None:
+    tokenizer.save(tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "jaxlm_tokenizer.json").read_text())
+    assert content["type"] == "moves"
+    assert MoveTokenizer.from_json(content) == tokenizer
+    assert hash(MoveTokenizer.from_json(content)) == hash(tokenizer)
+    assert tokenizer != MoveTokenizer("san", ["e4"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MoveTokenizer("san"), "SAN has no fixed set of moves"),
+        (lambda: MoveTokenizer("san", ["e4+"]), r"'e4\+' is not a san move without signs"),
+        (lambda: MoveTokenizer("uci", ["e4"]), "'e4' is not a uci move"),
+        (lambda: MoveTokenizer("san", ["e4", "e4"]), "must be distinct, got 'e4' twice"),
+        (lambda: MoveTokenizer("san", []), "at least one move"),
+        (lambda: MoveTokenizer("lan"), "notation='lan' must be one of uci, san"),
+        (lambda: MoveTokenizer.from_games(["e4"], "san", min_count=0), "min_count=0 must be at least 1"),
+        (lambda: MoveTokenizer.from_games(["e2e4"], "san"), "'e2e4' is not a san move"),
+        (lambda: MoveTokenizer.from_json({"notation": "san", "moves": ["e4"]}), "moves must be a text, got list"),
+        (lambda: MoveTokenizer("uci").encode("e2e4 e5"), "word 2 of the game, 'e5', is not a uci move"),
+        (lambda: MoveTokenizer("san", ["e4"]).encode("e4 1-0"), "word 2 of the game, '1-0', is not a san move"),
+        (lambda: MoveTokenizer("uci").decode([3, 1971]), "id 1971 at position 1 is outside"),
+    ],
+)
+def test_bad_input_is_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

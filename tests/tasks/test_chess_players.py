@@ -1,0 +1,217 @@
+"""Players and matches: scripted games with known results, batched calls, engines, and the terminal."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import chess
+import numpy as np
+import pytest
+
+from jaxlm.data.moves import MoveTokenizer
+from jaxlm.tasks import chess_players
+from jaxlm.tasks.chess import board_after
+from jaxlm.tasks.chess_players import EnginePlayer, MatchResult, ModelPlayer, RandomPlayer, play_match
+from tests.tasks.oracle import oracle
+
+UCI = MoveTokenizer("uci")
+FOOL = "f2f3 e7e5 g2g4 d8h4"
+SCHOLAR = "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7"
+SHUFFLE = "g1f3 g8f6 f3g1 f6g8 " * 3
+STALEMATE = "e2e3 a7a5 d1h5 a8a6 h5a5 h7h5 h2h4 a6h6 a5c7 f7f6 c7d7 e8f7 d7b7 d8d3 b7b8 d3h7 b8c8 f7g6 c8e6"
+
+
+class Script:
+    """Plays the moves of given lines: line ``n`` on board ``n`` of a call, and records the boards of each call."""
+
+    def __init__(self, *lines: str, max_moves: int | None = None) -> None:
+        self.lines, self.calls, self.max_moves = [line.split() for line in lines], [], max_moves  # type: ignore[var-annotated]
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        self.calls.append([len(board.move_stack) for board in boards])
+        moves = []
+        for board in boards:
+            played = [move.uci() for move in board.move_stack]
+            line = next(line for line in self.lines if line[: len(played)] == played)
+            moves.append(chess.Move.from_uci(line[len(played)]) if len(line) > len(played) else None)
+        return moves
+
+
+def counts(result: MatchResult) -> tuple[int, ...]:
+    return result.wins, result.draws, result.losses, result.unfinished, result.illegal
+
+
+def test_colours_alternate_and_results_are_the_first_players() -> None:
+    script = Script(SCHOLAR)
+    result = play_match(script, Script(SCHOLAR), games=3)
+    assert counts(result) == (2, 0, 1, 0, 0)
+    assert result.games.moves == (SCHOLAR,) * 3
+    assert result.games.results == ("1-0",) * 3
+    assert result.score.value == pytest.approx(2 / 3)
+    assert script.calls[0] == [0, 0], "white in games 0 and 2"
+    assert script.calls[1:] == [[2, 1, 2], [4, 3, 4], [6, 5, 6]], "one call per turn, with all boards"
+    black = play_match(Script(FOOL), Script(FOOL), games=3)
+    assert (black.wins, black.losses, black.games.results) == (1, 2, ("0-1",) * 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "expected"),
+    [
+        (SHUFFLE, {}, (0, 2, 0, 0, 0)),
+        (STALEMATE, {}, (0, 2, 0, 0, 0)),
+        (SCHOLAR, {"max_moves": 6}, (0, 2, 0, 2, 0)),
+        (SCHOLAR, {"max_moves": 7}, (1, 0, 1, 0, 0)),
+        ("e2e4 e7e5 e4e5", {}, (1, 0, 1, 0, 1)),
+        ("e2e4 e7e5 g1f3", {}, (1, 0, 1, 0, 1)),
+    ],
+)
+def test_games_end_by_the_rules(line: str, options: dict, expected: tuple[int, ...]) -> None:
+    assert counts(play_match(Script(line), Script(line), games=2, **options)) == expected
+
+
+def test_one_object_can_play_itself() -> None:
+    script = Script(SCHOLAR)
+    assert counts(play_match(script, script, games=2)) == (1, 0, 1, 0, 0)
+
+
+def test_random_players_follow_the_seed() -> None:
+    matches = [play_match(RandomPlayer(), RandomPlayer(), games=2, max_moves=10, seed=seed) for seed in (1, 1, 2)]
+    assert matches[0] == matches[1]
+    assert matches[0].games.moves != matches[2].games.moves
+    assert all(len(line.split()) == 10 for line in matches[0].games.moves)
+    moves = RandomPlayer().choose([chess.Board()] * 300, np.random.default_rng(0))
+    assert {move.uci() for move in moves if move} == {move.uci() for move in chess.Board().legal_moves}
+
+
+def test_openings_are_random_and_shared_by_pairs() -> None:
+    result = play_match(RandomPlayer(), RandomPlayer(), games=4, max_moves=7, opening_moves=6, seed=5)
+    openings = [line.split()[:6] for line in result.games.moves]
+    assert openings[0] == openings[1]
+    assert openings[2] == openings[3]
+    assert openings[0] != openings[2]
+
+
+def test_models_play_what_they_know_and_masks_keep_them_legal() -> None:
+    knows = ModelPlayer(*oracle(UCI, [SCHOLAR, "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 e2e4"]), UCI)
+    # With equal logits for the mate and the illegal e2e4, the unmasked player takes the smaller id, e2e4.
+    assert counts(play_match(knows, Script(SCHOLAR), games=2)) == (1, 0, 1, 0, 0)
+    free = ModelPlayer(*oracle(UCI, [SCHOLAR, "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 e2e4"]), UCI, masked=False)
+    result = play_match(free, Script(SCHOLAR), games=1)
+    assert counts(result) == (0, 0, 1, 0, 1)
+    assert result.games.moves == (SCHOLAR.rsplit(" ", 1)[0],)
+    ends = ModelPlayer(*oracle(UCI, [""]), UCI, masked=False)
+    assert ends.choose([chess.Board()], np.random.default_rng(0)) == [None]
+
+
+def test_a_model_at_a_temperature_draws_legal_moves() -> None:
+    player = ModelPlayer(*oracle(UCI, ["e2e4", "d2d4", "e2e5"]), UCI, temperature=1.0)
+    moves = player.choose([chess.Board()] * 60, np.random.default_rng(0))
+    names = [move.uci() for move in moves if move]
+    assert len(names) == 60
+    assert {"e2e4", "d2d4"} <= set(names)
+    assert names.count("e2e4") + names.count("d2d4") > 50
+    assert all(chess.Board().is_legal(move) for move in moves if move)
+
+
+def test_a_san_player_without_a_known_move_plays_a_random_one() -> None:
+    tokenizer = MoveTokenizer("san", ["Qxf7"])
+    player = ModelPlayer(*oracle(tokenizer, ["Qxf7"]), tokenizer)
+    moves = player.choose([chess.Board()] * 20, np.random.default_rng(0))
+    assert len({move.uci() for move in moves if move}) > 3
+    assert player.choose([board_after(SCHOLAR.rsplit(" ", 1)[0])], np.random.default_rng(0)) == [
+        chess.Move.from_uci("h5f7")
+    ]
+
+
+def test_score_has_wilsons_interval() -> None:
+    games = play_match(Script(SCHOLAR), Script(SCHOLAR), games=1).games
+    score = MatchResult(200, 0, 0, 0, 0, games).score
+    assert (score.value, score.high) == pytest.approx((1.0, 1.0))
+    assert score.low == pytest.approx(0.98115, abs=1e-5)
+    half = MatchResult(40, 20, 40, 5, 0, games)
+    assert (half.score.low, half.score.high) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    assert str(half) == ("40 wins, 20 draws (5 unfinished), 40 losses (0 by illegal moves): score 0.500 [0.404, 0.596]")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"games": 0}, "games=0 must be at least 1"),
+        ({"max_moves": 0}, "max_moves=0 must be at least 1"),
+        ({"opening_moves": -1}, "opening_moves=-1 must be at least 0"),
+        ({"opening_moves": 9, "max_moves": 9}, "opening_moves=9 must be less than max_moves=9"),
+        ({"max_moves": 65}, "model reads games of at most 63 moves: use max_moves=64 or fewer"),
+    ],
+)
+def test_bad_matches_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        play_match(Script("", max_moves=63), RandomPlayer(), **options)
+
+
+def test_bad_temperature_is_named() -> None:
+    with pytest.raises(ValueError, match="temperature=-1 must be finite"):
+        ModelPlayer(*oracle(UCI, [FOOL]), UCI, temperature=-1)
+
+
+# -------------------------------------------------------------------------------------------------- engines
+
+FAKE = """#!{python}
+import sys, chess
+board, level = chess.Board(), None
+for line in sys.stdin:
+    words = line.split()
+    if words[0] == "uci":
+        print("id name fake{option}\\nuciok")
+    elif words[0] == "isready":
+        print("readyok")
+    elif words[0] == "setoption":
+        level = words[-1]
+    elif words[0] == "position":
+        board = chess.Board()
+        for move in words[words.index("moves") + 1 :] if "moves" in words else []:
+            board.push_uci(move)
+    elif words[0] == "go":
+        assert level == "{level}" and words[1:] == ["nodes", "7"]
+        print("bestmove", min(move.uci() for move in board.legal_moves))
+    elif words[0] == "quit":
+        break
+    sys.stdout.flush()
+"""
+
+
+def program(folder: Path, text: str) -> Path:
+    path = folder / "stockfish"
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def fake(folder: Path, level: int | None) -> Path:
+    option = "" if level is None else "\\noption name Skill Level type spin default 20 min 0 max 20"
+    return program(folder, FAKE.format(python=sys.executable, option=option, level=level))
+
+
+def test_an_engine_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, 3)
+    monkeypatch.setattr(chess_players, "_engine_path", lambda: str(tmp_path))
+    with EnginePlayer(skill_level=3, nodes=7) as engine:
+        moves = engine.choose([chess.Board(), board_after("e2e4")], np.random.default_rng(0))
+        assert [move.uci() for move in moves if move] == ["a2a3", "a7a5"]
+        assert play_match(engine, RandomPlayer(), games=2, max_moves=4).games.moves[0].startswith("a2a3 ")
+
+
+def test_missing_and_unfit_engines_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chess_players, "_engine_path", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no chess engine stockfish on the PATH.*apt-get install stockfish"):
+        EnginePlayer()
+    with pytest.raises(FileNotFoundError, match="no chess engine /no/engine"):
+        EnginePlayer("/no/engine")
+    with pytest.raises(ValueError, match="nodes=0 must be at least 1"):
+        EnginePlayer(nodes=0)
+    with pytest.raises(ValueError, match="does not answer as a UCI engine"):
+        EnginePlayer(program(tmp_path, "#!/bin/sh\nexit 1\n"))
+    with pytest.raises(ValueError, match="has no skill level 0"):
+        EnginePlayer(fake(tmp_path, None))

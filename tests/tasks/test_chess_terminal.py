@@ -1,0 +1,118 @@
+"""The board as text, and a person's game against a model, with scripted input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chess
+import pytest
+
+from jaxlm.data.moves import MoveTokenizer
+from jaxlm.tasks.chess import board_after
+from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
+from tests.tasks.oracle import oracle
+
+UCI = MoveTokenizer("uci")
+FOOL = "f2f3 e7e5 g2g4 d8h4"
+SCHOLAR = "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7"
+
+
+def test_board_has_pieces_coordinates_and_the_last_move() -> None:
+    lines = draw_board(board_after("e2e4")).splitlines()
+    assert lines == [
+        "8  ♜  ♞  ♝  ♛  ♚  ♝  ♞  ♜",
+        "7  ♟  ♟  ♟  ♟  ♟  ♟  ♟  ♟",
+        "6  ·  ·  ·  ·  ·  ·  ·  ·",
+        "5  ·  ·  ·  ·  ·  ·  ·  ·",
+        "4  ·  ·  ·  · [♙] ·  ·  ·",
+        "3  ·  ·  ·  ·  ·  ·  ·  ·",
+        "2  ♙  ♙  ♙  ♙ [·] ♙  ♙  ♙",
+        "1  ♖  ♘  ♗  ♕  ♔  ♗  ♘  ♖",
+        "   a  b  c  d  e  f  g  h",
+        "Black to move",
+    ]
+    turned = draw_board(board_after(FOOL), white_below=False).splitlines()
+    assert turned[0] == "1  ♖  ♘  ♗  ♔  ♕  ♗  ♘  ♖"
+    assert turned[3] == "4 [♛] ♙  ·  ·  ·  ·  ·  ·"
+    assert turned[8] == "   h  g  f  e  d  c  b  a"
+    assert turned[9] == "White to move, in check"
+    assert "[" not in draw_board(chess.Board())
+
+
+def game(inputs: list[str], lines: list[str], **options: Any) -> tuple[str, list[str]]:
+    said: list[str] = []
+    typed = iter(inputs)
+
+    def ask(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    result = play_on_terminal(*oracle(UCI, lines), UCI, ask, said.append, **options)
+    return result, said
+
+
+def test_a_person_mates_the_model() -> None:
+    result, said = game(["e4", "d1h5", "Bc4", "Qxf7#"], [SCHOLAR])
+    assert result == "1-0"
+    assert [text for text in said if text.startswith("The model")] == [
+        "The model plays e5.", "The model plays Nc6.", "The model plays Nf6.",
+    ]  # fmt: skip
+    assert said[-1] == "Result: 1-0"
+
+
+def test_the_model_mates_a_person() -> None:
+    result, said = game(["f3", "g4"], [FOOL])
+    assert result == "0-1"
+    assert "The model plays Qh4#." in said
+    result, said = game(["e5", "Nc6", "Nf6"], [SCHOLAR], person="black")
+    assert result == "1-0"
+    assert said[2].splitlines()[0].startswith("1 "), "the person's side is below"
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("Ke5", "'Ke5' is not legal here. Type moves for a list."),
+        ("e2e5", "'e2e5' is not legal here. Type moves for a list."),
+        ("hello", "'hello' is not understood. Type a move (e4, Nf3, O-O, e7e8q), or: moves, board,"),
+        ("", "'' is not understood."),
+        ("0000", "'0000' is not understood."),
+        ("undo", "There is no move of yours to take back."),
+        ("moves", "Na3 Nc3 Nf3 Nh3 a3 a4 b3 b4 c3 c4 d3 d4 e3 e4 f3 f4 g3 g4 h3 h4"),
+        (" BOARD ", draw_board(chess.Board())),
+    ],
+)
+def test_each_input_has_one_answer(line: str, answer: str) -> None:
+    result, said = game([line], [SCHOLAR])
+    assert result == "*"
+    assert len(said) == 4
+    assert said[2].startswith(answer)
+    assert said[3] == "Game ended without a result."
+
+
+def test_check_and_ambiguity_are_explained() -> None:
+    _, said = game(["d4", "Nf3", "Nd2"], ["d2d4 d7d5 g1f3 a7a6"])
+    assert said[-2] == "'Nd2' is ambiguous: type Nbd2 or Nfd2."
+    promotion = "a2a4 b7b5 a4b5 a7a6 b5a6 h7h6 a6a7 h6h5 a7b8q"
+    for line in ("axb8", "a7b8"):
+        _, said = game(["a4", "axb5", "bxa6", "a7", line], [promotion])
+        assert said[-2] == f"'{line}' is ambiguous: type axb8=B or axb8=N or axb8=Q or axb8=R."
+    _, said = game(["d4", "c4", "a4"], ["d2d4 e7e6 c2c4 f8b4"])
+    assert said[-2] == "'a4' is not legal here: you are in check. Type moves for a list."
+
+
+def test_moves_can_be_taken_back_and_games_resigned() -> None:
+    result, said = game(["f3", "undo", "e4", "resign"], [SCHOLAR, FOOL])
+    assert result == "0-1"
+    boards = [text for text in said if text.startswith("8")]
+    assert boards[0] == boards[2]
+    assert "4  ·  ·  ·  ·  ♙" in boards[-1]
+    assert game(["resign"], [SCHOLAR], person="black")[0] == "1-0"
+    assert game(["quit"], [SCHOLAR])[0] == "*"
+
+
+def test_wrong_side_is_named() -> None:
+    with pytest.raises(ValueError, match="person='red' must be 'white' or 'black'"):
+        game([], [SCHOLAR], person="red")
