@@ -1,0 +1,232 @@
+"""Predictions for texts: the same in every batch as for each text alone, with few shapes compiled."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import models
+from jaxlm.data import ByteTokenizer
+from jaxlm.decoding import generate, log_likelihood
+from jaxlm.tasks import predict
+from jaxlm.tasks.predict import Predictions, classify, score_texts, tag
+from tests.helpers import FIRST, lively, tiny_model
+
+BYTES = ByteTokenizer()
+TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
+CLASSIFIERS = tuple(name for name in FIRST if hasattr(tiny_model(name).module, "summary"))
+
+
+@functools.cache
+def pair(name: str, **fields: Any) -> tuple[Any, Any]:
+    model = tiny_model(name, vocab_size=264, **fields)
+    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+
+
+def classifier(name: str = "bert-tiny") -> tuple[Any, Any]:
+    return pair(name, task="classification", num_labels=3)
+
+
+def words_tokenizer() -> Any:
+    """Whole words and their endings, in BERT's template."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    from jaxlm.data.tokenizers import PretrainedTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "play", "##ing", "ann", "sings", "."]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:4])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PretrainedTokenizer(backend)
+
+
+# ---------------------------------------------------------------------------------------------- labels of texts
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_predicts_the_same_in_a_batch_and_alone(name: str) -> None:
+    model, params = classifier(name)
+    found = classify(model, params, BYTES, TEXTS, batch_size=4)
+    assert found.probabilities.shape == (4, 3)
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1.0, rtol=1e-5)
+    assert found.labels == found.probabilities.argmax(axis=1).tolist(), "numbers, for the model knows no names"
+
+    ids = BYTES.encode(TEXTS[1])[None]
+    types = (
+        {}
+        if "token_types" not in inspect.signature(model.module.apply).parameters
+        else {"token_types": np.zeros_like(ids)}
+    )
+    hidden, _ = model.apply(params, ids, **types)
+    alone = jax.nn.softmax(model.logits(params, model.summary(params, hidden))[0, 0])
+    np.testing.assert_allclose(found.probabilities[1], alone, atol=2e-5)
+
+
+def test_batches_and_order_change_nothing() -> None:
+    whole = classify(*classifier(), BYTES, TEXTS).probabilities
+    np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS, batch_size=3).probabilities, whole, atol=1e-5)
+    np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS[::-1]).probabilities, whole[::-1], atol=1e-5)
+
+
+def test_compilations_are_bounded_by_the_buckets() -> None:
+    before = predict._label_probabilities._cache_size()
+    texts = ["x" * n for n in range(1, 25)]
+    model, params = pair("bert-tiny", task="classification", num_labels=5)
+    classify(model, params, BYTES, texts, batch_size=2)
+    assert predict._label_probabilities._cache_size() == before + 3, "8, 16 and 24 tokens"
+    classify(model, params, BYTES, texts[3:20], batch_size=2)
+    assert predict._label_probabilities._cache_size() == before + 3
+
+
+def test_pairs_have_the_template_and_the_token_types_of_the_tokenizer() -> None:
+    tokenizer, (model, params) = words_tokenizer(), classifier()
+    found = classify(model, params, tokenizer, ["ann sings"], ["playing ."]).probabilities[0]
+    ids, types = np.array([[2, 6, 7, 3, 4, 5, 8, 3]]), np.array([[0, 0, 0, 0, 1, 1, 1, 1]])
+    hidden, _ = model.apply(params, ids, token_types=types)
+    want = jax.nn.softmax(model.logits(params, model.summary(params, hidden))[0, 0])
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    alone = classify(model, params, tokenizer, ["ann sings playing ."]).probabilities[0]
+    assert np.abs(found - alone).max() > 1e-3
+
+
+def test_labels_have_the_names_that_the_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Predictions(np.array([[0.1, 0.9], [0.6, 0.4]]), ("no", "yes")).labels == ["yes", "no"]
+    monkeypatch.setattr(models.Model, "labels", ("bad", "good", "so-so"), raising=False)
+    found = classify(*classifier(), BYTES, TEXTS)
+    assert found.labels == [("bad", "good", "so-so")[i] for i in found.ids]
+
+
+def test_texts_that_cannot_be_classified() -> None:
+    with pytest.raises(ValueError, match="text 1 is '', which has no tokens"):
+        classify(*classifier(), BYTES, ["a", ""])
+    with pytest.raises(ValueError, match="text 1 is '', which has no tokens"):
+        classify(*classifier(), words_tokenizer(), ["ann", ""])
+    with pytest.raises(ValueError, match="text 1 has 65 tokens, but max_positions=64: shorten it"):
+        classify(*classifier(), BYTES, ["a", "a" * 65])
+    with pytest.raises(ValueError, match=r"text 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
+        classify(tiny_model("bert-tiny", vocab_size=100, task="classification"), {}, BYTES, ["xa"])
+    with pytest.raises(ValueError, match="the tokenizer gives token type 1, but roberta has num_token_types=1"):
+        classify(*classifier("roberta-tiny"), BYTES, ["a"], ["b"])
+    with pytest.raises(TypeError, match=r"one string: pass \['a'\]"):
+        classify(*classifier(), BYTES, "a")
+    with pytest.raises(ValueError, match="there are no texts"):
+        classify(*classifier(), BYTES, [])
+    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it classifies nothing"):
+        classify(jaxlm.get_model("bert-tiny"), {}, BYTES, ["a"])
+    with pytest.raises(ValueError, match="num_labels=1: its output is a score"):
+        classify(jaxlm.get_model("bert-tiny", task="classification", num_labels=1), {}, BYTES, ["a"])
+
+
+# ---------------------------------------------------------------------------------------------- labels of words
+
+
+def test_a_word_has_the_label_of_its_first_token() -> None:
+    model, params = pair("bert-tiny", task="tagging", num_labels=4)
+    tokenizer, texts = words_tokenizer(), ["ann sings", "ann playing  sings."]
+    ids = tokenizer.encode_inputs(texts[1]).ids
+    assert ids.tolist() == [2, 6, 4, 5, 7, 8, 3]
+    hidden, _ = model.apply(params, ids[None], token_types=np.zeros((1, 7), np.int32))
+    want = np.asarray(jax.nn.softmax(model.logits(params, hidden)[0], axis=-1))
+    _, labels = tag(model, params, tokenizer, texts)
+    assert [texts[1][one.start : one.end] for one in labels] == ["ann", "playing", "sings."]
+    assert [one.label for one in labels] == want.argmax(axis=1)[[1, 2, 4]].tolist()
+    np.testing.assert_allclose([one.probability for one in labels], want.max(axis=1)[[1, 2, 4]], atol=1e-5)
+    _, labels = tag(model, params, tokenizer, texts, unit="token")
+    assert [texts[1][one.start : one.end] for one in labels] == ["ann", "play", "ing", "sings", "."]
+    assert [one.label for one in labels] == want.argmax(axis=1)[1:6].tolist()
+
+
+def test_a_byte_tokenizer_labels_words_of_several_bytes() -> None:
+    model, params = pair("bert-tiny", task="tagging", num_labels=4)
+    (labels,) = tag(model, params, BYTES, ["né là"])
+    assert [(one.start, one.end) for one in labels] == [(0, 2), (3, 5)]
+    with pytest.raises(ValueError, match="unit='byte' is unknown: choose from 'word', 'token'"):
+        tag(model, params, BYTES, ["a"], unit="byte")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="this is a BERT with a classification head: it labels no words"):
+        tag(*classifier(), BYTES, ["a"])
+
+
+# -------------------------------------------------------------------------------------------------- likelihoods
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "lstm-tiny"])
+def test_likelihoods_of_causal_families(name: str) -> None:
+    model, params = pair(name)
+    texts = TEXTS[:3]
+    scores = score_texts(model, params, BYTES, texts, batch_size=2)
+    assert scores.num_tokens.tolist() == [len(text) - 1 for text in texts]
+    for text, found, total in zip(texts, scores.token_log_likelihoods, scores.log_likelihoods, strict=True):
+        want = np.asarray(log_likelihood(model, params, BYTES.encode(text)[None]))[0]
+        np.testing.assert_allclose(found, want, atol=2e-5)
+        assert total == pytest.approx(want.sum(), rel=1e-5)
+    mean = -scores.log_likelihoods.sum() / scores.num_tokens.sum()
+    assert scores.perplexity == pytest.approx(np.exp(mean))
+
+
+@pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
+def test_likelihoods_of_targets_given_sources(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = pair(name)
+    if name == "attention-rnn-tiny":
+        monkeypatch.setattr(predict, "decoder_start_id", lambda model, tokenizer: 7)
+    start = predict.decoder_start_id(model, BYTES)
+    texts, sources = ["yes", "a film"], ["ja", "ein Film, ganz gut"]
+    scores = score_texts(model, params, BYTES, texts, sources, batch_size=2)
+    for number, (text, source) in enumerate(zip(texts, sources, strict=True)):
+        ids = np.append(BYTES.encode(text), 256)
+        read = np.append(start, ids[:-1])[None].astype(np.int32)
+        hidden, _ = jax.jit(model.apply)(params, read, source=BYTES.encode(source)[None])
+        log_probs = np.asarray(jax.nn.log_softmax(model.logits(params, hidden)[0], axis=-1))
+        np.testing.assert_allclose(scores.token_log_likelihoods[number], log_probs[np.arange(ids.size), ids], atol=2e-5)
+
+
+def test_scores_are_those_of_generating() -> None:
+    model, params = pair("t5-tiny")
+    source = BYTES.encode("ja")[None]
+    out = generate(
+        model,
+        params,
+        np.zeros((1, 1), np.int32),
+        max_new_tokens=5,
+        allowed_ids=128,
+        state=model.start(params, source, 5),
+    )
+    text = BYTES.decode(np.asarray(out.tokens)[0])
+    found = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]
+    assert found.size == 6
+    hidden, _ = model.apply(params, np.append(0, np.asarray(out.tokens)[0, :4])[None], source=source)
+    missing = jax.nn.logsumexp(model.logits(params, hidden)[0, :, :128], axis=-1) - jax.nn.logsumexp(
+        model.logits(params, hidden)[0], axis=-1
+    )
+    np.testing.assert_allclose(found[:5], out.log_probs[0] + missing, atol=2e-5)
+
+
+def test_texts_that_cannot_be_scored() -> None:
+    gpt, t5 = pair("gpt2-tiny"), pair("t5-tiny")
+    with pytest.raises(ValueError, match="text 1 is 'a', 1 tokens: the first token is a condition"):
+        score_texts(*gpt, BYTES, ["ab", "a"])
+    assert score_texts(*gpt, BYTES, ["x" * 65]).num_tokens.tolist() == [64], "the last token is not read"
+    with pytest.raises(
+        ValueError, match=r"text 0 has 66 tokens, but max_positions=64: score it in windows, with jaxlm"
+    ):
+        score_texts(*gpt, BYTES, ["x" * 66])
+    with pytest.raises(ValueError, match="gpt reads no source: leave sources out"):
+        score_texts(*gpt, BYTES, ["ab"], ["cd"])
+    with pytest.raises(ValueError, match="t5 scores targets given sources: 2 texts need as many, got 1"):
+        score_texts(*t5, BYTES, ["ab", "c"], ["cd"])
+    with pytest.raises(ValueError, match="2 texts need as many, got none"):
+        score_texts(*t5, BYTES, ["ab", "c"])
+    with pytest.raises(ValueError, match="text 0 is '', which has no tokens"):
+        score_texts(*t5, BYTES, ["ab"], [""])
+    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it scores no text"):
+        score_texts(jaxlm.get_model("bert-tiny"), {}, BYTES, ["ab"])
