@@ -1,0 +1,286 @@
+"""Adaptations: what is trained, what is frozen, and that both layer layouts give the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import spec
+from jaxlm.checkpoint import Checkpointer
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.spec import ArraySpec
+from jaxlm.training.adapt import Adaptation, Freeze, LoRA, is_table, matrix_rows
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from tests.helpers import (
+    TINY,
+    assert_trees_close,
+    assert_trees_equal,
+    lively,
+    random_tokens,
+    tiny_model,
+)
+
+BERT = tiny_model("bert", task="classification")
+T5 = tiny_model("t5", num_decoder_layers=3)
+EVERY_MATRIX = LoRA(3, alpha=5.0, targets=("weight", "embedding"))
+ADAPTATIONS = (
+    Freeze(("embedding",)),
+    Freeze(first_layers=1),
+    Freeze(("attention/", "^pooler/"), first_layers=1),
+    Freeze((), first_layers=2),
+    LoRA(2),
+    LoRA(3, alpha=6.0, targets=("attention/output", "mlp/up"), train=("^classifier/", "norm")),
+    EVERY_MATRIX,
+)
+
+
+def params_of(model):
+    return lively(model.init(jax.random.key(0)))
+
+
+def moved(trained):
+    """A trained tree with random values, so that factors of zeros become visible."""
+    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), trained)
+
+
+# --------------------------------------------------------------------------------------- every adaptation
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=str)
+@pytest.mark.parametrize("layout", ["stacked", "per_layer"])
+def test_split_and_merge_undo_each_other_and_have_the_specs_that_they_say(adaptation, layout):
+    assert isinstance(adaptation, Adaptation)
+    assert hash(adaptation) == hash(dataclasses.replace(adaptation))
+    change = spec.unstack if layout == "per_layer" else lambda tree: tree
+    params = params_of(BERT)
+    trained, frozen = adaptation.split(BERT.specs, change(params), jax.random.key(1))
+    spec.require_same(change(adaptation.specs(BERT.specs)), trained, "trained")
+    spec.require_same(change(adaptation.frozen_specs(BERT.specs)), frozen, "frozen")
+    assert_trees_equal(adaptation.merge(trained, frozen), change(params))
+    # The same numbers whichever comes first: the split, or the change of the layout.
+    stacked = adaptation.split(BERT.specs, params, jax.random.key(1))
+    assert_trees_equal((trained, frozen), jax.tree.map(lambda x: x, tuple(map(change, stacked))))
+    merged = adaptation.merge(moved(stacked[0]), stacked[1])
+    assert_trees_close(adaptation.merge(change(moved(stacked[0])), change(stacked[1])), change(merged), 1e-6)
+
+
+@pytest.mark.parametrize("adaptation", [ADAPTATIONS[2], ADAPTATIONS[5]], ids=["freeze", "lora"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_training_moves_what_is_trained_and_nothing_else(adaptation, name):
+    """With weight decay, which moves also what has no gradient."""
+    tokens = random_tokens(BERT, 2, 6)
+    params = params_of(BERT)
+    trained, frozen = adaptation.split(BERT.specs, params, jax.random.key(1))
+    config = OptimizerConfig(name, learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(config, adaptation.specs(BERT.specs), 10)
+
+    def loss(trained, frozen):
+        merged = adaptation.merge(trained, frozen)
+        hidden, _ = BERT.apply(merged, tokens)
+        return jnp.sum(BERT.logits(merged, BERT.summary(merged, hidden))[:, 0, 0] ** 2)
+
+    @jax.jit
+    def step(trained, state):
+        grads = jax.grad(loss)(trained, frozen)
+        updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, grads
+
+    state, new = optimizer.init(trained), trained
+    for _ in range(2):
+        new, state, grads = step(new, state)
+    before, after = spec.flatten(params), spec.flatten(adaptation.merge(new, frozen))
+    touched = {name for name in before if not np.array_equal(before[name], after[name])}
+    if isinstance(adaptation, Freeze):
+        expected = {name for name in before if "attention/" not in name and not name.startswith("pooler/")}
+        for name in expected:
+            if name.startswith("layers/"):
+                assert np.array_equal(before[name][0], after[name][0]), name
+                assert not np.array_equal(before[name][1], after[name][1]), name
+    else:
+        expected = {
+            name for name in before
+            if name.endswith(("attention/output/weight", "mlp/up/weight")) or "norm" in name or "classifier/" in name
+        }  # fmt: skip
+    assert touched <= expected
+    assert expected - touched <= {"token_type_embedding"}
+    assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(grads["layers"]))
+
+
+def test_gradients_of_the_trained_tree_are_those_of_the_parameters():
+    """Freeze: equal; LoRA: those of the matrix, multiplied by the other factor."""
+    weights = params_of(BERT)
+    total = lambda params: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(params))  # noqa: E731
+    freeze = Freeze(("attention/",), first_layers=1)
+    trained, frozen = freeze.split(BERT.specs, weights)
+    grads = jax.grad(lambda trained: total(freeze.merge(trained, frozen)))(trained)
+    assert_trees_close(grads, freeze.split(BERT.specs, jax.grad(total)(weights))[0], 1e-6)
+    lora = LoRA(2, alpha=6.0, targets=("mlp/up/weight",))
+    factors, frozen = lora.split(BERT.specs, weights, jax.random.key(0))
+    factors = moved(factors)
+    grads = jax.grad(lambda factors: total(lora.merge(factors, frozen)))(factors)["layers"]["mlp"]["up"]["weight"]
+    whole = jax.grad(total)(lora.merge(factors, frozen))["layers"]["mlp"]["up"]["weight"]
+    pair = factors["layers"]["mlp"]["up"]["weight"]
+    assert_trees_close(grads["lora_a"], 3.0 * jnp.einsum("lif,lrf->lir", whole, pair["lora_b"]), 1e-5)
+    assert_trees_close(grads["lora_b"], 3.0 * jnp.einsum("lif,lir->lrf", whole, pair["lora_a"]), 1e-5)
+
+
+def test_the_trained_tree_is_a_tree_like_any_other(tmp_path):
+    """Saved, restored, and merged into an ordinary Hugging Face directory."""
+    lora = LoRA(2, train=("^classifier/",))
+    params = params_of(BERT)
+    trained, frozen = lora.split(BERT.specs, params, jax.random.key(0))
+    trained = moved(trained)
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, trained, {}, wait=True)
+        restored, _ = checkpoints.restore(lora.specs(BERT.specs))
+    assert_trees_equal(restored, trained)
+    merged = lora.merge(restored, lora.frozen(BERT.specs, params))
+    save_pretrained(tmp_path / "export", BERT, merged)
+    assert_trees_equal(load_pretrained(tmp_path / "export")[1], merged)
+
+
+# -------------------------------------------------------------------------------------------------- freeze
+
+
+def test_the_first_layers_of_every_stack_are_frozen():
+    freeze = Freeze(first_layers=2)
+    specs, frozen = spec.flatten(freeze.specs(T5.specs)), spec.flatten(freeze.frozen_specs(T5.specs))
+    assert not any(name.startswith("encoder/layers") for name in specs)  # both of its layers
+    assert specs["decoder/layers/mlp/up/weight"].shape == (1, 32, 64)
+    assert frozen["first_layers/encoder/layers/mlp/up/weight"].shape == (2, 32, 64)
+    assert "token_embedding" in specs
+    params = params_of(T5)
+    trained, rest = freeze.split(T5.specs, params)
+    assert jnp.array_equal(
+        trained["decoder"]["layers"]["mlp"]["up"]["weight"][0], params["decoder"]["layers"]["mlp"]["up"]["weight"][2]
+    )
+    assert_trees_equal(freeze.merge(trained, rest), params)
+    assert spec.count(freeze.specs(T5.specs)) + spec.count(freeze.frozen_specs(T5.specs)) == T5.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Freeze(), r"Freeze\(\) freezes nothing"),
+        (lambda: Freeze("embedding"), r"patterns='embedding' must be a tuple"),
+        (lambda: Freeze(("(",)), r"patterns: '\(' is not a regular expression"),
+        (lambda: Freeze(first_layers=-1), "first_layers=-1 must not be negative"),
+        (lambda: Freeze(("attension",)).specs(BERT.specs), "patterns: 'attension' matches none of the paths"),
+        (lambda: Freeze((".",)).specs(BERT.specs), "nothing is left to train"),
+        (lambda: Freeze(first_layers=3).specs(BERT.specs), "first_layers=3, but a stack of the model has 2 layers"),
+        (lambda: Freeze(first_layers=1).specs(tiny_model("lstm").specs), "no stack of layers; freeze by pattern"),
+        (lambda: LoRA(0), "rank=0 must be at least 1"),
+        (lambda: LoRA(2, alpha=0.0), "alpha=0.0 must be a positive number"),
+        (lambda: LoRA(2, targets=()), r"targets=\(\) adapts nothing"),
+        (lambda: LoRA(2, targets="query"), "targets='query' must be a tuple"),
+        (lambda: LoRA(2, targets=("query/bias",)).specs(BERT.specs), "targets: 'query/bias' matches none"),
+        (lambda: LoRA(2, train=("head",)).specs(BERT.specs), "train: 'head' matches none of the paths"),
+        (lambda: LoRA(2, targets=("mlp",), train=("mlp",)).specs(BERT.specs), r"mlp/down/weight.* match targets="),
+    ],
+)
+def test_bad_adaptations_are_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny", "attention-rnn-tiny", "lstm-tiny", "resnet-tiny"])
+def test_factors_of_weights_with_any_number_of_axes_are_those_of_the_matrix(name):
+    model = tiny_model(name)
+    lora = LoRA(3, alpha=5.0, targets=("weight", "embedding"))
+    params = params_of(model)
+    trained, frozen = lora.split(model.specs, params, jax.random.key(1))
+    before = spec.flatten(params)
+    assert_trees_equal(lora.merge(trained, frozen), params)
+    trained = moved(trained)
+    factors, after = spec.flatten(trained), spec.flatten(lora.merge(trained, frozen))
+    for path, leaf in lora.target_paths(model.specs).items():
+        layers = leaf.shape[0] if leaf.axes[0] == spec.LAYERS else 1
+        a, b, weight = (np.asarray(x, np.float64).reshape(layers, -1) for x in (
+            factors[f"{path}/lora_a"], factors[f"{path}/lora_b"], before[path]
+        ))  # fmt: skip
+        for layer, changed in enumerate(np.asarray(after[path]).reshape(layers, -1)):
+            matrix = a[layer].reshape(-1, 3) @ b[layer].reshape(3, -1)
+            np.testing.assert_allclose(changed, weight[layer] + 5 / 3 * matrix.reshape(-1), atol=1e-4)
+
+
+def test_factors_start_as_in_peft():
+    lora = LoRA(4, targets=("attention/output", "token_embedding"))
+    trained, _ = lora.split(T5.specs, params_of(T5), jax.random.key(0))
+    pair = trained["decoder"]["layers"]["attention"]["output"]["weight"]
+    bound = (4 * 16) ** -0.5  # torch's kaiming_uniform_ with a = sqrt(5): 1 / sqrt(inputs)
+    assert pair["lora_a"].shape == (3, 4, 16, 4)
+    assert 0.9 * bound < float(jnp.max(jnp.abs(pair["lora_a"]))) <= bound
+    assert not bool(jnp.any(pair["lora_b"]))
+    assert pair["lora_b"].shape == (3, 4, 32)
+    table = trained["token_embedding"]
+    assert not bool(jnp.any(table["lora_a"]))  # the side of the vocabulary
+    assert bool(jnp.all(table["lora_b"] != 0))
+    assert LoRA(4).scale == 1.0
+    assert LoRA(4, alpha=8).scale == 2.0
+
+
+def test_frozen_weights_keep_their_dtype():
+    lora = LoRA(2)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(BERT))
+    trained, frozen = lora.split(BERT.specs, params, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(lora.merge(trained, frozen))} == {jnp.dtype("bfloat16")}
+
+
+def test_specs_of_factors_keep_the_axes_for_shardings():
+    pair = LoRA(2, targets=("attention/output",)).specs(BERT.specs)["layers"]["attention"]["output"]["weight"]
+    assert pair["lora_a"].axes == ("layers", "heads", "kv", None)
+    assert pair["lora_b"].axes == ("layers", None, "embed")
+    assert pair["lora_a"].decay
+    assert pair["lora_b"].decay
+
+
+def test_two_trees_with_the_same_parameter_are_refused():
+    freeze = Freeze(("embedding",))
+    _, frozen = freeze.split(BERT.specs, params_of(BERT))
+    with pytest.raises(ValueError, match="hold the same parameter"):
+        freeze.merge(params_of(BERT), frozen)
+
+
+# ------------------------------------------------------------------------------------------------ matrices
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_weight_of_every_family_is_a_matrix_and_nothing_else(name):
+    """By their initial values: biases and scales are constant, and of those with two or more axes all are biases."""
+    for path, leaf in spec.flatten(tiny_model(name).specs).items():
+        rows = matrix_rows(path, leaf)
+        axes = leaf.axes[1:] if leaf.axes[0] == spec.LAYERS else leaf.axes
+        last = path.rsplit("/", 1)[-1]
+        if len(axes) < 2:
+            assert rows is None, path
+        elif rows is None:
+            assert "bias" in last or last == "gain", path
+        else:
+            assert 1 <= rows < len(axes), path
+            assert "bias" not in last, path
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes", "rows", "table"),
+    [
+        ("layers/attention/output/weight", (2, 4, 8, 32), ("layers", "heads", "kv", "embed"), 2, False),
+        ("layers/attention/qkv/weight", (2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"), 1, False),
+        ("layer_0/weight", (5, 64, 32), (None, "embed", "mlp"), 2, False),
+        ("output/state/weight", (32, 24, 2), ("embed", "mlp", None), 1, False),
+        ("head", (128, 32), ("vocab", "embed"), 1, True),
+        ("head/weight", (128, 32), ("vocab", "embed"), 1, True),
+        ("layers/attention/query/bias", (2, 4, 8), ("layers", "heads", "kv"), None, False),
+        ("encoder/relative_bias", (32, 4), (None, "heads"), None, False),
+    ],
+)
+def test_rows_of_matrices(path, shape, axes, rows, table):
+    leaf = ArraySpec(shape, axes)
+    assert matrix_rows(path, leaf) == rows
+    assert is_table(path, leaf) == table
