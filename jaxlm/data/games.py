@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.data.corpora import read_text
+from jaxlm.data.examples import Rejected
 
 Notation = Literal["uci", "san"]
 NOTATIONS: tuple[Notation, ...] = ("uci", "san")
@@ -37,13 +38,6 @@ GAMES_PER_PROCESS = 2000
 """Games that justify one more process, which takes one or two seconds to start."""
 
 
-class Rejected(NamedTuple):
-    """A game that was left out: its line in the file (from 1) and the reason."""
-
-    line: int
-    reason: str
-
-
 @dataclasses.dataclass(frozen=True)
 class Games:
     """Games of one file, in its order.
@@ -53,7 +47,7 @@ class Games:
         results: one of ``RESULTS`` per game.
         notation: of ``moves``.
         source: the file, for messages.
-        rejected: games of the file that are not among ``moves``.
+        rejected: games of the file that are not among ``moves``, by line.
     """
 
     moves: tuple[str, ...]
@@ -89,7 +83,7 @@ class Games:
         """Number of games, of rejected games (the first ``most`` with their reasons) and of duplicates, as text."""
         repeated = sum(len(group) - 1 for group in self.duplicates())
         lines = [f"{self.source}: {len(self):,} games, {len(self.rejected):,} rejected, {repeated:,} duplicates"]
-        lines += [f"  {self.source}, line {line}: {reason}" for line, reason in self.rejected[:most]]
+        lines += [f"  {self.source}, line {game.line}: {game.reason}" for game in self.rejected[:most]]
         if len(self.rejected) > most:
             lines.append(f"  and {len(self.rejected) - most:,} more rejected games")
         return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.encodings import Encoding
+from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
 from jaxlm.data.tokenizers import _OWN_FILE, SpecialIds, _checked, _Inputs, _without_template, _write_json
 
@@ -37,9 +37,10 @@ def uci_moves() -> tuple[str, ...]:
 class MoveTokenizer(_Inputs):
     """One id per move; a text is a line of moves such as ``e2e4 e7e5 g1f3`` or ``e4 e5 Nf3``.
 
-    Ids 0 to 2 are padding, the beginning and the end of a game. UCI has all 1,968 moves. SAN has the moves of the
-    training games: id 3 stands for any other move. Signs for check and mate (``+``, ``#``) are removed by ``encode``:
-    they follow from the position, and with them the vocabulary would be two thirds larger.
+    Ids 0 to 2 are padding, the beginning and the end of a game. ``encode_inputs`` puts the beginning before the moves.
+    UCI has all 1,968 moves. SAN has the moves of the training games: id 3 stands for any other move. Signs for check
+    and mate (``+``, ``#``) are removed by ``encode``: they follow from the position, and with them the vocabulary would
+    be two thirds larger.
 
     Args:
         notation: ``uci`` or ``san``.
@@ -51,7 +52,7 @@ class MoveTokenizer(_Inputs):
     Attributes:
         notation: as given.
         moves: the moves in the order of their ids.
-        pad_id, bos_id, eos_id: ids of padding (a decoder that reads a source also begins with it), beginning and end.
+        pad_id, bos_id, eos_id: ids of padding, beginning and end.
         first_move_id: the id of ``moves[0]``; smaller ids are special.
 
     Example:
@@ -183,4 +184,8 @@ class MoveTokenizer(_Inputs):
             spans = [match.span() for match in re.finditer(r"\S+", text)]
             return self.encode(text), np.array(spans, np.int32).reshape(-1, 2)
 
-        return _without_template(part, texts, pairs)
+        begin = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL)))
+        return [
+            Encoding(*(np.concatenate(fields) for fields in zip(begin, one, strict=True)))
+            for one in _without_template(part, texts, pairs)
+        ]

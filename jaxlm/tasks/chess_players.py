@@ -22,7 +22,7 @@ from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import Score
 from jaxlm.models import Model
-from jaxlm.tasks.chess import LegalMoves, MoveReader, choose_ids
+from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids
 
 if TYPE_CHECKING:
     import chess
@@ -65,8 +65,9 @@ class ModelPlayer:
     A masked player whose SAN vocabulary has no legal move of a position plays a random legal move there.
 
     Raises:
-        TypeError: a model that predicts no next token or carries no state.
-        ValueError: a tokenizer with more tokens than the model, or a temperature outside its range.
+        TypeError: a model that carries no state, or a tokenizer of another kind.
+        ValueError: a model that predicts no next token, a tokenizer with more tokens than the model, or a
+            temperature outside its range.
     """
 
     def __init__(

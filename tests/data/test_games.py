@@ -12,6 +12,7 @@ import chess
 import pytest
 
 from jaxlm.data import games as games_module
+from jaxlm.data.examples import Rejected
 from jaxlm.data.games import Games, chess_games, read_games, split_games, to_san, to_uci
 
 PGN = """[Event "First"]
@@ -100,7 +101,7 @@ def test_lines_of_both_notations_are_read_and_bad_ones_reported(tmp_path: Path) 
     games = read_games(write(tmp_path / "games.txt", "\n".join(lines)), "san")
     assert games.moves == ("e4 e5 Nf3", "e4 e5 Nf3", "Nf3 d5 d4 Nc6 e3 Bf5 Bb5 a6 Bxc6")
     assert games.results == ("1-0", "0-1", "*")
-    reasons = dict(games.rejected)
+    reasons = {game.line: game.reason for game in games.rejected}
     assert reasons == {
         4: "move 2 of white, 'Ke3', is illegal",
         5: "move 2 of black, '0-0', is illegal",
@@ -122,8 +123,8 @@ def test_pgn_keeps_main_lines(tmp_path: Path) -> None:
         games = read_games(write(tmp_path / name, PGN), "uci")
         assert games.moves == ("e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7", "f2f3 e7e5 g2g4 d8h4")
         assert games.results == ("1-0", "0-1")
-        assert [line for line, _ in games.rejected] == [6, 11, 24]
-        illegal, start, empty = (reason for _, reason in games.rejected)
+        assert [game.line for game in games.rejected] == [6, 11, 24]
+        illegal, start, empty = (game.reason for game in games.rejected)
         assert "Kd3" in illegal
         assert "illegal" in illegal
         assert "standard chess from the initial position" in start
@@ -141,7 +142,7 @@ def test_syntax_check_looks_at_words_only(tmp_path: Path) -> None:
     file = write(tmp_path / "games.txt", "e4 Qxh7# 1-0\ne4 e2e4\n")
     games = read_games(file, "san", check="syntax")
     assert games.moves == ("e4 Qxh7",)
-    assert games.rejected == ((2, "move 1 of black, 'e2e4', is not a san move"),)
+    assert games.rejected == (Rejected(2, "move 1 of black, 'e2e4', is not a san move"),)
     syntax = [games_module.SAN_MOVE.fullmatch(move) for line in embedded("san").moves for move in set(line.split())]
     assert all(syntax)
 

@@ -66,9 +66,13 @@ def test_a_game_begins_and_ends() -> None:
 
 
 def test_encodings_have_the_characters_of_each_move() -> None:
-    encoding = MoveTokenizer("uci").encode_inputs("e2e4  e7e5")
-    assert [("e2e4  e7e5")[a:b] for a, b in encoding.offsets] == ["e2e4", "e7e5"]
-    assert len(MoveTokenizer("uci").encode_inputs("e2e4 e7e5 g1f3", max_length=2).ids) == 2
+    tokenizer = MoveTokenizer("uci")
+    encoding = tokenizer.encode_inputs("e2e4  e7e5")
+    assert encoding.ids.tolist() == tokenizer.game("e2e4 e7e5")[:-1].tolist()
+    assert encoding.offsets.tolist() == [[0, 0], [0, 4], [6, 10]]
+    assert encoding.sequence.tolist() == [-1, 0, 0]
+    assert tokenizer.encode_inputs("").ids.tolist() == [1]
+    assert len(tokenizer.encode_inputs("e2e4 e7e5 g1f3", max_length=2).ids) == 2
 
 
 @pytest.mark.parametrize("tokenizer", [MoveTokenizer("uci"), MoveTokenizer("san", ["e4", "O-O", "e8=Q"])])

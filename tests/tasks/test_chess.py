@@ -12,18 +12,19 @@ import pytest
 
 from jaxlm.data.games import chess_games, to_uci
 from jaxlm.data.moves import MoveTokenizer
-from jaxlm.tasks import chess as chess_task
+from jaxlm.decoding import decoder_start_id
+from jaxlm.tasks import chess_reading
 from jaxlm.tasks.chess import (
     LegalMoves,
     MoveReader,
     board_after,
-    choose_ids,
     legal_move_rate,
     mate_in_one_accuracy,
     mates_in_one,
     next_move_accuracy,
     next_move_probabilities,
 )
+from jaxlm.tasks.chess_reading import choose_ids
 from tests.helpers import lively, tiny_model
 from tests.tasks.oracle import Oracle, oracle
 
@@ -94,7 +95,7 @@ def test_probabilities_of_a_batch_are_those_of_each_game_alone(name: str) -> Non
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
     tokens = np.array([[1, *UCI.encode(lines[3])]], np.int32)
     inputs = {"source": tokens} if model.reads_source else {}
-    read = np.zeros((1, 1), np.int32) if model.reads_source else tokens
+    read = np.full((1, 1), decoder_start_id(model, UCI)) if model.reads_source else tokens
     logits = jax.jit(lambda params: model.logits(params, model.apply(params, read, **inputs)[0]))(params)
     expected = jax.nn.softmax(logits[0, -1, : UCI.vocab_size])
     np.testing.assert_allclose(probabilities[3], expected, rtol=2e-3, atol=1e-7)
@@ -114,7 +115,7 @@ def test_legal_probabilities_are_the_others_renormalised() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_reader_gives_what_reading_from_the_beginning_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chess_task, "MIN_CAPACITY", 8)  # the state must grow
+    monkeypatch.setattr(chess_reading, "MIN_CAPACITY", 8)  # the state must grow
     model, params = pair(name)
     reader = MoveReader(model, params, UCI)
     lines = [line.split() for line in games()[:5]]
@@ -169,7 +170,7 @@ def test_a_move_that_a_san_vocabulary_lacks_is_read_as_unknown() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: MoveReader(*pair("bert-tiny"), UCI), TypeError, "bert has task='masked'"),
+        (lambda: MoveReader(*pair("bert-tiny"), UCI), ValueError, "it predicts no next move; use a language model"),
         (lambda: MoveReader(*pair("gpt2-tiny", 100), UCI), ValueError, "1971 tokens, but the model has vocab_size=100"),
         (lambda: MoveReader(*pair("gpt2-tiny"), "uci"), TypeError, "needs a MoveTokenizer, got a str"),
         (lambda: MoveReader(*pair("lstm-tiny"), UCI).logits([]), ValueError, "at least one board"),
