@@ -37,6 +37,7 @@ import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import host
 from jaxlm.data import Batches, CharTokenizer, Columns, RandomWindows, Source, Window, shakespeare
+from jaxlm.data.corpora import PLAYS
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
@@ -49,12 +50,6 @@ VOCABULARY = 128
 """Ids: the characters of the text from 0 on, and at the end of the vocabulary those of :data:`MASK` and so on."""
 MASK, CLS, SEP, START, END, FIRST_SENTINEL = 127, 126, 125, 124, 123, 122
 SENTINELS = 30
-PLAYS = (
-    "ROMEO AND JULIET", "MACBETH", "JULIUS CAESAR", "OTHELLO, THE MOOR OF VENICE",
-    "THE TRAGEDY OF KING RICHARD THE SECOND", "THE MERCHANT OF VENICE", "THE TEMPEST", "AS YOU LIKE IT",
-    "MUCH ADO ABOUT NOTHING", "MEASURE FOR MEASURE", "THE TAMING OF THE SHREW", "TWELFTH NIGHT; OR, WHAT YOU WILL",
-    "THE TWO GENTLEMEN OF VERONA",
-)  # fmt: skip
 VALIDATION = 0.1
 PART = 16
 """Places of each of the two parts of a row of XLNet's."""

@@ -7,6 +7,8 @@ import importlib.resources
 import zlib
 from pathlib import Path
 
+from jaxlm.data.examples import Examples
+
 
 def shakespeare() -> str:
     """Thirteen plays of Shakespeare, 1.56 MB of ASCII laid out as ``ROMEO:\\ntext\\n\\n``; public domain.
@@ -15,6 +17,34 @@ def shakespeare() -> str:
     """
     packed = importlib.resources.files(__package__).joinpath("shakespeare.txt.gz").read_bytes()
     return gzip.decompress(packed).decode("ascii")
+
+
+PLAYS = (
+    "ROMEO AND JULIET", "MACBETH", "JULIUS CAESAR", "OTHELLO, THE MOOR OF VENICE",
+    "THE TRAGEDY OF KING RICHARD THE SECOND", "THE MERCHANT OF VENICE", "THE TEMPEST", "AS YOU LIKE IT",
+    "MUCH ADO ABOUT NOTHING", "MEASURE FOR MEASURE", "THE TAMING OF THE SHREW", "TWELFTH NIGHT; OR, WHAT YOU WILL",
+    "THE TWO GENTLEMEN OF VERONA",
+)  # fmt: skip
+"""The titles of the plays of :func:`shakespeare`, in their order."""
+
+
+def play_passages(words: int = 60) -> Examples:
+    """Passages of about ``words`` words, labelled with the play that they are from: ``text``, ``label`` and ``play``.
+
+    A passage is a run of consecutive lines. Lines that name a speaker are left out: the cast would give the play away.
+    """
+    text = shakespeare()
+    starts = [text.index(f"{title}\n\n") for title in PLAYS]
+    rows = []
+    for title, start, stop in zip(PLAYS, starts, [*starts[1:], len(text)], strict=True):
+        lines = [line for line in text[start + len(title) : stop].split("\n") if line and not line.endswith(":")]
+        passage: list[str] = []
+        for line in lines:
+            passage += line.split()
+            if len(passage) >= words:
+                rows.append({"text": " ".join(passage), "label": title})
+                passage = []
+    return Examples(rows, "the passages of the embedded plays")
 
 
 def read_text(path: str | Path) -> str:

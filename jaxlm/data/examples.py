@@ -24,6 +24,9 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+TEXT_COLUMNS = ("sentence", "text", "content")
+"""What tables for classification call the column of the text."""
+
 Example = dict[str, Any]
 OnError = Literal["raise", "report"]
 
@@ -285,6 +288,20 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
 
     lines = ((number, functools.partial(example, line)) for number, line in _lines(path, encoding))
     return _collect(path, lines, on_error)
+
+
+def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
+    """Examples ``{"label", "text"}`` from a file for classification.
+
+    ``.tsv`` and ``.csv`` files have a column ``label`` and the text in one of :data:`TEXT_COLUMNS`, the first that there
+    is. Other files have lines that hold a label, a space and the text.
+    """
+    if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
+        return read_labelled_lines(path, encoding=encoding)
+    with open_text(path, encoding) as file:
+        header = file.readline()
+    column = next((name for name in TEXT_COLUMNS if name in header), TEXT_COLUMNS[0])
+    return read_table(path, {"text": column, "label": "label"}, encoding=encoding)
 
 
 def read_pairs(

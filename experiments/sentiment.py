@@ -1,0 +1,268 @@
+"""Classify sentences: from scratch, or with fine-tuned BERT weights (sentiment, questions, subjectivity, plays).
+
+    python -m experiments.sentiment                                        which play a passage is from, LSTM, 2 minutes
+
+SST-2 (files of GLUE): fine-tuned MiniLM, an LSTM from scratch.
+
+    python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
+    python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
+
+MR, Subj, CR, MPQA (10-fold) and TREC, a convolution of words (Kim 2014, CNN-rand: MR 75.9, Subj 89.2, CR 78.3, MPQA
+84.6, TREC 88.2 in the replication of harvardnlp/sent-conv-torch).
+
+    python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
+    python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
+
+Measured figures are in docs/tasks/sentiment.md. The test part is used once, after the training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm import config as config_lib
+from jaxlm import host, metrics
+from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.corpora import play_passages
+from jaxlm.data.examples import Examples, read_labelled
+from jaxlm.data.vocabularies import TemplateName, train_tokenizer
+from jaxlm.models import Model
+from jaxlm.objectives import classification as objective
+from jaxlm.tasks import classification
+from jaxlm.tasks.predict import classify
+from jaxlm.training import experiment as lib
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.report import write_confusion, write_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Files of labelled sentences."""
+
+    train: Path | None = None
+    """.tsv or .csv with a header, or lines "label sentence" (.gz too); None: passages of the embedded plays."""
+    test: Path | None = None
+    """The test part; None takes test_fraction of the training file."""
+    encoding: str = "utf-8"
+    """Encoding of the files."""
+    validation_fraction: float = 0.02
+    """Share of the training file that chooses the best weights."""
+    test_fraction: float = 0.1
+    """Share of the file that is the test part, if there is no test file and no folds."""
+    max_length: int | None = None
+    """Cut longer sentences to so many tokens; None keeps them whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a classifier of sentences and test it."""
+
+    model: lib.ModelConfig = lib.ModelConfig()
+    """The model."""
+    training: TrainingConfig = TrainingConfig()
+    """The training; sequence_length and evaluation_batches are not used."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    data: Data = Data()
+    """The data."""
+    epochs: float | None = None
+    """Passes over the training part; None takes training.steps."""
+    vocabulary: Literal["word", "bpe"] = "word"
+    """What a model from scratch reads; pretrained weights bring their own."""
+    vocab_size: int = 20_000
+    """Most entries of the vocabulary."""
+    min_frequency: int = 1
+    """Rarer words are unknown."""
+    template: TemplateName = "none"
+    """Special tokens around a sentence, for models from scratch."""
+    buckets: int = 4
+    """Shapes of batches, by length."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread over all labels."""
+    folds: int | None = None
+    """Cross-validation: mean over so many test parts."""
+    output: Path | None = None
+    """Run directory; None makes runs/sentiment-<time>."""
+
+
+def scratch(name: str, *changes: str, **options: Any) -> Experiment:
+    """An experiment with a small model from scratch."""
+    training = TrainingConfig(
+        batch_size=50, evaluate_every=200, checkpoint_every=200, restore_best=True, best_metric="accuracy",
+        best_mode="max",
+    )  # fmt: skip
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.01)
+    experiment = Experiment(lib.ModelConfig(name, changes), training, optimizer, epochs=6)
+    return dataclasses.replace(experiment, **options)
+
+
+RNN = (
+    "embed_dim=256", "hidden_dim=256", "num_layers=1", "embedding_dropout=0.1", "input_dropout=0.3",
+    "hidden_dropout=0.0", "output_dropout=0.5", "weight_dropout=0.0",
+)  # fmt: skip
+ENCODER = ("num_layers=2", "num_heads=4", "embed_dim=128", "max_positions=256")
+PRESETS = {
+    "lstm": scratch("lstm", *RNN),
+    "bilstm": scratch("lstm", *RNN, "direction=both"),
+    "gru": scratch("gru", *RNN),
+    "attention_rnn": scratch("attention_rnn_lm", "embed_dim=256", "hidden_dim=128", "attention_dim=128", "hops=4"),
+    "cnn": scratch("alexnet", "embedding=learned", "embed_dim=300", "channels=300", "kernels=(5,)", "fc_dim=300"),
+    "resnet": scratch("resnet", "embed_dim=128", "channels=64", "blocks=(1, 1)", "shortcut=True", "fc_dim=256"),
+    "roberta": scratch("roberta", *ENCODER, template="bos_eos"),
+    "xlnet": scratch("xlnet", *ENCODER[:3], "mlp_dim=512", template="sep_cls"),
+    "minilm": Experiment(
+        lib.ModelConfig("bert"),
+        TrainingConfig(batch_size=32, evaluate_every=1000, checkpoint_every=1000, seed=0),
+        OptimizerConfig(
+            learning_rate=1e-4, schedule="linear", warmup_steps=500, final_fraction=0.0, beta2=0.999, weight_decay=0.01
+        ),
+        epochs=3, buckets=6,
+    ),
+}  # fmt: skip
+
+
+def read_all(data: Data) -> Examples:
+    """The examples of the training file, or the embedded ones."""
+    return play_passages() if data.train is None else read_labelled(data.train, data.encoding)
+
+
+def parts(data: Data) -> tuple[Examples, Examples]:
+    """Training part (validation included) and test part."""
+    examples = read_all(data)
+    if data.test is not None:
+        return examples, read_labelled(data.test, data.encoding)
+    test, training = examples.split(data.test_fraction, seed=0)
+    return training, test
+
+
+def build(
+    experiment: Experiment, examples: Examples, labels: tuple[str, ...], resume: Path | None
+) -> tuple[Model, Any, Tokenizer]:
+    """The model, parameters to start from (None: random), and the tokenizer."""
+    config, fixed = experiment.model, {"task": "classification", "num_labels": len(labels)}
+    if resume is not None:
+        tokenizer = load_tokenizer(resume / "model")
+    elif config.pretrained is not None:
+        tokenizer = load_tokenizer(config.pretrained)
+    else:
+        tokenizer = train_tokenizer(
+            examples.column("text"), experiment.vocabulary, experiment.vocab_size,
+            template=experiment.template, min_frequency=experiment.min_frequency,
+        )  # fmt: skip
+    if config.pretrained is None:
+        fixed["vocab_size"] = tokenizer.vocab_size
+    if config.name in ("alexnet", "resnet"):  # these read texts of one length
+        longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(examples.column("text")))
+        fixed["max_positions"] = -(-max(longest, 32) // 8) * 8
+        if config.name == "alexnet":
+            fixed["pools"] = (fixed["max_positions"] - 4,)  # the largest value over the sentence
+    model, params = config.build(experiment.training.seed, **fixed)
+    return model.with_labels(labels), params, tokenizer
+
+
+def run_one(
+    experiment: Experiment, training: Examples, test: Examples, resume: Path | None
+) -> tuple[Result, metrics.Score]:
+    """Train on one part, test on another, report."""
+    begun, labels = time.perf_counter(), training.label_names()
+    model, params, tokenizer = build(experiment, training, labels, resume)
+    held_out, learnt = training.split(experiment.data.validation_fraction, seed=0)
+    config = experiment.training
+    encoded = classification.encode(learnt, tokenizer, labels, model, max_length=experiment.data.max_length)
+    source = Bucketed(encoded, config.batch_size, experiment.buckets, seed=config.seed)
+    if experiment.epochs is not None:
+        config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+    validation = classification.encode(held_out, tokenizer, labels, model, max_length=experiment.data.max_length)
+    evaluate = Evaluator(
+        model, classification.METRICS, classification.batches(validation, len(labels), config.batch_size)
+    )
+    directory = lib.run_directory("sentiment", experiment, resume, tokenizer)
+    lib.say(
+        f"{model.num_parameters:,} parameters · {len(learnt):,} examples, {len(held_out):,} for validation, "
+        f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
+    )
+    trainer = config.trainer(
+        model, make_optimizer(experiment.optimizer, model.specs, config.steps),
+        objective.make_loss(label_smoothing=experiment.label_smoothing),
+        learning_rate=learning_rate(experiment.optimizer, config.steps),
+    )  # fmt: skip
+    data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    if result.interrupted is not None:
+        return result, metrics.accuracy([0], [0])
+    lib.export(directory, experiment, model, result, tokenizer)
+    return result, _test(directory, experiment, model, result, tokenizer, test, begun)
+
+
+def _test(
+    directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
+    begun: float,
+) -> metrics.Score:  # fmt: skip
+    """Predict the test part and write the report."""
+    assert model.labels is not None
+    began_test, texts = time.perf_counter(), test.column("text")
+    predictions = classify(model, result.params, tokenizer, texts)
+    rate = len(texts) / (time.perf_counter() - began_test)
+    gold = classification.label_ids(test.column("label"), model.labels, test.name)
+    score = metrics.accuracy(predictions.ids, gold)
+    write_confusion(directory, model.labels, metrics.confusion(predictions.ids, gold, len(model.labels)))
+    wrong = np.flatnonzero(predictions.ids != gold)[:20].tolist()
+    right = np.flatnonzero(predictions.ids == gold)[:20].tolist()
+    write_samples(
+        directory,
+        [
+            {"source": texts[at], "label": model.labels[gold[at]], "output": model.labels[predictions.ids[at]]}
+            for at in wrong + right
+        ],
+    )
+    lib.report(
+        directory, task="sentiment", model=model, begun=begun, scores=[score],
+        data=str(experiment.data.train or "passages of the embedded plays"), steps=result.step,
+        compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
+        test_examples_per_second=round(rate, 1),
+    )  # fmt: skip
+    return score
+
+
+def run(experiment: Experiment, resume: Path | None = None) -> Result:
+    """Train and test, once or for each fold."""
+    lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
+    if experiment.folds is None:
+        return run_one(experiment, *parts(experiment.data), resume)[0]
+    if resume is not None:
+        raise ValueError("a run with folds cannot go on: resume the directory of one fold, or start again")
+    examples = (
+        play_passages() if experiment.data.train is None else read(experiment.data.train, experiment.data.encoding)
+    )
+    output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
+    for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
+        one = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)
+        result, score = run_one(one, training, test, None)
+        if result.interrupted is not None:
+            return result
+        scores.append(score.value)
+    mean = metrics.mean(f"accuracy over {experiment.folds} folds", scores)
+    lib.say(f"{mean} · standard deviation of a fold {np.std(scores, ddof=1):.4f}")
+    config_lib.write(experiment, output / "config.json")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return lib.command_line(
+        PRESETS["lstm"], PRESETS, run, name="sentiment", description=__doc__ or "", arguments=arguments
+    )
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What experiment modules share: the model from options, the command line, the run directory and its contents."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+import jaxlm
+from jaxlm import config as config_lib
+from jaxlm import processes
+from jaxlm.data import Tokenizer
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.models import Model, get_model
+from jaxlm.training.html_report import write_report
+from jaxlm.training.loop import Result, Run
+from jaxlm.training.report import draw_losses, write_results
+
+E = TypeVar("E")
+
+STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+"""Exit status by the signal that ended a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model of an experiment: a family or variant with some fields changed, or a directory of weights."""
+
+    name: str = "gpt2"
+    """A family or variant, such as lstm or t5-small."""
+    set: tuple[str, ...] = ()
+    """Fields of the family's config that differ, as num_layers=2 hidden_dim=256."""
+    pretrained: Path | None = None
+    """A directory of weights in Hugging Face layout to start from, instead of name."""
+
+    def build(self, seed: int = 0, **fixed: Any) -> tuple[Model, Any]:
+        """The model, and the parameters to start from (None: random ones).
+
+        Args:
+            seed: of parameters that the directory lacks, such as a new head.
+            fixed: fields that follow from the data, such as ``vocab_size`` or ``num_labels``; ``set`` may not change
+                them.
+
+        Raises:
+            ValueError: an unknown name or field, or a field of ``fixed`` in ``set``.
+        """
+        changes = assignments("model.set", self.set)
+        for field in changes:
+            if field in fixed:
+                raise ValueError(f"--model.set {field}={changes[field]}: the data decide {field}, leave it out")
+        if self.pretrained is not None:
+            return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **fixed, **changes)
+        return get_model(self.name, **fixed, **changes), None
+
+
+def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """``{name: value}`` of texts such as ``num_layers=24``; a value that is no Python literal is a word.
+
+    Raises:
+        ValueError: a text without ``=``.
+    """
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read --{option} {text!r}: write name=value, for example num_layers=24")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value  # a word, as in remat=full
+    return values
+
+
+def say(text: str) -> None:
+    """Print a line at once; of several processes, the first does."""
+    if processes.is_first():
+        print(text, flush=True)
+
+
+def command_line(
+    default: E,
+    presets: Mapping[str, E],
+    run: Callable[[E, Path | None], Result],
+    *,
+    name: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Exit status of the experiment ``name``: 0, 1 after an error of the user, 128 + signal if interrupted.
+
+    Args:
+        run: trains with a configuration, or goes on with the run of a directory.
+        description: the docstring of the module; its first line is shown by ``--help``.
+    """
+    program = f"python -m experiments.{name}"
+    experiment, resume = config_lib.parse(
+        default, presets, arguments, program=program, description=description.split("\n")[0]
+    )
+    return config_lib.exit_status(lambda: STATUS[run(experiment, resume).interrupted], f"experiments.{name}")
+
+
+def run_directory(name: str, experiment: Any, resume: Path | None, tokenizer: Tokenizer | None = None) -> Path:
+    """The directory of a run: that of ``resume``, or a new one with ``config.json`` and the tokenizer in ``model/``.
+
+    ``experiment.output`` names a new directory; None makes ``runs/<name>-<time>``.
+
+    Raises:
+        FileExistsError: the directory is not empty.
+    """
+    if resume is not None:
+        return resume
+
+    def make() -> str:
+        directory = experiment.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if directory.exists() and any(directory.iterdir()):
+            raise FileExistsError(
+                f"{directory} is not empty: choose another --output, or go on with --resume {directory}"
+            )
+        (directory / "model").mkdir(parents=True)
+        if tokenizer is not None:
+            tokenizer.save(directory / "model")
+        config_lib.write(experiment, directory / "config.json")
+        return str(directory)
+
+    return Path(processes.from_first(make))
+
+
+def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:
+    """Raise ``ValueError`` if a resumed run got another value of one of ``fields``, such as ``data.train``."""
+    if resume is None:
+        return
+    saved = config_lib.read(type(experiment), resume / "config.json")
+    for field in fields:
+        asked, was = experiment, saved
+        for part in field.split("."):
+            asked, was = getattr(asked, part), getattr(was, part)
+        if asked != was:
+            raise ValueError(f"{field}={asked} cannot change when a run goes on (it is {was}): leave it out")
+
+
+def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
+    """The ``Run`` of a directory, with the configuration and versions in each checkpoint."""
+    meta = {"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__}
+    return Run(directory, meta, resume=resume is not None)
+
+
+def export(directory: Path, experiment: Any, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> None:
+    """Write ``model/`` (Hugging Face layout) and the curves of a finished run.
+
+    The configuration is written only now: a run that cannot go on as asked keeps the one that it had.
+    """
+    save_pretrained(directory / "model", model, result.params, tokenizer=tokenizer)
+    if processes.is_first():
+        config_lib.write(experiment, directory / "config.json")
+        draw_losses(directory / "metrics.jsonl", directory / "loss.png")
+
+
+def report(directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], **details: Any) -> Path:
+    """Write ``results.json`` and ``report.html``, and print the scores.
+
+    Args:
+        begun: ``time.perf_counter()`` at the start of the run.
+        scores: of ``jaxlm.metrics.Score``.
+        details: further facts, for the record.
+    """
+    minutes = (time.perf_counter() - begun) / 60
+    write_results(
+        directory, task=task, family=model.family, parameters=model.num_parameters, minutes=minutes, scores=scores,
+        **details,
+    )  # fmt: skip
+    page = write_report(directory)
+    for score in scores:
+        say(str(score))
+    say(f"{minutes:.1f} minutes in all · {page}")
+    return page
