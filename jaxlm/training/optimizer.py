@@ -113,7 +113,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
         "cosine": lambda: optax.cosine_decay_schedule(peak, steps - fall_at, config.final_fraction),
         "linear": lambda: optax.linear_schedule(peak, last, steps - fall_at),
         "constant": lambda: optax.constant_schedule(peak),
-        "inverse_square_root": lambda: lambda after: peak * jnp.sqrt(fall_at / (fall_at + after)),
+        "inverse_square_root": lambda: lambda after: peak * jnp.sqrt(fall_at / (fall_at + jnp.maximum(after, 0))),
     }[config.schedule]()
     # From 1/n and not from 0: the first update should move the weights.
     rise = optax.linear_schedule(peak / (begin + 1), peak, begin)

@@ -1,0 +1,333 @@
+"""Optimizers: each layer and each matrix by itself, in both layer layouts; schedules; rates by layer; recipes."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from jaxlm import spec
+from jaxlm.config import from_json, to_json
+from jaxlm.models import FAMILIES
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.training.adapt import LoRA
+from jaxlm.training.nt_asgd import averaged, start
+from jaxlm.training.optimizer import (
+    MUON_RMS,
+    Entrywise,
+    OptimizerConfig,
+    layer_rates,
+    learning_rate,
+    make_optimizer,
+    muon_dimension_numbers,
+    optimizer_sharding,
+)
+from jaxlm.training.recipes import RECIPES, recipe
+from tests.helpers import assert_trees_close, assert_trees_equal, lively, tiny_model
+
+NAMES = ("adamw", "adafactor", "muon", "sgd", "nt_asgd", "adadelta")
+T5 = tiny_model("t5", num_layers=2, num_decoder_layers=3)
+PLAIN = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "clip_norm": None}
+
+
+def trees(model, count=2):
+    """Parameters, and gradients of some steps."""
+    params = lively(model.init(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(7), count)
+    return params, [jax.tree.map(lambda x, k=k: jax.random.normal(k, x.shape) * (1 + x.size % 3), params) for k in keys]
+
+
+def updates_of(optimizer, params, gradients):
+    """The last update and the state after some gradients."""
+    update = jax.jit(optimizer.update)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+    return updates, state
+
+
+# ------------------------------------------------------------------------------------------- layer layouts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stacked_and_per_layer_parameters_get_the_same_updates_and_states(name):
+    model = tiny_model("t5", num_layers=1, num_decoder_layers=2) if name == "adafactor" else tiny_model("gpt2-tiny")
+    optimizer = make_optimizer(OptimizerConfig(name, warmup_steps=1, layer_decay=0.5), model.specs, 10)
+    assert isinstance(optimizer, Entrywise)
+    params, gradients = trees(model)
+    updates, state = updates_of(optimizer, params, gradients)
+    apart, apart_state = updates_of(optimizer, spec.unstack(params), list(map(spec.unstack, gradients)))
+    assert jax.tree.structure(spec.unstack(state)) == jax.tree.structure(apart_state)
+    assert_trees_close(spec.unstack(updates), apart, 1e-4)
+    assert_trees_close(spec.unstack(state), apart_state, 1e-4)
+    assert jax.tree.structure(spec.restack(apart_state)) == jax.tree.structure(state)
+    assert_trees_equal(spec.restack(spec.unstack(state)), state)
+
+
+def test_adafactor_keeps_statistics_of_each_layer_and_of_the_flattened_matrix():
+    """Against Optax's on one layer of matrices, wide enough to be factored."""
+    specs = {
+        "layers": {
+            "query": {"weight": spec.ArraySpec((3, 130, 2, 65), ("layers", "embed", "heads", "kv"))},
+            "output": {"weight": spec.ArraySpec((3, 2, 65, 140), ("layers", "heads", "kv", "embed"))},
+            "query_bias": {"bias": spec.ArraySpec((3, 2, 65), ("layers", "heads", "kv"))},
+        }
+    }
+    optimizer = make_optimizer(OptimizerConfig("adafactor", **PLAIN), specs, 10)
+    params = jax.tree.map(lambda s: jax.random.normal(jax.random.key(s.size), s.shape), specs)
+    gradients = [jax.tree.map(lambda p, n=n: jnp.sin(p * n) * (1 + n), params) for n in (1, 2)]
+    updates, state = updates_of(optimizer, params, gradients)
+    shapes = {"query": (130, 130), "output": (130, 140), "query_bias": (130,)}
+    reference = optax.adafactor(1.0)
+    for layer in range(3):
+        flat = lambda tree, layer=layer: {  # noqa: E731
+            name: jax.tree.leaves(leaf)[0][layer].reshape(shapes[name]) for name, leaf in tree["layers"].items()
+        }
+        expected, _ = updates_of(reference, flat(params), list(map(flat, gradients)))
+        assert_trees_close(flat(updates), expected, 1e-4)
+    factored = spec.flatten(state[0])
+    assert factored["layers/output/weight/0/v_row"].shape == (3, 130)
+    assert factored["layers/output/weight/0/v_col"].shape == (3, 140)
+
+
+# ----------------------------------------------------------------------------------------------------- Muon
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "t5-tiny", "lstm-tiny", "resnet-tiny"])
+def test_muon_handles_every_matrix_inside_the_model(name):
+    model = tiny_model(name)
+    specs = spec.flatten(model.specs)
+    numbers = jax.tree.leaves(muon_dimension_numbers(model.specs), is_leaf=lambda x: x is None or hasattr(x, "_fields"))
+    handled = {path for path, number in zip(specs, numbers, strict=True) if number is not None}
+    outside = {"token_embedding", "position_embedding", "head", "classifier/weight"}
+    expected = {path for path in specs if path.rsplit("/", 1)[-1].startswith("weight")} - outside
+    assert handled == expected
+    matrices = sum(specs[path].size for path in handled)
+    inside = sum(leaf.size for path, leaf in specs.items() if path not in outside)
+    vectors = sum(leaf.size for path, leaf in specs.items() if path not in outside | handled)
+    assert matrices + vectors == inside
+    assert matrices > 0.85 * inside
+    by_default = sum(leaf.size for leaf in specs.values() if len(leaf.shape) == 2)
+    assert matrices > by_default or name in ("lstm-tiny", "resnet-tiny")
+
+
+def test_muon_counts_parameters_as_optax_does():
+    """The dimension numbers also fit ``optax.contrib.muon``, whose own choice is matrices with two axes."""
+    model = tiny_model("gpt2-tiny")
+    params = model.init(jax.random.key(0))
+
+    def handled(**options):
+        state = optax.contrib.muon(1e-3, **options).init(params)
+        return sum(x.size for x in jax.tree.leaves(state.inner_states["muon"].inner_state[0].mu))
+
+    tables = params["token_embedding"].size + params["position_embedding"].size
+    biases_and_scales = sum(x.size for x in jax.tree.leaves(params["layers"]) if x.ndim == 2)
+    assert handled() == tables + biases_and_scales
+    matrices = sum(x.size for x in jax.tree.leaves(params["layers"])) - biases_and_scales
+    matrices -= params["layers"]["attention"]["qkv"]["bias"].size
+    assert handled(muon_weight_dimension_numbers=muon_dimension_numbers(model.specs)) == matrices == 24576
+
+
+def test_an_orthogonalised_update_is_that_of_the_flattened_matrix():
+    model = tiny_model("llama-tiny")
+    optimizer = make_optimizer(OptimizerConfig("muon", **PLAIN), model.specs, 10)
+    params, gradients = trees(model)
+    updates = updates_of(optimizer, params, gradients)[0]
+    for path, shape in {
+        "layers/attention/output/weight": (32, 32),
+        "layers/attention/key/weight": (32, 16),
+        "layers/mlp/up/weight": (32, 48),
+    }.items():
+        alone = [spec.flatten(gradient)[path].reshape(2, *shape) for gradient in gradients]
+        scale = MUON_RMS * math.sqrt(max(shape))
+        for layer, update in enumerate(spec.flatten(updates)[path].reshape(2, *shape)):
+            expected, _ = updates_of(scale_by_muon(), jnp.zeros(shape), [matrix[layer] for matrix in alone])
+            np.testing.assert_allclose(update, -scale * expected, atol=2e-4)
+            singular = jnp.linalg.svd(update, compute_uv=False) / scale
+            assert 0.3 < float(singular.min()) <= float(singular.max()) < 1.3
+            assert 0.1 < float(jnp.sqrt(jnp.mean(update**2))) < 0.25  # that of AdamW's updates
+
+
+def test_fused_projections_and_gates_are_several_matrices():
+    numbers = muon_dimension_numbers(tiny_model("gpt2-tiny").specs)
+    assert numbers["layers"]["attention"]["qkv"]["weight"] == MuonDimensionNumbers((1,), (3, 4))
+    assert muon_dimension_numbers(tiny_model("lstm-tiny").specs)["layer_0"]["weight_input"] == MuonDimensionNumbers(
+        (0,), (2,)
+    )
+    assert muon_dimension_numbers(tiny_model("resnet-tiny").specs)["layer_0"]["convolution_1"][
+        "weight"
+    ] == MuonDimensionNumbers((0, 1), (2,))
+
+
+def test_muon_trains_factors_of_lora():
+    specs = LoRA(4, targets=("attention/",)).specs(T5.specs)
+    numbers = muon_dimension_numbers(specs)["decoder"]["layers"]["attention"]["output"]["weight"]
+    assert numbers == {"lora_a": MuonDimensionNumbers((1, 2), (3,)), "lora_b": MuonDimensionNumbers((1,), (2,))}
+
+
+# --------------------------------------------------------------------------------------- the other optimizers
+
+
+def test_updates_outside_of_the_matrices_are_those_of_adam():
+    model = tiny_model("lstm-tiny")
+    params, gradients = trees(model)
+    config = OptimizerConfig("muon", **PLAIN)
+    muon, _ = updates_of(make_optimizer(config, model.specs, 10), params, gradients)
+    adam, _ = updates_of(make_optimizer(dataclasses.replace(config, name="adamw"), model.specs, 10), params, gradients)
+    muon, adam = spec.flatten(muon), spec.flatten(adam)
+    close = {path for path in adam if np.allclose(muon[path], adam[path], atol=1e-5)}
+    assert close == {"token_embedding", "head/bias", "layer_0/bias", "layer_1/bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"name": "sgd", "beta1": 0.0}, optax.sgd(1.0)),
+        ({"name": "sgd", "beta1": 0.9}, optax.sgd(1.0, momentum=0.9)),
+        ({"name": "sgd", "beta1": 0.99, "nesterov": True}, optax.sgd(1.0, momentum=0.99, nesterov=True)),
+        ({"name": "adadelta", "beta2": 0.95, "epsilon": 1e-6}, optax.adadelta(1.0, 0.95, 1e-6)),
+        ({"name": "adamw", "beta2": 0.98}, optax.adam(1.0, 0.9, 0.98)),
+    ],
+)
+def test_optimizers_are_those_of_optax(options, reference):
+    specs = {"w": spec.ArraySpec((4, 5), ("embed", "mlp"))}
+    params, gradients = {"w": jnp.ones((4, 5))}, [{"w": jnp.arange(20.0).reshape(4, 5) - n} for n in range(3)]
+    updates, _ = updates_of(make_optimizer(OptimizerConfig(**{**PLAIN, **options}), specs, 10), params, gradients)
+    assert_trees_close(updates, updates_of(reference, params, gradients)[0], 1e-6)
+
+
+def test_nt_asgd_averages_what_sgd_gives():
+    specs = {"w": spec.ArraySpec((3,), ("embed",))}
+    optimizer = make_optimizer(OptimizerConfig("nt_asgd", **{**PLAIN, "learning_rate": 0.1}, beta1=0.0), specs, 10)
+    params, iterates = {"w": jnp.ones(3)}, []
+    state = start(optimizer.init(params))
+    for _ in range(3):
+        iterates.append(params["w"])
+        updates, state = optimizer.update({"w": 2 * params["w"]}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(averaged(state)["w"], np.mean([*iterates, params["w"]], axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_are_sharded_like_parameters(name):
+    sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
+    optimizer = make_optimizer(OptimizerConfig(name), T5.specs, 1000)
+    params, _ = trees(T5)
+    placed = spec.flatten(optimizer_sharding(optimizer, T5.specs, sharding))
+    state = spec.flatten(jax.jit(optimizer.init)(params))
+    assert placed.keys() == state.keys()
+    split = {path for path, place in placed.items() if any(place.spec)}
+    moments = {
+        path for path in state if path.endswith(("mlp/up/weight", "mlp/up/weight/0/mu")) or "up/weight/0/v" in path
+    }
+    if name == "adafactor":
+        split |= {path for path in moments if state[path].ndim < 3}  # statistics of rows and columns
+    assert moments <= split
+    assert moments or name == "sgd"
+    for path, place in placed.items():
+        place.shard_shape(state[path].shape)  # raises where a sharding does not fit
+
+
+# ------------------------------------------------------------------------------------------ rates by layer
+
+
+def test_learning_rates_by_layer_are_those_of_electra_and_beit():
+    rates = layer_rates(T5.specs, 0.5)
+    flat = spec.flatten(rates)
+    np.testing.assert_allclose(jnp.ravel(flat["decoder/layers/mlp/up/weight"]), [0.125, 0.25, 0.5])
+    np.testing.assert_allclose(jnp.ravel(flat["encoder/layers/attention_norm/scale"]), [0.25, 0.5])
+    assert flat["encoder/layers/mlp/up/weight"].shape == (2, 1, 1)
+    assert flat["token_embedding"] == flat["encoder/relative_bias"] == 0.5**4
+    assert flat["decoder/final_norm/scale"] == 1.0
+    classifier = spec.flatten(layer_rates(tiny_model("bert", task="classification").specs, 0.5))
+    assert classifier["classifier/weight"] == classifier["pooler/bias"] == 1.0
+    assert classifier["embedding_norm/scale"] == 0.125
+    recurrent = spec.flatten(layer_rates(tiny_model("lstm-encoder-tiny").specs, 0.5))
+    assert recurrent["layer_0/forward/bias"] == 0.25
+    assert recurrent["layer_1/backward/weight_hidden"] == 0.5
+
+
+def test_layer_decay_multiplies_the_whole_update():
+    """Weight decay as well, in both layouts."""
+    model = tiny_model("bert")
+    params, gradients = trees(model)
+    config = OptimizerConfig("sgd", **{**PLAIN, "weight_decay": 0.1}, beta1=0.0)
+    plain, _ = updates_of(make_optimizer(config, model.specs, 10), params, gradients)
+    decayed = make_optimizer(dataclasses.replace(config, layer_decay=0.5), model.specs, 10)
+    expected = jax.tree.map(lambda update, rate: update * rate, plain, layer_rates(model.specs, 0.5))
+    assert_trees_close(updates_of(decayed, params, gradients)[0], expected, 1e-6)
+    apart, _ = updates_of(decayed, spec.unstack(params), list(map(spec.unstack, gradients)))
+    assert_trees_close(apart, spec.unstack(expected), 1e-6)
+
+
+def test_layer_decay_needs_layers():
+    with pytest.raises(ValueError, match=r"layer_decay=0.5: the model has neither"):
+        make_optimizer(OptimizerConfig(layer_decay=0.5), {"w": spec.ArraySpec((3,), ("embed",))}, 1000)
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+def test_inverse_square_root_rises_holds_and_falls():
+    vaswani = learning_rate(OptimizerConfig(learning_rate=2.0, schedule="inverse_square_root", warmup_steps=4), 100)
+    np.testing.assert_allclose([vaswani(n) for n in (0, 3, 4, 16, 64)], [0.4, 1.6, 2.0, 1.0, 0.5], rtol=1e-6)
+    t5 = learning_rate(recipe("t5", 50_000), 50_000)
+    np.testing.assert_allclose([t5(n) for n in (0, 9_999, 10_000, 40_000)], [0.01, 0.01, 0.01, 0.005], rtol=1e-5)
+    assert float(learning_rate(recipe("t5", 300), 300)(299)) == pytest.approx(0.01)
+
+
+def test_cosine_and_linear_hold_before_they_fall():
+    config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=10, hold_steps=40, final_fraction=0.0)
+    rate = learning_rate(config, 100)
+    np.testing.assert_allclose([rate(n) for n in (10, 50, 75, 100)], [1.0, 1.0, 0.5, 0.0], atol=1e-6)
+    with pytest.raises(ValueError, match="warmup_steps=10 and hold_steps=40 must be fewer than the 50 steps"):
+        learning_rate(config, 50)
+    with pytest.raises(ValueError, match="falls with the length of warm-up and hold: set warmup_steps"):
+        learning_rate(OptimizerConfig(schedule="inverse_square_root", warmup_steps=0), 50)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "adam"}, "name='adam' is unknown: choose from adamw, adafactor"),
+        ({"schedule": "cosin"}, "schedule='cosin' is unknown: choose from cosine"),
+        ({"hold_steps": -1}, "hold_steps=-1 must not be negative"),
+        ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\], or None"),
+        ({"nesterov": True}, "nesterov=True is for sgd and nt_asgd, and name='adamw'"),
+    ],
+)
+def test_bad_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**change)
+
+
+# -------------------------------------------------------------------------------------------------- recipes
+
+
+def test_every_family_has_a_recipe_that_trains():
+    assert tuple(RECIPES) == FAMILIES
+    specs = {"layers": {"weight": spec.ArraySpec((2, 4, 5), ("layers", "embed", "mlp"))}}
+    params = {"layers": {"weight": jnp.ones((2, 4, 5))}}
+    for family, published in RECIPES.items():
+        assert published.source, family
+        config = recipe(family, 1000)
+        assert from_json(OptimizerConfig, to_json(config)) == config
+        optimizer = make_optimizer(config, specs, 1000)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        assert bool(jnp.all(updates["layers"]["weight"] < 0)), family
+
+
+def test_recipes_keep_the_share_of_their_warm_up():
+    assert recipe("bert", 1_000_000) == RECIPES["bert"].optimizer
+    assert recipe("bert", 5_000).warmup_steps == 50
+    assert recipe("roberta", 1_000).warmup_steps == 48
+    assert recipe("t5", 100).hold_steps == 10_000
+    assert recipe("lstm", 100).warmup_steps == 0
+    with pytest.raises(ValueError, match="no recipe for family 'gpt2': choose from gpt, llama"):
+        recipe("gpt2", 100)
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        recipe("gpt", 0)
