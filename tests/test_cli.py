@@ -207,6 +207,15 @@ def test_several_prompts_are_continued_in_one_line_each(run_directory, model, pa
     assert printed(capsys, "generate", run_directory, "to be", "is", *options) == lines
 
 
+def test_outputs_are_drawn_by_seed(finished, capsys):
+    options = [finished("t5-tiny"), "guten Tag", "--max-new-tokens", "8", "--temperature", "1"]
+    one, again, other = (
+        printed(capsys, "translate", *options, "--num-beams", "1", "--seed", seed) for seed in (1, 1, 2)
+    )
+    assert one == again != other
+    assert "draws at random, without beams: add --num-beams 1" in refused(capsys, "translate", *options)
+
+
 def test_one_line_escapes_line_breaks():
     assert cli.common.one_line("a\nb\r\\n") == "a\\nb\\r\\\\n"
 
@@ -215,8 +224,8 @@ def test_classify_prints_labels_and_probabilities(finished, capsys):
     directory = finished("bert-tiny", task="classification", num_labels=3)
     found = classify(*jaxlm.load_pretrained(directory), ByteTokenizer(), ["fine", "a bore"])
     lines = printed(capsys, "classify", directory, "fine", "a bore")
-    for line, label, probabilities in zip(lines, found.ids, found.probabilities, strict=True):
-        assert line.split("\t") == [str(label), f"{probabilities[label]:.4f}"]
+    for line, label, probabilities in zip(lines, found.labels, found.probabilities, strict=True):
+        assert line.split("\t") == [str(label), f"{probabilities.max():.4f}"]
     (line,) = printed(capsys, "classify", directory, "fine", "--all")
     shown = [float(cell) for cell in line.split("\t")[1::2]]
     assert shown == sorted(shown, reverse=True)

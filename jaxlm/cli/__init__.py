@@ -1,12 +1,4 @@
-"""The ``jaxlm`` command.
-
-With a finished model (a run directory, or a directory in Hugging Face layout): ``generate``, ``translate``,
-``summarize``, ``classify``, ``score``. Before a training: ``plan``, ``launch``. ``doctor`` shows what this machine has,
-``--version`` the version.
-
-To add a command, write a frozen dataclass with a method ``run() -> int`` (its fields are the options, its docstring the
-help) and put it into :data:`COMMANDS`.
-"""
+"""The ``jaxlm`` command: one module for each command, and :data:`COMMANDS`, the table of them."""
 
 from __future__ import annotations
 
@@ -44,7 +36,15 @@ COMMANDS: dict[str, type[Command]] = {
     "launch": Launch,
     "doctor": Doctor,
 }
-"""Name of each command -> its class."""
+"""Name of each command -> its class.
+
+To add a command, write a frozen dataclass with a method ``run() -> int``. Its fields are the options, and its
+docstrings are the help.
+"""
+
+DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
+generate, translate, summarize, classify, score. Before a training: plan, launch. For this machine: doctor. The version:
+jaxlm --version."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,5 +55,5 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     union: Any = Union[kinds]  # noqa: UP007 (made at run time)
-    command: Command = tyro.cli(union, args=arguments, prog="jaxlm", description=__doc__)
+    command: Command = tyro.cli(union, args=arguments, prog="jaxlm", description=DESCRIPTION)
     return exit_status(command.run, "jaxlm")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import tyro
-
-from jaxlm.cli.common import load, read_texts, split_pairs
+from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
 from jaxlm.tasks.predict import classify
 
 
@@ -15,9 +13,9 @@ from jaxlm.tasks.predict import classify
 class Classify:
     """Classify texts: prints the most probable label of each and its probability, separated by a tab."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Directory
     """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Texts = ()
     """Texts, or pairs TEXT<tab>TEXT. Without any (and without --file), the lines of standard input."""
     file: Path | None = None
     """File with one text (or pair) a line."""

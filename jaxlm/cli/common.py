@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from jaxlm import Model, load_pretrained
 from jaxlm.data import load_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
+
+Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")]
 
 
 def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import jax
-import tyro
 
-from jaxlm.cli.common import load, one_line, read_texts
+from jaxlm.cli.common import Directory, Texts, load, one_line, read_texts
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
 
@@ -18,9 +17,9 @@ from jaxlm.decoding.describe import describe
 class Generate:
     """Continue prompts: a single one token by token on the terminal, several as one line each."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Directory
     """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Texts = ()
     """Prompts. Without any (and without --prompt and --file), the lines of standard input."""
     prompt: str | None = None
     """Text to continue, like a single TEXT."""

@@ -6,9 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-import tyro
-
-from jaxlm.cli.common import load, read_texts, split_pairs
+from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
 from jaxlm.decoding.describe import describe
 from jaxlm.tasks.predict import score_texts
 
@@ -17,9 +15,9 @@ from jaxlm.tasks.predict import score_texts
 class Score:
     """Score texts: prints log-likelihood (nats), number of tokens and perplexity of each, separated by tabs."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Directory
     """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Texts = ()
     """Texts; SOURCE<tab>TARGET for an encoder-decoder. Without any (and without --file), lines of standard input."""
     file: Path | None = None
     """File with one text (or SOURCE<tab>TARGET) a line."""

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import jax
-import tyro
 
-from jaxlm.cli.common import load, one_line, read_texts
+from jaxlm.cli.common import Directory, Texts, load, one_line, read_texts
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text
 from jaxlm.decoding.describe import describe
 
 
 @dataclasses.dataclass(frozen=True)
 class _SourceCommand:
-    directory: tyro.conf.Positional[Path]
+    directory: Directory
     """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Texts = ()
     """Sources. Without any (and without --file), the lines of standard input."""
     file: Path | None = None
     """File with one source a line. Line breaks in the output are printed as \\n."""
@@ -47,6 +46,8 @@ class _SourceCommand:
 
     def run(self) -> int:
         """Print one line for each source."""
+        if self.temperature > 0.0 and self.num_beams > 1:
+            raise ValueError(f"--temperature {self.temperature} draws at random, without beams: add --num-beams 1")
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             sampling=Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p),

@@ -162,12 +162,16 @@ def stream_text(
 
 
 def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder of an encoder-decoder reads: the model's, or the tokenizer's bos token.
+    """The first token that the decoder of an encoder-decoder reads.
+
+    It is that of the model's config, or of the directory it was loaded from, or else the tokenizer's bos token.
 
     Raises:
-        ValueError: neither has one.
+        ValueError: none of them has one.
     """
     start = getattr(model.config, "decoder_start_id", None)
+    if start is None and model.metadata is not None:
+        start = model.metadata.token_ids.get("decoder_start")
     if start is None:
         start = tokenizer.special_ids.bos
     if start is None:

@@ -95,7 +95,7 @@ def classify(
             model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=True, sharding=active()
         )
         probabilities[batch.numbers] = np.asarray(found)[:, 0]
-    return Predictions(probabilities, _label_names(model))
+    return Predictions(probabilities, model.labels)
 
 
 # --------------------------------------------------------------------------------------------- labels of words
@@ -146,7 +146,7 @@ def tag(
     )  # fmt: skip
     if unit not in ("word", "token"):
         raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
-    encodings, names = _encode(model, tokenizer, texts, None), _label_names(model)
+    encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
     for batch in _batches(model, encodings, batch_size):
         found = np.asarray(
@@ -373,11 +373,6 @@ def _label_probabilities(
     if pool:
         hidden_BTD = model.summary(params, hidden_BTD, segment_ids=segment_ids_BT)
     return jax.nn.softmax(model.logits(params, hidden_BTD).astype(jnp.float32), axis=-1)
-
-
-def _label_names(model: Model) -> tuple[str, ...] | None:
-    names = getattr(model, "labels", None)
-    return None if names is None else tuple(names)
 
 
 def _max_positions(model: Model) -> int | None:

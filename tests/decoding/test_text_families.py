@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 
 import jaxlm
 from jaxlm.data import ByteTokenizer
+from jaxlm.data.tokenizers import PretrainedTokenizer
 from jaxlm.decoding import (
     GREEDY,
     GenerationConfig,
     Sampling,
     batches,
     beam_search,
+    decoder_start_id,
     generate,
     generate_text,
     sample,
@@ -24,6 +27,7 @@ from jaxlm.decoding import (
     text,
     windows,
 )
+from jaxlm.models.model import Metadata
 from tests.helpers import lively, tiny_model
 
 BYTES = ByteTokenizer()
@@ -134,8 +138,6 @@ def trained_tokenizer() -> Any:
     import tokenizers
     from tokenizers import models, pre_tokenizers, processors
 
-    from jaxlm.data.tokenizers import PretrainedTokenizer
-
     words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
     backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -159,6 +161,15 @@ def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> No
     (found,) = generate_text(model, params, tokenizer, ["w3 w9"], config)
     assert found == tokenizer.decode(tokens, skip_special_tokens=True)
     assert "<" not in found
+
+
+def test_the_start_token_is_that_of_the_model_or_its_directory_or_the_tokenizer() -> None:
+    model = pair("attention-rnn-tiny")[0]
+    loaded = dataclasses.replace(model, metadata=Metadata(token_ids={"decoder_start": 5}))
+    assert decoder_start_id(loaded, BYTES) == 5
+    assert decoder_start_id(pair("t5-tiny")[0], BYTES) == 0
+    tokenizer = trained_tokenizer()
+    assert decoder_start_id(model, PretrainedTokenizer(tokenizer.backend, {"bos": "w7"})) == tokenizer.encode("w7")[0]
 
 
 def test_bad_sources() -> None:

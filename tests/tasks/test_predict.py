@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import models
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import generate, log_likelihood
 from jaxlm.tasks import predict
@@ -100,11 +99,14 @@ def test_pairs_have_the_template_and_the_token_types_of_the_tokenizer() -> None:
     assert np.abs(found - alone).max() > 1e-3
 
 
-def test_labels_have_the_names_that_the_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_have_the_names_that_the_model_knows() -> None:
     assert Predictions(np.array([[0.1, 0.9], [0.6, 0.4]]), ("no", "yes")).labels == ["yes", "no"]
-    monkeypatch.setattr(models.Model, "labels", ("bad", "good", "so-so"), raising=False)
-    found = classify(*classifier(), BYTES, TEXTS)
+    model, params = classifier()
+    found = classify(model.with_labels(["bad", "good", "so-so"]), params, BYTES, TEXTS)
     assert found.labels == [("bad", "good", "so-so")[i] for i in found.ids]
+    tagger, params = pair("bert-tiny", task="tagging", num_labels=2)
+    (labels,) = tag(tagger.with_labels(["O", "NAME"]), params, BYTES, ["ann sings"])
+    assert {one.label for one in labels} <= {"O", "NAME"}
 
 
 def test_texts_that_cannot_be_classified() -> None:
