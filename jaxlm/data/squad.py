@@ -1,0 +1,151 @@
+"""SQuAD: questions about texts whose answers are spans of the text (Rajpurkar et al. 2016, 2018).
+
+    official JSON   {"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}
+    JSONL           one object a line: {"id", "context", "question", "answers"}, and possibly "title"
+
+``answers`` is a list of ``{"text", "answer_start"}``, or ``{"text": [...], "answer_start": [...]}`` as in the
+``datasets`` package. It is empty for a question without an answer (SQuAD 2.0). Files may end in ``.gz``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.data.examples import Example, Examples, Rejected, open_text
+
+MAX_SHIFT = 2
+"""Published files have answers whose start is wrong by a character; the reader looks this many characters around."""
+
+
+def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "raise") -> Examples:
+    """The questions of a SQuAD file: ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``.
+
+    ``answers`` are the texts of all annotators and ``starts`` their first characters in the context; both are empty for
+    a question without an answer. ``group`` is the title of the article, or the context in a file without titles: split
+    by it (``examples.split(0.8, by="group")``), so that no text is in two parts.
+
+    Args:
+        on_error: "report" lists bad questions in ``rejected`` (with the number of the question in the file, from 1)
+            instead of raising.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file in neither format, or a bad question: a missing field, an empty text, or an answer that is
+            not in the context at its start (:data:`MAX_SHIFT` characters beside it are accepted). The message has the
+            file and the id.
+
+    Example:
+        >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
+        ['Denver Broncos', 'Denver Broncos', 'Denver Broncos']
+    """
+    rows: list[Example] = []
+    rejected: list[Rejected] = []
+    for number, record in enumerate(_records(Path(path)), start=1):
+        identity = None
+        try:
+            question = _object(record)
+            identity = question.get("id")
+            rows.append(_example(question))
+        except ValueError as error:
+            reason = f"question {number} (id {identity!r}): {error}"
+            if on_error == "raise":
+                raise ValueError(f"{path}, {reason}") from error
+            rejected.append(Rejected(number, reason))
+    if not rows:
+        raise ValueError(f"{path} holds no question")
+    return Examples(rows, str(path), tuple(rejected))
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """The questions of the file, each as an object of the JSONL form or a line of it."""
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: the gzip file is truncated or damaged: {error}") from error
+    try:
+        content = json.loads(text)
+    except ValueError:  # several lines of JSON are not one JSON document
+        yield from (line for line in text.split("\n") if line.strip())
+        return
+    if isinstance(content, dict) and "data" in content:
+        try:
+            yield from _questions(content["data"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not SQuAD JSON: {type(error).__name__} {error}") from error
+    elif isinstance(content, dict):
+        yield content
+    else:
+        raise ValueError(f"{path} is neither SQuAD JSON (an object with 'data') nor one JSON object a line")
+
+
+def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                yield {**question, "context": paragraph["context"], "title": article.get("title")}
+
+
+def _object(record: Any) -> Mapping[str, Any]:
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except ValueError as error:
+            raise ValueError(f"neither SQuAD JSON nor one JSON object a line: {error}") from error
+    if not isinstance(record, Mapping):
+        raise ValueError(f"must be a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _example(record: Mapping[str, Any]) -> Example:
+    for name in ("id", "context", "question", "answers"):
+        if name not in record:
+            raise ValueError(f"no field {name!r}: the fields are {', '.join(map(repr, record))}")
+    for name in ("context", "question"):
+        if not isinstance(record[name], str) or not record[name].strip():
+            raise ValueError(f"{name!r} must be a text, got {record[name]!r}")
+    context, answers, starts = record["context"], [], []
+    for text, start in _answers(record["answers"]):
+        if not isinstance(text, str) or not text.strip() or type(start) is not int:
+            raise ValueError(f"an answer needs a text and a start, got {text!r} and {start!r}")
+        found = _find(context, text, start)
+        if found is None:
+            at = context[max(0, start) : max(0, start) + len(text)]
+            raise ValueError(f"the answer {text!r} is not at character {start} of the context, where {at!r} is")
+        answers.append(text)
+        starts.append(found)
+    return {
+        "id": str(record["id"]),
+        "context": context,
+        "question": record["question"],
+        "answers": answers,
+        "starts": starts,
+        "group": record.get("title") or context,
+    }
+
+
+def _answers(value: Any) -> list[tuple[Any, Any]]:
+    """Texts and starts."""
+    try:
+        if isinstance(value, Mapping):
+            return list(zip(value["text"], value["answer_start"], strict=True))
+        return [(answer["text"], answer["answer_start"]) for answer in value]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"'answers' must be a list of objects with 'text' and 'answer_start', got {value!r}"
+        ) from error
+
+
+def _find(context: str, text: str, start: int) -> int | None:
+    """The start of the text that is nearest to ``start``, or None."""
+    for shift in sorted(range(-MAX_SHIFT, MAX_SHIFT + 1), key=abs):
+        if start + shift >= 0 and context.startswith(text, start + shift):
+            return start + shift
+    return None

@@ -1,0 +1,131 @@
+"""SQuAD files in both formats, and bad questions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlm.data.squad import read_squad
+
+CONTEXT = "Ångström’s café – opened in 1998; in 1998 it closed."
+
+
+def question(**changes: Any) -> dict[str, Any]:
+    answers = [{"text": "1998", "answer_start": 28}, {"text": "in 1998", "answer_start": 34}]
+    return {"id": "q1", "question": "When did it open?", "answers": answers, **changes}
+
+
+def official(*articles: tuple[str, list[dict[str, Any]]]) -> str:
+    data = [{"title": title, "paragraphs": [{"context": CONTEXT, "qas": qas}]} for title, qas in articles]
+    return json.dumps({"version": "v2.0", "data": data}, ensure_ascii=False)
+
+
+def write(path: Path, text: str) -> Path:
+    opened = gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else path.open("w", encoding="utf-8")
+    with opened as file:
+        file.write(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["dev.json", "dev.json.gz"])
+def test_official_files_have_titles_and_questions_without_an_answer(tmp_path: Path, name: str) -> None:
+    impossible = question(id="q2", answers=[], is_impossible=True, plausible_answers=[{"text": "x", "answer_start": 0}])
+    found = read_squad(
+        write(tmp_path / name, official(("Café", [question(), impossible]), ("Bar", [question(id="q3")])))
+    )
+    assert found.column("id") == ["q1", "q2", "q3"]
+    assert found.column("group") == ["Café", "Café", "Bar"]
+    assert found[0]["answers"] == ["1998", "in 1998"]
+    assert found[0]["starts"] == [28, 34]
+    assert [
+        CONTEXT[start:].startswith(text) for text, start in zip(found[0]["answers"], found[0]["starts"], strict=True)
+    ]
+    assert (found[1]["answers"], found[1]["starts"]) == ([], [])
+    first, rest = found.split(0.5, by="group")
+    assert not {*first.column("group")} & {*rest.column("group")}
+
+
+@pytest.mark.parametrize("name", ["dev.jsonl", "dev.jsonl.gz"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_lines_are_grouped_by_context(tmp_path: Path, name: str, count: int) -> None:
+    rows = [question(id=f"q{n}", context=CONTEXT) for n in range(count)]
+    found = read_squad(write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows)))
+    assert found.column("id") == [f"q{n}" for n in range(count)]
+    assert found.column("group") == [CONTEXT] * count
+
+
+def test_lists_of_texts_and_starts_as_in_the_datasets_package(tmp_path: Path) -> None:
+    answers = {"text": ["1998"], "answer_start": [28]}
+    found = read_squad(write(tmp_path / "f", json.dumps(question(context=CONTEXT, title="Café", answers=answers))))
+    assert (found[0]["answers"], found[0]["starts"], found[0]["group"]) == (["1998"], [28], "Café")
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 1, 2])
+def test_starts_that_are_wrong_by_two_characters_are_corrected(tmp_path: Path, shift: int) -> None:
+    answers = [{"text": "1998", "answer_start": 28 + shift}]
+    found = read_squad(write(tmp_path / "f", official(("Café", [question(answers=answers)]))))
+    assert found[0]["starts"] == [28]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"answers": [{"text": "1998", "answer_start": 20}]},
+            "'1998' is not at character 20 of the context, where 'ened'",
+        ),
+        (
+            {"answers": [{"text": "1999", "answer_start": 28}]},
+            "'1999' is not at character 28 of the context, where '1998'",
+        ),
+        ({"answers": [{"text": "Å", "answer_start": -3}]}, "'Å' is not at character -3"),
+        ({"answers": [{"text": " ", "answer_start": 0}]}, "an answer needs a text and a start, got ' ' and 0"),
+        ({"answers": [{"text": "1998"}]}, "'answers' must be a list of objects with 'text' and 'answer_start'"),
+        ({"answers": {"text": ["a", "b"], "answer_start": [1]}}, "'answers' must be a list of objects"),
+        ({"question": " "}, "'question' must be a text, got ' '"),
+    ],
+)
+def test_bad_questions_are_named_or_reported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "dev.json", official(("Café", [question(), question(id="bad", **changes)])))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_squad(path)
+    assert str(caught.value).startswith(f"{path}, question 2 (id 'bad'): ")
+    found = read_squad(path, on_error="report")
+    assert found.column("id") == ["q1"]
+    (rejected,) = found.rejected
+    assert rejected.line == 2
+    assert "(id 'bad')" in rejected.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "is neither SQuAD JSON"),
+        ('{"data": [{"title": "x"}]}', "is not SQuAD JSON: KeyError 'paragraphs'"),
+        ('{"data": 3}', "is not SQuAD JSON: TypeError"),
+        ('{"data"', r"question 1 \(id None\): neither SQuAD JSON nor one JSON object a line: "),
+        ('{"data": []}', "holds no question"),
+        ("", "holds no question"),
+        ('{"id": 7, "context": "a"}', r"question 1 \(id 7\): no field 'question': the fields are 'id', 'context'"),
+        ("3\n4", r"question 1 \(id None\): must be a JSON object, got int"),
+    ],
+)
+def test_files_in_neither_format(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_squad(write(tmp_path / "f", text))
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.gz", official(("Café", [question()]))).read_bytes()
+    (tmp_path / "half.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="half.gz: the gzip file is truncated or damaged"):
+        read_squad(tmp_path / "half.gz")
+    (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin is not UTF-8: byte 0xe9"):
+        read_squad(tmp_path / "latin")
+    with pytest.raises(FileNotFoundError):
+        read_squad(tmp_path / "none.json")
