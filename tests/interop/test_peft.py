@@ -1,0 +1,183 @@
+"""LoRA adapters in PEFT's layout: names, shapes, round trips and errors. ``test_peft_live.py`` compares with PEFT."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlm.interop.peft import load_adapter, save_adapter
+from jaxlm.training.adapt import LoRA
+from tests.helpers import assert_trees_equal, tiny_model
+
+GPT = tiny_model("gpt2-tiny")
+LLAMA = tiny_model("llama-tiny")
+QKV = LoRA(4, alpha=8)
+
+
+def random_adapter(model, lora, seed=3):
+    """A trained tree with random values."""
+    specs = lora.specs(model.specs)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(specs))))
+    return jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), specs)
+
+
+def saved(directory, model=GPT, lora=QKV):
+    """A directory with an adapter, its config and its tensors."""
+    save_adapter(directory, model, lora, random_adapter(model, lora))
+    return json.loads((directory / "adapter_config.json").read_text()), load_file(
+        directory / "adapter_model.safetensors"
+    )
+
+
+def rewrite(directory, config, tensors):
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "lora"),
+    [
+        ("gpt2-tiny", {}, LoRA(4, targets=("attention/", "mlp/"))),
+        ("gpt2-tiny", {"task": "none"}, LoRA(4)),
+        ("llama-tiny", {"vocab_size": 61, "vocab_multiple": 8}, LoRA(2, alpha=3.5, targets=("weight", "^head$"))),
+        ("bert", {"task": "classification"}, LoRA(3, targets=("weight",), train=("^layers/mlp_norm/", "^embedding"))),
+        ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
+        ("roberta", {"task": "tagging", "num_labels": 5}, LoRA(2, train=("^tagger/",))),
+    ],
+)
+def test_what_is_saved_is_loaded(name, overrides, lora, tmp_path):
+    model = tiny_model(name, **overrides)
+    trained = random_adapter(model, lora)
+    save_adapter(tmp_path, model, lora, trained)
+    again, loaded = load_adapter(tmp_path, model)
+    assert again.rank == lora.rank
+    assert again.scale == lora.scale
+    assert again.specs(model.specs) == lora.specs(model.specs)
+    if "vocab_multiple" in overrides:  # the padding of the vocabulary is not in files
+        assert not jnp.any(loaded["head"]["lora_a"][61:])
+        trained["head"]["lora_a"] = trained["head"]["lora_a"].at[61:].set(0)
+    assert_trees_equal(loaded, trained)
+
+
+def test_names_and_layouts_are_those_of_peft(tmp_path):
+    config, tensors = saved(tmp_path)
+    name = "base_model.model.transformer.h.{}.attn.c_attn.lora_{}.weight"
+    assert set(tensors) == {name.format(layer, factor) for layer in (0, 1) for factor in "AB"}
+    assert tensors[name.format(0, "A")].shape == (4, 32)
+    assert tensors[name.format(0, "B")].shape == (96, 4)
+    trained = random_adapter(GPT, LoRA(4))
+    pair = trained["layers"]["attention"]["qkv"]["weight"]
+    np.testing.assert_array_equal(tensors[name.format(1, "A")], pair["lora_a"][1].T)
+    np.testing.assert_array_equal(tensors[name.format(1, "B")], pair["lora_b"][1].reshape(4, 96).T)
+    assert config["r"] == 4
+    assert config["lora_alpha"] == 8
+    assert config["target_modules"] == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["fan_in_fan_out"]
+    assert config["modules_to_save"] is None
+
+
+def test_modules_that_are_trained_in_full(tmp_path):
+    model = tiny_model("bert", task="classification")
+    lora = LoRA(2, train=("^classifier/",))
+    config, tensors = saved(tmp_path, model, lora)
+    assert config["modules_to_save"] == ["classifier"]
+    assert config["task_type"] == "SEQ_CLS"
+    assert tensors["base_model.model.classifier.weight"].shape == (2, 32)
+    half = LoRA(2, train=("classifier/weight",))
+    trained = random_adapter(model, half)
+    with pytest.raises(ValueError, match=r"classifier/bias \(classifier.bias\) is not trained, but another parameter"):
+        save_adapter(tmp_path, model, half, trained)
+
+
+def test_the_scale_of_rank_stabilised_adapters(tmp_path):
+    config, tensors = saved(tmp_path)
+    rewrite(tmp_path, config | {"use_rslora": True}, tensors)
+    assert load_adapter(tmp_path, GPT)[0].scale == pytest.approx(8 / 4**0.5)
+
+
+def test_dropout_is_mentioned(tmp_path):
+    config, tensors = saved(tmp_path)
+    rewrite(tmp_path, config | {"lora_dropout": 0.1}, tensors)
+    with pytest.warns(UserWarning, match="lora_dropout=0.1 is not applied when training goes on"):
+        load_adapter(tmp_path, GPT)
+
+
+def test_factors_in_half_precision_become_float32(tmp_path):
+    config, tensors = saved(tmp_path)
+    rewrite(tmp_path, config, {name: x.astype(np.float16) for name, x in tensors.items()})
+    _, trained = load_adapter(tmp_path, GPT)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported: only 'LORA'"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"alpha_pattern": {"c_attn": 3}}, "alpha_pattern={'c_attn': 3} is not supported"),
+        ({"an_option_of_next_year": 1}, "an_option_of_next_year=1 is not supported"),
+        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported: it changes the base"),
+        ({"r": 0}, "r=0 must be a positive integer"),
+        ({"r": 8}, r"c_attn.lora_A.weight' has shape \[4, 32\], but r=8 .* ask for \[8, 32\]"),
+    ],
+)
+def test_configs_that_are_not_supported(change, message, tmp_path):
+    config, tensors = saved(tmp_path)
+    rewrite(tmp_path, config | change, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, GPT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.h.0.attn.c_attn.lora_A.weight": None}, "lacks 'transformer.h.0.attn.c_attn.lora_A.weight'"),
+        ({"transformer.h.7.attn.c_attn.lora_A.weight": (4, 32)}, "no module 'transformer.h.7.attn.c_attn'"),
+        ({"transformer.h.0.attn.c_attn.lora_magnitude_vector": (96,)}, "neither a factor of LoRA nor a parameter"),
+        (
+            {"transformer.wte.lora_A.weight": (4, 128)},
+            r"token_embedding \(transformer.wte.weight\) is not the",
+        ),
+        ({"lm_head.base_layer.weight": (4, 4)}, "is a weight of the base model: save the adapter with"),
+    ],
+)
+def test_tensors_that_do_not_fit(change, message, tmp_path):
+    config, tensors = saved(tmp_path)
+    for name, shape in change.items():
+        full = f"base_model.model.{name}"
+        tensors = {key: x for key, x in tensors.items() if key != full}
+        if shape is not None:
+            tensors[full] = np.zeros(shape, np.float32)
+    rewrite(tmp_path, config, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, GPT)
+
+
+def test_files_that_are_missing_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a directory: nothing is downloaded"):
+        load_adapter(tmp_path / "nothing", GPT)
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        load_adapter(tmp_path, GPT)
+    config, tensors = saved(tmp_path)
+    rewrite(tmp_path, config, {name.removeprefix("base_model."): x for name, x in tensors.items()})
+    with pytest.raises(ValueError, match="do not begin with 'base_model.model.'"):
+        load_adapter(tmp_path, GPT)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"12")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated"):
+        load_adapter(tmp_path, GPT)
+
+
+def test_models_and_weights_without_a_form_in_peft(tmp_path):
+    lstm, lora = tiny_model("lstm"), LoRA(2, targets=("weight_input",))
+    with pytest.raises(ValueError, match="family 'lstm' has no class in transformers"):
+        save_adapter(tmp_path, lstm, lora, random_adapter(lstm, lora))
+    xlnet, lora = tiny_model("xlnet"), LoRA(2)
+    with pytest.raises(ValueError, match="attention/query/weight .* is not the weight of a linear module"):
+        save_adapter(tmp_path, xlnet, lora, random_adapter(xlnet, lora))
+    with pytest.raises(ValueError, match="trained tree of LoRA.* do not match"):
+        save_adapter(tmp_path, LLAMA, LoRA(2), random_adapter(LLAMA, LoRA(3)))
