@@ -372,8 +372,14 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
-    window = {"use_sliding_window": True, "sliding_window": cfg.window, "max_window_layers": 0}
-    return {**_write_fields(cfg), **({} if cfg.window is None else window)}
+    # Written in both cases: what a loaded config says of its window must not outlive another choice.
+    kind = "full_attention" if cfg.window is None else "sliding_attention"
+    fields = {
+        **_write_fields(cfg),
+        "use_sliding_window": cfg.window is not None,
+        "layer_types": [kind] * cfg.num_layers,
+    }
+    return fields if cfg.window is None else {**fields, "sliding_window": cfg.window, "max_window_layers": 0}
 
 
 def _whole(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:

@@ -15,7 +15,7 @@ width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -459,6 +459,12 @@ _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_hea
 _TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
 
 
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The start of a target, where the config has no ``decoder_start_token_id``: T5 takes its padding id."""
+    pad = config.get("pad_token_id")
+    return {} if "decoder_start_token_id" in config or type(pad) is not int else {"decoder_start_id": pad}
+
+
 def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> files.Format:
     return files.Format(
         architectures={
@@ -477,6 +483,7 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> files.Form
             "decoder_start_id": "decoder_start_token_id",
         },
         implied=implied,
+        read_fields=_read_fields,
         values={"feed_forward_proj": {"relu": "relu", "gated-gelu": "gated_gelu"}},
         token_ids={"pad_token_id": 0, "eos_token_id": 1},
         tensors=_TENSORS,

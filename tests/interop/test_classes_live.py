@@ -5,7 +5,6 @@ python -m tests.interop.test_classes_live      prints the matrix
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.interop import huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
-from jaxlm.models import FAMILIES, Model
 from jaxlm.models.files import Format
-from tests.helpers import assert_trees_equal, lively, tiny_model
+from tests.helpers import assert_trees_equal, lively
+from tests.interop.classes import CLASSES, tiny
 
 pytestmark = pytest.mark.live
-
-CLASSES = [
-    (name, table, architecture)
-    for name in FAMILIES
-    for table in huggingface.tables(name)
-    for architecture in table.architectures
-]
-
-
-def tiny(name: str, table: Format, architecture: str) -> Model:
-    """A small model that this class holds, with its own number of labels."""
-    model = tiny_model(name)
-    fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
-    config = dataclasses.replace(model.config, **{**fixed, **table.architectures[architecture]})
-    if table.model_type == "mistral":  # one without a window is a Llama, and is written as such
-        config = dataclasses.replace(config, window=4)
-    if getattr(config, "task", "") in ("classification", "tagging"):
-        config = dataclasses.replace(config, num_labels=3)
-    return Model(name, config)
 
 
 def torch_class(architecture: str) -> Any:

@@ -1,0 +1,29 @@
+"""The Hugging Face classes that the tables name, and a small model of each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxlm.interop import huggingface
+from jaxlm.models import FAMILIES, Model
+from jaxlm.models.files import Format
+from tests.helpers import tiny_model
+
+CLASSES = [
+    (name, table, architecture)
+    for name in FAMILIES
+    for table in huggingface.tables(name)
+    for architecture in table.architectures
+]
+
+
+def tiny(name: str, table: Format, architecture: str) -> Model:
+    """A small model that this class holds, with its own number of labels."""
+    model = tiny_model(name)
+    fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
+    config = dataclasses.replace(model.config, **{**fixed, **table.architectures[architecture]})
+    if table.model_type == "mistral":  # one without a window is a Llama, and is written as such
+        config = dataclasses.replace(config, window=4)
+    if getattr(config, "task", "") in ("classification", "tagging"):
+        config = dataclasses.replace(config, num_labels=3)
+    return Model(name, config)

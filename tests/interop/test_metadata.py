@@ -1,0 +1,426 @@
+"""What a directory says survives load and save; tokenizers and labels are written; fresh heads are what they claim."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlm import spec
+from jaxlm.data import ByteTokenizer, load_tokenizer, train_tokenizer
+from jaxlm.interop import config_json, huggingface
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.models import FAMILIES, Model, get_model
+from jaxlm.models.files import Format
+from jaxlm.models.heads import HEADS
+from jaxlm.models.model import Metadata
+from tests.helpers import tiny_model
+from tests.interop.classes import CLASSES, tiny
+
+PARAMETERS = pytest.mark.parametrize(
+    ("name", "table", "architecture"), CLASSES, ids=lambda value: value if isinstance(value, str) else ""
+)
+KEPT: dict[str, Any] = {
+    "pad_token_id": 9, "bos_token_id": None, "eos_token_id": [17, 5], "sep_token_id": 3, "mem_len": 7,
+    "use_cache": False, "problem_type": "single_label_classification",
+    "task_specific_params": {"a": [1, {"b": None}]}, "transformers_version": "4.8.2", "_name_or_path": "somewhere",
+    "gradient_checkpointing": False,
+}  # fmt: skip
+WORDS = ["to be or not to be that is the question whether tis nobler"]
+
+
+def numbered(model: Model) -> Any:
+    """Parameters whose entries all differ."""
+    flat = spec.flatten(model.specs)
+    ends = np.cumsum([leaf.size for leaf in flat.values()])
+    leaves = [
+        np.arange(end - leaf.size, end, dtype=np.float32).reshape(leaf.shape)
+        for leaf, end in zip(flat.values(), ends, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
+
+
+def read(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((directory / name).read_text())
+
+
+def edit(directory: Path, **fields: Any) -> dict[str, Any]:
+    """Set fields of ``config.json``, and give the whole of it."""
+    config = {**read(directory), **fields}
+    (directory / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def saved(directory: Path, model: Model, **arguments: Any) -> Path:
+    save_pretrained(directory, model, numbered(model), **arguments)
+    return directory
+
+
+# ------------------------------------------------------------------------------------------- load and save
+
+
+@PARAMETERS
+def test_every_field_survives(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
+    saved(tmp_path / "a", tiny(name, table, architecture))
+    kept = {field: value for field, value in KEPT.items() if field not in table.required}
+    if name == "transformer_xl":
+        kept.pop("mem_len")  # a field of its own
+    config = read(tmp_path / "a")
+    if "id2label" in config:
+        kept |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"good": 2}}
+    words = {"gelu_new": "gelu_pytorch_tanh"}  # another word for the same function
+    for field in ("activation_function", "hidden_act"):
+        if field in config and words.get(config[field]) in table.values.get(field, {}):
+            kept[field] = words[config[field]]
+    before = edit(tmp_path / "a", **kept)
+    generation = {
+        "eos_token_id": 17,
+        "pad_token_id": 9,
+        "decoder_start_token_id": 4,
+        "top_k": 3,
+        "_from_model_config": 1,
+    }
+    if name == "t5":
+        before = edit(tmp_path / "a", decoder_start_token_id=4)
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(generation))
+    model, params = load_pretrained(tmp_path / "a")
+    save_pretrained(tmp_path / "b", model, params)
+    assert read(tmp_path / "b") == before
+    assert read(tmp_path / "b", "generation_config.json") == generation
+    assert model.metadata is not None
+    assert model.metadata.token_ids["eos"] == 17
+    assert model.metadata.token_ids["sep"] == 3
+    assert model.labels == (("bad", "so so", "good") if "id2label" in config else None)
+    if name == "t5":
+        assert model.config.decoder_start_id == 4
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not huggingface.tables(name)])
+def test_families_without_published_files_keep_fields_and_labels_too(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    labelled = getattr(model.config, "task", None) == "classification"
+    if labelled:
+        model = model.with_labels([f"label {number}" for number in range(model.config.num_labels)])
+    saved(tmp_path / "a", model)
+    assert ("id2label" in read(tmp_path / "a")) == labelled
+    before = edit(tmp_path / "a", eos_token_id=5, note="kept")
+    again, params = load_pretrained(tmp_path / "a")
+    assert again.labels == model.labels
+    assert again == model
+    save_pretrained(tmp_path / "b", again, params)
+    assert read(tmp_path / "b") == before
+
+
+def test_a_field_that_the_user_changes_is_written(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "a", get_model("gpt2-tiny", activation="gelu_tanh"))
+    edit(directory, activation_function="gelu_pytorch_tanh", attn_pdrop=0.25)
+    model, params = load_pretrained(directory, activation="relu")
+    save_pretrained(tmp_path / "b", model, params)
+    assert read(tmp_path / "b")["activation_function"] == "relu"
+    assert read(tmp_path / "b")["attn_pdrop"] == 0.25
+    # A field that the loaded configuration needs and the new one does not.
+    directory = saved(tmp_path / "c", get_model("llama-tiny"))
+    edit(directory, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    model, params = load_pretrained(directory)
+    assert config_json.their_config(model, "float32")["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    model, params = load_pretrained(directory, rotary_scaling=None)
+    assert "rope_scaling" not in config_json.their_config(model, "float32")
+
+
+def test_the_model_type_survives_where_another_table_could_express_the_model(tmp_path: Path) -> None:
+    table = next(table for table in huggingface.tables("llama") if table.model_type == "mistral")
+    directory = saved(tmp_path / "a", tiny("llama", table, "MistralForCausalLM"))
+    before = edit(directory, sliding_window=None)  # as Mistral since version 0.2: computes what a Llama computes
+    model, params = load_pretrained(directory)
+    save_pretrained(tmp_path / "b", model, params)
+    assert read(tmp_path / "b") == before
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, qkv_bias=True))
+    config = config_json.their_config(other, "float32")  # which no Mistral has
+    assert (config["model_type"], "sliding_window" in config) == ("qwen2", False)
+
+
+def test_a_window_that_the_user_removes_is_gone(tmp_path: Path) -> None:
+    table = [table for table in huggingface.tables("llama") if table.model_type == "qwen2"][-1]
+    directory = saved(tmp_path, tiny("llama", table, "Qwen2ForCausalLM"))
+    edit(directory, use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 2)
+    assert load_pretrained(directory)[0].config.window == 3
+    config = config_json.their_config(load_pretrained(directory, window=None)[0], "float32")
+    assert (config["use_sliding_window"], set(config["layer_types"])) == (False, {"full_attention"})
+
+
+def test_the_start_of_a_target_is_the_padding_id_where_a_config_does_not_say_it(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("t5-tiny"))
+    edit(directory, pad_token_id=7)
+    assert load_pretrained(directory)[0].config.decoder_start_id == 0
+    config = read(directory)
+    del config["decoder_start_token_id"]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(directory)[0].config.decoder_start_id == 7
+
+
+def test_metadata_is_no_part_of_equality_and_survives_replace(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("gpt2-tiny"))
+    model, _ = load_pretrained(directory)
+    bare = Model(model.family, model.config)
+    assert (bare, hash(bare)) == (model, hash(model))
+    assert bare.metadata is None
+    changed = dataclasses.replace(model, config=dataclasses.replace(model.config, remat="full"))
+    assert changed.metadata is model.metadata
+    assert "metadata" not in repr(model)
+
+
+def test_a_generation_config_of_an_earlier_save_is_removed(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("gpt2-tiny"))
+    (directory / "generation_config.json").write_text('{"eos_token_id": 3}')
+    saved(directory, get_model("gpt2-tiny"))
+    assert not (directory / "generation_config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_are_set_saved_and_loaded(tmp_path: Path) -> None:
+    model = get_model("bert-tiny", task="classification", num_labels=2)
+    assert model.labels is None
+    saved(tmp_path, model.with_labels(["bad", "good"]))
+    assert read(tmp_path)["id2label"] == {"0": "bad", "1": "good"}
+    assert read(tmp_path)["label2id"] == {"bad": 0, "good": 1}
+    again, _ = load_pretrained(tmp_path)
+    assert again.labels == ("bad", "good")
+    assert again.with_labels(["-", "+"]).labels == ("-", "+")
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ("ab", TypeError, "must be a sequence of strings, got 'ab'"),
+        (["a", 1], TypeError, r"must be a sequence of strings, got \['a', 1\]"),
+        (["a"], ValueError, r"got 1 labels \['a'\] for num_labels=2"),
+        (["a", "a"], ValueError, "labels must be distinct"),
+    ],
+)
+def test_wrong_labels_are_refused(labels: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        get_model("bert-tiny", task="classification", num_labels=2).with_labels(labels)
+    with pytest.raises(ValueError, match="task='masked' has no labels"):
+        get_model("bert-tiny", task="masked").with_labels(["a", "b"])
+
+
+@pytest.mark.parametrize("labels", [{"0": "a", "2": "b"}, ["a", "b"], {"one": "a"}])
+def test_label_tables_with_gaps_are_refused(labels: Any, tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("bert-tiny", task="classification", num_labels=2))
+    edit(directory, id2label=labels)
+    with pytest.raises(ValueError, match="config.json.*id2label=.* without a gap"):
+        load_pretrained(directory)
+
+
+# -------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize(
+    ("variant", "template", "expected"),
+    [
+        ("gpt2-tiny", "none", {"pad": 0, "bos": None, "eos": 1}),
+        ("llama-tiny", "none", {"pad": 0, "bos": None, "eos": 1}),
+        ("t5-tiny", "eos", {"pad": 0, "bos": None, "eos": 1}),
+        ("roberta-tiny", "bos_eos", {"pad": 1, "bos": 0, "eos": 2}),
+        ("bert-tiny", "cls_sep", {"pad": 0, "bos": None, "eos": None}),
+        ("xlnet-tiny", "sep_cls", {"pad": 5, "bos": 1, "eos": 2}),
+        ("lstm-tiny", "none", {"pad": 0, "bos": None, "eos": 1}),
+    ],
+)
+def test_special_ids_are_those_of_the_tokenizer(variant: str, template: Any, expected: Any, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(WORDS, "word", 30, template=template)
+    model = tiny_model(variant, vocab_size=40)
+    saved(tmp_path, model, tokenizer=tokenizer)
+    assert {role: read(tmp_path)[f"{role}_token_id"] for role in expected} == expected
+    assert load_tokenizer(tmp_path).special_ids == tokenizer.special_ids
+    if getattr(model.config, "task", "causal") in ("causal", "seq2seq", "permutation"):
+        generation = read(tmp_path, "generation_config.json")
+        found = {role: generation.get(f"{role}_token_id") for role in expected}
+        assert found == expected
+        assert generation.get("decoder_start_token_id") == (0 if variant == "t5-tiny" else None)
+    else:
+        assert not (tmp_path / "generation_config.json").exists()
+    again, _ = load_pretrained(tmp_path)
+    assert again.metadata is not None
+    assert again.metadata.token_ids["pad"] == expected["pad"]
+
+
+def test_a_tokenizer_updates_what_was_loaded_but_not_what_it_does_not_know(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "a", get_model("gpt2-tiny"))
+    edit(directory, pad_token_id=7, bos_token_id=8, eos_token_id=[3, 256], n_note="kept")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, "temperature": 0.5}))
+    model, params = load_pretrained(directory, vocab_size=128)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=257))
+    save_pretrained(tmp_path / "b", model, numbered(model), ByteTokenizer())
+    config = read(tmp_path / "b")
+    assert (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]) == (7, 8, [3, 256])
+    assert config["n_note"] == "kept"
+    assert read(tmp_path / "b", "generation_config.json") == {"eos_token_id": 256, "temperature": 0.5}
+    assert load_tokenizer(tmp_path / "b") == ByteTokenizer()
+
+
+def test_tokenizer_files_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
+    model = get_model("gpt2-tiny", vocab_size=300)
+    saved(tmp_path, model, tokenizer=ByteTokenizer())
+    trained = train_tokenizer(WORDS, "word", 30)
+    saved(tmp_path, model, tokenizer=trained)
+    assert load_tokenizer(tmp_path).vocab_size == trained.vocab_size
+    (tmp_path / "README.md").write_text("kept")
+    saved(tmp_path, model, tokenizer=ByteTokenizer())
+    assert load_tokenizer(tmp_path) == ByteTokenizer()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [
+        "README.md", "config.json", "generation_config.json", "jaxlm_tokenizer.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the tokenizer has 257 ids but the model has vocab_size=128"):
+        saved(tmp_path / "a", get_model("gpt2-tiny"), tokenizer=ByteTokenizer())
+    with pytest.raises(ValueError, match=r"roberta needs pad_token_id=1, but the tokenizer has 0: .*'bos_eos'"):
+        saved(tmp_path / "a", get_model("roberta-tiny"), tokenizer=train_tokenizer(WORDS, "word", 30))
+    assert not (tmp_path / "a").exists()
+
+
+# ------------------------------------------------------------------------------------------- fresh heads
+
+
+def tasks(table: Format) -> list[str]:
+    return list(dict.fromkeys(implied["task"] for implied in table.architectures.values()))
+
+
+@PARAMETERS
+def test_every_class_loads_for_every_task(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
+    model = tiny(name, table, architecture)
+    saved(tmp_path, model)
+    held = spec.flatten(numbered(model))
+    every = dict.fromkeys(task for other in huggingface.tables(name) for task in tasks(other))
+    for task in every:
+        if name == "t5" and architecture.endswith("EncoderModel") and task == "seq2seq":
+            continue  # has no decoder
+        overrides = {"num_labels": 5} if task in ("classification", "tagging") else {}
+        loaded, params = load_pretrained(tmp_path, task=task, seed=3, **overrides)
+        fresh = loaded.init(jax.random.key(3))
+        assert loaded.metadata is not None
+        expected = {
+            path
+            for path in spec.flatten(loaded.specs)
+            if path not in held or (path.partition("/")[0] in ("classifier", "tagger"))
+        }
+        assert set(loaded.metadata.fresh) == expected
+        for path, leaf in spec.flatten(params).items():
+            reference = spec.flatten(fresh)[path] if path in expected else held[path]
+            np.testing.assert_array_equal(leaf, reference, err_msg=path)
+        dropped = set(held) - set(spec.flatten(loaded.specs)) | (set(held) & expected)
+        places = huggingface._places(model, config_json.format_of(model))
+        assert set(loaded.metadata.unused) == {name for path in dropped for name in places[path].names}
+        assert loaded.labels is None
+
+
+@pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny", "xlnet-tiny", "gpt2-tiny", "llama-tiny"])
+def test_a_base_without_head_classifies(variant: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = tiny_model(variant, task="none")
+    saved(tmp_path, base)
+    with caplog.at_level(logging.INFO, logger="jaxlm"):
+        model, params = load_pretrained(tmp_path, task="classification", num_labels=4)
+    assert "freshly initialised: classifier" in caplog.text
+    tokens = np.ones((2, 5), np.int32)
+    hidden, _ = model.apply(model.init(jax.random.key(0)), tokens)
+    assert model.logits(params, model.summary(params, hidden)).shape == (2, 1, 4)
+    other, others = load_pretrained(tmp_path, task="classification", num_labels=4, seed=1)
+    assert other == model
+    assert not np.array_equal(others["classifier"]["weight"], params["classifier"]["weight"])
+
+
+def test_families_without_published_files_get_fresh_heads(tmp_path: Path) -> None:
+    saved(tmp_path, tiny_model("lstm-encoder-tiny", task="classification", num_labels=2))
+    model, _ = load_pretrained(tmp_path, num_labels=3)
+    assert model.metadata is not None
+    assert {path.partition("/")[0] for path in model.metadata.fresh} == {"classifier"}
+    model, _ = load_pretrained(tmp_path, task="tagging", num_labels=2)
+    assert model.metadata is not None
+    assert {path.partition("/")[0] for path in model.metadata.fresh} == {"tagger"}
+    assert {name.partition(".")[0] for name in model.metadata.unused} == {"classifier"}
+
+
+def test_a_head_of_the_same_task_and_size_is_read(tmp_path: Path) -> None:
+    model = get_model("bert-tiny", task="classification", num_labels=2).with_labels(["a", "b"])
+    saved(tmp_path, model)
+    loaded, params = load_pretrained(tmp_path, task="classification", num_labels=2)
+    assert loaded.metadata is not None
+    assert (loaded.labels, loaded.metadata.fresh, loaded.metadata.unused) == (("a", "b"), (), ())
+    np.testing.assert_array_equal(params["classifier"]["weight"], numbered(model)["classifier"]["weight"])
+    # Another number of labels: the table of the file names other labels.
+    edit(tmp_path, problem_type="multi_label_classification")
+    loaded, params = load_pretrained(tmp_path, num_labels=3)
+    assert loaded.metadata is not None
+    assert (loaded.labels, set(loaded.metadata.fresh)) == (None, {"classifier/weight", "classifier/bias"})
+    config = config_json.their_config(loaded, "float32")
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert "problem_type" not in config
+
+
+def test_a_class_that_is_not_listed_gives_its_base(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("bert-tiny", task="classification", num_labels=1))
+    edit(directory, architectures=["BertForMultipleChoice"])
+    with pytest.raises(ValueError, match=r"'BertForMultipleChoice' is not supported; task=\.\.\. loads its base"):
+        load_pretrained(directory)
+    model, _ = load_pretrained(directory, task="classification", num_labels=1)
+    assert model.metadata is not None
+    assert set(model.metadata.fresh) == {"classifier/weight", "classifier/bias"}
+    assert config_json.their_config(model, "float32")["architectures"] == ["BertForSequenceClassification"]
+
+
+def test_only_heads_may_be_missing_or_left_over(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("bert-tiny", task="masked"))
+    edit(directory, architectures=["BertForSequenceClassification"])
+    with pytest.raises(ValueError, match=r"missing: classifier\.weight"):
+        load_pretrained(directory)
+    edit(directory, architectures=["BertForMaskedLM"])
+    whole = load_file(directory / "model.safetensors")
+
+    def refused(tensors: dict[str, np.ndarray], message: str, **overrides: Any) -> None:
+        save_file(tensors, directory / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(directory, **{"task": "classification", **overrides})
+
+    base = "bert.encoder.layer.1.output.dense.weight"
+    refused({name: array for name, array in whole.items() if name != base}, f"missing: {base}")
+    refused({**whole, "bert.new": np.ones(2, np.float32)}, "extra: bert.new")
+    refused({**whole, base: np.ones((2, 2), np.float32)}, f"differs: {base}")
+    # Half of a head is a damaged file.
+    half = {name: array for name, array in whole.items() if name != "cls.predictions.bias"}
+    refused(half, "missing: cls.predictions.bias", task="masked")
+    refused(whole, r"missing: bert\.encoder\.layer\.2\.", num_layers=3)
+    refused(whole, "task='captions'", task="captions")
+    headless = {name: array for name, array in whole.items() if not name.startswith("cls.")}
+    save_file(headless, directory / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: cls.predictions.bias"):
+        load_pretrained(directory)
+    model, _ = load_pretrained(directory, task="masked")
+    assert model.metadata is not None
+    assert all(path.startswith("masked/") for path in model.metadata.fresh)
+    assert len(model.metadata.fresh) == 5
+
+
+def test_fresh_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
+    model = get_model("gpt2-tiny", task="none")
+    save_pretrained(tmp_path, model, jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), numbered(model)))
+    _, params = load_pretrained(tmp_path, task="classification")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    _, params = load_pretrained(tmp_path, task="classification", param_dtype="float32")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_what_metadata_holds_by_default() -> None:
+    assert Metadata() == Metadata(None, {}, {}, None, (), ())
+    assert set(HEADS.values()) == {"classifier", "tagger", "span"}

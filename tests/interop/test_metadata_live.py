@@ -1,0 +1,157 @@
+"""Configurations and generation through load and save, as transformers sees them: run with ``-m live``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.data import train_tokenizer
+from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.models import Model, get_model
+from jaxlm.models.files import Format
+from tests.helpers import lively, relative_error, tiny_model
+from tests.interop.classes import CLASSES, tiny
+from tests.interop.test_classes_live import torch_class
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.filterwarnings("ignore:The output of TransfoXL will be updated:DeprecationWarning"),
+]
+
+GENERATORS = [
+    case for case in CLASSES if case[2].endswith(("ForCausalLM", "ForConditionalGeneration", "GPT2LMHeadModel"))
+]
+TEXTS = ["to be or not to be that is the question", "whether tis nobler in the mind to suffer", "the slings and arrows"]
+
+
+def lively_params(model: Model) -> Any:
+    return jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+
+
+def described(config: Any) -> dict[str, Any]:
+    return {**config.to_dict(), "_name_or_path": ""}
+
+
+@pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
+def test_transformers_reads_the_same_configuration(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
+    model = tiny(name, table, architecture)
+    save_pretrained(tmp_path / "a", model, lively_params(model))
+    theirs = torch_class(architecture).from_pretrained(tmp_path / "a")
+    special = {"pad": 9, "bos": None, "eos": 17, "decoder_start": 4}
+    for role, token in special.items():
+        if f"{role}_token_id" not in table.required:
+            setattr(theirs.config, f"{role}_token_id", token)
+    theirs.config.output_attentions = True
+    theirs.config.my_field = {"kept": [1, None]}
+    if theirs.can_generate():
+        theirs.generation_config.eos_token_id = 17
+        theirs.generation_config.max_length = 11
+    if "id2label" in (tmp_path / "a" / "config.json").read_text():
+        theirs.config.id2label = {0: "bad", 1: "so so", 2: "good"}
+        theirs.config.label2id = {"bad": 0, "so so": 1, "good": 2}
+    theirs.save_pretrained(tmp_path / "b")
+    save_pretrained(tmp_path / "c", *load_pretrained(tmp_path / "b"))
+    before, after = (torch_class(architecture).from_pretrained(tmp_path / part) for part in "bc")
+    assert described(after.config) == described(before.config)
+    assert after.config.eos_token_id == 17
+    if theirs.can_generate():
+        assert after.generation_config.to_dict() == before.generation_config.to_dict()
+        assert after.generation_config.eos_token_id == 17
+
+
+@pytest.mark.parametrize(("name", "table", "architecture"), GENERATORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_generation_ends_at_an_unusual_token(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
+    import torch
+
+    model = tiny(name, table, architecture)
+    save_pretrained(tmp_path / "a", model, lively_params(model))
+    theirs = torch_class(architecture).from_pretrained(tmp_path / "a").eval()
+    prompts = torch.tensor([[5, 9, 11, 12], [7, 3, 30, 8]])
+
+    def generate(model: Any) -> np.ndarray:
+        return model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=9, do_sample=False
+        ).numpy()
+
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 9
+    free = generate(theirs)
+    new = free[0, 1:] if theirs.config.is_encoder_decoder else free[0, prompts.shape[1] :]
+    end = int(new[3])
+    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = end
+    theirs.config.pad_token_id = 9
+    expected = generate(theirs)
+    assert (expected[0] == 9).any() or expected.shape[1] < free.shape[1]
+    theirs.save_pretrained(tmp_path / "b")
+    loaded, params = load_pretrained(tmp_path / "b")
+    assert loaded.metadata is not None
+    assert (loaded.metadata.token_ids["eos"], loaded.metadata.token_ids["pad"]) == (end, 9)
+    save_pretrained(tmp_path / "c", loaded, params)
+    np.testing.assert_array_equal(generate(torch_class(architecture).from_pretrained(tmp_path / "c").eval()), expected)
+
+
+@pytest.mark.parametrize("variant", ["gpt2-tiny", "llama-tiny", "t5-tiny"])
+def test_a_fresh_model_generates_to_the_end_token_of_its_tokenizer(variant: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    tokenizer = train_tokenizer(TEXTS, "bpe", 300, template="eos" if variant == "t5-tiny" else "none")
+    model = tiny_model(variant, vocab_size=300)
+    params = lively_params(model)
+    save_pretrained(tmp_path, model, params, tokenizer)
+    kind = AutoModelForSeq2SeqLM if variant == "t5-tiny" else AutoModelForCausalLM
+    theirs, names = kind.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.special_ids
+    assert (names.eos_token_id, names.pad_token_id) == (ids.eos, ids.pad)
+    assert (theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id) == (ids.eos, ids.pad)
+    with torch.no_grad():  # the end token has the highest logit: both must stop at once
+        head = theirs.get_output_embeddings().weight
+        head[ids.eos] = 50 * head[ids.eos].sign() * head.abs().max()
+    batch = names(["to be", "the question whether"], return_tensors="pt", padding=True)
+    made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert made.shape[1] <= (1 if variant == "t5-tiny" else batch["input_ids"].shape[1]) + 5
+
+
+@pytest.mark.parametrize("variant", ["gpt2-tiny", "llama-tiny"])
+def test_a_classifier_takes_padded_batches(variant: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = train_tokenizer(TEXTS, "word", 40)
+    save_pretrained(
+        tmp_path / "base", tiny_model(variant, vocab_size=40), lively_params(tiny_model(variant, vocab_size=40))
+    )
+    model, params = load_pretrained(tmp_path / "base", task="classification", num_labels=3)
+    model = model.with_labels(["a", "b", "c"])
+    params = jax.tree.map(lambda leaf: 3 * leaf, params)
+    save_pretrained(tmp_path / "out", model, params, tokenizer)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    texts = ["to be or not to be", "the question"]
+    batch = AutoTokenizer.from_pretrained(tmp_path / "out")(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = theirs(**batch).logits.numpy()
+    for text, logits in zip(texts, expected, strict=True):
+        tokens = tokenizer.encode_inputs(text).ids[None]
+        hidden, _ = model.apply(params, tokens)
+        ours = model.logits(params, model.summary(params, hidden))[0, 0]
+        assert relative_error(ours, logits) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny", "xlnet-tiny", "gpt2-tiny", "llama-tiny"])
+def test_a_fresh_head_opens_in_transformers(variant: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    base = dataclasses.replace(get_model(variant).config, task="none")
+    model = Model(get_model(variant).family, base)
+    save_pretrained(tmp_path / "base", model, lively_params(model))
+    loaded, params = load_pretrained(tmp_path / "base", task="classification", num_labels=4)
+    save_pretrained(tmp_path / "out", loaded, params)
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.config.num_labels == 4
