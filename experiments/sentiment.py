@@ -240,9 +240,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         return run_one(experiment, *parts(experiment.data), resume)[0]
     if resume is not None:
         raise ValueError("a run with folds cannot go on: resume the directory of one fold, or start again")
-    examples = (
-        play_passages() if experiment.data.train is None else read(experiment.data.train, experiment.data.encoding)
-    )
+    examples = read_all(experiment.data)
     output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
         one = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)

@@ -293,8 +293,8 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
 def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
     """Examples ``{"label", "text"}`` from a file for classification.
 
-    ``.tsv`` and ``.csv`` files have a column ``label`` and the text in one of :data:`TEXT_COLUMNS`, the first that there
-    is. Other files have lines that hold a label, a space and the text.
+    ``.tsv`` and ``.csv`` files have a column ``label`` and a column of the text with the first name of
+    :data:`TEXT_COLUMNS` that the file has. Other files have lines that hold a label, a space and the text.
     """
     if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
         return read_labelled_lines(path, encoding=encoding)

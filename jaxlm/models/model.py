@@ -126,14 +126,32 @@ class Model:
         """The family's ``logits``: [B, T, V] float32."""
         return self.module.logits(self.config, params, hidden)
 
-    def cross_entropy(self, params: spec.Tree, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def cross_entropy(
+        self,
+        params: spec.Tree,
+        hidden: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> jax.Array:
         """``sum(weights * -log p(target))`` in nats, float32, of hidden states [B, T, D]; [B, T, V] is never held.
 
-        A family that can do with less than its ``logits`` has a ``cross_entropy`` of its own.
+        A family whose loss needs less than its ``logits`` has a ``cross_entropy`` of its own.
+
+        Args:
+            label_smoothing: share of the target probability that is spread over the vocabulary.
+
+        Raises:
+            ValueError: ``label_smoothing`` for a family that has its own ``cross_entropy``.
         """
         if hasattr(self.module, "cross_entropy"):
+            if label_smoothing:
+                raise ValueError(
+                    f"label_smoothing={label_smoothing}: the loss of {self.family!r} has none, leave it at 0"
+                )
             return self.module.cross_entropy(self.config, params, hidden, targets, weights)
-        return chunked_cross_entropy(self.logits, params, hidden, targets, weights)
+        return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
     def summary(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
         """What a classifier reads of each row, [B, 1, D']: ``logits`` of it are those of the labels.

@@ -26,11 +26,25 @@ CHUNK_LOGITS_ELSEWHERE = 2**27
 GPT-2 step took as long as everything else (docs/labbook.md)."""
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """``-log softmax(logits)[target]`` in nats, [B, T] float32. A target outside the vocabulary gives NaN."""
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """``-log softmax(logits)[target]`` in nats, [B, T] float32. A target outside the vocabulary gives NaN.
+
+    With ``label_smoothing`` e, the cross entropy to a distribution that has 1 - e on the target and e spread evenly
+    over the vocabulary, padding left out (Szegedy et al. 2016, section 7).
+    """
     logits_BTV = logits_BTV.astype(jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return lse_BT - _pick(logits_BTV, targets_BT)
+    return lse_BT - _expected(logits_BTV, targets_BT, label_smoothing)
+
+
+def _expected(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float) -> jax.Array:
+    """The mean logit under the distribution of the (smoothed) targets, [B, T]."""
+    picked_BT = _pick(logits_BTV, targets_BT)
+    if label_smoothing == 0.0:
+        return picked_BT
+    real_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # rows of padding: see nn.embedding.unembed
+    mean_BT = jnp.sum(jnp.where(real_BTV, logits_BTV, 0.0), axis=-1) / jnp.sum(real_BTV, axis=-1)
+    return (1.0 - label_smoothing) * picked_BT + label_smoothing * mean_BT
 
 
 def _pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -46,9 +60,10 @@ def chunked_cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
+    label_smoothing: float = 0.0,
     chunk_logits: int | None = None,
 ) -> jax.Array:
-    """``sum(weights * cross_entropy(head(params, hidden), targets))`` without ever holding [B, T, V].
+    """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without holding [B, T, V].
 
     The time axis is cut so that at most ``chunk_logits`` logits exist at once (None: on each device as many as
     :data:`CHUNK_LOGITS` says). The gradient of each chunk is taken in the same pass as its loss (the loss is a sum, so
@@ -70,9 +85,9 @@ def chunked_cross_entropy(
             full[at] = leaf
         return head(jax.tree.unflatten(tree, full), hidden)
 
-    return _chunked(
-        head_of_used, chunk_logits, [leaves[at] for at in used], hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)
-    )
+    used_leaves = [leaves[at] for at in used]
+    weights_BT = weights_BT.astype(jnp.float32)
+    return _chunked(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
 
 
 def _logits_at_once() -> int:
@@ -112,13 +127,19 @@ def _chunk_length(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Ar
     return longest - longest % min(LANES, 2 ** (longest.bit_length() - 1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked(
-    head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    head: Head,
+    chunk_logits: int,
+    label_smoothing: float,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> Any:
     def one(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         hidden, targets, weights = chunk
-        losses = cross_entropy(head(params, hidden), targets)
+        losses = cross_entropy(head(params, hidden), targets, label_smoothing)
         return total + jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), None
 
     C = _chunk_length(head, chunk_logits, params, hidden)
@@ -126,10 +147,16 @@ def _chunked(
 
 
 def _forward(
-    head: Head, chunk_logits: int, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    head: Head,
+    chunk_logits: int,
+    label_smoothing: float,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> Any:
     def one(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        loss, dparams, dhidden = _of_chunk(head, params, *chunk)
+        loss, dparams, dhidden = _of_chunk(head, label_smoothing, params, *chunk)
         sums = (loss, dparams)
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
@@ -147,29 +174,39 @@ def _forward(
 
 
 def _of_chunk(
-    head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    head: Head, label_smoothing: float, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
     """The loss of a chunk and its gradients, of the parameters and of the hidden states."""
     logits, pull = jax.vjp(head, params, hidden)
-    loss, dlogits = _loss_and_gradient(logits, targets, weights)
+    loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
     return loss, *pull(dlogits.astype(logits.dtype))
 
 
-def _loss_and_gradient(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _loss_and_gradient(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, label_smoothing: float
+) -> tuple[jax.Array, jax.Array]:
     logits = logits.astype(jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = jnp.sum(exp, axis=-1, keepdims=True)
-    losses = (top + jnp.log(total))[..., 0] - _pick(logits, targets)
+    losses = (top + jnp.log(total))[..., 0] - _expected(logits, targets, label_smoothing)
     # A weight of 0 takes a place out altogether: its target may be anything and its hidden state not finite.
     counted = weights > 0
     loss = jnp.sum(jnp.where(counted, losses * weights, 0.0))
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
-    gradient = exp * (weights[..., None] / total) - jnp.where(is_target, weights[..., None], 0.0)
+    if label_smoothing == 0.0:
+        expected = jnp.where(is_target, weights[..., None], 0.0)
+    else:
+        real = logits > jnp.finfo(jnp.float32).min
+        share = label_smoothing / jnp.sum(real, axis=-1, keepdims=True)
+        expected = weights[..., None] * jnp.where(is_target, 1.0 - label_smoothing + share, jnp.where(real, share, 0.0))
+    gradient = exp * (weights[..., None] / total) - expected
     return loss, jnp.where(counted[..., None], gradient, 0.0)
 
 
-def _backward(head: Head, chunk_logits: int, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _backward(
+    head: Head, chunk_logits: int, label_smoothing: float, gradients: Any, cotangent: jax.Array
+) -> tuple[Any, ...]:
     dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
     return dparams, dhidden, None, None
 
@@ -240,7 +277,7 @@ def _over_counted(
 def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
     def visit(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
-        loss, own, rows = _of_chunk(head, params, *block)
+        loss, own, rows = _of_chunk(head, 0.0, params, *block)
         dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, rows.reshape(-1, D), first, 0)
         return total + loss, jax.tree.map(jnp.add, dparams, own), dhidden
 

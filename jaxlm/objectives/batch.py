@@ -44,8 +44,10 @@ class Batch:
 
 
 def count(batch: Batch) -> tuple[int, int]:
-    """Number of examples and of tokens of a batch on the host: rows with a target that has a weight, and tokens that are
-    not padding, those of a source included."""
+    """Number of examples and of tokens of a batch on the host.
+
+    Examples are rows with a target that has a weight. Tokens are those that are not padding, a source included.
+    """
     examples = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
     texts = [(batch.tokens, batch.segment_ids)]
     if "source" in batch.inputs:
@@ -63,16 +65,41 @@ def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None
     return model.apply(params, batch.tokens, segment_ids=batch.segment_ids, key=key, **inputs)
 
 
-def token_loss(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Summed negative log-likelihood in nats of the targets at their places, the weight that it sums over, and what the
-    model carries on."""
+def predicted_states(
+    model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any
+) -> tuple[jax.Array, Any]:
+    """Hidden states at the positions of the targets, [B, P, D], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
     if batch.places is not None:
         hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
-    total = model.cross_entropy(params, hidden, batch.targets, batch.weights)
-    return total, jnp.sum(batch.weights), state
+    return hidden, state
+
+
+def token_loss(
+    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Summed negative log-likelihood in nats of the targets, the sum of their weights, and the new model state."""
+    hidden, state = predicted_states(model, params, batch, key, state)
+    return model.cross_entropy(params, hidden, batch.targets, batch.weights), jnp.sum(batch.weights), state
+
+
+def smoothed_token_loss(label_smoothing: float) -> Loss:
+    """:func:`token_loss` to targets that have ``label_smoothing`` of their probability spread over the vocabulary.
+
+    Raises:
+        ValueError: a share out of [0, 1).
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+
+    def loss(
+        model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        hidden, state = predicted_states(model, params, batch, key, state)
+        total = model.cross_entropy(params, hidden, batch.targets, batch.weights, label_smoothing=label_smoothing)
+        return total, jnp.sum(batch.weights), state
+
+    return loss
 
 
 def token_accuracy(
@@ -80,8 +107,6 @@ def token_accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Weighted number of targets that are the most likely token at their position, the sum of the weights, and the new
     model state: an evaluation metric with the signature of a loss."""
-    hidden, state = hidden_states(model, params, batch, key, state)
-    if batch.places is not None:
-        hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
+    hidden, state = predicted_states(model, params, batch, key, state)
     best = jnp.argmax(model.logits(params, hidden)[..., : model.config.vocab_size], axis=-1)
     return jnp.sum(jnp.where(best == batch.targets, batch.weights, 0.0)), jnp.sum(batch.weights), state

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.models import Model, common
-from jaxlm.nn.loss import cross_entropy
+from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.objectives.batch import Batch, Loss, hidden_states
 
 IGNORED = -100
@@ -56,26 +56,14 @@ def counted(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray
     return np.where(labels == IGNORED, 0, labels).astype(np.int32), (labels != IGNORED).astype(np.float32)
 
 
-def label_logits(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
-) -> tuple[jax.Array, Any]:
-    """Logits of the labels of each row, [B, labels] float32, and the new model state."""
+def pooled_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
+    """What the classifier reads of each row, [B, 1, D'], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
-    summary_B1D = model.summary(params, hidden, segment_ids=batch.segment_ids, key=key)
-    return model.logits(params, summary_B1D)[:, 0], state
-
-
-def loss(
-    model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Summed negative log-likelihood in nats of the rows' labels, the weight that it sums over, and the new model
-    state."""
-    logits, state = label_logits(model, params, batch, key=key, state=state)
-    return jnp.sum(batch.weights * cross_entropy(logits, batch.targets)), jnp.sum(batch.weights), state
+    return model.summary(params, hidden, segment_ids=batch.segment_ids, key=key), state
 
 
 def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> Loss:
-    """:func:`loss` with smoothed labels and a weight for each class.
+    """A loss function: summed negative log-likelihood in nats of the rows' labels, and the weight that it sums over.
 
     Args:
         label_smoothing: share of the target probability that is spread over all labels (Szegedy et al. 2016, section
@@ -91,21 +79,25 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
     if class_weights is not None and not min(class_weights) > 0.0:
         raise ValueError(f"class_weights={tuple(class_weights)} must be positive")
 
-    def weighted_loss(
+    def loss(
         model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
     ) -> tuple[jax.Array, jax.Array, Any]:
-        logits, state = label_logits(model, params, batch, key=key, state=state)
+        """Summed negative log-likelihood in nats of the rows' labels, the weight, and the new model state."""
+        pooled_B1D, state = pooled_states(model, params, batch, key, state)
         weights = batch.weights
         if class_weights is not None:
-            if len(class_weights) != logits.shape[-1]:
-                raise ValueError(f"{len(class_weights)} class_weights for {logits.shape[-1]} labels: give one for each")
+            if len(class_weights) != model.config.num_labels:
+                raise ValueError(f"{len(class_weights)} class_weights for num_labels={model.config.num_labels}")
             weights = weights * jnp.asarray(class_weights, jnp.float32)[batch.targets]
-        nats = (1.0 - label_smoothing) * cross_entropy(logits, batch.targets)
-        if label_smoothing > 0.0:
-            nats = nats - label_smoothing * jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        return jnp.sum(weights * nats), jnp.sum(weights), state
+        total = chunked_cross_entropy(
+            model.logits, params, pooled_B1D, batch.targets[:, None], weights[:, None], label_smoothing=label_smoothing
+        )
+        return total, jnp.sum(weights), state
 
-    return weighted_loss
+    return loss
+
+
+loss = make_loss()
 
 
 def accuracy(
@@ -113,6 +105,6 @@ def accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Weighted number of rows whose most likely label is theirs, the sum of the weights, and the new model state: an
     evaluation metric with the signature of a loss."""
-    logits, state = label_logits(model, params, batch, key=key, state=state)
-    right = jnp.argmax(logits, axis=-1) == batch.targets
+    pooled_B1D, state = pooled_states(model, params, batch, key, state)
+    right = jnp.argmax(model.logits(params, pooled_B1D)[:, 0], axis=-1) == batch.targets
     return jnp.sum(jnp.where(right, batch.weights, 0.0)), jnp.sum(batch.weights), state
