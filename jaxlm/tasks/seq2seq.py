@@ -1,0 +1,76 @@
+"""Sequence to sequence: pairs of texts as batches of an encoder-decoder (translation, summarization).
+
+Shapes: B batch, S source time, T target time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.buckets import Bucketed, Encoded, Rows
+from jaxlm.data.examples import Examples
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.decoding import decoder_start_id
+from jaxlm.models import Model
+from jaxlm.objectives import seq2seq
+from jaxlm.objectives.batch import Batch, token_accuracy
+
+
+def encode(
+    examples: Examples,
+    tokenizer: Tokenizer,
+    *,
+    max_source: int | None = None,
+    max_target: int | None = None,
+) -> list[Encoded]:
+    """Each example (``source``, ``target``) as ids: both with the special tokens of the template, which ends with eos.
+
+    Args:
+        max_source: cut longer sources to so many tokens; None keeps them whole.
+        max_target: the same for targets.
+
+    Raises:
+        ValueError: the tokenizer has no end token, or its template does not end a text with it.
+    """
+    end = tokenizer.special_ids.eos
+    if end is None:
+        raise ValueError("the tokenizer has no end token: train one with template='eos'")
+    sources = tokenizer.encode_inputs_batch(examples.column("source"), max_length=max_source)
+    targets = tokenizer.encode_inputs_batch(examples.column("target"), max_length=max_target)
+    if targets[0].ids[-1] != end:
+        raise ValueError("the template of the tokenizer does not end a text: train one with template='eos'")
+    return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]
+
+
+def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
+    """The function from rows of encoded examples to the batch of the objective."""
+    start_id = decoder_start_id(model, tokenizer)
+
+    def make(rows: Rows) -> Batch:
+        segments = {name: rows.segment_ids(name) for name in ("source", "target")}
+        for segment_ids in segments.values():
+            # Rows without an example have no weight; one token of padding keeps their numbers finite.
+            segment_ids[rows.indices < 0, 0] = 1
+        batch = seq2seq.batch(
+            rows.fields["source"], rows.fields["target"], start_id=start_id,
+            source_segment_ids=segments["source"], segment_ids=segments["target"],
+        )  # fmt: skip
+        return batch.replace(weights=batch.weights * (rows.indices >= 0)[:, None].astype(np.float32))
+
+    return make
+
+
+def batches(
+    encoded: Sequence[Encoded], model: Model, tokenizer: Tokenizer, batch_size: int, num_buckets: int = 4
+) -> list[Batch]:
+    """All examples once, in order of length: the batches of an evaluation."""
+    source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True)
+    make = to_batch(model, tokenizer)
+    return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
+
+
+METRICS: dict[str, Any] = {"loss": seq2seq.loss, "token_accuracy": token_accuracy}
+"""What an ``Evaluator`` of an encoder-decoder computes."""
