@@ -105,7 +105,7 @@ class LegalMoveRate:
 
     Attributes:
         moves: share of legal moves among the sampled moves. In each game, the moves up to its first illegal move count,
-            the illegal one included; later ones do not exist.
+            the illegal one included; later ones do not exist. 0 when no move was sampled.
         games: share of games without an illegal move.
         lines: the legal moves of each game, in the tokenizer's notation.
     """
@@ -217,10 +217,14 @@ def _mates(board: chess.Board, move: chess.Move) -> bool:
 
 
 def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
-    """``sum(hits) / sum(counts)`` with the percentile bootstrap interval over games. Both have one entry per game."""
+    """``sum(hits) / sum(counts)`` with the percentile bootstrap interval over games; 0 when all counts are 0.
+
+    Both have one entry per game.
+    """
     total, hit = int(counts.sum()), int(hits.sum())
     if hit in (0, total):  # resampling would give an interval of width 0
-        return proportion(name, len(hits) * bool(hit), len(hits))
+        games = proportion(name, len(hits) * bool(hit), len(hits))
+        return dataclasses.replace(games, count=total, detail=f"Wilson interval of {len(hits)} games")
     rng, ratios = np.random.default_rng(0), []
     for _ in range(BOOTSTRAP_SAMPLES):
         chosen = rng.integers(0, len(hits), len(hits))

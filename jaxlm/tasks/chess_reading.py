@@ -174,17 +174,25 @@ class MoveReader:
         """
         if not boards:
             raise ValueError("logits needs at least one board")
+        self.check_moves(max(len(board.move_stack) for board in boards))
         at = self._find(boards)
         if at is None:
             self._restart(boards)
             at = list(range(len(boards)))
+        try:
+            return self._logits_at(at, boards)
+        except BaseException:
+            self._restart([])  # the state is donated, so after an interruption nothing of it is left
+            raise
+
+    def _logits_at(self, at: list[int], boards: Sequence[chess.Board]) -> np.ndarray:
+        """Read what is new in the rows ``at``, and return their logits."""
         new: list[list[int]] = [[] for _ in self._rows]
         for index, board in zip(at, boards, strict=True):
             new[index] = self._extend(self._rows[index], board)
-        self.check_moves(max(len(board.move_stack) for board in boards))
         if self.model.reads_source:
             sources = [np.array(self._rows[index].ids, np.int32) for index in at]
-            return np.concatenate(list(next_logits(self.model, self.params, self.tokenizer, sources, len(sources))))
+            return np.concatenate(list(next_logits(self.model, self.params, self.tokenizer, sources, self._batch)))
         count = max(map(len, new))
         if count:
             if self._state is None or self._used + count > self._capacity:
@@ -325,6 +333,7 @@ def padded(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndar
 
 
 def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
+    """The length to which rows are padded: a multiple of ``LENGTH_MULTIPLE``, or the model's positions."""
     longest = max(map(len, rows))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return min(length, _max_positions(model) or length)
@@ -335,6 +344,7 @@ def _max_positions(model: Model) -> int | None:
 
 
 def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:
+    """Raise ``ValueError`` when a row has more tokens than the model has positions."""
     limit = _max_positions(model)
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
     if too_long:
