@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.data.squad import read_squad
 
-CONTEXT = "Ångström’s café – opened in 1998; in 1998 it closed."
+CONTEXT = "Ångström\u2019s café \u2013 opened in 1998; in 1998 it closed."
 
 
 def question(**changes: Any) -> dict[str, Any]:
@@ -25,9 +25,8 @@ def official(*articles: tuple[str, list[dict[str, Any]]]) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    opened = gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else path.open("w", encoding="utf-8")
-    with opened as file:
-        file.write(text)
+    content = text.encode("utf-8")
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 

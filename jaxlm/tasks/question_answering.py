@@ -1,0 +1,330 @@
+"""Extractive question answering: training windows, and answers of a finished model (task "span_qa").
+
+A long context is read in overlapping windows, each with the whole question (Devlin et al. 2019, section 4.2). A window
+that does not hold the answer has the target "no answer": first and last token are the classifier token, ``[CLS]`` of
+BERT and ``<cls>`` of XLNet (or the first token, for a tokenizer without one).
+
+Shapes: N questions, W windows, B rows of a batch, T time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.data.buckets import Rows
+from jaxlm.data.encodings import SPECIAL, Encoding
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.decoding.batches import pad_rows
+from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.text import check_vocabulary
+from jaxlm.metrics import _questions, _word_f1
+from jaxlm.models import Model
+from jaxlm.objectives import span_qa
+from jaxlm.objectives.batch import Batch
+from jaxlm.sharding import Sharding, active
+from jaxlm.tasks.classification import takes_token_types
+from jaxlm.tasks.predict import BATCH_SIZE, _batches, _max_positions
+
+MAX_LENGTH = 384
+"""Tokens of a window unless asked otherwise: those of BERT's experiments."""
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def features(
+    model: Model,
+    tokenizer: Tokenizer,
+    examples: Iterable[Mapping[str, Any]],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+) -> list[dict[str, Any]]:
+    """The training windows of ``examples``, for :class:`jaxlm.data.buckets.Bucketed` and :func:`to_batch`.
+
+    Each has ``tokens`` [T], ``token_types`` [T] for a model that reads them, and the positions ``first`` and ``last``
+    of the tokens of the answer. Of several answers, the target is the one that most annotators gave.
+
+    Args:
+        examples: with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as
+            :func:`jaxlm.data.squad.read_squad` gives them.
+        max_length: the most tokens of a window; None is 384, or the model's positions if they are fewer.
+        stride: tokens of the context that two neighbouring windows share; None is a third of ``max_length``.
+
+    Raises:
+        ValueError: a model with another head, windows longer than its positions, an example that cannot be encoded or
+            whose answer is in no window; the message has the id of the example.
+    """
+    _check_model(model)
+    max_length, stride = _window_size(model, max_length, stride)
+    reads_types = takes_token_types(model)
+    found = []
+    for example in examples:
+        what = f"question {example['id']!r}"
+        windows = _windows(model, tokenizer, example["question"], example["context"], max_length, stride, what)
+        for window, (first, last) in zip(windows, _targets(tokenizer, windows, example, what), strict=True):
+            row: dict[str, Any] = {"tokens": window.ids}
+            if reads_types:
+                _check_token_types(model, window)
+                row["token_types"] = window.token_types
+            found.append({**row, "first": first, "last": last})
+    return found
+
+
+def to_batch(rows: Rows) -> Batch:
+    """The batch of ``jaxlm.objectives.span_qa`` from rows of :func:`features`. Rows without an example do not count."""
+    tokens = rows.fields["tokens"]
+    spans = np.stack([rows.fields["first"], rows.fields["last"]], axis=1)
+    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # an answer after the end does not count
+    segment_ids = rows.segment_ids("tokens")
+    segment_ids[rows.indices < 0, 0] = 1  # attention to one token of padding keeps the numbers finite
+    inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
+    return span_qa.batch(tokens, spans, segment_ids, inputs=inputs)
+
+
+def _targets(
+    tokenizer: Tokenizer, windows: Sequence[Encoding], example: Mapping[str, Any], what: str
+) -> list[tuple[int, int]]:
+    """Positions of the first and last token of the answer in each window, or of "no answer"."""
+    nothing = [_no_answer_position(tokenizer, window) for window in windows]
+    if not example["answers"]:
+        return [(position, position) for position in nothing]
+    answers = zip(example["answers"], example["starts"], strict=True)
+    (text, start), _ = Counter(answers).most_common(1)[0]
+    # White space has no token in most vocabularies.
+    first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    inside = [_overlapping(window, first, last) for window in windows]
+    if not any(positions.size for positions in inside):
+        raise ValueError(f"{what}: the answer {text!r} has no tokens")
+    begin = min(window.offsets[at[0], 0] for window, at in zip(windows, inside, strict=True) if at.size)
+    end = max(window.offsets[at[-1], 1] for window, at in zip(windows, inside, strict=True) if at.size)
+    targets = []
+    for window, at, position in zip(windows, inside, nothing, strict=True):
+        whole = at.size and window.offsets[at[0], 0] == begin and window.offsets[at[-1], 1] == end
+        targets.append((int(at[0]), int(at[-1])) if whole else (position, position))
+    if targets == [(position, position) for position in nothing]:
+        raise ValueError(f"{what}: no window holds the whole answer {text!r}: choose a larger stride")
+    return targets
+
+
+def _overlapping(window: Encoding, first: int, last: int) -> np.ndarray:
+    """Positions of the tokens of the context that have a character of ``context[first:last]``."""
+    starts, ends = window.offsets.T
+    return np.flatnonzero((window.sequence == 1) & (ends > first) & (starts < last))
+
+
+# -------------------------------------------------------------------------------------------------- answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The answer to a question.
+
+    Attributes:
+        text: ``context[start:end]``; empty when the model gives no answer.
+        score: by how much the logits of the answer (of its first and last token, summed) exceed those of no answer.
+            Of several windows, the answer is that with the largest sum, and no answer has the smallest. It is the
+            score of the best span also when ``text`` is empty.
+        start, end: characters of the context.
+    """
+
+    text: str
+    score: float
+    start: int
+    end: int
+
+
+def answer(
+    model: Model,
+    params: Any,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    contexts: Sequence[str],
+    *,
+    max_answer_tokens: int = 30,
+    max_length: int | None = None,
+    stride: int | None = None,
+    no_answer_threshold: float | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[Answer]:
+    """The answer to each question: the best span of its context, by any family with task "span_qa".
+
+    Args:
+        contexts: the context of each question, of any length.
+        max_answer_tokens: the most tokens of an answer.
+        max_length: the most tokens of a window; None is 384, or the model's positions if they are fewer.
+        stride: tokens of the context that two neighbouring windows share; None is a third of ``max_length``.
+        no_answer_threshold: an answer is given only if its score is above it (Devlin et al. 2019, section 4.3);
+            :func:`best_no_answer_threshold` finds it. None always gives an answer.
+        batch_size: windows that are computed together.
+
+    Raises:
+        TypeError: ``questions`` or ``contexts`` is a single string.
+        ValueError: a model with another head; another number of contexts than of questions, or none; an empty question
+            or context; windows longer than the model's positions.
+
+    Example:
+        >>> answer(model, params, tokenizer, ["Who has it?"], ["Mary took the ball."])[0].text   # doctest: +SKIP
+        'Mary'
+    """
+    _check_model(model)
+    _check_pairs(questions, contexts)
+    if max_answer_tokens < 1:
+        raise ValueError(f"max_answer_tokens={max_answer_tokens} must be at least 1")
+    max_length, stride = _window_size(model, max_length, stride)
+    windows: list[Encoding] = []
+    owners: list[int] = []
+    for number, (question, context) in enumerate(zip(questions, contexts, strict=True)):
+        made = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
+        windows += made
+        owners += [number] * len(made)
+    spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
+    best = np.full(len(questions), -1)
+    lowest = np.full(len(questions), np.inf)
+    for at, number in enumerate(owners):
+        lowest[number] = min(lowest[number], no_answer[at])
+        if best[number] < 0 or scores[at] > scores[best[number]]:
+            best[number] = at
+    return [
+        _answer(windows[at], spans[at], float(scores[at] - nothing), context, no_answer_threshold)
+        for at, nothing, context in zip(best.tolist(), lowest.tolist(), contexts, strict=True)
+    ]
+
+
+def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:
+    """The ``no_answer_threshold`` with the largest F1, among the scores of ``answers``.
+
+    Use a validation set, not the test set.
+
+    Args:
+        answers: of ``answer(..., no_answer_threshold=None)``.
+        references: the accepted answers of each question; empty for a question without one.
+
+    Raises:
+        ValueError: numbers of answers and references that differ, or none.
+    """
+    given, refused = (
+        np.array(
+            [max(_word_f1(text, accepted) for accepted in answers) for text, answers in _questions(texts, references)]
+        )
+        for texts in ([found.text for found in answers], [""] * len(answers))
+    )
+    scores = np.array([found.score for found in answers])
+    order = np.argsort(scores, kind="stable")
+    # totals[k]: the k questions with the lowest scores get no answer.
+    totals = given.sum() + np.concatenate([[0.0], np.cumsum((refused - given)[order])])
+    # A threshold between equal scores does not exist.
+    possible = np.concatenate([[True], scores[order][1:] > scores[order][:-1], [True]])
+    refusals = int(np.argmax(np.where(possible, totals, -np.inf)))
+    return float(scores[order][refusals - 1]) if refusals else float(np.nextafter(scores.min(), -np.inf))
+
+
+def _answer(window: Encoding, span: np.ndarray, score: float, context: str, threshold: float | None) -> Answer:
+    if threshold is not None and not score > threshold:
+        return Answer("", score, 0, 0)
+    start, end = int(window.offsets[span[0], 0]), int(window.offsets[span[1], 1])
+    return Answer(context[start:end], score, start, end)
+
+
+def _score(
+    model: Model, params: Any, tokenizer: Tokenizer, windows: Sequence[Encoding], max_answer_tokens: int,
+    batch_size: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """The best span of each window [W, 2], its logit [W], and the logit of no answer [W]."""
+    spans = np.zeros((len(windows), 2), np.int32)
+    scores, no_answer = np.zeros((2, len(windows)), np.float32)
+    for batch in _batches(model, windows, batch_size):
+        chosen = [windows[number] for number in batch.numbers]
+        in_context, _ = pad_rows([(window.sequence == 1).astype(np.int32) for window in chosen], batch.tokens.shape[1])
+        positions = np.array([_no_answer_position(tokenizer, window) for window in chosen], np.int32)
+        found = _best_spans(
+            model, params, batch.tokens, batch.segment_ids, in_context, positions, batch.inputs,
+            max_answer_tokens=max_answer_tokens, sharding=active(),
+        )  # fmt: skip
+        spans[batch.numbers], scores[batch.numbers], no_answer[batch.numbers] = (np.asarray(array) for array in found)
+    return spans, scores, no_answer
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_answer_tokens", "sharding"))
+def _best_spans(
+    model: Model,
+    params: Any,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    in_context_BT: jax.Array,
+    no_answer_B: jax.Array,
+    inputs: dict[str, jax.Array],
+    *,
+    max_answer_tokens: int,
+    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best span of each row [B, 2], the sum of its logits [B], and that of no answer [B]."""
+    hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
+    logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
+    spans_B2, scores_B = span_qa.best_spans(logits_BT2, in_context_BT, max_length=max_answer_tokens)
+    nothing_B2 = jnp.take_along_axis(logits_BT2, no_answer_B[:, None, None], axis=1)[:, 0]
+    return spans_B2, scores_B, nothing_B2.sum(axis=1)
+
+
+# -------------------------------------------------------------------------------------------------- windows
+
+
+def _windows(
+    model: Model, tokenizer: Tokenizer, question: str, context: str, max_length: int, stride: int, what: str
+) -> list[Encoding]:
+    try:
+        windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    for window in windows:
+        check_vocabulary(window.ids, model.config.vocab_size, what)
+    return windows
+
+
+def _check_token_types(model: Model, window: Encoding) -> None:
+    num_types, largest = getattr(model.config, "num_token_types", None), window.token_types.max()
+    if num_types is not None and largest >= num_types:
+        raise ValueError(
+            f"the tokenizer gives token type {largest}, but {model.family} has num_token_types={num_types}"
+        )
+
+
+def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
+    """The position of the classifier token, or of the first token when the tokenizer has none."""
+    cls = tokenizer.special_ids.cls
+    found = np.flatnonzero((window.ids == cls) & (window.sequence == SPECIAL))
+    return int(found[0]) if found.size else 0
+
+
+def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    limit = _max_positions(model)
+    if max_length is None:
+        max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
+    if limit is not None and max_length > limit:
+        raise ValueError(f"max_length={max_length} must be at most {limit}, the model's max_positions")
+    return max_length, max_length // 3 if stride is None else stride
+
+
+def _check_model(model: Model) -> None:
+    require_task(
+        model, ("span_qa",), "it finds no answers",
+        "fine-tune it with load_pretrained(directory, task='span_qa'), or load a model for question answering",
+    )  # fmt: skip
+
+
+def _check_pairs(questions: Sequence[str], contexts: Sequence[str]) -> None:
+    for name, values in (("questions", questions), ("contexts", contexts)):
+        if isinstance(values, str):
+            raise TypeError(f"{name} are a sequence of strings, got one string: pass [{values[:20]!r}]")
+    if len(questions) != len(contexts) or not questions:
+        raise ValueError(
+            f"each question needs one context: got {len(questions)} questions and {len(contexts)} contexts"
+        )

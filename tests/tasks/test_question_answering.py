@@ -1,0 +1,316 @@
+"""Question answering: targets of windows, spans against brute force, and transformers' windows (live)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.data import ByteTokenizer, CharTokenizer, train_tokenizer
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.encodings import Encoding
+from jaxlm.tasks import question_answering
+from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, features, to_batch
+from tests.helpers import lively, tiny_model
+
+BYTES = ByteTokenizer()
+CONTEXTS = (
+    "Ångström\u2019s café \u2013 in Malmö \u2013 opened in 1998; in 1998 it closed. "
+    "東京 has a second café: \u201cÅngström II\u201d.",
+    "The Norse raiders (Normans) came from Denmark, Iceland and Norway. " * 6 + "Their leader was Rollo, of Norway.",
+    "A a a a b a a. The answer is a\u0301 and not a!\nIt costs $3.50\u20134.00 per kg.",
+)
+ANSWERS = (
+    ("in 1998", "1998", "Malmö", "東京", "\u201cÅngström II\u201d", "Ångström\u2019s café", "."),
+    ("Norway", "Rollo", "Denmark, Iceland and Norway", "(Normans)", "leader was Rollo"),
+    ("a a b", "b", "$3.50\u20134.00", "a!\nIt", "not a!"),
+)
+MODELS = ("bert-tiny", "roberta-tiny", "xlnet-tiny")
+
+
+def examples() -> list[dict[str, Any]]:
+    """One example for every occurrence of every answer."""
+    found = []
+    for context, answers in zip(CONTEXTS, ANSWERS, strict=True):
+        for text in answers:
+            start = context.find(text)
+            while start >= 0:
+                example = {"id": f"{text}-{start}", "question": "What is it?", "context": context}
+                found.append({**example, "answers": [text], "starts": [start]})
+                start = context.find(text, start + 1)
+    return found
+
+
+EXAMPLES = examples()
+
+
+@functools.cache
+def tokenizer(name: str) -> Any:
+    texts = [*CONTEXTS, "What is it?"]
+    match name:
+        case "bytes":
+            return BYTES
+        case "characters":
+            return CharTokenizer.from_text("".join(texts))
+        case _:
+            kind, template = name.split()
+            return train_tokenizer(texts, kind, 330, template=template)  # type: ignore[arg-type]
+
+
+READER = tiny_model("bert-tiny", vocab_size=400, task="span_qa", max_positions=256, num_token_types=3)
+"""A model that only makes features."""
+
+
+@functools.cache
+def pair(name: str, **fields: Any) -> tuple[Any, Any]:
+    model = tiny_model(name, vocab_size=400, task="span_qa", **fields)
+    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+
+
+def windows_of(name: str, example: dict[str, Any], max_length: int, stride: int) -> list[Encoding]:
+    return tokenizer(name).encode_windows(example["question"], example["context"], max_length=max_length, stride=stride)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("name", ["bytes", "characters", "bpe cls_sep", "unigram sep_cls", "bpe bos_eos"])
+def test_targets_are_the_answer_in_every_window_that_holds_it(name: str) -> None:
+    max_length, stride = 80, 30
+    assert len(EXAMPLES) > 35
+    for example in EXAMPLES:
+        (text,), (start,) = example["answers"], example["starts"]
+        rows = features(READER, tokenizer(name), [example], max_length=max_length, stride=stride)
+        windows = windows_of(name, example, max_length, stride)
+        whole = 0
+        for row, window in zip(rows, windows, strict=True):
+            np.testing.assert_array_equal(row["tokens"], window.ids)
+            offsets = window.offsets[window.sequence == 1]
+            first, last = row["first"], row["last"]
+            if offsets[0, 0] <= start and offsets[-1, 1] >= start + len(text):
+                whole += 1
+                assert window.sequence[first] == window.sequence[last] == 1
+                got = example["context"][window.offsets[first, 0] : window.offsets[last, 1]]
+                assert text in got
+                if name in ("bytes", "characters"):
+                    assert got == text
+                # One token less at either side would lose a part of the answer.
+                inside = (window.sequence == 1) & (window.offsets[:, 1] > start)
+                inside &= window.offsets[:, 0] < start + len(text)
+                assert (first, last) == (np.flatnonzero(inside)[0], np.flatnonzero(inside)[-1])
+            elif "sep_cls" in name:
+                assert first == last == window.ids.size - 1
+            else:
+                assert first == last == 0
+        assert whole >= 1
+
+
+def test_the_target_is_the_answer_of_most_annotators() -> None:
+    example = {**EXAMPLES[0], "answers": ["Malmö", "1998", "1998", "in 1998"], "starts": [22, 45, 37, 45]}
+    (row,) = features(READER, BYTES, [example])
+    (window,) = windows_of("bytes", example, 256, 0)
+    assert window.offsets[row["first"], 0] == 22, "each pair of text and start is given once: the first counts"
+    example = {**example, "answers": ["Malmö", "1998", "1998"], "starts": [22, 37, 37]}
+    (row,) = features(READER, BYTES, [example])
+    assert window.offsets[row["first"]].tolist() == [37, 38]
+
+
+def test_white_space_around_an_answer_has_no_token() -> None:
+    context = EXAMPLES[0]["context"]
+    example = {**EXAMPLES[0], "answers": [" in 1998; "], "starts": [context.index(" in 1998; ")]}
+    (row,) = features(READER, tokenizer("bpe cls_sep"), [example])
+    (window,) = windows_of("bpe cls_sep", example, 256, 0)
+    assert context[window.offsets[row["first"], 0] : window.offsets[row["last"], 1]] == "in 1998;"
+
+
+def test_questions_without_an_answer_point_at_the_classifier_token() -> None:
+    example = {**EXAMPLES[20], "answers": [], "starts": []}
+    for name in ("bytes", "bpe cls_sep", "unigram sep_cls"):
+        for row in features(READER, tokenizer(name), [example], max_length=64):
+            position = row["tokens"].size - 1 if "sep_cls" in name else 0
+            assert row["first"] == row["last"] == position
+
+
+def test_a_batch_has_token_types_where_the_model_reads_them_and_no_weight_in_empty_rows() -> None:
+    rows = features(READER, tokenizer("bpe cls_sep"), EXAMPLES[:3], max_length=64)
+    source = Bucketed(rows, batch_size=len(rows) + 2, num_buckets=1, shuffle=False)
+    batch = to_batch(source.batch(0, range(len(rows) + 2)))
+    assert batch.weights.tolist() == [1.0] * len(rows) + [0.0] * 2
+    assert batch.inputs["token_types"].max() == 1
+    assert [row["first"] for row in rows] == batch.targets[:-2, 0].tolist()
+    assert batch.segment_ids.sum(axis=1).tolist() == [row["tokens"].size for row in rows] + [1] * 2
+
+
+def test_examples_that_have_no_target() -> None:
+    model = pair("bert-tiny")[0]
+    with pytest.raises(ValueError, match="question 'q': no window holds the whole answer .*: choose a larger stride"):
+        features(
+            model, BYTES, [{**EXAMPLES[20], "id": "q", "answers": [CONTEXTS[1][5:60]], "starts": [5]}],
+            max_length=48, stride=5,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="question 'q': the context has no tokens: ''"):
+        features(model, BYTES, [{**EXAMPLES[0], "id": "q", "context": ""}])
+    with pytest.raises(ValueError, match="question 'q' has id 226, outside the model's 100 ids"):
+        features(tiny_model("bert-tiny", vocab_size=100, task="span_qa"), BYTES, [{**EXAMPLES[0], "id": "q"}])
+    with pytest.raises(ValueError, match="a masked-token head: it finds no answers"):
+        features(tiny_model("bert-tiny"), BYTES, EXAMPLES)
+    with pytest.raises(ValueError, match="the tokenizer gives token type 1, but roberta has num_token_types=1"):
+        features(tiny_model("roberta-tiny", vocab_size=400, task="span_qa"), tokenizer("bpe cls_sep"), EXAMPLES)
+    with pytest.raises(ValueError, match="max_length=65 must be at most 64, the model's max_positions"):
+        features(model, BYTES, EXAMPLES, max_length=65)
+
+
+# -------------------------------------------------------------------------------------------------- answers
+
+
+@functools.cache
+def logits(name: str) -> Any:
+    """Logits of one row of tokens [T, 2]."""
+    model = pair(name)[0]
+
+    @jax.jit
+    def compute(params: Any, ids: Any, types: Any) -> Any:
+        inputs = {} if types is None else {"token_types": types[None]}
+        return model.logits(params, model.apply(params, ids[None], **inputs)[0])[0]
+
+    return compute
+
+
+def brute_force(name: str, tokens: Any, question: str, context: str, most: int, size: tuple[int, int]) -> Answer:
+    """All spans of all windows, one window at a time without padding."""
+    params = pair(name)[1]
+    best, nothing = (-np.inf, 0, 0), np.inf
+    for window in tokens.encode_windows(question, context, max_length=size[0], stride=size[1]):
+        starts, ends = np.asarray(logits(name)(params, window.ids, window.token_types)).T
+        at = window.ids.size - 1 if window.ids[-1] == tokens.special_ids.cls else 0
+        nothing = min(nothing, starts[at] + ends[at])
+        inside = np.flatnonzero(window.sequence == 1).tolist()
+        for first in inside:
+            for last in inside:
+                if first <= last < first + most and starts[first] + ends[last] > best[0]:
+                    span = int(window.offsets[first, 0]), int(window.offsets[last, 1])
+                    best = (starts[first] + ends[last], *span)
+    return Answer(context[best[1] : best[2]], float(best[0] - nothing), best[1], best[2])
+
+
+TOKENIZER_OF = {"bert-tiny": "bpe cls_sep", "roberta-tiny": "bpe bos_eos", "xlnet-tiny": "unigram sep_cls"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_the_best_of_all_spans_of_all_windows(name: str) -> None:
+    most = 7
+    tokens = tokenizer(TOKENIZER_OF[name])
+    questions = ["What is it?", "Who?", "What is it?"]
+    found = answer(
+        *pair(name), tokens, questions, CONTEXTS, max_answer_tokens=most, max_length=40, stride=13, batch_size=4
+    )
+    for question, context, got in zip(questions, CONTEXTS, found, strict=True):
+        want = brute_force(name, tokens, question, context, most, (40, 13))
+        assert (got.text, got.start, got.end) == (want.text, want.start, want.end)
+        assert got.score == pytest.approx(want.score, abs=2e-4)
+        assert got.text == context[got.start : got.end] != ""
+
+
+def test_order_and_batch_size_change_nothing_and_shapes_are_few() -> None:
+    questions, contexts = ["What is it?"] * len(CONTEXTS), list(CONTEXTS)
+    tokens = tokenizer("bpe cls_sep")
+    whole = answer(*pair("bert-tiny"), tokens, questions, contexts)
+    compiled: Any = question_answering._best_spans
+    before = compiled._cache_size()
+    for batch_size in (1, 3):
+        found = answer(*pair("bert-tiny"), tokens, questions, contexts[::-1], batch_size=batch_size)[::-1]
+        assert [one.text for one in found] == [one.text for one in whole]
+        np.testing.assert_allclose([one.score for one in found], [one.score for one in whole], atol=1e-4)
+    assert compiled._cache_size() <= before + 4, "lengths 56 and 64 at most, two batch sizes"
+
+
+def test_no_answer_below_the_threshold() -> None:
+    questions = ["What is it?"] * len(CONTEXTS)
+    tokens = tokenizer("bpe cls_sep")
+    whole = answer(*pair("bert-tiny"), tokens, questions, CONTEXTS)
+    scores = sorted(one.score for one in whole)
+    some = answer(*pair("bert-tiny"), tokens, questions, CONTEXTS, no_answer_threshold=scores[0] + 1e-3)
+    for one, other in zip(some, whole, strict=True):
+        assert one.score == pytest.approx(other.score)
+        assert one == other if other.score > scores[0] + 1e-3 else (one.text, one.start, one.end) == ("", 0, 0)
+    assert sum(one.text == "" for one in some) == 1
+
+
+def test_the_best_threshold_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        count = int(rng.integers(1, 12))
+        found = [
+            Answer(str(rng.choice(["red ball", "ball", "Mary"])), float(rng.integers(4)), 0, 1) for _ in range(count)
+        ]
+        references = [[] if rng.random() < 0.4 else ["red ball", "it"] for _ in range(count)]
+
+        def total(threshold: float, found: Any = found, references: Any = references) -> float:
+            texts = [one.text if one.score > threshold else "" for one in found]
+            sums = 0.0
+            for text, accepted in zip(texts, references, strict=True):
+                if accepted and text:
+                    sums += {"red ball": 1.0, "ball": 2 / 3, "Mary": 0.0}[text]
+                else:
+                    sums += float(not accepted and not text)
+            return sums
+
+        best = max(total(threshold) for threshold in np.arange(-1.5, 5.0, 0.5))
+        assert total(best_no_answer_threshold(found, references)) == pytest.approx(best)
+
+
+def test_questions_that_cannot_be_answered() -> None:
+    model, params = pair("bert-tiny")
+    with pytest.raises(TypeError, match=r"questions are a sequence of strings, got one string: pass \['Who\?'\]"):
+        answer(model, params, BYTES, "Who?", ["Mary"])
+    with pytest.raises(TypeError, match="contexts are a sequence of strings"):
+        answer(model, params, BYTES, ["Who?"], "Mary")
+    with pytest.raises(ValueError, match="each question needs one context: got 2 questions and 1 contexts"):
+        answer(model, params, BYTES, ["Who?", "What?"], ["Mary"])
+    with pytest.raises(ValueError, match="got 0 questions"):
+        answer(model, params, BYTES, [], [])
+    with pytest.raises(ValueError, match="question 1: the question has no tokens: ''"):
+        answer(model, params, BYTES, ["Who?", ""], ["Mary", "Mary"])
+    with pytest.raises(ValueError, match="question 0: max_length=64 leaves 4 tokens for the context"):
+        answer(model, params, BYTES, ["Who" * 20], ["Mary " * 20])
+    with pytest.raises(ValueError, match="max_length=384 must be at most 64"):
+        answer(model, params, BYTES, ["Who?"], ["Mary"], max_length=384)
+    with pytest.raises(ValueError, match="max_answer_tokens=0 must be at least 1"):
+        answer(model, params, BYTES, ["Who?"], ["Mary"], max_answer_tokens=0)
+    with pytest.raises(ValueError, match="a masked-token head: it finds no answers"):
+        answer(tiny_model("bert-tiny"), params, BYTES, ["Who?"], ["Mary"])
+
+
+# --------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("template", ["cls_sep", "bos_eos"])
+def test_windows_and_targets_are_those_of_transformers(template: str, tmp_path: Path) -> None:
+    import transformers
+
+    ours = tokenizer(f"bpe {template}")
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = pair("bert-tiny")[0]
+    for example in EXAMPLES:
+        rows = features(model, ours, [example], max_length=60, stride=31)
+        made = theirs(
+            example["question"], example["context"], truncation="only_second", max_length=60, stride=31,
+            return_overflowing_tokens=True, return_offsets_mapping=True,
+        )  # fmt: skip
+        assert [row["tokens"].tolist() for row in rows] == made["input_ids"]
+        (text,), (start,) = example["answers"], example["starts"]
+        for number, (row, offsets) in enumerate(zip(rows, made["offset_mapping"], strict=True)):
+            inside = [at for at, sequence in enumerate(made.sequence_ids(number)) if sequence == 1]
+            got, want = (offsets[row["first"]][0], offsets[row["last"]][1]), (0, 0)
+            if offsets[inside[0]][0] <= start and offsets[inside[-1]][1] >= start + len(text):
+                first = max(at for at in inside if offsets[at][0] <= start)
+                last = min(at for at in inside if offsets[at][1] >= start + len(text))
+                # Of several tokens of one character (bytes) we take all, and they take the last and the first.
+                want = (offsets[first][0], offsets[last][1])
+            assert got == want
