@@ -34,6 +34,10 @@ UCI_MOVE = re.compile(r"[a-h][1-8][a-h][1-8][qrbn]?")
 SAN_MOVE = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?)[+#]?")
 _WITHOUT_ORIGIN = re.compile(r"[KQRBN]x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?")
 _TAG = re.compile(r'\[[A-Za-z0-9_]+ ".*"\]\s*')
+_PGN_COMMENT = re.compile(r"\{[^}]*\}|;[^\n]*|^%[^\n]*", re.MULTILINE)
+_PGN_VARIATION = re.compile(r"\([^()]*\)")
+_PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+\.+|\be\.p\.")
+_PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 GAMES_PER_PROCESS = 2000
 """Games that justify one more process, which takes one or two seconds to start."""
 
@@ -130,7 +134,7 @@ def read_games(
         raise ValueError(f"check='syntax' cannot read the PGN file {path}: use check='rules'")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    text = read_text(path)
+    text = read_text(path).removeprefix("\ufeff")
     if is_pgn:
         items = list(_pgn_games(text))
     else:
@@ -315,6 +319,10 @@ def _by_pgn(line: int, text: str, notation: Notation) -> Iterator[_Read]:
         def handle_error(self, error: Exception) -> None:
             self.game.errors.append(error)
 
+    unknown = _unknown_word(text)
+    if unknown is not None:  # the parser would skip it
+        yield _Read(line, reason=f"{unknown!r} in the text of the game is not a move")
+        return
     stream = io.StringIO(text)
     while (game := chess.pgn.read_game(stream, Visitor=MainLine)) is not None:
         result = game.headers.get("Result", "*")
@@ -331,6 +339,16 @@ def _by_pgn(line: int, text: str, notation: Notation) -> Iterator[_Read]:
                 yield _Read(line, moves, result if result in RESULTS else "*")
             except ValueError as error:  # a null move
                 yield _Read(line, reason=str(error))
+
+
+def _unknown_word(text: str) -> str | None:
+    """The first word of a PGN text, outside tags, comments and variations, that is neither a move nor a result."""
+    moves = "\n".join(line for line in text.splitlines() if not _TAG.fullmatch(line))
+    moves = _PGN_COMMENT.sub(" ", moves)
+    while (outer := _PGN_VARIATION.sub(" ", moves)) != moves:
+        moves = outer
+    words = (word.rstrip("+#!?") for word in _PGN_NUMBER.sub(" ", moves).split())
+    return next((word for word in words if word and word not in RESULTS and not _PGN_MOVE.fullmatch(word)), None)
 
 
 def _pgn_games(text: str) -> Iterator[tuple[int, str]]:

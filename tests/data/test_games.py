@@ -25,6 +25,10 @@ PGN = """[Event "First"]
 
 1. d4 d5 2. Kd3 1/2-1/2
 
+[Event "Broken"]
+
+1. d4 $3 hello d5 1-0
+
 [Event "Third"]
 [SetUp "1"]
 [FEN "4k3/8/8/8/8/8/4P3/4K3 w - - 0 1"]
@@ -123,13 +127,34 @@ def test_pgn_keeps_main_lines(tmp_path: Path) -> None:
         games = read_games(write(tmp_path / name, PGN), "uci")
         assert games.moves == ("e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7", "f2f3 e7e5 g2g4 d8h4")
         assert games.results == ("1-0", "0-1")
-        assert [game.line for game in games.rejected] == [6, 11, 24]
-        illegal, start, empty = (game.reason for game in games.rejected)
+        assert [game.line for game in games.rejected] == [6, 11, 15, 28]
+        illegal, broken, start, empty = (game.reason for game in games.rejected)
         assert "Kd3" in illegal
         assert "illegal" in illegal
+            assert broken == "'hello' in the text of the game is not a move"
         assert "standard chess from the initial position" in start
         assert empty == "no moves"
     assert read_games(tmp_path / "games.pgn", "san").moves[0] == "e4 e5 Qh5 Nc6 Bc4 Nf6 Qxf7"
+
+
+def test_pgn_without_tags_and_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert read_games(write(tmp_path / "a.pgn", "1. e4 e5 2. Nf3 *\n\n1.d4 d5 1-0\n")).results == ("*", "1-0")
+    games = read_games(write(tmp_path / "b.pgn", f"\ufeff{PGN}".replace("\n", "\r\n")))
+    assert len(games) == 2
+    assert len(games.rejected) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("1. e4 garbage e5 *", "garbage"),
+        ("1. e4 e5 {garbage ( } 2. Nf3 ; garbage\n% garbage\nNc6 (2... d6 (2... Nf6) 3. d4) 3.Bb5!? $1 a6 *", None),
+        ("1. e4 d6 2. e5 d5 3. exd6 e.p. Nf6 4... 0-0 *", None),
+        ("1. e4 e5 2. N", "N"),
+    ],
+)
+def test_words_that_a_pgn_parser_would_skip_are_found(text: str, unknown: str | None) -> None:
+    assert games_module._unknown_word(f'[Event "garbage in a tag"]\n\n{text}') == unknown
 
 
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
