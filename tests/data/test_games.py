@@ -131,7 +131,7 @@ def test_pgn_keeps_main_lines(tmp_path: Path) -> None:
         illegal, broken, start, empty = (game.reason for game in games.rejected)
         assert "Kd3" in illegal
         assert "illegal" in illegal
-            assert broken == "'hello' in the text of the game is not a move"
+        assert broken == "'hello' in the text of the game is not a move"
         assert "standard chess from the initial position" in start
         assert empty == "no moves"
     assert read_games(tmp_path / "games.pgn", "san").moves[0] == "e4 e5 Qh5 Nc6 Bc4 Nf6 Qxf7"
