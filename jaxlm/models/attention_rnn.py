@@ -11,6 +11,12 @@ acts before the product, as there; its update gate is that of ``recurrence`` (z 
 uniform in both forms (Luong's way). Layers and heads have biases, scores have none. A source that is to be read
 backwards (Luong's best models) is given backwards.
 
+With ``copy``, either form may copy source tokens (See et al. 2017, eq. 8 and 9, where all source ids are in the shared
+vocabulary; Gulcehre et al. 2016 and Gu et al. 2016 have variants): the next token is generated with probability
+sigmoid(w_s s + w_x x + w_c c + b) of decoder state, embedding and context, and copied otherwise, from source position
+i with the attention weight of i. Then ``apply`` gives [features D; gate 1; copied V]: beside the features, the logit of
+generating, and the distribution of copied tokens, from which ``logits`` makes the mixture.
+
 Legend: B batch, T target time, S source time, E embedding, C encoder width (bahdanau 2H, luong H), G gates, H hidden
 width, D width of what the head reads, V vocabulary.
 """
@@ -26,18 +32,18 @@ import jax.numpy as jnp
 
 from jaxlm.models import common
 from jaxlm.nn import recurrence
-from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context
+from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context, copied_tokens, mix_copied
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Constant, Uniform, fold_name
 
 Attention = Literal["bahdanau", "luong"]
 Task = Literal["seq2seq", "none"]
 
-Found = Callable[[jax.Array], jax.Array]
-"""What a query [B, H] finds in the source, [B, C]."""
+Attend = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+"""Context [B, C] and attention weights [B, S] of a query [B, H]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Config:
     """Width of the concat score; None means hidden_dim."""
     output_dim: int = 500
     """Width of what the head reads: maxout units (bahdanau) or the attentional state h~ (luong)."""
+    copy: bool = False
+    """Mix the distribution of generated tokens with the attended source tokens (See et al. 2017); needs shared ids."""
     dropout: float = 0.0
     """Dropout rate while training: on embeddings, between layers, and on what the head reads."""
     init_bound: float = 0.1
@@ -95,6 +103,10 @@ class Config:
                     raise ValueError(
                         f"attention='bahdanau' has {name}={only!r}, got {getattr(self, name)!r}: take attention='luong'"
                     )
+        if self.copy:
+            for name, only in (("source_vocab_size", None), ("window", None), ("task", "seq2seq")):
+                if getattr(self, name) != only:
+                    raise ValueError(f"copy=True needs {name}={only!r}, got {getattr(self, name)!r}")
 
 
 def _layers(cfg: Config) -> list[str]:
@@ -136,6 +148,13 @@ def specs(cfg: Config) -> dict[str, Any]:
     alignment = alignment_specs(cfg.score, H, C, A, uniform, local=cfg.window is not None)
     if alignment:
         tree["alignment"] = alignment
+    if cfg.copy:
+        tree["copy"] = {
+            name: linear_specs((width, 1), ("embed", None), uniform, bias=False)
+            for name, width in (("state", H), ("embedding", E), ("context", C))
+        }
+        # Copying before the attention is trained costs probability: at first, mostly generate.
+        tree["copy"]["bias"] = ArraySpec((1,), (None,), Constant(1.0))
     if cfg.task == "seq2seq":
         weight = ArraySpec((V, D), ("vocab", "embed"), uniform, decay=True)
         tree["head"] = {"weight": weight, "bias": ArraySpec((V,), ("vocab",))}
@@ -166,25 +185,26 @@ def encode(
 def _encode(
     cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: Any, key: jax.Array | None
 ) -> dict[str, Any]:
-    """``encoded``, ``segment_ids`` and (luong) ``states``: of each layer after each token, to decode documents from."""
+    """``encoded``, ``segment_ids``, (luong) ``states`` of each layer after each token, and (copy) the ``tokens``."""
     common.check_tokens(source, segment_ids, None, None, what="source")
     key, weights = fold_name(key, "encoder"), _gathered(cfg, params)["encoder"]
     x = _embed(cfg, params.get("source_embedding", params["token_embedding"]), source, key)
     segments = common.segments_of(source, segment_ids)
+    tokens = {"tokens": jnp.asarray(source, jnp.int32)} if cfg.copy else {}
     reset, keep, _ = recurrence.borders(segments)
     if cfg.attention == "bahdanau":
         ahead = recurrence.gru(weights["forward"], x, reset_BT=reset, keep_BT=keep)[0]
         reset = recurrence.borders(segments, reverse=True)[0]
         back = recurrence.gru(weights["backward"], x, reset_BT=reset, keep_BT=keep, reverse=True)[0]
         encoded = constrain(jnp.concatenate([ahead, back], axis=-1), ("batch", None, "activation_embed"))
-        return {"encoded": encoded, "segment_ids": segments}
+        return {"encoded": encoded, "segment_ids": segments, **tokens}
     states: dict[str, Any] = {}
     for name in _layers(cfg):
         if states:
             x = dropout(x, cfg.dropout, fold_name(key, name))
         states[name] = _lstm_states(weights[name], x, reset, keep)
         x = constrain(states[name]["hidden"].astype(x.dtype), ("batch", None, "activation_embed"))
-    return {"encoded": x, "segment_ids": segments, "states": states}
+    return {"encoded": x, "segment_ids": segments, "states": states, **tokens}
 
 
 def _lstm_states(
@@ -216,6 +236,8 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     H = cfg.hidden_dim
     segments = ArraySpec((batch, source_length), ("batch", None), dtype=jnp.int32)
     source: dict[str, Any] = {"encoded": places(H, cfg.dtype), "segment_ids": segments}
+    if cfg.copy:
+        source["tokens"] = segments
     if cfg.attention == "bahdanau":
         decoder: dict[str, Any] = {"layer_0": recurrence.gru_state_specs(batch, H)}
         source["encoded"] = places(2 * H, cfg.dtype)
@@ -318,45 +340,48 @@ def apply(
             carry = _where(reset_B, beginning, carry)
         visible_BS = read["segment_ids"] == segment_B[:, None]
 
-        def found(query_BH: jax.Array) -> jax.Array:
+        def attend(query_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
             keys_BSA = read.get("key", read["encoded"])
             weights_BS = align(params.get("alignment", {}), query_BH, keys_BSA, visible_BS, window=cfg.window)
-            return context(weights_BS, read["encoded"])
+            return context(weights_BS, read["encoded"]), weights_BS
 
         if cfg.attention == "bahdanau":
-            new, output = _bahdanau_step(params["decoder"], found, projected_BGH, carry)
+            new, output = _bahdanau_step(params["decoder"], attend, projected_BGH, carry)
         else:
-            new, output = _luong_step(cfg, params, found, projected_BGH, carry, step_key)
+            new, output = _luong_step(cfg, params, attend, projected_BGH, carry, step_key)
         return _where(keep_B, new, carry), output
 
     by_time = jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (segments, reset, keep, beginnings))
     projected_TBGH = _projected(params["decoder"]["layer_0"], x)
     decoder, outputs = jax.lax.scan(step, old["decoder"], (projected_TBGH, *by_time, step_keys))
     outputs = jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), outputs)
-    hidden = _maxout(params["output"], x, *outputs) if cfg.attention == "bahdanau" else outputs
+    hidden = _maxout(params["output"], x, outputs) if cfg.attention == "bahdanau" else outputs["attentional"]
     hidden = constrain(dropout(hidden, cfg.dropout, fold_name(key, "output")), ("batch", "seq", "activation_embed"))
+    if cfg.copy:
+        hidden = _with_copied(cfg, params["copy"], hidden, x, outputs, read["tokens"])
     return hidden, None if state is None else {"decoder": decoder, "document": document, "source": read}
 
 
-def _bahdanau_step(weights: dict[str, Any], found: Found, projected_BGH: jax.Array, carry: Any) -> tuple[Any, Any]:
-    """Bahdanau et al. 2015, appendix A.2.2: the next state, and s[t-1] and c[t] for the maxout layer."""
+def _bahdanau_step(weights: dict[str, Any], attend: Attend, projected_BGH: jax.Array, carry: Any) -> tuple[Any, Any]:
+    """Bahdanau et al. 2015, appendix A.2.2: the next state, and s[t-1], c[t] and the attention weights."""
     state_BH = carry["layer_0"]["hidden"].astype(projected_BGH.dtype)
-    found_BC = found(state_BH)
-    projected_BGH = projected_BGH + linear(weights["context"], found_BC)
-    return {"layer_0": recurrence.gru_cell(weights["layer_0"], projected_BGH, carry["layer_0"])}, (state_BH, found_BC)
+    context_BC, weights_BS = attend(state_BH)
+    projected_BGH = projected_BGH + linear(weights["context"], context_BC)
+    new = {"layer_0": recurrence.gru_cell(weights["layer_0"], projected_BGH, carry["layer_0"])}
+    return new, {"state": state_BH, "context": context_BC, "weights": weights_BS}
 
 
-def _maxout(weights: dict[str, Any], x_BTE: jax.Array, state_BTH: jax.Array, found_BTC: jax.Array) -> jax.Array:
+def _maxout(weights: dict[str, Any], x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
     """The larger of each two of U s + V e + C c (Goodfellow et al. 2013), [B, T, D]."""
-    inputs = {"state": state_BTH, "embedding": x_BTE, "context": found_BTC}
+    inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
     pairs_BTD2 = sum(linear(weights[name], x) for name, x in inputs.items())
     return jnp.max(pairs_BTD2, axis=-1)
 
 
 def _luong_step(
-    cfg: Config, params: dict[str, Any], found: Found, projected_BGH: jax.Array, carry: Any, key: jax.Array | None
-) -> tuple[Any, jax.Array]:
-    """Luong et al. 2015, section 3: the next state, and h~[t]."""
+    cfg: Config, params: dict[str, Any], attend: Attend, projected_BGH: jax.Array, carry: Any, key: jax.Array | None
+) -> tuple[Any, Any]:
+    """Luong et al. 2015, section 3: the next state, and h[t], c[t], the attention weights and h~[t]."""
     weights, output, dtype = params["decoder"], params["output"], projected_BGH.dtype
     projected_BGH = projected_BGH + linear(weights["feed"], carry["feed"].astype(dtype))
     new = {"layer_0": recurrence.lstm_cell(weights["layer_0"], projected_BGH, carry["layer_0"])}
@@ -365,20 +390,45 @@ def _luong_step(
         projected_BGH = recurrence.project(weights[name], dropout(x_BH, cfg.dropout, fold_name(key, name)))
         new[name] = recurrence.lstm_cell(weights[name], projected_BGH, carry[name])
         x_BH = new[name]["hidden"].astype(dtype)
-    attentional_BD = jnp.tanh(linear(output["state"], x_BH) + linear(output["context"], found(x_BH)))
-    return {**new, "feed": attentional_BD.astype(jnp.float32)}, attentional_BD
+    context_BC, weights_BS = attend(x_BH)
+    attentional_BD = jnp.tanh(linear(output["state"], x_BH) + linear(output["context"], context_BC))
+    outputs = {"state": x_BH, "context": context_BC, "weights": weights_BS, "attentional": attentional_BD}
+    return {**new, "feed": attentional_BD.astype(jnp.float32)}, outputs
+
+
+def _with_copied(
+    cfg: Config,
+    params: dict[str, Any],
+    features_BTD: jax.Array,
+    x_BTE: jax.Array,
+    outputs: dict[str, jax.Array],
+    source_BS: jax.Array,
+) -> jax.Array:
+    """[features D; gate 1; copied V]: See et al. 2017, eq. 8, and the sum over the source in eq. 9."""
+    inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
+    bias_BT1 = params["bias"].astype(features_BTD.dtype)[None, None, :]
+    gate_BT1 = sum((linear(params[name], x) for name, x in inputs.items()), bias_BT1)
+    copied_BTV = copied_tokens(outputs["weights"], source_BS, padded(cfg.vocab_size, cfg.vocab_multiple))
+    hidden = jnp.concatenate([features_BTD, gate_BT1, copied_BTV.astype(features_BTD.dtype)], axis=-1)
+    return constrain(hidden, ("batch", "seq", "activation_embed"))
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """Unnormalised log-probabilities of the next target token, [B, T, V] float32 (V padded to ``vocab_multiple``).
+
+    With ``copy``, those of the mixture of generated and copied tokens.
 
     Raises:
         ValueError: the model has no head.
     """
     if cfg.task == "none":
         raise ValueError("a model with task='none' has no head: set task='seq2seq' for logits of target tokens")
-    scores = unembed(params["head"]["weight"], hidden, cfg.vocab_size)
-    return constrain(scores + params["head"]["bias"].astype(jnp.float32)[None, None, :], ("batch", None, "vocab"))
+    scores = unembed(params["head"]["weight"], hidden[..., : cfg.output_dim], cfg.vocab_size)
+    scores = constrain(scores + params["head"]["bias"].astype(jnp.float32)[None, None, :], ("batch", None, "vocab"))
+    if not cfg.copy:
+        return scores
+    gate_BT1, copied_BTV = jnp.split(hidden[..., cfg.output_dim :], [1], axis=-1)
+    return constrain(mix_copied(scores, gate_BT1, copied_BTV), ("batch", None, "vocab"))
 
 
 # --------------------------------------------------------------------------------------------------- small things
@@ -430,4 +480,5 @@ VARIANTS = {
     "attention-rnn-luong-tiny": dataclasses.replace(
         _TINY, attention="luong", score="general", num_layers=2, init_bound=0.6
     ),
+    "attention-rnn-copy-tiny": dataclasses.replace(_TINY, copy=True),
 }

@@ -106,6 +106,39 @@ def context(weights_BS: jax.Array, source_BSC: jax.Array) -> jax.Array:
     return jnp.einsum("BS,BSC->BC", weights_BS.astype(source_BSC.dtype), source_BSC)
 
 
+def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int) -> jax.Array:
+    """Attention weights added up by source token: how much of the attention is on each token id, [B, T, V] float32.
+
+    This is the copy distribution of See et al. 2017 (eq. 9). An id outside the vocabulary adds nothing.
+
+    Example:
+        >>> copied_tokens(jnp.array([[[0.5, 0.25, 0.25]]]), jnp.array([[2, 0, 2]]), 4).tolist()
+        [[[0.25, 0.0, 0.75, 0.0]]]
+    """
+    inside_BS = (source_BS >= 0) & (source_BS < vocab_size)
+    weights_BTS = jnp.where(inside_BS[:, None, :], weights_BTS.astype(jnp.float32), 0.0)
+    ids_BS = jnp.where(inside_BS, source_BS, 0)
+
+    def one_row(weights_TS: jax.Array, ids_S: jax.Array) -> jax.Array:
+        # Six times as fast on a CPU as a scatter with an index for each (t, s).
+        return jnp.zeros((weights_TS.shape[0], vocab_size)).at[:, ids_S].add(weights_TS)
+
+    return jax.vmap(one_row)(weights_BTS, ids_BS)
+
+
+def mix_copied(logits_BTV: jax.Array, gate_BT1: jax.Array, copied_BTV: jax.Array) -> jax.Array:
+    """Log-probabilities ``log(p softmax(logits) + (1 - p) copied)`` with p = sigmoid(gate), [B, T, V] float32.
+
+    See et al. 2017, eq. 9. Finite where a token is neither likely nor in the source: the sum is taken of logarithms.
+    """
+    gate_BT1, copied_BTV = gate_BT1.astype(jnp.float32), copied_BTV.astype(jnp.float32)
+    generated_BTV = jax.nn.log_sigmoid(gate_BT1) + jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
+    some_BTV = copied_BTV > 0
+    # Two selections: the gradient of log at 0 would be infinite, and infinity times 0 is NaN.
+    log_copied_BTV = jax.nn.log_sigmoid(-gate_BT1) + jnp.log(jnp.where(some_BTV, copied_BTV, 1.0))
+    return jnp.where(some_BTV, jnp.logaddexp(generated_BTV, log_copied_BTV), generated_BTV)
+
+
 def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict[str, Any]:
     """Parameters of ``pooling_weights``."""
     return {

@@ -7,6 +7,7 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxlm import spec
@@ -15,6 +16,7 @@ from jaxlm.models import attention_rnn, get_model
 from tests.helpers import lively, random_tokens, relative_error, tiny_model
 
 FORMS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
+COPY = "attention-rnn-copy-tiny"
 TOLERANCE = 2e-5
 every_form = pytest.mark.parametrize("name", FORMS)
 
@@ -48,7 +50,7 @@ def test_published_sizes_are_those_of_the_weights_in_the_papers():
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [(FORMS[0], {}), (FORMS[1], {"score": "dot", "window": 2})],
+    [(FORMS[0], {}), (FORMS[1], {"score": "dot", "window": 2}), (COPY, {}), (FORMS[1], {"copy": True})],
 )
 def test_beams_carry_all_that_the_decoder_needs(name, overrides):
     """Beams wide enough for every hypothesis give the probabilities of every continuation, best first."""
@@ -77,7 +79,7 @@ def test_beams_carry_all_that_the_decoder_needs(name, overrides):
         np.testing.assert_array_equal(out.tokens[row][clear], continuations[order][clear])
 
 
-@every_form
+@pytest.mark.parametrize("name", [*FORMS, COPY])
 def test_a_state_decodes_packed_rows_in_pieces(name):
     """Each document begins with its own source, wherever the calls are cut."""
     model, params = small(name)
@@ -97,7 +99,7 @@ def test_a_state_decodes_packed_rows_in_pieces(name):
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
 
 
-@every_form
+@pytest.mark.parametrize("name", [*FORMS, COPY])
 def test_a_document_whose_source_is_missing_finds_nothing(name):
     model, params = small(name)
     tokens = random_tokens(model, 1, 6)
@@ -144,6 +146,12 @@ def test_source_and_target_may_have_their_own_ids(name):
         ({"attention": "luong", "window": 0}, "window=0 must be at least 1"),
         ({"attention": "vaswani"}, "attention='vaswani' is unknown"),
         ({"source_vocab_size": 0}, "source_vocab_size=0 must be at least 1"),
+        ({"copy": True}, "copy=True needs source_vocab_size=None, got 30000"),
+        (
+            {"copy": True, "source_vocab_size": None, "attention": "luong", "window": 3},
+            "copy=True needs window=None, got 3",
+        ),
+        ({"copy": True, "source_vocab_size": None, "task": "none"}, "copy=True needs task='seq2seq', got 'none'"),
     ],
 )
 def test_a_config_that_cannot_be(fields, message):
@@ -172,3 +180,84 @@ def test_bad_input(name):
     assert "head" not in params
     with pytest.raises(ValueError, match="a model with task='none' has no head"):
         headless.logits(params, np.zeros((1, 1, 6), np.float32))
+
+
+# ------------------------------------------------------------------------------------------------------- copying
+
+
+def with_gate(params, logit):
+    """Parameters that generate with probability sigmoid(logit), whatever the state."""
+    copy = jax.tree.map(jnp.zeros_like, params["copy"])
+    return {**params, "copy": {**copy, "bias": jnp.full(1, logit)}}
+
+
+def test_a_model_that_only_copies_gives_source_tokens_by_attention_and_no_others():
+    model, params = small(COPY, vocab_size=20)
+    source, tokens = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32), random_tokens(model, 2, 6)
+    hidden, _ = hidden_of(model, with_gate(params, 40.0), tokens, {"source": source})
+    copied = np.asarray(hidden[..., -20:])
+    np.testing.assert_allclose(copied.sum(-1), 1.0, rtol=1e-6)
+    for row, ids in enumerate(source):
+        assert set(np.flatnonzero(copied[row, 0])) == set(ids)
+    # Two positions with the same token: what they get is added up.
+    other = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32)
+    other[0, 2] = 5
+    assert relative_error(hidden_of(model, params, tokens, {"source": other})[0][0, :, -20:], copied[0]) > 1e-2
+    probabilities = jax.nn.softmax(model.logits(with_gate(params, -40.0), hidden_of(
+        model, with_gate(params, -40.0), tokens, {"source": source}
+    )[0]))  # fmt: skip
+    np.testing.assert_allclose(probabilities, copied, atol=1e-6)
+
+
+def test_a_model_that_only_generates_is_the_plain_model():
+    copying, params = small(COPY)
+    plain, _ = small(FORMS[0])
+    tokens, source = random_tokens(plain, 2, 6), random_tokens(plain, 2, 5, seed=1)
+    own = {name: tree for name, tree in params.items() if name != "copy"}
+    assert spec.diff(plain.specs, own) == []
+    want = jax.nn.log_softmax(plain.logits(own, hidden_of(plain, own, tokens, {"source": source})[0]))
+    params = with_gate(params, 40.0)
+    got = copying.logits(params, hidden_of(copying, params, tokens, {"source": source})[0])
+    assert relative_error(got, want) < TOLERANCE
+
+
+def test_the_mixture_is_normalised_and_its_loss_has_finite_gradients_where_tokens_are_impossible():
+    model, params = small(COPY, vocab_size=20)
+    params = {**params, "head": jax.tree.map(lambda x: 1e4 * x, params["head"])}  # probabilities that underflow
+    tokens, source = random_tokens(model, 2, 6), random_tokens(model, 2, 5, seed=1)
+    log_p = model.logits(params, hidden_of(model, params, tokens, {"source": source})[0])
+    np.testing.assert_allclose(jax.nn.logsumexp(log_p, axis=-1), 0.0, atol=1e-5)
+
+    def loss(params):
+        hidden, _ = model.apply(params, tokens, source=source)
+        return model.cross_entropy(params, hidden, jnp.roll(tokens, -1, axis=1), jnp.ones(tokens.shape))
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    assert value > 1e3
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+
+
+def test_copying_learns_words_that_no_other_example_has():
+    """The target is the source, and its tokens do not occur in the training: only copying can give them."""
+    model = tiny_model(COPY, vocab_size=40)
+    rng = np.random.default_rng(0)
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def loss(params, source):
+        read = jnp.concatenate([jnp.zeros_like(source[:, :1]), source[:, :-1]], axis=1)
+        hidden, _ = model.apply(params, read, source=source)
+        return model.cross_entropy(params, hidden, source, jnp.ones(source.shape)) / source.size
+
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state, source):
+        value, gradients = jax.value_and_grad(loss)(params, source)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = optimizer.init(params)
+    for _ in range(150):
+        params, state, _ = step(params, state, rng.integers(1, 30, (32, 5)).astype(np.int32))
+    unseen = rng.integers(30, 40, (32, 5)).astype(np.int32)
+    assert float(jax.jit(loss)(params, unseen)) < np.log(40)

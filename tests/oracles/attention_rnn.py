@@ -1,6 +1,7 @@
 """Encoder-decoders with attention against the papers' equations, written step by step for one text at a time.
 
-Bahdanau et al. 2015, appendix A, and Luong et al. 2015, sections 2 and 3. Gradients are torch's, of these equations.
+Bahdanau et al. 2015, appendix A, Luong et al. 2015, sections 2 and 3, and See et al. 2017, section 2.2. Gradients are
+torch's, of these equations.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ _CASES: dict[
     "general": ("attention-rnn-luong-tiny", {**_LUONG, "num_layers": 1}, "packed", "packed"),
     "concat": ("attention-rnn-luong-tiny", {**_LUONG, "score": "concat"}, "left", "right"),
     "local": ("attention-rnn-luong-tiny", {**_LUONG, "num_layers": 1, "window": 2}, "left", "none"),
+    "copy": ("attention-rnn-copy-tiny", _SMALL, "packed", "packed"),
+    "copy_luong": ("attention-rnn-luong-tiny", {**_LUONG, "num_layers": 1, "copy": True}, "left", "right"),
     "bahdanau_left": ("attention-rnn-tiny", {**_SMALL, "hidden_dim": 24, "output_dim": 30}, "left", "left"),
     "bahdanau_headless": ("attention-rnn-tiny", {"task": "none"}, "right", "right"),
     "deep": ("attention-rnn-luong-tiny", {**_DEEP, "source_vocab_size": 40}, "packed", "packed"),
     "deep_concat": ("attention-rnn-luong-tiny", {**_DEEP, "score": "concat", "attention_dim": 10}, "none", "none"),
     "deep_local": ("attention-rnn-luong-tiny", {**_DEEP, "score": "dot", "window": 3}, "packed", "packed"),
 }
-CASES = ("bahdanau", "packed", "dot", "general", "concat", "local")
+CASES = ("bahdanau", "packed", "dot", "general", "concat", "local", "copy", "copy_luong")
 LIVE = tuple(case for case in _CASES if case not in CASES)
 
 
@@ -54,14 +57,22 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     translate = bahdanau if cfg.attention == "bahdanau" else luong
     rows = []
     for row in range(len(tokens)):
-        hidden = torch.zeros(tokens.shape[1], cfg.output_dim)
+        hidden = torch.zeros(tokens.shape[1], cfg.output_dim + (1 + cfg.vocab_size if cfg.copy else 0))
         for number in range(1, targets_of[row].max() + 1):
             places = np.nonzero(targets_of[row] == number)[0]
-            said = translate(cfg, tensors, source[row, sources_of[row] == number], tokens[row, places])
+            text = source[row, sources_of[row] == number]
+            said = translate(cfg, tensors, text, tokens[row, places])
+            said = [torch.cat([x, *copied(cfg, tensors, text, *rest)]) for x, *rest in said]
             hidden = hidden.index_copy(0, torch.from_numpy(places), torch.stack(said))
         rows.append(hidden)
     hidden = torch.stack(rows)
-    logits = hidden @ tensors["head/weight"].mT + tensors["head/bias"] if cfg.task == "seq2seq" else None
+    logits = None
+    if cfg.task == "seq2seq":
+        features = hidden[..., : cfg.output_dim]
+        logits = features @ tensors["head/weight"].mT + tensors["head/bias"]
+        if cfg.copy:
+            p = torch.sigmoid(hidden[..., cfg.output_dim, None])
+            logits = torch.log(p * torch.softmax(logits, -1) + (1 - p) * hidden[..., cfg.output_dim + 1 :])
     real = targets_of > 0
     answer = _native.answer(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
     answer["input/source"] = source
@@ -77,11 +88,24 @@ def _embedded(tensors: dict[str, Any], text: np.ndarray, *, source: bool) -> Any
     return tensors[table][torch.from_numpy(text).long()]
 
 
+def copied(cfg: Any, tensors: dict[str, Any], source: np.ndarray, s: Any, e: Any, c: Any, weights: Any) -> list[Any]:
+    """See et al. 2017: what the sigmoid of eq. 8 reads, and the sum of eq. 9 for each word of the vocabulary."""
+    import torch
+
+    if not cfg.copy:
+        return []
+    gate = sum(tensors[f"copy/{name}/weight"][:, 0] @ x for name, x in (("state", s), ("embedding", e), ("context", c)))
+    words = []
+    for word in range(cfg.vocab_size):
+        words.append(sum((a for a, token in zip(weights, source, strict=True) if token == word), torch.zeros(())))
+    return [gate + tensors["copy/bias"], torch.stack(words)]
+
+
 # ------------------------------------------------------------------------------------------------------- Bahdanau
 
 
 def bahdanau(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndarray) -> list[Any]:
-    """t[i] for each target token."""
+    """t[i], s[i-1], the embedding, c[i] and the attention weights for each target token."""
     import torch
 
     x = _embedded(tensors, source, source=True)
@@ -102,11 +126,12 @@ def bahdanau(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.n
     outputs = []
     for e in _embedded(tensors, target, source=False):
         energies = torch.stack([v @ torch.tanh(s @ W + h @ U) for h in annotations])
-        c = sum(weight * h for weight, h in zip(torch.softmax(energies, 0), annotations, strict=True))
+        weights = torch.softmax(energies, 0)
+        c = sum(weight * h for weight, h in zip(weights, annotations, strict=True))
         t = tensors["output/state/bias"]  # [D, 2]: neighbours are a pair
         for x, name in ((s, "state"), (e, "embedding"), (c, "context")):
             t = t + torch.einsum("i,ijk->jk", x, tensors[f"output/{name}/weight"])
-        outputs.append(torch.maximum(t[:, 0], t[:, 1]))
+        outputs.append((torch.maximum(t[:, 0], t[:, 1]), s, e, c, weights))
         s = gru(tensors, "decoder/layer_0", e, s, c)
     return outputs
 
@@ -130,7 +155,7 @@ def gru(tensors: dict[str, Any], name: str, e: Any, s: Any, c: Any = None) -> An
 
 
 def luong(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndarray) -> list[Any]:
-    """h~[t] for each target token."""
+    """h~[t], h[t], the embedding, c[t] and the attention weights for each target token."""
     import torch
 
     zeros = torch.zeros(cfg.hidden_dim)
@@ -161,7 +186,7 @@ def luong(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndar
         c = sum(weight * h for weight, h in zip(weights, memory, strict=True))
         W_c = torch.cat([tensors["output/context/weight"], tensors["output/state/weight"]])
         attentional = torch.tanh(torch.cat([c, x]) @ W_c + tensors["output/state/bias"])
-        outputs.append(attentional)
+        outputs.append((attentional, x, e, c, weights))
     return outputs
 
 
