@@ -8,6 +8,7 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 import jaxlm
+from jaxlm.cli.answer import Answer
 from jaxlm.cli.classify import Classify
 from jaxlm.cli.doctor import Doctor
 from jaxlm.cli.generate import Generate
@@ -30,6 +31,7 @@ COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
     "translate": Translate,
     "summarize": Summarize,
+    "answer": Answer,
     "classify": Classify,
     "score": Score,
     "plan": Plan,
@@ -43,8 +45,8 @@ docstrings are the help.
 """
 
 DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
-generate, translate, summarize, classify, score. Before a training: plan, launch. For this machine: doctor. The version:
-jaxlm --version."""
+generate, translate, summarize, answer, classify, score. Before a training: plan, launch. For this machine: doctor. The
+version: jaxlm --version."""
 
 
 def main(arguments: list[str] | None = None) -> int:
