@@ -75,24 +75,30 @@ def play_on_terminal(
     say(f"You play {person}. Type {HELP}.")
     if white:
         say(draw_board(board))
-    result = None
-    while result is None:
+    end = None
+    while end is None:
         if board.turn == white:
-            result = _person_moves(board, ask, say, white)
+            end = _person_moves(board, ask, say, white)
         else:
             _model_moves(board, player, rng, say, white)
-        result = result or _ended(board, player)
-    say("Game ended without a result." if result == "*" else f"Result: {result}")
+        end = end or _ended(board, player)
+    result, reason = end
+    say(f"Result: {result} ({reason})")
     return result
 
 
-def _ended(board: chess.Board, player: ModelPlayer) -> str | None:
-    """The result of a finished game. A game that is too long for the model is a draw."""
+def _ended(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
+    """The result of a finished game and the reason. A game that is too long for the model is a draw."""
     outcome = board.outcome()
     if outcome is not None:
-        return outcome.result()
-    too_long = player.max_moves is not None and len(board.move_stack) > player.max_moves
-    return "1/2-1/2" if too_long or board.is_repetition(3) or board.is_fifty_moves() else None
+        return outcome.result(), outcome.termination.name.lower().replace("_", " ")
+    if board.is_repetition(3):
+        return "1/2-1/2", "third repetition"
+    if board.is_fifty_moves():
+        return "1/2-1/2", "50 moves of both sides without capture or pawn move"
+    if player.max_moves is not None and len(board.move_stack) > player.max_moves:
+        return "1/2-1/2", f"the model reads games of at most {player.max_moves} moves"
+    return None
 
 
 def _model_moves(
@@ -108,17 +114,17 @@ def _model_moves(
 
 def _person_moves(
     board: chess.Board, ask: Callable[[str], str], say: Callable[[str], object], white: bool
-) -> str | None:
-    """Read one line and do what it says; the result when it ends the game."""
+) -> tuple[str, str] | None:
+    """Read one line and do what it says; the result and the reason when it ends the game."""
     try:
         line = ask("your move: ").strip()
     except EOFError:
-        return "*"
+        return "*", "you quit"
     match line.lower():
         case "quit":
-            return "*"
+            return "*", "you quit"
         case "resign":
-            return "0-1" if white else "1-0"
+            return "0-1" if white else "1-0", "you resign"
         case "moves":
             say(" ".join(sorted(board.san(move) for move in board.legal_moves)))
         case "board":

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import chess
+import jax
 import pytest
 
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks.chess import board_after
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
+from tests.helpers import tiny_model
 from tests.tasks.oracle import oracle
 
 UCI = MoveTokenizer("uci")
@@ -59,7 +61,7 @@ def test_a_person_mates_the_model() -> None:
     assert [text for text in said if text.startswith("The model")] == [
         "The model plays e5.", "The model plays Nc6.", "The model plays Nf6.",
     ]  # fmt: skip
-    assert said[-1] == "Result: 1-0"
+    assert said[-1] == "Result: 1-0 (checkmate)"
 
 
 def test_the_model_mates_a_person() -> None:
@@ -89,7 +91,7 @@ def test_each_input_has_one_answer(line: str, answer: str) -> None:
     assert result == "*"
     assert len(said) == 4
     assert said[2].startswith(answer)
-    assert said[3] == "Game ended without a result."
+    assert said[3] == "Result: * (you quit)"
 
 
 def test_check_and_ambiguity_are_explained() -> None:
@@ -111,6 +113,17 @@ def test_moves_can_be_taken_back_and_games_resigned() -> None:
     assert "4  ·  ·  ·  ·  ♙" in boards[-1]
     assert game(["resign"], [SCHOLAR], person="black")[0] == "1-0"
     assert game(["quit"], [SCHOLAR])[0] == "*"
+
+
+def test_draws_have_a_reason() -> None:
+    result, said = game(["Nf3", "Ng1"] * 2, ["g1f3 g8f6 f3g1 f6g8 g1f3 g8f6 f3g1 f6g8"])
+    assert (result, said[-1]) == ("1/2-1/2", "Result: 1/2-1/2 (third repetition)")
+    said = []
+    model = tiny_model("gpt2-tiny", vocab_size=UCI.vocab_size, max_positions=4, num_layers=1)
+    params = jax.jit(model.init)(jax.random.key(0))
+    typed = iter(["e4", "h4"])
+    assert play_on_terminal(model, params, UCI, lambda _: next(typed), said.append) == "1/2-1/2"
+    assert said[-1] == "Result: 1/2-1/2 (the model reads games of at most 3 moves)"
 
 
 def test_wrong_side_is_named() -> None:
