@@ -332,6 +332,8 @@ def their_generation_config(model: Model, tokenizer: Tokenizer | None = None) ->
             if found is not None and not (isinstance(before, list) and found in before):
                 result[field] = found
     start = getattr(model.config, "decoder_start_id", None)
-    if start is not None and (loaded is None or "decoder_start_token_id" in loaded):
+    said = {} if model.metadata is None else model.metadata.config
+    changed = said.get("decoder_start_token_id", start) != start
+    if start is not None and (loaded is None or ("decoder_start_token_id" in loaded and changed)):
         result["decoder_start_token_id"] = start
     return result

@@ -7,6 +7,7 @@ import dataclasses
 from jaxlm.interop import huggingface
 from jaxlm.models import FAMILIES, Model
 from jaxlm.models.files import Format
+from jaxlm.models.model import Metadata
 from tests.helpers import tiny_model
 
 CLASSES = [
@@ -22,8 +23,9 @@ def tiny(name: str, table: Format, architecture: str) -> Model:
     model = tiny_model(name)
     fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
     config = dataclasses.replace(model.config, **{**fixed, **table.architectures[architecture]})
-    if table.model_type == "mistral":  # one without a window is a Llama, and is written as such
+    if table.model_type == "mistral":
         config = dataclasses.replace(config, window=4)
     if getattr(config, "task", "") in ("classification", "tagging"):
         config = dataclasses.replace(config, num_labels=3)
-    return Model(name, config)
+    # Some types can express the same models: the loaded one is kept.
+    return Model(name, config, Metadata(config={"model_type": table.model_type}))

@@ -146,6 +146,16 @@ def test_the_model_type_survives_where_another_table_could_express_the_model(tmp
     assert (config["model_type"], "sliding_window" in config) == ("qwen2", False)
 
 
+def test_the_start_of_a_target_that_the_user_changes_is_written_into_both_files(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("t5-tiny"))
+    (directory / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, "eos_token_id": 5}))
+    model, _ = load_pretrained(directory)
+    assert config_json.their_generation_config(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
+    model, _ = load_pretrained(directory, decoder_start_id=6)
+    assert config_json.their_generation_config(model) == {"decoder_start_token_id": 6, "eos_token_id": 5}
+    assert config_json.their_config(model, "float32")["decoder_start_token_id"] == 6
+
+
 def test_a_window_that_the_user_removes_is_gone(tmp_path: Path) -> None:
     table = [table for table in huggingface.tables("llama") if table.model_type == "qwen2"][-1]
     directory = saved(tmp_path, tiny("llama", table, "Qwen2ForCausalLM"))

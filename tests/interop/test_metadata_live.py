@@ -46,7 +46,7 @@ def test_transformers_reads_the_same_configuration(name: str, table: Format, arc
     for role, token in special.items():
         if f"{role}_token_id" not in table.required:
             setattr(theirs.config, f"{role}_token_id", token)
-    theirs.config.output_attentions = True
+    theirs.config.task_specific_params = {"a": {"num_beams": 3}}
     theirs.config.my_field = {"kept": [1, None]}
     if theirs.can_generate():
         theirs.generation_config.eos_token_id = 17
