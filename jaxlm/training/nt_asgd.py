@@ -1,11 +1,15 @@
 """NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates once validation stops improving.
 
+``make_optimizer(OptimizerConfig("nt_asgd", ...))`` has :func:`averaging` in its chain. After each evaluation, a training
+loop asks :func:`should_start` and, the first time that it is true, calls :func:`start`. It evaluates and exports
+:func:`averaged`, while the steps go on from the parameters themselves.
+
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
->>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # of each evaluation so far
+>>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # of every evaluation so far
 >>> if should_start(losses):
 ...     state = start(state)
->>> evaluated = averaged(state)                                      # the parameters themselves before the start
+>>> evaluated = averaged(state)                                      # before the start: the parameters
 """
 
 from __future__ import annotations
@@ -20,18 +24,18 @@ import optax
 
 
 class AveragingState(NamedTuple):
-    """``iterates`` many are in the mean; 0: averaging has not started, and the mean is the last one."""
+    """The mean of the last ``iterates`` parameters; 0: averaging has not started, and the mean is the last iterate."""
 
     iterates: jax.Array
     mean: Any
 
 
 def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
-    """Whether the newest validation loss is worse than the best of those more than ``nonmono`` evaluations before it.
+    """Whether the newest validation loss is worse than the best one of more than ``nonmono`` evaluations ago.
 
     Args:
-        losses: of every evaluation so far, the newest last. A NaN counts as worse than any number.
-        nonmono: n of the paper, the non-monotone interval.
+        losses: one loss for every evaluation so far, the newest last. A NaN is worse than any number.
+        nonmono: the paper's n, the non-monotone interval.
 
     Raises:
         ValueError: ``nonmono`` is not positive.
@@ -43,10 +47,11 @@ def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
 
 
 def averaging() -> optax.GradientTransformation:
-    """Passes updates on, and keeps the mean of the parameters from :func:`start` on. Stands last in a chain.
+    """A transformation that returns updates unchanged and keeps the mean of the parameters; the last of a chain.
 
-    The mean begins with the parameters at the start, as in the paper's algorithm 1. (``torch.optim.ASGD``, of the
-    authors' code, begins with the second step after it.) It costs one copy of the parameters.
+    The mean begins with the parameters at the time of :func:`start`, as in the paper's algorithm 1.
+    (``torch.optim.ASGD``, which the authors' code uses, begins with the second step after it.) It needs the memory of
+    one copy of the parameters.
     """
 
     def init(params: Any) -> AveragingState:
@@ -67,26 +72,34 @@ def averaging() -> optax.GradientTransformation:
 
 
 def start(state: Any) -> Any:
-    """The optimizer state with averaging started. If it has started before, nothing changes."""
+    """The optimizer state with averaging started; the same state if it had started before.
+
+    Raises:
+        ValueError: the state has no :func:`averaging`, or more than one.
+    """
     _find(state)
     return jax.tree.map(
-        lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)) if _is_ours(node) else node,
+        lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)) if _is_averaging(node) else node,
         state,
-        is_leaf=_is_ours,
+        is_leaf=_is_averaging,
     )
 
 
 def averaged(state: Any) -> Any:
-    """The mean of the parameters since the start, or the parameters as they are before it."""
+    """The mean of the parameters since :func:`start`; before it, the current parameters.
+
+    Raises:
+        ValueError: the state has no :func:`averaging`, or more than one.
+    """
     return _find(state).mean
 
 
-def _is_ours(node: Any) -> bool:
+def _is_averaging(node: Any) -> bool:
     return isinstance(node, AveragingState)
 
 
 def _find(state: Any) -> AveragingState:
-    found = [node for node in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(node)]
+    found = [node for node in jax.tree.leaves(state, is_leaf=_is_averaging) if _is_averaging(node)]
     if len(found) != 1:
         raise ValueError(f"the optimizer state has {len(found)} averages: put averaging() into its chain, once")
     return found[0]
