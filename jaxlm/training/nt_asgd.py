@@ -1,8 +1,8 @@
 """NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates once validation stops improving.
 
-``make_optimizer(OptimizerConfig("nt_asgd", ...))`` has :func:`averaging` in its chain. After each evaluation, a training
-loop asks :func:`should_start` and, the first time that it is true, calls :func:`start`. It evaluates and exports
-:func:`averaged`, while the steps go on from the parameters themselves.
+``make_optimizer(OptimizerConfig("nt_asgd", ...))`` has :func:`averaging` in its chain. After each evaluation, a
+training loop asks :func:`should_start` and, the first time that it is true, calls :func:`start`. It evaluates and
+exports :func:`averaged`, while the steps go on from the parameters themselves.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})

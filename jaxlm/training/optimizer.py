@@ -310,10 +310,11 @@ def _without_layer_number(name: str) -> str:
 def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     """The factor of each leaf's learning rate: a float, or for a stacked leaf an array [layers, 1, ...].
 
-    As in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2021): layer i of L has ``decay ** (L - i)``, embeddings
+    As in the code of BEiT (Bao et al. 2021): layer i of L, counted from 0, has ``decay ** (L - i)``, embeddings
     ``decay ** (L + 1)``, everything else (heads, poolers, final norms) 1. An encoder and a decoder are counted each by
     itself. Layers are those of a stack (``layers``) and numbered ones (``layer_0``); embeddings are paths outside of
-    layers that contain ``embedding`` or ``relative_bias``. (XLNet's code gives its top layer 1, and embeddings too.)
+    layers that contain ``embedding`` or ``relative_bias``. ELECTRA's code has one factor more below the head; XLNet's
+    gives the top layer 1, and embeddings too.
 
     Raises:
         ValueError: the model has no layers.

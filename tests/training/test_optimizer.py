@@ -235,7 +235,7 @@ def test_states_are_sharded_like_parameters(name):
 # ------------------------------------------------------------------------------------------ rates by layer
 
 
-def test_learning_rates_by_layer_are_those_of_electra_and_beit():
+def test_learning_rates_by_layer_are_those_of_beit():
     rates = layer_rates(T5.specs, 0.5)
     flat = spec.flatten(rates)
     np.testing.assert_allclose(jnp.ravel(flat["decoder/layers/mlp/up/weight"]), [0.125, 0.25, 0.5])
