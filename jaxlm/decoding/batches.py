@@ -9,26 +9,26 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-SMALLEST_BUCKET = 8
+SMALLEST_BUCKET = 16
 """Bucket lengths are multiples of it."""
 
 
 def bucket_length(length: int, limit: int | None = None) -> int:
     """The shortest bucket length that is at least ``length``, but at most ``limit``.
 
-    Buckets are 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...: four from one power of two to the next, so at
-    most a fifth of a long row is padding, and there are about ``4 * log2(length / 16)`` of them.
+    Buckets are 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, ...: two from one power of two to the next, so at most a
+    third of a row of more than 32 is padding.
 
     Raises:
         ValueError: ``length`` is below 1 or above ``limit``.
 
     Example:
-        >>> [bucket_length(n) for n in (1, 9, 65, 130)], bucket_length(65, limit=70)
-        ([8, 16, 80, 160], 70)
+        >>> [bucket_length(n) for n in (1, 17, 65, 130)], bucket_length(65, limit=70)
+        ([16, 32, 96, 192], 70)
     """
     if length < 1 or (limit is not None and length > limit):
         raise ValueError(f"length={length} must be at least 1" + (f" and at most {limit}" if limit is not None else ""))
-    step = max(SMALLEST_BUCKET, 2 ** ((length - 1).bit_length() - 3)) if length > 1 else SMALLEST_BUCKET
+    step = max(SMALLEST_BUCKET, 2 ** max((length - 1).bit_length() - 2, 0))
     bucket = -(-length // step) * step
     return bucket if limit is None else min(bucket, limit)
 

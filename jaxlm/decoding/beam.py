@@ -138,13 +138,23 @@ def _beam_search(
         return (search.step < N) & jnp.any(best_B > jnp.min(search.finished.scores, axis=1))
 
     def one(search: _Search) -> _Search:
-        state = spec.take(state_specs, search.state, search.parents)
+        state = _reorder(state_specs, search.state, search.parents, fixed=("source",) if model.reads_source else ())
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         # The state is reordered by where its rows were, and from here on its rows are the live hypotheses in order.
         state, logits = read_tokens(model, params, state, newest)
         return _select(dataclasses.replace(search, state=state), logits[:, :ids], end_id, length_penalty)
 
     return jax.lax.while_loop(unfinished, one, search).finished
+
+
+def _reorder(state_specs: spec.Tree, state: Any, parents: jax.Array, fixed: tuple[str, ...]) -> Any:
+    """The state of the hypotheses ``parents``.
+
+    All beams of a row have read the same source, and a parent is a beam of the same row: what is ``fixed`` stays.
+    """
+    moved = {name: part for name, part in state.items() if name not in fixed}
+    moved_specs = {name: part for name, part in state_specs.items() if name not in fixed}
+    return {**state, **spec.take(moved_specs, moved, parents)}
 
 
 def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:

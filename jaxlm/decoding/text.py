@@ -40,8 +40,6 @@ class GenerationConfig:
         length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
         stop: the text ends before the first of these strings to be complete.
         batch_size: texts that are generated together; None takes all of them.
-        decoder_start_id: the first token that an encoder-decoder reads. None takes the model's ``decoder_start_id``, or
-            else the tokenizer's beginning-of-sequence token.
 
     Raises:
         TypeError: ``stop`` is a single string.
@@ -54,7 +52,6 @@ class GenerationConfig:
     length_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     batch_size: int | None = 32
-    decoder_start_id: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -162,23 +159,15 @@ def stream_text(
 
 
 def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder of an encoder-decoder reads.
-
-    It is that of the model's config, or of the directory it was loaded from, or else the tokenizer's bos token.
+    """The first token that the decoder of an encoder-decoder reads: the config's, or else the tokenizer's bos token.
 
     Raises:
-        ValueError: none of them has one.
+        ValueError: neither has one.
     """
     start = getattr(model.config, "decoder_start_id", None)
-    if start is None and model.metadata is not None:
-        start = model.metadata.token_ids.get("decoder_start")
+    start = tokenizer.special_ids.bos if start is None else start
     if start is None:
-        start = tokenizer.special_ids.bos
-    if start is None:
-        raise ValueError(
-            f"{model.family} has no decoder_start_id and the tokenizer no beginning-of-sequence token: pass "
-            "GenerationConfig(decoder_start_id=...) with the token that came before the targets in training"
-        )
+        raise ValueError(f"{model.family} has no decoder_start_id and the tokenizer no beginning-of-sequence token")
     return start
 
 
@@ -195,10 +184,7 @@ class _Text:
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._start: np.ndarray | None = None
         if model.reads_source:
-            start = config.decoder_start_id
-            self._start = np.array([decoder_start_id(model, tokenizer) if start is None else start], np.int32)
-        elif config.decoder_start_id is not None:
-            raise ValueError(f"decoder_start_id={config.decoder_start_id}: {model.family} has no decoder of its own")
+            self._start = np.array([decoder_start_id(model, tokenizer)], np.int32)
         self._request = TokenRequest(
             model=model,
             params=jax.jit(layers_apart)(params),  # once here, instead of in each call of the loop

@@ -12,15 +12,15 @@ def test_buckets_are_few_and_waste_little() -> None:
     lengths = np.arange(1, 2049)
     buckets = np.array([bucket_length(int(n)) for n in lengths])
     assert (buckets >= lengths).all()
-    assert (buckets % 8 == 0).all()
+    assert (buckets % 16 == 0).all()
     assert (np.diff(buckets) >= 0).all()
-    assert len(np.unique(buckets)) == 28
-    assert (buckets[32:] < 1.25 * lengths[32:]).all()
+    assert len(np.unique(buckets)) == 14
+    assert (buckets[32:] < 1.5 * lengths[32:]).all()
     assert all(bucket_length(int(bucket)) == bucket for bucket in np.unique(buckets)), "a bucket is its own bucket"
 
 
 def test_the_limit_is_the_last_bucket() -> None:
-    assert [bucket_length(n, 70) for n in (1, 64, 65, 70)] == [8, 64, 70, 70]
+    assert [bucket_length(n, 70) for n in (1, 64, 65, 70)] == [16, 64, 70, 70]
     with pytest.raises(ValueError, match="length=71 must be at least 1 and at most 70"):
         bucket_length(71, 70)
     with pytest.raises(ValueError, match="length=0 must be at least 1"):

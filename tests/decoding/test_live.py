@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.decoding import Sampling, beam_search, filter_logits, generate
+from jaxlm.data import load_tokenizer
+from jaxlm.decoding import GenerationConfig, Sampling, beam_search, filter_logits, generate, generate_text
 
 pytestmark = pytest.mark.live
 
@@ -118,3 +119,45 @@ def test_logits_processors(reference: Any, sampling: Sampling) -> None:
     out = np.asarray(filter_logits(sampling, jnp.asarray(logits), jnp.asarray(seen)))
     np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_outputs_of_an_encoder_decoder(tmp_path: Path, num_beams: int) -> None:
+    """A batch of padded sources, with their special tokens and their rules for the end of a text."""
+    import tokenizers
+    import torch
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(1)
+    config = T5Config(
+        vocab_size=48, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    theirs = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path)
+    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(45))]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.save_pretrained(tmp_path)
+
+    sources = ["w3 w9 w1", "w7", "w20 w21 w22 w23 w24 w25", "w2 w2"]
+    batch = tokenizer(sources, return_tensors="pt", padding=True)
+    options: dict[str, Any] = {"early_stopping": "never", "length_penalty": 0.6} if num_beams > 1 else {}
+    tokens = theirs.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=NEW, do_sample=False,
+        num_beams=num_beams, **options,
+    )  # fmt: skip
+    expected = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    model, params = jaxlm.load_pretrained(tmp_path)
+    request = GenerationConfig(NEW, num_beams=num_beams, length_penalty=options.get("length_penalty", 1.0))
+    assert generate_text(model, params, load_tokenizer(tmp_path), sources, request) == expected
+    assert len(set(expected)) > 1

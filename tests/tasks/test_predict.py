@@ -80,11 +80,11 @@ def test_batches_and_order_change_nothing() -> None:
 
 def test_compilations_are_bounded_by_the_buckets() -> None:
     before = predict._label_probabilities._cache_size()
-    texts = ["x" * n for n in range(1, 25)]
+    texts = ["x" * n for n in range(1, 40)]
     model, params = pair("bert-tiny", task="classification", num_labels=5)
     classify(model, params, BYTES, texts, batch_size=2)
-    assert predict._label_probabilities._cache_size() == before + 3, "8, 16 and 24 tokens"
-    classify(model, params, BYTES, texts[3:20], batch_size=2)
+    assert predict._label_probabilities._cache_size() == before + 3, "16, 32 and 48 tokens"
+    classify(model, params, BYTES, texts[3:30], batch_size=2)
     assert predict._label_probabilities._cache_size() == before + 3
 
 
@@ -177,11 +177,9 @@ def test_likelihoods_of_causal_families(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
-def test_likelihoods_of_targets_given_sources(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, params = pair(name)
-    if name == "attention-rnn-tiny":
-        monkeypatch.setattr(predict, "decoder_start_id", lambda model, tokenizer: 7)
-    start = predict.decoder_start_id(model, BYTES)
+def test_likelihoods_of_targets_given_sources(name: str) -> None:
+    model, params = pair(name, decoder_start_id=7)
+    start = 7
     texts, sources = ["yes", "a film"], ["ja", "ein Film, ganz gut"]
     scores = score_texts(model, params, BYTES, texts, sources, batch_size=2)
     for number, (text, source) in enumerate(zip(texts, sources, strict=True)):
