@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data.buckets import Rows
+from jaxlm.data.buckets import Bucketed, Encoded, Rows
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.text import check_vocabulary
-from jaxlm.metrics import _questions, _word_f1
+from jaxlm.metrics import Score, _questions, _word_f1, exact_match, token_f1
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
@@ -47,7 +47,7 @@ def features(
     *,
     max_length: int | None = None,
     stride: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Encoded]:
     """The training windows of ``examples``, for :class:`jaxlm.data.buckets.Bucketed` and :func:`to_batch`.
 
     Each has ``tokens`` [T], ``token_types`` [T] for a model that reads them, and the positions ``first`` and ``last``
@@ -66,7 +66,7 @@ def features(
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
     reads_types = takes_token_types(model)
-    found = []
+    found: list[Encoded] = []
     for example in examples:
         what = f"question {example['id']!r}"
         windows = _windows(model, tokenizer, example["question"], example["context"], max_length, stride, what)
@@ -88,6 +88,12 @@ def to_batch(rows: Rows) -> Batch:
     segment_ids[rows.indices < 0, 0] = 1  # attention to one token of padding keeps the numbers finite
     inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
     return span_qa.batch(tokens, spans, segment_ids, inputs=inputs)
+
+
+def batches(windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4) -> list[Batch]:
+    """All windows of :func:`features` once, in order of length: the batches of an evaluation."""
+    source = Bucketed(windows, batch_size, num_buckets, shuffle=False)
+    return [to_batch(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
 
 
 def _targets(
@@ -197,6 +203,27 @@ def answer(
         _answer(windows[at], spans[at], float(scores[at] - nothing), context, no_answer_threshold)
         for at, nothing, context in zip(best.tolist(), lowest.tolist(), contexts, strict=True)
     ]
+
+
+def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[Score]:
+    """Exact match and F1 of the answers, as the official script of SQuAD computes them.
+
+    Args:
+        references: the accepted answers of each question; empty for a question without one.
+    """
+    texts = [found.text for found in answers]
+    return [exact_match(texts, references), token_f1(texts, references)]
+
+
+def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """Rows of ``jaxlm.training.report.write_samples``: question, accepted answers, answer, score and context."""
+    return [
+        {
+            "source": example["question"], "reference": " | ".join(dict.fromkeys(example["answers"])),
+            "output": found.text, "score": f"{found.score:.2f}", "context": example["context"],
+        }
+        for example, found in zip(examples, answers, strict=True)
+    ]  # fmt: skip
 
 
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:

@@ -1,0 +1,250 @@
+"""Answer questions by spans of a text: BERT or XLNet from scratch on generated stories, fine-tuned MiniLM on SQuAD.
+
+    python -m experiments.question_answering                          generated stories, a small BERT, 2 minutes
+    python -m experiments.question_answering --preset xlnet           the same with XLNet
+
+SQuAD v1.1, the development file (48 articles, 10,570 questions), split by article into training, validation and test
+parts, with fine-tuned MiniLM (real BERT weights, 6 layers of width 384). Expected: F1 of at least 60.
+
+    python -m experiments.question_answering --preset minilm --model.pretrained DIR --data dev-v1.1.json
+        --shifted new_wiki_v1.0.json nyt_v1.0.json
+
+``--shifted`` files are scored with the finished model, to see how it transfers to other texts. Measured figures:
+docs/tasks/question_answering.md. The test part is used once, after the training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxlm import host, metrics
+from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.examples import Examples
+from jaxlm.data.squad import read_squad
+from jaxlm.data.stories import make_stories
+from jaxlm.data.vocabularies import TemplateName, train_tokenizer
+from jaxlm.models import Model
+from jaxlm.objectives import span_qa
+from jaxlm.tasks.question_answering import (
+    Answer,
+    answer,
+    batches,
+    best_no_answer_threshold,
+    features,
+    samples,
+    scores,
+    to_batch,
+)
+from jaxlm.training import experiment as lib
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.report import write_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """How long contexts are cut into windows, and which answers are found."""
+
+    max_length: int | None = None
+    """Most tokens of a window; None is 384, or the model's positions if they are fewer."""
+    stride: int | None = None
+    """Tokens of the context that two neighbouring windows share; None is a third of max_length."""
+    max_answer_tokens: int = 30
+    """Most tokens of an answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a model to answer questions and test it."""
+
+    model: lib.ModelConfig = lib.ModelConfig("bert")
+    """The model."""
+    training: TrainingConfig = TrainingConfig()
+    """The training; sequence_length and evaluation_batches are not used."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    windows: Windows = Windows()
+    """Windows of the contexts."""
+    data: Path | None = None
+    """SQuAD file, v1.1 or v2.0, official JSON or JSONL (.gz too); None: generated stories."""
+    test: Path | None = None
+    """File with the test part; None takes test_fraction of the articles."""
+    shifted: tuple[Path, ...] = ()
+    """Further files, on which the finished model is tested."""
+    validation_fraction: float = 0.05
+    """Share of the articles (contexts, in a file without titles) that chooses the best weights."""
+    test_fraction: float = 0.1
+    """Share of the articles that is the test part."""
+    stories: int = 20_000
+    """Generated questions, without data."""
+    sentences: int = 6
+    """Sentences of a generated story."""
+    epochs: float | None = None
+    """Passes over the training part; None takes training.steps."""
+    template: TemplateName = "cls_sep"
+    """Special tokens around question and context, for models from scratch."""
+    vocab_size: int = 8000
+    """Most entries of the vocabulary of a model from scratch."""
+    buckets: int = 4
+    """Shapes of batches, by length."""
+    output: Path | None = None
+    """Run directory; None makes runs/question_answering-<time>."""
+
+
+STORIES = Experiment(
+    lib.ModelConfig(
+        "bert",
+        (
+            "num_layers=3", "num_heads=4", "embed_dim=128", "max_positions=384", "hidden_dropout=0.0",
+            "attention_dropout=0.0",
+        ),
+    ),
+    TrainingConfig(
+        batch_size=32, evaluate_every=250, checkpoint_every=250, restore_best=True, best_metric="f1", best_mode="max",
+        seed=0,
+    ),
+    OptimizerConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.01),
+    epochs=2, buckets=2, validation_fraction=0.01, test_fraction=0.05,
+)  # fmt: skip
+PRESETS = {
+    "bert": STORIES,
+    "xlnet": dataclasses.replace(
+        STORIES,
+        model=lib.ModelConfig("xlnet", ("num_layers=3", "num_heads=4", "embed_dim=128", "mlp_dim=512", "dropout=0.0")),
+        template="sep_cls",
+    ),
+    "minilm": Experiment(
+        lib.ModelConfig("bert"),
+        TrainingConfig(
+            batch_size=16, evaluate_every=300, checkpoint_every=300, restore_best=True, best_metric="f1",
+            best_mode="max",
+        ),
+        OptimizerConfig(
+            learning_rate=2e-4, schedule="linear", warmup_steps=150, final_fraction=0.0, beta2=0.999, weight_decay=0.01
+        ),
+        Windows(max_length=384, stride=128), epochs=3, buckets=8,
+    ),
+}  # fmt: skip
+
+
+def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
+    """The training, validation and test part. No article, context or story is in two of them."""
+    if experiment.data is None:
+        examples = make_stories(experiment.stories, sentences=experiment.sentences)
+    else:
+        examples = read_squad(experiment.data)
+    if experiment.test is not None:
+        validation, training = examples.split(experiment.validation_fraction, by="group")
+        return training, validation, read_squad(experiment.test)
+    validation, test, training = examples.split(experiment.validation_fraction, experiment.test_fraction, by="group")
+    return training, validation, test
+
+
+def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
+    """The model, parameters to start from (None: random), and the tokenizer."""
+    config, fixed = experiment.model, dict[str, Any](task="span_qa")
+    if resume is not None:
+        tokenizer: Tokenizer = load_tokenizer(resume / "model")
+    elif config.pretrained is not None:
+        tokenizer = load_tokenizer(config.pretrained)
+    else:
+        texts = [text for example in examples for text in (example["question"], example["context"])]
+        tokenizer = train_tokenizer(texts, "bpe", experiment.vocab_size, template=experiment.template)
+    if config.pretrained is None:
+        fixed["vocab_size"] = tokenizer.vocab_size
+    return *config.build(experiment.training.seed, **fixed), tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Answers and scores of a model for examples."""
+
+    experiment: Experiment
+    model: Model
+    tokenizer: Tokenizer
+
+    def answers(self, params: Any, examples: Examples, threshold: float | None = None) -> list[Answer]:
+        """The answer to each question."""
+        return answer(
+            self.model, params, self.tokenizer, examples.column("question"), examples.column("context"),
+            no_answer_threshold=threshold, **dataclasses.asdict(self.experiment.windows),
+        )  # fmt: skip
+
+    def scores(self, params: Any, examples: Examples, threshold: float | None = None) -> list[metrics.Score]:
+        """Exact match and F1 of the answers."""
+        return scores(self.answers(params, examples, threshold), examples.column("answers"))
+
+    def validate(self, params: Any, examples: Examples) -> dict[str, float]:
+        """Exact match and F1, for the log."""
+        exact, f1 = self.scores(params, examples)
+        return {"f1": f1.value, "exact_match": exact.value}
+
+
+def run(experiment: Experiment, resume: Path | None = None) -> Result:
+    """Train, test and report."""
+    begun, config = time.perf_counter(), experiment.training
+    fixed = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
+    lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *fixed])
+    training, validation, test = parts(experiment)
+    model, params, tokenizer = build(experiment, training, resume)
+    size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
+    windows = features(model, tokenizer, training, **size)
+    source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed)
+    if experiment.epochs is not None:
+        config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+    scorer = Scorer(experiment, model, tokenizer)
+    held_out = batches(features(model, tokenizer, validation, **size), config.batch_size)
+    evaluate = Evaluator(model, span_qa.loss, held_out, further=lambda params: scorer.validate(params, validation))
+    directory = lib.run_directory("question_answering", experiment, resume, tokenizer)
+    lib.say(
+        f"{model.num_parameters:,} parameters · {len(training):,} questions in {len(windows):,} windows, "
+        f"{len(validation):,} questions for validation, {len(test):,} for the test · {source.describe()} · "
+        f"{config.steps:,} steps · {directory}"
+    )
+    schedule = learning_rate(experiment.optimizer, config.steps)
+    optimizer = make_optimizer(experiment.optimizer, model.specs, config.steps)
+    trainer = config.trainer(model, optimizer, span_qa.loss, learning_rate=schedule)
+    data = Batches(source, to_batch=to_batch, prefetch=2)
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    if result.interrupted is None:
+        lib.export(directory, experiment, model, result, tokenizer)
+        report(directory, scorer, result, validation, test, begun)
+    return result
+
+
+def report(directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples, begun: float) -> None:
+    """Answer the questions of the test part and of the shifted files; write samples and scores."""
+    experiment, threshold = scorer.experiment, None
+    if not all(validation.column("answers")):
+        threshold = best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
+    began_test = time.perf_counter()
+    found = scorer.answers(result.params, test, threshold)
+    rate = len(test) / (time.perf_counter() - began_test)
+    found_scores = scores(found, test.column("answers"))
+    for path in experiment.shifted:
+        shifted = scorer.scores(result.params, read_squad(path), threshold)
+        found_scores += [dataclasses.replace(score, name=f"{score.name} on {path.name}") for score in shifted]
+    write_samples(directory, samples(test[:40], found[:40]))
+    lib.report(
+        directory, task="question_answering", model=scorer.model, begun=begun, scores=found_scores,
+        data=str(experiment.data or "generated stories"), steps=result.step, no_answer_threshold=threshold,
+        compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
+        test_questions_per_second=round(rate, 1),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    name = "question_answering"
+    return lib.command_line(STORIES, PRESETS, run, name=name, description=__doc__ or "", arguments=arguments)
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The experiment, small: from scratch on stories, then on SQuAD files from its own weights; and the command."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jaxlm
+from experiments import question_answering
+from experiments.question_answering import Experiment, parts
+from jaxlm import cli
+from jaxlm.data import load_tokenizer
+from jaxlm.data.stories import make_stories
+from jaxlm.tasks.question_answering import answer
+from jaxlm.training.report import read_results, read_samples
+
+TINY = (
+    "--training.batch-size", "8", "--training.evaluate-every", "100", "--training.checkpoint-every", "100",
+    "--optimizer.warmup-steps", "1", "--buckets", "1",
+)  # fmt: skip
+SMALL_MODEL = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16", "max_positions=96")
+
+
+def main(*arguments: Any) -> int:
+    return question_answering.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on stories. Not to be changed."""
+    run: Path = tmp_path_factory.mktemp("qa") / "run"
+    sizes = ("--stories", "60", "--sentences", "3", "--epochs", "1", "--validation-fraction", "0.1")
+    assert main(*TINY, *SMALL_MODEL, *sizes, "--output", run) == 0
+    return run
+
+
+def squad_file(path: Path, articles: int, *, unanswerable: bool) -> Path:
+    """Official JSON: an article with two stories each, and a question without an answer in each."""
+    stories = list(make_stories(2 * articles, seed=5, questions=1, sentences=3))
+    data = []
+    for number in range(articles):
+        paragraphs = []
+        for story in stories[2 * number : 2 * number + 2]:
+            answers = [{"text": story["answers"][0], "answer_start": story["starts"][0]}]
+            qas: list[dict[str, Any]] = [{"id": story["id"], "question": story["question"], "answers": answers}]
+            if unanswerable:
+                qas.append({"id": f"{story['id']}-no", "question": "Who is old?", "answers": []})
+            paragraphs.append({"context": story["context"], "qas": qas})
+        data.append({"title": f"article {number}", "paragraphs": paragraphs})
+    path.write_text(json.dumps({"data": data}), encoding="utf-8")
+    return path
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    results = read_results(finished)
+    assert [score.name for score in results["scores"]] == ["exact match", "F1"]
+    assert results["no_answer_threshold"] is None
+    assert results["compilations"] == 1
+    samples = read_samples(finished)
+    assert all(sample["output"] in sample["context"] for sample in samples)
+    assert all(sample["reference"] in sample["context"] for sample in samples)
+    assert (finished / "report.html").stat().st_size > 1000
+    config = json.loads((finished / "model" / "config.json").read_text())
+    assert config["architectures"] == ["BertForQuestionAnswering"]
+
+
+def test_squad_files_from_pretrained_weights(finished: Path, tmp_path: Path) -> None:
+    data = squad_file(tmp_path / "train.json", 12, unanswerable=True)
+    shifted = squad_file(tmp_path / "shifted.json", 2, unanswerable=False)
+    command = [
+        "--preset", "minilm", *TINY, "--epochs", "1", "--model.pretrained", finished / "model", "--data", data,
+        "--shifted", shifted, "--windows.max-length", "40", "--windows.stride", "8", "--test-fraction", "0.2",
+        "--validation-fraction", "0.2", "--output", tmp_path / "run",
+    ]  # fmt: skip
+    assert main(*command) == 0
+    results = read_results(tmp_path / "run")
+    names = ["exact match", "F1", "exact match on shifted.json", "F1 on shifted.json"]
+    assert [score.name for score in results["scores"]] == names
+    assert [score.count for score in results["scores"]] == [12, 12, 4, 4], "3 articles and 2"
+    assert isinstance(results["no_answer_threshold"], float)
+    assert main(*command) == 1, "the directory is not empty"
+
+
+def test_parts_share_no_article(tmp_path: Path) -> None:
+    data = squad_file(tmp_path / "a.json", 20, unanswerable=False)
+    experiment = Experiment(data=data, validation_fraction=0.1, test_fraction=0.1)
+    groups = [set(part.column("group")) for part in parts(experiment)]
+    assert [len(group) for group in groups] == [16, 2, 2]
+    assert len(set().union(*groups)) == 20
+    test = squad_file(tmp_path / "b.json", 3, unanswerable=False)
+    training, validation, tested = parts(Experiment(data=data, test=test, validation_fraction=0.1))
+    assert (len(training), len(validation), len(tested)) == (36, 4, 6)
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+STORY = "Mary went to the garden. Mary took the red ball."
+QUESTIONS = ["Where is Mary?", "Who has the red ball?"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[str]:
+    capsys.readouterr()
+    assert cli.main(["answer", *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_command_answers_from_files_and_standard_input(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, params = jaxlm.load_pretrained(finished / "model")
+    tokenizer = load_tokenizer(finished / "model")
+    found = answer(model, params, tokenizer, QUESTIONS, [STORY] * 2)
+    want = [f"{one.text}\t{one.score:.4f}" for one in found]
+    (tmp_path / "story.txt").write_text(STORY)
+    assert printed(capsys, finished, "--question", *QUESTIONS, "--context", tmp_path / "story.txt") == want
+    monkeypatch.setattr("sys.stdin", io.StringIO(STORY))
+    assert printed(capsys, finished / "model", "--question", *QUESTIONS) == want
+    rows = [{"question": question, "context": STORY, "id": 3} for question in QUESTIONS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert printed(capsys, finished, "--file", tmp_path / "rows.jsonl") == want
+    refused = printed(capsys, finished, "--file", tmp_path / "rows.jsonl", "--no-answer-threshold", "1000")
+    assert refused == [f"\t{one.score:.4f}" for one in found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is no question: give --question (with --context FILE), or --file FILE"),
+        (("--question", "Who?", "--file", "rows.jsonl"), "give --question with --context, or --file, not both"),
+        (("--question", "Who?"), "standard input is empty: it must hold the text of the questions"),
+    ],
+)
+def test_commands_that_cannot_be_run(
+    finished: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert cli.main(["answer", str(finished), *arguments]) == 1
+    assert message in capsys.readouterr().err
