@@ -185,16 +185,16 @@ def run_one(
     evaluate = Evaluator(
         model, classification.METRICS, classification.batches(validation, len(labels), config.batch_size)
     )
-    directory = lib.run_directory("sentiment", experiment, resume, tokenizer)
-    lib.say(
-        f"{model.num_parameters:,} parameters · {len(learnt):,} examples, {len(held_out):,} for validation, "
-        f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
-    )
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps),
         objective.make_loss(label_smoothing=experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
+    directory = lib.run_directory("sentiment", experiment, resume, tokenizer)
+    lib.say(
+        f"{model.num_parameters:,} parameters · {len(learnt):,} examples, {len(held_out):,} for validation, "
+        f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
+    )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if result.interrupted is not None:

@@ -19,6 +19,17 @@ def shakespeare() -> str:
     return gzip.decompress(packed).decode("ascii")
 
 
+def verses() -> Examples:
+    """5,833 verses of the Bible in English (``source``) and Spanish (``target``); public domain.
+
+    Origin and licence: ``VERSES.md`` beside this file.
+    """
+    packed = importlib.resources.files(__package__).joinpath("verses_en_es.tsv.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    pairs = (line.split("\t") for line in lines)
+    return Examples([{"source": source, "target": target} for source, target in pairs], "the embedded verses")
+
+
 PLAYS = (
     "ROMEO AND JULIET", "MACBETH", "JULIUS CAESAR", "OTHELLO, THE MOOR OF VENICE",
     "THE TRAGEDY OF KING RICHARD THE SECOND", "THE MERCHANT OF VENICE", "THE TEMPEST", "AS YOU LIKE IT",

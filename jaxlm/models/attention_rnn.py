@@ -78,6 +78,8 @@ class Config:
     """Initial weights are uniform within this bound."""
     recurrent_init_bound: float | None = None
     """Initial weights of the recurrent layers are uniform within this bound; None means 1 / sqrt(hidden_dim)."""
+    decoder_start_id: int = 0
+    """The token before the first target."""
     task: Task = "seq2seq"
     """What the head is for: seq2seq gives logits of target tokens, none has no head."""
     vocab_multiple: int = 1
@@ -93,6 +95,10 @@ class Config:
             if getattr(self, name) is not None:
                 common.check_positive(self, name)
         common.check_rates(self, "dropout")
+        if not 0 <= self.decoder_start_id < self.vocab_size:
+            raise ValueError(
+                f"decoder_start_id={self.decoder_start_id} is outside the vocabulary of {self.vocab_size} ids"
+            )
         common.check_choices(
             self, attention=get_args(Attention), score=get_args(Score), task=get_args(Task),
             dtype=get_args(common.ComputeDtype),

@@ -20,6 +20,7 @@ from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
 from jaxlm.training.adapt import Adaptation
+from jaxlm.training.optimizer import optimizer_sharding
 
 Carry = tuple[int, int]
 """The size of the model state that training carries from batch to batch: rows, and tokens remembered."""
@@ -153,13 +154,7 @@ class Trainer:
         assert self.sharding is not None
         everywhere = self.sharding.replicated()
         params = self.sharding.tree(self.specs)
-        optimizer = optax.tree.map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self.optimizer.init, spec.abstract(self.specs)),
-            params,
-            transform_non_params=lambda _: everywhere,
-        )
+        optimizer = optimizer_sharding(self.optimizer, self.specs, self.sharding)
         model_state = frozen = None
         if self.carry is not None:
             model_state = self.sharding.tree(self._layout(self.model.state_specs(*self.carry)))

@@ -1,0 +1,208 @@
+"""Translate with an encoder-decoder from scratch: a T5-shaped Transformer, or an RNN with attention.
+
+    python -m experiments.translation                         embedded Bible verses, English to Spanish, 2 minutes
+
+Multi30k (task 1, files train.en, train.de, val.en, ...), English to German:
+
+    python -m experiments.translation --preset t5 --data.directory multi30k
+    python -m experiments.translation --preset bahdanau --data.directory multi30k
+
+Measured figures are in docs/tasks/translation.md. BLEU is sacrebleu's on detokenized, cased text with tokenization 13a;
+published figures for Multi30k are often of tokenized, lowercased text, so the report has both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm import host, metrics
+from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.corpora import verses
+from jaxlm.data.examples import Examples, read_pairs
+from jaxlm.data.vocabularies import train_tokenizer
+from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.models import Model
+from jaxlm.objectives.batch import smoothed_token_loss
+from jaxlm.tasks import seq2seq
+from jaxlm.training import experiment as lib
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.report import write_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Parallel texts: line n of one file is the translation of line n of the other."""
+
+    directory: Path | None = None
+    """Directory with NAME.SOURCE and NAME.TARGET for each part (.gz too); None: the embedded verses."""
+    train: str = "train"
+    """Name of the training part."""
+    validation: str = "val"
+    """Name of the validation part, which chooses the best weights."""
+    test: str = "test_2016_flickr"
+    """Name of the test part."""
+    source: str = "en"
+    """Extension of the source language."""
+    target: str = "de"
+    """Extension of the target language."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a translator and test it."""
+
+    model: lib.ModelConfig = lib.ModelConfig("t5")
+    """The model: t5 or attention_rnn."""
+    training: TrainingConfig = TrainingConfig()
+    """The training. batch_size counts pairs of the longest bucket; shorter ones have more."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    data: Data = Data()
+    """The data."""
+    epochs: float = 10.0
+    """Passes over the training part."""
+    vocab_size: int = 6000
+    """Subwords (BPE) of the vocabulary that both languages share."""
+    buckets: int = 4
+    """Shapes of batches, by length."""
+    label_smoothing: float = 0.1
+    """Share of the target probability that is spread over the vocabulary."""
+    num_beams: int = 5
+    """Hypotheses of the beam search."""
+    length_penalty: float = 1.0
+    """Exponent of the length in the score of a hypothesis."""
+    output: Path | None = None
+    """Run directory; None makes runs/translation-<time>."""
+
+
+def preset(name: str, *changes: str, rate: float, warmup: int = 400, **options: Any) -> Experiment:
+    """An experiment with a model from scratch."""
+    training = TrainingConfig(
+        batch_size=64, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
+    )
+    optimizer = OptimizerConfig(
+        learning_rate=rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
+    )
+    return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, optimizer), **options)
+
+
+T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.3", "remat=none")
+RNN = ("source_vocab_size=None", "embed_dim=256", "hidden_dim=384", "output_dim=256", "dropout=0.3")
+PRESETS = {
+    "t5": preset("t5", *T5, rate=2e-3, epochs=30),
+    "bahdanau": preset("attention_rnn", *RNN, rate=1e-3, epochs=15),
+    "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", rate=1e-3, epochs=15),
+    "verses": preset("attention_rnn", *RNN, rate=2e-3, warmup=50, epochs=4, vocab_size=3000, num_beams=1),
+}
+
+
+def parts(data: Data) -> tuple[Examples, Examples, Examples]:
+    """Training, validation and test part."""
+    if data.directory is None:
+        test, validation, training = verses().split(0.05, 0.05, seed=0)
+        return training, validation, test
+
+    def file(part: str, language: str) -> Path:
+        assert data.directory is not None
+        path = data.directory / f"{part}.{language}"
+        return path if path.exists() else path.with_name(f"{path.name}.gz")
+
+    training, validation, test = (
+        read_pairs(file(part, data.source), file(part, data.target))
+        for part in (data.train, data.validation, data.test)
+    )
+    return training, validation, test
+
+
+def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
+    """The model, parameters to start from (None: random), and the tokenizer."""
+    if resume is not None:
+        tokenizer = load_tokenizer(resume / "model")
+    else:
+        texts = training.column("source") + training.column("target")
+        tokenizer = train_tokenizer(texts, "bpe", experiment.vocab_size, template="eos")
+    fixed = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
+    model, params = experiment.model.build(experiment.training.seed, **fixed)
+    return model, params, tokenizer
+
+
+def run(experiment: Experiment, resume: Path | None = None) -> Result:
+    """Train, translate the test part, report."""
+    begun, config = time.perf_counter(), experiment.training
+    lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size"])
+    training, validation, test = parts(experiment.data)
+    model, params, tokenizer = build(experiment, training, resume)
+    source = Bucketed(
+        seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
+    )
+    config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+    held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
+    trainer = config.trainer(
+        model, make_optimizer(experiment.optimizer, model.specs, config.steps),
+        smoothed_token_loss(experiment.label_smoothing),
+        learning_rate=learning_rate(experiment.optimizer, config.steps),
+    )  # fmt: skip
+    directory = lib.run_directory("translation", experiment, resume, tokenizer)
+    lib.say(
+        f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
+        f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
+    )
+    data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
+    evaluate = Evaluator(model, seq2seq.METRICS, held_out)
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    if result.interrupted is None:
+        lib.export(directory, experiment, model, result, tokenizer)
+        translate(directory, experiment, model, result, tokenizer, test, begun)
+    return result
+
+
+def translate(
+    directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
+    begun: float,
+) -> None:  # fmt: skip
+    """Translate the test part and write the report."""
+    sources, references = test.column("source"), test.column("target")
+    longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(references))
+    request = GenerationConfig(
+        max_new_tokens=2 * longest, num_beams=experiment.num_beams,
+        length_penalty=experiment.length_penalty if experiment.num_beams > 1 else 1.0,
+    )  # fmt: skip
+    started = time.perf_counter()
+    outputs = generate_text(model, result.params, tokenizer, sources, request)
+    rate = len(sources) / (time.perf_counter() - started)
+    (directory / "translations.txt").write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
+    scores = [
+        metrics.bleu(outputs, references), metrics.bleu(outputs, references, lowercase=True),
+        metrics.chrf(outputs, references),
+    ]  # fmt: skip
+    shown = np.random.default_rng(0).permutation(len(sources))[:40]
+    write_samples(
+        directory, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in shown.tolist()]
+    )
+    lib.report(
+        directory, task="translation", model=model, begun=begun, scores=scores,
+        data=str(experiment.data.directory or "embedded verses"), steps=result.step, beams=experiment.num_beams,
+        compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
+        test_examples_per_second=round(rate, 1),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return lib.command_line(
+        PRESETS["verses"], PRESETS, run, name="translation", description=__doc__ or "", arguments=arguments
+    )
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())
