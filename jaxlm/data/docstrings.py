@@ -1,0 +1,155 @@
+"""Docstrings of the Python code on this machine: a task of summarization without a download.
+
+The first line of a docstring says what the rest explains (PEP 257), so the rest is a text and the first line its
+summary. Source files are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from jaxlm.data.examples import Example, Examples, Rejected
+
+T = TypeVar("T")
+
+_SKIPPED = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
+"""Folders that are not read: tests, and copies of other packages."""
+_SECTIONS = "args|arguments|parameters|returns|raises|notes?|examples?"
+_FIELD = re.compile(rf"^\s*([:@]\w|({_SECTIONS})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
+
+
+def docstrings(
+    directories: Sequence[str | Path] | None = None,
+    *,
+    max_files: int = 50,
+    max_per_package: int = 400,
+    min_words: int = 12,
+    max_words: int = 150,
+    max_summary_words: int = 20,
+) -> Examples:
+    """Examples ``{"text", "summary", "package", "name"}`` from docstrings of modules, classes and functions.
+
+    ``text`` is the paragraphs after the first one, up to a section such as ``Args:`` or a doctest; ``summary`` is the
+    first one, ``package`` the top-level package and ``name`` the qualified name. The order is that of packages, files
+    and lines. A text, and a summary, occurs once. Folders of tests and of copied packages are skipped. ``rejected``
+    lists the files that are not valid Python of this version: their number in the order of reading, and the reason.
+
+    Args:
+        directories: each entry of a directory is a package; None: the standard library and the installed packages.
+        max_files: the most files of one package that are read, evenly spread over it.
+        max_per_package: the most examples of one package, evenly spread over what was read of it.
+        min_words: texts with fewer words are left out.
+        max_words: texts with more words are left out.
+        max_summary_words: summaries with more words are left out.
+
+    Raises:
+        FileNotFoundError: a directory does not exist.
+        ValueError: a limit below 1, or no docstring fits.
+    """
+    for option, value in (
+        ("max_files", max_files), ("max_per_package", max_per_package), ("min_words", min_words),
+        ("max_words", max_words), ("max_summary_words", max_summary_words),
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{option}={value} must be at least 1")
+    rejected: list[Rejected] = []
+    rows: list[Example] = []
+    seen: set[str] = set()
+    numbers = itertools.count(1)
+    for package, paths in _packages(directories).items():
+        found: list[Example] = []
+        for path, number in zip(_spread(paths, max_files), numbers, strict=False):
+            try:
+                tree = _parse(path)
+            except (SyntaxError, ValueError, RecursionError) as error:
+                rejected.append(Rejected(number, f"{path}: {error}"))
+                continue
+            for name, text, summary in _pairs(tree):
+                fits = min_words <= len(text.split()) <= max_words and 3 <= len(summary.split()) <= max_summary_words
+                if fits and not seen & {text.lower(), summary.lower()}:
+                    seen |= {text.lower(), summary.lower()}
+                    found.append({"text": text, "summary": summary, "package": package, "name": name})
+        rows += _spread(found, max_per_package)
+    if not rows:
+        raise ValueError("no docstring with a text and a first line was found: pass other directories or wider limits")
+    return Examples(rows, "docstrings of the installed packages", tuple(rejected))
+
+
+def _packages(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]:
+    """Package -> its Python files, in a fixed order."""
+    if directories is None:
+        directories = list(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    packages: dict[str, list[Path]] = {}
+    for directory in map(Path, directories):
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} is not a directory")
+        for entry in sorted(directory.iterdir()):
+            if entry.suffix == ".py":
+                packages.setdefault(entry.stem, []).append(entry)
+            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages", *_SKIPPED):
+                packages.setdefault(entry.name, []).extend(
+                    path
+                    for path in sorted(entry.rglob("*.py"))
+                    if not set(path.relative_to(directory).parts[:-1]) & set(_SKIPPED)
+                )
+    return packages
+
+
+def _parse(path: Path) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escape sequences in other people's strings
+        return ast.parse(path.read_bytes())
+
+
+def _pairs(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """Qualified name, text and summary of each docstring that has both, in the order of the file."""
+    stack: list[tuple[str, ast.AST]] = [("", tree)]
+    while stack:
+        prefix, node = stack.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            parts = split_docstring(ast.get_docstring(node) or "")
+            if parts is not None:
+                yield prefix or "module", *parts
+        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+        for child in reversed(children):
+            name = getattr(child, "name", "")
+            stack.append((".".join(part for part in (prefix, name) if part), child))
+
+
+def split_docstring(docstring: str) -> tuple[str, str] | None:
+    """Text and summary of a docstring; None when it has no paragraph after its first one.
+
+    The summary is the first paragraph in one line, as PEP 257 asks for one. The text ends before the first section
+    (``Args:``, ``Parameters`` with a line of dashes), field list (``:param``), directive or doctest.
+
+    Example:
+        >>> split_docstring("Return the sum.\\n\\nBoth numbers are added\\nas integers.\\n\\nArgs:\\n    x: one")
+        ('Both numbers are added as integers.', 'Return the sum.')
+    """
+    summary, _, rest = docstring.strip().partition("\n\n")
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", rest):
+        lines = paragraph.strip("\n").split("\n")
+        underlined = len(lines) > 1 and re.fullmatch(r"\s*[-=~^*]{3,}\s*", lines[1])
+        if _FIELD.match(lines[0]) or underlined or any(line.lstrip().startswith(">>> ") for line in lines):
+            break
+        paragraphs.append(" ".join(paragraph.split()))
+    text = "\n".join(paragraph for paragraph in paragraphs if paragraph)
+    is_section = _FIELD.match(summary) or re.search(r"[-=~^*]{3,}", summary)
+    if not text or is_section or not re.match(r"[A-Za-z`]", summary):
+        return None
+    return text, " ".join(summary.split())
+
+
+def _spread(values: Sequence[T], limit: int) -> list[T]:
+    """At most ``limit`` of the values, evenly spread."""
+    if len(values) <= limit:
+        return list(values)
+    return [values[at * len(values) // limit] for at in range(limit)]

@@ -1,0 +1,109 @@
+"""Docstrings of installed packages as a task of summarization."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxlm.data.docstrings import docstrings, split_docstring
+
+SOURCE = '''
+"""Reads and writes boxes.
+
+A box is a file with a header of eight bytes and any number of records, each with its own length.
+"""
+
+raise RuntimeError("this file must not be imported")
+
+
+class Box:
+    """An open box with its records.
+
+    The records are read when they are asked for, never before, so that large boxes need little memory.
+
+    Args:
+        path: the file.
+    """
+
+    def close(self):
+        """Close the file.
+
+        Short.
+        """
+
+    async def read(self):
+        """Return the next record of
+        the open box.
+
+        After the last record there is nothing to return, and the caller gets an empty value instead of an error.
+
+        >>> box.read()
+        """
+'''
+
+
+@pytest.fixture
+def site(tmp_path):
+    for name in ("box", "other", "box/tests"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "box" / "files.py").write_text(SOURCE)
+    (tmp_path / "box" / "tests" / "test_files.py").write_text(SOURCE.replace("box", "crate"))
+    (tmp_path / "other" / "copied.py").write_text(SOURCE)
+    (tmp_path / "other" / "old.py").write_text("print 'python 2'\n")
+    (tmp_path / "single.py").write_text(SOURCE.replace("box", "trunk").replace("records", "items"))
+    return tmp_path
+
+
+def test_examples_have_text_first_line_package_and_name(site):
+    examples = docstrings([site])
+    assert [(row["package"], row["name"], row["summary"]) for row in examples] == [
+        ("box", "module", "Reads and writes boxes."),
+        ("box", "Box", "An open box with its records."),
+        ("box", "Box.read", "Return the next record of the open box."),
+        ("single", "module", "Reads and writes trunkes."),
+        ("single", "Box", "An open trunk with its items."),
+    ]  # the other texts occur before
+    assert examples[1]["text"] == (
+        "The records are read when they are asked for, never before, so that large boxes need little memory."
+    )
+
+
+def test_files_that_are_not_python_are_reported(site):
+    (rejected,) = docstrings([site]).rejected
+    assert rejected.line == 3
+    assert "old.py" in rejected.reason
+
+
+def test_limits(site):
+    assert len(docstrings([site], max_per_package=1)) == 2
+    assert {row["name"] for row in docstrings([site], max_words=19)} == {"Box"}
+    assert {row["name"] for row in docstrings([site], max_summary_words=4)} == {"module"}
+    assert {row["package"] for row in docstrings([site], max_files=1)} == {"box", "single"}
+    with pytest.raises(ValueError, match="no docstring with a text and a first line was found"):
+        docstrings([site], min_words=1000, max_words=2000)
+    with pytest.raises(ValueError, match="max_files=0 must be at least 1"):
+        docstrings([site], max_files=0)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
+        docstrings([site / "nowhere"])
+
+
+def test_the_order_does_not_depend_on_the_process(site):
+    code = f"from jaxlm.data.docstrings import docstrings; print(list(docstrings([{str(site)!r}])))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(list(docstrings([site])))
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("One line.", None),
+        ("First line.\n\nArgs:\n    x: a number", None),
+        ("First line.\n\nText.\n\nParameters\n----------\nx : int", ("Text.", "First line.")),
+        ("First line.\n\nText\nhere.\n\nMore.\n\n:param x: a number", ("Text here.\nMore.", "First line.")),
+        (":param x: a number\n\nText.", None),
+        ("-----\n\nText.", None),
+        ("Returns\n-------\ndict\n\nText.", None),
+    ],
+)
+def test_parts_of_a_docstring(docstring, expected):
+    assert split_docstring(docstring) == expected

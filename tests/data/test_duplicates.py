@@ -1,0 +1,53 @@
+"""Groups of near-duplicates."""
+
+import numpy as np
+import pytest
+
+from jaxlm.data.duplicates import group_similar, trigrams
+
+WORDS = [f"w{number}" for number in range(5000)]
+RNG = np.random.default_rng(0)
+
+
+def random_text(words=40):
+    return " ".join(RNG.choice(WORDS, words))
+
+
+def test_texts_are_in_one_group_exactly_if_they_share_most_trigrams():
+    first, second = random_text(), random_text()
+    longer = f"{first} and one more paragraph here"
+    assert group_similar([first, second, longer, first.upper() + "!", random_text()]) == [0, 1, 0, 0, 4]
+    half = " ".join([*first.split()[:10], *random_text(30).split()])  # 8 of 68 trigrams in common
+    assert group_similar([first, half]) == [0, 1]
+
+
+def test_similarity_is_jaccard_of_trigrams():
+    first = random_text(60)
+    changed = " ".join([*first.split()[:48], *random_text(12).split()])
+    jaccard = len(trigrams(first) & trigrams(changed)) / len(trigrams(first) | trigrams(changed))
+    assert 0.6 < jaccard < 0.7
+    assert group_similar([first, changed], similarity=0.4) == [0, 0]
+    assert group_similar([first, changed], similarity=0.9) == [0, 1]
+
+
+def test_keys_and_similar_texts_join_groups():
+    texts = [random_text() for _ in range(5)]
+    texts[3] = texts[0] + " again"
+    assert group_similar(texts, keys=["a", "b", "b", "c", "c"]) == [0, 1, 1, 0, 0]
+
+
+def test_many_copies_with_small_changes_are_one_group():
+    template = random_text(30)
+    texts = [f"{template} for {number}" for number in range(300)] + [random_text(30) for _ in range(300)]
+    groups = group_similar(texts)
+    assert set(groups[:300]) == {0}
+    assert groups[300:] == list(range(300, 600))
+
+
+def test_edge_cases_and_bad_input():
+    assert group_similar([]) == []
+    assert group_similar(["", "", "one"]) == [0, 0, 2]
+    with pytest.raises(ValueError, match="1 keys for 2 texts"):
+        group_similar(["a", "b"], keys=["a"])
+    with pytest.raises(ValueError, match="similarity=0.0 must be above 0"):
+        group_similar(["a", "b"], similarity=0.0)
