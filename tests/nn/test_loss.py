@@ -139,3 +139,29 @@ def _scans(jaxpr):
             inner = getattr(value, "jaxpr", None)
             if inner is not None:
                 yield from _scans(inner)
+
+
+@pytest.mark.parametrize("chunk_logits", [2 * 5 * V, 10**9])
+def test_smoothed_targets_in_value_and_every_gradient(chunk_logits):
+    """Against the cross entropy of an explicit distribution, with two ids of padding that get no probability."""
+    params, hidden, targets, weights = make()
+    targets, smoothing, real = np.minimum(targets, V - 3), 0.2, np.arange(V) < V - 2
+
+    def padded_head(params, hidden):
+        return jnp.where(real[None, None], head(params, hidden), jnp.finfo(jnp.float32).min)
+
+    def literal(params, hidden):
+        log_probs = jax.nn.log_softmax(head(params, hidden)[..., : V - 2])
+        wanted = (1 - smoothing) * jax.nn.one_hot(targets, V - 2) + smoothing / (V - 2)
+        return -jnp.sum(weights * jnp.sum(wanted * log_probs, axis=-1))
+
+    def chunked(params, hidden):
+        return chunked_cross_entropy(
+            padded_head, params, hidden, targets, weights, label_smoothing=smoothing, chunk_logits=chunk_logits
+        )
+
+    want = jax.value_and_grad(literal, argnums=(0, 1))(params, hidden)
+    assert_trees_close(jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden), want, 5e-6)
+    assert relative_error(jax.jit(chunked)(params, hidden), want[0]) < 2e-6
+    plain_loss = jnp.sum(weights * cross_entropy(padded_head(params, hidden), targets, smoothing))
+    assert relative_error(plain_loss, want[0]) < 2e-6

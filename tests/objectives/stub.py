@@ -1,5 +1,6 @@
 """A model that compiles at once: what an objective needs of a model, and no attention."""
 
+import types
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ class Bag:
 
     def __init__(self, outputs: int) -> None:
         self.outputs = outputs
+        self.config = types.SimpleNamespace(num_labels=outputs, vocab_size=outputs)
 
     def init(self, seed: int = 0) -> Any:
         rng = np.random.default_rng(seed)
@@ -36,8 +38,8 @@ class Bag:
     def logits(self, params, hidden):
         return hidden @ params["head"]
 
-    def cross_entropy(self, params, hidden, targets, weights):
-        return chunked_cross_entropy(self.logits, params, hidden, targets, weights)
+    def cross_entropy(self, params, hidden, targets, weights, *, label_smoothing=0.0):
+        return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
     def summary(self, params, hidden, segment_ids=None, key=None):
         return heads.last_real(hidden, None if segment_ids is None else jnp.asarray(segment_ids))

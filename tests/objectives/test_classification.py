@@ -63,3 +63,36 @@ def test_inputs_reach_the_model():
     batch = classification.batch(np.zeros((2, 3), np.int32), np.zeros(2, int), num_labels=2, inputs=types)
     assert batch.inputs == types
     assert batch.inputs is not types
+
+
+def test_weights_of_classes_and_smoothed_labels_are_those_of_torch_by_definition():
+    labels, class_weights, smoothing = np.array([4, 0, classification.IGNORED, 2]), (1.0, 2.0, 3.0, 4.0, 0.5), 0.1
+    batch = classification.batch(TOKENS, labels, SEGMENTS, num_labels=5)
+    loss = classification.make_loss(label_smoothing=smoothing, class_weights=class_weights)
+
+    def literal(params):
+        hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
+        log_probs = jax.nn.log_softmax(MODEL.logits(params, MODEL.summary(params, hidden, SEGMENTS))[:, 0])
+        wanted = (1 - smoothing) * jax.nn.one_hot(np.maximum(labels, 0), 5) + smoothing / 5
+        weights = np.where(labels >= 0, np.asarray(class_weights)[np.maximum(labels, 0)], 0.0).astype(np.float32)
+        return -jnp.sum(weights * jnp.sum(wanted * log_probs, axis=-1))
+
+    compare(lambda p: (*loss(MODEL, p, batch)[:1], 3.0, None), literal, MODEL.init())
+    assert float(loss(MODEL, MODEL.init(), batch)[1]) == 0.5 + 1.0 + 3.0
+    with pytest.raises(ValueError, match="2 class_weights for num_labels=5"):
+        classification.make_loss(class_weights=(1.0, 2.0))(MODEL, MODEL.init(), batch)
+    with pytest.raises(ValueError, match="label_smoothing=1.0 must be in"):
+        classification.make_loss(label_smoothing=1.0)
+    with pytest.raises(ValueError, match="must be positive"):
+        classification.make_loss(class_weights=(0.0, 1.0))
+
+
+def test_accuracy_counts_rows_that_count():
+    batch = classification.batch(TOKENS, np.array([0, 0, classification.IGNORED, 0]), SEGMENTS, num_labels=5)
+    params = MODEL.init()
+    hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
+    best = np.argmax(MODEL.logits(params, MODEL.summary(params, hidden, SEGMENTS))[:, 0], axis=-1)
+    right = batch.replace(targets=best.astype(np.int32))
+    assert [float(x) for x in classification.accuracy(MODEL, params, right)[:2]] == [3.0, 3.0]
+    wrong = batch.replace(targets=((best + 1) % 5).astype(np.int32))
+    assert float(classification.accuracy(MODEL, params, wrong)[0]) == 0.0

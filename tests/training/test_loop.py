@@ -16,11 +16,12 @@ import optax
 import pytest
 
 from jaxlm.data import Batches, RandomWindows
+from jaxlm.data.buckets import Bucketed
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.report import curve, draw_losses, read_metrics
 from tests.helpers import assert_trees_equal, relative_error, tiny_model
 
@@ -269,3 +270,88 @@ def without_weight(batch):
 def test_bits_per_character():
     assert bits_per_character(np.log(2.0), 100, 100) == pytest.approx(1.0)
     assert bits_per_character(np.log(2.0), 100, 400) == pytest.approx(0.25)
+
+
+def scripted(values):
+    """An evaluation that gives the next of some values of ``score``, whatever the parameters."""
+    remaining = iter(values)
+    return lambda params: {"loss": 1.0, "score": next(remaining)}
+
+
+def test_the_best_weights_come_back_and_training_stops_early(tmp_path, capfd, monkeypatch):
+    model, optimizer, tokens, _ = parts()
+    best = {"best_metric": "score", "best_mode": "max", "restore_best": True, "evaluate_every": 2}
+    evaluate = scripted([0.1, 0.7, 0.5, 0.6, 0.2, 0.3])
+    monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, evaluate))
+    result = run(tmp_path / "stops", checkpoint_every=100, patience=2, **best)
+    assert (result.step, int(result.state.step)) == (4, 4)
+    assert result.validation == {"loss": 1.0, "score": 0.7}
+    said = capfd.readouterr().err
+    assert "step 8: no better score in 2 evaluations: stop" in said
+    assert "the weights are those of step 4, the best by score" in said
+    assert sorted(_saved(tmp_path / "stops")) == [4, 8]
+    assert curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
+        [2, 4, 6, 8],
+        [0.1, 0.7, 0.5, 0.6],
+    )
+    # The count of evaluations without improvement survives an interruption.
+    monkeypatch.setattr(
+        sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, scripted([0.1, 0.7, 0.5]))
+    )  # fmt: skip
+    data = Interrupting(RandomWindows(tokens, 16, 8, seed=1), 7, signal.SIGTERM)
+    assert run(tmp_path / "cut", data=data, checkpoint_every=100, patience=2, **best).interrupted == "SIGTERM"
+    monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, scripted([0.6, 0.9])))
+    resumed = run(tmp_path / "cut", resume=True, checkpoint_every=100, patience=2, **best)
+    assert resumed.step == 4
+    assert_trees_equal(resumed.params, result.params)
+
+
+def test_a_metric_that_no_evaluation_gives_is_named(tmp_path):
+    with pytest.raises(ValueError, match="best_metric='bleu' is not among the validation metrics loss: choose one"):
+        run(tmp_path, best_metric="bleu")
+    with pytest.raises(ValueError, match="restore_best=True needs checkpoints"):
+        TrainingConfig(restore_best=True, checkpoint_every=None)
+
+
+def test_trackers_get_the_records_and_the_log_has_rates(tmp_path, monkeypatch):
+    class Recorder:
+        def __init__(self):
+            self.records = []
+
+        def log(self, step, values):
+            self.records.append((step, dict(values)))
+
+        def close(self):
+            pass
+
+    model, optimizer, tokens, evaluate = parts()
+    config = TrainingConfig(steps=3, batch_size=8, evaluate_every=3, checkpoint_every=None)
+    schedule = learning_rate(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), STEPS)
+    trainer = config.trainer(model, optimizer, causal.loss, learning_rate=schedule)
+    tracker = Recorder()
+    data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
+    result = train(trainer, data, evaluate, config, Run(tmp_path, trackers=(tracker,)))
+    assert [step for step, _ in tracker.records] == [1, 2, 3, 3]
+    assert tracker.records[-1][1] == {"validation_loss": result.validation_loss}
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    np.testing.assert_allclose([record["learning_rate"] for record in records[:3]], [1e-2 / 3, 2e-2 / 3, 1e-2], rtol=1e-6)
+    assert all((record["tokens"], record["examples"]) == (8 * 16, 8) for record in records[:3])
+    assert records[2]["examples_per_second"] * 16 == pytest.approx(records[2]["tokens_per_second"])
+    assert result.compilations == 1
+    assert repr(result).startswith("Result(step=3, validation={'loss': ")
+
+
+def test_as_many_compilations_as_buckets(tmp_path, capfd):
+    model, optimizer, _, evaluate = parts()
+    rng = np.random.default_rng(0)
+    encoded = [{"tokens": rng.integers(0, 99, rng.integers(4, 40))} for _ in range(64)]
+    source = Bucketed(encoded, 8, num_buckets=2)
+
+    def bucket_to_batch(rows):
+        return causal.batch(rows.fields["tokens"], rows.segment_ids("tokens"))
+
+    config = TrainingConfig(steps=8, batch_size=8, evaluate_every=8, checkpoint_every=None)
+    trainer = config.trainer(model, optimizer, causal.loss)
+    result = train(trainer, Batches(source, to_batch=bucket_to_batch, prefetch=1), evaluate, config, Run(tmp_path))
+    assert result.compilations == len(source.buckets) == 2
+    assert "compiling for batch shape 2" in capfd.readouterr().err

@@ -10,9 +10,10 @@ import pytest
 from jaxlm import spec
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.training.adapt import Freeze, LoRA
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.trainer import Trainer
-from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens, tiny_model
+from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 
 @functools.cache
@@ -227,3 +228,48 @@ def test_bad_schedules_are_named():
         learning_rate(OptimizerConfig(), 100)
     with pytest.raises(ValueError, match="schedule='cosin' is unknown: choose from cosine"):
         learning_rate(OptimizerConfig(schedule="cosin"), 1000)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("adaptation", [LoRA(2, alpha=4.0), Freeze(("embedding",))])
+def test_only_the_adapted_part_is_trained_and_kept_in_the_optimizer(adaptation, apart):
+    model, _, batch = parts()
+    batch.tokens[0, 0] = 3
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), adaptation.specs(model.specs), 20)
+    trainer = Trainer(
+        model, optimizer, causal.loss, ema_decay=0.5, adaptation=adaptation, layers_apart=apart
+    )  # fmt: skip
+    params = jax.jit(model.init)(jax.random.key(3))
+    state = trainer.init(jax.random.key(0), params)
+    assert_trees_close(spec.restack(trainer.model_params(state)), params, 1e-7)
+    frozen = jax.tree.map(np.array, state.frozen)
+    step, losses = trainer.jit_step(), []
+    for _ in range(4):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert_trees_equal(state.frozen, frozen)
+    assert spec.diff(trainer.specs, state.params) == spec.diff(trainer.specs, state.ema) == []
+    merged = spec.restack(trainer.model_params(state))
+    assert spec.diff(model.specs, merged) == []
+    assert_trees_equal(merged["token_embedding"], params["token_embedding"])
+    weight = "layers/attention/qkv/weight"
+    assert relative_error(spec.flatten(merged)[weight], spec.flatten(params)[weight]) > 1e-4
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * spec.count(adaptation.specs(model.specs))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_an_adapted_and_sharded_state_is_described_before_it_exists(name):
+    model, _, batch = parts()
+    batch.tokens[0, 0] = 3
+    adaptation, sharding = LoRA(4), Sharding(make_mesh("fsdp=4,tensor=2"))
+    optimizer = make_optimizer(OptimizerConfig(name=name, warmup_steps=1), adaptation.specs(model.specs), 20)
+    trainer = Trainer(model, optimizer, causal.loss, adaptation=adaptation, sharding=sharding)
+    state = trainer.init(jax.random.key(0))
+    describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.sharding))
+    assert describe(trainer.abstract()) == describe(state)
+    single = dataclasses.replace(trainer, sharding=None)
+    want, _ = single.jit_step()(single.init(jax.random.key(0)), batch)
+    got, _ = trainer.jit_step()(state, batch)
+    assert_trees_close(got.params, want.params, 2e-4)

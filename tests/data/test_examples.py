@@ -1,0 +1,136 @@
+"""Readers of labelled and paired texts: what they give, and what they say of a bad file."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from jaxlm.data import corpora
+from jaxlm.data.examples import (
+    Examples,
+    Rejected,
+    label_ids,
+    read_jsonl,
+    read_labelled,
+    read_labelled_lines,
+    read_pairs,
+    read_table,
+)
+
+FIELDS = {"text": "sentence", "label": "label"}
+
+
+def written(path, text, encoding="utf-8"):
+    data = text.encode(encoding)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_tsv_has_no_quotes_and_csv_has(tmp_path, name):
+    tsv = written(tmp_path / name, '\ufefflabel\tsentence\n1\t"a" fine, film\r\n0\t" bad\n')
+    assert read_table(tsv, FIELDS).rows == [{"text": '"a" fine, film', "label": "1"}, {"text": '" bad', "label": "0"}]
+    csv = written(tmp_path / "a.csv", 'sentence,label\n"a ""fine"", film",1\n')
+    assert read_table(csv, FIELDS).rows == [{"text": 'a "fine", film', "label": "1"}]
+
+
+def test_other_formats(tmp_path):
+    lines = written(tmp_path / "a.all", "0 caf\xe9 noir \n1 b\n", "latin-1")
+    assert read_labelled_lines(lines, encoding="latin-1").rows[0] == {"label": "0", "text": "caf\xe9 noir"}
+    jsonl = written(tmp_path / "a.jsonl", json.dumps({"t": "x", "s": ["y"]}) + "\n\n" + json.dumps({"t": "z", "s": []}))
+    assert read_jsonl(jsonl, {"source": "t", "target": "s"}).column("source") == ["x", "z"]
+    source, target = written(tmp_path / "a.en", "one\ntwo\n"), written(tmp_path / "a.de.gz", "eins\nzwei\n")
+    assert read_pairs(source, target)[1] == {"source": "two", "target": "zwei"}
+
+
+def test_the_column_of_the_text_is_found(tmp_path):
+    assert read_labelled(written(tmp_path / "a.tsv", "label\tcontent\n1\tx\n")).rows == [{"text": "x", "label": "1"}]
+    assert read_labelled(written(tmp_path / "a.all", "1 x\n")).rows == [{"label": "1", "text": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("label\ttext\n1\tx\n", "has no column 'sentence': its columns are 'label', 'text'"),
+        ("label\tsentence\n1\tx\n2\n", "line 3: 1 columns where the first line has 2"),
+        ("label\tsentence\n1\t \n", "line 2: 'sentence' is empty"),
+        ("label\tsentence\n", "holds no example"),
+        ("", "is empty: the first line must name the columns"),
+    ],
+)
+def test_a_bad_table_is_named_with_file_and_line(tmp_path, text, message):
+    path = written(tmp_path / "bad.tsv", text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_table(path, FIELDS)
+    assert str(path) in str(caught.value)
+
+
+def test_other_bad_files(tmp_path):
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        read_jsonl(written(tmp_path / "a.jsonl", '{"a": "x"}\n{"a": \n'), {"text": "a"})
+    with pytest.raises(ValueError, match="line 1: no column 'b': the columns are 'a'"):
+        read_jsonl(written(tmp_path / "b.jsonl", '{"a": "x"}\n'), {"text": "b"})
+    with pytest.raises(ValueError, match="has 2 lines and .* has 1: they must be parallel"):
+        read_pairs(written(tmp_path / "a", "x\ny\n"), written(tmp_path / "b", "x\n"))
+    with pytest.raises(ValueError, match=r"after line 0: byte 0xe9 is not utf-8: .*latin-1"):
+        read_labelled_lines(written(tmp_path / "c", "1 caf\xe9\n", "latin-1"))
+    whole = gzip.compress("".join(f"1 line {n} {n * n}\n" for n in range(2000)).encode())
+    (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="the gzip file is truncated or damaged"):
+        read_labelled_lines(tmp_path / "cut.gz")
+    with pytest.raises(ValueError, match=r"a.txt is neither .tsv nor .csv: pass the delimiter"):
+        read_table(written(tmp_path / "a.txt", "x"), FIELDS)
+    with pytest.raises(FileNotFoundError, match="none.tsv is not a file"):
+        read_table(tmp_path / "none.tsv", FIELDS)
+
+
+def test_dirty_lines_are_reported(tmp_path):
+    path = written(tmp_path / "a.tsv", "label\tsentence\n1\tx\n1\n0\ty\n")
+    examples = read_table(path, FIELDS, on_error="report")
+    assert len(examples) == 2
+    assert examples.rejected == (Rejected(3, "1 columns where the first line has 2: ['1']"),)
+
+
+def test_parts_keep_groups_together_and_lose_nothing():
+    rows = [{"text": str(n), "group": n // 4} for n in range(80)]
+    parts = Examples(rows).split(0.1, 0.2, seed=3, by="group")
+    assert sorted(int(text) for part in parts for text in part.column("text")) == list(range(80))
+    groups = [set(part.column("group")) for part in parts]
+    assert [len(group) for group in groups] == [2, 4, 14]
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert [part.rows for part in Examples(rows).split(0.1, 0.2, seed=3, by="group")] == [part.rows for part in parts]
+    with pytest.raises(ValueError, match="their sum must be below 1"):
+        Examples(rows).split(0.5, 0.5)
+    with pytest.raises(ValueError, match="too few for parts"):
+        Examples(rows[:3]).split(0.01)
+
+
+def test_every_example_is_tested_in_one_fold():
+    folds = Examples([{"n": n} for n in range(23)]).folds(5, seed=1)
+    assert sorted(n for _, test in folds for n in test.column("n")) == list(range(23))
+    assert all(set(training.column("n")).isdisjoint(test.column("n")) for training, test in folds)
+    assert all(len(training) + len(test) == 23 for training, test in folds)
+
+
+def test_labels():
+    examples = Examples([{"label": label} for label in (10, 9, "2")])
+    assert examples.label_names() == ("2", "9", "10")
+    assert label_ids(examples.column("label"), examples.label_names()).tolist() == [2, 1, 0]
+    with pytest.raises(ValueError, match="example 0 of the examples has the label 'x': known are a, b"):
+        label_ids(["x"], ["a", "b"])
+    with pytest.raises(ValueError, match="example 1 of the examples has no field 'label'"):
+        Examples([{"label": 1}, {}]).column("label")
+
+
+def test_embedded_examples():
+    pairs = corpora.verses()
+    assert len(pairs) == 5833
+    assert pairs[0] == {
+        "source": "In the beginning, God created the heavens and the earth.",
+        "target": "EN el principio crió Dios los cielos y la tierra.",
+    }
+    passages = corpora.play_passages()
+    assert set(passages.column("label")) == set(corpora.PLAYS)
+    assert np.mean([len(text.split()) for text in passages.column("text")]) == pytest.approx(64, abs=5)

@@ -1,0 +1,106 @@
+"""The sentiment experiment, small: what it leaves, resuming, folds, bad input."""
+
+import json
+
+import pytest
+
+import jaxlm
+from experiments import sentiment
+from jaxlm import cli
+from jaxlm.training.report import read_results, read_samples
+
+WORDS = {"1": "good fine great warm", "0": "bad dull poor cold"}
+TINY = (
+    "--training.batch-size", "8", "--epochs", "2", "--training.evaluate-every", "4", "--optimizer.warmup-steps", "2",
+    "--buckets", "1", "--data.validation-fraction", "0.1", "--optimizer.learning-rate", "0.02",
+    "--model.set", "embed_dim=16", "hidden_dim=16", "num_layers=1",
+)  # fmt: skip
+
+
+def main(*arguments):
+    return sentiment.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sentences")
+    lines = [f"{label}\tit is {word} and {other}\n" for label, words in WORDS.items() for word in words.split()
+             for other in words.split()]  # fmt: skip
+    (directory / "train.tsv").write_text("label\tsentence\n" + "".join(lines * 2))
+    (directory / "dev.tsv").write_text("label\tcontent\n1\tit is great and fine\n0\tit is dull and bad\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    run = tmp_path_factory.mktemp("sentiment") / "run"
+    arguments = ("--data.train", files / "train.tsv", "--data.test", files / "dev.tsv", "--output", run)
+    assert main(*TINY, *arguments) == 0
+    return run
+
+
+def test_what_a_run_leaves(finished, capsys):
+    results = read_results(finished)
+    assert results["scores"][0]["name"] == "accuracy"
+    assert results["scores"][0]["value"] == 1.0
+    assert results["compilations"] == 1
+    assert {"source": "it is dull and bad", "label": "0", "output": "0"} in read_samples(finished)
+    assert json.loads((finished / "confusion.json").read_text())["counts"] == [[1, 0], [0, 1]]
+    page = (finished / "report.html").read_text()
+    assert "it is great and fine" in page
+    model, _ = jaxlm.load_pretrained(finished / "model")
+    assert model.labels == ("0", "1")
+    assert cli.main(["classify", str(finished), "it is warm and great"]) == 0
+    assert capsys.readouterr().out.split()[0] == "1"
+
+
+def test_a_finished_run_goes_on_with_more_epochs_but_not_with_other_data(finished, files, capsys):
+    assert main("--resume", finished) == 1
+    assert "nothing to do: step" in capsys.readouterr().err
+    assert main("--resume", finished, "--data.train", files / "dev.tsv") == 1
+    assert "cannot change when a run goes on" in capsys.readouterr().err
+
+
+def test_folds_test_every_example_once(files, tmp_path, capsys):
+    lines = [f"{label} it is {word}\n" for label, words in WORDS.items() for word in words.split()] * 4
+    (tmp_path / "lines.all").write_text("".join(lines))
+    arguments = ("--data.train", tmp_path / "lines.all", "--folds", "2", "--output", tmp_path / "run")
+    assert main(*TINY, *arguments) == 0
+    assert "accuracy over 2 folds" in capsys.readouterr().out
+    counts = [
+        json.loads((tmp_path / "run" / f"fold-{fold}" / "confusion.json").read_text())["counts"] for fold in (0, 1)
+    ]
+    assert sum(sum(map(sum, fold)) for fold in counts) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--data.train", "none.tsv"), "none.tsv is not a file"),
+        (("--model.set", "num_labels=3"), "--model.set num_labels=3: the data decide num_labels, leave it out"),
+        (("--model.set", "hidden"), "cannot read --model.set 'hidden': write name=value"),
+        (("--model.name", "lstn"), "no model is called 'lstn': did you mean 'lstm'"),
+        (("--optimizer.warmup-steps", "999"), "warmup_steps=999 must be fewer than the"),
+    ],
+)
+def test_mistakes_get_one_line_before_a_directory_is_made(files, tmp_path, capsys, change, message):
+    arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
+    assert main(*TINY, *arguments, *change) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("preset", ["bilstm", "gru", "attention_rnn", "cnn", "resnet", "roberta", "xlnet"])
+def test_every_preset_trains(files, tmp_path, preset):
+    sizes = {
+        "cnn": ("embedding=learned", "embed_dim=16", "channels=16", "kernels=(5,)", "fc_dim=16"),
+        "resnet": ("embed_dim=16", "channels=8", "blocks=(1, 1)", "fc_dim=16"),
+        "attention_rnn": ("embed_dim=16", "hidden_dim=8", "attention_dim=8"),
+        "roberta": ("num_layers=1", "num_heads=2", "embed_dim=16", "max_positions=64"),
+        "xlnet": ("num_layers=1", "num_heads=2", "embed_dim=16", "mlp_dim=32"),
+    }.get(preset, ("embed_dim=16", "hidden_dim=16", "direction=both"))
+    arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
+    assert main("--preset", preset, *TINY[:-4], *arguments, "--model.set", *sizes) == 0
+    assert (tmp_path / "run" / "report.html").exists()

@@ -1,0 +1,100 @@
+"""Examples as batches of a classifier, and that every family that classifies learns from them."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.data import Batches
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.examples import Examples
+from jaxlm.data.vocabularies import train_tokenizer
+from jaxlm.objectives import classification as objective
+from jaxlm.tasks import classification
+from jaxlm.tasks.predict import classify
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Run, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from tests.helpers import FIRST, tiny_model
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
+LABELS = ("colour", "number")
+
+
+def examples(count=40):
+    """The label says whether the first word is a colour."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        words = rng.choice(WORDS, rng.integers(2, 12)).tolist()
+        rows.append({"text": " ".join(words), "label": LABELS[WORDS.index(words[0]) > 2]})
+    return Examples(rows)
+
+
+def tokenizer(template="none"):
+    return train_tokenizer(WORDS, "word", 60, template=template)
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "xlnet-tiny"])
+def test_inputs_are_those_that_prediction_reads(name):
+    """Training and ``classify`` see the same tokens and token types: equal probabilities."""
+    template = {"bert-tiny": "cls_sep", "xlnet-tiny": "sep_cls"}[name]
+    model = tiny_model(name, task="classification", num_labels=2).with_labels(LABELS)
+    tokens, params = tokenizer(template), jax.jit(model.init)(jax.random.key(0))
+    data = examples(10)
+    encoded = classification.encode(data, tokens, LABELS, model)
+    assert ("token_types" in encoded[0]) == classification.takes_token_types(model) == True  # noqa: E712
+    (batch,) = classification.batches(encoded, 2, 10, num_buckets=1)
+    loss, _, _ = objective.loss(model, params, batch)
+    found = classify(model, params, tokens, data.column("text")).probabilities
+    want = -sum(np.log(found[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+def classifies(name):
+    try:
+        model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)
+    except (TypeError, ValueError):
+        return False
+    return hasattr(model.module, "summary")
+
+
+@pytest.mark.parametrize("name", [name for name in FIRST if classifies(name)])
+def test_rows_without_an_example_change_nothing(name):
+    """An incomplete batch has the loss and the gradient of its examples alone, and both are finite."""
+    model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)
+    encoded = classification.encode(examples(3), tokenizer(), LABELS, model)
+    params = jax.jit(model.init)(jax.random.key(0))
+    evaluate = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
+    results = []
+    for rows in (3, 5):
+        (batch,) = classification.batches(encoded, 2, rows, num_buckets=1)
+        assert batch.tokens.shape[0] == rows
+        results.append(evaluate(params, batch))
+    (loss, gradient), (padded_loss, padded_gradient) = results
+    np.testing.assert_allclose(padded_loss, loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(padded_gradient), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * max(1.0, float(np.abs(one).max())))
+
+
+def test_a_users_own_task_takes_ten_lines(tmp_path):
+    data, tokens = examples(), tokenizer()
+    model = tiny_model("lstm-encoder-tiny", vocab_size=tokens.vocab_size, num_labels=2).with_labels(LABELS)
+    encoded = classification.encode(data, tokens, LABELS, model)
+    config = TrainingConfig(steps=60, batch_size=20, evaluate_every=60, checkpoint_every=None)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-2, warmup_steps=2), model.specs, config.steps)
+    trainer = config.trainer(model, optimizer, objective.loss)
+    batches = Batches(Bucketed(encoded, 20, num_buckets=2), to_batch=classification.to_batch(2))
+    evaluate = Evaluator(model, classification.METRICS, classification.batches(encoded, 2, 20, num_buckets=1))
+    result = train(trainer, batches, evaluate, config, Run(tmp_path))
+    assert result.validation["accuracy"] == 1.0
+    assert classify(model, result.params, tokens, ["red one", "two blue"]).labels == list(LABELS)
+
+
+def test_bad_examples_are_named():
+    model = tiny_model("bert-tiny", task="classification", num_labels=2)
+    with pytest.raises(ValueError, match="example 0 of the examples has the label 'x': known are colour, number"):
+        classification.encode(Examples([{"text": "red", "label": "x"}]), tokenizer(), LABELS, model)
+    long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
+    with pytest.raises(ValueError, match="example 0 of long.tsv has 100 tokens: it must have from 1 to .* max_length"):
+        classification.encode(long, tokenizer(), LABELS, model)
+    assert len(classification.encode(long, tokenizer(), LABELS, model, max_length=20)[0]["tokens"]) == 20

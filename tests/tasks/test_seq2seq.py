@@ -1,0 +1,54 @@
+"""Pairs of texts as batches of an encoder-decoder."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.examples import Examples
+from jaxlm.data.vocabularies import train_tokenizer
+from jaxlm.objectives import seq2seq as objective
+from jaxlm.tasks import seq2seq
+from tests.helpers import tiny_model
+
+PAIRS = Examples([{"source": "a b c", "target": "c b"}, {"source": "b", "target": "b a c a"}])
+
+
+def tokenizer(template="eos"):
+    return train_tokenizer(["a b c"], "word", 20, template=template)
+
+
+def test_what_the_decoder_reads_and_says():
+    model = tiny_model("t5-tiny", decoder_start_id=0)
+    tokens = tokenizer()
+    a, b, c = (int(tokens.encode(word)[0]) for word in "abc")
+    encoded = seq2seq.encode(PAIRS, tokens)
+    assert encoded[0]["source"].tolist() == [a, b, c, 1]
+    assert encoded[0]["target"].tolist() == [c, b, 1]
+    source = Bucketed(encoded, 3, num_buckets=1, shuffle=False, multiple=1)
+    batch = seq2seq.to_batch(model, tokens)(source.batch(0, range(3)))
+    assert batch.tokens.tolist() == [[0, c, b, 0, 0], [0, b, a, c, a], [0, 0, 0, 0, 0]]
+    assert batch.targets.tolist() == [[c, b, 1, 0, 0], [b, a, c, a, 1], [0, 0, 0, 0, 0]]
+    assert batch.weights.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+    assert batch.inputs["source_segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
+def test_rows_without_an_example_change_nothing(name):
+    model, tokens = tiny_model(name), tokenizer()
+    params = jax.jit(model.init)(jax.random.key(0))
+    value = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
+    (small,), (large,) = (
+        seq2seq.batches(seq2seq.encode(PAIRS, tokens), model, tokens, rows, num_buckets=1) for rows in (2, 4)
+    )  # fmt: skip
+    (loss, gradient), (other_loss, other_gradient) = value(params, small), value(params, large)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * max(1.0, float(np.abs(one).max())))
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="the template of the tokenizer does not end a text: train one with"):
+        seq2seq.encode(PAIRS, tokenizer("none"))
+    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+        seq2seq.encode(PAIRS, tokenizer("cls_sep"))
