@@ -9,6 +9,7 @@ import tyro
 
 import jaxlm
 from jaxlm.cli.answer import Answer
+from jaxlm.cli.chess import Chess
 from jaxlm.cli.classify import Classify
 from jaxlm.cli.doctor import Doctor
 from jaxlm.cli.generate import Generate
@@ -33,6 +34,7 @@ COMMANDS: dict[str, type[Command]] = {
     "summarize": Summarize,
     "answer": Answer,
     "classify": Classify,
+    "chess": Chess,
     "score": Score,
     "plan": Plan,
     "launch": Launch,
@@ -45,8 +47,8 @@ docstrings are the help.
 """
 
 DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
-generate, translate, summarize, answer, classify, score. Before a training: plan, launch. For this machine: doctor. The
-version: jaxlm --version."""
+generate, translate, summarize, answer, classify, chess, score. Before a training: plan, launch. For this machine:
+doctor. The version: jaxlm --version."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
 from jaxlm.data.corpora import read_text, shakespeare
 from jaxlm.data.encodings import Encoding
+from jaxlm.data.games import Games, chess_games, read_games, split_games
+from jaxlm.data.moves import MoveTokenizer
 from jaxlm.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -20,6 +22,8 @@ __all__ = [
     "CharTokenizer",
     "Columns",
     "Encoding",
+    "Games",
+    "MoveTokenizer",
     "Packed",
     "PretrainedTokenizer",
     "RandomWindows",
@@ -28,12 +32,15 @@ __all__ = [
     "Tokenizer",
     "Window",
     "check_tokens",
+    "chess_games",
     "load_tokenizer",
     "open_tokens",
+    "read_games",
     "read_text",
     "shakespeare",
     "split",
     "split_documents",
+    "split_games",
     "train_tokenizer",
     "write_tokens",
 ]

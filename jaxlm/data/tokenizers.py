@@ -483,6 +483,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
                 return ByteTokenizer()
             case {"type": "character", "characters": str(characters)}:
                 return CharTokenizer(characters)
+            case {"type": "moves"}:
+                from jaxlm.data.moves import MoveTokenizer  # it imports this module
+
+                return MoveTokenizer.from_json(content)
         raise ValueError(f'{own} describes no known tokenizer: "type" is {content.get("type")!r}')
     if (directory / "tokenizer.json").exists() or all(
         (directory / name).exists() for name in ("vocab.json", "merges.txt")

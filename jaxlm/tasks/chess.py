@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,15 @@ from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, proportion
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
-from jaxlm.tasks.chess_players import EnginePlayer, MatchResult, ModelPlayer, Player, RandomPlayer, play_match
+from jaxlm.tasks.chess_players import (
+    EnginePlayer,
+    MatchResult,
+    MatingPlayer,
+    ModelPlayer,
+    Player,
+    RandomPlayer,
+    play_match,
+)
 from jaxlm.tasks.chess_reading import (
     LegalMoves,
     MoveReader,
@@ -34,6 +42,7 @@ from jaxlm.tasks.chess_reading import (
     check_lengths,
     check_model,
     choose_ids,
+    mates,
     next_logits,
     next_move_probabilities,
     padded,
@@ -42,13 +51,10 @@ from jaxlm.tasks.chess_reading import (
 )
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
 
-if TYPE_CHECKING:
-    import chess
-
 __all__ = [
-    "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "ModelPlayer", "MoveReader", "NextMoves", "Player",
-    "RandomPlayer", "board_after", "draw_board", "legal_move_rate", "mate_in_one_accuracy", "mates_in_one",
-    "next_move_accuracy", "next_move_probabilities", "play_match", "play_on_terminal",
+    "EnginePlayer", "LegalMoveRate", "LegalMoves", "MatchResult", "MatingPlayer", "ModelPlayer", "MoveReader",
+    "NextMoves", "Player", "RandomPlayer", "board_after", "draw_board", "legal_move_rate", "mate_in_one_accuracy",
+    "mates_in_one", "next_move_accuracy", "next_move_probabilities", "play_match", "play_on_terminal",
 ]  # fmt: skip
 
 
@@ -173,7 +179,7 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
     for line in games:
         board, words = import_chess().Board(), line.split()
         for index, word in enumerate(words):
-            if any(_mates(board, move) for move in board.legal_moves):
+            if any(mates(board, move) for move in board.legal_moves):
                 found.append(" ".join(words[:index]))
             push(board, word)
     return found
@@ -197,23 +203,14 @@ def mate_in_one_accuracy(
     best = next_move_probabilities(
         model, params, tokenizer, positions, legal_only=True, batch_size=batch_size
     ).argmax(axis=1)  # fmt: skip
-    legal_moves, mates = LegalMoves(tokenizer), 0
+    legal_moves, found = LegalMoves(tokenizer), 0
     for line, id in zip(positions, best.tolist(), strict=True):
         board = board_after(line)
-        if not any(_mates(board, move) for move in board.legal_moves):
+        if not any(mates(board, move) for move in board.legal_moves):
             raise ValueError(f"there is no mate in one after {line!r}")
         move = legal_moves.move(board, id)
-        mates += move is not None and _mates(board, move)
-    return proportion("mate in one", mates, len(positions))
-
-
-def _mates(board: chess.Board, move: chess.Move) -> bool:
-    if not board.gives_check(move):
-        return False
-    board.push(move)
-    mate = board.is_checkmate()
-    board.pop()
-    return mate
+        found += move is not None and mates(board, move)
+    return proportion("mate in one", found, len(positions))
 
 
 def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:

@@ -22,7 +22,7 @@ from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import Score
 from jaxlm.models import Model
-from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids
+from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, mates
 
 if TYPE_CHECKING:
     import chess
@@ -153,6 +153,20 @@ class EnginePlayer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class MatingPlayer:
+    """Plays a mate in one where the rules show one, and else the move of ``player``."""
+
+    player: Player
+
+    @property
+    def max_moves(self) -> int | None:
+        return self.player.max_moves
+
+    def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
+        return [_mate(board) or move for board, move in zip(boards, self.player.choose(boards, rng), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +317,11 @@ def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> Matc
         illegal=sum(outcome.illegal and point == 0.0 for outcome, point in zip(outcomes, points, strict=True)),
         games=Games(lines, results, "uci", source="match"),
     )
+
+
+def _mate(board: chess.Board) -> chess.Move | None:
+    """The first legal move that mates."""
+    return next((move for move in board.legal_moves if mates(board, move)), None)
 
 
 def _engine_path() -> str:

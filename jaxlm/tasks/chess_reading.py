@@ -120,6 +120,16 @@ def push(board: chess.Board, word: str) -> chess.Move:
     return board.push_uci(word) if UCI_MOVE.fullmatch(word) else board.push_san(word)
 
 
+def mates(board: chess.Board, move: chess.Move) -> bool:
+    """Whether a legal move is mate. The board is as before afterwards."""
+    if not board.gives_check(move):
+        return False
+    board.push(move)
+    mate = board.is_checkmate()
+    board.pop()
+    return mate
+
+
 def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
     """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``; the largest at temperature 0."""
     if not 0.0 <= temperature < np.inf:

@@ -1,0 +1,254 @@
+"""Chess from the moves of games alone: train a model to predict moves, and measure how well it knows the game.
+
+    python -m experiments.chess                                        2,000 embedded games, Llama, about 2 minutes
+
+A file with one game per line (SAN or UCI moves), or PGN; 144,000 master games take about an hour on two cores:
+
+    python -m experiments.chess --preset full --data games_san.txt.gz
+
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5, each also with --data. A quick look at a large
+file: --max-games 5000. docs/tasks/chess.md has the measured figures and defines each metric.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from jaxlm import host, metrics
+from jaxlm.data import Batches, MoveTokenizer, load_tokenizer
+from jaxlm.data.games import Games, Notation, chess_games, read_games, split_games
+from jaxlm.models import Model
+from jaxlm.objectives import causal
+from jaxlm.objectives.batch import token_accuracy
+from jaxlm.tasks import chess
+from jaxlm.tasks.chess_training import game_batches, match_boards, move_samples
+from jaxlm.training import experiment as lib
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.recipes import recipe
+from jaxlm.training.report import Board, write_boards, write_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Tests:
+    """How much is measured after the training. 0 leaves a test out. In matches the model plays its most probable legal
+    move."""
+
+    games: int = 500
+    """Test games whose moves are predicted."""
+    mates: int = 3000
+    """Test games that are searched for positions with a mate in one (14 ms each; about one in a hundred has one)."""
+    sampled: int = 200
+    """Games that the model makes up."""
+    random: int = 200
+    """Games against a player of random moves."""
+    engine: int = 40
+    """Games against Stockfish at skill level 0, if it is installed."""
+    opening_moves: int = 4
+    """Random moves at the beginning of a game against Stockfish, so that games differ."""
+    max_moves: int = 256
+    """Moves of both players after which a game is a draw."""
+    look_for_mate: bool = False
+    """In matches, play a mate in one whenever the rules show one. Then it is not the model alone that plays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a model on chess games and test it."""
+
+    model: lib.ModelConfig = lib.ModelConfig("llama")
+    """The model: a causal family that carries a state, or an encoder-decoder."""
+    training: TrainingConfig = TrainingConfig()
+    """The training. Games are packed into rows of sequence_length; what exceeds it is not trained on."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    tests: Tests = Tests()
+    """The tests."""
+    data: Path | None = None
+    """Games: .txt (one a line) or .pgn, .gz too; None: the embedded ones."""
+    notation: Notation = "uci"
+    """What the model reads. The file may have either."""
+    max_games: int | None = None
+    """Use the first games of the file only."""
+    min_count: int = 2
+    """With notation san, moves that are rarer in the training games are unknown."""
+    validation_fraction: float = 0.02
+    """Share of the games for validation."""
+    test_fraction: float = 0.05
+    """Share of the games for the tests."""
+    cuts: int = 4
+    """Encoder-decoders: positions of each game that are learnt from. The source is the game so far."""
+    horizon: int = 8
+    """Encoder-decoders: moves after each position that are the target."""
+    output: Path | None = None
+    """Run directory; None makes runs/chess-<time>."""
+
+
+def preset(name: str, *changes: str, rate: float = 3e-3, batch: int = 8, **options: Any) -> Experiment:
+    """An experiment with a small model from scratch."""
+    training = TrainingConfig(300, batch, sequence_length=256, evaluate_every=100, checkpoint_every=100)
+    optimizer = OptimizerConfig(learning_rate=rate, warmup_steps=30, beta2=0.95)
+    small = Tests(games=50, sampled=50, random=20, engine=10)
+    experiment = Experiment(lib.ModelConfig(name, changes), training, optimizer, small)
+    return dataclasses.replace(experiment, **options)
+
+
+WIDE = ("num_layers=4", "num_heads=4", "embed_dim=128", "remat=none")
+PRESETS = {
+    "llama": preset("llama", *WIDE, "mlp_dim=352"),
+    "gpt": preset(
+        "gpt2", *WIDE, "embedding_dropout=0.0", "attention_dropout=0.0", "residual_dropout=0.0", "init_stddev=0.04"
+    ),
+    "lstm": preset("lstm", "num_layers=2", "embed_dim=128", "hidden_dim=256", "weight_dropout=0.0", rate=5e-3),
+    "transformer_xl": preset(
+        "transformer-xl-base", *WIDE, "head_dim=32", "token_dim=128", "mlp_dim=512", "cutoffs=()",
+        "memory_length=256", "embedding_divisor=1", "dropout=0.0", rate=2e-3,
+    ),
+    "attention_rnn_lm": preset("attention_rnn_lm", "embed_dim=128", "hidden_dim=256", "dropout=0.0", rate=5e-3),
+    "t5": preset(
+        "t5", "num_layers=2", "num_heads=4", "embed_dim=128", "head_dim=32", "mlp_dim=512", "dropout=0.0",
+        batch=16, optimizer=recipe("t5", 300), tests=Tests(10, 1000, 20, 10, 4),
+    ),
+    "full": preset(
+        "llama", "num_layers=6", "num_heads=6", "embed_dim=192", "mlp_dim=512", "remat=none",
+        training=TrainingConfig(6000, 8, 256, evaluate_every=500, checkpoint_every=500),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=200, final_fraction=0.02, beta2=0.95),
+        tests=Tests(), validation_fraction=0.005, test_fraction=0.02,
+    ),
+}  # fmt: skip
+
+
+def read(experiment: Experiment) -> Games:
+    """The games of the file, or the embedded ones."""
+    begun = time.perf_counter()
+    if experiment.data is None:
+        games = chess_games(experiment.notation)
+    else:
+        lib.say(f"reading {experiment.data}: replaying a game by the rules takes about 1 ms of one core")
+        games = read_games(experiment.data, experiment.notation)
+    lib.say(f"{games.report()}, read in {time.perf_counter() - begun:.0f} s")
+    if experiment.max_games is None:
+        return games
+    if not 1 <= experiment.max_games <= len(games):
+        raise ValueError(f"max_games={experiment.max_games} must be from 1 to the {len(games):,} games of the file")
+    return games.select(range(experiment.max_games))
+
+
+def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
+    """The model, parameters to start from (None: random), and the tokenizer."""
+    if resume is None:
+        tokenizer = MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
+    else:
+        tokenizer = cast(MoveTokenizer, load_tokenizer(resume / "model"))
+    fixed = {"vocab_size": tokenizer.vocab_size}
+    if experiment.model.name.startswith(("gpt", "llama")):
+        fixed["max_positions"] = experiment.training.sequence_length
+    return *experiment.model.build(experiment.training.seed, **fixed), tokenizer
+
+
+def run(experiment: Experiment, resume: Path | None = None) -> Result:
+    """Train, test, report."""
+    begun, config = time.perf_counter(), experiment.training
+    fixed = ["output", "data", "notation", "max_games", "min_count", "validation_fraction", "test_fraction"]
+    lib.check_unchanged(experiment, resume, fixed)
+    fractions = (experiment.validation_fraction, experiment.test_fraction)
+    training, validation, test = split_games(read(experiment), *fractions)
+    model, params, tokenizer = build(experiment, training, resume)
+    (source, to_batch, words), (held_out, _, _) = (
+        game_batches(
+            model, tokenizer, part.moves, config.batch_size, config.sequence_length, cuts=experiment.cuts,
+            horizon=experiment.horizon, seed=config.seed,
+        )
+        for part in (training, validation)
+    )  # fmt: skip
+    trainer = config.trainer(
+        model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss,
+        learning_rate=learning_rate(experiment.optimizer, config.steps),
+    )  # fmt: skip
+    batches = min(config.evaluation_batches, -(-held_out.rows_per_epoch // held_out.batch_size))
+    evaluate = Evaluator(
+        model, {"loss": causal.loss, "token_accuracy": token_accuracy},
+        [to_batch(held_out.batch(index, range(config.batch_size))) for index in range(batches)],
+    )  # fmt: skip
+    directory = lib.run_directory("chess", experiment, resume, tokenizer)
+    lib.say(
+        f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
+        f"{len(validation):,} for validation, {len(test):,} for the tests · {words} · {config.steps:,} steps of "
+        f"{source.rows_per_epoch / source.batch_size:,.0f} per epoch · {directory}"
+    )
+    data = Batches(source, to_batch=to_batch, prefetch=2)
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    if result.interrupted is None:
+        lib.export(directory, experiment, model, result, tokenizer)
+        _report(directory, experiment, model, result, tokenizer, test, begun)
+    return result
+
+
+def _report(
+    directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: MoveTokenizer, test: Games,
+    begun: float,
+) -> None:  # fmt: skip
+    """Run the tests and write the report."""
+    tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
+    known = (model, result.params, tokenizer)
+    limit = getattr(model.config, "max_positions", None)
+    fitting = [line for line in test.moves if limit is None or len(line.split()) < limit]
+    if len(fitting) < len(test):
+        lib.say(f"{len(test) - len(fitting)} test games of {limit} or more moves are left out")
+    if lines := fitting[: tests.games]:
+        moves = chess.next_move_accuracy(*known, lines)
+        scores += [moves.top_1, moves.top_5, moves.legal]
+        write_samples(directory, move_samples(*known, lines))
+    if positions := chess.mates_in_one(fitting[: tests.mates]):
+        scores.append(chess.mate_in_one_accuracy(*known, positions))
+    elif tests.mates:
+        lib.say("no test game that was searched has a mate in one: this test is left out")
+    longest = tests.max_moves if limit is None else min(tests.max_moves, limit)
+    if tests.sampled:
+        made_up = chess.legal_move_rate(*known, games=tests.sampled, max_moves=longest)
+        scores += [made_up.moves, made_up.games]
+    player: chess.Player = chess.ModelPlayer(*known)
+    if tests.look_for_mate:
+        player = chess.MatingPlayer(player)
+    for name, opponent, games, opening in _opponents(tests):
+        match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
+        name += " with search for mates" * tests.look_for_mate
+        lib.say(f"against {name}: {match}")
+        won = metrics.proportion(f"wins against {name}", match.wins, games)
+        scores += [won, dataclasses.replace(match.score, name=f"score against {name}")]
+        boards += match_boards(name, match)
+    write_boards(directory, boards)
+    lib.report(
+        directory, task="chess", model=model, begun=begun, scores=scores, steps=result.step,
+        data=str(experiment.data or "embedded games"), notation=experiment.notation,
+        compilations=result.compilations, training_tokens_per_second=round(result.tokens_per_second),
+    )  # fmt: skip
+
+
+def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
+    """Name, player, number of games and of random opening moves of each match."""
+    if tests.random:
+        yield "random moves", chess.RandomPlayer(), tests.random, 0
+    if tests.engine:
+        try:
+            with chess.EnginePlayer() as engine:
+                yield "Stockfish level 0", engine, tests.engine, tests.opening_moves
+        except FileNotFoundError as error:
+            lib.say(f"{error}: this test is left out")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    default = PRESETS["llama"]
+    return lib.command_line(default, PRESETS, run, name="chess", description=__doc__ or "", arguments=arguments)
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())

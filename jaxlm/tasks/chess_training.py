@@ -1,0 +1,109 @@
+"""Chess games as training examples, and what a report shows of a chess model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data import Packed, Source, Window
+from jaxlm.data.buckets import Bucketed, Encoded
+from jaxlm.data.moves import MoveTokenizer
+from jaxlm.models import Model
+from jaxlm.objectives import causal
+from jaxlm.objectives.batch import Batch
+from jaxlm.tasks import seq2seq
+from jaxlm.tasks.chess_players import MatchResult
+from jaxlm.tasks.chess_reading import board_after, next_move_probabilities
+from jaxlm.training.report import Board
+
+
+def game_batches(
+    model: Model,
+    tokenizer: MoveTokenizer,
+    games: Sequence[str],
+    batch_size: int,
+    length: int,
+    *,
+    cuts: int = 4,
+    horizon: int = 8,
+    seed: int = 0,
+) -> tuple[Source, Callable[[Any], Batch], str]:
+    """The games as a source of batches, the function that makes its batches fit for the loss, and a description.
+
+    A causal model reads whole games, packed into rows. An encoder-decoder reads positions of each game: the source is
+    the game so far, the target the next tokens.
+
+    Args:
+        games: lines of moves in the tokenizer's notation.
+        length: tokens of a row, or most tokens of a source. What exceeds it is left out: the second piece of a game
+            would begin in a position that the model does not know.
+        cuts: positions of each game for an encoder-decoder, drawn uniformly; one may be drawn twice.
+        horizon: most tokens of a target.
+
+    Raises:
+        ValueError: no game, or a number below 1.
+    """
+    for name, value in (("length", length), ("cuts", cuts), ("horizon", horizon)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    whole = [tokenizer.game(line) for line in games]
+    longer = f"{sum(len(game) > length + 1 for game in whole)} games cut after {length} moves"
+    if model.reads_source:
+        rng, rows = np.random.default_rng(seed), list[Encoded]()
+        for game in whole:
+            for at in rng.integers(1, min(len(game), length + 1), cuts).tolist():
+                rows.append({"source": game[:at], "target": game[at : at + horizon]})
+        bucketed = Bucketed(rows, batch_size, seed=seed, equal_tokens=True)
+        return bucketed, seq2seq.to_batch(model, tokenizer), f"{bucketed.describe()}, {longer}"
+    packed = Packed([game[: length + 1] for game in whole], length, batch_size, seed)
+    return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {longer}"
+
+
+def _packed_batch(window: Window) -> Batch:
+    return causal.batch(window.tokens, window.segment_ids)
+
+
+def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
+    """Positions of the first won, drawn and lost game: after the first player's most valuable capture, and the last.
+
+    Args:
+        name: the opponent, for the titles.
+    """
+    shown = set()
+    for number, (line, result) in enumerate(zip(match.games.moves, match.games.results, strict=True)):
+        color, words = ("white", "black")[number % 2], line.split()
+        end = "drawn" if result == "1/2-1/2" else "won" if (result == "1-0") == (color == "white") else "lost"
+        if end in shown or not words:
+            continue
+        shown.add(end)
+        title = f"Against {name}, game {number + 1}: {end} in {len(words)} moves"
+        best = _best_capture(words, number % 2)
+        if best is not None:
+            text = f"The model is {color}. Its most valuable capture is move {best}."
+            yield Board(title, board_after(" ".join(words[:best])).fen(), words[best - 1], text)
+        yield Board(title, board_after(line).fen(), words[-1], f"The model is {color}. The last position.")
+
+
+def _best_capture(words: Sequence[str], first: int) -> int | None:
+    """The number of moves after the most valuable capture of the player who has moves ``first``, ``first`` + 2, ..."""
+    board, best, most = board_after(""), None, 0
+    for index, word in enumerate(words):
+        taken = board.piece_type_at(board.parse_uci(word).to_square) or 0
+        if index % 2 == first and taken > most and board.is_capture(board.parse_uci(word)):
+            best, most = index + 1, taken
+        board.push_uci(word)
+    return best
+
+
+def move_samples(
+    model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
+) -> Iterator[dict[str, str]]:
+    """The five most probable moves in the middle of each of the first ``count`` games, for ``write_samples``."""
+    chosen = [line.split() for line in games[:count]]
+    before = [" ".join(words[: len(words) // 2]) for words in chosen]
+    table = next_move_probabilities(model, params, tokenizer, before)
+    for words, source, row in zip(chosen, before, table, strict=True):
+        best = [f"{tokenizer.move_text(id)} {row[id]:.2f}" for id in np.argsort(-row)[:5].tolist()]
+        yield {"source": source, "reference": words[len(words) // 2], "output": ", ".join(best)}
