@@ -38,11 +38,11 @@ class Options:
 
 
 def run_jaxlm(options: Options) -> dict[str, float]:
-    """``experiments.shakespeare --preset nanogpt`` in a process of its own."""
+    """``experiments.text_generation --preset nanogpt`` in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         command = [
-            sys.executable, "-m", "experiments.shakespeare", "--preset", "nanogpt", "--data", str(options.data),
+            sys.executable, "-m", "experiments.text_generation", "--preset", "nanogpt", "--data", str(options.data),
             "--training.steps", str(options.steps), "--output", str(run),
         ]  # fmt: skip
         begun = time.perf_counter()
@@ -59,19 +59,21 @@ def run_torch(options: Options) -> dict[str, float]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from experiments.shakespeare import NANOGPT
+    from experiments.text_generation import PRESETS
     from jaxlm.data import Batches, CharTokenizer, RandomWindows, read_text, split
     from jaxlm.training.optimizer import learning_rate
 
-    training, settings = NANOGPT.training, NANOGPT.optimizer
+    experiment = PRESETS["nanogpt"]
+    training, settings = experiment.training, experiment.optimizer
     text = read_text(options.data)
     tokenizer = CharTokenizer.from_text(text)
-    train, validation = split(tokenizer.encode(text), NANOGPT.validation_fraction)
+    train, validation = split(tokenizer.encode(text), experiment.validation_fraction)
     length, rows = training.sequence_length, training.batch_size
     torch.manual_seed(training.seed)
+    ours = experiment.model.build(vocab_size=tokenizer.vocab_size, max_positions=length)[0].config
     config = GPT2Config(
-        vocab_size=tokenizer.vocab_size, n_positions=length, n_embd=NANOGPT.model.embed_dim,
-        n_layer=NANOGPT.model.num_layers, n_head=NANOGPT.model.num_heads,
+        vocab_size=tokenizer.vocab_size, n_positions=length, n_embd=ours.embed_dim, n_layer=ours.num_layers,
+        n_head=ours.num_heads,
         embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from experiments import shakespeare
+from experiments import text_generation
 from jaxlm import cli, spec
 from jaxlm import config as config_lib
 from jaxlm.checkpoint import Checkpointer
@@ -17,18 +17,19 @@ from jaxlm.data import load_tokenizer, read_text
 from jaxlm.objectives import causal
 from jaxlm.training.loop import Result
 from jaxlm.training.optimizer import make_optimizer
-from jaxlm.training.report import curve, read_metrics
+from jaxlm.training.report import curve, read_metrics, read_results, read_samples
 from jaxlm.training.trainer import Trainer
 
 TINY = (
     "--training.steps", "12", "--training.batch-size", "8", "--training.sequence-length", "32",
     "--training.evaluation-batches", "2", "--training.log-every", "1", "--optimizer.warmup-steps", "2",
-    "--model.num-layers", "1", "--model.embed-dim", "32", "--sample-tokens", "24",
+    "--model.set", "num_layers=1", "num_heads=4", "embed_dim=32", "vocab_multiple=8", "embedding_dropout=0.0",
+    "attention_dropout=0.0", "residual_dropout=0.0", "--sample-tokens", "24",
 )  # fmt: skip
 
 
 def main(*arguments):
-    return shakespeare.main([str(argument) for argument in arguments])
+    return text_generation.main([str(argument) for argument in arguments])
 
 
 def refused(capsys, *arguments):
@@ -36,7 +37,7 @@ def refused(capsys, *arguments):
     capsys.readouterr()
     assert main(*arguments) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("experiments.shakespeare: ")
+    assert said.startswith("experiments.text_generation: ")
     return said
 
 
@@ -47,7 +48,7 @@ def losses(run):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run on the embedded plays. Not to be changed."""
-    run = tmp_path_factory.mktemp("shakespeare") / "run"
+    run = tmp_path_factory.mktemp("text") / "run"
     assert main(*TINY, "--output", run) == 0
     return run
 
@@ -59,14 +60,19 @@ def copied(finished, tmp_path):
 
 def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "model", "sample.txt"}
+    assert names == {
+        "config.json", "metrics.jsonl", "loss.png", "checkpoints", "model", "sample.txt", "samples.jsonl",
+        "results.json", "report.html",
+    }  # fmt: skip
     assert {path.name for path in (finished / "model").iterdir()} == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "jaxlm_tokenizer.json",
     }
-    experiment = config_lib.read(shakespeare.Experiment, finished / "config.json")
-    assert (experiment.model.embed_dim, experiment.training.steps, experiment.output) == (32, 12, finished)
+    experiment = config_lib.read(text_generation.Experiment, finished / "config.json")
+    assert "embed_dim=32" in experiment.model.set
+    assert (experiment.training.steps, experiment.output) == (12, finished)
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len(losses(finished)) == 12
     assert losses(finished)[-1] < losses(finished)[0] - 0.2
@@ -93,8 +99,8 @@ def test_the_exported_model_is_that_of_the_last_checkpoint(finished):
 
 
 def _target(run):
-    experiment = config_lib.read(shakespeare.Experiment, run / "config.json")
-    model, _ = jaxlm.load_pretrained(run / "model", vocab_multiple=experiment.model.vocab_multiple)
+    experiment = config_lib.read(text_generation.Experiment, run / "config.json")
+    model, _ = jaxlm.load_pretrained(run / "model", vocab_multiple=8)
     optimizer = make_optimizer(experiment.optimizer, model.specs, experiment.training.steps)
     return Trainer(model, optimizer, causal.loss).abstract()
 
@@ -117,7 +123,7 @@ def test_a_run_goes_on_with_more_steps(copied, finished):
     assert {"event": "resumed", "step": 12} in records
     assert curve(records, "loss")[0] == list(range(1, 17))
     assert losses(copied)[:12] == losses(finished)
-    assert config_lib.read(shakespeare.Experiment, copied / "config.json").training.steps == 16
+    assert config_lib.read(text_generation.Experiment, copied / "config.json").training.steps == 16
     with Checkpointer(copied / "checkpoints") as checkpoints:
         assert checkpoints.latest == 16
 
@@ -137,15 +143,23 @@ def test_a_run_that_cannot_go_on_says_why_and_keeps_its_configuration(copied, ca
     assert (copied / "config.json").read_bytes() == before
 
 
+ANOTHER = ("--model.set", "num_layers=1", "num_heads=4", "embed_dim=64", "vocab_multiple=8")
+
+
 def test_another_model_cannot_take_over_a_run(copied, capsys):
     before = (copied / "config.json").read_bytes()
-    assert main("--resume", copied, "--training.steps", "16", "--model.embed-dim", "64") == 1
+    assert main("--resume", copied, "--training.steps", "16", *ANOTHER) == 1
     assert "expected float32[64], got float32[32]" in capsys.readouterr().err
     assert (copied / "config.json").read_bytes() == before
 
 
 def test_a_prompt_that_cannot_be_read_is_found_before_the_training(tmp_path, capsys):
-    assert "character 'Ω'" in refused(capsys, *TINY, "--prompt", "Ωmega", "--output", tmp_path / "run")
+    for prompt, message in (
+        ("Ωmega", "character 'Ω'"),
+        ("", "--prompt has 0 tokens: the model reads from 1 to 32 tokens"),
+        ("x" * 33, "--prompt has 33 tokens: the model reads from 1 to 32 tokens"),
+    ):
+        assert message in refused(capsys, *TINY, "--prompt", prompt, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -154,7 +168,7 @@ def test_a_text_of_ones_own(tmp_path, monkeypatch):
     Path("mine.txt").write_text("Été: l'œuvre est née.\n" * 60, encoding="utf-8")
     assert main(*TINY, "--data", "mine.txt", "--prompt", "née", "--training.steps", "4") == 0
     (run,) = Path("runs").iterdir()  # where a run goes that was told nothing
-    assert run.name.startswith("shakespeare-")
+    assert run.name.startswith("text_generation-")
     tokenizer = load_tokenizer(run / "model")
     assert tokenizer.characters == "".join(sorted(set("Été: l'œuvre est née.\n")))
     assert set(read_text(run / "sample.txt")) <= set(tokenizer.characters)
@@ -195,8 +209,94 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path, capsys):
 
 def test_an_unknown_option_suggests_the_right_one(capsys):
     with pytest.raises(SystemExit):
-        main("--model.num-layrs", "6")
-    assert "--model.num-layers" in capsys.readouterr().err
+        main("--training.stps", "6")
+    assert "--training.steps" in capsys.readouterr().err
+
+
+STREAM = ("--training.steps", "3", "--training.batch-size", "8", "--training.sequence-length", "16",
+          "--training.log-every", "1", "--optimizer.warmup-steps", "1", "--sample-tokens", "8")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A short text of one's own."""
+    path = tmp_path_factory.mktemp("text") / "mine.txt"
+    path.write_text("Été: l'œuvre est née.\nUne autre ligne, et la fin.\n" * 60, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "how"),
+    [
+        ("lstm", "num_layers=1 embed_dim=16 hidden_dim=16", "state carried along 8 columns"),
+        ("gru", "num_layers=1 embed_dim=16 hidden_dim=16", "state carried along 8 columns"),
+        (
+            "transformer_xl",
+            "num_layers=1 num_heads=2 embed_dim=16 head_dim=8 token_dim=16 mlp_dim=16 memory_length=16 cutoffs=()",
+            "state carried along 8 columns",
+        ),
+        ("llama", "num_layers=1 num_heads=2 embed_dim=16 mlp_dim=16", "windows of 16 tokens, a new one every 8"),
+        ("gated_convolutions", "embed_dim=8 blocks=((8,3,1),)", "windows of 16 tokens, a new one every 8"),
+    ],
+)
+def test_every_family_is_scored_on_the_whole_held_out_parts(tmp_path, text, preset, changes, how):
+    run = tmp_path / "run"
+    parts = ("--validation-fraction", "0.3", "--test-fraction", "0.2")
+    command = ("--preset", preset, *STREAM, *parts, "--data", text, "--output", run)
+    assert main(*command, "--model.set", *changes.split()) == 0
+    results = read_results(run)
+    scores, total = results["scores"], len(read_text(text))
+    names = ("nats per character", "bits per character", "perplexity per token")
+    assert [score.name for score in scores] == [f"{part} {name}" for part in ("validation", "test") for name in names]
+    assert scores[0].count == pytest.approx(0.3 * total, abs=2)
+    assert scores[3].count == pytest.approx(0.2 * total, abs=2)
+    assert scores[0].detail == f"whole validation part, {how}"
+    assert 1.0 < scores[0].value < 5.0
+    (sample,) = read_samples(run)
+    assert (
+        sample["source"] == read_text(text)[total // 2 :][: len(sample["source"])]
+    )  # the start of the validation part
+    assert len(sample["source"]) == (8 if preset == "llama" else 32)  # half of the positions of the model
+    assert len(sample["output"]) == 8
+
+
+def test_streams_split_over_a_mesh_have_the_same_losses(tmp_path, text):
+    small = ("--model.set", "num_layers=1", "embed_dim=16", "hidden_dim=16", "embedding_dropout=0.0",
+             "input_dropout=0.0", "output_dropout=0.0", "weight_dropout=0.0")  # fmt: skip
+    command = ("--preset", "gru", *STREAM, *small, "--data", text, "--validation-fraction", "0.3")
+    for name, mesh in (("one", ()), ("eight", ("--mesh", "data=8"))):
+        assert main(*command, *mesh, "--output", tmp_path / name) == 0
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
+
+
+def test_bytes_are_scored_by_character(tmp_path, text):
+    run = tmp_path / "run"
+    small = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16")
+    assert main(*STREAM, *small, "--data", text, "--tokenizer", "byte", "--prompt", "Une", "--output", run) == 0
+    nats, _, perplexity = (score.value for score in read_results(run)["scores"])
+    content = read_text(text)
+    assert nats == pytest.approx(np.log(perplexity) * len(content.encode()) / len(content))
+
+
+def test_a_family_that_does_not_continue_texts_is_refused(tmp_path, capsys):
+    message = "a model of family 'bert' with task 'masked' does not continue texts: choose one of the families gpt"
+    assert message in refused(capsys, *STREAM, "--model.name", "bert", "--model.set", "--output", tmp_path / "run")
+
+
+def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path, capsys):
+    said = refused(capsys, *TINY, "--validation-fraction", "0.5", "--test-fraction", "0.5", "--output", tmp_path / "r")
+    assert "validation_fraction=0.5 and test_fraction=0.5 leave nothing to train on" in said
+
+
+def test_every_preset_is_a_model_that_can_be_built():
+    sizes = {}
+    for name, experiment in text_generation.PRESETS.items():
+        fixed = {"vocab_size": 65}
+        if hasattr(jaxlm.get_model(experiment.model.name).config, "max_positions"):
+            fixed["max_positions"] = experiment.training.sequence_length
+        sizes[name] = experiment.model.build(**fixed)[0].num_parameters
+    assert sizes["nanogpt"] < sizes["gpt_large"] < 4e6
+    assert sizes["war_and_peace_lstm_1"] < sizes["war_and_peace_lstm_2"] < sizes["war_and_peace_lstm_3"]
 
 
 @pytest.fixture
@@ -208,7 +308,7 @@ def asked(monkeypatch):
         seen["experiment"] = experiment
         return Result(None, None, 0, None, seen["interrupted"], 0.0, 0.0, 0.0, 0)
 
-    monkeypatch.setattr(shakespeare, "run", run)
+    monkeypatch.setattr(text_generation, "run", run)
     return seen
 
 
@@ -216,10 +316,10 @@ def test_the_preset_is_the_published_configuration(asked):
     """nanoGPT's README, "I only have a macbook"."""
     assert main("--preset", "nanogpt", "--data", "tinyshakespeare.txt") == 0
     experiment = asked["experiment"]
-    model, training = experiment.model, experiment.training
-    assert (model.num_layers, model.num_heads, model.embed_dim) == (4, 4, 128)
+    config, training = experiment.model.build(vocab_size=65, max_positions=64)[0].config, experiment.training
+    assert (config.num_layers, config.num_heads, config.embed_dim) == (4, 4, 128)
     assert (training.sequence_length, training.batch_size, training.steps) == (64, 12, 2000)
-    assert model.embedding_dropout == model.attention_dropout == model.residual_dropout == 0.0
+    assert config.embedding_dropout == config.attention_dropout == config.residual_dropout == 0.0
     assert experiment.data == Path("tinyshakespeare.txt")
 
 

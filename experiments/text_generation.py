@@ -1,0 +1,249 @@
+"""Learn a text and write more of it: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions, by characters.
+
+    python -m experiments.text_generation                          a GPT on the embedded plays, about a minute
+    python -m experiments.text_generation --preset lstm            another family on the same text, 1 to 2 minutes
+    python -m experiments.text_generation --data FILE              your own UTF-8 text (.gz too)
+
+tinyshakespeare: nanoGPT's CPU configuration (it states 1.88 nats, 1 minute), and three models for 40 minutes (target:
+at most 1.50 nats; nanoGPT's GPU configuration reaches 1.47).
+
+    python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
+    python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt
+    python -m experiments.text_generation --preset transformer_xl_large --data tinyshakespeare.txt
+    python -m experiments.text_generation --preset gpt_large --data tinyshakespeare.txt
+
+War and Peace with 1 to 3 layers of width 128, parts of 80, 10 and 10 % (Karpathy et al. 2015), 5 to 15 minutes each:
+
+    for name in lstm_1 lstm_2 lstm_3 gru_1 gru_2 gru_3; do python -m experiments.text_generation \\
+        --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
+
+Measured figures are in docs/tasks/text_generation.md. The scores are those of every token of the validation part (and
+of the test part, if there is one). Recurrent families and Transformer-XL read it along eight columns with the state
+carried; other families in windows that overlap by half.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import config as config_lib
+from jaxlm import host, processes
+from jaxlm.data import Batches, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, read_text, shakespeare
+from jaxlm.decoding import GenerationConfig, Sampling, stream_text
+from jaxlm.models import Model, get_model
+from jaxlm.objectives import causal
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.tasks.text_generation import Corpus, carry, check_family, scores, to_batch
+from jaxlm.training import experiment as lib
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.report import write_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a language model on a text and let it write."""
+
+    model: lib.ModelConfig = lib.ModelConfig()
+    """The model."""
+    training: TrainingConfig = TrainingConfig()
+    """The training."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
+    """The optimizer."""
+    data: Path | None = None
+    """UTF-8 text to train on (.gz too); None is the embedded Shakespeare."""
+    tokenizer: Literal["character", "byte"] = "character"
+    """Characters of the text, or bytes."""
+    validation_fraction: float = 0.1
+    """Share of the text for validation: its end, or what is before the test part."""
+    test_fraction: float = 0.0
+    """Share of the text for the test: its end."""
+    mesh: str | None = None
+    """Split over devices, e.g. data=4,tensor=2; axes: data, fsdp, tensor, sequence. None: one device."""
+    output: Path | None = None
+    """Run directory; None makes runs/text_generation-<time>."""
+    prompt: str | None = None
+    """What the passage starts with; None: "ROMEO:" for the embedded plays, else the start of the validation part."""
+    sample_tokens: int = 600
+    """Length of the passage."""
+    temperature: float = 0.8
+    """Below 1 the passage is more probable, above more surprising; 0 always takes the likeliest token."""
+
+
+def preset(family: str, changes: str, steps: int, rows: int, length: int, rate: float, **options: Any) -> Experiment:
+    """An experiment with a model from scratch; ``options`` are those of training, optimizer and experiment."""
+
+    def given(kind: type) -> dict[str, Any]:
+        return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
+
+    training = TrainingConfig(steps, rows, length, **given(TrainingConfig))
+    optimizer = OptimizerConfig(learning_rate=rate, **given(OptimizerConfig))
+    return Experiment(lib.ModelConfig(family, tuple(changes.split())), training, optimizer, **options)
+
+
+WIDE = "num_layers=4 num_heads=4 embed_dim=128 "
+NO_DROPOUT = "embedding_dropout=0.0 attention_dropout=0.0 residual_dropout=0.0 "
+RNN = "embedding_dropout=0.0 weight_dropout=0.0 hidden_dropout={0} input_dropout={0} output_dropout={0} "
+XL = "cutoffs=() embedding_divisor=1 "
+LARGE: dict[str, Any] = {
+    "prompt": "ROMEO:", "ema_decay": 0.998, "restore_best": True, "evaluation_batches": 100, "final_fraction": 0.0,
+}  # fmt: skip
+PRESETS = {
+    "gpt": preset("gpt", WIDE + NO_DROPOUT + "vocab_multiple=8", 1500, 12, 96, 3e-3),
+    "nanogpt": preset(
+        "gpt", WIDE + NO_DROPOUT, 2000, 12, 64, 1e-3, evaluation_batches=140, beta2=0.99, prompt="ROMEO:"
+    ),
+    "llama": preset("llama", WIDE + "num_kv_heads=2 mlp_dim=352", 1000, 16, 96, 3e-3),
+    **{
+        name: preset(
+            name, "num_layers=2 embed_dim=128 hidden_dim=256 init_bound=0.5 " + RNN.format(0.0), 1500, 16, 96, 1e-2
+        )
+        for name in ("lstm", "gru")
+    },
+    "transformer_xl": preset(
+        "transformer_xl", WIDE + XL + "head_dim=32 token_dim=128 mlp_dim=512 memory_length=64 dropout=0.0",
+        1200, 16, 64, 3e-3,
+    ),
+    "gated_convolutions": preset(
+        "resnet_lm", "embed_dim=64 blocks=((128,4,1),(128,4,1),(128,4,1),(128,4,1),(128,4,1)) dropout=0.0",
+        1500, 16, 96, 3e-3,
+    ),
+    "lstm_large": preset(
+        "lstm", "num_layers=2 embed_dim=512 hidden_dim=512 init_bound=0.1 " + RNN.format(0.3), 5000, 32, 100, 4e-3,
+        evaluate_every=500, checkpoint_every=500, weight_decay=0.01, **LARGE,
+    ),
+    "transformer_xl_large": preset(
+        "transformer_xl",
+        XL + "num_layers=4 num_heads=4 head_dim=64 embed_dim=256 token_dim=256 mlp_dim=1024 memory_length=128 "
+        "pre_norm=True dropout=0.1 remat=none",
+        2500, 32, 128, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LARGE,
+    ),
+    "gpt_large": preset(
+        "gpt", "num_layers=4 num_heads=4 embed_dim=256 embedding_dropout=0.1 attention_dropout=0.0 "
+        "residual_dropout=0.1 remat=none",
+        2500, 16, 256, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LARGE,
+    ),
+    **{
+        f"war_and_peace_{family}_{layers}": preset(
+            family, f"num_layers={layers} embed_dim=128 hidden_dim=128 init_bound=0.3 " + RNN.format(0.0),
+            5000, 50, 100, 5e-3, evaluate_every=500, evaluation_batches=100, restore_best=True, test_fraction=0.1,
+            final_fraction=0.01, weight_decay=0.01,
+        )
+        for family in ("lstm", "gru")
+        for layers in (1, 2, 3)
+    },
+}  # fmt: skip
+
+
+def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenizer, Model, Any]:
+    """The text, its tokenizer, the model, and parameters to start from (None: random ones)."""
+    text = shakespeare() if experiment.data is None else read_text(experiment.data)
+    config, saved = experiment.model, experiment.model.pretrained if resume is None else resume / "model"
+    if saved is not None:
+        tokenizer = load_tokenizer(saved)
+    else:
+        tokenizer = CharTokenizer.from_text(text) if experiment.tokenizer == "character" else ByteTokenizer()
+    fractions, name = (experiment.validation_fraction, experiment.test_fraction), experiment.data or "the embedded text"
+    corpus = Corpus.split(text, tokenizer, *fractions, name=str(name))
+    fixed: dict[str, Any] = {}
+    if config.pretrained is None:
+        fixed["vocab_size"] = tokenizer.vocab_size
+        if hasattr(get_model(config.name).config, "max_positions"):
+            fixed["max_positions"] = experiment.training.sequence_length
+    model, params = config.build(experiment.training.seed, **fixed)
+    check_family(model)
+    return corpus, tokenizer, model, params
+
+
+def first_words(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
+    """The prompt of the passage, checked before the training."""
+    prompt, room = experiment.prompt, getattr(model.config, "max_positions", None)
+    if prompt is None and experiment.data is not None:
+        return tokenizer.decode(corpus.parts["validation"][: min(32, (room or 64) // 2)])
+    prompt = "ROMEO:" if prompt is None else prompt
+    size = tokenizer.encode(prompt).size
+    if size < 1 or (room is not None and size > room):
+        raise ValueError(f"--prompt has {size} tokens: the model reads from 1 to {room or 'any number of'} tokens")
+    return prompt
+
+
+def run(experiment: Experiment, resume: Path | None = None) -> Result:
+    """Train, export, write a passage and report; returns the result of the training."""
+    begun, config = time.perf_counter(), experiment.training
+    lib.check_unchanged(experiment, resume, ["output", "tokenizer", "validation_fraction", "test_fraction"])
+    corpus, tokenizer, model, params = build(experiment, resume)
+    prompt = first_words(experiment, corpus, tokenizer, model)
+    sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))
+    length, rows, state = config.sequence_length, config.batch_size, carry(model, config.batch_size)
+
+    def batches(part: str, seed: int) -> Batches:
+        source = corpus.source(part, length=length, batch_size=rows, model=model, seed=seed)
+        return Batches(source, None if sharding is None else sharding.rows(rows), to_batch=to_batch)
+
+    validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
+    if state is not None:  # a state cannot go back to the beginning of the columns
+        count = min(count, len(corpus.parts["validation"]) // (rows * length))
+    held_out = [next(validation) for _ in range(count)]
+    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state)
+    trainer = config.trainer(
+        model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss, carry=state,
+        sharding=sharding, learning_rate=learning_rate(experiment.optimizer, config.steps),
+    )  # fmt: skip
+    directory = lib.run_directory("text_generation", experiment, resume, tokenizer)
+    sizes = ", ".join(f"{len(ids):,} for {part}" for part, ids in corpus.parts.items())
+    lib.say(f"{model.num_parameters:,} parameters · tokens of {tokenizer.vocab_size} kinds: {sizes} · {directory}")
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    if result.validation_loss is None:
+        if processes.is_first():
+            config_lib.write(experiment, directory / "config.json")  # a further --resume keeps changed options
+        return result
+    lib.export(directory, experiment, model, result, tokenizer)
+    final = jax.tree.map(processes.on_host, result.params)
+    if processes.is_first():
+        final = jax.tree.map(jnp.asarray, final)
+        passage = write_passage(experiment, model, final, tokenizer, prompt)
+        (directory / "sample.txt").write_text(passage, encoding="utf-8")
+        write_samples(directory, [{"source": prompt, "output": passage[len(prompt) :]}])
+        parts = [part for part in ("validation", "test") if part in corpus.parts]
+        lib.report(
+            directory, task="text_generation", model=model, begun=begun, data=corpus.name, steps=result.step,
+            scores=[score for part in parts for score in scores(model, final, corpus, part, length)],
+            validation_loss=result.validation_loss, tokens_per_second=round(result.tokens_per_second),
+            seconds_to_first_loss=round(result.seconds_to_first_loss, 1),
+        )  # fmt: skip
+        lib.say(f"more: jaxlm generate {directory} --prompt {prompt!r}")
+    return result
+
+
+def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
+    """Generate a passage, shown while it is written."""
+    passage = prompt
+    sys.stdout.write(f"\n{prompt}")
+    config = GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
+    key = jax.random.key(experiment.training.seed)
+    for piece in stream_text(model, params, tokenizer, prompt, config, key=key):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        passage += piece
+    sys.stdout.write("\n\n")
+    return passage
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (128 + signal when interrupted)."""
+    return lib.command_line(
+        PRESETS["gpt"], PRESETS, run, name="text_generation", description=__doc__ or "", arguments=arguments
+    )
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())
