@@ -15,8 +15,10 @@ follows from what it is:
     classification     which of the thirteen plays a passage is from            resnet
 
 Each loss is to be held against the entropy of what is predicted, that of a model that knows the frequencies only:
-expected figures are in README.md. A run directory holds ``table.md``, ``results.json``, ``losses.png``, and for each
-family its metrics and checkpoints.
+expected figures are in docs/families.md. Optimizers are the published ones (``jaxlm.training.recipes``) with learning
+rates for small models and a minute; families whose published optimizer needs many more updates have AdamW.
+
+A run directory holds ``table.md``, ``results.json``, ``losses.png``, and for each family its metrics and checkpoints.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from jaxlm.objectives.batch import Batch
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.recipes import recipe
 from jaxlm.training.report import curve, read_metrics
 
 VOCABULARY = 128
@@ -73,8 +76,8 @@ class Recipe:
     """Characters of a row."""
     stream: int | None = None
     """Tokens remembered along contiguous columns; None draws windows at random."""
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the optimizer that differ from the published ones."""
 
     def build(self) -> Model:
         """The model, without dropout: nothing is seen often enough to be learnt by heart."""
@@ -82,58 +85,79 @@ class Recipe:
         rates = {name: 0.0 for name in names if name.endswith("dropout")}
         return get_model(self.variant, **{"vocab_size": VOCABULARY, **rates, **self.model})
 
+    def optimizer(self, steps: int) -> OptimizerConfig:
+        """The published optimizer with the changes."""
+        optimizer = dataclasses.replace(recipe(get_model(self.variant).family, steps), **self.changes)
+        return dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps - 1))
+
 
 WIDE = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
 # With few places and larger initial weights, a model that sees both ways finds out in a minute that neighbours matter.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
+# Wider models and longer trainings have lower learning rates; a higher one needs a longer warm-up.
+SMALL = {"learning_rate": 3e-3, "warmup_steps": 50}
+
+
+def adamw(learning_rate: float) -> dict[str, Any]:
+    """Changes that make the optimizer AdamW: a minute is too short for the published one."""
+    config = OptimizerConfig(learning_rate=learning_rate, warmup_steps=50)
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
 
 RECIPES = {
-    "gpt": Recipe("gpt2", {**WIDE, "max_positions": 96}, "causal", 900),
-    "llama": Recipe("llama", {**WIDE, "num_kv_heads": 2, "mlp_dim": 352, "max_positions": 96}, "causal", 900),
-    "bert": Recipe("bert", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32),
-    "roberta": Recipe("roberta", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32),
+    "gpt": Recipe("gpt2", {**WIDE, "max_positions": 96}, "causal", 900, changes=SMALL),
+    "llama": Recipe(
+        "llama", {**WIDE, "num_kv_heads": 2, "mlp_dim": 352, "max_positions": 96}, "causal", 900,
+        changes=SMALL,
+    ),
+    "bert": Recipe("bert", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32, changes=SMALL),
+    "roberta": Recipe(
+        "roberta", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32, changes=SMALL
+    ),
     "t5": Recipe(
         "t5",
         {**WIDE, "num_layers": 2, "head_dim": 32, "mlp_dim": 512, "decoder_start_id": START},
         "span_corruption", 1200,
     ),
-    "xlnet": Recipe("xlnet", {**SHALLOW, "mlp_dim": 512}, "permutation", 1000, batch_size=48, length=2 * PART - 3),
+    "xlnet": Recipe(
+        "xlnet", {**SHALLOW, "mlp_dim": 512}, "permutation", 1000, batch_size=48, length=2 * PART - 3, changes=SMALL
+    ),
     "transformer_xl": Recipe(
         "transformer-xl-base",
         {
             **WIDE, "head_dim": 32, "token_dim": 128, "mlp_dim": 512, "cutoffs": (), "memory_length": 64,
             "embedding_divisor": 1,
         },
-        "causal", 850, length=64, stream=64,
+        "causal", 850, length=64, stream=64, changes=SMALL,
     ),
-    "lstm": Recipe("lstm", RECURRENT, "causal", 1500, stream=1, learning_rate=1e-2),
-    "gru": Recipe("gru", RECURRENT, "causal", 1500, stream=1, learning_rate=1e-2),
+    "lstm": Recipe("lstm", RECURRENT, "causal", 1500, stream=1, changes=adamw(1e-2)),
+    "gru": Recipe("gru", RECURRENT, "causal", 1500, stream=1, changes=adamw(1e-2)),
     "attention_rnn": Recipe(
         "attention_rnn",
         {
             "source_vocab_size": VOCABULARY, "embed_dim": 96, "hidden_dim": 192, "output_dim": 96, "init_bound": 0.3,
         },
-        "span_corruption", 900, learning_rate=5e-3,
+        "span_corruption", 900, changes=adamw(5e-3),
     ),
     "attention_rnn_lm": Recipe(
         "attention_rnn_lm",
         {"embed_dim": 128, "hidden_dim": 256, "attention_dim": 128, "init_bound": 0.3},
-        "causal", 700, learning_rate=5e-3,
+        "causal", 700, changes={**SMALL, "learning_rate": 5e-3, "schedule": "cosine"},
     ),
     "resnet": Recipe(
         "vdcnn-9",
         {"num_labels": len(PLAYS), "max_positions": 256, "channels": 32, "fc_dim": 128, "shortcut": True},
-        "classification", 1500, length=256, learning_rate=1e-3,
+        "classification", 1500, length=256, changes=adamw(1e-3),
     ),
     "resnet_lm": Recipe(
-        "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 1400
+        "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 1400, changes=adamw(3e-3),
     ),
     "alexnet": Recipe(
         "alexnet-lm-tiny",
         {"embed_dim": 64, "channels": 128, "kernels": (7, 7, 3, 3), "pools": (3, 1, 1, 1), "fc_dim": 256,
          "init_stddev": 0.05},
-        "causal", 2600, learning_rate=1e-3,
+        "causal", 2600, changes=adamw(1e-3),
     ),
 }  # fmt: skip
 
@@ -235,6 +259,7 @@ class Row:
     family: str
     variant: str
     objective: str
+    optimizer: str
     parameters: int
     steps: int
     seconds: float
@@ -251,11 +276,8 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
         steps=steps or recipe.steps, batch_size=recipe.batch_size, sequence_length=recipe.length,
         evaluate_every=200, checkpoint_every=10_000, log_every=20,
     )  # fmt: skip
-    optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=recipe.learning_rate, warmup_steps=min(50, training.steps - 1)),
-        model.specs,
-        training.steps,
-    )
+    config = recipe.optimizer(training.steps)
+    optimizer = make_optimizer(config, model.specs, training.steps)
     validation = Batches(source(data, recipe, "validation", 0))
     held_out = [make(next(validation)) for _ in range(training.evaluation_batches)]
     loss = objective(recipe.objective).loss
@@ -271,19 +293,20 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
         raise KeyboardInterrupt
     jaxlm.save_pretrained(directory / "model", model, result.params)
     return Row(
-        name, recipe.variant, recipe.objective + (", streamed" if stream else ""), model.num_parameters, training.steps,
-        time.perf_counter() - begun, result.tokens_per_second, result.validation_loss, entropy(held_out),
+        name, recipe.variant, recipe.objective + (", streamed" if stream else ""), config.name, model.num_parameters,
+        training.steps, time.perf_counter() - begun, result.tokens_per_second, result.validation_loss,
+        entropy(held_out),
     )  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
-    """The results in Markdown."""
+    """The results in Markdown; ``share`` is loss / entropy."""
     lines = [
-        "| family | objective | parameters | steps | seconds | targets/s | loss | entropy | loss / entropy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | objective | optimizer | parameters | steps | seconds | targets/s | loss | entropy | share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.family} | {row.objective} | {row.parameters:,} | {row.steps} | {row.seconds:.0f} | "
+        f"| {row.family} | {row.objective} | {row.optimizer} | {row.parameters:,} | {row.steps} | {row.seconds:.0f} | "
         f"{row.tokens_per_second:,.0f} | {row.loss:.3f} | {row.entropy:.3f} | {row.loss / row.entropy:.2f} |"
         for row in rows
     ]

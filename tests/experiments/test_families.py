@@ -13,6 +13,7 @@ import jaxlm
 from experiments import families
 from jaxlm.models import FAMILIES
 from jaxlm.objectives.batch import Batch
+from jaxlm.training.recipes import recipe
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,24 @@ def data() -> families.Data:
 
 def test_every_family_has_a_recipe() -> None:
     assert tuple(families.RECIPES) == FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_optimizer_is_published_or_adamw(name: str) -> None:
+    config, published = families.RECIPES[name].optimizer(1000), recipe(name, 1000)
+    assert config.name in (published.name, "adamw")
+    if config.name == published.name:
+        assert (config.beta1, config.beta2, config.weight_decay) == (
+            published.beta1,
+            published.beta2,
+            published.weight_decay,
+        )
+    assert families.RECIPES[name].optimizer(2).warmup_steps <= 1, "a training of two steps has no long warm-up"
+
+
+def test_t5_learns_with_adafactor_as_published() -> None:
+    assert families.RECIPES["t5"].optimizer(1200) == recipe("t5", 1200)
+    assert recipe("t5", 1200).name == "adafactor"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -62,6 +81,7 @@ def test_a_run_leaves_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pyte
     assert (run / "losses.png").stat().st_size > 10_000
     rows = json.loads((run / "results.json").read_text())
     assert [row["family"] for row in rows] == ["lstm", "resnet_lm"]
+    assert [row["optimizer"] for row in rows] == ["adamw", "adamw"]
     assert all(3.0 < row["loss"] < 5.5 and 3.3 < row["entropy"] < 3.4 for row in rows)
     assert (run / "table.md").read_text() in capsys.readouterr().out
     model, _ = jaxlm.load_pretrained(run / "lstm" / "model")
