@@ -43,7 +43,7 @@ class Tests:
     games: int = 500
     """Test games whose moves are predicted."""
     mates: int = 3000
-    """Test games that are searched for positions with a mate in one (14 ms each; about one in a hundred has one)."""
+    """Test games that are searched for a mate in one (14 ms each; about one in a hundred has one)."""
     sampled: int = 200
     """Games that the model makes up."""
     random: int = 200

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.data.games import chess_games
 from jaxlm.data.moves import MoveTokenizer, uci_moves
-from jaxlm.data.tokenizers import SpecialIds
+from jaxlm.data.tokenizers import SpecialIds, load_tokenizer
 
 
 def test_uci_moves_are_those_of_pieces_on_an_empty_board() -> None:
@@ -105,3 +105,9 @@ def test_a_saved_tokenizer_is_loaded(tmp_path: Path, tokenizer: MoveTokenizer) -
 def test_bad_input_is_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_load_tokenizer_finds_the_moves_of_a_directory(tmp_path: Path) -> None:
+    tokenizer = MoveTokenizer.from_games(["e4 e5 Nf3"], "san")
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path) == tokenizer

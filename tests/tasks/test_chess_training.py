@@ -1,0 +1,71 @@
+"""Games as training examples, boards of a report, and the player that looks for mates."""
+
+from __future__ import annotations
+
+import chess
+import numpy as np
+import pytest
+
+from jaxlm.data.games import Games
+from jaxlm.data.moves import MoveTokenizer
+from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
+from jaxlm.tasks.chess_training import game_batches, match_boards
+from tests.helpers import tiny_model
+
+UCI = MoveTokenizer("uci")
+SCHOLAR = "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7"
+FOOL = "f2f3 e7e5 g2g4 d8h4"
+
+
+def test_causal_batches_predict_every_move_and_the_end() -> None:
+    model = tiny_model("gpt2-tiny", vocab_size=UCI.vocab_size, max_positions=16)
+    source, to_batch, words = game_batches(model, UCI, [SCHOLAR, FOOL], 1, 15)
+    assert source.rows_per_epoch == 1
+    batch = to_batch(source.batch(0, [0]))
+    assert batch.weights.sum() == 8 + 5, "moves and ends"
+    assert "0 games cut" in words
+    source, to_batch, words = game_batches(model, UCI, [SCHOLAR, FOOL], 1, 6)
+    assert "1 games cut after 6 moves" in words
+    weights = sum(to_batch(source.batch(index, [0])).weights.sum() for index in range(source.rows_per_epoch))
+    assert weights == 6 + 5, "the rest of the long game is left out"
+
+
+def test_positions_for_an_encoder_decoder() -> None:
+    model = tiny_model("t5-tiny", vocab_size=UCI.vocab_size)
+    source, to_batch, _ = game_batches(model, UCI, [SCHOLAR], 4, 5, cuts=4, horizon=2)
+    batch = to_batch(source.batch(0, range(4)))
+    game = UCI.game(SCHOLAR).tolist()
+    for row in range(4):
+        read = [id for id in np.asarray(batch.inputs["source"][row]).tolist() if id]
+        assert read == game[: len(read)]
+        assert 1 <= len(read) <= 5
+        said = np.asarray(batch.targets[row])[np.asarray(batch.weights[row]) > 0].tolist()
+        assert said == game[len(read) : len(read) + 2]
+
+
+@pytest.mark.parametrize("name", ["length", "cuts", "horizon"])
+def test_numbers_below_one(name: str) -> None:
+    model = tiny_model("t5-tiny", vocab_size=UCI.vocab_size)
+    options = {"length": 5, "cuts": 1, "horizon": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        game_batches(model, UCI, [SCHOLAR], 1, **options)
+
+
+def test_boards_of_a_match() -> None:
+    games = Games((SCHOLAR, SCHOLAR, FOOL), ("1-0", "1-0", "*"), "uci")
+    boards = list(match_boards("nobody", MatchResult(1, 1, 1, 0, 0, games)))
+    assert [board.title for board in boards[:3]] == [
+        "Against nobody, game 1: won in 7 moves", "Against nobody, game 1: won in 7 moves",
+        "Against nobody, game 2: lost in 7 moves",
+    ]  # fmt: skip
+    assert boards[0].text == "The model is white. Its most valuable capture is move 7."
+    assert boards[1].fen == board_after(SCHOLAR).fen()
+    assert (boards[1].last_move, boards[2].text) == ("h5f7", "The model is black. The last position.")
+
+
+def test_a_mating_player_mates() -> None:
+    boards = [board_after(SCHOLAR.rsplit(" ", 1)[0]), board_after(FOOL.rsplit(" ", 1)[0]), chess.Board()]
+    moves = MatingPlayer(RandomPlayer()).choose(boards, np.random.default_rng(0))
+    assert [str(move) for move in moves[:2]] == ["h5f7", "d8h4"]
+    assert moves[2] in boards[2].legal_moves
+    assert [len(board.move_stack) for board in boards] == [6, 3, 0]
