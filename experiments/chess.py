@@ -2,12 +2,12 @@
 
     python -m experiments.chess                                        2,000 embedded games, Llama, about 2 minutes
 
-A file with one game per line (SAN or UCI moves), or PGN; 144,000 master games take about an hour on two cores:
+One game per line (SAN or UCI moves), or PGN; 144,000 master games take about an hour on two cores:
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
-Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5, each also with --data. A quick look at a large
-file: --max-games 5000. docs/tasks/chess.md has the measured figures and defines each metric.
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5. A quick look at a large file: --max-games 5000.
+docs/tasks/chess.md defines each metric and has the measured figures.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from jaxlm.training.report import Board, write_boards, write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Tests:
-    """How much is measured after the training. 0 leaves a test out. In matches the model plays its most probable legal
-    move."""
+    """How much is measured after the training; 0 leaves a test out. The model plays its most probable legal move."""
 
     games: int = 500
     """Test games whose moves are predicted."""
@@ -76,7 +75,7 @@ class Experiment:
     """What the model reads. The file may have either."""
     max_games: int | None = None
     """Use the first games of the file only."""
-    min_count: int = 2
+    min_count: int = 5
     """With notation san, moves that are rarer in the training games are unknown."""
     validation_fraction: float = 0.02
     """Share of the games for validation."""
@@ -90,36 +89,38 @@ class Experiment:
     """Run directory; None makes runs/chess-<time>."""
 
 
-def preset(name: str, *changes: str, rate: float = 3e-3, batch: int = 8, **options: Any) -> Experiment:
+MUON = OptimizerConfig("muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.02, beta2=0.95)
+ADAMW = OptimizerConfig(learning_rate=5e-3, warmup_steps=30, final_fraction=0.02, beta2=0.95)
+
+
+def preset(name: str, *changes: str, optimizer: OptimizerConfig = MUON, **options: Any) -> Experiment:
     """An experiment with a small model from scratch."""
-    training = TrainingConfig(300, batch, sequence_length=256, evaluate_every=100, checkpoint_every=100)
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_steps=30, beta2=0.95)
-    small = Tests(games=50, sampled=50, random=20, engine=10)
-    experiment = Experiment(lib.ModelConfig(name, changes), training, optimizer, small)
-    return dataclasses.replace(experiment, **options)
+    training = TrainingConfig(300, 8, sequence_length=256, evaluate_every=100, checkpoint_every=100)
+    small = Experiment(lib.ModelConfig(name, changes), training, optimizer, Tests(50, 1000, 50, 20, 10))
+    return dataclasses.replace(small, **options)
 
 
 WIDE = ("num_layers=4", "num_heads=4", "embed_dim=128", "remat=none")
 PRESETS = {
     "llama": preset("llama", *WIDE, "mlp_dim=352"),
-    "gpt": preset(
-        "gpt2", *WIDE, "embedding_dropout=0.0", "attention_dropout=0.0", "residual_dropout=0.0", "init_stddev=0.04"
+    "gpt": preset("gpt2", *WIDE, "embedding_dropout=0.0", "attention_dropout=0.0", "residual_dropout=0.0"),
+    "lstm": preset(
+        "lstm", "num_layers=2", "embed_dim=128", "hidden_dim=256", "weight_dropout=0.0", "input_dropout=0.0",
+        "hidden_dropout=0.0", "output_dropout=0.0", optimizer=ADAMW,
     ),
-    "lstm": preset("lstm", "num_layers=2", "embed_dim=128", "hidden_dim=256", "weight_dropout=0.0", rate=5e-3),
     "transformer_xl": preset(
         "transformer-xl-base", *WIDE, "head_dim=32", "token_dim=128", "mlp_dim=512", "cutoffs=()",
-        "memory_length=256", "embedding_divisor=1", "dropout=0.0", rate=2e-3,
+        "memory_length=256", "embedding_divisor=1", "dropout=0.0",
     ),
-    "attention_rnn_lm": preset("attention_rnn_lm", "embed_dim=128", "hidden_dim=256", "dropout=0.0", rate=5e-3),
+    "attention_rnn_lm": preset("attention_rnn_lm", "embed_dim=128", "hidden_dim=256", "dropout=0.0", optimizer=ADAMW),
     "t5": preset(
         "t5", "num_layers=2", "num_heads=4", "embed_dim=128", "head_dim=32", "mlp_dim=512", "dropout=0.0",
-        batch=16, optimizer=recipe("t5", 300), tests=Tests(10, 1000, 20, 10, 4),
+        optimizer=recipe("t5", 300), tests=Tests(10, 1000, 20, 10, 4),
     ),
     "full": preset(
         "llama", "num_layers=6", "num_heads=6", "embed_dim=192", "mlp_dim=512", "remat=none",
-        training=TrainingConfig(6000, 8, 256, evaluate_every=500, checkpoint_every=500),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=200, final_fraction=0.02, beta2=0.95),
-        tests=Tests(), validation_fraction=0.005, test_fraction=0.02,
+        training=TrainingConfig(6000, 8, 256, evaluate_every=500, checkpoint_every=500), tests=Tests(),
+        optimizer=dataclasses.replace(MUON, warmup_steps=200), validation_fraction=0.005, test_fraction=0.02,
     ),
 }  # fmt: skip
 
@@ -133,11 +134,10 @@ def read(experiment: Experiment) -> Games:
         lib.say(f"reading {experiment.data}: replaying a game by the rules takes about 1 ms of one core")
         games = read_games(experiment.data, experiment.notation)
     lib.say(f"{games.report()}, read in {time.perf_counter() - begun:.0f} s")
-    if experiment.max_games is None:
-        return games
-    if not 1 <= experiment.max_games <= len(games):
-        raise ValueError(f"max_games={experiment.max_games} must be from 1 to the {len(games):,} games of the file")
-    return games.select(range(experiment.max_games))
+    most = len(games) if experiment.max_games is None else experiment.max_games
+    if not 1 <= most <= len(games):
+        raise ValueError(f"max_games={most} must be from 1 to the {len(games):,} games of the file")
+    return games.select(range(most))
 
 
 def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
@@ -157,8 +157,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     begun, config = time.perf_counter(), experiment.training
     fixed = ["output", "data", "notation", "max_games", "min_count", "validation_fraction", "test_fraction"]
     lib.check_unchanged(experiment, resume, fixed)
-    fractions = (experiment.validation_fraction, experiment.test_fraction)
-    training, validation, test = split_games(read(experiment), *fractions)
+    games = read(experiment)
+    training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
     model, params, tokenizer = build(experiment, training, resume)
     (source, to_batch, words), (held_out, _, _) = (
         game_batches(
@@ -196,8 +196,7 @@ def _report(
 ) -> None:  # fmt: skip
     """Run the tests and write the report."""
     tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
-    known = (model, result.params, tokenizer)
-    limit = getattr(model.config, "max_positions", None)
+    known, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
     fitting = [line for line in test.moves if limit is None or len(line.split()) < limit]
     if len(fitting) < len(test):
         lib.say(f"{len(test) - len(fitting)} test games of {limit} or more moves are left out")
@@ -213,15 +212,14 @@ def _report(
     if tests.sampled:
         made_up = chess.legal_move_rate(*known, games=tests.sampled, max_moves=longest)
         scores += [made_up.moves, made_up.games]
-    player: chess.Player = chess.ModelPlayer(*known)
-    if tests.look_for_mate:
-        player = chess.MatingPlayer(player)
+    alone = chess.ModelPlayer(*known)
+    player: chess.Player = chess.MatingPlayer(alone) if tests.look_for_mate else alone
     for name, opponent, games, opening in _opponents(tests):
         match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
         name += " with search for mates" * tests.look_for_mate
         lib.say(f"against {name}: {match}")
-        won = metrics.proportion(f"wins against {name}", match.wins, games)
-        scores += [won, dataclasses.replace(match.score, name=f"score against {name}")]
+        scores.append(metrics.proportion(f"wins against {name}", match.wins, games))
+        scores.append(dataclasses.replace(match.score, name=f"score against {name}"))
         boards += match_boards(name, match)
     write_boards(directory, boards)
     lib.report(

@@ -95,6 +95,15 @@ def test_an_encoder_decoder_on_san_with_a_search_for_mates(file: Path, tmp_path:
     assert "mate in one" not in names
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("preset", ["gpt", "lstm", "transformer_xl", "attention_rnn_lm", "t5"])
+def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) -> None:
+    sizes = ("--tests.games", "1", "--tests.mates", "0", "--training.steps", "2")
+    assert main("--preset", preset, *SMALL, *sizes, "--data", file, "--output", tmp_path / "run") == 0
+    assert read_results(tmp_path / "run")["steps"] == 2
+    assert read_boards(tmp_path / "run")
+
+
 def test_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--data", file, "--max-games", "100") == 1
     assert "max_games=100 must be from 1 to the 36 games of the file" in capsys.readouterr().err
