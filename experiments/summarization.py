@@ -1,0 +1,249 @@
+"""Summarize texts with an encoder-decoder from scratch: an RNN that can copy source words, or a T5-shaped Transformer.
+
+    python -m experiments.summarization          docstrings of the installed packages to their first lines, 2 minutes
+
+Debian package descriptions to their synopses (docs/tasks/summarization.md says how to get the file):
+
+    python -m experiments.summarization --preset copy --data.file debian_synopsis.jsonl.gz
+    python -m experiments.summarization --preset t5 --data.file debian_synopsis.jsonl.gz
+
+Expected: ROUGE-1 of at least 0.40 on held-out packages, where the first sentence of the description has about 0.29.
+ROUGE is rouge-score's F-measure with stemming. Packages of one project, and similar descriptions, stay in one part.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm import host, metrics
+from jaxlm.data import Batches, Tokenizer, load_tokenizer
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.debian import read_descriptions
+from jaxlm.data.docstrings import docstrings
+from jaxlm.data.duplicates import group_similar
+from jaxlm.data.examples import Example, Examples
+from jaxlm.data.vocabularies import train_tokenizer
+from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.models import Model
+from jaxlm.objectives.batch import smoothed_token_loss
+from jaxlm.tasks import seq2seq
+from jaxlm.training import experiment as lib
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.report import write_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Texts with summaries."""
+
+    file: Path | None = None
+    """Output of apt-cache show, or .jsonl with the keys package, text and summary (.gz too); None: docstrings of the
+    installed packages."""
+    validation_fraction: float = 0.03
+    """Share of the groups that chooses the best weights."""
+    test_fraction: float = 0.04
+    """Share of the groups that is the test part."""
+    largest_group: int = 100
+    """Groups with more examples belong to the training part: in another part, a single template would decide."""
+    similarity: float = 0.5
+    """Jaccard similarity of word trigrams from which on two texts belong to one group."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train a summarizer and test it."""
+
+    model: lib.ModelConfig = lib.ModelConfig("attention_rnn")
+    """The model: attention_rnn or t5."""
+    training: TrainingConfig = TrainingConfig()
+    """The training. batch_size counts pairs of the longest bucket; shorter ones have more."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    data: Data = Data()
+    """The data."""
+    epochs: float = 6.0
+    """Passes over the training part."""
+    vocab_size: int = 8000
+    """Subwords (BPE) of the vocabulary that texts and summaries share."""
+    max_source: int = 128
+    """Cut longer texts to so many tokens; the report says how many were cut."""
+    max_summary: int = 40
+    """The most tokens of a generated summary."""
+    buckets: int = 4
+    """Shapes of batches, by length."""
+    label_smoothing: float = 0.1
+    """Share of the target probability that is spread over the vocabulary."""
+    num_beams: int = 4
+    """Hypotheses of the beam search."""
+    length_penalty: float = 1.0
+    """Exponent of the length in the score of a hypothesis."""
+    output: Path | None = None
+    """Run directory; None makes runs/summarization-<time>."""
+
+
+def preset(name: str, *changes: str, rate: float, warmup: int = 400, **options: Any) -> Experiment:
+    """An experiment with a model from scratch."""
+    training = TrainingConfig(batch_size=64, evaluate_every=250, checkpoint_every=1000, restore_best=True)
+    optimizer = OptimizerConfig(
+        learning_rate=rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
+    )
+    return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, optimizer), **options)
+
+
+T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.1", "remat=none")
+RNN = ("source_vocab_size=None", "embed_dim=192", "hidden_dim=256", "output_dim=192", "dropout=0.2")
+SMALL = ("source_vocab_size=None", "embed_dim=128", "hidden_dim=128", "output_dim=128", "dropout=0.1")
+LUONG = ("attention=luong", "score=general")
+PRESETS = {
+    "docstrings": preset(
+        "attention_rnn", *SMALL, *LUONG, "copy=True", rate=4e-3, warmup=50, epochs=3, vocab_size=3000, max_source=64,
+        label_smoothing=0.0, num_beams=2, buckets=2,
+    ),
+    "copy": preset("attention_rnn", *RNN, *LUONG, "copy=True", rate=2e-3, label_smoothing=0.0),
+    "rnn": preset("attention_rnn", *RNN, *LUONG, rate=2e-3),
+    "t5": preset("t5", *T5, rate=2e-3, epochs=5),
+}  # fmt: skip
+
+
+def read(data: Data) -> Examples:
+    """Examples ``{"source", "target", "text", "group"}``; ``text`` is what the first sentence is taken from."""
+    if data.file is None:
+        found = docstrings()
+        rows = [{**row, "source": f"{row['name']}: {row['text']}"} for row in found]
+        keys = found.column("package")
+    else:
+        found = read_descriptions(data.file)
+        rows = [{**row, "source": row["text"]} for row in found]
+        keys = found.column("project")
+    groups = group_similar(found.column("text"), keys, similarity=data.similarity)
+    examples: list[Example] = [
+        # White space holds the line breaks of the files, which are no part of the text.
+        {"source": " ".join(row["source"].split()), "target": row["summary"], "text": row["text"], "group": group}
+        for row, group in zip(rows, groups, strict=True)
+    ]
+    return Examples(examples, found.name, found.rejected)
+
+
+def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]:
+    """Training, validation and test part; each group is in one part."""
+    sizes = collections.Counter(examples.column("group"))
+    is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
+    large, small = (examples.select(np.flatnonzero(np.equal(is_large, kind)).tolist()) for kind in (True, False))
+    test, validation, training = small.split(data.test_fraction, data.validation_fraction, seed=0, by="group")
+    return Examples([*training, *large], examples.name), validation, test
+
+
+def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examples, int]:
+    """The examples with sources of at most ``limit`` tokens, and how many were cut."""
+    rows, cut = [], 0
+    for row, encoding in zip(examples, tokenizer.encode_inputs_batch(examples.column("source")), strict=True):
+        if encoding.ids.size > limit:  # the last token ends the source
+            text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)
+            row, cut = {**row, "source": text.rstrip("\ufffd")}, cut + 1
+        rows.append(row)
+    return Examples(rows, examples.name), cut
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a text: the summary "lead-1"."""
+    return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
+
+
+def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
+    """The model, parameters to start from (None: random), and the tokenizer."""
+    if resume is not None:
+        tokenizer = load_tokenizer(resume / "model")
+    else:
+        texts = training.column("source") + training.column("target")
+        tokenizer = train_tokenizer(texts, "bpe", experiment.vocab_size, template="eos")
+    fixed = {"vocab_size": tokenizer.vocab_size, "decoder_start_id": tokenizer.special_ids.pad}
+    model, params = experiment.model.build(experiment.training.seed, **fixed)
+    return model, params, tokenizer
+
+
+def run(experiment: Experiment, resume: Path | None = None) -> Result:
+    """Train, summarize the test part, report."""
+    begun, config = time.perf_counter(), experiment.training
+    lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size", "max_source"])
+    examples = read(experiment.data)
+    training, validation, test = parts(experiment.data, examples)
+    model, params, tokenizer = build(experiment, training, resume)
+    shortened = [shorten(part, tokenizer, experiment.max_source) for part in (training, validation, test)]
+    training, validation, test = (part for part, _ in shortened)
+    facts = {"rejected lines": len(examples.rejected), "texts cut": [cut for _, cut in shortened]}
+    source = Bucketed(
+        seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
+    )
+    config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
+    held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
+    trainer = config.trainer(
+        model, make_optimizer(experiment.optimizer, model.specs, config.steps),
+        smoothed_token_loss(experiment.label_smoothing),
+        learning_rate=learning_rate(experiment.optimizer, config.steps),
+    )  # fmt: skip
+    directory = lib.run_directory("summarization", experiment, resume, tokenizer)
+    lib.say(
+        f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
+        f"{len(test):,} for the test (cut to {experiment.max_source} tokens: {facts['texts cut']}) · "
+        f"{source.describe()} · {config.steps:,} steps · {directory}"
+    )
+    data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
+    evaluate = Evaluator(model, seq2seq.METRICS, held_out)
+    result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
+    if result.interrupted is None:
+        lib.export(directory, experiment, model, result, tokenizer)
+        summarize(directory, experiment, model, result, tokenizer, test, begun, facts)
+    return result
+
+
+def summarize(
+    directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
+    begun: float, facts: dict[str, Any],
+) -> None:  # fmt: skip
+    """Summarize the test part and write the report."""
+    sources, references = test.column("source"), test.column("target")
+    request = GenerationConfig(
+        max_new_tokens=experiment.max_summary, num_beams=experiment.num_beams,
+        length_penalty=experiment.length_penalty if experiment.num_beams > 1 else 1.0,
+    )  # fmt: skip
+    started = time.perf_counter()
+    outputs = generate_text(model, result.params, tokenizer, sources, request)
+    rate = len(sources) / (time.perf_counter() - started)
+    lead = metrics.rouge([first_sentence(text) for text in test.column("text")], references)
+    scores = [
+        *metrics.rouge(outputs, references),
+        *(dataclasses.replace(score, name=f"{score.name} of the first sentence") for score in lead),
+    ]
+    shown = np.random.default_rng(0).permutation(len(sources))[:40]
+    write_samples(
+        directory, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in shown.tolist()]
+    )
+    lib.report(
+        directory, task="summarization", model=model, begun=begun, scores=scores,
+        data=str(experiment.data.file or "docstrings of the installed packages"), steps=result.step,
+        beams=experiment.num_beams, compilations=result.compilations,
+        training_examples_per_second=round(result.examples_per_second, 1),
+        test_examples_per_second=round(rate, 1), **facts,
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return lib.command_line(
+        PRESETS["docstrings"], PRESETS, run, name="summarization", description=__doc__ or "", arguments=arguments
+    )
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Package descriptions and the projects of packages."""
+
+import gzip
+import json
+
+import pytest
+
+from jaxlm.data.debian import project, read_descriptions
+
+RECORDS = """\
+Package: libbox-dev
+Source: boxes (1.2-3)
+Version: 1.2-3
+Description-en: library of boxes (headers)
+ A box is a container:
+  * it has a lid
+  * it has a floor
+ .
+ This package has the headers.
+Description-md5: 0123
+
+Package: shelf
+Version: 2
+Description: board for boxes
+Homepage: https://example.org
+
+Package: table
+Description: flat board on legs
+ A table is where boxes are put.
+
+Package: table
+Description: flat board on legs
+ A table in another version.
+"""
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_control_records(tmp_path, suffix):
+    path = tmp_path / f"packages{suffix}"
+    path.write_bytes(gzip.compress(RECORDS.encode()) if suffix.endswith("gz") else RECORDS.encode())
+    examples = read_descriptions(path)
+    assert list(examples) == [
+        {
+            "package": "libbox-dev", "project": "boxes", "summary": "library of boxes (headers)",
+            "text": "A box is a container:\n * it has a lid\n * it has a floor\n\nThis package has the headers.",
+        },
+        {
+            "package": "table", "project": "table", "summary": "flat board on legs",
+            "text": "A table is where boxes are put.",
+        },
+    ]  # fmt: skip
+    assert [(rejected.line, rejected.reason) for rejected in examples.rejected] == [
+        (12, "no package with a synopsis and a description"),
+        (21, "package table occurred before"),
+    ]
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "synopses.jsonl"
+    rows = [
+        {"package": "libbox-dev", "text": "A box.", "summary": "box"},
+        {"package": "empty", "text": "", "summary": "x"},
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    examples = read_descriptions(path)
+    assert list(examples) == [{**rows[0], "project": "box"}]
+    assert [rejected.line for rejected in examples.rejected] == [2]
+
+
+def test_a_file_without_long_descriptions_says_how_to_get_them(tmp_path):
+    path = tmp_path / "packages.txt"
+    path.write_text("Package: shelf\nDescription: board for boxes\n")
+    with pytest.raises(ValueError, match="write it with apt-cache show"):
+        read_descriptions(path)
+
+
+@pytest.mark.parametrize(
+    "packages",
+    [
+        ("0ad", "0ad-data", "0ad-data-common"),
+        ("libssl3", "libssl-dev", "libssl1.1-dbg"),
+        ("python3-yaml", "libyaml-perl"),
+    ],
+)
+def test_packages_of_one_project(packages):
+    assert len({project(name) for name in packages}) == 1
+
+
+def test_packages_of_different_projects():
+    names = ("libreoffice-calc", "libreoffice-writer", "gcc-doc", "r-cran-abc", "r-cran-ggplot2", "python3", "perl-doc")
+    assert len({project(name) for name in names}) == len(names)

@@ -1,0 +1,139 @@
+"""The experiment, small: on docstrings of a directory, on package descriptions, and the finished model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxlm
+from experiments import summarization
+from experiments.summarization import Data, Experiment, first_sentence, parts, read, shorten
+from jaxlm.data import load_tokenizer
+from jaxlm.data.examples import Examples
+from jaxlm.data.vocabularies import train_tokenizer
+from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.training.report import read_metrics, read_results, read_samples
+
+TINY = (
+    "--training.batch-size", "8", "--training.evaluate-every", "100", "--training.checkpoint-every", "100",
+    "--optimizer.warmup-steps", "1", "--buckets", "1", "--vocab-size", "320", "--epochs", "1", "--max-source", "24",
+    "--max-summary", "8", "--num-beams", "2", "--data.test-fraction", "0.2", "--data.validation-fraction", "0.1",
+)  # fmt: skip
+SIZES = ("source_vocab_size=None", "embed_dim=8", "hidden_dim=12", "output_dim=8")
+NOUNS = ("box", "shelf", "table", "lamp", "chair", "clock", "river", "tower")
+
+
+def main(*arguments: Any) -> int:
+    return summarization.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Descriptions of 40 projects with two packages each, and one line without a text."""
+    rng = np.random.default_rng(0)
+    rows = [{"package": "empty", "text": "", "summary": "nothing"}]
+    for number in range(40):
+        words = " ".join(rng.choice(NOUNS, 12))
+        for part in ("", "-doc"):
+            text = f"A {words}{part} of number {number}. It has {words}.\n\nSecond paragraph."
+            rows.append(
+                {
+                    "package": f"{NOUNS[number // 8]}-{NOUNS[number % 8]}{part}",
+                    "text": text,
+                    "summary": f"{words[:20]}{part}",
+                }
+            )
+    path = tmp_path_factory.mktemp("data") / "descriptions.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with copying. Not to be changed."""
+    run: Path = tmp_path_factory.mktemp("summarization") / "run"
+    model = ("--model.set", *SIZES, "attention=luong", "score=general", "copy=True")
+    assert main("--preset", "copy", *TINY, *model, "--data.file", file, "--output", run) == 0
+    return run
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    results = read_results(finished)
+    names = [f"ROUGE-{kind}{of}" for of in ("", " of the first sentence") for kind in ("1", "2", "L")]
+    assert [score.name for score in results["scores"]] == names
+    assert all(0.0 <= score.value <= 1.0 for score in results["scores"])
+    assert results["rejected lines"] == 1
+    assert sum(results["texts cut"]) > 0
+    assert set(read_samples(finished)[0]) == {"source", "reference", "output"}
+    assert "ROUGE-1" in (finished / "report.html").read_text()
+    assert read_metrics(finished / "metrics.jsonl")
+
+
+def test_the_finished_model_summarizes(finished: Path) -> None:
+    model, params = jaxlm.load_pretrained(finished / "model")
+    tokenizer = load_tokenizer(finished / "model")
+    assert model.config.copy
+    outputs = generate_text(model, params, tokenizer, ["A box of number 7."], GenerationConfig(max_new_tokens=4))
+    assert len(outputs) == 1
+
+
+def test_a_t5_of_the_same_data(file: Path, tmp_path: Path) -> None:
+    model = ("--model.set", "num_layers=1", "num_heads=2", "head_dim=4", "embed_dim=8", "mlp_dim=16")
+    assert main("--preset", "t5", *TINY, *model, "--data.file", file, "--output", tmp_path / "run") == 0
+    assert read_results(tmp_path / "run")["family"] == "t5"
+
+
+def test_packages_of_a_project_and_similar_texts_are_in_one_part(file: Path) -> None:
+    data = Data(file=file, test_fraction=0.2, validation_fraction=0.1)
+    split = parts(data, read(data))
+    assert sum(map(len, split)) == 80
+    groups = [set(part.column("group")) for part in split]
+    assert [len(numbers) for numbers in groups] == [28, 4, 8]
+    assert not groups[0] & groups[1] | groups[1] & groups[2] | groups[0] & groups[2]
+    assert all(len(part) == 2 * len(numbers) for part, numbers in zip(split, groups, strict=True))
+
+
+def test_large_groups_belong_to_the_training_part() -> None:
+    rows = [{"group": number if number > 30 else 0} for number in range(100)]
+    training, validation, test = parts(Data(largest_group=5, test_fraction=0.3), Examples(rows))
+    assert len(training) + len(validation) + len(test) == 100
+    assert 0 not in set(test.column("group")) | set(validation.column("group"))
+
+
+def test_docstrings_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "box.py").write_text(
+        '"""Boxes and lids.\n\nA box has a lid. The lid has a handle, and a box a floor."""\n'
+    )
+    found = summarization.docstrings([tmp_path])
+    monkeypatch.setattr(summarization, "docstrings", lambda: found)
+    (example,) = read(Experiment().data)
+    text = "A box has a lid. The lid has a handle, and a box a floor."
+    assert example == {"source": f"module: {text}", "target": "Boxes and lids.", "text": text, "group": 0}
+
+
+def test_long_sources_are_cut_and_counted() -> None:
+    texts = ["one two three four", "one two three four five six"]
+    tokenizer = train_tokenizer(texts, "word", 50, template="eos")
+    examples, cut = shorten(Examples([{"source": text} for text in texts]), tokenizer, 5)
+    assert (examples.column("source"), cut) == ([texts[0], "one two three four"], 1)
+
+
+def test_the_first_sentence() -> None:
+    assert first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
+    assert first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--data.file", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
+        (
+            ("--data.file", file, "--vocab-size", "320", "--model.set", "copy=True"),
+            "copy=True needs source_vocab_size=None",
+        ),
+    ):
+        assert main(*arguments, "--output", tmp_path / "run") == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
