@@ -6,7 +6,7 @@ One game per line (SAN or UCI moves), or PGN; 144,000 master games take about an
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
-Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5. A quick look at a large file: --max-games 5000.
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5. A quick look at a file: --max-games 5000.
 docs/tasks/chess.md defines each metric and has the measured figures.
 """
 
@@ -71,7 +71,7 @@ class Experiment:
     """The tests."""
     data: Path | None = None
     """Games: .txt (one a line) or .pgn, .gz too; None: the embedded ones."""
-    notation: Notation = "uci"
+    notation: Notation = "san"
     """What the model reads. The file may have either."""
     max_games: int | None = None
     """Use the first games of the file only."""
@@ -131,7 +131,7 @@ def read(experiment: Experiment) -> Games:
     if experiment.data is None:
         games = chess_games(experiment.notation)
     else:
-        lib.say(f"reading {experiment.data}: replaying a game by the rules takes about 1 ms of one core")
+        lib.say(f"reading {experiment.data}, about 1 ms of one core for each game")
         games = read_games(experiment.data, experiment.notation)
     lib.say(f"{games.report()}, read in {time.perf_counter() - begun:.0f} s")
     most = len(games) if experiment.max_games is None else experiment.max_games
@@ -142,9 +142,8 @@ def read(experiment: Experiment) -> Games:
 
 def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
     """The model, parameters to start from (None: random), and the tokenizer."""
-    if resume is None:
-        tokenizer = MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
-    else:
+    tokenizer = MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
+    if resume is not None:
         tokenizer = cast(MoveTokenizer, load_tokenizer(resume / "model"))
     fixed = {"vocab_size": tokenizer.vocab_size}
     if experiment.model.name.startswith(("gpt", "llama")):
@@ -207,7 +206,7 @@ def _report(
     if positions := chess.mates_in_one(fitting[: tests.mates]):
         scores.append(chess.mate_in_one_accuracy(*known, positions))
     elif tests.mates:
-        lib.say("no test game that was searched has a mate in one: this test is left out")
+        lib.say("no test game has a mate in one: this test is left out")
     longest = tests.max_moves if limit is None else min(tests.max_moves, limit)
     if tests.sampled:
         made_up = chess.legal_move_rate(*known, games=tests.sampled, max_moves=longest)
@@ -243,8 +242,7 @@ def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    default = PRESETS["llama"]
-    return lib.command_line(default, PRESETS, run, name="chess", description=__doc__ or "", arguments=arguments)
+    return lib.command_line(PRESETS["llama"], PRESETS, run, name="chess", description=f"{__doc__}", arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps. Not to be changed."""
     run: Path = tmp_path_factory.mktemp("chess") / "run"
-    assert main(*SMALL, *LLAMA, "--data", file, "--training.steps", "4", "--output", run) == 0
+    assert main(*SMALL, *LLAMA, "--notation", "uci", "--data", file, "--training.steps", "4", "--output", run) == 0
     return run
 
 
