@@ -121,11 +121,11 @@ PRESETS = {
     "xlnet": scratch("xlnet", *ENCODER[:3], "mlp_dim=512", template="sep_cls"),
     "minilm": Experiment(
         lib.ModelConfig("bert"),
-        TrainingConfig(batch_size=32, evaluate_every=1000, checkpoint_every=1000, seed=0),
+        TrainingConfig(batch_size=64, evaluate_every=500, checkpoint_every=500),
         OptimizerConfig(
-            learning_rate=1e-4, schedule="linear", warmup_steps=500, final_fraction=0.0, beta2=0.999, weight_decay=0.01
+            learning_rate=1e-4, schedule="linear", warmup_steps=300, final_fraction=0.0, beta2=0.999, weight_decay=0.01
         ),
-        epochs=3, buckets=6,
+        epochs=3, buckets=4,
     ),
 }  # fmt: skip
 

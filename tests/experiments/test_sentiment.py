@@ -41,8 +41,8 @@ def finished(files, tmp_path_factory):
 
 def test_what_a_run_leaves(finished, capsys):
     results = read_results(finished)
-    assert results["scores"][0]["name"] == "accuracy"
-    assert results["scores"][0]["value"] == 1.0
+    assert results["scores"][0].name == "accuracy"
+    assert results["scores"][0].value == 1.0
     assert results["compilations"] == 1
     assert {"source": "it is dull and bad", "label": "0", "output": "0"} in read_samples(finished)
     assert json.loads((finished / "confusion.json").read_text())["counts"] == [[1, 0], [0, 1]]

@@ -11,7 +11,7 @@ from jaxlm.training.report import read_results, read_samples
 
 NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier"}
 TINY = (
-    "--preset", "bahdanau", "--training.batch-size", "16", "--training.evaluate-every", "50", "--epochs", "30",
+    "--preset", "bahdanau", "--training.batch-size", "16", "--training.evaluate-every", "50", "--epochs", "90",
     "--optimizer.warmup-steps", "5", "--optimizer.learning-rate", "0.02", "--vocab-size", "270", "--buckets", "1",
     "--num-beams", "2", "--label-smoothing", "0.0", "--model.set", "source_vocab_size=None", "embed_dim=24",
     "hidden_dim=32", "output_dim=24",
@@ -41,8 +41,8 @@ def finished(files, tmp_path_factory):
 
 def test_what_a_run_leaves(finished, capsys):
     results = read_results(finished)
-    assert [score["name"].split()[0] for score in results["scores"]] == ["BLEU", "BLEU", "chrF"]
-    assert results["scores"][2]["value"] > 99.0
+    assert [score.name.split()[0] for score in results["scores"]] == ["BLEU", "BLEU", "chrF2"]
+    assert results["scores"][2].value > 99.0
     assert (finished / "translations.txt").read_text().split() == list(NUMBERS.values())
     assert {"source": "two", "reference": "zwei", "output": "zwei"} in read_samples(finished)
     assert "zwei" in (finished / "report.html").read_text()
