@@ -85,6 +85,7 @@ def test_a_resumed_run_keeps_its_games(finished: Path, capsys: pytest.CaptureFix
     assert "notation=san cannot change when a run goes on (it is uci)" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_an_encoder_decoder_on_san_with_a_search_for_mates(file: Path, tmp_path: Path) -> None:
     sizes = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16", "head_dim=8", "mlp_dim=32")
     options = ("--notation", "san", "--tests.look-for-mate", "--training.steps", "2", "--cuts", "2", "--horizon", "3")
