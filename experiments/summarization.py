@@ -7,8 +7,8 @@ Debian package descriptions to their synopses (docs/tasks/summarization.md says 
     python -m experiments.summarization --preset copy --data.file debian_synopsis.jsonl.gz
     python -m experiments.summarization --preset t5 --data.file debian_synopsis.jsonl.gz
 
-Expected: ROUGE-1 of at least 0.40 on held-out packages, where the first sentence of the description has about 0.29.
-ROUGE is rouge-score's F-measure with stemming. Packages of one project, and similar descriptions, stay in one part.
+Expected: ROUGE-1 of at least 0.40 on held-out packages (the first sentence of the description: 0.32) after 50 minutes
+(t5: 100) on two cores. Packages of one project, and similar descriptions, stay in one part.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.recipes import RECIPES
 from jaxlm.training.report import write_samples
 
 
@@ -91,7 +92,7 @@ class Experiment:
     """Run directory; None makes runs/summarization-<time>."""
 
 
-def preset(name: str, *changes: str, rate: float, warmup: int = 400, **options: Any) -> Experiment:
+def preset(name: str, *changes: str, rate: float = 2e-3, warmup: int = 400, **options: Any) -> Experiment:
     """An experiment with a model from scratch."""
     training = TrainingConfig(batch_size=64, evaluate_every=250, checkpoint_every=1000, restore_best=True)
     optimizer = OptimizerConfig(
@@ -109,9 +110,9 @@ PRESETS = {
         "attention_rnn", *SMALL, *LUONG, "copy=True", rate=4e-3, warmup=50, epochs=3, vocab_size=3000, max_source=64,
         label_smoothing=0.0, num_beams=2, buckets=2,
     ),
-    "copy": preset("attention_rnn", *RNN, *LUONG, "copy=True", rate=2e-3, label_smoothing=0.0),
-    "rnn": preset("attention_rnn", *RNN, *LUONG, rate=2e-3),
-    "t5": preset("t5", *T5, rate=2e-3, epochs=5),
+    "copy": preset("attention_rnn", *RNN, *LUONG, "copy=True", label_smoothing=0.0),
+    "rnn": preset("attention_rnn", *RNN, *LUONG),
+    "t5": preset("t5", *T5, epochs=5, optimizer=dataclasses.replace(RECIPES["t5"].optimizer, hold_steps=1000)),
 }  # fmt: skip
 
 
