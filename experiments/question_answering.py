@@ -81,9 +81,9 @@ class Experiment:
     """Share of the articles (contexts, in a file without titles) that chooses the best weights."""
     test_fraction: float = 0.1
     """Share of the articles that is the test part."""
-    stories: int = 20_000
+    stories: int = 24_000
     """Generated questions, without data."""
-    sentences: int = 6
+    sentences: int = 4
     """Sentences of a generated story."""
     epochs: float | None = None
     """Passes over the training part; None takes training.steps."""
@@ -97,14 +97,9 @@ class Experiment:
     """Run directory; None makes runs/question_answering-<time>."""
 
 
+SMALL = ("num_layers=3", "num_heads=4", "embed_dim=128", "init_stddev=0.08")
 STORIES = Experiment(
-    lib.ModelConfig(
-        "bert",
-        (
-            "num_layers=3", "num_heads=4", "embed_dim=128", "max_positions=384", "hidden_dropout=0.0",
-            "attention_dropout=0.0",
-        ),
-    ),
+    lib.ModelConfig("bert", (*SMALL, "max_positions=384", "hidden_dropout=0.0", "attention_dropout=0.0")),
     TrainingConfig(
         batch_size=32, evaluate_every=250, checkpoint_every=250, restore_best=True, best_metric="f1", best_mode="max",
         seed=0,
@@ -116,7 +111,7 @@ PRESETS = {
     "bert": STORIES,
     "xlnet": dataclasses.replace(
         STORIES,
-        model=lib.ModelConfig("xlnet", ("num_layers=3", "num_heads=4", "embed_dim=128", "mlp_dim=512", "dropout=0.0")),
+        model=lib.ModelConfig("xlnet", (*SMALL, "mlp_dim=512", "dropout=0.0")),
         template="sep_cls",
     ),
     "minilm": Experiment(
