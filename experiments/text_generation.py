@@ -91,7 +91,7 @@ def preset(family: str, changes: str, steps: int, rows: int, length: int, rate: 
 
 WIDE = "num_layers=4 num_heads=4 embed_dim=128 "
 NO_DROPOUT = "embedding_dropout=0.0 attention_dropout=0.0 residual_dropout=0.0 "
-RNN = "embedding_dropout=0.0 weight_dropout=0.0 hidden_dropout={0} input_dropout={0} output_dropout={0} "
+RNN = "embedding_dropout=0.0 weight_dropout=0.0 hidden_dropout=0.0 input_dropout=0.0 output_dropout=0.0 "
 XL = "cutoffs=() embedding_divisor=1 "
 LARGE: dict[str, Any] = {
     "prompt": "ROMEO:", "ema_decay": 0.998, "restore_best": True, "evaluation_batches": 100, "final_fraction": 0.0,
@@ -104,7 +104,7 @@ PRESETS = {
     "llama": preset("llama", WIDE + "num_kv_heads=2 mlp_dim=352", 1000, 16, 96, 3e-3),
     **{
         name: preset(
-            name, "num_layers=2 embed_dim=128 hidden_dim=256 init_bound=0.5 " + RNN.format(0.0), 1500, 16, 96, 1e-2
+            name, "num_layers=2 embed_dim=128 hidden_dim=256 init_bound=0.5 " + RNN, 1500, 16, 96, 1e-2
         )
         for name in ("lstm", "gru")
     },
@@ -117,8 +117,9 @@ PRESETS = {
         1500, 16, 96, 3e-3,
     ),
     "lstm_large": preset(
-        "lstm", "num_layers=2 embed_dim=512 hidden_dim=512 init_bound=0.1 " + RNN.format(0.3), 5000, 32, 100, 4e-3,
-        evaluate_every=500, checkpoint_every=500, weight_decay=0.01, **LARGE,
+        "lstm", "num_layers=2 embed_dim=512 hidden_dim=512 embedding_dropout=0.0 input_dropout=0.1 hidden_dropout=0.25 "
+        "output_dropout=0.25 weight_dropout=0.3",
+        3500, 32, 100, 3e-3, evaluate_every=500, checkpoint_every=500, weight_decay=0.01, **LARGE,
     ),
     "transformer_xl_large": preset(
         "transformer_xl",
@@ -133,7 +134,7 @@ PRESETS = {
     ),
     **{
         f"war_and_peace_{family}_{layers}": preset(
-            family, f"num_layers={layers} embed_dim=128 hidden_dim=128 init_bound=0.3 " + RNN.format(0.0),
+            family, f"num_layers={layers} embed_dim=128 hidden_dim=128 init_bound=0.3 " + RNN,
             5000, 50, 100, 5e-3, evaluate_every=500, evaluation_batches=100, restore_best=True, test_fraction=0.1,
             final_fraction=0.01, weight_decay=0.01,
         )

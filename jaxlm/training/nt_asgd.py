@@ -71,6 +71,16 @@ def averaging() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def has_averaging(state: Any) -> bool:
+    """Whether an optimizer state has :func:`averaging`."""
+    return any(_is_averaging(node) for node in jax.tree.leaves(state, is_leaf=_is_averaging))
+
+
+def has_started(state: Any) -> bool:
+    """Whether the averaging of an optimizer state has started; False if it has none."""
+    return has_averaging(state) and int(_find(state).iterates) > 0
+
+
 def start(state: Any) -> Any:
     """The optimizer state with averaging started; the same state if it had started before.
 

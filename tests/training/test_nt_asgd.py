@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.training.nt_asgd import averaged, averaging, should_start, start
+from jaxlm.training.nt_asgd import averaged, averaging, has_averaging, has_started, should_start, start
 from tests.helpers import assert_trees_close
 
 
@@ -84,3 +84,13 @@ def test_misuse_is_named():
         start(twice.init({"w": jnp.ones(3)}))
     with pytest.raises(ValueError, match="averaging needs the parameters"):
         averaging().update({"w": jnp.ones(3)}, averaging().init({"w": jnp.ones(3)}))
+
+
+def test_a_state_tells_whether_averaging_has_started():
+    params = {"w": jnp.ones(3)}
+    plain, averaged_sgd = optax.sgd(0.1).init(params), optax.chain(optax.sgd(0.1), averaging()).init(params)
+    assert not has_averaging(plain)
+    assert not has_started(plain)
+    assert has_averaging(averaged_sgd)
+    assert not has_started(averaged_sgd)
+    assert has_started(start(averaged_sgd))
