@@ -145,23 +145,25 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 
 
 def build(
-    experiment: Experiment, examples: Examples, labels: tuple[str, ...], resume: Path | None
+    experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters to start from (None: random), and the tokenizer."""
-    config, fixed = experiment.model, {"task": "classification", "num_labels": len(labels)}
+    """The model, parameters to start from (None: random), and the tokenizer. Of the test part, only lengths count."""
+    config, labels = experiment.model, training.label_names()
+    fixed: dict[str, Any] = {"task": "classification", "num_labels": len(labels)}
     if resume is not None:
         tokenizer = load_tokenizer(resume / "model")
     elif config.pretrained is not None:
         tokenizer = load_tokenizer(config.pretrained)
     else:
         tokenizer = train_tokenizer(
-            examples.column("text"), experiment.vocabulary, experiment.vocab_size,
+            training.column("text"), experiment.vocabulary, experiment.vocab_size,
             template=experiment.template, min_frequency=experiment.min_frequency,
         )  # fmt: skip
     if config.pretrained is None:
         fixed["vocab_size"] = tokenizer.vocab_size
     if config.name in ("alexnet", "resnet"):  # these read texts of one length
-        longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(examples.column("text")))
+        texts = training.column("text") + test.column("text")
+        longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
         fixed["max_positions"] = -(-max(longest, 32) // 8) * 8
         if config.name == "alexnet":
             fixed["pools"] = (fixed["max_positions"] - 4,)  # the largest value over the sentence
@@ -174,7 +176,7 @@ def run_one(
 ) -> tuple[Result, metrics.Score]:
     """Train on one part, test on another, report."""
     begun, labels = time.perf_counter(), training.label_names()
-    model, params, tokenizer = build(experiment, training, labels, resume)
+    model, params, tokenizer = build(experiment, training, test, resume)
     held_out, learnt = training.split(experiment.data.validation_fraction, seed=0)
     config = experiment.training
     encoded = classification.encode(learnt, tokenizer, labels, model, max_length=experiment.data.max_length)

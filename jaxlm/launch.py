@@ -97,7 +97,7 @@ def script(
         if not default:
             raise ValueError(
                 f"{command[2]} measures the devices of one process, and {topology} is several hosts: train something "
-                f"over all of its {chips} chips (python -m experiments.shakespeare --mesh data={chips} ...)"
+                f"over all of its {chips} chips (python -m experiments.text_generation --mesh data={chips} ...)"
             )
         command = _gpt2(chips)
     return _slice(_TPUS[kind], chips, several, command, zone, name, spot)
@@ -106,9 +106,10 @@ def script(
 def _gpt2(chips: int) -> list[str]:
     """Training a GPT as large as GPT-2 on 8 x 1024 tokens a chip, with nothing that takes a directory that all see."""
     return shlex.split(
-        f"python -m experiments.shakespeare --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
-        "--model.num-layers 12 --model.num-heads 12 --model.embed-dim 768 --model.vocab-size 50304 "
-        f"--model.dtype bfloat16 --training.sequence-length 1024 --training.batch-size {8 * chips} "
+        f"python -m experiments.text_generation --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
+        "--model.set num_layers=12 num_heads=12 embed_dim=768 vocab_multiple=50304 dtype=bfloat16 "
+        "embedding_dropout=0.0 attention_dropout=0.0 residual_dropout=0.0 "
+        f"--training.sequence-length 1024 --training.batch-size {8 * chips} "
         "--training.layers-apart True --training.steps 200 --training.evaluation-batches 2 "
         "--training.checkpoint-every None --optimizer.learning-rate 6e-4"
     )

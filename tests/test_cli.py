@@ -14,6 +14,7 @@ from jaxlm.cli import doctor
 from jaxlm.data import ByteTokenizer, CharTokenizer
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.tasks.predict import classify, score_texts
+from jaxlm.training.report import MetricsFile
 from tests.helpers import tiny_model
 
 TOKENIZER = CharTokenizer.from_text("To be, or not to be: that is the question.\n")
@@ -126,8 +127,21 @@ def test_help_names_the_commands(capsys):
         cli.main(["--help"])
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    for name in ("generate", "translate", "summarize", "classify", "score", "plan", "launch", "doctor"):
+    for name in cli.COMMANDS:
         assert name in text
+    assert {"translate", "summarize", "answer", "classify", "chess", "compare"} < set(cli.COMMANDS)
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    for name, loss in (("one", 2.0), ("two", 1.5)):
+        MetricsFile(tmp_path / name / "metrics.jsonl").write(step=10, validation_loss=loss)
+    assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--plot", str(tmp_path / "x.png")]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["one", "two"]
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["compare", str(tmp_path)]) == 1
+    assert cli.main(["compare"]) == 1
+    assert "name at least one run directory" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -21,8 +21,8 @@ from jaxlm.models import FAMILIES, get_model
 from jaxlm.models.model import family
 from jaxlm.objectives import objective
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training.trainer import Trainer
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
 from tests.helpers import (
     TINY,
     assert_trees_close,

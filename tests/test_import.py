@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-OPTIONAL = {"torch", "transformers", "tokenizers", "matplotlib", "grain"}
+OPTIONAL = {"torch", "transformers", "tokenizers", "matplotlib", "grain", "chess", "sacrebleu", "rouge_score", "peft"}
 
 
 def packages_after(statement: str) -> set[str]:
@@ -22,7 +22,13 @@ def test_import_jaxlm_is_light():
     assert packages_after("import jaxlm") == {"jaxlm", "safetensors"}
 
 
-@pytest.mark.parametrize("name", ["cli", "checkpoint", "decoding", "data", "training.loop", "interop.huggingface"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cli", "checkpoint", "decoding", "data", "training.loop", "training.experiment", "interop.huggingface",
+        "interop.peft", "metrics", "tasks.predict", "tasks.classification", "data.games",
+    ],
+)  # fmt: skip
 def test_no_part_imports_what_is_optional(name):
     packages = packages_after(f"import jaxlm.{name}")
     assert "jaxlm" in packages
@@ -30,4 +36,4 @@ def test_no_part_imports_what_is_optional(name):
 
 
 def test_the_experiment_draws_with_matplotlib_only_when_it_draws():
-    assert packages_after("import experiments.shakespeare") & OPTIONAL == set()
+    assert packages_after("import experiments.text_generation") & OPTIONAL == set()

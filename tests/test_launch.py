@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import shakespeare
+from experiments import text_generation
 from jaxlm import cli, config, launch
 from jaxlm.launch import script
-from jaxlm.models import Model
 
 COMMAND = ["python", "-m", "benchmarks.training", "--json", "results/it's.json"]
 
@@ -66,10 +65,10 @@ def test_a_tpu_is_deleted_also_when_something_fails(tmp_path):
     ],
 )
 def test_slices_of_several_hosts_join_them(topology, type, several):
-    command = ["python", "-m", "experiments.shakespeare", "--mesh", "data=8"]
+    command = ["python", "-m", "experiments.text_generation", "--mesh", "data=8"]
     text = script(topology, command, zone="z")
     assert f"--accelerator-type={type} " in text
-    assert ("python -m jaxlm.launch experiments.shakespeare --mesh" in text) == several
+    assert ("python -m jaxlm.launch experiments.text_generation --mesh" in text) == several
 
 
 def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
@@ -77,14 +76,15 @@ def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
         ValueError, match=r"benchmarks.training measures the devices of one process, and v5e:4x4 is sev"
     ):
         script("v5e:4x4", COMMAND, zone="z")
-    (command,) = re.findall(r"python -m jaxlm.launch experiments.shakespeare (.*)'", script("v5e:4x4", zone="z"))
+    (command,) = re.findall(r"python -m jaxlm.launch experiments.text_generation (.*)'", script("v5e:4x4", zone="z"))
     arguments = shlex.split(command)
     assert not set(";&|<>$'\"") & set(command)
-    experiment, _ = config.parse(shakespeare.Experiment(), {}, arguments, program="test", description="")
+    experiment, _ = config.parse(text_generation.PRESETS["gpt"], {}, arguments, program="test", description="")
     assert (experiment.mesh, experiment.training.batch_size) == ("data=16", 128)
     assert experiment.training.checkpoint_every is None
     assert experiment.output == Path("results/gpt2")
-    assert Model("gpt", experiment.model).num_parameters == pytest.approx(124e6, rel=0.01)
+    model, _ = experiment.model.build(vocab_size=257, max_positions=1024)
+    assert model.num_parameters == pytest.approx(124e6, rel=0.01)
 
 
 def test_a_gpu_node_is_only_used(tmp_path):

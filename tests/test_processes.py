@@ -26,8 +26,8 @@ from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.trainer import Trainer
 from jaxlm.training.report import curve, read_metrics
+from jaxlm.training.trainer import Trainer
 from tests.helpers import assert_trees_close, assert_trees_equal, tiny_model
 
 COUNT, DEVICES = 2, 4

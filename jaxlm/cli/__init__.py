@@ -11,6 +11,7 @@ import jaxlm
 from jaxlm.cli.answer import Answer
 from jaxlm.cli.chess import Chess
 from jaxlm.cli.classify import Classify
+from jaxlm.cli.compare import Compare
 from jaxlm.cli.doctor import Doctor
 from jaxlm.cli.generate import Generate
 from jaxlm.cli.launch import Launch
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type[Command]] = {
     "classify": Classify,
     "chess": Chess,
     "score": Score,
+    "compare": Compare,
     "plan": Plan,
     "launch": Launch,
     "doctor": Doctor,
@@ -47,8 +49,8 @@ docstrings are the help.
 """
 
 DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
-generate, translate, summarize, answer, classify, chess, score. Before a training: plan, launch. For this machine:
-doctor. The version: jaxlm --version."""
+generate, translate, summarize, answer, classify, chess, score. With runs: compare. Before a training: plan, launch. For
+this machine: doctor. The version: jaxlm --version."""
 
 
 def main(arguments: list[str] | None = None) -> int:

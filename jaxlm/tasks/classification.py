@@ -40,7 +40,7 @@ def encode(
     pairs = examples.column("pair") if "pair" in examples[0] else None
     numbers = label_ids(examples.column("label"), labels, examples.name)
     limit = getattr(model.config, "max_positions", None)
-    encoded = []
+    encoded: list[Encoded] = []
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts, pairs, max_length=max_length)):
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
             raise ValueError(

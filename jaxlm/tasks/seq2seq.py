@@ -5,6 +5,7 @@ Shapes: B batch, S source time, T target time.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
             rows.fields["source"], rows.fields["target"], start_id=start_id,
             source_segment_ids=segments["source"], segment_ids=segments["target"],
         )  # fmt: skip
-        return batch.replace(weights=batch.weights * (rows.indices >= 0)[:, None].astype(np.float32))
+        weights = batch.weights * (rows.indices >= 0)[:, None].astype(np.float32)
+        return dataclasses.replace(batch, weights=weights)
 
     return make
 

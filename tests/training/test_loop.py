@@ -334,7 +334,8 @@ def test_trackers_get_the_records_and_the_log_has_rates(tmp_path, monkeypatch):
     assert [step for step, _ in tracker.records] == [1, 2, 3, 3]
     assert tracker.records[-1][1] == {"validation_loss": result.validation_loss}
     records = read_metrics(tmp_path / "metrics.jsonl")
-    np.testing.assert_allclose([record["learning_rate"] for record in records[:3]], [1e-2 / 3, 2e-2 / 3, 1e-2], rtol=1e-6)
+    rates = [record["learning_rate"] for record in records[:3]]
+    np.testing.assert_allclose(rates, [1e-2 / 3, 2e-2 / 3, 1e-2], rtol=1e-6)
     assert all((record["tokens"], record["examples"]) == (8 * 16, 8) for record in records[:3])
     assert records[2]["examples_per_second"] * 16 == pytest.approx(records[2]["tokens_per_second"])
     assert result.compilations == 1

@@ -1,0 +1,29 @@
+"""``jaxlm compare``: a table of finished or running trainings, and a plot of their validation curves."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from jaxlm.training.compare import compare_runs, draw_comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Print a table of runs: family, parameters, steps, minutes, validation metrics and scores."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    plot: Path | None = None
+    """Draw the validation curves of all runs into this PNG."""
+
+    def run(self) -> int:
+        """Print the table."""
+        if not self.runs:
+            raise ValueError("there are no runs to compare: name at least one run directory")
+        print(compare_runs(self.runs))
+        if self.plot is not None:
+            draw_comparison(self.runs, self.plot)
+        return 0
