@@ -123,7 +123,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     from jaxlm.objectives import causal
     from jaxlm.plan.flops import counted_flops
     from jaxlm.training.evaluation import Evaluator
-    from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+    from jaxlm.training.optimizer import make_optimizer
     from jaxlm.training.trainer import Trainer
 
     B, T = options.batch, options.length
@@ -148,7 +148,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     def step_of(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
         recipe = recipe_of(name)
         stream = None if recipe.stream is None else (B, recipe.stream)
-        config = OptimizerConfig(learning_rate=recipe.learning_rate, warmup_steps=max(1, min(50, steps // 4)))
+        config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
         return recipe, stream, make_optimizer(config, model.specs, steps), causal.loss
 
     def flops(name: str) -> Callable[[Any], float]:

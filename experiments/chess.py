@@ -183,8 +183,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if result.interrupted is None:
-        lib.export(directory, experiment, model, result, tokenizer)
+    if lib.export(directory, experiment, model, result, tokenizer):
         _report(directory, experiment, model, result, tokenizer, test, begun)
     return result
 

@@ -207,8 +207,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     trainer = config.trainer(model, optimizer, span_qa.loss, learning_rate=schedule)
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if result.interrupted is None:
-        lib.export(directory, experiment, model, result, tokenizer)
+    if lib.export(directory, experiment, model, result, tokenizer):
         report(directory, scorer, result, validation, test, begun)
     return result
 

@@ -36,12 +36,10 @@ from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import classification as objective
 from jaxlm.tasks import classification
-from jaxlm.tasks.predict import classify
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxlm.training.report import write_confusion, write_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,20 +171,19 @@ def build(
 
 def run_one(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
-) -> tuple[Result, metrics.Score]:
-    """Train on one part, test on another, report."""
-    begun, labels = time.perf_counter(), training.label_names()
+) -> tuple[Result, metrics.Score | None]:
+    """Train on one part, test on another, report; no score if interrupted."""
+    begun, config, labels = time.perf_counter(), experiment.training, training.label_names()
     model, params, tokenizer = build(experiment, training, test, resume)
     held_out, learnt = training.split(experiment.data.validation_fraction, seed=0)
-    config = experiment.training
-    encoded = classification.encode(learnt, tokenizer, labels, model, max_length=experiment.data.max_length)
+    encoded, encoded_validation, encoded_test = (
+        classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
+        for part in (learnt, held_out, test)
+    )
     source = Bucketed(encoded, config.batch_size, experiment.buckets, seed=config.seed)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
-    validation = classification.encode(held_out, tokenizer, labels, model, max_length=experiment.data.max_length)
-    evaluate = Evaluator(
-        model, classification.METRICS, classification.batches(validation, len(labels), config.batch_size)
-    )
+    validation = classification.batches(encoded_validation, len(labels), config.batch_size)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps),
         objective.make_loss(label_smoothing=experiment.label_smoothing),
@@ -198,41 +195,21 @@ def run_one(
         f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
+    evaluate = Evaluator(model, classification.METRICS, validation)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if result.interrupted is not None:
-        return result, metrics.accuracy([0], [0])
-    lib.export(directory, experiment, model, result, tokenizer)
-    return result, _test(directory, experiment, model, result, tokenizer, test, begun)
-
-
-def _test(
-    directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
-    begun: float,
-) -> metrics.Score:  # fmt: skip
-    """Predict the test part and write the report."""
-    assert model.labels is not None
-    began_test, texts = time.perf_counter(), test.column("text")
-    predictions = classify(model, result.params, tokenizer, texts)
-    rate = len(texts) / (time.perf_counter() - began_test)
-    gold = classification.label_ids(test.column("label"), model.labels, test.name)
-    score = metrics.accuracy(predictions.ids, gold)
-    write_confusion(directory, model.labels, metrics.confusion(predictions.ids, gold, len(model.labels)))
-    wrong = np.flatnonzero(predictions.ids != gold)[:20].tolist()
-    right = np.flatnonzero(predictions.ids == gold)[:20].tolist()
-    write_samples(
-        directory,
-        [
-            {"source": texts[at], "label": model.labels[gold[at]], "output": model.labels[predictions.ids[at]]}
-            for at in wrong + right
-        ],
-    )
+    if not lib.export(directory, experiment, model, result, tokenizer):
+        return result, None
+    started = time.perf_counter()
+    predicted = np.argmax(classification.predict(model, result.params, encoded_test), axis=1)
+    rate = len(test) / (time.perf_counter() - started)
+    score = classification.write_test(directory, test, labels, predicted)
     lib.report(
         directory, task="sentiment", model=model, begun=begun, scores=[score],
         data=str(experiment.data.train or "passages of the embedded plays"), steps=result.step,
         compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip
-    return score
+    return result, score
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
@@ -247,7 +224,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
         one = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)
         result, score = run_one(one, training, test, None)
-        if result.interrupted is not None:
+        if score is None:
             return result
         scores.append(score.value)
     mean = metrics.mean(f"accuracy over {experiment.folds} folds", scores)

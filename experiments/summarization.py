@@ -201,8 +201,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     evaluate = Evaluator(model, seq2seq.METRICS, held_out)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if result.interrupted is None:
-        lib.export(directory, experiment, model, result, tokenizer)
+    if lib.export(directory, experiment, model, result, tokenizer):
         summarize(directory, experiment, model, result, tokenizer, test, begun, facts)
     return result
 

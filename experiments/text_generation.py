@@ -33,7 +33,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import config as config_lib
 from jaxlm import host, processes
 from jaxlm.data import Batches, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer, read_text, shakespeare
 from jaxlm.decoding import GenerationConfig, Sampling, stream_text
@@ -202,11 +201,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     sizes = ", ".join(f"{len(ids):,} for {part}" for part, ids in corpus.parts.items())
     lib.say(f"{model.num_parameters:,} parameters · tokens of {tokenizer.vocab_size} kinds: {sizes} · {directory}")
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
-    if result.validation_loss is None:
-        if processes.is_first():
-            config_lib.write(experiment, directory / "config.json")  # a further --resume keeps changed options
+    if not lib.export(directory, experiment, model, result, tokenizer):
         return result
-    lib.export(directory, experiment, model, result, tokenizer)
     final = jax.tree.map(processes.on_host, result.params)
     if processes.is_first():
         final = jax.tree.map(jnp.asarray, final)

@@ -134,6 +134,7 @@ def test_help_names_the_commands(capsys):
 
 def test_runs_are_compared(tmp_path, capsys):
     for name, loss in (("one", 2.0), ("two", 1.5)):
+        (tmp_path / name).mkdir()
         MetricsFile(tmp_path / name / "metrics.jsonl").write(step=10, validation_loss=loss)
     assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--plot", str(tmp_path / "x.png")]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]

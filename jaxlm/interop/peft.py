@@ -4,7 +4,7 @@
     >>> params = lora.merge(trained, lora.frozen(model.specs, params))                   # doctest: +SKIP
     >>> save_adapter("another", model, lora, trained)                                    # doctest: +SKIP
 
-An adapter holds the factors of ``jaxlm.training.adapt.LoRA`` and the parameters that it trains in full
+An adapter holds the factors of ``jaxlm.adapt.LoRA`` and the parameters that it trains in full
 (``modules_to_save``). PEFT names tensors by modules of the transformers class, so the family needs Hugging Face tables.
 """
 
@@ -27,11 +27,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import processes, spec
+from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, matrix_rows
 from jaxlm.interop.config_json import format_of, is_stacked, tables
 from jaxlm.interop.directory import inside, read_json, write_json
 from jaxlm.models.files import Layout
 from jaxlm.models.model import Model
-from jaxlm.training.adapt import LORA_A, LORA_B, LoRA, is_table, matrix_rows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     """The adaptation and the trained tree that a PEFT directory holds, for the base model ``model``.
 
     Factors are float32 and stacked, whatever the file has. ``lora_dropout`` acts in training only, and
-    :class:`~jaxlm.training.adapt.LoRA` has none: a value above 0 gives a warning.
+    :class:`~jaxlm.adapt.LoRA` has none: a value above 0 gives a warning.
 
     Raises:
         FileNotFoundError: no such directory or file.

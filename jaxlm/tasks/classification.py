@@ -1,22 +1,27 @@
-"""Classification of texts: examples as inputs of a classifier, its evaluation, and its test.
+"""Classification of texts: examples as inputs of a classifier, its predictions, and its test.
 
 Shapes: B batch, T time.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlm.data.buckets import Bucketed, Encoded, Rows
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.metrics import Score, accuracy, confusion
 from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
+from jaxlm.training.report import write_confusion, write_samples
 
 
 def takes_token_types(model: Model) -> bool:
@@ -71,6 +76,39 @@ def batches(encoded: Sequence[Encoded], num_labels: int, batch_size: int, num_bu
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False)
     make = to_batch(num_labels)
     return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
+
+
+def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
+    """The probabilities of the labels of encoded examples, [N, labels] float32."""
+    source = Bucketed(encoded, batch_size, shuffle=False)
+    make = to_batch(model.config.num_labels)
+    probabilities = np.zeros((len(encoded), model.config.num_labels), np.float32)
+    for index in range(source.steps_per_epoch):
+        rows = source.batch(index, range(batch_size))
+        real = rows.indices >= 0
+        probabilities[rows.indices[real]] = np.asarray(_probabilities(model, params, make(rows)))[real]
+    return probabilities
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(model: Model, params: Any, batch: Batch) -> jax.Array:
+    pooled_B1D, _ = classification.pooled_states(model, params, batch, None, None)
+    return jax.nn.softmax(model.logits(params, pooled_B1D)[:, 0], axis=-1)
+
+
+def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:
+    """The accuracy of predicted labels [N]; writes the confusion matrix and samples of a run.
+
+    Samples are 20 wrong predictions and 20 right ones, the first of each.
+    """
+    texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
+    write_confusion(directory, labels, confusion(predicted, gold, len(labels)))
+    shown = np.concatenate([np.flatnonzero(predicted != gold)[:20], np.flatnonzero(predicted == gold)[:20]])
+    write_samples(
+        directory,
+        [{"source": texts[n], "label": labels[gold[n]], "output": labels[predicted[n]]} for n in shown.tolist()],
+    )
+    return accuracy(predicted, gold)
 
 
 METRICS: dict[str, Any] = {"loss": classification.loss, "accuracy": classification.accuracy}

@@ -149,15 +149,20 @@ def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
     return Run(directory, meta, resume=resume is not None)
 
 
-def export(directory: Path, experiment: Any, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> None:
-    """Write ``model/`` (Hugging Face layout) and the curves of a finished run.
+def export(directory: Path, experiment: Any, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
+    """Whether the run finished; then ``model/`` (Hugging Face layout) and the curves are written.
 
-    The configuration is written only now: a run that cannot go on as asked keeps the one that it had.
+    The configuration is written only now, also after an interruption: a run that cannot go on as asked keeps the
+    configuration that it had, and the next ``--resume`` keeps changed options.
     """
-    save_pretrained(directory / "model", model, result.params, tokenizer=tokenizer)
     if processes.is_first():
         config_lib.write(experiment, directory / "config.json")
+    if result.interrupted is not None:
+        return False
+    save_pretrained(directory / "model", model, result.params, tokenizer=tokenizer)
+    if processes.is_first():
         draw_losses(directory / "metrics.jsonl", directory / "loss.png")
+    return True
 
 
 def report(directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], **details: Any) -> Path:

@@ -21,6 +21,7 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, count
+from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import Entrywise
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
@@ -231,6 +232,7 @@ class _Loop:
         self._validated = 0  # the step of the last evaluation
         self._best: float | None = None
         self._without_improvement = 0
+        self._losses: list[float] = []  # of all evaluations, which decide when NT-ASGD starts to average
         self.step = 0
 
     def start(self, params: Any) -> None:
@@ -241,6 +243,7 @@ class _Loop:
             progress = saved.get("evaluation", {})
             self._best = progress.get("best")
             self._without_improvement = progress.get("without_improvement", 0)
+            self._losses = [math.nan if loss is None else loss for loss in progress.get("losses", [])]
             self._records.write(int(state.step), event="resumed")
             self._state = self._change_layout(spec.unstack, self._trainer, state)
         else:
@@ -320,7 +323,19 @@ class _Loop:
         improved = not math.isnan(value) and (self._best is None or value < self._best)
         self._best = value if improved else self._best
         self._without_improvement = 0 if improved else self._without_improvement + 1
+        self._start_averaging(bar, values.get("loss", value))
         return improved
+
+    def _start_averaging(self, bar: Bar, loss: float) -> None:
+        """Start the averaging of NT-ASGD if validation has stopped improving."""
+        optimizer = self._state.optimizer
+        if not nt_asgd.has_averaging(optimizer) or nt_asgd.has_started(optimizer):
+            return
+        self._losses.append(loss)
+        if nt_asgd.should_start(self._losses):
+            self._state = self._state.replace(optimizer=nt_asgd.start(optimizer))
+            self._records.write(self.step, event="averaging started")
+            bar.say(f"step {self.step}: validation has stopped improving, the parameters are averaged from here on")
 
     def _to_minimize(self, value: float) -> float:
         return value if self._config.best_mode == "min" else -value
@@ -329,7 +344,11 @@ class _Loop:
         content = {
             **self._run.meta,
             "data": self._data.state(),
-            "evaluation": {"best": self._best, "without_improvement": self._without_improvement},
+            "evaluation": {
+                "best": self._best,
+                "without_improvement": self._without_improvement,
+                "losses": [None if math.isnan(loss) else loss for loss in self._losses],
+            },
         }
         metric = None
         if self._validation is not None and self._validated == self.step:

@@ -14,10 +14,10 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
+from jaxlm.adapt import is_table, matrix_rows, same_structure
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
 from jaxlm.spec import LAYERS, ArraySpec
-from jaxlm.training.adapt import is_table, matrix_rows, same_structure
 from jaxlm.training.nt_asgd import averaging
 
 OptimizerName = Literal["adamw", "adafactor", "muon", "sgd", "nt_asgd", "adadelta"]
@@ -214,7 +214,7 @@ def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """The tree of ``optax.contrib.MuonDimensionNumbers`` for parameters with these specs; None: not a Muon parameter.
 
     Muon gets every matrix inside the model (Jordan 2024): weights with two or more axes, and not embeddings, heads,
-    biases and scales. The axes of a matrix are those of ``jaxlm.training.adapt.matrix_rows``. The axis ``layers`` and
+    biases and scales. The axes of a matrix are those of ``jaxlm.adapt.matrix_rows``. The axis ``layers`` and
     the nameless ones among the outputs (queries, keys and values of a fused projection; gates of a recurrence) count
     independent matrices. It fits ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)`` too.
 

@@ -16,10 +16,11 @@ import optax
 from flax import struct
 
 from jaxlm import spec
+from jaxlm.adapt import Adaptation
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
-from jaxlm.training.adapt import Adaptation
+from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
 Carry = tuple[int, int]
@@ -69,7 +70,7 @@ class Trainer:
             the same result.
         ema_decay: decay of a moving average of the trained arrays; None keeps no average.
         carry: rows and tokens of the model state that is carried along consecutive batches; None carries nothing.
-        adaptation: which parameters are trained (``jaxlm.training.adapt``); None trains all of them.
+        adaptation: which parameters are trained (``jaxlm.adapt``); None trains all of them.
         learning_rate: the schedule, a function of the number of updates; only the log reads it.
         sharding: where arrays live; None is one device.
         layers_apart: the layers of the state are separate trees (``spec.unstack``). The optimizer must be
@@ -164,8 +165,12 @@ class Trainer:
         return TrainState(everywhere, params, optimizer, everywhere, ema, everywhere, everywhere, model_state, frozen)
 
     def model_params(self, state: TrainState) -> Any:
-        """The parameters to evaluate and to export: the moving average where there is one, merged with frozen ones."""
-        return self._merge(state.params if state.ema is None else state.ema, state.frozen)
+        """The parameters to evaluate and to export, merged with frozen ones: the moving average where there is one, or
+        the mean of NT-ASGD, which is the parameters themselves until it starts."""
+        trained = state.params if state.ema is None else state.ema
+        if state.ema is None and nt_asgd.has_averaging(state.optimizer):
+            trained = nt_asgd.averaged(state.optimizer)
+        return self._merge(trained, state.frozen)
 
     def _merge(self, params: Any, frozen: Any) -> Any:
         return params if self.adaptation is None else self.adaptation.merge(params, frozen)

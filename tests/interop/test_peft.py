@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxlm.adapt import LoRA
 from jaxlm.interop.peft import load_adapter, save_adapter
-from jaxlm.training.adapt import LoRA
 from tests.helpers import assert_trees_equal, tiny_model
 
 GPT = tiny_model("gpt2-tiny")

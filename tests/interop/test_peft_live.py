@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.adapt import LoRA
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.interop.peft import load_adapter, save_adapter
 from jaxlm.models import Model
-from jaxlm.training.adapt import LoRA
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.live

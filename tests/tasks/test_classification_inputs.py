@@ -14,6 +14,7 @@ from jaxlm.tasks.predict import classify
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.report import read_confusion, read_samples
 from tests.helpers import FIRST, tiny_model
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
@@ -48,6 +49,17 @@ def test_inputs_are_those_that_prediction_reads(name):
     found = classify(model, params, tokens, data.column("text")).probabilities
     want = -sum(np.log(found[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
     assert float(loss) == pytest.approx(want, rel=1e-5)
+    np.testing.assert_allclose(classification.predict(model, params, encoded, batch_size=4), found, rtol=1e-5)
+
+
+def test_a_test_is_written_for_the_report(tmp_path):
+    data = Examples([{"text": text, "label": label} for text, label in (("a", "x"), ("b", "y"), ("c", "y"))])
+    score = classification.write_test(tmp_path, data, ("x", "y"), np.array([0, 0, 1]))
+    assert (score.value, score.count) == (pytest.approx(2 / 3), 3)
+    assert read_confusion(tmp_path)[1].tolist() == [[1, 0], [1, 1]]
+    assert read_samples(tmp_path)[0] == {"source": "b", "label": "y", "output": "x"}
+    with pytest.raises(ValueError, match="has the label 'z': known are x, y"):
+        classification.write_test(tmp_path, Examples([{"text": "a", "label": "z"}]), ("x", "y"), np.array([0]))
 
 
 def classifies(name):

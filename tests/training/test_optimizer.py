@@ -11,10 +11,10 @@ import pytest
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
+from jaxlm.adapt import LoRA
 from jaxlm.config import from_json, to_json
 from jaxlm.models import FAMILIES
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training.adapt import LoRA
 from jaxlm.training.nt_asgd import averaged, start
 from jaxlm.training.optimizer import (
     MUON_RMS,

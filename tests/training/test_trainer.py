@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from jaxlm import spec
+from jaxlm.adapt import Freeze, LoRA
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training.adapt import Freeze, LoRA
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.trainer import Trainer
 from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens, relative_error, tiny_model

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from jaxlm import spec
+from jaxlm.adapt import Adaptation, Freeze, LoRA, is_table, matrix_rows
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.spec import ArraySpec
-from jaxlm.training.adapt import Adaptation, Freeze, LoRA, is_table, matrix_rows
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from tests.helpers import (
     TINY,
