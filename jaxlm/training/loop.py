@@ -333,7 +333,7 @@ class _Loop:
             return
         self._losses.append(loss)
         if nt_asgd.should_start(self._losses):
-            self._state = self._state.replace(optimizer=nt_asgd.start(optimizer))
+            self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start(optimizer))
             self._records.write(self.step, event="averaging started")
             bar.say(f"step {self.step}: validation has stopped improving, the parameters are averaged from here on")
 
