@@ -1,6 +1,6 @@
 """Classify sentences: from scratch, or with fine-tuned BERT weights (sentiment, questions, subjectivity, plays).
 
-    python -m experiments.sentiment                                        which play a passage is from, LSTM, 2 minutes
+    python -m experiments.sentiment                                        which play a passage is from, a BiLSTM
 
 SST-2 (files of GLUE): fine-tuned MiniLM, an LSTM from scratch.
 
@@ -99,8 +99,7 @@ def scratch(name: str, *changes: str, **options: Any) -> Experiment:
         best_mode="max",
     )  # fmt: skip
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.01)
-    experiment = Experiment(lib.ModelConfig(name, changes), training, optimizer, epochs=6)
-    return dataclasses.replace(experiment, **options)
+    return Experiment(lib.ModelConfig(name, changes), training, **{"optimizer": optimizer, "epochs": 6, **options})
 
 
 RNN = (
@@ -109,6 +108,11 @@ RNN = (
 )  # fmt: skip
 ENCODER = ("num_layers=2", "num_heads=4", "embed_dim=128", "max_positions=256")
 PRESETS = {
+    "plays": scratch(
+        "lstm", *RNN[3:], "embed_dim=128", "hidden_dim=128", "num_layers=1", "init_bound=1.0", "direction=both",
+        vocabulary="bpe", vocab_size=4000, epochs=10, data=Data(validation_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20, weight_decay=0.01),
+    ),
     "lstm": scratch("lstm", *RNN),
     "bilstm": scratch("lstm", *RNN, "direction=both"),
     "gru": scratch("gru", *RNN),
@@ -218,7 +222,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if experiment.folds is None:
         return run_one(experiment, *parts(experiment.data), resume)[0]
     if resume is not None:
-        raise ValueError("a run with folds cannot go on: resume the directory of one fold, or start again")
+        raise ValueError("a run with folds cannot go on: start again")
     examples = read_all(experiment.data)
     output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
@@ -236,7 +240,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     return lib.command_line(
-        PRESETS["lstm"], PRESETS, run, name="sentiment", description=__doc__ or "", arguments=arguments
+        PRESETS["plays"], PRESETS, run, name="sentiment", description=__doc__ or "", arguments=arguments
     )
 
 

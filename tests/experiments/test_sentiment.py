@@ -11,7 +11,8 @@ from jaxlm.training.report import read_results, read_samples
 
 WORDS = {"1": "good fine great warm", "0": "bad dull poor cold"}
 TINY = (
-    "--training.batch-size", "8", "--epochs", "2", "--training.evaluate-every", "4", "--optimizer.warmup-steps", "2",
+    "--preset", "lstm", "--training.batch-size", "8", "--epochs", "2", "--training.evaluate-every", "4",
+    "--optimizer.warmup-steps", "2",
     "--buckets", "1", "--data.validation-fraction", "0.1", "--optimizer.learning-rate", "0.02",
     "--model.set", "embed_dim=16", "hidden_dim=16", "num_layers=1",
 )  # fmt: skip
@@ -102,5 +103,5 @@ def test_every_preset_trains(files, tmp_path, preset):
         "xlnet": ("num_layers=1", "num_heads=2", "embed_dim=16", "mlp_dim=32"),
     }.get(preset, ("embed_dim=16", "hidden_dim=16", "direction=both"))
     arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
-    assert main("--preset", preset, *TINY[:-4], *arguments, "--model.set", *sizes) == 0
+    assert main("--preset", preset, *TINY[2:-4], *arguments, "--model.set", *sizes) == 0
     assert (tmp_path / "run" / "report.html").exists()
