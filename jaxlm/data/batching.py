@@ -358,7 +358,8 @@ class Batches(Iterator[Any]):
         else:
             while len(self._waiting) <= self._prefetch:
                 self._waiting.append(self._thread.submit(self._make, self._next + len(self._waiting)))
-            batch = self._waiting.popleft().result()
+            batch = self._waiting[0].result()  # stays first if it raises, so that the others keep their steps
+            self._waiting.popleft()
         self._next += 1
         return batch
 

@@ -126,7 +126,9 @@ class Examples(Sequence[Example]):
     def label_names(self, field: str = "label") -> tuple[str, ...]:
         """The distinct labels as strings, sorted (as numbers if all of them are)."""
         names = {str(value) for value in self.column(field)}
-        return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
+        if all(name.isdecimal() for name in names):
+            return tuple(sorted(names, key=lambda name: (int(name), name)))
+        return tuple(sorted(names))
 
 
 def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the examples") -> np.ndarray:
@@ -194,13 +196,59 @@ def _required(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
     """The fields of an example from the columns of a row, none missing or empty."""
     example = {}
     for field, column in fields.items():
-        value = row.get(column)
-        if value is None:
+        if column not in row:
             raise ValueError(f"no column {column!r}: the columns are {', '.join(map(repr, row))}")
+        value = row[column]
+        if value is None:
+            raise ValueError(f"{column!r} is null")
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{column!r} is empty")
         example[field] = value
     return example
+
+
+def _table(
+    path: str | Path, delimiter: Literal["\t", ","] | None, encoding: str
+) -> Iterator[tuple[int, Callable[[], list[str]]]]:
+    """Each row of a TSV or CSV file with the number of its first line: a function that returns the row, or raises
+    ``ValueError`` if the row is malformed."""
+    if delimiter is None:
+        suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
+        if suffix not in ("tsv", "csv"):
+            raise ValueError(f"{path} is neither .tsv nor .csv: pass the delimiter")
+        delimiter = "\t" if suffix == "tsv" else ","
+    if delimiter == "\t":
+        for number, line in _lines(path, encoding):
+            yield number, functools.partial(line.split, "\t")
+        return
+    # strict: a quote that is never closed is an error, not a field that swallows the rest of the file.
+    reader = csv.reader((f"{line}\n" for _, line in _lines(path, encoding)), strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield number, functools.partial(_malformed, str(error))
+            continue
+        if row is None:
+            return
+        yield number, functools.partial(list, row)
+
+
+def _malformed(reason: str) -> list[str]:
+    raise ValueError(f"not CSV: {reason}")
+
+
+def _header(path: str | Path, rows: Iterator[tuple[int, Callable[[], list[str]]]]) -> list[str]:
+    """The names of the columns, from the first row."""
+    _, read = next(rows, (1, list[str]))
+    try:
+        names = read()
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from error
+    if not names:
+        raise ValueError(f"{path} is empty: the first line must name the columns")
+    return names
 
 
 def read_table(
@@ -213,43 +261,32 @@ def read_table(
 ) -> Examples:
     """Examples from a TSV or CSV file whose first line names the columns.
 
-    TSV files have no quotes, as in GLUE; CSV files have (RFC 4180).
+    TSV files have no quotes, as in GLUE; CSV files have (RFC 4180), and a quoted field may hold line ends, which are
+    read as newlines.
 
     Args:
         fields: field of the example -> name of the column.
         delimiter: None decides by the name of the file (``.tsv`` or ``.csv``).
 
     Raises:
-        ValueError: a missing column, an empty text, a line with another number of columns.
+        ValueError: a missing column, an empty text, a line with another number of columns, a quote that is not closed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
     """
-    if delimiter is None:
-        suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
-        if suffix not in ("tsv", "csv"):
-            raise ValueError(f"{path} is neither .tsv nor .csv: pass the delimiter")
-        delimiter = "\t" if suffix == "tsv" else ","
-    lines = _lines(path, encoding)
-    texts = (f"{line}\n" for _, line in lines)
-    if delimiter == "\t":
-        reader = csv.reader(texts, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(texts, delimiter=delimiter)
-    header = next(reader, None)
-    if header is None:
-        raise ValueError(f"{path} is empty: the first line must name the columns")
+    rows = _table(path, delimiter, encoding)
+    header = _header(path, rows)
     missing = [column for column in fields.values() if column not in header]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}: its columns are {', '.join(map(repr, header))}")
 
-    def example(row: list[str]) -> Example:
+    def example(read: Callable[[], list[str]]) -> Example:
+        row = read()
         if len(row) != len(header):
             raise ValueError(f"{len(row)} columns where the first line has {len(header)}: {row}")
         return _required(dict(zip(header, row, strict=True)), fields)
 
-    rows = ((reader.line_num, functools.partial(example, row)) for row in reader)
-    return _collect(path, rows, on_error)
+    return _collect(path, ((number, functools.partial(example, read)) for number, read in rows), on_error)
 
 
 def read_jsonl(
@@ -298,9 +335,8 @@ def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
     """
     if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
         return read_labelled_lines(path, encoding=encoding)
-    with open_text(path, encoding) as file:
-        header = file.readline()
-    column = next((name for name in TEXT_COLUMNS if name in header), TEXT_COLUMNS[0])
+    names = _header(path, _table(path, None, encoding))
+    column = next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0])
     return read_table(path, {"text": column, "label": "label"}, encoding=encoding)
 
 

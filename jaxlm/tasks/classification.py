@@ -48,9 +48,10 @@ def encode(
     encoded: list[Encoded] = []
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts, pairs, max_length=max_length)):
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
+            allowed = "at least 1" if limit is None else f"from 1 to {limit}"
             raise ValueError(
-                f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have from 1 to "
-                f"{limit}. Shorten it with max_length, or take a model with more positions"
+                f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. Shorten "
+                "it with max_length, or take a model with more positions"
             )
         types = {"token_types": encoding.token_types} if takes_token_types(model) else {}
         encoded.append({"tokens": encoding.ids, **types, "label": numbers[number]})

@@ -106,6 +106,23 @@ def test_an_error_of_a_batch_made_ahead_is_raised():
         next(Batches(Bucketed(examples(), 4), to_batch=refuse, prefetch=2))
 
 
+def test_no_batch_takes_the_step_of_one_that_failed():
+    source = Bucketed(examples(), 4)
+    second = source.batch(1, range(4)).indices.tolist()
+
+    def refuse_second(rows):
+        if rows.indices.tolist() == second:
+            raise ValueError("no second batch")
+        return rows
+
+    batches = Batches(source, to_batch=refuse_second, prefetch=2)
+    next(batches)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no second batch"):
+            next(batches)
+    assert batches.state()["next"] == 1
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [

@@ -35,6 +35,23 @@ def test_tsv_has_no_quotes_and_csv_has(tmp_path, name):
     assert read_table(csv, FIELDS).rows == [{"text": 'a "fine", film', "label": "1"}]
 
 
+def test_quoted_fields_may_hold_line_ends_and_lines_are_counted_from_the_file(tmp_path):
+    fields = {"text": "text", "label": "label"}
+    path = written(tmp_path / "a.csv", 'text,label\r\n"a\r\n\r\nb",1\r\nc,2,3\r\n"d\ne\n",\r\nf,4')
+    examples = read_table(path, fields, on_error="report")
+    assert examples.rows == [{"text": "a\n\nb", "label": "1"}, {"text": "f", "label": "4"}]
+    assert [line.line for line in examples.rejected] == [5, 6]
+    with pytest.raises(ValueError, match="c.csv, line 3: not CSV: unexpected end of data"):
+        read_table(written(tmp_path / "c.csv", 'label,text\n1,a\n2,"b\n3,c\n4,d\n'), fields)
+    with pytest.raises(ValueError, match="h.csv, line 1: not CSV"):
+        read_labelled(written(tmp_path / "h.csv", '"text"x,label\na,1\n'))
+    with pytest.raises(ValueError, match="r.csv, line 2: not CSV: new-line character"):
+        read_table(written(tmp_path / "r.csv", "text,label\na\rb,1\n"), fields)
+    assert read_table(written(tmp_path / "r.tsv", "text\tlabel\na\rb\t1"), fields).rows == [
+        {"text": "a\rb", "label": "1"}
+    ]
+
+
 def test_other_formats(tmp_path):
     lines = written(tmp_path / "a.all", "0 caf\xe9 noir \n1 b\n", "latin-1")
     assert read_labelled_lines(lines, encoding="latin-1").rows[0] == {"label": "0", "text": "caf\xe9 noir"}
@@ -46,6 +63,9 @@ def test_other_formats(tmp_path):
 
 def test_the_column_of_the_text_is_found(tmp_path):
     assert read_labelled(written(tmp_path / "a.tsv", "label\tcontent\n1\tx\n")).rows == [{"text": "x", "label": "1"}]
+    # A column whose name only begins like one of the text is not the text.
+    named = written(tmp_path / "b.tsv", "sentence_id\ttext\tlabel\n7\tx\t1\n")
+    assert read_labelled(named).rows == [{"text": "x", "label": "1"}]
     assert read_labelled(written(tmp_path / "a.all", "1 x\n")).rows == [{"label": "1", "text": "x"}]
 
 
@@ -69,6 +89,8 @@ def test_a_bad_table_is_named_with_file_and_line(tmp_path, text, message):
 def test_other_bad_files(tmp_path):
     with pytest.raises(ValueError, match="line 2: not JSON"):
         read_jsonl(written(tmp_path / "a.jsonl", '{"a": "x"}\n{"a": \n'), {"text": "a"})
+    with pytest.raises(ValueError, match="line 1: 'b' is null"):
+        read_jsonl(written(tmp_path / "n.jsonl", '{"b": null}\n'), {"text": "b"})
     with pytest.raises(ValueError, match="line 1: no column 'b': the columns are 'a'"):
         read_jsonl(written(tmp_path / "b.jsonl", '{"a": "x"}\n'), {"text": "b"})
     with pytest.raises(ValueError, match="has 2 lines and .* has 1: they must be parallel"):
@@ -118,6 +140,7 @@ def test_labels():
     examples = Examples([{"label": label} for label in (10, 9, "2")])
     assert examples.label_names() == ("2", "9", "10")
     assert label_ids(examples.column("label"), examples.label_names()).tolist() == [2, 1, 0]
+    assert Examples([{"label": label} for label in ("1", "02", "2", "01")]).label_names() == ("01", "1", "02", "2")
     with pytest.raises(ValueError, match="example 0 of the examples has the label 'x': known are a, b"):
         label_ids(["x"], ["a", "b"])
     with pytest.raises(ValueError, match="example 1 of the examples has no field 'label'"):
