@@ -47,9 +47,8 @@ def test_quoted_fields_may_hold_line_ends_and_lines_are_counted_from_the_file(tm
         read_labelled(written(tmp_path / "h.csv", '"text"x,label\na,1\n'))
     with pytest.raises(ValueError, match="r.csv, line 2: not CSV: new-line character"):
         read_table(written(tmp_path / "r.csv", "text,label\na\rb,1\n"), fields)
-    assert read_table(written(tmp_path / "r.tsv", "text\tlabel\na\rb\t1"), fields).rows == [
-        {"text": "a\rb", "label": "1"}
-    ]
+    tsv = written(tmp_path / "r.tsv", "text\tlabel\na\rb\t1")
+    assert read_table(tsv, fields).rows == [{"text": "a\rb", "label": "1"}]
 
 
 def test_other_formats(tmp_path):
