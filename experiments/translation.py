@@ -34,7 +34,7 @@ from jaxlm.tasks import seq2seq
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, learning_rate, make_optimizer
 from jaxlm.training.report import write_samples
 
 
@@ -84,15 +84,18 @@ class Experiment:
     """Run directory; None makes runs/translation-<time>."""
 
 
-def preset(name: str, *changes: str, rate: float, warmup: int = 400, **options: Any) -> Experiment:
+def preset(
+    name: str, *changes: str, rate: float, warmup: int = 400, batch_size: int = 64, optimizer: OptimizerName = "adamw",
+    **options: Any,
+) -> Experiment:  # fmt: skip
     """An experiment with a model from scratch."""
     training = TrainingConfig(
-        batch_size=64, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
+        batch_size=batch_size, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
     )
-    optimizer = OptimizerConfig(
-        learning_rate=rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
+    config = OptimizerConfig(
+        optimizer, rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
     )
-    return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, optimizer), **options)
+    return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, config), **options)
 
 
 T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.3", "remat=none")
@@ -101,7 +104,23 @@ PRESETS = {
     "t5": preset("t5", *T5, rate=2e-3, epochs=30),
     "bahdanau": preset("attention_rnn", *RNN, rate=1e-3, epochs=15),
     "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", rate=1e-3, epochs=15),
-    "verses": preset("attention_rnn", *RNN, rate=2e-3, warmup=50, epochs=4, vocab_size=3000, num_beams=1),
+    "verses": preset(
+        "t5",
+        "num_layers=2",
+        "num_heads=4",
+        "embed_dim=128",
+        "head_dim=32",
+        "mlp_dim=256",
+        "dropout=0.1",
+        "remat=none",
+        rate=2e-2,
+        warmup=100,
+        batch_size=32,
+        optimizer="adafactor",
+        epochs=8,
+        vocab_size=2000,
+        num_beams=1,
+    ),
 }
 
 

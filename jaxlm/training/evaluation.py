@@ -1,4 +1,4 @@
-"""Evaluation: means over a fixed set of batches, such as loss and accuracy."""
+"""Evaluation: mean loss and other metrics over a fixed set of batches."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jaxlm.training.trainer import Carry, place_batch
 
 
 class Evaluator:
-    """Named means over ``batches``, which are kept, so that every evaluation sees the same.
+    """Computes named metrics as means over ``batches``. The batches are kept, so every evaluation uses the same ones.
 
     Args:
         losses: a function with the signature of an objective's ``loss``, reported as ``loss``; or several by name, as
             ``{"loss": classification.loss, "accuracy": classification.accuracy}``.
-        sharding: where the batches live; None is one device.
-        carry: rows and tokens of the model state that is carried from batch to batch, from an empty one; None carries
-            nothing.
-        further: parameters to further metrics, which are computed in another way (translations and their BLEU).
+        sharding: how batches are distributed over devices; None uses one device.
+        carry: (rows, tokens) of the model state that is carried from batch to batch, starting empty; None carries no
+            state.
+        further: a function from the parameters to more metrics that are not means over batches, such as BLEU.
 
     Raises:
         ValueError: there is no batch.
@@ -60,14 +60,14 @@ class Evaluator:
                     *new[name], new_state = loss(model, params, batch, state=state)
                 return jax.tree.map(jnp.add, sums, new), new_state
 
-        # Each call needs the sums of the call before: two that run at once can deadlock on virtual CPU devices.
+        # Each call takes the sums of the previous call: two calls at the same time can deadlock on virtual CPU devices.
         self._add = jax.jit(add)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The metrics of the model with these parameters.
 
         Raises:
-            ValueError: no target of the batches has a weight.
+            ValueError: all targets of the batches have weight 0.
         """
         sums, state = {name: [jnp.zeros(()), jnp.zeros(())] for name in self._losses}, self._start
         for batch in self.batches:
@@ -83,5 +83,5 @@ class Evaluator:
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:
-    """Loss in bits per character of the text that ``tokens`` tokens spell with ``characters`` characters."""
+    """Loss in bits per character of a text with ``tokens`` tokens and ``characters`` characters."""
     return nats_per_token / math.log(2.0) * tokens / characters

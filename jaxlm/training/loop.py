@@ -1,4 +1,4 @@
-"""The training loop: batches in; steps, metrics, evaluations, checkpoints, signals. All side effects are here."""
+"""The training loop: steps, metrics, evaluations, checkpoints and signals. It has all side effects of training."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from jaxlm.training.trackers import Tracker
 from jaxlm.training.trainer import Metrics, Trainer, TrainState, place_batch
 
 LAG = 2
-"""Steps by which metrics are read late, so that the host never waits for a step that it has just started."""
+"""Metrics are read this many steps late, so that the host never waits for a step that it has just started."""
 
 EARLY_STEPS = 10
-"""The metrics of the first steps are all written, whatever ``log_every`` says."""
+"""The metrics of this many first steps are always written, for any ``log_every``."""
 
 Evaluate = Callable[[Any], Mapping[str, float]]
-"""Parameters of the model to named validation metrics, ``loss`` among them (``jaxlm.training.evaluation``)."""
+"""From the parameters of the model to named validation metrics, including ``loss`` (``jaxlm.training.evaluation``)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train, on what batches, and what to keep."""
+    """Length of the training, size of the batches, evaluations and checkpoints."""
 
     steps: int = 1000
-    """Updates to make."""
+    """Number of steps."""
     batch_size: int = 32
-    """Sequences of a step, over all devices."""
+    """Sequences of a batch, over all devices."""
     sequence_length: int = 128
     """Tokens of a sequence."""
     grad_accum_steps: int = 1
-    """Micro-batches of a batch, whose gradients are summed one after the other to save memory."""
+    """Micro-batches of a batch, computed one after the other to save memory; their gradients are summed."""
     ema_decay: float | None = None
-    """Decay of a moving average of the weights, evaluated and exported instead of them; None keeps none."""
+    """Decay of a moving average of the weights, evaluated and exported instead of the weights; None: no average."""
     evaluate_every: int = 250
     """Steps between evaluations."""
     evaluation_batches: int = 20
@@ -61,11 +61,11 @@ class TrainingConfig:
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower (min) or a higher (max) value of best_metric is better."""
     restore_best: bool = False
-    """End with the weights of the best evaluation, not with the last ones; each best evaluation gets a checkpoint."""
+    """End with the weights of the best evaluation instead of the last ones; each new best one saves a checkpoint."""
     patience: int | None = None
     """Stop after this many evaluations in a row without a better best_metric; None never stops early."""
     checkpoint_every: int | None = 250
-    """Steps between checkpoints; the last step has one, too. None keeps none: for a run that is only measured."""
+    """Steps between checkpoints; the last step saves one, too. None saves no checkpoints."""
     keep_last: int = 2
     """Checkpoints to keep, besides the best one."""
     log_every: int = 10
@@ -73,9 +73,9 @@ class TrainingConfig:
     max_skipped_in_a_row: int = 10
     """Stop after this many steps in a row without a finite loss and gradient."""
     layers_apart: bool | None = None
-    """Train each layer's parameters as separate arrays and unroll the loop over layers: a step takes less time, but
-    compiling takes twice as long or more, and on a CPU more memory. None does so on one CPU device (a tenth less time),
-    unless remat="full" asks for little memory or the optimizer is not known to be entrywise."""
+    """Whether each layer has separate arrays, and the loop over layers is unrolled. Steps are faster, but compilation
+    takes twice as long or more, and a CPU needs more memory. None: only on one CPU device (a tenth less time), if the
+    optimizer is entrywise and remat is not "full", which saves memory."""
     seed: int = 0
     """Seed of initial weights, dropout and the order of the data."""
 
@@ -92,7 +92,7 @@ class TrainingConfig:
             raise ValueError("restore_best=True needs checkpoints: set checkpoint_every")
 
     def trainer(self, model: Model, optimizer: optax.GradientTransformation, loss: Loss, **options: Any) -> Trainer:
-        """The ``Trainer`` with the options of this config, and further ``options`` of ``Trainer``.
+        """The ``Trainer`` with the options of this config; ``options`` are other fields of ``Trainer``.
 
         Raises:
             ValueError: ``layers_apart`` is True and the optimizer is not known to be entrywise.
@@ -107,7 +107,7 @@ class TrainingConfig:
 def _layers_apart(model: Model, optimizer: optax.GradientTransformation, asked: bool | None, sharding: Any) -> bool:
     entrywise = isinstance(optimizer, Entrywise)
     if asked is None:
-        saves_memory = getattr(model.config, "remat", None) == "full"  # on a CPU only a loop saves memory
+        saves_memory = getattr(model.config, "remat", None) == "full"  # on a CPU, only in a loop over layers
         return entrywise and not saves_memory and sharding is None and jax.default_backend() == "cpu"
     if asked and not entrywise:
         raise ValueError(
@@ -119,14 +119,14 @@ def _layers_apart(model: Model, optimizer: optax.GradientTransformation, asked: 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where a training writes.
+    """The directory of a training run, and whether to resume it.
 
     Attributes:
-        directory: gets ``metrics.jsonl`` and ``checkpoints/``.
-        meta: JSON to keep in every checkpoint.
-        resume: continue from the newest checkpoint in the directory: bit for bit the same as without the break, on the
-            same number of devices.
-        trackers: further receivers of the metrics.
+        directory: where ``metrics.jsonl`` and ``checkpoints/`` are written.
+        meta: JSON values that are saved in every checkpoint.
+        resume: whether to continue from the newest checkpoint in the directory. On the same number of devices, the
+            result is bit for bit the same as without the interruption.
+        trackers: loggers that also get the metrics.
     """
 
     directory: Path
@@ -141,17 +141,17 @@ class DivergedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run ended with.
+    """The result of :func:`train`.
 
     Attributes:
-        state: the last state, or that of the best evaluation (``restore_best``); layers are stacked.
-        params: the parameters of the model to evaluate and export.
+        state: the last state, or the state of the best evaluation (``restore_best``); layers are stacked.
+        params: the parameters of the model to evaluate and export (``Trainer.model_params``).
         step: the step of ``state``.
         validation: metrics of the last evaluation, or of the best one (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
-        seconds_to_first_loss: from the call to the first loss on the host, compilation included.
-        tokens_per_second: tokens that the model read, over the steps after the first.
-        examples_per_second: rows, over the same steps.
+        seconds_to_first_loss: time from the call until the first loss is on the host, including compilation.
+        tokens_per_second: tokens that the model read per second, without the first step.
+        examples_per_second: examples per second, without the first step.
         compilations: number of different batch shapes; the step was compiled once for each.
     """
 
@@ -178,22 +178,24 @@ class Result:
 def train(
     trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Any = None
 ) -> Result:
-    """Train, and leave ``metrics.jsonl`` and ``checkpoints/`` in the directory of the run.
+    """Train, and write ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run.
 
-    In a run of several processes all of them call this, each with its own rows in ``data``, over a mesh of all devices
-    and with one directory that all see (without checkpoints, each may have its own). The first writes
-    ``metrics.jsonl``; a signal to any ends all.
+    With several processes, all of them call this function, each with its own rows in ``data``. The mesh has all
+    devices, and all processes see the directory (without checkpoints, each may have a different one). The first process
+    writes ``metrics.jsonl``. A signal to one process ends all of them.
 
     Args:
         trainer: model, optimizer and loss (``config.trainer(...)`` makes one).
         data: yields the batches of the objective.
-        evaluate: parameters of the model to validation metrics.
+        evaluate: a function from the parameters of the model to validation metrics.
         params: parameters to start from instead of random ones.
 
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
-        ValueError: nothing is left to do; ``evaluate`` has no ``config.best_metric``; or there are several processes,
-            and no ``sharding`` or no directory for checkpoints that all of them see.
+        FileExistsError: a run that does not resume, in a directory with checkpoints.
+        ValueError: nothing is left to do; ``evaluate`` has no ``config.best_metric``; a resumed run with another
+            ``best_metric`` or ``best_mode``; or there are several processes, and no ``sharding`` or no directory for
+            checkpoints that all of them see.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -221,7 +223,7 @@ class _Loop:
         self._begun = time.perf_counter()
         self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
         self._run, self._checkpoints = run, checkpoints
-        # Checkpoints and callers get stacked layers, however the steps keep them.
+        # Checkpoints and results have stacked layers, also if the steps use per-layer trees.
         self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False)
         self._params = jax.jit(self._stacked_trainer.model_params)
         self._evaluated = jax.jit(trainer.model_params)
@@ -236,17 +238,27 @@ class _Loop:
         self.step = 0
 
     def start(self, params: Any) -> None:
-        """Make the first state, or restore it."""
+        """Initialize the state, or restore it."""
+        self._target = self._stacked_trainer.abstract(params)
         if self._run.resume:
-            state, saved = self._checkpoints.restore(self._stacked_trainer.abstract())
+            state, saved = self._checkpoints.restore(self._target)
             self._data.restore(saved["data"])
             progress = saved.get("evaluation", {})
+            for name in ("best_metric", "best_mode"):
+                asked, was = getattr(self._config, name), progress.get(name, getattr(self._config, name))
+                if asked != was:
+                    raise ValueError(f"{name}={asked} cannot change when a run goes on (it is {was}): leave it out")
             self._best = progress.get("best")
             self._without_improvement = progress.get("without_improvement", 0)
             self._losses = [math.nan if loss is None else loss for loss in progress.get("losses", [])]
             self._records.write(int(state.step), event="resumed")
             self._state = self._change_layout(spec.unstack, self._trainer, state)
         else:
+            if self._config.checkpoint_every is not None and self._checkpoints.latest is not None:
+                raise FileExistsError(
+                    f"{self._checkpoints.directory} holds the checkpoints of another run: take another directory, or "
+                    "resume that run"
+                )
             self._state = self._trainer.init(jax.random.key(self._config.seed), params)
         self.step = int(self._state.step)
         if self.step >= self._config.steps:
@@ -263,7 +275,7 @@ class _Loop:
         return self._change_layout(spec.restack, self._stacked_trainer, self._state)
 
     def run(self, bar: Bar, signals: _Signals) -> Result:
-        """All steps."""
+        """Run all steps."""
         config, log = self._config, _Log(self._records, bar, self._config, self._trainer, self.step)
         stop: str | None = None
         while self.step < config.steps and stop is None:
@@ -307,7 +319,7 @@ class _Loop:
         log.add(self.step, metrics, round(examples / share), round(tokens / share))
 
     def _evaluate_now(self, bar: Bar) -> bool:
-        """Evaluate, write, and say whether the best metric improved."""
+        """Evaluate and log; returns whether the best metric improved."""
         config = self._config
         values = dict(self._evaluate(self._evaluated(self._state)))
         if config.best_metric not in values:
@@ -345,6 +357,8 @@ class _Loop:
             **self._run.meta,
             "data": self._data.state(),
             "evaluation": {
+                "best_metric": self._config.best_metric,
+                "best_mode": self._config.best_mode,
                 "best": self._best,
                 "without_improvement": self._without_improvement,
                 "losses": [None if math.isnan(loss) else loss for loss in self._losses],
@@ -359,7 +373,8 @@ class _Loop:
     def _finish(self, log: _Log, bar: Bar) -> Result:
         if not self._config.restore_best or self._checkpoints.best in (None, self.step):
             return self._result(log, self._stacked(), self._validation, None)
-        state, saved = self._checkpoints.restore(self._stacked_trainer.abstract(), best=True)
+        del self._state  # two states at a time may not fit
+        state, saved = self._checkpoints.restore(self._target, best=True)
         bar.say(f"the weights are those of step {int(state.step)}, the best by {self._config.best_metric}")
         return self._result(log, state, saved["validation"], None)
 
@@ -386,7 +401,7 @@ class _Records:
 
 
 class _Log:
-    """Metrics on their way from the device: read :data:`LAG` steps late, written now and then, always watched."""
+    """Reads metrics :data:`LAG` steps late, writes them every ``log_every`` steps, and counts steps that diverge."""
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
@@ -405,7 +420,7 @@ class _Log:
         return self._examples / self._seconds if self._seconds else math.nan
 
     def add(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
-        """Metrics of a step that was just started, and the numbers of examples and tokens of its batch."""
+        """Add the metrics of a step that has just started, and the numbers of examples and tokens of its batch."""
         self._waiting.append((step, metrics, examples, tokens))
         while len(self._waiting) > (LAG if step > self._start + 1 else 0):
             self._read(*self._waiting.popleft())
@@ -415,7 +430,7 @@ class _Log:
             self._read(*self._waiting.popleft())
 
     def restart_clock(self) -> None:
-        """Leave the time since the last step (an evaluation) out of the training time."""
+        """Exclude the time since the last step (an evaluation) from the training time."""
         self._clock = None
 
     def _read(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
@@ -430,7 +445,7 @@ class _Log:
         self._clock = (now, step)
         rate = None if math.isnan(self.tokens_per_second) else self.tokens_per_second
         if step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps:
-            # JSON has no NaN: a loss that is not finite is written as null, and `skipped` says so.
+            # JSON has no NaN: a loss that is not finite is written as null, and `skipped` counts the step.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             if self._trainer.learning_rate is not None:
                 finite["learning_rate"] = float(self._trainer.learning_rate(step - 1 - int(values["skipped"])))
@@ -451,10 +466,10 @@ class _Log:
 
 
 class _Signals:
-    """Catches the first SIGINT or SIGTERM so that the loop can end after a whole step; a second one acts as ever.
+    """Catches the first SIGINT or SIGTERM so that the loop ends after a whole step; a second one has its usual effect.
 
-    Of several processes, all end after the same step when any of them is signalled (``processes.end_after``): SIGTERM
-    is handled there, and SIGINT passed on to it.
+    With several processes, all end after the same step when one of them gets a signal. ``processes.end_after`` handles
+    SIGTERM, and SIGINT is converted to SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -463,7 +478,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def stop_after(self, step: int) -> bool:
-        """Whether to end after ``step``: to be asked after every step, and the same in all processes."""
+        """Whether to end after ``step``. Call it after every step; the answer is the same in all processes."""
         if self._alone:
             return self.caught is not None
         stop = processes.end_after(step)
@@ -475,7 +490,7 @@ class _Signals:
         for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
             try:
                 self._before[number] = signal.signal(number, self._catch)
-            except ValueError:  # not the main thread: signals are somebody else's
+            except ValueError:  # only the main thread may set signal handlers
                 break
         return self
 

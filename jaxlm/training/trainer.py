@@ -1,6 +1,6 @@
-"""``Trainer``: one training step and the state it works on, as pure functions. jit, sharding and pmap wrap the step.
+"""``Trainer``: the training step and its state, as pure functions that are wrapped in jit, sharding or pmap.
 
-Shapes: B batch; A micro-batches of a batch (``grad_accum_steps``).
+Shapes: B batch; A number of micro-batches of a batch (``grad_accum_steps``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
 Carry = tuple[int, int]
-"""The size of the model state that training carries from batch to batch: rows, and tokens remembered."""
+"""The size of the model state that is carried from batch to batch: (rows, tokens that the state remembers)."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
@@ -34,17 +34,17 @@ class TrainState:
     """Everything that training carries from step to step. A resumed run depends on nothing else.
 
     Attributes:
-        step: steps made, skipped ones included; selects the random key of a step.
+        step: number of steps, skipped ones included; the random key of a step depends on it.
         params: the trained arrays, float32.
         optimizer: the Optax state.
-        key: root of every random draw.
+        key: root key of all random numbers.
         ema: exponential moving average of ``params``, or None.
         skipped: number of steps whose loss or gradient was not finite.
-        skipped_in_a_row: the same since the last good step.
+        skipped_in_a_row: number of skipped steps since the last step that was not skipped.
         model_state: the model state at the end of the last batch (``model.state_specs``), or None.
         frozen: parameters that are not trained (``Trainer.adaptation``), or None.
 
-    Leaves are arrays, or shapes or shardings in the trees that describe a state.
+    Leaves are arrays; in ``Trainer.abstract`` they are shapes, and in ``Trainer.shardings`` shardings.
     """
 
     step: Any
@@ -60,21 +60,21 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A model, its loss and its optimizer, with the functions that training needs of them.
+    """A model, an optimizer and a loss, with the functions that training needs.
 
     Attributes:
         model: the model.
         optimizer: any Optax transformation.
         loss: the ``loss`` of an objective, or a function with its signature.
-        grad_accum_steps: A, the number of micro-batches whose gradients are summed one after the other: less memory,
-            the same result.
+        grad_accum_steps: A, the number of micro-batches that are computed one after the other and whose gradients are
+            summed. This saves memory and gives the same gradient.
         ema_decay: decay of a moving average of the trained arrays; None keeps no average.
-        carry: rows and tokens of the model state that is carried along consecutive batches; None carries nothing.
+        carry: (rows, tokens) of the model state that is carried from batch to batch; None carries no state.
         adaptation: which parameters are trained (``jaxlm.adapt``); None trains all of them.
-        learning_rate: the schedule, a function of the number of updates; only the log reads it.
-        sharding: where arrays live; None is one device.
-        layers_apart: the layers of the state are separate trees (``spec.unstack``). The optimizer must be
-            ``Entrywise``.
+        learning_rate: the schedule, a function of the number of updates; it is only used for the log.
+        sharding: how arrays are distributed over devices; None uses one device.
+        layers_apart: whether the state has one tree per layer instead of stacked layers (``spec.unstack``). The
+            optimizer must be ``Entrywise``.
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
@@ -102,14 +102,14 @@ class Trainer:
         return self._layout(specs)
 
     def init(self, key: jax.Array, params: Any = None) -> TrainState:
-        """A fresh state, made on the devices where it will live: the same values for any number of devices.
+        """A new state, created on its devices. The values do not depend on the number of devices.
 
         Args:
-            key: root of every random draw of the training.
+            key: root key of all random numbers of the training.
             params: parameters of the model to start from; they are copied. None draws random ones.
 
         Raises:
-            ValueError: parameters that are trained and not float32.
+            ValueError: a trained parameter is not float32.
         """
         shardings = None if self.sharding is None else self.shardings()
         if params is not None:
@@ -118,7 +118,7 @@ class Trainer:
 
     def _init(self, key: jax.Array, params: Any) -> TrainState:
         init_key, train_key, adapt_key = (_fold(key, name) for name in ("init", "train", "adapt"))
-        # The step donates its buffers; without the copy, jit would return the buffers of the caller.
+        # The step donates the buffers of the state. Without the copy, these would be the caller's own buffers.
         params = self.model.init(init_key) if params is None else jax.tree.map(jnp.copy, params)
         frozen = None
         if self.adaptation is not None:
@@ -130,7 +130,7 @@ class Trainer:
                     f'(load_pretrained(..., param_dtype="float32")) and choose the compute dtype in the config'
                 )
         params, frozen = self._layout(params), self._layout(frozen)
-        # No buffer may be donated twice: the average is a copy, and each counter has a zero of its own.
+        # No buffer may be donated twice, so the average is a copy and each counter is a separate array.
         ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         model_state = None if self.carry is None else self._layout(self.model.init_state(*self.carry))
@@ -138,9 +138,15 @@ class Trainer:
             step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen
         )
 
-    def abstract(self) -> TrainState:
-        """Shapes (and shardings) of the state: what to restore a checkpoint into, or to compile against."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0), spec.abstract(self.model.specs))
+    def abstract(self, params: Any = None) -> TrainState:
+        """Shapes (and shardings) of the state: a target to restore a checkpoint into, or to compile the step for.
+
+        Args:
+            params: the parameters that ``init`` gets, whose frozen part may have another dtype than float32.
+        """
+        given = spec.abstract(self.model.specs) if params is None else params
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        shapes = jax.eval_shape(self._init, jax.random.key(0), params)
         if self.sharding is None:
             return shapes
         return jax.tree.map(
@@ -150,8 +156,8 @@ class Trainer:
         )
 
     def shardings(self) -> TrainState:
-        """The sharding of each array of the state: arrays shaped like parameters are split like them, others are on
-        every device."""
+        """The sharding of each array of the state. Arrays with the shape of a parameter have its sharding; others are
+        replicated."""
         assert self.sharding is not None
         everywhere = self.sharding.replicated()
         params = self.sharding.tree(self.specs)
@@ -165,8 +171,10 @@ class Trainer:
         return TrainState(everywhere, params, optimizer, everywhere, ema, everywhere, everywhere, model_state, frozen)
 
     def model_params(self, state: TrainState) -> Any:
-        """The parameters to evaluate and to export, merged with frozen ones: the moving average where there is one, or
-        the mean of NT-ASGD, which is the parameters themselves until it starts."""
+        """The parameters of the model to evaluate and to export, frozen ones included.
+
+        The trained ones are the moving average if there is one, else the mean of NT-ASGD if the optimizer has it (until
+        averaging starts, this is the last parameters), else the parameters themselves."""
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
             trained = nt_asgd.averaged(state.optimizer)
@@ -183,16 +191,16 @@ class Trainer:
     def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
         """The state after one update, and metrics. Pure.
 
-        A step whose loss or gradient norm is not finite changes nothing but the counters: parameters, optimizer,
-        average and model state stay bit for bit the same. Metrics, float32 scalars: ``loss`` (mean, nats),
+        A step whose loss or gradient norm is not finite changes only the counters: parameters, optimizer state,
+        moving average and model state stay bit for bit the same. Metrics are float32 scalars: ``loss`` (mean, nats),
         ``gradient_norm`` (before clipping), ``weight`` (number of targets), ``skipped`` and ``skipped_in_a_row``.
 
-        If no model state is carried, the state that the loss returns replaces entries of the parameters after the
-        update (the running statistics of batch normalisation).
+        If no model state is carried, the state that the loss returns replaces the parameters of the same names after
+        the update. Models with batch normalisation update their running statistics in this way.
 
         Args:
-            batch: rows with ``batch.reset`` start from an empty model state.
-            axis_name: the axis over which to sum gradients, under ``jax.pmap`` or ``shard_map``.
+            batch: the batch of the objective; rows with ``batch.reset`` start from an empty model state.
+            axis_name: the axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -211,8 +219,8 @@ class Trainer:
         norm = optax.tree.norm(grads) * scale
         good = jnp.isfinite(mean) & jnp.isfinite(norm)
 
-        # A branch, not a select: a skipped step reads nothing, and XLA updates parameters and moments in place.
-        # With selects it first copies the old moments (docs/labbook.md).
+        # A branch instead of a select: XLA then updates parameters and moments in place. With selects, it first copies
+        # the old moments (docs/labbook.md).
         carried = (state.params, state.optimizer, state.ema, model_state, state.frozen)
         carried = jax.lax.cond(
             good, lambda carried: self._update(carried, grads, scale, norm, new_model_state), lambda x: x, carried
@@ -233,7 +241,7 @@ class Trainer:
         return new, metrics
 
     def _gradients(self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
-        """Sums over the batch (gradient of the loss, loss, weight) and the state that the loss returns."""
+        """Sums over the batch, (gradient, loss, weight), and the state that the loss returns."""
 
         def total_loss(params: Any) -> tuple[jax.Array, Any]:
             total, weight, new = self.loss(self.model, self._merge(params, frozen), batch, key=key, state=model_state)
@@ -245,7 +253,7 @@ class Trainer:
     def _accumulated_gradients(
         self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any
     ) -> tuple[Any, Any]:
-        """As ``_gradients``, one micro-batch after the other."""
+        """The same as ``_gradients``, computed one micro-batch after the other."""
         if model_state is not None:
             raise ValueError(
                 f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: leave it at 1"
@@ -265,7 +273,7 @@ class Trainer:
         params, optimizer_state, ema, model_state, frozen = carried
         # The mean gradient is computed here, where the optimizer reads it: no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # Clipping can use the norm that is known. An optimizer without this argument does not get it.
+        # Clipping can reuse this norm. Optax drops the argument for optimizers that do not accept it.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
         updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
         params = optax.apply_updates(params, updates)
@@ -281,9 +289,9 @@ class Trainer:
         return params, optimizer_state, ema, model_state, frozen
 
     def jit_step(self) -> Step:
-        """:meth:`step`, compiled. It donates the state's buffers: the state passed in must not be used again.
+        """The compiled :meth:`step`. It donates the buffers of the state: do not use the state passed in again.
 
-        Without ``sharding`` the step takes a state in either layout of layers.
+        Without ``sharding``, the step accepts a state with stacked or with per-layer trees.
         """
         if self.sharding is None:
             return jax.jit(self.step, donate_argnums=0)
@@ -302,8 +310,8 @@ class Trainer:
         )
 
     def pmap_step(self) -> Step:
-        """:meth:`step` with data parallelism by ``jax.pmap``: the state has a leading device axis
-        (``flax.jax_utils.replicate``), and so has the batch, [devices, B / devices, T]."""
+        """:meth:`step` with data parallelism by ``jax.pmap``. State (``flax.jax_utils.replicate``) and batch have a
+        leading device axis; the tokens of a batch are [devices, B / devices, T]."""
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             return self.step(state, batch, axis_name="devices")
@@ -318,13 +326,13 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
 
 
 def _on_host_of_several(x: Any) -> Any:
-    """``x``; in a run of several processes as a host array, unless it is spread over them: jit could not move it."""
+    """``x``; with several processes, a local array becomes a host array: jit cannot copy it to other processes."""
     local = not isinstance(x, jax.Array) or x.is_fully_addressable
     return np.asarray(x) if jax.process_count() > 1 and local else x
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """[B, ...] to [A, B / A, ...]. Micro-batch a has rows a, a + A, ...: rows split over devices stay split."""
+    """[B, ...] to [A, B / A, ...]. Micro-batch a has rows a, a + A, ..., so that rows stay on their devices."""
 
     def cut(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:
@@ -337,5 +345,8 @@ def _micro_batches(batch: Any, count: int) -> Any:
 
 
 def place_batch(batch: Any, sharding: Sharding | None) -> Any:
-    """This process's rows of a batch (``sharding.rows``) as global arrays [B, ...], split by rows over the mesh."""
+    """A batch as global arrays [B, ...], sharded by rows over the mesh.
+
+    ``batch`` has this process's rows of the global batch (``sharding.rows``).
+    """
     return batch if sharding is None else jax.tree.map(sharding.from_rows, batch)

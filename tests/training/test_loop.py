@@ -306,6 +306,15 @@ def test_the_best_weights_come_back_and_training_stops_early(tmp_path, capfd, mo
     assert_trees_equal(resumed.params, result.params)
 
 
+def test_the_meaning_of_the_best_cannot_change_and_runs_are_not_mixed(tmp_path):
+    data = Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 3, signal.SIGTERM)
+    assert run(tmp_path, data=data).interrupted == "SIGTERM"
+    with pytest.raises(ValueError, match="best_mode=max cannot change when a run goes on"):
+        run(tmp_path, resume=True, best_mode="max")
+    with pytest.raises(FileExistsError, match="holds the checkpoints of another run"):
+        run(tmp_path)
+
+
 def test_a_metric_that_no_evaluation_gives_is_named(tmp_path):
     with pytest.raises(ValueError, match="best_metric='bleu' is not among the validation metrics loss: choose one"):
         run(tmp_path, best_metric="bleu")

@@ -230,6 +230,13 @@ def test_bad_schedules_are_named():
         learning_rate(OptimizerConfig(schedule="cosin"), 1000)
 
 
+def test_frozen_parameters_keep_their_dtype_in_the_description():
+    model, lora = parts()[0], LoRA(2)
+    trainer = Trainer(model, optax.sgd(0.1), causal.loss, adaptation=lora)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec.abstract(model.specs))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trainer.abstract(params).frozen)} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("adaptation", [LoRA(2, alpha=4.0), Freeze(("embedding",))])
 def test_only_the_adapted_part_is_trained_and_kept_in_the_optimizer(adaptation, apart):
