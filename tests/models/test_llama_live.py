@@ -13,7 +13,7 @@ import pytest
 
 import jaxlm
 from jaxlm.data.tokenizers import load_tokenizer
-from jaxlm.decoding.text import generate_text
+from jaxlm.decoding.text import GenerationConfig, generate_text
 from tests.helpers import relative_error
 from tests.models import smollm2
 
@@ -68,7 +68,7 @@ def test_real_weights(smol: Path) -> None:
     assert model == jaxlm.get_model("smollm2-135m")
     tokenizer = load_tokenizer(smol)
     prompts = ["The capital of France is", "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"]
-    texts = generate_text(model, params, tokenizer, prompts, max_new_tokens=24)
+    texts = generate_text(model, params, tokenizer, prompts, GenerationConfig(24))
     assert texts[0].startswith(" Paris.")
     assert texts[1].startswith("Gravity is a fundamental concept in physics that describes")
     theirs: Any = LlamaForCausalLM.from_pretrained(smol).eval()
