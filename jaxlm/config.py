@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import json
@@ -70,6 +71,34 @@ def read(kind: type[C], path: Path) -> C:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: is {path.parent} the directory of a run?")
     return from_json(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def assignment(option: str, text: str) -> tuple[str, str]:
+    """Name and value of a text such as ``num_layers=24``.
+
+    Raises:
+        ValueError: a text without ``=``.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"cannot read --{option} {text!r}: write name=value, for example num_layers=24")
+    return name, value
+
+
+def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """``{name: value}`` of texts such as ``num_layers=24``; a value that is no Python literal is a word.
+
+    Raises:
+        ValueError: a text without ``=``.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, value = assignment(option, text)
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value  # a word, as in remat=full
+    return values
 
 
 def exit_status(command: Callable[[], int], program: str) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import jaxlm
+from jaxlm.config import assignment, assignments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Plan:
 
         plan.prepare()
         console = Console(soft_wrap=False)
-        model, xla = self._model(), dict(_assignment("xla", option) for option in self.xla)
+        model, xla = self._model(), dict(assignment("xla", option) for option in self.xla)
         plans = []
         for mesh in (self.mesh, *self.compare):
             with console.status(f"compiling for {self.topology}, {mesh}"):
@@ -70,13 +69,7 @@ class Plan:
         return 0
 
     def _model(self) -> jaxlm.Model:
-        changes: dict[str, Any] = {}
-        for change in self.set:
-            name, value = _assignment("set", change)
-            try:
-                changes[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                changes[name] = value  # a word, as in remat=full
+        changes = assignments("set", self.set)
         model = jaxlm.get_model(self.model, **changes)
         fields = [field.name for field in dataclasses.fields(model.config)]
         if "dtype" in fields and "dtype" not in changes:
@@ -84,10 +77,3 @@ class Plan:
         if not self.dropout:
             changes = {**{name: 0.0 for name in fields if name.endswith("dropout")}, **changes}
         return jaxlm.get_model(self.model, **changes)
-
-
-def _assignment(option: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"cannot read --{option} {text!r}: write name=value, e.g. num_layers=24")
-    return name, value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -167,6 +168,11 @@ class Model:
     def reads_source(self) -> bool:
         """Whether the model is an encoder-decoder: ``apply`` needs a source, or a state that has read one."""
         return hasattr(self.module, "encode")
+
+    @property
+    def reads_token_types(self) -> bool:
+        """Whether the ``apply`` of the family takes ``token_types``."""
+        return "token_types" in inspect.signature(self.module.apply).parameters
 
     def encode(self, params: spec.Tree, source: jax.Array, **inputs: Any) -> jax.Array:
         """An encoder-decoder's ``encode``: hidden states of the source, [B, S, D]."""

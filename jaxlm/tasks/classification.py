@@ -6,7 +6,6 @@ Shapes: B batch, T time.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,6 @@ from jaxlm.models import Model
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.training.report import write_confusion, write_samples
-
-
-def takes_token_types(model: Model) -> bool:
-    """Whether the ``apply`` of the family reads token types."""
-    return "token_types" in inspect.signature(model.module.apply).parameters
 
 
 def encode(
@@ -53,7 +47,7 @@ def encode(
                 f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. Shorten "
                 "it with max_length, or take a model with more positions"
             )
-        types = {"token_types": encoding.token_types} if takes_token_types(model) else {}
+        types = {"token_types": encoding.token_types} if model.reads_token_types else {}
         encoded.append({"tokens": encoding.ids, **types, "label": numbers[number]})
     return encoded
 

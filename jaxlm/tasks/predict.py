@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -340,14 +339,13 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
 
 def _batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
     """Batches of few shapes, padded on the right."""
-    takes_types = "token_types" in inspect.signature(model.module.apply).parameters
     num_types = getattr(model.config, "num_token_types", None)
     for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
         chosen = [encodings[number] for number in numbers]
         length = bucket_length(max(encoding.ids.size for encoding in chosen), _max_positions(model))
         tokens, segment_ids = pad_rows([encoding.ids for encoding in chosen], length)
         inputs = {}
-        if takes_types:
+        if model.reads_token_types:
             types, _ = pad_rows([encoding.token_types for encoding in chosen], length)
             if num_types is not None and types.max() >= num_types:
                 raise ValueError(

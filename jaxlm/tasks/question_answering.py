@@ -30,7 +30,6 @@ from jaxlm.models import Model
 from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import Sharding, active
-from jaxlm.tasks.classification import takes_token_types
 from jaxlm.tasks.predict import BATCH_SIZE, _batches, _max_positions
 
 MAX_LENGTH = 384
@@ -65,7 +64,7 @@ def features(
     """
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
-    reads_types = takes_token_types(model)
+    reads_types = model.reads_token_types
     found: list[Encoded] = []
     for example in examples:
         what = f"question {example['id']!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,31 +48,13 @@ class ModelConfig:
         Raises:
             ValueError: an unknown name or field, or a field of ``fixed`` in ``set``.
         """
-        changes = assignments("model.set", self.set)
+        changes = config_lib.assignments("model.set", self.set)
         for field in changes:
             if field in fixed:
                 raise ValueError(f"--model.set {field}={changes[field]}: the data decide {field}, leave it out")
         if self.pretrained is not None:
             return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **fixed, **changes)
         return get_model(self.name, **fixed, **changes), None
-
-
-def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    """``{name: value}`` of texts such as ``num_layers=24``; a value that is no Python literal is a word.
-
-    Raises:
-        ValueError: a text without ``=``.
-    """
-    values = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"cannot read --{option} {text!r}: write name=value, for example num_layers=24")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value  # a word, as in remat=full
-    return values
 
 
 def say(text: str) -> None:

@@ -43,7 +43,7 @@ def test_inputs_are_those_that_prediction_reads(name):
     tokens, params = tokenizer(template), jax.jit(model.init)(jax.random.key(0))
     data = examples(10)
     encoded = classification.encode(data, tokens, LABELS, model)
-    assert ("token_types" in encoded[0]) == classification.takes_token_types(model) == True  # noqa: E712
+    assert ("token_types" in encoded[0]) == model.reads_token_types == True  # noqa: E712
     (batch,) = classification.batches(encoded, 2, 10, num_buckets=1)
     loss, _, _ = objective.loss(model, params, batch)
     found = classify(model, params, tokens, data.column("text")).probabilities
