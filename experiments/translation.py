@@ -34,7 +34,7 @@ from jaxlm.tasks import seq2seq
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
-from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, learning_rate, make_optimizer
+from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, Schedule, learning_rate, make_optimizer
 from jaxlm.training.report import write_samples
 
 
@@ -72,7 +72,7 @@ class Experiment:
     """Passes over the training part."""
     vocab_size: int = 6000
     """Subwords (BPE) of the vocabulary that both languages share."""
-    buckets: int = 4
+    buckets: int = 6
     """Shapes of batches, by length."""
     label_smoothing: float = 0.1
     """Share of the target probability that is spread over the vocabulary."""
@@ -86,22 +86,22 @@ class Experiment:
 
 def preset(
     name: str, *changes: str, rate: float, warmup: int = 400, batch_size: int = 64, optimizer: OptimizerName = "adamw",
-    **options: Any,
+    schedule: Schedule = "cosine", **options: Any,
 ) -> Experiment:  # fmt: skip
     """An experiment with a model from scratch."""
     training = TrainingConfig(
         batch_size=batch_size, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
     )
     config = OptimizerConfig(
-        optimizer, rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
+        optimizer, rate, schedule=schedule, final_fraction=0.01, warmup_steps=warmup, beta2=0.98, weight_decay=0.0
     )
     return dataclasses.replace(Experiment(lib.ModelConfig(name, changes), training, config), **options)
 
 
-T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.3", "remat=none")
+T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.2", "remat=none")
 RNN = ("source_vocab_size=None", "embed_dim=256", "hidden_dim=384", "output_dim=256", "dropout=0.3")
 PRESETS = {
-    "t5": preset("t5", *T5, rate=2e-3, epochs=30),
+    "t5": preset("t5", *T5, rate=2e-3, epochs=20),
     "bahdanau": preset("attention_rnn", *RNN, rate=1e-3, epochs=15),
     "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", rate=1e-3, epochs=15),
     "verses": preset(
@@ -117,6 +117,7 @@ PRESETS = {
         warmup=100,
         batch_size=32,
         optimizer="adafactor",
+        schedule="inverse_square_root",
         epochs=8,
         vocab_size=2000,
         num_beams=1,
@@ -161,8 +162,9 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     training, validation, test = parts(experiment.data)
     model, params, tokenizer = build(experiment, training, resume)
     source = Bucketed(
-        seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
-    )
+        seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True,
+        multiple=4,
+    )  # fmt: skip
     config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
     trainer = config.trainer(

@@ -106,21 +106,16 @@ class Bucketed:
     def _make_buckets(self) -> list[Bucket]:
         lengths = np.asarray([[len(example[name]) for name in self._arrays] for example in self.examples])
         rounded = -(-lengths // self.multiple) * self.multiple
-        total = rounded.sum(axis=1)
-        keys = np.unique(total)
-        groups = [np.flatnonzero(total == key) for key in keys]
-        counts = np.asarray([len(group) for group in groups])
-        largest = np.stack([rounded[group].max(axis=0) for group in groups])
-        buckets = []
-        for start, stop in _least_padding(counts, largest, self.num_buckets):
-            shape = largest[start:stop].max(axis=0)
-            members = np.sort(np.concatenate(groups[start:stop]))
-            buckets.append((dict(zip(self._arrays, shape.tolist(), strict=True)), members))
-        longest = sum(buckets[-1][0].values())
-        factors = [max(1, longest // sum(shape.values())) if self.equal_tokens else 1 for shape, _ in buckets]
+        # Which order of the examples pads less depends on how their lengths correlate, so both are tried.
+        by_total, by_longest = (
+            _partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))
+        )
+        parts = min(by_total, by_longest, key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts))
+        longest = parts[-1][0].sum()
+        factors = [max(1, longest // shape.sum()) if self.equal_tokens else 1 for shape, _ in parts]
         return [
-            Bucket(shape, factor * self.batch_size, members)
-            for (shape, members), factor in zip(buckets, factors, strict=True)
+            Bucket(dict(zip(self._arrays, shape.tolist(), strict=True)), int(factor) * self.batch_size, members)
+            for (shape, members), factor in zip(parts, factors, strict=True)
         ]
 
     @property
@@ -200,6 +195,22 @@ class Bucketed:
             f"{bucket.rows}x{'+'.join(map(str, dict.fromkeys(bucket.lengths.values())))}" for bucket in self.buckets
         )
         return f"{len(self.buckets)} shapes ({shapes}), {100 * (1 - self.efficiency):.0f} % padding"
+
+
+def _partition(lengths: np.ndarray, order: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shape [fields] and examples of each part: at most ``most`` ranges of ``order`` with the fewest padded entries.
+
+    Args:
+        lengths: [examples, fields].
+        order: [examples], by which the examples are sorted; those with the same value stay together.
+    """
+    groups = [np.flatnonzero(order == value) for value in np.unique(order)]
+    counts = np.asarray([len(group) for group in groups])
+    largest = np.stack([lengths[group].max(axis=0) for group in groups])
+    return [
+        (largest[start:stop].max(axis=0), np.sort(np.concatenate(groups[start:stop])))
+        for start, stop in _least_padding(counts, largest, most)
+    ]
 
 
 def _least_padding(counts: np.ndarray, largest: np.ndarray, most: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain, gathered
 
 
@@ -34,9 +35,11 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.
     Rows beyond ``vocab_size`` are padding (added so that the table divides over devices): their logits are the lowest
     float32, so that they take no part in a softmax.
     """
-    logits_BTV = jnp.einsum(
-        "BTD,VD->BTV", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
-    )
+    table_VD = table_VD.astype(hidden_BTD.dtype)
+    if hidden_BTD.dtype == jnp.float32:
+        logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # its gradient is faster than einsum's on a CPU
+    else:
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
     if table_VD.shape[0] == vocab_size:
         return logits_BTV
     real = jnp.arange(table_VD.shape[0]) < vocab_size

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import Batches
-from jaxlm.data.buckets import Bucketed, _least_padding
+from jaxlm.data.buckets import Bucketed, _least_padding, _partition
 
 
 def examples(count=200, seed=0):
@@ -70,6 +70,20 @@ def test_the_partition_has_the_least_padding():
             stops = [0, *cuts, 6]
             every.append(cost(list(itertools.pairwise(stops))))
         assert cost(_least_padding(counts, largest, 3)) == min(every)
+
+
+def test_examples_are_ordered_by_the_length_that_pads_less():
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 50, 400)
+    alike = [{"a": np.ones(n, int), "b": np.ones(max(1, n + rng.integers(-6, 7)), int)} for n in lengths]
+    opposite = [{"a": np.ones(n, int), "b": np.ones(n // 8 + 1, int)} for n in lengths]
+    for data in (alike, opposite):
+        source = Bucketed(data, 4, num_buckets=4, multiple=1)
+        sizes = np.asarray([[len(example[name]) for name in "ab"] for example in data])
+        padded = sum(sum(bucket.lengths.values()) * len(bucket.members) for bucket in source.buckets)
+        for order in (sizes.sum(axis=1), sizes.max(axis=1)):
+            parts = _partition(sizes, order, 4)
+            assert padded <= sum(shape.sum() * len(members) for shape, members in parts)
 
 
 def test_two_processes_read_the_rows_of_one():

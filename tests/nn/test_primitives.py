@@ -6,7 +6,7 @@ import pytest
 from jaxlm.nn import linear as linear_module
 from jaxlm.nn.activation import activation
 from jaxlm.nn.cache import append
-from jaxlm.nn.dropout import dropout
+from jaxlm.nn.dropout import dropout, keep_mask
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
@@ -134,6 +134,31 @@ def test_dropout_keeps_the_mean_and_is_off_without_a_key():
     assert float(jnp.mean(dropped)) == pytest.approx(1.0, abs=0.01)
     assert dropout(x, 0.25, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
+def test_keep_mask_has_the_stated_rate_and_independent_entries(rate):
+    kept = np.asarray(keep_mask(jax.random.key(1), rate, (300, 1001)), float)
+    sigma = (rate * (1 - rate) / kept.size) ** 0.5
+    assert abs(kept.mean() - (1 - rate)) < 4 * sigma
+    # Neighbours share a random word: they must be independent all the same.
+    neighbours = np.mean((kept[:, 0:1000:2] - kept.mean()) * (kept[:, 1:1000:2] - kept.mean()))
+    assert abs(neighbours) < 4 * rate * (1 - rate) / (300 * 500) ** 0.5
+
+
+def test_a_longer_keep_mask_begins_with_the_shorter_one():
+    shorter, longer = (keep_mask(jax.random.key(2), 0.3, (n,)) for n in (37, 52))
+    assert shorter.shape == (37,)
+    assert shorter.tolist() == longer[:37].tolist()
+    assert bool(jnp.all(keep_mask(jax.random.key(2), 1e-6, (5, 5))))
+
+
+def test_the_gradients_of_unembed_are_those_of_the_product():
+    table, hidden, weight = draw(8, 4), draw(2, 3, 4), draw(2, 3, 8)
+    ours = jax.grad(lambda *x: jnp.sum(unembed(*x, 8) * weight), argnums=(0, 1))(table, hidden)
+    plain = jax.grad(lambda table, hidden: jnp.sum((hidden @ table.T) * weight), argnums=(0, 1))(table, hidden)
+    for one, other in zip(ours, plain, strict=True):
+        assert relative_error(one, other) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("relu", 1.0)])

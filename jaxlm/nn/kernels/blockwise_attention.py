@@ -20,6 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
+from jaxlm.nn.dropout import keep_mask
 from jaxlm.nn.mask import Mask, keep_pairs
 from jaxlm.nn.term import Form, Term, Tile, add_parts, axes_over, parts, without_ones
 
@@ -85,7 +86,7 @@ def attention(
 def dropout_keep(key: jax.Array, rows: jax.Array, keys: int, rate: float) -> jax.Array:
     """Which probabilities stay, [R, keys]. Entry (row, s) depends on the key, the row's global number and s alone."""
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    return jax.vmap(lambda row_key: jax.random.bernoulli(row_key, 1.0 - rate, (keys,)))(row_keys)
+    return jax.vmap(lambda row_key: keep_mask(row_key, rate, (keys,)))(row_keys)
 
 
 # ------------------------------------------------------------------------------------------------ one block
