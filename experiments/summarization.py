@@ -40,7 +40,6 @@ from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.recipes import RECIPES
-from jaxlm.training.report import write_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +223,7 @@ def summarize(
         *metrics.rouge(outputs, references),
         *(dataclasses.replace(score, name=f"{score.name} of the first sentence") for score in lead),
     ]
-    shown = np.random.default_rng(0).permutation(len(sources))[:40]
-    write_samples(
-        directory, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in shown.tolist()]
-    )
+    seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
         directory, task="summarization", model=model, begun=begun, scores=scores,
         data=str(experiment.data.file or "docstrings of the installed packages"), steps=result.step,

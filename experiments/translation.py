@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxlm import host, metrics
 from jaxlm.data import Batches, Tokenizer, load_tokenizer
 from jaxlm.data.buckets import Bucketed
@@ -35,7 +33,6 @@ from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, Schedule, learning_rate, make_optimizer
-from jaxlm.training.report import write_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +98,7 @@ def preset(
 T5 = ("num_layers=3", "num_heads=4", "embed_dim=256", "head_dim=64", "mlp_dim=512", "dropout=0.2", "remat=none")
 RNN = ("source_vocab_size=None", "embed_dim=256", "hidden_dim=384", "output_dim=256", "dropout=0.3")
 PRESETS = {
-    "t5": preset("t5", *T5, rate=2e-3, epochs=20),
+    "t5": preset("t5", *T5, rate=3e-2, optimizer="adafactor", epochs=20),
     "bahdanau": preset("attention_rnn", *RNN, rate=1e-3, epochs=15),
     "luong": preset("attention_rnn", *RNN, "attention=luong", "score=general", rate=1e-3, epochs=15),
     "verses": preset(
@@ -204,10 +201,7 @@ def translate(
         metrics.bleu(outputs, references), metrics.bleu(outputs, references, lowercase=True),
         metrics.chrf(outputs, references),
     ]  # fmt: skip
-    shown = np.random.default_rng(0).permutation(len(sources))[:40]
-    write_samples(
-        directory, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in shown.tolist()]
-    )
+    seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
         directory, task="translation", model=model, begun=begun, scores=scores,
         data=str(experiment.data.directory or "embedded verses"), steps=result.step, beams=experiment.num_beams,

@@ -36,6 +36,7 @@ from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, co
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Constant, Uniform, fold_name
 
@@ -361,6 +362,7 @@ def apply(
     projected_TBGH = _projected(params["decoder"]["layer_0"], x)
     decoder, outputs = jax.lax.scan(step, old["decoder"], (projected_TBGH, *by_time, step_keys))
     outputs = jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), outputs)
+    record(outputs["weights"][:, None], "source")
     hidden = _maxout(params["output"], x, outputs) if cfg.attention == "bahdanau" else outputs["attentional"]
     hidden = constrain(dropout(hidden, cfg.dropout, fold_name(key, "output")), ("batch", "seq", "activation_embed"))
     if cfg.copy:

@@ -37,6 +37,7 @@ from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.recurrence import borders, lstm, lstm_specs, lstm_state_specs
+from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Uniform, fold_name
 
@@ -225,6 +226,7 @@ def summary(
 ) -> jax.Array:
     """What each hop finds in the real tokens of each row, side by side, [B, 1, R * 2H]: what the classifier reads."""
     weights_BRT = attention_weights(cfg, params, hidden, segment_ids)
+    record(weights_BRT[:, :, None], "pool")
     pooled_BRD = jnp.einsum("BRT,BTD->BRD", weights_BRT.astype(hidden.dtype), hidden)
     return pooled_BRD.reshape(hidden.shape[0], 1, -1)
 

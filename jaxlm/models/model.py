@@ -14,6 +14,7 @@ import jax
 
 from jaxlm import spec
 from jaxlm.nn.loss import chunked_cross_entropy
+from jaxlm.nn.weight_record import recorded_weights
 
 FAMILIES = (
     "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
@@ -163,6 +164,45 @@ class Model:
         if not hasattr(self.module, "summary"):
             raise TypeError(f"family {self.family!r} has no summary of a row, so it cannot classify")
         return self.module.summary(self.config, params, hidden, **inputs)
+
+    def attention_weights(self, params: spec.Tree, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
+        """The attention weights of each layer, float32 [B, H, T, S]; those of each query sum to 1.
+
+        The keys of the result are "self" or, for an encoder-decoder, those of "encoder", "decoder" and "cross" that the
+        family has, and "pool" where a classifier pools by attention (H is the number of hops, T is 1). XLNet has two
+        entries for each layer, of its content stream and of its query stream. Dropout is off. The weights of a query
+        that sees no key are 0.
+
+        Args:
+            inputs: of :meth:`apply`, for example ``source`` or ``segment_ids``.
+
+        Raises:
+            TypeError: the family has no attention that can be recorded.
+        """
+        plain = {"remat": "none"} if hasattr(self.config, "remat") else {}
+        model = dataclasses.replace(self, config=dataclasses.replace(self.config, **plain))
+
+        @jax.jit
+        def run(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
+            with recorded_weights() as records:
+                hidden, _ = model.apply(spec.unstack(params), tokens, **inputs)
+                if getattr(self.config, "task", None) == "classification" and hasattr(self.module, "summary"):
+                    model.summary(params, hidden, segment_ids=inputs.get("segment_ids"))
+            weights: dict[str, list[jax.Array]] = {}
+            for number, (made, kind) in enumerate(records):
+                name = "pool" if kind == "pool" else "self"
+                if self.reads_source:
+                    # The encoder comes first. In the decoder, self-attention is causal and attention to the source not.
+                    in_decoder = any(record.kind == "causal" for record in records[:number])
+                    is_cross = kind == "source" or (kind == "bidirectional" and in_decoder)
+                    name = "cross" if is_cross else "decoder" if kind == "causal" else "encoder"
+                weights.setdefault(name, []).append(made)
+            return weights
+
+        weights = run(params, tokens, inputs)
+        if not weights:
+            raise TypeError(f"family {self.family!r} has no attention weights to show")
+        return weights
 
     @property
     def reads_source(self) -> bool:

@@ -18,6 +18,7 @@ from jaxlm.nn.cache import Slots
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, decode_attention, pallas_attention, splash
 from jaxlm.nn.mask import Mask, keep, softmax
 from jaxlm.nn.term import Term, check, dense
+from jaxlm.nn.weight_record import is_recording, record
 
 Implementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
@@ -92,7 +93,9 @@ def attention(
         "pallas": pallas_attention.refusal(T, S, terms, array, key),
         "cudnn": cudnn_attention.refusal(mask, q_BTHK.dtype, given, key),
     }
-    if implementation is None:
+    if is_recording():
+        implementation = "reference"
+    elif implementation is None:
         implementation = _best(T, S, array, terms, refusals)
     elif refusals.get(implementation) is None and _PLATFORM.get(implementation, platform) != platform:
         refusals[implementation] = f"is for a {_PLATFORM[implementation]}, and this is compiled for a {platform}"
@@ -170,6 +173,7 @@ def _reference(
     if bias is not None:
         scores_BHTS = scores_BHTS + bias.astype(jnp.float32)
     probabilities = softmax(scores_BHTS, keep(mask, T, S))
+    record(probabilities, "causal" if mask.causal else "bidirectional")
     if key is not None:
         rows = jnp.arange(B * H * T, dtype=jnp.uint32)
         kept_rows = blockwise_attention.dropout_keep(key, rows, S, dropout).reshape(B, H, T, S)

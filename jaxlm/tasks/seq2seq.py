@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from jaxlm.decoding import decoder_start_id
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
+from jaxlm.tasks.attention_maps import attention_maps
+from jaxlm.training.report import write_attention, write_samples
 
 
 def encode(
@@ -76,3 +79,17 @@ def batches(
 
 METRICS: dict[str, Any] = {"loss": seq2seq.loss, "token_accuracy": token_accuracy}
 """What an ``Evaluator`` of an encoder-decoder computes."""
+
+
+def write_test(
+    run: Path, model: Model, params: Any, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
+    outputs: Sequence[str],
+) -> None:  # fmt: skip
+    """Write 40 random outputs for the report of a run (``samples.jsonl``) and attention maps of four of them."""
+    chosen = np.random.default_rng(0).permutation(len(sources))[:40].tolist()
+    write_samples(run, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in chosen])
+    # Where nothing was generated there is no row to draw.
+    drawn = [n for n in chosen if outputs[n].strip()][:4]
+    if drawn:
+        pairs = [sources[n] for n in drawn], [outputs[n] for n in drawn]
+        write_attention(run, attention_maps(model, params, tokenizer, *pairs))

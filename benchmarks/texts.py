@@ -1,0 +1,134 @@
+"""Sentences per second: beam search translation and classification, jaxlm against transformers, on the same directory.
+
+    python -m benchmarks.texts --translator runs/translation --sources sentences.txt
+    python -m benchmarks.texts --classifier runs/sentiment --texts sentences.txt --rounds 5 --json texts.json
+
+A directory is a run directory of ``experiments.translation`` or ``experiments.sentiment`` (preset ``minilm``), or a
+Hugging Face directory of a T5 model, or of BERT with a classification head. A file has one text per line. Both sides
+take texts and return texts or labels, tokenization included. Both sort the texts by length and use the same batch size.
+The time of the first run, which compiles, is listed separately. The share of equal results is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks import harness
+
+TRANSLATORS = {"jaxlm": "benchmarks.texts_peers:JaxlmTranslator", "torch": "benchmarks.texts_peers:TorchTranslator"}
+CLASSIFIERS = {"jaxlm": "benchmarks.texts_peers:JaxlmClassifier", "torch": "benchmarks.texts_peers:TorchClassifier"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Measure sentences per second of whole tasks."""
+
+    translator: Path | None = None
+    """Directory of a T5 model that translates; None: translation is not measured."""
+    sources: Path | None = None
+    """Sentences to translate, one per line."""
+    classifier: Path | None = None
+    """Directory of a BERT classifier; None: classification is not measured."""
+    texts: Path | None = None
+    """Texts to classify, one per line."""
+    batch: int = 32
+    """Sentences of a batch."""
+    num_beams: int = 5
+    """Hypotheses of the beam search."""
+    max_new_tokens: int = 80
+    """Tokens after which a translation is cut off."""
+    rounds: int = 5
+    """Repetitions of each side, after a warm-up of two. The sides take turns."""
+    json: Path | None = None
+    """Write everything there too."""
+
+
+def compare(task: str, peers: dict[str, str], **arguments: Any) -> dict[str, Any]:
+    """Seconds of each round of each peer, and the share of results that agree, as one record."""
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
+        started = {
+            name: workers.enter_context(
+                contextlib.closing(harness.Worker(name, target, Path(temporary) / f"{name}.log", None, **arguments))
+            )
+            for name, target in peers.items()
+        }
+        warm_up = {name: [worker.run() for _ in range(2)] for name, worker in started.items()}
+        results = {name: runs[-1][1] for name, runs in warm_up.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in started}
+        for turn in range(arguments["rounds"]):
+            for name in harness.rotated(list(started), turn):
+                seconds[name].append(harness.warm_run(started[name])[0])
+    ours, theirs = (results[name] for name in peers)
+    return {
+        "task": task,
+        "sentences": len(ours),
+        "equal": sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours),
+        "seconds": seconds,
+        "first_seconds": {name: runs[0][0] for name, runs in warm_up.items()},
+        "ratio": harness.paired_ratio(seconds["torch"], seconds["jaxlm"]),
+    }
+
+
+def show(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    lines = []
+    for name, seconds in record["seconds"].items():
+        p10, p90 = np.percentile(seconds, (10, 90)).tolist()
+        median = statistics.median(seconds)
+        lines.append(
+            [name, f"{record['sentences'] / median:,.1f}", f"{median:.2f}", f"{p10:.2f}", f"{p90:.2f}",
+             f"{record['first_seconds'][name]:.1f}"]
+        )  # fmt: skip
+    header = ("peer", "sentences/s", "median s", "p10", "p90", "first s")
+    return (
+        f"{record['task']}: {record['sentences']:,} sentences, {100 * record['equal']:.1f} % of the results are equal\n"
+        f"{harness.table(header, lines)}\njaxlm is {record['ratio']:.2f}x of torch"
+    )
+
+
+def run(options: Texts) -> None:
+    """Measure and print."""
+    harness.choose("torch", TRANSLATORS)
+    if options.translator is None and options.classifier is None:
+        raise harness.Failure("nothing to measure: give --translator and --sources, or --classifier and --texts")
+    description = harness.describe_machine()
+    for name, value in description.items():
+        print(f"{name:10} {value}")
+    records = []
+    shared = {"batch": options.batch, "rounds": options.rounds}
+    beams = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    for task, peers, directory, file, settings in (
+        (f"translation, {options.num_beams} beams", TRANSLATORS, options.translator, options.sources, beams),
+        ("classification", CLASSIFIERS, options.classifier, options.texts, {}),
+    ):
+        if directory is None:
+            continue
+        if file is None:
+            raise harness.Failure(
+                f"{task} needs a file of sentences: --sources of --translator, --texts of --classifier"
+            )
+        directory = directory / "model" if (directory / "model").is_dir() else directory
+        if not (directory / "config.json").is_file() or not file.is_file():
+            raise harness.Failure(f"{directory} has no config.json, or {file} is not a file")
+        records.append(compare(task, peers, directory=str(directory), file=str(file), **shared, **settings))
+        print(f"\n{show(records[-1])}", flush=True)
+    harness.write_json(options.json, "texts", options, description, records)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Texts, args=arguments, prog="python -m benchmarks.texts", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""``Model.attention_weights``: weights of every layer, as the models compute them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+
+SELF = {
+    "gpt2-tiny": True, "llama-tiny": True, "bert-tiny": False, "roberta-tiny": False, "transformer-xl-tiny": True,
+    "xlnet-tiny": None,
+}  # fmt: skip
+"""Models with attention to themselves, and whether a query must not see later keys (None: not checked)."""
+
+
+def tokens_of(model, batch, length, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(5, model.config.vocab_size, (batch, length)))
+
+
+@pytest.mark.parametrize("name", SELF)
+def test_weights_sum_to_one_and_hide_what_the_mask_hides(name):
+    model = jaxlm.get_model(name)
+    params = model.init(jax.random.key(0))
+    tokens = tokens_of(model, 2, 7)
+    segments = jnp.asarray([[1] * 7, [1] * 4 + [0] * 3])
+    weights = model.attention_weights(params, tokens, segment_ids=segments)
+    assert list(weights) == ["self"]
+    streams = 2 if model.family == "xlnet" else 1
+    assert len(weights["self"]) == streams * model.config.num_layers
+    for layer in weights["self"][::streams]:  # the query stream of XLNet has queries that see nothing
+        made = np.asarray(layer)
+        T, S = made.shape[2:]
+        assert made.shape == (2, model.config.num_heads, 7, S)
+        np.testing.assert_allclose(made[0].sum(-1), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(made[1, :, :4].sum(-1), 1.0, rtol=1e-5)
+        assert not made[1, :, :4, S - 3 :].any()
+        if SELF[name]:
+            assert not made[0][:, np.triu(np.ones((T, T), bool), 1)].any()
+
+
+def test_an_encoder_decoder_has_three_kinds_of_weights():
+    model = jaxlm.get_model("t5-tiny")
+    params = model.init(jax.random.key(0))
+    weights = model.attention_weights(params, tokens_of(model, 2, 5), source=tokens_of(model, 2, 8, 1))
+    shapes = {kind: {layer.shape[2:] for layer in layers} for kind, layers in weights.items()}
+    assert shapes == {"encoder": {(8, 8)}, "decoder": {(5, 5)}, "cross": {(5, 8)}}
+    for layer in weights["cross"]:
+        np.testing.assert_allclose(layer.sum(-1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention-rnn-tiny", "attention-rnn-luong-tiny"])
+def test_an_rnn_with_attention_has_one_map(name):
+    model = jaxlm.get_model(name)
+    params = model.init(jax.random.key(0))
+    source = tokens_of(model, 2, 8, 1)
+    segments = jnp.asarray([[1] * 8, [1] * 6 + [0] * 2])
+    weights = model.attention_weights(params, tokens_of(model, 2, 5), source=source, source_segment_ids=segments)
+    assert {kind: [layer.shape for layer in layers] for kind, layers in weights.items()} == {"cross": [(2, 1, 5, 8)]}
+    np.testing.assert_allclose(weights["cross"][0].sum(-1), 1.0, rtol=1e-5)
+    assert not weights["cross"][0][1, 0, :, 6:].any()
+
+
+def test_a_classifier_that_pools_by_attention_has_a_map_of_each_hop():
+    model = jaxlm.get_model("attention-rnn-classifier-tiny")
+    params = model.init(jax.random.key(0))
+    weights = model.attention_weights(params, tokens_of(model, 2, 6), segment_ids=jnp.ones((2, 6), jnp.int32))
+    assert {kind: [layer.shape for layer in layers] for kind, layers in weights.items()} == {"pool": [(2, 2, 1, 6)]}
+    np.testing.assert_allclose(weights["pool"][0].sum(-1), 1.0, rtol=1e-5)
+
+
+def test_a_family_without_attention_says_so():
+    model = jaxlm.get_model("gru-tiny")
+    with pytest.raises(TypeError, match="family 'gru' has no attention weights"):
+        model.attention_weights(model.init(jax.random.key(0)), tokens_of(model, 1, 4))
+
+
+def test_recording_changes_nothing_after_it():
+    model = jaxlm.get_model("gpt2-tiny")
+    params, tokens = model.init(jax.random.key(0)), tokens_of(model, 1, 6)
+    before, _ = model.apply(params, tokens)
+    model.attention_weights(params, tokens)
+    after, _ = model.apply(params, tokens)
+    np.testing.assert_array_equal(before, after)

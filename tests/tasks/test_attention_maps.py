@@ -1,0 +1,53 @@
+"""Attention maps: tokens of both axes, and the weights of each text alone."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.data import ByteTokenizer
+from jaxlm.tasks.attention_maps import attention_maps
+
+
+def made(name, **changes):
+    model = jaxlm.get_model(name, vocab_size=256, **changes)
+    return model, model.init(jax.random.key(0)), ByteTokenizer()
+
+
+def test_a_translation_has_a_row_for_each_token_of_the_output():
+    model, params, tokenizer = made("t5-tiny")
+    both = attention_maps(model, params, tokenizer, ["a house", "sun"], ["ein Haus", "die Sonne"])
+    assert [item.title for item in both] == ["a house", "sun"]
+    assert list(both[1].columns) == ["s", "u", "n"]
+    assert "".join(both[1].rows) == "die Sonne"
+    np.testing.assert_allclose(np.sum(both[1].weights, axis=1), 1.0, rtol=1e-5)
+    [alone] = attention_maps(model, params, tokenizer, ["sun"], ["die Sonne"])
+    np.testing.assert_allclose(both[1].weights, alone.weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "gpt2-tiny", "transformer-xl-tiny"])
+def test_other_families_have_the_text_on_both_axes(name):
+    model, params, tokenizer = made(name)
+    item = attention_maps(model, params, tokenizer, ["a house", "sun"])[1]
+    assert list(item.rows) == list(item.columns) == ["s", "u", "n"]
+    np.testing.assert_allclose(np.sum(item.weights, axis=1), 1.0, rtol=1e-5)
+
+
+def test_pooling_has_a_row_for_each_hop():
+    model, params, tokenizer = made("attention-rnn-classifier-tiny")
+    item = attention_maps(model, params, tokenizer, ["a house", "sun"])[1]
+    assert list(item.rows) == ["hop 1", "hop 2"]
+    np.testing.assert_allclose(np.sum(item.weights, axis=1), 1.0, rtol=1e-5)
+
+
+def test_wrong_requests_are_refused():
+    model, params, tokenizer = made("t5-tiny")
+    with pytest.raises(ValueError, match="an encoder-decoder needs outputs"):
+        attention_maps(model, params, tokenizer, ["sun"])
+    with pytest.raises(ValueError, match="1 texts and 2 outputs"):
+        attention_maps(model, params, tokenizer, ["sun"], ["a", "b"])
+    with pytest.raises(TypeError, match="got one string"):
+        attention_maps(model, params, tokenizer, "sun", ["a"])
+    model, params, tokenizer = made("bert-tiny")
+    with pytest.raises(ValueError, match="only an encoder-decoder has outputs"):
+        attention_maps(model, params, tokenizer, ["sun"], ["a"])
