@@ -3,24 +3,30 @@
 A step is one directory, ``<directory>/<step>``, that appears by a rename when everything in it is written:
 
     state/    the arrays, by path name (``params/embed/weight``), in orbax's format
-    record/   one JSON file: shape, dtype and checksum of each array, the metric, and the caller's ``meta``
+    record/   one JSON file: shape, dtype and checksum of each array, the metric, the caller's ``meta``, the version of
+              this format, and a checksum of all of these
 
-A process that is killed leaves at most a temporary directory, which nobody reads and the next save clears away.
+A process that is killed leaves at most a temporary directory, which nobody reads and the next save clears away. Older
+steps are deleted only when a newer one has been written to the disk (fsync). A step whose record is damaged is never
+passed over in silence: see :meth:`Checkpointer.restore`.
 Arrays are stored whole, whatever their sharding was, so that they can be restored onto another mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +34,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm import processes, spec
+
+FORMAT = 1
+"""Version of the record. A record of another version is refused."""
+ON_CORRUPT = Literal["stop", "previous"]
 
 _STEP = re.compile(r"0|[1-9]\d*")
 _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
@@ -193,6 +203,7 @@ class Checkpointer:
             raise NotADirectoryError(f"{self.directory} is a file: checkpoints need a directory")
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._last_saved: int | None = None
+        self._unsynced = False
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler())
         )
@@ -226,24 +237,26 @@ class Checkpointer:
                 raise TypeError(f"{name!r} is a {type(leaf).__name__}: a checkpoint holds jax arrays, use jnp.asarray")
         self.wait()
         path = self._path(step)
-        if self._read(step) is not None:
+        records, damaged = self._look()
+        if step in records:
             raise FileExistsError(f"{path} exists, and nothing saved is overwritten: move it away, or save elsewhere")
-        if path.exists() and processes.is_first():
-            aside = path.with_name(f"{step}.unreadable-{time.time_ns()}")
-            logging.getLogger(__name__).warning("%s is not a readable checkpoint: moved to %s", path, aside)
-            path.rename(aside)
+        if step in damaged and processes.is_first():
+            self._move_aside(step, damaged[step])
 
         arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in flat.items()}
         sums = checksums(arrays)
         record = {
+            "format": FORMAT,
             "arrays": {
                 name: {**dataclasses.asdict(stored), "checksum": sums[name]}
                 for name, stored in _described(flat).items()
             },
             "metric": None if metric is None else float(metric),
-            "meta": json.loads(json.dumps(meta)),  # a copy: orbax writes it later, in another thread
+            "meta": meta,
         }
-        self._last_saved = step
+        record = json.loads(json.dumps(record))  # a copy: orbax writes it later, in another thread
+        record["checksum"] = _digest(record)
+        self._last_saved, self._unsynced = step, True
         self._orbax.save(
             path, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
         )
@@ -254,6 +267,9 @@ class Checkpointer:
         """Return when the last save is complete and what it superseded is deleted; raise what went wrong with it."""
         self._orbax.wait_until_finished()
         if self._last_saved is not None and processes.is_first():
+            if self._unsynced:
+                _sync(self._path(self._last_saved))
+                self._unsynced = False
             self._prune(self._last_saved)
 
     def close(self) -> None:
@@ -285,18 +301,22 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------ looking
 
     def steps(self) -> list[int]:
-        """The complete steps on the disk, in order. A save still going on is not among them."""
-        return list(self._records())
+        """The intact steps on the disk, in order. A save still going on is not among them."""
+        return list(self._look()[0])
+
+    def damaged(self) -> dict[int, str]:
+        """``{step: reason}`` of the steps whose record cannot be trusted. Their arrays are not read."""
+        return self._look()[1]
 
     @property
     def latest(self) -> int | None:
-        """The last complete step, or None."""
+        """The last intact step, or None."""
         return max(self.steps(), default=None)
 
     @property
     def best(self) -> int | None:
-        """The complete step with the lowest metric (the earliest of equals), or None if no step has one."""
-        metrics = {step: record["metric"] for step, record in self._records().items()}
+        """The intact step with the lowest metric (the earliest of equals), or None if no step has one."""
+        metrics = {step: record["metric"] for step, record in self._look()[0].items()}
         ranked = {step: metric for step, metric in metrics.items() if metric is not None and not math.isnan(metric)}
         return min(ranked, key=lambda step: ranked[step], default=None)
 
@@ -311,37 +331,80 @@ class Checkpointer:
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
-    def _records(self) -> dict[int, dict[str, Any]]:
-        """``{step: record}`` of the complete checkpoints, in order. What else lies in the directory is passed over."""
+    def _look(self) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """``{step: record}`` of the intact steps, and ``{step: reason}`` of the damaged ones, both in order."""
         names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-        records = {step: self._read(step) for step in sorted(int(name) for name in names if _STEP.fullmatch(name))}
-        return {step: record for step, record in records.items() if record is not None}
+        records: dict[int, dict[str, Any]] = {}
+        damaged: dict[int, str] = {}
+        for step in sorted(int(name) for name in names if _STEP.fullmatch(name)):
+            try:
+                records[step] = self._read(step)
+            except CorruptCheckpointError as error:
+                damaged[step] = str(error)
+        return records, damaged
 
-    def _read(self, step: int) -> dict[str, Any] | None:
+    def _read(self, step: int) -> dict[str, Any]:
+        """The record of a step; ``CorruptCheckpointError`` says what is wrong with it."""
         path = self._path(step)
         try:
             if not ocp.utils.is_checkpoint_finalized(path):
-                return None
+                raise CorruptCheckpointError(f"{path} was not saved completely")
             record = ocp.JsonCheckpointHandler().restore(path / "record")
-        except (OSError, ValueError):  # no such file; not JSON
-            return None
-        whole = isinstance(record, dict) and {"arrays", "metric", "meta"} <= record.keys()
-        return record if whole and (path / "state").is_dir() else None
+        except OSError as error:
+            raise CorruptCheckpointError(f"{path / 'record'} cannot be read: {error}") from error
+        except CorruptCheckpointError:
+            raise
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise CorruptCheckpointError(f"{path / 'record'} is damaged: {error}") from error
+        if not isinstance(record, dict) or "checksum" not in record:
+            raise CorruptCheckpointError(
+                f"{path / 'record'} has no checksum: it is damaged, or of jaxlm 0.1, with which it can be read"
+            )
+        found = record.pop("checksum")
+        if found != _digest(record):
+            raise CorruptCheckpointError(f"{path / 'record'} is damaged: it has another checksum than its content")
+        if record["format"] != FORMAT:
+            raise CorruptCheckpointError(
+                f"{path / 'record'} has format {record['format']}, this jaxlm reads {FORMAT}: update jaxlm"
+            )
+        if not (path / "state").is_dir():
+            raise CorruptCheckpointError(f"{path / 'state'}, the directory of the arrays, is missing")
+        return record
 
     def _find(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """A step (None: the latest) and its record, or the error that says what there is instead."""
-        records = self._records()
-        if not records:
+        records, damaged = self._look()
+        wanted = max([*records, *damaged], default=None) if step is None else step
+        if wanted is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        step = max(records) if step is None else step
-        if step not in records:
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}: there are {list(records)}")
-        return step, records[step]
+        if wanted in damaged:
+            raise CorruptCheckpointError(damaged[wanted])
+        if wanted not in records:
+            raise FileNotFoundError(f"no checkpoint of step {wanted} in {self.directory}: there are {list(records)}")
+        return wanted, records[wanted]
+
+    def _instead(self, step: int) -> str:
+        """What to do where a step is damaged."""
+        intact = [other for other in self.steps() if other != step]
+        if not intact:
+            return "no other step is intact"
+        return (
+            f"the newest intact step before it is {max([s for s in intact if s < step], default=max(intact))}: restore "
+            f'that one, or use on_corrupt="previous"; intact are {intact}'
+        )
+
+    def _move_aside(self, step: int, reason: str) -> str:
+        """Rename a damaged step, so that another one of that number can be saved. Returns the new path."""
+        path = self._path(step)
+        aside = path.with_name(f"{step}.corrupt-{time.time_ns()}")
+        logging.getLogger(__name__).warning("%s; it is kept as %s", reason, aside)
+        path.rename(aside)
+        return str(aside)
 
     # ---------------------------------------------------------------------------------------------- restoring
 
     def restore(
-        self, target: spec.Tree, step: int | None = None, *, best: bool = False
+        self, target: spec.Tree, step: int | None = None, *, best: bool = False, on_corrupt: ON_CORRUPT = "stop"
     ) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of ``step`` (None: the latest, or the best if ``best``), as they were saved, bit by bit.
 
@@ -349,30 +412,48 @@ class Checkpointer:
             target: the tree wanted, of arrays, ``jax.ShapeDtypeStruct`` or ``ArraySpec``: gives structure, shapes,
                 dtypes and, where it has them, shardings. A leaf without one, as of ``jax.eval_shape``, is
                 committed to no device, like a fresh ``jnp.zeros``.
+            on_corrupt: "stop" raises an error if the step is damaged. "previous" takes the newest intact step before
+                it; the damaged ones are renamed to ``<step>.corrupt-<time>`` with a warning. Only for the latest step.
 
         Raises:
             FileNotFoundError: there is no such step.
             ValueError: the tree stored is not the tree wanted (names, shapes, dtypes); nothing has been read then.
-            CorruptCheckpointError: an array cannot be read or has not the checksum it was saved with.
+            CorruptCheckpointError: the record or an array is damaged. The error names the file and the newest intact
+                step.
         """
         if best and step is not None:
             raise ValueError(f"ask for step={step} or for best=True, not for both")
+        if on_corrupt == "previous" and (best or step is not None):
+            raise ValueError('on_corrupt="previous" is for the latest step: leave step and best out')
         self.wait()
         if best:
             step = self.best
+            for number, reason in self.damaged().items():
+                logging.getLogger(__name__).warning("step %d may have been the best: %s", number, reason)
             if step is None and self.steps():
                 raise FileNotFoundError(f"none of the checkpoints in {self.directory} has a metric: {self.steps()}")
+        while True:
+            steps = self.steps()
+            newest = max([*steps, *self.damaged()], default=0) if step is None else step
+            try:
+                return self._restore(target, step)
+            except CorruptCheckpointError as error:
+                reason = str(error)
+                if on_corrupt == "stop" or not any(other < newest for other in steps):
+                    raise CorruptCheckpointError(f"{reason}; {self._instead(newest)}") from error
+            processes.from_first(functools.partial(self._move_aside, newest, reason))
+
+    def _restore(self, target: spec.Tree, step: int | None) -> tuple[spec.Tree, dict[str, Any]]:
         step, record = self._find(step)
         path, flat = self._path(step), _flatten(target)
         stored = {name: _Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
         spec.require_same(_described(flat), stored, f"the target and the checkpoint {path}")
-
-        instead = f"move {path} away and restore an earlier step: {[other for other in self.steps() if other < step]}"
         wanted = {name: _to_read(name, leaf) for name, leaf in flat.items()}
         try:
             read = self._orbax.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
         except Exception as error:  # orbax and tensorstore have no common class of errors
-            raise CorruptCheckpointError(f"cannot read the arrays of {path} ({error}); {instead}") from error
+            what = str(error).split(" [tensorstore_spec")[0]
+            raise CorruptCheckpointError(f"the arrays of {path} cannot be read: {what}") from error
         # Not committed to a device unless the target was: a jitted step may then use it on any mesh.
         arrays = {
             name: array if isinstance(array, jax.Array) else jax.device_put(array) for name, array in read.items()
@@ -380,6 +461,27 @@ class Checkpointer:
         sums = checksums(arrays)
         wrong = [name for name in flat if sums[name] != record["arrays"][name]["checksum"]]
         if wrong:
-            raise CorruptCheckpointError(f"{path} is corrupt: wrong checksum of {', '.join(wrong)}; {instead}")
+            raise CorruptCheckpointError(f"{path} is damaged: wrong checksum of {', '.join(wrong)}")
         leaves = [_as_target(arrays[name], leaf) for name, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its checksum, in hexadecimal."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    """Write everything in a directory to the disk, then the directories from the inside out, then its name."""
+    for parent, _, names in os.walk(directory, topdown=False):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            _fsync(path)
+    _fsync(directory.parent)
+
+
+def _fsync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
