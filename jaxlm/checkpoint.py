@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import time
@@ -33,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxlm import processes, spec
+from jaxlm import integrity, processes, spec
 
 FORMAT = 1
 """Version of the record. A record of another version is refused."""
@@ -268,7 +267,7 @@ class Checkpointer:
         self._orbax.wait_until_finished()
         if self._last_saved is not None and processes.is_first():
             if self._unsynced:
-                _sync(self._path(self._last_saved))
+                integrity.sync_tree(self._path(self._last_saved))
                 self._unsynced = False
             self._prune(self._last_saved)
 
@@ -469,19 +468,3 @@ class Checkpointer:
 def _digest(record: dict[str, Any]) -> str:
     """SHA-256 of a record without its checksum, in hexadecimal."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    """Write everything in a directory to the disk, then the directories from the inside out, then its name."""
-    for parent, _, names in os.walk(directory, topdown=False):
-        for path in (*(Path(parent, name) for name in names), Path(parent)):
-            _fsync(path)
-    _fsync(directory.parent)
-
-
-def _fsync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

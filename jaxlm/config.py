@@ -7,12 +7,17 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
+import numbers
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jaxlm import integrity
 
 C = TypeVar("C")
 
@@ -26,7 +31,8 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     """The config of class ``kind`` that :func:`to_json` wrote.
 
     Raises:
-        ValueError: a field that ``kind`` does not have, or one that is missing and has no default.
+        ValueError: a field that ``kind`` does not have, one that is missing and has no default, or a value of another
+            type than the field's.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -46,14 +52,61 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    for option in _options(hint):
         if isinstance(value, dict) and dataclasses.is_dataclass(option) and isinstance(option, type):
             return from_json(option, value, where)
         if isinstance(value, list) and typing.get_origin(option) is tuple:
-            return _tuple(value)
-        if isinstance(value, str) and option is Path:
+            value = _tuple(value)
+        elif isinstance(value, str) and option is Path:
             return Path(value)
+    check_value(hint, value, where)
     return value
+
+
+def check_value(hint: Any, value: Any, where: str) -> None:
+    """Raise ``ValueError`` unless ``value`` has the type of a field: a whole number is a number, and True is neither.
+
+    Numbers must be finite. Choices (``Literal``) are left to the config.
+    """
+    if not any(_fits(option, value) for option in _options(hint)):
+        names = " or ".join(_NAMES.get(option, str(option)) for option in _options(hint))
+        raise ValueError(f"{where}={value!r} must be {names}")
+
+
+def check_finite(config: Any, where: str = "") -> None:
+    """Raise ``ValueError`` if a number in a config, or in a config inside it, is not finite."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_finite(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number")
+
+
+_NAMES = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "None",
+    Path: "a path",
+}  # fmt: skip
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+
+
+def _fits(option: Any, value: Any) -> bool:
+    if option is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if option is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if typing.get_origin(option) is typing.Literal:
+        return any(type(value) is type(choice) for choice in typing.get_args(option))
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, tuple)
+    return isinstance(value, option) if isinstance(option, type) else True
 
 
 def _tuple(value: Any) -> Any:
@@ -62,15 +115,24 @@ def _tuple(value: Any) -> Any:
 
 
 def write(config: Any, path: Path) -> None:
-    """Write a config as JSON."""
-    path.write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+    """Write a config as JSON; an older file is replaced by a rename."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+    integrity.sync(temporary)
+    os.replace(temporary, path)
 
 
 def read(kind: type[C], path: Path) -> C:
     """Read what :func:`write` wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: is {path.parent} the directory of a run?")
-    return from_json(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return from_json(kind, values, str(path))
 
 
 def assignment(option: str, text: str) -> tuple[str, str]:
@@ -135,6 +197,8 @@ def parse(
     if known.resume is not None:
         default = read(type(default), known.resume / "config.json")
     options = "".join(f"  {' '.join(a.option_strings)} {a.metavar or set(presets)}: {a.help}\n" for a in first._actions)
-    return tyro.cli(
+    config = tyro.cli(
         type(default), default=default, args=rest, prog=program, description=f"{description}\n\n{options}"
-    ), known.resume
+    )
+    check_finite(config)
+    return config, known.resume

@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlm.checkpoint
-from jaxlm import checkpoint, spec
+from jaxlm import checkpoint, integrity, spec
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError, checksums
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -499,8 +499,8 @@ def test_older_steps_are_deleted_only_after_the_newer_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    real = checkpoint._fsync
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (done.append(str(path)), real(path)))
+    real = integrity.sync
+    monkeypatch.setattr(integrity, "sync", lambda path: (done.append(str(path)), real(path)))
     monkeypatch.setattr(shutil, "rmtree", lambda path: done.append(f"delete {path.name}"))
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         checkpointer.save(1, {"x": jnp.zeros(2)}, {}, wait=True)

@@ -1,10 +1,11 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxlm import config as config_lib
-from jaxlm.models import gpt
+from jaxlm.models import get_model, gpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,56 @@ def test_unknown_and_missing_fields_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="config lacks needed"):
         config_lib.from_json(Strict, {})
+
+
+WRONG = [
+    ({"model": {"num_layers": 2.0}}, r"config.model.num_layers=2.0 must be a whole number"),
+    ({"model": {"num_layers": True}}, r"config.model.num_layers=True must be a whole number"),
+    ({"model": {"num_layers": "2"}}, r"config.model.num_layers='2' must be a whole number"),
+    ({"model": {"tie_embeddings": 1}}, r"config.model.tie_embeddings=1 must be true or false"),
+    ({"model": 3}, r"config.model=3 must be"),
+    ({"path": 3}, r"config.path=3 must be a path or None"),
+    ({"rate": "hot"}, r"config.rate='hot' must be a finite number"),
+    ({"rate": float("nan")}, r"config.rate=nan must be a finite number"),
+    ({"rate": True}, r"config.rate=True must be a finite number"),
+    ({"rate": None}, r"config.rate=None must be a finite number"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG)
+def test_values_of_another_type_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.from_json(Outer, values)
+
+
+def test_a_model_refuses_values_of_another_type():
+    for name, value in (("num_layers", 2.0), ("num_layers", True), ("num_layers", "2"), ("norm_epsilon", "small")):
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be"):
+            get_model("gpt2-tiny", **{name: value})
+    assert get_model("gpt2-tiny", num_layers=np.int64(3), norm_epsilon=0).config.num_layers == 3
+
+
+def test_numbers_of_the_command_line_must_be_finite():
+    for option in ("nan", "inf"):
+        with pytest.raises(ValueError, match=f"rate={option} must be a finite number"):
+            parse("--rate", option)
+
+
+def test_a_damaged_file_is_named_and_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    for text, message in (("{", "is damaged"), ("[]", "must hold a JSON object"), ("\xff", "is damaged")):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=message):
+            config_lib.read(Outer, path)
+    config_lib.write(Outer(rate=0.75), path)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        config_lib.write(Outer(rate=0.25), path)
+    assert config_lib.read(Outer, path).rate == 0.75
 
 
 def parse(*arguments, presets=None):

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
+from jaxlm.integrity import forget_checksums, verify_checksums
 
 _OWN_FILE = "jaxlm_tokenizer.json"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
@@ -367,6 +368,7 @@ class PretrainedTokenizer(_Inputs):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` open."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        forget_checksums(directory, TOKENIZER_FILES)
         for name, content in self._files.items():
             (directory / name).write_bytes(content)
         if "tokenizer_config.json" not in self._files:
@@ -476,6 +478,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     own = directory / _OWN_FILE
+    verify_checksums(directory, TOKENIZER_FILES)
     if own.exists():
         content = _read_json(own)
         match content:
@@ -510,4 +513,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    forget_checksums(path.parent, (path.name,))
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxlm import processes, spec
+from jaxlm import integrity, processes, spec
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
 from jaxlm.interop.config_json import (
     Description,
@@ -96,12 +96,14 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: no such directory, ``config.json`` or safetensors file.
-        ValueError: an architecture or setting that is not supported; a damaged file; a path out of the directory; a
-            tensor that is missing, unknown, or of another shape or dtype than the config says.
+        ValueError: an architecture or setting that is not supported; a damaged file, or one that differs from
+            ``checksums.json``; a path out of the directory; a tensor that is missing, unknown, or of another shape or
+            dtype than the config says.
     """
     if param_dtype not in (None, *_DTYPES.values()):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from {', '.join(_DTYPES.values())}, or None")
     directory = Path(directory)
+    integrity.verify_checksums(directory)
     description = _read_description(directory, overrides)
     model = description.model
     specs = spec.flatten(model.specs)
@@ -139,7 +141,8 @@ def save_pretrained(
     Bytes are those of ``params``, in their dtype; a tied head and the padding of token tables are left out. What the
     directory that the model was loaded from said, and jaxlm does not decide, is written as it was. Everything is
     written under temporary names first, then renamed, and only then what an earlier save left over is removed, so that
-    a directory never mixes two models. On the host, at most one file and one parameter are held.
+    a directory never mixes two models. ``checksums.json`` has the SHA-256 of the files written; :func:`load_pretrained`
+    verifies it. On the host, at most one file and one parameter are held.
 
     Args:
         directory: made when missing. Files other than the configs, the weights, and the tokenizer where one is given,
@@ -184,12 +187,17 @@ def save_pretrained(
             (directory / INDEX).unlink(missing_ok=True)
         written = [*weights, *others, CONFIG]
         for name in written:
+            integrity.sync(Path(temporary, name))
+        (directory / integrity.CHECKSUMS).unlink(missing_ok=True)  # until all files are the new ones
+        for name in written:
             os.replace(Path(temporary, name), directory / name)
     for file in os.listdir(directory):
         of_model = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
         of_tokenizer = tokenizer is not None and file in TOKENIZER_FILES
         if (of_model or of_tokenizer) and file not in written:
             (directory / file).unlink()
+    integrity.write_checksums(directory, written)
+    integrity.sync(directory)
     if together:
         processes.wait("saved")
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import typing
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxlm import spec
+from jaxlm.config import check_value
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
 
@@ -251,7 +253,7 @@ def get_model(name: str, **overrides: Any) -> Model:
         53561088
 
     Raises:
-        ValueError: no such name or field; the nearest one is suggested.
+        ValueError: no such name or field (the nearest one is suggested), or a value of another type than the field's.
     """
     variants = variant_names()
     if name in FAMILIES:
@@ -262,11 +264,13 @@ def get_model(name: str, **overrides: Any) -> Model:
         known = sorted({*FAMILIES, *variants})
         raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(config)]
-    for field in overrides:
+    hints = typing.get_type_hints(type(config))
+    for field, value in overrides.items():
         if field not in fields:
             raise ValueError(
                 f"{family_name} has no field {field!r}: {_suggest(field, fields)}its fields are {', '.join(fields)}"
             )
+        check_value(hints[field], value, field)
     return Model(family_name, dataclasses.replace(config, **overrides))
 
 

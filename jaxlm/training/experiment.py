@@ -79,10 +79,14 @@ def command_line(
         description: the docstring of the module; its first line is shown by ``--help``.
     """
     program = f"python -m experiments.{name}"
-    experiment, resume = config_lib.parse(
-        default, presets, arguments, program=program, description=description.split("\n")[0]
-    )
-    return config_lib.exit_status(lambda: STATUS[run(experiment, resume).interrupted], f"experiments.{name}")
+
+    def command() -> int:
+        experiment, resume = config_lib.parse(
+            default, presets, arguments, program=program, description=description.split("\n")[0]
+        )
+        return STATUS[run(experiment, resume).interrupted]
+
+    return config_lib.exit_status(command, f"experiments.{name}")
 
 
 def run_directory(name: str, experiment: Any, resume: Path | None, tokenizer: Tokenizer | None = None) -> Path:

@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
 from jaxlm.adapt import is_table, matrix_rows, same_structure
+from jaxlm.config import check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
 from jaxlm.spec import LAYERS, ArraySpec
@@ -62,6 +63,7 @@ class OptimizerConfig:
         for name, words in (("name", OptimizerName), ("schedule", Schedule)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(get_args(words))}")
+        check_finite(self)
         for name in ("learning_rate", "epsilon"):
             if getattr(self, name) <= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
