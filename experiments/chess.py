@@ -221,9 +221,8 @@ def _report(
         boards += match_boards(name, match)
     write_boards(directory, boards)
     lib.report(
-        directory, task="chess", model=model, begun=begun, scores=scores, steps=result.step,
+        directory, task="chess", model=model, begun=begun, scores=scores, result=result,
         data=str(experiment.data or "embedded games"), notation=experiment.notation,
-        compilations=result.compilations, training_tokens_per_second=round(result.tokens_per_second),
     )  # fmt: skip
 
 

@@ -227,8 +227,7 @@ def report(directory: Path, scorer: Scorer, result: Result, validation: Examples
     write_samples(directory, samples(test[:40], found[:40]))
     lib.report(
         directory, task="question_answering", model=scorer.model, begun=begun, scores=found_scores,
-        data=str(experiment.data or "generated stories"), steps=result.step, no_answer_threshold=threshold,
-        compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
+        data=str(experiment.data or "generated stories"), result=result, no_answer_threshold=threshold,
         test_questions_per_second=round(rate, 1),
     )  # fmt: skip
 

@@ -166,9 +166,11 @@ def build(
     if config.name in ("alexnet", "resnet"):  # these read texts of one length
         texts = training.column("text") + test.column("text")
         longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
-        fixed["max_positions"] = -(-max(longest, 32) // 8) * 8
+        fixed["max_positions"] = max(longest, 32)
         if config.name == "alexnet":
             fixed["pools"] = (fixed["max_positions"] - 4,)  # the largest value over the sentence
+        else:
+            fixed["max_positions"] += -fixed["max_positions"] % 8  # its length is halved between groups of blocks
     model, params = config.build(experiment.training.seed, **fixed)
     return model.with_labels(labels), params, tokenizer
 
@@ -184,10 +186,11 @@ def run_one(
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
         for part in (learnt, held_out, test)
     )
-    source = Bucketed(encoded, config.batch_size, experiment.buckets, seed=config.seed)
+    limit = getattr(model.config, "max_positions", None)
+    source = Bucketed(encoded, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
-    validation = classification.batches(encoded_validation, len(labels), config.batch_size)
+    validation = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps),
         objective.make_loss(label_smoothing=experiment.label_smoothing),
@@ -209,8 +212,7 @@ def run_one(
     score = classification.write_test(directory, test, labels, predicted)
     lib.report(
         directory, task="sentiment", model=model, begun=begun, scores=[score],
-        data=str(experiment.data.train or "passages of the embedded plays"), steps=result.step,
-        compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
+        data=str(experiment.data.train or "passages of the embedded plays"), result=result,
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip
     return result, score

@@ -226,9 +226,8 @@ def summarize(
     seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
         directory, task="summarization", model=model, begun=begun, scores=scores,
-        data=str(experiment.data.file or "docstrings of the installed packages"), steps=result.step,
-        beams=experiment.num_beams, compilations=result.compilations,
-        training_examples_per_second=round(result.examples_per_second, 1),
+        data=str(experiment.data.file or "docstrings of the installed packages"), result=result,
+        beams=experiment.num_beams,
         test_examples_per_second=round(rate, 1), **facts,
     )  # fmt: skip
 

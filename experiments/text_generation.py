@@ -211,10 +211,9 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         write_samples(directory, [{"source": prompt, "output": passage[len(prompt) :]}])
         parts = [part for part in ("validation", "test") if part in corpus.parts]
         lib.report(
-            directory, task="text_generation", model=model, begun=begun, data=corpus.name, steps=result.step,
+            directory, task="text_generation", model=model, begun=begun, data=corpus.name, result=result,
             scores=[score for part in parts for score in scores(model, final, corpus, part, length)],
-            validation_loss=result.validation_loss, tokens_per_second=round(result.tokens_per_second),
-            seconds_to_first_loss=round(result.seconds_to_first_loss, 1),
+            validation_loss=result.validation_loss,
         )  # fmt: skip
         lib.say(f"more: jaxlm generate {directory} --prompt {prompt!r}")
     return result

@@ -204,8 +204,7 @@ def translate(
     seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
         directory, task="translation", model=model, begun=begun, scores=scores,
-        data=str(experiment.data.directory or "embedded verses"), steps=result.step, beams=experiment.num_beams,
-        compilations=result.compilations, training_examples_per_second=round(result.examples_per_second, 1),
+        data=str(experiment.data.directory or "embedded verses"), result=result, beams=experiment.num_beams,
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip
 

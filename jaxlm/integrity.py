@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
@@ -41,6 +42,30 @@ def forget_checksums(directory: Path, names: Collection[str]) -> None:
     known = _read(directory)
     if any(name in known for name in names):
         _write(directory, {name: value for name, value in known.items() if name not in names})
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A context in which no other process can enter ``locked`` for the same directory. It ends with the process.
+
+    Raises:
+        BlockingIOError: another process is inside.
+    """
+    import fcntl  # not on Windows
+
+    with (directory / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise BlockingIOError(
+                f"{directory} is in use by the process {owner}: wait for its end, or take another directory"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def sync(path: Path) -> None:

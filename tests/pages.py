@@ -1,25 +1,82 @@
-"""Pages of docs/ are code: their blocks run in order, in one namespace, as a reader would type them."""
+"""Pages of docs/ are code: their blocks run in order, in one namespace, and their command lines are parsed."""
 
+import importlib
 import re
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+
+from jaxlm import cli
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TASKS = sorted(path.stem for path in (ROOT / "docs/tasks").glob("*.md"))
+"""The tasks that have a page; each also has an experiment and a notebook of its name."""
+FOR_LOOP = re.compile(r"\bfor (\w+) in ([^;]+);")
 
 
-def run_page(name: str, least: int = 1) -> dict[str, Any]:
-    """Run every block of a page (at least so many), from the current directory; returns the namespace."""
+def run_page(name: str, least: int = 1, smaller: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run every block of a page (at least so many), from the current directory; returns the namespace.
+
+    Args:
+        smaller: text of the blocks -> what to run instead, for a short test. Each must occur.
+    """
     path = ROOT / name
     page = path.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(page))
     assert len(blocks) == page.count("```python") >= least
+    replaced = dict(smaller or {})
+    for text in replaced:
+        assert any(text in block[1] for block in blocks), f"{name} has no {text!r} any more: change the test"
     namespace = {"__name__": path.stem}
     for block in blocks:
+        code = block[1]
+        for text, replacement in replaced.items():
+            code = code.replace(text, replacement)
         # Blank lines in front make the line numbers of a failure those of the page.
         above = "\n" * page.count("\n", 0, block.start(1))
-        exec(compile(above + block[1], str(path), "exec"), namespace)
+        exec(compile(above + code, str(path), "exec"), namespace)
     return namespace
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of each ``python -m experiments.NAME ...`` and ``jaxlm NAME ...`` among the indented lines of a page.
+
+    A shell loop gives one command for each of its values. Comments, and "..." for options left out, are dropped.
+    """
+    for line in text.replace("\\\n", " ").splitlines():
+        if not line.startswith("    "):
+            continue
+        loop = FOR_LOOP.search(line)
+        for value in loop[2].split() if loop else [""]:
+            expanded = line.replace(f"${loop[1]}", value) if loop else line
+            lexer = shlex.shlex(expanded, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words: list[str] = []
+            for word in [*lexer, ";"]:
+                if word and not set(word) <= set("();<>|&"):
+                    words += [] if word == "..." else [word]
+                    continue
+                words = words[1:] if words[:1] == ["do"] else words
+                if words[:1] == ["jaxlm"] or [re.sub(r"\.\w+$", "", word) for word in words[:3]] == [
+                    "python", "-m", "experiments",
+                ]:  # fmt: skip
+                    yield words
+                words = []
+
+
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit status of a command line that its program parses but does not run; a wrong option raises SystemExit."""
+    if words[0] == "jaxlm":
+        monkeypatch.setattr(cli, "exit_status", lambda run, program: 0)
+        return cli.main(words[1:])
+    module = importlib.import_module(words[2])
+    monkeypatch.setattr(module, "run", lambda experiment, resume: SimpleNamespace(interrupted=None))
+    return module.main(words[3:])
 
 
 def check_links(name: str) -> None:

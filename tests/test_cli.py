@@ -1,7 +1,10 @@
 """The ``jaxlm`` command as a user types it."""
 
+import dataclasses
 import io
+import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -228,7 +231,28 @@ def test_outputs_are_drawn_by_seed(finished, capsys):
         printed(capsys, "translate", *options, "--num-beams", "1", "--seed", seed) for seed in (1, 1, 2)
     )
     assert one == again != other
-    assert "draws at random, without beams: add --num-beams 1" in refused(capsys, "translate", *options)
+    assert "temperature=1.0 draws at random: set num_beams=1" in refused(capsys, "translate", *options)
+
+
+def test_defaults_are_those_of_the_directory(finished, tmp_path, capsys):
+    for name, command in (("gpt2-tiny", "generate"), ("t5-tiny", "translate")):
+        shutil.copytree(finished(name), tmp_path / name)
+        content = {"max_new_tokens": 5, "num_beams": 2, "eos_token_id": [3, 256], "length_penalty": 0.5}
+        (tmp_path / name / "generation_config.json").write_text(json.dumps(content))
+        model, params = jaxlm.load_pretrained(finished(name))
+        config = GenerationConfig(5, num_beams=2, length_penalty=0.5, early_stopping=False, end_ids=(3, 256))
+        (want,) = generate_text(model, params, ByteTokenizer(), ["ja"], config)
+        shown = cli.common.one_line(want) if command == "translate" else f"ja{want}"
+        arguments = [command, str(tmp_path / name), "ja"]
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out == f"{shown}\n"
+        greedy = dataclasses.replace(config, num_beams=1, length_penalty=None, max_new_tokens=3)
+        (want,) = generate_text(model, params, ByteTokenizer(), ["ja"], greedy)
+        shown = cli.common.one_line(want) if command == "translate" else f"ja{want}"
+        assert cli.main([*arguments, "--num-beams", "1", "--temperature", "0", "--max-new-tokens", "3"]) == 0
+        assert capsys.readouterr().out == f"{shown}\n"
+        (tmp_path / name / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
+        assert "generation_config.json sets no_repeat_ngram_size=3, which jaxlm does" in refused(capsys, *arguments)
 
 
 def test_one_line_escapes_line_breaks():

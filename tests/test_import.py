@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-OPTIONAL = {"torch", "transformers", "tokenizers", "matplotlib", "grain", "chess", "sacrebleu", "rouge_score", "peft"}
+OPTIONAL = {
+    "torch", "transformers", "tokenizers", "matplotlib", "grain", "datasets", "chess", "sacrebleu", "rouge_score",
+    "peft", "lm_eval",
+}  # fmt: skip
 
 
 def packages_after(statement: str) -> set[str]:
@@ -26,7 +29,7 @@ def test_import_jaxlm_is_light():
     "name",
     [
         "cli", "checkpoint", "decoding", "data", "training.loop", "training.experiment", "interop.huggingface",
-        "interop.peft", "metrics", "tasks.predict", "tasks.classification", "data.games",
+        "interop.peft", "metrics", "tasks.predict", "tasks.text_requests", "tasks.classification", "data.games",
     ],
 )  # fmt: skip
 def test_no_part_imports_what_is_optional(name):

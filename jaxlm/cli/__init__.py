@@ -13,6 +13,7 @@ from jaxlm.cli.chess import Chess
 from jaxlm.cli.classify import Classify
 from jaxlm.cli.compare import Compare
 from jaxlm.cli.doctor import Doctor
+from jaxlm.cli.evaluate import Evaluate
 from jaxlm.cli.generate import Generate
 from jaxlm.cli.launch import Launch
 from jaxlm.cli.plan import Plan
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Command]] = {
     "classify": Classify,
     "chess": Chess,
     "score": Score,
+    "evaluate": Evaluate,
     "compare": Compare,
     "plan": Plan,
     "launch": Launch,
@@ -49,8 +51,8 @@ docstrings are the help.
 """
 
 DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
-generate, translate, summarize, answer, classify, chess, score. With runs: compare. Before a training: plan, launch. For
-this machine: doctor. The version: jaxlm --version."""
+generate, translate, summarize, answer, classify, chess, score, evaluate. With runs: compare. Before a training: plan,
+launch. For this machine: doctor. The version: jaxlm --version."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,12 @@ def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
     return model, params, load_tokenizer(inside)
 
 
+def sampling_options(**options: float | None) -> dict[str, Any]:
+    """The fields of ``Sampling`` that are given; a ``top_k`` of 0 turns it off."""
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return {**given, "top_k": None} if given.get("top_k") == 0 else given
+
+
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     """The texts of the command line, or the lines of a file, or else those of standard input.
 

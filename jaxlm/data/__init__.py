@@ -5,6 +5,7 @@ from jaxlm.data.corpora import read_text, shakespeare
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.games import Games, chess_games, read_games, split_games
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.data.random_access import RandomAccess
 from jaxlm.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -26,6 +27,7 @@ __all__ = [
     "MoveTokenizer",
     "Packed",
     "PretrainedTokenizer",
+    "RandomAccess",
     "RandomWindows",
     "Source",
     "SpecialIds",

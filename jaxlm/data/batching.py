@@ -107,8 +107,16 @@ def _slices(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def _checksum(tokens: np.ndarray) -> int:
-    """Of about a thousand tokens spread over the data: tells one corpus from another at no cost."""
-    return zlib.crc32(tokens[:: max(1, len(tokens) // 1024)].astype("<i8").tobytes())
+    """CRC-32 of all tokens, whatever their dtype. A memory map is read once from start to end."""
+    checksum = 0
+    for start in range(0, len(tokens), _CHECKED_AT_ONCE):
+        part = np.asarray(tokens[start : start + _CHECKED_AT_ONCE]).astype("<u4")
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+_CHECKED_AT_ONCE = 1 << 20
+"""Tokens of a memory map that are copied at a time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,7 +279,7 @@ class Packed:
 
     def fingerprint(self) -> dict[str, Any]:
         lengths = np.asarray([len(document) for document in self.documents])
-        sums = np.asarray([_checksum(document) for document in self.documents[:: max(1, len(lengths) // 1024)]])
+        sums = np.asarray([_checksum(document) for document in self.documents])
         return _fingerprint(
             self, documents=len(lengths), tokens=int(lengths.sum()), checksum=_checksum(np.concatenate([lengths, sums]))
         )

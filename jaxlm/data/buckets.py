@@ -69,10 +69,12 @@ class Bucketed:
             multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
         shuffle: False visits the buckets in order of length, for evaluation.
         pad_id: what is written into padding.
-        multiple: lengths are rounded up to a multiple of this.
+        multiple: lengths are rounded up to a multiple of this, but not above ``max_length``.
+        max_length: no array is longer: the positions of the model, for example. None sets no limit.
 
     Raises:
-        ValueError: there is no example, or examples have different fields or empty arrays.
+        ValueError: there is no example, or examples have different fields, or an array that is empty, holds anything
+            but integers of 32 bits, or is longer than ``max_length``.
     """
 
     examples: Sequence[Encoded]
@@ -83,11 +85,14 @@ class Bucketed:
     shuffle: bool = True
     pad_id: int = 0
     multiple: int = 8
+    max_length: int | None = None
     buckets: tuple[Bucket, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, num_buckets=self.num_buckets, multiple=self.multiple)
         _at_least(0, seed=self.seed, pad_id=self.pad_id)
+        if self.max_length is not None:
+            _at_least(1, max_length=self.max_length)
         if not len(self.examples):
             raise ValueError("no examples to batch")
         names = list(self.examples[0])
@@ -97,6 +102,12 @@ class Bucketed:
             for name in self._arrays:
                 if np.ndim(example[name]) != 1 or len(example[name]) == 0:
                     raise ValueError(f"{name} of example {number} must be a row of at least one integer")
+                _check_integers(np.asarray(example[name]), f"{name} of example {number}")
+                if self.max_length is not None and len(example[name]) > self.max_length:
+                    raise ValueError(
+                        f"{name} of example {number} has {len(example[name])} entries, more than "
+                        f"max_length={self.max_length}: shorten it"
+                    )
         object.__setattr__(self, "buckets", tuple(self._make_buckets()))
 
     @property
@@ -106,6 +117,8 @@ class Bucketed:
     def _make_buckets(self) -> list[Bucket]:
         lengths = np.asarray([[len(example[name]) for name in self._arrays] for example in self.examples])
         rounded = -(-lengths // self.multiple) * self.multiple
+        if self.max_length is not None:
+            rounded = np.minimum(rounded, self.max_length)
         # Which order of the examples pads less depends on how their lengths correlate, so both are tried.
         by_total, by_longest = (
             _partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))
@@ -195,6 +208,15 @@ class Bucketed:
             f"{bucket.rows}x{'+'.join(map(str, dict.fromkeys(bucket.lengths.values())))}" for bucket in self.buckets
         )
         return f"{len(self.buckets)} shapes ({shapes}), {100 * (1 - self.efficiency):.0f} % padding"
+
+
+def _check_integers(values: np.ndarray, what: str) -> None:
+    """Raise ``ValueError`` for values that a batch, of int32, would change."""
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
+    limits = np.iinfo(np.int32)
+    if not np.can_cast(values.dtype, np.int32) and (values.min() < limits.min or values.max() > limits.max):
+        raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
 
 
 def _partition(lengths: np.ndarray, order: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -4,6 +4,8 @@
     labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
     JSONL                one object a line                          SQuAD-like and summarization sets
     pairs of files       line n of one file belongs to line n of the other     Multi30k, WMT
+    datasets.Dataset     a map-style data set of Hugging Face                  Examples.from_datasets
+    random access        anything with a length and an index: grain.MapDataset     Examples.from_random_access
 
 An example is a dict with the fields that the reader was asked for. Files may be compressed with gzip (``.gz``). Every
 error names the file and the line. Nothing is dropped: with ``on_error="report"``, a bad line is listed in ``rejected``.
@@ -17,6 +19,7 @@ import functools
 import gzip
 import io
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,12 +44,13 @@ class Rejected:
 
 @dataclasses.dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """A data set in memory.
+    """A data set.
 
     Attributes:
         rows: the examples.
         name: where they come from, for messages.
         rejected: the lines of the file that are no examples.
+        class_names: the names of the classes of a field in their order, where the data set has declared them.
 
     Example:
         >>> Examples([{"text": "a fine film", "label": "1"}]).column("label")
@@ -56,6 +60,71 @@ class Examples(Sequence[Example]):
     rows: Sequence[Example]
     name: str = "the examples"
     rejected: tuple[Rejected, ...] = ()
+    class_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_datasets(cls, dataset: Any, fields: Mapping[str, str], *, name: str | None = None) -> Examples:
+        """Examples from a map-style data set of Hugging Face (``datasets.Dataset``), read into memory.
+
+        The numbers of a ``ClassLabel`` column become their names, whose order :meth:`label_names` keeps.
+
+        Args:
+            fields: field of the example -> name of the column.
+            name: for messages; None takes the one of the data set.
+
+        Raises:
+            TypeError: a streaming data set, or a dictionary of several.
+            ValueError: a missing column, an empty data set or text, a number that is no class.
+
+        Example:
+            >>> Examples.from_datasets(dataset["train"], {"text": "sentence", "label": "label"})   # doctest: +SKIP
+        """
+        if isinstance(dataset, Mapping):
+            raise TypeError(f"this is a dictionary of data sets: pass one of them, of {', '.join(map(repr, dataset))}")
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"{type(dataset).__name__} has no length and no index: load it with streaming=False, or read a part "
+                "with datasets.Dataset.from_list(list(dataset.take(1000)))"
+            )
+        name = name or getattr(getattr(dataset, "info", None), "dataset_name", None) or "the data set"
+        missing = [column for column in fields.values() if column not in dataset.column_names]
+        if missing:
+            columns = ", ".join(map(repr, dataset.column_names))
+            raise ValueError(f"{name} has no column {missing[0]!r}: its columns are {columns}")
+        if not len(dataset):
+            raise ValueError(f"{name} holds no example")
+        values: dict[str, list[Any]] = {}
+        class_names = {}
+        for field, column in fields.items():
+            values[column] = list(dataset[column])
+            names = getattr(dataset.features[column], "names", None)
+            if names is not None:
+                class_names[field] = tuple(names)
+                values[column] = [_class_name(number, names, column, n) for n, number in enumerate(values[column])]
+        rows = _Renamed(
+            [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)], fields, name
+        )
+        return cls([rows.read(number) for number in range(len(rows))], name, class_names=class_names)
+
+    @classmethod
+    def from_random_access(
+        cls, source: Any, fields: Mapping[str, str] | None = None, *, name: str = "the source"
+    ) -> Examples:
+        """Examples that are read when they are used, each ``source[number]``: a ``grain.MapDataset``, for example.
+
+        Args:
+            source: has ``len(source)``, and ``source[number]`` is a mapping.
+            fields: field of the example -> name in the mapping; None keeps all names.
+
+        Raises:
+            TypeError: the source has no length or no index.
+            ValueError: it is empty or endless. When an example is read: it is None or no mapping, or has a missing or
+                empty field.
+        """
+        check_random_access(source, name)
+        rows = _Renamed(source, fields, name)
+        rows.read(0)
+        return cls(rows, name)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +135,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self.rows[index], self.name)
+            return dataclasses.replace(self, rows=self.rows[index], rejected=())
         return self.rows[index]
 
     def __iter__(self) -> Iterator[Example]:
@@ -85,7 +154,7 @@ class Examples(Sequence[Example]):
 
     def select(self, indices: Iterable[int]) -> Examples:
         """The examples with these indices."""
-        return Examples([self.rows[index] for index in indices], self.name)
+        return dataclasses.replace(self, rows=[self.rows[index] for index in indices], rejected=())
 
     def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
         """Random parts: one for each fraction, and last the rest.
@@ -124,11 +193,77 @@ class Examples(Sequence[Example]):
         ]
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
-        """The distinct labels as strings, sorted (as numbers if all of them are)."""
+        """The distinct labels as strings, sorted (as numbers if all of them are); or the declared classes in order."""
+        if field in self.class_names:
+            return self.class_names[field]
         names = {str(value) for value in self.column(field)}
         if all(name.isdecimal() for name in names):
             return tuple(sorted(names, key=lambda name: (int(name), name)))
         return tuple(sorted(names))
+
+
+class _Renamed(Sequence[Example]):
+    """Mappings with random access, read when they are used, with the fields of examples."""
+
+    def __init__(
+        self, source: Any, fields: Mapping[str, str] | None, name: str = "the data set", numbers: range | None = None
+    ) -> None:
+        self._source, self._fields, self._name = source, fields, name
+        self._numbers = range(len(source)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return _Renamed(self._source, self._fields, self._name, self._numbers[index])
+        return self.read(index)
+
+    def read(self, index: int) -> Example:
+        number = self._numbers[index]
+        row = self._source[number]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"example {number} of {self._name} must be a mapping, got {_kind(row)}")
+        try:
+            return _required(row, {column: column for column in row} if self._fields is None else self._fields)
+        except ValueError as error:
+            raise ValueError(f"example {number} of {self._name}: {error}") from error
+
+
+def check_random_access(source: Any, name: str) -> None:
+    """Raise unless ``source`` has an index and a length that ends.
+
+    Raises:
+        TypeError: the source has no length or no index.
+        ValueError: it is empty or endless.
+    """
+    if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+        raise TypeError(f"{name} is a {type(source).__name__}: it needs a length and an index, as grain.MapDataset has")
+    if len(source) == 0:
+        raise ValueError(f"{name} holds no example")
+    if len(source) >= sys.maxsize:
+        raise ValueError(f"{name} has no end: leave out repeat(), as every epoch visits all examples once")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None (a grain.MapDataset has None where a filter dropped an element: filter before it is made)"
+    return type(value).__name__
+
+
+def _class_name(number: Any, names: Sequence[str], column: str, example: int) -> str | None:
+    if number is None:
+        return None
+    if not 0 <= number < len(names):
+        raise ValueError(
+            f"example {example} has {column}={number}, which is no class of {', '.join(names)}: is this a part without "
+            "labels?"
+        )
+    return names[number]
 
 
 def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the examples") -> np.ndarray:

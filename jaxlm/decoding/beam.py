@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.decoding.prompts import Array, check_prompts, read_prompts, read_tokens
+from jaxlm.decoding.config import EarlyStopping
+from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
 from jaxlm.sharding import Sharding, active
@@ -27,7 +29,7 @@ class Beams:
     """Hypotheses of each prompt, best first.
 
     Attributes:
-        tokens: [B, K, N] int32; after the end, the end id again and again.
+        tokens: [B, K, N] int32; after the end, the (first) end id again and again.
         lengths: [B, K] int32, new tokens of each hypothesis, its end token included.
         scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. Where fewer than K hypotheses
             exist at all, the rest have score -inf and length 0.
@@ -44,20 +46,24 @@ def beam_search(
     prompts: Array,
     segment_ids: Array | None = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Array,
     beams: int,
     length_penalty: float = 1.0,
-    end_id: int | None = None,
+    early_stopping: EarlyStopping = "never",
+    end_id: EndId = None,
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Beams:
     """The best continuations of each prompt that a beam of ``beams`` live hypotheses finds.
 
     A hypothesis is finished by ``end_id`` or by having ``max_new_tokens`` tokens, and counts when it is among the best
-    ``beams`` of its step. The search of a row is over when no live hypothesis can still beat the worst of ``beams``
-    finished ones. These are the rules of Hugging Face's ``generate`` with ``early_stopping="never"``.
+    ``beams`` of its step. These are the rules of Hugging Face's ``generate``.
 
     Args:
+        max_new_tokens: of every row, or [B] of each row.
+        early_stopping: when the search of a row is over. "never": when no live hypothesis can still beat the worst of
+            ``beams`` finished ones. False (the default of Hugging Face): when none would beat it if it ended now with
+            its present total. True: also when there are ``beams`` finished ones.
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
         length_penalty: exponent of the length (end token included) that divides the sum of log-probabilities: 0 favours
             short hypotheses, 1 is the mean, more favours long ones (Wu et al. 2016, section 7, has another formula).
@@ -69,17 +75,25 @@ def beam_search(
     Example:
         >>> beam_search(model, params, prompts, max_new_tokens=8, beams=4).tokens[:, 0]   # doctest: +SKIP
     """
+    limits = np.asarray(max_new_tokens)
+    if limits.ndim and (limits.shape != prompts.shape[:1] or limits.min() < 1):
+        raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")
+    count = int(limits.max())
     ids, slots = check_prompts(
         model, prompts, segment_ids,
-        max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
+        max_new_tokens=count, end_id=end_id, allowed_ids=allowed_ids, state=state,
     )  # fmt: skip
     if beams < 1:
         raise ValueError(f"beams={beams} must be at least 1")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty={length_penalty} must be finite")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
+    limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
     return _beam_search(
-        model, params, prompts, segment_ids, jnp.float32(length_penalty), state,
-        count=max_new_tokens, beams=beams, end_id=end_id, ids=ids, slots=slots, sharding=active(),
+        model, params, prompts, segment_ids, limits_B, jnp.float32(length_penalty), state,
+        count=count, beams=beams, early_stopping=early_stopping, end_ids=end_ids_of(end_id), ids=ids, slots=slots,
+        sharding=active(),
     )  # fmt: skip
 
 
@@ -87,7 +101,8 @@ def beam_search(
 class _Search:
     """Live hypotheses, all of ``step`` tokens, and the best finished ones.
 
-    ``parents`` [B * K]: which row of the state each live hypothesis continues.
+    ``parents`` [B * K]: which row of the state each live hypothesis continues. ``searching`` [B]: whether the search of
+    a row goes on.
     """
 
     state: Any
@@ -96,20 +111,26 @@ class _Search:
     live_tokens: jax.Array
     live_totals: jax.Array
     finished: Beams
+    searching: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "count", "beams", "end_id", "ids", "slots", "sharding"))
+_STATIC = ("model", "count", "beams", "early_stopping", "end_ids", "ids", "slots", "sharding")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _beam_search(
     model: Model,
     params: Any,
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
+    limits_B: jax.Array,
     length_penalty: jax.Array,
     state: Any,
     *,
     count: int,
     beams: int,
-    end_id: int | None,
+    early_stopping: EarlyStopping,
+    end_ids: tuple[int, ...],
     ids: int,
     slots: int,
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
@@ -118,7 +139,7 @@ def _beam_search(
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     params, state, state_specs = layers_apart(params), layers_apart(state), model.state_specs(B, slots)
     parents = jnp.repeat(jnp.arange(B), K)
-    tokens_BKN = jnp.full((B, K, N), 0 if end_id is None else end_id, jnp.int32)
+    tokens_BKN = jnp.full((B, K, N), end_ids[0] if end_ids else 0, jnp.int32)
     search = _Search(
         state=spec.take(state_specs, state, parents),
         parents=parents,
@@ -127,22 +148,34 @@ def _beam_search(
         # The beams of a row are still the same hypothesis: only one of them may branch.
         live_totals=jnp.full((B, K), -jnp.inf).at[:, 0].set(0.0),
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf)),
+        searching=jnp.ones((B,), bool),
     )
-    search = _select(search, logits_BV[parents, :ids], end_id, length_penalty)
+
+    def select(search: _Search, logits: jax.Array) -> _Search:
+        search = _select(search, logits[:, :ids], end_ids, limits_B, length_penalty)
+        length_B: jax.Array = search.step
+        if early_stopping == "never":
+            # A total only falls with each token, so this bounds every score that a live hypothesis can still get:
+            # divided by the largest length for a positive penalty, by the next one for a negative.
+            length_B = jnp.where(length_penalty > 0, limits_B, search.step + 1)
+        best_B = _score(jnp.max(search.live_totals, axis=1), length_B, length_penalty)
+        worst_B = jnp.min(search.finished.scores, axis=1)
+        searching_B = search.searching & (best_B > worst_B)
+        if early_stopping is True:
+            searching_B &= worst_B == -jnp.inf
+        return dataclasses.replace(search, searching=searching_B)
+
+    search = select(search, logits_BV[parents])
 
     def unfinished(search: _Search) -> jax.Array:
-        # A total only falls with each token, so this bounds every score that a live hypothesis can still get: divided
-        # by the largest length for a positive penalty, by the next one for a negative.
-        length = jnp.where(length_penalty > 0, N, search.step + 1)
-        best_B = _score(jnp.max(search.live_totals, axis=1), length, length_penalty)
-        return (search.step < N) & jnp.any(best_B > jnp.min(search.finished.scores, axis=1))
+        return (search.step < N) & jnp.any(search.searching)
 
     def one(search: _Search) -> _Search:
         state = _reorder(state_specs, search.state, search.parents, fixed=("source",) if model.reads_source else ())
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         # The state is reordered by where its rows were, and from here on its rows are the live hypotheses in order.
         state, logits = read_tokens(model, params, state, newest)
-        return _select(dataclasses.replace(search, state=state), logits[:, :ids], end_id, length_penalty)
+        return select(dataclasses.replace(search, state=state), logits)
 
     return jax.lax.while_loop(unfinished, one, search).finished
 
@@ -161,24 +194,26 @@ def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> j
     return totals / length.astype(jnp.float32) ** length_penalty
 
 
-def _select(search: _Search, logits: jax.Array, end_id: int | None, length_penalty: jax.Array) -> _Search:
+def _select(
+    search: _Search, logits: jax.Array, end_ids: tuple[int, ...], limits_B: jax.Array, length_penalty: jax.Array
+) -> _Search:
     """Extend every live hypothesis by every id, keep the best.
 
     At most K of the best 2 * K candidates end here (one per beam), so that K remain to go on with.
     """
-    B, K, N = search.live_tokens.shape
+    B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
     totals_BKV = search.live_totals[:, :, None] + jax.nn.log_softmax(logits, axis=-1).reshape(B, K, V)
     totals_BC, flat_BC = jax.lax.top_k(totals_BKV.reshape(B, K * V), min(2 * K, K * V))
     beam_BC, token_BC = flat_BC // V, (flat_BC % V).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1
-    ends_BC = jnp.broadcast_to(length == N, token_BC.shape)
-    if end_id is not None:
-        ends_BC |= token_BC == end_id
+    ends_BC = is_end(token_BC, end_ids) | (length >= limits_B)[:, None]
 
     among_best_C = jnp.arange(totals_BC.shape[1]) < K
-    scores_BC = jnp.where(ends_BC & among_best_C[None, :], _score(totals_BC, length, length_penalty), -jnp.inf)
+    scores_BC = jnp.where(
+        ends_BC & among_best_C[None, :] & search.searching[:, None], _score(totals_BC, length, length_penalty), -jnp.inf
+    )
     old = search.finished
     # top_k prefers the first of equals: what was there before, and -inf that was never replaced keeps its length of 0.
     scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([old.scores, scores_BC], axis=1), K)

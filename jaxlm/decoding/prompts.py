@@ -6,6 +6,7 @@ on padding. Shapes: B batch, T prompt length with padding, D model width, V voca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,22 @@ from jaxlm.models.heads import last_real
 
 Array = jax.Array | np.ndarray
 
+EndId = int | Sequence[int] | None
+"""The id that ends a row, several ids each of which ends it, or None: rows have no end."""
+
+
+def end_ids_of(end_id: EndId) -> tuple[int, ...]:
+    """The ids that end a row, without duplicates."""
+    if end_id is None:
+        return ()
+    return tuple(dict.fromkeys([end_id] if isinstance(end_id, int | np.integer) else map(int, end_id)))
+
+
+def is_end(tokens: jax.Array, end_ids: tuple[int, ...]) -> jax.Array:
+    """Whether each token is one of ``end_ids``: bool in the shape of ``tokens``."""
+    ids = np.asarray(end_ids, np.int32).reshape((1,) * tokens.ndim + (-1,))
+    return jnp.any(tokens[..., None] == ids, axis=-1)
+
 
 def check_prompts(
     model: Model,
@@ -25,7 +42,7 @@ def check_prompts(
     segment_ids_BT: Array | None,
     *,
     max_new_tokens: int,
-    end_id: int | None,
+    end_id: EndId,
     allowed_ids: int | None,
     state: Any = None,
 ) -> tuple[int, int]:
@@ -56,8 +73,9 @@ def check_prompts(
     ids = vocab_size if allowed_ids is None else allowed_ids
     if not 1 <= ids <= vocab_size:
         raise ValueError(f"allowed_ids={allowed_ids} must be between 1 and vocab_size={vocab_size}")
-    if end_id is not None and not 0 <= end_id < ids:
-        raise ValueError(f"end_id={end_id} can never be generated: ids are 0 to {ids - 1}; None means no end")
+    for end in end_ids_of(end_id):
+        if not 0 <= end < ids:
+            raise ValueError(f"end_id={end} can never be generated: ids are 0 to {ids - 1}; None means no end")
     if segment_ids_BT is not None and not _traced(segment_ids_BT):
         _check_one_run(np.asarray(segment_ids_BT))
     return ids, slots

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.decoding.prompts import Array, check_prompts, read_prompts, read_tokens
+from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
 from jaxlm.sharding import Sharding, active
@@ -123,7 +123,7 @@ class Progress:
         step: int32, tokens made in the longest row.
         seen: [B, V] bool, ids of prompt and output, or None without a repetition penalty.
         keys: one random key per row, or None where greedy.
-        sampling, end_id, ids: how tokens are drawn, which one ends a row, how many ids there are.
+        sampling, end_ids, ids: how tokens are drawn, which ones end a row, how many ids there are.
     """
 
     state: Any
@@ -135,7 +135,7 @@ class Progress:
     seen: jax.Array | None
     keys: jax.Array | None
     sampling: Sampling = struct.field(pytree_node=False)
-    end_id: int | None = struct.field(pytree_node=False)
+    end_ids: tuple[int, ...] = struct.field(pytree_node=False)
     ids: int = struct.field(pytree_node=False)
 
 
@@ -144,7 +144,7 @@ class Generation:
     """What was generated.
 
     Attributes:
-        tokens: [B, N] int32; after a row's end, its end id again and again.
+        tokens: [B, N] int32; after a row's end, the (first) end id again and again.
         lengths: [B] int32, tokens in each row, the end token included.
         log_probs: [B, N] float32, log-probability of each token under the model itself (over the ids that may be
             generated, before penalty, temperature and filters); 0 after the end.
@@ -164,7 +164,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    end_id: int | None = None,
+    end_id: EndId = None,
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Generation:
@@ -178,6 +178,7 @@ def generate(
         segment_ids: [B, T], 1 on the prompt and 0 on padding. Default: no padding.
         key: needed unless greedy. One key, which is folded with the index of each row; or typed keys [B], one for each
             row, so that a row draws the same in any batch.
+        end_id: the id that ends a row, or several ids each of which ends it.
         allowed_ids: only ids below it are generated: the tokenizer's vocabulary where it is smaller than the model's.
         state: what the model carries into the prompts, with as many rows: that of an encoder-decoder that has read a
             source (``model.start``; ``prompts`` then begin with the decoder's start id), or of a model that has read
@@ -199,7 +200,7 @@ def generate(
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     return _generate(
         model, params, prompts, segment_ids, key, state,
-        count=max_new_tokens, sampling=sampling, end_id=end_id, ids=ids, slots=slots, sharding=active(),
+        count=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
 
 
@@ -212,7 +213,7 @@ def prefill(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    end_id: int | None = None,
+    end_id: EndId = None,
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Progress:
@@ -220,7 +221,7 @@ def prefill(
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     return _prefill(
         model, params, prompts, segment_ids, key, state,
-        count=max_new_tokens, sampling=sampling, end_id=end_id, ids=ids, slots=slots, sharding=active(),
+        count=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def _check(
     max_new_tokens: int,
     sampling: Sampling,
     key: jax.Array | None,
-    end_id: int | None,
+    end_id: EndId,
     allowed_ids: int | None,
     state: Any,
 ) -> tuple[int, int]:
@@ -265,7 +266,7 @@ def _has_row_keys(key: jax.Array) -> bool:
 
 
 # The active sharding is read while tracing (constrain), so it belongs to the cache key of each jit.
-_STATIC = ("model", "count", "sampling", "end_id", "ids", "slots", "sharding")
+_STATIC = ("model", "count", "sampling", "end_ids", "ids", "slots", "sharding")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -296,7 +297,7 @@ def _prefill(
     *,
     count: int,
     sampling: Sampling,
-    end_id: int | None,
+    end_ids: tuple[int, ...],
     ids: int,
     slots: int,
     sharding: Sharding | None,
@@ -316,7 +317,7 @@ def _prefill(
         keys_B = key if _has_row_keys(key) else row_keys(key, rows_B)
     progress = Progress(
         state=layers_apart(state),
-        tokens=jnp.full((B, count), 0 if end_id is None else end_id, jnp.int32),
+        tokens=jnp.full((B, count), end_ids[0] if end_ids else 0, jnp.int32),
         log_probs=jnp.zeros((B, count), jnp.float32),
         lengths=jnp.zeros((B,), jnp.int32),
         ended=jnp.zeros((B,), bool),
@@ -324,7 +325,7 @@ def _prefill(
         seen=seen_BV,
         keys=keys_B,
         sampling=sampling,
-        end_id=end_id,
+        end_ids=end_ids,
         ids=ids,
     )
     return _draw(progress, logits_BV)
@@ -332,7 +333,7 @@ def _prefill(
 
 def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
     """One token for each row that has not ended."""
-    B, rows_B = logits_BV.shape[0], jnp.arange(logits_BV.shape[0])
+    rows_B = jnp.arange(logits_BV.shape[0])
     logits_BV = logits_BV[:, : progress.ids]
     filtered_BV = filter_logits(progress.sampling, logits_BV, progress.seen)
     if progress.keys is None:
@@ -349,7 +350,7 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
         tokens=progress.tokens.at[:, at].set(tokens_B),
         log_probs=progress.log_probs.at[:, at].set(jnp.where(going_B, log_probs_B, 0.0)),
         lengths=progress.lengths + going_B,
-        ended=progress.ended | (jnp.zeros((B,), bool) if progress.end_id is None else drawn_B == progress.end_id),
+        ended=progress.ended | is_end(drawn_B, progress.end_ids),
         step=at + 1,
         seen=None if progress.seen is None else progress.seen.at[rows_B, drawn_B].set(True),
     )

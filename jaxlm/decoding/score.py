@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,19 @@ from jaxlm.sharding import Sharding, active
 
 CHUNK_LOGITS = 2**22
 """Logits that exist at a time (16 MiB), unless one time step of the batch alone has more."""
+
+
+class TokenScores(NamedTuple):
+    """How each token is predicted from those before it.
+
+    Attributes:
+        log_probs: [B, T] float32, its log-probability in nats; 0 where nothing is predicted.
+        greedy: [B, T] bool, whether it is the most likely one (of equals, the one with the lowest id); True where
+            nothing is predicted.
+    """
+
+    log_probs: jax.Array
+    greedy: jax.Array
 
 
 def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
@@ -38,10 +51,18 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
     Example:
         >>> log_likelihood(model, params, tokens).sum(axis=1)   # of each row   # doctest: +SKIP
     """
+    return token_scores(model, params, tokens, segment_ids).log_probs
+
+
+def token_scores(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> TokenScores:
+    """The scores [B, T - 1] of ``tokens[:, t + 1]`` given ``tokens[:, :t + 1]``.
+
+    Arguments and errors are those of :func:`log_likelihood`, whose numbers are the ``log_probs``.
+    """
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
         raise ValueError("tokens are 1 per row: the first is only a condition, so at least 2 are needed")
-    return _log_likelihood(model, params, tokens, segment_ids, sharding=active())
+    return _token_scores(model, params, tokens, segment_ids, sharding=active())
 
 
 def target_log_likelihood(
@@ -66,49 +87,77 @@ def target_log_likelihood(
         TypeError: the model reads no source.
         ValueError: ids outside the vocabulary, or shapes that do not fit.
     """
+    return target_token_scores(
+        model, params, source, targets, start_id=start_id, source_segment_ids=source_segment_ids,
+        segment_ids=segment_ids,
+    ).log_probs  # fmt: skip
+
+
+def target_token_scores(
+    model: Model,
+    params: Any,
+    source: Array,
+    targets: Array,
+    *,
+    start_id: int,
+    source_segment_ids: Array | None = None,
+    segment_ids: Array | None = None,
+) -> TokenScores:
+    """The scores [B, T] of ``targets[:, t]`` given ``source`` and ``targets[:, :t]``, for an encoder-decoder.
+
+    Arguments and errors are those of :func:`target_log_likelihood`, whose numbers are the ``log_probs``.
+    """
     if not model.reads_source:
         raise TypeError(f"family {model.family!r} reads no source: call log_likelihood")
     check_ids(model, source, source_segment_ids, "sources", vocab_size=source_vocab_size(model))
     check_ids(model, targets, segment_ids, "targets")
     decoder_BT = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     check_ids(model, decoder_BT[:, :1], None, "start ids")
-    return _target_log_likelihood(
+    return _target_token_scores(
         model, params, source, targets, decoder_BT, source_segment_ids, segment_ids, sharding=active()
     )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
-def _log_likelihood(
+def _token_scores(
     model: Model,
     params: Any,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     *,
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
-) -> jax.Array:
+) -> TokenScores:
     before_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
     hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=before_BT)
-    log_probs_BT = _target_log_probs(model, params, hidden_BTD, tokens_BT[:, 1:])
+    scores = _scores(model, params, hidden_BTD, tokens_BT[:, 1:])
     if segment_ids_BT is None:
-        return log_probs_BT
+        return scores
     after_BT = segment_ids_BT[:, 1:]
-    return jnp.where((before_BT == after_BT) & (after_BT > 0), log_probs_BT, 0.0)
+    return _masked(scores, (before_BT == after_BT) & (after_BT > 0))
 
 
-def _target_log_probs(model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Log-probability of each target under the logits of its hidden state, [B, T] float32."""
+def _scores(model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array) -> TokenScores:
+    """Scores [B, T] of each target under the logits of its hidden state."""
 
-    def step(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def step(inputs: tuple[jax.Array, jax.Array]) -> TokenScores:
         hidden_BD, targets_B = inputs
-        return -cross_entropy(model.logits(params, hidden_BD[:, None]), targets_B[:, None])[:, 0]
+        logits_B1V = model.logits(params, hidden_BD[:, None])
+        greedy_B = jnp.argmax(logits_B1V[:, 0], axis=-1) == targets_B
+        return TokenScores(-cross_entropy(logits_B1V, targets_B[:, None])[:, 0], greedy_B)
 
     V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
     steps = max(1, CHUNK_LOGITS // (targets_BT.shape[0] * V))
-    return jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps).T
+    scores = jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps)
+    return TokenScores(scores.log_probs.T, scores.greedy.T)
+
+
+def _masked(scores: TokenScores, counts_BT: jax.Array) -> TokenScores:
+    """Scores that say nothing where ``counts`` is False."""
+    return TokenScores(jnp.where(counts_BT, scores.log_probs, 0.0), scores.greedy | ~counts_BT)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
-def _target_log_likelihood(
+def _target_token_scores(
     model: Model,
     params: Any,
     source_BS: jax.Array,
@@ -118,12 +167,12 @@ def _target_log_likelihood(
     segment_ids_BT: jax.Array | None,
     *,
     sharding: Sharding | None,
-) -> jax.Array:
+) -> TokenScores:
     hidden_BTD, _ = model.apply(
         params, decoder_BT, source=source_BS, source_segment_ids=source_segment_ids_BS, segment_ids=segment_ids_BT
     )
-    log_probs_BT = _target_log_probs(model, params, hidden_BTD, targets_BT)
-    return log_probs_BT if segment_ids_BT is None else jnp.where(segment_ids_BT > 0, log_probs_BT, 0.0)
+    scores = _scores(model, params, hidden_BTD, targets_BT)
+    return scores if segment_ids_BT is None else _masked(scores, segment_ids_BT > 0)
 
 
 @dataclasses.dataclass(frozen=True)

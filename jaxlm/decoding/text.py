@@ -7,7 +7,6 @@ string are discarded, so the text does not depend on where the calls end.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,9 +17,9 @@ from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import length_batches, pad_rows
 from jaxlm.decoding.beam import beam_search
+from jaxlm.decoding.config import FILE, GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.sample import GREEDY, Sampling
 from jaxlm.decoding.windows import TokenRequest, Windows, pad_prompts, read_sources
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
@@ -28,55 +27,16 @@ from jaxlm.models.common import layers_apart
 CHUNK = 8
 """Tokens between two searches for stop strings."""
 
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-    """A request for generated text. Hashable.
-
-    Attributes:
-        max_new_tokens: tokens to generate at most for each text, the end token included.
-        sampling: how the next token is drawn; beam search needs ``GREEDY``.
-        num_beams: live hypotheses of beam search; 1 generates token by token.
-        length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
-        stop: the text ends before the first of these strings to be complete.
-        batch_size: texts that are generated together; None takes all of them.
-
-    Raises:
-        TypeError: ``stop`` is a single string.
-        ValueError: a value outside its range, or beams together with random sampling.
-    """
-
-    max_new_tokens: int = 128
-    sampling: Sampling = GREEDY
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    batch_size: int | None = 32
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise TypeError(f"stop is a sequence of strings, got one string: pass ({self.stop!r},)")
-        object.__setattr__(self, "stop", tuple(self.stop))  # hashable
-        if "" in self.stop:
-            raise ValueError(f"stop strings must not be empty, got {list(self.stop)}")
-        for name in ("max_new_tokens", "num_beams", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty} must be finite")
-        if self.num_beams == 1 and self.length_penalty != 1.0:
-            raise ValueError(f"length_penalty={self.length_penalty} ranks beams: set num_beams above 1")
-        if self.num_beams > 1 and self.sampling != GREEDY:
-            raise ValueError(f"num_beams={self.num_beams} searches for likely texts: leave sampling at GREEDY")
+NOT_GIVEN = GenerationConfig()
+"""A request without any field."""
 
 
 def generate_text(
     model: Model,
     params: Any,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
-    config: GenerationConfig = GenerationConfig(),
+    texts: Sequence[str] | Sequence[np.ndarray],
+    config: GenerationConfig = NOT_GIVEN,
     *,
     key: jax.Array | None = None,
 ) -> list[str]:
@@ -84,20 +44,24 @@ def generate_text(
 
     ``texts`` are prompts to continue, or sources for an encoder-decoder (translation, summarization). Prompts are
     encoded without special tokens, and their continuations are decoded with them; sources are encoded by
-    ``tokenizer.encode_inputs``, and outputs are decoded without special tokens. Incomplete UTF-8 characters at the end
-    are decoded as the tokenizer does (U+FFFD).
+    ``tokenizer.encode_inputs``, and outputs are decoded without special tokens. To choose other special
+    tokens, give all texts as their ids, int32 arrays [tokens]. Incomplete UTF-8 characters at the end are decoded as
+    the tokenizer does (U+FFFD).
 
     Texts are sorted by length, batched, and padded to a few lengths, for each of which the loop is compiled once. The
     draws of a text depend on ``key`` and its index, not on its batch. Prompts may outgrow the model's context: the last
     half of each then becomes the next prompt, when the longest of the batch has reached the end of the context.
 
     Args:
-        key: needed unless ``config.sampling`` is greedy.
+        config: what is not given is read from ``generation_config.json`` of the directory of the model, see
+            :meth:`GenerationConfig.resolve`.
+        key: needed unless sampling is greedy.
 
     Raises:
         TypeError: ``texts`` is a single string.
-        ValueError: the model has no head for text; a text that is empty or longer than the model's positions; what
-            :func:`jaxlm.decoding.generate` or :func:`jaxlm.decoding.beam_search` refuses.
+        ValueError: the model has no head for text; a text that is empty or longer than the model's positions or
+            ``max_length``; what :meth:`GenerationConfig.resolve`, :func:`jaxlm.decoding.generate` or
+            :func:`jaxlm.decoding.beam_search` refuses.
 
     Example:
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
@@ -107,10 +71,10 @@ def generate_text(
     results = [""] * len(rows)
     for numbers in length_batches([ids.size for ids in rows], config.batch_size):
         batch = [rows[number] for number in numbers]
-        if config.num_beams > 1:
+        if text.num_beams > 1:
             outputs = text.beam_texts(batch)
         else:
-            *_, outputs = text.partial_texts(batch, numbers, CHUNK if config.stop else config.max_new_tokens)
+            *_, outputs = text.partial_texts(batch, numbers, CHUNK if text.stop else None)
         for number, output in zip(numbers, outputs, strict=True):
             results[number] = output
     return results
@@ -121,7 +85,7 @@ def stream_text(
     params: Any,
     tokenizer: Tokenizer,
     text: str,
-    config: GenerationConfig = GenerationConfig(),
+    config: GenerationConfig = NOT_GIVEN,
     *,
     key: jax.Array | None = None,
     chunk: int = CHUNK,
@@ -142,9 +106,11 @@ def stream_text(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    if config.num_beams > 1:
-        raise ValueError(f"num_beams={config.num_beams}: beam search knows no text before its end; use generate_text")
     generation = _Text(model, params, tokenizer, config, key)
+    if generation.num_beams > 1:
+        raise ValueError(
+            f"num_beams={generation.num_beams}: beam search knows no text before its end; use generate_text"
+        )
     texts = generation.partial_texts(generation.encode([text]), np.zeros(1, np.int32), chunk)
     first = next(texts)  # raises here what the model refuses
 
@@ -171,6 +137,16 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
     return start
 
 
+def _first_id(model: Model, tokenizer: Tokenizer) -> int:
+    """The first token that the decoder reads: ``decoder_start_token_id`` of ``generation_config.json`` comes before the
+    one of ``config.json``, but not before another one that the model was loaded with."""
+    metadata, own = model.metadata, getattr(model.config, "decoder_start_id", None)
+    said = None if metadata is None else (metadata.generation_config or {}).get("decoder_start_token_id")
+    if metadata is None or said is None or metadata.config.get("decoder_start_token_id", own) != own:
+        return decoder_start_id(model, tokenizer)
+    return said
+
+
 class _Text:
     """A request together with its model and tokenizer."""
 
@@ -181,21 +157,31 @@ class _Text:
             model, ("causal", "permutation", "seq2seq"), "it generates no text",
             "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
         )  # fmt: skip
-        self._model, self._tokenizer, self._config = model, tokenizer, config
+        self._model, self._tokenizer = model, tokenizer
+        resolved = config.resolve(model, tokenizer)
+        assert resolved.num_beams is not None
+        assert resolved.length_penalty is not None
+        assert resolved.early_stopping is not None
+        assert resolved.sampling is not None
+        self.num_beams, self.stop = resolved.num_beams, resolved.stop or ()
+        self._length_penalty, self._early_stopping = resolved.length_penalty, resolved.early_stopping
+        self._max_new_tokens, self._max_length = resolved.max_new_tokens, resolved.max_length
+        if key is None and config.sampling is None and resolved.sampling.temperature > 0.0:
+            raise ValueError(f"{FILE} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY")
         self._start: np.ndarray | None = None
         if model.reads_source:
-            self._start = np.array([decoder_start_id(model, tokenizer)], np.int32)
+            self._start = np.array([_first_id(model, tokenizer)], np.int32)
         self._request = TokenRequest(
             model=model,
             params=jax.jit(layers_apart)(params),  # once here, instead of in each call of the loop
-            max_new_tokens=config.max_new_tokens,
-            sampling=config.sampling,
+            max_new_tokens=0,  # of each batch
+            sampling=resolved.sampling,
             key=key,
-            end_id=tokenizer.end_id,
-            num_ids=min(tokenizer.vocab_size, model.config.vocab_size),
+            end_ids=resolved.end_ids or (),
+            num_ids=num_ids(model, tokenizer),
         )
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode(self, texts: Sequence[str] | Sequence[np.ndarray]) -> list[np.ndarray]:
         """Ids of each prompt or source."""
         what = "source" if self._model.reads_source else "prompt"
         if isinstance(texts, str):
@@ -203,12 +189,18 @@ class _Text:
         if not texts:
             raise ValueError(f"there are no {what}s: pass at least one")
         limit = self._request.max_positions
-        if self._model.reads_source:
-            encodings = self._tokenizer.encode_inputs_batch(texts)
+        strings = [text for text in texts if isinstance(text, str)]
+        rows = [text for text in texts if isinstance(text, np.ndarray)]
+        if rows and strings:
+            raise TypeError(f"give all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)}")
+        if rows:
+            empty = [ids.size == 0 for ids in rows]
+        elif self._model.reads_source:
+            encodings = self._tokenizer.encode_inputs_batch(strings)
             rows = [encoding.ids for encoding in encodings]
             empty = [bool(np.all(encoding.sequence == SPECIAL)) for encoding in encodings]
         else:
-            rows = [self._tokenizer.encode(text) for text in texts]
+            rows = [self._tokenizer.encode(text) for text in strings]
             empty = [ids.size == 0 for ids in rows]
         for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
             if empty[row]:
@@ -216,34 +208,46 @@ class _Text:
             check_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
             if limit is not None and ids.size > limit:
                 raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
+            if self._max_length is not None and (1 if self._model.reads_source else ids.size) >= self._max_length:
+                raise ValueError(
+                    f"{what} {row} has {ids.size} tokens, but max_length={self._max_length} is the most with its "
+                    "output: give max_new_tokens instead"
+                )
         return rows
+
+    def _limits(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """New tokens [B] at most of each prompt."""
+        if self._max_length is None:
+            return np.full(len(prompts), self._max_new_tokens)
+        return np.asarray([self._max_length - ids.size for ids in prompts])
 
     def beam_texts(self, batch: Sequence[np.ndarray]) -> list[str]:
         """The text of the best hypothesis of each row."""
-        request, config = self._request, self._config
+        request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
+        limits = self._limits(prompts)
         if self._start is None:
-            prompts, state = batch, None
-            tokens_BT, segment_ids_BT = pad_prompts(request, prompts, config.max_new_tokens)
+            state = None
+            tokens_BT, segment_ids_BT = pad_prompts(request, prompts, int(limits.max()))
         else:
-            prompts, state = [self._start] * len(batch), read_sources(request, batch, config.max_new_tokens)
+            state = read_sources(request, batch, int(limits.max()))
             tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
         beams = beam_search(
-            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=config.max_new_tokens,
-            beams=config.num_beams, length_penalty=config.length_penalty, end_id=request.end_id,
+            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self.num_beams,
+            length_penalty=self._length_penalty, early_stopping=self._early_stopping, end_id=request.end_ids,
             allowed_ids=request.num_ids, state=state,
         )  # fmt: skip
         best_BN, lengths_B = np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0])
         rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, best_BN, lengths_B, strict=True)]
         texts = [self._decode(ids, prompt.size) for ids, prompt in zip(rows, prompts, strict=True)]
-        return [_final(text, config.stop, over=True)[0] for text in texts]
+        return [_final(text, self.stop, over=True)[0] for text in texts]
 
-    def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int) -> Iterator[list[str]]:
-        """The final part of the text of every row, after each chunk; the last one is the whole text."""
-        if self._start is None:
-            prompts, windows = batch, Windows(self._request, batch, numbers)
-        else:
-            prompts = [self._start] * len(batch)
-            windows = Windows(self._request, prompts, numbers, batch)
+    def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
+        """The final part of the text of every row, after each chunk (None: of all tokens); the last is the whole."""
+        prompts = batch if self._start is None else [self._start] * len(batch)
+        limits = self._limits(prompts)
+        request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
+        windows = Windows(request, prompts, numbers, None if self._start is None else batch)
+        chunk = request.max_new_tokens if chunk is None else chunk
         while True:
             # Copies: the buffers are donated to the next call.
             progress = windows.progress
@@ -251,8 +255,11 @@ class _Text:
             texts, stopped = [], []
             for row, earlier in enumerate(windows.rows):
                 ids = np.concatenate([earlier, tokens[row, : lengths[row]]])
+                limit = prompts[row].size + limits[row]
+                ended[row] |= ids.size >= limit
+                ids = ids[:limit]
                 text = self._decode(ids, prompts[row].size)
-                text, found = _final(text, self._config.stop, over=windows.over or bool(ended[row]))
+                text, found = _final(text, self.stop, over=windows.over or bool(ended[row]))
                 texts.append(text)
                 stopped.append(found)
             yield texts
@@ -263,7 +270,7 @@ class _Text:
 
     def _decode(self, ids: np.ndarray, prompt: int) -> str:
         """The text of the ids after the first ``prompt``, without an end token at their end."""
-        if ids.size > prompt and ids[-1] == self._request.end_id:
+        if ids.size > prompt and ids[-1] in self._request.end_ids:
             ids = ids[:-1]
         if self._start is not None:
             return self._tokenizer.decode(ids[prompt:], skip_special_tokens=True)

@@ -31,7 +31,7 @@ class TokenRequest:
         max_new_tokens: tokens to generate at most, in each row.
         sampling: how tokens are drawn.
         key: random key; None where greedy.
-        end_id: the token that ends a row, or None.
+        end_ids: the tokens each of which ends a row.
         num_ids: only ids below it are generated.
     """
 
@@ -40,7 +40,7 @@ class TokenRequest:
     max_new_tokens: int
     sampling: Sampling
     key: jax.Array | None
-    end_id: int | None
+    end_ids: tuple[int, ...]
     num_ids: int
 
     @property
@@ -123,7 +123,7 @@ class Windows:
             key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
         return prefill(
             request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=room, sampling=request.sampling,
-            key=key, end_id=request.end_id, allowed_ids=request.num_ids, state=state,
+            key=key, end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
         )  # fmt: skip
 
     @property

@@ -90,6 +90,17 @@ def chunked_cross_entropy(
     return _chunked(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
 
 
+def chunked_argmax(head: Head, params: Any, hidden_BTD: jax.Array, *, chunk_logits: int | None = None) -> jax.Array:
+    """The id with the largest logit at each position, [B, T] int32, without holding [B, T, V].
+
+    Of equal logits, the lowest id. The time axis is cut as in :func:`chunked_cross_entropy`. Not differentiable.
+    """
+    C = _chunk_length(head, _logits_at_once() if chunk_logits is None else chunk_logits, params, hidden_BTD)
+    B, T, _ = hidden_BTD.shape
+    best = jax.lax.map(lambda hidden: jnp.argmax(head(params, hidden), axis=-1), _cut(hidden_BTD, C))
+    return jnp.moveaxis(best, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
+
+
 def _logits_at_once() -> int:
     """Logits that may exist at a time, on all devices together."""
     active = sharding.active()

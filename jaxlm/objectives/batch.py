@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm.models import Model
+from jaxlm.nn.loss import chunked_argmax
 
 Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
 """``loss(model, params, batch, *, key, state) -> (total, weight, state)``: see ``jaxlm.objectives``."""
@@ -106,7 +107,11 @@ def token_accuracy(
     model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Weighted number of targets that are the most likely token at their position, the sum of the weights, and the new
-    model state: an evaluation metric with the signature of a loss."""
+    model state: an evaluation metric with the signature of a loss. The logits of all positions never exist together."""
     hidden, state = predicted_states(model, params, batch, key, state)
-    best = jnp.argmax(model.logits(params, hidden)[..., : model.config.vocab_size], axis=-1)
+
+    def logits(params: Any, hidden: jax.Array) -> jax.Array:
+        return model.logits(params, hidden)[..., : model.config.vocab_size]
+
+    best = chunked_argmax(logits, params, hidden)
     return jnp.sum(jnp.where(best == batch.targets, batch.weights, 0.0)), jnp.sum(batch.weights), state

@@ -66,16 +66,23 @@ def to_batch(num_labels: int) -> Callable[[Rows], Batch]:
     return make
 
 
-def batches(encoded: Sequence[Encoded], num_labels: int, batch_size: int, num_buckets: int = 4) -> list[Batch]:
-    """All examples once, in order of length: the batches of an evaluation."""
-    source = Bucketed(encoded, batch_size, num_buckets, shuffle=False)
+def batches(
+    encoded: Sequence[Encoded], num_labels: int, batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
+) -> list[Batch]:
+    """All examples once, in order of length: the batches of an evaluation.
+
+    Args:
+        max_length: positions of the model, above which no length is rounded.
+    """
+    source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, max_length=max_length)
     make = to_batch(num_labels)
     return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
 
 
 def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
     """The probabilities of the labels of encoded examples, [N, labels] float32."""
-    source = Bucketed(encoded, batch_size, shuffle=False)
+    limit = getattr(model.config, "max_positions", None)
+    source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
     make = to_batch(model.config.num_labels)
     probabilities = np.zeros((len(encoded), model.config.num_labels), np.float32)
     for index in range(source.steps_per_epoch):

@@ -19,10 +19,11 @@ import numpy as np
 
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.decoding import decoder_start_id, log_likelihood, target_log_likelihood
+from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import source_vocab_size
+from jaxlm.decoding.score import target_token_scores, token_scores
 from jaxlm.decoding.text import check_vocabulary
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
@@ -190,14 +191,21 @@ class TextScores:
 
     Attributes:
         token_log_likelihoods: of each text, the log-likelihood of each predicted token in nats, float32.
+        token_greedy: of each text, whether each predicted token is the most likely one, bool.
     """
 
     token_log_likelihoods: list[np.ndarray]
+    token_greedy: list[np.ndarray]
 
     @property
     def log_likelihoods(self) -> np.ndarray:
         """Log-likelihood of each text in nats, [N] float64."""
-        return np.array([scores.sum(dtype=np.float64) for scores in self.token_log_likelihoods])
+        return np.array([scores.sum(dtype=np.float64) for scores in self.token_log_likelihoods], np.float64)
+
+    @property
+    def greedy(self) -> np.ndarray:
+        """Whether all predicted tokens of each text are the most likely ones, so that greedy decoding gives it, [N]."""
+        return np.array([bool(greedy.all()) for greedy in self.token_greedy], bool)
 
     @property
     def num_tokens(self) -> np.ndarray:
@@ -238,10 +246,7 @@ def score_texts(
         ValueError: a model with another head; sources missing, or given to a model that reads none; a text that is too
             short, or longer than the model's positions (:func:`jaxlm.decoding.perplexity` scores long texts).
     """
-    require_task(
-        model, ("causal", "permutation", "seq2seq"), "it scores no text",
-        "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
-    )  # fmt: skip
+    _require_scores(model)
     if not model.reads_source:
         if sources is not None:
             raise ValueError(f"{model.family} reads no source: leave sources out")
@@ -252,9 +257,15 @@ def score_texts(
     return _score_targets(model, params, tokenizer, texts, sources, batch_size)
 
 
+def _require_scores(model: Model) -> None:
+    require_task(
+        model, ("causal", "permutation", "seq2seq"), "it scores no text",
+        "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
+    )  # fmt: skip
+
+
 def _score_causal(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> TextScores:
     _check_texts(texts)
-    limit = _max_positions(model)
     rows = [tokenizer.encode(text) for text in texts]
     for number, ids in enumerate(rows):
         if ids.size < 2:
@@ -262,27 +273,14 @@ def _score_causal(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequen
                 f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is a condition, so at least 2 "
                 "are needed"
             )
-        check_vocabulary(ids, model.config.vocab_size, f"text {number}")
-        if limit is not None and ids.size - 1 > limit:
-            raise ValueError(
-                f"text {number} has {ids.size} tokens, but max_positions={limit}: score it in windows, with "
-                "jaxlm.decoding.perplexity"
-            )
-    scores = [np.zeros(0, np.float32)] * len(rows)
-    for numbers in length_batches([ids.size for ids in rows], batch_size):
-        length = 1 + bucket_length(max(rows[number].size for number in numbers) - 1, limit)  # the last is not read
-        tokens_BT, segment_ids_BT = pad_rows([rows[number] for number in numbers], length)
-        log_probs_BT = np.asarray(log_likelihood(model, params, tokens_BT, segment_ids_BT))
-        for number, log_probs_T in zip(numbers, log_probs_BT, strict=True):
-            scores[number] = log_probs_T[: rows[number].size - 1]
-    return TextScores(scores)
+    return score_ids(model, params, [ids[:1] for ids in rows], [ids[1:] for ids in rows], batch_size=batch_size)
 
 
 def _score_targets(
     model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], sources: Sequence[str], batch_size: int
 ) -> TextScores:
     _check_texts(texts)
-    start_id, end_id, limit = decoder_start_id(model, tokenizer), tokenizer.end_id, _max_positions(model)
+    start_id, end_id = decoder_start_id(model, tokenizer), tokenizer.end_id
     encoded = _encode(model, tokenizer, sources, None)
     rows = []
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts)):
@@ -291,24 +289,79 @@ def _score_targets(
             ids = np.append(ids, np.int32(end_id))
         if ids.size == 0:
             raise ValueError(f"text {number} is {texts[number]!r}, which has no tokens")
-        check_vocabulary(ids, model.config.vocab_size, f"text {number}")
-        _check_length(ids.size, limit, f"text {number}")
         rows.append(ids)
-    scores = [np.zeros(0, np.float32)] * len(rows)
-    lengths = [ids.size + encoding.ids.size for ids, encoding in zip(rows, encoded, strict=True)]
-    for numbers in length_batches(lengths, batch_size):
-        # One length for sources and targets: a bucket for each pair of lengths would be many shapes.
-        longest = max(max(rows[number].size, encoded[number].ids.size) for number in numbers)
-        length = bucket_length(longest, limit)
-        source_BS, source_segment_ids_BS = pad_rows([encoded[number].ids for number in numbers], length)
-        targets_BT, segment_ids_BT = pad_rows([rows[number] for number in numbers], length)
-        log_probs_BT = target_log_likelihood(
-            model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
-            segment_ids=segment_ids_BT,
-        )  # fmt: skip
-        for number, log_probs_T in zip(numbers, np.asarray(log_probs_BT), strict=True):
-            scores[number] = log_probs_T[: rows[number].size]
-    return TextScores(scores)
+    return score_ids(
+        model, params, [encoding.ids for encoding in encoded], rows, start_id=start_id, batch_size=batch_size
+    )
+
+
+def score_ids(
+    model: Model,
+    params: Any,
+    contexts: Sequence[np.ndarray],
+    continuations: Sequence[np.ndarray],
+    *,
+    start_id: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> TextScores:
+    """The scores of each continuation given its context, both as ids [tokens].
+
+    A causal model reads the context and then the continuation; an encoder-decoder reads the context as its source. Only
+    the tokens of the continuation are predicted.
+
+    Args:
+        start_id: the token that the decoder of an encoder-decoder reads first, see
+            :func:`jaxlm.decoding.decoder_start_id`; needed for these, and only for these.
+        batch_size: continuations that are computed together.
+
+    Raises:
+        ValueError: a model with another head; another number of contexts than of continuations; no ids, ids outside the
+            vocabulary, or more than the model's positions.
+    """
+    _require_scores(model)
+    if len(contexts) != len(continuations):
+        raise ValueError(f"each continuation needs a context: got {len(contexts)} for {len(continuations)}")
+    if model.reads_source != (start_id is not None):
+        needed = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: leave it out"
+        raise ValueError(f"start_id={start_id}, but {model.family} {needed}")
+    limit = _max_positions(model)
+    for number, (context, ids) in enumerate(zip(contexts, continuations, strict=True)):
+        if context.size == 0 or ids.size == 0:
+            raise ValueError(f"text {number} has {context.size} tokens of context and {ids.size} to score: give both")
+        check_vocabulary(context, source_vocab_size(model), f"the context of text {number}")
+        check_vocabulary(ids, model.config.vocab_size, f"text {number}")
+        if start_id is not None:
+            _check_length(context.size, limit, f"the context of text {number}")
+            _check_length(ids.size, limit, f"text {number}")
+        elif limit is not None and context.size + ids.size - 1 > limit:
+            raise ValueError(
+                f"text {number} has {context.size + ids.size} tokens, but max_positions={limit}: score it in windows, "
+                "with jaxlm.decoding.perplexity"
+            )
+    pairs = list(zip(contexts, continuations, strict=True))
+    log_probs, greedy = ([np.zeros(0)] * len(pairs) for _ in range(2))
+    for numbers in length_batches([context.size + ids.size for context, ids in pairs], batch_size):
+        batch = [pairs[number] for number in numbers]
+        if start_id is None:
+            length = 1 + bucket_length(max(context.size + ids.size for context, ids in batch) - 1, limit)
+            tokens_BT, segment_ids_BT = pad_rows([np.concatenate(pair) for pair in batch], length)
+            scores = token_scores(model, params, tokens_BT, segment_ids_BT)  # the last token is not read
+        else:
+            # One length for sources and targets: a bucket for each pair of lengths would be many shapes.
+            length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
+            source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
+            targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
+            scores = target_token_scores(
+                model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
+                segment_ids=segment_ids_BT,
+            )  # fmt: skip
+        log_probs_BT, greedy_BT = np.asarray(scores.log_probs), np.asarray(scores.greedy)
+        for row, number in enumerate(numbers):
+            context, ids = pairs[number]
+            first = 0 if start_id is not None else context.size - 1
+            log_probs[number] = log_probs_BT[row, first : first + ids.size]
+            greedy[number] = greedy_BT[row, first : first + ids.size]
+    return TextScores(log_probs, greedy)
 
 
 # -------------------------------------------------------------------------------------- inputs and batches of them

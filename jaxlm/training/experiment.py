@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -150,18 +151,27 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
     return True
 
 
-def report(directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], **details: Any) -> Path:
+def report(
+    directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], result: Result, **details: Any
+) -> Path:
     """Write ``results.json`` and ``report.html``, and print the scores.
 
     Args:
         begun: ``time.perf_counter()`` at the start of the run.
+        result: of the training; its step, compilations and speed are written, too.
         scores: of ``jaxlm.metrics.Score``.
         details: further facts, for the record.
     """
     minutes = (time.perf_counter() - begun) / 60
+    speed = {
+        "training_examples_per_second": result.examples_per_second,
+        "training_tokens_per_second": result.tokens_per_second,
+        "seconds_to_first_loss": result.seconds_to_first_loss,
+    }
+    trained = {name: round(value, 1) for name, value in speed.items() if math.isfinite(value)}  # NaN without a step
     write_results(
         directory, task=task, family=model.family, parameters=model.num_parameters, minutes=minutes, scores=scores,
-        **details,
+        steps=result.step, compilations=result.compilations, **trained, **details,
     )  # fmt: skip
     page = write_report(directory)
     for score in scores:

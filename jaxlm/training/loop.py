@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jaxlm import processes, spec
+from jaxlm import integrity, processes, spec
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches
 from jaxlm.models import Model
@@ -68,6 +70,9 @@ class TrainingConfig:
     """Steps between checkpoints; the last step saves one, too. None saves no checkpoints."""
     keep_last: int = 2
     """Checkpoints to keep, besides the best one."""
+    on_corrupt: Literal["stop", "previous"] = "stop"
+    """If the newest checkpoint of a resumed run is damaged: stop with an error, or continue from the newest intact one
+    before it (previous); the damaged one is renamed."""
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
     max_skipped_in_a_row: int = 10
@@ -124,8 +129,8 @@ class Run:
     Attributes:
         directory: where ``metrics.jsonl`` and ``checkpoints/`` are written.
         meta: JSON values that are saved in every checkpoint.
-        resume: whether to continue from the newest checkpoint in the directory. On the same number of devices, the
-            result is bit for bit the same as without the interruption.
+        resume: whether to continue from the newest checkpoint in the directory, if there is one. On the same number of
+            devices, the result is bit for bit the same as without the interruption.
         trackers: loggers that also get the metrics.
     """
 
@@ -184,6 +189,9 @@ def train(
     devices, and all processes see the directory (without checkpoints, each may have a different one). The first process
     writes ``metrics.jsonl``. A signal to one process ends all of them.
 
+    A resumed run that has reached its last step, or has stopped early, returns the result of its checkpoint without
+    another step. One process at a time may train in a directory.
+
     Args:
         trainer: model, optimizer and loss (``config.trainer(...)`` makes one).
         data: yields the batches of the objective.
@@ -193,9 +201,11 @@ def train(
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
         FileExistsError: a run that does not resume, in a directory with checkpoints.
-        ValueError: nothing is left to do; ``evaluate`` has no ``config.best_metric``; a resumed run with another
-            ``best_metric`` or ``best_mode``; or there are several processes, and no ``sharding`` or no directory for
-            checkpoints that all of them see.
+        BlockingIOError: another process trains in the directory.
+        CorruptCheckpointError: the newest checkpoint of a resumed run is damaged.
+        ValueError: a resumed run is beyond ``config.steps``; ``evaluate`` has no ``config.best_metric``; a resumed run
+            with another ``best_metric`` or ``best_mode``; or there are several processes, and no ``sharding`` or no
+            directory for checkpoints that all of them see.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -206,7 +216,8 @@ def train(
     if config.checkpoint_every is not None:
         processes.require_shared(run.directory)
     checkpointer = Checkpointer(run.directory / "checkpoints", keep_last=config.keep_last)
-    with checkpointer as checkpoints, _Signals() as signals:
+    alone = integrity.locked(run.directory) if processes.is_first() else contextlib.nullcontext()
+    with alone, checkpointer as checkpoints, _Signals() as signals:
         loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
         loop.start(params)
         with Bar(config.steps, loop.step, 1 if trainer.sharding is None else trainer.sharding.mesh.size) as bar:
@@ -227,6 +238,7 @@ class _Loop:
         self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False)
         self._params = jax.jit(self._stacked_trainer.model_params)
         self._evaluated = jax.jit(trainer.model_params)
+        self._is_finite = jax.jit(_is_finite)
         self._jit_step = trainer.jit_step()
         self._shapes: set[Any] = set()
         self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
@@ -240,8 +252,9 @@ class _Loop:
     def start(self, params: Any) -> None:
         """Initialize the state, or restore it."""
         self._target = self._stacked_trainer.abstract(params)
-        if self._run.resume:
-            state, saved = self._checkpoints.restore(self._target)
+        there = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
+        if self._run.resume and there:
+            state, saved = self._checkpoints.restore(self._target, on_corrupt=self._config.on_corrupt)
             self._data.restore(saved["data"])
             progress = saved.get("evaluation", {})
             for name in ("best_metric", "best_mode"):
@@ -250,20 +263,22 @@ class _Loop:
                     raise ValueError(f"{name}={asked} cannot change when a run goes on (it is {was}): leave it out")
             self._best = progress.get("best")
             self._without_improvement = progress.get("without_improvement", 0)
+            self._validation, self._validated = saved.get("validation"), int(state.step)
             self._losses = [math.nan if loss is None else loss for loss in progress.get("losses", [])]
             self._records.write(int(state.step), event="resumed")
             self._state = self._change_layout(spec.unstack, self._trainer, state)
         else:
-            if self._config.checkpoint_every is not None and self._checkpoints.latest is not None:
+            if there and self._config.checkpoint_every is not None:
                 raise FileExistsError(
                     f"{self._checkpoints.directory} holds the checkpoints of another run: take another directory, or "
                     "resume that run"
                 )
             self._state = self._trainer.init(jax.random.key(self._config.seed), params)
         self.step = int(self._state.step)
-        if self.step >= self._config.steps:
+        if self.step > self._config.steps:
             raise ValueError(
-                f"nothing to do: step {self.step} of {self._config.steps} is reached. Ask for more training.steps"
+                f"the checkpoint is of step {self.step}, beyond training.steps={self._config.steps}: ask for at least "
+                f"{self.step}"
             )
 
     def _change_layout(self, change: Callable[[Any], Any], trainer: Trainer, state: TrainState) -> TrainState:
@@ -277,19 +292,26 @@ class _Loop:
     def run(self, bar: Bar, signals: _Signals) -> Result:
         """Run all steps."""
         config, log = self._config, _Log(self._records, bar, self._config, self._trainer, self.step)
-        stop: str | None = None
+        if self._run.resume and self.step == 0:
+            bar.say("there is no checkpoint yet: the run starts from its first step")
+        patient = config.patience is None or self._without_improvement < config.patience
+        stop: str | None = None if patient else "patience"
+        if self._run.resume and (self.step == config.steps or not patient):
+            bar.say(f"step {self.step}: the training is complete, its result is taken from the checkpoint")
         while self.step < config.steps and stop is None:
             self._one_step(log, bar)
-            stop = "signal" if signals.stop_after(self.step) else None
             last = self.step == config.steps
-            improved = False
-            if self.step % config.evaluate_every == 0 or last:
+            evaluated, improved = self.step % config.evaluate_every == 0 or last, False
+            if evaluated:
                 log.flush()
-                improved = self._evaluate_now(bar)
+                with signals.announced(bar, f"the evaluation of step {self.step}"):
+                    improved = self._evaluate_now(bar)
                 log.restart_clock()
-                if config.patience is not None and self._without_improvement >= config.patience and stop is None:
-                    stop = "patience"
-                    bar.say(f"step {self.step}: no better {config.best_metric} in {config.patience} evaluations: stop")
+            stop = "signal" if signals.stop_after(self.step) else None
+            patience = config.patience
+            if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
+                stop = "patience"
+                bar.say(f"step {self.step}: no better {config.best_metric} in {patience} evaluations: stop")
             due = config.checkpoint_every is not None and self.step % config.checkpoint_every == 0
             final = last or stop is not None
             if config.checkpoint_every is not None and (due or final or (config.restore_best and improved)):
@@ -353,6 +375,14 @@ class _Loop:
         return value if self._config.best_mode == "min" else -value
 
     def _save(self, *, wait: bool) -> None:
+        if not bool(self._is_finite(self._state)):
+            # Nothing is saved or deleted, so that the last finite weights stay.
+            self._checkpoints.wait()
+            raise DivergedError(
+                f"step {self.step}: the weights are not finite, although the loss and the gradient were. Lower the "
+                f"learning rate, or look for the fault in the optimizer. The last checkpoint is that of step "
+                f"{self._checkpoints.latest}"
+            )
         content = {
             **self._run.meta,
             "data": self._data.state(),
@@ -385,6 +415,12 @@ class _Loop:
             state, self._params(state), int(state.step), validation, interrupted,
             log.first_loss_at - self._begun, log.tokens_per_second, log.examples_per_second, len(self._shapes),
         )  # fmt: skip
+
+
+def _is_finite(state: TrainState) -> jax.Array:
+    """Whether all parameters and their moving average are finite."""
+    leaves = [leaf for leaf in jax.tree.leaves((state.params, state.ema)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 class _Records:
@@ -476,6 +512,23 @@ class _Signals:
         self.caught: str | None = None
         self._alone = jax.process_count() == 1
         self._before: dict[int, Any] = {}
+        self._announce: Callable[[str], None] | None = None
+
+    @contextlib.contextmanager
+    def announced(self, bar: Bar, what: str) -> Iterator[None]:
+        """While this is entered, a signal prints at once that the run ends after ``what``."""
+
+        def announce(name: str) -> None:
+            bar.say(f"{name}: the run ends after {what}; a second signal ends it now, without saving")
+
+        if self.caught is not None:
+            announce(self.caught)
+        else:
+            self._announce = announce
+        try:
+            yield
+        finally:
+            self._announce = None
 
     def stop_after(self, step: int) -> bool:
         """Whether to end after ``step``. Call it after every step; the answer is the same in all processes."""
@@ -497,6 +550,8 @@ class _Signals:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = signal.Signals(number).name
         self._restore()
+        if self._announce is not None:
+            self._announce(self.caught)
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxlm.data import Batches, Columns, Packed, RandomWindows
+from jaxlm.data import Batches, Columns, Packed, RandomWindows, batching
 from jaxlm.data.batching import permute
 
 TOKENS = np.arange(1, 1004, dtype=np.uint16)  # a token is its position + 1, so that 0 can only be padding
@@ -161,6 +161,20 @@ def test_a_memory_map_and_an_array_give_the_same_fingerprint(tmp_path):
     mapped = SOURCES["windows"](tokens=np.load(tmp_path / "a.npy", mmap_mode="r"), seed=np.int64(3))
     assert mapped.fingerprint() == SOURCES["windows"](tokens=TOKENS.astype(np.int64)).fingerprint()
     json.dumps(mapped.fingerprint())
+
+
+def test_any_changed_token_changes_the_fingerprint(monkeypatch):
+    monkeypatch.setattr(batching, "_CHECKED_AT_ONCE", 100)  # several parts
+    tokens = np.arange(5000) % 97
+    for name in ("windows", "columns"):
+        whole = SOURCES[name](tokens=tokens).fingerprint()
+        for at in (0, 99, 100, 1237, 4999):
+            changed = tokens.copy()
+            changed[at] += 1
+            assert SOURCES[name](tokens=changed).fingerprint() != whole
+    texts = [np.arange(5), np.arange(7), np.arange(5)]
+    swapped = [texts[0], texts[1], np.array([0, 1, 2, 4, 3])]
+    assert SOURCES["packed"](documents=texts).fingerprint() != SOURCES["packed"](documents=swapped).fingerprint()
 
 
 @pytest.mark.parametrize("rows", [[], [7, 8], [-1]])

@@ -137,13 +137,30 @@ def test_no_batch_takes_the_step_of_one_that_failed():
     assert batches.state()["next"] == 1
 
 
+def test_no_length_is_rounded_above_the_longest_that_a_model_reads():
+    data = [{"tokens": np.arange(1, length + 1)} for length in (3, 9, 11)]
+    assert [bucket.lengths["tokens"] for bucket in Bucketed(data, 2, 2).buckets] == [8, 16]
+    source = Bucketed(data, 2, 2, shuffle=False, max_length=11)
+    assert [bucket.lengths["tokens"] for bucket in source.buckets] == [8, 11]
+    assert source.batch(1, range(2)).fields["tokens"].tolist()[1] == list(range(1, 12))
+
+
+IDS = np.arange(1, 3)
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
         ([], {}, "no examples"),
-        ([{"a": np.ones(2)}, {"b": np.ones(2)}], {}, r"example 1 has the fields \['b'\]"),
-        ([{"a": np.ones(2)}, {"a": np.ones(0)}], {}, "a of example 1 must be a row of at least one integer"),
-        ([{"a": np.ones(2)}], {"num_buckets": 0}, "num_buckets must be at least 1"),
+        ([{"a": IDS}, {"b": IDS}], {}, r"example 1 has the fields \['b'\]"),
+        ([{"a": IDS}, {"a": IDS[:0]}], {}, "a of example 1 must be a row of at least one integer"),
+        ([{"a": IDS}], {"num_buckets": 0}, "num_buckets must be at least 1"),
+        ([{"a": IDS}, {"a": np.ones(2)}], {}, "a of example 1 has dtype float64, but batches hold int32: convert it"),
+        ([{"a": IDS}, {"a": [1, 2.5]}], {}, "a of example 1 has dtype float64"),
+        ([{"a": IDS == 1}], {}, "a of example 0 has dtype bool"),
+        ([{"a": IDS}, {"a": IDS + 2**32}], {}, "a of example 1 has values outside int32: from 4294967297 to"),
+        ([{"a": IDS}, {"a": [1, 2, 3]}], {"max_length": 2}, "a of example 1 has 3 entries, more than max_length=2"),
+        ([{"a": IDS}], {"max_length": 0}, "max_length must be at least 1, got 0"),
     ],
 )
 def test_bad_input(data, options, message):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -161,3 +162,84 @@ def test_outputs_of_an_encoder_decoder(tmp_path: Path, num_beams: int) -> None:
     request = GenerationConfig(NEW, num_beams=num_beams, length_penalty=options.get("length_penalty", 1.0))
     assert generate_text(model, params, load_tokenizer(tmp_path), sources, request) == expected
     assert len(set(expected)) > 1
+
+
+WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(45))]
+FILES = {
+    "greedy": {"max_new_tokens": NEW},
+    "beams": {"max_new_tokens": NEW, "num_beams": 3, "length_penalty": 0.6},
+    "beams that stop early": {"max_new_tokens": NEW, "num_beams": 3, "early_stopping": True},
+    "exact beams": {"max_new_tokens": NEW, "num_beams": 3, "early_stopping": "never", "length_penalty": 2.0},
+    "max_length": {"max_length": 9, "repetition_penalty": 1.3},
+    "the likeliest of samples": {"max_new_tokens": NEW, "do_sample": True, "top_k": 1, "temperature": 0.7},
+}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "t5"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """Their model, their tokenizer of words, and the directory of both."""
+    import tokenizers
+    import torch
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    torch.manual_seed(4)
+    common = {"vocab_size": len(WORDS), "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    if request.param == "gpt2":
+        theirs: Any = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=4, **common))
+    else:
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        theirs = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes, **common))
+    theirs = theirs.eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    path = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(path)
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if request.param == "t5":
+        backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.save_pretrained(path)
+    return theirs, tokenizer, path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_defaults_of_the_file(directory: tuple[Any, Any, Path], name: str) -> None:
+    """Both sides read generation_config.json and nothing else; two ids end a text."""
+    from transformers import GenerationConfig as TheirConfig
+
+    theirs, tokenizer, path = directory
+    sources = ["w3 w9 w1", "w7 w5", "w20 w21 w22 w23 w24 w25", "w2"]
+    ends = [46]
+    for second in (False, True):
+        content = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": ends, **FILES[name]}
+        TheirConfig(**content).save_pretrained(path)
+        theirs.generation_config = TheirConfig.from_pretrained(path)
+        expected = []
+        for source in sources:
+            batch = tokenizer(source, return_tensors="pt")
+            tokens = theirs.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0].tolist()
+            expected.append(tokens[1 if theirs.config.is_encoder_decoder else batch["input_ids"].shape[1] :])
+        model, params = jaxlm.load_pretrained(path)
+        key = jax.random.key(0) if "do_sample" in FILES[name] else None
+        found = generate_text(model, params, load_tokenizer(path), sources, key=key)
+        skipped = range(3) if theirs.config.is_encoder_decoder else ()
+        lengths = [next((at for at, token in enumerate(new) if token in ends), len(new)) for new in expected]
+        for text, new, length in zip(found, expected, lengths, strict=True):
+            assert text.split() == [WORDS[token] for token in new[:length] if token not in skipped]
+        if second:
+            assert any(length < len(new) for new, length in zip(expected, lengths, strict=True))
+        else:  # in the second round, two tokens that were generated in the first end a text
+            ends = list(dict.fromkeys(token for new in expected for token in new[1:] if token > 2))[:2]
+            assert len(ends) == 2

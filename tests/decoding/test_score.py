@@ -54,14 +54,14 @@ def test_logits_exist_in_chunks_only(gpt: Pair, monkeypatch: pytest.MonkeyPatch)
     model, params = gpt
     tokens = jnp.asarray(RNG.integers(0, 128, (2, 20)))
     whole = log_likelihood(model, params, tokens[:, :14])
-    score._log_likelihood.clear_cache()
+    score._token_scores.clear_cache()
     monkeypatch.setattr(score, "CHUNK_LOGITS", 2 * 5 * 128)  # 5 of 13 steps at a time, 3 at the end
     np.testing.assert_allclose(log_likelihood(model, params, tokens[:, :14]), whole, atol=1e-5)
     # A narrow model, whose own activations are smaller than the logits.
     narrow = jaxlm.get_model("gpt2-tiny", embed_dim=4, num_heads=1, mlp_dim=4, max_positions=20)
     jaxpr = jax.make_jaxpr(lambda p, t: log_likelihood(narrow, p, t))(spec.abstract(narrow.specs), tokens)
     assert max(largest(jaxpr.jaxpr)) == 2 * 5 * 128
-    score._log_likelihood.clear_cache()
+    score._token_scores.clear_cache()
 
 
 def test_one_window_is_the_plain_mean(pair: Pair) -> None:

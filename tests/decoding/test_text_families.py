@@ -224,4 +224,4 @@ def test_a_key_for_each_row() -> None:
 
 def test_the_config_is_hashable() -> None:
     assert hash(GenerationConfig(stop=["a", "b"])) == hash(GenerationConfig(stop=("a", "b")))  # type: ignore[arg-type]
-    assert GenerationConfig().sampling == GREEDY
+    assert GenerationConfig().resolve(jaxlm.get_model("gpt2-tiny"), BYTES).sampling == GREEDY

@@ -55,9 +55,13 @@ def test_what_a_run_leaves(finished, capsys):
     assert capsys.readouterr().out.split()[0] == "1"
 
 
-def test_a_finished_run_goes_on_with_more_epochs_but_not_with_other_data(finished, files, capsys):
-    assert main("--resume", finished) == 1
-    assert "nothing to do: step" in capsys.readouterr().err
+def test_a_finished_run_is_exported_again_and_does_not_go_on_with_other_data(finished, files, capsys):
+    (finished / "report.html").unlink()
+    (finished / "model" / "model.safetensors").unlink()
+    assert main("--resume", finished) == 0
+    assert "the training is complete" in capsys.readouterr().err
+    assert (finished / "report.html").exists()
+    jaxlm.load_pretrained(finished / "model")
     assert main("--resume", finished, "--data.train", files / "dev.tsv") == 1
     assert "cannot change when a run goes on" in capsys.readouterr().err
 

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn import loss
+from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
 from jaxlm.objectives.batch import count, smoothed_token_loss, token_accuracy
+from tests.helpers import tiny_model
 from tests.objectives.stub import VOCAB, Bag, compare, random_tokens
 
 MODEL = Bag(VOCAB)
@@ -44,3 +47,27 @@ def test_accuracy_of_tokens_counts_those_with_weight():
     best = np.argmax(MODEL.logits(params, hidden), axis=-1).astype(np.int32)
     right = batch.replace(targets=np.where(np.arange(7) < 3, best, (best + 1) % VOCAB))
     assert [float(x) for x in token_accuracy(MODEL, params, right)[:2]] == [6.0, 11.0]
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 2 * 3 * VOCAB, 2**20])
+def test_accuracy_in_chunks_of_time_is_that_of_all_logits(monkeypatch, chunk_logits):
+    model = tiny_model("gpt2-tiny", vocab_size=101, vocab_multiple=8)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 12), 0, 101), np.int32)
+    batch = causal.batch(tokens)
+    hidden, _ = model.apply(params, batch.tokens, segment_ids=batch.segment_ids)
+    best = np.argmax(np.asarray(model.logits(params, hidden))[..., :101], axis=-1)
+    batch = batch.replace(targets=np.where(np.arange(11) % 3 == 0, best, batch.targets))
+    monkeypatch.setattr(loss, "_logits_at_once", lambda: chunk_logits)
+    np.testing.assert_array_equal(chunked_argmax(model.logits, params, hidden), best)
+    right, weight, _ = jax.jit(lambda params: token_accuracy(model, params, batch))(params)
+    assert (float(right), float(weight)) == (float(np.sum(best == batch.targets)), 22.0)
+    assert 8 <= float(right) < 22
+
+
+def test_accuracy_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr(loss, "_logits_at_once", lambda: 3 * 2 * VOCAB)
+    batch = causal.batch(TOKENS)
+    jaxpr = str(jax.make_jaxpr(lambda params: token_accuracy(MODEL, params, batch)[0])(MODEL.init()))
+    assert f"[3,2,{VOCAB}]" in jaxpr
+    assert f"[3,7,{VOCAB}]" not in jaxpr

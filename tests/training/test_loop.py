@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxlm import integrity
+from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches, RandomWindows
 from jaxlm.data.buckets import Bucketed
 from jaxlm.objectives import causal
@@ -101,6 +105,27 @@ def test_a_signal_saves_says_so_and_resuming_is_bitwise(tmp_path, whole, capfd, 
     want = curve(read_metrics(tmp_path.parent / "whole" / "metrics.jsonl"), "loss")
     assert steps[-1] == STEPS
     assert dict(zip(steps, losses, strict=True))[STEPS] == want[1][-1]
+
+
+@pytest.mark.parametrize("where", ["evaluation", "step"])
+def test_a_signal_at_an_evaluation_is_announced_at_once(tmp_path, capfd, where):
+    model, optimizer, tokens, evaluate = parts()
+    said = []
+
+    def interrupted(params):
+        if where == "evaluation":
+            os.kill(os.getpid(), signal.SIGINT)
+        said.append(capfd.readouterr().err.replace("\n", " "))
+        return evaluate(params)
+
+    config = TrainingConfig(steps=STEPS, batch_size=8, sequence_length=16, evaluate_every=3, checkpoint_every=None)
+    source = RandomWindows(tokens, 16, 8, seed=1)
+    data = Interrupting(source, 3 if where == "step" else 99, signal.SIGINT)
+    result = train(config.trainer(model, optimizer, causal.loss), data, interrupted, config, Run(tmp_path))
+    assert result.interrupted == "SIGINT"
+    assert int(result.state.step) == 3
+    (during,) = said
+    assert "SIGINT: the run ends after the evaluation of step 3; a second signal ends it now" in during
 
 
 KILLED = """
@@ -222,6 +247,21 @@ def test_divergence_stops_with_a_reason_and_keeps_good_weights(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 3.0
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    model, _, tokens, evaluate = parts()
+
+    def rate(count):  # as a schedule with a fault gives it: finite loss and gradient, weights that are not
+        return jnp.where(count < 6, 1e-3, jnp.nan)
+
+    config = TrainingConfig(STEPS, 8, 16, evaluate_every=100, checkpoint_every=1, keep_last=1)
+    trainer = config.trainer(model, optax.sgd(rate), causal.loss)
+    data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
+    with pytest.raises(DivergedError, match=r"step 7: the weights are not finite.*last checkpoint .* step 6"):
+        train(trainer, data, evaluate, config, Run(tmp_path))
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [6]
+
+
 def test_starting_from_given_parameters_leaves_them_alone(tmp_path):
     model, _, _, evaluate = parts()
     params = jax.jit(model.init)(jax.random.key(5))
@@ -232,9 +272,43 @@ def test_starting_from_given_parameters_leaves_them_alone(tmp_path):
     assert relative_error(result.state.params["final_norm"]["scale"], params["final_norm"]["scale"]) > 0
 
 
-def test_nothing_left_to_do_is_said(tmp_path, whole):
-    with pytest.raises(ValueError, match=f"step {STEPS} of {STEPS} is reached"):
-        run(tmp_path.parent / "whole", resume=True)
+def test_a_complete_run_gives_its_result_again(tmp_path, whole, capfd):
+    directory = tmp_path / "copy"
+    shutil.copytree(tmp_path.parent / "whole", directory)
+    again = run(directory, resume=True)
+    assert "the training is complete" in capfd.readouterr().err
+    assert_trees_equal(again.params, whole.params)
+    assert again.validation == pytest.approx(dict(whole.validation))
+    assert (again.step, again.interrupted) == (STEPS, None)
+    with pytest.raises(ValueError, match=rf"of step {STEPS}, beyond training.steps=5: ask for at least {STEPS}"):
+        run(directory, resume=True, steps=5)
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_its_start(tmp_path, whole, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')  # killed while writing
+    result = run(tmp_path / "run", resume=True)
+    assert "there is no checkpoint yet" in capfd.readouterr().err
+    assert_trees_equal(result.params, whole.params)
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_when_asked_for(tmp_path, whole):
+    directory = tmp_path / "copy"
+    shutil.copytree(tmp_path.parent / "whole", directory)
+    (directory / "checkpoints" / str(STEPS) / "record" / "metadata").write_text("{}")
+    with pytest.raises(CorruptCheckpointError, match="the newest intact step before it is 8"):
+        run(directory, resume=True)
+    with pytest.raises(FileExistsError, match="holds the checkpoints of another run"):
+        run(directory)
+    result = run(directory, resume=True, on_corrupt="previous")
+    assert_trees_equal(result.params, whole.params)
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
+    with integrity.locked(tmp_path), pytest.raises(BlockingIOError, match=rf"in use by the process {os.getpid()}"):
+        run(tmp_path)
+    with integrity.locked(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

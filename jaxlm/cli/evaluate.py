@@ -1,0 +1,83 @@
+"""``jaxlm evaluate``: scores on tasks of EleutherAI's lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxlm.cli.common import Directory, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a model on tasks of lm-evaluation-harness: prints a table. Needs the extra "eval".
+
+    The data sets of most tasks are downloaded from the Hugging Face Hub.
+    """
+
+    directory: Directory
+    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    tasks: tuple[str, ...]
+    """Names of tasks or groups of the harness, or of --include-path."""
+    include_path: Path | None = None
+    """Directory with YAML files of further tasks."""
+    limit: int | None = None
+    """Documents of each task; None takes all."""
+    num_fewshot: int | None = None
+    """Examples in each context; None takes the number of the task."""
+    batch_size: int = 32
+    """Requests that are computed together."""
+    max_length: int | None = None
+    """Tokens that the model reads at most; None is the model's own limit."""
+    prefix_token_id: int | None = None
+    """Token before a text without a context; None is the tokenizer's beginning or end token."""
+    max_gen_toks: int = 256
+    """Tokens to generate at most where a task does not say."""
+    seed: int = 0
+    """Seed of random draws in generated text."""
+    output: Path | None = None
+    """JSON file for the results."""
+    dtype: str | None = None
+    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+
+    def run(self) -> int:
+        """Print the table of results."""
+        if not self.tasks:
+            raise ValueError("there are no tasks: give --tasks NAME")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit} must be at least 1")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise ValueError(f"--include-path {self.include_path} is no directory")
+        if self.output is not None and not self.output.parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no directory {self.output.parent}")
+        from jaxlm.tasks.lm_eval import HarnessModel  # isort: skip (its error names the extra)
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable, make_table
+
+        manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
+        unknown = [name for name in self.tasks if name not in manager.all_tasks]
+        if unknown:
+            raise ValueError(f"unknown tasks {', '.join(unknown)}: lm_eval ls tasks prints the names")
+        model, params, tokenizer = load(self.directory, self.dtype)
+        harness_model = HarnessModel(
+            model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
+            prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,
+        )  # fmt: skip
+        results: dict[str, Any] = simple_evaluate(
+            model=harness_model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
+            batch_size=self.batch_size, task_manager=manager, log_samples=False,
+        )  # fmt: skip
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
+        for method, count in harness_model.requests.truncated.items():
+            if count:
+                what = "scored in several windows" if method.startswith("rolling") else "truncated"
+                print(f"{count} requests were {what}: the model reads {harness_model.requests.max_length} tokens")
+        if self.output is not None:
+            text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            self.output.write_text(text + "\n", encoding="utf-8")
+        return 0

@@ -1,0 +1,111 @@
+"""A jaxlm model for EleutherAI's lm-evaluation-harness (the extra ``eval``; Gao et al. 2021,
+https://github.com/EleutherAI/lm-evaluation-harness).
+
+Importing this module registers the model ``jaxlm`` with the harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
+from jaxlm.interop.huggingface import load_pretrained
+from jaxlm.models import Model
+from jaxlm.tasks.text_requests import TextRequests
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import simple_parse_args_string
+except ImportError as error:
+    raise ImportError("evaluation on tasks needs lm_eval: pip install 'jaxlm[eval]'") from error
+
+
+@register_model("jaxlm")
+class HarnessModel(LM):
+    """A model of any family that decodes, as the harness calls it.
+
+    Args:
+        model, params, tokenizer, options: those of :class:`jaxlm.tasks.text_requests.TextRequests`, which explains what
+            is truncated.
+
+    Raises:
+        ValueError: as ``TextRequests``; requests with a chat template.
+
+    Example:
+        >>> lm = HarnessModel(model, params, tokenizer, batch_size=16)   # doctest: +SKIP
+        >>> results = lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"])   # doctest: +SKIP
+    """
+
+    def __init__(self, model: Model, params: Any, tokenizer: Tokenizer, **options: Any) -> None:
+        super().__init__()
+        self.requests = TextRequests(model, params, tokenizer, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained: str | Path, *, dtype: str | None = None, **options: Any) -> HarnessModel:
+        """The model of a run directory, or of a directory in Hugging Face layout.
+
+        Args:
+            dtype: compute dtype, such as bfloat16; None keeps the model's.
+            options: of ``TextRequests``.
+        """
+        directory = Path(pretrained)
+        directory = directory / "model" if (directory / "model").is_dir() else directory
+        overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        model, params = load_pretrained(directory, **overrides)
+        return cls(model, params, load_tokenizer(directory), **options)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> HarnessModel:
+        """The model of ``model_args``: ``pretrained`` and the options of :meth:`from_pretrained`."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        arguments = {**arg_dict, **given}
+        known = {"pretrained", "dtype", "batch_size", "max_length", "prefix_token_id", "max_gen_toks", "seed"}
+        if "pretrained" not in arguments or not arguments.keys() <= known:
+            raise ValueError(
+                f"the model jaxlm needs pretrained=DIR and takes {', '.join(sorted(known - {'pretrained'}))}; got "
+                f"{', '.join(sorted(arguments)) or 'nothing'}"
+            )
+        return cls.from_pretrained(**arguments)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> HarnessModel:
+        """The model of ``model_args`` as text, ``pretrained=DIR,dtype=bfloat16``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
+        return self.requests.log_likelihoods([request.args for request in requests])
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Log-likelihood of each whole text."""
+        return self.requests.rolling_log_likelihoods([request.args[0] for request in requests])
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """The text generated for each context."""
+        return self.requests.generate([request.args for request in requests])
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key of the harness's cache of requests."""
+        return type(self.requests.tokenizer).__name__
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raise ``ValueError``: there are no chat templates."""
+        raise ValueError("jaxlm applies no chat template: evaluate with apply_chat_template=False")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness adds to ``results["config"]``: the model, and what was truncated."""
+        model = self.requests.model
+        return {
+            "model_family": model.family,
+            "model_num_parameters": model.num_parameters,
+            "max_length": self.requests.max_length,
+            "truncated_requests": dict(self.requests.truncated),
+        }

@@ -1,0 +1,80 @@
+"""The real packages ``datasets`` and ``grain``, where the other tests have objects of the same form."""
+
+import numpy as np
+import pytest
+
+from jaxlm.data import Batches, RandomAccess
+from jaxlm.data.buckets import Bucketed
+from jaxlm.data.examples import Examples
+
+pytestmark = pytest.mark.live
+
+FIELDS = {"text": "sentence", "label": "label"}
+
+
+def films():
+    import datasets
+
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["positive", "negative"])}
+    )
+    rows = {"sentence": [f"film {n}" for n in range(20)], "label": [n % 2 for n in range(20)]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_a_data_set_of_hugging_face():
+    import datasets
+
+    found = Examples.from_datasets(films(), FIELDS)
+    assert len(found) == 20
+    assert found[3] == {"text": "film 3", "label": "negative"}
+    assert found.label_names() == ("positive", "negative")
+    chosen = films().shuffle(seed=1).select(range(5))
+    assert Examples.from_datasets(chosen, {"text": "sentence"}).column("text") == list(chosen["sentence"])
+    with pytest.raises(TypeError, match="IterableDataset has no length and no index: load it with streaming=False"):
+        Examples.from_datasets(films().to_iterable_dataset(), FIELDS)
+    with pytest.raises(TypeError, match="a dictionary of data sets: pass one of them, of 'train', 'test'"):
+        Examples.from_datasets(datasets.DatasetDict({"train": films(), "test": films()}), FIELDS)
+    with pytest.raises(ValueError, match="has no column 'text': its columns are 'sentence', 'label'"):
+        Examples.from_datasets(films(), {"text": "text"})
+
+
+def test_a_data_set_of_hugging_face_is_random_access_too():
+    rows = films().map(lambda row: {"tokens": [ord(c) for c in row["sentence"][:6]]}, remove_columns=["sentence"])
+    batch = RandomAccess(rows, 4).batch(2, range(4))
+    assert batch["tokens"].shape == (4, 6)
+    assert Examples.from_random_access(films(), FIELDS)[5] == {"text": "film 5", "label": 1}
+
+
+def test_a_grain_data_set():
+    import grain
+
+    def element(number):
+        return {"ids": np.arange(1, number + 2), "label": number}
+
+    data = grain.MapDataset.range(12).shuffle(seed=3).map(element)
+    found = Examples.from_random_access(data, {"tokens": "ids", "label": "label"})
+    assert sorted(found.column("label")) == list(range(12))
+    assert found[2]["label"] == data[2]["label"]
+    members = np.concatenate([bucket.members for bucket in Bucketed(found, 4, 2).buckets])
+    assert sorted(members.tolist()) == list(range(12))
+    fixed = data.map(lambda row: {"tokens": np.full(3, row["label"])})
+    batches = Batches(RandomAccess(fixed, 4, shuffle=False))
+    seen = np.concatenate([next(batches)["tokens"][:, 0] for _ in range(3)])
+    assert seen.tolist() == [int(fixed[n]["tokens"][0]) for n in range(12)]
+    saved, rest = batches.state(), next(batches)["tokens"]
+    again = Batches(RandomAccess(fixed, 4, shuffle=False))
+    again.restore(saved)
+    np.testing.assert_array_equal(next(again)["tokens"], rest)
+
+
+def test_grain_data_sets_that_cannot_be_indexed_once():
+    import grain
+
+    data = grain.MapDataset.range(4).map(lambda number: {"x": number})
+    with pytest.raises(ValueError, match=r"the source has no end: leave out repeat\(\)"):
+        RandomAccess(data.repeat(), 2)
+    with pytest.raises(ValueError, match="example 0 of the source must be a mapping, got None"):
+        Examples.from_random_access(data.filter(lambda row: row["x"] > 0))
+    with pytest.raises(TypeError, match="is a .*IterDataset.*: it needs a length and an index"):
+        RandomAccess(data.to_iter_dataset(), 2)
