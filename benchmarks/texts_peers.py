@@ -44,7 +44,11 @@ class JaxlmTranslator(_Jaxlm):
         from jaxlm.decoding import GenerationConfig
 
         self.request = GenerationConfig(
-            max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=1.0, batch_size=batch
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=1.0,
+            early_stopping=False,
+            batch_size=batch,
         )
 
     def run(self) -> list[str]:
@@ -87,7 +91,12 @@ class TorchTranslator(_Torch):
 
     def __init__(self, directory: str, file: str, batch: int, rounds: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSeq2SeqLM")
-        self.options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": 1.0}
+        self.options = {
+            "num_beams": num_beams,
+            "max_new_tokens": max_new_tokens,
+            "length_penalty": 1.0,
+            "early_stopping": False,
+        }
 
     def run(self) -> list[str]:
         import torch

@@ -53,19 +53,17 @@ def locked(directory: Path) -> Iterator[None]:
     """
     import fcntl  # not on Windows
 
-    with (directory / ".lock").open("a+") as file:
+    number = os.open(directory, os.O_RDONLY)  # the directory itself, so that no file is left
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
             raise BlockingIOError(
-                f"{directory} is in use by the process {owner}: wait for its end, or take another directory"
+                f"{directory} is in use by another process: wait for its end, or take another directory"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         yield
+    finally:
+        os.close(number)
 
 
 def sync(path: Path) -> None:

@@ -111,7 +111,7 @@ def _checksum(tokens: np.ndarray) -> int:
     checksum = 0
     for start in range(0, len(tokens), _CHECKED_AT_ONCE):
         part = np.asarray(tokens[start : start + _CHECKED_AT_ONCE]).astype("<u4")
-        checksum = zlib.crc32(part, checksum)
+        checksum = zlib.crc32(part.tobytes(), checksum)
     return checksum
 
 

@@ -19,7 +19,8 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
 from jaxlm.training.html_report import write_report
 from jaxlm.training.loop import Result, Run
-from jaxlm.training.report import draw_losses, write_results
+from jaxlm.training.plots import save_attention
+from jaxlm.training.report import ATTENTION, draw_losses, read_attention, write_results
 
 E = TypeVar("E")
 
@@ -154,7 +155,7 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
 def report(
     directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], result: Result, **details: Any
 ) -> Path:
-    """Write ``results.json`` and ``report.html``, and print the scores.
+    """Write ``results.json``, ``report.html`` and, where there are attention maps, ``attention.png``; print the scores.
 
     Args:
         begun: ``time.perf_counter()`` at the start of the run.
@@ -173,6 +174,8 @@ def report(
         directory, task=task, family=model.family, parameters=model.num_parameters, minutes=minutes, scores=scores,
         steps=result.step, compilations=result.compilations, **trained, **details,
     )  # fmt: skip
+    if (directory / ATTENTION).exists():
+        save_attention(read_attention(directory)[:2], directory / "attention.png")
     page = write_report(directory)
     for score in scores:
         say(str(score))

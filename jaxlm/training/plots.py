@@ -141,6 +141,34 @@ def save_png(panels: Sequence[Panel], picture: str | Path, columns: int = 2) -> 
     _save(panels, PNG, size, (rows, columns), picture, format="png", dpi=130)
 
 
+def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> None:
+    """Draw attention maps side by side into a PNG: rows attend to columns, dark is a weight of 1.
+
+    Raises:
+        ValueError: no maps.
+        ImportError: matplotlib is not installed.
+    """
+    if not maps:
+        raise ValueError(f"{picture}: there are no attention maps to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing attention maps needs matplotlib: pip install matplotlib") from error
+    widths = [len(item.columns) for item in maps]
+    figure = Figure(
+        figsize=(0.3 * sum(widths) + 1.6 * len(maps), 0.3 * max(len(item.rows) for item in maps) + 1.4),
+        layout="constrained", facecolor="white",
+    )  # fmt: skip
+    for item, axes in zip(maps, figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0], strict=True):
+        axes.imshow(np.asarray(item.weights, np.float64), cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(len(item.columns)), item.columns, rotation=60, ha="left", rotation_mode="anchor")
+        axes.set_yticks(range(len(item.rows)), item.rows)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_color(PNG.grid)
+    figure.savefig(picture, format="png", dpi=110)
+
+
 def svg(panel: Panel, identifier: str) -> str:
     """One panel as an ``<svg>`` element without fixed size. Its colors are the CSS variables ``--text``, ``--line`` and
     ``--series-0`` to ``--series-6``; its text has the font of the page.

@@ -68,6 +68,7 @@ def test_what_a_run_leaves(finished):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "checksums.json",
         "jaxlm_tokenizer.json",
     }
     experiment = config_lib.read(text_generation.Experiment, finished / "config.json")
@@ -131,8 +132,10 @@ def test_a_run_goes_on_with_more_steps(copied, finished):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ((), "step 12 of 12 is reached. Ask for more training.steps"),
-        (("--training.steps", "5", "--optimizer.warmup-steps", "1"), "step 12 of 5 is reached"),
+        (
+            ("--training.steps", "5", "--optimizer.warmup-steps", "1"),
+            "the checkpoint is of step 12, beyond training.steps=5: ask for at least 12",
+        ),
         (("--tokenizer", "byte"), "tokenizer=byte cannot change when a run goes on (it is character)"),
         (("--validation-fraction", "0.2"), "validation_fraction=0.2 cannot change"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import jaxlm
 from experiments import translation
 from jaxlm import cli
-from jaxlm.training.report import read_results, read_samples
+from jaxlm.training.report import read_attention, read_results, read_samples
 
 NUMBERS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier"}
 TINY = (
@@ -46,6 +46,9 @@ def test_what_a_run_leaves(finished, capsys):
     assert (finished / "translations.txt").read_text().split() == list(NUMBERS.values())
     assert {"source": "two", "reference": "zwei", "output": "zwei"} in read_samples(finished)
     assert "zwei" in (finished / "report.html").read_text()
+    maps = read_attention(finished)
+    assert {"".join(item.rows).split("</s>")[0] for item in maps} <= set(NUMBERS.values())
+    assert (finished / "attention.png").read_bytes().startswith(b"\x89PNG")
     model, _ = jaxlm.load_pretrained(finished / "model")
     assert model.config.decoder_start_id == 0
     assert cli.main(["translate", str(finished), "three", "one"]) == 0
