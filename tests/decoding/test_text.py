@@ -177,7 +177,7 @@ def test_bad_texts(texts: Any, error: type[Exception], message: str) -> None:
             ValueError,
             r"num_beams=2 searches for likely texts, but temperature=1.0 draws at random: set num_beams=1",
         ),
-        ({"length_penalty": 2.0}, ValueError, r"length_penalty=2.0 ranks beams: set num_beams above 1"),
+        ({"length_penalty": 2.0, "num_beams": 1}, ValueError, r"length_penalty=2.0 ranks beams: set num_beams above 1"),
         ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be finite"),
     ],
 )

@@ -68,7 +68,7 @@ def test_the_classifier_has_a_dense_layer_of_its_own_and_dropout_on_both_sides_o
     shaken = np.asarray(roberta.summary(cfg, params, hidden, key=jax.random.key(0)))
     assert 0.2 < (shaken == 0).mean() < 0.8  # after it
     kept = shaken[shaken != 0] / 2
-    assert not np.isclose(kept, np.asarray(calm)[shaken != 0], rtol=1e-3).any()  # and before it
+    assert np.isclose(kept, np.asarray(calm)[shaken != 0], rtol=1e-3).mean() < 0.1  # and before it
 
 
 def test_there_is_no_next_sentence_head_and_no_state():
