@@ -199,12 +199,14 @@ def _select(
 ) -> _Search:
     """Extend every live hypothesis by every id, keep the best.
 
-    At most K of the best 2 * K candidates end here (one per beam), so that K remain to go on with.
+    Of E ids that end a text, at most K * E candidates are among the best (one per beam and id), so that of the best
+    K * (1 + E) at least K remain to go on with.
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
     totals_BKV = search.live_totals[:, :, None] + jax.nn.log_softmax(logits, axis=-1).reshape(B, K, V)
-    totals_BC, flat_BC = jax.lax.top_k(totals_BKV.reshape(B, K * V), min(2 * K, K * V))
+    kept = K * (1 + max(1, len(end_ids)))
+    totals_BC, flat_BC = jax.lax.top_k(totals_BKV.reshape(B, K * V), min(kept, K * V))
     beam_BC, token_BC = flat_BC // V, (flat_BC % V).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1

@@ -169,7 +169,7 @@ FILES = {
     "greedy": {"max_new_tokens": NEW},
     "beams": {"max_new_tokens": NEW, "num_beams": 3, "length_penalty": 0.6},
     "beams that stop early": {"max_new_tokens": NEW, "num_beams": 3, "early_stopping": True},
-    "exact beams": {"max_new_tokens": NEW, "num_beams": 3, "early_stopping": "never", "length_penalty": 2.0},
+    "exact beams": {"max_new_tokens": NEW, "num_beams": 3, "early_stopping": "never", "length_penalty": 0.3},
     "max_length": {"max_length": 9, "repetition_penalty": 1.3},
     "the likeliest of samples": {"max_new_tokens": NEW, "do_sample": True, "top_k": 1, "temperature": 0.7},
 }
