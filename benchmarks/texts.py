@@ -52,7 +52,7 @@ class Texts:
     """Write everything there too."""
 
 
-def compare(task: str, peers: dict[str, str], **arguments: Any) -> dict[str, Any]:
+def compare(task: str, peers: dict[str, str], rounds: int, **arguments: Any) -> dict[str, Any]:
     """Seconds of each round of each peer, and the share of results that agree, as one record."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         started = {
@@ -64,7 +64,7 @@ def compare(task: str, peers: dict[str, str], **arguments: Any) -> dict[str, Any
         warm_up = {name: [worker.run() for _ in range(2)] for name, worker in started.items()}
         results = {name: runs[-1][1] for name, runs in warm_up.items()}
         seconds: dict[str, list[float]] = {name: [] for name in started}
-        for turn in range(arguments["rounds"]):
+        for turn in range(rounds):
             for name in harness.rotated(list(started), turn):
                 seconds[name].append(harness.warm_run(started[name])[0])
     ours, theirs = (results[name] for name in peers)
@@ -104,7 +104,6 @@ def run(options: Texts) -> None:
     for name, value in description.items():
         print(f"{name:10} {value}")
     records = []
-    shared = {"batch": options.batch, "rounds": options.rounds}
     beams = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     for task, peers, directory, file, settings in (
         (f"translation, {options.num_beams} beams", TRANSLATORS, options.translator, options.sources, beams),
@@ -119,7 +118,8 @@ def run(options: Texts) -> None:
         directory = directory / "model" if (directory / "model").is_dir() else directory
         if not (directory / "config.json").is_file() or not file.is_file():
             raise harness.Failure(f"{directory} has no config.json, or {file} is not a file")
-        records.append(compare(task, peers, directory=str(directory), file=str(file), **shared, **settings))
+        files = {"directory": str(directory), "file": str(file)}
+        records.append(compare(task, peers, options.rounds, **files, batch=options.batch, **settings))
         print(f"\n{show(records[-1])}", flush=True)
     harness.write_json(options.json, "texts", options, description, records)
 

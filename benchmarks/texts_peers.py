@@ -39,7 +39,7 @@ class _Jaxlm(_Texts):
 class JaxlmTranslator(_Jaxlm):
     """``jaxlm.decoding.generate_text``."""
 
-    def __init__(self, directory: str, file: str, batch: int, rounds: int, num_beams: int, max_new_tokens: int) -> None:
+    def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch)
         from jaxlm.decoding import GenerationConfig
 
@@ -59,9 +59,6 @@ class JaxlmTranslator(_Jaxlm):
 
 class JaxlmClassifier(_Jaxlm):
     """``jaxlm.tasks.predict.classify``."""
-
-    def __init__(self, directory: str, file: str, batch: int, rounds: int) -> None:
-        super().__init__(directory, file, batch)
 
     def run(self) -> list[str] | list[int]:
         from jaxlm.tasks.predict import classify
@@ -89,7 +86,7 @@ class _Torch(_Texts):
 class TorchTranslator(_Torch):
     """``generate`` of transformers, batch by batch."""
 
-    def __init__(self, directory: str, file: str, batch: int, rounds: int, num_beams: int, max_new_tokens: int) -> None:
+    def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSeq2SeqLM")
         self.options = {
             "num_beams": num_beams,
@@ -114,7 +111,7 @@ class TorchTranslator(_Torch):
 class TorchClassifier(_Torch):
     """A forward pass of transformers, batch by batch."""
 
-    def __init__(self, directory: str, file: str, batch: int, rounds: int) -> None:
+    def __init__(self, directory: str, file: str, batch: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSequenceClassification")
 
     def run(self) -> list[str]:

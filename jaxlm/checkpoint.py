@@ -432,13 +432,13 @@ class Checkpointer:
             if step is None and self.steps():
                 raise FileNotFoundError(f"none of the checkpoints in {self.directory} has a metric: {self.steps()}")
         while True:
-            steps = self.steps()
-            newest = max([*steps, *self.damaged()], default=0) if step is None else step
+            intact, damaged = self._look()
+            newest = max([*intact, *damaged], default=0) if step is None else step
             try:
                 return self._restore(target, step)
             except CorruptCheckpointError as error:
                 reason = str(error)
-                if on_corrupt == "stop" or not any(other < newest for other in steps):
+                if on_corrupt == "stop" or not any(other < newest for other in intact):
                     raise CorruptCheckpointError(f"{reason}; {self._instead(newest)}") from error
             processes.from_first(functools.partial(self._move_aside, newest, reason))
 
