@@ -146,7 +146,7 @@ def _roof(rows: Sequence[dict[str, Any]]) -> str:
     names = [(row["file"], f"{row['op']}, {row['shape']}") for row in rows]
     places = {name: index for index, name in enumerate(dict.fromkeys(reversed(names)))}
     peers = list(dict.fromkeys(row["peer"] for row in rows))
-    figure, axes = _figure(0.34 * len(places) + 1.2)
+    figure, axes = new_figure(0.34 * len(places) + 1.2)
     height = 0.8 / len(peers)
     for index, peer in enumerate(peers):
         own = [
@@ -157,7 +157,7 @@ def _roof(rows: Sequence[dict[str, Any]]) -> str:
             [row["roof_percent"] for _, row in own],
             height,
             label=peer,
-            color=_COLORS.get(peer, _OTHER_COLOR),
+            color=COLORS.get(peer, _OTHER_COLOR),
         )
     axes.set_yticks(list(places.values()), [name for _, name in places], fontsize=8)
     axes.axvline(100, color="#888", linewidth=0.8)
@@ -168,11 +168,11 @@ def _roof(rows: Sequence[dict[str, Any]]) -> str:
 
 def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> str:
     """Milliseconds over one size, both logarithmic: equal slopes are equal growth."""
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     for peer, line in lines.items():
         points = [size for size, _ in line]
         low, high = ([1e3 * row[which] for _, row in line] for which in ("p10", "p90"))
-        color = _COLORS.get(peer, _OTHER_COLOR)
+        color = COLORS.get(peer, _OTHER_COLOR)
         axes.plot(points, [1e3 * row["median"] for _, row in line], marker="o", label=peer, color=color)
         axes.fill_between(points, low, high, alpha=0.15, color=color)
     axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms", title=operation)
@@ -183,11 +183,12 @@ def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str,
     return _svg(figure)
 
 
-_COLORS = {OURS: "C0", "torch": "C1", "flax": "C2", "torch-compile": "C3", "lax.scan": "C4", "lax.conv": "C5"}
+COLORS = {OURS: "C0", "torch": "C1", "flax": "C2", "torch-compile": "C3", "lax.scan": "C4", "lax.conv": "C5"}
 _OTHER_COLOR = "C7"
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def new_figure(height: float) -> tuple[Any, Any]:
+    """A figure of this height in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height), layout="constrained")

@@ -1,4 +1,10 @@
-from tests.pages import check_links, run_page
+import re
+
+import pytest
+
+from tests.pages import ROOT, check_links, run_page
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_block_of_the_tour_runs(tmp_path, monkeypatch):
@@ -15,3 +21,16 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     namespace = run_page("README.md")
     assert namespace["logits"].shape == (1, 19, 77)
     assert len(namespace["text"]) == 40
+
+
+def test_the_examples_of_getting_started_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run_page("docs/getting_started.md")
+    assert namespace["scores"].shape == (2, 1, 3)
+    assert namespace["translation"].shape == (2, 8)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links_to_exist(page):
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert link.startswith(("https://", "http://")) or (page.parent / link).exists(), link

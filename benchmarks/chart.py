@@ -1,0 +1,90 @@
+"""One picture of how fast jaxlm is relative to its peers, with a bar for each processor.
+
+    python -m benchmarks.chart --output speed.png "Zen 4"=zen4/training_gpt2.json zen4/training_t5.json "Xeon"=xeon.json
+
+An argument is the name of a processor, ``=``, and a file that a benchmark wrote with ``--json``. A file without a name
+belongs to the name before it. A bar is the median time of a peer divided by that of jaxlm, in the same rounds: above 1,
+jaxlm is faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks import harness, report
+from benchmarks.harness import OURS, Failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Draw the picture."""
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """NAME=FILE, or FILE for the name before it."""
+    operations: tuple[str, ...] = ("training step",)
+    """Operations that are drawn."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("speed.png")
+    """The picture: .png or .svg."""
+
+
+def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of peers of each processor.
+
+    Raises:
+        Failure: the first file has no name of a processor, or no file has such an operation.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    name = ""
+    for argument in arguments:
+        before, equals, file = argument.rpartition("=")
+        name = before if equals else name
+        if not name:
+            raise Failure(f"{argument} has no name of a processor: write NAME={argument}")
+        found = [row for row in report.read([Path(file)]) if row["peer"] != OURS and row["op"] in operations]
+        rows.setdefault(name, []).extend(found)
+    if not any(rows.values()):
+        raise Failure(f"no file has rows of {', '.join(operations)}")
+    return rows
+
+
+def draw(rows: dict[str, list[dict[str, Any]]]) -> Any:
+    """The figure: a group for each shape and peer, a bar for each processor."""
+    groups = list(dict.fromkeys((row["shape"], row["peer"]) for own in rows.values() for row in own))
+    groups.sort(key=lambda group: (group[1], group[0]))
+    height = 0.8 / len(rows)
+    figure, axes = report.new_figure(0.24 * len(groups) * len(rows) + 0.9)
+    for number, (name, own) in enumerate(rows.items()):
+        ratios = {(row["shape"], row["peer"]): row["ratio"] for row in own}
+        places = [
+            (at - 0.4 + height * (number + 0.5), ratios[group]) for at, group in enumerate(groups) if group in ratios
+        ]
+        bars = axes.barh([y for y, _ in places], [ratio for _, ratio in places], height, label=name)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.set_yticks(range(len(groups)), [f"{shape} / {peer}" for shape, peer in groups], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#444", linewidth=0.8)
+    axes.set_xlabel("times as fast as the peer (median of interleaved runs)")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def run(options: Chart) -> None:
+    """Read, and draw."""
+    draw(read(options.files, options.operations)).savefig(options.output, dpi=120)
+    print(f"wrote {options.output}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Chart, args=arguments, prog="python -m benchmarks.chart", description=__doc__)
+    return harness.exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
