@@ -119,7 +119,7 @@ PRESETS = {
     ),
     "full": preset(
         "llama", "num_layers=6", "num_heads=6", "embed_dim=192", "mlp_dim=512", "remat=none",
-        training=TrainingConfig(6000, 8, 256, evaluate_every=500, checkpoint_every=500), tests=Tests(),
+        training=TrainingConfig(4500, 8, 256, evaluate_every=500, checkpoint_every=500), tests=Tests(),
         optimizer=dataclasses.replace(MUON, warmup_steps=200), validation_fraction=0.005, test_fraction=0.02,
     ),
 }  # fmt: skip
@@ -175,7 +175,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         model, {"loss": causal.loss, "token_accuracy": token_accuracy},
         [to_batch(held_out.batch(index, range(config.batch_size))) for index in range(batches)],
     )  # fmt: skip
-    directory = lib.run_directory("chess", experiment, resume, tokenizer)
+    directory = lib.run_directory("chess", experiment, resume, trainer, tokenizer)
     lib.say(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
         f"{len(validation):,} for validation, {len(test):,} for the tests · {words} · {config.steps:,} steps of "

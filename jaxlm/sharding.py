@@ -1,13 +1,13 @@
-"""Sharding: logical axis names to mesh axes. The only file that knows a mesh.
+"""Sharding: maps logical axis names to mesh axes. No other file uses a mesh directly.
 
-Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``); a :class:`Rules` table says which mesh
-axes split them. Data parallel, fully sharded, tensor and sequence parallel are tables, not code:
+Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
+axes split them. Data parallelism, fully sharded parameters, tensor and sequence parallelism are tables, not code:
 
     >>> sharding = Sharding(make_mesh("data=4,tensor=2"))                   # doctest: +SKIP
     >>> params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(key)   # doctest: +SKIP
 
-Logical axes: parameters use ``embed`` for the model width, activations ``activation_embed``, because fully sharded
-parameters split the width while activations split the batch over the same mesh axis.
+The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Fully sharded
+parameters split the width over the mesh axis over which activations split the batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from jaxlm import spec as spec_lib
 Axes = Sequence[str | None]
 
 LOGICAL_AXES = (
-    "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", spec_lib.LAYERS,
+    "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", "slots",
+    spec_lib.LAYERS,
 )  # fmt: skip
 
 
@@ -39,25 +40,30 @@ def _closest(name: str, names: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which mesh axes split each logical axis: ``((logical, (mesh axis, ...)), ...)``. Hashable; build with :meth:`of`.
+    """A table of the mesh axes that split each logical axis: ``((logical, (mesh axis, ...)), ...)``.
 
-    A logical axis without a rule is not split. A rule may name mesh axes that a mesh lacks: they split nothing there,
-    so one table serves every mesh. A mesh axis that no rule names is an error (:class:`Sharding`).
+    The table is hashable; build it with :meth:`of`. A logical axis without a rule is not split. A rule may name mesh
+    axes that the mesh does not have; they are ignored, so that one table works for every mesh. A mesh axis that no
+    rule names is an error (:class:`Sharding`).
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
 
     @classmethod
     def of(cls, **rules: str | tuple[str, ...]) -> Rules:
-        """``Rules.of(batch=("data", "fsdp"), heads="tensor")``."""
+        """Rules from keyword arguments, for example ``Rules.of(batch=("data", "fsdp"), heads="tensor")``.
+
+        Raises:
+            ValueError: a keyword is not a logical axis.
+        """
         for logical in rules:
             if logical not in LOGICAL_AXES:
                 hint = _closest(logical, LOGICAL_AXES)
-                raise ValueError(f"no logical axis is called {logical!r}: {hint}they are {', '.join(LOGICAL_AXES)}")
+                raise ValueError(f"no logical axis is called {logical!r}: {hint}choose from {', '.join(LOGICAL_AXES)}")
         return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
 
     def __or__(self, other: Rules) -> Rules:
-        """Both tables together; a logical axis in both is split by the mesh axes of both."""
+        """The union of both tables. A logical axis that is in both is split over the mesh axes of both."""
         merged = dict(self.table)
         for name, axes in other.table:
             merged[name] = merged.get(name, ()) + tuple(axis for axis in axes if axis not in merged.get(name, ()))
@@ -65,32 +71,32 @@ class Rules:
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
-        """Every mesh axis that some rule names, in order of appearance."""
+        """The mesh axes that the rules name, in the order of their first use."""
         return tuple(dict.fromkeys(axis for _, axes in self.table for axis in axes))
 
     def partition(self, axes: Axes, mesh: Mesh) -> PartitionSpec:
         """The ``PartitionSpec`` of an array with these logical ``axes``.
 
         Raises:
-            ValueError: two of its axes fall on one mesh axis, or a name is no logical axis.
+            ValueError: the rules map two of the axes to one mesh axis, or a name is not a logical axis.
         """
         table = dict(self.table)
-        taken: dict[str, str | None] = {}
+        used_by: dict[str, str | None] = {}
         parts: list[str | tuple[str, ...] | None] = []
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
                     f"no logical axis is called {name!r}: {_closest(name, LOGICAL_AXES)}add it to LOGICAL_AXES"
                 )
-            mine = tuple(axis for axis in table.get(name or "", ()) if axis in mesh.axis_names)
-            for axis in mine:
-                if axis in taken:
+            mesh_axes = tuple(axis for axis in table.get(name or "", ()) if axis in mesh.axis_names)
+            for axis in mesh_axes:
+                if axis in used_by:
                     raise ValueError(
-                        f"logical axes {taken[axis]!r} and {name!r} of an array with axes {tuple(axes)} both fall on "
+                        f"logical axes {used_by[axis]!r} and {name!r} of an array with axes {tuple(axes)} both fall on "
                         f"mesh axis {axis!r}: give one of them another mesh axis in the rules"
                     )
-                taken[axis] = name
-            parts.append(mine if len(mine) > 1 else mine[0] if mine else None)
+                used_by[axis] = name
+            parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
         return PartitionSpec(*parts)
 
 
@@ -99,11 +105,15 @@ FULLY_SHARDED = Rules.of(batch="fsdp", embed="fsdp")
 TENSOR_PARALLEL = Rules.of(heads="tensor", mlp="tensor", vocab="tensor")
 SEQUENCE_PARALLEL = Rules.of(seq="sequence")
 DEFAULT_RULES = DATA_PARALLEL | FULLY_SHARDED | TENSOR_PARALLEL | SEQUENCE_PARALLEL
-"""All four tables: which of them act is decided by the axes that the mesh has."""
+"""All four tables. Only the rules whose mesh axes exist in the mesh have an effect."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """``"data=4,tensor=2"`` to ``{"data": 4, "tensor": 2}``."""
+    """The sizes of the named axes in ``text``: ``"data=4,tensor=2"`` gives ``{"data": 4, "tensor": 2}``.
+
+    Raises:
+        ValueError: a part is not ``name=size`` with a positive size, or a name occurs twice.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
@@ -121,14 +131,14 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     axis_type: AxisType = AxisType.Auto,
 ) -> Mesh:
-    """A mesh with named axes over all devices (or those given).
+    """A mesh with named axes over ``devices`` (default: all devices).
 
     Args:
         shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
-        axis_type: Auto (the compiler propagates) by default; the models also run under Explicit.
+        axis_type: Auto (the compiler propagates shardings) by default; the models also run under Explicit.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the product of the sizes is not the number of devices.
     """
     sizes = parse_mesh(shape) if isinstance(shape, str) else dict(shape)
     devices = jax.devices() if devices is None else devices
@@ -148,7 +158,7 @@ def _show(sizes: Mapping[str, int]) -> str:
 
 
 def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that one entry of a partition names."""
+    """The mesh axes in one entry of a ``PartitionSpec``."""
     return (part,) if isinstance(part, str) else (part or ())
 
 
@@ -172,7 +182,15 @@ class Sharding:
                 )
 
     def named(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:
-        """The sharding of one array. With ``shape``, divisibility is checked and ``what`` names the array."""
+        """The sharding of one array with logical ``axes``.
+
+        Args:
+            shape: the shape of the array, which is then checked for divisibility. None: no check.
+            what: the name of the array in error messages.
+
+        Raises:
+            ValueError: a size is not divisible by the number of pieces of its axis; also as :meth:`Rules.partition`.
+        """
         partition = self.rules.partition(axes, self.mesh)
         if shape is not None:
             for name, size, part in zip(axes, shape, partition, strict=True):
@@ -188,7 +206,7 @@ class Sharding:
         return NamedSharding(self.mesh, partition)
 
     def pieces(self, axes: Axes) -> int:
-        """Into how many parts an array with logical ``axes`` is split."""
+        """The number of pieces into which an array with logical ``axes`` is split."""
         parts = self.rules.partition(axes, self.mesh)
         return math.prod(self.mesh.shape[axis] for part in parts for axis in _mesh_axes(part))
 
@@ -199,7 +217,7 @@ class Sharding:
         )
 
     def abstract(self, specs: spec_lib.Tree) -> spec_lib.Tree:
-        """``jax.ShapeDtypeStruct`` with shardings: what to compile or restore against."""
+        """A tree of ``jax.ShapeDtypeStruct`` with shardings, for ahead-of-time compilation and checkpoint restore."""
         return jax.tree.map(
             lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
             specs,
@@ -207,46 +225,52 @@ class Sharding:
         )
 
     def replicated(self) -> NamedSharding:
-        """A full copy on every device."""
+        """The sharding of an array that has a full copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def rows(self, batch_size: int) -> list[int]:
-        """The rows of a batch that devices of this process hold, in order: all of them in a run of one process.
+        """The row numbers of a batch that devices of this process hold, in order; all rows in a run of one process.
 
-        Where tensor parallelism crosses processes, several hold the same rows.
+        If tensor parallelism spans processes, several processes hold the same rows.
 
         Raises:
-            ValueError: the rows do not divide over the mesh.
+            ValueError: ``batch_size`` is not divisible by the number of pieces of the batch axis.
         """
         self.named(("batch",), (batch_size,), "a batch")
-        pieces, mine = self._blocks()
+        pieces, own_blocks = self._blocks()
         size = batch_size // pieces
-        return [block * size + row for block in mine for row in range(size)]
+        return [block * size + row for block in own_blocks for row in range(size)]
 
     def from_rows(self, local: np.ndarray) -> jax.Array:
-        """This process's :meth:`rows` of an array, on the host, as the global array [B, ...] split by rows."""
-        pieces, mine = self._blocks()
-        shape = (local.shape[0] * pieces // len(mine), *local.shape[1:])
-        place = self.named(("batch",), shape[:1], "a batch")
+        """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`rows`).
+
+        ``local`` is an array on the host.
+        """
+        pieces, own_blocks = self._blocks()
+        shape = (local.shape[0] * pieces // len(own_blocks), *local.shape[1:])
+        sharding = self.named(("batch",), shape[:1], "a batch")
         size = shape[0] // pieces
 
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # the callback is for devices of this process
-            at = mine.index((index[0].start or 0) // size) * size
-            return local[at : at + size]
+            assert index is not None  # JAX calls it for devices of this process only
+            start = own_blocks.index((index[0].start or 0) // size) * size
+            return local[start : start + size]
 
-        return jax.make_array_from_callback(shape, place, block)
+        return jax.make_array_from_callback(shape, sharding, block)
 
     def _blocks(self) -> tuple[int, list[int]]:
-        """Into how many blocks the rows of a batch are split, and which of them are on devices of this process."""
+        """The number of blocks of rows in a batch, and the indices of the blocks on devices of this process."""
         pieces = self.pieces(("batch",))
-        places = self.named(("batch",)).addressable_devices_indices_map((pieces,)).values()
-        return pieces, sorted({range(pieces)[place[0]].start for place in places if place is not None})
+        indices = self.named(("batch",)).addressable_devices_indices_map((pieces,)).values()
+        return pieces, sorted({range(pieces)[index[0]].start for index in indices if index is not None})
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Make :func:`constrain` act. Enter it INSIDE the function that is jitted, so that the rules are part of what
-        was traced and two shardings of one model never share a trace."""
+        """A context in which :func:`constrain` applies this sharding.
+
+        Enter it INSIDE the jitted function. Then the rules are a part of the trace, and two shardings of one model
+        never share a trace.
+        """
         token = _active.set(self)
         try:
             yield
@@ -258,17 +282,17 @@ _active: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("jaxlm
 
 
 def active() -> Sharding | None:
-    """The sharding of the enclosing :meth:`Sharding.scope`, if any."""
+    """The sharding of the enclosing :meth:`Sharding.scope`, or None outside a scope."""
     return _active.get()
 
 
 def platform() -> str:
-    """The kind of device that is being compiled for: ``cpu``, ``gpu`` or ``tpu``."""
+    """The platform that JAX compiles for: ``cpu``, ``gpu`` or ``tpu``."""
     return _device().platform
 
 
 def device_kind() -> str:
-    """The device that is being compiled for, as JAX names it: ``TPU v5 lite``, for example."""
+    """The ``jax.Device.device_kind`` that JAX compiles for, for example ``TPU v5 lite``."""
     return _device().device_kind
 
 
@@ -278,7 +302,7 @@ def _device() -> jax.Device:
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-    """Tell the compiler how an activation with logical ``axes`` is split. Outside a scope: ``x`` as it is."""
+    """``x`` with a sharding constraint for its logical ``axes``; unchanged outside a :meth:`Sharding.scope`."""
     sharding = _active.get()
     if sharding is None:
         return x
@@ -286,9 +310,9 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def gathered(ids: jax.Array) -> NamedSharding | None:
-    """How rows looked up by ``ids`` are split, for ``.at[ids].get(out_sharding=...)``: as the ids, width whole.
+    """The sharding of rows gathered by ``.at[ids].get(out_sharding=...)``: that of ``ids``, with the width not split.
 
-    Only under an Explicit mesh, where JAX asks; None otherwise.
+    None unless the mesh is Explicit, because JAX needs ``out_sharding`` only there.
     """
     sharding = jax.typeof(ids).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:

@@ -1,7 +1,7 @@
-"""Specs: what every array of a model is, before any array exists.  READ THIS FIRST.
+"""Specs: descriptions of all arrays of a model, made before any array exists.  READ THIS FIRST.
 
-A family describes its parameters (and what it carries between calls) as a nested dict of :class:`ArraySpec`.
-Everything that other libraries discover by tracing is derived here from that one tree: initial values, abstract
+A family describes its parameters, and the state that it carries between calls, as a nested dict of :class:`ArraySpec`.
+Other libraries trace the model to find out shapes. Here one tree of specs gives everything: initial values, abstract
 shapes, shardings (``jaxlm.sharding``), weight-decay masks, parameter counts, checkpoint targets, and the
 operations on a named axis (``batch``) that beam search and document resets need.
 """
@@ -22,7 +22,7 @@ Tree = Any
 """A pytree (nested dicts) of arrays or of specs."""
 
 # --------------------------------------------------------------------------------------------- initializers
-# Frozen dataclasses and not closures: a spec is hashable and compares by value.
+# Initializers are frozen dataclasses and not closures, so that a spec is hashable and compares by value.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """A matrix of ones on the diagonal and zeros elsewhere."""
+    """The identity matrix; a matrix that is not square has ones on its main diagonal and zeros elsewhere."""
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         rows, columns = shape
@@ -69,14 +69,14 @@ ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
 LAYERS = "layers"
-"""The axis that :func:`stack` adds, and the key under which a stack stands."""
+"""The name of the axis that :func:`stack` adds, and the dict key of every stack."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """One array: its shape, the logical name of each axis (None: nameless), how it starts, its dtype.
+    """One array: its shape, the logical name of each axis (None: no name), its initializer and its dtype.
 
-    ``decay`` says whether weight decay applies to it: True for weights, False for biases, norm scales and state.
+    ``decay`` says whether weight decay applies to the array: True for weights; False for biases, norm scales and state.
 
     Example:
         >>> ArraySpec((768, 3072), ("embed", "mlp"), Normal(0.02)).size
@@ -106,7 +106,7 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole array, on however many devices."""
+        """Bytes of the whole array, summed over all devices that hold a part of it."""
         return self.size * self.dtype.itemsize
 
 
@@ -114,27 +114,30 @@ class ArraySpec:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf: its keys joined by '/', as in ``layers/attention/qkv/weight``."""
+    """The name of a leaf: its keys joined by '/', for example ``layers/attention/qkv/weight``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """``{path name: leaf}`` in tree order. Nodes that hold nothing disappear."""
+    """``{path name: leaf}`` in tree order. Empty nodes are left out."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
-    """A key of its own for ``name``: adding a name never changes what the others draw. None stays None."""
+    """A random key for ``name``, derived from ``key``; None if ``key`` is None.
+
+    The key depends on the name only, so a new name never changes the random numbers of the others.
+    """
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-# ------------------------------------------------------------------------------------- what specs give
+# ------------------------------------------------------------------------------- stacks, arrays, shapes, masks
 
 
 def stack(count: int, specs: Tree) -> Tree:
-    """The specs of ``count`` equal layers held in one array each: a leading ``layers`` axis.
+    """Specs of ``count`` equal layers: each array gets a leading ``layers`` axis of size ``count``.
 
-    In a family's parameters, and in what it carries, a stack stands under a key ``layers`` (see :func:`unstack`).
+    In the parameters and in the state of a family, a stack is the value of a key ``layers`` (see :func:`unstack`).
     """
     return jax.tree.map(
         lambda spec: dataclasses.replace(spec, shape=(count, *spec.shape), axes=(LAYERS, *spec.axes)), specs
@@ -142,38 +145,43 @@ def stack(count: int, specs: Tree) -> Tree:
 
 
 def unstack(tree: Tree) -> Tree:
-    """``tree`` with the stack under each key ``layers`` as a tuple of trees, one a layer; ``apply`` takes both.
+    """``tree`` in the per-layer layout: the stack of each key ``layers`` becomes a tuple with one tree per layer.
 
-    A loop over a stack copies each layer out of it, and its gradients back into one, at every step
-    (``jaxlm.models.common.layers_apart``). Taken apart before the steps, each layer is copied once. ``tree`` may be
-    parameters, or whatever holds such: an optimizer's moments, a whole ``TrainState``; what a model carries between
-    calls; or their specs. A tree already taken apart is given back.
+    ``apply`` takes both layouts. A Python loop over a stacked tree copies each layer out of the stack, and its
+    gradients back into the stack, at every step (``jaxlm.models.common.layers_apart``). If the tree is unstacked once
+    before the steps, each layer is copied once.
+
+    Args:
+        tree: parameters, the state of a model, or any tree that contains one of them (optimizer moments, a whole
+            ``TrainState``); or their specs. A tree that is already per-layer is returned unchanged.
     """
 
-    def one(x: Any, layer: int) -> Any:
+    def select_layer(x: Any, layer: int) -> Any:
         if isinstance(x, ArraySpec):
             return dataclasses.replace(x, shape=x.shape[1:], axes=x.axes[1:])
         return x[layer]
 
-    def apart(stack: Tree) -> tuple[Tree, ...]:
+    def split_layers(stack: Tree) -> tuple[Tree, ...]:
         layers = jax.tree.leaves(stack)[0].shape[0]
-        return tuple(jax.tree.map(functools.partial(one, layer=layer), stack) for layer in range(layers))
+        return tuple(jax.tree.map(functools.partial(select_layer, layer=layer), stack) for layer in range(layers))
 
-    return _at_layers(lambda child: child if isinstance(child, tuple) else apart(child), tree)
+    return _map_layers(lambda child: child if isinstance(child, tuple) else split_layers(child), tree)
 
 
 def restack(tree: Tree) -> Tree:
-    """What :func:`unstack` took apart, as it was."""
+    """``tree`` in the stacked layout: the inverse of :func:`unstack`."""
 
-    def together(layers: tuple[Tree, ...]) -> Tree:
+    def stack_layers(layers: tuple[Tree, ...]) -> Tree:
         return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
-    return _at_layers(lambda child: together(child) if isinstance(child, tuple) else child, tree)
+    return _map_layers(lambda child: stack_layers(child) if isinstance(child, tuple) else child, tree)
 
 
 def for_each_layer(tree: Tree, like: Tree) -> Tree:
-    """``tree``, which has an entry for each leaf of stacked parameters, in the layout of the parameters ``like``: where
-    they have layers apart, each layer has the entries of the stack."""
+    """``tree`` in the layout of ``like``, for a tree that has one entry per leaf of the stacked parameters.
+
+    Where ``like`` is per-layer, each layer gets the entries of the stack.
+    """
     if not isinstance(tree, dict) or not isinstance(like, dict):
         return tree
     return {
@@ -184,15 +192,15 @@ def for_each_layer(tree: Tree, like: Tree) -> Tree:
     }
 
 
-def _is_apart(tree: Tree) -> bool:
-    """Whether some stack in ``tree`` was taken apart."""
+def _is_unstacked(tree: Tree) -> bool:
+    """Whether a stack in ``tree`` is in the per-layer layout."""
     if not isinstance(tree, dict):
         return False
-    return any(isinstance(child, tuple) if name == LAYERS else _is_apart(child) for name, child in tree.items())
+    return any(isinstance(child, tuple) if name == LAYERS else _is_unstacked(child) for name, child in tree.items())
 
 
-def _at_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
-    """``tree`` with what stands under each key ``layers`` changed."""
+def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
+    """``tree`` with ``change`` applied to the value of each key ``layers``."""
 
     def walk(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -203,16 +211,17 @@ def _at_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
 
 
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
-    """Arrays for ``specs``. Each leaf draws from ``key`` folded with its path, and each layer with its index.
+    """Arrays with the initial values of ``specs``.
 
-    So the values of a leaf depend neither on its neighbours, nor on the number of layers, nor (under jit with
-    ``out_shardings``) on the number of devices.
+    Each leaf draws from ``key`` folded with its path, and each layer of a stack folds in its index as well. So the
+    values of a leaf do not depend on other leaves, on the number of layers or (under jit with ``out_shardings``) on the
+    number of devices.
 
     Raises:
-        ValueError: a leaf starts random and ``key`` is None.
+        ValueError: a leaf has a random initializer and ``key`` is None.
     """
 
-    def one(path: tuple[Any, ...], spec: ArraySpec) -> jax.Array:
+    def init_leaf(path: tuple[Any, ...], spec: ArraySpec) -> jax.Array:
         if isinstance(spec.init, Constant):
             return spec.init(None, spec.shape, spec.dtype)
         if key is None:
@@ -224,11 +233,11 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
             return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.dtype))(keys)
         return spec.init(leaf_key, spec.shape, spec.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, specs)
+    return jax.tree_util.tree_map_with_path(init_leaf, specs)
 
 
 def abstract(specs: Tree) -> Tree:
-    """The same tree as ``jax.ShapeDtypeStruct``: what ``jax.eval_shape(init)`` would give, without tracing."""
+    """The same tree of ``jax.ShapeDtypeStruct``, as ``jax.eval_shape(init)`` would return it, but without tracing."""
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
 
 
@@ -251,9 +260,9 @@ def _describe(leaf: Any) -> str:
 
 
 def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
-    """One line per leaf that is missing, extra, or of another shape (or dtype). Empty: the trees agree.
+    """One line for each leaf that is missing, is extra, or has another shape (or dtype). Empty: the trees agree.
 
-    Both trees may hold arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`.
+    The leaves of both trees may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`.
     """
     want, have = flatten(expected), flatten(actual)
     lines = [f"missing: {name} {_describe(want[name])}" for name in want if name not in have]
@@ -284,36 +293,44 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 # ------------------------------------------------------------------------------- operations on a named axis
 
 
-def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees: Tree) -> Tree:
-    """``function(leaf of each tree, dimension)`` for each spec, ``dimension`` being where its spec names ``axis``.
+def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees: Tree, optional: bool = False) -> Tree:
+    """A tree of ``function(leaf of each tree, dimension)``; ``dimension`` is the index of ``axis`` in the leaf's spec.
 
-    Where the first tree has its layers apart (:func:`unstack`), all are taken as apart, the specs included.
+    If the first tree is in the per-layer layout (:func:`unstack`), the specs and the other trees are unstacked as well.
+
+    Args:
+        optional: return a leaf of the first tree unchanged if its spec has no such axis.
 
     Raises:
-        ValueError: a leaf has no such axis.
+        ValueError: a leaf has no such axis, and ``optional`` is False.
     """
 
-    def one(path: tuple[Any, ...], spec: ArraySpec, *leaves: jax.Array) -> jax.Array:
+    def map_leaf(path: tuple[Any, ...], spec: ArraySpec, *leaves: jax.Array) -> jax.Array:
+        if axis not in spec.axes and optional:
+            return leaves[0]
         if axis not in spec.axes:
-            raise ValueError(f"{path_name(path)!r} has axes {spec.axes}, none is {axis!r}")
+            raise ValueError(f"{path_name(path)!r} has axes {spec.axes}: none of them is {axis!r}")
         return function(*leaves, spec.axes.index(axis))
 
-    if trees and _is_apart(trees[0]):
+    if trees and _is_unstacked(trees[0]):
         specs, trees = unstack(specs), tuple(map(unstack, trees))
-    return jax.tree_util.tree_map_with_path(one, specs, *trees)
+    return jax.tree_util.tree_map_with_path(map_leaf, specs, *trees)
 
 
 def take(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
-    """Gather along a named axis of every leaf: how beams are reordered, whatever the model carries."""
-    return map_axis(specs, axis, lambda leaf, at: jnp.take(leaf, indices, axis=at), tree)
+    """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search reorders any model state with it.
+
+    Indices must be in range. They are not checked, because a check would cost a pass over every leaf.
+    """
+    return map_axis(specs, axis, lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
 
 
 def reset(specs: Tree, tree: Tree, rows: jax.Array, axis: str = "batch") -> Tree:
-    """Put the rows where ``rows`` (bool, one per entry of ``axis``) is True back to their initial value."""
+    """``tree`` with the initial value in each row where ``rows`` (bool, one per entry of ``axis``) is True."""
 
-    def one(leaf: jax.Array, initial: jax.Array, at: int) -> jax.Array:
+    def reset_leaf(leaf: jax.Array, initial: jax.Array, dim: int) -> jax.Array:
         shape = [1] * leaf.ndim
-        shape[at] = rows.shape[0]
+        shape[dim] = rows.shape[0]
         return jnp.where(rows.reshape(shape), initial, leaf)
 
-    return map_axis(specs, axis, one, tree, init(specs))
+    return map_axis(specs, axis, reset_leaf, tree, init(specs))

@@ -113,7 +113,7 @@ def test_take_and_reset_find_the_axis_by_name():
     stacked = {"layers": {"k": specs["k"]}}, {"layers": {"k": tree["k"]}}
     apart = spec.take(stacked[0], spec.unstack(stacked[1]), jnp.array([2, 2, 0]))
     np.testing.assert_array_equal(apart["layers"][1]["k"], taken["k"][1])
-    with pytest.raises(ValueError, match=r"'w' has axes \('embed',\), none is 'batch'"):
+    with pytest.raises(ValueError, match=r"'w' has axes \('embed',\): none of them is 'batch'"):
         spec.take({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
 
 

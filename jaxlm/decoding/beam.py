@@ -1,4 +1,4 @@
-"""Beam search: the best hypotheses of each prompt, the whole loop inside one ``jit``.
+"""Beam search: the best hypotheses of each prompt, in one jitted loop for each size of the cache.
 
 The state of every family is reordered by the name of its ``batch`` axis, so nothing here knows what it holds.
 Shapes: B batch, T prompt length, K beams, N new tokens, V ids that may be generated; C candidates of a step, 2 * K.
@@ -21,7 +21,11 @@ from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
+from jaxlm.nn import cache
 from jaxlm.sharding import Sharding, active
+
+SMALLEST_CACHE = 16
+"""A cache of at most twice as many slots is not grown in stages."""
 
 
 @struct.dataclass
@@ -90,11 +94,36 @@ def beam_search(
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
-    return _beam_search(
-        model, params, prompts, segment_ids, limits_B, jnp.float32(length_penalty), state,
-        count=count, beams=beams, early_stopping=early_stopping, end_ids=end_ids_of(end_id), ids=ids, slots=slots,
-        sharding=active(),
-    )  # fmt: skip
+    static = {
+        "beams": beams, "early_stopping": early_stopping, "end_ids": end_ids_of(end_id), "ids": ids,
+        "sharding": active(),
+    }  # fmt: skip
+    numbers = {"limits_B": limits_B, "length_penalty": jnp.float32(length_penalty)}
+    length = prompts.shape[1]
+    sizes = _cache_sizes(model, state, length, slots)
+    search = _start(
+        model, params, prompts, segment_ids, state, **numbers, **static, count=count, slots=slots, first_slots=sizes[0]
+    )
+    for size in sizes:
+        # While jax traces, the flags are unknown: every stage is called, and its loop ends at once.
+        if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
+            search = _advance(model, params, search, **numbers, **static, slots=size, prompt_length=length)
+    return search.finished
+
+
+def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> list[int]:
+    """Slots of the cache in each stage of the search. Most texts end early, so a search starts with a small cache.
+
+    There is one stage without a cache, and for a given state with other slots: it may hold tokens already.
+    """
+    specs, _ = _split_source(model, model.state_specs(1, slots))
+    held = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])
+    sizes = [held or slots]
+    if held != slots:
+        return sizes
+    while sizes[0] > 2 * max(prompt_length, SMALLEST_CACHE):
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
 
 
 @struct.dataclass
@@ -102,10 +131,11 @@ class _Search:
     """Live hypotheses, all of ``step`` tokens, and the best finished ones.
 
     ``parents`` [B * K]: which row of the state each live hypothesis continues. ``searching`` [B]: whether the search of
-    a row goes on.
+    a row goes on. ``source``: what an encoder-decoder has read, [B, ...]; its hypotheses share it.
     """
 
     state: Any
+    source: Any
     parents: jax.Array
     step: jax.Array
     live_tokens: jax.Array
@@ -114,35 +144,40 @@ class _Search:
     searching: jax.Array
 
 
-_STATIC = ("model", "count", "beams", "early_stopping", "end_ids", "ids", "slots", "sharding")
+_STATIC = ("model", "beams", "early_stopping", "end_ids", "ids", "slots", "sharding")
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _beam_search(
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "count", "first_slots"))
+def _start(
     model: Model,
     params: Any,
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    limits_B: jax.Array,
-    length_penalty: jax.Array,
     state: Any,
     *,
+    limits_B: jax.Array,
+    length_penalty: jax.Array,
     count: int,
     beams: int,
     early_stopping: EarlyStopping,
     end_ids: tuple[int, ...],
     ids: int,
     slots: int,
+    first_slots: int,
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
-) -> Beams:
+) -> _Search:
+    """The search after the prompts and one token, with a cache of ``first_slots``."""
     B, K, N = prompts_BT.shape[0], beams, count
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
-    params, state, state_specs = layers_apart(params), layers_apart(state), model.state_specs(B, slots)
+    state, specs = layers_apart(state), model.state_specs(B, slots)
+    own, source = _split_source(model, state)
+    own_specs, _ = _split_source(model, specs)
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), end_ids[0] if end_ids else 0, jnp.int32)
     search = _Search(
-        state=spec.take(state_specs, state, parents),
-        parents=parents,
+        state=spec.take(own_specs, cache.resized(own_specs, own, first_slots), parents),
+        source=source,
+        parents=jnp.arange(B * K),
         step=jnp.zeros((), jnp.int32),
         live_tokens=tokens_BKN,
         # The beams of a row are still the same hypothesis: only one of them may branch.
@@ -150,44 +185,53 @@ def _beam_search(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf)),
         searching=jnp.ones((B,), bool),
     )
+    return _select(search, logits_BV[parents, :ids], end_ids, early_stopping, limits_B, length_penalty)
 
-    def select(search: _Search, logits: jax.Array) -> _Search:
-        search = _select(search, logits[:, :ids], end_ids, limits_B, length_penalty)
-        length_B: jax.Array = search.step
-        if early_stopping == "never":
-            # A total only falls with each token, so this bounds every score that a live hypothesis can still get:
-            # divided by the largest length for a positive penalty, by the next one for a negative.
-            length_B = jnp.where(length_penalty > 0, limits_B, search.step + 1)
-        best_B = _score(jnp.max(search.live_totals, axis=1), length_B, length_penalty)
-        worst_B = jnp.min(search.finished.scores, axis=1)
-        searching_B = search.searching & (best_B > worst_B)
-        if early_stopping is True:
-            searching_B &= worst_B == -jnp.inf
-        return dataclasses.replace(search, searching=searching_B)
 
-    search = select(search, logits_BV[parents])
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "prompt_length"))
+def _advance(
+    model: Model,
+    params: Any,
+    search: _Search,
+    *,
+    limits_B: jax.Array,
+    length_penalty: jax.Array,
+    beams: int,
+    early_stopping: EarlyStopping,
+    end_ids: tuple[int, ...],
+    ids: int,
+    slots: int,
+    prompt_length: int,
+    sharding: Sharding | None,
+) -> _Search:
+    """The search until it is over, or until a cache of ``slots`` is full."""
+    B, K, N = search.live_tokens.shape
+    params = layers_apart(params)
+    specs, _ = _split_source(model, model.state_specs(B * K, slots))
+    search = dataclasses.replace(search, state=cache.resized(specs, search.state, slots))
 
     def unfinished(search: _Search) -> jax.Array:
-        return (search.step < N) & jnp.any(search.searching)
+        return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)
 
     def one(search: _Search) -> _Search:
-        state = _reorder(state_specs, search.state, search.parents, fixed=("source",) if model.reads_source else ())
+        state = spec.take(specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         # The state is reordered by where its rows were, and from here on its rows are the live hypotheses in order.
-        state, logits = read_tokens(model, params, state, newest)
-        return select(dataclasses.replace(search, state=state), logits)
+        state, logits = read_tokens(model, params, {**state, **search.source}, newest)
+        own, _ = _split_source(model, state)
+        search = dataclasses.replace(search, state=own)
+        return _select(search, logits[:, :ids], end_ids, early_stopping, limits_B, length_penalty)
 
-    return jax.lax.while_loop(unfinished, one, search).finished
+    return jax.lax.while_loop(unfinished, one, search)
 
 
-def _reorder(state_specs: spec.Tree, state: Any, parents: jax.Array, fixed: tuple[str, ...]) -> Any:
-    """The state of the hypotheses ``parents``.
-
-    All beams of a row have read the same source, and a parent is a beam of the same row: what is ``fixed`` stays.
-    """
-    moved = {name: part for name, part in state.items() if name not in fixed}
-    moved_specs = {name: part for name, part in state_specs.items() if name not in fixed}
-    return {**state, **spec.take(moved_specs, moved, parents)}
+def _split_source(model: Model, state: Any) -> tuple[Any, Any]:
+    """What each hypothesis has itself, and the source, which all hypotheses of a row share (nothing without one)."""
+    shared = ("source",) if model.reads_source else ()
+    return (
+        {name: part for name, part in state.items() if name not in shared},
+        {name: part for name, part in state.items() if name in shared},
+    )
 
 
 def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:
@@ -195,7 +239,12 @@ def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> j
 
 
 def _select(
-    search: _Search, logits: jax.Array, end_ids: tuple[int, ...], limits_B: jax.Array, length_penalty: jax.Array
+    search: _Search,
+    logits: jax.Array,
+    end_ids: tuple[int, ...],
+    early_stopping: EarlyStopping,
+    limits_B: jax.Array,
+    length_penalty: jax.Array,
 ) -> _Search:
     """Extend every live hypothesis by every id, keep the best.
 
@@ -204,10 +253,15 @@ def _select(
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
-    totals_BKV = search.live_totals[:, :, None] + jax.nn.log_softmax(logits, axis=-1).reshape(B, K, V)
     kept = K * (1 + max(1, len(end_ids)))
-    totals_BC, flat_BC = jax.lax.top_k(totals_BKV.reshape(B, K * V), min(kept, K * V))
-    beam_BC, token_BC = flat_BC // V, (flat_BC % V).astype(jnp.int32)
+    # The best ids of each hypothesis first: the logits of all the others are needed for their sum only.
+    best_RC, ids_RC = jax.lax.top_k(logits, min(kept, V))
+    # Not with best_RC[:, :1] as the maximum: XLA's CPU compiler would then sort all logits, in 280 instead of 3 ms.
+    total_R1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    candidates_BKC = search.live_totals[:, :, None] + (best_RC - total_R1).reshape(B, K, -1)
+    totals_BC, flat_BC = jax.lax.top_k(candidates_BKC.reshape(B, -1), min(kept, K * V))
+    beam_BC = flat_BC // best_RC.shape[1]
+    token_BC = _pick(ids_RC.reshape(B, -1), flat_BC).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1
     ends_BC = is_end(token_BC, end_ids) | (length >= limits_B)[:, None]
@@ -228,6 +282,16 @@ def _select(
 
     live_BK, chosen_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
     parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_BK)
+    length_B: jax.Array = length
+    if early_stopping == "never":
+        # A total only falls with each token, so this bounds every score that a live hypothesis can still get:
+        # divided by the largest length for a positive penalty, by the next one for a negative.
+        length_B = jnp.where(length_penalty > 0, limits_B, length + 1)
+    best_B = _score(jnp.max(live_BK, axis=1), length_B, length_penalty)
+    worst_B = jnp.min(finished.scores, axis=1)
+    searching_B = search.searching & (best_B > worst_B)
+    if early_stopping is True:
+        searching_B &= worst_B == -jnp.inf
     return dataclasses.replace(
         search,
         parents=parents_BK.reshape(B * K),
@@ -235,6 +299,7 @@ def _select(
         live_tokens=_pick(tokens_BCN, chosen_BK),
         live_totals=live_BK,
         finished=finished,
+        searching=searching_B,
     )
 
 

@@ -283,7 +283,11 @@ def _start(
 
 
 def _beginnings(cfg: Config, params: dict[str, Any], read: dict[str, Any], documents_BT: jax.Array) -> dict[str, Any]:
-    """The decoder's state before the first token of given documents, [B, T, ...]; zeros if there is no such source."""
+    """The decoder's state before the first token of given documents, [B, T, ...]; zeros if there is no such source.
+
+    Rows may share sources (``common.by_source``).
+    """
+    shape, documents_BT = documents_BT.shape, common.by_source(documents_BT, read["segment_ids"].shape[0])
     here_BTS = read["segment_ids"][:, None, :] == documents_BT[:, :, None]
     some_BT = jnp.any(here_BTS, axis=-1)
 
@@ -298,7 +302,8 @@ def _beginnings(cfg: Config, params: dict[str, Any], read: dict[str, Any], docum
         last_BT = here_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(here_BTS, axis=-1), axis=-1)
         state = jax.tree.map(lambda x_BSH: at(x_BSH, last_BT), read["states"])
         state["feed"] = jnp.zeros((*documents_BT.shape, cfg.output_dim))
-    return _where(some_BT, state, jax.tree.map(jnp.zeros_like, state))
+    state = _where(some_BT, state, jax.tree.map(jnp.zeros_like, state))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), state)
 
 
 # ---------------------------------------------------------------------------------------------------- decoder
@@ -324,7 +329,8 @@ def apply(
             gives NaN, there and from there on.
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, as ``segment_ids``; target document n sees source document n.
-        state: from :func:`start`; the tokens then continue what it holds.
+        state: from :func:`start`; the tokens then continue what it holds. Rows may share sources
+            (``common.by_source``).
         segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
         key: random key for dropout; None is deterministic.
     """
@@ -345,12 +351,20 @@ def apply(
         projected_BGH, segment_B, reset_B, keep_B, beginning, step_key = inputs
         if beginning is not None:
             carry = _where(reset_B, beginning, carry)
-        visible_BS = read["segment_ids"] == segment_B[:, None]
 
-        def attend(query_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one(query_BH: jax.Array, segment_B: jax.Array) -> tuple[jax.Array, jax.Array]:
             keys_BSA = read.get("key", read["encoded"])
+            visible_BS = read["segment_ids"] == segment_B[:, None]
             weights_BS = align(params.get("alignment", {}), query_BH, keys_BSA, visible_BS, window=cfg.window)
             return context(weights_BS, read["encoded"]), weights_BS
+
+        def attend(query_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
+            rows, sources = query_BH.shape[0], read["segment_ids"].shape[0]
+            if rows == sources:
+                return one(query_BH, segment_B)
+            queries, segments = (common.by_source(x[:, None], sources) for x in (query_BH, segment_B))
+            found = jax.vmap(one, in_axes=1, out_axes=1)(queries, segments)
+            return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), found)
 
         if cfg.attention == "bahdanau":
             new, output = _bahdanau_step(params["decoder"], attend, projected_BGH, carry)
@@ -416,7 +430,9 @@ def _with_copied(
     inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
     bias_BT1 = params["bias"].astype(features_BTD.dtype)[None, None, :]
     gate_BT1 = sum((linear(params[name], x) for name, x in inputs.items()), bias_BT1)
-    copied_BTV = copied_tokens(outputs["weights"], source_BS, padded(cfg.vocab_size, cfg.vocab_multiple))
+    weights_BTS = common.by_source(outputs["weights"], source_BS.shape[0])
+    copied_BTV = copied_tokens(weights_BTS, source_BS, padded(cfg.vocab_size, cfg.vocab_multiple))
+    copied_BTV = copied_BTV.reshape(*x_BTE.shape[:2], -1)
     hidden = jnp.concatenate([features_BTD, gate_BT1, copied_BTV.astype(features_BTD.dtype)], axis=-1)
     return constrain(hidden, ("batch", "seq", "activation_embed"))
 

@@ -1,10 +1,12 @@
-"""What families share: checks of configs and inputs, and the loop over layers."""
+"""What the families share: base configs, checks of configs and inputs, and the loop over layers."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,153 @@ from jaxlm.nn.kernels import blockwise_attention
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Base class of a family's ``Config``: the fields that every family has."""
+
+    vocab_multiple: int = 1
+    """Pad the token tables to a multiple of this many rows, so that they can be split over devices."""
+    dtype: ComputeDtype = "float32"
+    """Compute dtype of activations; parameters keep their own dtype, and recurrent state is float32."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_multiple")
+        check_choices(self, dtype=get_args(ComputeDtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """Base class of the ``Config`` of a family whose layers are stacked and run by :func:`scan_layers`."""
+
+    remat: Remat = "dots"
+    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
+    scan_layers: bool = True
+    """Run the layers with ``lax.scan``, which compiles one layer; False unrolls the loop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self, remat=get_args(Remat))
+
+
+def scan_layers(
+    block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    weights: Any,
+    state: Any,
+    key: jax.Array | None,
+    *,
+    count: int,
+    remat: Remat,
+    unroll: bool,
+    in_place: bool = False,
+) -> tuple[jax.Array, Any]:
+    """The activations after all layers and the new state: ``x, state[i] = block(x, (weights[i], state[i], key[i]))``.
+
+    Args:
+        block: one layer.
+        x: activations of the first layer.
+        weights: parameters, stacked with a leading ``layers`` axis; or a tuple with one tree per layer
+            (``spec.unstack``), and then the loop is always unrolled.
+        state: as ``weights``; None: the layers have no state.
+        key: layer i gets ``key`` folded with i; None: the layers get None.
+        count: number of layers.
+        remat: see :class:`TransformerConfig`.
+        unroll: unroll the loop instead of ``lax.scan``.
+        in_place: the block receives and returns views of the stacked state (``cache.Slots``), so that no layer's state
+            is copied.
+
+    Raises:
+        ValueError: a state with one tree per layer, but stacked weights.
+    """
+    per_layer_state = isinstance(state, tuple)
+    if per_layer_state and not isinstance(weights, tuple):
+        raise ValueError(
+            "the state has one tree per layer, but the parameters are stacked: convert both or neither (spec.unstack)"
+        )
+    block = _with_remat(block, remat, unrolled=unroll or isinstance(weights, tuple))
+    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+    def block_in_place(carry: Any, layer: Any) -> tuple[Any, None]:
+        """One layer that updates its part of the state of all layers."""
+        x, state = carry
+        layer_weights, index, layer_key = layer
+        x, views = block(x, (layer_weights, cache.layer(state, index), layer_key))
+        return (x, jax.tree.map(lambda _, view: view.all, state, views)), None
+
+    if not isinstance(weights, tuple):
+        scan = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)
+        if in_place:
+            return scan(block_in_place, (x, state), (weights, jnp.arange(count), keys))[0]
+        return scan(block, x, (weights, state, keys))
+
+    layers = [(layer_weights, i, None if keys is None else keys[i]) for i, layer_weights in enumerate(weights)]
+    if in_place and not per_layer_state:
+        return functools.reduce(lambda carry, layer: block_in_place(carry, layer)[0], layers, (x, state))
+    new_states = []
+    for layer_weights, i, layer_key in layers:
+        layer_state = state[i] if per_layer_state else jax.tree.map(operator.itemgetter(i), state)
+        x, new_state = block(x, (layer_weights, layer_state, layer_key))
+        new_states.append(new_state)
+    if per_layer_state:
+        return x, tuple(new_states)
+    # One stack at the end: a write per layer would copy the whole state each time.
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_states)
+
+
+def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
+    """The block with the ``remat`` policy of :class:`TransformerConfig`."""
+    # In an unrolled loop, XLA would merge the recomputation with the original (CSE). On a CPU this is allowed: its
+    # compiler reorders an unrolled loop, so that recomputation saves no memory there (docs/labbook.md).
+    prevent_cse = unrolled and sharding.platform() != "cpu"
+    if remat == "full":
+        return jax.checkpoint(block, prevent_cse=prevent_cse)
+    if remat == "dots":
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise_attention.SAVED)
+        )
+        return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
+    return block
+
+
+def layers_apart(tree: Any) -> Any:
+    """The tree in the layout that is fastest for many steps: one tree per layer on a single CPU, else unchanged.
+
+    ``tree`` holds parameters, a model state or a ``TrainState``. The layers are copied once (``spec.unstack``);
+    ``spec.restack`` is the inverse.
+    """
+    return spec.unstack(tree) if sharding.platform() == "cpu" and sharding.active() is None else tree
+
+
+def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Span, state: Any) -> tuple[jax.Array, Any]:
+    """The outputs of ``apply``: hidden states, and the state with the new ``kv`` of the layers (None without a state).
+
+    A row whose tokens do not fit its cache gives NaN.
+    """
+    if state is None:
+        return x_BTD, None
+    assert context.valid_B is not None
+    return jnp.where(context.valid_B[:, None, None], x_BTD, jnp.nan), {**state, "layers": kv}
+
+
+def by_source(x: jax.Array, sources: int) -> jax.Array:
+    """Rows [R, T, ...] that share sources, as [sources, R / sources * T, ...].
+
+    Row r reads source ``r // (R / sources)``. Beam search makes such rows: the hypotheses of one source. In this shape,
+    all hypotheses are queries of one source, whose keys are read once.
+    """
+    return x.reshape(sources, -1, *x.shape[2:])
+
+
+def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
+    """``segment_ids`` as int32, [B, T]; 1 everywhere (one document) if they are None."""
+    # ones_like instead of ones: the result has the sharding of the ids.
+    return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+
+
+# ------------------------------------------------------------------------------------------------ checks of configs
 
 
 def check_positive(cfg: Any, *names: str) -> None:
@@ -38,12 +187,32 @@ def check_choices(cfg: Any, **choices: tuple[Any, ...]) -> None:
             raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
 
 
+def check_divides(cfg: Any, divisor: str, dividend: str) -> None:
+    """Raise ``ValueError`` unless the field ``divisor`` divides the field ``dividend``."""
+    if getattr(cfg, dividend) % getattr(cfg, divisor):
+        raise ValueError(
+            f"{divisor}={getattr(cfg, divisor)} does not divide {dividend}={getattr(cfg, dividend)}: change one of them"
+        )
+
+
+def check_start_id(cfg: Any) -> None:
+    """Raise ``ValueError`` unless ``decoder_start_id`` is in the vocabulary."""
+    if not 0 <= cfg.decoder_start_id < cfg.vocab_size:
+        raise ValueError(f"decoder_start_id={cfg.decoder_start_id} is outside the vocabulary of {cfg.vocab_size} ids")
+
+
+# ------------------------------------------------------------------------------------------------- checks of inputs
+
+
 def check_tokens(
     tokens: Any, segment_ids: Any, positions: Any, max_positions: int | None, *, what: str = "tokens"
 ) -> None:
-    """Raise unless the inputs of ``apply`` are integer arrays [B, T] of one shape, within the longest sequence.
+    """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of one shape [B, T].
 
-    ``what``: how messages call them; the segments of a ``source`` are its ``source_segment_ids``.
+    Args:
+        segment_ids, positions: may be None.
+        max_positions: the longest sequence of the model; None: no limit.
+        what: name of the tokens in messages. If it is ``source``, the segment ids are called ``source_segment_ids``.
     """
     segments = "segment_ids" if what == "tokens" else f"{what}_segment_ids"
     for name, x in ((what, tokens), (segments, segment_ids), ("positions", positions)):
@@ -53,7 +222,7 @@ def check_tokens(
             raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
         if x.shape != tokens.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of {what} {list(tokens.shape)}")
-    # Packed rows (segments) and given positions may be longer than any single document.
+    # A packed row may be longer than its documents, and given positions are independent of the length of the row.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(
             f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
@@ -61,90 +230,12 @@ def check_tokens(
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: Any) -> None:
-    """Raise unless an encoder-decoder is given a source to read, or a state that has read one."""
+    """Raise ``ValueError`` unless an encoder-decoder gets either a source, or a state with an encoded source."""
     if (source is None) == (state is None):
         got = "neither" if source is None else "both"
         raise ValueError(f"apply takes source (to train) or state (to decode, from start), got {got}")
     if source is None:
         if source_segment_ids is not None:
-            raise ValueError("source_segment_ids belong to start where a state is given: the state has them")
+            raise ValueError("source_segment_ids belong to start: a state already contains those of its source")
     elif source.shape[0] != tokens.shape[0]:
         raise ValueError(f"source {list(source.shape)} must have as many rows as tokens {list(tokens.shape)}")
-
-
-def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
-    """Segments that are not given are document 1 throughout, [B, T] int32."""
-    # ones_like and not ones: split over devices as the ids are.
-    return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-
-
-def layers_apart(tree: Any) -> Any:
-    """Parameters, what a model carries, or a ``TrainState``, for many steps: on a CPU each layer by itself, elsewhere
-    as they are.
-
-    The layers are copied once (``spec.unstack``); ``spec.restack`` undoes it.
-    """
-    return spec.unstack(tree) if sharding.platform() == "cpu" and sharding.active() is None else tree
-
-
-def scan_layers(
-    block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    weights: Any,
-    state: Any,
-    key: jax.Array | None,
-    *,
-    count: int,
-    remat: Remat,
-    unroll: bool,
-    in_place: bool = False,
-) -> tuple[jax.Array, Any]:
-    """``x, state[i] = block(x, (weights[i], state[i], key[i]))`` over the leading ``layers`` axis of all three.
-
-    ``state`` and ``key`` may be None. Layer i's key is ``key`` folded with i. ``weights`` may also be a tuple of
-    the layers' trees (``spec.unstack``), which unrolls the loop whatever ``unroll`` says; and so may ``state`` then.
-    ``in_place``: the block gets ``cache.Slots`` for what is stacked in ``state[i]`` and gives them back, and nothing of
-    the state is copied.
-
-    Raises:
-        ValueError: a state with layers apart for weights that are stacked.
-    """
-    apart = isinstance(state, tuple)
-    if apart and not isinstance(weights, tuple):
-        raise ValueError("the state has its layers apart, and the parameters have not: take both or neither apart")
-    # In an unrolled loop, what is recomputed would be merged with what was computed before. A CPU's compiler may do so:
-    # it puts an unrolled loop in an order of its own, and recomputing saves no memory there (docs/labbook.md).
-    prevent_cse = (unroll or isinstance(weights, tuple)) and sharding.platform() != "cpu"
-    if remat == "full":
-        block = jax.checkpoint(block, prevent_cse=prevent_cse)
-    elif remat == "dots":
-        policies = jax.checkpoint_policies
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise_attention.SAVED)
-        )
-        block = jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
-    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-
-    def one(carry: Any, layer: Any) -> tuple[Any, None]:
-        """A layer of a state that is carried whole."""
-        x, state = carry
-        own, index, layer_key = layer
-        x, new = block(x, (own, cache.layer(state, index), layer_key))
-        return (x, jax.tree.map(lambda _, n: n.all, state, new)), None
-
-    if isinstance(weights, tuple):
-        numbered = [(own, i, None if keys is None else keys[i]) for i, own in enumerate(weights)]
-        if in_place and not apart:
-            return functools.reduce(lambda carry, layer: one(carry, layer)[0], numbered, (x, state))
-        made = []
-        for own, i, layer_key in numbered:
-            old = state[i] if apart else jax.tree.map(lambda s: s[i], state)  # noqa: B023 (called at once)
-            x, new = block(x, (own, old, layer_key))
-            made.append(new)
-        if apart:
-            return x, tuple(made)
-        return x, jax.tree.map(lambda *new: jnp.stack(new), *made)  # once: each write into the stack would copy it
-    loop = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)
-    if in_place:
-        return loop(one, (x, state), (weights, jnp.arange(count), keys))[0]
-    return loop(block, x, (weights, state, keys))

@@ -41,6 +41,8 @@ class Format:
             specs of a config lack are not in its files.
         values: their field -> {their value: our value}, where the words differ.
         required: their fields with the only value that the family implements (a missing field has that value).
+        aliases: their other names of fields -> the names that are read and written. An alias is accepted only beside
+            its field and with the same value, because transformers applies it after values are derived from the field.
         token_ids: their fields for special tokens; written as null when the vocabulary is too small to have the id.
         head: as ``tensors``, never prefixed.
         layouts: our path -> how the axes of one layer lie in the file, where not as ours.
@@ -59,6 +61,7 @@ class Format:
     write_fields: Callable[[Any], dict[str, Any]] | None = None
     values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     head: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)

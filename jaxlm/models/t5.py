@@ -1,14 +1,14 @@
 """T5 (Raffel et al. 2020): an encoder and a decoder with RMS norms, relative position biases and no other biases.
 
-Two published forms: v1.0 (ReLU; the token table is the head, and hidden states are scaled by ``1 / sqrt(D)`` before it)
-and v1.1 (gated tanh-GELU after Shazeer 2020, a head of its own, no scale), which mT5 and FLAN-T5 share. umT5 is v1.1
-with position biases of its own in every layer instead of one table per stack. Attention has no ``1 / sqrt(K)``: the
-initial queries are that much smaller.
+There are two published versions. v1.0 has a ReLU MLP, and its output head is the token table, applied to hidden states
+scaled by ``1 / sqrt(D)``. v1.1 has a gated tanh-GELU MLP (Shazeer 2020) and a separate head without a scale; mT5 and
+FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases in every layer instead of one per
+stack. Attention scores are not scaled by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
 
-Follows Mesh TensorFlow and t5x, and not Hugging Face where they differ: the head of v1.1 starts with standard deviation
-``1 / sqrt(D)``, which only concerns training from scratch.
+The code follows Mesh TensorFlow and t5x where Hugging Face differs: the head of v1.1 is initialised with standard
+deviation ``1 / sqrt(D)``. This matters only for training from scratch.
 
-Legend: B batch, T target time, S source time, D model width, H heads, K head width (H * K need not be D), F hidden
+Shapes: B batch, T target time, S source time, D model width, H heads, K head width (H * K may differ from D), F hidden
 width of the MLP, V vocabulary.
 """
 
@@ -42,121 +42,56 @@ Mlp = Literal["relu", "gated_gelu"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Shape and behaviour of a T5. The defaults are the published v1.0 model of 60M parameters."""
+class Config(common.TransformerConfig):
+    """Shape and behaviour of a T5. The defaults are the published v1.0 model with 60M parameters."""
 
     vocab_size: int = 32128
     """Number of token ids."""
     num_layers: int = 6
     """Number of encoder blocks."""
     num_decoder_layers: int | None = None
-    """Number of decoder blocks; None means as many as the encoder has, 0 an encoder alone (task "none")."""
+    """Number of decoder blocks; None means num_layers, 0 means an encoder only (with task "none")."""
     num_heads: int = 8
     """Attention heads of each block."""
     embed_dim: int = 512
     """Model width."""
     head_dim: int = 64
-    """Width of each head; heads times this need not be embed_dim."""
+    """Width of each head; num_heads * head_dim may differ from embed_dim."""
     mlp_dim: int = 2048
     """Hidden width of the MLP."""
     mlp: Mlp = "relu"
-    """Form of the MLP: relu is v1.0, gated_gelu is v1.1, mT5, FLAN-T5 and umT5."""
+    """Type of the MLP: relu for v1.0, gated_gelu for v1.1, mT5, FLAN-T5 and umT5."""
     tie_embeddings: bool = True
-    """Use the token table as output head, after a scale of 1 / sqrt(embed_dim), as v1.0 does."""
+    """Use the token table as output head, on hidden states scaled by 1 / sqrt(embed_dim), as v1.0 does."""
     num_buckets: int = 32
     """Rows of a table of relative position biases."""
     max_distance: int = 128
-    """Distance from which on all share a bucket."""
+    """All distances of at least this length share a bucket."""
     bias_per_layer: bool = False
-    """A table of position biases in every layer (umT5), instead of one that the layers of a stack share."""
+    """Whether every layer has its own table of position biases (umT5), or the layers of a stack share one."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     dropout: float = 0.1
-    """Dropout rate while training, at every place: embeddings, attention, MLP, sublayers, outputs of both stacks."""
+    """Dropout rate on embeddings, attention probabilities, hidden layers of MLPs, sublayers and outputs of stacks."""
     decoder_start_id: int = 0
-    """The token before the first target; T5 takes its padding id."""
+    """The token before the first target; T5 uses its padding id."""
     task: Task = "seq2seq"
-    """What the head is for: seq2seq gives logits of target tokens, none has no head."""
-    vocab_multiple: int = 1
-    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
-    remat: common.Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Loop over layers in one compiled body; False unrolls them."""
+    """Output head: target tokens (seq2seq) or none."""
 
     def __post_init__(self) -> None:
-        common.check_positive(
-            self, "vocab_size", "num_layers", "num_heads", "embed_dim", "head_dim", "mlp_dim", "vocab_multiple"
-        )
+        super().__post_init__()
+        common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "head_dim", "mlp_dim")
         common.check_rates(self, "dropout")
-        common.check_choices(
-            self, mlp=get_args(Mlp), task=get_args(Task), dtype=get_args(common.ComputeDtype),
-            remat=get_args(common.Remat),
-        )  # fmt: skip
+        common.check_choices(self, mlp=get_args(Mlp), task=get_args(Task))
         if _decoder_layers(self) < 0:
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} must be at least 0")
         if _decoder_layers(self) == 0 and self.task != "none":
             raise ValueError(
                 f"task={self.task!r} needs a decoder: set num_decoder_layers to at least 1, or task='none'"
             )
-        if not 0 <= self.decoder_start_id < self.vocab_size:
-            raise ValueError(
-                f"decoder_start_id={self.decoder_start_id} is outside the vocabulary of {self.vocab_size} ids"
-            )
-        for bidirectional in (True, False):  # raises where they do not fit
+        common.check_start_id(self)
+        for bidirectional in (True, False):  # raises if num_buckets and max_distance do not fit together
             distance_buckets(self.num_buckets, self.max_distance, bidirectional=bidirectional)
-
-
-def _decoder_layers(cfg: Config) -> int:
-    return cfg.num_layers if cfg.num_decoder_layers is None else cfg.num_decoder_layers
-
-
-def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
-    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
-    normal = Normal(D**-0.5)
-
-    def inward(init: Normal) -> dict[str, ArraySpec]:
-        return linear_specs((D, H, K), ("embed", "heads", "kv"), init, bias=False)
-
-    attention_specs = {
-        "query": inward(Normal((D * K) ** -0.5)),
-        "key": inward(normal),
-        "value": inward(normal),
-        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), inputs=2, bias=False),
-    }
-    bias = ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)
-    wide = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]
-    encoder_layer = {
-        "attention_norm": rms_norm_specs(D),
-        "attention": attention_specs,
-        "mlp_norm": rms_norm_specs(D),
-        "mlp": {
-            **{name: linear_specs((D, F), ("embed", "mlp"), normal, bias=False) for name in wide},
-            "down": linear_specs((F, D), ("mlp", "embed"), Normal(F**-0.5), bias=False),
-        },
-    }
-    decoder_layer = {**encoder_layer, "cross_norm": rms_norm_specs(D), "cross_attention": attention_specs}
-
-    def stack(layers: int, layer: dict[str, Any]) -> dict[str, Any]:
-        own, shared = ({"relative_bias": bias}, {}) if cfg.bias_per_layer else ({}, {"relative_bias": bias})
-        return {"layers": spec.stack(layers, {**layer, **own}), **shared, "final_norm": rms_norm_specs(D)}
-
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True),
-        "encoder": stack(cfg.num_layers, encoder_layer),
-    }
-    if _decoder_layers(cfg) > 0:
-        tree["decoder"] = stack(_decoder_layers(cfg), decoder_layer)
-    if cfg.task == "seq2seq" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
-    return tree
-
-
-# ------------------------------------------------------------------------------------------- source and state
 
 
 def encode(
@@ -167,27 +102,27 @@ def encode(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """What the encoder makes of a source, [B, S, D], after its final norm.
+    """The hidden states of the encoder after its final norm, [B, S, D].
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN.
-        segment_ids: [B, S] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        key: random key for dropout; None is deterministic.
+        segment_ids: [B, S] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
     """
     common.check_tokens(source, segment_ids, None, None, what="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-    S = source.shape[1]  # within a document, places are as far apart as positions
-    bias_of = _biases(cfg, params["encoder"], S, None, bidirectional=True)
+    # Indices in the row serve as positions: within a document, both have the same differences.
+    bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         weights, _, layer_key = layer
-        normal = _norm(cfg, weights["attention_norm"], x)
-        k, v = _keys_values(weights["attention"], normal)
-        own_key = fold_name(layer_key, "attention")
-        x = x + _attention(cfg, weights["attention"], normal, k, v, mask, bias_of(weights), own_key)
-        x = x + _mlp(cfg, weights, x, layer_key)
+        normed = _norm(cfg, weights["attention_norm"], x)
+        k, v = _project_kv(weights["attention"], normed)
+        attention_key = fold_name(layer_key, "attention")
+        x = x + _attention(cfg, weights["attention"], normed, k, v, mask, bias_fn(weights), attention_key)
+        x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
     x, _ = common.scan_layers(
@@ -195,46 +130,6 @@ def encode(
         count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
     )  # fmt: skip
     return dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
-
-
-def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
-    """What the decoder carries: a cache of ``length`` target tokens per row, and the keys and values of the source.
-
-    As it starts, a row has read no source; :func:`start` gives a state that has.
-    """
-
-    def slots(count: int) -> dict[str, ArraySpec]:
-        return cache.cache_specs(_decoder_layers(cfg), batch, count, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
-
-    read = slots(source_length)
-    return {**slots(length), "source": {name: read[name] for name in ("layers", "segment_ids")}}
-
-
-def start(
-    cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
-) -> dict[str, Any]:
-    """A state that has read ``source`` [B, S] and has room for ``length`` target tokens, padding included.
-
-    Without segment ids of their own, target tokens are document 1 and see document 1 of the source.
-    """
-    _require_decoder(cfg)
-    encoded = encode(cfg, params, source, segment_ids=segment_ids)
-    layers = params["decoder"]["layers"]
-
-    def read(layer: Any) -> tuple[jax.Array, jax.Array]:
-        return _keys_values(layer["cross_attention"], encoded)
-
-    if isinstance(layers, tuple):
-        k, v = (jnp.stack(x) for x in zip(*map(read, layers), strict=True))
-    else:
-        k, v = jax.lax.map(read, layers)
-    k, v = (x.reshape(*x.shape[:3], -1) for x in (k, v))
-    state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    kept = {"layers": {"key": k, "value": v}, "segment_ids": common.segments_of(source, segment_ids)}
-    return {**state, "source": kept}
-
-
-# ---------------------------------------------------------------------------------------------------- decoder
 
 
 def apply(
@@ -249,55 +144,54 @@ def apply(
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Hidden states of the decoder after its final norm, [B, T, D], and the new state (None without one).
+    """The hidden states of the decoder after its final norm, [B, T, D], and the new state (None without a state).
 
-    Takes a source (training: it is encoded, then decoded) or a state (decoding), exactly one of them.
+    Exactly one of ``source`` (training: it is encoded, then decoded) and ``state`` (decoding) must be given.
 
     Args:
-        tokens: [B, T] integer ids, beginning with ``decoder_start_id``. An id outside the vocabulary gives NaN.
+        tokens: [B, T] integer ids; the first is ``decoder_start_id``. An id outside the vocabulary gives NaN.
         source: [B, S] integer ids.
-        source_segment_ids: [B, S] int32, as ``segment_ids``; target document n sees source document n.
-        state: from :func:`start`; the tokens then continue what it holds. A row that runs past its end gives NaN.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        positions: [B, T] int32. Default: the place within the document.
-        key: random key for dropout; None is deterministic.
+        source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
+            source.
+        state: from :func:`start`; the tokens continue the tokens in it. A row that exceeds its cache gives NaN. Rows may
+            share sources (``common.by_source``).
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        positions: [B, T] int32. Default: the position within the document.
+        key: random key for dropout; None: no dropout.
     """
     _require_decoder(cfg)
     common.check_tokens(tokens, segment_ids, positions, None)
     common.check_source(tokens, source, source_segment_ids, state)
-    place, state = cache.span(tokens, state, segment_ids, positions)
-    layers, encoded = params["decoder"]["layers"], None
+    context, state = cache.span(tokens, state, segment_ids, positions)
     if state is None:
         assert source is not None
-        encoded = encode(cfg, params, source, segment_ids=source_segment_ids, key=key)
-        pairs = None if positions is None else (positions, positions)
+        position_pair = None if positions is None else (positions, positions)
+        layers, source_kv = _encoded_source(cfg, params, source, source_segment_ids, key)
         source_segments = common.segments_of(source, source_segment_ids)
     else:
-        layers = _with_source(layers, state["source"]["layers"], _decoder_layers(cfg))
-        pairs = place.positions, state["positions"]
+        position_pair = context.positions, state["positions"]
+        layers, source_kv = _cached_source(cfg, params, state["source"]["layers"])
         source_segments = state["source"]["segment_ids"]
-    cross_mask = Mask(query_segments=common.segments_of(tokens, segment_ids), key_segments=source_segments)
+    num_sources = source_segments.shape[0]
+    segments = common.by_source(common.segments_of(tokens, segment_ids), num_sources)
+    cross_mask = Mask(query_segments=segments, key_segments=source_segments)
     key = fold_name(key, "decoder")
-    bias_of = _biases(cfg, params["decoder"], tokens.shape[1], pairs, bidirectional=False)
+    bias_fn = _bias_fn(cfg, params["decoder"], tokens.shape[1], position_pair, bidirectional=False)
     x = _embed(cfg, params, tokens, key)
-
-    def read_source(weights: dict[str, Any]) -> tuple[Any, Any]:
-        own = weights["source"] if "source" in weights else cache.layer(state["source"]["layers"], weights["number"])
-        return cache.by_heads(own, cfg.num_heads)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
-        normal = _norm(cfg, weights["attention_norm"], x)
-        k, v = _keys_values(weights["attention"], normal)
-        kv, (k, v) = cache.extended(kv, (k, v), place)
-        own_key = fold_name(layer_key, "attention")
-        x = x + _attention(cfg, weights["attention"], normal, k, v, place.mask, bias_of(weights), own_key)
+        normed = _norm(cfg, weights["attention_norm"], x)
+        kv, (k, v) = cache.extended(kv, _project_kv(weights["attention"], normed), context)
+        attention_key = fold_name(layer_key, "attention")
+        x = x + _attention(cfg, weights["attention"], normed, k, v, context.mask, bias_fn(weights), attention_key)
 
-        normal = _norm(cfg, weights["cross_norm"], x)
-        k, v = read_source(weights) if encoded is None else _keys_values(weights["cross_attention"], encoded)
-        own_key = fold_name(layer_key, "cross_attention")
-        x = x + _attention(cfg, weights["cross_attention"], normal, k, v, cross_mask, None, own_key)
-        x = x + _mlp(cfg, weights, x, layer_key)
+        normed = common.by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
+        k, v = source_kv(weights)
+        attention_key = fold_name(layer_key, "cross_attention")
+        attended = _attention(cfg, weights["cross_attention"], normed, k, v, cross_mask, None, attention_key)
+        x = x + attended.reshape(x.shape)
+        x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else state["layers"]
@@ -306,78 +200,7 @@ def apply(
         in_place=cache.stays_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
-    if state is None:
-        return x, None
-    assert place.valid_B is not None
-    x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
-    return x, {**state, "layers": kv}
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """Unnormalised log-probabilities of the next target token, [B, T, V] float32 (V padded to ``vocab_multiple``).
-
-    Raises:
-        ValueError: the model has no head.
-    """
-    if cfg.task == "none":
-        raise ValueError("a T5 with task='none' has no head: set task='seq2seq' for logits of target tokens")
-    if cfg.tie_embeddings:
-        table, hidden = params["token_embedding"], hidden * cfg.embed_dim**-0.5
-    else:
-        table = params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
-
-
-def _require_decoder(cfg: Config) -> None:
-    if _decoder_layers(cfg) == 0:
-        raise ValueError("a T5 with num_decoder_layers=0 decodes nothing: call encode")
-
-
-def _with_source(layers: Any, source: Any, count: int) -> Any:
-    """The layers' weights, each with the keys and values of the ``source``, or with its ``number``, by which it finds
-    them in place: a loop over stacks would copy each layer's part out."""
-    if isinstance(layers, tuple):
-        return tuple({**layer, "source": cache.layer(source, i)} for i, layer in enumerate(layers))
-    return {**layers, "number": jnp.arange(count)}
-
-
-# -------------------------------------------------------------------------------------------------- both stacks
-
-
-def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Array | None) -> jax.Array:
-    # Sums over sublayers leave the range of float16 in the published weights: there the residual stream is float32.
-    dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
-    x = dropout(embed(params["token_embedding"], tokens, dtype), cfg.dropout, fold_name(key, "embedding"))
-    return constrain(x, ("batch", "seq", "activation_embed"))
-
-
-def _norm(cfg: Config, params: dict[str, Any], x: jax.Array) -> jax.Array:
-    return rms_norm(params, x, cfg.norm_epsilon).astype(cfg.dtype)
-
-
-def _biases(
-    cfg: Config, params: dict[str, Any], length: int, positions: Any, *, bidirectional: bool
-) -> Callable[[Any], Term]:
-    """Weights of a layer -> its position bias: made anew in each, or once for the whole stack.
-
-    ``positions``: those of queries and of keys; None: the places of one sequence of ``length``.
-    """
-
-    def of(weights: Any) -> Term:
-        table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
-        if positions is None:
-            return distance_term(table, cfg.max_distance, length, length, ahead=0)
-        return distance_term_of_positions(table, cfg.max_distance, *positions)
-
-    if cfg.bias_per_layer:
-        return of
-    shared = of(params)
-    return lambda weights: shared
-
-
-def _keys_values(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
-    return k, v
+    return common.decoder_outputs(x, kv, context, state)
 
 
 def _attention(
@@ -391,21 +214,192 @@ def _attention(
     key: jax.Array | None,
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
-    mixed = attention(
+    x = attention(
         q, k, v, mask, scale=1.0, bias=bias, dropout=cfg.dropout, key=fold_name(key, "probabilities")
     )  # fmt: skip
-    return dropout(linear(weights["output"], mixed, inputs=2), cfg.dropout, fold_name(key, "output"))
+    return dropout(linear(weights["output"], x, inputs=2), cfg.dropout, fold_name(key, "output"))
 
 
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    own, normal = weights["mlp"], _norm(cfg, weights["mlp_norm"], x)
+def _project_kv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+    return k, v
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, residual_dtype: Any, key: jax.Array | None) -> jax.Array:
     if cfg.mlp == "relu":
-        hidden = activation("relu")(linear(own["up"], normal))
+        x = activation("relu")(linear(weights["up"], x))
     else:
-        hidden = activation("gelu_tanh")(linear(own["gate"], normal)) * linear(own["gated"], normal)
-    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp_hidden"))
-    # In the dtype of the residual stream: of all products this one overflows float16 first.
-    return dropout(linear(own["down"], hidden.astype(x.dtype)), cfg.dropout, fold_name(key, "mlp_output"))
+        x = activation("gelu_tanh")(linear(weights["gate"], x)) * linear(weights["gated"], x)
+    x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp_hidden"))
+    # In the dtype of the residual stream, because this product is the first one to overflow float16.
+    return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_name(key, "mlp_output"))
+
+
+def _norm(cfg: Config, params: dict[str, Any], x: jax.Array) -> jax.Array:
+    return rms_norm(params, x, cfg.norm_epsilon).astype(cfg.dtype)
+
+
+def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Array | None) -> jax.Array:
+    # With the published weights, the sum of the sublayers overflows float16: the residual stream is then float32.
+    dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
+    x = dropout(embed(params["token_embedding"], tokens, dtype), cfg.dropout, fold_name(key, "embedding"))
+    return constrain(x, ("batch", "seq", "activation_embed"))
+
+
+def _bias_fn(
+    cfg: Config, params: dict[str, Any], length: int, position_pair: Any, *, bidirectional: bool
+) -> Callable[[Any], Term]:
+    """A function from the weights of a layer to its position bias, computed per layer or once for the stack.
+
+    Args:
+        params: the parameters of the stack.
+        position_pair: positions of queries and of keys; None: 0, 1, ... ``length - 1`` for both.
+    """
+
+    def layer_bias(weights: Any) -> Term:
+        table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
+        if position_pair is None:
+            return distance_term(table, cfg.max_distance, length, length, ahead=0)
+        return distance_term_of_positions(table, cfg.max_distance, *position_pair)
+
+    if cfg.bias_per_layer:
+        return layer_bias
+    shared = layer_bias(params)
+    return lambda weights: shared
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the next target token, [B, T, V] float32 (V padded to ``vocab_multiple``).
+
+    Raises:
+        ValueError: the model has no head.
+    """
+    if cfg.task == "none":
+        raise ValueError("a T5 with task='none' has no head: set task='seq2seq' for logits of target tokens")
+    if cfg.tie_embeddings:
+        table, hidden = params["token_embedding"], hidden * cfg.embed_dim**-0.5
+    else:
+        table = params["head"]
+    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+# ------------------------------------------------------------------------------------------- source and state
+
+
+def start(
+    cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
+) -> dict[str, Any]:
+    """The decode state for ``source`` [B, S], with room for ``length`` target tokens per row, padding included.
+
+    Target tokens without segment ids are document 1 and attend to document 1 of the source.
+    """
+    _require_decoder(cfg)
+    encoded = encode(cfg, params, source, segment_ids=segment_ids)
+    layers = params["decoder"]["layers"]
+
+    def source_kv(weights: Any) -> tuple[jax.Array, jax.Array]:
+        return _project_kv(weights["cross_attention"], encoded)
+
+    if isinstance(layers, tuple):
+        k, v = (jnp.stack(x) for x in zip(*map(source_kv, layers), strict=True))
+    else:
+        k, v = jax.lax.map(source_kv, layers)
+    k, v = (x.reshape(*x.shape[:3], -1) for x in (k, v))
+    state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
+    source_state = {"layers": {"key": k, "value": v}, "segment_ids": common.segments_of(source, segment_ids)}
+    return {**state, "source": source_state}
+
+
+def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
+    """The specs of the decode state: a cache of ``length`` target tokens per row, and keys and values of the source.
+
+    The initial values stand for a row without a source; :func:`start` returns a state with one.
+    """
+
+    def cache_of(slots: int) -> dict[str, ArraySpec]:
+        return cache.cache_specs(_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+
+    source = cache_of(source_length)
+    return {**cache_of(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
+
+
+def _encoded_source(
+    cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: jax.Array | None, key: jax.Array | None
+) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """The weights of the decoder's layers, and a function from them to the keys and values of a new source."""
+    encoded = encode(cfg, params, source, segment_ids=segment_ids, key=key)
+    return params["decoder"]["layers"], lambda weights: _project_kv(weights["cross_attention"], encoded)
+
+
+def _cached_source(
+    cfg: Config, params: dict[str, Any], source_kv: Any
+) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """The weights of the decoder's layers, and a function from them to the keys and values in the state.
+
+    The weights of a layer get a further entry: its ``source_kv``, or, for stacked layers, the ``index`` of the layer.
+    With the index, a layer reads its part in place; a scan over the stack would copy it.
+    """
+    layers = params["decoder"]["layers"]
+    if isinstance(layers, tuple):
+        layers = tuple({**layer, "source_kv": cache.layer(source_kv, i)} for i, layer in enumerate(layers))
+        return layers, lambda weights: cache.by_heads(weights["source_kv"], cfg.num_heads)
+    layers = {**layers, "index": jnp.arange(_decoder_layers(cfg))}
+    return layers, lambda weights: cache.by_heads(cache.layer(source_kv, weights["index"]), cfg.num_heads)
+
+
+def _require_decoder(cfg: Config) -> None:
+    if _decoder_layers(cfg) == 0:
+        raise ValueError("a T5 with num_decoder_layers=0 decodes nothing: call encode")
+
+
+def _decoder_layers(cfg: Config) -> int:
+    return cfg.num_layers if cfg.num_decoder_layers is None else cfg.num_decoder_layers
+
+
+# -------------------------------------------------------------------------------------------------- parameters
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters."""
+    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
+    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    normal = Normal(D**-0.5)
+
+    def projection(init: Normal) -> dict[str, ArraySpec]:
+        return linear_specs((D, H, K), ("embed", "heads", "kv"), init, bias=False)
+
+    attention_specs = {
+        "query": projection(Normal((D * K) ** -0.5)),
+        "key": projection(normal),
+        "value": projection(normal),
+        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), inputs=2, bias=False),
+    }
+    bias = ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)
+    hidden_layers = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]
+    encoder_layer = {
+        "attention_norm": rms_norm_specs(D),
+        "attention": attention_specs,
+        "mlp_norm": rms_norm_specs(D),
+        "mlp": {
+            **{name: linear_specs((D, F), ("embed", "mlp"), normal, bias=False) for name in hidden_layers},
+            "down": linear_specs((F, D), ("mlp", "embed"), Normal(F**-0.5), bias=False),
+        },
+    }
+    decoder_layer = {**encoder_layer, "cross_norm": rms_norm_specs(D), "cross_attention": attention_specs}
+
+    def stack(count: int, layer: dict[str, Any]) -> dict[str, Any]:
+        per_layer, shared = ({"relative_bias": bias}, {}) if cfg.bias_per_layer else ({}, {"relative_bias": bias})
+        return {"layers": spec.stack(count, {**layer, **per_layer}), **shared, "final_norm": rms_norm_specs(D)}
+
+    tree = {
+        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True),
+        "encoder": stack(cfg.num_layers, encoder_layer),
+    }
+    if _decoder_layers(cfg) > 0:
+        tree["decoder"] = stack(_decoder_layers(cfg), decoder_layer)
+    if cfg.task == "seq2seq" and not cfg.tie_embeddings:
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
+    return tree
 
 
 # ------------------------------------------------------------------------------------------- published sizes and files
@@ -459,10 +453,49 @@ _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_hea
 _TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
 
 
-def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The start of a target, where the config has no ``decoder_start_token_id``: T5 takes its padding id."""
-    pad = config.get("pad_token_id")
-    return {} if "decoder_start_token_id" in config or type(pad) is not int else {"decoder_start_id": pad}
+_MLPS: dict[str, tuple[str, str, bool]] = {
+    "relu": ("relu", "relu", False),
+    "gated_gelu": ("gated-gelu", "gelu_new", True),
+}
+"""Our ``mlp`` -> their ``feed_forward_proj``, ``dense_act_fn`` and ``is_gated_act``."""
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    form, act, gated = _MLPS[cfg.mlp]
+    return {
+        "feed_forward_proj": form, "dense_act_fn": act, "is_gated_act": gated,
+        "decoder_start_token_id": cfg.decoder_start_id,
+    }  # fmt: skip
+
+
+def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """``read_fields`` of a ``model_type`` whose ``feed_forward_proj`` is ``default`` where the config has none."""
+
+    def read(config: Mapping[str, Any]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        form = config.get("feed_forward_proj", default)
+        derived = {theirs: (act, gated) for theirs, act, gated in _MLPS.values()}
+        if form not in list(derived):
+            raise ValueError(f"feed_forward_proj={form!r} is not supported: choose from {', '.join(derived)}")
+        # Transformers derives both from feed_forward_proj, and then takes those of the config.
+        act, gated = config.get("dense_act_fn", derived[form][0]), config.get("is_gated_act", derived[form][1])
+        same = "gelu_new" if act == "gelu_pytorch_tanh" else act
+        mlp = [ours for ours, (_, *others) in _MLPS.items() if others == [same, gated]]
+        if not mlp:
+            raise ValueError(
+                f"feed_forward_proj={form!r} with dense_act_fn={act!r} and is_gated_act={gated!r} is not supported: "
+                "only 'relu' that is not gated and 'gelu_new' that is gated are"
+            )
+        fields["mlp"] = mlp[0]
+        # T5 starts a target with its padding id where the config does not say it.
+        start, pad = config.get("decoder_start_token_id"), config.get("pad_token_id")
+        if start is not None and type(start) is not int:
+            raise ValueError(f"decoder_start_token_id={start!r} must be a whole number or null")
+        if start is None and type(pad) is int:
+            start = pad
+        return fields if start is None else {**fields, "decoder_start_id": start}
+
+    return read
 
 
 def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> files.Format:
@@ -477,14 +510,18 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> files.Form
         fields={
             "vocab_size": "vocab_size", "num_layers": "num_layers", "num_decoder_layers": "num_decoder_layers",
             "num_heads": "num_heads", "embed_dim": "d_model", "head_dim": "d_kv", "mlp_dim": "d_ff",
-            "mlp": "feed_forward_proj", "tie_embeddings": "tie_word_embeddings",
+            "tie_embeddings": "tie_word_embeddings",
             "num_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
             "norm_epsilon": "layer_norm_epsilon", "dropout": "dropout_rate",
-            "decoder_start_id": "decoder_start_token_id",
         },
         implied=implied,
-        read_fields=_read_fields,
-        values={"feed_forward_proj": {"relu": "relu", "gated-gelu": "gated_gelu"}},
+        read_fields=_reader(_MLPS[implied.get("mlp", "relu")][0]),
+        write_fields=_write_fields,
+        required={"tie_encoder_decoder": False, "pruned_heads": {}},
+        aliases={
+            "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+            "head_dim": "d_kv",
+        },
         token_ids={"pad_token_id": 0, "eos_token_id": 1},
         tensors=_TENSORS,
         head={"head": "lm_head.weight"},

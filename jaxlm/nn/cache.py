@@ -1,9 +1,10 @@
-"""The key-value cache: what an attention layer carries between calls.
+"""The key-value cache: the keys and values that an attention layer keeps from one call to the next.
 
-Every leaf has a ``batch`` axis, so beams, resets and shardings act on it by name. Each row writes at its own
-``length``, so rows of one batch may be at different places. Slots hold what was fed, padding included: a slot of
-segment 0 is seen by nobody real. The heads of a slot stand side by side in one axis: one of the width of a head would
-leave half of a TPU's vectors empty. Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
+Every leaf has a ``batch`` axis, so that beam search, resets and shardings find it by name. Each row appends at its own
+``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one token; padding is
+stored too, with segment id 0, and real tokens do not attend to it. The last axis holds all heads of a slot (G * K): a
+last axis of one head's width would leave half of a TPU's vector lanes empty.
+Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from jaxlm.spec import ArraySpec
 
 
 def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any) -> dict[str, ArraySpec]:
-    """Specs of an empty cache of ``slots`` tokens per row for ``layers`` layers."""
-    keys = ArraySpec((batch, slots, heads * kv), ("batch", None, "heads"), dtype=dtype)
-    slot = ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32)
+    """Specs of an empty cache for ``slots`` tokens per row and ``layers`` layers."""
+    keys = ArraySpec((batch, slots, heads * kv), ("batch", "slots", "heads"), dtype=dtype)
+    slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
     return {
         spec.LAYERS: spec.stack(layers, {"key": keys, "value": keys}),
         "segment_ids": slot,
@@ -36,11 +37,16 @@ def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype:
 
 @struct.dataclass
 class Slots:
-    """The slots of one layer [B, S, G * K] where they stand among those of all layers: written and read in place.
+    """A view of one layer's slots [B, S, G * K] in the array of all layers, for reads and writes in place.
 
-    A loop over layers that took each layer's slots out and put them back would copy the whole cache for every token.
-    With ``heads``, they are read as [B, S, G, K]. ``layer`` None: ``all`` are those of one layer, as where layers are
-    apart (``spec.unstack``).
+    A loop over layers that slices each layer's slots out of the array and writes them back would copy the whole cache
+    for every token.
+
+    Attributes:
+        all: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K], as in the per-layer
+            layout (``spec.unstack``).
+        layer: index of the layer.
+        heads: G, to read the slots as [B, S, G, K]; None: as [B, S, G * K].
     """
 
     all: jax.Array
@@ -49,12 +55,12 @@ class Slots:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[B, S, G * K], or by heads."""
-        *most, width = self.all.shape[-3:]
-        return (*most, width) if self.heads is None else (*most, self.heads, width // self.heads)
+        """[B, S, G * K]; with ``heads``, [B, S, G, K]."""
+        *rest, width = self.all.shape[-3:]
+        return (*rest, width) if self.heads is None else (*rest, self.heads, width // self.heads)
 
     def first(self, length: int) -> jax.Array:
-        """The first ``length`` slots of every row, [B, length, ...]."""
+        """The first ``length`` slots of each row, [B, length, ...]."""
         if self.layer is None:
             first = self.all[:, :length]
         else:
@@ -63,7 +69,7 @@ class Slots:
         return first.reshape(self.shape[0], length, *self.shape[2:])
 
     def append(self, new_BT: jax.Array, length_B: jax.Array) -> Slots:
-        """As :func:`append`."""
+        """The view after ``new`` is written behind the first ``length`` slots of each row; see :func:`append`."""
         B, T = new_BT.shape[:2]
         slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
         rows = jnp.arange(B)[:, None]
@@ -73,36 +79,45 @@ class Slots:
 
 
 def stays_in_place(state: Any, new: int) -> bool:
-    """Whether a loop over layers had better leave the cache where it is: few new tokens, much room."""
-    return state is not None and _are_few(new, state["segment_ids"].shape[1])
+    """Whether a loop over layers should update the cache in place, because it has many more slots than new tokens."""
+    return state is not None and _is_small_update(new, state["segment_ids"].shape[1])
 
 
-def _are_few(new: int, slots: int) -> bool:
+def _is_small_update(new: int, slots: int) -> bool:
     return 8 * new <= slots
 
 
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
-    """Write ``new`` [B, T, ...] into ``slots`` [B, S, ...] from each row's ``length`` on."""
+    """``slots`` [B, S, ...] with ``new`` [B, T, ...] written into each row, starting at the row's ``length``."""
     if isinstance(slots_BS, Slots):
         return slots_BS.append(new_BT, length_B)
-    if slots_BS.ndim == 3 and _are_few(new_BT.shape[1], slots_BS.shape[1]):
-        # Not the update below, which for several rows becomes a scatter in float32 on a TPU (docs/labbook.md).
+    if slots_BS.ndim == 3 and _is_small_update(new_BT.shape[1], slots_BS.shape[1]):
+        # On a TPU, the update below becomes a scatter in float32 if there are several rows (docs/labbook.md).
         return Slots(slots_BS).append(new_BT, length_B).all
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
-    return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(slots_BS, new_BT, length_B)
+    write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
+    return jax.vmap(write)(slots_BS, new_BT, length_B)
 
 
 def by_heads(kv: Any, heads: int) -> tuple[Any, Any]:
-    """A layer's slots of keys and values as attention reads them, [B, S, G, K] of G ``heads``."""
+    """A layer's cached keys and values as attention reads them: views [B, S, G, K], where G is ``heads``."""
 
-    # Slots of one layer, too, and not reshaped here: XLA would write the new ones into two arrays, one of each shape.
+    # The array of a single layer becomes a view as well. If it were reshaped here, XLA would write the new tokens into
+    # two arrays, one of each shape.
     key, value = (x if isinstance(x, Slots) else Slots(x) for x in (kv["key"], kv["value"]))
     return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
 
 
 def extended(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any, tuple[Any, Any]]:
-    """A layer's slots of keys and values with new ones, each [B, T, G, K]: as they are carried, and as attention reads
-    them, [B, S, G, K]. Without slots, the new ones are all there are."""
+    """A layer's cache with ``new`` keys and values appended, and the keys and values that attention reads.
+
+    Args:
+        kv: ``key`` and ``value`` of the layer; None: no cache, attention reads only the new keys and values.
+        new: keys and values of the new tokens, each [B, T, G, K].
+
+    Returns:
+        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K].
+    """
     if kv is None:
         return None, new
     assert span.start_B is not None
@@ -110,17 +125,49 @@ def extended(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any
     return kv, by_heads(kv, new[0].shape[2])
 
 
+def num_slots(specs: spec.Tree, state: Any) -> int | None:
+    """The number of slots of the cache in ``state`` (arrays or specs); None if there is no cache in it."""
+    sizes: list[int] = []
+
+    def collect_size(leaf: Any, dim: int) -> Any:
+        sizes.append(leaf.shape[dim])
+        return leaf
+
+    spec.map_axis(specs, "slots", collect_size, state, optional=True)
+    return sizes[0] if sizes else None
+
+
+def resized(specs: spec.Tree, state: Any, slots: int) -> Any:
+    """The state with ``slots`` slots in each cache.
+
+    A longer cache keeps its first slots; a shorter cache gets empty slots at its end. State that is not part of a cache
+    has no axis ``slots`` and is returned unchanged.
+    """
+
+    def resize_leaf(leaf: jax.Array, dim: int) -> jax.Array:
+        if leaf.shape[dim] >= slots:
+            return lax.slice_in_dim(leaf, 0, slots, axis=dim)
+        widths = [(0, slots - leaf.shape[dim] if axis == dim else 0) for axis in range(leaf.ndim)]
+        return jnp.pad(leaf, widths)
+
+    return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
+
+
 def layer(stack: Any, number: Any) -> Any:
-    """What of a state's ``layers`` belongs to one of them: :class:`Slots` of a stack, or, apart, what it has itself."""
+    """The state of layer ``number``: views (:class:`Slots`) of a stack, or, in per-layer layout, its tree."""
     return stack[number] if isinstance(stack, tuple) else jax.tree.map(lambda all: Slots(all, number), stack)
 
 
 @struct.dataclass
 class Span:
-    """Where the new tokens of a call stand: between what came before (the cache) and what they may see.
+    """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
 
-    ``mask`` is who sees whom. ``start_B`` is the slot of each row's first new token. ``valid_B`` is False for a row
-    whose cache is too short for the new tokens.
+    Attributes:
+        segment_ids: [B, T] of the new tokens; None without a state if the caller gave none.
+        positions: [B, T] of the new tokens.
+        mask: which keys (cached and new) each new token may attend to.
+        start_B: the slot of each row's first new token; None without a state.
+        valid_B: False for a row whose cache is too short for the new tokens; None without a state.
     """
 
     segment_ids: jax.Array
@@ -131,12 +178,14 @@ class Span:
 
 
 def span(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> tuple[Span, Any]:
-    """Positions and mask of new tokens, and the state with everything but keys and values written.
+    """The :class:`Span` of new tokens, and the state updated for them, except for the keys and values.
 
-    Segments default to one document (1), positions to those within the document, going on where the state left off.
+    Args:
+        segment_ids: [B, T]; None: all new tokens belong to document 1.
+        positions: [B, T]; None: positions within the document, continued from the tokens in the state.
 
     Raises:
-        ValueError: more new tokens than the state has slots.
+        ValueError: there are more new tokens than the state has slots.
     """
     B, T = tokens_BT.shape
     if state is None:

@@ -144,6 +144,25 @@ def test_one_beam_without_an_end_is_greedy(pair: Pair, pad: Pad) -> None:
     np.testing.assert_allclose(out.scores[:, 0], greedy.log_probs.mean(axis=1), rtol=1e-4)
 
 
+def test_a_cache_that_grows_changes_nothing(pair: Pair, pad: Pad, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
+    found = []
+    for smallest in (2, 100):
+        monkeypatch.setattr("jaxlm.decoding.beam.SMALLEST_CACHE", smallest)
+        found.append(beam_search(*pair, *prompts, max_new_tokens=14, beams=3, early_stopping="never", end_id=2))
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-5)
+
+
+def test_a_given_state_keeps_what_it_holds(gpt: Pair) -> None:
+    model, params = gpt
+    text = np.array([[5, 6, 7, 8], [11, 3, 20, 4]], np.int32)
+    _, state = model.apply(params, text[:, :2], state=model.init_state(2, 48))
+    whole = beam_search(model, params, text, max_new_tokens=30, beams=2)
+    rest = beam_search(model, params, text[:, 2:], max_new_tokens=30, beams=2, state=state)
+    np.testing.assert_array_equal(whole.tokens, rest.tokens)
+
+
 def test_fewer_hypotheses_than_beams(tiny_pair: Pair) -> None:
     out = beam_search(*tiny_pair, np.array([[1]]), max_new_tokens=1, beams=7, allowed_ids=3, end_id=2)
     assert out.lengths.tolist() == [[1, 1, 1, 0, 0, 0, 0]]
@@ -162,7 +181,7 @@ def test_a_state_without_a_batch_axis_is_an_error(tiny_pair: Pair) -> None:
         def init_state(self, batch: int, length: int) -> Any:
             return spec.init(self.model.state_specs(batch, length))
 
-    with pytest.raises(ValueError, match=r"has axes .* none is 'batch'"):
+    with pytest.raises(ValueError, match=r"has axes .* none of them is 'batch'"):
         beam_search(Nameless(tiny_pair[0]), tiny_pair[1], np.array([[1]]), max_new_tokens=2, beams=2)
 
 
