@@ -1,11 +1,12 @@
 """Data: text, tokenizers, token files, batches. numpy only; nothing here touches a device."""
 
 from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
-from jaxlm.data.corpora import read_text, shakespeare
+from jaxlm.data.corpora import shakespeare
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.games import Games, chess_games, read_games, split_games
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.data.random_access import RandomAccess
+from jaxlm.data.text_files import read_text
 from jaxlm.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,

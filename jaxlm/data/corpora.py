@@ -1,13 +1,11 @@
-"""Text: the embedded corpus, and files read strictly."""
+"""The embedded corpora."""
 
 from __future__ import annotations
 
-import gzip
 import importlib.resources
-import zlib
-from pathlib import Path
 
 from jaxlm.data.examples import Examples
+from jaxlm.data.text_files import read_text
 
 
 def shakespeare() -> str:
@@ -15,8 +13,7 @@ def shakespeare() -> str:
 
     Source, licence and what was normalised: ``SHAKESPEARE.md`` beside this file.
     """
-    packed = importlib.resources.files(__package__).joinpath("shakespeare.txt.gz").read_bytes()
-    return gzip.decompress(packed).decode("ascii")
+    return _embedded("shakespeare.txt.gz")
 
 
 def verses() -> Examples:
@@ -24,10 +21,14 @@ def verses() -> Examples:
 
     Origin and licence: ``VERSES.md`` beside this file.
     """
-    packed = importlib.resources.files(__package__).joinpath("verses_en_es.tsv.gz").read_bytes()
-    lines = gzip.decompress(packed).decode("utf-8").splitlines()
-    pairs = (line.split("\t") for line in lines)
+    pairs = (line.split("\t") for line in _embedded("verses_en_es.tsv.gz").splitlines())
     return Examples([{"source": source, "target": target} for source, target in pairs], "the embedded verses")
+
+
+def _embedded(name: str) -> str:
+    """The text of a file of this package."""
+    with importlib.resources.as_file(importlib.resources.files(__package__).joinpath(name)) as path:
+        return read_text(path)
 
 
 PLAYS = (
@@ -56,34 +57,3 @@ def play_passages(words: int = 60) -> Examples:
                 rows.append({"text": " ".join(passage), "label": title})
                 passage = []
     return Examples(rows, "the passages of the embedded plays")
-
-
-def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 text file, ``.gz`` unpacked; characters and line ends exactly as they are there.
-
-    Raises:
-        ValueError: the file is empty, damaged, or not UTF-8; the message names the first offending byte.
-    """
-    path = Path(path)
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    if not data:
-        raise ValueError(f"{path} is empty: nothing to train on")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_text(path, error.start, data[error.start]) from error
-    if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8 full of zeros
-        raise _not_text(path, data.index(0), 0)
-    return text
-
-
-def _not_text(path: Path, offset: int, value: int) -> ValueError:
-    return ValueError(
-        f"{path} is not UTF-8 text: byte 0x{value:02x} at offset {offset}. "
-        f"Re-encode it, e.g. `iconv -f LATIN1 -t UTF-8` (or `-f UTF-16`)"
-    )

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.data.examples import Example, Examples, Rejected, open_text, read_jsonl
+from jaxlm.data.examples import Example, Examples, Rejected, read_jsonl
+from jaxlm.data.text_files import read_lines
 
 _AFFIXES = frozenset(
     {
@@ -155,18 +156,17 @@ def _records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]]:
     """First line and fields of each control record; a field is its lines, without the space before continued ones."""
     record: dict[str, list[str]] = {}
     first, field = 1, ""
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                if record:
-                    yield first, record
-                record = {}
-            elif line.startswith((" ", "\t")):
-                record.setdefault(field, []).append(line[1:].rstrip())
-            else:
-                first = first if record else number
-                field, _, value = line.partition(":")
-                record[field] = [value.strip()]
+    for number, line in read_lines(path):
+        if not line.strip():
+            if record:
+                yield first, record
+            record = {}
+        elif line.startswith((" ", "\t")):
+            record.setdefault(field, []).append(line[1:].rstrip())
+        else:
+            first = first if record else number
+            field, _, value = line.partition(":")
+            record[field] = [value.strip()]
     if record:
         yield first, record
 

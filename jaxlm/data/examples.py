@@ -16,16 +16,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import gzip
-import io
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
+
+from jaxlm.data.text_files import read_lines
 
 TEXT_COLUMNS = ("sentence", "text", "content")
 """What tables for classification call the column of the text."""
@@ -282,36 +281,6 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the exam
 # --------------------------------------------------------------------------------------------------- readers
 
 
-def open_text(path: str | Path, encoding: str = "utf-8") -> io.TextIOBase:
-    """A text file, or a gzip file that ends in ``.gz``, opened for reading. Lines end at newlines only.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (the caller closes it)
-    # A byte order mark is not text; "utf-8-sig" drops it.
-    return io.TextIOWrapper(opened, encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline="\n")
-
-
-def _lines(path: str | Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file, numbered from 1, without their ends."""
-    number = 0
-    with open_text(path, encoding) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, after line {number}: byte {error.object[error.start]:#04x} is not {encoding}: "
-                "pass another encoding, for example encoding='latin-1'"
-            ) from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}, after line {number}: the gzip file is truncated or damaged: {error}") from error
-
-
 def _collect(path: str | Path, made: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
     """Examples made line by line; a ``ValueError`` gets the file and the line, or the line is reported."""
     rows, rejected = [], []
@@ -353,11 +322,11 @@ def _table(
             raise ValueError(f"{path} is neither .tsv nor .csv: pass the delimiter")
         delimiter = "\t" if suffix == "tsv" else ","
     if delimiter == "\t":
-        for number, line in _lines(path, encoding):
+        for number, line in read_lines(path, encoding):
             yield number, functools.partial(line.split, "\t")
         return
     # strict: a quote that is never closed is an error, not a field that swallows the rest of the file.
-    reader = csv.reader((f"{line}\n" for _, line in _lines(path, encoding)), strict=True)
+    reader = csv.reader((f"{line}\n" for _, line in read_lines(path, encoding)), strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -445,7 +414,7 @@ def read_jsonl(
             raise ValueError(f"must hold a JSON object, got {type(row).__name__}")
         return _required(row, fields)
 
-    lines = ((number, functools.partial(example, line)) for number, line in _lines(path, encoding) if line)
+    lines = ((number, functools.partial(example, line)) for number, line in read_lines(path, encoding) if line)
     return _collect(path, lines, on_error)
 
 
@@ -458,7 +427,7 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
             raise ValueError(f"must hold a label, a space and a text, got {line!r}")
         return {"label": label, "text": text.strip()}
 
-    lines = ((number, functools.partial(example, line)) for number, line in _lines(path, encoding))
+    lines = ((number, functools.partial(example, line)) for number, line in read_lines(path, encoding))
     return _collect(path, lines, on_error)
 
 
@@ -483,7 +452,7 @@ def read_pairs(
     Raises:
         ValueError: files of unequal length, an empty line.
     """
-    sources, targets = ([line for _, line in _lines(path, encoding)] for path in (source, target))
+    sources, targets = ([line for _, line in read_lines(path, encoding)] for path in (source, target))
     if len(sources) != len(targets):
         raise ValueError(f"{source} has {len(sources)} lines and {target} has {len(targets)}: they must be parallel")
 

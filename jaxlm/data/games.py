@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.corpora import read_text
 from jaxlm.data.examples import Rejected
+from jaxlm.data.text_files import read_lines, read_text
 
 Notation = Literal["uci", "san"]
 NOTATIONS: tuple[Notation, ...] = ("uci", "san")
@@ -134,11 +134,12 @@ def read_games(
         raise ValueError(f"check='syntax' cannot read the PGN file {path}: use check='rules'")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    text = read_text(path).removeprefix("\ufeff")
     if is_pgn:
-        items = list(_pgn_games(text))
+        items = list(_pgn_games(read_text(path)))
     else:
-        items = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        items = [(number, line) for number, line in read_lines(path) if line.strip()]
+    if not items:
+        raise ValueError(f"{path} is empty: give one game a line, or a PGN file called .pgn")
     if check == "rules":
         import_chess()
     reader = "pgn" if is_pgn else check

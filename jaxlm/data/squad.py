@@ -9,14 +9,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.data.examples import Example, Examples, Rejected, open_text
+from jaxlm.data.examples import Example, Examples, Rejected
+from jaxlm.data.text_files import text_chunks
 
 MAX_SHIFT = 2
 """Published files have answers whose start is wrong by a character; the reader looks this many characters around."""
@@ -63,13 +62,7 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
 
 def _records(path: Path) -> Iterator[Any]:
     """The questions of the file, each as an object of the JSONL form or a line of it."""
-    try:
-        with open_text(path) as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.object[error.start]:#04x}") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: the gzip file is truncated or damaged: {error}") from error
+    text = "".join(text_chunks(path))
     try:
         content = json.loads(text)
     except ValueError:  # several lines of JSON are not one JSON document

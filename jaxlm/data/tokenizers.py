@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
+from jaxlm.data.text_files import text_chunks
 from jaxlm.integrity import forget_checksums, verify_checksums
 
 _OWN_FILE = "jaxlm_tokenizer.json"
@@ -412,19 +414,34 @@ def _read_backend(directory: Path) -> Any:
         raise ImportError(
             f"the tokenizer in {directory} needs the package `tokenizers`: pip install 'jaxlm[tokenizers]'"
         ) from error
-    file = directory / "tokenizer.json"
+    file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
+    if not file.exists():
+        file, vocab = directory / "merges.txt", directory / "vocab.json"
+        _read_json(vocab)  # refuses a token that occurs twice
     try:
-        if file.exists():
-            return tokenizers.Tokenizer.from_file(str(file))
-        file = directory / "merges.txt"
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(directory / "vocab.json"), str(file)))
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = tokenizers.decoders.ByteLevel()
-        if backend.token_to_id("<|endoftext|>") is not None:
-            backend.add_special_tokens(["<|endoftext|>"])
-        return backend
+        if file.name == "tokenizer.json":
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(file)))
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = tokenizers.decoders.ByteLevel()
+            if backend.token_to_id("<|endoftext|>") is not None:
+                backend.add_special_tokens(["<|endoftext|>"])
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
+    _check_distinct(backend.get_vocab(), vocab)
+    return backend
+
+
+def _check_distinct(vocab: Mapping[str, int], file: Path) -> None:
+    """Raise ``ValueError`` for two tokens with one id: only one of them could be decoded."""
+    tokens: dict[int, str] = {}
+    for token, number in sorted(vocab.items()):
+        if number in tokens:
+            raise ValueError(
+                f"{file}: the tokens {tokens[number]!r} and {token!r} have the same id {number}: give each its own"
+            )
+        tokens[number] = token
 
 
 def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
@@ -502,12 +519,24 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text = "".join(text_chunks(path))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that occurs twice, the parser would silently take the last one."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {name!r} occurs twice")
     return content
 
 

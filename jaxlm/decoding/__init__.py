@@ -5,6 +5,7 @@ Only ``apply``, ``logits``, ``start`` and ``state_specs`` of a model are used, n
 
 from jaxlm.decoding.beam import Beams, beam_search
 from jaxlm.decoding.config import GenerationConfig
+from jaxlm.decoding.finite import NotFiniteError
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
 from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity, target_log_likelihood
 from jaxlm.decoding.text import decoder_start_id, generate_text, stream_text
@@ -14,6 +15,7 @@ __all__ = [
     "Beams",
     "Generation",
     "GenerationConfig",
+    "NotFiniteError",
     "Perplexity",
     "Progress",
     "Sampling",

@@ -18,6 +18,7 @@ from flax import struct
 
 from jaxlm import spec
 from jaxlm.decoding.config import EarlyStopping
+from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
@@ -37,11 +38,13 @@ class Beams:
         lengths: [B, K] int32, new tokens of each hypothesis, its end token included.
         scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. Where fewer than K hypotheses
             exist at all, the rest have score -inf and length 0.
+        finite: [B] bool, whether all logits of live hypotheses of the row were finite.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     scores: jax.Array
+    finite: jax.Array
 
 
 def beam_search(
@@ -75,6 +78,7 @@ def beam_search(
     Raises:
         TypeError: the family carries no state.
         ValueError: ``beams`` below 1, a length penalty that is not finite, or what ``generate`` refuses.
+        NotFiniteError: as :func:`jaxlm.decoding.generate`; inside ``jit`` nothing is raised: look at ``finite``.
 
     Example:
         >>> beam_search(model, params, prompts, max_new_tokens=8, beams=4).tokens[:, 0]   # doctest: +SKIP
@@ -108,6 +112,7 @@ def beam_search(
         # While jax traces, the flags are unknown: every stage is called, and its loop ends at once.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
             search = _advance(model, params, search, **numbers, **static, slots=size, prompt_length=length)
+    check_finite(model, params, search.finished.finite, state)
     return search.finished
 
 
@@ -182,7 +187,7 @@ def _start(
         live_tokens=tokens_BKN,
         # The beams of a row are still the same hypothesis: only one of them may branch.
         live_totals=jnp.full((B, K), -jnp.inf).at[:, 0].set(0.0),
-        finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf)),
+        finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf), jnp.ones((B,), bool)),
         searching=jnp.ones((B,), bool),
     )
     return _select(search, logits_BV[parents, :ids], end_ids, early_stopping, limits_B, length_penalty)
@@ -271,6 +276,7 @@ def _select(
         ends_BC & among_best_C[None, :] & search.searching[:, None], _score(totals_BC, length, length_penalty), -jnp.inf
     )
     old = search.finished
+    finite_B = jnp.all(rows_finite(logits).reshape(B, K) | (search.live_totals == -jnp.inf), axis=1)
     # top_k prefers the first of equals: what was there before, and -inf that was never replaced keeps its length of 0.
     scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([old.scores, scores_BC], axis=1), K)
     lengths = jnp.concatenate([old.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
@@ -278,6 +284,7 @@ def _select(
         tokens=_pick(jnp.concatenate([old.tokens, tokens_BCN], axis=1), chosen_BK),
         lengths=_pick(lengths, chosen_BK),
         scores=scores_BK,
+        finite=old.finite & (finite_B | ~search.searching),
     )
 
     live_BK, chosen_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)

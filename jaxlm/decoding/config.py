@@ -36,9 +36,11 @@ class GenerationConfig:
             start token. Given instead of ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
         end_ids: ids each of which ends a text. Default: the end id of the tokenizer.
+        ignored_fields: names of fields of ``generation_config.json`` that have no effect, for example
+            ``("no_repeat_ngram_size",)``: without it, a field that jaxlm does not support is an error.
 
     Raises:
-        TypeError: ``stop`` is a single string or ``end_ids`` a single id.
+        TypeError: ``stop`` or ``ignored_fields`` is a single string, or ``end_ids`` a single id.
         ValueError: a value outside its range, ``max_length`` together with ``max_new_tokens``, or beams together with
             random sampling.
     """
@@ -52,13 +54,15 @@ class GenerationConfig:
     max_length: int | None = None
     early_stopping: EarlyStopping | None = None
     end_ids: tuple[int, ...] | None = None
+    ignored_fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise TypeError(f"stop is a sequence of strings, got one string: pass ({self.stop!r},)")
+        for name in ("stop", "ignored_fields"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} is a sequence of strings, got one string: pass ({getattr(self, name)!r},)")
         if isinstance(self.end_ids, int):
             raise TypeError(f"end_ids is a sequence of ids, got one id: pass ({self.end_ids},)")
-        for name in ("stop", "end_ids"):
+        for name in ("stop", "end_ids", "ignored_fields"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable
         if self.stop is not None and "" in self.stop:
@@ -105,13 +109,13 @@ class GenerationConfig:
 
         Raises:
             ValueError: the file has a field that jaxlm does not support with a value that changes the text, or a value
-                outside its range; each is named.
+                outside its range; each is named. A name in ``ignored_fields`` that is no field.
 
         Example:
             >>> GenerationConfig(num_beams=4).resolve(model, tokenizer).max_new_tokens   # doctest: +SKIP
             128
         """
-        said = _read(model)
+        said = _read(model, self.ignored_fields)
         layers = (self, _of_file(said), default or GenerationConfig(), _DEFAULT)
 
         def first(name: str) -> Any:
@@ -137,6 +141,7 @@ class GenerationConfig:
                 max_length=length.max_length,
                 early_stopping=first("early_stopping"),
                 end_ids=end_ids,
+                ignored_fields=self.ignored_fields,
             )
         except ValueError as error:
             raise ValueError(f"{error} (a field that is not given is that of {FILE})" if said else error) from error
@@ -193,16 +198,21 @@ _OFF: dict[str, Any] = {
 """Values with which fields that are not supported do not change the text; that of any other field is null."""
 
 
-def _read(model: Model) -> dict[str, Any]:
+def _read(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     """The fields of ``generation_config.json`` that jaxlm reads; empty where there is no such file."""
     metadata = getattr(model, "metadata", None)
     content = {} if metadata is None else metadata.generation_config or {}
-    given = {name: value for name, value in content.items() if value is not None and name not in _NO_EFFECT}
-    refused = [f"{name}={given[name]!r}" for name in given.keys() - _KINDS.keys() if given[name] != _OFF.get(name)]
+    unknown = sorted(set(ignored) - content.keys() - _KINDS.keys() - _OFF.keys() - _NO_EFFECT)
+    if unknown:
+        raise ValueError(f"ignored_fields has {unknown[0]!r}, which is no field of {FILE}")
+    no_effect = _NO_EFFECT.union(ignored)
+    given = {name: value for name, value in content.items() if value is not None and name not in no_effect}
+    refused = sorted(name for name in given.keys() - _KINDS.keys() if given[name] != _OFF.get(name))
     if refused:
+        named = ", ".join(f"{name}={given[name]!r}" for name in refused)
         raise ValueError(
-            f"{FILE} sets {', '.join(sorted(refused))}, which jaxlm does not support: remove it from the file to "
-            "generate without it"
+            f"{FILE} sets {named}, which jaxlm does not support: to generate without it, remove it from the file or "
+            f"pass GenerationConfig(ignored_fields={tuple(refused)!r})"
         )
     said = {name: value for name, value in given.items() if name in _KINDS}
     for name, value in said.items():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
@@ -121,6 +122,7 @@ class Progress:
         lengths: [B] int32, tokens made in each row, its end token included.
         ended: [B] bool, rows that make no more tokens.
         step: int32, tokens made in the longest row.
+        finite: [B] bool, whether all logits that tokens of the row were drawn from are finite.
         seen: [B, V] bool, ids of prompt and output, or None without a repetition penalty.
         keys: one random key per row, or None where greedy.
         sampling, end_ids, ids: how tokens are drawn, which ones end a row, how many ids there are.
@@ -132,6 +134,7 @@ class Progress:
     lengths: jax.Array
     ended: jax.Array
     step: jax.Array
+    finite: jax.Array
     seen: jax.Array | None
     keys: jax.Array | None
     sampling: Sampling = struct.field(pytree_node=False)
@@ -148,11 +151,14 @@ class Generation:
         lengths: [B] int32, tokens in each row, the end token included.
         log_probs: [B, N] float32, log-probability of each token under the model itself (over the ids that may be
             generated, before penalty, temperature and filters); 0 after the end.
+        finite: [B] bool, whether all logits that tokens of the row were drawn from are finite; the tokens of other rows
+            mean nothing.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     log_probs: jax.Array
+    finite: jax.Array
 
 
 def generate(
@@ -173,6 +179,9 @@ def generate(
     The draw of a token depends on ``key``, the row's index and the number of the token, so neither the padding nor the
     other rows change a row.
 
+    Logits that are not finite are an error, which waits for the result. Inside ``jit`` or another transformation of the
+    caller nothing can be raised: look at ``finite`` of the result.
+
     Args:
         prompts: [B, T] integer ids, padded on either side to one length.
         segment_ids: [B, T], 1 on the prompt and 0 on padding. Default: no padding.
@@ -188,6 +197,7 @@ def generate(
         TypeError: the family carries no state.
         ValueError: an empty prompt, an id outside the vocabulary, a missing key, more tokens than the model has
             positions for (padding counts), or shapes that do not fit.
+        NotFiniteError: logits are not finite; a ValueError that names the rows, and the parameters that are not finite.
 
     Example:
         >>> from jaxlm import get_model
@@ -198,10 +208,12 @@ def generate(
         (2, 4)
     """
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
-    return _generate(
+    generation = _generate(
         model, params, prompts, segment_ids, key, state,
         count=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
+    check_finite(model, params, generation.finite, state)
+    return generation
 
 
 def prefill(
@@ -219,15 +231,23 @@ def prefill(
 ) -> Progress:
     """Read the prompts and draw the first token of each row. Arguments and errors are those of :func:`generate`."""
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
-    return _prefill(
+    progress = _prefill(
         model, params, prompts, segment_ids, key, state,
         count=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots, sharding=active(),
     )  # fmt: skip
+    check_finite(model, params, progress.finite, state)
+    return progress
 
 
 def advance(model: Model, params: Any, progress: Progress, steps: int | jax.Array) -> Progress:
-    """Up to ``steps`` more tokens in every row. The buffers of ``progress`` are donated: use only what is returned."""
-    return _advance(model, params, progress, steps, sharding=active())
+    """Up to ``steps`` more tokens in every row. The buffers of ``progress`` are donated: use only what is returned.
+
+    Raises:
+        NotFiniteError: as :func:`generate`.
+    """
+    progress = _advance(model, params, progress, steps, sharding=active())
+    check_finite(model, params, progress.finite)
+    return progress
 
 
 def _check(
@@ -283,7 +303,7 @@ def _generate(
 ) -> Generation:
     progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, count=count, **static)
     progress = _advance(model, params, progress, count - 1, sharding=static["sharding"])
-    return Generation(progress.tokens, progress.lengths, progress.log_probs)
+    return Generation(progress.tokens, progress.lengths, progress.log_probs, progress.finite)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -322,6 +342,7 @@ def _prefill(
         lengths=jnp.zeros((B,), jnp.int32),
         ended=jnp.zeros((B,), bool),
         step=jnp.zeros((), jnp.int32),
+        finite=jnp.ones((B,), bool),
         seen=seen_BV,
         keys=keys_B,
         sampling=sampling,
@@ -352,6 +373,7 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
         lengths=progress.lengths + going_B,
         ended=progress.ended | is_end(drawn_B, progress.end_ids),
         step=at + 1,
+        finite=progress.finite & (rows_finite(logits_BV) | progress.ended),
         seen=None if progress.seen is None else progress.seen.at[rows_B, drawn_B].set(True),
     )
 

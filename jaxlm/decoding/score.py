@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
 from jaxlm.decoding.prompts import Array, check_ids, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.nn.loss import cross_entropy
@@ -41,12 +42,16 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
 
     0 where the next token is padding or begins another document. The logits of all T steps never exist together.
 
+    Logits that are not finite are an error, which waits for the result. Inside ``jit`` or another transformation of the
+    caller nothing is raised.
+
     Args:
         tokens: [B, T] integer ids.
         segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
 
     Raises:
         ValueError: fewer than 2 tokens, ids outside the vocabulary, or shapes that do not fit.
+        NotFiniteError: logits are not finite; a ValueError that names the rows, and the parameters that are not finite.
 
     Example:
         >>> log_likelihood(model, params, tokens).sum(axis=1)   # of each row   # doctest: +SKIP
@@ -62,7 +67,9 @@ def token_scores(model: Model, params: Any, tokens: Array, segment_ids: Array | 
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
         raise ValueError("tokens are 1 per row: the first is only a condition, so at least 2 are needed")
-    return _token_scores(model, params, tokens, segment_ids, sharding=active())
+    scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
+    check_finite(model, params, finite_B)
+    return scores
 
 
 def target_log_likelihood(
@@ -86,6 +93,7 @@ def target_log_likelihood(
     Raises:
         TypeError: the model reads no source.
         ValueError: ids outside the vocabulary, or shapes that do not fit.
+        NotFiniteError: as :func:`log_likelihood`.
     """
     return target_token_scores(
         model, params, source, targets, start_id=start_id, source_segment_ids=source_segment_ids,
@@ -113,9 +121,11 @@ def target_token_scores(
     check_ids(model, targets, segment_ids, "targets")
     decoder_BT = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     check_ids(model, decoder_BT[:, :1], None, "start ids")
-    return _target_token_scores(
+    scores, finite_B = _target_token_scores(
         model, params, source, targets, decoder_BT, source_segment_ids, segment_ids, sharding=active()
     )
+    check_finite(model, params, finite_B)
+    return scores
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
@@ -126,34 +136,38 @@ def _token_scores(
     segment_ids_BT: jax.Array | None,
     *,
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
-) -> TokenScores:
+) -> tuple[TokenScores, jax.Array]:
+    """The scores, and whether the logits of each row are finite, bool [B]."""
     before_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
     hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=before_BT)
-    scores = _scores(model, params, hidden_BTD, tokens_BT[:, 1:])
-    if segment_ids_BT is None:
-        return scores
-    after_BT = segment_ids_BT[:, 1:]
-    return _masked(scores, (before_BT == after_BT) & (after_BT > 0))
+    counts_BT = None
+    if segment_ids_BT is not None:
+        after_BT = segment_ids_BT[:, 1:]
+        counts_BT = (before_BT == after_BT) & (after_BT > 0)
+    return _scores(model, params, hidden_BTD, tokens_BT[:, 1:], counts_BT)
 
 
-def _scores(model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array) -> TokenScores:
-    """Scores [B, T] of each target under the logits of its hidden state."""
+def _scores(
+    model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, counts_BT: jax.Array | None
+) -> tuple[TokenScores, jax.Array]:
+    """Scores [B, T] of each target under the logits of its hidden state, which say nothing where ``counts`` is False;
+    and whether the logits of each row are finite where it is True."""
 
-    def step(inputs: tuple[jax.Array, jax.Array]) -> TokenScores:
+    def step(inputs: tuple[jax.Array, jax.Array]) -> tuple[TokenScores, jax.Array]:
         hidden_BD, targets_B = inputs
         logits_B1V = model.logits(params, hidden_BD[:, None])
         greedy_B = jnp.argmax(logits_B1V[:, 0], axis=-1) == targets_B
-        return TokenScores(-cross_entropy(logits_B1V, targets_B[:, None])[:, 0], greedy_B)
+        scores = TokenScores(-cross_entropy(logits_B1V, targets_B[:, None])[:, 0], greedy_B)
+        return scores, rows_finite(logits_B1V[:, 0])
 
     V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
     steps = max(1, CHUNK_LOGITS // (targets_BT.shape[0] * V))
-    scores = jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps)
-    return TokenScores(scores.log_probs.T, scores.greedy.T)
-
-
-def _masked(scores: TokenScores, counts_BT: jax.Array) -> TokenScores:
-    """Scores that say nothing where ``counts`` is False."""
-    return TokenScores(jnp.where(counts_BT, scores.log_probs, 0.0), scores.greedy | ~counts_BT)
+    scores, finite = jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps)
+    log_probs_BT, greedy_BT, finite_BT = scores.log_probs.T, scores.greedy.T, finite.T
+    if counts_BT is not None:
+        log_probs_BT = jnp.where(counts_BT, log_probs_BT, 0.0)
+        greedy_BT, finite_BT = greedy_BT | ~counts_BT, finite_BT | ~counts_BT
+    return TokenScores(log_probs_BT, greedy_BT), jnp.all(finite_BT, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sharding"))
@@ -167,12 +181,12 @@ def _target_token_scores(
     segment_ids_BT: jax.Array | None,
     *,
     sharding: Sharding | None,
-) -> TokenScores:
+) -> tuple[TokenScores, jax.Array]:
     hidden_BTD, _ = model.apply(
         params, decoder_BT, source=source_BS, source_segment_ids=source_segment_ids_BS, segment_ids=segment_ids_BT
     )
-    scores = _scores(model, params, hidden_BTD, targets_BT)
-    return scores if segment_ids_BT is None else _masked(scores, segment_ids_BT > 0)
+    counts_BT = None if segment_ids_BT is None else segment_ids_BT > 0
+    return _scores(model, params, hidden_BTD, targets_BT, counts_BT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +221,7 @@ def perplexity(
     Raises:
         ValueError: fewer than 2 tokens, ids outside the vocabulary, a window longer than the model's positions, or
             numbers outside their ranges.
+        NotFiniteError: as :func:`log_likelihood`; the message has the numbers of the windows.
     """
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
@@ -226,7 +241,8 @@ def perplexity(
         # The last batch is filled up with its last window, so that every batch has one shape.
         rows = np.minimum(np.arange(first, first + batch_size), starts.size - 1)
         windows = ids[starts[rows][:, None] + np.arange(window)].astype(np.int32)
-        log_probs = np.asarray(log_likelihood(model, params, windows), np.float64)
+        with named_rows("window", rows):
+            log_probs = np.asarray(log_likelihood(model, params, windows), np.float64)
         for row, log_probs_T in zip(rows[: starts.size - first], log_probs, strict=False):
             total -= float(log_probs_T[window - 1 - new[row] :].sum())
     return Perplexity(nats_per_token=total / (ids.size - 1), tokens=ids.size - 1)

@@ -19,6 +19,7 @@ from jaxlm.decoding.batches import length_batches, pad_rows
 from jaxlm.decoding.beam import beam_search
 from jaxlm.decoding.config import FILE, GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.finite import named_rows
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.windows import TokenRequest, Windows, pad_prompts, read_sources
 from jaxlm.models import Model
@@ -62,6 +63,8 @@ def generate_text(
         ValueError: the model has no head for text; a text that is empty or longer than the model's positions or
             ``max_length``; what :meth:`GenerationConfig.resolve`, :func:`jaxlm.decoding.generate` or
             :func:`jaxlm.decoding.beam_search` refuses.
+        NotFiniteError: logits are not finite; a ValueError that names the texts, and the parameters that are not
+            finite.
 
     Example:
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
@@ -72,7 +75,7 @@ def generate_text(
     for numbers in length_batches([ids.size for ids in rows], config.batch_size):
         batch = [rows[number] for number in numbers]
         if text.num_beams > 1:
-            outputs = text.beam_texts(batch)
+            outputs = text.beam_texts(batch, numbers)
         else:
             *_, outputs = text.partial_texts(batch, numbers, CHUNK if text.stop else None)
         for number, output in zip(numbers, outputs, strict=True):
@@ -183,7 +186,7 @@ class _Text:
 
     def encode(self, texts: Sequence[str] | Sequence[np.ndarray]) -> list[np.ndarray]:
         """Ids of each prompt or source."""
-        what = "source" if self._model.reads_source else "prompt"
+        what = self._what
         if isinstance(texts, str):
             raise TypeError(f"texts are a sequence of strings, got one string: pass [{texts!r}]")
         if not texts:
@@ -221,7 +224,12 @@ class _Text:
             return np.full(len(prompts), self._max_new_tokens)
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
-    def beam_texts(self, batch: Sequence[np.ndarray]) -> list[str]:
+    @property
+    def _what(self) -> str:
+        """What messages call the texts."""
+        return "source" if self._model.reads_source else "prompt"
+
+    def beam_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
         """The text of the best hypothesis of each row."""
         request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
@@ -231,11 +239,12 @@ class _Text:
         else:
             state = read_sources(request, batch, int(limits.max()))
             tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
-        beams = beam_search(
-            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self.num_beams,
-            length_penalty=self._length_penalty, early_stopping=self._early_stopping, end_id=request.end_ids,
-            allowed_ids=request.num_ids, state=state,
-        )  # fmt: skip
+        with named_rows(self._what, numbers):
+            beams = beam_search(
+                request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self.num_beams,
+                length_penalty=self._length_penalty, early_stopping=self._early_stopping, end_id=request.end_ids,
+                allowed_ids=request.num_ids, state=state,
+            )  # fmt: skip
         best_BN, lengths_B = np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0])
         rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, best_BN, lengths_B, strict=True)]
         texts = [self._decode(ids, prompt.size) for ids, prompt in zip(rows, prompts, strict=True)]
@@ -246,7 +255,8 @@ class _Text:
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
         request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
-        windows = Windows(request, prompts, numbers, None if self._start is None else batch)
+        with named_rows(self._what, numbers):
+            windows = Windows(request, prompts, numbers, None if self._start is None else batch)
         chunk = request.max_new_tokens if chunk is None else chunk
         while True:
             # Copies: the buffers are donated to the next call.
@@ -266,7 +276,8 @@ class _Text:
             ended |= np.array(stopped)
             if windows.over or ended.all():
                 return
-            windows.advance(ended, chunk)
+            with named_rows(self._what, numbers):
+                windows.advance(ended, chunk)
 
     def _decode(self, ids: np.ndarray, prompt: int) -> str:
         """The text of the ids after the first ``prompt``, without an end token at their end."""

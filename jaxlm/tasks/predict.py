@@ -22,6 +22,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
 from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import target_token_scores, token_scores
 from jaxlm.decoding.text import check_vocabulary
@@ -77,6 +78,8 @@ def classify(
         TypeError: ``texts`` or ``pairs`` is a single string.
         ValueError: a model with another head, or with a single output, which is a score and no label; a text that is
             empty or longer than the model's positions.
+        NotFiniteError: logits are not finite; a ValueError that names the texts, and the parameters that are not
+            finite.
 
     Example:
         >>> classify(model, params, tokenizer, ["a fine film", "what a bore"]).labels   # doctest: +SKIP
@@ -91,10 +94,7 @@ def classify(
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
     for batch in _batches(model, encodings, batch_size):
-        found = _label_probabilities(
-            model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=True, sharding=active()
-        )
-        probabilities[batch.numbers] = np.asarray(found)[:, 0]
+        probabilities[batch.numbers] = _checked_probabilities(model, params, batch, pool=True)[:, 0]
     return Predictions(probabilities, model.labels)
 
 
@@ -139,6 +139,7 @@ def tag(
         TypeError: ``texts`` is a single string.
         ValueError: a model with another head; a text that is empty or longer than the model's positions; an unknown
             unit.
+        NotFiniteError: as :func:`classify`.
     """
     require_task(
         model, ("tagging",), "it labels no words",
@@ -149,11 +150,7 @@ def tag(
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
     for batch in _batches(model, encodings, batch_size):
-        found = np.asarray(
-            _label_probabilities(
-                model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=False, sharding=active()
-            )
-        )
+        found = _checked_probabilities(model, params, batch, pool=False)
         for number, probabilities_TL in zip(batch.numbers, found, strict=True):
             encoding, text = encodings[number], texts[number]
             labels[number] = [
@@ -245,6 +242,7 @@ def score_texts(
         TypeError: ``texts`` or ``sources`` is a single string.
         ValueError: a model with another head; sources missing, or given to a model that reads none; a text that is too
             short, or longer than the model's positions (:func:`jaxlm.decoding.perplexity` scores long texts).
+        NotFiniteError: as :func:`classify`.
     """
     _require_scores(model)
     if not model.reads_source:
@@ -317,6 +315,7 @@ def score_ids(
     Raises:
         ValueError: a model with another head; another number of contexts than of continuations; no ids, ids outside the
             vocabulary, or more than the model's positions.
+        NotFiniteError: as :func:`classify`.
     """
     _require_scores(model)
     if len(contexts) != len(continuations):
@@ -345,16 +344,18 @@ def score_ids(
         if start_id is None:
             length = 1 + bucket_length(max(context.size + ids.size for context, ids in batch) - 1, limit)
             tokens_BT, segment_ids_BT = pad_rows([np.concatenate(pair) for pair in batch], length)
-            scores = token_scores(model, params, tokens_BT, segment_ids_BT)  # the last token is not read
+            with named_rows("text", numbers):
+                scores = token_scores(model, params, tokens_BT, segment_ids_BT)  # the last token is not read
         else:
             # One length for sources and targets: a bucket for each pair of lengths would be many shapes.
             length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
             source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
             targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
-            scores = target_token_scores(
-                model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
-                segment_ids=segment_ids_BT,
-            )  # fmt: skip
+            with named_rows("text", numbers):
+                scores = target_token_scores(
+                    model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
+                    segment_ids=segment_ids_BT,
+                )  # fmt: skip
         log_probs_BT, greedy_BT = np.asarray(scores.log_probs), np.asarray(scores.greedy)
         for row, number in enumerate(numbers):
             context, ids = pairs[number]
@@ -408,6 +409,20 @@ def _batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> It
         yield _InputBatch(numbers, tokens, segment_ids, inputs)
 
 
+def _checked_probabilities(model: Model, params: Any, batch: _InputBatch, *, pool: bool) -> np.ndarray:
+    """Probabilities of labels, [B, T, L] float32; with ``pool``, of whole rows, [B, 1, L].
+
+    Raises:
+        NotFiniteError: logits of a real token (or of a row) are not finite.
+    """
+    probabilities, finite_B = _label_probabilities(
+        model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool, sharding=active()
+    )
+    with named_rows("text", batch.numbers):
+        check_finite(model, params, finite_B)
+    return np.asarray(probabilities)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "pool", "sharding"))
 def _label_probabilities(
     model: Model,
@@ -418,12 +433,16 @@ def _label_probabilities(
     *,
     pool: bool,
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
-) -> jax.Array:
-    """Probabilities of labels, [B, T, L] float32; with ``pool``, of whole rows, [B, 1, L]."""
+) -> tuple[jax.Array, jax.Array]:
+    """Probabilities of labels, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     if pool:
         hidden_BTD = model.summary(params, hidden_BTD, segment_ids=segment_ids_BT)
-    return jax.nn.softmax(model.logits(params, hidden_BTD).astype(jnp.float32), axis=-1)
+    logits_BTL = model.logits(params, hidden_BTD).astype(jnp.float32)
+    finite_BT = rows_finite(logits_BTL)
+    if not pool:
+        finite_BT |= segment_ids_BT == 0
+    return jax.nn.softmax(logits_BTL, axis=-1), jnp.all(finite_BT, axis=1)
 
 
 def _max_positions(model: Model) -> int | None:

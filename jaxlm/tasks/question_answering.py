@@ -24,6 +24,7 @@ from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
 from jaxlm.decoding.text import check_vocabulary
 from jaxlm.metrics import Score, _questions, _word_f1, exact_match, token_f1
 from jaxlm.models import Model
@@ -89,9 +90,19 @@ def to_batch(rows: Rows) -> Batch:
     return span_qa.batch(tokens, spans, segment_ids, inputs=inputs)
 
 
-def batches(windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4) -> list[Batch]:
-    """All windows of :func:`features` once, in order of length: the batches of an evaluation."""
-    source = Bucketed(windows, batch_size, num_buckets, shuffle=False)
+def batches(
+    windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
+) -> list[Batch]:
+    """All windows of :func:`features` once, in order of length: the batches of an evaluation.
+
+    Args:
+        max_length: no batch is padded beyond it: that of :func:`features`, or the positions of the model. None rounds
+            lengths up to a multiple of 8.
+
+    Raises:
+        ValueError: a window that is longer than ``max_length``.
+    """
+    source = Bucketed(windows, batch_size, num_buckets, shuffle=False, max_length=max_length)
     return [to_batch(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
 
 
@@ -175,6 +186,8 @@ def answer(
         TypeError: ``questions`` or ``contexts`` is a single string.
         ValueError: a model with another head; another number of contexts than of questions, or none; an empty question
             or context; windows longer than the model's positions.
+        NotFiniteError: logits are not finite; a ValueError that names the questions, and the parameters that are not
+            finite.
 
     Example:
         >>> answer(model, params, tokenizer, ["Who has it?"], ["Mary took the ball."])[0].text   # doctest: +SKIP
@@ -191,7 +204,8 @@ def answer(
         made = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
         windows += made
         owners += [number] * len(made)
-    spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
+    with named_rows("question", owners):
+        spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
     best = np.full(len(questions), -1)
     lowest = np.full(len(questions), np.inf)
     for at, number in enumerate(owners):
@@ -271,10 +285,12 @@ def _score(
         chosen = [windows[number] for number in batch.numbers]
         in_context, _ = pad_rows([(window.sequence == 1).astype(np.int32) for window in chosen], batch.tokens.shape[1])
         positions = np.array([_no_answer_position(tokenizer, window) for window in chosen], np.int32)
-        found = _best_spans(
+        *found, finite_B = _best_spans(
             model, params, batch.tokens, batch.segment_ids, in_context, positions, batch.inputs,
             max_answer_tokens=max_answer_tokens, sharding=active(),
         )  # fmt: skip
+        with named_rows("window", batch.numbers):
+            check_finite(model, params, finite_B)
         spans[batch.numbers], scores[batch.numbers], no_answer[batch.numbers] = (np.asarray(array) for array in found)
     return spans, scores, no_answer
 
@@ -291,13 +307,15 @@ def _best_spans(
     *,
     max_answer_tokens: int,
     sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best span of each row [B, 2], the sum of its logits [B], and that of no answer [B]."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The best span of each row [B, 2], the sum of its logits [B], that of no answer [B], and whether the logits of its
+    real tokens are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
     spans_B2, scores_B = span_qa.best_spans(logits_BT2, in_context_BT, max_length=max_answer_tokens)
     nothing_B2 = jnp.take_along_axis(logits_BT2, no_answer_B[:, None, None], axis=1)[:, 0]
-    return spans_B2, scores_B, nothing_B2.sum(axis=1)
+    finite_B = jnp.all(rows_finite(logits_BT2) | (segment_ids_BT == 0), axis=1)
+    return spans_B2, scores_B, nothing_B2.sum(axis=1), finite_B
 
 
 # -------------------------------------------------------------------------------------------------- windows
@@ -336,7 +354,10 @@ def _window_size(model: Model, max_length: int | None, stride: int | None) -> tu
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
     if limit is not None and max_length > limit:
         raise ValueError(f"max_length={max_length} must be at most {limit}, the model's max_positions")
-    return max_length, max_length // 3 if stride is None else stride
+    stride = max_length // 3 if stride is None else stride
+    if not 0 <= stride < max_length:
+        raise ValueError(f"stride={stride} must be at least 0 and less than max_length={max_length}")
+    return max_length, stride
 
 
 def _check_model(model: Model) -> None:

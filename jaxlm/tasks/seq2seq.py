@@ -71,8 +71,13 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
 def batches(
     encoded: Sequence[Encoded], model: Model, tokenizer: Tokenizer, batch_size: int, num_buckets: int = 4
 ) -> list[Batch]:
-    """All examples once, in order of length: the batches of an evaluation."""
-    source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True)
+    """All examples once, in order of length: the batches of an evaluation.
+
+    Raises:
+        ValueError: a source or a target with more tokens than the model has positions.
+    """
+    limit = getattr(model.config, "max_positions", None)
+    source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True, max_length=limit)
     make = to_batch(model, tokenizer)
     return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
 

@@ -1,13 +1,10 @@
-"""The embedded corpus is what its note says; text files are read strictly."""
+"""The embedded corpus is what its note says."""
 
-import gzip
 import hashlib
 import importlib.resources
 import re
 
-import pytest
-
-from jaxlm.data import read_text, shakespeare
+from jaxlm.data import shakespeare
 
 
 def test_shakespeare_is_the_text_its_note_describes():
@@ -30,37 +27,3 @@ def test_shakespeare_is_laid_out_as_speeches():
     assert len(speeches) > 10_000
     assert not re.search(r"\n\n[A-Z]{4,}\.\n[A-Z]", text.replace("SONG.", "")), "a speaker that kept its full stop"
     assert all(line == line.strip() for line in text.split("\n"))
-
-
-@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
-def test_read_text_keeps_every_character(tmp_path, name):
-    text = "né\r\nŝ\t☃ 𝄞\n"
-    data = text.encode("utf-8")
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert read_text(tmp_path / name) == text
-
-
-@pytest.mark.parametrize(
-    ("encoding", "message"),
-    [
-        ("latin-1", r"a\.txt is not UTF-8 text: byte 0xe9 at offset 3.*iconv"),
-        ("utf-16", r"byte 0xff at offset 0.*UTF-16"),
-        ("utf-16-le", r"byte 0x00 at offset 1.*UTF-16"),
-    ],
-)
-def test_read_text_names_the_first_byte_of_a_wrong_encoding(tmp_path, encoding, message):
-    (tmp_path / "a.txt").write_bytes(("caf\u00e9" if encoding == "latin-1" else "cafe").encode(encoding))
-    with pytest.raises(ValueError, match=message):
-        read_text(tmp_path / "a.txt")
-
-
-def test_read_text_refuses_empty_and_damaged_files(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a\.txt is empty"):
-        read_text(tmp_path / "a.txt")
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"a text of some length")[:-9])
-    with pytest.raises(ValueError, match=r"a\.gz is not a whole gzip file"):
-        read_text(tmp_path / "a.gz")
-    (tmp_path / "b.gz").write_bytes(b"plain")
-    with pytest.raises(ValueError, match=r"b\.gz is not a whole gzip file"):
-        read_text(tmp_path / "b.gz")

@@ -94,7 +94,7 @@ def test_other_bad_files(tmp_path):
         read_jsonl(written(tmp_path / "b.jsonl", '{"a": "x"}\n'), {"text": "b"})
     with pytest.raises(ValueError, match="has 2 lines and .* has 1: they must be parallel"):
         read_pairs(written(tmp_path / "a", "x\ny\n"), written(tmp_path / "b", "x\n"))
-    with pytest.raises(ValueError, match=r"after line 0: byte 0xe9 is not utf-8: .*latin-1"):
+    with pytest.raises(ValueError, match=r"c is not UTF-8 text: byte 0xe9 at offset 5, line 1\..*latin-1"):
         read_labelled_lines(written(tmp_path / "c", "1 caf\xe9\n", "latin-1"))
     whole = gzip.compress("".join(f"1 line {n} {n * n}\n" for n in range(2000)).encode())
     (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])

@@ -124,7 +124,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="half.gz: the gzip file is truncated or damaged"):
         read_squad(tmp_path / "half.gz")
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(ValueError, match="latin is not UTF-8: byte 0xe9"):
+    with pytest.raises(ValueError, match="latin is not UTF-8 text: byte 0xe9 at offset 3, line 1"):
         read_squad(tmp_path / "latin")
     with pytest.raises(FileNotFoundError):
         read_squad(tmp_path / "none.json")

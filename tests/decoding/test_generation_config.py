@@ -88,7 +88,10 @@ def test_sampling_of_the_file() -> None:
             {"no_repeat_ngram_size": 3, "min_length": 0, "forced_bos_token_id": 2, "new_idea": 1},
             r"generation_config.json sets forced_bos_token_id=2, new_idea=1, no_repeat_ngram_size=3, which jaxlm does",
         ),
-        ({"min_length": 5}, r"sets min_length=5, which jaxlm does not support: remove it from the file"),
+        (
+            {"min_length": 5},
+            r"sets min_length=5, .* support: .* remove it from the file or .*ignored_fields=\('min_length',\)",
+        ),
         ({"temperature": "hot"}, r"generation_config.json: temperature='hot' must be of type int or float"),
         ({"num_beams": True}, r"generation_config.json: num_beams=True must be of type int"),
         ({"num_beams": 0}, r"generation_config.json: num_beams=0 must be at least 1"),
@@ -108,6 +111,20 @@ def test_values_that_change_nothing_are_accepted() -> None:
         "use_cache": False, "pad_token_id": 3, "bos_token_id": 2, "transformers_version": "4.57.6",
     }  # fmt: skip
     assert resolved(**nothing) == resolved()
+
+
+def test_fields_of_the_file_can_be_ignored() -> None:
+    fields = {"no_repeat_ngram_size": 3, "min_length": 5, "max_new_tokens": 7, "temperature": "hot"}
+    given = GenerationConfig(ignored_fields=["no_repeat_ngram_size", "min_length", "temperature"])  # type: ignore[arg-type]
+    found = resolved(given, **fields)
+    assert (found.max_new_tokens, found.sampling) == (7, GREEDY)
+    assert found.ignored_fields == ("no_repeat_ngram_size", "min_length", "temperature")
+    assert resolved(found, **fields) == found
+    with pytest.raises(ValueError, match=r"sets min_length=5, which jaxlm does not support"):
+        resolved(GenerationConfig(ignored_fields=("no_repeat_ngram_size", "temperature")), **fields)
+    with pytest.raises(ValueError, match=r"ignored_fields has 'min_lenght', which is no field of generation_config"):
+        resolved(GenerationConfig(ignored_fields=("min_lenght",)), **fields)
+    assert resolved(GenerationConfig(ignored_fields=("new_idea",)), new_idea=1).max_new_tokens == 128
 
 
 LETTERS = CharTokenizer("abcdefghij")
@@ -215,6 +232,7 @@ def test_the_start_of_the_file_comes_before_that_of_the_config() -> None:
     [
         ({"max_new_tokens": 3, "max_length": 4}, ValueError, "give max_new_tokens=3 or max_length=4, not both"),
         ({"early_stopping": "soon"}, ValueError, "early_stopping='soon' must be True, False or 'never'"),
+        ({"ignored_fields": "top_k"}, TypeError, r"ignored_fields is a sequence of strings, .* pass \('top_k',\)"),
         ({"end_ids": 3}, TypeError, r"end_ids is a sequence of ids, got one id: pass \(3,\)"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 import jaxlm
 from jaxlm.data import ByteTokenizer
-from jaxlm.decoding import generate, log_likelihood
+from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.tasks import predict
 from jaxlm.tasks.predict import Predictions, classify, score_texts, tag
 from tests.helpers import FIRST, lively, tiny_model
@@ -128,6 +128,28 @@ def test_texts_that_cannot_be_classified() -> None:
         classify(jaxlm.get_model("bert-tiny"), {}, BYTES, ["a"])
     with pytest.raises(ValueError, match="num_labels=1: its output is a score"):
         classify(jaxlm.get_model("bert-tiny", task="classification", num_labels=1), {}, BYTES, ["a"])
+
+
+def not_finite_after(name: str, letter: str, **fields: Any) -> tuple[Any, Any]:
+    """A model in which the embedding of one byte is not finite."""
+    model, params = pair(name, **fields)
+    table = params["token_embedding"].at[ord(letter), :5].set(np.nan)
+    return model, {**params, "token_embedding": table}
+
+
+def test_texts_whose_logits_are_not_finite_are_named() -> None:
+    message = r"the logits of text 1, 3 are not finite: 1 parameter is not finite: token_embedding \(5 of \d+ values\)"
+    texts = ["a fine film", "dul*", "not so bad, after all", "*"]
+    bad = not_finite_after("bert-tiny", "*", task="classification", num_labels=3)
+    with pytest.raises(NotFiniteError, match=message):
+        classify(*bad, BYTES, texts, batch_size=4)
+    assert np.isfinite(classify(*bad, BYTES, TEXTS, batch_size=4).probabilities).all()
+    with pytest.raises(NotFiniteError, match=message):
+        tag(*not_finite_after("bert-tiny", "*", task="tagging", num_labels=4), BYTES, texts, batch_size=4)
+    # The last token is not read: the logits of text 1 alone are not finite.
+    texts = ["a fine film", "d*ll", "not so bad, after all*"]
+    with pytest.raises(NotFiniteError, match="the logits of text 1 are not finite: 1 parameter"):
+        score_texts(*not_finite_after("lstm-tiny", "*", tie_embeddings=False), BYTES, texts, batch_size=2)
 
 
 # ---------------------------------------------------------------------------------------------- labels of words

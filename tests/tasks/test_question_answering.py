@@ -13,6 +13,7 @@ import pytest
 from jaxlm.data import ByteTokenizer, CharTokenizer, train_tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.encodings import Encoding
+from jaxlm.decoding import NotFiniteError
 from jaxlm.tasks import question_answering
 from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, features, to_batch
 from tests.helpers import lively, tiny_model
@@ -143,6 +144,28 @@ def test_a_batch_has_token_types_where_the_model_reads_them_and_no_weight_in_emp
     assert batch.inputs["token_types"].max() == 1
     assert [row["first"] for row in rows] == batch.targets[:-2, 0].tolist()
     assert batch.segment_ids.sum(axis=1).tolist() == [row["tokens"].size for row in rows] + [1] * 2
+
+
+def test_no_batch_is_longer_than_the_positions_of_the_model() -> None:
+    windows = features(READER, tokenizer("bpe cls_sep"), EXAMPLES[:6], max_length=30)
+    assert max(window["tokens"].size for window in windows) == 30
+    lengths = [
+        max(batch.tokens.shape[1] for batch in question_answering.batches(windows, 4, max_length=limit))
+        for limit in (30, None)
+    ]
+    assert lengths == [30, 32]
+    with pytest.raises(ValueError, match=r"tokens of example \d+ has 30 entries, more than max_length=29"):
+        question_answering.batches(windows, 4, max_length=29)
+
+
+def test_questions_whose_logits_are_not_finite_are_named() -> None:
+    model, params = pair("bert-tiny")
+    table = params["token_embedding"].at[ord("*"), 0].set(np.inf)
+    with pytest.raises(NotFiniteError, match=r"the logits of question 1 are not finite: .*: token_embedding \(1 of"):
+        answer(
+            model, {**params, "token_embedding": table}, BYTES, ["Who?"] * 3, ["a" * 90, "b" * 80 + "*", "c"],
+            max_length=50,
+        )  # fmt: skip
 
 
 def test_examples_that_have_no_target() -> None:

@@ -1,5 +1,7 @@
 """Pairs of texts as batches of an encoder-decoder."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -45,6 +47,19 @@ def test_rows_without_an_example_change_nothing(name):
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
         np.testing.assert_allclose(other, one, atol=1e-5 * max(1.0, float(np.abs(one).max())))
+
+
+def test_no_batch_is_longer_than_the_positions_of_the_model():
+    tokens, model = tokenizer(), tiny_model("t5-tiny")
+    encoded = seq2seq.encode(PAIRS, tokens)
+    (batch,) = seq2seq.batches(encoded, model, tokens, 2, num_buckets=1)
+    assert batch.tokens.shape == (2, 8), "T5 has no limit: a multiple of 8"
+    limited = SimpleNamespace(config=SimpleNamespace(decoder_start_id=0, max_positions=5))
+    (batch,) = seq2seq.batches(encoded, limited, tokens, 2, num_buckets=1)
+    assert batch.tokens.shape == (2, 5)
+    limited.config.max_positions = 4
+    with pytest.raises(ValueError, match="target of example 1 has 5 entries, more than max_length=4"):
+        seq2seq.batches(encoded, limited, tokens, 2)
 
 
 def test_a_tokenizer_without_an_end_is_refused():
