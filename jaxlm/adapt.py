@@ -1,4 +1,4 @@
-"""Which part of a model's parameters is trained: all but some of them (``Freeze``), or low-rank factors (``LoRA``).
+"""Adaptations: train only a part of a model's parameters (``Freeze``), or low-rank factors of them (``LoRA``).
 
 An adaptation splits the parameters of a model into a trained and a frozen tree, and merges the two into ordinary
 parameters again. The merge is a pure function, so a loss is differentiated with respect to the trained tree alone, and
@@ -45,11 +45,11 @@ class Adaptation(Protocol):
         ...
 
     def split(self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
-        """The trained and the frozen tree. ``key`` draws what is new in the trained tree."""
+        """The trained and the frozen tree. ``key`` initializes parameters that ``params`` does not have."""
         ...
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
-        """Parameters of the model: pure, and differentiable in ``trained``."""
+        """Parameters of the model. The function is pure and differentiable in ``trained``."""
         ...
 
 
@@ -57,7 +57,7 @@ class Adaptation(Protocol):
 
 
 def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
-    """Number of leading axes (``layers`` left out) that are the rows of a weight's matrix; None: it is not a matrix.
+    """Number of leading axes (without ``layers``) that form the rows of a weight's matrix; None: it is not a matrix.
 
     Matrices are leaves with two or more axes whose last key is ``weight`` or begins with ``weight_``, ``direction``
     (weight normalisation), a token table or head, or a factor of :class:`LoRA`. Biases and scales are not matrices.
@@ -84,7 +84,7 @@ def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
 
 
 def is_table(name: str, leaf: ArraySpec) -> bool:
-    """Whether a leaf is an embedding table or a head of the vocabulary: its first axis counts entries."""
+    """Whether a leaf is an embedding table or an output head. The first axis of both is the vocabulary."""
     last = name.rsplit("/", 1)[-1]
     return last.endswith("embedding") or last in ("head", "cluster_weight") or leaf.axes[:1] == ("vocab",)
 
@@ -94,21 +94,21 @@ def is_table(name: str, leaf: ArraySpec) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Freeze:
-    """Trains everything but some parameters: those whose path matches a pattern, and the first layers of each stack.
+    """Trains all parameters except those whose path matches a pattern and those in the first layers of each stack.
 
     Example:
         >>> Freeze(("embedding",), first_layers=4)     # token tables, position tables, their norm, and four layers
         Freeze(patterns=('embedding',), first_layers=4)
 
-    The trained tree holds the remaining leaves at their paths; its stacks lack the first layers. The frozen tree is
-    ``{"matched": leaves that match, "first_layers": the first layers}``, either absent when empty.
+    The trained tree holds the remaining leaves at their paths; its stacks do not contain the first layers. The frozen
+    tree is ``{"matched": leaves that match, "first_layers": the first layers}``; an empty entry is left out.
     """
 
     patterns: tuple[str, ...] = ()
-    """Regular expressions, found anywhere in a path (``re.search``) such as ``layers/attention/query/weight``; ``^``
-    and ``$`` anchor them. The number of a layer is not part of a path."""
+    """Regular expressions that are searched anywhere (``re.search``) in a path such as
+    ``layers/attention/query/weight``; ``^`` and ``$`` anchor them. A path contains no layer number."""
     first_layers: int = 0
-    """The first layers of each stack (``layers``) to freeze, the ones next to the input."""
+    """Number of layers to freeze at the start (next to the input) of each stack (``layers``)."""
 
     def __post_init__(self) -> None:
         _check_patterns("patterns", self.patterns)
@@ -121,7 +121,8 @@ class Freeze:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing, a stack has fewer layers than ``first_layers``, or nothing is left.
+            ValueError: a pattern matches nothing, a stack has fewer layers than ``first_layers``, or no parameter is
+                left to train.
         """
         return self._trained(model_specs, self._matched(model_specs))
 
@@ -132,7 +133,7 @@ class Freeze:
     def split(
         self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array | None = None
     ) -> tuple[spec.Tree, spec.Tree]:
-        """The trained and the frozen part of ``params``. Needs no ``key``."""
+        """The trained and the frozen part of ``params``. ``key`` is not used."""
         matched = self._matched(model_specs)
         return self._trained(params, matched), self._frozen(params, matched)
 
@@ -142,7 +143,7 @@ class Freeze:
         return _join_layers(frozen["first_layers"], params) if "first_layers" in frozen else params
 
     def _matched(self, model_specs: spec.Tree) -> frozenset[str]:
-        """Paths that match a pattern, after the checks."""
+        """Paths that match a pattern. Checks the patterns and ``first_layers``."""
         names = list(_leaves(model_specs))
         matched = _matching("patterns", self.patterns, names)
         stacks = {name[: name.index(f"{LAYERS}/")] for name in names if _in_stack(name)}
@@ -156,16 +157,16 @@ class Freeze:
         return matched
 
     def _trained(self, tree: spec.Tree, matched: frozenset[str]) -> spec.Tree:
-        return self._above(_filter(tree, lambda name: name not in matched))
+        return self._trained_layers(_filter(tree, lambda name: name not in matched))
 
     def _frozen(self, tree: spec.Tree, matched: frozenset[str]) -> spec.Tree:
-        frozen = {"matched": self._above(_filter(tree, lambda name: name in matched))}
+        frozen = {"matched": self._trained_layers(_filter(tree, lambda name: name in matched))}
         if self.first_layers:
             stacks = _filter(tree, _in_stack)
             frozen["first_layers"] = _slice_layers(stacks, 0, self.first_layers)
         return {name: part for name, part in frozen.items() if part}
 
-    def _above(self, tree: spec.Tree) -> spec.Tree:
+    def _trained_layers(self, tree: spec.Tree) -> spec.Tree:
         return _slice_layers(tree, self.first_layers, None) if self.first_layers else tree
 
 
@@ -176,27 +177,27 @@ class Freeze:
 class LoRA:
     """Trains a low-rank change of some weights (Hu et al. 2021): ``W + (alpha / rank) * A @ B``, with W frozen.
 
-    W may have any number of axes. It is read as the matrix [in, out] of :func:`matrix_rows`; A [in..., rank] and
-    B [rank, out...] keep the axes of W, and the axis ``layers`` where W is stacked. A fused projection (GPT-2's
-    ``qkv``) is one matrix, as in PEFT. A starts uniform on ``+-1 / sqrt(in)`` and B at zero (PEFT's default), so that
-    the merged parameters start equal to the base. For a table or head [vocab, embed], whose rows are the vocabulary,
-    A starts at zero and B random.
+    W may have any number of axes. :func:`matrix_rows` says how it is read as a matrix [in, out]. A [in..., rank] and
+    B [rank, out...] keep the axes of W, and also the axis ``layers`` if W is stacked. A fused projection (GPT-2's
+    ``qkv``) is one matrix, as in PEFT. A is initialized uniformly on ``+-1 / sqrt(in)`` and B with zeros (PEFT's
+    default), so that the merged parameters start equal to the base. For a table or head [vocab, embed], whose rows are
+    the vocabulary, A is initialized with zeros and B randomly.
 
-    The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight; the frozen tree has all base
-    parameters but those in ``train``. Merged weights are computed in each step, so memory for gradients of the whole
-    weights is needed for a moment; what LoRA saves is the optimizer's state and the size of checkpoints. There is no
-    dropout on the input of the factors.
+    The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
+    parameters except those in ``train``. The merged weights are computed in each step, so the gradients of the full
+    weights need memory for a short time. LoRA saves memory for the optimizer's state, and its checkpoints are small.
+    The input of the factors has no dropout.
     """
 
     rank: int
     """Columns of A and rows of B."""
     alpha: float | None = None
-    """Scale of the change, divided by ``rank``. None: equal to ``rank``."""
+    """Scale of ``A @ B``, before the division by ``rank``. None: equal to ``rank``."""
     targets: tuple[str, ...] = (r"attention/(query|value|qkv)/weight$",)
-    """Regular expressions, found anywhere in the path of a weight (``re.search``). Paths of biases and other leaves
+    """Regular expressions that are searched anywhere (``re.search``) in the path of a weight. Biases and other leaves
     that are not matrices are ignored. The default is that of the paper: queries and values."""
     train: tuple[str, ...] = ()
-    """Regular expressions of parameters that are trained in full, such as ``"^classifier/"`` for a new head."""
+    """Regular expressions for parameters that are trained in full, such as ``"^classifier/"`` for a new head."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -217,38 +218,38 @@ class LoRA:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing, or a weight is in ``targets`` and in ``train``.
+            ValueError: a pattern matches nothing, or a weight matches both ``targets`` and ``train``.
         """
-        whole = self._trained_whole(model_specs)
-        return _union(self._factor_specs(model_specs), _filter(model_specs, lambda name: name in whole))
+        in_full = self._trained_in_full(model_specs)
+        return _union(self._factor_specs(model_specs), _filter(model_specs, lambda name: name in in_full))
 
     def frozen_specs(self, model_specs: spec.Tree) -> spec.Tree:
         """Specs of the frozen tree."""
         return self.frozen(model_specs, model_specs)
 
     def split(self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
-        """The trained tree, with new factors drawn from ``key``, and the frozen one.
+        """The trained tree, with new factors drawn from ``key``, and the frozen tree.
 
-        The factors depend neither on the layout of ``params`` nor on the other targets.
+        The values of the factors of a weight depend neither on the layout of ``params`` nor on the other targets.
         """
-        whole = self._trained_whole(model_specs)
+        in_full = self._trained_in_full(model_specs)
         factors = spec.init(self._factor_specs(model_specs), key)
         if not same_structure(params, model_specs):
             factors = spec.unstack(factors)
-        trained = _union(factors, _filter(params, lambda name: name in whole))
+        trained = _union(factors, _filter(params, lambda name: name in in_full))
         return trained, self.frozen(model_specs, params)
 
     def frozen(self, model_specs: spec.Tree, params: spec.Tree) -> spec.Tree:
-        """The frozen tree of ``params``: what a trained tree that was saved needs beside it."""
-        whole = self._trained_whole(model_specs)
-        return _filter(params, lambda name: name not in whole)
+        """The frozen tree of ``params``. :meth:`merge` needs it together with a saved trained tree."""
+        in_full = self._trained_in_full(model_specs)
+        return _filter(params, lambda name: name not in in_full)
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
-        """Parameters of the model, each weight in the dtype that it has in ``frozen``."""
+        """Parameters of the model; each weight has the dtype that it has in ``frozen``."""
         return _union(trained, frozen, self._adapted)
 
     def target_paths(self, model_specs: spec.Tree) -> dict[str, ArraySpec]:
-        """``{path: spec}`` of the weights that get factors.
+        """``{path: spec}`` of the weights that get low-rank factors.
 
         Raises:
             ValueError: a pattern matches no weight.
@@ -256,12 +257,12 @@ class LoRA:
         weights = {name: leaf for name, leaf in _leaves(model_specs).items() if matrix_rows(name, leaf) is not None}
         return {name: weights[name] for name in sorted(_matching("targets", self.targets, weights))}
 
-    def _trained_whole(self, model_specs: spec.Tree) -> frozenset[str]:
-        whole = _matching("train", self.train, _leaves(model_specs))
-        both = sorted(whole & set(self.target_paths(model_specs)))
+    def _trained_in_full(self, model_specs: spec.Tree) -> frozenset[str]:
+        in_full = _matching("train", self.train, _leaves(model_specs))
+        both = sorted(in_full & set(self.target_paths(model_specs)))
         if both:
             raise ValueError(f"{', '.join(both)} match targets={self.targets} and train={self.train}: choose one")
-        return whole
+        return in_full
 
     def _factor_specs(self, model_specs: spec.Tree) -> spec.Tree:
         tree: dict[str, Any] = {}
@@ -277,13 +278,14 @@ class LoRA:
         assert rows is not None
         stack = 1 if leaf.axes[0] == LAYERS else 0
         shape, axes = leaf.shape, leaf.axes
-        left, right = slice(stack, stack + rows), slice(stack + rows, None)
-        a_init: Initializer = Uniform(math.prod(shape[left]) ** -0.5)
+        row_axes, column_axes = slice(stack, stack + rows), slice(stack + rows, None)
+        a_init: Initializer = Uniform(math.prod(shape[row_axes]) ** -0.5)
         b_init: Initializer = ZEROS
-        if is_table(name, leaf):  # the vocabulary is the output of a head, and one-hot as the input of a table
-            a_init, b_init = ZEROS, Uniform(math.prod(shape[right]) ** -0.5)
-        a_shape, a_axes = (*shape[:stack], *shape[left], self.rank), (*axes[:stack], *axes[left], None)
-        b_shape, b_axes = (*shape[:stack], self.rank, *shape[right]), (*axes[:stack], None, *axes[right])
+        # The rows are the vocabulary: the output of a head, or the one-hot input of a table. So A starts at zero.
+        if is_table(name, leaf):
+            a_init, b_init = ZEROS, Uniform(math.prod(shape[column_axes]) ** -0.5)
+        a_shape, a_axes = (*shape[:stack], *shape[row_axes], self.rank), (*axes[:stack], *axes[row_axes], None)
+        b_shape, b_axes = (*shape[:stack], self.rank, *shape[column_axes]), (*axes[:stack], None, *axes[column_axes])
         return {
             LORA_A: ArraySpec(a_shape, a_axes, a_init, decay=True),
             LORA_B: ArraySpec(b_shape, b_axes, b_init, decay=True),
@@ -303,10 +305,10 @@ class LoRA:
 # ------------------------------------------------------------------------- trees: nested dicts, and tuples of layers
 
 
-def same_structure(one: spec.Tree, two: spec.Tree) -> bool:
-    """Whether two trees have the same containers and keys; stacked and per-layer trees do not."""
-    first: Any = jax.tree.structure(one)
-    return bool(first == jax.tree.structure(two))
+def same_structure(tree: spec.Tree, other: spec.Tree) -> bool:
+    """Whether two trees have the same containers and keys. A stacked and a per-layer tree have different ones."""
+    structure: Any = jax.tree.structure(tree)
+    return bool(structure == jax.tree.structure(other))
 
 
 def _check_patterns(field: str, patterns: Any) -> None:
@@ -320,19 +322,19 @@ def _check_patterns(field: str, patterns: Any) -> None:
 
 
 def _matching(field: str, patterns: tuple[str, ...], names: Iterable[str]) -> frozenset[str]:
-    """The names in which some pattern is found."""
+    """The names that match at least one of the patterns."""
     names = list(names)
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in patterns:
         matches = {name for name in names if re.search(pattern, name)}
         if not matches:
             raise ValueError(f"{field}: {pattern!r} matches none of the paths {', '.join(names)}")
-        found |= matches
-    return frozenset(found)
+        matched |= matches
+    return frozenset(matched)
 
 
 def _leaves(tree: spec.Tree, prefix: str = "") -> dict[str, Any]:
-    """``{path: leaf}`` without numbers of layers; for per-layer trees, of the last layer."""
+    """``{path: leaf}``. Paths have no layer numbers, so a per-layer tree gives the leaves of its last layer."""
     if isinstance(tree, tuple):
         return {name: leaf for layer in tree for name, leaf in _leaves(layer, prefix).items()}
     if isinstance(tree, dict):
@@ -346,7 +348,7 @@ def _in_stack(name: str) -> bool:
 
 
 def _filter(tree: spec.Tree, keep: Callable[[str], bool], prefix: str = "") -> spec.Tree:
-    """The leaves whose path is kept; ``{}`` where none is, without empty dicts inside."""
+    """The tree of the leaves for whose path ``keep`` is True. Dicts without such leaves are left out; may be ``{}``."""
     if isinstance(tree, tuple):
         layers = tuple(_filter(layer, keep, prefix) for layer in tree)
         return layers if any(layers) else {}
@@ -363,7 +365,7 @@ def _filter(tree: spec.Tree, keep: Callable[[str], bool], prefix: str = "") -> s
 
 
 def _slice_layers(tree: spec.Tree, start: int, stop: int | None) -> spec.Tree:
-    """``tree`` with only the layers [start, stop) of each stack; stacks of which none is left are absent."""
+    """``tree`` with only the layers [start, stop) of each stack. Stacks that become empty are left out."""
     kept = {}
     for name, child in tree.items():
         if name != LAYERS:
@@ -374,26 +376,26 @@ def _slice_layers(tree: spec.Tree, start: int, stop: int | None) -> spec.Tree:
         if count < needed:
             raise ValueError(f"first_layers={needed}, but a stack of the model has {count} layers")
         if count > start:
-            kept[name] = _cut(child, start, stop)
+            kept[name] = _slice_stack(child, start, stop)
     return {name: child for name, child in kept.items() if not isinstance(child, dict) or child}
 
 
-def _cut(stack: spec.Tree, start: int, stop: int | None) -> spec.Tree:
+def _slice_stack(stack: spec.Tree, start: int, stop: int | None) -> spec.Tree:
     """The layers [start, stop) of one stack of arrays or specs, in either layout."""
     if isinstance(stack, tuple):
         return stack[start:stop]
 
-    def cut(leaf: Any) -> Any:
+    def slice_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, ArraySpec):
             return leaf[start:stop]
         count = len(range(leaf.shape[0])[start:stop])
         return dataclasses.replace(leaf, shape=(count, *leaf.shape[1:]))
 
-    return jax.tree.map(cut, stack)
+    return jax.tree.map(slice_leaf, stack)
 
 
 def _join_layers(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
-    """``rest`` with the layers of ``first`` before its own."""
+    """``rest`` with the layers of ``first`` inserted before the layers of ``rest``."""
 
     def joined(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
         if isinstance(first, tuple):
@@ -409,13 +411,17 @@ def _join_layers(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
     return tree
 
 
-def _union(one: spec.Tree, two: spec.Tree, combine: Callable[[Any, Any], Any] | None = None) -> spec.Tree:
-    """The leaves of both trees. Where one has a leaf and the other anything, ``combine`` makes the result."""
-    if isinstance(one, tuple) and isinstance(two, tuple):
-        return tuple(_union(*layers, combine) for layers in zip(one, two, strict=True))
-    if not (isinstance(one, dict) and isinstance(two, dict)):
+def _union(left: spec.Tree, right: spec.Tree, combine: Callable[[Any, Any], Any] | None = None) -> spec.Tree:
+    """The union of both trees. If one tree has a leaf where the other has an entry, ``combine`` computes the result.
+
+    Raises:
+        ValueError: both trees have an entry and ``combine`` is None.
+    """
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return tuple(_union(*layers, combine) for layers in zip(left, right, strict=True))
+    if not (isinstance(left, dict) and isinstance(right, dict)):
         if combine is None:
-            raise ValueError("the trained and the frozen tree hold the same parameter: split them again")
-        return combine(one, two)
-    tree = {**one, **two}
-    return tree | {name: _union(one[name], two[name], combine) for name in one.keys() & two.keys()}
+            raise ValueError("the trained and the frozen tree contain the same parameter: split the parameters again")
+        return combine(left, right)
+    tree = {**left, **right}
+    return tree | {name: _union(left[name], right[name], combine) for name in left.keys() & right.keys()}

@@ -1,6 +1,6 @@
-"""What accelerators can do at most, from their makers' datasheets: the one table for plans, benchmarks and ``doctor``.
+"""Peak performance of accelerators, from the datasheets of their makers; for plans, benchmarks and ``doctor``.
 
-What is not in the table is None: a share of an unknown peak is "n/a" and never a guess.
+A value that is not in the table is None. The share of an unknown peak is shown as "n/a" and is never a guess.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ import dataclasses
 from typing import Any
 
 LANES = 128
-"""Numbers in a row of a TPU's vectors: axes of a multiple of it leave none of them empty."""
+"""Entries in a row of a TPU vector register. An axis whose size is a multiple of it fills all rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device as JAX counts them (``jax.Device``).
+    """The peaks of one device, where a device is one ``jax.Device``.
 
     Attributes:
-        name: what people call it.
+        name: the common name.
         kind: ``jax.Device.device_kind``.
-        tflops: dense bfloat16 matmuls, 10^12 floating-point operations a second.
-        memory: bytes of its main memory.
-        bandwidth: bytes a second between the device and that memory.
-        clock: cycles a second of what the compiler counts cycles of; None where it counts none.
-        link: bytes a second that one device sends to its neighbours, all links of one direction together; None: not
-            in this table.
+        tflops: peak of dense bfloat16 matmuls, in 10^12 floating-point operations per second.
+        memory: bytes of the main memory (HBM).
+        bandwidth: bytes per second between the device and its main memory.
+        clock: cycles per second, for the cycles that the compiler estimates; None if it estimates none.
+        link: bytes per second that one device sends to its neighbours, summed over all links in one direction; None:
+            not in this table.
     """
 
     name: str
@@ -45,24 +45,24 @@ DEVICES = (
     Device("v5e", "TPU v5 lite", 197, 16e9, 819e9, 1.5e9, 100e9),
     Device("v5p", "TPU v5", 459, 95e9, 2765e9, 1.75e9, 300e9),
     Device("v6e", "TPU v6 lite", 918, 32e9, 1638e9, 1.75e9, 224e9),
-    # A chip is two devices: half of 2307 TFLOP/s, 192 GB and 7380 GB/s each.
+    # One chip is two devices; each has half of the 2307 TFLOP/s, 192 GB and 7380 GB/s.
     Device("tpu7x", "TPU7x", 1153.5, 96e9, 3690e9, link=300e9),
 )
-"""Cycles times clock gives the peak of v4 to v6e (v5e: 4 arrays of 128 x 128, 2 operations, 1.5 GHz: 196.6 TFLOP/s).
-Links: the interchip or NVLink bandwidth of the datasheet, which adds up both directions, halved."""
+"""The clock of v4 to v6e reproduces the peak (v5e: 4 arrays of 128 x 128, 2 operations, 1.5 GHz: 196.6 TFLOP/s).
+``link`` is half of the interchip or NVLink bandwidth in the datasheet, which is the sum of both directions."""
 
 
 def by_kind(kind: str) -> Device | None:
-    """The device with this ``device_kind``, or None when it is unknown."""
+    """The device with this ``device_kind``, or None if it is not in the table."""
     return next((device for device in DEVICES if device.kind == kind), None)
 
 
 def by_name(name: str) -> Device | None:
-    """The device that a topology such as ``v5e:4x4`` names before its colon, or None when it is unknown."""
+    """The device with this name (in a topology such as ``v5e:4x4``, the part before the colon), or None if unknown."""
     return next((device for device in DEVICES if device.name == name), None)
 
 
 def peak_share(flops_per_second: float, device: Any) -> float | None:
-    """Share of the peak of a ``jax.Device`` (or its kind), or None when the peak is unknown."""
+    """The share of the peak of a ``jax.Device`` (or of a device kind) that is reached; None if the peak is unknown."""
     known = by_kind(getattr(device, "device_kind", device))
     return None if known is None else flops_per_second / (known.tflops * 1e12)

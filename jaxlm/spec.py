@@ -126,7 +126,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
     """A random key for ``name``, derived from ``key``; None if ``key`` is None.
 
-    The key depends on the name only, so a new name never changes the random numbers of the others.
+    The result depends only on ``key`` and the name. So a new name never changes the random numbers of other names.
     """
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
@@ -277,11 +277,14 @@ def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
 
 
 def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True, most: int = 20) -> None:
-    """Raise ``ValueError`` with a readable list when ``actual`` is not shaped as ``expected``.
+    """Check that ``actual`` has the leaves, shapes and (unless ``dtypes`` is False) dtypes of ``expected``.
 
     Args:
-        what: what is being compared, for the first line, e.g. ``"parameters of gpt"``.
-        most: how many lines to print before the rest is counted.
+        what: name of the compared trees in the error message, for example ``"parameters of gpt"``.
+        most: maximum number of differences in the error message; further differences are only counted.
+
+    Raises:
+        ValueError: the trees differ; the message lists the differences (:func:`diff`).
     """
     lines = diff(expected, actual, dtypes=dtypes)
     if lines:

@@ -244,7 +244,7 @@ def test_specs_of_factors_keep_the_axes_for_shardings():
 def test_two_trees_with_the_same_parameter_are_refused():
     freeze = Freeze(("embedding",))
     _, frozen = freeze.split(BERT.specs, params_of(BERT))
-    with pytest.raises(ValueError, match="hold the same parameter"):
+    with pytest.raises(ValueError, match="contain the same parameter"):
         freeze.merge(params_of(BERT), frozen)
 
 

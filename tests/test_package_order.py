@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"spec", "sharding", "devices", "host", "processes", "integrity", "config"},
+    {"spec", "sharding", "devices", "host", "processes", "integrity", "config", "json_files", "stderr_relay"},
     {"nn"},
     {"models"},
     {"adapt", "data", "metrics"},

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxlm import integrity
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.text_files import text_chunks
-from jaxlm.integrity import forget_checksums, verify_checksums
 
 _OWN_FILE = "jaxlm_tokenizer.json"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
@@ -370,7 +370,7 @@ class PretrainedTokenizer(_Inputs):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` open."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        forget_checksums(directory, TOKENIZER_FILES)
+        integrity.forget_checksums(directory, TOKENIZER_FILES)
         for name, content in self._files.items():
             (directory / name).write_bytes(content)
         if "tokenizer_config.json" not in self._files:
@@ -495,7 +495,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     own = directory / _OWN_FILE
-    verify_checksums(directory, TOKENIZER_FILES)
+    integrity.verify_checksums(directory, TOKENIZER_FILES)
     if own.exists():
         content = _read_json(own)
         match content:
@@ -542,5 +542,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    forget_checksums(path.parent, (path.name,))
+    integrity.forget_checksums(path.parent, (path.name,))
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

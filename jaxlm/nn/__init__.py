@@ -1,1 +1,1 @@
-"""Primitives: pure functions of arrays, one concept a file. Import the file: ``from jaxlm.nn import attention``."""
+"""Primitives: pure functions of arrays, one concept per file. Import the file: ``from jaxlm.nn import attention``."""

@@ -1,4 +1,4 @@
-"""Activation functions by name, so that a config can hold one."""
+"""Activation functions by name, so that a config can contain the name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import jax
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
-"""``gelu`` is the exact (erf) form, ``gelu_tanh`` the approximation that GPT-2 was trained with."""
+"""``gelu`` is the exact GELU (erf); ``gelu_tanh`` is the approximation that GPT-2 uses."""
 
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -20,7 +20,11 @@ assert set(_FUNCTIONS) == set(get_args(Activation))
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The function called ``name``; a ``ValueError`` lists the names."""
+    """The activation function called ``name``; its output is recomputed in the backward pass.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known names.
+    """
     if name not in _FUNCTIONS:
         raise ValueError(f"no activation is called {name!r}: choose from {', '.join(sorted(_FUNCTIONS))}")
     return jax.checkpoint(_FUNCTIONS[name], prevent_cse=False)

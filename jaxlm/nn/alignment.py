@@ -1,14 +1,14 @@
-"""Attention of recurrent models, one query at a time: Bahdanau et al. 2015 (additive) and Luong et al. 2015.
+"""Attention of recurrent decoders, for one query at a time: Bahdanau et al. 2015 (additive) and Luong et al. 2015.
 
-Where an attention layer asks for all places at once (``jaxlm.nn.attention``), a decoder that feeds on what it found
-asks step by step. So the part of the score that does not depend on the query, ``alignment_keys``, is made once, before
-the loop. The form of a score follows from its parameters:
+``jaxlm.nn.attention`` computes all queries at once. A recurrent decoder cannot do this, because each query depends on
+the context vector of the step before. So the part of the score that does not depend on the query,
+:func:`alignment_keys`, is computed once, before the loop. The parameters determine the score function:
 
     dot      q . h                               (Luong; no parameters)
     general  q . W h                             (Luong)
     concat   v . tanh(W q + U h)                 (Bahdanau, "additive"; Luong writes [W U] as one matrix)
 
-Shapes: B batch, S source time, Q query width, C source width, A width of a concat score, R hops.
+Shapes: B batch, S source time, Q query width, C source width, A hidden width of the concat score, R hops.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ Score = Literal["dot", "general", "concat"]
 def alignment_specs(
     score: Score, query: int, source: int, width: int, init: Initializer, *, local: bool = False
 ) -> dict[str, Any]:
-    """Parameters of a score between queries [Q] and sources [C]; ``width`` is A. ``local`` adds those of a window.
+    """Specs of the parameters of a score between queries [Q] and source vectors [C].
+
+    Args:
+        width: A, for the concat score.
+        local: add the parameters of local attention, which predict the centre of its window.
 
     Raises:
-        ValueError: an unknown score, or a dot product of vectors that are not equally wide.
+        ValueError: an unknown score, or a dot product of vectors with different widths.
     """
     if score not in get_args(Score):
         raise ValueError(f"score={score!r} is unknown: choose from {', '.join(map(repr, get_args(Score)))}")
     if score == "dot" and query != source:
-        raise ValueError(f"score='dot' needs queries as wide as the source, got {query} and {source}: take 'general'")
+        raise ValueError(f"score='dot' needs queries as wide as the source, got {query} and {source}: use 'general'")
     specs: dict[str, Any] = {}
     if score == "general":
         specs["key"] = linear_specs((source, query), ("embed", "mlp"), init, bias=False)
@@ -52,7 +56,10 @@ def alignment_specs(
 
 
 def alignment_keys(params: dict[str, Any], source_BSC: jax.Array) -> jax.Array:
-    """The source's part of the score, for all queries: [B, S, A] (concat), [B, S, Q] (general) or the source (dot)."""
+    """The part of the score that depends on the source only, for all queries.
+
+    The shape is [B, S, A] (concat), [B, S, Q] (general) or that of the source (dot).
+    """
     return linear(params["key"], source_BSC) if "key" in params else source_BSC
 
 
@@ -64,15 +71,18 @@ def align(
     *,
     window: int | None = None,
 ) -> jax.Array:
-    """How much the query attends to each place of the source, [B, S] float32. Rows sum to 1, or 0 if all is masked.
+    """The attention weights of the query over the source positions, [B, S] float32.
+
+    Each row sums to 1, or to 0 if all positions are masked.
 
     Args:
-        params: as ``alignment_specs``.
+        params: with the specs of :func:`alignment_specs`.
         query_BQ: the decoder's state, in the compute dtype.
-        keys_BSA: from ``alignment_keys``.
-        keep_BS: False where a place must not be seen (padding, other documents). None: all are seen.
-        window: D of local-p attention (Luong et al. 2015, eq. 9 and 10): only places within D of a place p that the
-            query picks, weighed by a Gaussian with standard deviation D / 2 (rows then no longer sum to 1).
+        keys_BSA: from :func:`alignment_keys`.
+        keep_BS: False where a position is masked (padding, other documents). None: no position is masked.
+        window: D of local-p attention (Luong et al. 2015, eq. 9 and 10). The query predicts a source position p. Only
+            positions within D of p get a weight, multiplied by a Gaussian around p with standard deviation D / 2, so
+            that rows no longer sum to 1.
     """
     if "score" in params:
         scores_BS = additive_scores(linear(params["query"], query_BQ), keys_BSA, params["score"])
@@ -82,34 +92,34 @@ def align(
         return masked_softmax(scores_BS, keep_BS)
     if keep_BS is None:
         keep_BS = jnp.ones(scores_BS.shape, bool)
-    place = params["place"]
-    squashed_BQ = jnp.tanh(linear(place["hidden"], query_BQ))
-    picked_B = jax.nn.sigmoid(linear({"weight": place["score"][:, None]}, squashed_BQ)[:, 0].astype(jnp.float32))
-    picked_B = picked_B * jnp.sum(keep_BS, axis=1)
-    distance_BS = jnp.cumsum(keep_BS, axis=1) - 1 - picked_B[:, None]  # places count from 0 within the document
+    centre = params["place"]
+    hidden_BQ = jnp.tanh(linear(centre["hidden"], query_BQ))
+    centre_B = jax.nn.sigmoid(linear({"weight": centre["score"][:, None]}, hidden_BQ)[:, 0].astype(jnp.float32))
+    centre_B = centre_B * jnp.sum(keep_BS, axis=1)
+    distance_BS = jnp.cumsum(keep_BS, axis=1) - 1 - centre_B[:, None]  # positions count from 0 within the document
     weights_BS = masked_softmax(scores_BS, keep_BS & (jnp.abs(distance_BS) <= window))
     return weights_BS * jnp.exp(-2.0 * jnp.square(distance_BS / window))
 
 
 @jax.checkpoint
 def additive_scores(query_BA: jax.Array, keys_BSA: jax.Array, score_A: jax.Array) -> jax.Array:
-    """``v . tanh(query + keys)``, [B, S] float32, of queries that are projected already.
+    """``v . tanh(query + keys)`` for queries that are already projected, [B, S] float32.
 
-    The backward pass makes the tanh again: of a loop over queries it would else keep [queries, B, S, A].
+    The backward pass recomputes the tanh. Otherwise, a loop over queries would save [queries, B, S, A] for it.
     """
-    squashed_BSA = jnp.tanh(query_BA[:, None, :] + keys_BSA)
-    return jnp.einsum("BSA,A->BS", squashed_BSA, score_A.astype(keys_BSA.dtype), preferred_element_type=jnp.float32)
+    hidden_BSA = jnp.tanh(query_BA[:, None, :] + keys_BSA)
+    return jnp.einsum("BSA,A->BS", hidden_BSA, score_A.astype(keys_BSA.dtype), preferred_element_type=jnp.float32)
 
 
 def context(weights_BS: jax.Array, source_BSC: jax.Array) -> jax.Array:
-    """What the query found: the weighted sum of the source, [B, C] in its dtype."""
+    """The context vector: the weighted sum of the source, [B, C] in the dtype of the source."""
     return jnp.einsum("BS,BSC->BC", weights_BS.astype(source_BSC.dtype), source_BSC)
 
 
 def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int) -> jax.Array:
-    """Attention weights added up by source token: how much of the attention is on each token id, [B, T, V] float32.
+    """The copy distribution: for each token id, the sum of the attention weights on its source positions.
 
-    This is the copy distribution of See et al. 2017 (eq. 9). An id outside the vocabulary adds nothing.
+    It is [B, T, V] float32 (See et al. 2017, eq. 9). An id outside the vocabulary adds nothing.
 
     Example:
         >>> copied_tokens(jnp.array([[[0.5, 0.25, 0.25]]]), jnp.array([[2, 0, 2]]), 4).tolist()
@@ -120,7 +130,7 @@ def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int)
     ids_BS = jnp.where(inside_BS, source_BS, 0)
 
     def one_row(weights_TS: jax.Array, ids_S: jax.Array) -> jax.Array:
-        # Six times as fast on a CPU as a scatter with an index for each (t, s).
+        # On a CPU this is six times as fast as a scatter with an index for each (t, s).
         return jnp.zeros((weights_TS.shape[0], vocab_size)).at[:, ids_S].add(weights_TS)
 
     return jax.vmap(one_row)(weights_BTS, ids_BS)
@@ -129,18 +139,19 @@ def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int)
 def mix_copied(logits_BTV: jax.Array, gate_BT1: jax.Array, copied_BTV: jax.Array) -> jax.Array:
     """Log-probabilities ``log(p softmax(logits) + (1 - p) copied)`` with p = sigmoid(gate), [B, T, V] float32.
 
-    See et al. 2017, eq. 9. Finite where a token is neither likely nor in the source: the sum is taken of logarithms.
+    See et al. 2017, eq. 9. The sum is computed from logarithms (``logaddexp``), so it is finite even for an unlikely
+    token that is not in the source.
     """
     gate_BT1, copied_BTV = gate_BT1.astype(jnp.float32), copied_BTV.astype(jnp.float32)
     generated_BTV = jax.nn.log_sigmoid(gate_BT1) + jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
-    some_BTV = copied_BTV > 0
-    # Two selections: the gradient of log at 0 would be infinite, and infinity times 0 is NaN.
-    log_copied_BTV = jax.nn.log_sigmoid(-gate_BT1) + jnp.log(jnp.where(some_BTV, copied_BTV, 1.0))
-    return jnp.where(some_BTV, jnp.logaddexp(generated_BTV, log_copied_BTV), generated_BTV)
+    is_copied_BTV = copied_BTV > 0
+    # Two ``where``: the gradient of log at 0 is infinite, and infinity times 0 is NaN.
+    log_copied_BTV = jax.nn.log_sigmoid(-gate_BT1) + jnp.log(jnp.where(is_copied_BTV, copied_BTV, 1.0))
+    return jnp.where(is_copied_BTV, jnp.logaddexp(generated_BTV, log_copied_BTV), generated_BTV)
 
 
 def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict[str, Any]:
-    """Parameters of ``pooling_weights``."""
+    """Specs of the parameters of :func:`pooling_weights`."""
     return {
         "key": linear_specs((source, width), ("embed", "mlp"), init),
         "score": linear_specs((width, hops), ("mlp", None), init, bias=False),
@@ -148,9 +159,9 @@ def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict
 
 
 def pooling_weights(params: dict[str, Any], source_BSC: jax.Array, keep_BS: jax.Array | None = None) -> jax.Array:
-    """Attention without a query, ``softmax(w . tanh(W h + b))`` over the source, [B, R, S] float32.
+    """Attention weights without a query, ``softmax(w . tanh(W h + b))`` over the source, [B, R, S] float32.
 
-    One hop is the word attention of Yang et al. 2016 (eq. 5 and 6), several that of Lin et al. 2017 (eq. 6).
+    One hop gives the word attention of Yang et al. 2016 (eq. 5 and 6), several hops that of Lin et al. 2017 (eq. 6).
     """
     scores_BSR = linear(params["score"], jnp.tanh(linear(params["key"], source_BSC)))
     keep_B1S = None if keep_BS is None else keep_BS[:, None, :]
@@ -158,7 +169,7 @@ def pooling_weights(params: dict[str, Any], source_BSC: jax.Array, keep_BS: jax.
 
 
 def masked_softmax(scores: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """Softmax over the last axis in float32; exactly 0 where not kept, and everywhere if nothing is.
+    """Softmax over the last axis, in float32. Masked entries (``keep`` False) are exactly 0, even if all are masked.
 
     Example:
         >>> masked_softmax(jnp.array([[1.0, 1.0, 9.0]]), jnp.array([[True, True, False]])).tolist()

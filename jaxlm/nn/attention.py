@@ -1,7 +1,7 @@
 """Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations.
 
-Shapes: B batch, T query time, S key time, H heads, G heads of keys and values (each serves H / G query heads), K head
-width.
+Shapes: B batch, T query time, S key time, H query heads, G key and value heads (each is read by H / G query heads), K
+head width.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jaxlm.nn.weight_record import is_recording, record
 
 Implementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
-BLOCKWISE_FROM = 256
-"""Queries from which blocks pay off; from T = 1024 on, O(T) memory is a rule of the house and not a choice."""
+MIN_BLOCKWISE_QUERIES = 256
+"""From this number of queries on, ``blockwise`` is faster. jaxlm also requires O(T) memory from T = 1024 on."""
 
-TERMS_FROM = 64
-"""Queries from which terms are worth a kernel of their own on a TPU: a block of it has 128."""
-WHOLE_ROWS = 1024
-"""Keys up to which a TPU is fastest with whole rows, by its compiler's estimate (docs/labbook.md): of so many, splash
-makes one block, and leaves out nothing that a causal mask hides."""
+MIN_BIASED_PALLAS_QUERIES = 64
+"""From this number of queries on, biases are computed by ``pallas`` on a TPU. Its smallest block has 128 queries."""
+MAX_WHOLE_ROW_KEYS = 1024
+"""Up to this number of keys, a TPU is fastest with whole rows, by its compiler's estimate (docs/labbook.md): ``splash``
+makes one block of so few keys, so that it does not skip anything that a causal mask hides."""
 
 
 def attention(
@@ -44,26 +44,33 @@ def attention(
     key: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, K] in ``v``'s dtype; softmax in float32.
+    """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, K] in ``v``'s dtype.
 
-    A query that may see no key at all gives zeros. Dropout acts on the probabilities; its mask depends on the key and
-    the place in the matrix only, so every implementation drops the same entries.
+    The softmax is computed in float32. A query that may not attend to any key gives zeros. Dropout is applied to the
+    probabilities. Its mask depends only on the random key and on the indices of an entry, so that all implementations
+    drop the same entries.
 
     Args:
-        k_BSGK, v_BSGK: G divides H. G = H is the usual attention, G = 1 multi-query, between them grouped queries
-            (Ainslie et al. 2023); query head h reads key head ``h // (H / G)``. A cache gives its slots of a layer.
-        scale: defaults to ``1 / sqrt(K)``.
-        bias: what is added to the scaled scores: a term or several (``jaxlm.nn.relative``), made as they are needed. Or
-            a dense array [1 or B, 1 or H, T, S], which only ``reference`` takes.
-        dropout: rate; acts only with a ``key``.
-        implementation: ``reference`` (short, O(T*S) memory), ``blockwise`` (O(T) memory, own gradient), ``decode`` (few
-            queries, reads no more of a cache than is filled), ``splash`` (a TPU kernel; no bias, dropout or orders),
-            ``pallas`` (a TPU kernel of whole rows, from v5 on, with terms and orders; up to 4096 keys, no dropout),
-            ``cudnn`` (NVIDIA; half precision, no bias, dropout, orders or segments), or None for the best that is known
-            for the device, the shape and the mask.
+        k_BSGK, v_BSGK: arrays, or the view of a cache (``jaxlm.nn.cache``). G divides H. G = H is multi-head attention,
+            G = 1 multi-query attention, and any other G grouped-query attention (Ainslie et al. 2023). Query head h
+            reads key head ``h // (H / G)``.
+        scale: default ``1 / sqrt(K)``.
+        bias: added to the scaled scores. One or several terms (``jaxlm.nn.term``, ``jaxlm.nn.relative``), which are
+            computed tile by tile; or a dense array [1 or B, 1 or H, T, S], which only ``reference`` supports.
+        dropout: dropout rate; used only with a ``key``.
+        implementation: None chooses the fastest known for the device, the shape and the mask. The choices are
+
+            - ``reference``: the plain definition, O(T*S) memory.
+            - ``blockwise``: O(T) memory, custom gradient.
+            - ``decode``: for few queries; reads only the filled part of a cache.
+            - ``splash``: a TPU kernel without bias, dropout and orders.
+            - ``pallas``: a TPU kernel (v5 and later) that works on whole rows, with terms and orders, up to 4096 keys,
+              without dropout.
+            - ``cudnn``: NVIDIA GPUs, half precision, without bias, dropout, orders and segments.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, or one that cannot do this or runs elsewhere.
+        ValueError: shapes that do not match, an unknown implementation, or one that does not support a requested
+            feature or the platform.
     """
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -72,7 +79,7 @@ def attention(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the heads of k "
             "and v must divide those of q"
         )
-    array, terms = _bias(bias)
+    array, terms = _split_bias(bias)
     platform = sharding.platform()
     if array is not None and not all(
         size in allowed for size, allowed in zip(array.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
@@ -85,23 +92,23 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
-    given = array if array is not None else terms or None
-    refusals = {
+    any_bias = array if array is not None else terms or None
+    reasons = {
         "blockwise": None if array is None else "takes no dense bias",
-        "decode": decode_attention.refusal(array, key),
-        "splash": splash.refusal(mask, given, key),
-        "pallas": pallas_attention.refusal(T, S, terms, array, key),
-        "cudnn": cudnn_attention.refusal(mask, q_BTHK.dtype, given, key),
+        "decode": decode_attention.unsupported_reason(array, key),
+        "splash": splash.unsupported_reason(mask, any_bias, key),
+        "pallas": pallas_attention.unsupported_reason(T, S, terms, array, key),
+        "cudnn": cudnn_attention.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
     }
     if is_recording():
         implementation = "reference"
     elif implementation is None:
-        implementation = _best(T, S, array, terms, refusals)
-    elif refusals.get(implementation) is None and _PLATFORM.get(implementation, platform) != platform:
-        refusals[implementation] = f"is for a {_PLATFORM[implementation]}, and this is compiled for a {platform}"
-    if refusals.get(implementation) is not None:
+        implementation = _best(T, S, array, terms, reasons)
+    elif reasons.get(implementation) is None and _PLATFORM.get(implementation, platform) != platform:
+        reasons[implementation] = f"is for a {_PLATFORM[implementation]}, and this is compiled for a {platform}"
+    if reasons.get(implementation) is not None:
         raise ValueError(
-            f"attention implementation {implementation!r} {refusals[implementation]}: leave the implementation out"
+            f"attention implementation {implementation!r} {reasons[implementation]}: leave the implementation out"
         )
     if implementation == "decode":
         return decode_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms)
@@ -117,8 +124,8 @@ def attention(
             array = dense(term, T, S) if array is None else array + dense(term, T, S)
         return _reference(q_BTHK, k_BSGK, v_BSGK, mask, scale, array, dropout, key)
     if implementation == "blockwise":
-        # One head after the other keeps a CPU's matmuls two-dimensional and its temporaries in cache. Where heads or
-        # batch are split over devices, and on accelerators, all heads go together.
+        # On a CPU, one head after the other: the matmuls are two-dimensional and the temporaries stay in cache. On
+        # accelerators, and if heads or batch are split over devices, all heads are computed together.
         sequential = platform == "cpu" and sharding.active() is None
         return blockwise_attention.attention(
             q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms, dropout=dropout, key=key, sequential=sequential
@@ -129,26 +136,28 @@ def attention(
 
 
 _PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
+"""The platform of each implementation that runs on one platform only."""
 
 
-def _best(T: int, S: int, array: Any, terms: Any, refusals: dict[str, str | None]) -> Implementation:
-    """The best implementation that is known for the device, the shape and what is added to the scores."""
-    decodes = T <= decode_attention.QUERIES and S > 2 * decode_attention.SHORTEST  # over a cache, or over a source
-    if decodes and refusals["decode"] is None:
+def _best(T: int, S: int, array: Any, terms: Any, reasons: dict[str, str | None]) -> Implementation:
+    """The fastest implementation known for the device, the shape, the mask and the bias."""
+    # Few queries and many keys: a decoder over its cache or over a source.
+    is_decoding = T <= decode_attention.MAX_QUERIES and S > 2 * decode_attention.MIN_SLOTS_READ
+    if is_decoding and reasons["decode"] is None:
         return "decode"
-    if terms and T >= TERMS_FROM and sharding.platform() == "tpu" and refusals["pallas"] is None:
+    if terms and T >= MIN_BIASED_PALLAS_QUERIES and sharding.platform() == "tpu" and reasons["pallas"] is None:
         return "pallas"
-    if T < BLOCKWISE_FROM or array is not None:
+    if T < MIN_BLOCKWISE_QUERIES or array is not None:
         return "reference"
-    kernels: tuple[Implementation, ...] = ("pallas", "splash") if S <= WHOLE_ROWS else ("splash", "pallas")
+    kernels: tuple[Implementation, ...] = ("pallas", "splash") if S <= MAX_WHOLE_ROW_KEYS else ("splash", "pallas")
     for name in (*kernels, "cudnn"):
-        if sharding.platform() == _PLATFORM[name] and refusals[name] is None:
+        if sharding.platform() == _PLATFORM[name] and reasons[name] is None:
             return name
     return "blockwise"
 
 
-def _bias(bias: Any) -> tuple[jax.Array | None, tuple[Term, ...]]:
-    """The dense array and the terms of what a caller gives."""
+def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[Term, ...]]:
+    """The dense array and the terms in the argument ``bias``."""
     if isinstance(bias, Term):
         return None, (bias,)
     if bias is None or hasattr(bias, "shape"):

@@ -1,7 +1,8 @@
-"""Batch normalisation (Ioffe and Szegedy 2015), its running statistics passed in and handed on.
+"""Batch normalisation (Ioffe and Szegedy 2015); the running statistics are passed in and returned.
 
-Running statistics stand among the parameters of a family, under the key ``statistics``; no gradient trains them and
-no decay shrinks them. While training, ``apply`` hands on where they moved, and the training step puts them in place.
+The running statistics are part of a family's parameters, under the key ``statistics``. They get no gradient and no
+weight decay. While training, ``apply`` returns the updated statistics, and the training step writes them into the
+parameters.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from jaxlm.spec import ONES, ZEROS, ArraySpec
 
 
 def batch_norm_specs(width: int) -> dict[str, ArraySpec]:
-    """``scale`` (ones) and ``bias`` (zeros) of ``[width]``."""
+    """Specs of ``scale`` [width], initialized with ones, and ``bias`` [width], initialized with zeros."""
     return {"scale": ArraySpec((width,), ("norm",), ONES), "bias": ArraySpec((width,), ("norm",), ZEROS)}
 
 
 def statistics_specs(width: int) -> dict[str, ArraySpec]:
-    """Running ``mean`` (zeros) and ``variance`` (ones) of ``[width]``."""
+    """Specs of the running ``mean`` [width], initialized with zeros, and ``variance`` [width], with ones."""
     return {"mean": ArraySpec((width,), ("norm",), ZEROS), "variance": ArraySpec((width,), ("norm",), ONES)}
 
 
@@ -34,16 +35,17 @@ def batch_norm(
     training: bool,
     momentum: float = 0.1,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Normalise each entry of the last axis of ``x`` over all the others, and the statistics to go on with.
-
-    Args:
-        training: use the mean and (biased) variance of ``x``, and move the running ones (whose variance is unbiased)
-            towards them by ``momentum``. Otherwise the running ones are used, and handed on as they are.
+    """``x`` normalised per channel (last axis) over all other axes, and the updated running statistics.
 
     Statistics are float32; the result keeps the dtype of ``x``.
 
+    Args:
+        training: if True, normalise with the mean and the (biased) variance of ``x``, and return the running statistics
+            ``(1 - momentum) * old + momentum * new``, whose variance is unbiased. If False, normalise with the running
+            statistics and return them unchanged.
+
     Raises:
-        ValueError: training on a single entry, whose variance does not exist.
+        ValueError: training with one entry per channel, which has no variance.
     """
     x32 = x.astype(jnp.float32)
     rest = tuple(range(x.ndim - 1))
@@ -56,7 +58,9 @@ def batch_norm(
     if training:
         count = x.size // x.shape[-1]
         if count < 2:
-            raise ValueError(f"batch normalisation of {list(x.shape)} sees one entry a channel: train on more")
+            raise ValueError(
+                f"batch normalisation of {list(x.shape)} has one entry per channel: train with a larger batch"
+            )
         mean = jnp.mean(x32, axis=rest)
         variance = jnp.mean(jnp.square(x32 - wide(mean)), axis=rest)
         new = lax.stop_gradient({"mean": mean, "variance": variance * (count / (count - 1))})

@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014), inverted: what is kept is scaled up, so that evaluation needs no scaling."""
+"""Inverted dropout (Srivastava et al. 2014): kept entries are scaled up, so that evaluation needs no scaling."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 _BITS = 16
-"""Random bits per entry. Threefry makes 32 at a time, and is most of the cost of dropout on a CPU."""
+"""Random bits per entry. Threefry generates 32 bits at a time, and it is most of the cost of dropout on a CPU."""
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """``x`` with each entry set to zero with probability ``rate``, the others divided by ``1 - rate``.
+    """``x`` with each entry set to zero with probability ``rate`` and all other entries divided by ``1 - rate``.
 
-    ``key=None`` or rate 0 returns ``x`` as it is.
+    If ``key`` is None or ``rate`` is 0, ``x`` is returned unchanged.
     """
     if key is None or rate == 0.0:
         return x
@@ -21,12 +21,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Boolean array of ``shape``, True with probability ``1 - rate`` to the nearest multiple of 2^-16.
+    """A boolean array of ``shape`` that is True with probability ``1 - rate``, rounded to a multiple of 2^-16.
 
-    A longer mask with one axis begins with the shorter one of the same key; attention over blocks of keys relies on it.
+    For one-dimensional masks with the same key, a longer mask starts with the shorter mask. Attention over blocks of
+    keys relies on this.
     """
     *batch, length = shape
     words = jax.random.bits(key, (*batch, -(-length * _BITS // 32)), jnp.uint32)
     bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*batch, -1)[..., :length]
-    kept = round((1.0 - rate) * 2**_BITS)
-    return bits < kept if kept < 2**_BITS else jnp.ones(shape, bool)
+    threshold = round((1.0 - rate) * 2**_BITS)
+    return bits < threshold if threshold < 2**_BITS else jnp.ones(shape, bool)

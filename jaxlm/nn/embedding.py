@@ -1,6 +1,6 @@
-"""Embedding tables: ids to vectors, and vectors to logits.
+"""Embedding tables: from ids to vectors, and from vectors to logits.
 
-Shapes: B batch, T time, D model, V vocabulary (rows of the table, possibly padded).
+Shapes: B batch, T time, D model width, V vocabulary (rows of the table, possibly with padding rows).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jaxlm.sharding import constrain, gathered
 
 
 def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str | None = "vocab") -> jax.Array:
-    """Rows of the table in ``dtype``, [B, T, D]. An id outside the table gives NaN, never a neighbour's row.
+    """The rows of the table for the ids, [B, T, D] in ``dtype``. An id outside the table gives NaN, never another row.
 
     Args:
         rows: logical name of the table's first axis.
     """
-    # Fully sharded parameters split the width, activations the batch: gather the width before the rows are picked.
+    # Fully sharded parameters split the width, but activations split the batch. So all-gather the width first.
     table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
     ids_BT = jnp.asarray(ids_BT)
     rows_BTD = table_VD.at[ids_BT].get(
@@ -30,10 +30,10 @@ def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str | Non
 
 
 def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits ``hidden @ table.T`` in float32, [B, T, V].
+    """Logits ``hidden @ table.T``, [B, T, V] float32.
 
-    Rows beyond ``vocab_size`` are padding (added so that the table divides over devices): their logits are the lowest
-    float32, so that they take no part in a softmax.
+    The rows of the table after ``vocab_size`` are padding, so that the table can be split over devices. Their logits
+    are the lowest float32 number, so that their probability is 0.
     """
     table_VD = table_VD.astype(hidden_BTD.dtype)
     if hidden_BTD.dtype == jnp.float32:
@@ -47,5 +47,5 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.
 
 
 def padded(vocab_size: int, multiple: int) -> int:
-    """``vocab_size`` rounded up to a multiple: the number of rows of the table."""
+    """The number of rows of the table: ``vocab_size`` rounded up to a multiple of ``multiple``."""
     return -(-vocab_size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Linear maps over one or several axes."""
+"""Linear layers over one or several axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from jaxlm.spec import ZEROS, ArraySpec, Initializer
 def linear_specs(
     shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, inputs: int = 1, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """``weight`` of ``shape`` and, with ``bias``, one of its output part. The first ``inputs`` axes are the input.
+    """Specs of ``weight`` and, if ``bias`` is True, ``bias``.
+
+    Args:
+        shape: shape of the weight, [in..., out...].
+        axes: logical names of the axes of the weight.
+        inputs: number of input axes, which come first.
+        bias: whether there is a bias; its shape is [out...].
 
     Example:
         >>> specs = linear_specs((8, 3, 2, 4), ("embed", None, "heads", "kv"), ZEROS)
@@ -32,18 +38,19 @@ def linear_specs(
 
 
 def linear(params: dict[str, Any], x: jax.Array, *, inputs: int = 1) -> jax.Array:
-    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]: [..., out...] in ``x``'s dtype.
+    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]; [..., out...] in the dtype of ``x``.
 
-    The parameters are cast to the dtype of ``x``: the compute dtype is chosen by the caller, once.
+    The parameters are cast to the dtype of ``x``, so that the caller chooses the compute dtype in one place.
     """
     weight = params["weight"].astype(x.dtype)
-    own = _widens(weight, inputs) or _blocks(x, weight, inputs) > 0
-    y = _product_with_own_gradient(x, weight, inputs) if own else _product(x, weight, inputs)
+    use_custom_vjp = _output_is_wider(weight, inputs) or _num_blocks(x, weight, inputs) > 0
+    y = _product_with_custom_vjp(x, weight, inputs) if use_custom_vjp else _product(x, weight, inputs)
     if "bias" not in params:
         return y
     bias = params["bias"]
-    # Of heads on a TPU: their gradients come out of an attention kernel, so that no product makes the sum as it goes.
-    add = _add_with_product if bias.ndim > 1 and platform() == "tpu" else _add
+    # A bias with several axes belongs to attention heads. On a TPU, its output gradient comes from an attention kernel,
+    # and XLA cannot fuse the sum over rows into a matmul that produces this gradient.
+    add = _add_with_matmul_vjp if bias.ndim > 1 and platform() == "tpu" else _add
     return add(y, bias)
 
 
@@ -52,9 +59,11 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _add_with_product(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """The sum, with the gradient of ``bias`` as a product with rows of ones: the matrix unit adds up what the vector
-    unit would need a slow pass for (GPT-2 by the TPU compiler's estimate: 0.09 and not 0.35 M cycles; docs/labbook.md).
+def _add_with_matmul_vjp(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """``y + bias``, with the gradient of ``bias`` as a matmul with rows of ones.
+
+    The matrix unit computes this sum faster than the vector unit, which needs a separate pass (GPT-2, by the TPU
+    compiler's estimate: 0.09 instead of 0.35 M cycles; docs/labbook.md).
     """
     return _add(y, bias)
 
@@ -70,48 +79,50 @@ def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]
     return dy, sums[0].astype(bias.dtype)
 
 
-_add_with_product.defvjp(_add_forward, _add_backward)
+_add_with_matmul_vjp.defvjp(_add_forward, _add_backward)
 
 SUBLANES = 8
-"""Rows of the smallest product that keeps a TPU's matrix unit: the compiler makes a sum of a single row again."""
+"""Rows of ones in this matmul. With a single row, the TPU compiler would replace the matmul by a sum again."""
 
 
 def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
-    # The axes stay apart (no reshape to 2-D), so that a split of `heads` survives; XLA merges them for free.
+    # No reshape to 2-D, so that the sharding of `heads` is kept. XLA merges the axes without cost.
     x_axes = tuple(range(x.ndim - inputs, x.ndim))
     return lax.dot_general(x, weight, ((x_axes, tuple(range(inputs))), ((), ())))
 
 
-BLOCKS = 4
-"""Blocks of rows from which on the gradient of a weight is added up over them."""
+MIN_BLOCKS = 4
+"""Minimum number of blocks of rows for which the gradient of a weight is summed over blocks."""
 
 
-def _widens(weight: jax.Array, inputs: int) -> bool:
+def _output_is_wider(weight: jax.Array, inputs: int) -> bool:
     return math.prod(weight.shape[inputs:]) >= math.prod(weight.shape[:inputs])
 
 
-def _block(weight: jax.Array, inputs: int) -> int:
-    """Rows of a block: 2 MiB of ``dy``, but no thinner than a matmul should be."""
+def _block_rows(weight: jax.Array, inputs: int) -> int:
+    """Rows per block: 2 MiB of ``dy``, but at least 1024 rows, because matmuls with fewer rows are slow."""
     return max(1024, 2**19 // math.prod(weight.shape[inputs:]))
 
 
-def _blocks(x: jax.Array, weight: jax.Array, inputs: int) -> int:
-    """Whole blocks of rows that the gradient of the weight is added up over; 0: it is one product."""
-    if _widens(weight, inputs) or platform() != "cpu" or active() is not None:
+def _num_blocks(x: jax.Array, weight: jax.Array, inputs: int) -> int:
+    """Number of full blocks of rows over which the gradient of the weight is summed; 0: it is one matmul."""
+    if _output_is_wider(weight, inputs) or platform() != "cpu" or active() is not None:
         return 0
-    count = math.prod(x.shape[: x.ndim - inputs]) // _block(weight, inputs)
-    return count if count >= BLOCKS else 0
+    count = math.prod(x.shape[: x.ndim - inputs]) // _block_rows(weight, inputs)
+    return count if count >= MIN_BLOCKS else 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_with_own_gradient(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
-    """The product, with the weight gradient as a CPU is fast at it (docs/labbook.md).
+def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+    """The product, with a weight gradient that is fast on CPU (docs/labbook.md).
 
-    - As ``x.T @ dy`` where the output is the wider side: autodiff computes ``(dy.T @ x).T``, for which a CPU transposes
-      the larger of the two, and the result as well (GPT-2's MLP, 12 layers of 768 to 3072: 324 ms instead of 544).
-    - Else over blocks of rows, where they are many: the compiler turns ``dy`` round in one pass with what it is
-      computed from, in an order that uses no line of a cache twice. A loop reads it as it has been written, and turns a
-      block that fits the cache (VDCNN: a fifth of a step; BERT at 8192 rows: a twentieth).
+    - If the output is at least as wide as the input, the gradient is ``x.T @ dy``. Autodiff computes ``(dy.T @ x).T``,
+      for which a CPU transposes the larger factor and also the result (GPT-2's MLP, 12 layers of 768 to 3072: 324 ms
+      instead of 544 ms).
+    - Otherwise, if there are many rows, the gradient is summed over blocks of rows. Without blocks, XLA fuses the
+      transpose of ``dy`` with the computation of ``dy``, in an order of memory accesses that does not reuse cache
+      lines. The loop over blocks reads ``dy`` in the order in which it was written, and transposes a block that fits
+      into the cache (this saves a fifth of a step of VDCNN, and a twentieth of a step of BERT with 8192 rows).
     """
     return _product(x, weight, inputs)
 
@@ -121,23 +132,26 @@ def _forward(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, A
 
 
 def _backward(inputs: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """N rows, of which a block has L; C inputs and D outputs, each as one axis."""
+    """The gradients of ``x`` and ``weight``.
+
+    Shapes: N rows, L rows of a block, C all inputs as one axis, D all outputs as one axis.
+    """
     x, weight = saved
     rows = tuple(range(x.ndim - inputs))
     outputs = tuple(range(len(rows), dy.ndim))
     dx = lax.dot_general(dy, weight, ((outputs, tuple(range(inputs, weight.ndim))), ((), ())))
-    if _widens(weight, inputs):
+    if _output_is_wider(weight, inputs):
         return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
-    count, size = _blocks(x, weight, inputs), _block(weight, inputs)
+    count, size = _num_blocks(x, weight, inputs), _block_rows(weight, inputs)
     x_NC, dy_ND = (a.reshape(-1, math.prod(a.shape[len(rows) :])) for a in (x, dy))
 
-    def part(start: Any, size: int) -> jax.Array:
+    def block_gradient(start: Any, size: int) -> jax.Array:
         x_LC, dy_LD = (lax.dynamic_slice_in_dim(a, start, size) for a in (x_NC, dy_ND))
         return lax.dot_general(dy_LD, x_LC, (((0,), (0,)), ((), ())))
 
-    rest = part(count * size, x_NC.shape[0] - count * size)
-    total_DC = lax.fori_loop(0, count, lambda i, total: total + part(i * size, size), rest)
+    rest = block_gradient(count * size, x_NC.shape[0] - count * size)
+    total_DC = lax.fori_loop(0, count, lambda i, total: total + block_gradient(i * size, size), rest)
     return dx, total_DC.T.reshape(weight.shape)
 
 
-_product_with_own_gradient.defvjp(_forward, _backward)
+_product_with_custom_vjp.defvjp(_forward, _backward)

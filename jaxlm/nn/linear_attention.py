@@ -1,13 +1,13 @@
-"""Linear attention with decay: a matrix for a memory, ``S = decay * S + k v.T`` and ``out = q @ S``.
+"""Linear attention with decay: a matrix as memory, ``S = decay * S + k v.T``, read as ``out = q @ S``.
 
 (Katharopoulos et al. 2020, eq. 18 to 20, without their normaliser.)
 
-With a decay for each head it is the ground of retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et
-al. 2024); with one for each channel of the keys, of gated linear attention (Yang et al. 2024). A normaliser is one more
-channel of the values that is always 1.
+Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
+attention (Yang et al. 2024) uses one decay per channel of the keys. To get the normaliser, add a channel to the values
+that is always 1.
 
-Shapes: B batch, T time, H heads, K width of queries and keys, V width of values; C chunks, L steps of a chunk; E = 1 or
-K, how many decays a head has.
+Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, E = 1 or
+K decays per head.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jaxlm.nn.recurrence import check_masks
 Implementation = Literal["reference", "chunked"]
 
 CHUNK = {"cpu": 32}
-"""Steps of a chunk by platform; ``CHUNK_ELSEWHERE`` on others, whose matrix units want longer ones."""
-CHUNK_ELSEWHERE = 128
-CHUNKED_FROM = 8
-"""Steps from which chunks pay off."""
+"""Steps of a chunk, by platform. Other platforms use ``CHUNK_ACCELERATOR``: their matrix units need more rows."""
+CHUNK_ACCELERATOR = 128
+MIN_CHUNKED_STEPS = 8
+"""Minimum number of steps for which ``chunked`` is the default."""
 
 
 def linear_attention(
@@ -45,21 +45,21 @@ def linear_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """``out_t = q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + k_t v_t.T``, and the last state.
 
-    The output is [B, T, H, V] in the values' dtype, the state [B, H, K, V] float32. No scale is applied. Products take
-    their inputs in the dtype of the values, all else is float32.
+    The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. No scale is applied.
+    Matmul inputs have the dtype of the values; everything else is float32.
 
     Args:
-        log_decay: [B, T, H], one for a head, or [B, T, H, K], one for each channel of its keys; at most 0 (-inf forgets
-            everything).
-        state_BHKV: the state before the first step; None is zeros.
-        reset_BT: True where the state goes back to zeros before the step (see ``recurrence.borders``). None: nowhere.
-        keep_BT: False where the step is padding: the state stays as it is, and the output is zeros. None: all real.
-        chunk: L of ``chunked``, a power of two; None chooses.
-        implementation: ``reference`` (one step after the other), ``chunked`` (chunks one after the other, all the steps
-            of a chunk by products of matrices; exact, for decays of any strength), or None for the best that is known.
+        log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf clears the
+            memory).
+        state_BHKV: the state before the first step; None: zeros.
+        reset_BT: True where the state is set to zeros before the step (see ``recurrence.borders``). None: no resets.
+        keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
+        chunk: L of ``chunked``, a power of two; None: a default for the platform.
+        implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with matmuls for all steps
+            of a chunk; exact for all decays), or None for the fastest known.
 
     Raises:
-        ValueError: shapes that do not fit, a chunk that is no power of two, or an unknown implementation.
+        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))
@@ -72,11 +72,11 @@ def linear_attention(
         raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
     T = query_BTHK.shape[1]
     if implementation is None:
-        implementation = "chunked" if T >= CHUNKED_FROM else "reference"
+        implementation = "chunked" if T >= MIN_CHUNKED_STEPS else "reference"
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_attention implementation {implementation!r}: choose from {choice}")
-    # A split of time ends here: the steps go one after the other.
+    # Time must not be split over devices here, because the steps are computed one after the other.
     axes = ("batch", None, "heads", None)
     query_BTHK, key_BTHK, value_BTHV = (sharding.constrain(x, axes) for x in (query_BTHK, key_BTHK, value_BTHV))
     log_BTHE = log_decay.astype(jnp.float32)
@@ -94,7 +94,7 @@ def linear_attention(
     if implementation == "reference":
         return _reference(inputs, state_BHKV.astype(jnp.float32))
     if chunk is None:
-        chunk = CHUNK.get(sharding.platform(), CHUNK_ELSEWHERE)
+        chunk = CHUNK.get(sharding.platform(), CHUNK_ACCELERATOR)
     return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
 
 
@@ -120,7 +120,7 @@ def _check(
 def linear_attention_step(
     query_BHK: jax.Array, key_BHK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One step in a loop of one's own, such as a decoder's: the output [B, H, V], and the new state, float32.
+    """The output of one step [B, H, V], and the new state [B, H, K, V] float32; for a custom loop, such as a decoder's.
 
     ``log_decay`` is [B, H] or [B, H, K].
     """
@@ -150,7 +150,7 @@ def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax
     B, T, H, _ = inputs[0].shape
 
     def chunks(x_BTHX: jax.Array) -> jax.Array:
-        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))  # steps that change nothing
+        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))  # padding steps do not change the state
         return x_BTHX.reshape(B, -1, L, H, x_BTHX.shape[-1]).transpose(1, 0, 3, 2, 4)
 
     out_CBHLV, state_BHKV = _scan(tuple(map(chunks, inputs)), state_BHKV)
@@ -165,7 +165,7 @@ def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
-    """Only the inputs and the state before each chunk are kept."""
+    """The outputs of :func:`_scan`; only the inputs and the state before each chunk are saved for the backward pass."""
 
     def step(state_BHKV: jax.Array, inputs: Any) -> Any:
         after_BHKV, out_BHLV = _chunk(state_BHKV, *inputs)
@@ -178,10 +178,12 @@ def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
 def _scan_backward(saved: Any, cotangents: Any) -> Any:
     def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
         (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
-        wide = (q.astype(jnp.float32), k.astype(jnp.float32))  # the gradient of decays is a difference of theirs
-        (after_BHKV, _), pull = jax.vjp(lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE), state_BHKV, *wide, v)
+        # In float32, because the gradient of the decays is a difference of the gradients of q and k.
+        q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
+        chunk = lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE)  # noqa: E731
+        (after_BHKV, _), pull = jax.vjp(chunk, state_BHKV, q32, k32, v)
         dstate_BHKV, dq, dk, dv = pull((dafter_BHKV, dout_BHLV))
-        dlog_BHLE = _log_decay_gradient(wide[0] * dq - wide[1] * dk, after_BHKV * dafter_BHKV, log_BHLE)
+        dlog_BHLE = _log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv, dlog_BHLE)
 
     dout_CBHLV, dlast_BHKV = cotangents
@@ -190,11 +192,12 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
 
 
 def _log_decay_gradient(dsum_BHLK: jax.Array, after_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
-    """Without a way back through the products of decays (Yang et al. 2024, section 4.3).
+    """The gradient of the log decays of a chunk, without differentiating the products of decays.
 
-    With b_t the sum of log decays up to t, all that a chunk gives depends on ``exp(b_t) * q_t``, ``exp(-b_t) * k_t``
-    and, behind it, ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``, and a log decay has a part
-    in all b from its step on.
+    See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
+    on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of a step is a summand of b_t
+    for this step and all later steps.
 
     Args:
         dsum_BHLK: ``q * dq - k * dk``.
@@ -214,67 +217,74 @@ _scan.defvjp(_scan_forward, _scan_backward)
 def _chunk(
     state_BHKV: jax.Array, q_BHLK: jax.Array, k_BHLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Step t of a chunk sees step s by all decays between them, and the state before the chunk by all up to t.
+    """The state after a chunk, and the outputs of its steps.
 
-    The state after the chunk sees step s by all decays behind s. Decays are multiplied, never divided: no product of
-    them leaves [0, 1]."""
+    In the output of step t, the input of step s is multiplied by all decays after s up to t, and the state before the
+    chunk by all decays up to t. In the state after the chunk, the input of step s is multiplied by all decays after s.
+    Decays are multiplied and never divided, so that every product stays in [0, 1].
+    """
     dtype, decay_BHLE = v_BHLV.dtype, jnp.exp(log_BHLE)
 
-    def product(form: str, *factors: jax.Array) -> jax.Array:
-        return jnp.einsum(form, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
+    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    if decay_BHLE.shape[-1] == 1:  # it can be taken out of the product
+    if decay_BHLE.shape[-1] == 1:  # one decay per head is a factor of the scores
 
-        def part(later: jax.Array, earlier: jax.Array) -> jax.Array:
+        def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             return later * jnp.swapaxes(earlier, -1, -2)
 
-        own_BHL = jnp.ones(decay_BHLE.shape[:3], jnp.float32)
-        between_BHLM, upto_BHLE, behind_BHLE = _by_doubling(decay_BHLE, own_BHL, part)
-        scores_BHLM = product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * between_BHLM
+        diagonal_BHL = jnp.ones(decay_BHLE.shape[:3], jnp.float32)
+        decay_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
+        scores_BHLM = product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM
     else:
 
-        def part(later: jax.Array, earlier: jax.Array) -> jax.Array:
+        def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             q_BHPSK, k_BHPSK = _halves(q_BHLK, later)[1], _halves(k_BHLK, later)[0]
             return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)
 
-        own_BHL = jnp.sum(q_BHLK.astype(jnp.float32) * k_BHLK.astype(jnp.float32), axis=-1)
-        scores_BHLM, upto_BHLE, behind_BHLE = _by_doubling(decay_BHLE, own_BHL, part)
+        diagonal_BHL = jnp.sum(q_BHLK.astype(jnp.float32) * k_BHLK.astype(jnp.float32), axis=-1)
+        scores_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
     out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV)
-    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * upto_BHLE, state_BHKV)
-    through_BHE1 = jnp.swapaxes(upto_BHLE[:, :, -1:], 2, 3)
-    state_BHKV = through_BHE1 * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * behind_BHLE, v_BHLV)
+    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLE, state_BHKV)
+    total_BHE1 = jnp.swapaxes(prefix_BHLE[:, :, -1:], 2, 3)
+    state_BHKV = total_BHE1 * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLE, v_BHLV)
     return state_BHKV, out_BHLV.astype(dtype)
 
 
-def _by_doubling(
-    decay_BHLE: jax.Array, own_BHL: jax.Array, part: Callable[[jax.Array, jax.Array], jax.Array]
+def _pair_scores_and_decays(
+    decay_BHLE: jax.Array, diagonal_BHL: jax.Array, pair_scores: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each step sees of those up to it, [B, H, L, L], and the products of all decays up to a step and behind it.
+    """The scores of all pairs of steps of a chunk, and the products of decays before and after each step.
 
-    The products are [B, H, L, E]; a step's own decay is among those up to it. Blocks of 1, 2, 4, ... steps are joined
-    in pairs. A step of the later block sees one of the earlier block through two products of decays, one on each side
-    of the border between them: ``later`` up to the one, ``earlier`` behind the other. A quotient of two products, which
-    overflows, is never needed.
+    Blocks of 1, 2, 4, ... steps are joined in pairs. The decay between a step of the later block and a step of the
+    earlier block is the product of two factors: the decays of the later block up to its step (``later``), and the
+    decays of the earlier block after its step (``earlier``). So no quotient of two products is needed, which could
+    overflow.
 
     Args:
-        own_BHL: what each step sees of itself.
-        part: from ``later`` and ``earlier`` [B, H, P pairs, S, E] to what the steps of the later block of each pair see
-            of those of the earlier one, [B, H, P, S, S].
+        diagonal_BHL: the score of each step with itself.
+        pair_scores: function from ``later`` and ``earlier`` [B, H, P pairs, S, E] to the scores between the steps of
+            the later and of the earlier block of each pair, [B, H, P, S, S].
+
+    Returns:
+        Scores [B, H, L, L], 0 for later steps. For each step, the product of all decays up to and including its own,
+        [B, H, L, E]. For each step, the product of all decays after it, [B, H, L, E].
     """
     B, H, L, E = decay_BHLE.shape
-    upto, behind, seen = decay_BHLE[:, :, :, None], jnp.ones_like(decay_BHLE[:, :, :, None]), own_BHL[..., None, None]
+    prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
+    suffix = jnp.ones_like(prefix)
     for size in (1 << power for power in range(L.bit_length() - 1)):
-        pairs_upto, pairs_behind = (x.reshape(B, H, -1, 2, size, E) for x in (upto, behind))
-        low = part(pairs_upto[:, :, :, 1], pairs_behind[:, :, :, 0])
-        high = jnp.zeros_like(low)
-        rows = [jnp.concatenate(row, axis=-1) for row in ((seen[:, :, 0::2], high), (low, seen[:, :, 1::2]))]
-        seen = jnp.concatenate(rows, axis=-2)
-        (first, second), (first_behind, second_behind) = (
-            (x[:, :, :, 0], x[:, :, :, 1]) for x in (pairs_upto, pairs_behind)
+        prefix_pairs, suffix_pairs = (x.reshape(B, H, -1, 2, size, E) for x in (prefix, suffix))
+        lower = pair_scores(prefix_pairs[:, :, :, 1], suffix_pairs[:, :, :, 0])
+        upper = jnp.zeros_like(lower)
+        rows = [jnp.concatenate(row, axis=-1) for row in ((scores[:, :, 0::2], upper), (lower, scores[:, :, 1::2]))]
+        scores = jnp.concatenate(rows, axis=-2)
+        (first, second), (first_suffix, second_suffix) = (
+            (x[:, :, :, 0], x[:, :, :, 1]) for x in (prefix_pairs, suffix_pairs)
         )
-        upto = jnp.concatenate([first, first[..., -1:, :] * second], axis=-2)
-        behind = jnp.concatenate([second[..., -1:, :] * first_behind, second_behind], axis=-2)
-    return seen[:, :, 0], upto[:, :, 0], behind[:, :, 0]
+        prefix = jnp.concatenate([first, first[..., -1:, :] * second], axis=-2)
+        suffix = jnp.concatenate([second[..., -1:, :] * first_suffix, second_suffix], axis=-2)
+    return scores[:, :, 0], prefix[:, :, 0], suffix[:, :, 0]
 
 
 def _halves(x_BHLK: jax.Array, half_BHPSE: jax.Array) -> tuple[jax.Array, jax.Array]:

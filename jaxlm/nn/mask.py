@@ -1,9 +1,9 @@
-"""Attention masks as algebra on integers, never a dense array handed around.
+"""Attention masks, described by a few integers per token instead of a dense array.
 
     keep[q, k] = segment(q) == segment(k)  and  order(k) <= order(q)  and  order(q) - order(k) < window
 
-Causal, bidirectional, sliding window, packed documents, padding and cached decoding are all this, by choice of the
-integers. Shapes: B batch, T query time, S key time.
+The choice of the integers gives causal and bidirectional attention, sliding windows, packed documents, padding and
+cached decoding. Shapes: B batch, T query time, S key time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from flax import struct
 
 @struct.dataclass
 class Mask:
-    """Who may see whom. ``Mask()`` lets everyone see everyone; ``Mask(causal=True)`` is the usual triangle.
+    """Which keys each query may attend to. ``Mask()`` masks nothing; ``Mask(causal=True)`` is the causal mask.
 
     Attributes:
-        causal: compare orders at all. Without given orders, the order is the index; queries and keys start together.
-        window: a query sees only the last ``window`` orders, itself included. Needs ``causal``.
-        query_order / key_order: [B, T] / [B, S] int32, both or neither.
-        query_segments / key_segments: [B, T] / [B, S] int32, both or neither. 0 is padding: pads see only pads.
+        causal: a query attends only to keys whose order is not larger than its own. The default order is the index;
+            query 0 and key 0 then have the same order.
+        window: a query attends only to the last ``window`` orders, including its own. Needs ``causal``.
+        query_order / key_order: [B, T] / [B, S] int32; give both or neither.
+        query_segments / key_segments: [B, T] / [B, S] int32; give both or neither. 0 is padding, which attends only to
+            padding.
     """
 
     causal: bool = struct.field(pytree_node=False, default=False)
@@ -34,45 +36,49 @@ class Mask:
     key_segments: Any = None
 
     def __post_init__(self) -> None:
-        for one, two in (("query_order", "key_order"), ("query_segments", "key_segments")):
-            if (getattr(self, one) is None) != (getattr(self, two) is None):
-                raise ValueError(f"a mask takes {one} and {two} together, got only one of them")
+        for query, key in (("query_order", "key_order"), ("query_segments", "key_segments")):
+            if (getattr(self, query) is None) != (getattr(self, key) is None):
+                raise ValueError(f"a mask takes {query} and {key} together, got only one of them")
         if self.window is not None and (not self.causal or self.window < 1):
             raise ValueError(f"window={self.window} needs causal=True and a size of at least 1")
 
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
-        """The four integer arrays (or None): what a kernel slices."""
+        """The four integer arrays, each of which may be None; implementations slice them by tile."""
         return self.query_order, self.key_order, self.query_segments, self.key_segments
 
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
-    """The dense mask [B or 1, T, S] of bools, or None when everything is kept: for reference and small blocks."""
+    """The dense boolean mask [B or 1, T, S], or None if nothing is masked; for the reference and for small blocks."""
     orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
     if mask.causal and mask.query_order is None:
         orders = jnp.arange(queries)[None], jnp.arange(keys)[None]
 
-    def met(query_BT: Any, key_BS: Any) -> Any:
+    def as_column_and_row(query_BT: Any, key_BS: Any) -> Any:
         return None if query_BT is None else (query_BT[:, :, None], key_BS[:, None, :])
 
-    return keep_pairs(mask, met(*orders), met(*segments))
+    return keep_pairs(mask, as_column_and_row(*orders), as_column_and_row(*segments))
 
 
 def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
-    """:func:`keep` of queries and keys whose orders (for a causal mask) and segments are given in pairs of arrays that
-    broadcast against each other, or as None."""
+    """The dense mask, as :func:`keep`, from given orders and segments.
+
+    Args:
+        orders: (of queries, of keys), two arrays that broadcast against each other; used for causal masks only.
+        segments: (of queries, of keys) in the same form; or None.
+    """
     kept = None if segments is None else segments[0] == segments[1]
     if mask.causal:
         distance = orders[0] - orders[1]
-        ordered = distance >= 0
+        in_window = distance >= 0
         if mask.window is not None:
-            ordered &= distance < mask.window
-        kept = ordered if kept is None else kept & ordered
+            in_window &= distance < mask.window
+        kept = in_window if kept is None else kept & in_window
     return kept
 
 
 def softmax(scores_BHTS: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Probabilities over the keys that are ``kept`` ([B or 1, T, S], of :func:`keep`); zeros where there are none."""
+    """Softmax over the keys where ``kept`` ([B or 1, T, S], from :func:`keep`) is True; zeros for a row without any."""
     if kept is not None:
         scores_BHTS = jnp.where(kept[:, None], scores_BHTS, -jnp.inf)
     top = jnp.max(scores_BHTS, axis=-1, keepdims=True)

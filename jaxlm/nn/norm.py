@@ -1,4 +1,4 @@
-"""Normalisation. Statistics are float32, whatever the compute dtype."""
+"""Normalisation layers. Statistics are computed in float32 for every compute dtype."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from jaxlm.spec import ONES, ZEROS, ArraySpec
 
 
 def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
-    """``scale`` (ones) and ``bias`` (zeros) of ``[width]``."""
+    """Specs of ``scale`` [width], initialized with ones, and ``bias`` [width], initialized with zeros."""
     return {"scale": ArraySpec((width,), ("norm",), ONES), "bias": ArraySpec((width,), ("norm",), ZEROS)}
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
-    """Layer normalisation over the last axis (Ba et al. 2016, eq. 3), with the biased variance. Keeps ``x``'s dtype."""
+    """Layer normalisation over the last axis, with biased variance (Ba et al. 2016, eq. 3), in the dtype of ``x``."""
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centred = x32 - mean
     if jnp.finfo(x.dtype).bits < 32:
-        # Both sums in one pass, which a TPU makes as it computes x. What cancels here is less than rounding x to half
-        # precision has cost, until a mean of thousands of deviations leaves x no digits.
+        # Compute both sums in one pass, which a TPU fuses with the computation of x. The error by cancellation is
+        # smaller than that of rounding x to half precision, unless the mean is thousands of standard deviations; then
+        # x itself has no significant digits left.
         variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -35,13 +36,13 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
 
 
 def rms_norm_specs(width: int) -> dict[str, ArraySpec]:
-    """``scale`` (ones) of ``[width]``."""
+    """Specs of ``scale`` [width], initialized with ones."""
     return {"scale": ArraySpec((width,), ("norm",), ONES)}
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4). Keeps ``x``'s dtype."""
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``."""
     x32 = x.astype(jnp.float32)
     normal = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     return (normal * lax.broadcast_in_dim(params["scale"], x.shape, (x.ndim - 1,))).astype(x.dtype)

@@ -1,12 +1,13 @@
-"""What a query and a key add to their score by the distance between them.
+"""Relative attention biases: they depend on the distance between query and key.
 
     T5 (Raffel et al. 2020, section 2.1):             a number for each head and distance
-    Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], a vector for each; XLNet has the same
+    Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], with a vector r for each head and distance;
+                                                      XLNet uses the same
 
-distance = query position - key position. Both are a table, the rows of which stand for descending distances, and are
-given to ``attention`` as a ``Term``: no implementation holds more of it than the tile at which it is.
-Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model; R rows and E columns of
-a tile.
+distance = query position - key position. The numbers or vectors are the rows of a table, in the order of descending
+distances. ``attention`` gets them as a ``Term``; its implementations compute only one tile of the bias at a time.
+Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model width, R rows and E
+columns of a tile.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.devices import LANES
-from jaxlm.nn.term import Form, Term, Tile
+from jaxlm.nn.term import BiasFn, Term, Tile
 
 
 def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
@@ -32,7 +33,7 @@ def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
         raise ValueError(f"sinusoids come in pairs: width={width} must be even")
     frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = frequency[:, None] * distance_R.astype(jnp.float32)[None, :]
-    # Made as it is met (``_floats``): XLA would turn it round again for every layer.
+    # Built in the layout that ``_table_arrays`` uses. Otherwise XLA would transpose it again in every layer.
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
 
@@ -46,43 +47,49 @@ def distance_term(
     q_BTHK: jax.Array | None = None,
     scale: float = 1.0,
 ) -> Term:
-    """A term of distances between places: query t stands ``ahead + t`` places after key 0, in every row of the batch.
+    """The bias for positions given by the index: query t has position ``ahead + t`` and key s has position s.
 
     Args:
-        table: [N, H], or [N, H, K] with ``q_BTHK``; row n stands for distance ``longest - n``. Beyond its ends the
-            nearest row counts.
-        ahead: 0 where queries and keys start together, ``keys - queries`` where they end together.
-        q_BTHK: what meets the vectors of the table.
-        scale: of the products; numbers are taken as they are.
+        table: [N, H] numbers, or [N, H, K] vectors with ``q_BTHK``. Row n is for distance ``longest - n``. For
+            distances outside the table, the nearest row is used.
+        longest: the distance of row 0.
+        queries, keys: T and S.
+        ahead: position of query 0 relative to key 0, in every row of the batch: 0 if queries and keys start at the same
+            position, ``keys - queries`` if they end at the same position.
+        q_BTHK: the queries that are multiplied with the vectors of the table.
+        scale: factor of these products. Numbers are not scaled.
     """
-    # From now on row 1 belongs to the last query and the first key: one row more than pairs have (``Tile.diagonals``).
+    # In the padded table, row 1 is for the last query and the first key. ``Tile.diagonals`` needs the extra row 0.
     first, rows = longest - (ahead + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
-    before, after = (min(max(beyond, 0), rows - 1) for beyond in (low - first, first + rows - 1 - high))
-    floats = _floats(table, q_BTHK)
-    wanted = floats["table"][..., low : high + 1]
-    floats["table"] = jnp.pad(wanted, (*[(0, 0)] * (wanted.ndim - 1), (before, after)), mode="edge")
-    return Term(_Places(queries, scale), floats)
+    before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
+    floats = _table_arrays(table, q_BTHK)
+    used_rows = floats["table"][..., low : high + 1]
+    floats["table"] = jnp.pad(used_rows, (*[(0, 0)] * (used_rows.ndim - 1), (before, after)), mode="edge")
+    return Term(_ByDistance(queries, scale), floats)
 
 
 def distance_term_of_queries(
     table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
 ) -> Term:
-    """:func:`distance_term` for queries that stand anywhere, before keys that stand at their places.
+    """:func:`distance_term` for queries at any positions; the position of a key is its index.
 
-    The table must have a row for every pair: ``longest`` at least the last query, and ``longest - N`` below the first
-    query minus the last key. Without these rows the term is undefined.
+    The table must have a row for every distance that occurs: ``longest`` must be at least the largest query position,
+    and ``longest - N`` must be less than the smallest query position minus the last key index. Otherwise the bias is
+    undefined.
 
     Args:
-        query_BT: [1 or B, T] integers, how many places after key 0 each query stands.
-        keys: how many keys there are.
+        query_BT: [1 or B, T] integers, the position of each query relative to key 0.
+        keys: S, the number of keys.
 
     Raises:
-        ValueError: a table that is too short for any query.
+        ValueError: the table has fewer rows than there are keys.
     """
     if table.shape[0] < keys:
-        raise ValueError(f"a table of {table.shape[0]} distances has none for each of {keys} keys: make it longer")
-    return Term(_Queries(longest, keys, scale), _floats(table, q_BTHK), {"query": query_BT})
+        raise ValueError(
+            f"a table of {table.shape[0]} distances is too short for {keys} keys: it needs at least {keys} rows"
+        )
+    return Term(_ByQueryPosition(longest, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
 
 
 def distance_term_of_positions(
@@ -94,103 +101,108 @@ def distance_term_of_positions(
     q_BTHK: jax.Array | None = None,
     scale: float = 1.0,
 ) -> Term:
-    """:func:`distance_term` for any positions, [1 or B, T] and [1 or B, S] integers: it picks, where places shift."""
-    return Term(_Positions(longest, scale), _floats(table, q_BTHK), {"query": query_BT, "key": key_BS})
+    """:func:`distance_term` for any positions of queries [1 or B, T] and keys [1 or B, S], integers.
+
+    It gathers single entries, whereas :func:`distance_term` shifts whole rows, which is faster.
+    """
+    return Term(_ByPositions(longest, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS})
 
 
 def type_term(
     q_BTHK: jax.Array, table_2HK: jax.Array, query_types_BT: jax.Array, key_types_BS: jax.Array, *, scale: float
 ) -> Term:
-    """``scale * q . table[types differ]`` (XLNet; Yang et al. 2019, section 2.5): row 0 for equal token types."""
+    """The bias ``scale * q . table[0 if the token types are equal else 1]`` (XLNet; Yang et al. 2019, section 2.5)."""
     pair_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
-    return Term(_Types(), {"pair": pair_BHT2}, {"query": query_types_BT, "key": key_types_BS})
+    return Term(_ByTokenTypes(), {"pair": pair_BHT2}, {"query": query_types_BT, "key": key_types_BS})
 
 
-def _floats(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
-    """Distances last: the product with a query and its gradient are then matmuls as a CPU likes them."""
+def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
+    """The arrays of a term. Distances are the last axis, so that the matmul with queries and its gradient are fast on
+    CPU."""
     if q_BTHK is None:
         return {"table": jnp.moveaxis(table.astype(jnp.float32)[..., None], 0, -1)[None]}
     return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 0, -1)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Places:
-    """Row ``shift - t + s`` of the table for query t and key s."""
+class _ByDistance:
+    """Bias function that uses row ``offset - t + s`` of the table for query t and key s."""
 
-    shift: int
+    offset: int
     scale: float
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
-        first = self.shift - tile.row - tile.rows + tile.column
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        first = self.offset - tile.row - tile.rows + tile.column
         return {"table": (first, tile.rows + tile.columns, -1), "query": (tile.row, tile.rows, 0)}
 
-    def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        return tile.diagonals(parts["table"], parts.get("query"), self.scale)
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        return tile.diagonals(arrays["table"], arrays.get("query"), self.scale)
 
-    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
-        longer = {"table": _longer(floats["table"], queries, keys, axis=-1)}
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        padded_floats = {"table": _pad_axis(floats["table"], queries, keys, axis=-1)}
         if "query" in floats:
-            longer["query"] = _longer(floats["query"], 0, queries, axis=-2)
-        return dataclasses.replace(self, shift=self.shift + queries), longer
+            padded_floats["query"] = _pad_axis(floats["query"], 0, queries, axis=-2)
+        return dataclasses.replace(self, offset=self.offset + queries), padded_floats
 
 
 @dataclasses.dataclass(frozen=True)
-class _Queries:
-    """Row ``longest - query position + s`` of the table for key s."""
+class _ByQueryPosition:
+    """Bias function that uses row ``longest - query position + s`` of the table for key s."""
 
     longest: int
     keys: int
     scale: float
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
         return {"query": (tile.row, tile.rows, 0)}
 
-    def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        product_RN = tile.product(parts["query"], parts["table"], self.scale)
-        return tile.shifted(product_RN, self.longest - tile.queries(integers["query"]))
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        product_RN = tile.product(arrays["query"], arrays["table"], self.scale)
+        return tile.gather_shifted(product_RN, self.longest - tile.query_column(integers["query"]))
 
-    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
-        table, query = floats["table"], _longer(floats["query"], 0, queries, axis=-2)
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        table, query = floats["table"], _pad_axis(floats["query"], 0, queries, axis=-2)
         rows = max(table.shape[-1], self.keys + keys)
-        return self, {"table": _longer(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
+        return self, {"table": _pad_axis(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Positions:
-    """Row ``longest - distance`` of the table, or the nearest."""
+class _ByPositions:
+    """Bias function that uses row ``longest - distance`` of the table, or the nearest row."""
 
     longest: int
     scale: float
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
         return {"query": (tile.row, tile.rows, 0)}
 
-    def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        query_R1, key_1E = tile.queries(integers["query"]), tile.keys(integers["key"])
-        table = parts["table"]
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        query_R1, key_1E = tile.query_column(integers["query"]), tile.key_row(integers["key"])
+        table = arrays["table"]
         row_RE = jnp.clip(self.longest - (query_R1 - key_1E), 0, table.shape[-1] - 1)
-        if "query" not in parts:
+        if "query" not in arrays:
             return table[0].at[row_RE].get(mode="promise_in_bounds")
-        product_RN = tile.product(parts["query"], table, self.scale)
+        product_RN = tile.product(arrays["query"], table, self.scale)
         return jnp.take_along_axis(product_RN, row_RE, axis=1, mode="promise_in_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Types:
-    """One of two numbers of the query."""
+class _ByTokenTypes:
+    """Bias function that uses one of two numbers of each query: for equal or for different token types."""
 
-    def windows(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
         return {"pair": (tile.row, tile.rows, 0)}
 
-    def __call__(self, parts: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        query_R1, key_1E = tile.queries(integers["query"]), tile.keys(integers["key"])
-        return jnp.where(query_R1 == key_1E, parts["pair"][:, :1], parts["pair"][:, 1:])
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        query_R1, key_1E = tile.query_column(integers["query"]), tile.key_row(integers["key"])
+        return jnp.where(query_R1 == key_1E, arrays["pair"][:, :1], arrays["pair"][:, 1:])
 
-    def extended(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[Form, dict[str, jax.Array]]:
-        return self, {"pair": _longer(floats["pair"], 0, queries, axis=-2)}
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        return self, {"pair": _pad_axis(floats["pair"], 0, queries, axis=-2)}
 
 
-def _longer(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:
+def _pad_axis(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:
+    """``x`` padded with zeros along one axis."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (before, after)
     return jnp.pad(x, pads)

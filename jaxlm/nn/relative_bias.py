@@ -2,8 +2,8 @@
 
     bias[head, query, key] = table[bucket(key position - query position), head]
 
-Half of the buckets stand for one distance each, the others for ranges that grow logarithmically; from ``max_distance``
-on all distances share the last. Shapes: H heads, N buckets.
+Half of the buckets contain one distance each. The other buckets contain ranges of distances that grow logarithmically;
+the last one contains all distances from ``max_distance`` on. Shapes: H heads, N buckets.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from jaxlm.sharding import gathered
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
     """The bucket of each distance from ``-max_distance`` to ``max_distance``, [2 * max_distance + 1] int32.
 
-    Worked out on the host, in the float32 of the published code, so that no device rounds a border another way.
+    It is computed on the host, in float32 as in the published code, so that the boundaries of the buckets do not depend
+    on the rounding of a device.
 
     Args:
-        bidirectional: later keys have the upper half of the buckets to themselves; otherwise they share bucket 0, being
-            masked anyway.
+        buckets: N, the number of buckets.
+        max_distance: all distances from here on share the last bucket.
+        bidirectional: True: the upper half of the buckets is for keys after the query. False: such keys are in bucket
+            0, because they are masked anyway.
 
     Raises:
-        ValueError: too few buckets, or none left for distances beyond the exact ones.
+        ValueError: too few buckets, or a ``max_distance`` that leaves no distances for the logarithmic buckets.
     """
     one_side = buckets // 2 if bidirectional else buckets
     exact = one_side // 2
@@ -38,7 +41,8 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
         )
     if max_distance <= exact:
         raise ValueError(
-            f"max_distance={max_distance} must exceed {exact}, the distances that have one of {buckets} buckets each"
+            f"max_distance={max_distance} must exceed {exact}, the number of distances with a bucket of their own "
+            f"(buckets={buckets})"
         )
     distance = np.arange(-max_distance, max_distance + 1)
     size = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
@@ -51,10 +55,10 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
 
 
 def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
-    """The bias of every distance, [2 * max_distance + 1, H] float32: row n is that of ``max_distance - n``.
+    """The bias of each distance, [2 * max_distance + 1, H] float32; row n is for the distance ``max_distance - n``.
 
-    What ``distance_term`` takes, with ``longest=max_distance``.
+    It is the table for ``distance_term`` with ``longest=max_distance``.
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
-    # Few rows: on a CPU this and its gradient are 10 times as fast as a product with one-hot vectors.
+    # There are few rows: on a CPU, this gather and its gradient are 10 times as fast as a matmul with one-hot vectors.
     return table_NH.astype(jnp.float32).at[buckets].get(mode="promise_in_bounds", out_sharding=gathered(buckets))

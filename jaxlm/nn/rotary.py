@@ -1,8 +1,8 @@
-"""Rotary position embeddings (Su et al. 2021), and the ways of stretching them over longer texts.
+"""Rotary position embeddings (Su et al. 2021), and their scalings for longer texts.
 
-Each pair of a head's entries is a point in the plane, turned by an angle that grows with the position, so that scores
-depend on distances only. Entry ``i`` is paired with ``i + K / 2`` (as in Hugging Face's Llama), not with its neighbour
-(as in the paper and in Meta's files): the same up to the order of the rows of the query and key weights.
+The entries of a head form pairs. Each pair is rotated by an angle that is proportional to the position, so that scores
+depend on distances only. Entry ``i`` is paired with ``i + K / 2`` (as in Hugging Face's Llama), not with the next entry
+(as in the paper and in Meta's files). Both are equal up to the order of the rows of the query and key weights.
 
 Shapes: B batch, T time, H heads, K head width, P pairs (K / 2).
 """
@@ -22,26 +22,27 @@ Kind = Literal["linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
-    """How the turns of a model trained on short texts are slowed down for longer ones."""
+    """How the rotation frequencies of a model are reduced, for texts longer than those that it was trained on."""
 
     kind: Kind
-    """linear: all pairs (Chen et al. 2023). dynamic: by a larger base (NTK-aware). llama3, yarn: slow pairs only."""
+    """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware). llama3,
+    yarn: divide only the frequencies of slow pairs."""
     factor: float
-    """How many times longer than ``original_positions`` texts may be."""
+    """How many times longer than ``original_positions`` the texts may be."""
     original_positions: int | None = None
-    """Longest sequence of the first training; linear scaling does without it."""
+    """Longest sequence of the original training; not needed for linear scaling."""
     low_frequency_factor: float = 1.0
-    """llama3: pairs with fewer turns than this within ``original_positions`` are slowed down by the whole factor."""
+    """llama3: pairs with fewer turns than this in ``original_positions`` positions are divided by ``factor``."""
     high_frequency_factor: float = 4.0
-    """llama3: pairs with more turns than this within ``original_positions`` stay as they are."""
+    """llama3: pairs with more turns than this in ``original_positions`` positions are unchanged."""
     fast_turns: float = 32.0
-    """yarn: pairs with more turns than this within ``original_positions`` stay as they are."""
+    """yarn: pairs with more turns than this in ``original_positions`` positions are unchanged."""
     slow_turns: float = 1.0
-    """yarn: pairs with fewer turns than this within ``original_positions`` are slowed down by the whole factor."""
+    """yarn: pairs with fewer turns than this in ``original_positions`` positions are divided by ``factor``."""
     whole_pairs: bool = True
-    """yarn: round the borders between fast and slow to whole pairs."""
+    """yarn: round the boundaries between fast and slow pairs to integers."""
     magnitude: float | None = None
-    """yarn: what queries and keys are multiplied by; None means ``0.1 * log(factor) + 1``."""
+    """yarn: factor of queries and keys; None: ``0.1 * log(factor) + 1``."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -53,7 +54,7 @@ class RotaryScaling:
         if self.kind != "linear" and (self.original_positions is None or self.original_positions < 1):
             raise ValueError(
                 f"original_positions={self.original_positions} of {self.kind} rotary scaling must be at least 1: "
-                "say how long the sequences of the first training were"
+                "give the length of the sequences of the original training"
             )
         if self.kind == "llama3" and self.high_frequency_factor <= self.low_frequency_factor:
             raise ValueError(
@@ -67,37 +68,38 @@ class RotaryScaling:
 def rotary_frequencies(
     width: int, base: float, scaling: RotaryScaling | None = None, max_positions: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """Angle by which each pair turns from one position to the next, [P] float32, and the magnitude (1 but for yarn).
+    """The rotation angle of each pair per position, [P] float32, and the magnitude (1 for all kinds except yarn).
 
     Args:
-        width: of a head.
-        base: of the geometric series of frequencies (``rope_theta``).
-        max_positions: the longest sequence, for which ``dynamic`` chooses the base. Other libraries choose it anew in
-            each call, by the longest row, so that keys in a cache no longer fit later queries; here it is fixed, and
-            equal to theirs for sequences of that length, and for all up to ``original_positions`` where it is that.
+        width: K, the width of a head.
+        base: base of the geometric series of frequencies (``rope_theta``).
+        max_positions: length of the longest sequence, from which ``dynamic`` computes the base. Other libraries compute
+            the base in each call from the longest row. Cached keys then have another base than later queries. Here the
+            base is fixed. It equals theirs for sequences of length ``max_positions``; and if ``max_positions`` is at
+            most ``original_positions``, for all sequences up to this length.
 
     Raises:
         ValueError: an odd width.
     """
     if width % 2:
-        raise ValueError(f"rotary embeddings turn pairs: a head width of {width} is odd")
+        raise ValueError(f"rotary embeddings rotate pairs of entries: a head width of {width} is odd")
     if scaling is not None and scaling.kind == "dynamic":
         assert scaling.original_positions is not None
-        longer = max(max_positions or 0, scaling.original_positions) / scaling.original_positions
-        base *= (scaling.factor * longer - (scaling.factor - 1.0)) ** (width / (width - 2))
+        length_ratio = max(max_positions or 0, scaling.original_positions) / scaling.original_positions
+        base *= (scaling.factor * length_ratio - (scaling.factor - 1.0)) ** (width / (width - 2))
     frequencies = 1.0 / base ** (np.arange(0, width, 2) / width)
     magnitude = 1.0
     if scaling is not None and scaling.kind != "dynamic":
-        slowed = frequencies / scaling.factor
-        kept = _kept(frequencies, width, base, scaling)
-        frequencies = kept * frequencies + (1.0 - kept) * slowed
+        reduced = frequencies / scaling.factor
+        share = _kept_share(frequencies, width, base, scaling)
+        frequencies = share * frequencies + (1.0 - share) * reduced
         if scaling.kind == "yarn":
             magnitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.magnitude is None else scaling.magnitude
     return frequencies.astype(np.float32), magnitude
 
 
-def _kept(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScaling) -> np.ndarray:
-    """How much of each pair's frequency stays as it is: 1 for pairs that turn fast, 0 for slow ones."""
+def _kept_share(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScaling) -> np.ndarray:
+    """The share of each pair's frequency that is not reduced, [P]: 1 for fast pairs, 0 for slow pairs."""
     if scaling.kind == "linear":
         return np.zeros_like(frequencies)
     assert scaling.original_positions is not None
@@ -107,7 +109,7 @@ def _kept(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
         return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
     def pair(turns: float) -> float:
-        """The (fractional) pair that makes this many turns (Peng et al. 2023, section 3.2)."""
+        """The (fractional) index of the pair that makes this number of turns (Peng et al. 2023, section 3.2)."""
         assert scaling.original_positions is not None
         return width * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
@@ -125,9 +127,9 @@ def rotary_angles(
     scaling: RotaryScaling | None = None,
     max_positions: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angle of every pair at every position, each [B, T, P] float32: the same for all layers.
+    """Cosine and sine of the angle of each pair at each position, times the magnitude; both are [B, T, P] float32.
 
-    The magnitude is in them. Arguments and errors: see :func:`rotary_frequencies`.
+    They are the same for all layers. Arguments and errors: see :func:`rotary_frequencies`.
     """
     frequencies_P, magnitude = rotary_frequencies(width, base, scaling, max_positions)
     angles_BTP = positions_BT.astype(jnp.float32)[..., None] * frequencies_P[None, None, :]
@@ -135,14 +137,14 @@ def rotary_angles(
 
 
 def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Queries or keys turned by the ``angles`` of their positions (:func:`rotary_angles`). Keeps ``x``'s dtype.
+    """Queries or keys rotated by the angles of their positions (from :func:`rotary_angles`), in the dtype of ``x``.
 
     Example:
         >>> angles = rotary_angles(jnp.array([[0, 5]]), 4, 10000.0)
-        >>> turned = rotate(jnp.ones((1, 2, 1, 4)), angles)
-        >>> bool((turned[0, 0] == 1).all()), bool((turned[0, 1] == 1).all())
+        >>> rotated = rotate(jnp.ones((1, 2, 1, 4)), angles)
+        >>> bool((rotated[0, 0] == 1).all()), bool((rotated[0, 1] == 1).all())
         (True, False)
     """
     cos, sin = (table_BTP[:, :, None, :] for table_BTP in angles)
-    one, two = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1).astype(x_BTHK.dtype)
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)

@@ -1,4 +1,4 @@
-"""Recording of attention weights, for pictures and analysis: ``Model.attention_weights`` is built on it."""
+"""Recording of attention weights, for plots and analysis; used by ``Model.attention_weights``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import jax
 
 Kind = Literal["causal", "bidirectional", "source", "pool"]
-"""Queries see no later key, all keys (of their own text or of a source), the keys of a source, or pool a text."""
+"""``causal``: queries attend to no later key. ``bidirectional``: queries attend to all keys, of their own text or of a
+source. ``source``: weights of a recurrent decoder over its source. ``pool``: weights that pool the tokens of a text."""
 
 
 class Recorded(NamedTuple):
@@ -18,7 +19,7 @@ class Recorded(NamedTuple):
 
     Attributes:
         weights: [B, H, T, S] float32; the weights of each query sum to 1.
-        kind: of the attention.
+        kind: the kind of attention.
     """
 
     weights: jax.Array
@@ -29,27 +30,27 @@ _RECORD: contextvars.ContextVar[list[Recorded] | None] = contextvars.ContextVar(
 
 
 def is_recording() -> bool:
-    """Whether attention has to compute its weights as an array."""
+    """Whether attention weights are being recorded; attention must then compute them as an array."""
     return _RECORD.get() is not None
 
 
 def record(weights_BHTS: jax.Array, kind: Kind) -> None:
-    """Add the weights to the record, if there is one."""
-    found = _RECORD.get()
-    if found is not None:
-        found.append(Recorded(weights_BHTS, kind))
+    """Append the weights to the list of the enclosing :func:`recorded_weights`, if there is one."""
+    recorded = _RECORD.get()
+    if recorded is not None:
+        recorded.append(Recorded(weights_BHTS, kind))
 
 
 @contextlib.contextmanager
 def recorded_weights() -> Iterator[list[Recorded]]:
-    """The list to which every call of attention inside the context adds its weights, in order.
+    """A context that gives a list, to which each call of attention inside the context appends its weights, in order.
 
     Inside ``jax.jit``, return the weights from the same traced function. Loops over layers must be Python loops: a
     ``lax.scan`` or ``jax.checkpoint`` would leak its tracers.
     """
-    found: list[Recorded] = []
-    token = _RECORD.set(found)
+    recorded: list[Recorded] = []
+    token = _RECORD.set(recorded)
     try:
-        yield found
+        yield recorded
     finally:
         _RECORD.reset(token)

@@ -1,8 +1,8 @@
-"""Plans: compile a step for accelerators that one does not have, and read what the compiler says of it.
+"""Plans: compile a step for accelerators that the machine does not have, and report the compiler's estimates.
 
-    fits or not · bytes a device · FLOPs · collectives · estimated step time and MFU · the dearest operations
+    fits or not · bytes per device · FLOPs · collectives · estimated step time and MFU · the most expensive operations
 
-Nothing is measured: the time is the compiler's own estimate, added up over its schedule (``hlo``).
+Nothing is measured. The time is the sum of the compiler's own estimates over its schedule (``hlo``).
 """
 
 from jaxlm.plan.planning import Plan, plan

@@ -1,7 +1,7 @@
-"""Floating-point operations of a step: what the model asks for, however it is compiled.
+"""Model FLOPs: the floating-point operations that a step of the model needs, independent of how it is compiled.
 
-Model FLOPs are what MFU (Chowdhery et al. 2022, appendix B) divides by: nothing that remat or a kernel computes twice.
-Shapes: N parameters that take part in matmuls, L layers, D width of all heads together, T tokens of a row.
+MFU (Chowdhery et al. 2022, appendix B) is computed from model FLOPs. Operations that remat or a kernel recomputes are
+not counted. Shapes: N parameters used in matmuls, L layers, D total width of all heads, T tokens per row.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from jax.extend import core as jax_core
 from jaxlm import spec
 from jaxlm.models import Model
 
-CLOSED = ("gpt", "llama", "bert", "roberta")
-"""Families whose FLOPs have a closed formula: stacks of attention and matmuls, and nothing else."""
-_LOOKED_UP = ("position_embedding", "token_type_embedding")
+FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
+"""Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
+_LOOKED_UP_ONLY = ("position_embedding", "token_type_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """``amount`` over all devices, by the formula that ``formula`` states."""
+    """``amount``: the number of FLOPs, summed over all devices. ``formula``: a text that says how it was counted."""
 
     amount: float
     formula: str
 
 
 def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
-    """FLOPs of a training step by the closed formula of the family, or None where it has none."""
-    if model.family not in CLOSED:
+    """FLOPs of a training step by the closed formula of the family, or None if the family has none."""
+    if model.family not in FAMILIES_WITH_FORMULA:
         return None
     weights = matmul_parameters(model)
     causal = model.family in ("gpt", "llama")
@@ -39,15 +39,15 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     heads = spec.flatten(model.specs)["layers/attention/output/weight"].shape[1:]
     width = math.prod(heads[:2])
     attention = 12 * cfg.num_layers * width * sequence * tokens / (2 if causal else 1)
-    shown = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
+    attention_text = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
     return Flops(
         6.0 * weights * tokens + attention,
-        f"6*N*tokens + {shown}, N = {weights:,} parameters that are multiplied; no recomputation counted",
+        f"6*N*tokens + {attention_text}, N = {weights:,} parameters that are multiplied; no recomputation counted",
     )
 
 
 def decoding_flops(model: Model, batch: int) -> Flops:
-    """FLOPs of one new token in each of ``batch`` rows, attention to what came before left out."""
+    """FLOPs of one new token in each of ``batch`` rows, without the attention to earlier tokens."""
     weights = matmul_parameters(model)
     return Flops(
         2.0 * weights * batch,
@@ -56,9 +56,9 @@ def decoding_flops(model: Model, batch: int) -> Flops:
 
 
 def matmul_parameters(model: Model) -> int:
-    """Parameters that are multiplied and not only looked up. A tied token table is the matrix of the head."""
+    """Number of parameters used in matmuls. Tables that are only looked up do not count; a tied token table does."""
     leaves = spec.flatten(model.specs)
-    looked_up = set(_LOOKED_UP)
+    looked_up = set(_LOOKED_UP_ONLY)
     tied = getattr(model.config, "tie_embeddings", True)
     if not tied or getattr(model.config, "task", "causal") not in ("causal", "masked", "permutation", "seq2seq"):
         looked_up.add("token_embedding")
@@ -66,8 +66,11 @@ def matmul_parameters(model: Model) -> int:
 
 
 def counted_flops(function: Any, *arguments: Any) -> Flops:
-    """FLOPs of every dot and convolution in the trace of ``function``: loops as often as they run, the dearest branch
-    of a conditional, 2 for each multiplication and addition. Elementwise work is not counted."""
+    """FLOPs of every dot and convolution in the trace of ``function``.
+
+    A multiplication with an addition counts 2. A loop body counts as often as it runs, and a conditional counts its
+    most expensive branch. Elementwise operations are not counted.
+    """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     return Flops(
         _count(jaxpr.jaxpr),
@@ -102,18 +105,19 @@ def _count_equation(equation: Any) -> float:
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
+    """The inner jaxprs in the parameters of an equation."""
+    jaxprs = []
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, jax_core.ClosedJaxpr):
-                found.append(one.jaxpr)
-            elif isinstance(one, jax_core.Jaxpr):
-                found.append(one)
-    return found
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jax_core.ClosedJaxpr):
+                jaxprs.append(item.jaxpr)
+            elif isinstance(item, jax_core.Jaxpr):
+                jaxprs.append(item)
+    return jaxprs
 
 
 def kernel_grids(jaxpr: Any) -> dict[str, int]:
-    """Of each Pallas kernel in a trace, by name: the steps of its grid."""
+    """``{kernel name: number of grid steps}`` for each Pallas kernel in a trace."""
     grids: dict[str, int] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":

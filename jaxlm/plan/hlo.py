@@ -1,9 +1,9 @@
-"""Reading an optimized HLO program: what its loops, fusions, kernels and collectives cost.
+"""Costs of an optimized HLO program: its loops, fusions, kernels and collectives.
 
-The text of ``compiled.as_text()`` is the compiler's schedule. XLA for TPU writes ``estimated_cycles`` beside each
-operation that it has a cost model for; here they are added up, the body of a loop as many times as it runs. How often
-that is, is read from the loop: from ``known_trip_count`` where a backend states it, else from its counter, which starts
-at a constant, moves by a constant and is compared with a constant.
+The text of ``compiled.as_text()`` is the compiler's schedule. XLA for TPU writes ``estimated_cycles`` next to each
+operation for which it has a cost model. This module sums these cycles, and counts a loop body as often as it runs.
+The trip count of a loop is read from ``known_trip_count`` if the backend states it. Otherwise it is computed from the
+loop counter, which must start at a constant, change by a constant and be compared with a constant.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-"""Operations between devices; an asynchronous one is a pair, of which the ``-start`` counts."""
+"""Operations between devices. An asynchronous collective is a pair of instructions; its ``-start`` is counted."""
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2")
-"""Targets of custom calls that are Pallas kernels."""
+"""Custom-call targets of Pallas kernels."""
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\]")
@@ -32,7 +32,7 @@ _REFERENCE = re.compile(r"%([\w.\-<>]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. ``rest`` is what follows the operands: attributes, metadata, backend config."""
+    """One line of a computation. ``rest`` is the text after the operands: attributes, metadata, backend config."""
 
     name: str
     shape: str
@@ -44,31 +44,31 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate of one execution, or None where it has none."""
+        """The compiler's estimate for one execution, or None if there is none."""
         match = _CYCLES.search(self.rest)
         return int(match[1]) if match else None
 
     @property
     def op_name(self) -> str:
-        """The JAX operation it comes from, such as ``jit(step)/dot_general``; else its own name."""
+        """The JAX operation of the instruction, such as ``jit(step)/dot_general``; if there is none, its own name."""
         match = _NAME.search(self.rest)
         return match[1] if match else self.name
 
     @property
     def kernel(self) -> bool:
-        """Whether it is a Pallas kernel."""
+        """Whether the instruction calls a Pallas kernel."""
         match = _TARGET.search(self.rest) if self.opcode == "custom-call" else None
         return match is not None and match[1] in KERNELS
 
     @property
     def readable(self) -> str:
-        """``op_name`` without what every operation has: the jit, and the names of scan's own functions."""
+        """``op_name`` without the parts that all operations share: the jit, and the inner functions of ``lax.scan``."""
         parts = self.op_name.split("/")
         parts = [part for part in parts[1:] if part not in ("closed_call", "body")] if len(parts) > 1 else parts
         return "/".join("loop" if part == "while" else part for part in parts)
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations that these attributes hold."""
+        """Names of the computations that these attributes refer to."""
         names: list[str] = []
         for attribute in attributes:
             match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-<>]+)", self.rest)
@@ -78,17 +78,17 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, each in the order of its schedule, and the name of the one that is run."""
+    """Computations by name, each in the order of its schedule, and the name of the entry computation."""
 
     computations: dict[str, list[Instruction]]
     entry: str
 
 
 def parse(text: str) -> Program:
-    """Read the text of an HLO module.
+    """The program in the text of an HLO module.
 
     Raises:
-        ValueError: there is no entry computation in it.
+        ValueError: the text has no entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
     current: list[Instruction] | None = None
@@ -106,21 +106,21 @@ def parse(text: str) -> Program:
             if instruction is not None:
                 current.append(instruction)
     if not entry:
-        raise ValueError("this is no HLO module: it has no ENTRY computation")
+        raise ValueError("this is not an HLO module: it has no ENTRY computation")
     return Program(computations, entry)
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines of the module; an attribute that was printed over several is joined to its instruction."""
-    held = ""
+    """Lines of the module. An attribute that spans several lines is joined with the line of its instruction."""
+    statement = ""
     for line in text.splitlines():
         starts = line == "}" or line.startswith(("  %", "  ROOT ", "%", "ENTRY ", "HloModule")) or not line
-        if starts and held:
-            yield held
-            held = ""
-        held = line if starts else f"{held} {line.strip()}" if held.startswith("  ") else line
-    if held:
-        yield held
+        if starts and statement:
+            yield statement
+            statement = ""
+        statement = line if starts else f"{statement} {line.strip()}" if statement.startswith("  ") else line
+    if statement:
+        yield statement
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -141,20 +141,20 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at ``start``."""
+    """The index after the parenthesis that closes the one at ``start``."""
     depth = 0
-    for at in range(start, len(text)):
-        if text[at] == "(":
+    for index in range(start, len(text)):
+        if text[index] == "(":
             depth += 1
-        elif text[at] == ")":
+        elif text[index] == ")":
             depth -= 1
             if depth == 0:
-                return at + 1
+                return index + 1
     return len(text)
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape, without the padding of its layout; of a tuple, those of its parts together."""
+    """Bytes of a shape, without the padding of its layout. The bytes of a tuple are the sum over its elements."""
     total = 0.0
     for kind, sizes in _ARRAY.findall(shape):
         bits = re.fullmatch(r"(?:bf|f|s|u)(\d+)\w*", kind)
@@ -168,47 +168,48 @@ def shape_bytes(shape: str) -> int:
 
 
 def trip_count(program: Program, computation: Iterable[Instruction], loop: Instruction) -> int | None:
-    """How often the body of a ``while`` runs, or None when only the running program can know."""
+    """How often the body of a ``while`` runs, or None if this is known only at run time."""
     stated = _TRIPS.search(loop.rest)
     if stated:
         return int(stated[1])
     condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
     test = next(i for i in condition if i.root)
-    test = _behind(condition, test)
+    test = _through_copies(condition, test)
     direction = re.search(r"direction=(\w+)", test.rest)
     if test.opcode != "compare" or direction is None or len(test.operands) != 2:
         return None
-    start_of = _initial(computation, loop)
-    counter, bound = (_by_name(condition, name) for name in test.operands)
-    ahead = {"LT": 0, "NE": 0, "LE": 1}.get(direction[1])
-    if counter is None or bound is None or ahead is None:
+    initial_of = _initial_constant(computation, loop)
+    counter, bound = (_instruction_named(condition, name) for name in test.operands)
+    inclusive = {"LT": 0, "NE": 0, "LE": 1}.get(direction[1])
+    if counter is None or bound is None or inclusive is None:
         return None
     index = _parameter_index(counter)
     limit = _constant(bound)
     if limit is None:
-        # The bound may come in as a part of the state that the body hands on unchanged.
-        place = _parameter_index(bound)
-        limit = None if place is None or not _unchanged(body, place) else start_of(place)
+        # The bound may be an element of the loop state that the body returns unchanged.
+        bound_index = _parameter_index(bound)
+        is_invariant = bound_index is not None and _is_loop_invariant(body, bound_index)
+        limit = initial_of(bound_index) if bound_index is not None and is_invariant else None
     if index is None or limit is None:
         return None
-    start, step = start_of(index), _step(body, index)
+    start, step = initial_of(index), _counter_step(body, index)
     if start is None or step is None or step <= 0:
         return None
-    return max(0, -(-(limit + ahead - start) // step))
+    return max(0, -(-(limit + inclusive - start) // step))
 
 
-def _by_name(computation: Iterable[Instruction], name: str) -> Instruction | None:
+def _instruction_named(computation: Iterable[Instruction], name: str) -> Instruction | None:
     return next((i for i in computation if i.name == name), None)
 
 
-def _behind(computation: Iterable[Instruction], instruction: Instruction | None) -> Instruction:
-    """What an instruction stands for, behind copies and conversions of its layout."""
+def _through_copies(computation: Iterable[Instruction], instruction: Instruction | None) -> Instruction:
+    """The instruction whose value reaches ``instruction`` through copies, bitcasts and conversions."""
     computation = list(computation)
     while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-        before = _by_name(computation, instruction.operands[0])
-        if before is None:
+        source = _instruction_named(computation, instruction.operands[0])
+        if source is None:
             break
-        instruction = before
+        instruction = source
     assert instruction is not None
     return instruction
 
@@ -224,41 +225,41 @@ def _parameter_index(instruction: Instruction) -> int | None:
     return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
 
 
-def _initial(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
-    """Of a part of a loop's state: the constant that it starts from, or None."""
+def _initial_constant(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
+    """A function from the index of an element of the loop state to its initial constant, or None if there is none."""
     computation = list(computation)
-    start = _by_name(computation, loop.operands[0])
+    start = _instruction_named(computation, loop.operands[0])
 
-    def of(index: int) -> int | None:
+    def initial_of(index: int) -> int | None:
         if start is None or start.opcode != "tuple" or index >= len(start.operands):
             return None
-        value = _by_name(computation, start.operands[index])
-        return None if value is None else _constant(_behind(computation, value))
+        value = _instruction_named(computation, start.operands[index])
+        return None if value is None else _constant(_through_copies(computation, value))
 
-    return of
+    return initial_of
 
 
-def _result(body: list[Instruction], index: int) -> Instruction | None:
+def _body_output(body: list[Instruction], index: int) -> Instruction | None:
     root = next(i for i in body if i.root)
     if root.opcode != "tuple" or index >= len(root.operands):
         return None
-    value = _by_name(body, root.operands[index])
-    return None if value is None else _behind(body, value)
+    value = _instruction_named(body, root.operands[index])
+    return None if value is None else _through_copies(body, value)
 
 
-def _unchanged(body: list[Instruction], index: int) -> bool:
-    value = _result(body, index)
+def _is_loop_invariant(body: list[Instruction], index: int) -> bool:
+    value = _body_output(body, index)
     return value is not None and _parameter_index(value) == index
 
 
-def _step(body: list[Instruction], index: int) -> int | None:
-    """By how much a body moves its counter."""
-    value = _result(body, index)
+def _counter_step(body: list[Instruction], index: int) -> int | None:
+    """The constant that the loop body adds to its counter in each iteration, or None if it is unknown."""
+    value = _body_output(body, index)
     if value is None or value.opcode != "add":
         return None
-    parts = [_by_name(body, name) for name in value.operands]
-    steps = [_constant(_behind(body, part)) for part in parts if part is not None]
-    counters = [_parameter_index(_behind(body, part)) for part in parts if part is not None]
+    summands = [_instruction_named(body, name) for name in value.operands]
+    steps = [_constant(_through_copies(body, summand)) for summand in summands if summand is not None]
+    counters = [_parameter_index(_through_copies(body, summand)) for summand in summands if summand is not None]
     return next((step for step in steps if step is not None), None) if index in counters else None
 
 
@@ -267,7 +268,7 @@ def _step(body: list[Instruction], index: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of the schedule and how often a run of the program executes it."""
+    """An operation of the schedule, and how often one run of the program executes it."""
 
     instruction: Instruction
     computation: str
@@ -275,13 +276,13 @@ class Operation:
 
     @property
     def cycles(self) -> int:
-        """Estimated cycles of all executions; 0 where the compiler has no estimate."""
+        """Estimated cycles of all executions; 0 if the compiler has no estimate."""
         return (self.instruction.cycles or 0) * self.times
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation between devices. ``bytes`` are those of the larger side, operands or result, of one execution."""
+    """One operation between devices. ``bytes``: of its operands or its result in one execution, the larger number."""
 
     kind: str
     bytes: int
@@ -292,12 +293,12 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a program does.
+    """The operations of a program.
 
     Attributes:
         operations: every operation with an estimate, and every kernel.
         collectives: operations between devices.
-        unknown_loops: op names of loops whose number of rounds is not in the program; they are counted once.
+        unknown_loops: op names of loops whose trip count is not in the program; their bodies are counted once.
     """
 
     operations: list[Operation]
@@ -306,18 +307,21 @@ class Costs:
 
     @property
     def cycles(self) -> int:
-        """Estimated cycles of everything that the compiler has a cost model for."""
+        """Sum of the estimated cycles of all operations for which the compiler has a cost model."""
         return sum(operation.cycles for operation in self.operations)
 
     @property
     def kernels(self) -> list[Operation]:
-        """Pallas kernels, which carry no estimate."""
+        """The Pallas kernels, for which the compiler has no estimate."""
         return [operation for operation in self.operations if operation.instruction.kernel]
 
 
 def costs(program: Program) -> Costs:
-    """Walk the schedule: bodies of loops as often as they run, the dearest branch of a conditional, calls where they
-    stand. What is fused is part of its fusion."""
+    """The costs of a program, from a walk over its schedule.
+
+    A loop body counts as often as it runs, a conditional counts its most expensive branch, and a call counts the
+    computation that it calls. Instructions inside a fusion are part of the fusion.
+    """
     found = Costs([], [], [])
     _walk(program, program.entry, 1, found)
     return found
@@ -336,13 +340,13 @@ def _walk(program: Program, name: str, times: int, found: Costs) -> None:
         elif i.opcode == "conditional":
             branches = []
             for branch in i.called("branch_computations", "true_computation", "false_computation"):
-                taken = Costs([], [], [])
-                _walk(program, branch, times, taken)
-                branches.append(taken)
-            dearest = max(branches, key=lambda taken: (taken.cycles, len(taken.operations)))
-            found.operations.extend(dearest.operations)
-            found.collectives.extend(dearest.collectives)
-            found.unknown_loops.extend(dearest.unknown_loops)
+                branch_costs = Costs([], [], [])
+                _walk(program, branch, times, branch_costs)
+                branches.append(branch_costs)
+            most_expensive = max(branches, key=lambda costs: (costs.cycles, len(costs.operations)))
+            found.operations.extend(most_expensive.operations)
+            found.collectives.extend(most_expensive.collectives)
+            found.unknown_loops.extend(most_expensive.unknown_loops)
         elif i.opcode in ("call", "async-start"):
             for part in i.called("to_apply", "calls"):
                 _walk(program, part, times, found)
@@ -356,8 +360,11 @@ def _walk(program: Program, name: str, times: int, found: Costs) -> None:
 
 
 def _fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], found: Costs) -> None:
-    """Collectives inside a fusion. One that runs beside computation stands in every fusion that it runs beside, always
-    with the same channel; a reduce-scatter is a fusion of an all-reduce and the cut that follows."""
+    """Add the collectives inside a fusion to ``found``.
+
+    A collective that overlaps computation is repeated, with the same channel, in every fusion that it overlaps; it is
+    counted once. A fusion of an all-reduce and the slice of its result is a reduce-scatter.
+    """
     for name in fusion.called("calls"):
         computation = program.computations[name]
         for i in computation:
@@ -379,12 +386,12 @@ def _collective(computation: list[Instruction], i: Instruction, kind: str, times
     operands = sum(shape_bytes(found.shape) for found in computation if found.name in i.operands)
     result = shape_bytes(i.shape)
     if i.opcode.endswith("-start") and i.shape.startswith("("):
-        result = max(result - operands, 0)  # a start gives its operands and its result
+        result = max(result - operands, 0)  # the result of a ``-start`` is a tuple of its operands and its result
     return Collective(kind, max(operands, result), times, _group_size(i.rest), i.op_name)
 
 
 def _group_size(rest: str) -> int | None:
-    """How many devices take part together, where the text says so."""
+    """The number of devices in one replica group, or None if the text does not state it."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return len(listed[1].split(","))

@@ -1,8 +1,9 @@
-"""The static schedule of Pallas kernels on TPU, which carry no estimate: VLIW bundles, counted in libtpu's dump.
+"""Static schedules of Pallas kernels on TPU: the number of VLIW bundles, counted in a dump of libtpu.
 
-A bundle takes a cycle unless it waits. The body of the loop over the grid is all that one grid step may execute: parts
-behind a predicate (``pl.when``) are told apart by their ``PF`` marks but not by how often they are taken, so that
-bundles times steps is an upper bound; waiting for memory is not in it.
+The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle unless it waits. The body of the loop
+over the grid contains everything that one grid step may execute. The dump marks predicated parts (``pl.when``) with
+``PF`` but does not say how often they run. So bundles times grid steps is an upper bound of the cycles, except that
+time spent waiting for memory is not included.
 """
 
 from __future__ import annotations
@@ -20,32 +21,38 @@ _DUMP = re.compile(r"--xla_jf_dump_to=(\S+)")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Bundles of a kernel by the depth of the loop that they are in: 0 once a call, 1 once a grid step, 2 in loops of
-    the kernel's own, whose rounds are not known here."""
+    """The number of bundles of a kernel at each loop depth.
+
+    Depth 0 runs once per call and depth 1 once per grid step. Deeper bundles are in loops inside the kernel, whose trip
+    counts are unknown here.
+    """
 
     bundles: tuple[int, ...]
 
     def cycles(self, steps: int) -> int:
-        """Bundles of a call with ``steps`` grid steps, all predicated parts taken and inner loops counted once."""
-        once, *inside = self.bundles
-        return once + steps * sum(inside)
+        """Bundles of a call with ``steps`` grid steps, if all predicated parts run and inner loops run once."""
+        per_call, *per_step = self.bundles
+        return per_call + steps * sum(per_step)
 
 
 def dump_schedules() -> None:
-    """Ask libtpu to write the schedules down; it must be said before it is loaded. The files go with the process."""
+    """Set the libtpu flags that dump the schedules. Call it before libtpu is loaded.
+
+    The files are deleted when the process ends.
+    """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if _DUMP.search(flags):
         return
     directory = tempfile.TemporaryDirectory(prefix="jaxlm-plan-")
-    _kept.append(directory)
+    _dump_directories.append(directory)
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {_FLAGS.format(directory.name)}".strip()
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+_dump_directories: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def schedule_of(kernel: str) -> Schedule | None:
-    """The schedule of the custom call of this name in the program compiled last, or None when nothing was dumped."""
+    """The schedule of the custom call with this name in the program compiled last, or None without a dump of it."""
     flags = _DUMP.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if flags is None:
         return None
@@ -57,7 +64,7 @@ def schedule_of(kernel: str) -> Schedule | None:
 
 
 def parse(text: str) -> Schedule:
-    """Count the bundles of a ``final_bundles.txt``."""
+    """The schedule in the text of a ``final_bundles.txt``."""
     counts: dict[int, int] = {}
     for line in text.splitlines():
         match = _BUNDLE.match(line)

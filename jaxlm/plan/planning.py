@@ -1,4 +1,4 @@
-"""Compile a step for devices that are not there, and put together what the compiler says."""
+"""Compiles a step for devices that the machine does not have, and collects the compiler's estimates in a plan."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.optimizer import OptimizerConfig
 
 TOP = 10
-"""Operations that a plan names."""
+"""Number of most expensive operations in a plan."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. ``arguments`` are the parts that are named in ``parts`` and the padding of their layouts.
+    """Memory of one device, in bytes.
 
     Attributes:
-        parts: parameters, optimizer, batch, ... as their shapes say.
-        gradients: those of all parameters, which are among the temporaries while they are needed; 0 when decoding.
-        temporaries: activations, gradients and everything else that exists only within a step.
-        code: the program itself.
-        total: what must fit.
-        limit: the device's memory; None when it is unknown.
+        parts: bytes of the parameters, the optimizer state, the batch, ..., computed from their shapes.
+        gradients: bytes of the gradients of all parameters, which are a part of ``temporaries``; 0 for decoding.
+        arguments: bytes of all ``parts`` together, including the padding of their layouts.
+        temporaries: activations, gradients and all other arrays that exist only within a step.
+        code: the program.
+        total: the sum that must fit into the device's memory.
+        limit: the device's memory; None if it is unknown.
     """
 
     parts: dict[str, int]
@@ -43,9 +44,15 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind in a step: how many, the bytes of each device, and the seconds that these take at least
-    where every link is used (None: links unknown)."""
+class CollectiveStats:
+    """Collectives of one kind in a step.
+
+    Attributes:
+        kind: such as ``all-reduce``.
+        count: number of executions in a step.
+        bytes: bytes per device, summed over all executions.
+        seconds: lower bound of their time, reached if every link is used; None if the links are unknown.
+    """
 
     kind: str
     count: int
@@ -55,8 +62,14 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """Operations of one JAX name (without its jit; a scan's body is a ``loop``): estimated cycles in a step, their
-    share of all cycles, kernels included, and how often they run."""
+    """All operations with the same JAX name.
+
+    Attributes:
+        op_name: the name without its jit prefix; the body of a scan is called ``loop``.
+        cycles: estimated cycles in a step.
+        share: share of all cycles of the step, including those of kernels.
+        times: how often the operation runs in a step.
+    """
 
     op_name: str
     cycles: int
@@ -66,8 +79,14 @@ class Fusion:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel: calls in a step, grid steps of a call, bundles by depth (see ``plan.kernels``), and the cycles
-    of all calls, an upper bound; None where it has no schedule or no known grid."""
+    """A Pallas kernel.
+
+    Attributes:
+        calls: number of calls in a step.
+        grid: grid steps per call; None if unknown.
+        bundles: bundles at each loop depth (see ``plan.kernels``); None if there is no schedule.
+        cycles: upper bound of the cycles of all calls; None if the schedule or the grid is unknown.
+    """
 
     name: str
     calls: int
@@ -78,17 +97,18 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a step before it has run.
+    """The estimates for a step that has not run.
 
     Attributes:
-        fits: whether the compiler found room for it; ``reason`` says what it found otherwise.
-        seconds: estimated cycles and bundles of kernels over the clock: computation alone; None where either is
-            unknown.
-        communication: seconds of the collectives if none of them overlaps computation, and all links are used.
-        mfu: model FLOPs over what the devices could do in ``seconds``; None when a peak is unknown.
-        mfu_exposed: the same over ``seconds`` and ``communication``.
-        memory_bound: decoding only: seconds to read parameters and state once, which no step can beat.
-        notes: what the numbers leave out.
+        fits: whether the step fits into the memory of the device; if not, ``reason`` gives the numbers.
+        seconds: estimated time of the computation, without communication: (estimated cycles + kernel cycles) / clock;
+            None if the cycles or the clock are unknown.
+        communication: seconds of the collectives, if all links are used and no collective overlaps computation.
+        mfu: model FLOPs divided by the peak FLOPs of the devices in ``seconds``; None if the peak is unknown.
+        mfu_exposed: the same for the time ``seconds + communication``.
+        memory_bound: only for decoding: the seconds needed to read parameters and state once, a lower bound of the
+            step time.
+        notes: costs that the numbers do not include.
     """
 
     model: str
@@ -112,7 +132,7 @@ class Plan:
     mfu: float | None
     mfu_exposed: float | None
     memory_bound: float | None
-    collectives: list[Traffic]
+    collectives: list[CollectiveStats]
     top: list[Fusion]
     kernels: list[Kernel]
     notes: list[str]
@@ -134,23 +154,31 @@ def plan(
     name: str | None = None,
     xla: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Compile the training step of a model (or, with ``decode``, a decoding step) for a topology, and read the result.
+    """The plan of a model's training step (with ``decode``, of a decoding step), compiled for a topology.
 
     Args:
-        topology_name: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
-        mesh: axes over its devices, ``data=4,fsdp=4``.
-        batch: rows over all devices.
-        sequence: tokens of a row; None takes what the model has positions for, at most 1024. Decoding: tokens before.
-        param_dtype: of the parameters, when decoding; training keeps float32 masters.
-        layers_apart: each layer's parameters in arrays of their own (``TrainingConfig.layers_apart``).
-        name: what the plan calls the model; the family's name unless given.
-        xla: options of the compiler that differ, ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
+        topology_name: such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
+        mesh: axes over the devices of the topology, such as ``data=4,fsdp=4``.
+        batch: rows, summed over all devices.
+        sequence: tokens per row; None: as many as the model has positions for, at most 1024. For decoding, the number
+            of tokens before the new one.
+        param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
+        layers_apart: use the per-layer layout, which has separate arrays for each layer
+            (``TrainingConfig.layers_apart``).
+        name: the model's name in the plan; default: the name of its family.
+        xla: compiler options, such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
-        ValueError: an unknown topology, a mesh of another size, or sizes that do not divide over it.
+        ValueError: an unknown topology or dtype, a number below 1, a mesh with another number of devices, or sizes that
+            are not divisible by their mesh axes.
         ImportError: the compiler for the topology is not installed.
-        TypeError: a family that cannot decode.
+        TypeError: the family cannot decode.
     """
+    for what, value in (("batch", batch), ("sequence", sequence), ("accumulate", accumulate)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what}={value} must be at least 1")
+    if param_dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
     devices = topology.get(topology_name)
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
@@ -162,7 +190,7 @@ def plan(
         step = program.training_step(
             model, sharding, batch, sequence, optimizer=optimizer, accumulate=accumulate, layers_apart=layers_apart
         )
-    begun = time.perf_counter()
+    start = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
@@ -180,36 +208,36 @@ def plan(
         compiled = traced.lower().compile(compiler_options=dict(xla or {}))
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" in str(error):
-            raise ValueError(f"the compiler refuses {dict(xla or {})}: {error}") from error
+            raise ValueError(f"the compiler rejects the options {dict(xla or {})}: {error}") from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        nothing: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
+        unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
         return Plan(
-            **described, **nothing, fits=False, reason=_reason(str(error)), memory=None, memory_bound=bound,
-            collectives=[], top=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - begun,
+            **described, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=bound,
+            collectives=[], top=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - start,
         )  # fmt: skip
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     costs = hlo.costs(hlo.parse(compiled.as_text()))
     memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    found = _kernels(costs, grids)
+    calls = _kernels(costs, grids)
     return Plan(
         **described,
-        **_times(costs, found, step.flops.amount, devices),
+        **_estimates(costs, calls, step.flops.amount, devices),
         fits=fits,
         reason="" if fits else f"{memory.total / 2**30:.2f} GiB a device, which has {memory.limit or 0:.3g} bytes",
         memory=memory,
         memory_bound=bound,
-        collectives=_traffic(costs, devices.device),
-        top=_top(costs, found),
-        kernels=found,
-        notes=_notes(costs, found),
+        collectives=_collective_stats(costs, devices.device),
+        top=_most_expensive(costs, calls),
+        kernels=calls,
+        notes=_notes(costs, calls),
         compile_seconds=seconds,
     )
 
 
 def _reason(message: str) -> str:
-    """The one line of a compiler's refusal that says how much it needs."""
+    """The line of a compiler's error message that says how much memory the program needs."""
     used = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+\.[^\n]*|Ran out of memory[^\n]*|Out of memory[^\n]*", message)
     return used[0].strip() if used else message.splitlines()[0]
 
@@ -217,26 +245,26 @@ def _reason(message: str) -> str:
 def _memory(analysis: Any, parts: dict[str, int], device: Device | None, *, trains: bool) -> Memory:
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     code = analysis.generated_code_size_in_bytes
-    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(
         parts=parts,
         gradients=parts["parameters"] if trains else 0,
         arguments=arguments,
         temporaries=temporaries,
         code=code,
-        total=arguments + fresh + temporaries + code,
+        total=arguments + new_outputs + temporaries + code,
         limit=None if device is None else device.memory,
     )
 
 
-def _times(costs: hlo.Costs, found: list[Kernel], amount: float, devices: topology.Topology) -> dict[str, Any]:
+def _estimates(costs: hlo.Costs, calls: list[Kernel], amount: float, devices: topology.Topology) -> dict[str, Any]:
     device, count = devices.device, len(devices.devices)
     seconds = mfu = exposed = None
-    known = [kernel.cycles for kernel in found if kernel.cycles is not None]
-    cycles = costs.cycles + sum(known) if costs.cycles and len(known) == len(found) else None
-    traffic = _traffic(costs, device)
-    waits = [one.seconds for one in traffic if one.seconds is not None]
-    communication = sum(waits) if len(waits) == len(traffic) else None
+    known = [kernel.cycles for kernel in calls if kernel.cycles is not None]
+    cycles = costs.cycles + sum(known) if costs.cycles and len(known) == len(calls) else None
+    collectives = _collective_stats(costs, device)
+    collective_seconds = [stats.seconds for stats in collectives if stats.seconds is not None]
+    communication = sum(collective_seconds) if len(collective_seconds) == len(collectives) else None
     if device is not None and device.clock is not None and cycles is not None:
         seconds = cycles / device.clock
         mfu = peak_share(amount / (seconds * count), device.kind)
@@ -247,55 +275,55 @@ def _times(costs: hlo.Costs, found: list[Kernel], amount: float, devices: topolo
     }  # fmt: skip
 
 
-def _traffic(costs: hlo.Costs, device: Device | None) -> list[Traffic]:
-    counts: dict[str, list[float]] = {}
-    for one in costs.collectives:
-        group = one.group or 2
-        passes = {"all-reduce": 2.0, "collective-permute": group / (group - 1) if group > 1 else 1.0}.get(one.kind, 1.0)
-        sent = passes * one.bytes * (group - 1) / group
-        held = counts.setdefault(one.kind, [0, 0, 0.0])
-        held[0] += one.times
-        held[1] += one.times * one.bytes
-        held[2] += one.times * sent
+def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[CollectiveStats]:
+    totals_of_kind: dict[str, list[float]] = {}
+    for op in costs.collectives:
+        group = op.group or 2
+        passes = {"all-reduce": 2.0, "collective-permute": group / (group - 1) if group > 1 else 1.0}.get(op.kind, 1.0)
+        sent = passes * op.bytes * (group - 1) / group
+        totals = totals_of_kind.setdefault(op.kind, [0, 0, 0.0])
+        totals[0] += op.times
+        totals[1] += op.times * op.bytes
+        totals[2] += op.times * sent
     link = None if device is None else device.link
     return [
-        Traffic(kind, int(count), int(size), None if link is None else sent / link)
-        for kind, (count, size, sent) in counts.items()
+        CollectiveStats(kind, int(count), int(size), None if link is None else sent / link)
+        for kind, (count, size, sent) in totals_of_kind.items()
     ]
 
 
-def _top(costs: hlo.Costs, found: list[Kernel]) -> list[Fusion]:
-    named: dict[str, list[int]] = {}
+def _most_expensive(costs: hlo.Costs, calls: list[Kernel]) -> list[Fusion]:
+    totals_of_name: dict[str, list[int]] = {}
     for operation in costs.operations:
-        held = named.setdefault(operation.instruction.readable, [0, 0])
-        held[0] += operation.cycles
-        held[1] = max(held[1], operation.times)
-    total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in found), 1)
-    dearest = sorted(named.items(), key=lambda item: -item[1][0])[:TOP]
-    return [Fusion(name, cycles, cycles / total, times) for name, (cycles, times) in dearest if cycles]
+        totals = totals_of_name.setdefault(operation.instruction.readable, [0, 0])
+        totals[0] += operation.cycles
+        totals[1] = max(totals[1], operation.times)
+    total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in calls), 1)
+    largest = sorted(totals_of_name.items(), key=lambda item: -item[1][0])[:TOP]
+    return [Fusion(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
 def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[Kernel]:
-    found: list[Kernel] = []
+    calls: list[Kernel] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
         name = operation.instruction.name
         kind = re.sub(r"(\.\d+)*$", "", name)
-        same = kind, operation.instruction.shape  # libtpu compiles equal kernels once, under the name of the first
-        schedule = schedules[same] = kernels.schedule_of(name) or schedules.get(same)
+        key = kind, operation.instruction.shape  # libtpu compiles equal kernels once, under the name of the first
+        schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
         grid = grids.get(kind)
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
-        found.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
-    return found
+        calls.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
+    return calls
 
 
-def _notes(costs: hlo.Costs, found: list[Kernel]) -> list[str]:
+def _notes(costs: hlo.Costs, calls: list[Kernel]) -> list[str]:
     notes = [f"loop of unknown length, counted once: {name}" for name in costs.unknown_loops]
-    for kernel in found:
+    for kernel in calls:
         if kernel.cycles is None:
             notes.append(f"kernel without a static schedule, so the time of the step is unknown: {kernel.name}")
         elif len(kernel.bundles or ()) > 2:
             notes.append(f"kernel with loops of its own, each counted once: {kernel.name}")
-    if found and all(kernel.cycles is not None for kernel in found):
-        notes.append("kernels: bundles times grid steps, every predicated part taken; waiting for memory is left out")
+    if calls and all(kernel.cycles is not None for kernel in calls):
+        notes.append("kernels: bundles times grid steps if every predicated part runs, without time waiting for memory")
     return notes

@@ -1,6 +1,6 @@
-"""The step that is planned: the one that training or decoding would run, with shapes in place of arrays.
+"""The step to plan: the step that training or decoding would run, with shapes instead of arrays.
 
-Shapes: B batch, T tokens of a row, S of a source, P places that are predicted.
+Shapes: B batch, T tokens per row, S tokens per source, P predicted positions.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Carry, Trainer
 
 STREAMED = {"transformer_xl": "memory_length", "lstm": None, "gru": None}
-"""Families whose language models are trained along streams, and the config field that says how much they remember."""
+"""Families whose language models carry state from one training batch to the next, and the config field with the length
+of that state (None: fixed size)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is compiled.
+    """A step to compile.
 
     Attributes:
-        function: the jitted step, to be lowered with ``arguments``.
+        function: the jitted step; lower it with ``arguments``.
         arguments: shapes with shardings.
-        parts: named trees of the arguments, for the bytes of each.
-        flops: what the model asks for.
-        tokens: tokens that a step reads, or, decoding, makes.
-        objective: what is trained, or how it decodes.
+        parts: the arguments as named trees; their bytes are reported separately.
+        flops: model FLOPs of the step.
+        tokens: tokens that the step reads (training) or generates (decoding).
+        objective: a text that says what is trained or decoded.
     """
 
     function: Any
@@ -49,7 +50,7 @@ class Step:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings that one device holds."""
+    """Bytes that one device holds of a tree of ``jax.ShapeDtypeStruct`` with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
@@ -59,25 +60,25 @@ def device_bytes(tree: Any) -> int:
 
 
 def task_of(model: Model) -> str:
-    """The objective that trains the model."""
+    """The name of the objective that trains the model."""
     return getattr(model.config, "task", "causal")
 
 
 def default_sequence(model: Model) -> int:
-    """Tokens of a row, where nothing else is said: what the model has positions for, at most 1024; else 512."""
+    """The default number of tokens per row: ``max_positions`` of the model (512 if it has none), at most 1024."""
     return min(getattr(model.config, "max_positions", None) or 512, 1024)
 
 
 def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) -> Batch:
-    """The batch of the model's objective, as ``jaxlm.objectives`` would make it from texts of ``sequence`` tokens.
+    """Shapes of the batch that ``jaxlm.objectives`` makes from texts of ``sequence`` tokens for the model's objective.
 
-    Encoder-decoders: ``sequence`` is the length of the source; the target is that of span corruption.
+    For encoder-decoders, ``sequence`` is the length of the source, and the target has the length of span corruption.
 
     Raises:
-        ValueError: the batch does not divide over the mesh, or nothing trains the task.
+        ValueError: the batch is not divisible by its mesh axes, or no objective trains the task.
     """
     task = task_of(model)
-    objective(task)  # raises where nothing trains it
+    objective(task)  # raises ValueError if no objective trains the task
     rows = sharding.named(("batch",), (batch,), "a batch")
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -89,9 +90,9 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     if task == "span_qa":
         return Batch(tokens, array(2), array(dtype=jnp.float32))
     if task == "permutation":
-        places = max(1, sequence // 6)  # beta of every alpha tokens: Yang et al. 2019 predict 85 of 512
-        inputs = {"token_types": tokens, "order": tokens, "targets": array(places)}
-        return Batch(tokens, array(places), array(places, dtype=jnp.float32), inputs=inputs)
+        predicted = max(1, sequence // 6)  # about one token in six: Yang et al. 2019 predict 85 of 512
+        inputs = {"token_types": tokens, "order": tokens, "targets": array(predicted)}
+        return Batch(tokens, array(predicted), array(predicted, dtype=jnp.float32), inputs=inputs)
     if model.reads_source:
         target = span_corruption.text_length(sequence)[1]
         source = {"source": tokens}
@@ -101,7 +102,7 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
 
 
 def stream_of(model: Model, batch: int) -> Carry | None:
-    """What training carries along a stream, for families that are trained so."""
+    """The :class:`Carry` (batch, state length) of training with carried state; None if the model is trained without."""
     if model.family not in STREAMED or task_of(model) != "causal":
         return None
     field = STREAMED[model.family]
@@ -118,10 +119,10 @@ def training_step(
     accumulate: int = 1,
     layers_apart: bool = False,
 ) -> Step:
-    """The step that ``jaxlm.training.loop.train`` runs: state donated, parameters and optimizer placed by the rules.
+    """The step that ``jaxlm.training.loop.train`` runs: the state is donated and sharded by the rules of ``sharding``.
 
     Raises:
-        ValueError: sizes that do not divide over the mesh, or a batch that the model cannot read.
+        ValueError: a size is not divisible by its mesh axes, or the model cannot read the batch.
     """
     task = task_of(model)
     update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
@@ -132,31 +133,31 @@ def training_step(
         layers_apart=layers_apart,
     )  # fmt: skip
     state = trainer.abstract()
-    counted = flops_lib.training_flops(model, batch, sequence)
-    if counted is None:
-        counted = _counted(trainer, state, data)
+    flops = flops_lib.training_flops(model, batch, sequence)
+    if flops is None:
+        flops = _counted(trainer, state, data)
     parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
     if stream is not None:
         parts["carried state"] = state.model_state
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
-    name = f"train, {task}" + (", along streams" if stream is not None else "") + _apart(layers_apart)
-    return Step(trainer.jit_step(), (state, data), parts, counted, tokens, name)
+    name = f"train, {task}" + (", along streams" if stream is not None else "") + _layout_note(layers_apart)
+    return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
 
 
-def _apart(layers_apart: bool) -> str:
-    return ", layers apart" if layers_apart else ""
+def _layout_note(layers_apart: bool) -> str:
+    return ", per-layer layout" if layers_apart else ""
 
 
 def plain_form(model: Model) -> Model:
-    """The same model where nothing is computed twice: what FLOPs are counted of."""
-    plain = {"remat": "none", "attention_implementation": "reference"}
+    """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation."""
+    wanted = {"remat": "none", "attention_implementation": "reference"}
     fields = {field.name for field in dataclasses.fields(model.config)}
-    changes = {name: value for name, value in plain.items() if name in fields}
+    changes = {name: value for name, value in wanted.items() if name in fields}
     return dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
 
 
 def _counted(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:
-    """FLOPs from the trace of the same step where nothing is computed twice."""
+    """FLOPs counted in the trace of the same step without recomputation."""
     plain = dataclasses.replace(trainer, model=plain_form(trainer.model), grad_accum_steps=1, sharding=None)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
     return flops_lib.counted_flops(plain.step, *unsharded)
@@ -171,11 +172,11 @@ def decoding_step(
     param_dtype: str = "float32",
     layers_apart: bool = False,
 ) -> Step:
-    """One greedy token in each row, after ``sequence`` of them: what ``jaxlm.decoding.generate`` loops over.
+    """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row, after ``sequence`` tokens.
 
     Raises:
-        TypeError: the family carries no state, so it does not decode.
-        ValueError: sizes that do not divide over the mesh, or a state longer than the model allows.
+        TypeError: the family has no state, so it cannot decode.
+        ValueError: a size is not divisible by its mesh axes, or the state is longer than the model allows.
     """
     sizes = {"source_length": sequence} if model.reads_source else {}
     specs, parameter_specs = model.state_specs(batch, sequence, **sizes), model.specs
@@ -183,10 +184,10 @@ def decoding_step(
         specs, parameter_specs = spec.unstack(specs), spec.unstack(parameter_specs)
     dtype = jnp.dtype(param_dtype)
 
-    def lower(leaf: spec.ArraySpec) -> spec.ArraySpec:
+    def cast(leaf: spec.ArraySpec) -> spec.ArraySpec:
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    params = sharding.abstract(jax.tree.map(lower, parameter_specs))
+    params = sharding.abstract(jax.tree.map(cast, parameter_specs))
     state = sharding.abstract(specs)
     rows = sharding.named(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
@@ -199,5 +200,6 @@ def decoding_step(
     function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},
-        flops_lib.decoding_flops(model, batch), batch, f"decode, one token after {sequence}" + _apart(layers_apart),
+        flops_lib.decoding_flops(model, batch), batch,
+        f"decode, one token after {sequence}" + _layout_note(layers_apart),
     )  # fmt: skip

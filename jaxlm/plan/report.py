@@ -12,7 +12,7 @@ from jaxlm.plan.planning import Memory, Plan
 
 
 def show(plans: Sequence[Plan], console: Console) -> None:
-    """Print plans: each figure a row, each mesh a column; then the dearest operations of each plan that has some."""
+    """Print plans as a table with one row per figure and one column per plan, then the most expensive operations."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(plans[0].model)
     for plan in plans:
@@ -47,9 +47,9 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
     yield "tokens/s", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
     if any(plan.memory_bound is not None for plan in plans):
         yield "reading memory, at least", lambda p: _seconds(p.memory_bound)
-    kinds = dict.fromkeys(traffic.kind for plan in plans for traffic in plan.collectives)
+    kinds = dict.fromkeys(collective.kind for plan in plans for collective in plan.collectives)
     for kind in kinds:
-        yield kind, lambda p, kind=kind: _traffic(p, kind)  # type: ignore[misc]
+        yield kind, lambda p, kind=kind: _collective(p, kind)  # type: ignore[misc]
     yield "compiled in", lambda p: _seconds(p.compile_seconds)
 
 
@@ -62,8 +62,9 @@ def _details(plan: Plan, console: Console, *, titled: bool) -> None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name, justify in (("cycles", "right"), ("share", "right"), ("times", "right"), ("operation", "left")):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for one in plan.top:
-            table.add_row(f"{one.cycles:,}", f"{one.share:.1%}", str(one.times), _escape(one.op_name))
+        for operation in plan.top:
+            cells = f"{operation.cycles:,}", f"{operation.share:.1%}", str(operation.times)
+            table.add_row(*cells, _escape(operation.op_name))
         console.print(table)
     if plan.kernels:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -84,8 +85,8 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _part(plan: Plan, of: Callable[[Memory], float | None]) -> str:
-    return _bytes(None if plan.memory is None else of(plan.memory))
+def _part(plan: Plan, get_bytes: Callable[[Memory], float | None]) -> str:
+    return _bytes(None if plan.memory is None else get_bytes(plan.memory))
 
 
 def _bytes(count: float | None) -> str:
@@ -110,5 +111,5 @@ def _share(share: float | None) -> str:
     return "n/a" if share is None else f"{share:.1%}"
 
 
-def _traffic(plan: Plan, kind: str) -> str:
-    return next((f"{one.count} x, {_bytes(one.bytes)}" for one in plan.collectives if one.kind == kind), "0")
+def _collective(plan: Plan, kind: str) -> str:
+    return next((f"{stats.count} x, {_bytes(stats.bytes)}" for stats in plan.collectives if stats.kind == kind), "0")

@@ -1,6 +1,6 @@
-"""Accelerators that are not there: their devices as the compiler describes them.
+"""Topologies: devices that the machine does not have, as the compiler describes them.
 
-For TPUs the extra ``tpu`` brings the compiler (libtpu), which needs no TPU to compile for one.
+For TPUs, the extra ``tpu`` installs the compiler (libtpu), which compiles for a TPU without having one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jaxlm.plan import kernels
 
 TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
         "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
-"""Generations that plans are made for, and usual shapes; others whose sides are even work too."""
+"""TPU generations that can be planned for, and their usual shapes. Other shapes with even sides work too."""
 GPUS = ("h100",)
 
 _QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks the cloud which machine this is, and waits
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody owns a chip here, so two plans may be made at once
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries the cloud's metadata server, and waits for an answer
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process uses a TPU here, so several plans may be made at the same time
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
@@ -31,7 +31,7 @@ _QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for, and what is known of each of them (None: not in the table)."""
+    """Devices to compile for, and the peaks of each device (None: not in the table of ``jaxlm.devices``)."""
 
     name: str
     devices: tuple[jax.Device, ...]
@@ -39,9 +39,10 @@ class Topology:
 
 
 def prepare() -> None:
-    """What must be said to JAX and libtpu before either starts; harmless later. ``jaxlm plan`` says it for itself.
+    """Set the environment variables for planning. Call it before JAX and libtpu start; a later call has no effect.
 
-    The machine's own devices are left alone: JAX runs on the CPU in a process that calls this first.
+    ``jaxlm plan`` calls it itself. A process that calls it first runs JAX on the CPU, so that it does not use the
+    accelerators of the machine.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -52,7 +53,7 @@ def prepare() -> None:
 
 
 def known() -> str:
-    """The topologies that are known, for messages."""
+    """A text that lists the known topologies, for error messages."""
     return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT"])
 
 
@@ -61,7 +62,7 @@ def get(name: str) -> Topology:
 
     Raises:
         ValueError: there is no such topology; the message lists those that are known.
-        ImportError: the compiler for it is not installed; the message says how to.
+        ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
     kind, colon, shape = name.partition(":")
     if not colon or not shape or kind not in (*TPUS, *GPUS):
@@ -95,7 +96,7 @@ def _describe(name: str, platform: str, **arguments: Any) -> tuple[jax.Device, .
         return tuple(topologies.get_topology_desc(platform=platform, **arguments).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the compiler refuses topology {name!r} ({reason}): known are {known()}") from error
+        raise ValueError(f"the compiler rejects topology {name!r} ({reason}): known are {known()}") from error
 
 
 _H100 = """
@@ -123,4 +124,4 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""A ``GpuTargetConfigProto``: what XLA's GPU compiler wants to know of the device that it does not see."""
+"""A ``GpuTargetConfigProto``. XLA's GPU compiler needs this description to compile without the device."""

@@ -1,4 +1,4 @@
-"""Adaptive softmax and input against plain numpy."""
+"""Adaptive softmax and adaptive input against NumPy."""
 
 import functools
 
@@ -13,13 +13,13 @@ from jaxlm.nn.adaptive_softmax import Clusters
 from jaxlm.spec import Normal
 from tests.helpers import assert_trees_close, lively, relative_error
 
-FORMS = {
+CLUSTERS = {
     "one table": Clusters(20, (6, 11), 8, 8),
     "one projected table": Clusters(20, (6, 11), 4, 8),
     "narrower tails": Clusters(20, (6, 11), 8, 8, 2),
     "no clusters": Clusters(20, (), 8, 8),
 }
-every_form = pytest.mark.parametrize("form", FORMS)
+all_clusters = pytest.mark.parametrize("case", CLUSTERS)
 
 
 def specs(clusters, **ties):
@@ -42,7 +42,7 @@ def softmax(x):
 
 
 def probabilities(clusters, params, h):
-    """Cluster by cluster, from the parameters as the module's docstring names them."""
+    """The probabilities, computed for each cluster from the parameters that the module's docstring lists."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     head, result, edges = params["head"], [], (0, *clusters.cutoffs, clusters.vocab_size)
     for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:])):
@@ -68,10 +68,10 @@ def probabilities(clusters, params, h):
     return np.concatenate(result, axis=-1)
 
 
-@every_form
+@all_clusters
 @pytest.mark.parametrize("ties", [{}, {"tie_embeddings": False, "tie_projections": False}])
-def test_log_probabilities_are_those_of_the_clusters_and_sum_to_one(form, ties):
-    clusters = FORMS[form]
+def test_log_probabilities_equal_numpy_and_sum_to_one(case, ties):
+    clusters = CLUSTERS[case]
     params = parameters(clusters, **ties)
     hidden = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
     log_p = log_probabilities(clusters, params, hidden)
@@ -80,19 +80,19 @@ def test_log_probabilities_are_those_of_the_clusters_and_sum_to_one(form, ties):
     assert relative_error(np.exp(log_p).sum(-1), np.ones((2, 3))) < 1e-5
 
 
-def test_the_bias_of_a_cluster_moves_its_own_words():
-    """The order of the clusters' entries in the head, on which published codes differ."""
-    clusters = FORMS["narrower tails"]
+def test_the_bias_of_a_cluster_acts_on_its_own_words():
+    """Tests the order of the cluster entries in the head, which differs between published implementations."""
+    clusters = CLUSTERS["narrower tails"]
     params = parameters(clusters)
-    for i, (start, stop) in enumerate(clusters.borders[1:]):
+    for i, (start, stop) in enumerate(clusters.ranges[1:]):
         params["head"]["cluster_bias"] = jnp.zeros(2).at[i].set(50.0)
         p = np.exp(log_probabilities(clusters, params, np.ones((1, 1, 8), np.float32)))[0, 0]
         assert p[start:stop].sum() > 0.99
 
 
-@every_form
-def test_input_vectors(form):
-    clusters = FORMS[form]
+@all_clusters
+def test_input_vectors(case):
+    clusters = CLUSTERS[case]
     params = parameters(clusters)
     ids = np.array([[0, 5, 6, 10], [11, 19, 20, -1]])
     x = jax.jit(lambda params: adaptive_softmax.embed(clusters, params, ids, jnp.float32))(params)
@@ -105,12 +105,12 @@ def test_input_vectors(form):
         tail = params["tails"][f"cluster_{i}"] if i else None
         table = tail["embedding"] if tail else params["token_embedding"]
         projection = tail["projection"] if tail else params.get("token_projection", np.eye(8))
-        want = np.asarray(table)[token - (clusters.borders[i][0] if tail else 0)] @ np.asarray(projection)
+        want = np.asarray(table)[token - (clusters.ranges[i][0] if tail else 0)] @ np.asarray(projection)
         assert relative_error(x[row], want) < 1e-6
 
 
 def test_gradients_reach_every_parameter_from_every_cluster():
-    clusters = FORMS["narrower tails"]
+    clusters = CLUSTERS["narrower tails"]
     params = parameters(clusters)
     ids = jnp.array([[1, 7, 15]])
 
@@ -124,15 +124,15 @@ def test_gradients_reach_every_parameter_from_every_cluster():
         assert np.abs(gradient).max() > 0.0, path
 
 
-def test_what_is_tied_has_no_parameters_of_its_own():
-    clusters = FORMS["narrower tails"]
+def test_tied_weights_have_no_separate_parameters():
+    clusters = CLUSTERS["narrower tails"]
     tied, untied = ({*spec.flatten(specs(clusters, tie_embeddings=t, tie_projections=t))} for t in (True, False))
     assert tied < untied
     assert untied - tied == {
         "head/embedding",
         *(f"head/tails/cluster_{i}/{name}" for i in (1, 2) for name in ("embedding", "projection")),
     }
-    assert "head/projection" in tied  # the first cluster's is never shared
+    assert "head/projection" in tied  # the projection of the first cluster is never tied
 
 
 @pytest.mark.parametrize("cutoffs", [(6, 6), (11, 6), (0, 6), (20,)])
@@ -146,11 +146,11 @@ def test_a_cluster_without_width_is_an_error():
         Clusters(20, (6, 11), 8, 8, 4)
 
 
-@every_form
+@all_clusters
 @pytest.mark.parametrize("ties", [{}, {"tie_embeddings": False, "tie_projections": False}])
-def test_the_loss_and_its_gradients_are_those_of_the_log_probabilities(form, ties, monkeypatch):
-    monkeypatch.setattr(loss, "ROWS", {"cpu": 2})  # several blocks
-    clusters, rng = FORMS[form], np.random.default_rng(1)
+def test_the_loss_and_its_gradients_equal_those_from_log_probabilities(case, ties, monkeypatch):
+    monkeypatch.setattr(loss, "MIN_BLOCK_ROWS", {"cpu": 2})  # several blocks
+    clusters, rng = CLUSTERS[case], np.random.default_rng(1)
     params, hidden = parameters(clusters, **ties), rng.normal(size=(3, 11, 8)).astype(np.float32)
     weights = rng.integers(0, 3, (3, 11)).astype(np.float32) * 0.7
 
@@ -162,15 +162,15 @@ def test_the_loss_and_its_gradients_are_those_of_the_log_probabilities(form, tie
         return jax.jit(jax.value_and_grad(lambda p, h: 2.5 * function(p, h, targets, weights), (0, 1)))(params, hidden)
 
     adaptive = functools.partial(adaptive_softmax.cross_entropy, clusters)
-    # Every cluster has some places, one of them has all, or none.
+    # Every cluster has some targets; one cluster has all targets; or some clusters have none.
     for targets in (rng.integers(0, 20, (3, 11)), rng.integers(11, 20, (3, 11)), rng.integers(0, 6, (3, 11))):
         want = run(dense, jnp.asarray(targets))
         assert_trees_close(run(adaptive, targets), want, 3e-6)
         assert relative_error(jax.jit(adaptive)(params, hidden, targets, weights), want[0] / 2.5) < 1e-6
 
 
-def test_a_target_outside_the_vocabulary_gives_nan_and_one_that_does_not_count_nothing():
-    clusters = FORMS["one table"]
+def test_a_target_outside_the_vocabulary_gives_nan_unless_its_weight_is_zero():
+    clusters = CLUSTERS["one table"]
     params, hidden = parameters(clusters), np.ones((1, 3, 8), np.float32)
     run = jax.jit(functools.partial(adaptive_softmax.cross_entropy, clusters))
     for bad in (20, 25, -1):

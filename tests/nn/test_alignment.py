@@ -45,21 +45,21 @@ def weights_of(params, query, source, keep, window=None):
 
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 @pytest.mark.parametrize("window", [None, 2])
-def test_weights_are_those_of_the_formula_over_the_places_that_are_kept(score, window):
+def test_weights_equal_the_formula_over_the_kept_positions(score, window):
     params, source = case(score, local=window is not None)
     got = weights_of(params, QUERY, source, KEEP, window)
     assert got.dtype == jnp.float32
     for row in range(B):
         kept = np.nonzero(KEEP[row])[0]
-        places = np.arange(len(kept))
-        weights = np.exp([energy(params, score, QUERY[row], source[row, at]) for at in kept])
+        positions = np.arange(len(kept))
+        weights = np.exp([energy(params, score, QUERY[row], source[row, index]) for index in kept])
         if window is not None:
-            squashed = np.tanh(QUERY[row] @ params["place"]["hidden"]["weight"])
-            picked = len(kept) / (1 + np.exp(-squashed @ params["place"]["score"]))
-            weights[np.abs(places - picked) > window] = 0.0
+            hidden = np.tanh(QUERY[row] @ params["place"]["hidden"]["weight"])
+            centre = len(kept) / (1 + np.exp(-hidden @ params["place"]["score"]))
+            weights[np.abs(positions - centre) > window] = 0.0
         weights /= weights.sum()
         if window is not None:
-            weights *= np.exp(-((places - picked) ** 2) / (2 * (window / 2) ** 2))
+            weights *= np.exp(-((positions - centre) ** 2) / (2 * (window / 2) ** 2))
         expected = np.zeros(S)
         expected[kept] = weights
         assert relative_error(got[row], expected) < 1e-5
@@ -74,16 +74,16 @@ def test_no_mask_is_a_mask_that_keeps_everything():
         assert relative_error(weights_of(params, QUERY, source, None, window), want) < 1e-6
 
 
-def test_a_row_without_anything_to_see_finds_nothing_and_has_no_gradient():
+def test_a_fully_masked_row_gives_zeros_and_has_no_gradient():
     params, source = case("concat")
     keep = KEEP.copy()
     keep[1] = False
 
-    def found(params, query, source):
+    def context_of(params, query, source):
         return context(weights_of(params, query, source, keep), source)
 
-    assert np.all(np.asarray(found(params, QUERY, source))[1] == 0.0)
-    gradients = jax.grad(lambda *inputs: jnp.sum(found(*inputs) ** 2), argnums=(0, 1, 2))(params, QUERY, source)
+    assert np.all(np.asarray(context_of(params, QUERY, source))[1] == 0.0)
+    gradients = jax.grad(lambda *inputs: jnp.sum(context_of(*inputs) ** 2), argnums=(0, 1, 2))(params, QUERY, source)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert np.all(np.asarray(gradients[1])[1] == 0.0)
     assert np.any(np.asarray(gradients[1])[0] != 0.0)
@@ -94,13 +94,13 @@ def test_large_scores_do_not_overflow():
     np.testing.assert_array_equal(got, [[0.0, 0.0, 1.0]])
 
 
-def test_pooling_weighs_each_row_and_hop_by_itself():
+def test_pooling_weights_of_each_row_and_hop():
     source = RNG.standard_normal((B, S, C)).astype(np.float32)
     params = spec.init(pooling_specs(C, A, 2, Uniform(1.0)), jax.random.key(3))
     got = pooling_weights(params, source, KEEP)
     assert got.shape == (B, 2, S)
-    squashed = np.tanh(source @ np.asarray(params["key"]["weight"]) + np.asarray(params["key"]["bias"]))
-    weights = np.exp(squashed @ np.asarray(params["score"]["weight"])) * KEEP[:, :, None]
+    hidden = np.tanh(source @ np.asarray(params["key"]["weight"]) + np.asarray(params["key"]["bias"]))
+    weights = np.exp(hidden @ np.asarray(params["score"]["weight"])) * KEEP[:, :, None]
     assert relative_error(got, np.swapaxes(weights / weights.sum(1, keepdims=True), 1, 2)) < 1e-5
 
 

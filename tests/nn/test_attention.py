@@ -1,4 +1,4 @@
-"""Every implementation against a definition in float64 written here, in values and in every gradient."""
+"""Each implementation of attention against a definition in float64: values and all gradients."""
 
 import functools
 import itertools
@@ -28,19 +28,19 @@ def inputs(B, T, S, H, K, dtype=np.float32):
 
 
 def dense(q, k, v, allowed, scale):
-    """softmax(scale q k^T) v with a dense mask [B, T, S], one row at a time."""
+    """softmax(scale q k^T) v with a dense mask [B, T, S], computed row by row."""
     out = np.zeros((*q.shape[:3], v.shape[3]), np.float64)
     for b, t, h in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
-        seen = np.flatnonzero(allowed[b, t])
-        if seen.size:
-            scores = scale * k[b, seen, h].astype(np.float64) @ q[b, t, h]
+        visible = np.flatnonzero(allowed[b, t])
+        if visible.size:
+            scores = scale * k[b, visible, h].astype(np.float64) @ q[b, t, h]
             weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights / weights.sum() @ v[b, seen, h]
+            out[b, t, h] = weights / weights.sum() @ v[b, visible, h]
     return out
 
 
 def masks(B, T, S):
-    """Name, mask, and the dense mask built by loops over the definition."""
+    """Yield a name, a mask, and the dense mask computed by loops from the definition."""
     rng = np.random.default_rng(1)
     segments_T, segments_S = (np.sort(rng.integers(0, 4, (B, n)), axis=1).astype(np.int32) for n in (T, S))
     order_T, order_S = (rng.integers(0, 50, (B, n)).astype(np.int32) for n in (T, S))
@@ -95,16 +95,16 @@ def test_reference_gradient_against_differences_in_float64():
 
         grads = jax.grad(lambda *a: jnp.sum(attention(*a, mask, scale=0.5) * cotangent), argnums=(0, 1, 2))(q, k, v)
         for which, grad in enumerate(grads):
-            for at in [(0, 1, 0, 2), (0, 4, 0, 0), (0, 5, 0, 3)]:
+            for index in [(0, 1, 0, 2), (0, 4, 0, 0), (0, 5, 0, 3)]:
                 arrays = [x.copy() for x in (q, k, v)]
-                arrays[which][at] += 1e-5
+                arrays[which][index] += 1e-5
                 up = scalar(*arrays)
-                arrays[which][at] -= 2e-5
+                arrays[which][index] -= 2e-5
                 # The reference computes its softmax in float32.
-                assert (up - scalar(*arrays)) / 2e-5 == pytest.approx(float(grad[at]), abs=2e-5)
+                assert (up - scalar(*arrays)) / 2e-5 == pytest.approx(float(grad[index]), abs=2e-5)
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
+def test_a_query_without_visible_keys_gives_zeros_and_no_gradient():
     q, k, v, _ = inputs(1, 4, 4, 1, 4)
     mask = Mask(query_segments=np.array([[1, 2, 1, 1]]), key_segments=np.array([[1, 1, 1, 1]]))
     for implementation in ("reference", "blockwise"):
@@ -118,7 +118,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=True)])
-def test_dropout_is_the_same_in_every_implementation_and_of_the_stated_rate(mask):
+def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask):
     q, k, v, cotangent = inputs(2, 300, 300, 2, 8)
 
     def run(implementation, key):
@@ -127,11 +127,11 @@ def test_dropout_is_the_same_in_every_implementation_and_of_the_stated_rate(mask
         )
         return out, pull(jnp.asarray(cotangent))
 
-    one, two = (jax.jit(run, static_argnums=0)(name, jax.random.key(7)) for name in ("reference", "blockwise"))
-    assert_trees_close(two, one, 3e-6)
-    other = jax.jit(run, static_argnums=0)("blockwise", jax.random.key(8))
-    assert relative_error(other[0], one[0]) > 0.1
-    # With equal values everywhere the output is the sum of what is kept: its mean is 1.
+    want, got = (jax.jit(run, static_argnums=0)(name, jax.random.key(7)) for name in ("reference", "blockwise"))
+    assert_trees_close(got, want, 3e-6)
+    other_key = jax.jit(run, static_argnums=0)("blockwise", jax.random.key(8))
+    assert relative_error(other_key[0], want[0]) > 0.1
+    # If all values are 1, the output is the sum of the kept probabilities. Its mean is 1.
     ones = attention(q, k, np.ones_like(v), dropout=0.3, key=jax.random.key(7), implementation="blockwise")
     assert float(jnp.mean(ones)) == pytest.approx(1.0, abs=0.01)
     kept = blockwise_attention.dropout_keep(jax.random.key(0), jnp.arange(500, dtype=jnp.uint32), 200, 0.3)
@@ -139,12 +139,12 @@ def test_dropout_is_the_same_in_every_implementation_and_of_the_stated_rate(mask
 
 
 @pytest.mark.parametrize("sections", [1, 4])
-def test_long_sequences_loop_and_pick_ranges_of_keys_and_still_agree(monkeypatch, sections):
-    """What takes thousands of queries otherwise, here on a short sequence with a ragged end."""
-    monkeypatch.setattr(blockwise_attention, "ROWS", (24, 24))
-    monkeypatch.setattr(blockwise_attention, "SECTIONS", sections)
+def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections):
+    """The code for thousands of queries, tested on a short sequence whose last block is not full."""
+    monkeypatch.setattr(blockwise_attention, "BLOCK_ROWS", (24, 24))
+    monkeypatch.setattr(blockwise_attention, "MAX_SECTIONS", sections)
     monkeypatch.setattr(blockwise_attention, "ALIGN", 8)
-    monkeypatch.setattr(blockwise_attention, "RANGES_FROM", 16)
+    monkeypatch.setattr(blockwise_attention, "MIN_KEYS_FOR_RANGES", 16)
     shape = (1, 200, 200, 2, 8)
     q, k, v, cotangent = inputs(*shape)
     for name, mask, _ in masks(*shape[:3]):
@@ -160,7 +160,7 @@ def test_long_sequences_loop_and_pick_ranges_of_keys_and_still_agree(monkeypatch
 
 
 def test_memory_is_linear_in_time():
-    """Temporaries of the gradient at twice the length: about twice, where a dense matrix would take four times."""
+    """The temporary memory of the gradient doubles with twice the length; for a dense matrix it would be four times."""
 
     def temporaries(T):
         x = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
@@ -172,7 +172,7 @@ def test_memory_is_linear_in_time():
     assert long < 16384 * 16384 * 4 / 4
 
 
-def test_all_heads_together_equal_one_after_the_other():
+def test_all_heads_together_equal_a_loop_over_heads():
     q, k, v, _ = inputs(2, 150, 150, 2, 8)
     run = lambda sequential: blockwise_attention.attention(  # noqa: E731
         q, k, v, Mask(causal=True), scale=0.3, terms=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
@@ -180,8 +180,8 @@ def test_all_heads_together_equal_one_after_the_other():
     assert relative_error(run(False), run(True)) < 3e-6
 
 
-def test_what_all_rows_share_gets_its_gradient_once_and_on_each_device():
-    """Between devices goes the sum of its gradients, and no tile of scores."""
+def test_the_gradient_of_a_shared_bias_is_summed_over_devices():
+    """The devices communicate the sums of the gradients of the table, and no tiles of scores."""
     B, T, H = 8, 300, 2
     q, k, v, cotangent = inputs(B, T, T, H, 8)
     table = np.random.default_rng(2).normal(size=(33, H)).astype(np.float32)
@@ -198,14 +198,13 @@ def test_what_all_rows_share_gets_its_gradient_once_and_on_each_device():
 
     want = jax.jit(gradients(True))(table, q)
     assert_trees_close(jax.jit(gradients(False))(table, q), want, 1e-5)
-    split = Sharding(make_mesh("data=4,tensor=2"))
+    mesh_sharding = Sharding(make_mesh("data=4,tensor=2"))
 
-    def scoped(table, q):
-        with split.scope():
-            return gradients(False)(table, split_rows(q))
+    def sharded_gradients(table, q):
+        with mesh_sharding.scope():
+            return gradients(False)(table, sharding.constrain(q, ("batch", None, None, None)))
 
-    split_rows = lambda x: sharding.constrain(x, ("batch", None, None, None))  # noqa: E731
-    compiled = jax.jit(scoped).lower(table, q).compile()
+    compiled = jax.jit(sharded_gradients).lower(table, q).compile()
     assert_trees_close(compiled(table, q), want, 1e-5)
     summed = re.findall(r"= \(?f32\[([\d,]*)\][^=]* all-reduce(?:-start)?\(", compiled.as_text())
     assert summed
@@ -237,16 +236,16 @@ def test_bad_input_is_named():
 def test_grouped_queries_read_the_key_head_of_their_group(monkeypatch, sequential):
     monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
     q, k, v, _ = inputs(2, 5, 7, 6, 4)
-    few = k[:, :, :2], v[:, :, :2]
+    grouped = k[:, :, :2], v[:, :, :2]
 
-    def every(k, v):
+    def repeat_heads(k, v):
         return [jnp.stack([x[:, :, head // 3] for head in range(6)], axis=2) for x in (k, v)]
 
     def run(attend):
-        out, pull = jax.vjp(attend, q, *few)
+        out, pull = jax.vjp(attend, q, *grouped)
         return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
 
-    want = run(lambda q, k, v: attention(q, *every(k, v), implementation="reference"))
+    want = run(lambda q, k, v: attention(q, *repeat_heads(k, v), implementation="reference"))
     for implementation in ("reference", "blockwise"):
         got = run(lambda q, k, v, i=implementation: attention(q, k, v, implementation=i))
         assert_trees_close(got, want, 2e-6)
@@ -271,7 +270,7 @@ def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
 
 
 def cached(filled, S=700, G=2):
-    """Queries at the end of ``filled`` slots of each row; keys, values, and the mask."""
+    """Queries (the last tokens of the ``filled`` slots of each row), keys, values and the mask."""
     B, T, H, K = len(filled), 2, 4, 8
     shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
     q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
@@ -305,16 +304,16 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=1,tensor=4"])
-def test_heads_that_devices_share_are_read_where_they_are(monkeypatch, kind, mesh):
-    """Two heads of keys: shared by two devices, or too few for four."""
+def test_decode_with_heads_split_over_devices(monkeypatch, kind, mesh):
+    """There are two key heads: one for each of two devices, or fewer than the four devices."""
     q, k, v, mask = cached((3, 300))
     want = attention(q, k, v, mask, implementation="reference")
     monkeypatch.setattr(sharding, "platform", lambda: kind)
-    split = Sharding(make_mesh(mesh, devices=jax.devices()[:4]))
+    mesh_sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:4]))
 
     @jax.jit
     def run(q, k, v):
-        with split.scope():
+        with mesh_sharding.scope():
             q = sharding.constrain(q, ("batch", None, "heads", None))
             if mesh.endswith("2"):
                 k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (k, v))
@@ -324,16 +323,16 @@ def test_heads_that_devices_share_are_read_where_they_are(monkeypatch, kind, mes
 
 
 @pytest.mark.parametrize(("filled", "read"), [((3, 90), 175), ((170, 4), 175), ((300, 350), 350), ((20, 351), 700)])
-def test_no_more_of_a_cache_is_read_than_is_filled(filled, read):
-    """What is read is multiplied, even where it is masked: NaN tells."""
+def test_only_the_filled_part_of_a_cache_is_read(filled, read):
+    """Masked slots that are read are multiplied with 0, so a NaN in them makes the output NaN."""
     q, k, v, mask = cached(filled)
     out = jax.jit(attention)(q, k, v.at[:, read:].set(jnp.nan), mask)
     assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
     assert np.isnan(jax.jit(attention)(q, k, v.at[:, read - 1 :].set(jnp.nan), mask)).any()
 
 
-def test_few_queries_over_a_source_read_no_more_of_it_than_is_text():
-    """Without orders, as an encoder's: the same branches, and the same result."""
+def test_few_queries_over_a_source_read_only_its_real_tokens():
+    """Cross attention to an encoder has no orders; it uses the same branches."""
     q, k, v, _ = cached((0, 0))
     segments = jnp.where(jnp.arange(700)[None] < jnp.array([[300], [20]]), 1, 0)
     mask = Mask(query_segments=jnp.ones((2, 2), jnp.int32), key_segments=segments)
@@ -346,39 +345,39 @@ def span_from(start_B):
     return Span(None, None, Mask(), start_B, None)
 
 
-def test_slots_are_written_and_read_among_those_of_all_layers():
+def test_slots_write_and_read_one_layer_of_the_stack():
     q, k, v, mask = cached((6, 90))
     new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
     start = jnp.array([3, 87])
-    by_heads, every = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
-    every = every.reshape(3, *by_heads[:2], -1)
-    slots = Slots(every, jnp.int32(1))
-    kv, (seen, _) = extended({"key": slots, "value": slots}, (new, new), span_from(start))
+    heads_shape, stack = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
+    stack = stack.reshape(3, *heads_shape[:2], -1)
+    slots = Slots(stack, jnp.int32(1))
+    kv, (read, _) = extended({"key": slots, "value": slots}, (new, new), span_from(start))
     written = kv["key"]
     want = append(k, new, start)
-    assert written.shape == every.shape[1:]
-    assert seen.shape == by_heads
+    assert written.shape == stack.shape[1:]
+    assert read.shape == heads_shape
     np.testing.assert_array_equal(written.first(120), want[:, :120].reshape(2, 120, -1))
-    np.testing.assert_array_equal(seen.first(120), want[:, :120])
-    plain, (plain_seen, _) = extended({"key": every[1], "value": every[1]}, (new, new), span_from(start))
-    np.testing.assert_array_equal(plain["key"], written.first(by_heads[1]))
-    assert plain_seen.shape == by_heads
-    np.testing.assert_array_equal(plain_seen.first(by_heads[1]), want)
-    np.testing.assert_array_equal(plain_seen.first(7), want[:, :7])
-    np.testing.assert_array_equal(written.all[jnp.array([0, 2])], every[jnp.array([0, 2])])
+    np.testing.assert_array_equal(read.first(120), want[:, :120])
+    per_layer, (per_layer_read, _) = extended({"key": stack[1], "value": stack[1]}, (new, new), span_from(start))
+    np.testing.assert_array_equal(per_layer["key"], written.first(heads_shape[1]))
+    assert per_layer_read.shape == heads_shape
+    np.testing.assert_array_equal(per_layer_read.first(heads_shape[1]), want)
+    np.testing.assert_array_equal(per_layer_read.first(7), want[:, :7])
+    np.testing.assert_array_equal(written.all[jnp.array([0, 2])], stack[jnp.array([0, 2])])
     for implementation in ("decode", "reference", None):
-        values = Slots(v.reshape(1, *by_heads[:2], -1), 0, by_heads[2])
-        got = attention(q, seen, values, mask, implementation=implementation)
+        values = Slots(v.reshape(1, *heads_shape[:2], -1), 0, heads_shape[2])
+        got = attention(q, read, values, mask, implementation=implementation)
         assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
-def test_what_cudnn_is_asked_for_is_the_attention_meant(causal, window):
-    """The same call without a GPU."""
+def test_the_call_of_cudnn_computes_attention(causal, window):
+    """The call with ``implementation="xla"``, which needs no GPU."""
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(2, 9, 9, 4, 8)[:3])
-    few, mask = (k[:, :, :2], v[:, :, :2]), Mask(causal=causal, window=window)
-    got = cudnn_attention.attention(q, *few, mask, scale=0.3, implementation="xla")
-    want = attention(q, *few, mask, scale=0.3, implementation="reference")
+    grouped, mask = (k[:, :, :2], v[:, :, :2]), Mask(causal=causal, window=window)
+    got = cudnn_attention.attention(q, *grouped, mask, scale=0.3, implementation="xla")
+    want = attention(q, *grouped, mask, scale=0.3, implementation="reference")
     assert got.dtype == want.dtype
     assert relative_error(got, want) < 1e-2  # bfloat16 probabilities
 
@@ -387,45 +386,45 @@ def test_what_cudnn_is_asked_for_is_the_attention_meant(causal, window):
     ("implementation", "dtype", "options", "message"),
     [
         ("cudnn", "float32", {}, "'cudnn' takes bfloat16 and float16, not float32: leave the implementation out"),
-        ("cudnn", "bfloat16", {"dropout": 0.1, "key": jax.random.key(0)}, "'cudnn' drops nothing"),
+        ("cudnn", "bfloat16", {"dropout": 0.1, "key": jax.random.key(0)}, "'cudnn' has no dropout"),
         ("cudnn", "bfloat16", {"bias": np.zeros((1, 1, 4, 4))}, "'cudnn' takes no bias"),
         ("cudnn", "bfloat16", {"mask": Mask(query_segments=np.ones((1, 4)), key_segments=np.ones((1, 4)))}, "segments"),
         ("cudnn", "bfloat16", {}, "'cudnn' is for a gpu, and this is compiled for a cpu"),
-        ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' drops nothing"),
+        ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' has no dropout"),
         ("decode", "float32", {"bias": np.zeros((1, 1, 4, 4))}, "'decode' takes no dense bias"),
     ],
 )
-def test_an_implementation_that_cannot_do_this_says_why(implementation, dtype, options, message):
+def test_unsupported_arguments_give_the_reason(implementation, dtype, options, message):
     q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, 4)[:3])
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, implementation=implementation, **options)
 
 
-def test_what_a_tpu_runs_by_default(monkeypatch):
-    """Whole rows where they are short, or where splash cannot; blocks where no kernel can."""
-    ran = []
+def test_default_implementation_on_a_tpu(monkeypatch):
+    """``pallas`` for short rows or if ``splash`` does not support the mask; ``blockwise`` if no kernel supports it."""
+    called = []
 
-    def runs(name):
+    def record_call(name):
         def attend(q, k, v, mask, **_):
-            ran.append(name)
+            called.append(name)
             return q
 
         return attend
 
     modules = {"pallas": pallas_attention, "splash": splash, "blockwise": blockwise_attention}
     for name, module in modules.items():
-        monkeypatch.setattr(module, "attention", runs(name))
+        monkeypatch.setattr(module, "attention", record_call(name))
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
 
     def default(T, S, mask=Mask(causal=True), **options):  # noqa: B008 (frozen)
         q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, S, 2, 8))
-        ran.clear()
+        called.clear()
         jax.eval_shape(lambda q, k: attention(q, k, k, mask, **options), q, k)
-        return ran[0] if ran else "reference"
+        return called[0] if called else "reference"
 
     term = distance_term(jnp.zeros((9, 2)), 4, 100, 100, ahead=0)
     long_term = distance_term(jnp.zeros((9, 2)), 4, 5000, 5000, ahead=0)
-    order = {f"{of}_order": jnp.zeros((1, 2048), jnp.int32) for of in ("query", "key")}
+    order = {f"{side}_order": jnp.zeros((1, 2048), jnp.int32) for side in ("query", "key")}
     assert default(1024, 1024) == "pallas"
     assert default(1024, 1024, dropout=0.1, key=jax.random.key(0)) == "blockwise"
     assert default(2048, 2048) == "splash"

@@ -15,52 +15,52 @@ PARAMS = {name: jnp.asarray(RNG.standard_normal(5), jnp.float32) for name in ("s
 RUNNING = {"mean": jnp.arange(5.0), "variance": jnp.arange(1.0, 6.0)}
 
 
-def by_hand(x, mean, variance):
+def expected(x, mean, variance):
     return (x - mean) / np.sqrt(variance + 1e-5) * np.asarray(PARAMS["scale"]) + np.asarray(PARAMS["bias"])
 
 
-def test_training_normalises_by_the_batch_and_moves_the_running_statistics():
-    y, moved = batch_norm(PARAMS, RUNNING, X, 1e-5, training=True, momentum=0.25)
+def test_training_normalises_by_the_batch_and_updates_the_running_statistics():
+    y, updated = batch_norm(PARAMS, RUNNING, X, 1e-5, training=True, momentum=0.25)
     flat = np.asarray(X, np.float64).reshape(-1, 5)
-    want = by_hand(flat, flat.mean(0), flat.var(0))
+    want = expected(flat, flat.mean(0), flat.var(0))
     assert relative_error(y.reshape(-1, 5), want) < 1e-6
-    assert relative_error(moved["mean"], 0.75 * RUNNING["mean"] + 0.25 * flat.mean(0)) < 1e-6
-    assert relative_error(moved["variance"], 0.75 * RUNNING["variance"] + 0.25 * flat.var(0, ddof=1)) < 1e-6
+    assert relative_error(updated["mean"], 0.75 * RUNNING["mean"] + 0.25 * flat.mean(0)) < 1e-6
+    assert relative_error(updated["variance"], 0.75 * RUNNING["variance"] + 0.25 * flat.var(0, ddof=1)) < 1e-6
 
 
-def test_evaluation_uses_the_running_statistics_and_leaves_them():
-    y, same = batch_norm(PARAMS, RUNNING, X, 1e-5, training=False)
-    want = by_hand(np.asarray(X), np.arange(5.0), np.arange(1.0, 6.0))
+def test_evaluation_uses_the_running_statistics_and_does_not_change_them():
+    y, unchanged = batch_norm(PARAMS, RUNNING, X, 1e-5, training=False)
+    want = expected(np.asarray(X), np.arange(5.0), np.arange(1.0, 6.0))
     assert relative_error(y, want) < 1e-6
-    np.testing.assert_array_equal(same["mean"], RUNNING["mean"])
-    np.testing.assert_array_equal(same["variance"], RUNNING["variance"])
+    np.testing.assert_array_equal(unchanged["mean"], RUNNING["mean"])
+    np.testing.assert_array_equal(unchanged["variance"], RUNNING["variance"])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_no_gradient_reaches_or_leaves_the_running_statistics(training):
+def test_running_statistics_have_no_gradient(training):
     def total(statistics, x):
-        y, moved = batch_norm(PARAMS, statistics, x, 1e-5, training=training)
-        return jnp.sum(jnp.sin(y)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(moved))
+        y, updated = batch_norm(PARAMS, statistics, x, 1e-5, training=training)
+        return jnp.sum(jnp.sin(y)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(updated))
 
     statistics, x = jax.grad(total, (0, 1))(RUNNING, X)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(statistics))
-    without = jax.grad(lambda x: jnp.sum(jnp.sin(batch_norm(PARAMS, RUNNING, x, 1e-5, training=training)[0])))(X)
-    np.testing.assert_array_equal(x, without)
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(batch_norm(PARAMS, RUNNING, x, 1e-5, training=training)[0])))(X)
+    np.testing.assert_array_equal(x, gradient)
 
 
 def test_statistics_are_float32_in_bfloat16():
     x = (X + 200.0).astype(jnp.bfloat16)
-    y, moved = batch_norm(PARAMS, RUNNING, x, 1e-5, training=True)
+    y, updated = batch_norm(PARAMS, RUNNING, x, 1e-5, training=True)
     assert y.dtype == jnp.bfloat16
-    assert moved["mean"].dtype == jnp.float32
+    assert updated["mean"].dtype == jnp.float32
     want, _ = batch_norm(PARAMS, RUNNING, x.astype(jnp.float32), 1e-5, training=True)
     assert relative_error(y.astype(jnp.float32), want) < 5e-3
 
 
-def test_specs_start_as_the_identity_and_one_entry_is_refused():
+def test_initial_parameters_are_the_identity_and_one_entry_raises():
     params, statistics = spec.init((batch_norm_specs(5), statistics_specs(5)))
     y, _ = batch_norm(params, statistics, X, 0.0, training=False)
     np.testing.assert_array_equal(y, X)
     assert not any(jax.tree.leaves(spec.decay_mask((batch_norm_specs(5), statistics_specs(5)))))
-    with pytest.raises(ValueError, match=r"batch normalisation of \[1, 1, 5\] sees one entry a channel"):
+    with pytest.raises(ValueError, match=r"batch normalisation of \[1, 1, 5\] has one entry per channel"):
         batch_norm(params, statistics, X[:1, :1], 1e-5, training=True)

@@ -1,4 +1,4 @@
-"""Convolution over time: its geometry, its streams, weight normalisation."""
+"""Convolution over time: padding, streams, weight normalisation."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def arrays(kernel=3, channels=5, out=4, length=11, batch=2):
 
 @pytest.mark.parametrize("kernel", [1, 3, 4])
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (3, 2)])
-def test_every_padding_is_the_convolution_of_xla(kernel, stride, dilation):
+def test_every_padding_equals_the_convolution_of_xla(kernel, stride, dilation):
     params, x = arrays(kernel)
     reach = (kernel - 1) * dilation
     pads = {"same": (reach // 2, reach - reach // 2), "valid": (0, 0), "causal": (reach, 0)}
@@ -47,28 +47,30 @@ def test_no_window_reads_another_segment(padding):
     whole = convolution(params, x, padding=padding, dilation=2, segment_ids=ids)
     alone = convolution(params, x[1:], padding=padding, dilation=2)
     assert relative_error(whole[1:], alone) < 1e-6
-    if padding == "valid":  # what the last tap's segment lacks is zero
-        lacking = jnp.concatenate([jnp.zeros((1, 4, 5)), x[:1, 5:]], axis=1)
-        assert relative_error(whole[:1, 1:], convolution(params, lacking, padding="valid", dilation=2)) < 1e-6
+    if padding == "valid":  # inputs outside the segment of the last tap count as zeros
+        zeroed = jnp.concatenate([jnp.zeros((1, 4, 5)), x[:1, 5:]], axis=1)
+        assert relative_error(whole[:1, 1:], convolution(params, zeroed, padding="valid", dilation=2)) < 1e-6
         return
     for piece in (slice(0, 5), slice(5, 12)):
         alone = convolution(params, x[:1, piece], padding=padding, dilation=2)
         assert relative_error(whole[:1, piece], alone) < 1e-6
 
 
-def test_gradients_are_those_of_xla():
+def test_gradients_equal_those_of_xla():
     params, x = arrays(kernel=4)
 
-    def ours(params, x):
+    def jaxlm_loss(params, x):
         return jnp.sum(jnp.sin(convolution(params, x, padding="causal", dilation=2)))
 
-    def theirs(params, x):
+    def xla_loss(params, x):
         y = jax.lax.conv_general_dilated(
             x, params["weight"], (1,), [(6, 0)], rhs_dilation=(2,), dimension_numbers=("NTC", "TIO", "NTC")
         )
         return jnp.sum(jnp.sin(y + params["bias"][None, None]))
 
-    for got, want in zip(*(jax.tree.leaves(jax.grad(f, (0, 1))(params, x)) for f in (ours, theirs)), strict=True):
+    for got, want in zip(
+        *(jax.tree.leaves(jax.grad(f, (0, 1))(params, x)) for f in (jaxlm_loss, xla_loss)), strict=True
+    ):
         assert relative_error(got, want) < 1e-5
 
 
@@ -93,7 +95,7 @@ def test_bad_input_is_named():
 
 
 def causal_by_hand(params, x, dilation=1):
-    """[T, C] to [T, D], without a compiler."""
+    """The causal convolution in NumPy, from [T, C] to [T, D]."""
     weight, bias = np.asarray(params["weight"], np.float64), np.asarray(params["bias"])
     y = np.tile(bias, (len(x), 1)).astype(np.float64)
     for tap, matrix in enumerate(weight):
@@ -104,56 +106,56 @@ def causal_by_hand(params, x, dilation=1):
 
 
 @jax.jit
-def step_of(params, x, places, ids, past, tail):
-    moved, stream = open_stream(places, ids, past)
-    x = jnp.take_along_axis(x, moved[:, :, None], axis=1)
+def run_call(params, x, indices, ids, past, tail):
+    reordered, stream = open_stream(indices, ids, past)
+    x = jnp.take_along_axis(x, reordered[:, :, None], axis=1)
     y, tail = causal_convolution(params, stream, x, tail, dilation=tail.shape[1] // (params["weight"].shape[0] - 1))
     return *close_stream(stream, y), tail
 
 
-def stream_of(params, x, ids, cuts, dilation=1):
-    """``x`` in pieces, as a model of one layer would read it: ``x`` stands for the tokens."""
+def run_stream(params, x, ids, cuts, dilation=1):
+    """The outputs for ``x``, read in several calls as by a model with one layer; ``x`` is the input of the layer."""
     B, T, C = x.shape
     reach = (params["weight"].shape[0] - 1) * dilation
     past, tail = spec.init((past_specs(B, reach), tail_specs(B, reach, C, jnp.float32)))
-    places = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    indices = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     pieces = []
     for start, stop in zip((0, *cuts), (*cuts, T), strict=True):
-        own = None if ids is None else ids[:, start:stop]
-        y, past, tail = step_of(params, x, places[:, start:stop], own, past, tail)
+        piece_ids = None if ids is None else ids[:, start:stop]
+        y, past, tail = run_call(params, x, indices[:, start:stop], piece_ids, past, tail)
         pieces.append(y)
     return jnp.concatenate(pieces, axis=1)
 
 
 @pytest.mark.parametrize("cuts", [(), (3, 4, 5), tuple(range(1, 11))])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_a_stream_is_one_call(cuts, dilation):
+def test_a_stream_equals_one_call(cuts, dilation):
     params, x = arrays(kernel=4)
-    got = stream_of(params, x, None, cuts, dilation)
+    got = run_stream(params, x, None, cuts, dilation)
     for row in range(2):
         assert relative_error(got[row], causal_by_hand(params, np.asarray(x[row]), dilation)) < 1e-6
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 4, 8), tuple(range(1, 11))])
-def test_padding_anywhere_and_documents_read_as_alone(cuts):
+def test_each_padded_document_gives_the_same_as_alone(cuts):
     params, x = arrays(kernel=3, batch=4)
     ids = jnp.array(
         [
-            [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],  # left
-            [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1],  # a short prompt, then on
-            [1, 1, 1, 1, 2, 2, 0, 0, 2, 3, 3],  # documents
+            [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],  # padding on the left
+            [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1],  # a short prompt that continues after padding
+            [1, 1, 1, 1, 2, 2, 0, 0, 2, 3, 3],  # several documents
             [0, 1, 0, 2, 0, 2, 0, 2, 0, 2, 0],
         ]
     )
-    got, x, ids = (np.asarray(a) for a in (stream_of(params, x, ids, cuts), x, ids))
+    got, x, ids = (np.asarray(a) for a in (run_stream(params, x, ids, cuts), x, ids))
     assert np.isfinite(got).all()
     for row in range(4):
         for document in range(1, int(ids[row].max()) + 1):
-            place = np.nonzero(ids[row] == document)[0]
-            assert relative_error(got[row, place], causal_by_hand(params, x[row, place])) < 1e-6
+            index = np.nonzero(ids[row] == document)[0]
+            assert relative_error(got[row, index], causal_by_hand(params, x[row, index])) < 1e-6
 
 
-def test_fixed_length_moves_padding_behind_and_turns_texts_round():
+def test_fixed_length_moves_padding_to_the_end_and_reverses_texts():
     tokens = jnp.array([[9, 1, 2, 9, 3], [4, 5, 6, 7, 8]])
     ids = jnp.array([[0, 1, 1, 0, 1], [1, 1, 2, 2, 2]])
     read, real, single = fixed_length(tokens, ids, 6)
@@ -170,7 +172,7 @@ def test_fixed_length_moves_padding_behind_and_turns_texts_round():
 # ----------------------------------------------------------------------------------- weight normalisation
 
 
-def test_weight_norm_starts_as_the_weight_and_keeps_its_length():
+def test_initial_weight_norm_has_the_scale_of_the_weight_and_ignores_the_length_of_the_direction():
     plain = convolution_specs((3, 40, 2, 16), ("embed", None, "mlp"), Normal(0.1))
     specs = weight_norm_specs(plain, inputs=2)
     assert specs["direction"].axes == plain["weight"].axes
@@ -184,5 +186,5 @@ def test_weight_norm_starts_as_the_weight_and_keeps_its_length():
     assert np.asarray(weight).std() == pytest.approx(0.1, rel=0.05)
     longer = weight_norm({**params, "direction": 7.0 * params["direction"]}, inputs=2)["weight"]
     assert relative_error(longer, weight) < 1e-6
-    with pytest.raises(ValueError, match="weight normalisation needs a weight that starts from Normal"):
+    with pytest.raises(ValueError, match="weight normalisation needs a weight initialized by Normal"):
         weight_norm_specs(convolution_specs((3, 4, 5), ("embed", "mlp"), ONES), inputs=2)

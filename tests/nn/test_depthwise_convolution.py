@@ -1,4 +1,4 @@
-"""Depthwise convolution: shifts against the plain call of XLA, with every gradient; segments and streams."""
+"""Depthwise convolution: ``shifts`` against XLA's convolution, with all gradients; segments and streams."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
-from jaxlm.nn import convolution as module
+from jaxlm.nn import convolution as convolution_module
 from jaxlm.nn.convolution import (
     causal_depthwise_convolution,
     depthwise_convolution,
@@ -19,7 +19,7 @@ from jaxlm.spec import Normal
 from tests.helpers import assert_trees_close, lively, relative_error
 
 B, C = 3, 5
-SHAPES = {  # kernel, dilation, length: shorter than its reach, one tap, in blocks with both ends
+SHAPES = {  # (kernel, dilation, length): shorter than the window, one tap, blocks with incomplete ends
     "short": (4, 2, 5),
     "one tap": (1, 1, 6),
     "blocks": (4, 1, 23),
@@ -29,7 +29,7 @@ SHAPES = {  # kernel, dilation, length: shorter than its reach, one tap, in bloc
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(convolution_module, "BLOCK", 4)
 
 
 def arrays(kernel, length, dtype=jnp.float32):
@@ -38,7 +38,7 @@ def arrays(kernel, length, dtype=jnp.float32):
 
 
 def results(convolve, params, x):
-    """Values and all gradients."""
+    """The outputs and all gradients."""
 
     def weighted(params, x):
         y = convolve(params, x).astype(jnp.float32)
@@ -50,34 +50,34 @@ def results(convolve, params, x):
 
 @pytest.mark.parametrize("padding", ["same", "causal", "valid"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_every_gradient_are_those_of_xla(shape, padding):
+def test_values_and_all_gradients_equal_those_of_xla(shape, padding):
     kernel, dilation, length = SHAPES[shape]
     params, x = arrays(kernel, length)
-    forms = {
+    functions = {
         name: functools.partial(depthwise_convolution, padding=padding, dilation=dilation, implementation=name)
         for name in ("reference", "shifts")
     }
     if shape == "short" and padding == "valid":
-        for form in forms.values():
+        for function in functions.values():
             with pytest.raises(ValueError, match="5 steps are shorter than one window of 4 taps with dilation=2"):
-                form(params, x)
+                function(params, x)
         return
-    got, want = (results(form, params, x) for form in forms.values())
+    got, want = (results(function, params, x) for function in functions.values())
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(got, want, 2e-6)
 
 
 def by_hand(params, x, ids, padding, dilation):
-    """[T, C] to [T', C], one output after the other, without a compiler."""
+    """The depthwise convolution in NumPy, from [T, C] to [T', C], computed output by output."""
     weight, bias = (np.asarray(params[name], np.float64) for name in ("weight", "bias"))
     reach = (len(weight) - 1) * dilation
     before = {"same": reach // 2, "causal": reach, "valid": 0}[padding]
     outputs = []
     for t in range(len(x) - reach if padding == "valid" else len(x)):
-        place = t + reach if padding == "valid" else t
+        position = t + reach if padding == "valid" else t
         sources = [t + tap * dilation - before for tap in range(len(weight))]
-        seen = [w * x[s] for w, s in zip(weight, sources) if 0 <= s < len(x) and ids[s] == ids[place]]
-        outputs.append(bias + sum(seen))
+        products = [w * x[s] for w, s in zip(weight, sources) if 0 <= s < len(x) and ids[s] == ids[position]]
+        outputs.append(bias + sum(products))
     return np.stack(outputs)
 
 
@@ -90,20 +90,20 @@ def test_no_window_reads_another_segment(padding, dilation):
     y, (gradients, dx) = results(convolve, params, x)
     want = np.stack([by_hand(params, np.asarray(x[row]), ids[row], padding, dilation) for row in range(B)])
     assert relative_error(y, want) < 1e-6
-    # The function is linear in the input and in the parameters: its gradients follow from its values.
+    # The function is linear in the input and in the parameters, so its gradients can be computed from its values.
     cosines = np.cos(np.arange(y.size).reshape(y.shape))
     assert float(jnp.vdot(gradients["weight"], params["weight"])) == pytest.approx(
         float(np.vdot(cosines, want - np.asarray(params["bias"]))), rel=1e-4
     )
-    without = {"weight": params["weight"], "bias": jnp.zeros(C)}
+    without_bias = {"weight": params["weight"], "bias": jnp.zeros(C)}
     for row in range(B):
-        other = np.asarray(jax.random.normal(jax.random.key(7 + row), x.shape[1:]))
-        moved = by_hand(without, other, ids[row], padding, dilation)
-        assert np.vdot(dx[row], other) == pytest.approx(np.vdot(cosines[row], moved), rel=1e-4)
+        direction = np.asarray(jax.random.normal(jax.random.key(7 + row), x.shape[1:]))
+        change = by_hand(without_bias, direction, ids[row], padding, dilation)
+        assert np.vdot(dx[row], direction) == pytest.approx(np.vdot(cosines[row], change), rel=1e-4)
     for tap in range(4):
-        only = {"weight": jnp.zeros((4, C)).at[tap, 2].set(1.0), "bias": jnp.zeros(C)}
-        moved = np.stack([by_hand(only, np.asarray(x[row]), ids[row], padding, dilation) for row in range(B)])
-        assert gradients["weight"][tap, 2] == pytest.approx(np.vdot(cosines, moved), rel=1e-4)
+        one_weight = {"weight": jnp.zeros((4, C)).at[tap, 2].set(1.0), "bias": jnp.zeros(C)}
+        change = np.stack([by_hand(one_weight, np.asarray(x[row]), ids[row], padding, dilation) for row in range(B)])
+        assert gradients["weight"][tap, 2] == pytest.approx(np.vdot(cosines, change), rel=1e-4)
 
 
 def test_bfloat16_sums_in_float32():
@@ -115,10 +115,12 @@ def test_bfloat16_sums_in_float32():
     y, (gradients, dx) = results(convolve, params, low)
     assert dx.dtype == jnp.bfloat16
     assert gradients["weight"].dtype == jnp.float32
-    assert_trees_close((y, (gradients, dx)), want, 0.05)  # what a bias sums up, cosines, nearly cancels
+    assert_trees_close(
+        (y, (gradients, dx)), want, 0.05
+    )  # large tolerance: the summands of the bias gradient, cosines, nearly cancel
     ones = {"weight": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
     total = jax.grad(lambda p: jnp.sum(convolve(p, jnp.ones((1, 4096, 1), jnp.bfloat16)).astype(jnp.float32)))(ones)
-    assert float(total["weight"][0, 0]) == 4096  # a bfloat16 sum would have stopped growing at 256
+    assert float(total["weight"][0, 0]) == 4096  # a sum in bfloat16 would stop growing at 256
 
 
 def test_bad_input_is_named():
@@ -138,39 +140,39 @@ def test_bad_input_is_named():
 
 
 @functools.partial(jax.jit, static_argnames="dilation")
-def step_of(params, x, places, ids, past, tail, dilation):
-    moved, stream = open_stream(places, ids, past)
-    x = jnp.take_along_axis(x, moved[:, :, None], axis=1)
+def run_call(params, x, indices, ids, past, tail, dilation):
+    reordered, stream = open_stream(indices, ids, past)
+    x = jnp.take_along_axis(x, reordered[:, :, None], axis=1)
     y, tail = causal_depthwise_convolution(params, stream, x, tail, dilation=dilation)
     return *close_stream(stream, y), tail
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 4, 8), tuple(range(1, 11))])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_a_stream_of_padded_documents_reads_each_as_alone(cuts, dilation):
-    """``x`` in pieces, as a model of one layer would read it: ``x`` stands for the tokens."""
+def test_each_padded_document_of_a_stream_gives_the_same_as_alone(cuts, dilation):
+    """``x`` is read in several calls, as by a model with one layer; ``x`` is the input of the layer."""
     params, x = arrays(3, 11)
     ids = jnp.array(
         [
-            [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],  # left
-            [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1],  # a short prompt, then on
-            [1, 1, 1, 1, 2, 2, 0, 0, 2, 3, 3],  # documents
+            [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],  # padding on the left
+            [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1],  # a short prompt that continues after padding
+            [1, 1, 1, 1, 2, 2, 0, 0, 2, 3, 3],  # several documents
         ]
     )
     past, tail = spec.init((past_specs(B, 2 * dilation), tail_specs(B, 2 * dilation, C, jnp.float32)))
-    places = jnp.broadcast_to(jnp.arange(11)[None], (B, 11))
+    indices = jnp.broadcast_to(jnp.arange(11)[None], (B, 11))
     pieces = []
     for start, stop in zip((0, *cuts), (*cuts, 11), strict=True):
-        y, past, tail = step_of(params, x, places[:, start:stop], ids[:, start:stop], past, tail, dilation)
+        y, past, tail = run_call(params, x, indices[:, start:stop], ids[:, start:stop], past, tail, dilation)
         pieces.append(y)
     got, x, ids = (np.asarray(a) for a in (jnp.concatenate(pieces, axis=1), x, ids))
     for row in range(B):
         for document in range(1, int(ids[row].max()) + 1):
-            at = np.nonzero(ids[row] == document)[0]
-            alone = by_hand(params, x[row, at], np.ones(len(at)), "causal", dilation)
-            assert relative_error(got[row, at], alone) < 1e-6
-    # Without a state, a stream is the plain call.
-    _, stream = open_stream(places, None, None)
+            index = np.nonzero(ids[row] == document)[0]
+            alone = by_hand(params, x[row, index], np.ones(len(index)), "causal", dilation)
+            assert relative_error(got[row, index], alone) < 1e-6
+    # Without a state, a stream gives the same as a plain call.
+    _, stream = open_stream(indices, None, None)
     y, none = causal_depthwise_convolution(params, stream, x, None, dilation=dilation)
     assert none is None
     assert relative_error(y, depthwise_convolution(params, x, padding="causal", dilation=dilation)) < 1e-6

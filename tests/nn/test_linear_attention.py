@@ -1,4 +1,4 @@
-"""Linear attention with decay: chunks against single steps in float64, with every gradient; state, documents, pads."""
+"""Linear attention with decay, against a loop over steps in float64: all gradients, state, documents, padding."""
 
 import functools
 
@@ -12,12 +12,12 @@ from jaxlm.nn.recurrence import borders
 from tests.helpers import assert_trees_close, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
-FORMS = ("head", "channel")
+DECAYS = ("head", "channel")
 
 
-def arrays(form, strength=1.0, seed=0):
+def arrays(decay, strength=1.0, seed=0):
     keys = jax.random.split(jax.random.key(seed), 5)
-    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)[: 3 if form == "head" else 4], (B, H, K, V)]
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)[: 3 if decay == "head" else 4], (B, H, K, V)]
     q, k, v, g, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     return q, k, v, -strength * jnp.exp(g), state
 
@@ -28,54 +28,53 @@ def masks():
     return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
 
 
-def plain(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
-    """The equations, one step after the other."""
-    outputs = []
+def reference_loop(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
+    """The equations as a loop over steps."""
+    steps = []
     for t in range(T):
-        decay = jnp.exp(log_decay[:, t])
-        decay = decay[..., None, None] if decay.ndim == 2 else decay[..., None]
+        factor = jnp.exp(log_decay[:, t])
+        factor = factor[..., None, None] if factor.ndim == 2 else factor[..., None]
         before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
-        new = decay * before + k[:, t, :, :, None] * v[:, t, :, None, :]
+        new = factor * before + k[:, t, :, :, None] * v[:, t, :, None, :]
         out = jnp.sum(q[:, t, :, :, None] * new, axis=2)
         real = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
         state = jnp.where(real[:, None, None, None], new, state)
-        outputs.append(jnp.where(real[:, None, None], out, 0.0))
-    return jnp.stack(outputs, axis=1), state
+        steps.append(jnp.where(real[:, None, None], out, 0.0))
+    return jnp.stack(steps, axis=1), state
 
 
 def results(attend, arguments, **options):
-    """Values and all gradients; the last state has a gradient of its own."""
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
 
     def weighted(*arguments):
-        made = attend(*arguments, **options)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in made), made
+        outputs = attend(*arguments, **options)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
 
-    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2, 3, 4), has_aux=True))(*arguments)
-    return made, gradients
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2, 3, 4), has_aux=True))(*arguments)
+    return outputs, gradients
 
 
 def exact(arguments, **options):
     with jax.enable_x64(True):
-        return results(plain, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
+        return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_values_and_every_gradient_are_those_of_the_plain_loop(form, masked):
-    arguments, options = arrays(form), masks() if masked else {}
+@pytest.mark.parametrize("decay", DECAYS)
+def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):
+    arguments, options = arrays(decay), masks() if masked else {}
     want = exact(arguments, **options)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(linear_attention, arguments, **options, implementation="reference"), want, 2e-6)
-    for chunk in (4, 64):  # three chunks and a bit of one; one that is cut to the next power of two
+    for chunk in (4, 64):  # three full chunks and a part; one chunk, reduced to the next power of two
         got = results(linear_attention, arguments, **options, chunk=chunk, implementation="chunked")
         assert_trees_close(got, want, 2e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_decays_of_any_strength(form):
-    """Sums of logarithms to -1e4 in one chunk, where factors ``exp(-sum)`` would overflow, next to weak ones and to
-    decays that forget everything."""
-    q, k, v, log_decay, state = arrays(form)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_strong_and_weak_decays(decay):
+    """One chunk has log decays whose sum is -1e4 (``exp(-sum)`` would overflow), weak decays, and decays of 0."""
+    q, k, v, log_decay, state = arrays(decay)
     strength = jnp.asarray(np.random.default_rng(1).choice([0.0, 1e-3, 1.0, 1e3], log_decay.shape))
     log_decay = log_decay * strength
     arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), state)
@@ -87,17 +86,17 @@ def test_decays_of_any_strength(form):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_stream_is_one_call_and_steps_are_calls(form, implementation):
-    q, k, v, log_decay, state = arrays(form)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
+    q, k, v, log_decay, state = arrays(decay)
     attend = functools.partial(linear_attention, implementation=implementation)
     want, want_last = attend(q, k, v, log_decay, state)
-    carried, pieces = state, []
+    carry, pieces = state, []
     for piece in (slice(0, 1), slice(1, 8), slice(8, T)):
-        out, carried = attend(q[:, piece], k[:, piece], v[:, piece], log_decay[:, piece], carried)
+        out, carry = attend(q[:, piece], k[:, piece], v[:, piece], log_decay[:, piece], carry)
         pieces.append(out)
     assert relative_error(jnp.concatenate(pieces, axis=1), want) < 1e-6
-    assert relative_error(carried, want_last) < 1e-6
+    assert relative_error(carry, want_last) < 1e-6
     steps = []
     for t in range(T):
         out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
@@ -107,26 +106,26 @@ def test_a_stream_is_one_call_and_steps_are_calls(form, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-@pytest.mark.parametrize("form", FORMS)
-def test_documents_read_as_alone_and_pads_may_hold_anything(form, implementation):
+@pytest.mark.parametrize("decay", DECAYS)
+def test_documents_give_the_same_as_alone_and_padding_may_be_nan(decay, implementation):
     segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
     reset_BT, keep_BT, _ = borders(segments)
-    clean = arrays(form)[:4]
-    dirty = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in clean]
+    clean = arrays(decay)[:4]
+    with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in clean]
     attend = functools.partial(linear_attention, implementation=implementation, chunk=4)
 
     def loss(*arguments):
         out, last = attend(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
         return jnp.sum(jnp.sin(out)), (out, last)
 
-    gradients, (out, last) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*dirty)
+    gradients, (out, last) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*with_nan)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
     assert all((np.asarray(leaf)[~np.asarray(keep_BT)] == 0.0).all() for leaf in (out, *gradients))
     for row in range(B):
         for document in (1, 2):
-            at = np.flatnonzero(segments[row] == document)
-            alone, alone_last = attend(*(x[row : row + 1, at] for x in clean))
-            assert relative_error(out[row, at], alone[0]) < 1e-6
+            index = np.flatnonzero(segments[row] == document)
+            alone, alone_last = attend(*(x[row : row + 1, index] for x in clean))
+            assert relative_error(out[row, index], alone[0]) < 1e-6
         assert relative_error(last[row], alone_last[0]) < 1e-6
 
 
@@ -141,19 +140,19 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert_trees_close(((out, last), gradients), exact(arguments), 0.03)
     ones = jnp.ones((1, 3000, 1, 1), jnp.bfloat16)
     _, last = linear_attention(ones, ones, ones / 256, jnp.zeros((1, 3000, 1)), implementation=implementation)
-    assert float(last[0, 0, 0, 0]) == 3000 / 256  # a bfloat16 sum would have stopped growing at 1
+    assert float(last[0, 0, 0, 0]) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
 
 
-def test_only_inputs_and_a_state_for_each_chunk_are_kept():
+def test_only_inputs_and_one_state_per_chunk_are_saved():
     q, k, v, log_decay, state = arrays("channel")
     attend = functools.partial(linear_attention, implementation="chunked", chunk=4)
     _, pull = jax.vjp(attend, q, k, v, log_decay, state)
     padded = B * 16 * H
-    kept = sum(leaf.size for leaf in jax.tree.leaves(pull))
-    assert kept <= padded * (2 * K + V + K) + 4 * state.size + 2 * log_decay.size + B * T
+    saved = sum(leaf.size for leaf in jax.tree.leaves(pull))
+    assert saved <= padded * (2 * K + V + K) + 4 * state.size + 2 * log_decay.size + B * T
 
 
-def test_bad_inputs_are_named():
+def test_bad_inputs_raise():
     q, k, v, log_decay, state = arrays("head")
     with pytest.raises(ValueError, match=r"query \[2, 13, 2, 3\] and key \[2, 13, 2, 2\] must both be"):
         linear_attention(q, k[..., :2], v, log_decay)

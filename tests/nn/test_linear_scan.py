@@ -1,4 +1,4 @@
-"""The elementwise linear recurrence: all implementations against a plain loop, with every gradient; use of memory."""
+"""The elementwise linear recurrence: all implementations against a loop, with all gradients; memory use."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import linear_scan as module
+from jaxlm.nn import linear_scan as linear_scan_module
 from jaxlm.nn.linear_scan import linear_scan
 from jaxlm.nn.recurrence import borders
 from tests.helpers import assert_trees_close, relative_error
@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ("reference", "sequential", "chunked")
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4)  # two whole chunks and a part of one
+    monkeypatch.setattr(linear_scan_module, "CHUNK", 4)  # two full chunks and a part
 
 
 def arrays(dtype=jnp.float32):
@@ -31,40 +31,40 @@ def masks():
     return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.3), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.7)}
 
 
-def plain(decay, new, state, reset_BT=None, keep_BT=None, reverse=False):
-    outputs = {}
+def reference_loop(decay, new, state, reset_BT=None, keep_BT=None, reverse=False):
+    states = {}
     for t in range(T)[:: -1 if reverse else 1]:
         real = True if keep_BT is None else keep_BT[:, t, None]
         before = state if reset_BT is None else jnp.where(reset_BT[:, t, None], 0.0, state)
         state = jnp.where(real, decay[:, t] * before + new[:, t], state)
-        outputs[t] = state
-    return jnp.stack([outputs[t] for t in range(T)], axis=1), state
+        states[t] = state
+    return jnp.stack([states[t] for t in range(T)], axis=1), state
 
 
 def results(scan, arguments, **options):
-    """Values and all gradients; the last state has a gradient of its own."""
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
 
     def weighted(*arguments):
-        made = scan(*arguments, **options)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in made), made
+        outputs = scan(*arguments, **options)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
 
-    (_, made), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(*arguments)
-    return made, gradients
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(*arguments)
+    return outputs, gradients
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked", ["none", "reset", "keep", "both"])
-def test_values_and_every_gradient_are_those_of_the_plain_loop(masked, reverse):
-    chosen = {name: mask for name, mask in masks().items() if masked == "both" or name.startswith(masked)}
-    want = results(plain, arrays(), **chosen, reverse=reverse)
+def test_values_and_all_gradients_equal_those_of_the_loop(masked, reverse):
+    used_masks = {name: mask for name, mask in masks().items() if masked == "both" or name.startswith(masked)}
+    want = results(reference_loop, arrays(), **used_masks, reverse=reverse)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     for implementation in IMPLEMENTATIONS:
-        got = results(linear_scan, arrays(), **chosen, reverse=reverse, implementation=implementation)
+        got = results(linear_scan, arrays(), **used_masks, reverse=reverse, implementation=implementation)
         assert_trees_close(got, want, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_stream_is_one_call(implementation):
+def test_several_calls_equal_one_call(implementation):
     decay, new, state = arrays()
     scan = functools.partial(linear_scan, implementation=implementation)
     want, want_last = scan(decay, new, state)
@@ -78,7 +78,7 @@ def test_a_stream_is_one_call(implementation):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_documents_read_as_alone_and_pads_may_hold_anything(implementation, reverse):
+def test_documents_give_the_same_as_alone_and_padding_may_be_nan(implementation, reverse):
     segments = jnp.array(
         [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0], [0, 1, 1, 0, 1, 0, 2, 0, 2, 2, 0]]
     )
@@ -95,10 +95,10 @@ def test_documents_read_as_alone_and_pads_may_hold_anything(implementation, reve
     assert all((np.asarray(leaf)[~keep_BT] == 0.0).all() for leaf in gradients)
     for row in range(B):
         for document in (1, 2):
-            at = np.flatnonzero(segments[row] == document)
-            alone, alone_last = linear_scan(decay[row : row + 1, at], new[row : row + 1, at], **options)
-            assert relative_error(hidden[row, at], alone[0]) < 1e-6
-            if document == (1 if reverse else 2):  # the last that is read
+            index = np.flatnonzero(segments[row] == document)
+            alone, alone_last = linear_scan(decay[row : row + 1, index], new[row : row + 1, index], **options)
+            assert relative_error(hidden[row, index], alone[0]) < 1e-6
+            if document == (1 if reverse else 2):  # the document that is read last
                 assert relative_error(last[row], alone_last[0]) < 1e-6
 
 
@@ -111,49 +111,51 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     hidden, last = total(2.0**-8, jnp.bfloat16)
     assert hidden.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
-    assert float(last[0, 0]) == 3000 / 256  # a bfloat16 sum would have stopped growing at 1
+    assert float(last[0, 0]) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
     got = results(functools.partial(linear_scan, implementation=implementation), arrays(jnp.bfloat16))
     assert [leaf.dtype for leaf in got[1]] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
-    assert_trees_close(got, results(plain, arrays()), 0.03)
+    assert_trees_close(got, results(reference_loop, arrays()), 0.03)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_no_turn_of_a_loop_copies_the_buffer(masked):
-    """One copy in each of T turns would make the scan quadratic."""
+def test_no_iteration_copies_the_buffer(masked):
+    """One copy in each of T iterations would make the scan quadratic in T."""
     decay, new, state = arrays()
     options = {**(masks() if masked else {}), "implementation": "sequential"}
 
-    def both(decay, new, state, dhidden, dlast):
+    def gradients(decay, new, state, dhidden, dlast):
         _, pull = jax.vjp(lambda *x: linear_scan(*x, **options), decay, new, state)
         return pull((dhidden, dlast))
 
     forward = jax.jit(lambda *x: linear_scan(*x, **options), donate_argnums=1).lower(decay, new, state)
-    for lowered, most in ((forward, 0), (jax.jit(both).lower(decay, new, state, new, state), 2)):
+    for lowered, max_copies in ((forward, 0), (jax.jit(gradients).lower(decay, new, state, new, state), 2)):
         lines = lowered.compile().as_text().splitlines()
         copies = [line for line in lines if " copy(" in line and f"f32[{B},{T},{D}]" in line]
         loops = [line for line in lines if " while(" in line]
-        assert len(loops) == (1 if most == 0 else 2)
-        assert len(copies) <= most  # before the loops, where what they overwrite is not theirs; or none
+        assert len(loops) == (1 if max_copies == 0 else 2)
+        assert (
+            len(copies) <= max_copies
+        )  # copies before a loop are allowed if the loop overwrites an array that it does not own
         assert not any("while/body" in line for line in copies)
 
 
-def test_only_decay_and_states_are_kept_for_the_gradient():
+def test_only_decay_and_states_are_saved_for_the_gradient():
     decay, new, state = arrays()
     for implementation in ("sequential", "chunked"):
         _, pull = jax.vjp(functools.partial(linear_scan, implementation=implementation), decay, new, state)
-        kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= new.size]
-        assert len(kept) == 2
-        assert not any(np.array_equal(leaf, new) for leaf in kept)
+        saved = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= new.size]
+        assert len(saved) == 2
+        assert not any(np.array_equal(leaf, new) for leaf in saved)
 
 
-def test_ensembles_map_over_it():
+def test_vmap_over_an_ensemble():
     decay, new, state = (jnp.stack([x, x[::-1]]) for x in arrays())
     got = jax.jit(jax.vmap(functools.partial(linear_scan, implementation="sequential")))(decay, new, state)
-    want = [plain(*(x[i] for x in (decay, new, state))) for i in range(2)]
+    want = [reference_loop(*(x[i] for x in (decay, new, state))) for i in range(2)]
     assert_trees_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want), 1e-6)
 
 
-def test_bad_inputs_are_named():
+def test_bad_inputs_raise():
     decay, new, state = arrays()
     with pytest.raises(ValueError, match=r"decay \[3, 11, 3\] and input \[3, 11, 4\] must both be"):
         linear_scan(decay[..., :3], new)

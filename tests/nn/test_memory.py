@@ -1,4 +1,4 @@
-"""The rolling memory against lists of tokens in Python."""
+"""The memory of the last hidden states, against Python lists of tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxlm import spec
 from jaxlm.nn import memory
 from jaxlm.nn.mask import keep
 
-# Three calls of one row each way: pads on the left, on the right, in the middle; documents that go on and that start.
+# Three calls with three rows each: padding on the left, on the right and in the middle; documents continue and start.
 CALLS = [
     [[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 2]],
     [[1, 1, 2, 2], [1, 0, 0, 0], [2, 2, 0, 0]],
@@ -18,7 +18,7 @@ CALLS = [
 
 
 def run(slots, calls=CALLS):
-    """Yield (segments, span, state) of each call; the number of a token is its hidden state."""
+    """Yield (segments, tokens, span, state) of each call. The hidden state of a token is its number."""
     state = spec.init(memory.memory_specs(None, 3, slots, 1, jnp.float32))
     for number, segments in enumerate(calls):
         segments = np.array(segments, np.int32)
@@ -30,22 +30,22 @@ def run(slots, calls=CALLS):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5, 12])
-def test_it_holds_the_last_real_tokens_in_order(slots):
+def test_the_memory_contains_the_last_real_tokens_in_order(slots):
     histories = [[], [], []]
     for segments, tokens, _, state in run(slots):
         for row, history in enumerate(histories):
             history += [(token, s) for token, s in zip(tokens[row], segments[row]) if s > 0]
-            held = [
+            remembered = [
                 (token, s)
                 for token, s in zip(state["hidden"][row, :, 0].tolist(), state["segment_ids"][row].tolist())
                 if s > 0
             ]
-            assert held == history[-slots:]
+            assert remembered == history[-slots:]
             assert np.all(np.diff(np.asarray(state["segment_ids"][row]) > 0) >= 0)  # empty slots come first
     assert spec.diff(memory.memory_specs(None, 3, slots, 1, jnp.float32), state) == []
 
 
-def test_mask_and_distances_are_those_of_the_documents_alone():
+def test_mask_and_distances_equal_those_of_single_documents():
     histories = [[], [], []]
     slots = 12
     for segments, _, span, _ in run(slots):
@@ -61,13 +61,13 @@ def test_mask_and_distances_are_those_of_the_documents_alone():
                 if query is None:
                     continue
                 for k, key in enumerate(past + new):
-                    sees = key is not None and key[0] == query[0] and key[1] <= query[1]
-                    assert kept[row, q, k] == sees
-                    if sees:
+                    is_visible = key is not None and key[0] == query[0] and key[1] <= query[1]
+                    assert kept[row, q, k] == is_visible
+                    if is_visible:
                         assert distance[row, q, k] == query[1] - key[1]
 
 
-def test_without_segments_positions_are_plain():
+def test_positions_without_segments():
     state = spec.init(memory.memory_specs(1, 2, 3, 1, jnp.float32))
     for _ in range(3):
         span, state = memory.span(jnp.zeros((2, 2), int), state, None)
@@ -79,19 +79,19 @@ def test_without_segments_positions_are_plain():
     assert np.array_equal(keep(span.mask, 4, 4)[0], np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
 
 
-def test_a_window_counts_tokens_and_not_pads():
+def test_a_window_counts_tokens_and_not_padding():
     segments = jnp.array([[1, 0, 0, 1, 1]])
     span, _ = memory.span(jnp.zeros((1, 5), int), None, segments, window=2)
     assert np.array_equal(keep(span.mask, 5, 5)[0, 3], [True, False, False, True, False])
 
 
 @pytest.mark.parametrize("kept", [None, jnp.array([[1, 2], [0, 2]])])
-def test_what_is_remembered_carries_no_gradient(kept):
+def test_the_memory_has_no_gradient(kept):
     old, new = jnp.ones((2, 2, 3)), jnp.ones((2, 1, 3))
     gradients = jax.grad(lambda old, new: jnp.sum(memory.append(old, new, kept)), argnums=(0, 1))(old, new)
     assert all(np.all(np.asarray(gradient) == 0.0) for gradient in gradients)
 
 
-def test_a_memory_of_nothing_is_an_error():
+def test_a_memory_without_slots_raises():
     with pytest.raises(ValueError, match="a memory of 0 slots holds nothing"):
         memory.memory_specs(1, 2, 0, 4, jnp.float32)

@@ -1,4 +1,4 @@
-"""The TPU kernel with terms, interpreted on the CPU, against the reference: values and all gradients."""
+"""Pallas attention with biases, interpreted on the CPU, against the reference: values and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ B, H, K = 2, 2, 8
 def orders(T, S):
     rng = np.random.default_rng(1)
     query, key = (rng.integers(0, 50, (B, n)).astype(np.int32) for n in (T, S))
-    query[0, :3] = -1  # sees nothing
+    query[0, :3] = -1  # no key is visible
     return {"query_order": query, "key_order": key}
 
 
 def segments(T, S):
     rng = np.random.default_rng(2)
     query, key = (np.sort(rng.integers(0, 4, (B, n)), axis=1).astype(np.int32) for n in (T, S))
-    return {"query_segments": query, "key_segments": key + 2}  # some documents are on one side only
+    return {"query_segments": query, "key_segments": key + 2}  # some segments have only queries or only keys
 
 
 def arrays(T, S, heads=H):
@@ -37,7 +37,7 @@ def arrays(T, S, heads=H):
 
 def terms(kinds, q, numbers, vectors, types, S):
     T = q.shape[1]
-    made = {
+    constructors = {
         "numbers": lambda: distance_term(numbers, 12, T, S, ahead=S - T),
         "numbers of all heads": lambda: distance_term(numbers[:, :1], 12, T, S, ahead=0),
         "vectors": lambda: distance_term(vectors, S, T, S, ahead=S - T, q_BTHK=q, scale=0.5),
@@ -48,44 +48,44 @@ def terms(kinds, q, numbers, vectors, types, S):
             q, types, np.arange(T)[None] % 3 + np.array([[0], [1]]), np.arange(S)[None] % 2, scale=0.5
         ),
     }
-    return [made[kind]() for kind in kinds]
+    return [constructors[kind]() for kind in kinds]
 
 
 CASES = {
-    "nothing but keys for all heads": ((), Mask(causal=True), 256, 256),
+    "no bias, keys for all heads": ((), Mask(causal=True), 256, 256),
     "numbers": (("numbers",), Mask(), 256, 256),
     "numbers of all heads, keys for all heads, padded": (("numbers of all heads",), Mask(), 130, 200),
     "numbers, causal": (("numbers",), Mask(causal=True), 256, 256),
     "vectors": (("vectors",), Mask(), 256, 256),
     "vectors, causal, window, padded": (("vectors",), Mask(causal=True, window=70), 200, 200),
     "vectors, more keys, padded": (("vectors",), Mask(), 130, 300),
-    "vectors, types, orders, some see nothing": (("vectors", "types"), Mask(causal=True, **orders(128, 256)), 128, 256),
+    "vectors, types, orders, without keys": (("vectors", "types"), Mask(causal=True, **orders(128, 256)), 128, 256),
     "vectors and types, padded": (("vectors", "types"), Mask(causal=True, **orders(140, 140)), 140, 140),
-    "vectors of queries anywhere, padded": (("vectors of queries", "types"), Mask(), 85, 300),
-    "vectors of queries anywhere, orders": (("vectors of queries",), Mask(causal=True, **orders(256, 256)), 256, 256),
-    "documents, some alone": (("vectors",), Mask(**segments(130, 200)), 130, 200),
-    "orders alone": ((), Mask(causal=True, **orders(256, 256)), 256, 256),
+    "vectors of queries, padded": (("vectors of queries", "types"), Mask(), 85, 300),
+    "vectors of queries, orders": (("vectors of queries",), Mask(causal=True, **orders(256, 256)), 256, 256),
+    "segments, without keys": (("vectors",), Mask(**segments(130, 200)), 130, 200),
+    "only orders": ((), Mask(causal=True, **orders(256, 256)), 256, 256),
 }  # fmt: skip
 
 
 def run(attend, kinds, S, floats, cotangent):
-    """Values and the gradients of all arrays."""
+    """The output, and the gradients of all arrays."""
 
-    def attended(q, k, v, *tables):
+    def attend_with_tables(q, k, v, *tables):
         return attend(q, k, v, terms(kinds, q, *tables, S))
 
     @jax.jit
-    def both(*floats):
-        out, pull = jax.vjp(attended, *floats)
+    def value_and_gradients(*floats):
+        out, pull = jax.vjp(attend_with_tables, *floats)
         return out, pull(jnp.asarray(cotangent))
 
-    return both(*floats)
+    return value_and_gradients(*floats)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     kinds, mask, T, S = CASES[name]
-    monkeypatch.setattr(pallas_attention, "LARGEST_BLOCK", 128)  # several blocks
+    monkeypatch.setattr(pallas_attention, "MAX_BLOCK", 128)  # several blocks
     floats, cotangent = arrays(T, S, heads=1 if "keys for all heads" in name else H)
 
     def kernel(q, k, v, bias):
@@ -99,12 +99,12 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     assert_trees_close(got, want, 1e-5)
     used = [np.abs(gradient).max() > 1e-3 for gradient in want[1][3:]]
     assert used == [any(name in kind for kind in kinds) for name in ("numbers", "vectors", "types")]
-    if "see nothing" in name or "some alone" in name:
+    if "without keys" in name:
         assert np.any(np.all(np.asarray(want[0]) == 0.0, axis=(2, 3)))
 
 
-def test_half_precision_is_as_near_as_the_blocks_are():
-    """bfloat16, against the reference in float32: no further than the implementation that XLA compiles."""
+def test_bfloat16_is_as_accurate_as_blockwise():
+    """In bfloat16, the error relative to the float32 reference is not larger than that of ``blockwise``."""
     kinds, mask, S = ("vectors", "types"), Mask(), 256
     floats, cotangent = arrays(256, S)
     halves = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), floats)
@@ -112,18 +112,19 @@ def test_half_precision_is_as_near_as_the_blocks_are():
     def kernel(q, k, v, bias):
         return pallas_attention.attention(q, k, v, mask, scale=0.3, terms=tuple(bias), interpret=True)
 
-    def of(implementation):
+    def attend_with(implementation):
         return lambda q, k, v, bias: attention(q, k, v, mask, scale=0.3, bias=bias, implementation=implementation)
 
-    exact = run(of("reference"), kinds, S, jax.tree.map(lambda x: x.astype(jnp.float32), halves), cotangent)
+    exact = run(attend_with("reference"), kinds, S, jax.tree.map(lambda x: x.astype(jnp.float32), halves), cotangent)
     half = jnp.asarray(cotangent, jnp.bfloat16)
 
     def errors(result):
         as_float = jax.tree.leaves(jax.tree.map(lambda x: np.asarray(x, np.float32), result))
         return [np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-9) for x, y in zip(as_float, jax.tree.leaves(exact))]
 
-    ours, theirs = errors(run(kernel, kinds, S, halves, half)), errors(run(of("blockwise"), kinds, S, halves, half))
-    assert all(one < 1.3 * other + 2e-3 for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
+    pallas = errors(run(kernel, kinds, S, halves, half))
+    blockwise = errors(run(attend_with("blockwise"), kinds, S, halves, half))
+    assert all(x < 1.3 * y + 2e-3 for x, y in zip(pallas, blockwise, strict=True)), (pallas, blockwise)
 
 
 def test_each_device_runs_its_own_rows_and_heads():
@@ -139,12 +140,12 @@ def test_each_device_runs_its_own_rows_and_heads():
             return kernel(q, k, v, bias)
 
     kinds = "vectors", "types", "numbers"
-    # The gradients of tables are sums over devices.
+    # The gradients of the tables are summed over devices.
     assert_trees_close(run(split, kinds, 128, floats, cotangent), run(kernel, kinds, 128, floats, cotangent), 2e-6)
 
 
-def test_what_it_cannot_do_is_said():
-    q, place = jnp.zeros((B, 8, H, K)), jnp.zeros((1, 8), jnp.int32)
+def test_unsupported_arguments_give_the_reason():
+    q, positions = jnp.zeros((B, 8, H, K)), jnp.zeros((1, 8), jnp.int32)
 
     def attend(**changes):
         attention(q, q, q, **{"implementation": "pallas", **changes})
@@ -155,13 +156,14 @@ def test_what_it_cannot_do_is_said():
         attend(dropout=0.1, key=jax.random.key(0))
     with pytest.raises(ValueError, match="'pallas' takes no dense bias"):
         attend(bias=jnp.zeros((1, 1, 8, 8)))
-    with pytest.raises(ValueError, match="does not know the term Positions, which picks entries one by one"):
-        attend(bias=distance_term_of_positions(jnp.zeros((9, H)), 4, place, place))
-    assert "has room for 4096 keys, and these are 8192" in pallas_attention.refusal(8192, 8192, (), None, None)
+    with pytest.raises(ValueError, match="does not support the bias ByPositions, which gathers single entries"):
+        attend(bias=distance_term_of_positions(jnp.zeros((9, H)), 4, positions, positions))
+    assert "has room for 4096 keys, got 8192" in pallas_attention.unsupported_reason(8192, 8192, (), None, None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
-        assert "without a sequence axis" in pallas_attention.refusal(128, 128, (), None, None)
+        assert "without a sequence axis" in pallas_attention.unsupported_reason(128, 128, (), None, None)
 
 
-def test_blocks_divide_the_queries_and_leave_room():
-    assert [pallas_attention._block(n, n) for n in (128, 256, 384, 512, 640, 1024)] == [128, 256, 384, 512, 128, 512]
-    assert pallas_attention._block(4096, pallas_attention.LONGEST) == 128
+def test_blocks_divide_the_queries_and_fit_into_vmem():
+    sizes = {128: 128, 256: 256, 384: 384, 512: 512, 640: 128, 1024: 512}
+    assert {length: pallas_attention._block_size(length, length) for length in sizes} == sizes
+    assert pallas_attention._block_size(4096, pallas_attention.MAX_KEYS) == 128

@@ -18,7 +18,7 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 5)) - 3.0, jnp.
     ("padding", "stride", "pads", "dilation"),
     [("valid", 3, (0, 0), 1), ("same", 2, (1, 1), 1), ("causal", 1, (4, 0), 2), ("valid", 1, (0, 0), 4)],
 )
-def test_max_pool_is_that_of_xla(padding, stride, pads, dilation):
+def test_max_pool_equals_that_of_xla(padding, stride, pads, dilation):
     want = jax.lax.reduce_window(
         X, -jnp.inf, jax.lax.max, (1, 3, 1), (1, stride, 1), [(0, 0), pads, (0, 0)], window_dilation=(1, dilation, 1)
     )
@@ -26,31 +26,33 @@ def test_max_pool_is_that_of_xla(padding, stride, pads, dilation):
 
 
 @jax.jit
-def step_of(places, ids, past, tail):
-    moved, stream = open_stream(places, ids, past)
-    y, tail = causal_max_pool(stream, jnp.take_along_axis(X, moved[:, :, None], axis=1), tail, 3, dilation=2)
+def run_call(indices, ids, past, tail):
+    reordered, stream = open_stream(indices, ids, past)
+    y, tail = causal_max_pool(stream, jnp.take_along_axis(X, reordered[:, :, None], axis=1), tail, 3, dilation=2)
     return *close_stream(stream, y), tail
 
 
-def test_causal_max_pool_in_pieces_with_padding_and_documents():
+def test_causal_max_pool_in_several_calls_with_padding_and_documents():
     ids = jnp.array([[0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0, 3, 3, 3, 0]])
-    places = jnp.broadcast_to(jnp.arange(13)[None], (2, 13))
+    indices = jnp.broadcast_to(jnp.arange(13)[None], (2, 13))
     for cuts in ((), (5,), tuple(range(1, 13))):
-        past, tail = spec.init((past_specs(2, 9), tail_specs(2, 4, 5, jnp.float32)))  # other layers reach further back
+        past, tail = spec.init(
+            (past_specs(2, 9), tail_specs(2, 4, 5, jnp.float32))
+        )  # P = 9: another layer has a longer tail
         pieces = []
         for start, stop in itertools.pairwise((0, *cuts, 13)):
-            y, past, tail = step_of(places[:, start:stop], ids[:, start:stop], past, tail)
+            y, past, tail = run_call(indices[:, start:stop], ids[:, start:stop], past, tail)
             pieces.append(y)
         got = np.concatenate(pieces, axis=1)
         assert np.isfinite(got).all()
         for row, document in ((0, 1), (1, 1), (1, 2), (1, 3)):
-            place = np.nonzero(np.asarray(ids[row]) == document)[0]
-            alone = np.asarray(X)[row, place]
-            for at in range(len(place)):
-                np.testing.assert_array_equal(got[row, place[at]], alone[at::-2][:3].max(axis=0))
+            index = np.nonzero(np.asarray(ids[row]) == document)[0]
+            alone = np.asarray(X)[row, index]
+            for t in range(len(index)):
+                np.testing.assert_array_equal(got[row, index[t]], alone[t::-2][:3].max(axis=0))
 
 
-def test_k_max_pool_keeps_order_and_takes_the_first_of_equals():
+def test_k_max_pool_keeps_the_order_and_the_first_of_equal_entries():
     x = jnp.array([0.0, 5.0, 0.0, 3.0, 0.0, 7.0])[None, :, None]
     assert k_max_pool(x, 2)[0, :, 0].tolist() == [5.0, 7.0]
     assert k_max_pool(x, 4)[0, :, 0].tolist() == [0.0, 5.0, 3.0, 7.0]

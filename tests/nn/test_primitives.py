@@ -24,13 +24,13 @@ def draw(*shape):
 @pytest.mark.parametrize(
     ("rows", "inputs", "shape"), [((3, 7), 1, (8, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4))]
 )
-def test_gradients_over_blocks_of_rows_are_those_of_one_product(monkeypatch, rows, inputs, shape):
-    """With and without rows that are left over, and into what both were computed from."""
+def test_gradients_over_blocks_of_rows_equal_those_of_one_matmul(monkeypatch, rows, inputs, shape):
+    """With and without an incomplete last block; the gradients continue through the functions before and after it."""
     x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
 
     def gradients(blocks):
-        monkeypatch.setattr(linear_module, "BLOCKS", blocks)
+        monkeypatch.setattr(linear_module, "MIN_BLOCKS", blocks)
 
         def loss(params, x):
             y = linear(params, jnp.sin(x), inputs=inputs)
@@ -41,9 +41,9 @@ def test_gradients_over_blocks_of_rows_are_those_of_one_product(monkeypatch, row
         loops = "while" in trace or "scan" in trace
         return loops, jax.jit(gradient)(params, x)
 
-    monkeypatch.setattr(linear_module, "_block", lambda weight, inputs: 5)
-    (loops, got), (none, want) = gradients(4), gradients(100)
-    assert (loops, none) == (True, False)
+    monkeypatch.setattr(linear_module, "_block_rows", lambda weight, inputs: 5)
+    (with_blocks, got), (without_blocks, want) = gradients(4), gradients(100)
+    assert (with_blocks, without_blocks) == (True, False)
     assert_trees_close(got, want, 1e-5)
 
 
@@ -61,8 +61,8 @@ def test_linear_over_one_and_several_axes():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_of_heads_on_a_tpu_are_those_elsewhere(monkeypatch, dtype):
-    """The bias has the sum of what comes back, added up in float32."""
+def test_gradients_of_heads_on_a_tpu_equal_those_on_other_platforms(monkeypatch, dtype):
+    """The gradient of the bias is the sum of the output gradients, computed in float32."""
     x, dy = jnp.asarray(draw(5, 40, 6), dtype), jnp.asarray(draw(5, 40, 3, 4), dtype)
     params = {"weight": draw(6, 3, 4), "bias": draw(3, 4)}
 
@@ -83,7 +83,7 @@ def test_layer_norm_against_its_formula_and_gradient():
         "bias"
     ]
     assert relative_error(layer_norm(params, x, 1e-5), want) < 1e-6
-    # Adding a constant or scaling changes nothing: the gradient is orthogonal to both.
+    # Layer norm is invariant to adding a constant and to scaling, so its gradient is orthogonal to both changes.
     grad = jax.grad(lambda x: jnp.sum(jnp.sin(layer_norm(params, x, 0.0))))(jnp.asarray(x))
     assert np.abs(np.asarray(grad).sum(-1)).max() < 1e-5
     assert np.abs(np.sum(np.asarray(grad) * x, -1)).max() < 1e-5
@@ -97,8 +97,8 @@ def test_layer_norm_statistics_are_float32():
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (30.0, 1.0), (0.0, 1e-3), (-200.0, 20.0), (7.0, 0.0)])
-def test_layer_norm_of_half_precision_is_that_of_its_values(mean, spread):
-    """One pass over the values is as good as two, even where their mean is tens of deviations."""
+def test_layer_norm_of_half_precision_equals_that_of_its_values_in_float32(mean, spread):
+    """The one-pass variance is accurate, even if the mean is tens of standard deviations."""
     x = jnp.asarray(mean + spread * draw(2, 3, 512), jnp.bfloat16)
     params = {"scale": 1.0 + 0.1 * draw(512), "bias": draw(512)}
     weights = draw(2, 3, 512)
@@ -106,9 +106,9 @@ def test_layer_norm_of_half_precision_is_that_of_its_values(mean, spread):
     def loss(x):
         return jnp.sum(layer_norm(params, x, 1e-5).astype(jnp.float32) * weights)
 
-    exact = x.astype(jnp.float32)
-    assert relative_error(layer_norm(params, x, 1e-5), layer_norm(params, exact, 1e-5)) < 2**-7
-    assert relative_error(jax.grad(loss)(x), jax.grad(loss)(exact)) < 2**-6
+    x32 = x.astype(jnp.float32)
+    assert relative_error(layer_norm(params, x, 1e-5), layer_norm(params, x32, 1e-5)) < 2**-7
+    assert relative_error(jax.grad(loss)(x), jax.grad(loss)(x32)) < 2**-6
 
 
 def test_embedding_rows_gradient_and_bad_ids():
@@ -137,28 +137,28 @@ def test_dropout_keeps_the_mean_and_is_off_without_a_key():
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
-def test_keep_mask_has_the_stated_rate_and_independent_entries(rate):
+def test_keep_mask_has_the_given_rate_and_independent_entries(rate):
     kept = np.asarray(keep_mask(jax.random.key(1), rate, (300, 1001)), float)
     sigma = (rate * (1 - rate) / kept.size) ** 0.5
     assert abs(kept.mean() - (1 - rate)) < 4 * sigma
-    # Neighbours share a random word: they must be independent all the same.
+    # Neighbours use bits of the same random word, but they must be independent.
     neighbours = np.mean((kept[:, 0:1000:2] - kept.mean()) * (kept[:, 1:1000:2] - kept.mean()))
     assert abs(neighbours) < 4 * rate * (1 - rate) / (300 * 500) ** 0.5
 
 
-def test_a_longer_keep_mask_begins_with_the_shorter_one():
+def test_a_longer_keep_mask_starts_with_the_shorter_one():
     shorter, longer = (keep_mask(jax.random.key(2), 0.3, (n,)) for n in (37, 52))
     assert shorter.shape == (37,)
     assert shorter.tolist() == longer[:37].tolist()
     assert bool(jnp.all(keep_mask(jax.random.key(2), 1e-6, (5, 5))))
 
 
-def test_the_gradients_of_unembed_are_those_of_the_product():
+def test_the_gradients_of_unembed_equal_those_of_the_matmul():
     table, hidden, weight = draw(8, 4), draw(2, 3, 4), draw(2, 3, 8)
-    ours = jax.grad(lambda *x: jnp.sum(unembed(*x, 8) * weight), argnums=(0, 1))(table, hidden)
-    plain = jax.grad(lambda table, hidden: jnp.sum((hidden @ table.T) * weight), argnums=(0, 1))(table, hidden)
-    for one, other in zip(ours, plain, strict=True):
-        assert relative_error(one, other) < 1e-6
+    got = jax.grad(lambda *x: jnp.sum(unembed(*x, 8) * weight), argnums=(0, 1))(table, hidden)
+    want = jax.grad(lambda table, hidden: jnp.sum((hidden @ table.T) * weight), argnums=(0, 1))(table, hidden)
+    for leaf, want_leaf in zip(got, want, strict=True):
+        assert relative_error(leaf, want_leaf) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("relu", 1.0)])
@@ -168,7 +168,7 @@ def test_activations_at_one(name, at_one):
         activation("swush")
 
 
-def test_positions_within_documents_and_after_a_state():
+def test_positions_within_documents_and_continued_from_a_state():
     segments = jnp.array([[0, 0, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [3, 3, 4, 4, 4, 0]])
     assert positions_in_segments(segments).tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 2, 0, 0, 0], [0, 1, 0, 1, 2, 0]]
     after = positions_in_segments(segments, jnp.array([1, 1, 3]), jnp.array([10, 20, 30]))

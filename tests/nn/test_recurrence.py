@@ -1,4 +1,4 @@
-"""LSTM and GRU layers against a plain loop, their gradients against autodiff of that loop."""
+"""LSTM and GRU layers against a loop over steps, and their gradients against autodiff of this loop."""
 
 import functools
 
@@ -33,8 +33,8 @@ def setup(kind, dtype="float32"):
     return params, jax.random.normal(jax.random.key(1), (B, T, D)).astype(dtype), state
 
 
-def plain(kind, params, x, state=None, reset_BT=None, keep_BT=None, reverse=False):
-    """The equations, one step after the other, in the dtype of the parameters."""
+def reference_loop(kind, params, x, state=None, reset_BT=None, keep_BT=None, reverse=False):
+    """The equations as a loop over steps, in the dtype of the parameters."""
     w, u, b = (params[name] for name in ("weight_input", "weight_hidden", "bias"))
 
     def product(x, weight, gate):
@@ -58,9 +58,9 @@ def plain(kind, params, x, state=None, reset_BT=None, keep_BT=None, reverse=Fals
     for t in range(x.shape[1])[:: -1 if reverse else 1]:
         real = True if keep_BT is None else keep_BT[:, t, None]
         if reset_BT is not None:
-            carry = tuple(jnp.where(reset_BT[:, t, None] & real, 0.0, one) for one in carry)
-        new = (lstm_step if kind == "lstm" else gru_step)(x[:, t], *carry)
-        carry = tuple(jnp.where(real, one, old) for one, old in zip(new, carry))
+            carry = tuple(jnp.where(reset_BT[:, t, None] & real, 0.0, leaf) for leaf in carry)
+        new_carry = (lstm_step if kind == "lstm" else gru_step)(x[:, t], *carry)
+        carry = tuple(jnp.where(real, new, old) for new, old in zip(new_carry, carry))
         outputs[t] = carry[0]
     return jnp.stack([outputs[t] for t in range(x.shape[1])], axis=1), dict(zip(names, carry))
 
@@ -70,18 +70,18 @@ def masks():
     return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.3), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.7)}
 
 
-FORMS = {
+CASES = {
     "reference": ({"implementation": "reference"}, 512),
     "one chunk": ({"implementation": "chunked"}, 512),
-    "chunks of 3, 3 and 1": ({}, 3 * B),  # None is chunked
+    "chunks of 3, 3 and 1": ({}, 3 * B),  # the default implementation is chunked
     "chunks of 2 with remat": ({"remat": True}, 2 * B),
 }
-"""Arguments, and rows of a chunk."""
+"""(Arguments of the layer, ROWS_OF_A_CHUNK)."""
 
 
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    arguments, rows = FORMS[request.param]
+@pytest.fixture(params=CASES)
+def options(request, monkeypatch):
+    arguments, rows = CASES[request.param]
     monkeypatch.setattr(recurrence, "ROWS_OF_A_CHUNK", rows)
     return arguments
 
@@ -89,7 +89,7 @@ def form(request, monkeypatch):
 def value_and_gradients(layer, params, x, state, **inputs):
     def weighted(params, x, state):
         hidden, last = layer(params, x, state, **inputs)
-        leaves = [hidden, *jax.tree.leaves(last)]  # the last state has a gradient of its own
+        leaves = [hidden, *jax.tree.leaves(last)]  # the last state is part of the loss, so that its gradient is tested
         loss = sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves)
         return loss, (hidden, last)
 
@@ -98,35 +98,36 @@ def value_and_gradients(layer, params, x, state, **inputs):
 
 
 @functools.cache
-def wanted(kind, masked, reverse):
+def reference_results(kind, masked, reverse):
     return value_and_gradients(
-        functools.partial(plain, kind), *setup(kind), **(masks() if masked else {}), reverse=reverse
+        functools.partial(reference_loop, kind), *setup(kind), **(masks() if masked else {}), reverse=reverse
     )
 
 
 @pytest.mark.parametrize(("masked", "reverse"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_every_gradient_are_those_of_the_plain_loop(kind, masked, reverse, form):
+def test_values_and_all_gradients_equal_those_of_the_loop(kind, masked, reverse, options):
     inputs = {**(masks() if masked else {}), "reverse": reverse}
-    outputs, gradients = value_and_gradients(layer_of(kind), *setup(kind), **inputs, **form)
-    want, want_gradients = wanted(kind, masked, reverse)
+    outputs, gradients = value_and_gradients(layer_of(kind), *setup(kind), **inputs, **options)
+    want, want_gradients = reference_results(kind, masked, reverse)
     assert_trees_close(outputs, want, 1e-6)
     assert_trees_close(gradients, want_gradients, 2e-6)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_row_whose_weights_are_read_as_they_lie(kind):
+def test_one_row(kind):
+    """For one row, the weights are read in the layout in which they are stored."""
     params, x, state = setup(kind)
-    one = params, x[:1], jax.tree.map(lambda leaf: leaf[:1], state)
-    outputs, gradients = value_and_gradients(layer_of(kind), *one, implementation="chunked")
-    want, want_gradients = value_and_gradients(functools.partial(plain, kind), *one)
+    arguments = params, x[:1], jax.tree.map(lambda leaf: leaf[:1], state)
+    outputs, gradients = value_and_gradients(layer_of(kind), *arguments, implementation="chunked")
+    want, want_gradients = value_and_gradients(functools.partial(reference_loop, kind), *arguments)
     assert_trees_close(outputs, want, 1e-6)
     assert_trees_close(gradients, want_gradients, 2e-6)
 
 
 def loops_of(jaxpr):
-    """Every loop, with whether another one is inside."""
+    """Yield each loop of a jaxpr, and whether it contains another loop."""
     for eqn in jaxpr.eqns:
         inner = [loop for sub in jaxprs_in_params(eqn.params) for loop in loops_of(sub)]
         yield from inner
@@ -140,31 +141,31 @@ def test_no_loop_over_steps_carries_a_weight_gradient(kind, rows, monkeypatch):
     monkeypatch.setattr(recurrence, "ROWS_OF_A_CHUNK", rows)
     params, x, _ = setup(kind)
 
-    def carrying(implementation):
+    def loops_with_weight_gradient(implementation):
         layer = functools.partial(layer_of(kind), implementation=implementation)
         jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(layer(p, x)[0])))(params).jaxpr
         steps = [loop for loop, has_inner in loops_of(jaxpr) if not has_inner]
         assert len(steps) >= 2
         return [loop for loop in steps for var in loop.outvars if var.aval.shape == params["weight_hidden"].shape]
 
-    assert not carrying("chunked")
-    assert carrying("reference")
+    assert not loops_with_weight_gradient("chunked")
+    assert loops_with_weight_gradient("reference")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_remat_keeps_no_gates(kind):
+def test_remat_saves_no_gates(kind):
     params, x, _ = setup(kind)
 
-    def kept(remat):
+    def saved_size(remat):
         pull = jax.vjp(functools.partial(layer_of(kind), remat=remat), params, x)[1]
         return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
-    gates = {"lstm": 4, "gru_after": 4, "gru_before": 3}[kind]  # after: the candidate's product too
-    assert kept(False) - kept(True) == gates * B * T * H
+    gates = {"lstm": 4, "gru_after": 4, "gru_before": 3}[kind]  # gru_after: also the product of the candidate
+    assert saved_size(False) - saved_size(True) == gates * B * T * H
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cell_in_another_loop_gives_what_the_layer_gives(kind):
+def test_a_loop_over_the_cell_equals_the_layer(kind):
     params, x, state = setup(kind)
     want, last = layer_of(kind)(params, x, state)
     cell = recurrence.lstm_cell if kind == "lstm" else recurrence.gru_cell
@@ -178,8 +179,8 @@ def test_a_cell_in_another_loop_gives_what_the_layer_gives(kind):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pads_on_either_side_and_neighbours_change_nothing(kind, reverse):
-    """Rows hold two documents between pads; each document alone, without pads, gives the same."""
+def test_each_padded_document_gives_the_same_as_alone(kind, reverse):
+    """Each row contains two documents and padding; each document alone, without padding, gives the same."""
     params, x, _ = setup(kind)
     segments = jnp.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 2, 0, 0, 0], [0, 1, 1, 1, 1, 2, 0]], jnp.int32)
     reset_BT, keep_BT, _ = borders(segments, reverse=reverse)
@@ -188,14 +189,14 @@ def test_pads_on_either_side_and_neighbours_change_nothing(kind, reverse):
     assert np.isfinite(np.asarray(hidden)).all()
     for row in range(B):
         for document in (1, 2):
-            at = np.flatnonzero(np.asarray(segments)[row] == document)
-            alone, alone_last = layer_of(kind)(params, x[row : row + 1, at], reverse=reverse)
-            assert relative_error(hidden[row, at], alone[0]) < 1e-6
-            if document == (1 if reverse else 2):  # the last that is read
+            index = np.flatnonzero(np.asarray(segments)[row] == document)
+            alone, alone_last = layer_of(kind)(params, x[row : row + 1, index], reverse=reverse)
+            assert relative_error(hidden[row, index], alone[0]) < 1e-6
+            if document == (1 if reverse else 2):  # the document that is read last
                 assert_trees_close(jax.tree.map(lambda leaf: leaf[row : row + 1], last), alone_last, 1e-6)  # noqa: B023
 
 
-def test_borders_of_documents_that_go_on_across_pads_and_calls():
+def test_boundaries_of_documents_that_continue_across_padding_and_calls():
     segments = jnp.array([[1, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 3, 3, 0, 1, 1]], jnp.int32)
     reset_BT, keep_BT, last_B = borders(segments, jnp.array([1, 2, 2]))
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
@@ -208,13 +209,13 @@ def test_borders_of_documents_that_go_on_across_pads_and_calls():
 
 
 @pytest.mark.parametrize(
-    ("rows", "form"), [(B, "reference"), (B, "chunks of 2 with remat"), (1, "one chunk")], indirect=["form"]
+    ("rows", "options"), [(B, "reference"), (B, "chunks of 2 with remat"), (1, "one chunk")], indirect=["options"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind, rows, form):
+def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind, rows, options):
     params, x, state = setup(kind)
     x, state = x[:rows], jax.tree.map(lambda leaf: leaf[:rows], state)
-    layer = functools.partial(layer_of(kind), **form)
+    layer = functools.partial(layer_of(kind), **options)
 
     def gradients(x):
         def loss(p, s):
@@ -230,14 +231,14 @@ def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind, rows, form):
 
 
 def test_a_long_float32_sum_survives_bfloat16():
-    """A cell that adds a little at each of 2000 steps: in bfloat16 it would stop growing at 2."""
+    """A cell that adds a small number in each of 2000 steps; a bfloat16 cell state would stop growing at 2."""
     params = spec.init(recurrence.lstm_specs(1, 1, spec.ZEROS), None)
     bias = jnp.array([[-5.0], [50.0], [50.0], [50.0]])  # input gate 0.0067, forget and output gates 1, candidate 1
     _, state = recurrence.lstm({**params, "bias": bias}, jnp.zeros((1, 2000, 1), jnp.bfloat16))
     assert float(state["cell"][0, 0]) == pytest.approx(2000 / (1 + np.exp(5.0)), rel=1e-3)
 
 
-def test_bad_inputs_are_named():
+def test_bad_inputs_raise():
     params, x, _ = setup("lstm")
     with pytest.raises(ValueError, match="the input is 3 wide, but weight_input is made for 5"):
         recurrence.lstm(params, x[..., :3])
@@ -254,7 +255,7 @@ def test_bad_inputs_are_named():
 # --------------------------------------------------------------------------------------------------------- cuDNN
 
 
-def test_cudnn_says_why_it_cannot_run(monkeypatch):
+def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
     params, x, _ = setup("lstm")
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, this is a cpu: leave the implementation out"):
         recurrence.lstm(params, x, implementation="cudnn")
@@ -269,7 +270,7 @@ def test_cudnn_says_why_it_cannot_run(monkeypatch):
 
 @pytest.fixture
 def cudnn_by_reference(monkeypatch):
-    """JAX's own definition of what its cuDNN call computes, in place of it: no GPU is here."""
+    """Replaces JAX's cuDNN call by JAX's reference definition of it, because the tests have no GPU."""
     from jax.experimental import rnn
 
     def lstm(x, h_0, c_0, weights, lengths, *sizes):
@@ -282,17 +283,17 @@ def cudnn_by_reference(monkeypatch):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [None, (7, 3, 1)])
-def test_what_cudnn_is_asked_for_is_this_layer(lengths, reverse, cudnn_by_reference):
+def test_the_call_of_cudnn_computes_the_layer(lengths, reverse, cudnn_by_reference):
     inputs = {"reverse": reverse}
     if lengths is not None:
         inputs["keep_BT"] = jnp.arange(T)[None, :] < jnp.array(lengths)[:, None]
     got = value_and_gradients(recurrence.lstm, *setup("lstm"), **inputs, implementation="cudnn")
-    want = value_and_gradients(functools.partial(plain, "lstm"), *setup("lstm"), **inputs)
+    want = value_and_gradients(functools.partial(reference_loop, "lstm"), *setup("lstm"), **inputs)
     assert_trees_close(got[0], want[0], 1e-6)
     assert_trees_close(got[1], want[1], 2e-6)
 
 
-def test_cudnn_gives_nan_for_pads_that_are_no_lengths(cudnn_by_reference):
+def test_cudnn_gives_nan_if_padding_is_not_only_at_the_end(cudnn_by_reference):
     params, x, _ = setup("lstm")
     keep_BT = jnp.array([[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
     hidden, last = recurrence.lstm(params, x, keep_BT=keep_BT, implementation="cudnn")

@@ -1,4 +1,4 @@
-"""Relative terms against one table row picked for every pair, dense and in every implementation of attention."""
+"""Relative biases against a gather of one table row per pair: as a dense array, and in each implementation."""
 
 import functools
 
@@ -22,7 +22,7 @@ from jaxlm.nn.term import Term, dense
 from tests.helpers import assert_trees_close, relative_error
 
 B, H, K = 2, 3, 4
-SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, keys, places ahead
+SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, keys, ahead
 
 
 def test_sinusoids_are_concatenated_and_not_interleaved():
@@ -34,36 +34,36 @@ def test_sinusoids_are_concatenated_and_not_interleaved():
         sinusoids(jnp.arange(3), 5)
 
 
-def picked(table, longest, distance_BTS, q=None):
-    """The definition: [B, H, T, S], a row of the table for every pair, or the product of it and the query."""
+def gathered_bias(table, longest, distance_BTS, q=None):
+    """The bias by its definition, [B, H, T, S]: the table row of each pair, or its product with the query."""
     rows = jnp.clip(longest - jnp.asarray(distance_BTS), 0, table.shape[0] - 1)
-    chosen = table[rows]
+    row_BTS = table[rows]
     if q is None:
-        return jnp.moveaxis(chosen, -1, 1)
-    return 0.5 * jnp.einsum("BTHK,BTSHK->BHTS", q, jnp.broadcast_to(chosen, (B, *chosen.shape[1:])))
+        return jnp.moveaxis(row_BTS, -1, 1)
+    return 0.5 * jnp.einsum("BTHK,BTSHK->BHTS", q, jnp.broadcast_to(row_BTS, (B, *row_BTS.shape[1:])))
 
 
 def arrays(queries, rows, vectors):
-    one, two = jax.random.split(jax.random.key(0))
-    table = jax.random.normal(one, (rows, H, K) if vectors else (rows, H))
-    return table, jax.random.normal(two, (B, queries, H, K)) if vectors else None
+    key_1, key_2 = jax.random.split(jax.random.key(0))
+    table = jax.random.normal(key_1, (rows, H, K) if vectors else (rows, H))
+    return table, jax.random.normal(key_2, (B, queries, H, K)) if vectors else None
 
 
 def check(ours, theirs, *arguments):
-    """Values and all gradients, with another weight on every entry."""
+    """Compare the values and all gradients, with a different weight on each entry."""
 
     def run(function):
         out, pull = jax.vjp(function, *arguments)
         return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
 
-    # 1e-5: where one row serves all pairs, its gradient is a sum of both signs.
+    # 1e-5, because the gradient of a row that all pairs use is a sum of terms of both signs.
     assert_trees_close(jax.jit(run, static_argnums=0)(ours), jax.jit(run, static_argnums=0)(theirs), 1e-5)
 
 
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize(("queries", "keys", "ahead"), SHAPES)
-def test_distances_of_places(queries, keys, ahead, vectors):
-    """Also where the table is too short on either side, or goes on."""
+def test_distance_term(queries, keys, ahead, vectors):
+    """The table is exactly long enough, too short at either end, or longer than needed."""
     distance = (ahead + np.arange(queries))[None, :, None] - np.arange(keys)
     for longest, rows in ((distance.max(), queries + keys - 1), (2, 4), (40, 60), (2, 1), (-40, 3), (60, 3)):
         table, q = arrays(queries, rows, vectors)
@@ -75,14 +75,14 @@ def test_distances_of_places(queries, keys, ahead, vectors):
             )
 
         def theirs(table, *q, longest=longest):
-            return picked(table, longest, distance, *q)
+            return gathered_bias(table, longest, distance, *q)
 
         check(ours, theirs, table, *(() if q is None else (q,)))
 
 
 @pytest.mark.parametrize("vectors", [False, True])
-def test_distances_of_positions(vectors):
-    """Rows of the batch have positions of their own, in any order; beyond the table the nearest row counts."""
+def test_distance_term_of_positions(vectors):
+    """Each row of the batch has its own positions, in any order; outside the table, the nearest row is used."""
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 9, (B, 5)), rng.integers(0, 9, (B, 7))
     table, q = arrays(5, 9, vectors)
@@ -96,10 +96,10 @@ def test_distances_of_positions(vectors):
         )  # fmt: skip
 
     distance = query[:, :, None] - key[:, None, :]
-    check(ours, lambda table, *q: picked(table, 5, distance, *q), table, *(() if q is None else (q,)))
+    check(ours, lambda table, *q: gathered_bias(table, 5, distance, *q), table, *(() if q is None else (q,)))
 
 
-def test_distances_of_queries_that_stand_anywhere():
+def test_distance_term_of_queries():
     query = np.random.default_rng(0).integers(0, 7, (B, 5))
     table, q = arrays(5, 13, True)
 
@@ -107,12 +107,12 @@ def test_distances_of_queries_that_stand_anywhere():
         return dense(distance_term_of_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
 
     distance = query[:, :, None] - np.arange(7)
-    check(ours, lambda table, q: picked(table, 6, distance, q), table, q)
-    with pytest.raises(ValueError, match="a table of 13 distances has none for each of 14 keys"):
+    check(ours, lambda table, q: gathered_bias(table, 6, distance, q), table, q)
+    with pytest.raises(ValueError, match="a table of 13 distances is too short for 14 keys"):
         distance_term_of_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
 
 
-def test_token_types_pick_one_of_two_vectors():
+def test_type_term():
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
     table, q = arrays(5, 2, True)
@@ -122,21 +122,20 @@ def test_token_types_pick_one_of_two_vectors():
 
 
 def terms_of(kind, table, vectors, q, types):
-    """Terms of T queries and keys, as the families have them."""
+    """The terms for T queries and T keys, as in the model families."""
     T = q.shape[1]
-    place = jnp.arange(T)[None] + jnp.array([[0], [3]])
+    positions = jnp.arange(T)[None] + jnp.array([[0], [3]])
     if kind == "numbers":
         return distance_term(table, 12, T, T, ahead=0)
     if kind == "numbers of positions":
-        return distance_term_of_positions(table, 12, place, place)
+        return distance_term_of_positions(table, 12, positions, positions)
     if kind == "vectors":
         return distance_term(vectors, T, T, T, ahead=0, q_BTHK=q, scale=0.5)
     if kind == "vectors of queries":
-        return distance_term_of_queries(vectors, T, place % T, T, q_BTHK=q, scale=0.5)
-    positions = place // 2, place // 2
+        return distance_term_of_queries(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
     return [
-        distance_term_of_positions(vectors, T, *positions, q_BTHK=q, scale=0.5),
-        type_term(q, types, place % 3, place % 2, scale=0.5),
+        distance_term_of_positions(vectors, T, positions // 2, positions // 2, q_BTHK=q, scale=0.5),
+        type_term(q, types, positions % 3, positions % 2, scale=0.5),
     ]
 
 
@@ -144,11 +143,11 @@ def terms_of(kind, table, vectors, q, types):
 @pytest.mark.parametrize(
     "kind", ["numbers", "numbers of positions", "vectors", "vectors of queries", "vectors and types"]
 )
-def test_blocks_make_their_part_of_a_term_and_of_its_gradient(monkeypatch, kind, sequential):
+def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind, sequential):
     monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
-    monkeypatch.setattr(blockwise_attention, "ROWS", (16, 16))
+    monkeypatch.setattr(blockwise_attention, "BLOCK_ROWS", (16, 16))
     monkeypatch.setattr(blockwise_attention, "ALIGN", 8)
-    monkeypatch.setattr(blockwise_attention, "RANGES_FROM", 32)
+    monkeypatch.setattr(blockwise_attention, "MIN_KEYS_FOR_RANGES", 32)
     T = 40
     keys = jax.random.split(jax.random.key(0), 6)
     q, k, v = (jax.random.normal(key, (B, T, H, K)) for key in keys[:3])
@@ -173,7 +172,7 @@ def test_blocks_make_their_part_of_a_term_and_of_its_gradient(monkeypatch, kind,
 
 
 def test_no_array_of_all_pairs_is_made():
-    """Temporaries of the gradient at twice the length: about twice, with each kind of term."""
+    """The temporary memory of the gradient doubles with twice the length, for each kind of term."""
 
     def temporaries(kind, T):
         def value(q, k, v, *tables):
@@ -188,12 +187,11 @@ def test_no_array_of_all_pairs_is_made():
         assert temporaries(kind, 16384) < 2.2 * temporaries(kind, 8192) < 2.2 * 8192 * 8192 * 4 / 2, kind
 
 
-def test_terms_of_other_shapes_are_named():
+def test_terms_with_wrong_shapes_raise():
     q = jnp.zeros((B, 5, H, K))
     term = distance_term(jnp.zeros((9, H + 1)), 4, 5, 5, ahead=0)
-    with pytest.raises(ValueError, match=r"an array \(1, 4, 1, 10\) of a term must be \[1 or 2, 1 or 3"):
+    with pytest.raises(ValueError, match=r"an array \(1, 4, 1, 10\) of an attention bias must be \[1 or 2, 1 or 3"):
         attention(q, q, q, bias=term)
-    with pytest.raises(ValueError, match=r"integers of a term must be \[1 or 2"):
-        attention(
-            q, q, q, bias=Term(term.form, {"table": jnp.zeros((1, H, 1, 10))}, {"query": jnp.zeros((3, 5), jnp.int32)})
-        )
+    integers = {"query": jnp.zeros((3, 5), jnp.int32)}
+    with pytest.raises(ValueError, match=r"an integer array .* of an attention bias must be \[1 or 2"):
+        attention(q, q, q, bias=Term(term.bias_fn, {"table": jnp.zeros((1, H, 1, 10))}, integers))

@@ -6,26 +6,26 @@ import pytest
 from jaxlm.nn.relative_bias import distance_buckets, distance_table
 from tests.helpers import relative_error
 
-# Where a bucket of T5's 32 begins, after the exact ones: 8 * 16**(i/8) and 16 * 8**(i/16), rounded up.
+# First distance of each of T5's 32 buckets after the exact ones: 8 * 16**(i/8) and 16 * 8**(i/16), rounded up.
 BIDIRECTIONAL = (8, 12, 16, 23, 32, 46, 64, 91)
 UNIDIRECTIONAL = (16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)
 
 
 def test_buckets_of_t5():
-    def count(distance, begins):
-        exact = begins[0]
-        return distance if distance < exact else exact - 1 + sum(distance >= begin for begin in begins)
+    def bucket(distance, starts):
+        exact = starts[0]
+        return distance if distance < exact else exact - 1 + sum(distance >= start for start in starts)
 
     both = distance_buckets(32, 128, bidirectional=True)
-    assert both.tolist() == [count(abs(d), BIDIRECTIONAL) + 16 * (d > 0) for d in range(-128, 129)]
+    assert both.tolist() == [bucket(abs(d), BIDIRECTIONAL) + 16 * (d > 0) for d in range(-128, 129)]
     past = distance_buckets(32, 128, bidirectional=False)
-    assert past.tolist() == [count(max(-d, 0), UNIDIRECTIONAL) for d in range(-128, 129)]
-    assert set(both) == set(range(32)) - {16}  # distance 0 is an earlier one
+    assert past.tolist() == [bucket(max(-d, 0), UNIDIRECTIONAL) for d in range(-128, 129)]
+    assert set(both) == set(range(32)) - {16}  # bucket 16 is unused: distance 0 is in bucket 0
     assert set(past) == set(range(32))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_every_distance_has_the_number_of_its_bucket_and_gives_it_its_gradient(bidirectional):
+def test_the_table_of_distances_and_its_gradient(bidirectional):
     rng = np.random.default_rng(1)
     table, weight = (rng.normal(size=(n, 2)).astype(np.float32) for n in (8, 25))
     buckets = distance_buckets(8, 12, bidirectional=bidirectional)
@@ -53,6 +53,6 @@ def test_every_distance_has_the_number_of_its_bucket_and_gives_it_its_gradient(b
         (32, 16, False, "max_distance=16 must exceed 16"),
     ],
 )
-def test_numbers_that_do_not_fit_are_named(buckets, max_distance, bidirectional, message):
+def test_bad_numbers_raise(buckets, max_distance, bidirectional, message):
     with pytest.raises(ValueError, match=message):
         distance_buckets(buckets, max_distance, bidirectional=bidirectional)

@@ -1,4 +1,4 @@
-"""Rotary positions: what they promise, and their scalings against numbers of transformers 4.57."""
+"""Rotary position embeddings: their properties, and their scalings against numbers from transformers 4.57."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,29 +15,29 @@ def random(*shape):
 def test_scores_depend_on_distances_only():
     q, k = random(1, 1, 2, 8), random(1, 1, 2, 8) + 1
 
-    def score(q_at, k_at):
-        at = [rotary_angles(jnp.array([[place]]), 8, 100.0) for place in (q_at, k_at)]
-        return jnp.sum(rotate(q, at[0]) * rotate(k, at[1]))
+    def score(q_position, k_position):
+        q_angles, k_angles = (rotary_angles(jnp.array([[p]]), 8, 100.0) for p in (q_position, k_position))
+        return jnp.sum(rotate(q, q_angles) * rotate(k, k_angles))
 
     assert relative_error(score(7, 3), score(54, 50)) < 1e-5
     assert relative_error(score(7, 3), score(8, 3)) > 1e-3
 
 
-def test_pairs_are_half_a_head_apart_and_turn_by_the_frequency():
-    turned = rotate(jnp.eye(4)[None, :1, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
-    assert relative_error(turned[0, 0, 0], [np.cos(3), 0, np.sin(3), 0]) < 1e-6
-    turned = rotate(jnp.eye(4)[None, 1:2, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
-    assert relative_error(turned[0, 0, 0], [0, np.cos(0.3), 0, np.sin(0.3)]) < 1e-6
+def test_entry_i_is_paired_with_entry_i_plus_half_the_width():
+    rotated = rotate(jnp.eye(4)[None, :1, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
+    assert relative_error(rotated[0, 0, 0], [np.cos(3), 0, np.sin(3), 0]) < 1e-6
+    rotated = rotate(jnp.eye(4)[None, 1:2, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
+    assert relative_error(rotated[0, 0, 0], [0, np.cos(0.3), 0, np.sin(0.3)]) < 1e-6
 
 
-def test_lengths_stay_and_the_dtype_stays():
+def test_the_norm_and_the_dtype_do_not_change():
     x = random(2, 5, 3, 16)
     angles = rotary_angles(jnp.arange(10).reshape(2, 5) * 1000, 16, 10000.0)
     assert relative_error(jnp.linalg.norm(rotate(x, angles), axis=-1), jnp.linalg.norm(x, axis=-1)) < 1e-6
     assert rotate(x.astype(jnp.bfloat16), angles).dtype == jnp.bfloat16
 
 
-# Width 8, base 100, 64 positions at most: `ROPE_INIT_FUNCTIONS` of transformers (live: test_rotary_live.py).
+# Width 8, base 100, 64 positions: from `ROPE_INIT_FUNCTIONS` of transformers (test_rotary_live.py computes them live).
 SCALINGS = {
     "linear": RotaryScaling("linear", 4.0),
     "dynamic": RotaryScaling("dynamic", 4.0, original_positions=16),
@@ -65,7 +65,7 @@ def test_scalings(name):
     assert relative_error(jnp.hypot(cosine, sine), np.full((1, 2, 4), magnitude)) < 1e-6
 
 
-def test_dynamic_is_no_scaling_within_the_lengths_of_the_training():
+def test_dynamic_scaling_changes_nothing_up_to_the_original_length():
     plain, _ = rotary_frequencies(8, 100.0)
     for positions in (None, 7, 16):
         assert np.array_equal(rotary_frequencies(8, 100.0, SCALINGS["dynamic"], positions)[0], plain)
@@ -85,11 +85,11 @@ def test_dynamic_is_no_scaling_within_the_lengths_of_the_training():
         ({"kind": "yarn", "factor": 2.0, "original_positions": 8, "fast_turns": 0.5}, "fast_turns=0.5 must exceed"),
     ],
 )
-def test_bad_scalings_are_named(fields, message):
+def test_bad_scalings_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         RotaryScaling(**fields)
 
 
-def test_an_odd_width_is_named():
+def test_an_odd_width_raises():
     with pytest.raises(ValueError, match="a head width of 7 is odd"):
         rotary_frequencies(7, 100.0)

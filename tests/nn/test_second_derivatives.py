@@ -1,5 +1,7 @@
-"""Own gradients (``jax.custom_vjp``) can be differentiated: Hessian-vector products, forward over reverse, go through
-them and are those of the plain definition."""
+"""Custom gradients (``jax.custom_vjp``) are differentiable.
+
+Hessian-vector products (forward over reverse) equal those of the plain definition.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,104 +26,112 @@ def normal(*shapes):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def smooth(x):
-    """A scalar whose second derivative in ``x`` is not zero."""
+def sum_of_sines(x):
+    """A scalar whose second derivative with respect to ``x`` is not zero."""
     return jnp.sum(jnp.sin(x))
 
 
-def attended(implementation):
+def attention_loss(implementation):
     mask = Mask(causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
-    return lambda qkv: smooth(attention(*qkv, mask, implementation=implementation))
+    return lambda qkv: sum_of_sines(attention(*qkv, mask, implementation=implementation))
 
 
-def plain_linear(tree):
-    return smooth(jnp.einsum("BTD,DF->BTF", tree["x"], tree["weight"]) + tree["bias"][None, None, :])
+def linear_loss(tree):
+    return sum_of_sines(jnp.einsum("BTD,DF->BTF", tree["x"], tree["weight"]) + tree["bias"][None, None, :])
 
 
-def losses(tree, chunk_logits):
+def loss_of(tree, chunk_logits):
     head = lambda params, hidden: hidden @ params  # noqa: E731
     weights = jnp.array([[1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
     targets = jnp.arange(8).reshape(2, 4) % 6
     if chunk_logits is None:
-        return smooth(jnp.sum(weights * cross_entropy(head(tree["w"], tree["h"]), targets)))
-    return smooth(chunked_cross_entropy(head, tree["w"], tree["h"], targets, weights, chunk_logits=chunk_logits))
+        return sum_of_sines(jnp.sum(weights * cross_entropy(head(tree["w"], tree["h"]), targets)))
+    return sum_of_sines(chunked_cross_entropy(head, tree["w"], tree["h"], targets, weights, chunk_logits=chunk_logits))
 
 
-def stepwise(cell, names):
+def cell_loss(cell, names):
     def run(tree):
         x = project(tree["params"], tree["x"])
         state, out = {name: jnp.zeros((2, 3)) for name in names}, []
         for t in range(x.shape[1]):
             state = cell(tree["params"], x[:, t], state)
             out.append(state["hidden"])
-        return smooth(jnp.stack(out))
+        return sum_of_sines(jnp.stack(out))
 
     return run
 
 
-def scanned(implementation):
+def scan_loss(implementation):
     masks = {"reset_BT": SEGMENTS == 2, "keep_BT": SEGMENTS > 0}
 
     def run(tree):
         decay = jax.nn.sigmoid(tree["decay"])
-        return smooth(linear_scan(decay, tree["input"], tree["state"], **masks, implementation=implementation)[0])
+        return sum_of_sines(linear_scan(decay, tree["input"], tree["state"], **masks, implementation=implementation)[0])
 
     return run
 
 
-def remembered(implementation):
+def linear_attention_loss(implementation):
     options = {"implementation": implementation, "chunk": 4}
-    return lambda tree: smooth(linear_attention(*tree["qkv"], -jnp.exp(tree["decay"]), **options)[0])
+    return lambda tree: sum_of_sines(linear_attention(*tree["qkv"], -jnp.exp(tree["decay"]), **options)[0])
 
 
-def convolved(implementation):
+def convolution_loss(implementation):
     options = {"padding": "causal", "implementation": implementation}
-    return lambda tree: smooth(depthwise_convolution({"weight": tree["weight"]}, tree["x"], **options))
+    return lambda tree: sum_of_sines(depthwise_convolution({"weight": tree["weight"]}, tree["x"], **options))
 
 
 q, k, v, x, weight, bias, hidden, head = normal(
     (2, 5, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4), (2, 4, 3), (3, 5), (5,), (2, 4, 3), (3, 6)
 )
-FORMS = {
-    "attention": (attended("blockwise"), attended("reference"), (q, k, v)),
+CASES = {
+    "attention": (attention_loss("blockwise"), attention_loss("reference"), (q, k, v)),
     "linear": (
-        lambda tree: smooth(linear({"weight": tree["weight"], "bias": tree["bias"]}, tree["x"])),
-        plain_linear,
+        lambda tree: sum_of_sines(linear({"weight": tree["weight"], "bias": tree["bias"]}, tree["x"])),
+        linear_loss,
         {"x": x, "weight": weight, "bias": bias},
     ),
     "chunked_cross_entropy": (
-        lambda tree: losses(tree, 12),
-        lambda tree: losses(tree, None),
+        lambda tree: loss_of(tree, 12),
+        lambda tree: loss_of(tree, None),
         {"h": hidden, "w": head},
     ),
     "lstm": (
-        lambda tree: smooth(lstm(tree["params"], tree["x"])[0]),
-        stepwise(lstm_cell, ("hidden", "cell")),
+        lambda tree: sum_of_sines(lstm(tree["params"], tree["x"])[0]),
+        cell_loss(lstm_cell, ("hidden", "cell")),
         {"params": spec.init(lstm_specs(3, 3), jax.random.key(1)), "x": x},
     ),
     "gru": (
-        lambda tree: smooth(gru(tree["params"], tree["x"])[0]),
-        stepwise(gru_cell, ("hidden",)),
+        lambda tree: sum_of_sines(gru(tree["params"], tree["x"])[0]),
+        cell_loss(gru_cell, ("hidden",)),
         {"params": spec.init(gru_specs(3, 3), jax.random.key(1)), "x": x},
     ),
     **{
         f"linear_scan {name}": (
-            scanned(name),
-            scanned("reference"),
+            scan_loss(name),
+            scan_loss("reference"),
             {"decay": q[:, :, 0], "input": k[:, :, 0], "state": q[:, 0, 1]},
         )
         for name in ("sequential", "chunked")
     },
-    "linear_attention": (remembered("chunked"), remembered("reference"), {"qkv": (q, k, v), "decay": v + q}),
-    "depthwise_convolution": (convolved("shifts"), convolved("reference"), {"weight": weight.T[:, :3], "x": x}),
+    "linear_attention": (
+        linear_attention_loss("chunked"),
+        linear_attention_loss("reference"),
+        {"qkv": (q, k, v), "decay": v + q},
+    ),
+    "depthwise_convolution": (
+        convolution_loss("shifts"),
+        convolution_loss("reference"),
+        {"weight": weight.T[:, :3], "x": x},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_hessian_times_vector_is_that_of_the_plain_form(name):
-    own, plain, at = FORMS[name]
-    along = jax.tree.map(lambda leaf: jnp.cos(3.0 * leaf), at)
+@pytest.mark.parametrize("name", CASES)
+def test_hessian_vector_product_equals_that_of_the_plain_definition(name):
+    custom, plain, x = CASES[name]
+    tangent = jax.tree.map(lambda leaf: jnp.cos(3.0 * leaf), x)
     got, want = (
-        jax.jit(lambda at, along, f=f: jax.jvp(jax.grad(f), (at,), (along,))[1])(at, along) for f in (own, plain)
+        jax.jit(lambda x, tangent, f=f: jax.jvp(jax.grad(f), (x,), (tangent,))[1])(x, tangent) for f in (custom, plain)
     )
     assert_trees_close(got, want, 2e-5)

@@ -6,10 +6,10 @@ from jaxlm.nn.sentence import mean_pooled
 from tests.helpers import relative_error
 
 
-def test_mean_pooled_is_the_direction_of_the_mean_over_real_tokens():
+def test_mean_pooled_has_the_direction_of_the_mean_over_real_tokens():
     hidden = np.random.default_rng(0).normal(size=(3, 7, 5)).astype(np.float32)
     segments = np.array([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], np.int32)
-    hidden[segments == 0] = np.nan  # pads are not even looked at
+    hidden[segments == 0] = np.nan  # padding must be ignored
     means = np.stack([row[real > 0].mean(axis=0) for row, real in zip(hidden, segments)])
     want = means / np.linalg.norm(means, axis=1, keepdims=True)
     assert relative_error(mean_pooled(jnp.asarray(hidden), jnp.asarray(segments)), want) < 1e-6

@@ -1,1 +1,1 @@
-"""What an accelerator (or this CPU) runs instead of a primitive's plain definition."""
+"""Implementations of attention that are faster, or need less memory, than its reference definition."""

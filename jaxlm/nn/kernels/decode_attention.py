@@ -1,9 +1,10 @@
-"""Attention of a few queries over a cache: its cost follows what the cache holds and not what it has room for.
+"""Attention of a few queries over a cache: the cost depends on the filled part of the cache, not on its size.
 
-The slots that anybody may see are read, rounded up to one of a few lengths: each is a branch of its own. On a CPU and a
-TPU all heads are one matmul, ``k [E, G*K] @ q [G*K, T*H]``, with zeros where query and key are of different heads: that
-is more arithmetic than is needed, but a product for each head would first copy the cache into another order.
-Shapes as in ``jaxlm.nn.attention``; E slots read.
+Only the slots up to the last visible one are read, rounded up to one of a few lengths; each length is a branch of a
+``lax.switch``. On CPU and TPU, all heads are computed in one matmul, ``k [E, G*K] @ q [G*K, T*H]``, where the query
+matrix has zeros for keys of other heads. This needs more arithmetic, but one matmul per head would first copy the cache
+into another layout.
+Shapes as in ``jaxlm.nn.attention``; E slots that are read.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from jaxlm.nn.cache import Slots
 from jaxlm.nn.mask import Mask, keep, softmax
 from jaxlm.nn.term import Term, dense
 
-QUERIES = 8
-"""Queries up to which this pays off."""
-SHORTEST = 128
-"""Fewest slots that are read; each further branch reads twice as many."""
+MAX_QUERIES = 8
+"""Maximum number of queries for which this implementation is the default."""
+MIN_SLOTS_READ = 128
+"""Minimum number of slots that are read; each further branch reads twice as many."""
 
 
-def refusal(bias: jax.Array | None, key: jax.Array | None) -> str | None:
-    """Why this cannot be done here, as the end of a sentence, or None."""
+def unsupported_reason(bias: jax.Array | None, key: jax.Array | None) -> str | None:
+    """Why this implementation does not support the arguments, as the end of a sentence; None if it supports them."""
     if bias is not None:
         return "takes no dense bias"
-    return None if key is None else "drops nothing"
+    return None if key is None else "has no dropout"
 
 
 def attention(
@@ -48,7 +49,7 @@ def attention(
     """See ``jaxlm.nn.attention.attention``."""
     S = k_BSGK.shape[1]
     lengths = [S]
-    while lengths[0] > 2 * SHORTEST:
+    while lengths[0] > 2 * MIN_SLOTS_READ:
         lengths.insert(0, -(-lengths[0] // 2))
 
     def branch(length: int) -> Callable[[], jax.Array]:
@@ -57,37 +58,39 @@ def attention(
 
         return lambda: attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, terms)
 
-    end = _end(mask, S)
-    longer = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
-    return lax.switch(longer, [branch(length) for length in lengths])
+    end = _end_of_visible(mask, S)
+    index = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
+    return lax.switch(index, [branch(length) for length in lengths])
 
 
-def _end(mask: Mask, slots: int) -> jax.Array:
-    """One more than the last slot that any query may see."""
-    seen_BS = jnp.ones((1, slots), bool)
+def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
+    """The index after the last slot that is visible to any query."""
+    visible_BS = jnp.ones((1, slots), bool)
     if mask.query_order is not None:
-        seen_BS &= mask.key_order <= jnp.max(mask.query_order, axis=1, keepdims=True)
+        visible_BS &= mask.key_order <= jnp.max(mask.query_order, axis=1, keepdims=True)
     if mask.query_segments is not None:
         low, high = (f(mask.query_segments, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
-        seen_BS &= (mask.key_segments >= low) & (mask.key_segments <= high)
-    return jnp.max(jnp.where(seen_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0))
+        visible_BS &= (mask.key_segments >= low) & (mask.key_segments <= high)
+    return jnp.max(jnp.where(visible_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0))
 
 
 def attend(
     q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, terms: Sequence[Term]
 ) -> jax.Array:
-    """As :func:`attention`, over the first E keys only."""
+    """Attention over the first E keys, [B, T, H, V]; see :func:`attention`."""
     B, T, H, K = q_BTHK.shape
     E, G, V = k_BEGK.shape[1], k_BEGK.shape[2], v_BEGK.shape[3]
     active = sharding.active()
-    P = 1 if active is None else active.pieces(("heads",))  # devices that share the heads: each has its own product
-    flat = sharding.platform() in ("cpu", "tpu") and G % P == 0
-    same = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if flat else np.zeros(())
-    if flat:
-        own_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
-        spread = jnp.einsum("BTPRK,GR->BPGKTR", own_BTPRK, same.astype(q_BTHK.dtype)).reshape(B, P, -1, T * H // P)
-        spread = jnp.pad(spread, ((0, 0), (0, 0), (0, _missing(spread.shape[2])), (0, 0)))
-        scores = _dot(_flat(k_BEGK, P), spread, (((3,), (2,)), ((0, 2), (0, 1))))
+    P = 1 if active is None else active.pieces(("heads",))  # devices that split the heads; each has its own matmul
+    use_one_matmul = sharding.platform() in ("cpu", "tpu") and G % P == 0
+    is_own_group = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if use_one_matmul else np.zeros(())
+    if use_one_matmul:
+        q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
+        wide_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, is_own_group.astype(q_BTHK.dtype)).reshape(
+            B, P, -1, T * H // P
+        )
+        wide_q = jnp.pad(wide_q, ((0, 0), (0, 0), (0, _lane_padding(wide_q.shape[2])), (0, 0)))
+        scores = _dot(_merge_heads(k_BEGK, P), wide_q, (((3,), (2,)), ((0, 2), (0, 1))))
         scores = scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
     else:
         grouped = q_BTHK.reshape(B, T, G, H // G, K)
@@ -96,31 +99,34 @@ def attend(
     scores_BHTE = scores * scale
     for term in terms:
         scores_BHTE = scores_BHTE + dense(term, T, E)
-    shorter = dataclasses.replace(
+    mask_E = dataclasses.replace(
         mask,
         key_order=None if mask.key_order is None else mask.key_order[:, :E],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
     )
-    probabilities = softmax(scores_BHTE, keep(shorter, T, E)).astype(v_BEGK.dtype)
-    if flat:
-        own = probabilities.reshape(B, P, T * H // P, E)
-        mixed = _dot(own, _flat(v_BEGK, P), (((3,), (1,)), ((0, 1), (0, 2))))[..., : G // P * V]
+    probabilities = softmax(scores_BHTE, keep(mask_E, T, E)).astype(v_BEGK.dtype)
+    if use_one_matmul:
+        probabilities = probabilities.reshape(B, P, T * H // P, E)
+        mixed = _dot(probabilities, _merge_heads(v_BEGK, P), (((3,), (1,)), ((0, 1), (0, 2))))[..., : G // P * V]
         mixed = mixed.reshape(B, P, H // P, T, G // P, V)
-        out = jnp.einsum("BPRTGV,GR->BTPRV", mixed, same.astype(np.float32))
+        out = jnp.einsum("BPRTGV,GR->BTPRV", mixed, is_own_group.astype(np.float32))
         return out.reshape(B, T, H, V).astype(v_BEGK.dtype)
     grouped = probabilities.reshape(B, G, H // G, T, E)
     return jnp.einsum("BGRTE,BEGV->BTGRV", grouped, v_BEGK).reshape(B, T, H, V)
 
 
-def _flat(x_BEGK: jax.Array, pieces: int) -> jax.Array:
-    """All heads of a piece side by side, and on a TPU zeros up to whole vectors, [B, E, P, ...]."""
+def _merge_heads(x_BEGK: jax.Array, pieces: int) -> jax.Array:
+    """``x`` [B, E, P, ...] with the heads of a piece in one axis, which is padded to a multiple of LANES on a TPU."""
     x = x_BEGK.reshape(*x_BEGK.shape[:2], pieces, -1)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _missing(x.shape[3]))))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _lane_padding(x.shape[3]))))
 
 
-def _missing(width: int) -> int:
-    """What a TPU's vectors are not filled by. Unpadded, its compiler turns the whole cache round for every layer, to
-    have slots where vectors are and not heads (docs/labbook.md)."""
+def _lane_padding(width: int) -> int:
+    """The padding of an axis to a multiple of LANES on a TPU; 0 on other platforms.
+
+    Without padding, the TPU compiler transposes the whole cache in every layer, so that the slots are the last axis
+    instead of the heads (docs/labbook.md).
+    """
     return -width % LANES if sharding.platform() == "tpu" else 0
 
 

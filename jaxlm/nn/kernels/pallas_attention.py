@@ -1,11 +1,11 @@
-"""Attention on TPU by whole rows, with terms and orders: a Pallas kernel forward, and one backward.
+"""Attention on TPU over whole rows, with biases and orders: one Pallas kernel forward, and one backward.
 
-A block of queries meets all keys at once, in fast memory from the product to the values. Terms are added there, where
-XLA would keep every tile of the scores in slow memory, several times over where a relative term turns diagonals into
-columns (``pallas_tile``). Only the output is kept. The backward pass works the scores out again and
-the sums of their rows with them, for it has whole rows: neither log-sum-exps nor the sums of the output's gradient pass
-through memory. What a causal mask hides is computed all the same.
-Shapes as in ``jaxlm.nn.attention``, with V the width of values; R queries of a block, X and Y the last axes of a term's
+A block of queries is multiplied with all keys at once, and its scores stay in VMEM until they are multiplied with the
+values. The kernel adds biases (terms) in VMEM. XLA would write each tile of the scores to HBM, and several times for a
+relative bias, which moves diagonals into columns (``pallas_tile``). Only the output is saved. The backward pass
+recomputes the scores and their row sums. It can do so because it has whole rows; so it needs to read neither the
+log-sum-exps nor the row sums of the output's gradient from HBM. Scores that a causal mask hides are computed as well.
+Shapes as in ``jaxlm.nn.attention``, with V width of values, R queries of a block, X and Y the last axes of a term's
 array.
 """
 
@@ -26,38 +26,39 @@ from jaxlm.nn.kernels import blockwise_attention, split
 from jaxlm.nn.kernels.blockwise_attention import dot
 from jaxlm.nn.kernels.pallas_tile import Block
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.term import Extendable, Form, Term, Tile
+from jaxlm.nn.term import BiasFn, PaddableBiasFn, Term, Tile
 
-LARGEST_BLOCK = 512
-"""Queries of a block at most."""
-SCORES = 512 * 1536
-"""Entries of a strip, R by R + S, for which there is room: several arrays of that size live at once."""
-LONGEST = 4096
-"""Keys for which there is room beside them."""
-FAST_MEMORY = 32 * 2**20
-"""Bytes of fast memory that a kernel may take."""
-_OLDER = ("TPU v2", "TPU v3", "TPU v4")
+MAX_BLOCK = 512
+"""Maximum number of queries of a block."""
+MAX_STRIP_ENTRIES = 512 * 1536
+"""Maximum number of entries of a strip [R, R + S] that fits into VMEM; several arrays of this size exist at once."""
+MAX_KEYS = 4096
+"""Maximum number of keys that fit into VMEM next to these arrays."""
+VMEM_LIMIT_BYTES = 32 * 2**20
+"""Bytes of VMEM that a kernel may use."""
+_UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def refusal(queries: int, keys: int, terms: tuple[Term, ...], array: Any, key: Any) -> str | None:
-    """Why the kernel cannot do this, or None when it can."""
+def unsupported_reason(queries: int, keys: int, terms: tuple[Term, ...], array: Any, key: Any) -> str | None:
+    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
     if array is not None:
         return "takes no dense bias"
     if key is not None:
         return "has no dropout: set the rate to 0"
     for term in terms:
-        if not isinstance(term.form, Extendable):
-            return f"does not know the term {type(term.form).__name__.strip('_')}, which picks entries one by one"
-    if sharding.device_kind().startswith(_OLDER):
-        return "needs a TPU from v5 on: older ones do not rotate each row by an amount of its own"
-    if keys > LONGEST:
-        return f"has room for {LONGEST} keys, and these are {keys}"
-    return split.refusal()
+        if not isinstance(term.bias_fn, PaddableBiasFn):
+            name = type(term.bias_fn).__name__.strip("_")
+            return f"does not support the bias {name}, which gathers single entries"
+    if sharding.device_kind().startswith(_UNSUPPORTED_TPUS):
+        return "needs a TPU from v5 on: older ones cannot rotate each row by a different amount"
+    if keys > MAX_KEYS:
+        return f"has room for {MAX_KEYS} keys, got {keys}"
+    return split.unsupported_reason()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static(blockwise_attention.Rule):
-    """What is known while tracing; from key number ``keys`` on there is only what fills vectors."""
+class _Static(blockwise_attention.ScoreConfig):
+    """The static (trace-time) arguments of the kernels. ``keys``: number of real keys; keys after them are padding."""
 
     keys: int
     interpret: bool
@@ -73,96 +74,108 @@ def attention(
     terms: tuple[Term, ...],
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
+    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel in Pallas's interpreter, on any device."""
     B, _, H, _ = q_BTHK.shape
     grouped = k_BSGK.shape[2] != H
 
-    def own(form: Form, name: str, x: jax.Array) -> jax.Array:
-        """Blocks are of one head each, and what queries have is of one row each. Gradients add up over what follows
-        each other on the grid: over the queries' heads of a group, or over rows that share an array."""
-        rows = B if grouped or _by_queries(form, name) else x.shape[0]
+    def broadcast(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
+        """``x`` broadcast over heads and, if necessary, over rows.
+
+        A block has one head, so every array gets all heads; and query-indexed arrays get all rows. Gradients are summed
+        over consecutive grid steps: over the query heads of a group, or over the rows that share an array. The rows are
+        not consecutive if there are groups of query heads, so arrays then get all rows as well.
+        """
+        rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
 
-    forms = tuple(term.form for term in terms)
+    bias_fns = tuple(term.bias_fn for term in terms)
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
-    static = _Static(mask.causal, mask.window, scale, forms, keys=k_BSGK.shape[1], interpret=interpret)
-    floats = _by_form(static, own, tuple(term.floats for term in terms))
-    return split.over_devices(functools.partial(_rows, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
+    static = _Static(mask.causal, mask.window, scale, bias_fns, keys=k_BSGK.shape[1], interpret=interpret)
+    floats = _map_bias_arrays(static, broadcast, tuple(term.floats for term in terms))
+    return split.over_devices(functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
 
 
-def _rows(static: _Static, qkv: Any, added: Any, integers: Any) -> jax.Array:
-    """Attention of the rows and heads of one device, [B, T, H, V]."""
+def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any) -> jax.Array:
+    """Attention for the rows and heads of one device, [B, T, H, V]."""
     T = qkv[0].shape[1]
-    more_queries, more_keys = -T % LANES, -static.keys % LANES
+    query_padding, key_padding = -T % LANES, -static.keys % LANES
 
-    def heads_first(x_BTHK: jax.Array, more: int) -> jax.Array:
-        # Named as they are read by the kernel: what remat keeps is then neither projected nor transposed again.
-        longer = jnp.pad(x_BTHK, ((0, 0), (0, more), (0, 0), (0, 0)))
-        return checkpoint_name(jnp.swapaxes(longer, 1, 2), blockwise_attention.SAVED)
+    def heads_first(x_BTHK: jax.Array, padding: int) -> jax.Array:
+        # Named in the layout that the kernel reads: if remat saves them, neither projection nor transpose is
+        # recomputed.
+        x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), blockwise_attention.SAVED)
 
     def column(x_BT: jax.Array) -> jax.Array:
-        return jnp.pad(x_BT, ((0, 0), (0, more_queries)))[:, :, None]
+        return jnp.pad(x_BT, ((0, 0), (0, query_padding)))[:, :, None]
 
     def row(x_BS: jax.Array) -> jax.Array:
-        return jnp.pad(x_BS, ((0, 0), (0, more_keys)))[:, None, :]
+        return jnp.pad(x_BS, ((0, 0), (0, key_padding)))[:, None, :]
 
-    q, k, v = map(heads_first, qkv, (more_queries, more_keys, more_keys))
-    longer = [
-        cast(Extendable, form).extended(own, more_queries, more_keys)
-        for form, own in zip(static.forms, added, strict=True)
+    q, k, v = map(heads_first, qkv, (query_padding, key_padding, key_padding))
+    padded_terms = [
+        cast(PaddableBiasFn, bias_fn).padded(floats, query_padding, key_padding)
+        for bias_fn, floats in zip(static.bias_fns, bias_floats, strict=True)
     ]
-    static = dataclasses.replace(static, forms=tuple(form for form, _ in longer))
-    of_mask, of_terms = integers
-    of_mask = tuple(None if x is None else turn(x) for x, turn in zip(of_mask, (column, row, column, row), strict=True))
-    turns = {"query": column, "key": row}
-    of_terms = tuple(own and {name: turns[name](x) for name, x in own.items()} for own in of_terms)
-    out_BHTV = _attention(static, (q, k, v, tuple(own for _, own in longer)), (of_mask, of_terms))
+    static = dataclasses.replace(static, bias_fns=tuple(bias_fn for bias_fn, _ in padded_terms))
+    mask_integers, term_integers = integers
+    mask_integers = tuple(
+        None if x is None else layout(x) for x, layout in zip(mask_integers, (column, row, column, row), strict=True)
+    )
+    layouts = {"query": column, "key": row}
+    term_integers = tuple(arrays and {name: layouts[name](x) for name, x in arrays.items()} for arrays in term_integers)
+    floats = (q, k, v, tuple(floats for _, floats in padded_terms))
+    out_BHTV = _attention(static, floats, (mask_integers, term_integers))
     return jnp.swapaxes(out_BHTV, 1, 2)[:, :T]
 
 
-def _block(queries: int, keys: int) -> int:
-    """Queries of a block: the largest that divides them, for which there is room; multiples of :data:`LANES`."""
-    sizes = range(LANES, min(queries, LARGEST_BLOCK) + 1, LANES)
-    return max(size for size in sizes if queries % size == 0 and size * (size + keys) <= SCORES)
+def _block_size(queries: int, keys: int) -> int:
+    """The number of queries of a block: the largest multiple of LANES that divides ``queries`` and fits into VMEM."""
+    sizes = range(LANES, min(queries, MAX_BLOCK) + 1, LANES)
+    return max(size for size in sizes if queries % size == 0 and size * (size + keys) <= MAX_STRIP_ENTRIES)
 
 
-def _by_queries(form: Form, name: str) -> bool:
-    """Whether an array of a term has a row for each query."""
-    window = form.windows(Tile(0, LANES, 0, LANES)).get(name)
-    return window is not None and window[2] == 0
+def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
+    """Whether an array of a term has one row per query."""
+    required = bias_fn.required_slices(Tile(0, LANES, 0, LANES)).get(name)
+    return required is not None and required[2] == 0
 
 
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-def _windows(form: Form, tile: Tile) -> dict[str, Any]:
-    """What a tile needs of the arrays that blocks do not cut already, as indices (``form.windows``). They begin where
-    vectors do: blocks, and what was added, are whole ones."""
+def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
+    """Indices of the slices that a tile needs (``required_slices``) of arrays that are not already split into blocks.
+
+    The slices are lane-aligned, because the sizes of blocks and of the padding are multiples of LANES.
+    """
     from jax.experimental import pallas as pl
 
     return {
         name: (slice(None), pl.ds(pl.multiple_of(start, LANES), size))
-        for name, (start, size, axis) in form.windows(tile).items()
+        for name, (start, size, axis) in bias_fn.required_slices(tile).items()
         if axis != 0
     }
 
 
 def _read(static: _Static, R: int, references: Any) -> tuple[Any, Any, Any, Block]:
-    """q, k, v; what the tile needs of the terms' arrays; all integers; and which tile it is."""
+    """q, k, v; the slices of the terms' arrays that the tile needs; all integers; and the tile."""
     from jax.experimental import pallas as pl
 
-    qkv, added, integers = references
+    qkv, bias_floats, integers = references
     tile = Block(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
-    of_tile = _by_form(static, lambda form, name, x: x[_windows(form, tile).get(name, ...)], added)
+    bias_arrays = _map_bias_arrays(
+        static, lambda bias_fn, name, x: x[_slice_indices(bias_fn, tile).get(name, ...)], bias_floats
+    )
     read = functools.partial(jax.tree.map, lambda x: x[...])
-    return read(qkv), of_tile, read(integers), tile
+    return read(qkv), bias_arrays, read(integers), tile
 
 
-def _weights(static: _Static, qkv: Any, of_tile: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
-    """Exponentials of a block's scores [R, S], and one over the sums of their rows [R, 1] (0 where nothing is seen)."""
-    scores = blockwise_attention.scores(static, qkv[0], qkv[1], of_tile, integers, tile)
+def _weights(static: _Static, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """Exponentials of a block's scores [R, S], and the inverse of their row sums [R, 1] (0 if no key is visible)."""
+    scores = blockwise_attention.scores(static, qkv[0], qkv[1], bias_arrays, integers, tile)
     if static.keys < tile.columns:
-        scores = jnp.where(tile.places()[1] < static.keys, scores, -jnp.inf)
+        scores = jnp.where(tile.indices()[1] < static.keys, scores, -jnp.inf)
     top_R1 = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top_R1), top_R1, 0.0))
     total_R1 = jnp.sum(weights, axis=1, keepdims=True)
@@ -171,20 +184,25 @@ def _weights(static: _Static, qkv: Any, of_tile: Any, integers: Any, tile: Tile)
 
 def _forward_kernel(static: _Static, R: int, references: Any, out: Any) -> None:
     qkv, *rest = _read(static, R, references)
-    weights, share_R1 = _weights(static, qkv, *rest)
+    weights, inv_denominator_R1 = _weights(static, qkv, *rest)
     mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], 1, 0)
-    out[...] = (mixed_RV * share_R1).astype(out.dtype)
+    out[...] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
 
 
 def _backward_kernel(
-    static: _Static, R: int, shared: Any, references: Any, dout: Any, dqkv: Any, dadded: Any, *sums: Any
+    static: _Static, R: int, shared: Any, references: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
 ) -> None:
-    """``shared``: which arrays of the terms are one for all rows of the batch. ``sums``: of dk and dv, keys last."""
+    """Write the gradients of a block.
+
+    Args:
+        shared: for each array of the terms, whether all rows of the batch share it.
+        sums: scratch memory for the sums of dk and dv, with keys last.
+    """
     from jax.experimental import pallas as pl
 
-    qkv, of_tile, integers, tile = _read(static, R, references)
-    weights, share_R1 = _weights(static, qkv, of_tile, integers, tile)
-    probabilities, dout_RV = weights * share_R1, dout[...]
+    qkv, bias_arrays, integers, tile = _read(static, R, references)
+    weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
+    probabilities, dout_RV = weights * inv_denominator_R1, dout[...]
     dprobabilities = dot(dout_RV, qkv[2], 1, 1)
     mean_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
     dscores = probabilities * (dprobabilities - mean_R1)
@@ -194,82 +212,86 @@ def _backward_kernel(
 
     def add(total: Any, new: jax.Array, index: Any, first: Any) -> None:
         @pl.when(first)
-        def begin() -> None:
+        def initialize() -> None:
             total[...] = jnp.zeros(total.shape, total.dtype)
 
         total[index] += new.astype(total.dtype)
 
     q, k, v = qkv
-    dq_RK, *of_keys = blockwise_attention.products(static, q, k, v, dout_RV, probabilities, dscores)
+    dq_RK, *dkv = blockwise_attention.products(static, q, k, v, dout_RV, probabilities, dscores)
     dqkv[0][...] = dq_RK.astype(dqkv[0].dtype)
-    for total, new in zip(sums, of_keys, strict=True):
+    for total, new in zip(sums, dkv, strict=True):
         add(total, new, ..., (head == 0) & (block == 0))
 
     @pl.when((head == heads - 1) & (block == blocks - 1))
-    def end() -> None:
+    def write_dkv() -> None:
         for out, total in zip(dqkv[1:], sums, strict=True):
             out[...] = total[...].astype(out.dtype)
 
-    for i, form in enumerate(static.forms):
-        for name, new in blockwise_attention.pull(form, of_tile[i], integers[1][i], tile, dscores).items():
-            out = dadded[i][name]
-            if _by_queries(form, name):
+    for i, bias_fn in enumerate(static.bias_fns):
+        for name, new in blockwise_attention.bias_gradients(
+            bias_fn, bias_arrays[i], integers[1][i], tile, dscores
+        ).items():
+            out = dbias[i][name]
+            if _is_query_indexed(bias_fn, name):
                 out[...] = new.astype(out.dtype)
             else:
                 first = (row == 0) & (block == 0) if shared[i][name] else block == 0
-                add(out, new, _windows(form, tile).get(name, ...), first)
+                add(out, new, _slice_indices(bias_fn, tile).get(name, ...), first)
 
 
-# ------------------------------------------------------------------------------------------------ their calls
+# ------------------------------------------------------------------------------------------- calls of the kernels
 
 
 class _Layout(NamedTuple):
-    """How arrays are cut over a grid: heads of keys, rows of the batch, heads of queries of each, blocks of queries."""
+    """How arrays are split into blocks on a grid (key heads, rows, query heads of a key head, blocks of queries)."""
 
     R: int
     grid: tuple[int, int, int, int]
     inputs: Any
-    """Blocks of q, k and v; of the terms' arrays; of the integers."""
+    """Block specs of q, k and v; of the terms' arrays; of the integers."""
     out: Any
-    """Blocks of the output."""
+    """Block spec of the output."""
 
 
 def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
     from jax.experimental import pallas as pl
 
     (B, H, T, K), (G, S, V) = floats[0].shape, floats[2].shape[1:]
-    R = _block(T, S)
+    R = _block_size(T, S)
 
     group = H // G
 
-    def by_queries(width: int) -> Any:
+    def query_block(width: int) -> Any:
         return pl.BlockSpec((None, None, R, width), lambda g, b, h, t: (b, g * group + h, t, 0))
 
-    def by_keys(width: int) -> Any:
+    def key_block(width: int) -> Any:
         return pl.BlockSpec((None, None, S, width), lambda g, b, h, t: (b, g, 0, 0))
 
-    def of_term(form: Form, name: str, x: jax.Array) -> Any:
-        if _by_queries(form, name):
-            return by_queries(x.shape[3])
+    def term_block(bias_fn: BiasFn, name: str, x: jax.Array) -> Any:
+        if _is_query_indexed(bias_fn, name):
+            return query_block(x.shape[3])
         shared = x.shape[0] == 1
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda g, b, h, t: (0 if shared else b, g * group + h, 0, 0))
 
-    def of_integers(x: jax.Array) -> Any:
+    def integer_block(x: jax.Array) -> Any:
         shared, column = x.shape[0] == 1, x.shape[2] == 1
         shape = (None, R, 1) if column else (None, 1, S)
         return pl.BlockSpec(shape, lambda g, b, h, t: (0 if shared else b, t if column else 0, 0))
 
-    added = _by_form(static, of_term, floats[3])
-    inputs = (by_queries(K), by_keys(K), by_keys(V)), added, jax.tree.map(of_integers, integers)
-    return _Layout(R, (G, B, group, T // R), inputs, by_queries(V))
+    term_blocks = _map_bias_arrays(static, term_block, floats[3])
+    qkv_blocks = query_block(K), key_block(K), key_block(V)
+    inputs = qkv_blocks, term_blocks, jax.tree.map(integer_block, integers)
+    return _Layout(R, (G, B, group, T // R), inputs, query_block(V))
 
 
-def _by_form(
-    static: _Static, function: Callable[[Form, str, jax.Array], Any], added: Any
+def _map_bias_arrays(
+    static: _Static, function: Callable[[BiasFn, str, jax.Array], Any], bias_floats: Any
 ) -> tuple[dict[str, Any], ...]:
+    """``function(bias_fn, array name, array)`` for each array of each term."""
     return tuple(
-        {name: function(form, name, x) for name, x in own.items()}
-        for form, own in zip(static.forms, added, strict=True)
+        {name: function(bias_fn, name, x) for name, x in arrays.items()}
+        for bias_fn, arrays in zip(static.bias_fns, bias_floats, strict=True)
     )
 
 
@@ -277,29 +299,33 @@ def _call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: s
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    order = pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=FAST_MEMORY
+    params = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
     )
     return pl.pallas_call(
-        kernel, grid=layout.grid, interpret=static.interpret, name=name, compiler_params=order, **arguments
+        kernel, grid=layout.grid, interpret=static.interpret, name=name, compiler_params=params, **arguments
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
-    """``floats``: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each term its arrays [1 or B, H, X, Y]."""
+    """The output [B, H, T, V] of attention.
+
+    Args:
+        floats: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each term its arrays [1 or B, H, X, Y].
+    """
     return _forward(static, floats, integers)[0]
 
 
 def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
     layout = _layout(static, floats, integers)
-    q, k, v, added = floats
+    q, k, v, bias_floats = floats
     run = _call(
         static, layout, functools.partial(_forward_kernel, static, layout.R), "attention_forward",
         in_specs=(layout.inputs,), out_specs=layout.out,
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype),
     )  # fmt: skip
-    out_BHTV = run(((q, k, v), added, integers))
+    out_BHTV = run(((q, k, v), bias_floats, integers))
     return checkpoint_name(out_BHTV, blockwise_attention.SAVED), (floats, integers)
 
 
@@ -309,27 +335,30 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
 
     floats, integers = saved
     layout = _layout(static, floats, integers)
-    q, *kv, added = floats
+    q, *kv, bias_floats = floats
     S, widths = kv[0].shape[2], [x.shape[3] for x in kv]
 
-    def sums(form: Form, name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype if _by_queries(form, name) else jnp.float32)
+    def bias_gradient(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if _is_query_indexed(bias_fn, name) else jnp.float32)
 
     def keys_last(x_BGSK: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*x_BGSK.shape[:2], x_BGSK.shape[3], x_BGSK.shape[2]), x_BGSK.dtype)
 
-    shared = jax.tree.map(lambda x: x.shape[0] == 1, added)
-    by_keys = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
-    of_qkv, of_added, _ = layout.inputs
+    shared = jax.tree.map(lambda x: x.shape[0] == 1, bias_floats)
+    dkv_blocks = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
+    qkv_blocks, term_blocks, _ = layout.inputs
     run = _call(
         static, layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
-        in_specs=(layout.inputs, layout.out), out_specs=((of_qkv[0], *by_keys), of_added),
-        out_shape=((jax.ShapeDtypeStruct(q.shape, q.dtype), *map(keys_last, kv)), _by_form(static, sums, added)),
+        in_specs=(layout.inputs, layout.out), out_specs=((qkv_blocks[0], *dkv_blocks), term_blocks),
+        out_shape=(
+            (jax.ShapeDtypeStruct(q.shape, q.dtype), *map(keys_last, kv)),
+            _map_bias_arrays(static, bias_gradient, bias_floats),
+        ),
         scratch_shapes=[pltpu.VMEM((width, S), jnp.float32) for width in widths],
     )  # fmt: skip
-    (dq, dk, dv), dadded = run(((q, *kv), added, integers), dout_BHTV)
-    dadded = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dadded, added)
-    return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dadded), None
+    (dq, dk, dv), dbias = run(((q, *kv), bias_floats, integers), dout_BHTV)
+    dbias = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dbias, bias_floats)
+    return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dbias), None
 
 
 _attention.defvjp(_forward, _backward)

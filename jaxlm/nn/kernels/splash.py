@@ -1,9 +1,9 @@
-"""Splash attention on TPU: JAX's Pallas kernel that skips the blocks a mask leaves empty, behind our masks.
+"""Splash attention on TPU: JAX's Pallas kernel that skips fully masked blocks, for the masks of ``jaxlm.nn.mask``.
 
-``jax.experimental.pallas.ops.tpu.splash_attention``: O(T) memory, own gradient, one kernel forward and one or two
-backward. Its blocks of 128 by default keep a TPU waiting; ours are as large as the fast memory allows. Queries and keys
-come in multiples of ``LANES``; what is missing is padded. Pallas kernels have no partitioning rule, so under a sharding
-each device runs the kernel on its own rows and heads (``shard_map``).
+``jax.experimental.pallas.ops.tpu.splash_attention`` has O(T) memory and a custom gradient, with one kernel in the
+forward pass and one or two in the backward pass. Its default blocks of 128 leave a TPU partly idle; the blocks here are
+as large as VMEM allows. Queries and keys are padded to multiples of ``LANES``. Pallas kernels have no partitioning
+rule, so on a mesh each device runs the kernel on its own rows and heads (``shard_map``).
 Shapes as in ``jaxlm.nn.attention``.
 """
 
@@ -22,20 +22,20 @@ from jaxlm.devices import LANES
 from jaxlm.nn.kernels import blockwise_attention, split
 from jaxlm.nn.mask import Mask, keep
 
-LARGEST_BLOCK = 1024
-"""Queries, and keys, of a block at most."""
-_PADDED_QUERY, _PADDED_KEY = -1, -2  # segments of what was padded: they see and are seen by nothing real
+MAX_BLOCK = 1024
+"""Maximum number of queries, and of keys, of a block."""
+_PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding: no query of another id attends to it
 
 
-def refusal(mask: Mask, bias: Any, key: Any) -> str | None:
-    """Why the kernel cannot do this, or None when it can."""
+def unsupported_reason(mask: Mask, bias: Any, key: Any) -> str | None:
+    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
     if bias is not None:
         return "takes no bias"
     if key is not None:
         return "has no dropout: set the rate to 0"
     if mask.query_order is not None:
-        return "takes no query_order and key_order: it knows causal masks in the order of the index only"
-    return split.refusal()
+        return "takes no query_order and key_order: its causal mask compares indices only"
+    return split.unsupported_reason()
 
 
 def attention(
@@ -47,41 +47,41 @@ def attention(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel's program on whatever device there is."""
+    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel in Pallas's interpreter, on any device."""
     if math.frexp(scale)[0] == 0.5:
-        q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # a power of two is exact, and a part of the projection
+        q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # exact for a power of two; fused with the projection
     else:
         q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
     run = functools.partial(_rows, mask.causal, mask.window, interpret)
     out_BTHK = split.over_devices(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
-    return _blank(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
+    return _zero_fully_masked(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
 
 
-def _blank(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
-    """Zeros where a query sees nothing, which the kernel does not know: it would average what it must not see."""
+def _zero_fully_masked(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
+    """The output with zeros for queries without a visible key; the kernel would average masked values for them."""
     if mask.query_segments is None or mask.query_segments is mask.key_segments:
-        return out_BTHK  # everything sees at least itself
+        return out_BTHK  # each query can attend at least to itself
     kept = keep(mask, out_BTHK.shape[1], keys)
     assert kept is not None
-    return jnp.where(jnp.any(kept, axis=-1)[:, :, None, None], out_BTHK, 0)  # reduced as it is made, never held
+    return jnp.where(jnp.any(kept, axis=-1)[:, :, None, None], out_BTHK, 0)  # XLA fuses the mask with the reduction
 
 
 def _rows(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
-    """Attention of the rows and heads of one device, [B, T, H, K]; queries are scaled already."""
+    """Attention for the rows and heads of one device, [B, T, H, K]; the queries are already scaled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     (q, k, v), (query, key) = qkv, segments
     (B, T, H), S = q.shape[:3], k.shape[1]
     pads = [-T % LANES, -S % LANES]
-    if pads[1] and query is None and not causal:  # later keys are hidden by a causal mask anyway
+    if pads[1] and query is None and not causal:  # a causal mask hides padding keys anyway
         query, key = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     q, k, v = (
         jnp.swapaxes(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
         for x, pad in ((q, pads[0]), (k, pads[1]), (v, pads[1]))
     )
-    # Named as they are read by the kernel: what remat keeps is then neither projected nor transposed again.
+    # Named in the layout that the kernel reads: if remat saves them, neither projection nor transpose is recomputed.
     q, k, v = (checkpoint_name(x, blockwise_attention.SAVED) for x in (q, k, v))
-    blocks = _block(T + pads[0]), _block(S + pads[1])
+    blocks = _block_size(T + pads[0]), _block_size(S + pads[1])
     kernel = _kernel(causal, window, T + pads[0], S + pads[1], blocks, H, interpret)
     if query is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
@@ -96,7 +96,7 @@ def _rows(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, s
 def _kernel(
     causal: bool, window: int | None, queries: int, keys: int, blocks: tuple[int, int], heads: int, interpret: bool
 ) -> Any:
-    """The kernel of a mask and shape. It lists the blocks that have something in them, on the host, once."""
+    """The kernel for a mask and a shape. It lists the blocks that are not fully masked once, on the host."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -117,9 +117,11 @@ def _kernel(
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret,
             residual_checkpoint_name=blockwise_attention.SAVED,
         )  # fmt: skip
-        return jax.tree.map(np.asarray, kernel)  # of no device: constants of whatever is compiled
+        return jax.tree.map(
+            np.asarray, kernel
+        )  # NumPy arrays belong to no device; they become constants of each compiled program
 
 
-def _block(length: int) -> int:
+def _block_size(length: int) -> int:
     """The largest block that divides a length, both multiples of :data:`LANES`."""
-    return max(block for block in range(LANES, min(length, LARGEST_BLOCK) + 1, LANES) if length % block == 0)
+    return max(block for block in range(LANES, min(length, MAX_BLOCK) + 1, LANES) if length % block == 0)

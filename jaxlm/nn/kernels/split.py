@@ -1,4 +1,4 @@
-"""Pallas kernels under a sharding. They have no rule for it, so each device runs them on its own rows and heads."""
+"""Pallas kernels on a mesh. They have no partitioning rule, so each device runs them on its own rows and heads."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jaxlm import sharding as sharding_lib
 
 
-def refusal() -> str | None:
-    """Why kernels cannot run over the mesh that is active, or None when they can."""
+def unsupported_reason() -> str | None:
+    """Why kernels do not support the active mesh, as the end of a sentence; None if they support it."""
     active = sharding_lib.active()
     if active is not None and active.named(("seq",)).spec[0] is not None:
-        return "does not split queries over devices: take a mesh without a sequence axis"
+        return "does not split queries over devices: use a mesh without a sequence axis"
     return None
 
 
 def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], floats: Any, integers: Any) -> jax.Array:
-    """``run((q, k, v), floats, integers)`` [B, T, H, K], of each device for what it has (``shard_map``).
+    """``run((q, k, v), floats, integers)`` [B, T, H, K], computed by each device on its shard (``shard_map``).
 
     Args:
         qkv: q [B, T, H, K], k and v [B, S, G, K].
@@ -32,19 +32,19 @@ def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], float
         return run(qkv, floats, integers)
     q, k, v = qkv
     if k.shape[2] % active.pieces(("heads",)):
-        # Fewer key heads than devices: each device needs the one that its queries read.
+        # The key heads do not divide over the devices. Repeat them, so that each device has those its queries read.
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
 
-    def places(x: Any, names: tuple[str | None, ...], what: str) -> Any:
+    def partition_spec(x: Any, names: tuple[str | None, ...], what: str) -> Any:
         axes = [None if size == 1 else name for size, name in zip(x.shape, names)]
         return active.named((*axes, *[None] * (x.ndim - len(axes))), x.shape, what).spec
 
-    split = tuple(
+    qkv_specs = tuple(
         active.named(("batch", None, "heads", "kv"), x.shape, what).spec
         for what, x in (("queries", q), ("keys", k), ("values", v))
     )
-    of_floats = jax.tree.map(lambda x: places(x, ("batch", "heads"), "a term"), floats)
-    of_integers = jax.tree.map(lambda x: places(x, ("batch",), "a mask"), integers)
+    float_specs = jax.tree.map(lambda x: partition_spec(x, ("batch", "heads"), "an attention bias"), floats)
+    integer_specs = jax.tree.map(lambda x: partition_spec(x, ("batch",), "a mask"), integers)
     return jax.shard_map(
-        run, mesh=active.mesh, in_specs=(split, of_floats, of_integers), out_specs=split[0], check_vma=False
+        run, mesh=active.mesh, in_specs=(qkv_specs, float_specs, integer_specs), out_specs=qkv_specs[0], check_vma=False
     )((q, k, v), floats, integers)  # fmt: skip
