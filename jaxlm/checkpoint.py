@@ -3,12 +3,12 @@
 A step is one directory, ``<directory>/<step>``, that appears by a rename when everything in it is written:
 
     state/    the arrays, by path name (``params/embed/weight``), in orbax's format
-    record/   one JSON file: shape, dtype and checksum of each array, the metric, the caller's ``meta``, the version of
-              this format, and a checksum of all of these
+    record/   one JSON file: the step, shape, dtype and checksum of each array, the metric, the caller's ``meta``, the
+              version of this format, and a checksum of all of these
 
-A process that is killed leaves at most a temporary directory, which nobody reads and the next save clears away. Older
-steps are deleted only when a newer one has been written to the disk (fsync). A step whose record is damaged is never
-passed over in silence: see :meth:`Checkpointer.restore`.
+A process that is killed leaves at most a temporary directory, which nobody reads and the next save removes
+(:meth:`Checkpointer.remove_leftovers`). Older steps are deleted only when a newer one has been written to the disk
+(fsync). A step whose record is damaged is never passed over in silence: see :meth:`Checkpointer.restore`.
 Arrays are stored whole, whatever their sharding was, so that they can be restored onto another mesh.
 """
 
@@ -23,6 +23,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -170,7 +171,8 @@ class Checkpointer:
     """Saves and restores trees of arrays, each with a JSON dict, in the steps of one directory.
 
     The last ``keep_last`` steps are kept, and the one with the lowest metric if ``keep_best``; older ones are deleted
-    once a newer one is complete. Only an object that saves deletes anything: others may read beside it.
+    once a newer one is complete. A step that is saved as ``extra`` does not count: it is deleted once a newer one is
+    complete. Only an object that saves deletes anything: others may read beside it.
     One object at a time may save into a directory. In a run of several processes all of them make the same calls,
     on a directory that they share; ``meta`` is that of process 0.
 
@@ -203,6 +205,7 @@ class Checkpointer:
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._last_saved: int | None = None
         self._unsynced = False
+        logging.getLogger("absl").addFilter(_is_news)  # once, however many objects there are
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler())
         )
@@ -210,8 +213,9 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------- saving
 
     def save(
-        self, step: int, tree: spec.Tree, meta: dict[str, Any], metric: float | None = None, *, wait: bool = False
-    ) -> None:
+        self, step: int, tree: spec.Tree, meta: dict[str, Any], metric: float | None = None, *, extra: bool = False,
+        wait: bool = False,
+    ) -> None:  # fmt: skip
         """Save ``tree`` and ``meta`` as ``step``.
 
         When it returns, everything has been copied: arrays may be donated and ``meta`` changed at once.
@@ -220,12 +224,15 @@ class Checkpointer:
             tree: any pytree of ``jax.Array``, typed random keys too.
             meta: what JSON can hold (tuples come back as lists): config, state of the data iterator, versions.
             metric: the lower the better, e.g. the validation loss. NaN is never the best.
+            extra: the step is outside of the schedule, e.g. because a signal ends the run. No other step is deleted for
+                it, and :meth:`roll_back` passes over it.
             wait: return only when the checkpoint is complete, as for the last one of a run.
 
         Raises:
             FileExistsError: ``step`` is there already.
             TypeError: a leaf is not a ``jax.Array``, or ``meta`` holds what JSON cannot.
-            Exception: whatever stopped the save before this one.
+            OSError: the disk is full or the directory cannot be written, at this save or the one before it.
+            Exception: whatever else stopped the save before this one.
         """
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be an int >= 0, got {step!r}")
@@ -246,6 +253,8 @@ class Checkpointer:
         sums = checksums(arrays)
         record = {
             "format": FORMAT,
+            "step": step,
+            "extra": extra,
             "arrays": {
                 name: {**dataclasses.asdict(stored), "checksum": sums[name]}
                 for name, stored in _described(flat).items()
@@ -256,20 +265,22 @@ class Checkpointer:
         record = json.loads(json.dumps(record))  # a copy: orbax writes it later, in another thread
         record["checksum"] = _digest(record)
         self._last_saved, self._unsynced = step, True
-        self._orbax.save(
-            path, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
-        )
+        with integrity.explained(self.directory, "the earlier checkpoints are unchanged"):
+            self._orbax.save(
+                path, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+            )
         if wait or not self.asynchronous:
             self.wait()
 
     def wait(self) -> None:
         """Return when the last save is complete and what it superseded is deleted; raise what went wrong with it."""
-        self._orbax.wait_until_finished()
-        if self._last_saved is not None and processes.is_first():
-            if self._unsynced:
-                integrity.sync_tree(self._path(self._last_saved))
-                self._unsynced = False
-            self._prune(self._last_saved)
+        with integrity.explained(self.directory, "the earlier checkpoints are unchanged"):
+            self._orbax.wait_until_finished()
+            if self._last_saved is not None and processes.is_first():
+                if self._unsynced:
+                    integrity.sync_tree(self._path(self._last_saved))
+                    self._unsynced = False
+                self._prune(self._last_saved)
 
     def close(self) -> None:
         """Wait for the last save and release orbax's threads."""
@@ -288,14 +299,23 @@ class Checkpointer:
 
     def _prune(self, last_saved: int) -> None:
         """Delete what the policy does not keep, and what killed processes left. Only while no save is going on."""
-        steps = self.steps()
-        kept = {*steps[-self.keep_last :], last_saved, self.best if self.keep_best else None}
+        records = self._look()[0]
+        counted = [step for step in records if not _is_extra(records[step])]
+        kept = {*counted[-self.keep_last :], last_saved, self.best if self.keep_best else None}
+        self._delete(step for step in records if step not in kept)
+        self.remove_leftovers()
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        """Rename first: a step is whole or gone, even if this process is killed here. ``remove_leftovers`` deletes."""
         for step in steps:
-            if step not in kept:  # by a rename first: a step is whole or gone, even if this process dies here
-                self._path(step).rename(self.directory / f"{step}.deleted")
-        for path in self.directory.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
+            self._path(step).rename(self.directory / f"{step}.deleted")
+
+    def remove_leftovers(self) -> None:
+        """Remove what interrupted saves and deletions left. No other object may be saving into the directory."""
+        if processes.is_first() and self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path)
 
     # ------------------------------------------------------------------------------------------------ looking
 
@@ -366,6 +386,8 @@ class Checkpointer:
             raise CorruptCheckpointError(
                 f"{path / 'record'} has format {record['format']}, this jaxlm reads {FORMAT}: update jaxlm"
             )
+        if record.get("step", step) != step:  # the first records of this format have no step
+            raise CorruptCheckpointError(f"{path} is the checkpoint of step {record['step']}: it was renamed")
         if not (path / "state").is_dir():
             raise CorruptCheckpointError(f"{path / 'state'}, the directory of the arrays, is missing")
         return record
@@ -442,6 +464,29 @@ class Checkpointer:
                     raise CorruptCheckpointError(f"{reason}; {self._instead(newest)}") from error
             processes.from_first(functools.partial(self._move_aside, newest, reason))
 
+    def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
+        """``(tree, meta)`` of the newest intact step that is not ``extra``. Newer steps are deleted.
+
+        So the same steps are there as if the extra ones had never been saved.
+
+        Raises:
+            FileNotFoundError: there is no such step.
+            CorruptCheckpointError: an array of it is damaged.
+        """
+        self.wait()
+        processes.wait("checkpoint saved")  # the first process deletes superseded ones, which the others must not read
+        records = self._look()[0]
+        step = max((step for step in records if not _is_extra(records[step])), default=None)
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {self.directory} to go back to")
+        restored = self._restore(target, step)
+        if processes.is_first():
+            self._delete(later for later in records if later > step)
+            self.remove_leftovers()
+        processes.wait("newer checkpoints deleted")
+        self._last_saved = None
+        return restored
+
     def _restore(self, target: spec.Tree, step: int | None) -> tuple[spec.Tree, dict[str, Any]]:
         step, record = self._find(step)
         path, flat = self._path(step), _flatten(target)
@@ -463,6 +508,16 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{path} is damaged: wrong checksum of {', '.join(wrong)}")
         leaves = [_as_target(arrays[name], leaf) for name, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what orbax logs, with a traceback, about an error in its threads: ``wait`` raises the same error."""
+    of_orbax = "orbax" in Path(record.pathname).parts
+    return not (of_orbax and record.levelno >= logging.ERROR and record.exc_info)
+
+
+def _is_extra(record: dict[str, Any]) -> bool:
+    return bool(record.get("extra", False))
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -1,16 +1,25 @@
-"""Files that can be trusted: checksums beside them, and writing them to the disk before older ones are deleted."""
+"""Files that can be trusted: checksums beside them, whole replacement, and clear errors where a disk cannot be written.
+
+A directory is replaced in two steps: new files are written into a temporary directory inside of it (:func:`staged`),
+and only complete ones are moved to their names (:func:`install`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
 """Name of the file with the SHA-256 of the other files of a directory: ``{"sha256": {name: hexadecimal}}``."""
+
+_STAGING = ".saving-"
 
 
 def write_checksums(directory: Path, names: Iterable[str]) -> None:
@@ -42,6 +51,82 @@ def forget_checksums(directory: Path, names: Collection[str]) -> None:
     known = _read(directory)
     if any(name in known for name in names):
         _write(directory, {name: value for name, value in known.items() if name not in names})
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A context with a temporary directory inside ``directory``, to write new files into before :func:`install`.
+
+    ``directory`` is made when missing. The temporary directory is removed at the end, also after an error; what a
+    killed process left of its own is removed at the start. One process at a time may be inside.
+
+    Raises:
+        OSError: the disk is full, or there is no permission to write.
+    """
+    with explained(directory, "the files that were there are unchanged"):
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"{_STAGING}*"):
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=directory) as temporary:
+            yield Path(temporary)
+
+
+def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
+    """Move these complete files from ``temporary`` to ``directory``, with the checksums of all of them.
+
+    The files are on the disk (fsync) before one of them gets its name. ``checksums.json`` is moved first: if the
+    process is killed before the last file is moved, :func:`verify_checksums` finds the mixture.
+    """
+    write_checksums(temporary, names)
+    for name in names:
+        sync(temporary / name)
+    for name in (CHECKSUMS, *names):
+        os.replace(temporary / name, directory / name)
+    sync(directory)
+
+
+@contextlib.contextmanager
+def explained(directory: Path, kept: str) -> Iterator[None]:
+    """A context in which the error of a full disk or of a lost permission says so, and what is safe (``kept``).
+
+    Raises:
+        OSError: the same kind of error (``PermissionError``, ``errno.ENOSPC``), in one line that names ``directory``.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number is None:  # safetensors and orbax have errors of their own, with the text of the system in them
+            number = next((known for known in (*_FULL, *_FORBIDDEN) if os.strerror(known) in str(error)), None)
+        if number in _FULL:
+            free = _size(shutil.disk_usage(_existing(directory)).free)
+            why = f"{os.strerror(number)}, {free} free"
+            message = f"the disk of {directory} is full ({why}): {kept}. Free some space and try again"
+        elif number in _FORBIDDEN:
+            message = f"{directory} cannot be written ({error}): {kept}. Change its permissions and try again"
+        else:
+            raise
+        raise _error(number, message) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _error(number: int, message: str) -> OSError:
+    """An ``OSError`` whose text is only the message."""
+    error = (PermissionError if number in (errno.EACCES, errno.EPERM) else OSError)(message)
+    error.errno = number
+    return error
+
+
+def _existing(directory: Path) -> Path:
+    """``directory``, or the nearest parent of it that exists."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -581,6 +582,35 @@ def test_a_step_before_the_latest_survives_its_own_save(tmp_path: Path) -> None:
         assert checkpointer.steps() == [4, 9]
 
 
+def test_extra_steps_displace_no_other_and_a_rollback_deletes_them(tmp_path: Path) -> None:
+    def tree(step: int) -> dict[str, Any]:
+        return {"x": jnp.float32(step)}
+
+    with Checkpointer(tmp_path, keep_last=2) as checkpointer:
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path} to go back to"):
+            checkpointer.roll_back(tree(0))
+        for step, extra in [(1, False), (2, False), (3, True)]:
+            checkpointer.save(step, tree(step), {"n": step}, extra=extra, wait=True)
+        assert checkpointer.steps() == [1, 2, 3]
+        checkpointer.save(4, tree(4), {}, extra=True, wait=True)
+        assert checkpointer.steps() == [1, 2, 4]
+        assert float(checkpointer.restore(tree(0))[0]["x"]) == 4
+        restored, meta = checkpointer.roll_back(tree(0))
+        assert (float(restored["x"]), meta) == (2, {"n": 2})
+        assert names_in(tmp_path) == {"1", "2"}
+        for step, extra in [(3, True), (4, False)]:
+            checkpointer.save(step, tree(step), {}, extra=extra, wait=True)
+        assert checkpointer.steps() == [2, 4]
+
+
+def test_a_renamed_step_is_refused(tmp_path: Path) -> None:
+    tree = saved_twice(tmp_path)
+    (tmp_path / "2").rename(tmp_path / "3")
+    renamed = pytest.raises(CorruptCheckpointError, match=r"3 is the checkpoint of step 2: it was renamed; .* is 1")
+    with Checkpointer(tmp_path) as checkpointer, renamed:
+        checkpointer.restore(tree)
+
+
 def test_leftovers_are_passed_over_and_cleared_by_the_next_save_only(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     shutil.copytree(tmp_path / "2", tmp_path / "7.orbax-checkpoint-tmp")
@@ -604,6 +634,11 @@ def test_leftovers_are_passed_over_and_cleared_by_the_next_save_only(tmp_path: P
         checkpointer.save(5, tree, {}, wait=True)
         assert checkpointer.steps() == [5, 7]
         assert_same_bits(tree, checkpointer.restore(tree, 5)[0])
+    shutil.copytree(tmp_path / "7", tmp_path / "8.orbax-checkpoint-tmp-1")
+    shutil.copytree(tmp_path / "7", tmp_path / "2.deleted")
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        checkpointer.remove_leftovers()
+        assert checkpointer.steps() == [5, 7]
     aside = names_in(tmp_path) - {"5", "6", "7", "notes.txt"}
     assert [name.split("-")[0] for name in aside] == ["5.corrupt"]
     assert (tmp_path / aside.pop() / "half").exists()
@@ -620,6 +655,53 @@ def test_a_save_that_fails_is_reported_and_loses_nothing(tmp_path: Path) -> None
         (tmp_path / "2.orbax-checkpoint-tmp").unlink()
         checkpointer.save(2, tree, {}, wait=True)
         assert_same_bits(tree, checkpointer.restore(tree)[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            OSError,
+            r"the disk of .* is full \(.* free\): the earlier checkpoints",
+        ),
+        (ValueError("UNKNOWN: write: No space left on device"), OSError, "the disk of .* is full .*Free some space"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            PermissionError,
+            "cannot be written .*: the earlier checkpoints",
+        ),
+    ],
+)
+def test_a_disk_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    tree = saved_twice(tmp_path)
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+
+        def fail() -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpointer._orbax, "wait_until_finished", fail)
+            with pytest.raises(kind, match=message):
+                checkpointer.wait()
+        assert checkpointer.steps() == [1, 2]
+        assert_same_bits(tree, checkpointer.restore(tree)[0])
+
+
+def test_errors_that_are_raised_are_not_logged_as_well(tmp_path: Path) -> None:
+    def shown(path: str, level: int, error: Exception | None) -> bool:
+        info = None if error is None else (type(error), error, None)
+        record = logging.LogRecord("absl", level, path, 1, "a thread raised an exception", None, info)
+        return bool(logging.getLogger("absl").filter(record))
+
+    with Checkpointer(tmp_path), Checkpointer(tmp_path):
+        orbax, other = ocp.__file__, optax.__file__
+    assert not shown(orbax, logging.ERROR, OSError())
+    assert shown(orbax, logging.WARNING, OSError())
+    assert shown(orbax, logging.ERROR, None)
+    assert shown(other, logging.ERROR, OSError())
 
 
 # ------------------------------------------------------------------------------------------------------- kill -9

@@ -1,15 +1,21 @@
 """Checksums of exported directories: every changed byte is found, and meant changes have a way out."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm import integrity
 from jaxlm.data import CharTokenizer, load_tokenizer
-from jaxlm.integrity import CHECKSUMS, verify_checksums
+from jaxlm.integrity import CHECKSUMS, install, staged, verify_checksums, write_checksums
 from jaxlm.models import get_model
 
 
@@ -94,3 +100,103 @@ def test_a_full_disk_leaves_the_old_export(copy, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         jaxlm.save_pretrained(copy, model, params)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------- whole replacement
+
+NAMES = ["weights", "index", "config"]
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A directory with three old files and their checksums."""
+    for name in NAMES:
+        (tmp_path / name).write_text(f"old {name}")
+    write_checksums(tmp_path, NAMES)
+    (tmp_path / "mine.txt").write_text("mine")
+    return tmp_path
+
+
+def contents(directory):
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def replace(directory):
+    with staged(directory) as temporary:
+        for name in NAMES:
+            (temporary / name).write_text(f"new {name}")
+        install(temporary, directory, NAMES)
+
+
+def test_a_replacement_is_whole(old):
+    (old / ".saving-of-a-killed-process").mkdir()
+    (old / ".saving-of-a-killed-process" / "weights").write_text("half")
+    replace(old)
+    verify_checksums(old)
+    kept = contents(old)
+    assert kept.pop(CHECKSUMS)
+    assert kept == {"mine.txt": "mine", **{name: f"new {name}" for name in NAMES}}
+
+
+KILLED = """
+import os, pathlib, runpy, signal, sys
+integrity = runpy.run_path(sys.argv[3])  # without jax, which takes seconds
+directory, left = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+real = os.replace
+def replace(*paths):
+    global left
+    if paths[1].parent == directory:
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+    real(*paths)
+os.replace = replace
+with integrity["staged"](directory) as temporary:
+    for name in ("weights", "index", "config"):
+        (temporary / name).write_text(f"new {name}")
+    integrity["install"](temporary, directory, ["weights", "index", "config"])
+"""
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_a_kill_never_leaves_an_undetected_mixture(old, renames):
+    ended = subprocess.run([sys.executable, "-c", KILLED, old, str(renames), integrity.__file__], check=False)
+    assert ended.returncode == (0 if renames == 4 else -signal.SIGKILL)
+    if renames in (0, 4):
+        verify_checksums(old)
+        age = "old" if renames == 0 else "new"
+        assert all((old / name).read_text() == f"{age} {name}" for name in NAMES)
+    else:
+        with pytest.raises(ValueError, match="is not as it was saved"):
+            verify_checksums(old)
+    replace(old)
+    verify_checksums(old)
+    assert not list(old.glob(".saving-*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC, "disk of .* is full .*are unchanged. Free"),
+        (
+            RuntimeError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'),
+            errno.ENOSPC, "the disk of .* is full",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES, "cannot be written .*Change its"),
+        (OSError(errno.EROFS, "Read-only file system"), errno.EROFS, "cannot be written .*Read-only"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_cannot_be_written_leaves_the_old_files_and_is_named(old, error, number, message):
+    before = contents(old)
+    with pytest.raises(OSError, match=message) as caught, staged(old):
+        raise error
+    assert caught.value.errno == number
+    assert str(old) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(old) == before
+
+
+def test_other_errors_pass_through(old):
+    with pytest.raises(ZeroDivisionError), staged(old):
+        raise ZeroDivisionError
+    assert sorted(os.listdir(old)) == sorted([*NAMES, CHECKSUMS, "mine.txt"])

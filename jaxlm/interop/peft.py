@@ -14,7 +14,6 @@ import dataclasses
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +25,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import processes, spec
+from jaxlm import integrity, processes, spec
 from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, matrix_rows
 from jaxlm.interop.config_json import format_of, is_stacked, tables
-from jaxlm.interop.directory import inside, read_json, write_json
+from jaxlm.interop.directory import inside, write_json
+from jaxlm.json_files import read_object
 from jaxlm.models.files import Layout
 from jaxlm.models.model import Model
 
@@ -65,14 +65,15 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: no such directory or file.
-        ValueError: not a LoRA adapter, or one with an option that is not supported (DoRA, ranks or scales that differ
+        ValueError: a file that has changed since it was saved; not a LoRA adapter, or one with an option that is not supported (DoRA, ranks or scales that differ
             by module, trained biases, ...); a tensor that the model has no place for, of another shape, or missing.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{str(directory)!r} is not a directory: nothing is downloaded, fetch the files first")
+    integrity.verify_checksums(directory)
     config_path = inside(directory, CONFIG)
-    rank, alpha = _check_config(read_json(config_path), config_path)
+    rank, alpha = _check_config(read_object(config_path), config_path)
     try:
         tensors = load_file(inside(directory, WEIGHTS))
     except SafetensorError as error:
@@ -145,12 +146,10 @@ def save_adapter(
     if not processes.is_first():
         return
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
-        save_file({_ROOT + name: x for name, x in tensors.items()}, Path(temporary, WEIGHTS), metadata={"format": "pt"})
-        write_json(Path(temporary, CONFIG), config)
-        for name in (WEIGHTS, CONFIG):
-            os.replace(Path(temporary, name), directory / name)
+    with integrity.staged(directory) as temporary:
+        save_file({_ROOT + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / CONFIG, config)
+        integrity.install(temporary, directory, (WEIGHTS, CONFIG))
 
 
 # ------------------------------------------------------------------------------------------------- one weight

@@ -26,6 +26,7 @@ class Evaluator:
         carry: (rows, tokens) of the model state that is carried from batch to batch, starting empty; None carries no
             state.
         further: a function from the parameters to more metrics that are not means over batches, such as BLEU.
+        further_names: the names of these metrics.
 
     Raises:
         ValueError: there is no batch.
@@ -45,9 +46,10 @@ class Evaluator:
         sharding: Sharding | None = None,
         carry: Carry | None = None,
         further: Callable[[Any], Mapping[str, float]] | None = None,
+        further_names: tuple[str, ...] = (),
     ) -> None:
         self._start = None if carry is None else model.init_state(*carry)
-        self._further = further
+        self._further, self._further_names = further, further_names
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
         self.batches = [place_batch(batch, sharding) for batch in batches]
         if not self.batches:
@@ -62,6 +64,12 @@ class Evaluator:
 
         # Each call takes the sums of the previous call: two calls at the same time can deadlock on virtual CPU devices.
         self._add = jax.jit(add)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the metrics; None if ``further`` adds some whose names are not given."""
+        known = self._further is None or self._further_names
+        return (*self._losses, *self._further_names) if known else None
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The metrics of the model with these parameters.

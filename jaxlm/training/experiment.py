@@ -14,13 +14,18 @@ import jax
 import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import processes
+from jaxlm.command_line import exit_status, parse_experiment, split_debug
 from jaxlm.data import Tokenizer
+from jaxlm.decoding import GenerationConfig
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
+from jaxlm.training import checks
+from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import write_report
 from jaxlm.training.loop import Result, Run
 from jaxlm.training.plots import save_attention
 from jaxlm.training.report import ATTENTION, draw_losses, read_attention, write_results
+from jaxlm.training.trainer import Trainer
 
 E = TypeVar("E")
 
@@ -74,44 +79,66 @@ def command_line(
     description: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Exit status of the experiment ``name``: 0, 1 after an error of the user, 128 + signal if interrupted.
+    """Exit status of the experiment ``name`` (``jaxlm.command_line``). Before ``run`` reads any data, the settings and
+    the output directory are checked (``jaxlm.training.checks``).
 
     Args:
         run: trains with a configuration, or goes on with the run of a directory.
         description: the docstring of the module; its first line is shown by ``--help``.
     """
-    program = f"python -m experiments.{name}"
+    given, debug = split_debug(arguments)
 
     def command() -> int:
-        experiment, resume = config_lib.parse(
-            default, presets, arguments, program=program, description=description.split("\n")[0]
+        experiment, start, resume = parse_experiment(
+            default, presets, given, program=f"python -m experiments.{name}", description=description.split("\n")[0]
         )
+        checks.check_settings(experiment, start)
+        output = resume or experiment.output  # type: ignore[attr-defined]
+
+        def check() -> str:
+            if output is not None:
+                checks.check_output(output, resume=resume is not None)
+            return ""
+
+        processes.from_first(check)
         return STATUS[run(experiment, resume).interrupted]
 
-    return config_lib.exit_status(command, f"experiments.{name}")
+    return exit_status(command, f"experiments.{name}", debug=debug)
 
 
-def run_directory(name: str, experiment: Any, resume: Path | None, tokenizer: Tokenizer | None = None) -> Path:
+def prepare_run(
+    name: str, experiment: Any, resume: Path | None, trainer: Trainer, tokenizer: Tokenizer, evaluate: Evaluator,
+    request: GenerationConfig | None = None,
+) -> Path:  # fmt: skip
     """The directory of a run: that of ``resume``, or a new one with ``config.json`` and the tokenizer in ``model/``.
 
-    ``experiment.output`` names a new directory; None makes ``runs/<name>-<time>``.
+    ``experiment.output`` names a new directory; None makes ``runs/<name>-<time>``. Everything about the run that can be
+    checked before the training is checked first, and nothing is written if a check fails.
+
+    Args:
+        request: for the text that is generated after the training.
 
     Raises:
         FileExistsError: the directory is not empty.
+        OSError: the directory cannot be written, or its disk has no room for a checkpoint and the exported model.
+        ValueError: the tokenizer does not belong to the model, ``request`` asks for what the model cannot do, or
+            ``evaluate`` has no ``training.best_metric``.
     """
-    if resume is not None:
-        return resume
+    checks.check_task(trainer)
+    checks.check_best_metric(experiment.training, evaluate)
+    checks.check_tokenizer(trainer.model, tokenizer)
+    if request is not None:
+        checks.check_request(trainer.model, tokenizer, request)
+    checkpoints = experiment.training.checkpoint_every is not None
 
     def make() -> str:
-        directory = experiment.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if directory.exists() and any(directory.iterdir()):
-            raise FileExistsError(
-                f"{directory} is not empty: choose another --output, or go on with --resume {directory}"
-            )
-        (directory / "model").mkdir(parents=True)
-        if tokenizer is not None:
+        directory = resume or experiment.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        checks.check_output(directory, resume=resume is not None)
+        checks.check_space(directory, trainer, checkpoints=checkpoints)
+        if resume is None:
+            (directory / "model").mkdir(parents=True, exist_ok=True)
             tokenizer.save(directory / "model")
-        config_lib.write(experiment, directory / "config.json")
+            config_lib.write(experiment, directory / "config.json")
         return str(directory)
 
     return Path(processes.from_first(make))
@@ -163,7 +190,7 @@ def report(
         scores: of ``jaxlm.metrics.Score``.
         details: further facts, for the record.
     """
-    minutes = (time.perf_counter() - begun) / 60
+    minutes = (time.perf_counter() - begun + result.earlier_seconds) / 60
     speed = {
         "training_examples_per_second": result.examples_per_second,
         "training_tokens_per_second": result.tokens_per_second,

@@ -6,20 +6,21 @@ import collections
 import contextlib
 import dataclasses
 import math
-import os
+import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxlm import config as config_lib
 from jaxlm import integrity, processes, spec
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, count
@@ -75,8 +76,15 @@ class TrainingConfig:
     before it (previous); the damaged one is renamed."""
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
+    spike_deviations: float | None = None
+    """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
+    losses; OLMo-core takes 6. None skips only the updates of losses and gradients that are not finite."""
     max_skipped_in_a_row: int = 10
-    """Stop after this many steps in a row without a finite loss and gradient."""
+    """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
+    max_rollbacks: int = 0
+    """How often a run may go back to its newest checkpoint, after max_skipped_in_a_row skipped steps or after weights
+    that are not finite. Training goes on from there without the batches in between, as PaLM's did (Chowdhery et al.
+    2022, section 5.1). 0 stops with an error instead."""
     layers_apart: bool | None = None
     """Whether each layer has separate arrays, and the loop over layers is unrolled. Steps are faster, but compilation
     takes twice as long or more, and a CPU needs more memory. None: only on one CPU device (a tenth less time), if the
@@ -87,14 +95,19 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and field.name != "seed" and value < 1:
-                raise ValueError(f"{field.name}={value} must be at least 1")
+            least = 0 if field.name == "max_rollbacks" else 1
+            if type(value) is int and field.name != "seed" and value < least:
+                raise ValueError(f"{field.name}={value} must be at least {least}")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or None")
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(f"grad_accum_steps={self.grad_accum_steps} does not divide batch_size={self.batch_size}")
         if self.restore_best and self.checkpoint_every is None:
             raise ValueError("restore_best=True needs checkpoints: set checkpoint_every")
+        if self.max_rollbacks and self.checkpoint_every is None:
+            raise ValueError(f"max_rollbacks={self.max_rollbacks} needs checkpoints: set checkpoint_every")
+        if self.spike_deviations is not None and not self.spike_deviations > 0.0:
+            raise ValueError(f"spike_deviations={self.spike_deviations} must be positive, or None")
 
     def trainer(self, model: Model, optimizer: optax.GradientTransformation, loss: Loss, **options: Any) -> Trainer:
         """The ``Trainer`` with the options of this config; ``options`` are other fields of ``Trainer``.
@@ -105,7 +118,7 @@ class TrainingConfig:
         apart = _layers_apart(model, optimizer, self.layers_apart, options.get("sharding"))
         return Trainer(
             model, optimizer, loss, grad_accum_steps=self.grad_accum_steps, ema_decay=self.ema_decay,
-            layers_apart=apart, **options,
+            layers_apart=apart, spike_deviations=self.spike_deviations, **options,
         )  # fmt: skip
 
 
@@ -141,7 +154,14 @@ class Run:
 
 
 class DivergedError(RuntimeError):
-    """Training stopped because too many steps in a row had a loss or gradient that was not finite."""
+    """Training stopped because too many steps in a row were skipped, or because the weights were not finite.
+
+    ``step`` is the step at which this was found.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +178,10 @@ class Result:
         tokens_per_second: tokens that the model read per second, without the first step.
         examples_per_second: examples per second, without the first step.
         compilations: number of different batch shapes; the step was compiled once for each.
+        tokens: tokens that the model has read up to ``state``, with those before a resume.
+        earlier_seconds: time that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint from
+            which this process went on.
+        rollbacks: how often the run went back to a checkpoint (``TrainingConfig.max_rollbacks``).
     """
 
     state: TrainState
@@ -169,6 +193,9 @@ class Result:
     tokens_per_second: float
     examples_per_second: float
     compilations: int
+    tokens: int = 0
+    earlier_seconds: float = 0.0
+    rollbacks: int = 0
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in ("step", "validation", "interrupted", "tokens_per_second")}
@@ -199,12 +226,14 @@ def train(
         params: parameters to start from instead of random ones.
 
     Raises:
-        DivergedError: ``config.max_skipped_in_a_row`` steps in a row were not finite.
+        DivergedError: ``config.max_skipped_in_a_row`` steps in a row were skipped, or the weights were not finite, and
+            no rollback was left.
         FileExistsError: a run that does not resume, in a directory with checkpoints.
         BlockingIOError: another process trains in the directory.
-        CorruptCheckpointError: the newest checkpoint of a resumed run is damaged.
-        ValueError: a resumed run is beyond ``config.steps``; ``evaluate`` has no ``config.best_metric``; a resumed run
-            with another ``best_metric`` or ``best_mode``; or there are several processes, and no ``sharding`` or no
+        CorruptCheckpointError: the newest checkpoint of a resumed run is damaged, or its parts contradict each other.
+        OSError: the disk is full, or the directory cannot be written.
+        ValueError: a resumed run is beyond ``config.steps``, or has another model, ``best_metric`` or ``best_mode``;
+            ``evaluate`` has no ``config.best_metric``; or there are several processes, and no ``sharding`` or no
             directory for checkpoints that all of them see.
     """
     if trainer.sharding is None and jax.process_count() > 1:
@@ -234,11 +263,11 @@ class _Loop:
         self._begun = time.perf_counter()
         self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
         self._run, self._checkpoints = run, checkpoints
-        # Checkpoints and results have stacked layers, also if the steps use per-layer trees.
-        self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False)
+        # Checkpoints and results have stacked layers, also if the steps use per-layer trees. The losses of the spike
+        # policy are in the record of a checkpoint, so that a resumed run may switch the policy on or off.
+        self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False, spike_deviations=None)
         self._params = jax.jit(self._stacked_trainer.model_params)
         self._evaluated = jax.jit(trainer.model_params)
-        self._is_finite = jax.jit(_is_finite)
         self._jit_step = trainer.jit_step()
         self._shapes: set[Any] = set()
         self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
@@ -247,26 +276,35 @@ class _Loop:
         self._best: float | None = None
         self._without_improvement = 0
         self._losses: list[float] = []  # of all evaluations, which decide when NT-ASGD starts to average
+        self._left_out = data.state()["next"]  # batches that the data have passed and the steps have not used
+        self._tokens = 0
+        self._rollbacks = 0
+        self._earlier_seconds = 0.0
+        self._postponed = False  # a checkpoint was due while steps were skipped
+        self._notice: str | None = None
         self.step = 0
 
     def start(self, params: Any) -> None:
         """Initialize the state, or restore it."""
         self._target = self._stacked_trainer.abstract(params)
+        self._checkpoints.remove_leftovers()
         there = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
         if self._run.resume and there:
             state, saved = self._checkpoints.restore(self._target, on_corrupt=self._config.on_corrupt)
+            self._require_same_run(saved)
+            _require_consistent(state, saved, self._checkpoints.directory)
             self._data.restore(saved["data"])
-            progress = saved.get("evaluation", {})
-            for name in ("best_metric", "best_mode"):
-                asked, was = getattr(self._config, name), progress.get(name, getattr(self._config, name))
-                if asked != was:
-                    raise ValueError(f"{name}={asked} cannot change when a run goes on (it is {was}): leave it out")
-            self._best = progress.get("best")
-            self._without_improvement = progress.get("without_improvement", 0)
-            self._validation, self._validated = saved.get("validation"), int(state.step)
-            self._losses = [math.nan if loss is None else loss for loss in progress.get("losses", [])]
-            self._records.write(int(state.step), event="resumed")
-            self._state = self._change_layout(spec.unstack, self._trainer, state)
+            training = saved.get("training", {})  # the first records of this format have none
+            self._left_out = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
+            self._rollbacks, self._earlier_seconds = training.get("rollbacks", 0), training.get("seconds", 0.0)
+            self._take(state, saved)
+            was, now = training.get("learning_rate"), self._learning_rate()
+            if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-5):
+                self._notice = (
+                    f"step {self.step}: the next learning rate is {now:.6g}, and it was {was:.6g} when this checkpoint "
+                    "was saved: the schedule or its number of steps has changed"
+                )
+            self._records.write(self.step, event="resumed")
         else:
             if there and self._config.checkpoint_every is not None:
                 raise FileExistsError(
@@ -274,12 +312,53 @@ class _Loop:
                     "resume that run"
                 )
             self._state = self._trainer.init(jax.random.key(self._config.seed), params)
-        self.step = int(self._state.step)
         if self.step > self._config.steps:
             raise ValueError(
                 f"the checkpoint is of step {self.step}, beyond training.steps={self._config.steps}: ask for at least "
                 f"{self.step}"
             )
+
+    def _require_same_run(self, saved: Mapping[str, Any]) -> None:
+        """Check that what may not change when a run goes on is as it was saved."""
+        progress = saved.get("evaluation", {})
+        for name in ("best_metric", "best_mode"):
+            _require_same(name, getattr(self._config, name), progress.get(name, getattr(self._config, name)))
+        was, now = saved.get("model", {}), self._model()
+        for name in ("family", "adaptation"):
+            _require_same(name, now[name], was.get(name, now[name]))
+        for name, value in was.get("config", {}).items():
+            if name in now["config"] and not _MAY_CHANGE.fullmatch(name):
+                _require_same(name, now["config"][name], value)
+
+    def _learning_rate(self) -> float | None:
+        """The learning rate of the next update, if the trainer knows its schedule."""
+        schedule = self._trainer.learning_rate
+        return None if schedule is None else float(schedule(self.step - int(self._state.skipped)))
+
+    def _model(self) -> dict[str, Any]:
+        model, adaptation = self._trainer.model, self._trainer.adaptation
+        return {
+            "family": model.family,
+            "config": config_lib.to_json(model.config),
+            "adaptation": None if adaptation is None else repr(adaptation),
+        }
+
+    def _take(self, state: TrainState, saved: Mapping[str, Any]) -> None:
+        """Go on from the state of a checkpoint, and from what its record says about the evaluations until then."""
+        progress, training = saved.get("evaluation", {}), saved.get("training", {})
+        self.step = int(state.step)
+        self._best = progress.get("best")
+        self._without_improvement = progress.get("without_improvement", 0)
+        self._validation, self._validated = saved.get("validation"), self.step
+        self._losses = _not_none(progress.get("losses", []))
+        self._tokens = training.get("tokens", 0)
+        every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
+        self._postponed = every is not None and self.step // every > (self.step - skipped) // every
+        if self._trainer.spike_deviations is not None:
+            losses = training.get("recent_losses")
+            known = self._trainer.no_losses() if losses is None else np.array(_not_none(losses), np.float32)
+            state = dataclasses.replace(state, recent_losses=np.asarray(known))
+        self._state = self._change_layout(spec.unstack, self._trainer, state)
 
     def _change_layout(self, change: Callable[[Any], Any], trainer: Trainer, state: TrainState) -> TrainState:
         if not self._trainer.layers_apart:
@@ -287,11 +366,14 @@ class _Loop:
         return jax.jit(change, out_shardings=None if trainer.sharding is None else trainer.shardings())(state)
 
     def _stacked(self) -> TrainState:
-        return self._change_layout(spec.restack, self._stacked_trainer, self._state)
+        state = dataclasses.replace(self._state, recent_losses=None)
+        return self._change_layout(spec.restack, self._stacked_trainer, state)
 
     def run(self, bar: Bar, signals: _Signals) -> Result:
         """Run all steps."""
         config, log = self._config, _Log(self._records, bar, self._config, self._trainer, self.step)
+        if self._notice is not None and self.step < config.steps:
+            bar.say(self._notice)
         if self._run.resume and self.step == 0:
             bar.say("there is no checkpoint yet: the run starts from its first step")
         patient = config.patience is None or self._without_improvement < config.patience
@@ -299,23 +381,10 @@ class _Loop:
         if self._run.resume and (self.step == config.steps or not patient):
             bar.say(f"step {self.step}: the training is complete, its result is taken from the checkpoint")
         while self.step < config.steps and stop is None:
-            self._one_step(log, bar)
-            last = self.step == config.steps
-            evaluated, improved = self.step % config.evaluate_every == 0 or last, False
-            if evaluated:
-                log.flush()
-                with signals.announced(bar, f"the evaluation of step {self.step}"):
-                    improved = self._evaluate_now(bar)
-                log.restart_clock()
-            stop = "signal" if signals.stop_after(self.step) else None
-            patience = config.patience
-            if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
-                stop = "patience"
-                bar.say(f"step {self.step}: no better {config.best_metric} in {patience} evaluations: stop")
-            due = config.checkpoint_every is not None and self.step % config.checkpoint_every == 0
-            final = last or stop is not None
-            if config.checkpoint_every is not None and (due or final or (config.restore_best and improved)):
-                self._save(wait=final)
+            try:
+                stop = self._advance(log, bar, signals)
+            except DivergedError as error:
+                self._roll_back(error, log, bar)
         log.flush()
         if stop == "signal" and self.step < config.steps:
             kept = "nothing is saved, as checkpoint_every=None asks"
@@ -325,6 +394,72 @@ class _Loop:
             bar.say(f"{signals.caught}: {kept}")
             return self._result(log, self._stacked(), None, signals.caught)
         return self._finish(log, bar)
+
+    def _advance(self, log: _Log, bar: Bar, signals: _Signals) -> str | None:
+        """Run one step with the evaluation and the checkpoint after it; returns why the run ends here, or None."""
+        config = self._config
+        self._one_step(log, bar)
+        last = self.step == config.steps
+        evaluated, improved = self.step % config.evaluate_every == 0 or last, False
+        if evaluated:
+            log.flush()
+            with signals.announced(bar, f"the evaluation of step {self.step}"):
+                improved = self._evaluate_now(bar)
+            log.restart_clock()
+        stop = "signal" if signals.stop_after(self.step) else None
+        patience = config.patience
+        if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
+            stop = "patience"
+            bar.say(f"step {self.step}: no better {config.best_metric} in {patience} evaluations: stop")
+        if config.checkpoint_every is not None:
+            due = self._postponed or self.step % config.checkpoint_every == 0
+            scheduled = due or last or stop == "patience" or (config.restore_best and improved)
+            if scheduled or stop is not None:
+                log.flush()  # raises DivergedError if the weights are not finite
+                # A checkpoint of skipped steps has the same weights as the one before. It must not displace that one.
+                skipping = log.skipped_in_a_row > 0
+                self._postponed = due and skipping
+                if not skipping or last or stop is not None or (config.restore_best and improved):
+                    self._save(extra=skipping or not scheduled, wait=last or stop is not None)
+        return stop
+
+    def _roll_back(self, error: DivergedError, log: _Log, bar: Bar) -> None:
+        """Go back to the newest checkpoint, and leave out the batches since then.
+
+        Raises:
+            DivergedError: no rollback is left, or there is no checkpoint.
+        """
+        allowed = self._config.max_rollbacks
+        self._checkpoints.wait()
+        last = self._checkpoints.latest
+        end = f"The last checkpoint is that of step {last}"
+        if last is None:
+            end = "There is no checkpoint yet"
+        elif allowed == 0:
+            end += "; max_rollbacks=1 would go back to it and leave out the batches since then"
+        elif self._rollbacks >= allowed:
+            end += f"; the run has already gone back max_rollbacks={allowed} times"
+        if last is None or self._rollbacks >= allowed:
+            raise DivergedError(f"{error}. {end}", error.step) from error
+        del self._state  # two states at a time may not fit
+        try:
+            state, saved = self._checkpoints.roll_back(self._target)
+        except FileNotFoundError:
+            raise DivergedError(f"{error}. There is no checkpoint before that to go back to", error.step) from error
+        # From the step that failed, not from the later one at which its metrics were read: that differs after a resume.
+        position = self._left_out + error.step
+        self._data.restore({**self._data.state(), "next": position})
+        self._take(state, saved)
+        self._left_out = position - self.step
+        self._rollbacks += 1
+        log.forget()
+        self._records.write(
+            error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks, batches_left_out=self._left_out
+        )
+        bar.say(
+            f"{error}. Rollback {self._rollbacks} of {allowed}: training goes on from step {self.step}, without the "
+            f"batches of steps {self.step + 1} to {error.step}"
+        )
 
     def _one_step(self, log: _Log, bar: Bar) -> None:
         batch = next(self._data)
@@ -338,6 +473,7 @@ class _Loop:
         share = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]
         self._state, metrics = self._jit_step(self._state, placed)
         self.step += 1
+        self._tokens += round(tokens / share)
         log.add(self.step, metrics, round(examples / share), round(tokens / share))
 
     def _evaluate_now(self, bar: Bar) -> bool:
@@ -374,31 +510,35 @@ class _Loop:
     def _to_minimize(self, value: float) -> float:
         return value if self._config.best_mode == "min" else -value
 
-    def _save(self, *, wait: bool) -> None:
-        if not bool(self._is_finite(self._state)):
-            # Nothing is saved or deleted, so that the last finite weights stay.
-            self._checkpoints.wait()
-            raise DivergedError(
-                f"step {self.step}: the weights are not finite, although the loss and the gradient were. Lower the "
-                f"learning rate, or look for the fault in the optimizer. The last checkpoint is that of step "
-                f"{self._checkpoints.latest}"
-            )
+    def _save(self, *, extra: bool, wait: bool) -> None:
+        training: dict[str, Any] = {
+            "step": self.step,
+            "batches_left_out": self._left_out,
+            "tokens": self._tokens,
+            "rollbacks": self._rollbacks,
+            "seconds": self._earlier_seconds + time.perf_counter() - self._begun,
+            "learning_rate": self._learning_rate(),
+        }
+        if self._state.recent_losses is not None:
+            training["recent_losses"] = _no_nan(jax.device_get(self._state.recent_losses).tolist())
         content = {
             **self._run.meta,
             "data": self._data.state(),
+            "training": training,
+            "model": self._model(),
             "evaluation": {
                 "best_metric": self._config.best_metric,
                 "best_mode": self._config.best_mode,
                 "best": self._best,
                 "without_improvement": self._without_improvement,
-                "losses": [None if math.isnan(loss) else loss for loss in self._losses],
+                "losses": _no_nan(self._losses),
             },
         }
         metric = None
         if self._validation is not None and self._validated == self.step:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
-        self._checkpoints.save(self.step, self._stacked(), content, metric=metric, wait=wait)
+        self._checkpoints.save(self.step, self._stacked(), content, metric=metric, extra=extra, wait=wait)
 
     def _finish(self, log: _Log, bar: Bar) -> Result:
         if not self._config.restore_best or self._checkpoints.best in (None, self.step):
@@ -414,13 +554,54 @@ class _Loop:
         return Result(
             state, self._params(state), int(state.step), validation, interrupted,
             log.first_loss_at - self._begun, log.tokens_per_second, log.examples_per_second, len(self._shapes),
+            self._tokens, self._earlier_seconds, self._rollbacks,
         )  # fmt: skip
 
 
-def _is_finite(state: TrainState) -> jax.Array:
-    """Whether all parameters and their moving average are finite."""
-    leaves = [leaf for leaf in jax.tree.leaves((state.params, state.ema)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+_MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|attention_implementation")
+"""Fields of a model's config that a resumed run may change: they do not change what trained weights compute."""
+
+
+def _require_same(name: str, asked: Any, was: Any) -> None:
+    if asked != was:
+        raise ValueError(f"{name}={asked} cannot change when a run goes on (it is {was}): leave it out")
+
+
+def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:
+    """Check that the arrays of a checkpoint and its record are of the same moment of the training.
+
+    Raises:
+        CorruptCheckpointError: they are not.
+    """
+    step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
+    training, position = saved.get("training"), saved["data"]["next"]
+    wrong = []
+    if not 0 <= in_a_row <= skipped <= step:
+        wrong.append(f"{skipped} steps are skipped, {in_a_row} of them in a row")
+    if training is not None:
+        if training["step"] != step:
+            wrong.append(f"its record is of step {training['step']}")
+        if position != step + training["batches_left_out"]:
+            wrong.append(f"the data are at batch {position}, with {training['batches_left_out']} batches left out")
+        for name in ("batches_left_out", "tokens", "rollbacks", "seconds"):
+            if training[name] < 0:
+                wrong.append(f"{name} is {training[name]}")
+    elif position < step:
+        wrong.append(f"the data are at batch {position}")
+    if wrong:
+        raise CorruptCheckpointError(
+            f"the checkpoint of step {step} in {directory} contradicts itself: {'; '.join(wrong)}. Move it away to go "
+            "on from an earlier one"
+        )
+
+
+def _no_nan(values: Sequence[float]) -> list[float | None]:
+    """The values for JSON, which has no NaN."""
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _not_none(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 class _Records:
@@ -437,15 +618,16 @@ class _Records:
 
 
 class _Log:
-    """Reads metrics :data:`LAG` steps late, writes them every ``log_every`` steps, and counts steps that diverge."""
+    """Reads metrics :data:`LAG` steps late, writes them every ``log_every`` steps, and finds divergence."""
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
         self._waiting: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
-        self._last_finite = math.nan
+        self._last_loss = math.nan  # of a step that was not skipped
         self._clock: tuple[float, int] | None = None
         self._seconds, self._tokens, self._examples = 0.0, 0, 0
         self.first_loss_at = math.nan
+        self.skipped_in_a_row = 0  # at the last step that was read
 
     @property
     def tokens_per_second(self) -> float:
@@ -465,6 +647,11 @@ class _Log:
         while self._waiting:
             self._read(*self._waiting.popleft())
 
+    def forget(self) -> None:
+        """Drop the metrics that have not been read, because the run goes back."""
+        self._waiting.clear()
+        self.restart_clock()
+
     def restart_clock(self) -> None:
         """Exclude the time since the last step (an evaluation) from the training time."""
         self._clock = None
@@ -480,7 +667,9 @@ class _Log:
             self._examples += examples
         self._clock = (now, step)
         rate = None if math.isnan(self.tokens_per_second) else self.tokens_per_second
-        if step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps:
+        self.skipped_in_a_row = int(values["skipped_in_a_row"])
+        written = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
+        if written or self.skipped_in_a_row:
             # JSON has no NaN: a loss that is not finite is written as null, and `skipped` counts the step.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             if self._trainer.learning_rate is not None:
@@ -490,22 +679,34 @@ class _Log:
                 examples_per_second=None if rate is None else self.examples_per_second, time=round(time.time(), 3),
             )  # fmt: skip
         self._bar.update(step, values["loss"], rate)
-        if values["skipped_in_a_row"] >= self._config.max_skipped_in_a_row:
+        spike = self.skipped_in_a_row and math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
+        seen = f"loss {values['loss']}, gradient norm {values['gradient_norm']}, last loss {self._last_loss:.4f}"
+        if self.skipped_in_a_row == 1:
+            why = "a loss spike" if spike else "a loss or gradient that is not finite"
+            self._bar.say(f"step {step}: {why} ({seen}); the update is skipped")
+        if self.skipped_in_a_row >= self._config.max_skipped_in_a_row:
+            what = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
             raise DivergedError(
-                f"step {step}: {values['skipped_in_a_row']:.0f} steps in a row had a loss or gradient that is not "
-                f"finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, last finite loss "
-                f"{self._last_finite:.4f}). Their updates were skipped, the weights are those before them. Lower the "
-                f"learning rate, clip harder, warm up longer, or look at the data of these steps"
+                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {what} ({seen}). Their "
+                f"updates were skipped, the weights are those before them. Lower the learning rate, clip harder, warm "
+                f"up longer, or look at the data of these steps",
+                step,
             )
-        if math.isfinite(values["loss"]):
-            self._last_finite = values["loss"]
+        if not math.isfinite(values["parameter_norm"]):
+            raise DivergedError(
+                f"step {step}: the weights are not finite, although the loss and the gradient were ({seen}). Lower the "
+                f"learning rate, or look for the fault in the optimizer",
+                step,
+            )
+        if not self.skipped_in_a_row:
+            self._last_loss = values["loss"]
 
 
 class _Signals:
     """Catches the first SIGINT or SIGTERM so that the loop ends after a whole step; a second one has its usual effect.
 
-    With several processes, all end after the same step when one of them gets a signal. ``processes.end_after`` handles
-    SIGTERM, and SIGINT is converted to SIGTERM.
+    With several processes, all end after the same step when one of them gets a signal (``processes.request_end``). JAX
+    handles SIGTERM itself in processes that ``processes.run`` has not joined.
     """
 
     def __init__(self) -> None:
@@ -540,7 +741,7 @@ class _Signals:
         return stop
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
+        for number in (signal.SIGINT, signal.SIGTERM) if self._alone or processes.watched() else (signal.SIGINT,):
             try:
                 self._before[number] = signal.signal(number, self._catch)
             except ValueError:  # only the main thread may set signal handlers
@@ -549,11 +750,11 @@ class _Signals:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = signal.Signals(number).name
+        if not self._alone:
+            processes.request_end()
         self._restore()
         if self._announce is not None:
             self._announce(self.caught)
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

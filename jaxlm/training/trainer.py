@@ -28,6 +28,9 @@ Carry = tuple[int, int]
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
+SPIKE_WINDOW = 128
+"""Number of losses that decide whether the next one is a spike (``Trainer.spike_deviations``)."""
+
 
 @struct.dataclass
 class TrainState:
@@ -39,10 +42,12 @@ class TrainState:
         optimizer: the Optax state.
         key: root key of all random numbers.
         ema: exponential moving average of ``params``, or None.
-        skipped: number of steps whose loss or gradient was not finite.
+        skipped: number of steps whose loss or gradient was not finite, or whose loss was a spike.
         skipped_in_a_row: number of skipped steps since the last step that was not skipped.
         model_state: the model state at the end of the last batch (``model.state_specs``), or None.
         frozen: parameters that are not trained (``Trainer.adaptation``), or None.
+        recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, NaN where there are fewer;
+            None without ``Trainer.spike_deviations``.
 
     Leaves are arrays; in ``Trainer.abstract`` they are shapes, and in ``Trainer.shardings`` shardings.
     """
@@ -56,6 +61,7 @@ class TrainState:
     skipped_in_a_row: Any
     model_state: Any = None
     frozen: Any = None
+    recent_losses: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,10 @@ class Trainer:
         grad_accum_steps: A, the number of micro-batches that are computed one after the other and whose gradients are
             summed. This saves memory and gives the same gradient.
         ema_decay: decay of a moving average of the trained arrays; None keeps no average.
+        spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
+            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped; half as many must be known. The
+            skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the same rule with 6 deviations.
+            None skips no finite loss.
         carry: (rows, tokens) of the model state that is carried from batch to batch; None carries no state.
         adaptation: which parameters are trained (``jaxlm.adapt``); None trains all of them.
         learning_rate: the schedule, a function of the number of updates; it is only used for the log.
@@ -92,6 +102,7 @@ class Trainer:
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None
     layers_apart: bool = False
+    spike_deviations: float | None = None
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -135,8 +146,13 @@ class Trainer:
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         model_state = None if self.carry is None else self._layout(self.model.init_state(*self.carry))
         return TrainState(
-            step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen
-        )
+            step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen,
+            self.no_losses(),
+        )  # fmt: skip
+
+    def no_losses(self) -> jax.Array | None:
+        """``TrainState.recent_losses`` before the first step."""
+        return None if self.spike_deviations is None else jnp.full(SPIKE_WINDOW, jnp.nan)
 
     def abstract(self, params: Any = None) -> TrainState:
         """Shapes (and shardings) of the state: a target to restore a checkpoint into, or to compile the step for.
@@ -168,7 +184,10 @@ class Trainer:
         if self.adaptation is not None:
             frozen = self.sharding.tree(self._layout(self.adaptation.frozen_specs(self.model.specs)))
         ema = None if self.ema_decay is None else params
-        return TrainState(everywhere, params, optimizer, everywhere, ema, everywhere, everywhere, model_state, frozen)
+        losses = None if self.spike_deviations is None else everywhere
+        return TrainState(
+            everywhere, params, optimizer, everywhere, ema, everywhere, everywhere, model_state, frozen, losses
+        )
 
     def model_params(self, state: TrainState) -> Any:
         """The parameters of the model to evaluate and to export, frozen ones included.
@@ -191,9 +210,13 @@ class Trainer:
     def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
         """The state after one update, and metrics. Pure.
 
-        A step whose loss or gradient norm is not finite changes only the counters: parameters, optimizer state,
-        moving average and model state stay bit for bit the same. Metrics are float32 scalars: ``loss`` (mean, nats),
-        ``gradient_norm`` (before clipping), ``weight`` (number of targets), ``skipped`` and ``skipped_in_a_row``.
+        A step whose loss or gradient norm is not finite, or whose loss is a spike (``spike_deviations``), changes only
+        the counters: parameters, optimizer state, moving average and model state stay bit for bit the same. Metrics are
+        float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new
+        parameters), ``weight`` (number of targets), ``skipped`` and ``skipped_in_a_row``.
+
+        An update that makes parameters that are not finite is not undone, because that would take a copy of the old
+        ones. ``parameter_norm`` shows it: it is finite only if all new parameters are.
 
         If no model state is carried, the state that the loss returns replaces the parameters of the same names after
         the update. Models with batch normalisation update their running statistics in this way.
@@ -218,6 +241,8 @@ class Trainer:
         mean, scale = total / weight, 1.0 / weight
         norm = optax.tree.norm(grads) * scale
         good = jnp.isfinite(mean) & jnp.isfinite(norm)
+        if state.recent_losses is not None:
+            good &= ~self._is_spike(mean, state.recent_losses)
 
         # A branch instead of a select: XLA then updates parameters and moments in place. With selects, it first copies
         # the old moments (docs/labbook.md).
@@ -230,15 +255,28 @@ class Trainer:
         metrics = {
             "loss": mean,
             "gradient_norm": norm,
+            "parameter_norm": optax.tree.norm(carried[0]),
             "weight": weight,
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),
         }
         params, optimizer, ema, model_state, frozen = carried
+        losses = state.recent_losses
+        if losses is not None:
+            losses = jnp.where(good, losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(mean), losses)
         new = TrainState(
-            state.step + 1, params, optimizer, state.key, ema, skipped, in_a_row, model_state, frozen
+            state.step + 1, params, optimizer, state.key, ema, skipped, in_a_row, model_state, frozen, losses
         )  # fmt: skip
         return new, metrics
+
+    def _is_spike(self, loss: jax.Array, losses: jax.Array) -> jax.Array:
+        """Whether ``loss`` is a spike after ``losses`` [W], of which those that are NaN are unknown."""
+        assert self.spike_deviations is not None
+        known = jnp.isfinite(losses)
+        count = jnp.sum(known)
+        mean = jnp.sum(losses, where=known) / jnp.maximum(count, 1)
+        variance = jnp.sum((losses - mean) ** 2, where=known) / jnp.maximum(count - 1, 1)
+        return (count >= SPIKE_WINDOW // 2) & (loss > mean + self.spike_deviations * jnp.sqrt(variance))
 
     def _gradients(self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
         """Sums over the batch, (gradient, loss, weight), and the state that the loss returns."""

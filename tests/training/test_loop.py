@@ -317,6 +317,9 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"ema_decay": 1.5}, "ema_decay=1.5"),
         ({"batch_size": 8, "grad_accum_steps": 3}, "grad_accum_steps=3 does not divide batch_size=8"),
+        ({"max_rollbacks": -1}, "max_rollbacks=-1 must be at least 0"),
+        ({"max_rollbacks": 1, "checkpoint_every": None}, "max_rollbacks=1 needs checkpoints"),
+        ({"spike_deviations": 0.0}, "spike_deviations=0.0 must be positive, or None"),
     ],
 )
 def test_bad_training_configs_are_named(change, message):

@@ -56,6 +56,7 @@ def test_a_step_is_what_optax_does_by_hand():
     assert_trees_close(after.params, optax.apply_updates(state.params, updates), 1e-5)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
     assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    assert float(metrics["parameter_norm"]) == pytest.approx(float(optax.tree.norm(after.params)), rel=1e-5)
     assert float(metrics["weight"]) == 8 * 12
 
 
@@ -150,7 +151,9 @@ def test_the_optimizer_is_handed_the_norm_that_the_step_knows():
 def test_abstract_state_is_the_real_one_with_shardings(apart):
     model, optimizer, _ = parts()
     sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
-    trainer = Trainer(model, optimizer, causal.loss, ema_decay=0.9, sharding=sharding, layers_apart=apart)
+    trainer = Trainer(
+        model, optimizer, causal.loss, ema_decay=0.9, sharding=sharding, layers_apart=apart, spike_deviations=6.0
+    )  # fmt: skip
     abstract, real = trainer.abstract(), trainer.init(jax.random.key(0))
     described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == described
