@@ -1,8 +1,11 @@
-"""Scripts for rented machines, run here with a ``gcloud`` that writes down what it is asked for."""
+"""Scripts for rented machines, run here with a ``gcloud`` that writes down what it is asked for; processes of this
+machine and their restarts; and what becomes of JAX's report of a lost process."""
 
+import io
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from experiments import text_generation
-from jaxlm import cli, config, launch
-from jaxlm.launch import script
+from jaxlm import cli, command_line, launch, stderr_relay
+from jaxlm.launch import run_local, script
 
 COMMAND = ["python", "-m", "benchmarks.training", "--json", "results/it's.json"]
 
@@ -79,7 +82,9 @@ def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
     (command,) = re.findall(r"python -m jaxlm.launch experiments.text_generation (.*)'", script("v5e:4x4", zone="z"))
     arguments = shlex.split(command)
     assert not set(";&|<>$'\"") & set(command)
-    experiment, _ = config.parse(text_generation.PRESETS["gpt"], {}, arguments, program="test", description="")
+    experiment, _, _ = command_line.parse_experiment(
+        text_generation.PRESETS["gpt"], {}, arguments, program="test", description=""
+    )
     assert (experiment.mesh, experiment.training.batch_size) == ("data=16", 128)
     assert experiment.training.checkpoint_every is None
     assert experiment.output == Path("results/gpt2")
@@ -113,7 +118,7 @@ def test_what_cannot_be_meant_is_named(topology, options, message):
 
 
 def test_the_command_prints_and_does_not_run(capsys):
-    assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z"]) == 1
+    assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z"]) == 2
     assert "jaxlm rents no machines: say --dry-run" in capsys.readouterr().err
     assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z", "--dry-run"]) == 0
     default = ["python", "-m", "benchmarks.training", "--against", "", "--json", "results/training.json"]
@@ -126,9 +131,145 @@ def test_the_command_prints_and_does_not_run(capsys):
         ([], "required: module"),
         (["--coordinator", "localhost:1", "m"], "--processes and --process are given together or not at all"),
         (["--coordinator", "localhost:1", "--processes", "2", "--process", "2", "m"], "--process 2 of 2: they are cou"),
+        (["--lost-after", "0", "m"], "--lost-after 0: give at least one second"),
     ],
 )
 def test_what_cannot_be_joined_is_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
         launch.main(arguments)
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- processes of this machine
+
+PROGRAM = """
+import os, pathlib, signal, sys
+with open("calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+attempt = len(open("calls").readlines())
+run = pathlib.Path("run")
+what = sys.argv[1]
+if what == "mistake":
+    sys.exit(2)
+if what == "early" and attempt == 1:  # killed while the run directory is made
+    run.mkdir()
+    (run / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+run.mkdir(exist_ok=True)
+(run / "config.json").touch()
+if attempt < 3:
+    os.kill(os.getpid(), signal.SIGKILL) if what == "killed" else sys.exit(1)
+"""
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    (tmp_path / "prog.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    return lambda what, **options: run_local(
+        ["python", "-m", "prog", what, "--preset", "p", "--steps=3", "--output", "run"], 1, **options
+    )
+
+
+def test_a_coordinator_that_cannot_serve_is_named(capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        for address, message in [
+            (f"localhost:{port}", f"process 0 cannot serve at port {port} (Address already in use): choose another"),
+            ("localhost", "coordinator 'localhost' must be HOST:PORT"),
+            ("localhost:66000", "with a port from 1 to 65535"),
+        ]:
+            with pytest.raises(SystemExit) as ended:
+                launch.main(["--coordinator", address, "--processes", "2", "--process", "0", "m"])
+            assert ended.value.code == 2
+            assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["killed", "failed"])
+def test_a_run_that_dies_is_restarted_from_its_checkpoint(what, program, capsys):
+    assert program(what, restarts=2) == 0
+    first, *others = Path("calls").read_text().splitlines()
+    assert first == f"{what} --preset p --steps=3 --output run"
+    assert others == [f"{what} --steps=3 --resume run"] * 2
+    how = {"killed": "was ended by SIGKILL", "failed": "ended with status 1"}[what]
+    assert [f"process 0 of 1 {how}; restart {n} of 2, from the last checkpoint in run" in line
+            for n, line in enumerate(capsys.readouterr().err.splitlines(), 1)] == [True, True]  # fmt: skip
+
+
+def test_restarts_end_when_none_is_left_or_none_can_help(program, capsys):
+    assert program("killed", restarts=1) == 128 + 9
+    assert "process 0 of 1 was ended by SIGKILL; no restart is left" in capsys.readouterr().err
+    assert len(Path("calls").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="run is not empty: choose another --output, or use --resume run"):
+        program("killed", restarts=1)
+    assert run_local(["python", "-m", "prog", "mistake", "--resume", "run"], 1, restarts=5) == 2
+    assert len(Path("calls").read_text().splitlines()) == 3
+    assert run_local(["python", "-m", "prog", "killed", "--resume=run"], 1) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_directory_that_was_not_finished_is_set_aside(program):
+    assert program("early", restarts=2) == 0
+    calls = Path("calls").read_text().splitlines()
+    assert calls[1] == calls[0] == "early --preset p --steps=3 --output run"
+    assert calls[2] == "early --steps=3 --resume run"
+    (aside,) = Path().glob("run.incomplete-*")
+    assert [path.name for path in aside.iterdir()] == ["half"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["local:0"], "topology 'local:0' must be local:N, with a number of processes such as local:2"),
+        (["local"], "must be local:N"),
+        (["local:2"], "--topology local:N needs --command 'python -m MODULE ...'"),
+        (["local:2", "--command", "python -m m", "--dry-run"], "leave --dry-run, --zone, --host and --spot out"),
+        (["local:2", "--command", "bash"], "the command must be python -m MODULE ..., got bash"),
+        (["local:2", "--command", "python -m m", "--restarts", "1"], "add --output DIRECTORY to the command"),
+        (["local:2", "--command", "python -m m", "--restarts", "-1"], "restarts=-1 must be at least 0"),
+        (["local:2", "--command", "python -m m", "--lost-after", "0"], "lost_after=0 must be at least 1"),
+        (
+            ["v5e:2x2", "--zone", "z", "--dry-run", "--restarts", "1"],
+            "are for --topology local:N",
+        ),
+    ],
+)
+def test_what_cannot_run_here_is_named(arguments, message, capsys):
+    assert cli.main(["launch", "--topology", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+ABORT = """F1126 17:44:08.532965    5515 client.h:80] Terminating process because the JAX distributed service \
+detected fatal errors. This most likely indicates that another task died; absl::Status: UNAVAILABLE: The following \
+tasks are unhealthy (stopped sending heartbeats):
+1
+12
+The tasks have crashed. Check the task logs for an earlier error.
+
+RPC: /xla.coordination.CoordinationService/PollForError
+*** Check failure stack trace: ***
+    @     0x7fe08ac40634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
+"""
+LEADER = ABORT.replace("(stopped sending heartbeats):\n1\n12\n", "\n").replace("PollForError", "Heartbeat")
+NOISE = """E1126 17:44:08.532825    5515 coordination_service_agent.cc:289] Polled an error from coordination service.
+W1126 17:39:06.100837    1558 preemption_sync_manager.cc:147] Failed to retrieve preemption notice: UNAVAILABLE: reset
+Additional GRPC error information from remote target coordination_service while calling GetKeyValue:
+:UNKNOWN:Error received from peer  {grpc_status:14}. This is only expected if one of the tasks is unhealthy.
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "printed"),
+    [
+        ("a\nb", "a\nb"),
+        ("\0lost {lost}\na\n" + ABORT, "a\nlost 1, 12\n"),
+        ("\0lost {lost}\n" + NOISE + LEADER, "lost 0\n"),
+        ("\0lost {lost}\n\0\nown line\n" + ABORT, "own line\n"),
+        (NOISE + "1\nafter\n", "after\n"),
+        ("1\nW1126 17:39:06.1 15 other.cc:1] text\n", "1\nW1126 17:39:06.1 15 other.cc:1] text\n"),
+    ],
+)
+def test_the_report_of_an_abort_becomes_one_line(written, printed):
+    target = io.BytesIO()
+    stderr_relay.relay(io.BytesIO(written.encode()), target)
+    assert target.getvalue().decode() == printed

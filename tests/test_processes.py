@@ -20,7 +20,7 @@ import pytest
 import jaxlm
 from jaxlm import processes
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.data import Batches, Columns, RandomWindows
+from jaxlm.data import Batches, Columns, Packed, RandomWindows
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.evaluation import Evaluator
@@ -41,27 +41,34 @@ PATIENCE = 240
 """Seconds."""
 
 
-def program(what, directory, mesh, *, resume=False, batches=Batches, initial=None, **options):
+def program(
+    what, directory, mesh, *, resume=False, batches=Batches, initial=None, devices=DEVICES, optimizer=None, **options
+):
     """Train in every process of the run."""
-    sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:DEVICES]))
+    sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:devices]))
     model = tiny_model("lstm" if what == "stream" else "gpt")
     tokens = np.minimum(np.random.default_rng(0).geometric(0.1, 3000), 63).astype(np.int32)
     stream = (ROWS, LENGTH) if what == "stream" else None
-    source = Columns(tokens, LENGTH, ROWS) if stream else RandomWindows(tokens, LENGTH, ROWS, seed=1)
+    if what == "packed":
+        documents = np.split(tokens, np.cumsum(np.random.default_rng(1).integers(2, 20, 250)))
+        source = Packed([document for document in documents if len(document)], LENGTH, ROWS, seed=1)
+    else:
+        source = Columns(tokens, LENGTH, ROWS) if stream else RandomWindows(tokens, LENGTH, ROWS, seed=1)
     rows = sharding.rows(ROWS)
     held_out = Batches(source, rows)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), model.specs, STEPS)
+    optimizer = optimizer or OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
     config = TrainingConfig(
-        batch_size=ROWS, sequence_length=LENGTH, evaluate_every=3, ema_decay=0.9,
-        **{"steps": STEPS, "checkpoint_every": 2, **options},
+        batch_size=ROWS, sequence_length=LENGTH, ema_decay=0.9,
+        **{"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 3, **options},
     )  # fmt: skip
 
     def to_batch(window):
-        return causal.batch(window.tokens, reset=window.reset)
+        return causal.batch(window.tokens, reset=window.reset, segment_ids=window.segment_ids)
 
     held_out = [to_batch(next(held_out)) for _ in range(2)]
     evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=stream)
-    trainer = config.trainer(model, optimizer, causal.loss, sharding=sharding, carry=stream)
+    transformation = make_optimizer(optimizer, model.specs, STEPS)
+    trainer = config.trainer(model, transformation, causal.loss, sharding=sharding, carry=stream)
     data = batches(source, rows, to_batch=to_batch)
     return model, train(trainer, data, evaluate, config, Run(directory, resume=resume), initial)
 

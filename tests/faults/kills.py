@@ -1,0 +1,86 @@
+"""Training runs that are killed at random moments and resumed, until they end: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tests.faults.faults import Fault
+
+ROOT = Path(__file__).parents[2]
+EXPECTED = "the run can be resumed, and ends with the weights and losses of a run that nobody killed"
+SETTINGS = shlex.split(
+    "--model.set num_layers=1 num_heads=2 embed_dim=16 --training.steps 12 --training.batch-size 4 "
+    "--training.sequence-length 16 --training.evaluate-every 4 --training.checkpoint-every 3 "
+    "--training.evaluation-batches 1 --optimizer.warmup-steps 2 --sample-tokens 8 --prompt T --data"
+)
+
+
+def start(run: Path, text: Path, cache: Path) -> subprocess.Popen[bytes]:
+    """A process that begins the run, or resumes it where it can be resumed."""
+    resumes = (run / "config.json").is_file()
+    arguments = ["--resume", str(run)] if resumes else [*SETTINGS, str(text), "--output", str(run)]
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    with (run.parent / "output.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.text_generation", *arguments],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def results(run: Path) -> tuple[bytes, dict[int, float]]:
+    """The exported weights, and the last loss that was logged for each step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return (run / "model/model.safetensors").read_bytes(), losses
+
+
+def kills(directory: Path, count: int, seed: int = 0) -> Iterator[Fault]:
+    """``count`` kills (SIGKILL) at random moments of several runs; each run is resumed until it ends."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    random, cache, text = np.random.default_rng(seed), directory / "cache", directory / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 60, encoding="utf-8")
+    for _ in range(2):  # the second run finds compiled programs, as all later ones do
+        shutil.rmtree(directory / "whole", ignore_errors=True)
+        begun = time.perf_counter()
+        if start(directory / "whole", text, cache).wait() != 0:
+            raise RuntimeError(f"the run without a kill failed: see {directory / 'output.log'}")
+        seconds = time.perf_counter() - begun
+    expected = results(directory / "whole")
+    done, number = 0, 0
+    while done < count:
+        run, pending, number = directory / f"run-{number}", list[float](), number + 1
+        while True:
+            process = start(run, text, cache)
+            after = float(random.uniform(0.0, 1.1 * seconds)) if done + len(pending) < count else 60.0 * seconds
+            try:
+                status = process.wait(timeout=after)
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                pending.append(after)
+        seen, held = "the same weights and losses", True
+        if status != 0:
+            seen, held = f"a resumed run ended with status {status}", False
+        elif results(run) != expected:
+            seen, held = "other weights or losses", False
+        for after in pending:
+            yield Fault("SIGKILL", f"after {after:.1f} s of run {number - 1}", EXPECTED, seen, held)
+        done += len(pending)
+        if held:
+            shutil.rmtree(run)

@@ -1,0 +1,29 @@
+"""A part of ``python -m tests.faults``, in every run of the thorough tests."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.faults import Fault, table
+from tests.faults.flips import all_flips
+from tests.faults.kills import kills
+
+
+def test_the_table_counts_outcomes():
+    one = Fault("flip", "bit 1", "an error", "an error", True)
+    lines = table([one, one, Fault("flip", "bit 2", "an error", "silence", False)]).splitlines()
+    assert lines[2:] == ["| flip | an error | an error | 2 | yes |", "| flip | an error | silence | 1 | **no** |"]
+
+
+@pytest.mark.thorough
+def test_no_flipped_bit_is_used(tmp_path: Path) -> None:
+    faults = list(all_flips(tmp_path, 120))
+    assert len(faults) == 120
+    assert [one for one in faults if not one.held] == []
+
+
+@pytest.mark.thorough
+def test_no_kill_loses_a_run(tmp_path: Path) -> None:
+    faults = list(kills(tmp_path, 8))
+    assert len(faults) >= 8
+    assert [one for one in faults if not one.held] == []
