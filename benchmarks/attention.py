@@ -16,8 +16,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from benchmarks import harness, shapes
 
 PEERS = {"jaxlm": "benchmarks.attention_peers:Jaxlm", "torch": "benchmarks.attention_peers:Torch"}
@@ -95,8 +93,7 @@ def attention_table(rows: Sequence[harness.Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Attention, args=arguments, prog="python -m benchmarks.attention", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Attention, run, arguments, name="attention", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import harness, report
-from benchmarks.harness import OURS, Failure
+from benchmarks.harness import OURS, Mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[
     """The rows of peers of each processor.
 
     Raises:
-        Failure: the first file has no name of a processor, or no file has such an operation.
+        Mistake: the first file has no name of a processor, or no file has such an operation.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     name = ""
@@ -45,11 +45,11 @@ def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[
         before, equals, file = argument.rpartition("=")
         name = before if equals else name
         if not name:
-            raise Failure(f"{argument} has no name of a processor: write NAME={argument}")
+            raise Mistake(f"{argument} has no name of a processor: write NAME={argument}")
         found = [row for row in report.read([Path(file)]) if row["peer"] != OURS and row["op"] in operations]
         rows.setdefault(name, []).extend(found)
     if not any(rows.values()):
-        raise Failure(f"no file has rows of {', '.join(operations)}")
+        raise Mistake(f"no file has rows of {', '.join(operations)}")
     return rows
 
 
@@ -82,8 +82,7 @@ def run(options: Chart) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Chart, args=arguments, prog="python -m benchmarks.chart", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Chart, run, arguments, name="chart", description=__doc__)
 
 
 if __name__ == "__main__":

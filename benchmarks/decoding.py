@@ -14,8 +14,6 @@ import dataclasses
 import itertools
 import sys
 
-import tyro
-
 from benchmarks import harness, shapes, wholes
 
 PEERS = {
@@ -56,8 +54,7 @@ def run(options: Decoding) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Decoding, args=arguments, prog="python -m benchmarks.decoding", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Decoding, run, arguments, name="decoding", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from benchmarks import harness, shapes
 
@@ -108,7 +107,7 @@ def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[d
 def run(options: Fidelity) -> None:
     """Compare and print."""
     if options.batch < 2 or options.length < 8:
-        raise harness.Failure(f"batch {options.batch}, length {options.length}: at least 2 and 8, to pad both sides")
+        raise harness.Mistake(f"batch {options.batch}, length {options.length}: at least 2 and 8, to pad both sides")
     harness.choose("torch", {"jaxlm": "", "torch": ""})
     with harness.session(options.model) as session:
         tokens = shapes.random_tokens(session.model["vocab_size"], options.batch, options.length + 1)
@@ -128,8 +127,7 @@ def run(options: Fidelity) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Fidelity, args=arguments, prog="python -m benchmarks.fidelity", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Fidelity, run, arguments, name="fidelity", description=__doc__)
 
 
 if __name__ == "__main__":

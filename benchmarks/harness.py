@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tyro
 
 from benchmarks.shapes import Work
 
@@ -63,6 +65,14 @@ on different devices are refused."""
 
 class Failure(Exception):
     """Why a benchmark stops: one sentence for the user."""
+
+
+class Mistake(Failure, ValueError):
+    """A failure that is a mistake of the user: an option, or a package that is not installed."""
+
+
+DEBUG = "--debug"
+"""The option that prints the traceback of an error."""
 
 
 # -------------------------------------------------------------------------------------------------- workers
@@ -124,7 +134,8 @@ class Worker:
             raise Failure(f"{self.name} died (exit status {self.process.wait()}): {last}")
         answer = json.loads(line)
         if "error" in answer:
-            raise Failure(f"{self.name}: {answer['error']}")
+            mistaken = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
+            raise (Mistake if mistaken else Failure)(f"{self.name}: {answer['error']}")
         return answer["result"]
 
 
@@ -199,17 +210,17 @@ def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
     """jaxlm and the peers named, with their targets.
 
     Raises:
-        Failure: a peer is unknown, or what it needs is not installed.
+        Mistake: a peer is unknown, or what it needs is not installed.
     """
     names = [name for name in against.replace(" ", "").split(",") if name and name != OURS]
     for name in names:
         if name not in peers:
-            raise Failure(
+            raise Mistake(
                 f"no peer is called {name!r}: choose from {', '.join(peer for peer in peers if peer != OURS)}"
             )
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
-            raise Failure(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
+            raise Mistake(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
     return {name: peers[name] for name in (OURS, *names)}
 
 
@@ -219,10 +230,10 @@ def with_class(
     """The peers that have a model of a family; those that have none are named.
 
     Raises:
-        Failure: jaxlm itself is not measured on this family.
+        Mistake: jaxlm itself is not measured on this family.
     """
     if family not in known:
-        raise Failure(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
+        raise Mistake(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
     missing = [name for name in targets if name != OURS and family not in classes[name]]
     if missing:
         print(f"left out, as there is no such model: {', '.join(missing)} of {family}")
@@ -233,12 +244,12 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     """What an option names, separated by commas.
 
     Raises:
-        Failure: something that is not ``known``.
+        Mistake: something that is not ``known``.
     """
     found = text.replace(" ", "").split(",")
     for name in found:
         if name not in known:
-            raise Failure(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+            raise Mistake(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
     return found
 
 
@@ -246,12 +257,15 @@ def numbers(option: str, text: str) -> list[int]:
     """The whole numbers of an option, separated by commas.
 
     Raises:
-        Failure: something else.
+        Mistake: something else.
     """
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise Failure(f"--{option} {text!r} must be numbers with commas between them") from None
+        raise Mistake(f"--{option} {text!r} must be numbers with commas between them") from None
+    if min(found) < 1:
+        raise Mistake(f"--{option} {text!r}: each number must be at least 1")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -522,11 +536,59 @@ def write_json(
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def exit_status(run: Callable[[], None]) -> int:
-    """Run a program; a failure is one line and status 1."""
+# ------------------------------------------------------------------------------------------------ command lines
+
+
+def main(
+    kind: type[Any], run: Callable[[Any], None], arguments: Sequence[str] | None, *, name: str, description: str | None
+) -> int:
+    """Exit status of ``python -m benchmarks.NAME``, as ``jaxlm.command_line`` defines it.
+
+    jaxlm, and with it JAX, is imported only to explain an error.
+
+    Args:
+        kind: the dataclass of the options.
+        run: measures and prints.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug, program = DEBUG in given, f"python -m benchmarks.{name}"
+    given = [word for word in given if word != DEBUG]
     try:
-        run()
-    except (Failure, OSError) as error:
-        print(f"benchmark stopped: {error}", file=sys.stderr)
-        return 1
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = tyro.cli(kind, args=given, prog=program, description=description)
+    except SystemExit as leaving:
+        if leaving.code:
+            from jaxlm.command_line import parse
+
+            parse(kind, given, program=program)  # the same error, as one line
+        raise
+    try:
+        check_options(options)
+        run(options)
+    except (Exception, KeyboardInterrupt) as raised:
+        from jaxlm.command_line import exit_status
+
+        error = raised
+
+        def fail() -> int:
+            raise error
+
+        return exit_status(fail, f"benchmarks.{name}", debug=debug)
     return 0
+
+
+def check_options(options: Any) -> None:
+    """Check what can be checked before anything is measured.
+
+    Raises:
+        Mistake: a number below 1, or a file that cannot be written.
+    """
+    for field in dataclasses.fields(options):
+        value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**31:
+            raise Mistake(f"{option} {value} must be from 1 to {2**31 - 1}")
+        if field.name == "json" and value is not None:
+            if value.is_dir():
+                raise Mistake(f"{option} {value} is a directory: name a file")
+            if not value.absolute().parent.is_dir():
+                raise Mistake(f"{option} {value}: there is no directory {value.parent}")

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from benchmarks import harness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,10 @@ def run_torch(options: Options) -> dict[str, float]:
     }
 
 
-def main(options: Options) -> None:
+def run(options: Options) -> None:
     """Run both sides and print one row each."""
+    if not options.data.is_file():
+        raise harness.Mistake(f"--data {options.data} is not a file: name a text")
     if options.side == "torch":
         print(json.dumps(run_torch(options)))
         return
@@ -128,5 +130,10 @@ def main(options: Options) -> None:
         options.json.write_text(json.dumps({"steps": options.steps, "rows": rows}, indent=2) + "\n")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return harness.main(Options, run, arguments, name="nanogpt", description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(main())

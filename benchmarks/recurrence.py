@@ -14,8 +14,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from benchmarks import harness, shapes
 
 PEERS = {"jaxlm": "benchmarks.recurrence_peers:JaxlmRecurrence", "torch": "benchmarks.recurrence_peers:TorchRecurrence"}
@@ -108,14 +106,13 @@ def _us_per_step(row: harness.Row) -> float:
 def _size(text: str) -> shapes.Recurrence:
     parts = text.strip().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise harness.Failure(f"--sizes {text!r} is no size: steps x rows x width, such as 128x32x512")
+        raise harness.Mistake(f"--sizes {text!r} is no size: steps x rows x width, such as 128x32x512")
     return shapes.Recurrence(*map(int, parts))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Recurrence, args=arguments, prog="python -m benchmarks.recurrence", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Recurrence, run, arguments, name="recurrence", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import harness
-from benchmarks.harness import OURS, Failure
+from benchmarks.harness import OURS, Mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,10 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
     """The measured rows of all files, each with its ``file``, ``program`` and ``machine``.
 
     Raises:
-        Failure: no files, or one that no benchmark wrote.
+        Mistake: no files, or one that no benchmark wrote.
     """
     if not files:
-        raise Failure("no result files are named: give what benchmarks wrote with --json")
+        raise Mistake("no result files are named: give what benchmarks wrote with --json")
     rows = []
     for file in files:
         try:
@@ -51,9 +51,9 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
                 if "median" in row and "work" in row:  # fidelity and nanogpt measure something else
                     rows.append({**row, "file": file.name, "program": record["program"], "machine": record["machine"]})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Failure(f"{file} is not what a benchmark writes with --json: {error!r}") from error
+            raise Mistake(f"{file} is not what a benchmark writes with --json: {error!r}") from error
     if not rows:
-        raise Failure("these files hold no timed rows: training, decoding, attention, recurrence and scans write them")
+        raise Mistake("these files hold no timed rows: training, decoding, attention, recurrence and scans write them")
     return rows
 
 
@@ -211,8 +211,7 @@ def run(options: Report) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Report, args=arguments, prog="python -m benchmarks.report", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Report, run, arguments, name="report", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ import dataclasses
 import sys
 from typing import Any
 
-import tyro
-
 from benchmarks import harness, shapes
-from benchmarks.harness import OURS, Failure
+from benchmarks.harness import OURS, Mistake
 
 PEERS = {
     "linear_scan": ("lax.scan", "associative_scan"),
@@ -46,7 +44,7 @@ def run(options: Scans) -> None:
     known = {OURS: "", **{peer: "" for peers in PEERS.values() for peer in peers}}
     chosen = harness.choose(options.against, known)
     if options.only and options.only not in PEERS:
-        raise Failure(f"--only {options.only} is unknown: choose from {', '.join(PEERS)}")
+        raise Mistake(f"--only {options.only} is unknown: choose from {', '.join(PEERS)}")
     cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
     if options.quick:
         cases = [case.quick() for case in cases]
@@ -75,8 +73,7 @@ def run(options: Scans) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Scans, args=arguments, prog="python -m benchmarks.scans", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Scans, run, arguments, name="scans", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from benchmarks import harness
-from benchmarks.harness import Failure
+from benchmarks.harness import Mistake
 
 BASES = ("parameters", "flops")
 
@@ -95,7 +93,7 @@ def run(options: Shootout) -> None:
     contexts = sorted(harness.numbers("contexts", options.contexts))
     steps = options.tokens // (options.batch * options.length)
     if steps < 8:
-        raise Failure(
+        raise Mistake(
             f"--tokens {options.tokens} are {steps} batches of {options.batch} x {options.length}: at least 8"
         )
     directory = options.output or Path("runs") / f"shootout-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -275,8 +273,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Shootout, args=arguments, prog="python -m benchmarks.shootout", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Shootout, run, arguments, name="shootout", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from benchmarks import harness
 
@@ -99,7 +98,7 @@ def run(options: Texts) -> None:
     """Measure and print."""
     harness.choose("torch", TRANSLATORS)
     if options.translator is None and options.classifier is None:
-        raise harness.Failure("nothing to measure: give --translator and --sources, or --classifier and --texts")
+        raise harness.Mistake("nothing to measure: give --translator and --sources, or --classifier and --texts")
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -112,12 +111,14 @@ def run(options: Texts) -> None:
         if directory is None:
             continue
         if file is None:
-            raise harness.Failure(
+            raise harness.Mistake(
                 f"{task} needs a file of sentences: --sources of --translator, --texts of --classifier"
             )
         directory = directory / "model" if (directory / "model").is_dir() else directory
         if not (directory / "config.json").is_file() or not file.is_file():
-            raise harness.Failure(f"{directory} has no config.json, or {file} is not a file")
+            raise harness.Mistake(f"{directory} has no config.json, or {file} is not a file")
+        if not file.stat().st_size:
+            raise harness.Mistake(f"{file} is empty: give one text a line")
         files = {"directory": str(directory), "file": str(file)}
         records.append(compare(task, peers, options.rounds, **files, batch=options.batch, **settings))
         print(f"\n{show(records[-1])}", flush=True)
@@ -126,8 +127,7 @@ def run(options: Texts) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Texts, args=arguments, prog="python -m benchmarks.texts", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Texts, run, arguments, name="texts", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ import dataclasses
 import functools
 import sys
 
-import tyro
-
 from benchmarks import harness, shapes, wholes
 
 PEERS = {
@@ -68,8 +66,7 @@ def run(options: Training) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Training, args=arguments, prog="python -m benchmarks.training", description=__doc__)
-    return harness.exit_status(lambda: run(options))
+    return harness.main(Training, run, arguments, name="training", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         model, {"loss": causal.loss, "token_accuracy": token_accuracy},
         [to_batch(held_out.batch(index, range(config.batch_size))) for index in range(batches)],
     )  # fmt: skip
-    directory = lib.run_directory("chess", experiment, resume, trainer, tokenizer)
+    directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
         f"{len(validation):,} for validation, {len(test):,} for the tests · {words} · {config.steps:,} steps of "

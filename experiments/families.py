@@ -23,7 +23,6 @@ A run directory holds ``table.md``, ``results.json``, ``losses.png``, and for ea
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -38,11 +37,13 @@ import numpy as np
 import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import host
+from jaxlm.command_line import Parser, exit_status, split_debug
 from jaxlm.data import Batches, CharTokenizer, Columns, RandomWindows, Source, Window, shakespeare
 from jaxlm.data.corpora import PLAYS
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
+from jaxlm.training.checks import check_output
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -342,6 +343,7 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
     """Train the families one after the other; the table is written anew after each."""
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output")
+    check_output(directory, resume=False)
     data, rows = Data.load(), []
     for name in families:
         print(f"\n{name}: {RECIPES[name].objective}, {RECIPES[name].build().num_parameters:,} parameters", flush=True)
@@ -356,7 +358,8 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    arguments, debug = split_debug(arguments)
+    parser = Parser(
         prog="python -m experiments.families", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="which (default: all)")
@@ -371,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(parsed.family, directory, parsed.steps)
         return 0
 
-    return config_lib.exit_status(command, parser.prog)
+    return exit_status(command, "experiments.families", debug=debug)
 
 
 if __name__ == "__main__":

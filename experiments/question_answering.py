@@ -39,7 +39,7 @@ from jaxlm.tasks.question_answering import (
     samples,
     scores,
     to_batch,
-)
+)  # fmt: skip
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
@@ -187,43 +187,51 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     fixed = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
     lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *fixed])
     training, validation, test = parts(experiment)
+    shifted = {path.name: read_squad(path) for path in experiment.shifted}
     model, params, tokenizer = build(experiment, training, resume)
     size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
     windows = features(model, tokenizer, training, **size)
-    source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed)
+    limit = getattr(model.config, "max_positions", None)
+    source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
     scorer = Scorer(experiment, model, tokenizer)
-    held_out = batches(features(model, tokenizer, validation, **size), config.batch_size)
-    evaluate = Evaluator(model, span_qa.loss, held_out, further=lambda params: scorer.validate(params, validation))
-    directory = lib.run_directory("question_answering", experiment, resume, tokenizer)
+    held_out = batches(features(model, tokenizer, validation, **size), config.batch_size, max_length=limit)
+    evaluate = Evaluator(
+        model, span_qa.loss, held_out, further=lambda params: scorer.validate(params, validation),
+        further_names=("f1", "exact_match"),
+    )  # fmt: skip
+    optimizer = make_optimizer(experiment.optimizer, model.specs, config.steps)
+    schedule = learning_rate(experiment.optimizer, config.steps)
+    trainer = config.trainer(model, optimizer, span_qa.loss, learning_rate=schedule)
+    directory = lib.prepare_run("question_answering", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
         f"{model.num_parameters:,} parameters · {len(training):,} questions in {len(windows):,} windows, "
         f"{len(validation):,} questions for validation, {len(test):,} for the test · {source.describe()} · "
         f"{config.steps:,} steps · {directory}"
     )
-    schedule = learning_rate(experiment.optimizer, config.steps)
-    optimizer = make_optimizer(experiment.optimizer, model.specs, config.steps)
-    trainer = config.trainer(model, optimizer, span_qa.loss, learning_rate=schedule)
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
-        report(directory, scorer, result, validation, test, begun)
+        report(directory, scorer, result, validation, test, shifted, begun)
     return result
 
 
-def report(directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples, begun: float) -> None:
+def report(
+    directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples, shifted: dict[str, Examples],
+    begun: float,
+) -> None:  # fmt: skip
     """Answer the questions of the test part and of the shifted files; write samples and scores."""
     experiment, threshold = scorer.experiment, None
     if not all(validation.column("answers")):
         threshold = best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
-    began_test = time.perf_counter()
+    started = time.perf_counter()
     found = scorer.answers(result.params, test, threshold)
-    rate = len(test) / (time.perf_counter() - began_test)
+    rate = len(test) / (time.perf_counter() - started)
     found_scores = scores(found, test.column("answers"))
-    for path in experiment.shifted:
-        shifted = scorer.scores(result.params, read_squad(path), threshold)
-        found_scores += [dataclasses.replace(score, name=f"{score.name} on {path.name}") for score in shifted]
+    for name, examples in shifted.items():
+        others = scorer.scores(result.params, examples, threshold)
+        found_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in others]
     write_samples(directory, samples(test[:40], found[:40]))
     lib.report(
         directory, task="question_answering", model=scorer.model, begun=begun, scores=found_scores,

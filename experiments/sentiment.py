@@ -102,10 +102,8 @@ def scratch(name: str, *changes: str, **options: Any) -> Experiment:
     return Experiment(lib.ModelConfig(name, changes), training, **{"optimizer": optimizer, "epochs": 6, **options})
 
 
-RNN = (
-    "embed_dim=256", "hidden_dim=256", "num_layers=1", "embedding_dropout=0.1", "input_dropout=0.3",
-    "hidden_dropout=0.0", "output_dropout=0.5", "weight_dropout=0.0",
-)  # fmt: skip
+RNN = ("embed_dim=256", "hidden_dim=256", "num_layers=1", "embedding_dropout=0.1", "input_dropout=0.3",
+       "hidden_dropout=0.0", "output_dropout=0.5", "weight_dropout=0.0")  # fmt: skip
 ENCODER = ("num_layers=2", "num_heads=4", "embed_dim=128", "max_positions=256")
 PRESETS = {
     "plays": scratch(
@@ -196,13 +194,13 @@ def run_one(
         objective.make_loss(label_smoothing=experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    directory = lib.run_directory("sentiment", experiment, resume, tokenizer)
+    evaluate = Evaluator(model, classification.METRICS, validation)
+    directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
         f"{model.num_parameters:,} parameters · {len(learnt):,} examples, {len(held_out):,} for validation, "
         f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
-    evaluate = Evaluator(model, classification.METRICS, validation)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if not lib.export(directory, experiment, model, result, tokenizer):
         return result, None

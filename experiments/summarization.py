@@ -191,18 +191,24 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         smoothed_token_loss(experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    directory = lib.run_directory("summarization", experiment, resume, tokenizer)
+    evaluate, how = Evaluator(model, seq2seq.METRICS, held_out), request(experiment)
+    directory = lib.prepare_run("summarization", experiment, resume, trainer, tokenizer, evaluate, how)
     lib.say(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
         f"{len(test):,} for the test (cut to {experiment.max_source} tokens: {facts['texts cut']}) · "
         f"{source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
-    evaluate = Evaluator(model, seq2seq.METRICS, held_out)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
         summarize(directory, experiment, model, result, tokenizer, test, begun, facts)
     return result
+
+
+def request(experiment: Experiment) -> GenerationConfig:
+    """How texts are summarized."""
+    length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
+    return GenerationConfig(experiment.max_summary, num_beams=experiment.num_beams, length_penalty=length_penalty)
 
 
 def summarize(
@@ -211,12 +217,8 @@ def summarize(
 ) -> None:  # fmt: skip
     """Summarize the test part and write the report."""
     sources, references = test.column("source"), test.column("target")
-    request = GenerationConfig(
-        max_new_tokens=experiment.max_summary, num_beams=experiment.num_beams,
-        length_penalty=experiment.length_penalty if experiment.num_beams > 1 else 1.0,
-    )  # fmt: skip
     started = time.perf_counter()
-    outputs = generate_text(model, result.params, tokenizer, sources, request)
+    outputs = generate_text(model, result.params, tokenizer, sources, request(experiment))
     rate = len(sources) / (time.perf_counter() - started)
     lead = metrics.rouge([first_sentence(text) for text in test.column("text")], references)
     scores = [

@@ -175,6 +175,11 @@ def first_words(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, mo
     return prompt
 
 
+def request(experiment: Experiment) -> GenerationConfig:
+    """Length and sampling of the passage."""
+    return GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
+
+
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train, export, write a passage and report; returns the result of the training."""
     begun, config = time.perf_counter(), experiment.training
@@ -192,12 +197,12 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if state is not None:  # a state cannot go back to the beginning of the columns
         count = min(count, len(corpus.parts["validation"]) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
-    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state)
+    evaluate, how = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state), request(experiment)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss, carry=state,
         sharding=sharding, learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    directory = lib.run_directory("text_generation", experiment, resume, tokenizer)
+    directory = lib.prepare_run("text_generation", experiment, resume, trainer, tokenizer, evaluate, how)
     sizes = ", ".join(f"{len(ids):,} for {part}" for part, ids in corpus.parts.items())
     lib.say(f"{model.num_parameters:,} parameters · tokens of {tokenizer.vocab_size} kinds: {sizes} · {directory}")
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
@@ -223,9 +228,8 @@ def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: 
     """Generate a passage, shown while it is written."""
     passage = prompt
     sys.stdout.write(f"\n{prompt}")
-    config = GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
     key = jax.random.key(experiment.training.seed)
-    for piece in stream_text(model, params, tokenizer, prompt, config, key=key):
+    for piece in stream_text(model, params, tokenizer, prompt, request(experiment), key=key):
         sys.stdout.write(piece)
         sys.stdout.flush()
         passage += piece

@@ -169,17 +169,24 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         smoothed_token_loss(experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    directory = lib.run_directory("translation", experiment, resume, tokenizer)
+    evaluate, how = Evaluator(model, seq2seq.METRICS, held_out), request(experiment, tokenizer, test)
+    directory = lib.prepare_run("translation", experiment, resume, trainer, tokenizer, evaluate, how)
     lib.say(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
         f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
-    evaluate = Evaluator(model, seq2seq.METRICS, held_out)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
         translate(directory, experiment, model, result, tokenizer, test, begun)
     return result
+
+
+def request(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> GenerationConfig:
+    """How the test part is translated: at most twice as long as the longest reference."""
+    longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(test.column("target")))
+    length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
+    return GenerationConfig(2 * longest, num_beams=experiment.num_beams, length_penalty=length_penalty)
 
 
 def translate(
@@ -188,13 +195,8 @@ def translate(
 ) -> None:  # fmt: skip
     """Translate the test part and write the report."""
     sources, references = test.column("source"), test.column("target")
-    longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(references))
-    request = GenerationConfig(
-        max_new_tokens=2 * longest, num_beams=experiment.num_beams,
-        length_penalty=experiment.length_penalty if experiment.num_beams > 1 else 1.0,
-    )  # fmt: skip
     started = time.perf_counter()
-    outputs = generate_text(model, result.params, tokenizer, sources, request)
+    outputs = generate_text(model, result.params, tokenizer, sources, request(experiment, tokenizer, test))
     rate = len(sources) / (time.perf_counter() - started)
     (directory / "translations.txt").write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
     scores = [

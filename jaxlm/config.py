@@ -1,8 +1,7 @@
-"""Configs: frozen dataclasses, to and from JSON, and from the command line with tyro."""
+"""Configs: frozen dataclasses, to and from JSON. ``jaxlm.command_line`` reads them from the command line."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -10,10 +9,9 @@ import json
 import math
 import numbers
 import os
-import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,12 +73,31 @@ def check_value(hint: Any, value: Any, where: str) -> None:
 
 def check_finite(config: Any, where: str = "") -> None:
     """Raise ``ValueError`` if a number in a config, or in a config inside it, is not finite."""
+    for name, value in numbers_of(config, where):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number")
+
+
+def check_numbers(config: Any) -> None:
+    """Raise ``ValueError`` if a number in a config, or in a config inside it, is not finite, is a whole number that
+    does not fit in 32 bits, or is a seed that is negative or does not fit in 32 bits (JAX has the same numbers for
+    several of those)."""
+    check_finite(config)
+    for name, value in numbers_of(config):
+        if name.rpartition(".")[2] == "seed" and not 0 <= value < 2**32:
+            raise ValueError(f"{name}={value} must be from 0 to {2**32 - 1}")
+        if isinstance(value, int) and name.rpartition(".")[2] != "seed" and not -(2**31) <= value < 2**31:
+            raise ValueError(f"{name}={value} is too large: the largest number is {2**31 - 1}")
+
+
+def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
+    """Dotted name and value of every number in a config, and in the configs inside it."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
-            check_finite(value, f"{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a finite number")
+            yield from numbers_of(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
 
 
 _NAMES = {
@@ -151,54 +168,15 @@ def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
     """``{name: value}`` of texts such as ``num_layers=24``; a value that is no Python literal is a word.
 
     Raises:
-        ValueError: a text without ``=``.
+        ValueError: a text without ``=``, or a name that is there twice.
     """
     values: dict[str, Any] = {}
     for text in texts:
         name, value = assignment(option, text)
+        if name in values:
+            raise ValueError(f"--{option} has {name} twice: {name}={values[name]} and {text}")
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             values[name] = value  # a word, as in remat=full
     return values
-
-
-def exit_status(command: Callable[[], int], program: str) -> int:
-    """Run a command line; what the user can mend is printed as a message and not as a traceback, with status 1."""
-    try:
-        return command()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-
-
-def parse(
-    default: C, presets: Mapping[str, C], arguments: Sequence[str] | None = None, *, program: str, description: str
-) -> tuple[C, Path | None]:
-    """A config from the command line: ``--preset NAME`` or ``--resume RUN_DIR`` chooses where to start from, typed
-    options of any field (``--model.num-layers 6``) change it. ``--help`` lists them all.
-
-    Returns:
-        The config and the run directory to resume, or None.
-    """
-    import tyro
-
-    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
-    first.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run, with its configuration")
-    known, rest = first.parse_known_args(arguments)
-    if known.preset is not None and known.resume is not None:
-        first.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
-    if known.preset is not None:
-        default = presets[known.preset]
-    if known.resume is not None:
-        default = read(type(default), known.resume / "config.json")
-    options = "".join(f"  {' '.join(a.option_strings)} {a.metavar or set(presets)}: {a.help}\n" for a in first._actions)
-    config = tyro.cli(
-        type(default), default=default, args=rest, prog=program, description=f"{description}\n\n{options}"
-    )
-    check_finite(config)
-    return config, known.resume

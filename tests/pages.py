@@ -72,7 +72,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit status of a command line that its program parses but does not run; a wrong option raises SystemExit."""
     if words[0] == "jaxlm":
-        monkeypatch.setattr(cli, "exit_status", lambda run, program: 0)
+        monkeypatch.setattr(cli, "exit_status", lambda run, program, **options: 0)
         return cli.main(words[1:])
     module = importlib.import_module(words[2])
     monkeypatch.setattr(module, "run", lambda experiment, resume: SimpleNamespace(interrupted=None))

@@ -50,7 +50,7 @@ def generated(capsys, directory, *options):
 
 def refused(capsys, *arguments):
     """The one line on stderr with which a command failed."""
-    assert cli.main([str(argument) for argument in arguments]) == 1
+    assert cli.main([str(argument) for argument in arguments]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()
@@ -143,8 +143,8 @@ def test_runs_are_compared(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["one", "two"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["compare", str(tmp_path)]) == 1
-    assert cli.main(["compare"]) == 1
+    assert cli.main(["compare", str(tmp_path)]) == 2
+    assert cli.main(["compare"]) == 2
     assert "name at least one run directory" in capsys.readouterr().err
 
 
@@ -316,5 +316,5 @@ def test_python_m_jaxlm_is_the_command():
         [sys.executable, "-m", "jaxlm", "generate", "nowhere", "--prompt", "x"],
         capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.startswith("jaxlm: 'nowhere' is not a directory")

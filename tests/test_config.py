@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm import config as config_lib
+from jaxlm.command_line import parse_experiment
 from jaxlm.models import get_model, gpt
 
 
@@ -68,10 +69,23 @@ def test_a_model_refuses_values_of_another_type():
     assert get_model("gpt2-tiny", num_layers=np.int64(3), norm_epsilon=0).config.num_layers == 3
 
 
-def test_numbers_of_the_command_line_must_be_finite():
-    for option in ("nan", "inf"):
-        with pytest.raises(ValueError, match=f"rate={option} must be a finite number"):
-            parse("--rate", option)
+def test_numbers_of_the_command_line_are_finite_and_fit(capsys):
+    for options, message in (
+        (("--rate", "nan"), "program: rate=nan must be a finite number"),
+        (("--rate", "inf"), "program: rate=inf must be a finite number"),
+        (("--model.num-layers", "99999999999"), "program: model.num_layers=99999999999 is too large"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parse(*options)
+        assert capsys.readouterr().err.startswith(message)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=f"seed={seed} must be from 0 to 4294967295"):
+            config_lib.check_numbers(dataclasses.make_dataclass("Draws", ["seed"])(seed))
+
+
+def test_a_setting_is_given_once():
+    with pytest.raises(ValueError, match="--set has a twice: a=1 and a=2"):
+        config_lib.assignments("set", ["a=1", "a=2"])
 
 
 def test_a_damaged_file_is_named_and_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
@@ -92,7 +106,10 @@ def test_a_damaged_file_is_named_and_an_interrupted_write_leaves_the_old_one(tmp
 
 
 def parse(*arguments, presets=None):
-    return config_lib.parse(Outer(), presets or {}, list(arguments), program="program", description="words")
+    config, _, resume = parse_experiment(
+        Outer(), presets or {}, list(arguments), program="program", description="words"
+    )
+    return config, resume
 
 
 def test_options_of_nested_fields_are_typed(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, Protocol, Union
 
 import tyro
@@ -19,7 +18,7 @@ from jaxlm.cli.launch import Launch
 from jaxlm.cli.plan import Plan
 from jaxlm.cli.score import Score
 from jaxlm.cli.translate import Summarize, Translate
-from jaxlm.config import exit_status
+from jaxlm.command_line import exit_status, parse, split_debug
 
 
 class Command(Protocol):
@@ -52,16 +51,16 @@ docstrings are the help.
 
 DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
 generate, translate, summarize, answer, classify, chess, score, evaluate. With runs: compare. Before a training: plan,
-launch. For this machine: doctor. The version: jaxlm --version."""
+launch. For this machine: doctor. The version: jaxlm --version. A mistake is one line; --debug adds the traceback."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``jaxlm``; returns the exit status. Errors of the user are one line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["--version"]:
+    """Entry point of ``jaxlm``; returns the exit status (``jaxlm.command_line``)."""
+    given, debug = split_debug(arguments)
+    if given == ["--version"]:
         print(f"jaxlm {jaxlm.__version__}")
         return 0
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     union: Any = Union[kinds]  # noqa: UP007 (made at run time)
-    command: Command = tyro.cli(union, args=arguments, prog="jaxlm", description=DESCRIPTION)
-    return exit_status(command.run, "jaxlm")
+    command: Command = parse(union, given, program="jaxlm", description=DESCRIPTION)
+    return exit_status(command.run, "jaxlm", debug=debug)

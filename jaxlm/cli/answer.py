@@ -59,6 +59,10 @@ class Answer:
             if self.question or self.context is not None:
                 raise ValueError("give --question with --context, or --file, not both")
             rows = read_jsonl(self.file, {"question": "question", "context": "context"})
+            for number, row in enumerate(rows, start=1):
+                for name in ("question", "context"):
+                    if not isinstance(row[name], str):
+                        raise ValueError(f"{self.file}: {name} {number} must be a text, got {row[name]!r}")
             return rows.column("question"), rows.column("context")
         if not self.question:
             raise ValueError("there is no question: give --question (with --context FILE), or --file FILE")

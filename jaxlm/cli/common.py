@@ -12,6 +12,7 @@ import tyro
 from jaxlm import Model, load_pretrained
 from jaxlm.data import load_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.training.checks import check_tokenizer
 
 Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")]
@@ -22,7 +23,9 @@ def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
     inside = directory / "model" if (directory / "model").is_dir() else directory
     overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model, params = load_pretrained(inside, **overrides)
-    return model, params, load_tokenizer(inside)
+    tokenizer = load_tokenizer(inside)
+    check_tokenizer(model, tokenizer)
+    return model, params, tokenizer
 
 
 def sampling_options(**options: float | None) -> dict[str, Any]:

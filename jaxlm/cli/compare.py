@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from jaxlm.command_line import check_output_file
 from jaxlm.training.compare import compare_runs, draw_comparison
 
 
@@ -23,6 +24,7 @@ class Compare:
         """Print the table."""
         if not self.runs:
             raise ValueError("there are no runs to compare: name at least one run directory")
+        check_output_file("plot", self.plot)
         print(compare_runs(self.runs))
         if self.plot is not None:
             draw_comparison(self.runs, self.plot)

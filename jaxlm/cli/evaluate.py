@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli.common import Directory, load
+from jaxlm.command_line import check_output_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +51,24 @@ class Evaluate:
             raise ValueError(f"--limit {self.limit} must be at least 1")
         if self.include_path is not None and not self.include_path.is_dir():
             raise ValueError(f"--include-path {self.include_path} is no directory")
-        if self.output is not None and not self.output.parent.is_dir():
-            raise ValueError(f"--output {self.output}: there is no directory {self.output.parent}")
+        check_output_file("output", self.output)
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"--num-fewshot {self.num_fewshot} must be at least 0")
         from jaxlm.tasks.lm_eval import HarnessModel  # isort: skip (its error names the extra)
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
 
-        manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
-        unknown = [name for name in self.tasks if name not in manager.all_tasks]
-        if unknown:
-            raise ValueError(f"unknown tasks {', '.join(unknown)}: lm_eval ls tasks prints the names")
         model, params, tokenizer = load(self.directory, self.dtype)
         harness_model = HarnessModel(
             model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,
         )  # fmt: skip
+        # Last, because reading the tasks of the harness takes about ten seconds.
+        manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
+        unknown = [name for name in self.tasks if name not in manager.all_tasks]
+        if unknown:
+            raise ValueError(f"unknown tasks {', '.join(unknown)}: lm_eval ls tasks prints the names")
         results: dict[str, Any] = simple_evaluate(
             model=harness_model, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
             batch_size=self.batch_size, task_manager=manager, log_samples=False,

@@ -11,6 +11,7 @@ import jax
 from jaxlm.cli.common import Directory, Texts, load, one_line, read_texts, sampling_options
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
+from jaxlm.training.checks import check_beams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Generate:
 
     def run(self) -> int:
         """Print each prompt and its continuation."""
-        if self.prompt is not None and (self.texts or self.file is not None):
+        if (self.prompt is not None) + bool(self.texts) + (self.file is not None) > 1:
             raise ValueError("give --prompt, texts or --file, only one of them")
         given = self.texts if self.prompt is None else (self.prompt,)
         model, params, tokenizer = load(self.directory, self.dtype)
@@ -70,6 +71,7 @@ class Generate:
                 repetition_penalty=self.repetition_penalty,
             ),
         )  # fmt: skip
+        check_beams(model, tokenizer, config)
         key = jax.random.key(self.seed)
         prompts = list(given) if given else read_texts((), self.file)
         if len(given) != 1 or config.num_beams != 1:

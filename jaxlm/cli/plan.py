@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import jaxlm
+from jaxlm.command_line import check_output_file
 from jaxlm.config import assignment, assignments
 
 
@@ -47,6 +48,7 @@ class Plan:
 
     def run(self) -> int:
         """Print the plans."""
+        check_output_file("json", self.json)
         from rich.console import Console
 
         from jaxlm import plan

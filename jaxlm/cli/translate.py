@@ -11,6 +11,7 @@ import jax
 from jaxlm.cli.common import Directory, Texts, load, one_line, read_texts, sampling_options
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.decoding.describe import describe
+from jaxlm.training.checks import check_beams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class _SourceCommand:
             model, tokenizer, default=GenerationConfig(num_beams=5),
             sampling=sampling_options(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p),
         )  # fmt: skip
+        check_beams(model, tokenizer, config)
         sources = [self.prefix + text for text in read_texts(self.texts, self.file)]
         for text in generate_text(model, params, tokenizer, sources, config, key=jax.random.key(self.seed)):
             print(one_line(text))

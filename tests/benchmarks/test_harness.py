@@ -204,10 +204,10 @@ def test_choosing_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         harness.choose("torch", decoding.PEERS)
 
 
-def test_a_failure_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert training.main(["--against", "nobody"]) == 1
-    assert capsys.readouterr().err.startswith("benchmark stopped: no peer is called 'nobody'")
-    assert fidelity.main(["--batch", "1"]) == 1
+def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert training.main(["--against", "nobody"]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks.training: no peer is called 'nobody'")
+    assert fidelity.main(["--batch", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
 
 
@@ -259,9 +259,9 @@ def test_attention_is_measured_in_every_form(tmp_path: Path, capsys: pytest.Capt
     assert {row["op"] for row in rows} == {*both_ways, "decode forward"}
     assert all(row["median"] > 0 for row in rows)
     assert "/plain" in capsys.readouterr().out
-    assert attention.main(["--forms", "flash"]) == 1
+    assert attention.main(["--forms", "flash"]) == 2
     assert "--forms 'flash' is unknown: choose from plain, bias, relative, decode" in capsys.readouterr().err
-    assert attention.main(["--lengths", "1k"]) == 1
+    assert attention.main(["--lengths", "1k"]) == 2
     assert "--lengths '1k' must be numbers" in capsys.readouterr().err
 
 
@@ -271,7 +271,7 @@ def test_bad_choices_of_recurrences_are_named(capsys: pytest.CaptureFixture[str]
         (["--passes", "backward"], "--passes 'backward' is unknown: choose from forward, both"),
         (["--sizes", "128x32"], "--sizes '128x32' is no size: steps x rows x width, such as 128x32x512"),
     ):
-        assert recurrence.main(arguments) == 1
+        assert recurrence.main(arguments) == 2
         assert message in capsys.readouterr().err
 
 

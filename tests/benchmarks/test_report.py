@@ -57,12 +57,12 @@ def test_curves_are_of_rows_that_differ_in_one_size():
 
 
 def test_files_of_something_else_are_named(tmp_path, capsys):
-    assert report.main([str(tmp_path / "none.json")]) == 1
+    assert report.main([str(tmp_path / "none.json")]) == 2
     assert "none.json is not what a benchmark writes" in capsys.readouterr().err
     (tmp_path / "b.json").write_text("[1]")
-    assert report.main([str(tmp_path / "b.json")]) == 1
+    assert report.main([str(tmp_path / "b.json")]) == 2
     assert "b.json is not what a benchmark writes" in capsys.readouterr().err
-    assert report.main([str(written(tmp_path, [{"quantity": "loss"}]))]) == 1
+    assert report.main([str(written(tmp_path, [{"quantity": "loss"}]))]) == 2
     assert "hold no timed rows" in capsys.readouterr().err
-    assert report.main([]) == 1
+    assert report.main([]) == 2
     assert "no result files are named" in capsys.readouterr().err

@@ -44,5 +44,5 @@ def test_options_that_cannot_be_meant_are_named(tmp_path, capsys):
         (["--tokens", "100"], "--tokens 100 are 0 batches of 16 x 128: at least 8"),
         (["--quick", "--output", str(tmp_path)], "File exists"),
     ):
-        assert shootout.main(arguments) == 1
+        assert shootout.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -99,9 +99,9 @@ def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture
     assert "no such model: flax of xlnet" in capsys.readouterr().out
     with pytest.raises(Failure, match="family 'gru' is not measured here: choose a model of gpt, llama"):
         harness.with_class(targets, "gru", wholes.CLASSES, wholes.SIZES)
-    assert training.main(["--against", "", "--passes", "backward"]) == 1
+    assert training.main(["--against", "", "--passes", "backward"]) == 2
     assert "--passes 'backward' is unknown: choose from forward, step" in capsys.readouterr().err
-    assert decoding.main(["--against", "", "--batch", "one"]) == 1
+    assert decoding.main(["--against", "", "--batch", "one"]) == 2
     assert "--batch 'one' must be numbers" in capsys.readouterr().err
 
 

@@ -81,7 +81,7 @@ def test_resume_is_the_same_as_without_a_break(finished: Path, file: Path, tmp_p
 
 
 def test_a_resumed_run_keeps_its_games(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("--resume", finished, "--notation", "san") == 1
+    assert main("--resume", finished, "--notation", "san") == 2
     assert "notation=san cannot change when a run goes on (it is uci)" in capsys.readouterr().err
 
 
@@ -106,9 +106,9 @@ def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) 
 
 
 def test_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("--data", file, "--max-games", "100") == 1
+    assert main("--data", file, "--max-games", "100") == 2
     assert "max_games=100 must be from 1 to the 36 games of the file" in capsys.readouterr().err
-    assert main("--data", file.parent / "missing.txt") == 1
+    assert main("--data", file.parent / "missing.txt") == 2
     assert "missing.txt" in capsys.readouterr().err
 
 
@@ -128,13 +128,13 @@ def test_the_command_refuses_what_is_no_chess_model(tmp_path: Path, capsys: pyte
     model = tiny_model("gpt2-tiny", vocab_size=257)
     jaxlm.save_pretrained(tmp_path / "bytes", model, jax.jit(model.init)(jax.random.key(0)))
     ByteTokenizer().save(tmp_path / "bytes")
-    assert cli.main(["chess", str(tmp_path / "bytes")]) == 1
+    assert cli.main(["chess", str(tmp_path / "bytes")]) == 2
     error = capsys.readouterr().err
     assert "holds no chess model" in error
     assert "ByteTokenizer" in error
     assert len(error.splitlines()) == 1
-    assert cli.main(["chess", str(tmp_path / "nothing")]) == 1
+    assert cli.main(["chess", str(tmp_path / "nothing")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     MoveTokenizer("uci").save(tmp_path / "bytes")
-    assert cli.main(["chess", str(tmp_path / "bytes")]) == 1
-    assert "the tokenizer has 1971 tokens, but the model has vocab_size=257" in capsys.readouterr().err
+    assert cli.main(["chess", str(tmp_path / "bytes")]) == 2
+    assert "the tokenizer has 1,971 ids, and the model has 257" in capsys.readouterr().err

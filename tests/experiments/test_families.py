@@ -86,5 +86,5 @@ def test_a_run_leaves_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pyte
     assert (run / "table.md").read_text() in capsys.readouterr().out
     model, _ = jaxlm.load_pretrained(run / "lstm" / "model")
     assert model == families.RECIPES["lstm"].build()
-    assert families.main(["--family", "lstm", "--steps", "3", "--output", str(run)]) == 1
+    assert families.main(["--family", "lstm", "--steps", "3", "--output", str(run)]) == 2
     assert "is not empty: choose another --output" in capsys.readouterr().err

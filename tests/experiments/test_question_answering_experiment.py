@@ -82,7 +82,7 @@ def test_squad_files_from_pretrained_weights(finished: Path, tmp_path: Path) -> 
     assert [score.name for score in results["scores"]] == names
     assert [score.count for score in results["scores"]] == [12, 12, 4, 4], "3 articles and 2"
     assert isinstance(results["no_answer_threshold"], float)
-    assert main(*command) == 1, "the directory is not empty"
+    assert main(*command) == 2, "the directory is not empty"
 
 
 def test_parts_share_no_article(tmp_path: Path) -> None:
@@ -140,5 +140,5 @@ def test_commands_that_cannot_be_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert cli.main(["answer", str(finished), *arguments]) == 1
+    assert cli.main(["answer", str(finished), *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_a_finished_run_is_exported_again_and_does_not_go_on_with_other_data(fin
     assert "the training is complete" in capsys.readouterr().err
     assert (finished / "report.html").exists()
     jaxlm.load_pretrained(finished / "model")
-    assert main("--resume", finished, "--data.train", files / "dev.tsv") == 1
+    assert main("--resume", finished, "--data.train", files / "dev.tsv") == 2
     assert "cannot change when a run goes on" in capsys.readouterr().err
 
 
@@ -90,7 +90,7 @@ def test_folds_test_every_example_once(files, tmp_path, capsys):
 )
 def test_mistakes_get_one_line_before_a_directory_is_made(files, tmp_path, capsys, change, message):
     arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
-    assert main(*TINY, *arguments, *change) == 1
+    assert main(*TINY, *arguments, *change) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said
     assert not (tmp_path / "run").exists()

@@ -135,5 +135,5 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], file: Path, t
             "copy=True needs source_vocab_size=None",
         ),
     ):
-        assert main(*arguments, "--output", tmp_path / "run") == 1
+        assert main(*arguments, "--output", tmp_path / "run") == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

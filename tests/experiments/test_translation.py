@@ -56,7 +56,7 @@ def test_what_a_run_leaves(finished, capsys):
 
 
 def test_a_missing_file_is_named(files, tmp_path, capsys):
-    assert main(*TINY, "--data.directory", files, "--data.target", "fr", "--output", tmp_path / "run") == 1
+    assert main(*TINY, "--data.directory", files, "--data.target", "fr", "--output", tmp_path / "run") == 2
     assert "train.fr.gz is not a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
