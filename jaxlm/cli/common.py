@@ -11,6 +11,7 @@ import tyro
 
 from jaxlm import Model, load_pretrained
 from jaxlm.data import load_tokenizer
+from jaxlm.data.text_files import read_lines
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.training.checks import check_tokenizer
 
@@ -45,17 +46,20 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     if texts:
         return list(texts)
     name = "standard input" if file is None else str(file)
-    try:
-        content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: byte {error.object[error.start]:#04x}") from error
-    lines = content.removesuffix("\n").split("\n") if content else []
+    if file is None:
+        try:
+            content = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text: byte {error.object[error.start]:#04x}") from error
+        lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")] if content else []
+    else:
+        lines = [line for _, line in read_lines(file)]
     if not lines:
         raise ValueError(f"{name} is empty: give one text a line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ValueError(f"line {number} of {name} is empty: every line needs a text")
-    return [line.removesuffix("\r") for line in lines]
+    return lines
 
 
 def one_line(text: str) -> str:

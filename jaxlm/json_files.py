@@ -1,0 +1,40 @@
+"""JSON objects in files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ValueError: a file that is not UTF-8 or not JSON, another value than an object, or an object in which a key
+            occurs twice (the parser would silently take the last one). The message names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except _DuplicateError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:  # not JSON, not UTF-8
+        raise ValueError(f"{path} is not JSON or is damaged: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+class _DuplicateError(ValueError):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _DuplicateError(f"the key {name!r} occurs twice")
+    return found
