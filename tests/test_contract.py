@@ -431,7 +431,7 @@ def test_a_state_with_layers_apart_is_the_same_state(name):
     stacked = jax.tree.structure(specs) == jax.tree.structure(spec.unstack(specs))
     assert stacked == ("layers" not in specs)
     if not stacked:
-        with pytest.raises(ValueError, match="the state has its layers apart, and the parameters have not"):
+        with pytest.raises(ValueError, match="the state has one tree per layer, but the parameters are stacked"):
             model.apply(params, tokens[:, 9:], state=spec.unstack(state))
 
 
@@ -481,6 +481,68 @@ def test_bad_inputs_are_named(name):
             model.apply(params, tokens, **source, source_segment_ids=np.ones((2, 3), np.int32))
     with pytest.raises(ValueError, match="did you mean 'vocab_size'"):
         get_model(name, vocab_sice=3)
+
+
+@every_form
+def test_an_empty_batch_is_read_and_trains_nothing(name):
+    """No rows, or rows without tokens: empty hidden states, a sum of 0, gradients of 0, and a state that stays."""
+    model = tiny_model(name)
+    params = initial(model)
+    objective_of = objective(task_of(model))
+
+    @jax.jit
+    def gradient(params, batch, key):
+        def loss(params):
+            total, weight, _ = objective_of.loss(model, params, batch, key=key)
+            return total, weight
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    for rows, length in ((0, 5), (2, 0)):
+        tokens = np.zeros((rows, length), np.int32)
+        segments = np.ones((rows, length), np.int32)
+        source = source_of(model, rows)
+        if length == 0 and reads_whole_texts(model):
+            with pytest.raises(ValueError, match=r"tokens \[2, 0\] have no position, but .* a whole text"):
+                model.apply(params, tokens)
+            continue
+        hidden, state = model.apply(params, tokens, **source, segment_ids=segments)
+        full, _ = jax.eval_shape(lambda p: model.apply(p, np.zeros((1, 5), np.int32), **source_of(model, 1)), params)
+        middle = 0 if length == 0 else full.shape[1]
+        assert (hidden.shape, hidden.dtype, state) == ((rows, middle, *full.shape[2:]), full.dtype, None)
+        if task_of(model) == "classification" and length == 0:
+            with pytest.raises(ValueError, match=r"hidden states \[2, 0, \d+\] have no position to classify"):
+                model.summary(params, hidden)
+            continue
+        made = batch_of(model, np.zeros((rows, length + 1), np.int32))
+        (total, weight), grads = gradient(params, made, jax.random.key(0))
+        assert (float(total), float(weight)) == (0.0, 0.0)
+        assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+        if length == 0 and name in DECODERS:
+            before = empty_state(model, params, 2, 4)
+            read, after = model.apply(params, tokens, state=before)
+            assert read.shape == hidden.shape
+            assert_trees_equal(after, before)
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        model.apply(params, np.zeros((0, 5), np.float32), **source_of(model, 0))
+    if has_statistics(model):
+        _, moved = model.apply(params, np.zeros((0, 5), np.int32), key=jax.random.key(0))
+        assert_trees_equal(moved, {"statistics": params["statistics"]})
+
+
+@pytest.mark.parametrize("name", forms([name for name in TINY if tiny_model(name).reads_source]))
+@pytest.mark.parametrize(("rows", "length"), [(0, 6), (2, 0)])
+def test_an_empty_source_is_refused(name, rows, length):
+    model = tiny_model(name)
+    params, source = initial(model), np.zeros((rows, length), np.int32)
+    calls = (
+        lambda: model.apply(params, np.zeros((2, 3), np.int32), source=source),
+        lambda: model.encode(params, source),
+        lambda: model.start(params, source, 4),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"source \[{rows}, {length}\] is empty: give at least one row"):
+            call()
 
 
 # ------------------------------------------------------------------------------------- training and sharding

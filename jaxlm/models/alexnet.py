@@ -1,18 +1,19 @@
-"""Convolutional networks over characters (Zhang et al. 2015): a classifier, and a causal language model of its stack.
+"""Convolutional networks over characters (Zhang et al. 2015): a classifier, and a causal language model of its layers.
 
 Six convolutions, with pooling after the first, the second and the last, and two hidden layers with dropout. The
-classifier reads texts of exactly ``max_positions`` characters, from the last to the first, shorter ones padded with
-zeros at the end. So a text gives the published result wherever its padding (segment 0) stands. A row holds one text;
-one of several documents gives NaN.
+classifier reads texts of exactly ``max_positions`` characters, from the last character to the first; shorter ones are
+padded with zeros at the end. So a text gives the published result, at whatever positions its row has padding (segment
+0). A row holds one text; a row with several documents gives NaN.
 
-The published input is a fixed one-hot vector: a token table that stays the identity, whose rows beyond ``embed_dim``
-(characters outside the alphabet) are zero. ``embedding="learned"`` trains the table from a Gaussian instead.
+The published input is a fixed one-hot vector: the token table is the identity and is not trained; its rows from
+``embed_dim`` on (characters outside the alphabet) are zero. ``embedding="learned"`` trains the table, starting from a
+Gaussian.
 
-The language model pads on the left. Where the classifier's pooling takes steps of 3, its own takes steps of 1 and the
-taps of all later layers stand 3 times as far apart (the a trous algorithm, Holschneider et al. 1989): each place sees
-what it would see at the end of the classifier's strides. Its hidden layers read one place at a time.
+The language model pads on the left. Where the classifier pools with stride 3, it pools with stride 1 and dilates all
+later layers by 3 (the a trous algorithm, Holschneider et al. 1989): the receptive field at each position is the one
+that the classifier has at the end of its strides. Its hidden layers read one position at a time.
 
-Legend: B batch, T time, S time after the strides, C channels, V vocabulary.
+Shapes: B batch, T time, S time after the strides, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,48 +39,41 @@ Embedding = Literal["one_hot", "learned"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.ModelConfig):
     """Shape and behaviour of a network over characters. The defaults are the small published classifier."""
 
     vocab_size: int = 71
-    """Number of characters: the alphabet, and one id for all others (the blank too, as published)."""
+    """Number of characters: the alphabet, and one id for all others (the space included, as published)."""
     max_positions: int = 1014
-    """Length that a classifier pads every text to; longer ones are refused. A language model has no limit."""
+    """Length to which a classifier pads every text; longer texts are an error. A language model has no limit."""
     embed_dim: int = 70
-    """Width of the token table: with one_hot, the size of the alphabet."""
+    """Width of the token table; for one_hot, the size of the alphabet."""
     embedding: Embedding = "one_hot"
-    """The token table: one_hot stays the identity (ids from embed_dim on are zero), learned is trained."""
+    """Token table: one_hot is the fixed identity (ids from embed_dim on are zero), learned is trained."""
     reverse: bool = True
-    """Read texts from the last character to the first, as published; a language model never does."""
+    """Read texts from the last character to the first, as published; language models ignore it."""
     channels: int = 256
     """Channels of every convolution."""
     kernels: tuple[int, ...] = (7, 7, 3, 3, 3, 3)
     """Kernel of each convolution."""
     pools: tuple[int, ...] = (3, 3, 1, 1, 1, 3)
-    """Window and stride of the pooling after each convolution; 1 pools nothing."""
+    """Window and stride of the pooling after each convolution; 1 means no pooling."""
     fc_dim: int = 1024
     """Width of the two hidden layers."""
     dropout: float = 0.5
-    """Dropout rate after each hidden layer, while training."""
+    """Dropout rate after each hidden layer."""
     init_stddev: float = 0.05
     """Standard deviation of initial weights."""
     task: Task = "classification"
-    """What the model is for, and so its head and form: a label for the text, the next token (causal), or none."""
+    """Type of the model and its head: label of the text (classification), next token (causal), or none."""
     num_labels: int = 2
-    """Number of labels, where the task is classification."""
-    vocab_multiple: int = 1
-    """Pad the token tables to a multiple of this many rows, so that they divide over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
+    """Number of labels if the task is classification."""
 
     def __post_init__(self) -> None:
-        common.check_positive(
-            self, "vocab_size", "max_positions", "embed_dim", "channels", "fc_dim", "num_labels", "vocab_multiple"
-        )
+        super().__post_init__()
+        common.check_positive(self, "vocab_size", "max_positions", "embed_dim", "channels", "fc_dim", "num_labels")
         common.check_rates(self, "dropout")
-        common.check_choices(
-            self, embedding=get_args(Embedding), task=get_args(Task), dtype=get_args(common.ComputeDtype)
-        )
+        common.check_choices(self, embedding=get_args(Embedding), task=get_args(Task))
         if not self.kernels or len(self.kernels) != len(self.pools) or min(*self.kernels, *self.pools) < 1:
             raise ValueError(
                 f"kernels={self.kernels} and pools={self.pools} must be equally many, at least one, and each at least 1"
@@ -91,62 +85,6 @@ class Config:
             )
 
 
-def _length(cfg: Config) -> int:
-    """S: steps of a text that are left after all strides."""
-    length = cfg.max_positions
-    for kernel, pool in zip(cfg.kernels, cfg.pools, strict=True):
-        length = (length - kernel + 1) // pool
-    return length
-
-
-def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
-    V, normal = padded(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
-    learned = cfg.embedding == "learned"
-    table = ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), normal if learned else Identity(), decay=learned)
-    tree: dict[str, Any] = {"token_embedding": table}
-    before = cfg.embed_dim
-    for layer, kernel in enumerate(cfg.kernels):
-        tree[f"layer_{layer}"] = convolution_specs((kernel, before, cfg.channels), ("embed", "mlp"), normal)
-        before = cfg.channels
-    if cfg.task == "none":
-        return tree
-    features = cfg.channels * (1 if cfg.task == "causal" else _length(cfg))
-    for name, width in (("fc_1", features), ("fc_2", cfg.fc_dim)):
-        tree[name] = linear_specs((width, cfg.fc_dim), ("embed", "mlp"), normal)
-    if cfg.task == "causal":
-        tree["head"] = ArraySpec((V, cfg.fc_dim), ("vocab", "embed"), normal, decay=True)
-    return tree | heads.head_specs(cfg.task, cfg.fc_dim, cfg.num_labels, normal)
-
-
-def _dilations(cfg: Config) -> list[int]:
-    """How far apart the taps of each layer stand where no pooling takes strides."""
-    dilations = [1]
-    for pool in cfg.pools[:-1]:
-        dilations.append(dilations[-1] * pool)
-    return dilations
-
-
-def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The last inputs of each convolution and pooling, and the documents of the last tokens, whatever the ``length``.
-
-    Raises:
-        TypeError: the model is no language model.
-    """
-    if cfg.task != "causal":
-        raise TypeError(f"a model with task={cfg.task!r} reads whole texts and carries no state: use task='causal'")
-    tails, before, dtype = {}, cfg.embed_dim, jnp.dtype(cfg.dtype)
-    for layer, dilation in enumerate(_dilations(cfg)):
-        for name, taps, width in (
-            (f"layer_{layer}", cfg.kernels[layer], before), (f"pool_{layer}", cfg.pools[layer], cfg.channels)
-        ):  # fmt: skip
-            if taps > 1:
-                tails[name] = tail_specs(batch, (taps - 1) * dilation, width, dtype)
-        before = cfg.channels
-    longest = max((tail.shape[1] for tail in tails.values()), default=0)
-    return {"segment_ids": past_specs(batch, longest), **tails}
-
-
 def apply(
     cfg: Config,
     params: dict[str, Any],
@@ -156,27 +94,30 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """A language model's hidden states, [B, T, fc_dim], and its new state (None without one); or the features of the
-    text, [B, S, C], and None.
+    """The hidden states of a language model, [B, T, fc_dim], and its new state (None without a state).
+
+    For a classifier, the features of the text, [B, S, C], and None.
 
     Args:
-        tokens: [B, T] integer ids; for a classifier at most ``max_positions``. An id outside the vocabulary gives NaN.
-        state: of a language model, from ``state_specs``; the tokens then continue what it holds.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        key: random key for dropout; None is deterministic.
+        tokens: [B, T] integer ids; T at most ``max_positions`` for a classifier. An id outside the vocabulary
+            gives NaN.
+        state: of a language model, from ``state_specs``; the tokens continue the tokens in it.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     table = params["token_embedding"]
     if cfg.embedding == "one_hot":
         table = jax.lax.stop_gradient(table)
     if cfg.task == "causal":
-        return _read_stream(cfg, params, table, tokens, state, segment_ids, key)
+        return _causal_layers(cfg, params, table, tokens, state, segment_ids, key)
     if state is not None:
         raise ValueError(f"a model with task={cfg.task!r} reads whole texts and carries no state: leave state=None")
-    return _read_text(cfg, params, table, tokens, segment_ids), None
+    return _layers(cfg, params, table, tokens, segment_ids), None
 
 
-def _read_text(cfg: Config, params: dict[str, Any], table: jax.Array, tokens: jax.Array, segment_ids: Any) -> jax.Array:
+def _layers(cfg: Config, params: dict[str, Any], table: jax.Array, tokens: jax.Array, segment_ids: Any) -> jax.Array:
+    """The features of whole texts after all convolutions and poolings, [B, S, C]."""
     tokens, real_BT, single_B = fixed_length(tokens, segment_ids, cfg.max_positions, reverse=cfg.reverse)
     x = jnp.where(real_BT[:, :, None], embed(table, tokens, jnp.dtype(cfg.dtype)), 0.0)
     x = jnp.where(single_B[:, None, None], x, jnp.nan)
@@ -188,22 +129,23 @@ def _read_text(cfg: Config, params: dict[str, Any], table: jax.Array, tokens: ja
     return x
 
 
-def _read_stream(
+def _causal_layers(
     cfg: Config, params: dict[str, Any], table: jax.Array, tokens: jax.Array, state: Any, segment_ids: Any, key: Any
 ) -> tuple[jax.Array, Any]:
+    """The hidden states of the language model, [B, T, fc_dim], and its new state."""
     tails = {} if state is None else state
     tokens, stream = open_stream(tokens, segment_ids, tails.get("segment_ids"))
-    x, new = embed(table, tokens, jnp.dtype(cfg.dtype)), {}
+    x, new_tails = embed(table, tokens, jnp.dtype(cfg.dtype)), {}
     for layer, dilation in enumerate(_dilations(cfg)):
         name, pool_name = f"layer_{layer}", f"pool_{layer}"
-        x, new[name] = causal_convolution(params[name], stream, x, tails.get(name), dilation=dilation)
+        x, new_tails[name] = causal_convolution(params[name], stream, x, tails.get(name), dilation=dilation)
         x = jax.nn.relu(x)
-        x, new[pool_name] = causal_max_pool(stream, x, tails.get(pool_name), cfg.pools[layer], dilation=dilation)
+        x, new_tails[pool_name] = causal_max_pool(stream, x, tails.get(pool_name), cfg.pools[layer], dilation=dilation)
         x = constrain(x, ("batch", "seq", "activation_embed"))
     hidden, past = close_stream(stream, _hidden_layers(cfg, params, x, key))
     if state is None:
         return hidden, None
-    return hidden, {"segment_ids": past, **{name: tail for name, tail in new.items() if tail is not None}}
+    return hidden, {"segment_ids": past, **{name: tail for name, tail in new_tails.items() if tail is not None}}
 
 
 def _hidden_layers(cfg: Config, params: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -219,19 +161,79 @@ def summary(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """What the classifier reads, [B, 1, fc_dim]: hidden layers over all features. ``key`` is for their dropout.
+    """The input of the classifier, [B, 1, fc_dim]: hidden layers over all features. ``key`` is for their dropout.
 
-    ``segment_ids`` change nothing: padding is part of the text.
+    ``segment_ids`` have no effect: padding is part of the text.
     """
     return _hidden_layers(cfg, params, hidden.reshape(hidden.shape[0], 1, -1), key)
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """What the head of the task says, float32: of the next token [B, T, V] (V padded to ``vocab_multiple``), or of the
-    labels [B, 1, num_labels], from :func:`summary`."""
+    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+
+    Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`summary`.
+    """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+def _length(cfg: Config) -> int:
+    """S: the length of a text after all convolutions and poolings."""
+    length = cfg.max_positions
+    for kernel, pool in zip(cfg.kernels, cfg.pools, strict=True):
+        length = (length - kernel + 1) // pool
+    return length
+
+
+def _dilations(cfg: Config) -> list[int]:
+    """The dilation of each layer of the language model: the product of the classifier's strides before the layer."""
+    dilations = [1]
+    for pool in cfg.pools[:-1]:
+        dilations.append(dilations[-1] * pool)
+    return dilations
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters."""
+    V, normal = padded(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
+    learned = cfg.embedding == "learned"
+    table = ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), normal if learned else Identity(), decay=learned)
+    tree: dict[str, Any] = {"token_embedding": table}
+    inputs = cfg.embed_dim
+    for layer, kernel in enumerate(cfg.kernels):
+        tree[f"layer_{layer}"] = convolution_specs((kernel, inputs, cfg.channels), ("embed", "mlp"), normal)
+        inputs = cfg.channels
+    if cfg.task == "none":
+        return tree
+    features = cfg.channels * (1 if cfg.task == "causal" else _length(cfg))
+    for name, width in (("fc_1", features), ("fc_2", cfg.fc_dim)):
+        tree[name] = linear_specs((width, cfg.fc_dim), ("embed", "mlp"), normal)
+    if cfg.task == "causal":
+        tree["head"] = ArraySpec((V, cfg.fc_dim), ("vocab", "embed"), normal, decay=True)
+    return tree | heads.head_specs(cfg.task, cfg.fc_dim, cfg.num_labels, normal)
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
+    """The specs of the last inputs of each convolution and pooling, and of the segment ids of the last tokens.
+
+    The size does not depend on ``length``.
+
+    Raises:
+        TypeError: the model is not a language model.
+    """
+    if cfg.task != "causal":
+        raise TypeError(f"a model with task={cfg.task!r} reads whole texts and carries no state: use task='causal'")
+    tails, inputs, dtype = {}, cfg.embed_dim, jnp.dtype(cfg.dtype)
+    for layer, dilation in enumerate(_dilations(cfg)):
+        for name, taps, width in (
+            (f"layer_{layer}", cfg.kernels[layer], inputs), (f"pool_{layer}", cfg.pools[layer], cfg.channels)
+        ):  # fmt: skip
+            if taps > 1:
+                tails[name] = tail_specs(batch, (taps - 1) * dilation, width, dtype)
+        inputs = cfg.channels
+    longest = max((tail.shape[1] for tail in tails.values()), default=0)
+    return {"segment_ids": past_specs(batch, longest), **tails}
 
 
 VARIANTS = {

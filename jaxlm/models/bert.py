@@ -1,10 +1,10 @@
 """BERT (Devlin et al. 2018): a bidirectional transformer encoder with post-norm blocks and a tied masked-token head.
 
-Follows the published weights: erf-GELU, epsilon 1e-12, learned positions, token types that are added even when none are
-given (row 0), a normed embedding. The layers are those of Vaswani et al. 2017: ``x = norm(x + sublayer(x))``.
+The code follows the published weights: erf-GELU, epsilon 1e-12, learned positions, a layer norm after the embeddings,
+and token type 0 if none is given. The layers are those of Vaswani et al. 2017: ``x = norm(x + sublayer(x))``.
 
-Legend: B batch, T time, P places to predict (T or fewer), D model width, H heads, K head width (D / H), F hidden width
-of the MLP, V vocabulary.
+Shapes: B batch, T time, P predicted positions (T or fewer), D model width, H heads, K head width (D / H), F hidden
+width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TASKS = ("masked", "classification", "tagging", "span_qa", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.TransformerConfig):
     """Shape and behaviour of a BERT. The defaults are the published base model, uncased."""
 
     vocab_size: int = 30522
@@ -40,7 +40,7 @@ class Config:
     max_positions: int = 512
     """Longest sequence."""
     num_token_types: int = 2
-    """Kinds of tokens: of the first sentence (0) and of the second (1)."""
+    """Number of token types: 0 for the first sentence, 1 for the second."""
     num_layers: int = 12
     """Number of blocks."""
     num_heads: int = 12
@@ -56,46 +56,185 @@ class Config:
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     hidden_dropout: float = 0.1
-    """Dropout rate after the embeddings and on what each sublayer adds, while training."""
+    """Dropout rate after the embeddings and on the output of each sublayer."""
     attention_dropout: float = 0.1
-    """Dropout rate on attention probabilities, while training."""
+    """Dropout rate on attention probabilities."""
     classifier_dropout: float | None = None
-    """Dropout rate on what the classifier or tagger reads, while training; None means hidden_dropout."""
+    """Dropout rate on the input of the classifier or tagger; None means hidden_dropout."""
     task: heads.Task = "masked"
-    """Which head the model has: masked, classification, tagging, span_qa or none."""
+    """Output head: masked, classification, tagging (label of each token), span_qa (answer span) or none."""
     next_sentence: bool = False
-    """Also tell whether the second sentence follows the first (with task masked or none)."""
+    """Add a head that predicts whether the second sentence follows the first (with task masked or none)."""
     num_labels: int = 2
-    """Number of labels (with task classification or tagging)."""
-    vocab_multiple: int = 1
-    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
-    remat: common.Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Loop over layers in one compiled body; False unrolls them."""
+    """Number of labels if the task is classification or tagging."""
     attention_implementation: Implementation | None = None
-    """Named attention implementation; None picks the best for the device and shape."""
+    """Attention implementation by name; None chooses the best one for the device and shape."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "max_positions", "num_token_types", "num_layers", "num_heads", "embed_dim",
-            "num_labels", "vocab_multiple",
-        )  # fmt: skip
+            self, "vocab_size", "max_positions", "num_token_types", "num_layers", "num_heads", "embed_dim", "num_labels"
+        )
         common.check_rates(self, "hidden_dropout", "attention_dropout")
         if self.classifier_dropout is not None:
             common.check_rates(self, "classifier_dropout")
         common.check_choices(
-            self, activation=get_args(Activation), dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
-            attention_implementation=(None, *get_args(Implementation)), task=TASKS,
+            self, activation=get_args(Activation), task=TASKS,
+            attention_implementation=(None, *get_args(Implementation)),
         )  # fmt: skip
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them"
-            )
+        common.check_divides(self, "num_heads", "embed_dim")
         if self.next_sentence and self.task not in ("masked", "none"):
             raise ValueError(f"next_sentence=True goes with task 'masked' or 'none', not with task={self.task!r}")
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+) -> tuple[jax.Array, None]:
+    """The hidden states of the last layer, [B, T, D], and None: an encoder has no state.
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        positions: [B, T] int32. Default: the position within the document.
+        key: random key for dropout; None: no dropout.
+        token_types: [B, T] integers, the sentence within the document of each token. Default: 0. Unlike documents
+            (``segment_ids``), the sentences of a document attend to each other.
+
+    Raises:
+        ValueError: a state, inputs that are not integers of one shape, or more tokens than ``max_positions``.
+    """
+    if state is not None:
+        raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state out")
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    if token_types is not None and token_types.shape != tokens.shape:
+        raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
+    x = _embed(cfg, params, tokens, segment_ids, positions, token_types, key)
+    mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        weights, _, layer_key = layer
+        attended = _attention(cfg, weights["attention"], x, mask, layer_key)
+        x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
+        return constrain(x, ("batch", "seq", "activation_embed")), None
+
+    x, _ = common.scan_layers(
+        block, x, params["layers"], None, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
+    )
+    if cfg.task == "tagging":  # here because logits() has no random key
+        x = dropout(x, classifier_dropout(cfg), fold_name(key, "tagger"))
+    return x, None
+
+
+def _embed(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    positions: jax.Array | None,
+    token_types: jax.Array | None,
+    key: jax.Array | None,
+) -> jax.Array:
+    """The sum of token, position and token type embeddings after norm and dropout, [B, T, D]."""
+    dtype, types = jnp.dtype(cfg.dtype), params["token_type_embedding"]
+    if positions is None:
+        positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+    x = embed(params["token_embedding"], tokens, dtype)
+    x = x + embed(params["position_embedding"], positions, dtype, rows="positions")
+    if token_types is None:  # broadcast row 0: its gradient is then a sum instead of a scatter
+        x = x + constrain(jnp.asarray(types), (None, "activation_embed"))[None, :1].astype(dtype)
+    else:
+        x = x + embed(types, token_types, dtype, rows=None)
+    x = layer_norm(params["embedding_norm"], x, cfg.norm_epsilon)
+    x = dropout(x, cfg.hidden_dropout, fold_name(key, "embedding"))
+    return constrain(x, ("batch", "seq", "activation_embed"))
+
+
+def _attention(cfg: Config, weights: dict[str, Any], x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
+    q, k, v = (
+        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
+    )
+    x = attention(
+        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        implementation=cfg.attention_implementation,
+    )  # fmt: skip
+    return dropout(linear(weights["output"], x, inputs=2), cfg.hidden_dropout, fold_name(key, "attention_output"))
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    x = activation(cfg.activation)(linear(weights["up"], x))
+    x = linear(weights["down"], constrain(x, ("batch", "seq", "mlp")))
+    return dropout(x, cfg.hidden_dropout, fold_name(key, "mlp_output"))
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the task's head for hidden states [B, P, D]: [B, P, V] or [B, P, labels] float32.
+
+    For task masked, V is padded to ``vocab_multiple``; pass only the masked positions. For task classification,
+    ``hidden`` comes from :func:`summary`.
+
+    Raises:
+        ValueError: task none has no head.
+    """
+    if cfg.task != "masked":
+        return heads.head_logits(cfg.task, params, hidden)
+    head = params["masked"]
+    x = activation(cfg.activation)(linear(head["dense"], hidden))
+    x = layer_norm(head["norm"], x, cfg.norm_epsilon)
+    scores = unembed(params["token_embedding"], x, cfg.vocab_size) + head["bias"].astype(jnp.float32)[None, None, :]
+    return constrain(scores, ("batch", None, "vocab"))
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The pooled output ``tanh(dense(.))`` of each row's first token, [CLS]: [B, 1, D].
+
+    In a packed row, it is that of the first document.
+
+    Raises:
+        ValueError: the model has no pooler.
+    """
+    if "pooler" not in params:
+        raise ValueError(
+            f"a model with task={cfg.task!r} has no pooler: take task 'classification' or 'none', or next_sentence=True"
+        )
+    pooled = jnp.tanh(linear(params["pooler"], heads.first_real(hidden, segment_ids)))
+    if cfg.task == "classification":
+        pooled = dropout(pooled, classifier_dropout(cfg), fold_name(key, "classifier"))
+    return pooled
+
+
+def next_sentence_logits(
+    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """The logits of the second sentence following the first (index 0) or not (index 1), [B, 2] float32.
+
+    Raises:
+        ValueError: the model has no such head.
+    """
+    if not cfg.next_sentence:
+        raise ValueError("the model has no next-sentence head: take next_sentence=True")
+    pooled = summary(cfg, params, hidden, segment_ids)
+    return linear(params["next_sentence"], pooled)[:, 0].astype(jnp.float32)
+
+
+def classifier_dropout(cfg: Config) -> float:
+    """The dropout rate on the input of the classifier or tagger."""
+    return cfg.hidden_dropout if cfg.classifier_dropout is None else cfg.classifier_dropout
 
 
 def _mlp_dim(cfg: Config) -> int:
@@ -103,7 +242,7 @@ def _mlp_dim(cfg: Config) -> int:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model. As in the published classes, only what reads the first token has a pooler."""
+    """The specs of all parameters. As in the published classes, only heads that read the first token have a pooler."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, _mlp_dim(cfg)
     V = padded(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
@@ -138,146 +277,6 @@ def specs(cfg: Config) -> dict[str, Any]:
     if cfg.next_sentence:
         tree["next_sentence"] = linear_specs((D, 2), ("embed", None), normal)
     return tree
-
-
-def apply(
-    cfg: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    *,
-    state: None = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-    token_types: jax.Array | None = None,
-) -> tuple[jax.Array, None]:
-    """Hidden states of the last layer, [B, T, D], and None: an encoder carries nothing from call to call.
-
-    Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        positions: [B, T] int32. Default: the place within the document.
-        key: random key for dropout; None is deterministic.
-        token_types: [B, T] integers, which sentence of a document each token is of. Default: 0. Not to be confused with
-            ``segment_ids``: the sentences of one document do see each other.
-
-    Raises:
-        ValueError: a state, inputs that are not integers of one shape, or more tokens than ``max_positions``.
-    """
-    if state is not None:
-        raise ValueError("an encoder sees the whole sequence at once and carries no state: leave state out")
-    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
-    if token_types is not None and token_types.shape != tokens.shape:
-        raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
-    dtype = jnp.dtype(cfg.dtype)
-    if positions is None:
-        positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
-
-    x = embed(params["token_embedding"], tokens, dtype)
-    x = x + embed(params["position_embedding"], positions, dtype, rows="positions")
-    x = x + _embed_types(params["token_type_embedding"], token_types, dtype)
-    x = layer_norm(params["embedding_norm"], x, cfg.norm_epsilon)
-    x = dropout(x, cfg.hidden_dropout, fold_name(key, "embedding"))
-    x = constrain(x, ("batch", "seq", "activation_embed"))
-    mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        weights, _, layer_key = layer
-        x = layer_norm(weights["attention_norm"], x + _attention(cfg, weights, x, mask, layer_key), cfg.norm_epsilon)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
-        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights, x, layer_key), cfg.norm_epsilon)
-        return constrain(x, ("batch", "seq", "activation_embed")), None
-
-    x, _ = common.scan_layers(
-        block, x, params["layers"], None, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
-    if cfg.task == "tagging":  # here and not in logits, which know no key
-        x = dropout(x, classifier_dropout(cfg), fold_name(key, "tagger"))
-    return x, None
-
-
-def _embed_types(table: jax.Array, token_types: jax.Array | None, dtype: Any) -> jax.Array:
-    if token_types is None:  # one row for all: its gradient is then a sum and not a scatter
-        return constrain(jnp.asarray(table), (None, "activation_embed"))[None, :1].astype(dtype)
-    return embed(table, token_types, dtype, rows=None)
-
-
-def _attention(cfg: Config, weights: dict[str, Any], x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
-    q, k, v = (
-        constrain(linear(weights["attention"][name], x), ("batch", "seq", "heads", "kv"))
-        for name in ("query", "key", "value")
-    )
-    mixed = attention(
-        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
-        implementation=cfg.attention_implementation,
-    )  # fmt: skip
-    out = linear(weights["attention"]["output"], mixed, inputs=2)
-    return dropout(out, cfg.hidden_dropout, fold_name(key, "attention_output"))
-
-
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    hidden = activation(cfg.activation)(linear(weights["mlp"]["up"], x))
-    hidden = constrain(hidden, ("batch", "seq", "mlp"))
-    return dropout(linear(weights["mlp"]["down"], hidden), cfg.hidden_dropout, fold_name(key, "mlp_output"))
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """What the head of the task says of any hidden states [B, P, D]: [B, P, V] or [B, P, labels] float32.
-
-    For task masked, V is padded to ``vocab_multiple``, and only the masked places are worth passing. For task
-    classification, ``hidden`` is what :func:`summary` gives.
-
-    Raises:
-        ValueError: task none has no head.
-    """
-    if cfg.task != "masked":
-        return heads.head_logits(cfg.task, params, hidden)
-    head = params["masked"]
-    x = activation(cfg.activation)(linear(head["dense"], hidden))
-    x = layer_norm(head["norm"], x, cfg.norm_epsilon)
-    scores = unembed(params["token_embedding"], x, cfg.vocab_size) + head["bias"].astype(jnp.float32)[None, None, :]
-    return constrain(scores, ("batch", None, "vocab"))
-
-
-def summary(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """``tanh(dense(.))`` of each row's first token, [CLS]: [B, 1, D]. In packed rows, that of the first document.
-
-    Raises:
-        ValueError: the model has no pooler.
-    """
-    if "pooler" not in params:
-        raise ValueError(
-            f"a model with task={cfg.task!r} has no pooler: take task 'classification' or 'none', or next_sentence=True"
-        )
-    pooled = jnp.tanh(linear(params["pooler"], heads.first_real(hidden, segment_ids)))
-    if cfg.task == "classification":
-        pooled = dropout(pooled, classifier_dropout(cfg), fold_name(key, "classifier"))
-    return pooled
-
-
-def next_sentence_logits(
-    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
-) -> jax.Array:
-    """Logits of "the second sentence follows the first" (0) and of "it does not" (1), [B, 2] float32.
-
-    Raises:
-        ValueError: the model has no such head.
-    """
-    if not cfg.next_sentence:
-        raise ValueError("the model has no next-sentence head: take next_sentence=True")
-    pooled = summary(cfg, params, hidden, segment_ids)
-    return linear(params["next_sentence"], pooled)[:, 0].astype(jnp.float32)
-
-
-def classifier_dropout(cfg: Config) -> float:
-    """The rate on what a classifier or tagger reads."""
-    return cfg.hidden_dropout if cfg.classifier_dropout is None else cfg.classifier_dropout
 
 
 VARIANTS = {
@@ -326,6 +325,7 @@ _BERT = files.Format(
         "is_decoder": False,
         "add_cross_attention": False,
         "tie_word_embeddings": True,
+        "pruned_heads": {},
     },
     token_ids={"pad_token_id": 0},
     tensors={

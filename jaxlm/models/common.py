@@ -1,4 +1,4 @@
-"""What the families share: base configs, checks of configs and inputs, and the loop over layers."""
+"""Shared parts of the families: base configs, checks of configs and inputs, and the loop over layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TransformerConfig(ModelConfig):
     """Base class of the ``Config`` of a family whose layers are stacked and run by :func:`scan_layers`."""
 
     remat: Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
+    """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
     scan_layers: bool = True
     """Run the layers with ``lax.scan``, which compiles one layer; False unrolls the loop."""
 

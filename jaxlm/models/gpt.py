@@ -1,11 +1,12 @@
-"""GPT-2 (Radford et al. 2019): a causal transformer with pre-norm blocks, learned positions and a tied head.
+"""GPT-2 (Radford et al. 2019): a causal transformer with pre-norm blocks, learned positions and a tied output head.
 
-GPT-1 (Radford et al. 2018) is the same with each norm after its sublayer, and so no final norm (``norm_position``).
+GPT-1 (Radford et al. 2018) is the same model with post-norm blocks, and therefore without a final norm
+(``norm_position``).
 
-Follows the published weights and not the paper where they differ: tanh-GELU, epsilon 1e-5, no scale on the embeddings,
-residual projections of GPT-2 initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
+The code follows the published weights where the paper differs: tanh-GELU, epsilon 1e-5, no scale on the embeddings, and
+residual projections of GPT-2 that are initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
 
-Legend: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
+Shapes: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ Task = Literal["causal", "classification", "tagging", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.TransformerConfig):
     """Shape and behaviour of a GPT. The defaults are the published 124M model of GPT-2."""
 
     vocab_size: int = 50257
     """Number of token ids."""
     max_positions: int = 1024
-    """Longest sequence: rows of the learned position table."""
+    """Longest sequence: number of rows of the learned position table."""
     num_layers: int = 12
     """Number of blocks."""
     num_heads: int = 12
@@ -51,7 +52,7 @@ class Config:
     activation: Activation = "gelu_tanh"
     """Nonlinearity of the MLP."""
     norm_position: NormPosition = "before"
-    """Norm what each sublayer reads (before, GPT-2), or the sum of what it read and what it adds (after, GPT-1)."""
+    """Pre-norm (before, GPT-2): norm of each sublayer's input. Post-norm (after, GPT-1): norm of each residual sum."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     init_stddev: float = 0.02
@@ -59,50 +60,142 @@ class Config:
     tie_embeddings: bool = True
     """Use the token table as output head."""
     task: Task = "causal"
-    """What the model is for, and so its head: the next token, a label for the text or each token, a span, or none."""
+    """Output head: next token (causal), label of the text, label of each token (tagging), answer span, or none."""
     num_labels: int = 2
-    """Number of labels, where the task is classification or tagging."""
+    """Number of labels if the task is classification or tagging."""
     embedding_dropout: float = 0.1
-    """Dropout rate after the embeddings, while training."""
+    """Dropout rate after the embeddings."""
     attention_dropout: float = 0.1
-    """Dropout rate on attention probabilities, while training."""
+    """Dropout rate on attention probabilities."""
     residual_dropout: float = 0.1
-    """Dropout rate on what each sublayer adds, while training."""
-    vocab_multiple: int = 1
-    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
-    remat: common.Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Loop over layers in one compiled body; False unrolls them."""
+    """Dropout rate on the output of each sublayer."""
     attention_implementation: Implementation | None = None
-    """Named attention implementation; None picks the best for the device and shape."""
+    """Attention implementation by name; None chooses the best one for the device and shape."""
 
     def __post_init__(self) -> None:
-        common.check_positive(
-            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "num_labels", "vocab_multiple"
-        )
+        super().__post_init__()
+        common.check_positive(self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "num_labels")
         common.check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
         common.check_choices(
             self, activation=get_args(Activation), norm_position=get_args(NormPosition), task=get_args(Task),
-            dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
             attention_implementation=(None, *get_args(Implementation)),
         )  # fmt: skip
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them"
-            )
+        common.check_divides(self, "num_heads", "embed_dim")
 
 
-def _mlp_dim(cfg: Config) -> int:
-    return 4 * cfg.embed_dim if cfg.mlp_dim is None else cfg.mlp_dim
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states after the last norm, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``; the tokens continue the tokens in it. A row that exceeds its cache gives NaN.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        positions: [B, T] int32. Default: the position within the document.
+        key: random key for dropout; None: no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    dtype = jnp.dtype(cfg.dtype)
+    context, state = cache.span(tokens, state, segment_ids, positions)
+
+    x = embed(params["token_embedding"], tokens, dtype)
+    x = x + embed(params["position_embedding"], context.positions, dtype, rows="positions")
+    x = dropout(x, cfg.embedding_dropout, fold_name(key, "embedding"))
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, kv, layer_key = layer
+        normed = _norm(cfg, "before", weights["attention_norm"], x)
+        attended, kv = _attention(cfg, weights["attention"], normed, kv, context, layer_key)
+        x = _norm(cfg, "after", weights["attention_norm"], x + attended)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+        normed = _norm(cfg, "before", weights["mlp_norm"], x)
+        x = _norm(cfg, "after", weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], normed, layer_key))
+        return constrain(x, ("batch", "seq", "activation_embed")), kv
+
+    kv = None if state is None else state["layers"]
+    x, kv = common.scan_layers(
+        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
+        in_place=cache.stays_in_place(state, tokens.shape[1]),
+    )  # fmt: skip
+    if cfg.norm_position == "before":
+        x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
+    return common.decoder_outputs(x, kv, context, state)
+
+
+def _attention(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Span, key: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    q, k, v = _project_qkv(weights["qkv"], x)
+    kv, (k, v) = cache.extended(kv, (k, v), context)
+    x = attention(
+        q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        implementation=cfg.attention_implementation,
+    )  # fmt: skip
+    x = linear(weights["output"], x, inputs=2)
+    return dropout(x, cfg.residual_dropout, fold_name(key, "attention_output")), kv
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    x = activation(cfg.activation)(linear(weights["up"], x))
+    x = linear(weights["down"], constrain(x, ("batch", "seq", "mlp")))
+    return dropout(x, cfg.residual_dropout, fold_name(key, "mlp_output"))
+
+
+def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The layer norm of ``x`` if the config has its norms at this position, else ``x``."""
+    return layer_norm(weights, x, cfg.norm_epsilon) if cfg.norm_position == position else x
+
+
+def _project_qkv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values, each [B, T, H, K]."""
+    if platform() == "cpu":
+        qkv = constrain(linear(weights, x), ("batch", "seq", None, "heads", "kv"))
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    # Attention kernels need q, k and v as separate arrays: slicing the output of a single matmul would copy it.
+    def project(index: int) -> jax.Array:
+        part = {name: w[..., index, :, :] for name, w in weights.items()}
+        return constrain(linear(part, x), ("batch", "seq", "heads", "kv"))
+
+    return project(0), project(1), project(2)
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    """
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)
+    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
+    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
+    return heads.last_real(hidden, segment_ids)
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
-    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, _mlp_dim(cfg)
+    """The specs of all parameters."""
+    D, H, K = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads
     V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    F = 4 * D if cfg.mlp_dim is None else cfg.mlp_dim
     normal = Normal(cfg.init_stddev)
     pre_norm = cfg.norm_position == "before"
     residual = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5) if pre_norm else normal
@@ -131,125 +224,13 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
+    """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
     if length > cfg.max_positions:
         raise ValueError(
             f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
         )
-    return cache.cache_specs(
-        cfg.num_layers, batch, length, cfg.num_heads, cfg.embed_dim // cfg.num_heads, jnp.dtype(cfg.dtype)
-    )
-
-
-def apply(
-    cfg: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    *,
-    state: Any = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-    """Hidden states after the last norm, [B, T, D], and the new state (None without one).
-
-    Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens then continue what it holds. A row that runs past the end of its state
-            gives NaN.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        positions: [B, T] int32. Default: the place within the document.
-        key: random key for dropout; None is deterministic.
-    """
-    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
-    dtype = jnp.dtype(cfg.dtype)
-    place, state = cache.span(tokens, state, segment_ids, positions)
-
-    x = embed(params["token_embedding"], tokens, dtype)
-    x = x + embed(params["position_embedding"], place.positions, dtype, rows="positions")
-    x = dropout(x, cfg.embedding_dropout, fold_name(key, "embedding"))
-    x = constrain(x, ("batch", "seq", "activation_embed"))
-
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, kv, layer_key = layer
-        read = _norm(cfg, "before", weights["attention_norm"], x)
-        attended, kv = _attention(cfg, weights, read, kv, place, layer_key)
-        x = _norm(cfg, "after", weights["attention_norm"], x + attended)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
-        read = _norm(cfg, "before", weights["mlp_norm"], x)
-        x = _norm(cfg, "after", weights["mlp_norm"], x + _mlp(cfg, weights, read, layer_key))
-        return constrain(x, ("batch", "seq", "activation_embed")), kv
-
-    kv = None if state is None else state["layers"]
-    x, kv = common.scan_layers(
-        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
-        in_place=cache.stays_in_place(state, tokens.shape[1]),
-    )  # fmt: skip
-    if cfg.norm_position == "before":
-        x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
-    if state is None:
-        return x, None
-    assert place.valid_B is not None
-    x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
-    return x, {**state, "layers": kv}
-
-
-def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.Array) -> jax.Array:
-    """``x`` normed if this is where the config has its norms, else ``x`` as it is."""
-    return layer_norm(weights, x, cfg.norm_epsilon) if cfg.norm_position == position else x
-
-
-def _attention(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, place: cache.Span, key: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    q, k, v = _projections(weights["attention"]["qkv"], x)
-    kv, (k, v) = cache.extended(kv, (k, v), place)
-    mixed = attention(
-        q, k, v, place.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
-        implementation=cfg.attention_implementation,
-    )  # fmt: skip
-    out = linear(weights["attention"]["output"], mixed, inputs=2)
-    return dropout(out, cfg.residual_dropout, fold_name(key, "attention_output")), kv
-
-
-def _projections(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values, [B, T, H, K]."""
-    if platform() == "cpu":
-        qkv = constrain(linear(weights, x), ("batch", "seq", None, "heads", "kv"))
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-
-    # An attention kernel reads each from an array of its own: one matmul for all three would be cut apart by copies.
-    def project(part: int) -> jax.Array:
-        own = {name: w[..., part, :, :] for name, w in weights.items()}
-        return constrain(linear(own, x), ("batch", "seq", "heads", "kv"))
-
-    return project(0), project(1), project(2)
-
-
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    hidden = linear(weights["mlp"]["up"], x)
-    hidden = constrain(activation(cfg.activation)(hidden), ("batch", "seq", "mlp"))
-    return dropout(linear(weights["mlp"]["down"], hidden), cfg.residual_dropout, fold_name(key, "mlp_output"))
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """What the head of the task says, float32: of the next token [B, T, V] (V padded to ``vocab_multiple``), or of the
-    labels (``heads.head_logits``; classification reads :func:`summary`)."""
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
-
-
-def summary(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """What the classifier reads: the hidden state of each row's last real token, [B, 1, D]."""
-    return heads.last_real(hidden, segment_ids)
+    K = cfg.embed_dim // cfg.num_heads
+    return cache.cache_specs(cfg.num_layers, batch, length, cfg.num_heads, K, jnp.dtype(cfg.dtype))
 
 
 VARIANTS = {
@@ -303,6 +284,13 @@ _GPT2 = files.Format(
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
+        "pruned_heads": {},
+    },
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
     },
     token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
     tensors={
@@ -355,7 +343,7 @@ _GPT1 = dataclasses.replace(
         "activation": "afn",
     },
     values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # their "gelu" is the tanh form
-    required={},
+    required={"pruned_heads": {}},
     token_ids={},
     tensors={
         **_GPT2.tensors,

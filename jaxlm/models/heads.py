@@ -1,11 +1,11 @@
-"""Task heads: what a family puts on its hidden states, by the ``task`` of its config.
+"""Output heads that all families share, selected by the ``task`` of a config.
 
-A task names the objective that trains it (``jaxlm.objectives``). Vocabulary heads are the family's own business; the
-labelling heads are the same linear maps in every family:
+A task names the objective that trains it (``jaxlm.objectives``). Each family has its own head over the vocabulary; the
+heads for labels are linear maps that are the same in every family:
 
-    classification  ``classifier``: one label for each row, from ``summary`` [B, 1, D]
-    tagging         ``tagger``: one label for each token
-    span_qa         ``span``: the logits of being the first and the last token of an answer
+    classification  ``classifier``: one label per row, from ``summary`` [B, 1, D]
+    tagging         ``tagger``: one label per token
+    span_qa         ``span``: two logits per token, for the first and the last token of an answer
 
 Shapes: B batch, T time, D width of hidden states.
 """
@@ -23,41 +23,41 @@ from jaxlm.spec import ArraySpec, Initializer
 Task = Literal["causal", "masked", "permutation", "seq2seq", "classification", "tagging", "span_qa", "none"]
 
 HEADS = {"classification": "classifier", "tagging": "tagger", "span_qa": "span"}
-"""Task -> the key of its head in the parameters."""
-
-
-def head_specs(
-    task: str, width: int, num_labels: int, init: Initializer, *, bias: bool = True
-) -> dict[str, dict[str, ArraySpec]]:
-    """The labelling head of a task, ``{"classifier": {"weight", "bias"}}``; nothing for the other tasks."""
-    if task not in HEADS:
-        return {}
-    outputs = 2 if task == "span_qa" else num_labels
-    return {HEADS[task]: linear_specs((width, outputs), ("embed", None), init, bias=bias)}
+"""Task -> name of its head in the parameters."""
 
 
 def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """Logits of the labelling head, [B, T, num_labels] (span_qa: 2) float32.
+    """The logits of the head for labels, [B, T, num_labels] (span_qa: 2) float32.
 
     Raises:
-        ValueError: the model has no head.
+        ValueError: the task has no head for labels.
     """
     if task not in HEADS:
         raise ValueError(f"a model with task={task!r} has no labelling head: choose a task from {', '.join(HEADS)}")
     return linear(params[HEADS[task]], hidden).astype(jnp.float32)
 
 
+def head_specs(
+    task: str, width: int, num_labels: int, init: Initializer, *, bias: bool = True
+) -> dict[str, dict[str, ArraySpec]]:
+    """The specs of a task's head for labels, such as ``{"classifier": {"weight", "bias"}}``; empty for other tasks."""
+    if task not in HEADS:
+        return {}
+    outputs = 2 if task == "span_qa" else num_labels
+    return {HEADS[task]: linear_specs((width, outputs), ("embed", None), init, bias=bias)}
+
+
 def first_real(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The hidden state of each row's first token that is not padding, [B, 1, D]."""
     if segment_ids_BT is None:
         return hidden_BTD[:, :1]
-    at_B = jnp.argmax(segment_ids_BT > 0, axis=1)
-    return jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)
+    index_B = jnp.argmax(segment_ids_BT > 0, axis=1)
+    return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)
 
 
 def last_real(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The hidden state of each row's last token that is not padding, [B, 1, D]."""
     if segment_ids_BT is None:
         return hidden_BTD[:, -1:]
-    at_B = jnp.max(jnp.where(segment_ids_BT > 0, jnp.arange(hidden_BTD.shape[1])[None, :], 0), axis=1)
-    return jnp.take_along_axis(hidden_BTD, at_B[:, None, None], axis=1)
+    index_B = jnp.max(jnp.where(segment_ids_BT > 0, jnp.arange(hidden_BTD.shape[1])[None, :], 0), axis=1)
+    return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)

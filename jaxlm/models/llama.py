@@ -1,10 +1,11 @@
-"""Llama (Touvron et al. 2023) and the families of its shape: Mistral, Qwen2, SmolLM.
+"""Llama (Touvron et al. 2023) and models with the same architecture: Mistral, Qwen2, SmolLM.
 
 A causal transformer with pre-norm blocks, RMS norm, rotary positions, grouped-query attention, a SwiGLU MLP and no
-biases. Mistral (Jiang et al. 2023) adds a sliding window, Qwen2 (Yang et al. 2024) biases of queries, keys and values.
+biases. Mistral (Jiang et al. 2023) adds a sliding window; Qwen2 (Yang et al. 2024) adds biases to queries, keys and
+values.
 
-Legend: B batch, T time, S slots of the cache, D model width, H query heads, G heads of keys and values, K head width,
-F hidden width of the MLP, V vocabulary.
+Shapes: B batch, T time, S slots of the cache, D model width, H query heads, G key-value heads, K head width, F hidden
+width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ Task = Literal["causal", "classification", "tagging", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Shape and behaviour of a Llama. The defaults are the first one's, 6.7B parameters."""
+class Config(common.TransformerConfig):
+    """Shape and behaviour of a Llama. The defaults are those of the first version with 6.7B parameters."""
 
     vocab_size: int = 32000
     """Number of token ids."""
     max_positions: int = 2048
-    """Longest sequence. No parameter depends on it, so it may be raised; whether the model copes is another matter."""
+    """Longest sequence. No parameter depends on it, so it may be raised; the model was not trained on longer texts."""
     num_layers: int = 32
     """Number of blocks."""
     num_heads: int = 32
     """Query heads of each block."""
     num_kv_heads: int | None = None
-    """Heads of keys and values, each read by num_heads / num_kv_heads query heads; None means num_heads."""
+    """Key-value heads, each used by num_heads / num_kv_heads query heads; None means num_heads."""
     head_dim: int | None = None
     """Width of a head; None means embed_dim / num_heads."""
     embed_dim: int = 4096
@@ -54,11 +55,11 @@ class Config:
     qkv_bias: bool = False
     """Whether queries, keys and values have biases (Qwen2)."""
     window: int | None = None
-    """A token sees only this many tokens, itself included (Mistral); None means all before it."""
+    """Number of tokens that a token attends to, itself included (Mistral); None means all earlier tokens."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
-    """How rotary positions are stretched beyond the lengths of the first training; None means not at all."""
+    """Scaling of rotary positions for sequences longer than those of the first training; None means no scaling."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     init_stddev: float = 0.02
@@ -66,33 +67,24 @@ class Config:
     tie_embeddings: bool = False
     """Use the token table as output head."""
     task: Task = "causal"
-    """What the model is for, and so its head: the next token, a label for the text or each token, a span, or none."""
+    """Output head: next token (causal), label of the text, label of each token (tagging), answer span, or none."""
     num_labels: int = 2
-    """Number of labels, where the task is classification or tagging."""
+    """Number of labels if the task is classification or tagging."""
     attention_dropout: float = 0.0
-    """Dropout rate on attention probabilities, while training."""
-    vocab_multiple: int = 1
-    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
-    remat: common.Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Loop over layers in one compiled body; False unrolls them."""
+    """Dropout rate on attention probabilities."""
     attention_implementation: Implementation | None = None
-    """Named attention implementation; None picks the best for the device and shape."""
+    """Attention implementation by name; None chooses the best one for the device and shape."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels",
-            "vocab_multiple",
-        )  # fmt: skip
+            self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
+        )
         optional = [name for name in ("num_kv_heads", "head_dim", "window") if getattr(self, name) is not None]
         common.check_positive(self, *optional)
         common.check_rates(self, "attention_dropout")
         common.check_choices(
-            self, task=get_args(Task), dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
-            attention_implementation=(None, *get_args(Implementation)),
+            self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation))
         )  # fmt: skip
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(
@@ -103,17 +95,120 @@ class Config:
         if self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}: change one of them")
         if width % 2:
-            raise ValueError(f"a head width of {width} is odd, rotary positions turn pairs: change head_dim")
+            raise ValueError(f"a head width of {width} is odd, but rotary positions rotate pairs: change head_dim")
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``; the tokens continue the tokens in it. A row that exceeds its cache gives NaN.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        positions: [B, T] int32. Default: the position within the document.
+        key: random key for dropout; None: no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    context, state = cache.span(tokens, state, segment_ids, positions)
+    if cfg.window is not None:
+        context = dataclasses.replace(context, mask=_windowed(context.mask, cfg.window, state))
+    angles = rotary_angles(context.positions, _heads(cfg)[2], cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
+
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, kv, layer_key = layer
+        normed = rms_norm(weights["attention_norm"], x, cfg.norm_epsilon)
+        attended, kv = _attention(cfg, weights["attention"], normed, kv, context, angles, layer_key)
+        x = constrain(x + attended, ("batch", "seq", "activation_embed"))
+        normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
+        x = x + _mlp(weights["mlp"], normed)
+        return constrain(x, ("batch", "seq", "activation_embed")), kv
+
+    kv = None if state is None else state["layers"]
+    x, kv = common.scan_layers(
+        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
+        in_place=cache.stays_in_place(state, tokens.shape[1]),
+    )  # fmt: skip
+    x = rms_norm(params["final_norm"], x, cfg.norm_epsilon)
+    return common.decoder_outputs(x, kv, context, state)
+
+
+def _attention(
+    cfg: Config,
+    weights: dict[str, Any],
+    x: jax.Array,
+    kv: Any,
+    context: cache.Span,
+    angles: tuple[jax.Array, jax.Array],
+    key: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    q, k, v = (
+        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
+    )
+    q, k = rotate(q, angles), rotate(k, angles)
+    kv, (k, v) = cache.extended(kv, (k, v), context)
+    x = attention(
+        q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        implementation=cfg.attention_implementation,
+    )  # fmt: skip
+    return linear(weights["output"], x, inputs=2), kv
+
+
+def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
+    gate, up = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "up"))
+    return linear(weights["down"], jax.nn.silu(gate) * up)
+
+
+def _windowed(mask: Mask, window: int, state: Any) -> Mask:
+    """The mask with a window of real tokens. With a cache, the order is recounted without the cached padding."""
+    if state is None:
+        return dataclasses.replace(mask, window=window)
+    count_BS = jnp.cumsum(state["segment_ids"] > 0, axis=1, dtype=jnp.int32)
+    query_order = jnp.take_along_axis(count_BS, mask.query_order, axis=1)
+    return dataclasses.replace(mask, window=window, query_order=query_order, key_order=count_BS)
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    """
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)
+    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
+    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
+    return heads.last_real(hidden, segment_ids)
 
 
 def _heads(cfg: Config) -> tuple[int, int, int]:
-    """Query heads, heads of keys and values, and their width."""
+    """The number of query heads, the number of key-value heads, and the width of a head."""
     kv_heads = cfg.num_heads if cfg.num_kv_heads is None else cfg.num_kv_heads
     return cfg.num_heads, kv_heads, cfg.embed_dim // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
+    """The specs of all parameters."""
     D, F, (H, G, K) = cfg.embed_dim, cfg.mlp_dim, _heads(cfg)
     V = padded(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
@@ -144,120 +239,13 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
+    """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
     if length > cfg.max_positions:
         raise ValueError(
             f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
         )
     _, kv_heads, width = _heads(cfg)
     return cache.cache_specs(cfg.num_layers, batch, length, kv_heads, width, jnp.dtype(cfg.dtype))
-
-
-def apply(
-    cfg: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    *,
-    state: Any = None,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-    """Hidden states after the final norm, [B, T, D], and the new state (None without one).
-
-    Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens then continue what it holds. A row that runs past the end of its state
-            gives NaN.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        positions: [B, T] int32. Default: the place within the document.
-        key: random key for dropout; None is deterministic.
-    """
-    common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
-    place, state = cache.span(tokens, state, segment_ids, positions)
-    mask = place.mask if cfg.window is None else _windowed(place.mask, cfg.window, state)
-    angles = rotary_angles(place.positions, _heads(cfg)[2], cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions)
-
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
-    x = constrain(x, ("batch", "seq", "activation_embed"))
-
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, kv, layer_key = layer
-        attended, kv = _attention(cfg, weights, x, kv, place, mask, angles, layer_key)
-        x = constrain(x + attended, ("batch", "seq", "activation_embed"))
-        x = x + _mlp(cfg, weights, x)
-        return constrain(x, ("batch", "seq", "activation_embed")), kv
-
-    kv = None if state is None else state["layers"]
-    x, kv = common.scan_layers(
-        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
-        in_place=cache.stays_in_place(state, tokens.shape[1]),
-    )  # fmt: skip
-    x = rms_norm(params["final_norm"], x, cfg.norm_epsilon)
-    if state is None:
-        return x, None
-    assert place.valid_B is not None
-    x = jnp.where(place.valid_B[:, None, None], x, jnp.nan)
-    return x, {**state, "layers": kv}
-
-
-def _windowed(mask: Mask, window: int, state: Any) -> Mask:
-    """The mask with a window that counts real tokens only: a cache also holds the pads of earlier calls."""
-    if state is None:
-        return dataclasses.replace(mask, window=window)
-    count_BS = jnp.cumsum(state["segment_ids"] > 0, axis=1, dtype=jnp.int32)
-    query_order = jnp.take_along_axis(count_BS, mask.query_order, axis=1)
-    return dataclasses.replace(mask, window=window, query_order=query_order, key_order=count_BS)
-
-
-def _attention(
-    cfg: Config,
-    weights: dict[str, Any],
-    x: jax.Array,
-    kv: Any,
-    place: cache.Span,
-    mask: Mask,
-    angles: tuple[jax.Array, jax.Array],
-    key: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    normal = rms_norm(weights["attention_norm"], x, cfg.norm_epsilon)
-    q, k, v = (
-        constrain(linear(weights["attention"][name], normal), ("batch", "seq", "heads", "kv"))
-        for name in ("query", "key", "value")
-    )
-    q, k = rotate(q, angles), rotate(k, angles)
-    kv, (k, v) = cache.extended(kv, (k, v), place)
-    mixed = attention(
-        q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
-        implementation=cfg.attention_implementation,
-    )  # fmt: skip
-    return linear(weights["attention"]["output"], mixed, inputs=2), kv
-
-
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array) -> jax.Array:
-    normal = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
-    gate, up = (constrain(linear(weights["mlp"][name], normal), ("batch", "seq", "mlp")) for name in ("gate", "up"))
-    return linear(weights["mlp"]["down"], jax.nn.silu(gate) * up)
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """What the head of the task says, float32: of the next token [B, T, V] (V padded to ``vocab_multiple``), or of the
-    labels (``heads.head_logits``; classification reads :func:`summary`)."""
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
-
-
-def summary(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """What the classifier reads: the hidden state of each row's last real token, [B, 1, D]."""
-    return heads.last_real(hidden, segment_ids)
 
 
 VARIANTS = {
@@ -304,11 +292,18 @@ _SCALING = {  # field of RotaryScaling: what they call it, and the kinds that ha
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    kv_heads, num_heads = _whole(config, "num_key_value_heads"), _whole(config, "num_attention_heads", 32)
+    if kv_heads is not None and (kv_heads < 1 or num_heads % kv_heads):
+        raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={num_heads}")
     fields: dict[str, Any] = {
-        "num_kv_heads": _whole(config, "num_key_value_heads"),
+        "num_kv_heads": kv_heads,
         "head_dim": _whole(config, "head_dim"),
     }
-    theirs = {**(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    theirs = config.get(name) or {}
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{name}={theirs!r} must be a JSON object or null")
+    theirs = dict(theirs)
     if "rope_theta" in theirs:  # transformers 5 keeps it here
         fields["rotary_base"] = theirs.pop("rope_theta")
     older = theirs.pop("type", "default")
@@ -318,7 +313,9 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "dynamic":
         theirs.pop("original_max_position_embeddings", None)  # which they do not read
     if kind not in get_args(Kind):
-        raise ValueError(f"rope_type={kind!r} is not supported: choose from default, {', '.join(get_args(Kind))}")
+        raise ValueError(
+            f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"
+        )
     words = {word: field for field, (word, kinds) in _SCALING.items() if kind in kinds}
     for word, value in theirs.items():
         if word not in words or isinstance(value, str):
@@ -360,13 +357,17 @@ def _write_mistral(cfg: Config) -> dict[str, Any]:
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {"num_key_value_heads": 32, **config}  # their default, unlike Llama's
     window, layers = None, _whole(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
         first = _whole(config, "max_window_layers", 28)
         kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
         windowed = kinds.count("sliding_attention")
         if 0 < windowed < layers:
-            raise ValueError(f"a sliding window in {windowed} of {layers} layers is not supported: all or none")
+            raise ValueError(
+                f"a sliding window in {windowed} of {layers} layers is not supported: all or none "
+                f"(max_window_layers={first}, layer_types={config.get('layer_types')!r})"
+            )
         window = _whole(config, "sliding_window", 4096) if windowed else None
     return {**_read_fields(config), "window": window}
 

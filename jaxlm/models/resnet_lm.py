@@ -1,11 +1,12 @@
 """GCNN (Dauphin et al. 2017): a causal language model of gated convolutions with residual connections.
 
 Each block pads on the left, convolves to twice its channels, and multiplies the first half by the sigmoid of the second
-(GLU); what an earlier block said is added and the sum is scaled by sqrt(0.5). Every convolution and linear map is
-weight-normalised. There are no positions: what a token sees are the last tokens of its document, the same however the
-row is padded. Follows fairseq's ``fconv_lm``, but for its adaptive softmax: here the head is a plain table.
+half (GLU). The output of an earlier block is added, and the sum is scaled by sqrt(0.5). Every convolution and linear
+map is weight-normalised. There are no position embeddings: the output for a token depends on the last tokens of its
+document only, however the row is padded. The code follows fairseq's ``fconv_lm``, except that the head is a plain table
+instead of an adaptive softmax.
 
-Legend: B batch, T time, C channels, V vocabulary.
+Shapes: B batch, T time, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,20 +28,16 @@ from jaxlm.spec import ArraySpec, Normal, fold_name
 
 Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
-"""Channels, kernel, and how many blocks back the residual starts (1: what this block reads; 0: there is none)."""
+"""Channels, kernel, and how many blocks back the residual starts (1: the input of this block; 0: no residual)."""
 
 
 def _wikitext_103() -> tuple[Block, ...]:
-    wide = (((850, 6, 1),) * 3, ((850, 1, 1),), ((850, 5, 1),) * 4, ((850, 1, 1),), ((850, 4, 1),) * 3)
-    return (*(block for group in wide for block in group), (1024, 4, 1), (2048, 4, 1))
-
-
-def _bottleneck(narrow: int, wide: int) -> tuple[Block, ...]:
-    return (narrow, 1, 0), (narrow, 5, 0), (wide, 1, 3)
+    groups = (((850, 6, 1),) * 3, ((850, 1, 1),), ((850, 5, 1),) * 4, ((850, 1, 1),), ((850, 4, 1),) * 3)
+    return (*(block for group in groups for block in group), (1024, 4, 1), (2048, 4, 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.ModelConfig):
     """Shape and behaviour of a GCNN. The defaults are the published model of WikiText-103."""
 
     vocab_size: int = 267744
@@ -48,21 +45,18 @@ class Config:
     embed_dim: int = 280
     """Width of the token embeddings."""
     blocks: tuple[Block, ...] = _wikitext_103()
-    """For each block its channels, its kernel, and how many blocks back its residual starts: 1 adds what the block
-    reads, 0 nothing, 3 on the last block of a bottleneck what its first block read."""
+    """For each block its channels, its kernel, and how many blocks back its residual starts: 1 adds the block's input,
+    0 adds nothing, 3 on the last block of a bottleneck adds the input of its first block."""
     dropout: float = 0.1
-    """Dropout rate on embeddings and on what each block reads, while training; initial weights allow for it."""
+    """Dropout rate on embeddings and on the input of each block; the initial weights compensate for it."""
     task: Task = "causal"
-    """What the model is for, and so its head: the next token, or none."""
-    vocab_multiple: int = 1
-    """Pad the token tables to a multiple of this many rows, so that they divide over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
+    """Output head: next token (causal) or none."""
 
     def __post_init__(self) -> None:
-        common.check_positive(self, "vocab_size", "embed_dim", "vocab_multiple")
+        super().__post_init__()
+        common.check_positive(self, "vocab_size", "embed_dim")
         common.check_rates(self, "dropout")
-        common.check_choices(self, task=get_args(Task), dtype=get_args(common.ComputeDtype))
+        common.check_choices(self, task=get_args(Task))
         if not self.blocks:
             raise ValueError("blocks=() must name at least one block")
         for number, (channels, kernel, residual) in enumerate(self.blocks):
@@ -71,49 +65,6 @@ class Config:
                     f"block {number} of blocks is {(channels, kernel, residual)}: it needs at least 1 channel, a "
                     f"kernel of at least 1, and a residual from 0 to {number + 1} blocks back"
                 )
-
-
-def _widths(cfg: Config) -> list[int]:
-    """Channels of what stands before each block, and after the last."""
-    return [cfg.blocks[0][0], *(channels for channels, _, _ in cfg.blocks)]
-
-
-def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model. Initial scales keep the variance through GLU and dropout (Gehring et al. 2017)."""
-    V, kept, widths = padded(cfg.vocab_size, cfg.vocab_multiple), 1.0 - cfg.dropout, _widths(cfg)
-
-    def linear_map(before: int, after: int) -> dict[str, ArraySpec]:
-        plain = linear_specs((before, after), ("embed", "mlp"), Normal((kept / before) ** 0.5))
-        return weight_norm_specs(plain, inputs=1)
-
-    tree: dict[str, Any] = {
-        "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(0.1), decay=True),
-        "input": linear_map(cfg.embed_dim, widths[0]),
-    }
-    for number, (channels, kernel, residual) in enumerate(cfg.blocks):
-        init = Normal((4 * kept / (kernel * widths[number])) ** 0.5)
-        # The two halves of the output stand apart, so that a split of the channels splits both alike.
-        gated = convolution_specs((kernel, widths[number], 2, channels), ("embed", None, "mlp"), init)
-        block = {"convolution": weight_norm_specs(gated, inputs=2)}
-        if residual and widths[number + 1 - residual] != channels:
-            block["residual"] = linear_map(widths[number + 1 - residual], channels)
-        tree[f"layer_{number}"] = block
-    if cfg.task == "causal":
-        init = Normal((kept / widths[-1]) ** 0.5)
-        tree["head"] = ArraySpec((V, widths[-1]), ("vocab", "embed"), init, decay=True)
-    return tree
-
-
-def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The last inputs of each block, and the documents of the last tokens. Of one size, whatever the ``length``."""
-    widths, dtype = _widths(cfg), jnp.dtype(cfg.dtype)
-    reaches = [kernel - 1 for _, kernel, _ in cfg.blocks]
-    tails = {
-        f"layer_{number}": tail_specs(batch, reach, widths[number], dtype)
-        for number, reach in enumerate(reaches)
-        if reach
-    }
-    return {"segment_ids": past_specs(batch, max(reaches)), **tails}
 
 
 def apply(
@@ -125,33 +76,33 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """What the last block says, [B, T, C], and the new state (None without one).
+    """The output of the last block, [B, T, C], and the new state (None without a state).
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens then continue what it holds.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        key: random key for dropout; None is deterministic.
+        state: from ``state_specs``; the tokens continue the tokens in it.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = linear(weight_norm(params["input"], inputs=1), x)
-    said, new_state = [x], {}
+    outputs, new_state = [x], {}  # outputs[n] is the input of block n
     for number, (_, _, residual) in enumerate(cfg.blocks):
         name = f"layer_{number}"
         weights, tail = params[name], None if state is None else state.get(name)
-        read = dropout(x, cfg.dropout, fold_name(key, name))
-        halves, tail = causal_convolution(weight_norm(weights["convolution"], inputs=2), stream, read, tail)
-        x = halves[:, :, 0] * jax.nn.sigmoid(halves[:, :, 1])
+        x = dropout(x, cfg.dropout, fold_name(key, name))
+        x, tail = causal_convolution(weight_norm(weights["convolution"], inputs=2), stream, x, tail)
+        x = x[:, :, 0] * jax.nn.sigmoid(x[:, :, 1])
         if residual:
-            earlier = said[-residual]
+            earlier = outputs[-residual]
             if "residual" in weights:
                 earlier = linear(weight_norm(weights["residual"], inputs=1), earlier)
             x = (x + earlier) * 0.5**0.5
         x = constrain(x, ("batch", "seq", "activation_embed"))
-        said.append(x)
+        outputs.append(x)
         if tail is not None:
             new_state[name] = tail
     hidden, past = close_stream(stream, x)
@@ -159,10 +110,60 @@ def apply(
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """Unnormalised log-probabilities of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+
+
+def _widths(cfg: Config) -> list[int]:
+    """The channels of each block's input, and of the last block's output."""
+    return [cfg.blocks[0][0], *(channels for channels, _, _ in cfg.blocks)]
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters. Initial scales keep the variance through GLU and dropout (Gehring et al. 2017)."""
+    V, keep_rate, widths = padded(cfg.vocab_size, cfg.vocab_multiple), 1.0 - cfg.dropout, _widths(cfg)
+
+    def linear_map(inputs: int, outputs: int) -> dict[str, ArraySpec]:
+        plain = linear_specs((inputs, outputs), ("embed", "mlp"), Normal((keep_rate / inputs) ** 0.5))
+        return weight_norm_specs(plain, inputs=1)
+
+    tree: dict[str, Any] = {
+        "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(0.1), decay=True),
+        "input": linear_map(cfg.embed_dim, widths[0]),
+    }
+    for number, (channels, kernel, residual) in enumerate(cfg.blocks):
+        init = Normal((4 * keep_rate / (kernel * widths[number])) ** 0.5)
+        # The two halves of the GLU have an axis of their own, so that sharding the channels shards both halves alike.
+        gated = convolution_specs((kernel, widths[number], 2, channels), ("embed", None, "mlp"), init)
+        block = {"convolution": weight_norm_specs(gated, inputs=2)}
+        if residual and widths[number + 1 - residual] != channels:
+            block["residual"] = linear_map(widths[number + 1 - residual], channels)
+        tree[f"layer_{number}"] = block
+    if cfg.task == "causal":
+        init = Normal((keep_rate / widths[-1]) ** 0.5)
+        tree["head"] = ArraySpec((V, widths[-1]), ("vocab", "embed"), init, decay=True)
+    return tree
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
+    """The specs of the last inputs of each block, and of the segment ids of the last tokens.
+
+    The size does not depend on ``length``.
+    """
+    widths, dtype = _widths(cfg), jnp.dtype(cfg.dtype)
+    reaches = [kernel - 1 for _, kernel, _ in cfg.blocks]
+    tails = {
+        f"layer_{number}": tail_specs(batch, reach, widths[number], dtype)
+        for number, reach in enumerate(reaches)
+        if reach
+    }
+    return {"segment_ids": past_specs(batch, max(reaches)), **tails}
+
+
+def _bottleneck(narrow: int, wide: int) -> tuple[Block, ...]:
+    return (narrow, 1, 0), (narrow, 5, 0), (wide, 1, 3)
 
 
 _8_BOTTLENECK = (

@@ -1,10 +1,10 @@
 """RoBERTa (Liu et al. 2019): BERT trained longer on more text, with new masks in each epoch and no next-sentence head.
 
-The encoder is that of :mod:`jaxlm.models.bert`. What differs: one token type; epsilon 1e-5; the first token of a
-document stands at row 2 of the position table (the authors counted on from the padding id, 1; rows 0 and 1 are never
-read); a classifier with a dense layer of its own instead of the pooler.
+The encoder is that of :mod:`jaxlm.models.bert`. The differences are: one token type; epsilon 1e-5; the first token of a
+document uses row 2 of the position table (the authors counted from the padding id, 1, so rows 0 and 1 are unused); the
+classifier has a dense layer of its own instead of the pooler.
 
-Legend: as in ``bert``.
+Shapes: as in ``bert``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Config(bert.Config):
     vocab_size: int = 50265
     """Number of token ids."""
     num_token_types: int = 1
-    """Kinds of tokens: RoBERTa tells sentences apart by separators alone."""
+    """Number of token types: RoBERTa marks sentences with separators only."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
 
@@ -41,17 +41,6 @@ class Config(bert.Config):
         super().__post_init__()
         if self.next_sentence:
             raise ValueError("next_sentence=True: RoBERTa has no next-sentence head, take family 'bert'")
-
-
-def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
-    tree = bert.specs(cfg)
-    table = tree["position_embedding"]
-    rows = cfg.max_positions + FIRST_POSITION
-    tree["position_embedding"] = dataclasses.replace(table, shape=(rows, cfg.embed_dim))
-    if cfg.task == "classification":
-        tree["classifier_dense"] = tree.pop("pooler")
-    return tree
 
 
 def apply(
@@ -65,7 +54,7 @@ def apply(
     key: jax.Array | None = None,
     token_types: jax.Array | None = None,
 ) -> tuple[jax.Array, None]:
-    """As :func:`bert.apply`. ``positions`` count from 0, as in every family."""
+    """The outputs of :func:`bert.apply` with shifted positions. ``positions`` count from 0, as in every family."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
@@ -85,12 +74,26 @@ def summary(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """As :func:`bert.summary`, of <s>; for a classifier with its own dense layer, and dropout before that as well."""
+    """The pooled output of each row's first token, <s>: [B, 1, D].
+
+    For task classification, ``tanh(dense(.))`` with the classifier's own dense layer, and dropout before and after it;
+    otherwise that of :func:`bert.summary`.
+    """
     if cfg.task != "classification":
         return bert.summary(cfg, params, hidden, segment_ids, key)
     rate = bert.classifier_dropout(cfg)
     first = dropout(heads.first_real(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
     return dropout(jnp.tanh(linear(params["classifier_dense"], first)), rate, fold_name(key, "classifier"))
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters."""
+    tree = bert.specs(cfg)
+    rows = cfg.max_positions + FIRST_POSITION
+    tree["position_embedding"] = dataclasses.replace(tree["position_embedding"], shape=(rows, cfg.embed_dim))
+    if cfg.task == "classification":
+        tree["classifier_dense"] = tree.pop("pooler")
+    return tree
 
 
 VARIANTS = {

@@ -153,8 +153,8 @@ def apply(
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
             source.
-        state: from :func:`start`; the tokens continue the tokens in it. A row that exceeds its cache gives NaN. Rows may
-            share sources (``common.by_source``).
+        state: from :func:`start`; the tokens continue the tokens in it. A row that exceeds its cache gives NaN.
+            Rows may share sources (``common.by_source``).
         segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
@@ -331,9 +331,7 @@ def _encoded_source(
     return params["decoder"]["layers"], lambda weights: _project_kv(weights["cross_attention"], encoded)
 
 
-def _cached_source(
-    cfg: Config, params: dict[str, Any], source_kv: Any
-) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+def _cached_source(cfg: Config, params: dict[str, Any], source_kv: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
     """The weights of the decoder's layers, and a function from them to the keys and values in the state.
 
     The weights of a layer get a further entry: its ``source_kv``, or, for stacked layers, the ``index`` of the layer.
@@ -487,6 +485,9 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
                 "only 'relu' that is not gated and 'gelu_new' that is gated are"
             )
         fields["mlp"] = mlp[0]
+        buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
+        if type(buckets) is int and (buckets < 4 or buckets % 2):
+            raise ValueError(f"relative_attention_num_buckets={buckets} must be an even number from 4 on")
         # T5 starts a target with its padding id where the config does not say it.
         start, pad = config.get("decoder_start_token_id"), config.get("pad_token_id")
         if start is not None and type(start) is not int:

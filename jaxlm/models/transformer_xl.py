@@ -291,11 +291,18 @@ VARIANTS = {
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    cutoffs, clamp = config.get("cutoffs", []), config.get("clamp_len", 0)
+    if not isinstance(cutoffs, list) or any(type(cutoff) is not int for cutoff in cutoffs):
+        raise ValueError(f"cutoffs={cutoffs!r} must be a list of whole numbers")
+    if type(clamp) is not int:
+        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
     if "cutoffs" in config:
-        fields["cutoffs"] = tuple(config["cutoffs"])
+        fields["cutoffs"] = tuple(cutoffs)
     if "clamp_len" in config:
-        fields["clamp_length"] = config["clamp_len"] if config["clamp_len"] > 0 else None
+        fields["clamp_length"] = clamp if clamp > 0 else None
     tied = config.get("tie_projs") or [False, config.get("proj_share_all_but_first", True)]
+    if config.get("tie_projs") and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
+        raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")
     if tied[0] or len(set(tied[1:])) > 1:
         raise ValueError(f"tie_projs={tied} is not supported: the first must be false and the others equal")
     fields["tie_projections"] = all(tied[1:])
@@ -349,6 +356,12 @@ HUGGING_FACE = (
         read_fields=_read_fields,
         write_fields=_write_fields,
         required={"attn_type": 0, "adaptive": True, "sample_softmax": -1},
+        aliases={
+            "n_token": "vocab_size",
+            "hidden_size": "d_model",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
         token_ids={"eos_token_id": 0},
         tensors={
             "token_embedding": "word_emb.emb_layers.0.weight",

@@ -442,6 +442,12 @@ VARIANTS = {
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     clamp = config.get("clamp_len", -1)
+    if type(clamp) is not int:
+        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
+    width, num_heads = config.get("d_model", Config.embed_dim), config.get("n_head", Config.num_heads)
+    d_head = config.get("d_head", 0)
+    if "d_head" in config and (type(d_head) is not int or d_head * num_heads != width):
+        raise ValueError(f"d_head={d_head!r} is not d_model / n_head = {width} / {num_heads}")
     return {"clamp_length": clamp if clamp > 0 else None}
 
 
@@ -489,6 +495,12 @@ HUGGING_FACE = (
             "summary_type": "last",
             "summary_use_proj": True,
             "summary_activation": "tanh",
+        },
+        aliases={
+            "n_token": "vocab_size",
+            "hidden_size": "d_model",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
         },
         token_ids={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 5},
         tensors={

@@ -1,6 +1,6 @@
-"""What all objectives share: the batch, and the loss of predicting a token (or a label) at each of some places.
+"""Shared parts of the objectives: the batch, and the loss of predicting a token or label at each target position.
 
-Shapes: B batch, T time, P places that are predicted (T, unless the batch or the model picks some).
+Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects some).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
 
 @struct.dataclass
 class Batch:
-    """What a model reads, what it should say, and which of that counts.
+    """The inputs of a model, its targets, and the weights of the targets.
 
     Attributes:
         tokens: [B, T] integers.
-        targets: integers: [B, P] for tokens and tags, [B] for classification, [B, 2] for spans.
-        weights: float32 in the shape of the targets, [B] for spans; 0 takes a target out.
-        segment_ids: [B, T], 0 padding, 1.. documents; None means one document.
+        targets: integers: [B, P] for tokens and token labels, [B] for classification, [B, 2] for spans.
+        weights: float32 with the shape of the targets, [B] for spans; a target of weight 0 is ignored.
+        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents; None means one document.
         inputs: further arrays for ``apply``, by keyword: ``token_types``, ``source``, ``source_segment_ids``, ...
-        reset: [B] bool, rows at which a stream begins anew; None: none.
-        places: [B, P] integers, where in the text each target is predicted, so that the vocabulary is computed there
-            alone; None: the model says a hidden state for each target.
+        reset: [B] bool, rows at which a new stream begins; None: no row.
+        places: [B, P] integers, the position of each target in the text; only there are logits computed. None: the
+            model returns one hidden state per target.
     """
 
     tokens: Any
@@ -45,9 +45,9 @@ class Batch:
 
 
 def count(batch: Batch) -> tuple[int, int]:
-    """Number of examples and of tokens of a batch on the host.
+    """The number of examples and of tokens of a batch on the host.
 
-    Examples are rows with a target that has a weight. Tokens are those that are not padding, a source included.
+    An example is a row with at least one target of positive weight. Padding does not count as tokens; a source does.
     """
     examples = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
     texts = [(batch.tokens, batch.segment_ids)]
@@ -58,9 +58,9 @@ def count(batch: Batch) -> tuple[int, int]:
 
 
 def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
-    """What ``apply`` makes of a batch: hidden states [B, P, D], and what it carries on from ``state``.
+    """The hidden states of a batch, [B, P, D], and the new model state.
 
-    No gradient flows into the past: a stream is trained by truncated back-propagation (Williams and Peng 1990).
+    No gradient flows into ``state``: training along a stream is truncated back-propagation (Williams and Peng 1990).
     """
     inputs = dict(batch.inputs) if state is None else {**batch.inputs, "state": jax.lax.stop_gradient(state)}
     return model.apply(params, batch.tokens, segment_ids=batch.segment_ids, key=key, **inputs)
@@ -69,7 +69,7 @@ def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None
 def predicted_states(
     model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any
 ) -> tuple[jax.Array, Any]:
-    """Hidden states at the positions of the targets, [B, P, D], and the new model state."""
+    """The hidden states at the target positions, [B, P, D], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
     if batch.places is not None:
         hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
@@ -79,16 +79,19 @@ def predicted_states(
 def token_loss(
     model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Summed negative log-likelihood in nats of the targets, the sum of their weights, and the new model state."""
+    """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state."""
     hidden, state = predicted_states(model, params, batch, key, state)
     return model.cross_entropy(params, hidden, batch.targets, batch.weights), jnp.sum(batch.weights), state
 
 
 def smoothed_token_loss(label_smoothing: float) -> Loss:
-    """:func:`token_loss` to targets that have ``label_smoothing`` of their probability spread over the vocabulary.
+    """A loss like :func:`token_loss` with label smoothing.
+
+    Args:
+        label_smoothing: share of the target probability that is spread over the vocabulary.
 
     Raises:
-        ValueError: a share out of [0, 1).
+        ValueError: ``label_smoothing`` outside [0, 1).
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -106,12 +109,15 @@ def smoothed_token_loss(label_smoothing: float) -> Loss:
 def token_accuracy(
     model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Weighted number of targets that are the most likely token at their position, the sum of the weights, and the new
-    model state: an evaluation metric with the signature of a loss. The logits of all positions never exist together."""
+    """The weighted number of targets that have the highest logit, the sum of the weights, and the new model state.
+
+    An evaluation metric with the signature of a loss. Logits are computed in chunks, so [B, P, V] is never in memory.
+    """
     hidden, state = predicted_states(model, params, batch, key, state)
 
     def logits(params: Any, hidden: jax.Array) -> jax.Array:
         return model.logits(params, hidden)[..., : model.config.vocab_size]
 
-    best = chunked_argmax(logits, params, hidden)
-    return jnp.sum(jnp.where(best == batch.targets, batch.weights, 0.0)), jnp.sum(batch.weights), state
+    predictions = chunked_argmax(logits, params, hidden)
+    correct = jnp.sum(jnp.where(predictions == batch.targets, batch.weights, 0.0))
+    return correct, jnp.sum(batch.weights), state

@@ -1,4 +1,4 @@
-"""Next-token prediction: each token from those before it.
+"""Next-token prediction: each token is predicted from the tokens before it.
 
 Shapes: B batch, T time.
 """
@@ -13,7 +13,10 @@ loss = token_loss
 
 
 def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.ndarray | None = None) -> Batch:
-    """A window [B, T + 1] as inputs and targets. Targets that are padding or begin another document do not count."""
+    """The first T tokens of windows [B, T + 1] as inputs, the last T as targets.
+
+    A target that is padding, or the first token of a document, has weight 0.
+    """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"a window must be [batch, at least 2 tokens], got {list(tokens.shape)}")
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

@@ -1,4 +1,4 @@
-"""Classification: one label for each row, from the family's ``summary`` of it.
+"""Classification: one label per row, predicted from the family's ``summary`` of the row.
 
 Shapes: B batch, T time, D' width of a summary.
 """
@@ -17,7 +17,7 @@ from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.objectives.batch import Batch, Loss, hidden_states
 
 IGNORED = -100
-"""The label of what does not count, as in ``transformers`` and torch."""
+"""The label of ignored targets, as in ``transformers`` and torch."""
 
 
 def batch(
@@ -28,14 +28,14 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """Tokens [B, T] and the label of each row [B]; rows labelled ``IGNORED`` do not count.
+    """A batch of tokens [B, T] with one label per row [B]; a row labelled ``IGNORED`` has weight 0.
 
     Args:
-        num_labels: labels are below it.
-        inputs: further arrays for ``apply``, as ``token_types``.
+        num_labels: labels are in [0, num_labels).
+        inputs: further arrays for ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: shapes that do not agree, or a label out of range.
+        ValueError: shapes that do not match, or a label out of range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape[:1]:
@@ -45,34 +45,34 @@ def batch(
 
 
 def counted(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as targets int32 and weights float32: 0 where ``IGNORED``, and there the target is 0.
+    """Targets int32 and weights float32 for labels; where a label is ``IGNORED``, both are 0.
 
     Raises:
         ValueError: a label that is neither ``IGNORED`` nor in [0, num_labels).
     """
     wrong = np.unique(labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_labels))])
     if wrong.size:
-        raise ValueError(f"label {wrong[0]} is not in [0, num_labels={num_labels}); {IGNORED} is what does not count")
+        raise ValueError(f"label {wrong[0]} is not in [0, num_labels={num_labels}); use {IGNORED} for ignored targets")
     return np.where(labels == IGNORED, 0, labels).astype(np.int32), (labels != IGNORED).astype(np.float32)
 
 
 def pooled_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
-    """What the classifier reads of each row, [B, 1, D'], and the new model state."""
+    """The input of the classifier for each row, [B, 1, D'], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
     return model.summary(params, hidden, segment_ids=batch.segment_ids, key=key), state
 
 
 def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> Loss:
-    """A loss function: summed negative log-likelihood in nats of the rows' labels, and the weight that it sums over.
+    """A loss function: the weighted sum of the labels' negative log-likelihoods in nats, and the sum of the weights.
 
     Args:
         label_smoothing: share of the target probability that is spread over all labels (Szegedy et al. 2016, section
             7).
-        class_weights: weight of a row by its label, as ``weight`` of ``torch.nn.CrossEntropyLoss``; None weighs all
-            alike.
+        class_weights: weight of a row by its label, as ``weight`` of ``torch.nn.CrossEntropyLoss``; None means equal
+            weights.
 
     Raises:
-        ValueError: a smoothing out of [0, 1), or weights that are not positive.
+        ValueError: ``label_smoothing`` outside [0, 1), or weights that are not positive.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -82,7 +82,7 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
     def loss(
         model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """Summed negative log-likelihood in nats of the rows' labels, the weight, and the new model state."""
+        """The weighted sum of negative log-likelihoods in nats, the sum of the weights, and the new model state."""
         pooled_B1D, state = pooled_states(model, params, batch, key, state)
         weights = batch.weights
         if class_weights is not None:
@@ -103,8 +103,10 @@ loss = make_loss()
 def accuracy(
     model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Weighted number of rows whose most likely label is theirs, the sum of the weights, and the new model state: an
-    evaluation metric with the signature of a loss."""
+    """The weighted number of rows whose label has the highest logit, the sum of the weights, and the new model state.
+
+    An evaluation metric with the signature of a loss.
+    """
     pooled_B1D, state = pooled_states(model, params, batch, key, state)
-    right = jnp.argmax(model.logits(params, pooled_B1D)[:, 0], axis=-1) == batch.targets
-    return jnp.sum(jnp.where(right, batch.weights, 0.0)), jnp.sum(batch.weights), state
+    is_correct = jnp.argmax(model.logits(params, pooled_B1D)[:, 0], axis=-1) == batch.targets
+    return jnp.sum(jnp.where(is_correct, batch.weights, 0.0)), jnp.sum(batch.weights), state

@@ -1,4 +1,4 @@
-"""Sequence to sequence: each target token from the source and the targets before it.
+"""Sequence to sequence: each target token is predicted from the source and the targets before it.
 
 Shapes: B batch, S source time, T target time.
 """
@@ -22,13 +22,16 @@ def batch(
     source_segment_ids: np.ndarray | None = None,
     segment_ids: np.ndarray | None = None,
 ) -> Batch:
-    """Sources [B, S] and targets [B, T], end tokens included, as what the decoder reads, says and is counted for.
+    """A batch of sources [B, S] and targets [B, T], both with end tokens.
 
-    It reads the targets one place to the right; every document begins with ``start_id`` (a ``decoder_start_id``).
-    Without segment ids nothing is padding and a row is one document; document n of the targets sees that of the source.
+    The inputs of the decoder are the targets shifted right by one position (:func:`shift_right`). Without segment ids,
+    there is no padding and a row is one document. Document n of the targets attends to document n of the source.
+
+    Args:
+        start_id: the first input of every document, such as ``decoder_start_id`` of a config.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
     """
     for name, x in (("source", source), ("targets", targets)):
         if x.ndim != 2 or x.shape[1] < 1 or len(x) != len(source):
@@ -48,7 +51,7 @@ def batch(
 
 
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
-    """The token before each target, [B, T]; ``start_id`` before the first of each document (and in padding).
+    """The token before each target, [B, T]; ``start_id`` before the first target of each document, and in padding.
 
     Example:
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
@@ -57,16 +60,16 @@ def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | No
     shifted = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)
     if segment_ids is None:
         return shifted
-    first = np.ones(targets.shape, bool)
-    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return np.where(first | (segment_ids == 0), start_id, shifted).astype(targets.dtype)
+    is_first = np.ones(targets.shape, bool)
+    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return np.where(is_first | (segment_ids == 0), start_id, shifted).astype(targets.dtype)
 
 
 def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length as tokens [B, T] int32, padded on the right, and segment ids (1, padding 0).
+    """Tokens [B, T] int32 of rows of unequal length, padded on the right, and segment ids (1, padding 0).
 
     Args:
-        length: T; None takes the longest row's.
+        length: T; None means the length of the longest row.
 
     Raises:
         ValueError: a row that is empty, or longer than ``length``.

@@ -1,13 +1,13 @@
-"""Span corruption (Raffel et al. 2020, section 3.1.4): spans of a text give way to sentinels; the target is the spans.
+"""Span corruption (Raffel et al. 2020, section 3.1.4): sentinels replace spans of a text; the target is the spans.
 
     text    Thank you for inviting me to your party last week
     source  Thank you <s0> me to your party <s1> <end>
     target  <s0> for inviting <s1> last week <end>
 
-As in the published code, a text begins with a span that stays and ends with one that goes; with a mask of one's own
-that ends otherwise, one more sentinel ends the target, as in the figure of the paper. How many tokens and spans go
-depends on the length alone, so rows of one length stay of one length and nothing is padded. The loss is that of
-``seq2seq``. All of this runs on the host, and depends on the texts and the random generator alone.
+As in the published code, a text begins with a span that is kept and ends with one that is removed. With a mask from
+elsewhere that ends with a kept span, one more sentinel ends the target, as in the figure of the paper. The numbers of
+removed tokens and spans depend on the length of the text only, so texts of equal length need no padding. The loss is
+that of ``seq2seq``. All functions run on the host, and their results depend on the texts and the random generator only.
 Shapes: B batch, N tokens of a text.
 """
 
@@ -21,9 +21,9 @@ from jaxlm.objectives.batch import Batch, token_loss
 loss = token_loss
 
 DENSITY = 0.15
-"""Share of the tokens that go."""
+"""Share of the tokens that are removed."""
 MEAN_SPAN = 3.0
-"""Tokens of a span, on average."""
+"""Mean number of tokens of a removed span."""
 
 
 def batch(
@@ -37,16 +37,19 @@ def batch(
     mean_span: float = MEAN_SPAN,
     sentinels: int = 100,
 ) -> Batch:
-    """Texts [B, N], each corrupted by itself, for an encoder-decoder; :func:`text_length` says which N to choose.
+    """A batch of independently corrupted texts [B, N] for an encoder-decoder; :func:`text_length` helps to choose N.
 
     Args:
-        rng: drawn from row by row.
-        first_sentinel: the sentinel of the first span, such as 32099 in T5's vocabulary; later ones count down.
-        start_id: what the decoder reads first.
-        sentinels: how many there are.
+        rng: random generator; rows use it one after the other.
+        first_sentinel: sentinel of the first span, such as 32099 in T5's vocabulary; the ids of later ones descend.
+        end_id: last token of sources and targets.
+        start_id: first input of the decoder.
+        density: share of the tokens that are removed.
+        mean_span: mean number of tokens of a removed span.
+        sentinels: number of sentinels in the vocabulary.
 
     Raises:
-        ValueError: numbers out of range, texts that are too short, need more sentinels or hold one.
+        ValueError: numbers out of range, or texts that are too short, need more sentinels or contain a sentinel.
     """
     if tokens.ndim != 2:
         raise ValueError(f"texts must be [batch, time], got {list(tokens.shape)}")
@@ -64,27 +67,27 @@ def batch(
 def noise_mask(
     length: int, rng: np.random.Generator, *, density: float = DENSITY, mean_span: float = MEAN_SPAN
 ) -> np.ndarray:
-    """Which tokens go, [N] bools: all masks with these numbers of tokens and spans are equally likely."""
-    noise, spans = _counts(length, density, mean_span)
-    going = _partition(noise, spans, rng)
-    staying = _partition(length - noise, spans, rng)
-    return np.repeat(np.arange(2 * spans) % 2 == 1, np.stack([staying, going], axis=1).ravel())
+    """Which tokens are removed, [N] bool. All masks with the same numbers of tokens and spans are equally likely."""
+    num_removed, num_spans = _counts(length, density, mean_span)
+    removed = _partition(num_removed, num_spans, rng)
+    kept = _partition(length - num_removed, num_spans, rng)
+    return np.repeat(np.arange(2 * num_spans) % 2 == 1, np.stack([kept, removed], axis=1).ravel())
 
 
 def corrupt(
     tokens: np.ndarray, mask: np.ndarray, *, first_sentinel: int, end_id: int, sentinels: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Source and target of one text [N]: a run of ``mask`` is a sentinel in the source, the runs between in the target.
+    """Source and target of a text [N]: sentinels replace the runs of ``mask`` in the source, other runs in the target.
 
     Raises:
-        ValueError: a mask that begins with a token that goes, too few sentinels, or a text that holds one.
+        ValueError: a mask that removes the first token, too few sentinels, or a text that contains a sentinel.
     """
     if mask.shape != tokens.shape or mask[0]:
-        raise ValueError("a mask must have the shape of its text and begin with a token that stays")
-    used = max(_runs(mask).sum(), _runs(~mask).sum())
-    if used > sentinels:
+        raise ValueError("a mask must have the shape of its text and begin with a token that is kept")
+    num_used = max(_run_starts(mask).sum(), _run_starts(~mask).sum())
+    if num_used > sentinels:
         raise ValueError(
-            f"{used} spans need as many sentinels, there are {sentinels}: shorten the text or make spans longer"
+            f"{num_used} spans need as many sentinels, there are {sentinels}: shorten the text or make spans longer"
         )
     last_sentinel = first_sentinel - sentinels + 1
     if last_sentinel < 0:
@@ -92,53 +95,55 @@ def corrupt(
     if np.any((tokens >= last_sentinel) & (tokens <= first_sentinel)):
         raise ValueError(f"the text holds sentinels, ids {last_sentinel} to {first_sentinel}: they must be free")
 
-    def replaced(masked: np.ndarray) -> np.ndarray:
-        first = _runs(masked)
-        marked = np.where(first, first_sentinel + 1 - np.cumsum(first), tokens)
-        return np.append(marked[~masked | first], end_id).astype(tokens.dtype)
+    def replace_runs(masked: np.ndarray) -> np.ndarray:
+        is_start = _run_starts(masked)
+        with_sentinels = np.where(is_start, first_sentinel + 1 - np.cumsum(is_start), tokens)
+        return np.append(with_sentinels[~masked | is_start], end_id).astype(tokens.dtype)
 
-    return replaced(mask), replaced(~mask)
+    return replace_runs(mask), replace_runs(~mask)
 
 
 def text_length(source_length: int, *, density: float = DENSITY, mean_span: float = MEAN_SPAN) -> tuple[int, int]:
-    """The longest text whose source has at most so many tokens, and the length of its target, end tokens included.
+    """The length of the longest text whose source has at most ``source_length`` tokens, and the length of its target.
+
+    Source and target include their end tokens.
 
     Example:
         >>> text_length(512)
         (568, 114)
     """
 
-    def lengths(length: int) -> tuple[int, int]:
-        noise, spans = _counts(length, density, mean_span)
-        return length - noise + spans + 1, noise + spans + 1
+    def source_and_target_length(length: int) -> tuple[int, int]:
+        num_removed, num_spans = _counts(length, density, mean_span)
+        return length - num_removed + num_spans + 1, num_removed + num_spans + 1
 
     length = 2
-    if lengths(length)[0] > source_length:
+    if source_and_target_length(length)[0] > source_length:
         raise ValueError(f"source_length={source_length} is too short for a corrupted text: make it at least 3")
-    while lengths(length + 1)[0] <= source_length:
+    while source_and_target_length(length + 1)[0] <= source_length:
         length += 1
-    return length, lengths(length)[1]
+    return length, source_and_target_length(length)[1]
 
 
 def _counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """How many tokens go, and in how many spans: at least one of each, with at least one token staying before each."""
+    """The numbers of removed tokens and of removed spans: at least 1 each, with at least one kept token per span."""
     if not 0.0 < density < 1.0:
         raise ValueError(f"density={density} must be between 0 and 1")
     if mean_span < 1.0:
         raise ValueError(f"mean_span={mean_span} must be at least 1")
     if length < 2:
         raise ValueError(f"a text of {length} tokens cannot be corrupted: it must have at least 2")
-    noise = min(max(round(length * density), 1), length - 1)
-    return noise, min(max(round(noise / mean_span), 1), length - noise)
+    num_removed = min(max(round(length * density), 1), length - 1)
+    return num_removed, min(max(round(num_removed / mean_span), 1), length - num_removed)
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """``total`` as a sum of ``parts`` positive numbers in order, every way equally likely."""
-    begins = np.arange(total - 1) < parts - 1
-    rng.shuffle(begins)
-    return np.diff(np.flatnonzero(np.concatenate([[True], begins, [True]])))
+    """A random sequence of ``parts`` positive integers with sum ``total``; all such sequences are equally likely."""
+    is_start = np.arange(total - 1) < parts - 1
+    rng.shuffle(is_start)
+    return np.diff(np.flatnonzero(np.concatenate([[True], is_start, [True]])))
 
 
-def _runs(mask: np.ndarray) -> np.ndarray:
-    """True where a run of True begins."""
+def _run_starts(mask: np.ndarray) -> np.ndarray:
+    """True at the first entry of each run of True."""
     return mask & ~np.concatenate([[False], mask[:-1]])

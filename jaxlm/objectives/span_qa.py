@@ -1,9 +1,9 @@
-"""Extractive question answering (Devlin et al. 2019, section 4.2): where in the text an answer begins and ends.
+"""Extractive question answering (Devlin et al. 2019, section 4.2): the first and last token of an answer in a text.
 
-A row is one document, question and text. Its two distributions, of the first and of the last token of the answer, are
-over its real tokens. ``transformers`` has padding among the candidates as well: where nothing is padded the two losses
-are equal, where something is, ours does not depend on how much. A question without an answer points at ``[CLS]``, twice
-(section 4.3).
+A row is one document that contains question and text. The model predicts two distributions over the real tokens of the
+row, one for the first and one for the last token of the answer. In ``transformers``, padding tokens are candidates,
+too. The losses are equal without padding; with padding, the loss here does not depend on its amount. The answer of a
+question without an answer is ``[CLS]`` (section 4.3).
 Shapes: B batch, T time, L tokens of the longest answer.
 """
 
@@ -27,43 +27,44 @@ def batch(
     *,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """Tokens [B, T] and the places of the first and the last token of each answer, [B, 2].
+    """A batch of tokens [B, T] with the positions of the first and the last token of each answer, [B, 2].
 
-    A row whose answer was cut off (it ends at T or later) does not count. ``transformers`` still counts its start where
-    only the end is cut off.
+    A row whose answer is truncated (it ends at T or later) has weight 0. ``transformers`` still counts the start if
+    only the end is truncated.
 
     Args:
-        inputs: further arrays for ``apply``, as ``token_types``.
+        inputs: further arrays for ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: shapes that do not agree, several documents in a row, or an answer that ends before it begins,
-            begins before the text or lies in the padding.
+        ValueError: shapes that do not match, several documents in a row, or an answer that ends before it begins,
+            begins before the text or is in the padding.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)
     if spans.shape != (B, 2) or spans.dtype.kind not in "iu":
         raise ValueError(f"spans must be integers of shape [{B}, 2], got {spans.dtype}{list(spans.shape)}")
-    wrong = (spans[:, 0] < 0) | (spans[:, 1] < spans[:, 0])
-    inside = spans[:, 1] < T
-    targets = np.where(inside[:, None], spans, 0).astype(np.int32)
+    is_wrong = (spans[:, 0] < 0) | (spans[:, 1] < spans[:, 0])
+    is_complete = spans[:, 1] < T
+    targets = np.where(is_complete[:, None], spans, 0).astype(np.int32)
     if segment_ids is not None:
         if segment_ids.max(initial=0) > 1:
             raise ValueError(f"segment_ids up to {segment_ids.max()}: a row must be one document, segment 1")
-        wrong |= inside & np.any(np.take_along_axis(segment_ids, targets, axis=1) == 0, axis=1)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
+        is_wrong |= is_complete & np.any(np.take_along_axis(segment_ids, targets, axis=1) == 0, axis=1)
+    if is_wrong.any():
+        row = int(np.flatnonzero(is_wrong)[0])
         raise ValueError(
             f"span {spans[row].tolist()} of row {row} must be (first, last) with 0 <= first <= last, among its real "
             "tokens"
         )
-    return Batch(tokens, targets, inside.astype(np.float32), segment_ids, dict(inputs or {}))
+    return Batch(tokens, targets, is_complete.astype(np.float32), segment_ids, dict(inputs or {}))
 
 
 def loss(
     model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The mean of the negative log-likelihoods in nats of start and end, summed over rows; the weight that it sums
-    over, and what the model carries on.
+    """The weighted sum of the rows' losses in nats, the sum of the weights, and the new model state.
+
+    The loss of a row is the mean of the negative log-likelihoods of start and end.
 
     Raises:
         ValueError: the model has no head for spans.
@@ -72,7 +73,7 @@ def loss(
     logits_BT2 = model.logits(params, hidden)
     _check(logits_BT2)
     scores_B2T = jnp.swapaxes(logits_BT2, 1, 2)
-    if batch.segment_ids is not None:  # as ``unembed`` does: the lowest float32 takes no part in a softmax
+    if batch.segment_ids is not None:  # as in ``unembed``: the lowest float32 has probability 0 in a softmax
         scores_B2T = jnp.where(batch.segment_ids[:, None] > 0, scores_B2T, jnp.finfo(jnp.float32).min)
     losses_B = jnp.mean(cross_entropy(scores_B2T, batch.targets), axis=1)
     total = jnp.sum(jnp.where(batch.weights > 0, losses_B * batch.weights, 0.0))
@@ -82,16 +83,16 @@ def loss(
 def best_spans(
     logits_BT2: jax.Array, segment_ids_BT: jax.Array | None = None, *, max_length: int = 30
 ) -> tuple[jax.Array, jax.Array]:
-    """The likeliest answer of each row: places of its first and last token [B, 2] int32; the sum of their logits [B].
+    """The positions of the first and last token of each row's best answer, [B, 2] int32, and its score, [B].
 
-    Of all first <= last with at most ``max_length`` tokens. Against the sum of the logits of ``[CLS]``, the score says
-    whether there is an answer at all.
+    The score is the sum of the two logits. Candidates are all spans of at most ``max_length`` tokens. Comparing the
+    score with that of ``[CLS]`` tells whether there is an answer.
 
     Args:
-        segment_ids_BT: only places above 0 are candidates: make it 0 for the question, too.
+        segment_ids_BT: only positions with an id above 0 are candidates; set the ids of the question to 0, too.
 
     Raises:
-        ValueError: logits that are not those of spans, or a length below 1.
+        ValueError: logits that are not those of spans, or ``max_length`` below 1.
     """
     _check(logits_BT2)
     if max_length < 1:

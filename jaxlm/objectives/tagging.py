@@ -1,7 +1,7 @@
-"""Tagging: one label for each token, as in part-of-speech tagging or the recognition of names.
+"""Tagging (token classification): one label per token, as in part-of-speech tagging or named entity recognition.
 
-Where words are cut into several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels the first of them
-and ignores the others. Shapes: B batch, T time.
+If words consist of several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels the first token and
+ignores the others. Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """Tokens and their labels, both [B, T]; places labelled ``IGNORED``, and padding, do not count.
+    """A batch of tokens and their labels, both [B, T]; labels ``IGNORED`` and labels of padding have weight 0.
 
     Args:
-        num_labels: labels are below it.
-        inputs: further arrays for ``apply``, as ``token_types``.
+        num_labels: labels are in [0, num_labels).
+        inputs: further arrays for ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: shapes that do not agree, or a label out of range.
+        ValueError: shapes that do not match, or a label out of range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape:

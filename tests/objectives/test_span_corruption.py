@@ -126,7 +126,7 @@ def test_bad_input_is_named():
         corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1)
     with pytest.raises(ValueError, match="the text holds sentinels, ids 45 to 60"):
         corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1, sentinels=16)
-    with pytest.raises(ValueError, match="begin with a token that stays"):
+    with pytest.raises(ValueError, match="begin with a token that is kept"):
         corrupt(text, np.arange(40) == 0, first_sentinel=99, end_id=1)
     with pytest.raises(ValueError, match="source_length=2 is too short"):
         text_length(2)

@@ -33,7 +33,7 @@ def test_loss_is_the_cross_entropy_of_the_labels_and_so_is_its_gradient():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.full((2, 3), 7), r"label 7 is not in \[0, num_labels=7\); -100 is what does not count"),
+        (np.full((2, 3), 7), r"label 7 is not in \[0, num_labels=7\); use -100 for ignored targets"),
         (np.full((2, 3), -1), r"label -1 is not in"),
         (np.zeros((2, 4), int), r"labels \[2, 4\] must have the shape of tokens \[2, 3\]"),
     ],

@@ -1,0 +1,127 @@
+"""Where jaxlm deliberately differs from transformers (table in docs/families.md): run with ``-m live``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.interop.huggingface import load_pretrained, named_tensors
+from tests.helpers import relative_error
+from tests.oracles.xlnet import perm_mask, target_mapping
+
+pytestmark = pytest.mark.live
+
+BERT = {
+    "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+XLNET = {"vocab_size": 20, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 12}
+
+
+def built(kind: str, directory: Path, **fields: Any) -> tuple[Any, Any, Any]:
+    """A random model of transformers, and what jaxlm loads of it."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    theirs = getattr(transformers, kind)(getattr(transformers, kind).config_class(**fields)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    theirs.save_pretrained(directory)
+    return theirs, *load_pretrained(directory)
+
+
+def test_roberta_without_a_mask(tmp_path: Path) -> None:
+    import torch
+
+    theirs, model, params = built("RobertaModel", tmp_path, **BERT, type_vocab_size=1)
+    tokens = np.array([[0, 5, 6, 1, 1], [0, 7, 8, 9, 2]], np.int32)  # 1 is the pad
+    real = tokens != 1
+    ids = torch.from_numpy(tokens).long()
+    hidden, _ = model.apply(params, tokens)
+    masked, _ = model.apply(params, tokens, segment_ids=real.astype(np.int32))
+    with torch.no_grad():
+        expected = theirs(ids).last_hidden_state.numpy()
+        expected_masked = theirs(ids, attention_mask=torch.from_numpy(real)).last_hidden_state.numpy()
+    assert relative_error(hidden[1], expected[1]) < 1e-5  # no pads: equal
+    assert relative_error(hidden[0], expected[0]) > 1e-2
+    assert relative_error(masked[real], expected_masked[real]) < 1e-5
+
+
+def test_the_gradient_of_the_pad_row_of_bert(tmp_path: Path) -> None:
+    import torch
+
+    theirs, model, params = built("BertModel", tmp_path, **BERT)
+    tokens = np.array([[3, 0, 4, 0, 5]], np.int32)  # the pad id, 0, as a token
+    weights = np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)
+    (theirs(torch.from_numpy(tokens).long()).last_hidden_state * torch.from_numpy(weights)).sum().backward()
+    expected = theirs.embeddings.word_embeddings.weight.grad.numpy()
+    gradient = jax.grad(lambda params: jnp.sum(model.apply(params, tokens)[0] * weights))(params)
+    found = dict(named_tensors(model, gradient))["bert.embeddings.word_embeddings.weight"]
+    assert relative_error(found[1:], expected[1:]) < 1e-5
+    assert not expected[0].any()
+    assert found[0].any()
+
+
+def test_a_query_of_xlnet_that_sees_no_token(tmp_path: Path) -> None:
+    import torch
+
+    theirs, model, params = built("XLNetLMHeadModel", tmp_path, **XLNET)
+    order = np.array([[2, 0, 3, 1]], np.int32)
+    targets = np.array([[1, 3, 0]], np.int32)  # the first target is first in the order
+
+    def both(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hidden, _ = model.apply(params, tokens, order=order, targets=targets)
+        with torch.no_grad():
+            expected = theirs.transformer(
+                torch.from_numpy(tokens).long(),
+                perm_mask=torch.from_numpy(perm_mask(order, targets)),
+                target_mapping=torch.from_numpy(target_mapping(targets, 4)),
+            ).last_hidden_state
+        return np.asarray(hidden), expected.numpy()
+
+    ours_one, theirs_one = both(np.array([[7, 8, 9, 10]], np.int32))
+    ours_two, theirs_two = both(np.array([[11, 12, 13, 14]], np.int32))
+    assert relative_error(ours_one[:, 1:], theirs_one[:, 1:]) < 1e-5
+    assert relative_error(ours_two[:, 1:], theirs_two[:, 1:]) < 1e-5
+    assert relative_error(ours_one[:, 0], ours_two[:, 0]) < 1e-6  # depends on no token
+    assert relative_error(theirs_one[:, 0], theirs_two[:, 0]) > 1e-2
+
+
+def test_token_types_in_the_memory_of_xlnet(tmp_path: Path) -> None:
+    import torch
+
+    theirs, model, params = built("XLNetLMHeadModel", tmp_path, **XLNET)
+    tokens = np.random.default_rng(0).integers(3, 20, (1, 8)).astype(np.int32)
+    order = np.array([[0, 1, 2, 3]], np.int32)
+    ids = torch.from_numpy(tokens).long()
+
+    def second(remembered: int) -> tuple[Any, np.ndarray]:
+        """The second four tokens, of type 1, after four of another type."""
+        types = np.array([[remembered] * 4, [1] * 4], np.int32)
+        state = model.init_state(1, 4)
+        memory = None
+        for part in (0, 1):
+            at = slice(4 * part, 4 * part + 4)
+            inputs = {"order": order, "targets": order, "token_types": types[part : part + 1]}
+            hidden, state = model.apply(params, tokens[:, at], state=state, **inputs)
+            with torch.no_grad():
+                output = theirs.transformer(
+                    ids[:, at],
+                    mems=memory,
+                    token_type_ids=torch.from_numpy(types[part : part + 1]).long(),
+                    perm_mask=torch.from_numpy(perm_mask(order, order)),
+                    target_mapping=torch.from_numpy(target_mapping(order, 4)),
+                    use_mems=True,
+                )
+            memory = output.mems
+        return hidden, output.last_hidden_state.numpy()
+
+    assert relative_error(*second(0)) < 1e-5
+    assert relative_error(*second(1)) > 1e-3
