@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm import integrity
+from jaxlm.json_files import read_object
 
 C = TypeVar("C")
 
@@ -143,13 +144,7 @@ def read(kind: type[C], path: Path) -> C:
     """Read what :func:`write` wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: is {path.parent} the directory of a run?")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return from_json(kind, values, str(path))
+    return from_json(kind, read_object(path), str(path))
 
 
 def assignment(option: str, text: str) -> tuple[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ import numpy as np
 from jaxlm import integrity
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
-from jaxlm.data.text_files import text_chunks
+from jaxlm.json_files import read_object
 
 _OWN_FILE = "jaxlm_tokenizer.json"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
@@ -417,7 +416,7 @@ def _read_backend(directory: Path) -> Any:
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
     if not file.exists():
         file, vocab = directory / "merges.txt", directory / "vocab.json"
-        _read_json(vocab)  # refuses a token that occurs twice
+        read_object(vocab)  # refuses a token that occurs twice
     try:
         if file.name == "tokenizer.json":
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -448,12 +447,12 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
     """The special tokens that the files of a directory name, by role; a role that no file names is left out."""
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        content = _read_json(directory / name) if (directory / name).exists() else {}
+        content = read_object(directory / name) if (directory / name).exists() else {}
         for role in ROLES:
             if f"{role}_token" in content and role not in declared:
                 token = content[f"{role}_token"]
                 declared[role] = token["content"] if isinstance(token, dict) else token
-    config = _read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    config = read_object(directory / "config.json") if (directory / "config.json").exists() else {}
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     processor = {} if backend.post_processor is None else json.loads(backend.post_processor.__getstate__())
     for role in ROLES:
@@ -497,7 +496,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     own = directory / _OWN_FILE
     integrity.verify_checksums(directory, TOKENIZER_FILES)
     if own.exists():
-        content = _read_json(own)
+        content = read_object(own)
         match content:
             case {"type": "byte"}:
                 return ByteTokenizer()
@@ -516,28 +515,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     raise FileNotFoundError(
         f"no tokenizer in {directory}: looked for {_OWN_FILE}, tokenizer.json, vocab.json + merges.txt; found {there}"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    text = "".join(text_chunks(path))
-    try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that occurs twice, the parser would silently take the last one."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {name!r} occurs twice")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

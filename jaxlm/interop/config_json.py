@@ -102,8 +102,11 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         if table is not None and table.read_fields is not None:
             fields |= table.read_fields(config)
         labels = _labels(config)
-        if labels is not None and hasattr(family(name).Config, "num_labels"):  # how they write the number of labels
-            fields["num_labels"] = len(labels)
+        if hasattr(family(name).Config, "num_labels"):
+            if labels is not None:  # how they write the number of labels
+                fields["num_labels"] = len(labels)
+            elif config.get("num_labels") is not None:
+                fields["num_labels"] = config["num_labels"]
         stored = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
         if "task" in overrides and overrides["task"] != implied.get("task"):
             implied = {}
@@ -152,6 +155,12 @@ def _our_fields(config: dict[str, Any], table: Format, config_class: type, path:
     for field, value in table.required.items():
         if config.get(field, value) != value:
             raise ValueError(f"{path}: {field}={config[field]!r} is not supported: only {value!r} is")
+    for alias, field in table.aliases.items():
+        if alias in config and (field not in config or config[alias] != config[field]):
+            raise ValueError(
+                f"{path}: {alias}={config[alias]!r} is another name of {field}, which is "
+                f"{config.get(field, 'missing')!r}: write {field} alone"
+            )
     hints = typing.get_type_hints(config_class)
     fields = {}
     for ours, theirs in table.fields.items():
@@ -256,7 +265,10 @@ def _written(model: Model, table: Format) -> dict[str, Any]:
 
 
 def _merged(model: Model, written: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The written fields, and the loaded fields that jaxlm does not decide or that mean the same."""
+    """The written fields, and the loaded fields that jaxlm does not decide or that mean the same.
+
+    A written field that the loaded config lacks, and whose default is that value, is left out.
+    """
     if not loaded:
         return dict(written)
     result = {**loaded, **written}
@@ -268,8 +280,16 @@ def _merged(model: Model, written: dict[str, Any], loaded: Mapping[str, Any]) ->
     for field in previous.keys() - written.keys():  # such as the labels of a head that is gone
         result.pop(field, None)
     for field, value in written.items():
-        if field in loaded and field in previous and previous[field] == value:
-            result[field] = loaded[field]
+        if field in previous and previous[field] == value:
+            if field in loaded:
+                result[field] = loaded[field]
+            else:  # its default is what the model has
+                del result[field]
+    for alias, field in before.table.aliases.items():
+        if alias in result:
+            result[alias] = result[field]
+    if written.get("id2label") != previous.get("id2label"):  # another number of labels
+        result.pop("num_labels", None)
     if model.metadata is not None and model.metadata.fresh:
         result.pop("problem_type", None)  # of the head before
     return result
@@ -332,8 +352,15 @@ def their_generation_config(model: Model, tokenizer: Tokenizer | None = None) ->
             if found is not None and not (isinstance(before, list) and found in before):
                 result[field] = found
     start = getattr(model.config, "decoder_start_id", None)
-    said = {} if model.metadata is None else model.metadata.config
-    changed = said.get("decoder_start_token_id", start) != start
-    if start is not None and (loaded is None or ("decoder_start_token_id" in loaded and changed)):
+    if start is not None and (loaded is None or ("decoder_start_token_id" in loaded and start != _loaded_start(model))):
         result["decoder_start_token_id"] = start
     return result
+
+
+def _loaded_start(model: Model) -> int | None:
+    """The ``decoder_start_id`` that the loaded config describes."""
+    loaded = {} if model.metadata is None else model.metadata.config
+    try:
+        return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
+    except ValueError:  # a class that was loaded with another task
+        return loaded.get("decoder_start_token_id")

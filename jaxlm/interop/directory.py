@@ -1,4 +1,4 @@
-"""The JSON files of a Hugging Face directory: read with clear errors, and never from outside of the directory."""
+"""The files of a Hugging Face directory: never read from outside of the directory."""
 
 from __future__ import annotations
 
@@ -26,17 +26,6 @@ def inside(directory: Path, name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{directory / name} is missing or not a regular file")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, not UTF-8
-        raise ValueError(f"{path} is truncated or no JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

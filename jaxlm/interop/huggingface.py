@@ -23,8 +23,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,13 +45,14 @@ from jaxlm.interop.config_json import (
     their_generation_config,
     token_fields,
 )
-from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, inside, read_json, write_json
+from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, inside, write_json
+from jaxlm.json_files import read_object
 from jaxlm.models.files import Format, Layout
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
 from jaxlm.sharding import Sharding
 
-__all__ = ["load_pretrained", "named_tensors", "save_pretrained", "tables"]
+__all__ = ["load_pretrained", "named_tensors", "params_of_tensors", "save_pretrained", "tables"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -153,6 +153,7 @@ def save_pretrained(
         max_shard_bytes: weights above this are split into several files. A larger tensor has a file of its own.
 
     Raises:
+        OSError: the disk is full or the directory cannot be written; what was there is unchanged.
         ValueError: a config that Hugging Face's form of the family cannot express, params that are not the model's, or
             a tokenizer that does not fit.
     """
@@ -174,29 +175,20 @@ def save_pretrained(
         processes.wait("saved")
         return
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as temporary:
+    with integrity.staged(directory) as temporary:
         for name, content in configs.items():
-            write_json(Path(temporary, name), content)
+            write_json(temporary / name, content)
         if tokenizer is not None:
             tokenizer.save(temporary)
         others = sorted(set(os.listdir(temporary)) - {CONFIG})
-        weights = _write_weights(Path(temporary), model, params, max_shard_bytes)
-        if INDEX in weights:
-            # Shards are renamed one by one: without an index, half of them cannot be taken for a model.
-            (directory / INDEX).unlink(missing_ok=True)
+        weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *others, CONFIG]
-        for name in written:
-            integrity.sync(Path(temporary, name))
-        (directory / integrity.CHECKSUMS).unlink(missing_ok=True)  # until all files are the new ones
-        for name in written:
-            os.replace(Path(temporary, name), directory / name)
+        integrity.install(temporary, directory, written)
     for file in os.listdir(directory):
         of_model = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
         of_tokenizer = tokenizer is not None and file in TOKENIZER_FILES
         if (of_model or of_tokenizer) and file not in written:
             (directory / file).unlink()
-    integrity.write_checksums(directory, written)
     integrity.sync(directory)
     if together:
         processes.wait("saved")
@@ -242,6 +234,30 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
         array = processes.on_host(flat[path])
         for name, layer in zip(place.names, array if is_stacked(specs[path]) else [array], strict=True):
             yield name, place.to_theirs(layer)
+
+
+def params_of_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
+    """The parameters of the model from the tensors that :func:`named_tensors` names, in their dtype.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of another shape than the model's.
+    """
+    specs, places = spec.flatten(model.specs), _places(model, format_of(model))
+    shapes = {name: place.shape for place in places.values() for name in place.names}
+    found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
+    if found != shapes:
+        names = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
+        lines = [f"{name}: {found.get(name, 'missing')}, expected {shapes.get(name, 'nothing')}" for name in names]
+        raise ValueError("the tensors are not those of the model:\n  " + "\n  ".join(lines[:20]))
+    leaves = []
+    for path, leaf in specs.items():
+        place = places[path]
+        arrays = [np.asarray(tensors[name]) for name in place.names]
+        array = np.zeros(leaf.shape, np.result_type(*arrays))
+        for layer, theirs in zip(array if is_stacked(leaf) else [array], arrays, strict=True):
+            layer[tuple(slice(size) for size in place.ours)] = place.to_ours(theirs)
+        leaves.append(jnp.asarray(array))
+    return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
 # ------------------------------------------------------------------------------------- ours and theirs, by name
@@ -303,11 +319,11 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
         )
     if not (directory / CONFIG).exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a directory of `save_pretrained`")
-    description = describe(read_json(inside(directory, CONFIG)), directory / CONFIG, overrides)
+    description = describe(read_object(inside(directory, CONFIG)), directory / CONFIG, overrides)
     metadata = description.model.metadata
     assert metadata is not None
     if (directory / GENERATION_CONFIG).exists():
-        content = read_json(inside(directory, GENERATION_CONFIG))
+        content = read_object(inside(directory, GENERATION_CONFIG))
         ids = {role.removesuffix("_token_id"): token for role, token in token_fields(content).items()}
         metadata = dataclasses.replace(metadata, generation_config=content, token_ids={**metadata.token_ids, **ids})
     return dataclasses.replace(description, model=dataclasses.replace(description.model, metadata=metadata))
@@ -374,7 +390,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             )
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}: it holds {', '.join(found)}")
     path = directory / INDEX
-    index = read_json(inside(directory, INDEX)).get("weight_map")
+    index = read_object(inside(directory, INDEX)).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
         raise ValueError(f"{path}: weight_map must name the file of each tensor")
     for name in sorted(set(index.values())):

@@ -65,8 +65,9 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: no such directory or file.
-        ValueError: a file that has changed since it was saved; not a LoRA adapter, or one with an option that is not supported (DoRA, ranks or scales that differ
-            by module, trained biases, ...); a tensor that the model has no place for, of another shape, or missing.
+        ValueError: a file that has changed since it was saved; not a LoRA adapter, or one with an option that is not
+            supported (DoRA, ranks or scales that differ by module, trained biases, ...); a tensor that the model has
+            no place for, of another shape, or missing.
     """
     directory = Path(directory)
     if not directory.is_dir():

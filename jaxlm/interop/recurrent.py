@@ -9,6 +9,11 @@ An LSTM is told from a GRU by its number of gates. What differs:
     ours            LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias, and one of n's hidden part (reset after)
     torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases: added on import, the second 0 on export
     Keras                i, f, c, o        z, r, h    [D, G * H]    LSTM one bias, GRU [2, G * H] (reset_after)
+    CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
+
+``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 keep the matrix of each gate as cuDNN reads it, [H, D] row by row, in
+an array whose shape is [D, H], and the hidden matrix of each gate as [out, in]. The size of the bias tells them from
+the other Keras layers.
 
 Keras before version 2.3 had ``hard_sigmoid`` gates by default; those layers have another nonlinearity than ours.
 """
@@ -75,6 +80,8 @@ def to_torch(params: Mapping[str, Any], *, layer: int = 0, reverse: bool = False
 def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Params:
     """A Keras ``LSTM`` or ``GRU``, from its ``get_weights()``: [kernel, recurrent_kernel] and, with ``use_bias``, bias.
 
+    ``CuDNNLSTM`` and ``CuDNNGRU`` are read as well.
+
     The weights of a ``Bidirectional`` layer are those of its forward layer and then those of its backward layer.
 
     Args:
@@ -93,7 +100,10 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
         bias = np.zeros((2 if reset == "after" else 1, gates, width), weight_input.dtype)
     else:
         bias = np.asarray(weights[2])
-        if bias.size not in ((gates * width, 2 * gates * width) if gates == 3 else (gates * width,)):
+        if bias.shape == (2 * gates * width,):  # of a CuDNN layer; GRU's two biases are [2, G * H] otherwise
+            weight_input, weight_hidden = _from_cudnn(weight_input, gates), _from_cudnn(weight_hidden, gates)
+            bias = bias.reshape(2, gates * width)
+        elif bias.size not in ((gates * width, 2 * gates * width) if gates == 3 else (gates * width,)):
             raise ValueError(f"bias {list(bias.shape)} does not fit {gates} gates of width {width}")
         bias = bias.reshape(-1, gates, width)
     params = _ours(weight_input, weight_hidden, bias[0], bias[1] if len(bias) == 2 else None)
@@ -111,6 +121,12 @@ def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
         second[2] = ours["bias_hidden"]
         bias = np.stack([bias, second.flatten()])
     return [_flat(ours["weight_input"]), _flat(ours["weight_hidden"]), bias]
+
+
+def _from_cudnn(matrix: np.ndarray, gates: int) -> np.ndarray:
+    """[D, G * H] of a matrix whose gates [D, H] hold the entries of [H, D] row by row."""
+    of_gates = [gate.reshape(gate.shape[::-1]).T for gate in np.split(matrix, gates, axis=1)]
+    return np.concatenate(of_gates, axis=1)
 
 
 def _suffix(weights: Mapping[str, Any], layer: int, reverse: bool) -> str:

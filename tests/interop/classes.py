@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxlm.interop import huggingface
 from jaxlm.models import FAMILIES, Model
@@ -28,4 +29,7 @@ def tiny(name: str, table: Format, architecture: str) -> Model:
     if getattr(config, "task", "") in ("classification", "tagging"):
         config = dataclasses.replace(config, num_labels=3)
     # Some types can express the same models: the loaded one is kept.
-    return Model(name, config, Metadata(config={"model_type": table.model_type}))
+    loaded: dict[str, Any] = {"model_type": table.model_type}
+    if name == "t5":  # a loaded config without it is saved without it, and then transformers generates nothing
+        loaded["decoder_start_token_id"] = config.decoder_start_id
+    return Model(name, config, Metadata(config=loaded))

@@ -154,6 +154,61 @@ def test_the_start_of_a_target_that_the_user_changes_is_written_into_both_files(
     model, _ = load_pretrained(directory, decoder_start_id=6)
     assert config_json.their_generation_config(model) == {"decoder_start_token_id": 6, "eos_token_id": 5}
     assert config_json.their_config(model, "float32")["decoder_start_token_id"] == 6
+    edit(directory, decoder_start_token_id=None, pad_token_id=3)  # T5 starts with its padding id
+    model, _ = load_pretrained(directory)
+    assert model.config.decoder_start_id == 3
+    assert config_json.their_generation_config(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
+    assert config_json.their_config(model, "float32")["decoder_start_token_id"] is None
+
+
+def test_an_alias_is_accepted_beside_its_field_and_follows_it(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("gpt2-tiny"))
+    edit(directory, num_attention_heads=4)
+    model, _ = load_pretrained(directory)
+    assert config_json.their_config(model, "float32")["num_attention_heads"] == 4
+    changed = dataclasses.replace(model, config=dataclasses.replace(model.config, num_heads=2))
+    config = config_json.their_config(changed, "float32")
+    assert (config["n_head"], config["num_attention_heads"]) == (2, 2)
+    edit(directory, num_attention_heads=8)
+    with pytest.raises(ValueError, match="num_attention_heads=8 is another name of n_head, which is 4: write n_head"):
+        load_pretrained(directory)
+    config = edit(directory, num_attention_heads=4)
+    del config["n_head"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another name of n_head, which is 'missing'"):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mlp"),
+    [
+        ({"feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False}, "relu"),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}, "gated_gelu"),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True}, "gated_gelu"),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "gelu_new", "is_gated_act": True}, "gated_gelu"),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "gelu"}, None),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "is_gated_act": True}, None),
+        ({"feed_forward_proj": "relu", "is_gated_act": True}, None),
+        ({"feed_forward_proj": "gated-silu"}, None),
+    ],
+)
+def test_the_activation_of_t5_is_that_of_all_its_fields(fields: dict[str, Any], mlp: str | None) -> None:
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **fields}
+    if mlp is None:
+        with pytest.raises(ValueError, match=r"feed_forward_proj=.* is not supported"):
+            config_json.describe(config, Path("config.json"), {})
+    else:
+        model = config_json.describe(config, Path("config.json"), {}).model
+        assert model.config.mlp == mlp
+        assert config_json.their_config(model, "float32") == {**config, "torch_dtype": "float32"}
+
+
+def test_a_field_that_the_file_lacks_is_not_added(tmp_path: Path) -> None:
+    directory = saved(tmp_path, get_model("bert-tiny"))
+    config = {name: value for name, value in read(directory).items() if name not in ("is_decoder", "pruned_heads")}
+    (directory / "config.json").write_text(json.dumps(config))
+    model, _ = load_pretrained(directory)
+    assert config_json.their_config(model, "float32") == config
 
 
 def test_a_window_that_the_user_removes_is_gone(tmp_path: Path) -> None:

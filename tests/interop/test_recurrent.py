@@ -52,6 +52,45 @@ def test_keras_layers(case):
     assert relative_error(run(case, params, x), output) < 1e-6
 
 
+def cudnn_layer(weights, suffix, order):
+    """The arrays of a CuDNNLSTM or CuDNNGRU of Keras, from torch's, whose matrices are laid out as cuDNN's.
+
+    Args:
+        order: the torch gates in Keras' order.
+    """
+    gates = len(order)
+
+    def of_gates(name):
+        return [np.split(weights[f"{name}_{suffix}"], gates)[gate] for gate in order]
+
+    kernel = np.concatenate([gate.ravel().reshape(gate.shape[::-1]) for gate in of_gates("weight_ih")], axis=1)
+    recurrent = np.concatenate(of_gates("weight_hh"), axis=1)
+    return [kernel, recurrent, np.concatenate(of_gates("bias_ih") + of_gates("bias_hh"))]
+
+
+@pytest.mark.parametrize(("case", "order"), [("lstm", (0, 1, 2, 3)), ("gru", (1, 0, 2))])
+def test_keras_cudnn_layers(case, order):
+    x, weights, output = golden(f"torch_{case}")
+    for layer in (0, 1):
+        directions = []
+        for reverse in (False, True):
+            arrays = cudnn_layer(weights, f"l{layer}{'_reverse' if reverse else ''}", order)
+            assert [array.shape for array in arrays] == [
+                (x.shape[-1], 4 * len(order)), (4, 4 * len(order)), (8 * len(order),),
+            ]  # fmt: skip
+            directions.append(run(case, from_keras(arrays), x, reverse))
+        x = jnp.concatenate(directions, axis=-1)
+    assert relative_error(x, output) < 1e-6
+
+
+def test_the_kernel_of_a_cudnn_gate_is_turned_as_keras_turns_it():
+    # The example of Keras' own conversion of such kernels, for each of the four gates of width 3.
+    kernel = np.tile(np.array([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]), (1, 4))
+    params = from_keras([kernel, np.zeros((3, 12)), np.arange(24.0)])
+    assert params["weight_input"][:, 3].tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    assert params["bias"].tolist() == (np.arange(12.0) + np.arange(12.0, 24.0)).reshape(4, 3).tolist()
+
+
 @pytest.mark.parametrize("case", ["lstm", "gru"])
 def test_export_to_torch_and_back(case):
     _, weights, _ = golden(f"torch_{case}")

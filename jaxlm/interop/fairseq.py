@@ -1,0 +1,127 @@
+"""RoBERTa checkpoints of fairseq, as plain arrays: neither fairseq nor torch is imported.
+
+A fairseq checkpoint is a pickle, which can run any code when it is loaded, so jaxlm does not open it. Where you trust
+the file, torch turns it into arrays:
+
+    >>> checkpoint = torch.load("roberta.base/model.pt", weights_only=False)                     # doctest: +SKIP
+    >>> weights = {name: x.float().numpy() for name, x in checkpoint["model"].items()}           # doctest: +SKIP
+    >>> model, params = roberta_from_fairseq(weights, num_heads=12)                              # doctest: +SKIP
+    >>> save_pretrained("roberta-base", model, params)                                           # doctest: +SKIP
+
+Token ids are those of fairseq's dictionary: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, then the lines of
+``dict.txt``, then ``<mask>``. XLM-RoBERTa has the same layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import params_of_tensors
+from jaxlm.models.model import Metadata, Model, get_model
+from jaxlm.models.roberta import FIRST_POSITION
+
+_ENCODER = "encoder.sentence_encoder."
+_LAYER = rf"{re.escape(_ENCODER)}layers\.(\d+)\."
+_RENAMED = (
+    # Names of older checkpoints, which fairseq renames when it loads them.
+    (r"^decoder\.", "encoder."),
+    (r"\.emb_layer_norm\.", ".layernorm_embedding."),
+    # To the names of Hugging Face's files.
+    (rf"^{re.escape(_ENCODER)}embed_tokens\.", "roberta.embeddings.word_embeddings."),
+    (rf"^{re.escape(_ENCODER)}embed_positions\.weight", "roberta.embeddings.position_embeddings.weight"),
+    (rf"^{re.escape(_ENCODER)}layernorm_embedding\.", "roberta.embeddings.LayerNorm."),
+    (rf"^{_LAYER}self_attn\.q_proj\.", r"roberta.encoder.layer.\1.attention.self.query."),
+    (rf"^{_LAYER}self_attn\.k_proj\.", r"roberta.encoder.layer.\1.attention.self.key."),
+    (rf"^{_LAYER}self_attn\.v_proj\.", r"roberta.encoder.layer.\1.attention.self.value."),
+    (rf"^{_LAYER}self_attn\.out_proj\.", r"roberta.encoder.layer.\1.attention.output.dense."),
+    (rf"^{_LAYER}self_attn_layer_norm\.", r"roberta.encoder.layer.\1.attention.output.LayerNorm."),
+    (rf"^{_LAYER}fc1\.", r"roberta.encoder.layer.\1.intermediate.dense."),
+    (rf"^{_LAYER}fc2\.", r"roberta.encoder.layer.\1.output.dense."),
+    (rf"^{_LAYER}final_layer_norm\.", r"roberta.encoder.layer.\1.output.LayerNorm."),
+    (r"^encoder\.lm_head\.", "lm_head."),
+)
+_IGNORED = re.compile(r"(version|_float_tensor)$")  # buffers without a parameter
+_TYPES = "roberta.embeddings.token_type_embeddings.weight"
+
+
+def roberta_from_fairseq(
+    weights: Mapping[str, Any], *, num_heads: int, head: str | None = None, **overrides: Any
+) -> tuple[Model, spec.Tree]:
+    """The model and the parameters of a RoBERTa of fairseq.
+
+    fairseq has no token types: their one row is 0. ``model.metadata.unused`` names the tensors of heads that are left
+    out.
+
+    Args:
+        weights: the arrays of the checkpoint by fairseq's names.
+        num_heads: ``encoder_attention_heads`` of the checkpoint's arguments, which no shape tells.
+        head: name of a classification head, such as "mnli", for a model with task "classification". Default: the
+            model has task "masked".
+        overrides: fields of the family's ``Config``, such as ``dtype="bfloat16"``.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or of other shapes; an output table that is not the token table; a
+            head that the weights do not have.
+    """
+    tensors = _renamed(weights)
+    heads = {name.split(".")[1] for name in tensors if name.startswith("classification_heads.")}
+    if head is not None and head not in heads:
+        raise ValueError(f"no classification head {head!r} in the weights: they have {sorted(heads) or 'none'}")
+    for name in ("roberta.embeddings.word_embeddings.weight", "roberta.embeddings.position_embeddings.weight"):
+        if name not in tensors:
+            raise ValueError(f"no {name} in the weights, which hold {', '.join(list(weights)[:5])}, ...")
+    vocab_size, width = tensors["roberta.embeddings.word_embeddings.weight"].shape
+    output = tensors.pop("lm_head.weight", None)
+    if output is not None and not np.array_equal(output, tensors["roberta.embeddings.word_embeddings.weight"]):
+        raise ValueError("the output table lm_head.weight is not the token table: untied weights are not supported")
+    own = f"classification_heads.{head}."
+    unused = [name for name in tensors if name.startswith("classification_heads.") and not name.startswith(own)]
+    if head is not None:
+        unused += [name for name in tensors if name.startswith("lm_head.")]
+    tensors = {name.replace(own, "classifier."): x for name, x in tensors.items() if name not in unused}
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"roberta\.encoder\.layer\.(\d+)\.", name))}
+    mlp = tensors.get("roberta.encoder.layer.0.intermediate.dense.bias")
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "max_positions": len(tensors["roberta.embeddings.position_embeddings.weight"]) - FIRST_POSITION,
+        "num_layers": max(layers, default=0) + 1,
+        "num_heads": num_heads,
+        "embed_dim": width,
+        "mlp_dim": None if mlp is None else mlp.size,
+        "task": "masked" if head is None else "classification",
+    }
+    if head is not None:
+        fields["num_labels"] = len(tensors["classifier.out_proj.bias"])
+    model = get_model("roberta", **{**fields, **overrides})
+    tensors[_TYPES] = np.zeros((1, width), tensors["roberta.embeddings.word_embeddings.weight"].dtype)
+    metadata = Metadata(token_ids={"bos": 0, "pad": 1, "eos": 2}, unused=tuple(unused))
+    return Model(model.family, model.config, metadata), params_of_tensors(model, tensors)
+
+
+def _renamed(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays by Hugging Face's names; those of classification heads keep fairseq's."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in weights.items():
+        if _IGNORED.search(name):
+            continue
+        fused = re.search(r"self_attn\.in_proj_(weight|bias)$", name)  # of checkpoints before fairseq 0.9
+        if fused is None:
+            parts = {name: np.asarray(array)}
+        else:
+            thirds = np.split(np.asarray(array), 3)
+            parts = {
+                f"{name[: fused.start()]}self_attn.{x}_proj.{fused[1]}": third
+                for x, third in zip("qkv", thirds, strict=True)
+            }
+        for part, value in parts.items():
+            for pattern, replacement in _RENAMED:
+                part = re.sub(pattern, replacement, part)
+            if part in tensors:
+                raise ValueError(f"the weights hold {part} under two names")
+            tensors[part] = value
+    return tensors
