@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"spec", "sharding", "devices", "host", "processes", "integrity", "config", "json_files", "stderr_relay"},
+    {"spec", "sharding", "devices", "host", "processes", "integrity", "config", "command_line", "json_files", "stderr_relay"},
     {"nn"},
     {"models"},
     {"adapt", "data", "metrics"},
@@ -15,7 +15,7 @@ LAYERS = [
     {"training"},
     {"tasks"},
     {"plan"},
-    {"cli", "command_line", "launch"},
+    {"cli", "launch"},
     {"experiments", "benchmarks"},
 ]
 """Packages from the bottom to the top. A file imports from its own layer and from the layers below it."""
