@@ -1,4 +1,4 @@
-"""Both sides of ``benchmarks.attention``. Shapes: T queries, S keys, H heads, K head width."""
+"""The peers of ``benchmarks.attention``. Shapes: T queries, S keys, H heads, K head width."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from benchmarks.peers import JaxSampled, jax_exact, torch_device, torch_facts, t
 from benchmarks.worker import Peer
 
 MAX_DISTANCE = 128
-"""Of T5's buckets, which are 32."""
+"""Maximum distance of T5's 32 buckets."""
 
 
 class Jaxlm(JaxSampled):
-    """``jaxlm.nn.attention`` in a jit, at its defaults."""
+    """``jaxlm.nn.attention`` with its default arguments, compiled with jit."""
 
     def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
         jax = jax_exact()
@@ -21,7 +21,7 @@ class Jaxlm(JaxSampled):
 
         from jaxlm.nn.attention import attention
         from jaxlm.nn.mask import Mask
-        from jaxlm.nn.relative import distance_term
+        from jaxlm.nn.relative import distance_bias
         from jaxlm.nn.relative_bias import distance_table
 
         shape = shapes.Attention(**sizes)
@@ -40,9 +40,11 @@ class Jaxlm(JaxSampled):
             bias = None
             if shape.form == "bias":
                 table = distance_table(arrays["table"], MAX_DISTANCE, bidirectional=False)
-                bias = distance_term(table, MAX_DISTANCE, T, S, ahead=0)
+                bias = distance_bias(table, MAX_DISTANCE, T, S, query_offset=0)
             if shape.form == "relative":
-                bias = distance_term(arrays["table"], S - 1, T, S, ahead=0, q_BTHK=arrays["query"], scale=K**-0.5)
+                bias = distance_bias(
+                    arrays["table"], S - 1, T, S, query_offset=0, q_BTHK=arrays["query"], scale=K**-0.5
+                )
             return attention(arrays["query"], arrays["key"], arrays["value"], mask, bias=bias)
 
         K = shape.width
@@ -60,7 +62,7 @@ class Jaxlm(JaxSampled):
 
 
 class Torch(Peer):
-    """``scaled_dot_product_attention``, with a dense array of biases where there are any."""
+    """``scaled_dot_product_attention``, with a dense bias array for the forms with a bias."""
 
     def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
         import torch
@@ -96,7 +98,7 @@ class Torch(Peer):
             bias = self.arrays["table"][self.bucket].permute(2, 0, 1)[None]
         else:
             scores = torch.einsum("bhtk,rhk->bhtr", q, self.arrays["table"]) * self.shape.width**-0.5
-            B, H, T, R = scores.shape  # rows shifted against each other, as the authors do
+            B, H, T, R = scores.shape  # the relative shift of the authors' code
             bias = torch.nn.functional.pad(scores, (1, 0)).view(B, H, R + 1, T)[:, :, 1:].reshape(B, H, T, R)
         return attend(q, k, v, attn_mask=bias.masked_fill(self.later, float("-inf"))).transpose(1, 2)
 

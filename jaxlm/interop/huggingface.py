@@ -183,6 +183,9 @@ def save_pretrained(
         others = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *others, CONFIG]
+        if INDEX in weights:
+            # Shards are renamed one by one. Without an index, old and new shards cannot be loaded as one model.
+            (directory / INDEX).unlink(missing_ok=True)
         integrity.install(temporary, directory, written)
     for file in os.listdir(directory):
         of_model = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)

@@ -140,7 +140,7 @@ def apply(
         assert source is not None
         old = _start(cfg, params, source, source_segment_ids, key)
     source_state, segments = old["source"], common.segments_of(tokens, segment_ids)
-    reset, keep, document = recurrence.borders(segments, old["document"])
+    reset, keep, document = recurrence.segment_boundaries(segments, old["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if one_document else _initial_states(cfg, params, source_state, segments)
     key = fold_name(key, "decoder")
@@ -296,10 +296,10 @@ def _encode(
     x = _embed(cfg, params.get("source_embedding", params["token_embedding"]), source, key)
     segments = common.segments_of(source, segment_ids)
     tokens = {"tokens": jnp.asarray(source, jnp.int32)} if cfg.copy else {}
-    reset, keep, _ = recurrence.borders(segments)
+    reset, keep, _ = recurrence.segment_boundaries(segments)
     if cfg.attention == "bahdanau":
         forward = recurrence.gru(weights["forward"], x, reset_BT=reset, keep_BT=keep)[0]
-        reset = recurrence.borders(segments, reverse=True)[0]
+        reset = recurrence.segment_boundaries(segments, reverse=True)[0]
         backward = recurrence.gru(weights["backward"], x, reset_BT=reset, keep_BT=keep, reverse=True)[0]
         encoded = constrain(jnp.concatenate([forward, backward], axis=-1), ("batch", None, "activation_embed"))
         return {"encoded": encoded, "segment_ids": segments, **tokens}

@@ -36,7 +36,7 @@ from jaxlm.nn.alignment import (
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.recurrence import borders, lstm, lstm_specs, lstm_state_specs
+from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs, segment_boundaries
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Uniform, fold_name
@@ -108,8 +108,8 @@ def apply(
     if state is not None and cfg.task != "causal":
         raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state out")
     segments = common.segments_of(tokens, segment_ids)
-    reset, keep, last_segment = borders(segments, None if state is None else state["last_segment"])
-    backward_reset = borders(segments, reverse=True)[0]
+    reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
+    backward_reset = segment_boundaries(segments, reverse=True)[0]
     new_state: dict[str, Any] = {"last_segment": last_segment}
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
     for index in range(cfg.num_layers):

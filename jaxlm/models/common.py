@@ -71,8 +71,8 @@ def scan_layers(
         count: number of layers.
         remat: see :class:`TransformerConfig`.
         unroll: unroll the loop instead of ``lax.scan``.
-        in_place: the block receives and returns views of the stacked state (``cache.Slots``), so that no layer's state
-            is copied.
+        in_place: the block receives and returns views of the stacked state (``cache.CacheView``), so that the
+            state of a layer is not copied.
 
     Raises:
         ValueError: a state with one tree per layer, but stacked weights.
@@ -89,8 +89,8 @@ def scan_layers(
         """One layer that updates its part of the state of all layers."""
         x, state = carry
         layer_weights, index, layer_key = layer
-        x, views = block(x, (layer_weights, cache.layer(state, index), layer_key))
-        return (x, jax.tree.map(lambda _, view: view.all, state, views)), None
+        x, views = block(x, (layer_weights, cache.layer_state(state, index), layer_key))
+        return (x, jax.tree.map(lambda _, view: view.stack, state, views)), None
 
     if not isinstance(weights, tuple):
         scan = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)

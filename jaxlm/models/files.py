@@ -1,4 +1,7 @@
-"""How a family's parameters are called in Hugging Face files: data, read by ``jaxlm.interop.huggingface``."""
+"""Tables of the names of a family's parameters and fields in Hugging Face files, for ``jaxlm.interop.huggingface``.
+
+In this module, "our" names and axes are those of jaxlm, "their" names and axes are those of Hugging Face.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,49 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Layout = tuple[tuple[int, ...], ...]
-"""The axes of a tensor of theirs, each as the axes of ours that it merges, in order.
+"""For each axis of their tensor, in order, the axes of our parameter that are merged into it.
 
-A weight of ours [D, H, K] (layers left out) is ((0,), (1, 2)) where they keep [D, H * K], and ((1, 2), (0,)) where
-they keep [H * K, D].
+For example, our weight of one layer is [D, H, K]. Then the layout is ((0,), (1, 2)) if their tensor is [D, H * K], and
+((1, 2), (0,)) if it is [H * K, D].
 """
 
 TRANSPOSED: Layout = ((1,), (0,))
-"""A matrix that they keep as [out, in]."""
+"""The layout of a matrix that their files store as [out, in]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The name map between one family and the files of one ``model_type``. A family has a tuple of them.
+    """The table of one ``model_type`` for a family. A family has a tuple of tables.
 
-    A field that their ``config.json`` lacks has the value in ``implied``, or else the default of our ``Config``, so
-    those must be theirs.
+    If their ``config.json`` lacks a field, its value is that in ``implied``, or the default of our ``Config``. So these
+    values must be equal to their defaults.
 
     Attributes:
-        architectures: class in ``config.json`` -> values of our config fields that this class stands for, ``task``
-            first of all. On export, the first whose values are those of the model. Classes that are not listed are not
-            supported.
+        architectures: class in ``config.json`` -> values of our config fields that this class implies, ``task`` in
+            particular. A model is written with the first class whose values it has. Other classes are not supported.
         model_type: ``model_type`` in ``config.json``.
-        prefix: what the head classes put before every base tensor; files of the base class lack it.
-        fields: our config field -> theirs, where the value is the same or in ``values``.
-        implied: values of our config fields that every model of this ``model_type`` has unless ``config.json`` says
-            otherwise (through ``fields``). A field here that is not in ``fields`` tells which table a model is written
-            with: the first of the family whose implied values are the model's.
-        read_fields: what is no plain renaming: their ``config.json`` -> values of our config fields. A ``ValueError``
-            that it raises gets the path of the file.
-        write_fields: the way back: our config -> their fields.
-        tensors: our parameter path -> their name; ``{layer}`` runs over the leading ``layers`` axis. Paths that the
-            specs of a config lack are not in its files.
-        values: their field -> {their value: our value}, where the words differ.
-        required: their fields with the only value that the family implements (a missing field has that value).
-        aliases: their other names of fields -> the names that are read and written. An alias is accepted only beside
-            its field and with the same value, because transformers applies it after values are derived from the field.
-        token_ids: their fields for special tokens; written as null when the vocabulary is too small to have the id.
-        head: as ``tensors``, never prefixed.
-        layouts: our path -> how the axes of one layer lie in the file, where not as ours.
-        copies: tensors (never prefixed) that files may hold as well -> our path whose bytes they must equal.
-        renamed: endings of names in old files -> what they are called today.
-        ignored: regular expressions of names (without prefix) that carry no parameter.
+        prefix: the prefix of all tensors of the base model in files of classes with a head.
+        fields: our config field -> their config field, if both have the same value, or a value in ``values``.
+        implied: values of our config fields for all models of this ``model_type``, unless ``config.json`` has another
+            value (through ``fields``). Those that are not in ``fields`` also select the table to write a model with:
+            the first table of the family whose implied values the model has.
+        read_fields: a function from their ``config.json`` to values of our config fields, for fields that need a
+            computation. The caller adds the path of the file to a ``ValueError`` that it raises.
+        write_fields: the inverse: from our config to their fields.
+        tensors: path of our parameter -> name of their tensor. ``{layer}`` is the index on the leading ``layers`` axis.
+            If a config has no parameter with a path, its files do not contain the tensor.
+        values: their config field -> {their value: our value}, for values that differ.
+        required: their config fields and the only value that the family implements. A missing field has this value.
+        aliases: other names of their fields -> the names that are read and written. An alias is accepted only together
+            with the field and with the same value, because transformers applies it after it has derived other values
+            from the field.
+        token_ids: their fields for special tokens. A field is written as null if the id is outside the vocabulary.
+        head: as ``tensors``, but without ``prefix`` in all files.
+        layouts: path of our parameter -> :data:`Layout` of one layer, if their tensor has another shape.
+        copies: name of a tensor (without ``prefix``) that a file may also contain -> path of our parameter that it
+            must be equal to.
+        renamed: end of a name in old files -> end of the current name.
+        ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.
     """
 
     architectures: Mapping[str, Mapping[str, Any]]

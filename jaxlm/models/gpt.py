@@ -124,7 +124,7 @@ def apply(
     kv = None if state is None else state["layers"]
     x, kv = common.scan_layers(
         block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
-        in_place=cache.stays_in_place(state, tokens.shape[1]),
+        in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     if cfg.norm_position == "before":
         x = layer_norm(params["final_norm"], x, cfg.norm_epsilon)
@@ -135,7 +135,7 @@ def _attention(
     cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Span, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     q, k, v = _project_qkv(weights["qkv"], x)
-    kv, (k, v) = cache.extended(kv, (k, v), context)
+    kv, (k, v) = cache.append_and_read(kv, (k, v), context)
     x = attention(
         q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,

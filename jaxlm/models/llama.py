@@ -138,7 +138,7 @@ def apply(
     kv = None if state is None else state["layers"]
     x, kv = common.scan_layers(
         block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
-        in_place=cache.stays_in_place(state, tokens.shape[1]),
+        in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = rms_norm(params["final_norm"], x, cfg.norm_epsilon)
     return common.decoder_outputs(x, kv, context, state)
@@ -157,7 +157,7 @@ def _attention(
         constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
     )
     q, k = rotate(q, angles), rotate(k, angles)
-    kv, (k, v) = cache.extended(kv, (k, v), context)
+    kv, (k, v) = cache.append_and_read(kv, (k, v), context)
     x = attention(
         q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,

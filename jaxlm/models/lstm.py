@@ -1,10 +1,10 @@
 """LSTM language model with the regularization of AWD-LSTM (Merity et al. 2017), and bidirectional LSTM encoder.
 
-Reads one token after the other into a state of constant size. Follows AWD-LSTM's code where it differs from the paper:
-the means (not norms) of ``recurrent.regularization``, and a head with a bias. Each gate has one bias (torch has two,
-which act as their sum), which starts at 0.
+The code follows that of AWD-LSTM where it differs from the paper: ``recurrent.regularization`` has means instead of
+norms, and the output head has a bias. Each gate has one bias, initialised with 0 (torch has two, which act as their
+sum). The state has constant size.
 
-Legend: B batch, T time, D width of the last layer (twice that for both directions), V vocabulary.
+Shapes: B batch, T time, D width of the last layer (twice that for both directions), V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,67 +14,13 @@ from typing import Any
 
 import jax
 
-from jaxlm.models import common, heads, recurrent
+from jaxlm.models import recurrent
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(recurrent.RecurrentConfig):
     """Shape and behaviour of an LSTM. The defaults are AWD-LSTM on the Penn Treebank (24M parameters)."""
-
-    vocab_size: int = 10000
-    """Number of token ids."""
-    num_layers: int = 3
-    """Number of layers."""
-    embed_dim: int = 400
-    """Width of the embeddings, and of the last layer before a tied head."""
-    hidden_dim: int = 1150
-    """Width of each direction of the other layers."""
-    direction: recurrent.Direction = "forward"
-    """Read forward, or in both directions with the outputs side by side (an encoder)."""
-    tie_embeddings: bool = True
-    """Use the token table as output head (with task causal)."""
-    embedding_dropout: float = 0.1
-    """Rate at which whole word types are dropped from the embeddings, while training."""
-    input_dropout: float = 0.4
-    """Dropout rate on the embedded tokens, while training."""
-    hidden_dropout: float = 0.25
-    """Dropout rate between layers, while training."""
-    output_dropout: float = 0.4
-    """Dropout rate on the last layer's output, while training."""
-    weight_dropout: float = 0.5
-    """Dropout rate on the hidden-to-hidden weights (DropConnect), while training."""
-    dropout_mask: recurrent.DropoutMask = "locked"
-    """Dropout of activations: one mask for all steps of a row (locked), or one for each step (fresh)."""
-    init_bound: float = 0.1
-    """Initial embeddings and heads are uniform within this bound."""
-    recurrent_init_bound: float | None = None
-    """Initial weights of the layers are uniform within this bound; None means 1 / sqrt(width of the layer)."""
-    task: heads.Task = "causal"
-    """Which head the model has: causal, classification, tagging or none."""
-    num_labels: int = 2
-    """Number of labels (with task classification or tagging)."""
-    vocab_multiple: int = 1
-    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own, and the state is float32."""
-
-    def __post_init__(self) -> None:
-        recurrent.check(self)
-
-
-def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
-    return recurrent.specs(cfg, lstm_specs)
-
-
-def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """``hidden`` and ``cell`` of each layer, and the document that each row was in; ``length`` does not matter.
-
-    Raises:
-        TypeError: the model reads in both directions.
-    """
-    return recurrent.state_specs(cfg, batch, lstm_state_specs)
 
 
 def apply(
@@ -86,13 +32,13 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The last layer's outputs (dropped, when training), [B, T, D], and the new state (None without one).
+    """The outputs of the last layer after dropout, [B, T, D], and the new state (None without a state).
 
     Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, there and from there on.
-        state: from ``state_specs``; the tokens then continue what it has read.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        key: random key for dropout; None is deterministic.
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for this token and all later ones.
+        state: from ``state_specs``; the tokens continue the tokens in it.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
     """
     dropped, _, state = recurrent.apply(cfg, lstm, params, tokens, state, segment_ids, key)
     return dropped, state
@@ -107,15 +53,17 @@ def apply_with_outputs(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """``apply`` for a loss with ``recurrent.regularization``: outputs after dropout, outputs before it, the state."""
+    """The outputs after and before dropout, and the new state: :func:`apply` for ``recurrent.regularization``."""
     return recurrent.apply(cfg, lstm, params, tokens, state, segment_ids, key)
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """What the head of the task says: [B, T, V] (V padded to ``vocab_multiple``) or [B, T, labels] float32.
+    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
 
     Raises:
-        ValueError: task none has no head.
+        ValueError: the task is none, so there is no head.
     """
     return recurrent.logits(cfg, params, hidden)
 
@@ -127,11 +75,25 @@ def summary(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The largest value of each feature over the real tokens, [B, 1, D]: what the classifier reads.
+    """The input of the classifier: the maximum of each feature over the real tokens, [B, 1, D].
 
-    The maximum and not the mean, as in the BiLSTM-max of Conneau et al. 2017 ("InferSent"), who find it the better one.
+    Conneau et al. 2017 ("InferSent") find max pooling better than mean pooling for bidirectional encoders.
     """
     return recurrent.largest(hidden, segment_ids)
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters."""
+    return recurrent.specs(cfg, lstm_specs)
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the state for any ``length``: ``hidden`` and ``cell`` of each layer, and each row's last document.
+
+    Raises:
+        TypeError: the model reads in both directions.
+    """
+    return recurrent.state_specs(cfg, batch, lstm_state_specs)
 
 
 def _zaremba(width: int, rate: float, bound: float) -> Config:
@@ -147,7 +109,7 @@ VARIANTS = {
     "awd-lstm": Config(),
     "lstm-zaremba-medium": _zaremba(650, 0.5, 0.05),
     "lstm-zaremba-large": _zaremba(1500, 0.65, 0.04),
-    # Wide initial values: so small a model otherwise starts with too small gradients to learn anything in a few steps.
+    # Larger initial weights: with the default bound, the gradients of so small a model are too small to learn quickly.
     "lstm-tiny": Config(
         vocab_size=128, num_layers=2, embed_dim=24, hidden_dim=48, init_bound=1.0, recurrent_init_bound=0.5
     ),

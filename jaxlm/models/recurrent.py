@@ -1,14 +1,15 @@
-"""What the families of recurrent layers share: stacks of layers in one or both directions, with AWD regularization.
+"""Shared parts of the LSTM and GRU families: stacked layers in one or both directions, with the dropout of AWD-LSTM.
 
-Merity et al. 2017 ("Regularizing and Optimizing LSTM Language Models"), whose code is followed, drop: recurrent weights
-(``weight_dropout``, DropConnect), whole word types (``embedding_dropout``), and activations with one mask for all steps
-of a row (``input_dropout``, ``hidden_dropout``, ``output_dropout``).
+Merity et al. 2017 ("Regularizing and Optimizing LSTM Language Models") drop recurrent weights (``weight_dropout``,
+DropConnect), whole word types (``embedding_dropout``), and activations with one mask for all steps of a row
+(``input_dropout``, ``hidden_dropout``, ``output_dropout``). The code follows theirs.
 
-Legend: B batch, T time, D width, V vocabulary.
+Shapes: B batch, T time, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
-from jaxlm.nn.recurrence import borders
+from jaxlm.nn.recurrence import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Uniform, fold_name
 
@@ -30,30 +31,178 @@ Layer = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """``recurrence.lstm`` or ``recurrence.gru``."""
 
 
-Config = Any
-"""The config of a family: see its fields there."""
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig(common.ModelConfig):
+    """Base class of the ``Config`` of both families. The defaults are AWD-LSTM on the Penn Treebank."""
+
+    vocab_size: int = 10000
+    """Number of token ids."""
+    num_layers: int = 3
+    """Number of layers."""
+    embed_dim: int = 400
+    """Width of the embeddings, and of the last layer if the output head is tied."""
+    hidden_dim: int = 1150
+    """Width of each direction of the other layers."""
+    direction: Direction = "forward"
+    """Read forward, or in both directions with concatenated outputs (an encoder)."""
+    tie_embeddings: bool = True
+    """Use the token table as output head (task causal)."""
+    embedding_dropout: float = 0.1
+    """Dropout rate on whole word types in the embeddings."""
+    input_dropout: float = 0.4
+    """Dropout rate on the embedded tokens."""
+    hidden_dropout: float = 0.25
+    """Dropout rate between layers."""
+    output_dropout: float = 0.4
+    """Dropout rate on the output of the last layer."""
+    weight_dropout: float = 0.5
+    """Dropout rate on the hidden-to-hidden weights (DropConnect)."""
+    dropout_mask: DropoutMask = "locked"
+    """Dropout mask of activations: one for all steps of a row (locked), or one for each step (fresh)."""
+    init_bound: float = 0.1
+    """Initial embeddings and heads are uniform in [-init_bound, init_bound]."""
+    recurrent_init_bound: float | None = None
+    """Bound of the uniform initial weights of the layers; None means 1 / sqrt(width of the layer)."""
+    task: heads.Task = "causal"
+    """Output head: causal, classification, tagging or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or tagging."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "num_labels")
+        common.check_rates(self, *RATES)
+        common.check_choices(
+            self, direction=get_args(Direction), dropout_mask=get_args(DropoutMask),
+            task=("causal", "classification", "tagging", "none"),
+        )  # fmt: skip
+        if self.direction == "both" and self.task == "causal":
+            raise ValueError("direction='both' reads the tokens that task='causal' predicts: use direction='forward'")
 
 
-def check(cfg: Config) -> None:
-    """Raise ``ValueError`` for a config that cannot be."""
-    common.check_positive(cfg, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "num_labels", "vocab_multiple")
-    common.check_rates(cfg, *RATES)
-    common.check_choices(
-        cfg, direction=get_args(Direction), dropout_mask=get_args(DropoutMask), dtype=get_args(common.ComputeDtype),
-        task=("causal", "classification", "tagging", "none"),
-    )  # fmt: skip
-    if cfg.direction == "both" and cfg.task == "causal":
-        raise ValueError("direction='both' reads what task='causal' has to predict: take direction='forward'")
+def apply(
+    cfg: RecurrentConfig,
+    layer: Layer,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    state: Any,
+    segment_ids: jax.Array | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The outputs of the last layer after and before dropout, both [B, T, D], and the new state."""
+    common.check_tokens(tokens, segment_ids, None, None)
+    if state is not None and cfg.direction == "both":
+        raise ValueError("direction='both' needs the whole sequence at once and carries no state: leave state out")
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
+    if key is not None and cfg.embedding_dropout > 0.0:
+        # All occurrences of a word in the batch share one entry of the mask.
+        ones_V1 = jnp.ones((params["token_embedding"].shape[0], 1))
+        x = x * embed(dropout(ones_V1, cfg.embedding_dropout, fold_name(key, "words")), tokens, x.dtype)
+    x = constrain(_dropout(cfg, x, cfg.input_dropout, fold_name(key, "input")), ("batch", "seq", "activation_embed"))
+
+    forward_masks, backward_masks, last_segment = {}, {}, None
+    if segment_ids is not None or state is not None:
+        segments = common.segments_of(tokens, segment_ids)
+        reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
+        forward_masks = {"reset_BT": reset, "keep_BT": keep}
+        backward_masks = {"reset_BT": segment_boundaries(segments, reverse=True)[0], "keep_BT": keep}
+    new_state: dict[str, Any] = {"last_segment": last_segment}
+    for index in range(cfg.num_layers):
+        name = f"layer_{index}"
+        layer_key = fold_name(key, name)
+        if index > 0:
+            x = _dropout(cfg, x, cfg.hidden_dropout, fold_name(layer_key, "input"))
+        if cfg.direction == "both":
+            weights = {
+                side: _drop_connect(cfg, side_weights, fold_name(layer_key, side))
+                for side, side_weights in params[name].items()
+            }
+            forward, _ = layer(weights["forward"], x, **forward_masks)
+            backward, _ = layer(weights["backward"], x, **backward_masks, reverse=True)
+            x = jnp.concatenate([forward, backward], axis=-1)
+        else:
+            layer_state = None if state is None else state[name]
+            layer_weights = _drop_connect(cfg, params[name], layer_key)
+            x, new_state[name] = layer(layer_weights, x, layer_state, **forward_masks)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+    return _dropout(cfg, x, cfg.output_dropout, fold_name(key, "output")), x, None if state is None else new_state
 
 
-def widths(cfg: Config) -> list[int]:
-    """Width of each layer (of one direction). Before a tied head, the last is as wide as the embeddings."""
+def _dropout(cfg: RecurrentConfig, x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0.0 or cfg.dropout_mask == "fresh":
+        return dropout(x_BTD, rate, key)
+    B, _, D = x_BTD.shape
+    return x_BTD * dropout(jnp.ones((B, 1, D), x_BTD.dtype), rate, key)
+
+
+def _drop_connect(cfg: RecurrentConfig, params: dict[str, Any], key: jax.Array | None) -> dict[str, Any]:
+    """The layer with DropConnect (Wan et al. 2013) on its hidden-to-hidden weights: one mask for a whole call."""
+    dropped = dropout(params["weight_hidden"], cfg.weight_dropout, fold_name(key, "weight_hidden"))
+    return {**params, "weight_hidden": dropped}
+
+
+def logits(cfg: RecurrentConfig, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the task's head for hidden states [B, T, D]."""
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)
+    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]["weight"]
+    scores = unembed(table, hidden, cfg.vocab_size) + params["head"]["bias"].astype(jnp.float32)[None, None, :]
+    return constrain(scores, ("batch", None, "vocab"))
+
+
+def largest(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """The maximum of each feature over the real tokens of each row, [B, 1, D]; zeros for a row without real tokens."""
+    if segment_ids_BT is None:
+        return jnp.max(hidden_BTD, axis=1, keepdims=True)
+    real_BT1 = (segment_ids_BT > 0)[:, :, None]
+    top_B1D = jnp.max(jnp.where(real_BT1, hidden_BTD, -jnp.inf), axis=1, keepdims=True)
+    return jnp.where(jnp.any(real_BT1, axis=1, keepdims=True), top_B1D, 0.0)
+
+
+def regularization(
+    dropped_BTD: jax.Array,
+    raw_BTD: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    activation: float = 2.0,
+    slowness: float = 1.0,
+) -> jax.Array:
+    """The regularization term of AWD-LSTM, a float32 scalar to add to the mean loss (Merity et al. 2017, section 5):
+    ``activation * mean(dropped ** 2) + slowness * mean((raw[t + 1] - raw[t]) ** 2)``.
+
+    As in the published code, these are means and not norms. The first mean is over real tokens, the second one over
+    adjacent tokens of the same document.
+
+    Args:
+        dropped_BTD, raw_BTD: outputs of the last layer after and before dropout, from ``apply_with_outputs``.
+        segment_ids: [B, T] int32, 0 for padding. Default: one document.
+        activation: alpha, weight of the activation regularization.
+        slowness: beta, weight of the temporal activation regularization.
+    """
+    ones_BT = jnp.ones(raw_BTD.shape[:2], jnp.int32)
+    segments = ones_BT if segment_ids is None else segment_ids
+    steps_BTD = raw_BTD[:, 1:].astype(jnp.float32) - raw_BTD[:, :-1].astype(jnp.float32)
+    same_document_BT = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
+    return activation * _mean_square(dropped_BTD.astype(jnp.float32), segments > 0) + slowness * _mean_square(
+        steps_BTD, same_document_BT
+    )
+
+
+def _mean_square(x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    total = jnp.sum(jnp.where(mask_BT[:, :, None], jnp.square(x_BTD), 0.0))
+    return total / jnp.maximum(jnp.sum(mask_BT) * x_BTD.shape[-1], 1)
+
+
+def widths(cfg: RecurrentConfig) -> list[int]:
+    """The width of each layer (of one direction). The last one is ``embed_dim`` if the head is tied to the table."""
     last = cfg.embed_dim if cfg.task == "causal" and cfg.tie_embeddings else cfg.hidden_dim
     return [cfg.hidden_dim] * (cfg.num_layers - 1) + [last]
 
 
-def specs(cfg: Config, layer_specs: Callable[[int, int, Initializer | None], dict[str, ArraySpec]]) -> dict[str, Any]:
-    """Every parameter: ``layer_0``, ``layer_1``, ... because layers differ in width."""
+def specs(
+    cfg: RecurrentConfig, layer_specs: Callable[[int, int, Initializer | None], dict[str, ArraySpec]]
+) -> dict[str, Any]:
+    """The specs of all parameters. Layers are separate (``layer_0``, ``layer_1``, ...), because their widths differ."""
     V, directions = padded(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
     uniform = Uniform(cfg.init_bound)
     recurrent = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
@@ -71,9 +220,9 @@ def specs(cfg: Config, layer_specs: Callable[[int, int, Initializer | None], dic
 
 
 def state_specs(
-    cfg: Config, batch: int, layer_state_specs: Callable[[int, int], dict[str, ArraySpec]]
+    cfg: RecurrentConfig, batch: int, layer_state_specs: Callable[[int, int], dict[str, ArraySpec]]
 ) -> dict[str, Any]:
-    """The state of each layer, and the document (segment) that each row was in: constant in size.
+    """The specs of the state, of constant size: the state of each layer, and the last document (segment) of each row.
 
     Raises:
         TypeError: the model reads in both directions.
@@ -82,111 +231,3 @@ def state_specs(
         raise TypeError("direction='both' needs the whole sequence at once: only direction='forward' carries a state")
     layers = {f"layer_{index}": layer_state_specs(batch, width) for index, width in enumerate(widths(cfg))}
     return {**layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
-
-
-def apply(
-    cfg: Config,
-    layer: Layer,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    state: Any,
-    segment_ids: jax.Array | None,
-    key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The last layer's outputs after dropout and before it, both [B, T, D], and the new state."""
-    common.check_tokens(tokens, segment_ids, None, None)
-    if state is not None and cfg.direction == "both":
-        raise ValueError("direction='both' needs the whole sequence at once and carries no state: leave state out")
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
-    if key is not None and cfg.embedding_dropout > 0.0:
-        # Whole words: every occurrence of a word in the batch is dropped, or scaled up, together.
-        ones_V1 = jnp.ones((params["token_embedding"].shape[0], 1))
-        x = x * embed(dropout(ones_V1, cfg.embedding_dropout, fold_name(key, "words")), tokens, x.dtype)
-    x = constrain(_drop(cfg, x, cfg.input_dropout, fold_name(key, "input")), ("batch", "seq", "activation_embed"))
-
-    ahead, back, last_segment = {}, {}, None  # the masks of the two directions
-    if segment_ids is not None or state is not None:
-        segments = common.segments_of(tokens, segment_ids)
-        reset, keep, last_segment = borders(segments, None if state is None else state["last_segment"])
-        ahead = {"reset_BT": reset, "keep_BT": keep}
-        back = {"reset_BT": borders(segments, reverse=True)[0], "keep_BT": keep}
-    new_state: dict[str, Any] = {"last_segment": last_segment}
-    for index in range(cfg.num_layers):
-        name = f"layer_{index}"
-        layer_key = fold_name(key, name)
-        if index > 0:
-            x = _drop(cfg, x, cfg.hidden_dropout, fold_name(layer_key, "input"))
-        if cfg.direction == "both":
-            weights = {side: _drop_weights(cfg, own, fold_name(layer_key, side)) for side, own in params[name].items()}
-            x = jnp.concatenate(
-                [layer(weights["forward"], x, **ahead)[0], layer(weights["backward"], x, **back, reverse=True)[0]],
-                axis=-1,
-            )
-        else:
-            old = None if state is None else state[name]
-            x, new_state[name] = layer(_drop_weights(cfg, params[name], layer_key), x, old, **ahead)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
-    return _drop(cfg, x, cfg.output_dropout, fold_name(key, "output")), x, None if state is None else new_state
-
-
-def _drop(cfg: Config, x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    if key is None or rate == 0.0 or cfg.dropout_mask == "fresh":
-        return dropout(x_BTD, rate, key)
-    B, _, D = x_BTD.shape
-    return x_BTD * dropout(jnp.ones((B, 1, D), x_BTD.dtype), rate, key)
-
-
-def _drop_weights(cfg: Config, params: dict[str, Any], key: jax.Array | None) -> dict[str, Any]:
-    """DropConnect (Wan et al. 2013) on the hidden-to-hidden weights: one mask for all steps and rows of a call."""
-    dropped = dropout(params["weight_hidden"], cfg.weight_dropout, fold_name(key, "weight_hidden"))
-    return {**params, "weight_hidden": dropped}
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """What the head of the task says of hidden states [B, P, D]."""
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]["weight"]
-    scores = unembed(table, hidden, cfg.vocab_size) + params["head"]["bias"].astype(jnp.float32)[None, None, :]
-    return constrain(scores, ("batch", None, "vocab"))
-
-
-def largest(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The largest of each feature over the real tokens of each row, [B, 1, D]; zeros where there are none."""
-    if segment_ids_BT is None:
-        return jnp.max(hidden_BTD, axis=1, keepdims=True)
-    real_BT1 = (segment_ids_BT > 0)[:, :, None]
-    top_B1D = jnp.max(jnp.where(real_BT1, hidden_BTD, -jnp.inf), axis=1, keepdims=True)
-    return jnp.where(jnp.any(real_BT1, axis=1, keepdims=True), top_B1D, 0.0)
-
-
-def regularization(
-    dropped_BTD: jax.Array,
-    raw_BTD: jax.Array,
-    segment_ids: jax.Array | None = None,
-    *,
-    activation: float = 2.0,
-    slowness: float = 1.0,
-) -> jax.Array:
-    """What AWD-LSTM adds to the mean loss of a batch (Merity et al. 2017, section 5), a float32 scalar:
-    ``activation * mean(dropped ** 2) + slowness * mean((raw[t + 1] - raw[t]) ** 2)``.
-
-    As in their code, means and not norms; over real tokens, and neighbours of one document.
-
-    Args:
-        dropped_BTD, raw_BTD: the last layer's outputs after and before dropout, from ``apply_with_outputs``.
-        activation: alpha, weight of the activation regularization.
-        slowness: beta, weight of the temporal one.
-    """
-    ones_BT = jnp.ones(raw_BTD.shape[:2], jnp.int32)
-    segments = ones_BT if segment_ids is None else segment_ids
-    steps_BTD = raw_BTD[:, 1:].astype(jnp.float32) - raw_BTD[:, :-1].astype(jnp.float32)
-    inside_BT = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
-    return activation * _mean_square(dropped_BTD.astype(jnp.float32), segments > 0) + slowness * _mean_square(
-        steps_BTD, inside_BT
-    )
-
-
-def _mean_square(x_BTD: jax.Array, counts_BT: jax.Array) -> jax.Array:
-    total = jnp.sum(jnp.where(counts_BT[:, :, None], jnp.square(x_BTD), 0.0))
-    return total / jnp.maximum(jnp.sum(counts_BT) * x_BTD.shape[-1], 1)

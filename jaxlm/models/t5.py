@@ -26,14 +26,14 @@ from jaxlm.models import common, files
 from jaxlm.nn import cache
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention
+from jaxlm.nn.attention_bias import AttentionBias
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, padded, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
-from jaxlm.nn.relative import distance_term, distance_term_of_positions
+from jaxlm.nn.relative import distance_bias, distance_bias_of_positions
 from jaxlm.nn.relative_bias import distance_buckets, distance_table
-from jaxlm.nn.term import Term
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -182,7 +182,7 @@ def apply(
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
         normed = _norm(cfg, weights["attention_norm"], x)
-        kv, (k, v) = cache.extended(kv, _project_kv(weights["attention"], normed), context)
+        kv, (k, v) = cache.append_and_read(kv, _project_kv(weights["attention"], normed), context)
         attention_key = fold_name(layer_key, "attention")
         x = x + _attention(cfg, weights["attention"], normed, k, v, context.mask, bias_fn(weights), attention_key)
 
@@ -197,7 +197,7 @@ def apply(
     kv = None if state is None else state["layers"]
     x, kv = common.scan_layers(
         block, x, layers, kv, key, count=_decoder_layers(cfg), remat=cfg.remat, unroll=not cfg.scan_layers,
-        in_place=cache.stays_in_place(state, tokens.shape[1]),
+        in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
     return common.decoder_outputs(x, kv, context, state)
@@ -210,7 +210,7 @@ def _attention(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
-    bias: Term | None,
+    bias: AttentionBias | None,
     key: jax.Array | None,
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
@@ -248,7 +248,7 @@ def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Arra
 
 def _bias_fn(
     cfg: Config, params: dict[str, Any], length: int, position_pair: Any, *, bidirectional: bool
-) -> Callable[[Any], Term]:
+) -> Callable[[Any], AttentionBias]:
     """A function from the weights of a layer to its position bias, computed per layer or once for the stack.
 
     Args:
@@ -256,11 +256,11 @@ def _bias_fn(
         position_pair: positions of queries and of keys; None: 0, 1, ... ``length - 1`` for both.
     """
 
-    def layer_bias(weights: Any) -> Term:
+    def layer_bias(weights: Any) -> AttentionBias:
         table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
         if position_pair is None:
-            return distance_term(table, cfg.max_distance, length, length, ahead=0)
-        return distance_term_of_positions(table, cfg.max_distance, *position_pair)
+            return distance_bias(table, cfg.max_distance, length, length, query_offset=0)
+        return distance_bias_of_positions(table, cfg.max_distance, *position_pair)
 
     if cfg.bias_per_layer:
         return layer_bias
@@ -339,10 +339,10 @@ def _cached_source(cfg: Config, params: dict[str, Any], source_kv: Any) -> tuple
     """
     layers = params["decoder"]["layers"]
     if isinstance(layers, tuple):
-        layers = tuple({**layer, "source_kv": cache.layer(source_kv, i)} for i, layer in enumerate(layers))
-        return layers, lambda weights: cache.by_heads(weights["source_kv"], cfg.num_heads)
+        layers = tuple({**layer, "source_kv": cache.layer_state(source_kv, i)} for i, layer in enumerate(layers))
+        return layers, lambda weights: cache.split_heads(weights["source_kv"], cfg.num_heads)
     layers = {**layers, "index": jnp.arange(_decoder_layers(cfg))}
-    return layers, lambda weights: cache.by_heads(cache.layer(source_kv, weights["index"]), cfg.num_heads)
+    return layers, lambda weights: cache.split_heads(cache.layer_state(source_kv, weights["index"]), cfg.num_heads)
 
 
 def _require_decoder(cfg: Config) -> None:

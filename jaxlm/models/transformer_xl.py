@@ -1,10 +1,11 @@
 """Transformer-XL (Dai et al. 2019): a causal transformer with a memory of earlier segments and relative positions.
 
-Every layer also attends to its own inputs of the tokens before, kept without gradient (``jaxlm.nn.memory``), so that
-training on the next stretch of a text goes on where the last one ended. Follows the authors' PyTorch code and Hugging
-Face's (which share one dropout rate for everything but attention), with a memory that starts empty and not as zeros.
+Every layer also attends to its inputs for earlier tokens, which are stored without gradients (``jaxlm.nn.memory``). So
+training on the next segment of a text continues from the previous segment. The code follows the PyTorch code of the
+authors and of Hugging Face, which have one dropout rate for everything but attention. The memory starts empty, whereas
+theirs starts with zeros.
 
-Legend: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
+Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.
 """
 
@@ -22,11 +23,11 @@ from jaxlm.models import common, files, heads
 from jaxlm.nn import adaptive_softmax, memory
 from jaxlm.nn.adaptive_softmax import Clusters
 from jaxlm.nn.attention import attention
+from jaxlm.nn.attention_bias import AttentionBias
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.relative import distance_term, sinusoids
-from jaxlm.nn.term import Term
+from jaxlm.nn.relative import distance_bias, sinusoids
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -38,9 +39,9 @@ class Config:
     vocab_size: int = 267735
     """Number of token ids, by descending frequency."""
     cutoffs: tuple[int, ...] = (20000, 40000, 200000)
-    """First ids of the rarer clusters of the adaptive softmax; none means an ordinary softmax."""
+    """First id of each rare cluster of the adaptive softmax; () means an ordinary softmax."""
     embedding_divisor: int = 4
-    """How much narrower each cluster's token vectors are than those of the one before; 1 makes one table of all."""
+    """The token vectors of each cluster are narrower by this factor than those of the cluster before; 1: one table."""
     num_layers: int = 18
     """Number of blocks."""
     num_heads: int = 16
@@ -54,15 +55,15 @@ class Config:
     mlp_dim: int = 4096
     """Hidden width of the MLP."""
     memory_length: int = 1600
-    """Tokens of the memory that the model is meant for: what to make states of, and what same_length counts."""
+    """Number of tokens in the memory: the length of the states to make, and the window of same_length."""
     same_length: bool = True
-    """Let every token see exactly the memory_length last tokens, itself included."""
+    """Let every token attend to exactly the last memory_length tokens, itself included."""
     clamp_length: int | None = 1000
-    """Longest distance that is told apart; None tells all."""
+    """All distances of at least this length have the same encoding; None: no limit."""
     pre_norm: bool = False
-    """Normalise what a sublayer reads, and not what it and the residual give."""
+    """Pre-norm (norm of the input of each sublayer) instead of post-norm (norm of each residual sum)."""
     untie_relative: bool = True
-    """Give each layer content and position biases (u and v in the paper) of its own."""
+    """Whether each layer has its own content and position biases (u and v in the paper), or all layers share them."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     init_stddev: float = 0.02
@@ -70,23 +71,23 @@ class Config:
     projection_init_stddev: float = 0.01
     """Standard deviation of the initial projections of token vectors."""
     tie_embeddings: bool = True
-    """Share token vectors between input and softmax."""
+    """Use the token vectors of the input in the softmax."""
     tie_projections: bool = True
-    """Share the projections of token vectors between input and softmax, in all clusters but the first."""
+    """Use the projections of the input in the softmax, in all clusters but the first."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, relative positions, the MLP, what sublayers add and the output, while training."""
+    """Dropout rate on embeddings, relative positions, hidden layers of MLPs, outputs of sublayers and the output."""
     attention_dropout: float = 0.0
-    """Dropout rate on attention probabilities, while training."""
+    """Dropout rate on attention probabilities."""
     dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
+    """Compute dtype of activations; parameters keep their own dtype."""
     remat: common.Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
+    """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
     scan_layers: bool = True
-    """Loop over layers in one compiled body; False unrolls them."""
+    """Run the layers with ``lax.scan``, which compiles one layer; False unrolls the loop."""
     task: Literal["causal", "classification", "none"] = "causal"
-    """Head: next token (causal), one label for each row (classification), or none."""
+    """Output head: next token (causal), label of the text (classification), or none."""
     num_labels: int = 2
-    """Labels of a classifier."""
+    """Number of labels if the task is classification."""
 
     def __post_init__(self) -> None:
         common.check_positive(
@@ -99,12 +100,142 @@ class Config:
             task=("causal", "classification", "none"),
         )  # fmt: skip
         if self.embed_dim % 2:
-            raise ValueError(f"embed_dim={self.embed_dim} must be even: half of the relative positions are sines")
-        if self.clamp_length is not None and self.clamp_length < 1:
             raise ValueError(
-                f"clamp_length={self.clamp_length} must be at least 1, or None to tell all distances apart"
+                f"embed_dim={self.embed_dim} must be even: distances are encoded as pairs of sine and cosine"
             )
+        if self.clamp_length is not None and self.clamp_length < 1:
+            raise ValueError(f"clamp_length={self.clamp_length} must be at least 1, or None for no limit")
         _clusters(self)
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states of the last layer, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``; the tokens continue the tokens in it. It gets no gradient.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, None, None)
+    dtype = jnp.dtype(cfg.dtype)
+    order_BT = None
+    if segment_ids is not None:
+        # Padding is moved to the end of each row (it comes first in the memory). Then the distance of two tokens is the
+        # difference of their indices, and the bias needs no gather (``distance_bias``).
+        order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
+        tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
+    span, state = memory.span(tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None)
+
+    x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(cfg.embed_dim**0.5, dtype)
+    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+    distance_S = jnp.arange(span.key_positions.shape[1])[::-1]
+    if cfg.clamp_length is not None:
+        distance_S = jnp.minimum(distance_S, cfg.clamp_length)
+    r_SD = dropout(sinusoids(distance_S, cfg.embed_dim).astype(dtype), cfg.dropout, fold_name(key, "relative"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, layer_memory, layer_key = layer
+        context, new = x, None
+        if layer_memory is not None:
+            context = jnp.concatenate([jax.lax.stop_gradient(layer_memory["hidden"]), x], axis=1)
+            new = {"hidden": x}
+        biases = params if not cfg.untie_relative else weights["attention"]
+        x = _attention(cfg, weights, biases, x, context, r_SD, span.mask, layer_key)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+        return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new
+
+    memories = None if state is None else state["layers"]
+    x, new = common.scan_layers(
+        block, x, params["layers"], memories, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
+    )
+    x = dropout(x, cfg.dropout, fold_name(key, "output"))
+    if order_BT is not None:
+        x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
+    return x, None if state is None else {**state, "layers": memory.append_layers(memories, new, span.kept)}
+
+
+def _attention(
+    cfg: Config, weights: dict[str, Any], biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
+    mask: Any, key: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """The residual sum of ``x`` and its attention to ``context`` [B, S, D], whose last T entries are ``x``."""
+    attention_weights, norm, T, S = weights["attention"], weights["attention_norm"], x.shape[1], context.shape[1]
+    if cfg.pre_norm:
+        context = layer_norm(norm, context, cfg.norm_epsilon)
+    qkv = attention_weights["qkv"]["weight"]
+    q = constrain(linear({"weight": qkv[:, 0]}, context[:, -T:]), ("batch", "seq", "heads", "kv"))
+    content_q, position_q = (q + biases[name].astype(q.dtype)[None, None] for name in ("content_bias", "position_bias"))
+    scale = cfg.head_dim**-0.5
+
+    def bias(table: jax.Array, q: jax.Array) -> AttentionBias:
+        return distance_bias(table, S - 1, T, S, query_offset=S - T, q_BTHK=q, scale=scale)
+
+    if S > T and memory.use_absorbed_attention(q, context, dropout=cfg.attention_dropout, key=key):
+        relative_bias = bias(r_SD[:, None], memory.absorbed(attention_weights["relative"]["weight"], position_q))
+        absorbed_q = memory.absorbed(qkv[:, 1], content_q)
+        attended = memory.attend(absorbed_q, context, mask, scale=scale, biases=[relative_bias])
+        out = memory.projected(qkv[:, 2], attended)
+    else:
+        kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
+        out = attention(
+            content_q, kv[:, :, 0], kv[:, :, 1], mask, scale=scale,
+            bias=bias(linear(attention_weights["relative"], r_SD), position_q),
+            dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
+        )  # fmt: skip
+    out = linear(attention_weights["output"], out, inputs=2)
+    out = dropout(out, cfg.dropout, fold_name(key, "attention_output"))
+    return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """The residual sum of ``x`` and the MLP."""
+    mlp, norm = weights["mlp"], weights["mlp_norm"]
+    hidden = jax.nn.relu(linear(mlp["up"], layer_norm(norm, x, cfg.norm_epsilon) if cfg.pre_norm else x))
+    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp"))
+    out = dropout(linear(mlp["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
+    return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The outputs of the task's head, float32: log-probabilities of the next token [B, T, V], or label logits.
+
+    The log-probabilities are normalised. Label logits are described in ``heads.head_logits``; for classification,
+    ``hidden`` comes from :func:`summary`.
+
+    Raises:
+        ValueError: the task is none, so there is no head.
+    """
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)
+    return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, "vocab"))
+
+
+def cross_entropy(
+    cfg: Config, params: dict[str, Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """``sum(weights * -log p(target))``, a float32 scalar; see ``adaptive_softmax.cross_entropy``."""
+    return adaptive_softmax.cross_entropy(_clusters(cfg), params, hidden, targets, weights)
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
+    return heads.last_real(hidden, segment_ids)
 
 
 def _clusters(cfg: Config) -> Clusters:
@@ -112,7 +243,7 @@ def _clusters(cfg: Config) -> Clusters:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
+    """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
     normal, projection = Normal(cfg.init_stddev), Normal(cfg.projection_init_stddev)
     bias = ArraySpec((H, K), ("heads", "kv"), normal)
@@ -145,139 +276,17 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """A rolling memory of the last ``length`` tokens of ``batch`` rows: for training on streams, ``cfg.memory_length``.
+    """The specs of the rolling memory of the last ``length`` tokens of ``batch`` rows; older tokens are dropped.
 
-    Older tokens are forgotten; with room for all of them, pieces give what one call gives.
+    To train on consecutive segments, use ``cfg.memory_length``. If the memory is long enough for all tokens, several
+    calls give the same results as one call.
     """
     return memory.memory_specs(cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype))
 
 
-def apply(
-    cfg: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    *,
-    state: Any = None,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-    """Hidden states of the last layer, [B, T, D], and the new state (None without one).
-
-    Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens then continue what it holds. No gradient flows into it.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        key: random key for dropout; None is deterministic.
-    """
-    common.check_tokens(tokens, segment_ids, None, None)
-    dtype = jnp.dtype(cfg.dtype)
-    order_BT = None
-    if segment_ids is not None:
-        # With all pads last (and first in the memory), distances are those of places, and a shift finds their terms.
-        order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
-        tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
-    place, state = memory.span(tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None)
-
-    x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(cfg.embed_dim**0.5, dtype)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
-    x = constrain(x, ("batch", "seq", "activation_embed"))
-    distance_S = jnp.arange(place.key_positions.shape[1])[::-1]
-    if cfg.clamp_length is not None:
-        distance_S = jnp.minimum(distance_S, cfg.clamp_length)
-    r_SD = dropout(sinusoids(distance_S, cfg.embed_dim).astype(dtype), cfg.dropout, fold_name(key, "relative"))
-
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, old, layer_key = layer
-        context, new = x, None
-        if old is not None:
-            context = jnp.concatenate([jax.lax.stop_gradient(old["hidden"]), x], axis=1)
-            new = {"hidden": x}
-        biases = params if not cfg.untie_relative else weights["attention"]
-        x = _attention(cfg, weights, biases, x, context, r_SD, place.mask, layer_key)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
-        return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new
-
-    old = None if state is None else state["layers"]
-    x, new = common.scan_layers(
-        block, x, params["layers"], old, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
-    x = dropout(x, cfg.dropout, fold_name(key, "output"))
-    if order_BT is not None:
-        x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
-    return x, None if state is None else {**state, "layers": memory.append_layers(old, new, place.kept)}
-
-
-def _attention(
-    cfg: Config, weights: dict[str, Any], biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
-    mask: Any, key: jax.Array | None,
-) -> jax.Array:  # fmt: skip
-    """``x`` and what it reads in ``context`` [B, S, D], of which it is the end."""
-    own, norm, T = weights["attention"], weights["attention_norm"], x.shape[1]
-    if cfg.pre_norm:
-        context = layer_norm(norm, context, cfg.norm_epsilon)
-    qkv = own["qkv"]["weight"]
-    q = constrain(linear({"weight": qkv[:, 0]}, context[:, -T:]), ("batch", "seq", "heads", "kv"))
-    content, position = (q + biases[name].astype(q.dtype)[None, None] for name in ("content_bias", "position_bias"))
-    scale = cfg.head_dim**-0.5
-    S = context.shape[1]
-
-    def term(table: jax.Array, q: jax.Array) -> Term:
-        return distance_term(table, S - 1, T, S, ahead=S - T, q_BTHK=q, scale=scale)
-
-    if S > T and memory.is_met_directly(q, context, dropout=cfg.attention_dropout, key=key):
-        distances = term(r_SD[:, None], memory.absorbed(own["relative"]["weight"], position))
-        met = memory.absorbed(qkv[:, 1], content)
-        mixed = memory.projected(qkv[:, 2], memory.attend(met, context, mask, scale=scale, terms=[distances]))
-    else:
-        kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
-        mixed = attention(
-            content, kv[:, :, 0], kv[:, :, 1], mask, scale=scale, bias=term(linear(own["relative"], r_SD), position),
-            dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
-        )  # fmt: skip
-    out = dropout(linear(own["output"], mixed, inputs=2), cfg.dropout, fold_name(key, "attention_output"))
-    return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
-
-
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    own, norm = weights["mlp"], weights["mlp_norm"]
-    hidden = jax.nn.relu(linear(own["up"], layer_norm(norm, x, cfg.norm_epsilon) if cfg.pre_norm else x))
-    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp"))
-    out = dropout(linear(own["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
-    return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """Causal: log-probabilities of the next token, normalised, [B, T, V]; classification: [B, T, num_labels]. float32.
-
-    Raises:
-        ValueError: the model has no head.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, "vocab"))
-
-
-def cross_entropy(
-    cfg: Config, params: dict[str, Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
-    """``sum(weights * -log p(target))``, which asks each cluster of the vocabulary for its own words alone."""
-    return adaptive_softmax.cross_entropy(_clusters(cfg), params, hidden, targets, weights)
-
-
-def summary(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """What the classifier reads: the hidden state of each row's last token, [B, 1, D]."""
-    return heads.last_real(hidden, segment_ids)
-
-
 VARIANTS = {
     "transfo-xl-wt103": Config(),
-    # The base model of the paper (table 1), as in the authors' PyTorch script.
+    # The base model of the paper (table 1), with the settings of the authors' PyTorch script.
     "transformer-xl-base": Config(
         embedding_divisor=1, num_layers=16, num_heads=10, head_dim=41, embed_dim=410, token_dim=410, mlp_dim=2100,
         memory_length=150, same_length=False, clamp_length=None, untie_relative=False,

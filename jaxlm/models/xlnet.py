@@ -1,13 +1,15 @@
-"""XLNet (Yang et al. 2019): a transformer with relative positions that predicts tokens in any order, in two streams.
+"""XLNet (Yang et al. 2019): a transformer with relative positions that predicts tokens in any order, with two streams.
 
-Follows the authors' code and Hugging Face's weights. The content stream holds what stands at each place. The query
-stream stands at a place, starts from one learned vector and does not see that place's token: the head predicts from it.
-Both share all weights, and only the content stream (and the memory) gives keys and values, so a block runs on the two
-streams side by side, and attends for one after the other. Who sees whom is an integer per place: the content stream
-sees orders up to its own, the query stream only those below. Hugging Face computes ``gelu`` exactly, so files read from
-there do so too; the published weights were trained with the tanh form (``VARIANTS``).
+The content stream has the token of each position. The query stream starts from one learned vector and does not see the
+token of its own position, so the head predicts this token from it. Both streams share all weights, and only the content
+stream (and the memory) provides keys and values. So a block processes the concatenated streams, except that attention
+runs once per stream. Each position has an integer, its order. The content stream attends to positions of the same or a
+lower order, the query stream only to those of a lower order.
 
-Legend: B batch, T time, P places of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
+The code follows the authors' code and the weights of Hugging Face. Hugging Face computes ``gelu`` exactly, and so do
+models loaded from its files; the published weights were trained with the tanh approximation (``VARIANTS``).
+
+Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
 """
 
@@ -32,18 +34,18 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.relative import (
-    distance_term,
-    distance_term_of_positions,
-    distance_term_of_queries,
+    distance_bias,
+    distance_bias_of_positions,
+    distance_bias_of_queries,
     sinusoids,
-    type_term,
+    type_bias,
 )
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.TransformerConfig):
     """Shape and behaviour of an XLNet. The defaults are the published large model, as Hugging Face runs it."""
 
     vocab_size: int = 32000
@@ -63,39 +65,24 @@ class Config:
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     clamp_length: int | None = None
-    """Longest distance that is told apart; None tells all."""
+    """All distances of at least this length have the same encoding; None: no limit."""
     reuse_length: int | None = None
-    """How many tokens from the start of a call with an order go into the memory; None means all."""
+    """Number of tokens, from the first, that a call with an order adds to the memory; None: all."""
     task: heads.Task = "permutation"
-    """Head: permutation (language model), classification, tagging, span_qa or none."""
+    """Output head: permutation (language model), classification, tagging, span_qa or none."""
     num_labels: int = 2
-    """Outputs of the classification or tagging head."""
+    """Number of labels if the task is classification or tagging."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, attention probabilities, what each sublayer adds and the output, while training."""
+    """Dropout rate on embeddings, distances, attention probabilities, MLPs, outputs of sublayers and the output."""
     summary_dropout: float | None = None
-    """Dropout rate on what the classifier reads, while training; None means dropout."""
-    vocab_multiple: int = 1
-    """Pad the token table to a multiple of this many rows, so that it divides over devices."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own."""
-    remat: common.Remat = "dots"
-    """What the backward pass recomputes: nothing, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Loop over layers in one compiled body; False unrolls them."""
+    """Dropout rate on the input of the classifier; None means dropout."""
 
     def __post_init__(self) -> None:
-        common.check_positive(
-            self, "vocab_size", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels", "vocab_multiple"
-        )
+        super().__post_init__()
+        common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels")
         common.check_rates(self, "dropout", *(["summary_dropout"] if self.summary_dropout is not None else []))
-        common.check_choices(
-            self, activation=get_args(Activation), dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
-            task=("permutation", *heads.HEADS, "none"),
-        )  # fmt: skip
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them"
-            )
+        common.check_choices(self, activation=get_args(Activation), task=("permutation", *heads.HEADS, "none"))
+        common.check_divides(self, "num_heads", "embed_dim")
         if self.embed_dim % 2:
             raise ValueError(f"embed_dim={self.embed_dim} must be even: distances are encoded as sines and cosines")
         for name in ("clamp_length", "reuse_length"):
@@ -103,8 +90,311 @@ class Config:
                 common.check_positive(self, name)
 
 
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+    right_to_left: jax.Array | None = None,
+    order: jax.Array | None = None,
+    targets: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states, and the new state (None without a state).
+
+    The task ``permutation`` returns the query stream. With an ``order``, it is [B, P, D] at the positions ``targets``.
+    Without an order, it is a left-to-right language model [B, T, D]: query t has the position after token t, and
+    attends to the tokens up to t. The other tasks return the content stream [B, T, D], in which every token attends to
+    all tokens of its document.
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``; the tokens continue the tokens in it. The oldest tokens are dropped.
+        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
+        token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. Only the equality of two types has
+            an effect. The default, no types, differs from equal types.
+        right_to_left: [B] bool, True for rows whose tokens are in reverse order; the sign of their distances changes.
+        order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3). The content stream attends to positions
+            of the same or a lower order, the query stream only to those of a lower order.
+        targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
+    """
+    common.check_tokens(tokens, segment_ids, None, None)
+    _check(cfg, tokens, token_types, right_to_left, order, targets)
+    dtype = jnp.dtype(cfg.dtype)
+    T = tokens.shape[1]
+    inputs, state = _attention_inputs(cfg, tokens, state, segment_ids, key, token_types, right_to_left, order, targets)
+
+    x = embed(params["token_embedding"], tokens, dtype)
+    if cfg.task == "permutation":
+        inside_BP = jnp.ones_like(tokens, bool) if targets is None else (targets >= 0) & (targets < T)
+        query_BPD = jnp.where(inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
+        x = jnp.concatenate([x, query_BPD], axis=1)
+    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, layer_memory, layer_key = layer
+        old = None if layer_memory is None else layer_memory["hidden"]
+        attended = _attention(cfg, weights["attention"], x, T, old, inputs, layer_key)
+        new = None if layer_memory is None else {"hidden": x[:, : _num_remembered(cfg, T, order)]}
+        x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
+        x = constrain(x, ("batch", "seq", "activation_embed"))
+        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
+        return constrain(x, ("batch", "seq", "activation_embed")), new
+
+    memories = None if state is None else state["layers"]
+    x, new = common.scan_layers(
+        block, x, params["layers"], memories, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
+    )
+    hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
+    return hidden, None if state is None else {**state, "layers": memory.append_layers(memories, new, inputs.kept)}
+
+
+def _attention(
+    cfg: Config,
+    weights: dict[str, Any],
+    x_BQD: jax.Array,
+    T: int,
+    old_BMD: jax.Array | None,
+    inputs: _AttentionInputs,
+    key: jax.Array | None,
+) -> jax.Array:
+    """The output of attention for the concatenated streams ``x``, [B, Q, D]. ``old`` is the memory of the layer."""
+    q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
+    context = x_BQD[:, :T] if old_BMD is None else jnp.concatenate([old_BMD, x_BQD[:, :T]], axis=1)
+    scale, S = q.shape[-1] ** -0.5, context.shape[1]
+    use_absorbed = old_BMD is not None and memory.use_absorbed_attention(q, context, dropout=cfg.dropout, key=key)
+    if use_absorbed:
+        table = inputs.sinusoids[:, None]
+    else:
+        k, v = (constrain(linear(weights[name], context), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+        table = linear(weights["relative"], inputs.sinusoids)
+
+    def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
+        """The queries times the named weights if attention is absorbed, else the queries."""
+        return memory.absorbed(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
+
+    outputs = []
+    for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), inputs.streams, ("content", "query")):
+
+        def add_bias(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
+            return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
+
+        vectors: dict[str, Any] = {"q_BTHK": absorb("relative", add_bias("position_bias")), "scale": scale}
+        if stream.positions is not None:
+            biases = [distance_bias_of_positions(table, S, *stream.positions, **vectors)]
+        elif stream.query_indices is not None:
+            biases = [distance_bias_of_queries(table, S, stream.query_indices, S, **vectors)]
+        else:
+            biases = [distance_bias(table, S, q_BTHK.shape[1], S, query_offset=stream.query_offset, **vectors)]
+        if stream.token_types is not None:
+            types_2HK = weights["type_embedding"].astype(q.dtype)
+            biases.append(
+                type_bias(add_bias("type_bias"), types_2HK, stream.token_types, inputs.key_types, scale=scale)
+            )
+        content_q = absorb("key", add_bias("content_bias"))
+        if use_absorbed:
+            outputs.append(memory.attend(content_q, context, stream.mask, scale=scale, biases=biases))
+        else:
+            attention_key = fold_name(key, f"{name}_attention")
+            outputs.append(
+                attention(
+                    content_q, k, v, stream.mask, scale=scale, bias=biases, dropout=cfg.dropout, key=attention_key
+                )
+            )
+    values = jnp.concatenate(outputs, axis=1)
+    if use_absorbed:
+        values = memory.projected(weights["value"]["weight"], values)
+    out = linear(weights["output"], values, inputs=2)
+    return dropout(out, cfg.dropout, fold_name(key, "output"))
+
+
+def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    hidden = constrain(activation(cfg.activation)(linear(weights["up"], x)), ("batch", "seq", "mlp"))
+    hidden = dropout(hidden, cfg.dropout, fold_name(key, "mlp_hidden"))
+    return dropout(linear(weights["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the task's head, float32: tokens [B, P, V] (V padded to ``vocab_multiple``), or labels.
+
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    """
+    if cfg.task != "permutation":
+        return heads.head_logits(cfg.task, params, hidden)
+    logits = unembed(params["token_embedding"], hidden, cfg.vocab_size)
+    return constrain(logits + params["output_bias"].astype(jnp.float32)[None, None], ("batch", None, "vocab"))
+
+
+def summary(
+    cfg: Config,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
+    last = jnp.tanh(linear(params["summary"], heads.last_real(hidden, segment_ids)))
+    return dropout(last, _summary_dropout(cfg), fold_name(key, "summary"))
+
+
+def _summary_dropout(cfg: Config) -> float:
+    return cfg.dropout if cfg.summary_dropout is None else cfg.summary_dropout
+
+
+_MEMORY_ORDER = -(2**30)
+"""The order of the memory: lower than all orders, but far from the smallest integer, because orders are subtracted."""
+
+
+@struct.dataclass
+class _StreamInputs:
+    """The inputs of attention that depend on the stream. Positions are relative to the first of the S keys.
+
+    Attributes:
+        mask: which keys each query may attend to.
+        query_offset: the position of the first query, if the positions of the queries are consecutive.
+        query_indices: [1 or B, P] positions of the queries; None: they are consecutive.
+        positions: positions of queries [1 or B, T or P] and keys [1 or B, S]; None: the position of a key is its index.
+        token_types: [B, T or P] of the queries, or None.
+    """
+
+    mask: Mask
+    query_offset: int = struct.field(pytree_node=False)
+    query_indices: Any
+    positions: Any
+    token_types: Any
+
+
+@struct.dataclass
+class _AttentionInputs:
+    """The inputs of attention that all layers share.
+
+    Attributes:
+        streams: the content stream and, for the task ``permutation``, the query stream.
+        key_types: [B, S] token types of the keys, or None.
+        sinusoids: [R, D] encodings of the distances S, S - 1, ..., down to the lowest distance that occurs.
+        kept: see ``memory.Span``.
+    """
+
+    streams: tuple[_StreamInputs, ...]
+    key_types: Any
+    sinusoids: Any
+    kept: Any
+
+
+def _attention_inputs(
+    cfg: Config,
+    tokens: jax.Array,
+    state: Any,
+    segment_ids: Any,
+    key: jax.Array | None,
+    token_types: Any,
+    right_to_left: Any,
+    order: Any,
+    targets: Any,
+) -> tuple[_AttentionInputs, Any]:
+    """The inputs of attention, and the state updated for the new tokens, except for ``hidden``."""
+    B, T = tokens.shape
+    two_streams = cfg.task == "permutation"
+    span, _ = memory.span(tokens, state, segment_ids, causal=two_streams)
+    M = 0 if state is None else state["segment_ids"].shape[1]
+    S = M + T
+    types_BS = token_types
+    if token_types is not None and state is not None:
+        types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
+    sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
+
+    def at_targets(x_BT: Any) -> Any:
+        """A per-position array at the target positions, [B, P]; unchanged if there are no targets."""
+        if x_BT is None or targets is None:
+            return x_BT
+        return jnp.take_along_axis(jnp.broadcast_to(x_BT, (B, T)), targets, axis=1, mode="clip")
+
+    def stream(select: Callable[[Any], Any], offset: int, order_BT: Any, consecutive: bool) -> _StreamInputs:
+        """The inputs of a stream.
+
+        Args:
+            select: from an array of all new tokens to that of the queries.
+            offset: added to the positions of the selected tokens.
+            order_BT: the highest order that each query may attend to; None: causal by index.
+            consecutive: whether the positions of the queries are consecutive.
+        """
+        mask = Mask(
+            causal=two_streams,
+            query_order=order_BT,
+            key_order=None if order_BT is None else key_order,
+            query_segments=select(span.mask.query_segments),
+            key_segments=span.mask.key_segments,
+        )
+        positions = None
+        if segment_ids is not None or right_to_left is not None:
+            positions = (select(span.query_positions) + offset) * sign, span.key_positions * sign
+        query_indices = None if consecutive else M + offset + select(jnp.arange(T)[None])
+        return _StreamInputs(mask, M + offset, query_indices, positions, token_types=select(token_types))
+
+    def identity(x: Any) -> Any:
+        return x
+
+    key_order = None
+    if order is not None:
+        key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_MEMORY_ORDER)
+        content = stream(identity, 0, order, consecutive=True)
+        streams = [content, stream(at_targets, 0, at_targets(order) - 1, consecutive=False)]
+    elif two_streams:
+        key_order = span.key_positions
+        order_BT = None if state is None and segment_ids is None else span.query_positions
+        # The query stream has the positions after those of the content stream: it predicts the next tokens.
+        streams = [stream(identity, offset, order_BT, consecutive=True) for offset in (0, 1)]
+    else:
+        streams = [stream(identity, 0, None, consecutive=True)]
+
+    lowest = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
+    distance_R = jnp.arange(S, lowest - 1, -1)
+    if cfg.clamp_length is not None:
+        distance_R = jnp.clip(distance_R, -cfg.clamp_length, cfg.clamp_length)
+    # All rows share one dropout mask; the authors' code draws one for each row.
+    encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
+
+    kept = None
+    if state is not None:
+        count = _num_remembered(cfg, T, order)
+        remembered_segments = None if segment_ids is None else segment_ids[:, :count]
+        remembered, state = memory.span(tokens[:, :count], state, remembered_segments)
+        kept = remembered.kept
+        types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
+        state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :count], kept)}
+    return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept), state
+
+
+def _num_remembered(cfg: Config, T: int, order: Any) -> int:
+    """The number of new tokens, from the first, that are added to the memory."""
+    return T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
+
+
+def _check(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
+    B, T = tokens.shape
+    expected = {"token_types": (token_types, (B, T)), "right_to_left": (right_to_left, (B,)), "order": (order, (B, T))}
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} {list(x.shape)} must be {list(shape)} for tokens {list(tokens.shape)}")
+    if (order is None) != (targets is None):
+        raise ValueError(
+            "order and targets must be given together (prediction order, positions to predict), got only one of them"
+        )
+    if targets is None:
+        return
+    if cfg.task != "permutation":
+        raise ValueError(f"task={cfg.task!r} predicts no tokens: order and targets are for task='permutation'")
+    if targets.ndim != 2 or targets.shape[0] != B:
+        raise ValueError(f"targets {list(targets.shape)} must be [{B}, positions] for tokens {list(tokens.shape)}")
+
+
 def specs(cfg: Config) -> dict[str, Any]:
-    """Every parameter of the model."""
+    """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, cfg.mlp_dim
     V = padded(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
@@ -117,7 +407,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "value": projection,
             "relative": projection,
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, inputs=2, bias=False),
-            # What a query is worth at all when it meets a content, a distance, an equal or other token type.
+            # Added to the queries before the product with keys, encodings of distances, and token types.
             "content_bias": score_bias,
             "position_bias": score_bias,
             "type_bias": score_bias,
@@ -144,298 +434,25 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The memory of the last ``length`` tokens of ``batch`` rows: inputs of every block, segments, token types.
+    """The specs of the memory of the last ``length`` tokens of ``batch`` rows: inputs of blocks, segments, token types.
 
     Raises:
-        TypeError: a task that reads whole texts, so that nothing is carried on.
+        TypeError: the task reads whole texts.
     """
     if cfg.task != "permutation":
-        raise TypeError(f"an XLNet with task={cfg.task!r} sees whole texts at once, so it cannot decode or stream")
+        raise TypeError(
+            f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' can decode or stream"
+        )
     return {
         **memory.memory_specs(cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype)),
         "token_types": ArraySpec((batch, length), ("batch", None), dtype=jnp.int32),
     }
 
 
-_BEFORE_ALL = -(2**30)
-"""The order of the memory: far from the smallest integer, for orders are subtracted."""
-
-
-@struct.dataclass
-class _Stream:
-    """Where the queries of one stream stand, before S keys.
-
-    Attributes:
-        mask: who sees whom.
-        ahead: how many places after the first key the first query stands, and the others follow one by one.
-        places: how many places after the first key each query stands, [B, P], where they do not; else None.
-        positions: of queries and of keys, [1 or B, T or P] and [1 or B, S], where keys do not stand at their places;
-            else None.
-        types: [B, T or P] token types of the queries, or None.
-    """
-
-    mask: Mask
-    ahead: int = struct.field(pytree_node=False)
-    places: Any
-    positions: Any
-    types: Any
-
-
-@struct.dataclass
-class _Place:
-    """Where everything stands.
-
-    Attributes:
-        streams: the content stream and, for the task ``permutation``, the query stream.
-        key_types: [B, S] token types of the keys, or None.
-        sinusoids: [R, D] of distances S, S - 1, ..., for both signs as far as they are needed.
-        kept: of ``memory.Span``.
-    """
-
-    streams: tuple[_Stream, ...]
-    key_types: Any
-    sinusoids: Any
-    kept: Any
-
-
-def apply(
-    cfg: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    *,
-    state: Any = None,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-    token_types: jax.Array | None = None,
-    right_to_left: jax.Array | None = None,
-    order: jax.Array | None = None,
-    targets: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-    """Hidden states and the new memory (None without one).
-
-    The task ``permutation`` gives the query stream. With an ``order``, [B, P, D] at the places ``targets``. Without,
-    [B, T, D]: the usual left-to-right language model, the query at t standing at the place after token t and seeing
-    tokens up to t. The other tasks give the content stream [B, T, D], where every token of a document sees every other.
-
-    Args:
-        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens then see and continue what it holds. It rolls: the newest tokens stay.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
-        key: random key for dropout; None is deterministic.
-        token_types: [B, T] int32, for example 0 and 1 for the two sentences of a pair; only whether two are equal
-            counts. Default: none, which is not the same as all equal.
-        right_to_left: [B] bool, rows whose tokens are in reverse order of the text: their distances change sign.
-        order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3): the content at a place sees places of
-            the same or a lower order, the query at it only those of a lower one.
-        targets: [B, P] int32, places that are predicted. One outside of the row gives NaN.
-    """
-    common.check_tokens(tokens, segment_ids, None, None)
-    _check(cfg, tokens, token_types, right_to_left, order, targets)
-    dtype = jnp.dtype(cfg.dtype)
-    T = tokens.shape[1]
-    place, state = _place(cfg, tokens, state, segment_ids, key, token_types, right_to_left, order, targets)
-
-    x = embed(params["token_embedding"], tokens, dtype)
-    if cfg.task == "permutation":
-        inside_BP = jnp.ones_like(tokens, bool) if targets is None else (targets >= 0) & (targets < T)
-        start_BPD = jnp.where(inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
-        x = jnp.concatenate([x, start_BPD], axis=1)
-    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
-    x = constrain(x, ("batch", "seq", "activation_embed"))
-
-    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        weights, old, layer_key = layer
-        remembered = None if old is None else old["hidden"]
-        attended = _attention(cfg, weights["attention"], x, T, remembered, place, layer_key)
-        new = None if old is None else {"hidden": x[:, : _remembered(cfg, T, order)]}
-        x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
-        x = constrain(x, ("batch", "seq", "activation_embed"))
-        x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
-        return constrain(x, ("batch", "seq", "activation_embed")), new
-
-    old = None if state is None else state["layers"]
-    x, new = common.scan_layers(
-        block, x, params["layers"], old, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
-    hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
-    return hidden, None if state is None else {**state, "layers": memory.append_layers(old, new, place.kept)}
-
-
-def _check(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
-    B, T = tokens.shape
-    expected = {"token_types": (token_types, (B, T)), "right_to_left": (right_to_left, (B,)), "order": (order, (B, T))}
-    for name, (x, shape) in expected.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} {list(x.shape)} must be {list(shape)} for tokens {list(tokens.shape)}")
-    if (order is None) != (targets is None):
-        raise ValueError("order and targets come together (places to predict, in which order), got only one of them")
-    if targets is None:
-        return
-    if cfg.task != "permutation":
-        raise ValueError(f"task={cfg.task!r} predicts no tokens: order and targets are for task='permutation'")
-    if targets.ndim != 2 or targets.shape[0] != B:
-        raise ValueError(f"targets {list(targets.shape)} must be [{B}, places] for tokens {list(tokens.shape)}")
-
-
-def _remembered(cfg: Config, T: int, order: Any) -> int:
-    """How many of the tokens go into the memory."""
-    return T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
-
-
-def _place(
-    cfg: Config,
-    tokens: jax.Array,
-    state: Any,
-    segment_ids: Any,
-    key: jax.Array | None,
-    token_types: Any,
-    right_to_left: Any,
-    order: Any,
-    targets: Any,
-) -> tuple[_Place, Any]:
-    """Where everything stands, and the state with everything but ``hidden`` written."""
-    B, T = tokens.shape
-    two_streams = cfg.task == "permutation"
-    span, _ = memory.span(tokens, state, segment_ids, causal=two_streams)
-
-    def of_targets(content_BT: Any) -> Any:
-        """What the query stream's places have of a number of each place."""
-        if content_BT is None or targets is None:
-            return content_BT
-        return jnp.take_along_axis(jnp.broadcast_to(content_BT, (B, T)), targets, axis=1, mode="clip")
-
-    M = 0 if state is None else state["segment_ids"].shape[1]
-    S = M + T
-    types_BS = token_types
-    if token_types is not None and state is not None:
-        types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
-    sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
-
-    def stream(of: Callable[[Any], Any], later: int, order_BT: Any, picked: bool) -> _Stream:
-        """Places ``of`` the content (picked among them, or all), ``later`` by so much, that see up to ``order_BT``."""
-        segments_BT = span.mask.query_segments
-        mask = Mask(
-            causal=two_streams,
-            query_order=order_BT,
-            key_order=None if order_BT is None else key_order,
-            query_segments=of(segments_BT),
-            key_segments=span.mask.key_segments,
-        )
-        positions = None
-        if segment_ids is not None or right_to_left is not None:
-            positions = (of(span.query_positions) + later) * sign, span.key_positions * sign
-        places = M + later + of(jnp.arange(T)[None]) if picked else None
-        return _Stream(mask, M + later, places, positions, types=of(token_types))
-
-    key_order = None
-    if order is not None:
-        key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_BEFORE_ALL)
-        streams = [stream(lambda x: x, 0, order, False), stream(of_targets, 0, of_targets(order) - 1, True)]
-    elif two_streams:
-        key_order = span.key_positions
-        order_BT = None if state is None and segment_ids is None else span.query_positions  # None: that of places
-        streams = [stream(lambda x: x, later, order_BT, False) for later in (0, 1)]
-    else:
-        streams = [stream(lambda x: x, 0, None, False)]
-
-    lowest = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
-    distance_R = jnp.arange(S, lowest - 1, -1)
-    if cfg.clamp_length is not None:
-        distance_R = jnp.clip(distance_R, -cfg.clamp_length, cfg.clamp_length)
-    # One dropout mask for all rows, where the authors draw one for each.
-    encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
-
-    kept = None
-    if state is not None:
-        last = _remembered(cfg, T, order)
-        saved, state = memory.span(tokens[:, :last], state, None if segment_ids is None else segment_ids[:, :last])
-        kept = saved.kept
-        types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
-        state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :last], kept)}
-    return _Place(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept), state
-
-
-def _attention(
-    cfg: Config, weights: dict[str, Any], x_BQD: jax.Array, T: int, old: Any, place: _Place, key: jax.Array | None
-) -> jax.Array:
-    q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
-    read = x_BQD[:, :T] if old is None else jnp.concatenate([old, x_BQD[:, :T]], axis=1)
-    scale, S = q.shape[-1] ** -0.5, read.shape[1]
-    directly = old is not None and memory.is_met_directly(q, read, dropout=cfg.dropout, key=key)
-    if directly:
-        table = place.sinusoids[:, None]
-    else:
-        k, v = (constrain(linear(weights[name], read), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
-        table = linear(weights["relative"], place.sinusoids)
-
-    def meeting(name: str, q_BTHK: jax.Array) -> jax.Array:
-        """The queries as they meet the table or the keys."""
-        return memory.absorbed(weights[name]["weight"], q_BTHK) if directly else q_BTHK
-
-    mixed = []
-    for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), place.streams, ("content", "query")):
-
-        def plus(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
-            return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
-
-        vectors: dict[str, Any] = {"q_BTHK": meeting("relative", plus("position_bias")), "scale": scale}
-        if stream.positions is not None:
-            terms = [distance_term_of_positions(table, S, *stream.positions, **vectors)]
-        elif stream.places is not None:
-            terms = [distance_term_of_queries(table, S, stream.places, S, **vectors)]
-        else:
-            terms = [distance_term(table, S, q_BTHK.shape[1], S, ahead=stream.ahead, **vectors)]
-        if stream.types is not None:
-            types_2HK = weights["type_embedding"].astype(q.dtype)
-            terms.append(type_term(plus("type_bias"), types_2HK, stream.types, place.key_types, scale=scale))
-        content, own_key = meeting("key", plus("content_bias")), fold_name(key, f"{name}_attention")
-        if directly:
-            mixed.append(memory.attend(content, read, stream.mask, scale=scale, terms=terms))
-        else:
-            mixed.append(
-                attention(content, k, v, stream.mask, scale=scale, bias=terms, dropout=cfg.dropout, key=own_key)
-            )
-    values = jnp.concatenate(mixed, axis=1)
-    if directly:
-        values = memory.projected(weights["value"]["weight"], values)
-    out = linear(weights["output"], values, inputs=2)
-    return dropout(out, cfg.dropout, fold_name(key, "output"))
-
-
-def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    hidden = constrain(activation(cfg.activation)(linear(weights["up"], x)), ("batch", "seq", "mlp"))
-    hidden = dropout(hidden, cfg.dropout, fold_name(key, "mlp_hidden"))
-    return dropout(linear(weights["down"], hidden), cfg.dropout, fold_name(key, "mlp_output"))
-
-
-def summary(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """What the classifier reads, [B, 1, D]: a tanh layer on each row's last token that is not padding."""
-    last = jnp.tanh(linear(params["summary"], heads.last_real(hidden, segment_ids)))
-    return dropout(last, _summary_dropout(cfg), fold_name(key, "summary"))
-
-
-def _summary_dropout(cfg: Config) -> float:
-    return cfg.dropout if cfg.summary_dropout is None else cfg.summary_dropout
-
-
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """Outputs of the head of ``cfg.task`` in float32. Language model: [B, P, V] (V padded to ``vocab_multiple``)."""
-    if cfg.task != "permutation":
-        return heads.head_logits(cfg.task, params, hidden)
-    logits = unembed(params["token_embedding"], hidden, cfg.vocab_size)
-    return constrain(logits + params["output_bias"].astype(jnp.float32)[None, None], ("batch", None, "vocab"))
-
-
 VARIANTS = {
     "xlnet-base-cased": Config(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=3072, activation="gelu_tanh"),
     "xlnet-large-cased": Config(activation="gelu_tanh"),
-    # 0.02 is little for vectors this short: it would learn slowly.
+    # Larger initial weights: with 0.02, vectors of this width would learn slowly.
     "xlnet-tiny": Config(vocab_size=128, num_layers=2, num_heads=4, embed_dim=32, mlp_dim=64, init_stddev=0.1),
 }
 

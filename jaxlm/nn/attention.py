@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import sharding
-from jaxlm.nn.cache import Slots
+from jaxlm.nn.attention_bias import AttentionBias, check, dense
+from jaxlm.nn.cache import CacheView
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, decode_attention, pallas_attention, splash
 from jaxlm.nn.mask import Mask, keep, softmax
-from jaxlm.nn.term import Term, check, dense
 from jaxlm.nn.weight_record import is_recording, record
 
 Implementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
@@ -34,12 +34,12 @@ makes one block of so few keys, so that it does not skip anything that a causal 
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSGK: jax.Array | Slots,
-    v_BSGK: jax.Array | Slots,
+    k_BSGK: jax.Array | CacheView,
+    v_BSGK: jax.Array | CacheView,
     mask: Mask = Mask(),  # noqa: B008 (frozen)
     *,
     scale: float | None = None,
-    bias: jax.Array | Term | Sequence[Term] | None = None,
+    bias: jax.Array | AttentionBias | Sequence[AttentionBias] | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     implementation: Implementation | None = None,
@@ -55,8 +55,9 @@ def attention(
             G = 1 multi-query attention, and any other G grouped-query attention (Ainslie et al. 2023). Query head h
             reads key head ``h // (H / G)``.
         scale: default ``1 / sqrt(K)``.
-        bias: added to the scaled scores. One or several terms (``jaxlm.nn.term``, ``jaxlm.nn.relative``), which are
-            computed tile by tile; or a dense array [1 or B, 1 or H, T, S], which only ``reference`` supports.
+        bias: added to the scaled scores. One or several attention biases (``jaxlm.nn.attention_bias``,
+            ``jaxlm.nn.relative``), which are computed tile by tile; or a dense array [1 or B, 1 or H, T, S], which only
+            ``reference`` supports.
         dropout: dropout rate; used only with a ``key``.
         implementation: None chooses the fastest known for the device, the shape and the mask. The choices are
 
@@ -64,7 +65,7 @@ def attention(
             - ``blockwise``: O(T) memory, custom gradient.
             - ``decode``: for few queries; reads only the filled part of a cache.
             - ``splash``: a TPU kernel without bias, dropout and orders.
-            - ``pallas``: a TPU kernel (v5 and later) that works on whole rows, with terms and orders, up to 4096 keys,
+            - ``pallas``: a TPU kernel (v5 and later) that works on whole rows, with biases and orders, up to 4096 keys,
               without dropout.
             - ``cudnn``: NVIDIA GPUs, half precision, without bias, dropout, orders and segments.
 
@@ -79,31 +80,31 @@ def attention(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the heads of k "
             "and v must divide those of q"
         )
-    array, terms = _split_bias(bias)
+    array, biases = _split_bias(bias)
     platform = sharding.platform()
     if array is not None and not all(
         size in allowed for size, allowed in zip(array.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
     ):
         raise ValueError(f"bias {array.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
-    for term in terms:
-        check(term, B, H)
+    for attention_bias in biases:
+        check(attention_bias, B, H)
     if mask.causal and mask.query_order is None and T != S:
         raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
-    any_bias = array if array is not None else terms or None
+    any_bias = array if array is not None else biases or None
     reasons = {
         "blockwise": None if array is None else "takes no dense bias",
         "decode": decode_attention.unsupported_reason(array, key),
         "splash": splash.unsupported_reason(mask, any_bias, key),
-        "pallas": pallas_attention.unsupported_reason(T, S, terms, array, key),
+        "pallas": pallas_attention.unsupported_reason(T, S, biases, array, key),
         "cudnn": cudnn_attention.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
     }
     if is_recording():
         implementation = "reference"
     elif implementation is None:
-        implementation = _best(T, S, array, terms, reasons)
+        implementation = _best(T, S, array, biases, reasons)
     elif reasons.get(implementation) is None and _PLATFORM.get(implementation, platform) != platform:
         reasons[implementation] = f"is for a {_PLATFORM[implementation]}, and this is compiled for a {platform}"
     if reasons.get(implementation) is not None:
@@ -111,24 +112,24 @@ def attention(
             f"attention implementation {implementation!r} {reasons[implementation]}: leave the implementation out"
         )
     if implementation == "decode":
-        return decode_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms)
-    k_BSGK, v_BSGK = (x.first(S) if isinstance(x, Slots) else x for x in (k_BSGK, v_BSGK))
+        return decode_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
+    k_BSGK, v_BSGK = (x.read(S) if isinstance(x, CacheView) else x for x in (k_BSGK, v_BSGK))
     if implementation == "splash":
         return splash.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     if implementation == "pallas":
-        return pallas_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms)
+        return pallas_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
     if implementation == "cudnn":
         return cudnn_attention.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     if implementation == "reference":
-        for term in terms:
-            array = dense(term, T, S) if array is None else array + dense(term, T, S)
+        for attention_bias in biases:
+            array = dense(attention_bias, T, S) if array is None else array + dense(attention_bias, T, S)
         return _reference(q_BTHK, k_BSGK, v_BSGK, mask, scale, array, dropout, key)
     if implementation == "blockwise":
         # On a CPU, one head after the other: the matmuls are two-dimensional and the temporaries stay in cache. On
         # accelerators, and if heads or batch are split over devices, all heads are computed together.
         sequential = platform == "cpu" and sharding.active() is None
         return blockwise_attention.attention(
-            q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, terms=terms, dropout=dropout, key=key, sequential=sequential
+            q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key, sequential=sequential
         )
     raise ValueError(
         f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
@@ -139,13 +140,13 @@ _PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 """The platform of each implementation that runs on one platform only."""
 
 
-def _best(T: int, S: int, array: Any, terms: Any, reasons: dict[str, str | None]) -> Implementation:
+def _best(T: int, S: int, array: Any, biases: Any, reasons: dict[str, str | None]) -> Implementation:
     """The fastest implementation known for the device, the shape, the mask and the bias."""
     # Few queries and many keys: a decoder over its cache or over a source.
     is_decoding = T <= decode_attention.MAX_QUERIES and S > 2 * decode_attention.MIN_SLOTS_READ
     if is_decoding and reasons["decode"] is None:
         return "decode"
-    if terms and T >= MIN_BIASED_PALLAS_QUERIES and sharding.platform() == "tpu" and reasons["pallas"] is None:
+    if biases and T >= MIN_BIASED_PALLAS_QUERIES and sharding.platform() == "tpu" and reasons["pallas"] is None:
         return "pallas"
     if T < MIN_BLOCKWISE_QUERIES or array is not None:
         return "reference"
@@ -156,9 +157,9 @@ def _best(T: int, S: int, array: Any, terms: Any, reasons: dict[str, str | None]
     return "blockwise"
 
 
-def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[Term, ...]]:
-    """The dense array and the terms in the argument ``bias``."""
-    if isinstance(bias, Term):
+def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[AttentionBias, ...]]:
+    """The dense array and the biases in the argument ``bias``."""
+    if isinstance(bias, AttentionBias):
         return None, (bias,)
     if bias is None or hasattr(bias, "shape"):
         return bias, ()

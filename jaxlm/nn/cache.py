@@ -36,49 +36,49 @@ def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype:
 
 
 @struct.dataclass
-class Slots:
+class CacheView:
     """A view of one layer's slots [B, S, G * K] in the array of all layers, for reads and writes in place.
 
     A loop over layers that slices each layer's slots out of the array and writes them back would copy the whole cache
     for every token.
 
     Attributes:
-        all: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K], as in the per-layer
+        stack: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K], as in the per-layer
             layout (``spec.unstack``).
         layer: index of the layer.
         heads: G, to read the slots as [B, S, G, K]; None: as [B, S, G * K].
     """
 
-    all: jax.Array
+    stack: jax.Array
     layer: Any = None
     heads: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[B, S, G * K]; with ``heads``, [B, S, G, K]."""
-        *rest, width = self.all.shape[-3:]
+        *rest, width = self.stack.shape[-3:]
         return (*rest, width) if self.heads is None else (*rest, self.heads, width // self.heads)
 
-    def first(self, length: int) -> jax.Array:
+    def read(self, length: int) -> jax.Array:
         """The first ``length`` slots of each row, [B, length, ...]."""
         if self.layer is None:
-            first = self.all[:, :length]
+            slots = self.stack[:, :length]
         else:
-            sizes = (1, self.all.shape[1], length, self.all.shape[3])
-            first = lax.dynamic_slice(self.all, (self.layer, 0, 0, 0), sizes)
-        return first.reshape(self.shape[0], length, *self.shape[2:])
+            sizes = (1, self.stack.shape[1], length, self.stack.shape[3])
+            slots = lax.dynamic_slice(self.stack, (self.layer, 0, 0, 0), sizes)
+        return slots.reshape(self.shape[0], length, *self.shape[2:])
 
-    def append(self, new_BT: jax.Array, length_B: jax.Array) -> Slots:
+    def append(self, new_BT: jax.Array, length_B: jax.Array) -> CacheView:
         """The view after ``new`` is written behind the first ``length`` slots of each row; see :func:`append`."""
         B, T = new_BT.shape[:2]
         slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
         rows = jnp.arange(B)[:, None]
-        new = new_BT.reshape(B, T, self.all.shape[-1]).astype(self.all.dtype)
+        new = new_BT.reshape(B, T, self.stack.shape[-1]).astype(self.stack.dtype)
         index = (rows, slot_BT) if self.layer is None else (self.layer, rows, slot_BT)
-        return dataclasses.replace(self, all=self.all.at[index].set(new, unique_indices=True))
+        return dataclasses.replace(self, stack=self.stack.at[index].set(new, unique_indices=True))
 
 
-def stays_in_place(state: Any, new: int) -> bool:
+def updates_in_place(state: Any, new: int) -> bool:
     """Whether a loop over layers should update the cache in place, because it has many more slots than new tokens."""
     return state is not None and _is_small_update(new, state["segment_ids"].shape[1])
 
@@ -89,26 +89,26 @@ def _is_small_update(new: int, slots: int) -> bool:
 
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
     """``slots`` [B, S, ...] with ``new`` [B, T, ...] written into each row, starting at the row's ``length``."""
-    if isinstance(slots_BS, Slots):
+    if isinstance(slots_BS, CacheView):
         return slots_BS.append(new_BT, length_B)
     if slots_BS.ndim == 3 and _is_small_update(new_BT.shape[1], slots_BS.shape[1]):
         # On a TPU, the update below becomes a scatter in float32 if there are several rows (docs/labbook.md).
-        return Slots(slots_BS).append(new_BT, length_B).all
+        return CacheView(slots_BS).append(new_BT, length_B).stack
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
     return jax.vmap(write)(slots_BS, new_BT, length_B)
 
 
-def by_heads(kv: Any, heads: int) -> tuple[Any, Any]:
+def split_heads(kv: Any, heads: int) -> tuple[Any, Any]:
     """A layer's cached keys and values as attention reads them: views [B, S, G, K], where G is ``heads``."""
 
     # The array of a single layer becomes a view as well. If it were reshaped here, XLA would write the new tokens into
     # two arrays, one of each shape.
-    key, value = (x if isinstance(x, Slots) else Slots(x) for x in (kv["key"], kv["value"]))
+    key, value = (x if isinstance(x, CacheView) else CacheView(x) for x in (kv["key"], kv["value"]))
     return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
 
 
-def extended(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any, tuple[Any, Any]]:
+def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any, tuple[Any, Any]]:
     """A layer's cache with ``new`` keys and values appended, and the keys and values that attention reads.
 
     Args:
@@ -122,7 +122,7 @@ def extended(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any
         return None, new
     assert span.start_B is not None
     kv = {name: append(kv[name], x, span.start_B) for name, x in zip(("key", "value"), new, strict=True)}
-    return kv, by_heads(kv, new[0].shape[2])
+    return kv, split_heads(kv, new[0].shape[2])
 
 
 def num_slots(specs: spec.Tree, state: Any) -> int | None:
@@ -153,9 +153,9 @@ def resized(specs: spec.Tree, state: Any, slots: int) -> Any:
     return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
 
 
-def layer(stack: Any, number: Any) -> Any:
-    """The state of layer ``number``: views (:class:`Slots`) of a stack, or, in per-layer layout, its tree."""
-    return stack[number] if isinstance(stack, tuple) else jax.tree.map(lambda all: Slots(all, number), stack)
+def layer_state(state: Any, index: Any) -> Any:
+    """The state of layer ``index``: views (:class:`CacheView`) of a stacked state, or its tree in per-layer layout."""
+    return state[index] if isinstance(state, tuple) else jax.tree.map(lambda stack: CacheView(stack, index), state)
 
 
 @struct.dataclass

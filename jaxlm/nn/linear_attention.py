@@ -52,7 +52,8 @@ def linear_attention(
         log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf clears the
             memory).
         state_BHKV: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (see ``recurrence.borders``). None: no resets.
+        reset_BT: True where the state is set to zeros before the step (``recurrence.segment_boundaries``). None: no
+            resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         chunk: L of ``chunked``, a power of two; None: a default for the platform.
         implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with matmuls for all steps

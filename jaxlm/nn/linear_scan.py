@@ -50,7 +50,8 @@ def linear_scan(
         decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` multiplies decays with each
             other, so decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (see ``recurrence.borders``). None: no resets.
+        reset_BT: True where the state is set to zeros before the step (``recurrence.segment_boundaries``). None: no
+            resets.
         keep_BT: False where the step is padding; the state does not change and the output repeats it. None: no padding.
         reverse: go from the last step to the first. Output t still belongs to input t, and the last state is that of
             step 0.

@@ -1,8 +1,10 @@
-"""The rolling memory of segment-recurrent models (Transformer-XL, XLNet): the last inputs of every layer.
+"""The rolling memory of models with segment recurrence (Transformer-XL, XLNet): the last inputs of every layer.
 
-It starts empty, as in the authors' code, where Hugging Face attends to zeros. Every leaf has a ``batch`` axis, so
-beams, resets and shardings act on it by name. The newest token is last; the oldest are dropped; a pad never takes the
-place of a token. Shapes: L layers, B batch, M slots, T new tokens, S = M + T keys, D model.
+The memory starts empty, as in the authors' code; Hugging Face attends to zeros instead. Every leaf has a ``batch``
+axis, so that beam search, resets and shardings find it by name. The newest token is last, and the oldest tokens are
+dropped. Padding never displaces a token.
+
+Shapes: B batch, M memory slots, T new tokens, S = M + T keys, D model width, H heads, K head width, L layers.
 """
 
 from __future__ import annotations
@@ -15,21 +17,25 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm import spec
+from jaxlm.nn.attention_bias import AttentionBias
 from jaxlm.nn.kernels import decode_attention
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.term import Term
 from jaxlm.spec import ArraySpec
 
 
 def memory_specs(layers: int | None, batch: int, slots: int, width: int, dtype: Any) -> dict[str, Any]:
-    """Specs of an empty memory of ``slots`` tokens per row: ``layers/hidden`` [L, B, M, D], or with ``layers`` None
-    ``hidden`` [B, M, D]; ``segment_ids`` [B, M] (0: empty).
+    """Specs of an empty memory for ``slots`` tokens per row.
+
+    It contains ``layers/hidden`` [L, B, M, D] (if ``layers`` is None, ``hidden`` [B, M, D]), and ``segment_ids`` [B, M]
+    with 0 for an empty slot.
 
     Raises:
-        ValueError: no slots.
+        ValueError: ``slots`` is less than 1.
     """
     if slots < 1:
-        raise ValueError(f"a memory of {slots} slots holds nothing: make it at least 1, or call without a state")
+        raise ValueError(
+            f"a memory needs at least 1 slot, got slots={slots}: enlarge it, or call the model without a state"
+        )
     hidden = {"hidden": ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)}
     return {
         **(hidden if layers is None else {spec.LAYERS: spec.stack(layers, hidden)}),
@@ -39,13 +45,14 @@ def memory_specs(layers: int | None, batch: int, slots: int, width: int, dtype: 
 
 @struct.dataclass
 class Span:
-    """Where the new tokens of a call stand: after what the memory holds.
+    """The positions and the mask of the new tokens of a call, relative to the tokens in the memory.
 
     Attributes:
-        query_positions / key_positions: [1 or B, T] / [1 or B, S]. Pads do not count, so that within a document
-            ``query - key`` is the distance that both would have alone and in one piece.
-        mask: who sees whom, of T queries and S keys (memory, then new).
-        kept: [B, M] which of the S keys the next memory holds; None: the last M. For :func:`append`.
+        query_positions: [1 or B, T]. Padding is not counted, so that within a document, ``query - key`` is the same
+            distance as without padding and in a single call.
+        key_positions: [1 or B, S] of the memory and the new tokens.
+        mask: which of the S keys each of the T queries may attend to.
+        kept: [B, M] indices of the keys that the next memory contains, for :func:`append`; None: the last M.
     """
 
     query_positions: jax.Array
@@ -57,20 +64,18 @@ class Span:
 def span(
     tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
 ) -> tuple[Span, Any]:
-    """Positions and mask of new tokens, and the state with everything but ``hidden`` written.
-
-    Without segment ids (one document that goes on), positions are plain: queries and keys end together.
+    """The :class:`Span` of new tokens, and the state updated for them, except for ``hidden``.
 
     Args:
-        state: of :func:`memory_specs`, or None: no memory, S = T.
-        segment_ids: [B, T], 0 padding on either side or in between, 1.. documents. Default: one document (1).
-        causal: False lets queries see later keys of their document as well.
-        window: a query sees only so many tokens, itself included.
+        state: a state as in :func:`memory_specs`; None: there is no memory, and S = T.
+        segment_ids: [B, T], 0 for padding (anywhere in a row), 1, 2, ... for documents. Default: one document (1).
+        causal: whether later keys are masked.
+        window: the number of tokens that a query may attend to, itself included; None: no limit.
     """
     B, T = tokens_BT.shape
     if state is None and segment_ids is None:
-        place_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        return Span(place_1T, place_1T, Mask(causal=causal, window=window), None), None
+        positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
+        return Span(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
     segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     segments_BS = segments_BT
     if state is not None:
@@ -88,13 +93,19 @@ def span(
     kept_BM = None
     if state is not None:
         if segment_ids is not None:
-            kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]  # pads and empty slots first
+            # Padding and empty slots are sorted first, so that they are dropped before tokens.
+            kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
         state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_BM)}
     return Span(positions_BT, positions_BS, mask, kept_BM), state
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
-    """The next memory, without gradient: what is ``kept`` of ``memory`` [B, M, ...] and then ``new`` [B, T, ...]."""
+    """The next memory [B, M, ...], without a gradient: the kept ones of the entries of ``memory`` and ``new``.
+
+    Args:
+        memory_BM, new_BT: [B, M, ...] and [B, T, ...]; they are concatenated to S entries.
+        kept_BM: indices of the kept entries; None: the last M.
+    """
     both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
     if kept_BM is None:
         return both_BS[:, new_BT.shape[1] :]
@@ -103,43 +114,52 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -
 
 
 def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
-    """:func:`append` for a state's ``layers``, stacked or apart: at once for all, after a loop over layers that gave
-    what is new of each. One that carried whole memories would copy them in and out."""
+    """:func:`append` for all layers of a state, stacked or per layer.
+
+    It runs once after the loop over layers, because a loop that carried the memories would copy them in every layer.
+    """
     if isinstance(memory, tuple):
         return jax.tree.map(lambda old, x: append(old, x, kept_BM), memory, new)
     return jax.tree.map(lambda old, x: jax.vmap(append, in_axes=(0, 0, None))(old, x, kept_BM), memory, new)
 
 
-DIRECTLY_FROM = 128
-"""Inputs, B S, from which on they are met directly: for fewer, a CPU turns weights longer than it projects inputs."""
+MIN_ABSORBED_CONTEXT = 128
+"""The minimum B * S for absorbed attention. With fewer keys, transposing the weights on a CPU takes longer than
+projecting the keys."""
 
 
-def is_met_directly(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: float, key: jax.Array | None) -> bool:
-    """Whether so few queries had better meet what is remembered than keys and values made of it.
+def use_absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: float, key: jax.Array | None) -> bool:
+    """Whether attending to the cached inputs directly is cheaper than projecting keys and values.
 
-    ``q . (W h) = (q W) . h``: a query moved to the width of the model (:func:`absorbed`) meets the inputs themselves,
-    and a mean of inputs is made a value last (:func:`projected`). So no input is projected anew for every token, and
-    the memory takes half of what keys and values would. With the term of distances, that is ``3 B T S H D``
-    multiplications and not ``3 B S D H K``. Nothing is dropped on the way: ``dropout`` and ``key`` are those of the
-    probabilities.
+    For an input h with the key ``W h``, ``q . (W h) = (q W) . h``. So a query that is first multiplied with the key
+    weights (:func:`absorbed`) attends to the inputs themselves, and their weighted mean is then multiplied with the
+    value weights (:func:`projected`). No input is projected again for every new token, and the memory needs half the
+    space of keys and values. With the bias for distances, this takes ``3 B T S H D`` multiplications instead of
+    ``3 B S D H K``.
+
+    Args:
+        q_BTHK, context_BSD: the queries, and the inputs of keys and values.
+        dropout, key: of the attention probabilities. Absorbed attention does not support dropout.
     """
     if key is not None and dropout > 0.0:
         return False
     (B, T, _, K), S = q_BTHK.shape, context_BSD.shape[1]
-    return 4 * T <= K and B * S >= DIRECTLY_FROM
+    return 4 * T <= K and B * S >= MIN_ABSORBED_CONTEXT
 
 
 def absorbed(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
-    """Queries that meet inputs [.., D] as they are as ``q`` meets their projections by ``weight``, [B, T, H, D]."""
+    """``weight @ q`` for each head, [B, T, H, D]. Its dot product with ``h`` is that of ``q`` with ``h @ weight``."""
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 
 
-def attend(q_BTHD: jax.Array, context_BSD: jax.Array, mask: Mask, *, scale: float, terms: Sequence[Term]) -> jax.Array:
-    """The mean of inputs that each query is given for its :func:`absorbed` form, [B, T, H, D]."""
+def attend(
+    q_BTHD: jax.Array, context_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
+) -> jax.Array:
+    """The attention-weighted mean of the inputs for queries from :func:`absorbed`, [B, T, H, D]."""
     context_BS1D = context_BSD[:, :, None]
-    return decode_attention.attend(q_BTHD, context_BS1D, context_BS1D, mask, scale, terms)
+    return decode_attention.attend(q_BTHD, context_BS1D, context_BS1D, mask, scale, biases)
 
 
 def projected(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
-    """For each head its own projection of what it has, [B, T, H, K]: a mean of inputs becomes one of values."""
+    """``x @ weight`` for each head, [B, T, H, K]: turns weighted means of inputs into weighted means of values."""
     return jnp.einsum("BTHD,DHK->BTHK", x_BTHD, weight_DHK.astype(x_BTHD.dtype))

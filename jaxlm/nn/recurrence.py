@@ -1,13 +1,14 @@
 """Recurrent layers: LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and GRU (Cho et al. 2014).
 
-A layer is ``project`` (the input's part of all gates) and then a loop of a cell, which adds the state's part. What a
-cell does alone, ``lstm_cell`` and ``gru_cell``, may stand in another loop, such as a decoder that attends. Conventions
-are those of torch and cuDNN: gates i, f, g, o and r, z, n; ``h' = (1 - z) * n + z * h``.
+A layer first computes the contribution of the inputs to all gates (``project``), then loops over a cell, which adds the
+contribution of the state. The cells ``lstm_cell`` and ``gru_cell`` can also be used in other loops, such as a decoder
+with attention. The conventions are those of torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with
+``h' = (1 - z) * n + z * h``.
 
-The state is float32, whatever the compute dtype. A document border puts it back to zeros *before* the token there is
-read; a pad leaves it as it is.
+The state is float32 for every compute dtype. It is reset to zeros before the first token of a document, and padding
+does not change it.
 
-Shapes: B batch, T time, D input width, G gates (LSTM 4, GRU 3), H hidden width (K where there are two).
+Shapes: B batch, T time, D input width, G gates (LSTM 4, GRU 3), H hidden width (K for the second hidden axis).
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
 
 GRUReset = Literal["after", "before"]
-"""Where the reset gate acts: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), which can then
-be one for all gates, or ``before`` it, on the state itself (Cho et al. 2014)."""
+"""Where the reset gate acts: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that one
+product serves all gates; or ``before`` it, on the state itself (Cho et al. 2014)."""
 
 Implementation = Literal["reference", "chunked", "cudnn"]
-"""``reference`` is a loop of ``lstm_cell`` or ``gru_cell``, ``chunked`` is in ``chunked_recurrence``, ``cudnn`` an LSTM
-by ``jax.experimental.rnn``."""
+"""``reference`` is a loop over ``lstm_cell`` or ``gru_cell``, ``chunked`` is ``jaxlm.nn.chunked_recurrence``, ``cudnn``
+is the LSTM of ``jax.experimental.rnn``."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """Parameters of one LSTM layer. Default ``init``: uniform within ``1 / sqrt(width)``, as torch has it."""
+    """The specs of one LSTM layer. The default ``init`` is torch's: uniform with the bound ``1 / sqrt(width)``."""
     return _specs(4, inputs, width, init)
 
 
 def gru_specs(
     inputs: int, width: int, init: Initializer | None = None, *, reset: GRUReset = "after"
 ) -> dict[str, ArraySpec]:
-    """Parameters of one GRU layer: gates r, z, n. ``bias_hidden`` [H], of n alone, exists where reset is ``after``."""
+    """The specs of one GRU layer: gates r, z, n. ``bias_hidden`` [H] of gate n exists only if ``reset`` is "after"."""
     _check_reset(reset)
     specs = _specs(3, inputs, width, init)
     return specs | ({"bias_hidden": ArraySpec((width,), ("norm",), ZEROS)} if reset == "after" else {})
@@ -59,33 +60,37 @@ def _specs(gates: int, inputs: int, width: int, init: Initializer | None) -> dic
 
 
 def lstm_state_specs(batch: int, width: int) -> dict[str, ArraySpec]:
-    """What an LSTM layer carries: ``hidden`` and ``cell``, [B, H] float32, from zeros."""
+    """The specs of the state of an LSTM layer: ``hidden`` and ``cell``, [B, H] float32, initially zeros."""
     return {**gru_state_specs(batch, width), "cell": ArraySpec((batch, width), ("batch", "activation_embed"))}
 
 
 def gru_state_specs(batch: int, width: int) -> dict[str, ArraySpec]:
-    """What a GRU layer carries: ``hidden``, [B, H] float32, from zeros."""
+    """The specs of the state of a GRU layer: ``hidden``, [B, H] float32, initially zeros."""
     return {"hidden": ArraySpec((batch, width), ("batch", "activation_embed"))}
 
 
-def borders(
+def segment_boundaries(
     segment_ids_BT: jax.Array, last_segment_B: jax.Array | None = None, *, reverse: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``(reset_BT, keep_BT, last_segment_B)`` of documents (1, 2, ...) and padding (0), for the layers of this file.
+    """The masks ``(reset_BT, keep_BT)`` for the layers of this module, and the last segment of each row, [B].
 
-    A document goes on across pads and, with ``last_segment_B`` (the document that each row was in, 0 for none), across
-    calls; the new one is the third result.
+    A document continues after padding. It also continues in the next call, if that call gets the last segment.
+
+    Args:
+        segment_ids_BT: 0 for padding, 1, 2, ... for documents.
+        last_segment_B: the last segment of the previous call, 0 for none.
+        reverse: the layer reads from the last token to the first.
 
     Example:
-        >>> reset, keep, last = borders(jnp.array([[0, 1, 1, 2, 0, 2]]))
+        >>> reset, keep, last = segment_boundaries(jnp.array([[0, 1, 1, 2, 0, 2]]))
         >>> reset.astype(int).tolist(), keep.astype(int).tolist(), last.tolist()
         ([[0, 0, 0, 1, 0, 0]], [[0, 1, 1, 1, 0, 1]], [2])
     """
     if reverse:
         segment_ids_BT = jnp.flip(segment_ids_BT, axis=1)
     T = segment_ids_BT.shape[1]
-    first_B = jnp.zeros_like(segment_ids_BT[:, 0]) if last_segment_B is None else last_segment_B
-    all_BT = jnp.concatenate([first_B[:, None], segment_ids_BT], axis=1)  # one longer than T
+    previous_B = jnp.zeros_like(segment_ids_BT[:, 0]) if last_segment_B is None else last_segment_B
+    all_BT = jnp.concatenate([previous_B[:, None], segment_ids_BT], axis=1)  # [B, T + 1]
     index_BT = jnp.where(all_BT > 0, jnp.arange(T + 1, dtype=jnp.int32)[None, :], 0)
     last_real_BT = jnp.take_along_axis(all_BT, lax.cummax(index_BT, axis=1), axis=1)
     keep_BT = segment_ids_BT > 0
@@ -96,10 +101,10 @@ def borders(
 
 
 def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
-    """Refuse masks of steps that have not the ``shape`` [B, T] of ``what`` is read.
+    """Check that the masks have the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask has another shape. The message calls the array with this shape ``what``.
     """
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):
@@ -107,7 +112,7 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
 
 
 def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
-    """``(reset_BT, keep_BT)`` where at least one is given, a pad resetting nothing; else None."""
+    """``(reset_BT, keep_BT)`` without resets at padding; None if both are None."""
     if reset_BT is None and keep_BT is None:
         return None
     keep_BT = jnp.ones(shape, bool) if keep_BT is None else keep_BT
@@ -115,10 +120,10 @@ def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.A
 
 
 def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """The input's part of every gate, bias included: ``x`` [..., D] to [..., G, H] in ``x``'s dtype.
+    """The contribution of the inputs ``x`` [..., D] to all gates, with bias: [..., G, H] in the dtype of ``x``.
 
     Raises:
-        ValueError: ``x`` is not as wide as the weights.
+        ValueError: the last axis of ``x`` does not match the weights.
     """
     _check_width(params, x)
     return linear({"weight": params["weight_input"], "bias": params["bias"]}, x)
@@ -127,16 +132,21 @@ def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
 def _check_width(params: dict[str, Any], x: jax.Array) -> None:
     width = params["weight_input"].shape[0]
     if x.shape[-1] != width:
-        raise ValueError(f"the input is {x.shape[-1]} wide, but weight_input is made for {width}")
+        raise ValueError(f"the input has width {x.shape[-1]}, but weight_input needs width {width}")
 
 
 # ---------------------------------------------------------------------------------------------------------- LSTM
 
 
 def lstm_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
-    """One step: the state {"hidden", "cell"} after a token whose ``project`` is given. The output is its ``hidden``."""
+    """The state {"hidden", "cell"} after one token; its ``hidden`` is the output.
+
+    Args:
+        projected_BGH: the result of :func:`project` for the token.
+        state: the state before the token.
+    """
     weight = params["weight_hidden"].astype(projected_BGH.dtype)
-    total_BGH = projected_BGH.astype(jnp.float32) + _recurrent(state["hidden"], weight)
+    total_BGH = projected_BGH.astype(jnp.float32) + _hidden_product(state["hidden"], weight)
     i, f, o = (jax.nn.sigmoid(total_BGH[:, gate]) for gate in (0, 1, 3))
     cell_BH = f * state["cell"] + i * jnp.tanh(total_BGH[:, 2])
     return {"hidden": o * jnp.tanh(cell_BH), "cell": cell_BH}
@@ -153,46 +163,46 @@ def lstm(
     implementation: Implementation | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One LSTM layer: the hidden state after each token, [B, T, H] in ``x``'s dtype, and the last state.
+    """The hidden state of an LSTM layer after each token, [B, T, H] in the dtype of ``x``, and the last state.
 
     Args:
-        params: as ``lstm_specs``. For DropConnect, drop ``weight_hidden`` before.
-        state: {"hidden", "cell"}, [B, H] float32 each; None is zeros.
-        reset_BT: True where the state goes back to zeros before the token is read (see ``borders``). None: nowhere.
-        keep_BT: False where the token is padding: the state stays as it is, and the output repeats it. None: all real.
-        reverse: read from the last token to the first; outputs stay at their tokens.
-        implementation: ``reference`` (short; autodiff's gradient), ``chunked`` (gradient of its own), ``cudnn``
-            (float32 on an NVIDIA GPU; no resets; each row has a token, and pads behind its tokens alone, or is NaN), or
-            None for the best that is known, which is ``chunked``.
-        remat: keep no gates for the gradient, but compute those of a chunk of time again (``chunked`` alone).
+        params: parameters as in :func:`lstm_specs`. For DropConnect, apply dropout to ``weight_hidden`` first.
+        state: {"hidden", "cell"}, [B, H] float32 each; None: zeros.
+        reset_BT: True where the state is reset to zeros before the token (:func:`segment_boundaries`). None: no resets.
+        keep_BT: False for padding: the state does not change, and the output is the unchanged state. None: no padding.
+        reverse: read from the last token to the first; each output keeps the index of its token.
+        implementation: ``reference`` (short, gradient by autodiff); ``chunked`` (custom gradient); ``cudnn`` (float32
+            on an NVIDIA GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None for
+            the fastest one, which is ``chunked``.
+        remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
 
     Raises:
-        ValueError: shapes that do not fit, or an implementation that cannot run.
+        ValueError: the shapes do not match, or the implementation does not support the arguments.
     """
     _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
         return _cudnn_lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
     names = ("hidden", "cell")
-    return _run(names, lstm_cell, LSTM, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
+    return _run_layer(names, lstm_cell, LSTM, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
 
 
 # ----------------------------------------------------------------------------------------------------------- GRU
 
 
 def gru_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
-    """One step: the state {"hidden"} after a token whose ``project`` is given.
+    """The state {"hidden"} after one token, whose ``projected`` is the result of :func:`project`.
 
-    The reset gate acts after the product where the params have a ``bias_hidden``, before it where not (``gru_specs``).
+    The reset gate acts after the product if the parameters contain ``bias_hidden``, otherwise before it.
     """
     weight, hidden_BH = params["weight_hidden"].astype(projected_BGH.dtype), state["hidden"]
     projected_BGH = projected_BGH.astype(jnp.float32)
-    gates_BGH = jax.nn.sigmoid(projected_BGH[:, :2] + _recurrent(hidden_BH, weight[:, :2]))
+    gates_BGH = jax.nn.sigmoid(projected_BGH[:, :2] + _hidden_product(hidden_BH, weight[:, :2]))
     r, z = gates_BGH[:, 0], gates_BGH[:, 1]
     if "bias_hidden" in params:
         bias_H = params["bias_hidden"].astype(jnp.float32)
-        product_BH = r * (_recurrent(hidden_BH, weight[:, 2:])[:, 0] + bias_H[None, :])
+        product_BH = r * (_hidden_product(hidden_BH, weight[:, 2:])[:, 0] + bias_H[None, :])
     else:
-        product_BH = _recurrent(r * hidden_BH, weight[:, 2:])[:, 0]
+        product_BH = _hidden_product(r * hidden_BH, weight[:, 2:])[:, 0]
     n = jnp.tanh(projected_BGH[:, 2] + product_BH)
     return {"hidden": (1.0 - z) * n + z * hidden_BH}
 
@@ -208,18 +218,21 @@ def gru(
     implementation: Implementation | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One GRU layer, as ``lstm`` (which explains the arguments), with the state {"hidden"}. No ``cudnn``: JAX has none.
+    """The hidden state of a GRU layer after each token, [B, T, H] in the dtype of ``x``, and the last state {"hidden"}.
 
-    The reset gate acts after the product where the params have a ``bias_hidden``, before it where not (``gru_specs``).
+    The arguments are those of :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. The reset gate
+    acts after the product if the parameters contain ``bias_hidden``, otherwise before it.
     """
     _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
-        raise ValueError("implementation='cudnn' runs an LSTM alone: for a GRU choose reference or chunked")
+        raise ValueError("implementation='cudnn' supports only an LSTM: for a GRU, choose reference or chunked")
     cell = GRU_AFTER if "bias_hidden" in params else GRU_BEFORE
-    return _run(("hidden",), gru_cell, cell, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
+    return _run_layer(
+        ("hidden",), gru_cell, cell, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat
+    )
 
 
-# ------------------------------------------------------------------------------------------------- what both need
+# -------------------------------------------------------------------------------------------------------- shared
 
 
 def _check_reset(reset: str) -> None:
@@ -242,10 +255,10 @@ def _check(
             f"no recurrent implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
         )
     if remat and implementation not in (None, "chunked"):
-        raise ValueError(f"implementation={implementation!r} has no remat: take implementation='chunked'")
+        raise ValueError(f"implementation={implementation!r} does not support remat: use implementation='chunked'")
 
 
-def _run(
+def _run_layer(
     names: tuple[str, ...],
     step: Any,
     cell: chunked_recurrence.Cell,
@@ -259,15 +272,15 @@ def _run(
     remat: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     B, T, _ = x_BTD.shape
-    x_BTD = constrain(x_BTD, ("batch", None, None))  # a split of time ends here: the steps go one after the other
-    # Fully sharded weights are gathered once, before the loop, and not in each of its steps.
+    x_BTD = constrain(x_BTD, ("batch", None, None))  # the time axis is not sharded: steps are sequential
+    # Fully sharded weights are gathered once before the loop instead of in every step.
     weights = {
         name: constrain(params[name].astype(x_BTD.dtype), ("activation_embed", None, "mlp"))
         for name in ("weight_input", "weight_hidden")
     }
     params = {**params, **weights}
     if state is None:
-        like_BH = project(params, x_BTD[:, 0])[:, 0]  # split over devices as the state will be
+        like_BH = project(params, x_BTD[:, 0])[:, 0]  # has the sharding of the state
         state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in names}
     masks = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], both_masks(reset_BT, keep_BT, (B, T)))
     if implementation == "reference":
@@ -280,17 +293,24 @@ def _run(
 
 
 def _chunk(B: int, T: int) -> int:
-    """Steps of a chunk of time: one product for all steps where memory is fast or split over devices, but on a CPU what
-    a chunk makes must stay in cache, and new memory is slow (0.4 ms/MB to get pages for what exceeds 32 MB)."""
+    """The number of steps of a chunk: all steps on an accelerator or over several devices, fewer on a CPU.
+
+    On a CPU, the arrays of a chunk should fit into the cache, and allocation is slow (0.4 ms/MB for arrays over 32 MB).
+    """
     if sharding.platform() != "cpu" or sharding.active() is not None:
         return T
-    return max(1, ROWS_OF_A_CHUNK // B)
+    return max(1, CHUNK_ROWS // B)
 
 
-ROWS_OF_A_CHUNK = 512
-"""Rows of a chunk's products: its steps times B. Milliseconds of CPU time of an LSTM, forward and with all gradients
-(jaxlib 0.10.2, AMD Zen 5), with 128, 256, 512, 1024 and all rows: T128 B32 H512: 103 and 344, 98 and 311, 92 and 312,
-91 and 306, 109 and 326; T256 B64 H256: 100 and 388, 100 and 361, 99 and 343, 100 and 350, 138 and 401."""
+CHUNK_ROWS = 512
+"""The number of rows of the matmuls of a chunk, steps times B.
+
+CPU time in ms of an LSTM, forward / forward and backward (jaxlib 0.10.2, AMD Zen 5):
+
+    rows              128      256      512      1024     all
+    T128 B32 H512     103/344  98/311   92/312   91/306   109/326
+    T256 B64 H256     100/388  100/361  99/343   100/350  138/401
+"""
 
 
 def _cudnn_lstm(
@@ -303,51 +323,51 @@ def _cudnn_lstm(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     if sharding.platform() != "gpu":
         raise ValueError(
-            f"implementation='cudnn' needs an NVIDIA GPU, this is a {sharding.platform()}: leave the implementation out"
+            f"implementation='cudnn' needs an NVIDIA GPU, but the platform is {sharding.platform()}: leave it out"
         )
     if x_BTD.dtype != jnp.float32:
         raise ValueError(f"implementation='cudnn' computes in float32, not in {x_BTD.dtype}: choose 'chunked'")
     if reset_BT is not None:
-        raise ValueError("implementation='cudnn' cannot go back to zeros at document borders: choose 'chunked'")
+        raise ValueError("implementation='cudnn' cannot reset the state at segment boundaries: choose 'chunked'")
     from jax.experimental import rnn
 
     (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
     lengths_B = jnp.full((B,), T, jnp.int32)
     if keep_BT is not None:
-        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens is NaN below
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens becomes NaN below
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     real_BT = time_BT < lengths_B[:, None]
-    # cuDNN reads a text in one direction: the other is the text turned round, its pads left behind it.
+    # cuDNN reads only forward. To read backward, reverse the tokens of each row and leave its padding at the end.
     order_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
     if reverse:
         x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
-    # One flat array: input weights, hidden weights, and two biases, each with gates and outputs first.
+    # One flat array: input weights, hidden weights, and two biases, each in the order (gates, outputs, inputs).
     matrices = [params[name].astype(jnp.float32) for name in ("weight_input", "weight_hidden")]
     bias = params["bias"].astype(jnp.float32).ravel()
     weights = jnp.concatenate(
         [*(jnp.moveaxis(matrix, 0, 2).ravel() for matrix in matrices), bias, jnp.zeros_like(bias)]
     )
-    first = [jnp.zeros((1, B, H)) if state is None else state[name][None] for name in ("hidden", "cell")]
-    hidden_BTH, *last = rnn.lstm(x_BTD, *first, weights, lengths_B, D, H, 1, 0.0, False)
+    initial = [jnp.zeros((1, B, H)) if state is None else state[name][None] for name in ("hidden", "cell")]
+    hidden_BTH, *last = rnn.lstm(x_BTD, *initial, weights, lengths_B, D, H, 1, 0.0, False)
     if reverse:
         hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
     hidden_BH, cell_BH = (x[0] for x in last)
     if keep_BT is not None:
-        # A pad repeats the state: before the text, when read backwards, the first one.
-        pad_BH = first[0][0] if reverse else hidden_BH
+        # The output at padding is the unchanged state. A reverse layer reads the padding first, in the initial state.
+        pad_BH = initial[0][0] if reverse else hidden_BH
         hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
-        bad_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
-        hidden_BTH = jnp.where(bad_B1[:, :, None], jnp.nan, hidden_BTH)
-        hidden_BH, cell_BH = (jnp.where(bad_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))
+        invalid_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
+        hidden_BTH = jnp.where(invalid_B1[:, :, None], jnp.nan, hidden_BTH)
+        hidden_BH, cell_BH = (jnp.where(invalid_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))
     return hidden_BTH, {"hidden": hidden_BH, "cell": cell_BH}
 
 
 def _reference(
     step: Any, params: dict[str, Any], x_BTD: jax.Array, state: dict[str, Any], masks: Any, reverse: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One cell after the other; the gradient is autodiff's."""
+    """A ``lax.scan`` over the cell; its gradient comes from autodiff."""
 
-    def one(state: dict[str, Any], inputs: Any) -> Any:
+    def scan_step(state: dict[str, Any], inputs: Any) -> Any:
         projected_BGH, mask = inputs
         if mask is not None:
             state = {name: jnp.where(mask[0], 0.0, old) for name, old in state.items()}
@@ -358,9 +378,9 @@ def _reference(
 
     projected_BTGH = constrain(project(params, x_BTD), ("batch", None, None, "mlp"))
     by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))
-    last, hidden_TBH = lax.scan(one, state, by_time, reverse=reverse)
+    last, hidden_TBH = lax.scan(scan_step, state, by_time, reverse=reverse)
     return jnp.swapaxes(hidden_TBH, 0, 1), last
 
 
-def _recurrent(hidden_BH: jax.Array, weight_HGK: jax.Array) -> jax.Array:
+def _hidden_product(hidden_BH: jax.Array, weight_HGK: jax.Array) -> jax.Array:
     return jnp.einsum("BH,HGK->BGK", hidden_BH.astype(weight_HGK.dtype), weight_HGK, preferred_element_type=jnp.float32)

@@ -5,7 +5,9 @@
                                                       XLNet uses the same
 
 distance = query position - key position. The numbers or vectors are the rows of a table, in the order of descending
-distances. ``attention`` gets them as a ``Term``; its implementations compute only one tile of the bias at a time.
+distances. ``attention`` gets them as an ``AttentionBias``; its implementations compute only one tile of the bias at a
+time.
+
 Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model width, R rows and E
 columns of a tile.
 """
@@ -20,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.devices import LANES
-from jaxlm.nn.term import BiasFn, Term, Tile
+from jaxlm.nn.attention_bias import AttentionBias, BiasFn, Tile
 
 
 def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
@@ -37,42 +39,42 @@ def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
 
-def distance_term(
+def distance_bias(
     table: jax.Array,
     longest: int,
     queries: int,
     keys: int,
     *,
-    ahead: int,
+    query_offset: int,
     q_BTHK: jax.Array | None = None,
     scale: float = 1.0,
-) -> Term:
-    """The bias for positions given by the index: query t has position ``ahead + t`` and key s has position s.
+) -> AttentionBias:
+    """The bias for positions given by the index: query t has position ``query_offset + t`` and key s has position s.
 
     Args:
         table: [N, H] numbers, or [N, H, K] vectors with ``q_BTHK``. Row n is for distance ``longest - n``. For
             distances outside the table, the nearest row is used.
         longest: the distance of row 0.
         queries, keys: T and S.
-        ahead: position of query 0 relative to key 0, in every row of the batch: 0 if queries and keys start at the same
-            position, ``keys - queries`` if they end at the same position.
+        query_offset: position of query 0 relative to key 0, in every row of the batch: 0 if queries and keys start at
+            the same position, ``keys - queries`` if they end at the same position.
         q_BTHK: the queries that are multiplied with the vectors of the table.
         scale: factor of these products. Numbers are not scaled.
     """
     # In the padded table, row 1 is for the last query and the first key. ``Tile.diagonals`` needs the extra row 0.
-    first, rows = longest - (ahead + queries), queries + keys
+    first, rows = longest - (query_offset + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
     floats = _table_arrays(table, q_BTHK)
     used_rows = floats["table"][..., low : high + 1]
     floats["table"] = jnp.pad(used_rows, (*[(0, 0)] * (used_rows.ndim - 1), (before, after)), mode="edge")
-    return Term(_ByDistance(queries, scale), floats)
+    return AttentionBias(_ByDistance(queries, scale), floats)
 
 
-def distance_term_of_queries(
+def distance_bias_of_queries(
     table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
-) -> Term:
-    """:func:`distance_term` for queries at any positions; the position of a key is its index.
+) -> AttentionBias:
+    """:func:`distance_bias` for queries at any positions; the position of a key is its index.
 
     The table must have a row for every distance that occurs: ``longest`` must be at least the largest query position,
     and ``longest - N`` must be less than the smallest query position minus the last key index. Otherwise the bias is
@@ -89,10 +91,10 @@ def distance_term_of_queries(
         raise ValueError(
             f"a table of {table.shape[0]} distances is too short for {keys} keys: it needs at least {keys} rows"
         )
-    return Term(_ByQueryPosition(longest, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
+    return AttentionBias(_ByQueryPosition(longest, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
 
 
-def distance_term_of_positions(
+def distance_bias_of_positions(
     table: jax.Array,
     longest: int,
     query_BT: jax.Array,
@@ -100,24 +102,24 @@ def distance_term_of_positions(
     *,
     q_BTHK: jax.Array | None = None,
     scale: float = 1.0,
-) -> Term:
-    """:func:`distance_term` for any positions of queries [1 or B, T] and keys [1 or B, S], integers.
+) -> AttentionBias:
+    """:func:`distance_bias` for any positions of queries [1 or B, T] and keys [1 or B, S], integers.
 
-    It gathers single entries, whereas :func:`distance_term` shifts whole rows, which is faster.
+    It gathers single entries, whereas :func:`distance_bias` shifts whole rows, which is faster.
     """
-    return Term(_ByPositions(longest, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS})
+    return AttentionBias(_ByPositions(longest, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS})
 
 
-def type_term(
+def type_bias(
     q_BTHK: jax.Array, table_2HK: jax.Array, query_types_BT: jax.Array, key_types_BS: jax.Array, *, scale: float
-) -> Term:
+) -> AttentionBias:
     """The bias ``scale * q . table[0 if the token types are equal else 1]`` (XLNet; Yang et al. 2019, section 2.5)."""
     pair_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
-    return Term(_ByTokenTypes(), {"pair": pair_BHT2}, {"query": query_types_BT, "key": key_types_BS})
+    return AttentionBias(_ByTokenTypes(), {"pair": pair_BHT2}, {"query": query_types_BT, "key": key_types_BS})
 
 
 def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
-    """The arrays of a term. Distances are the last axis, so that the matmul with queries and its gradient are fast on
+    """The arrays of a bias. Distances are the last axis, so that the matmul with queries and its gradient are fast on
     CPU."""
     if q_BTHK is None:
         return {"table": jnp.moveaxis(table.astype(jnp.float32)[..., None], 0, -1)[None]}

@@ -57,7 +57,7 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
 def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
     """The bias of each distance, [2 * max_distance + 1, H] float32; row n is for the distance ``max_distance - n``.
 
-    It is the table for ``distance_term`` with ``longest=max_distance``.
+    It is the table for ``distance_bias`` with ``longest=max_distance``.
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
     # There are few rows: on a CPU, this gather and its gradient are 10 times as fast as a matmul with one-hot vectors.

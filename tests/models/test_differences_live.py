@@ -24,7 +24,7 @@ XLNET = {"vocab_size": 20, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 1
 
 
 def built(kind: str, directory: Path, **fields: Any) -> tuple[Any, Any, Any]:
-    """A random model of transformers, and what jaxlm loads of it."""
+    """A random model of transformers, and the same model loaded by jaxlm."""
     import torch
     import transformers
 
@@ -41,7 +41,7 @@ def test_roberta_without_a_mask(tmp_path: Path) -> None:
     import torch
 
     theirs, model, params = built("RobertaModel", tmp_path, **BERT, type_vocab_size=1)
-    tokens = np.array([[0, 5, 6, 1, 1], [0, 7, 8, 9, 2]], np.int32)  # 1 is the pad
+    tokens = np.array([[0, 5, 6, 1, 1], [0, 7, 8, 9, 2]], np.int32)  # 1 is the padding id
     real = tokens != 1
     ids = torch.from_numpy(tokens).long()
     hidden, _ = model.apply(params, tokens)
@@ -49,7 +49,7 @@ def test_roberta_without_a_mask(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(ids).last_hidden_state.numpy()
         expected_masked = theirs(ids, attention_mask=torch.from_numpy(real)).last_hidden_state.numpy()
-    assert relative_error(hidden[1], expected[1]) < 1e-5  # no pads: equal
+    assert relative_error(hidden[1], expected[1]) < 1e-5  # equal without padding
     assert relative_error(hidden[0], expected[0]) > 1e-2
     assert relative_error(masked[real], expected_masked[real]) < 1e-5
 
@@ -58,7 +58,7 @@ def test_the_gradient_of_the_pad_row_of_bert(tmp_path: Path) -> None:
     import torch
 
     theirs, model, params = built("BertModel", tmp_path, **BERT)
-    tokens = np.array([[3, 0, 4, 0, 5]], np.int32)  # the pad id, 0, as a token
+    tokens = np.array([[3, 0, 4, 0, 5]], np.int32)  # the padding id 0 as a token
     weights = np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)
     (theirs(torch.from_numpy(tokens).long()).last_hidden_state * torch.from_numpy(weights)).sum().backward()
     expected = theirs.embeddings.word_embeddings.weight.grad.numpy()

@@ -1,4 +1,4 @@
-"""GPT-1 and GPT-2: published sizes, where the norms stand, and task heads."""
+"""GPT-1 and GPT-2: published sizes, pre-norm and post-norm, and task heads."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_published_parameter_counts(name, count):
     assert spec.count(get_model(name).specs) == count
 
 
-def test_after_each_sublayer_gpt_1_has_a_norm_and_at_the_end_none():
+def test_gpt_1_is_post_norm_without_final_norm():
     model = tiny_model("openai-gpt-tiny")
     params = model.init(jax.random.key(0))  # norms of scale 1 and bias 0
     assert "final_norm" not in params
@@ -34,7 +34,7 @@ def test_after_each_sublayer_gpt_1_has_a_norm_and_at_the_end_none():
     assert np.allclose(hidden.var(axis=-1), 1.0, atol=1e-2)
 
 
-def test_residual_projections_start_smaller_in_gpt_2_only():
+def test_only_gpt_2_has_smaller_initial_residual_projections():
     for name, factor in (("gpt2-tiny", 0.5), ("openai-gpt-tiny", 1.0)):
         specs = get_model(name).specs["layers"]
         for weight in (specs["attention"]["output"]["weight"], specs["mlp"]["down"]["weight"]):
@@ -59,7 +59,7 @@ def test_labelling_heads(name, task, outputs):
     assert "head" not in params
 
 
-def test_no_task_no_head():
+def test_task_none_has_no_head():
     model = tiny_model("gpt2-tiny", task="none")
     with pytest.raises(ValueError, match="task='none'"):
         model.logits(model.init(jax.random.key(0)), jnp.zeros((1, 1, 32)))
@@ -67,7 +67,7 @@ def test_no_task_no_head():
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
 @pytest.mark.parametrize("task", ["causal", "none", "classification"])
-def test_files_give_back_the_model(name, task, tmp_path):
+def test_files_round_trip(name, task, tmp_path):
     model = tiny_model(name, task=task, num_labels=5 if task == "classification" else 2)
     params = lively(model.init(jax.random.key(0)))
     save_pretrained(tmp_path, model, params)
@@ -84,19 +84,19 @@ def test_files_give_back_the_model(name, task, tmp_path):
         ({"num_labels": 0}, "num_labels=0 must be at least 1"),
     ],
 )
-def test_bad_configs_are_named(fields, message):
+def test_errors_name_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         get_model("gpt2-tiny", **fields)
 
 
-def test_what_gpt_1_files_cannot_say_is_named(tmp_path):
+def test_writing_unsupported_gpt_1_fields_raises(tmp_path):
     for fields in ({"mlp_dim": 7}, {"task": "tagging"}):
         model = tiny_model("openai-gpt-tiny", **fields)
         with pytest.raises(ValueError, match="no Hugging Face class"):
             save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
 
 
-def test_on_accelerators_queries_keys_and_values_are_projected_one_by_one(monkeypatch):
+def test_accelerators_project_queries_keys_and_values_separately(monkeypatch):
     model = tiny_model("gpt2-tiny")
     params, tokens = lively(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
 

@@ -1,4 +1,4 @@
-"""GRU: where the reset gate acts. tests/oracles compares values and gradients, test_recurrent_families.py the rest."""
+"""GRU: the reset gate. tests/oracles compares values and gradients; test_recurrent_families.py tests the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxlm.models import get_model
 from tests.helpers import lively, random_tokens, relative_error, tiny_model
 
 
-def test_the_reset_gate_before_the_product_has_no_bias_of_its_own():
+def test_reset_before_the_product_has_no_hidden_bias():
     after, before = (spec.flatten(get_model("gru-tiny", reset=reset).specs) for reset in ("after", "before"))
     assert after.keys() - before.keys() == {"layer_0/bias_hidden", "layer_1/bias_hidden"}
     assert before.keys() < after.keys()
@@ -17,7 +17,7 @@ def test_the_reset_gate_before_the_product_has_no_bias_of_its_own():
         get_model("gru", reset="none")
 
 
-def test_the_two_forms_differ_and_both_decode_step_by_step():
+def test_both_resets_decode_step_by_step_and_differ():
     hidden = {}
     for reset in ("after", "before"):
         model = tiny_model("gru", reset=reset)
@@ -33,7 +33,7 @@ def test_the_two_forms_differ_and_both_decode_step_by_step():
     assert relative_error(hidden["after"], hidden["before"]) > 1e-2
 
 
-def test_a_gru_has_three_quarters_of_the_layers_of_an_lstm():
+def test_a_gru_layer_has_three_quarters_of_the_parameters_of_an_lstm_layer():
     shape = {"num_layers": 2, "embed_dim": 650, "hidden_dim": 650}
     gru, lstm = (get_model(name, **shape).specs["layer_1"] for name in ("gru", "lstm"))
     assert spec.count({name: gru[name] for name in lstm}) * 4 == spec.count(lstm) * 3

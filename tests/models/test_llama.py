@@ -1,4 +1,4 @@
-"""Llama and its relatives: published sizes, the window, task heads, and what their files may and may not say."""
+"""Llama and related models: published sizes, the window, task heads, and supported fields of files."""
 
 import json
 from pathlib import Path
@@ -38,12 +38,12 @@ def test_published_parameter_counts(name, count):
     assert spec.count(get_model(name).specs) == count
 
 
-def test_the_cache_holds_the_heads_of_keys_only():
+def test_the_cache_has_only_key_value_heads():
     specs = get_model("llama-3-8b").state_specs(1, 4)
     assert specs["layers"]["key"].shape == (32, 1, 4, 8 * 128)
 
 
-def test_grouped_heads_are_repeated_heads():
+def test_grouped_heads_equal_repeated_heads():
     model, params, tokens = setup()
     full = tiny_model("llama-tiny", num_kv_heads=4)
     attention = params["layers"]["attention"]
@@ -52,7 +52,7 @@ def test_grouped_heads_are_repeated_heads():
     assert relative_error(jax.jit(full.apply)(wide, tokens)[0], jax.jit(model.apply)(params, tokens)[0]) < 1e-6
 
 
-def test_a_window_hides_what_is_before_it():
+def test_tokens_attend_only_to_the_window():
     model, params, tokens = setup(num_layers=1, window=4)
     changed = tokens.copy()
     changed[:, 3] = (changed[:, 3] + 1) % 128
@@ -63,7 +63,7 @@ def test_a_window_hides_what_is_before_it():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_window_counts_real_tokens_and_not_the_pads_in_the_cache(side):
+def test_a_window_does_not_count_padding_in_the_cache(side):
     model, params, tokens = setup(batch=2, length=12, window=3)
     prompt, segments = np.full((2, 7), 5, np.int32), np.zeros((2, 7), np.int32)
     for row, n in enumerate((7, 2)):
@@ -105,7 +105,7 @@ def test_labelling_heads(task, outputs):
     assert "head" not in model.specs
 
 
-def test_no_task_no_head():
+def test_task_none_has_no_head():
     model, params, tokens = setup(task="none")
     with pytest.raises(ValueError, match="task='none'"):
         model.logits(params, model.apply(params, tokens)[0])
@@ -121,12 +121,12 @@ def test_no_task_no_head():
         ({"task": "masked"}, "task='masked' is unknown: choose from 'causal'"),
     ],
 )
-def test_bad_configs_are_named(fields, message):
+def test_errors_name_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         get_model("llama-tiny", **fields)
 
 
-def test_too_long_for_the_config_is_named():
+def test_a_too_long_state_raises():
     model, params, _ = setup(max_positions=8)
     with pytest.raises(ValueError, match="9 tokens exceed max_positions=8"):
         model.apply(params, np.zeros((1, 9), np.int32))
@@ -134,7 +134,7 @@ def test_too_long_for_the_config_is_named():
         model.state_specs(1, 9)
 
 
-def test_a_config_with_scaling_survives_json():
+def test_a_config_with_rope_scaling_round_trips_through_json():
     config = get_model("llama-3.2-1b").config
     assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
@@ -154,7 +154,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_files_give_back_the_model(name, tmp_path):
+def test_files_round_trip(name, tmp_path):
     model = tiny_model("llama-tiny", **SHAPES[name])
     params = lively(model.init(jax.random.key(0)))
     save_pretrained(tmp_path, model, params)
@@ -165,7 +165,7 @@ def test_files_give_back_the_model(name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
 
 
-def test_span_classes_call_their_base_otherwise():
+def test_the_prefix_of_span_classes():
     for fields, prefix in (({}, "transformer."), ({"window": 5}, "model."), ({"qkv_bias": True}, "transformer.")):
         model = tiny_model("llama-tiny", task="span_qa", **fields)
         names = dict(named_tensors(model, spec.init(model.specs, jax.random.key(0))))
@@ -173,7 +173,7 @@ def test_span_classes_call_their_base_otherwise():
 
 
 def saved(tmp_path: Path, **fields) -> Path:
-    """A directory whose ``config.json`` says something else; ``...`` removes a field."""
+    """A directory with changed fields in ``config.json``; ``...`` removes a field."""
     model = tiny_model("llama-tiny")
     save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
     path = tmp_path / "config.json"
@@ -194,7 +194,7 @@ def saved(tmp_path: Path, **fields) -> Path:
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 of yarn rope_scaling"),
     ],
 )
-def test_settings_that_are_not_supported_are_named(tmp_path, fields, message):
+def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         load_pretrained(saved(tmp_path, **fields))
 

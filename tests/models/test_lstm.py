@@ -1,4 +1,4 @@
-"""LSTM: published sizes. tests/oracles compares values and gradients, test_recurrent_families.py the rest."""
+"""LSTM: published sizes. tests/oracles compares values and gradients; test_recurrent_families.py tests the rest."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from jaxlm.models import get_model
 
 def test_awd_lstm_has_the_published_number_of_parameters():
     model = get_model("awd-lstm")
-    torch_has_twice = sum(layer["bias"].size for name, layer in model.specs.items() if name.startswith("layer_"))
-    assert model.num_parameters + torch_has_twice == 24_221_600  # as awd-lstm-lm prints it
+    torch_second_biases = sum(layer["bias"].size for name, layer in model.specs.items() if name.startswith("layer_"))
+    assert model.num_parameters + torch_second_biases == 24_221_600  # as awd-lstm-lm prints it
 
 
 @pytest.mark.parametrize(("name", "millions"), [("lstm-zaremba-medium", 20), ("lstm-zaremba-large", 66)])
@@ -20,6 +20,6 @@ def test_zaremba_has_the_published_number_of_parameters(name, millions):
     assert model.config.dropout_mask == "fresh"
 
 
-def test_every_variant_has_each_rate_in_a_field_that_is_named_so():
+def test_names_of_dropout_fields():
     fields = {field.name for field in dataclasses.fields(get_model("lstm").config) if field.name.endswith("dropout")}
     assert fields == {"embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout"}

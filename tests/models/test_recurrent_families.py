@@ -1,4 +1,4 @@
-"""What the LSTM and GRU families share: dropout by place, documents across calls, both directions, regularization."""
+"""Tests of both the LSTM and the GRU family: dropout rates, documents over several calls, encoders, regularization."""
 
 import functools
 
@@ -22,7 +22,9 @@ def initial(model):
 
 def setup(name, batch=2, length=9, **overrides):
     model = tiny_model(name, **overrides)
-    shape = {field: value for field, value in overrides.items() if "dropout" not in field}  # initialise each shape once
+    shape = {
+        field: value for field, value in overrides.items() if "dropout" not in field
+    }  # so that each shape is initialised once
     return model, initial(tiny_model(name, **shape)), random_tokens(model, batch, length)
 
 
@@ -31,11 +33,11 @@ def hidden_of(model, params, tokens, **inputs):
 
 
 def outputs_of(model, params, tokens, key):
-    """(after dropout, before it) of the last layer."""
+    """The outputs of the last layer (after dropout, before dropout)."""
     return jax.jit(lambda p: model.module.apply_with_outputs(model.config, p, tokens, key=key)[:2])(params)
 
 
-def test_layers_are_as_wide_as_the_config_says(name):
+def test_layer_widths(name):
     gates = {"lstm": 4, "gru": 3}[name]
     shapes = {
         path: spec["weight_input"].shape
@@ -63,11 +65,11 @@ def test_embedding_dropout_drops_and_rescales_whole_word_types(name):
     seen = np.isin(np.arange(128), tokens)
     assert 0.2 < kept[seen].mean() < 0.8
     table = jnp.where(kept[:, None], params["token_embedding"] * 2.0, 0.0)
-    calm = hidden_of(model, {**params, "token_embedding": table}, tokens)
-    assert relative_error(hidden_of(model, params, tokens, key=key), calm) < TOLERANCE
+    without_dropout = hidden_of(model, {**params, "token_embedding": table}, tokens)
+    assert relative_error(hidden_of(model, params, tokens, key=key), without_dropout) < TOLERANCE
 
 
-def test_weight_dropout_is_one_mask_for_all_rows_and_steps_on_the_hidden_weights(name):
+def test_weight_dropout_has_one_mask_for_all_rows_and_steps(name):
     model, params, _ = setup(name, num_layers=1, weight_dropout=0.5)
     tokens = np.full((2, 9), 3, np.int32)
     key = jax.random.key(1)
@@ -87,7 +89,7 @@ def test_weight_dropout_is_one_mask_for_all_rows_and_steps_on_the_hidden_weights
 
 
 @pytest.mark.parametrize("mask", ["locked", "fresh"])
-def test_activations_share_a_mask_over_time_if_locked(name, mask):
+def test_locked_dropout_has_one_mask_for_all_steps(name, mask):
     model, params, tokens = setup(name, output_dropout=0.4, dropout_mask=mask, num_layers=1)
     dropped, raw = outputs_of(model, params, tokens, jax.random.key(2))
     kept = np.asarray(dropped) != 0
@@ -99,15 +101,15 @@ def test_activations_share_a_mask_over_time_if_locked(name, mask):
 
 
 @pytest.mark.parametrize("rate", ["input_dropout", "hidden_dropout"])
-def test_dropout_between_layers_acts_with_either_mask(name, rate):
-    calm = hidden_of(*setup(name))
+def test_input_and_hidden_dropout_change_outputs_with_both_masks(name, rate):
+    without_dropout = hidden_of(*setup(name))
     for mask in ("locked", "fresh"):
         model, params, tokens = setup(name, **{rate: 0.3}, dropout_mask=mask)
-        assert relative_error(hidden_of(model, params, tokens, key=jax.random.key(0)), calm) > 1e-2
+        assert relative_error(hidden_of(model, params, tokens, key=jax.random.key(0)), without_dropout) > 1e-2
 
 
-def test_documents_begin_and_go_on_across_calls(name):
-    """Rows of two calls: a border at the cut, one document over the cut and pads, padding only."""
+def test_documents_start_and_continue_over_calls(name):
+    """Two calls. Row 0: a new document in call 2; row 1: one document continues after padding; row 2: padding only."""
     model, params, tokens = setup(name, batch=3, length=10)
     segments = np.array([[1] * 5 + [2] * 5, [1, 1, 1, 0, 0, 0, 1, 1, 2, 2], [0] * 5 + [1] * 5], np.int32)
     step = jax.jit(lambda t, s, ids: model.apply(params, t, state=s, segment_ids=ids))
@@ -131,22 +133,22 @@ def test_the_state_is_float32_and_of_constant_size(name):
     assert set(state["layer_0"]) == ({"hidden", "cell"} if name == "lstm" else {"hidden"})
 
 
-def test_an_encoder_sees_both_sides_and_carries_nothing(name):
+def test_an_encoder_reads_both_directions_and_has_no_state(name):
     model = get_model(f"{name}-encoder-tiny")
     params, tokens = initial(model), random_tokens(model, 1, 6)
     changed = tokens.copy()
     changed[0, 3] += 1
-    moved = np.abs(hidden_of(model, params, tokens) - hidden_of(model, params, changed)).max(axis=2)[0]
-    assert np.all(moved > 0)
+    change = np.abs(hidden_of(model, params, tokens) - hidden_of(model, params, changed)).max(axis=2)[0]
+    assert np.all(change > 0)
     with pytest.raises(TypeError, match="only direction='forward' carries a state"):
         model.state_specs(1, 6)
     with pytest.raises(ValueError, match="carries no state: leave state out"):
         model.apply(params, tokens, state={})
-    with pytest.raises(ValueError, match="direction='both' reads what task='causal' has to predict"):
+    with pytest.raises(ValueError, match="direction='both' reads the tokens that task='causal' predicts"):
         get_model(name, direction="both")
 
 
-def test_summary_is_the_largest_over_real_tokens(name):
+def test_summary_is_the_maximum_over_real_tokens(name):
     model = get_model(f"{name}-encoder-tiny")
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 32)), jnp.float32)
     segments = np.array([[0, 1, 1, 1, 0], [1] * 5, [0] * 5], np.int32)
@@ -158,16 +160,16 @@ def test_summary_is_the_largest_over_real_tokens(name):
     assert np.array_equal(model.summary({}, hidden), hidden.max(axis=1, keepdims=True))
 
 
-def test_regularization_is_that_of_the_published_code(name):
+def test_regularization_equals_the_published_code(name):
     model, params, tokens = setup(name, output_dropout=0.4, num_layers=1)
     dropped, raw = (np.asarray(x, np.float64) for x in outputs_of(model, params, tokens, jax.random.key(2)))
     want = 2.0 * (dropped**2).mean() + 0.5 * ((raw[:, 1:] - raw[:, :-1]) ** 2).mean()
     assert relative_error(recurrent.regularization(dropped, raw, activation=2.0, slowness=0.5), want) < 1e-6
-    # Row 0: two documents of 3 and 4 tokens and 2 pads; row 1: pads only.
+    # Row 0: two documents of 3 and 4 tokens and 2 padding tokens; row 1: padding only.
     segments = np.array([[1] * 3 + [2] * 4 + [0] * 2, [0] * 9], np.int32)
     steps = np.concatenate([np.diff(raw[0, :3], axis=0), np.diff(raw[0, 3:7], axis=0)])
     want = 2.0 * (dropped[0, :7] ** 2).mean() + (steps**2).mean()
-    dropped[1] = raw[0, 8] = np.nan  # what does not count may be anything
+    dropped[1] = raw[0, 8] = np.nan  # padding does not count, even if it is NaN
     assert relative_error(recurrent.regularization(dropped, raw, segments), want) < 1e-6
     assert float(recurrent.regularization(dropped, raw, 0 * segments)) == 0.0
 
@@ -182,6 +184,6 @@ def test_regularization_is_that_of_the_published_code(name):
         ("task", "masked", "task='masked' is unknown: choose from 'causal', 'classification', 'tagging', 'none'"),
     ],
 )
-def test_bad_fields_are_named(name, field, value, message):
+def test_errors_name_bad_fields(name, field, value, message):
     with pytest.raises(ValueError, match=message):
         get_model(name, **{field: value})

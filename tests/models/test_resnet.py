@@ -53,7 +53,7 @@ def test_features_are_an_eighth_as_long_and_eight_times_as_wide():
     assert summary.shape == (2, 1, 2048)
 
 
-def test_a_text_says_the_same_however_it_is_padded():
+def test_padding_has_no_effect():
     model, params, tokens = setup()
     short = tokens[:, :30]
     want = labels_of_tiny(params, short, np.ones_like(short))
@@ -72,25 +72,25 @@ def test_a_text_says_the_same_however_it_is_padded():
     assert np.isfinite(labels[1:]).all()
 
 
-def test_training_uses_the_batch_and_hands_on_moved_statistics():
+def test_training_uses_batch_statistics_and_updates_running_statistics():
     model, params, tokens = setup()
     train = jax.jit(lambda params: model.apply(params, tokens, key=jax.random.key(0)))
     hidden, state = train(params)
     assert spec.diff(model.specs["statistics"], state["statistics"]) == []
     others = {**params, "statistics": jax.tree.map(lambda x: x + 1.0, params["statistics"])}
     again, moved = train(others)
-    np.testing.assert_array_equal(again, hidden)  # the running ones play no part
+    np.testing.assert_array_equal(again, hidden)  # running statistics are not used
     for new, old in zip(jax.tree.leaves(moved), jax.tree.leaves(state), strict=True):
         assert relative_error(new - old, np.full(old.shape, 0.9)) < 1e-5
     for _ in range(120):
         params = {**params, **train(params)[1]}
-    # Having seen one batch only, running statistics are its own, but for the unbiased variance.
+    # After one batch, running statistics are those of the batch, with the unbiased variance.
     settled, none = jax.jit(lambda params: model.apply(params, tokens))(params)
     assert none is None
     assert relative_error(settled, hidden) < 0.02
 
 
-def test_no_gradient_trains_the_statistics():
+def test_statistics_have_no_gradient():
     model, params, tokens = setup()
     for key in (None, jax.random.key(0)):
         grads = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, tokens, key=key)[0] ** 2)))(params)  # noqa: B023
@@ -99,7 +99,7 @@ def test_no_gradient_trains_the_statistics():
     assert not any(jax.tree.leaves(spec.decay_mask(model.specs["statistics"])))
 
 
-def test_bad_input_is_named():
+def test_errors_name_bad_input():
     model, params, tokens = setup()
     with pytest.raises(ValueError, match="80 tokens exceed max_positions=64"):
         model.apply(params, np.concatenate([tokens, tokens], axis=1))

@@ -1,4 +1,4 @@
-"""VDCNN while it trains against torch: batch statistics, moved running statistics and every gradient."""
+"""Training of VDCNN against torch: batch statistics, updated running statistics and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.live
 
 
 @pytest.mark.parametrize("downsample", ["max_pool", "k_max_pool", "convolution"])
-def test_training_is_that_of_torch(downsample):
+def test_training_equals_torch(downsample):
     model = get_model("resnet-tiny", max_positions=32, blocks=(1, 2), downsample=downsample, norm_momentum=0.3)
     tensors = _native.parameters(model, 5)
     tokens = np.random.default_rng(5).integers(0, 64, (3, 28)).astype(np.int32)

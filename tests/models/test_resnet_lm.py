@@ -1,4 +1,4 @@
-"""GCNN: sizes, reach, streams of constant size, bad input."""
+"""GCNN: sizes, length of the context, states of constant size, bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,14 @@ def test_size_of_the_published_model_of_wikitext_103():
 
 @pytest.mark.parametrize(("variant", "context"), [("gcnn-14", 47), ("gcnn-13", 40), ("gcnn-8b", 25), ("gcnn-14b", 57)])
 def test_reach_of_the_published_stacks(variant, context):
-    """Gated convolutions see a fixed number of tokens, 1 + the sum of (kernel - 1)."""
+    """The context of gated convolutions is 1 + the sum of (kernel - 1) tokens."""
     config = get_model(variant).config
     assert 1 + sum(kernel - 1 for _, kernel, _ in config.blocks) == context
     residuals = [residual for _, _, residual in config.blocks]
     assert residuals.count(3) == {"gcnn-8b": 7, "gcnn-14b": 13}.get(variant, 0)
 
 
-def test_it_sees_nine_tokens_and_no_more():
+def test_the_context_is_nine_tokens():
     model, params, tokens = setup()
     apply = jax.jit(lambda tokens: model.apply(params, tokens)[0])
     hidden = apply(tokens)
@@ -55,8 +55,8 @@ def test_initial_activations_keep_their_size_through_deep_stacks():
     assert 0.2 < sizes[1] / sizes[0] < 5.0
 
 
-def test_documents_of_a_stream_end_where_their_numbers_change():
-    """A packed prompt, then more of its last document and a new one, in single steps."""
+def test_documents_over_several_calls():
+    """A packed prompt, then single steps that continue its last document and start a new one."""
     model, params, tokens = setup(length=18)
     ids = np.array([[1] * 4 + [2] * 9 + [3] * 5, [0, 0] + [1] * 6 + [0] * 2 + [1] * 8], np.int32)
     step = jax.jit(lambda t, i, s: model.apply(params, t, state=s, segment_ids=i))
@@ -68,12 +68,12 @@ def test_documents_of_a_stream_end_where_their_numbers_change():
     whole = jax.jit(lambda t: model.apply(params, t)[0])
     for row, document in ((0, 1), (0, 2), (0, 3), (1, 1)):
         place = np.nonzero(ids[row] == document)[0]
-        text = np.zeros((1, 18), np.int32)  # of one shape, so that one program serves all; what follows is not seen
+        text = np.zeros((1, 18), np.int32)  # one shape, so that it compiles once; later tokens have no effect
         text[:, : len(place)] = tokens[row, place]
         assert relative_error(got[row, place], whole(text)[0, : len(place)]) < 1e-5
 
 
-def test_bad_input_is_named():
+def test_errors_name_bad_input():
     with pytest.raises(ValueError, match=r"blocks=\(\) must name at least one block"):
         resnet_lm.Config(blocks=())
     with pytest.raises(ValueError, match=r"block 1 of blocks is \(8, 3, 3\).* from 0 to 2 blocks back"):

@@ -1,4 +1,4 @@
-"""RoBERTa, beyond the contract and the oracles: where its positions start, its classifier, its files."""
+"""RoBERTa: what the contract and oracle tests do not cover: the first position, the classifier, files."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ def test_published_sizes(name, task, count):
     assert get_model(name, task=task).num_parameters == count
 
 
-def test_the_first_token_of_a_document_stands_at_row_2():
+def test_the_first_position_of_a_document_is_2():
     model, params, _ = setup()
     assert params["position_embedding"].shape == (66, 32)
     tokens = np.arange(64, dtype=np.int32)[None]
@@ -55,7 +55,7 @@ def test_the_first_token_of_a_document_stands_at_row_2():
         model.apply(params, np.zeros((1, 65), np.int32))
 
 
-def test_the_classifier_has_a_dense_layer_of_its_own_and_dropout_on_both_sides_of_it():
+def test_the_classifier_has_a_dense_layer_between_two_dropouts():
     model, params, _ = setup(task="classification", num_labels=3)
     assert {"classifier_dense", "classifier"} <= set(params)
     assert "pooler" not in params
@@ -71,7 +71,7 @@ def test_the_classifier_has_a_dense_layer_of_its_own_and_dropout_on_both_sides_o
     assert np.isclose(kept, np.asarray(calm)[shaken != 0], rtol=1e-3).mean() < 0.1  # and before it
 
 
-def test_there_is_no_next_sentence_head_and_no_state():
+def test_roberta_has_no_next_sentence_head_and_no_state():
     with pytest.raises(ValueError, match="RoBERTa has no next-sentence head"):
         roberta.Config(next_sentence=True)
     model, params, tokens = setup()
@@ -83,7 +83,7 @@ def test_there_is_no_next_sentence_head_and_no_state():
 
 
 @pytest.mark.parametrize("task", ["masked", "none", "classification", "tagging", "span_qa"])
-def test_files_count_the_rows_of_the_position_table(tmp_path, task):
+def test_max_positions_in_files_is_the_number_of_table_rows(tmp_path, task):
     model, params, _ = setup(task=task)
     save_pretrained(tmp_path, model, params)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -97,12 +97,16 @@ def test_files_count_the_rows_of_the_position_table(tmp_path, task):
     ("field", "value", "message"),
     [
         ("pad_token_id", 0, "pad_token_id=0 is not supported"),
-        ("hidden_act", "relu", "hidden_act='relu' is not supported"),  # their head would still have GELU
+        ("hidden_act", "relu", "hidden_act='relu' is not supported"),  # the head of transformers would still have GELU
         ("max_position_embeddings", 2, "max_position_embeddings=2 must be an integer above 2"),
-        ("type_vocab_size", None, r"token_type_embeddings.weight expected F32\[2, 32\]"),  # their default, not ours
+        (
+            "type_vocab_size",
+            None,
+            r"token_type_embeddings.weight expected F32\[2, 32\]",
+        ),  # the default of transformers differs from that of jaxlm
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(tmp_path, field, value, message):
+def test_an_unsupported_config_raises(tmp_path, field, value, message):
     model, params, _ = setup()
     save_pretrained(tmp_path, model, params)
     path = tmp_path / "config.json"
@@ -112,7 +116,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, field, value, message):
         load_pretrained(tmp_path)
 
 
-def test_a_config_that_is_silent_means_what_it_means_to_them(tmp_path):
+def test_missing_config_fields_have_the_defaults_of_transformers(tmp_path):
     model, params, _ = setup(norm_epsilon=1e-12)
     save_pretrained(tmp_path, model, params)
     path = tmp_path / "config.json"

@@ -53,7 +53,7 @@ def test_published_sizes(name, count):
     assert spec.count(t5.specs(t5.VARIANTS[name])) == count
 
 
-def test_cached_decoding_is_that_of_transformers():
+def test_cached_decoding_equals_transformers():
     """Greedy ids and the logits of every step, for sources without padding, padded left and padded right."""
     golden = np.load(GOLDEN)
     config = t5.Config(
@@ -77,8 +77,8 @@ def test_cached_decoding_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("bias_per_layer", [False, True])
-def test_decoding_from_a_state_is_applying_to_the_source(bias_per_layer):
-    """A prompt padded on the right between its tokens and those that follow must not stretch distances."""
+def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
+    """Padding between a prompt and the tokens after it must not change distances."""
     model, params = small(bias_per_layer=bias_per_layer)
     source, tokens = random_tokens(model, 2, 7), random_tokens(model, 2, 9, seed=1)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], np.int32)
@@ -97,7 +97,7 @@ def test_decoding_from_a_state_is_applying_to_the_source(bias_per_layer):
         assert relative_error(hidden[:, 0], jnp.stack([full[0, 2 + i], full[1, 5 + i]])) < TOLERANCE
 
 
-def test_a_target_document_sees_the_source_document_of_its_number():
+def test_a_target_document_attends_to_the_source_document_of_the_same_number():
     model, params = small()
     source, tokens = random_tokens(model, 1, 9), random_tokens(model, 1, 8, seed=1)
     source_segments, segments = np.array([[1] * 5 + [2] * 3 + [0]]), np.array([[1] * 3 + [2] * 4 + [0]])
@@ -114,7 +114,7 @@ def test_a_target_document_sees_the_source_document_of_its_number():
     assert relative_error(first[:, :3], packed[:, :3]) < TOLERANCE
 
 
-def test_only_distances_between_positions_count():
+def test_only_distances_between_positions_matter():
     model, params = small()
     source, tokens, place = random_tokens(model, 2, 4), random_tokens(model, 2, 6, seed=1), np.arange(6)[None]
     plain, _ = apply(model, params, tokens, {"source": source})
@@ -125,7 +125,7 @@ def test_only_distances_between_positions_count():
     assert relative_error(stretched, plain) > 1e-3
 
 
-def test_a_table_in_every_layer_is_the_shared_one_where_all_are_equal():
+def test_equal_tables_per_layer_equal_a_shared_table():
     model, params = small(num_layers=2)
     own = small(num_layers=2, bias_per_layer=True)[0]
     same = {**params}
@@ -141,7 +141,7 @@ def test_a_table_in_every_layer_is_the_shared_one_where_all_are_equal():
     assert relative_error(apply(own, same, tokens, inputs)[0], want) > 1e-3
 
 
-def test_float16_does_not_overflow_where_sublayers_add_up():
+def test_float16_residual_sums_do_not_overflow():
     model, params = small()
     for stack in ("encoder", "decoder"):
         params[stack]["layers"]["mlp"]["down"]["weight"] *= 3e5  # sums of more than 65504, the largest float16
@@ -153,8 +153,8 @@ def test_float16_does_not_overflow_where_sublayers_add_up():
 
 
 @pytest.mark.parametrize("form", [{}, {"mlp": "gated_gelu", "tie_embeddings": False}])
-def test_scales_at_the_start_are_those_of_the_published_code(form):
-    """Scores and logits of variance 1: nothing is scaled in attention, so the queries start small."""
+def test_initial_scores_and_logits_have_variance_1(form):
+    """Attention does not scale scores, so the initial query weights must be small."""
     model = tiny_model("t5", embed_dim=64, head_dim=48, mlp_dim=256, vocab_size=512, num_layers=1, **form)
     params = jax.jit(model.init)(jax.random.key(0))
     layer = jax.tree.map(lambda x: x[0], params["decoder"]["layers"])
@@ -191,7 +191,7 @@ def test_an_encoder_alone():
         ),
     ],
 )
-def test_files_hold_what_was_saved(change, model_type, architecture, tmp_path):
+def test_files_round_trip(change, model_type, architecture, tmp_path):
     model = tiny_model("t5", **SMALL, **change)
     params = spec.init(model.specs, jax.random.key(0))
     save_pretrained(tmp_path, model, params)
@@ -203,7 +203,7 @@ def test_files_hold_what_was_saved(change, model_type, architecture, tmp_path):
     assert_trees_equal(read, params)
 
 
-def test_published_files_hold_copies_and_a_table_that_nobody_reads(tmp_path):
+def test_duplicate_and_unused_tensors_of_published_files_are_ignored(tmp_path):
     model = tiny_model("t5", **SMALL)
     params = spec.init(model.specs, jax.random.key(0))
     save_pretrained(tmp_path, model, params)
@@ -219,7 +219,7 @@ def test_published_files_hold_copies_and_a_table_that_nobody_reads(tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_bad_input_is_named():
+def test_errors_name_bad_input():
     model, params = small()
     tokens, source = random_tokens(model, 2, 3), random_tokens(model, 2, 4)
     state = model.init_state(2, 5)
@@ -249,6 +249,6 @@ def test_bad_input_is_named():
         ({"head_dim": 0}, "head_dim=0 must be at least 1"),
     ],
 )
-def test_bad_configs_are_named(fields, message):
+def test_errors_name_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         t5.Config(**fields)

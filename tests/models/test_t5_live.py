@@ -1,4 +1,4 @@
-"""T5 against ``transformers`` where the shared runner does not look: generation, the encoder alone, buckets.
+"""T5 against ``transformers``: what the oracle tests do not cover: generation, the encoder alone, buckets.
 
 ``python -m tests.models.test_t5_live`` remakes ``goldens/t5_generate.npz``; do so when its case changes, never because
 a test fails.
@@ -27,7 +27,7 @@ SOURCE = np.random.default_rng(7).integers(2, 30, SEGMENTS.shape).astype(np.int3
 
 
 def generated(case: str) -> dict[str, np.ndarray]:
-    """What transformers' cached greedy decoding makes of padded sources: encoder output, ids, logits of each step."""
+    """Cached greedy decoding of transformers for padded sources: encoder output, ids, logits of each step."""
     import torch
 
     model = oracle.build(case)
@@ -53,7 +53,7 @@ def make_golden() -> None:
 
 
 @pytest.mark.parametrize("case", ["base", "umt5"])
-def test_cached_decoding_is_that_of_generate(case, tmp_path):
+def test_cached_decoding_equals_generate(case, tmp_path):
     oracle.build(case).save_pretrained(tmp_path)
     model, params = load_pretrained(tmp_path)
     want = generated(case)
@@ -84,7 +84,7 @@ def test_an_encoder_alone_is_read_and_written(tmp_path):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 7), (16, 100), (64, 400), (128, 2048)])
-def test_buckets_are_those_of_transformers(bidirectional, buckets, max_distance):
+def test_buckets_equal_transformers(bidirectional, buckets, max_distance):
     import torch
     from transformers.models.t5.modeling_t5 import T5Attention
 

@@ -1,4 +1,4 @@
-"""Transformer-XL: what the contract does not see. The memory over several segments is compared with transformers'."""
+"""Transformer-XL: what the contract test does not cover, such as the memory over several segments."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from jaxlm.models.transformer_xl import HUGGING_FACE, Config
 from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
 from tests.oracles import GOLDENS
 
-TOLERANCE = 1e-5  # float32, other orders of summation
+TOLERANCE = 1e-5  # float32, with different orders of summation
 SEGMENTS = Path(__file__).parent / "goldens" / "transformer_xl_segments.npz"  # made by test_transformer_xl_live.py
 
 
@@ -32,23 +32,23 @@ def setup(batch=2, length=12, **overrides):
 
 
 @pytest.mark.parametrize("case", ["base", "divided", "pre_norm", "padded"])
-def test_segments_with_a_memory_give_what_transformers_gives(case):
-    """Segments shorter and longer than the memory, which forgets; padded: same_length as well."""
+def test_segments_with_memory_equal_transformers(case):
+    """Some segments are shorter than the memory, some longer. The case padded also has same_length."""
     model, params = load_pretrained(GOLDENS / f"transformer_xl-{case}")
     with np.load(SEGMENTS) as file:
         golden = {name.removeprefix(f"{case}/"): x for name, x in file.items() if name.startswith(f"{case}/")}
     state, start = model.init_state(2, model.config.memory_length), 0
     for length in golden["lengths"]:
-        place = slice(start, start + length)
-        hidden, state = apply(model, params, golden["tokens"][:, place], state=state)
-        assert relative_error(hidden, golden["hidden"][:, place]) < TOLERANCE
+        segment = slice(start, start + length)
+        hidden, state = apply(model, params, golden["tokens"][:, segment], state=state)
+        assert relative_error(hidden, golden["hidden"][:, segment]) < TOLERANCE
         start += length
     assert relative_error(state["layers"]["hidden"], golden["memory"]) < TOLERANCE
     assert relative_error(model.logits(params, hidden), golden["logits"]) < TOLERANCE
 
 
-def test_a_short_memory_forgets():
-    """The last layer sees one memory, each layer below another one further back: num_layers * slots tokens in all."""
+def test_a_short_memory_drops_old_tokens():
+    """Each layer extends the context by the length of the memory: num_layers * slots tokens in all."""
     model, params, tokens = setup(batch=1, length=9)
     hidden = []
     for first in (1, 2):
@@ -63,8 +63,8 @@ def test_a_short_memory_forgets():
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_same_length_shows_every_token_the_same_number_of_tokens(calls):
-    """In one call and in several: with one layer, a token of long ago changes nothing, one of memory_length does."""
+def test_same_length_gives_every_token_the_same_number_of_keys(calls):
+    """With one layer, only the last memory_length tokens have an effect, in one call and in several."""
     model, params, tokens = setup(batch=1, length=9, same_length=True, memory_length=4, num_layers=1)
 
     def last_hidden(tokens):
@@ -79,7 +79,7 @@ def test_same_length_shows_every_token_the_same_number_of_tokens(calls):
         assert np.array_equal(last_hidden(changed), last_hidden(tokens)) == (at <= 4), at
 
 
-def test_distances_beyond_the_clamp_are_not_told_apart():
+def test_distances_beyond_the_clamp_are_equal():
     model, params, tokens = setup(batch=1, length=8, clamp_length=3, num_layers=1)
     near, far = tokens.copy(), tokens.copy()
     near[0, [5, 6]] = tokens[0, [6, 5]]
@@ -89,9 +89,9 @@ def test_distances_beyond_the_clamp_are_not_told_apart():
     assert relative_error(near, want) > 1e-3
 
 
-@pytest.mark.parametrize("form", [{}, {"same_length": True, "memory_length": 3, "clamp_length": 4, "pre_norm": True}])
-def test_documents_and_pads_in_several_calls_are_as_alone(form):
-    model, params, _ = setup(**form)
+@pytest.mark.parametrize("fields", [{}, {"same_length": True, "memory_length": 3, "clamp_length": 4, "pre_norm": True}])
+def test_documents_in_several_calls_with_padding_equal_separate_documents(fields):
+    model, params, _ = setup(**fields)
     calls = [
         [[0, 0, 1, 1, 1, 2], [1, 1, 0, 0, 0, 0], [1, 0, 1, 2, 0, 2]],
         [[2, 0, 2, 3, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
@@ -106,18 +106,18 @@ def test_documents_and_pads_in_several_calls_are_as_alone(form):
     hidden, segments = np.concatenate(hidden, axis=1), np.concatenate(calls, axis=1)
     for row in range(3):
         for document in range(1, segments[row].max() + 1):
-            (places,) = np.nonzero(segments[row] == document)
-            alone, _ = apply(model, params, tokens[row : row + 1, places])
-            assert relative_error(hidden[row, places], alone[0]) < 2 * TOLERANCE
+            (positions,) = np.nonzero(segments[row] == document)
+            alone, _ = apply(model, params, tokens[row : row + 1, positions])
+            assert relative_error(hidden[row, positions], alone[0]) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pads_take_no_place_in_a_memory_that_is_full(side):
-    """A memory shorter than the prompt: a padded row still decodes as it would alone."""
+def test_padding_does_not_displace_tokens_in_the_memory(side):
+    """The memory is shorter than the prompt. A padded row decodes as without padding."""
     model, params, tokens = setup(batch=1, length=10)
     padded, segments = np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32)
-    place = slice(3, 9) if side == "left" else slice(0, 6)
-    padded[0, place], segments[0, place] = tokens[0, :6], 1
+    real = slice(3, 9) if side == "left" else slice(0, 6)
+    padded[0, real], segments[0, real] = tokens[0, :6], 1
     padded[1], segments[1] = tokens[0, :9], 1
     _, state = apply(model, params, padded, state=model.init_state(2, 4), segment_ids=segments)
     hidden, _ = apply(model, params, np.tile(tokens[:, 6:7], (2, 1)), state=state)
@@ -159,7 +159,7 @@ def test_a_classifier_reads_the_last_real_token():
     assert model.logits(params, summary).shape == (2, 1, 3)
 
 
-def test_a_model_without_head_says_so():
+def test_a_model_without_head_has_no_logits():
     model, params, tokens = setup(task="none")
     assert "head" not in params
     with pytest.raises(ValueError, match="task='none' has no"):
@@ -167,7 +167,7 @@ def test_a_model_without_head_says_so():
 
 
 def test_published_sizes():
-    # As many as transformers' class has (test_transformer_xl_live.py); the paper's table 1 says 257M and 151M.
+    # The number of transformers' class (test_transformer_xl_live.py). Table 1 of the paper says 257M and 151M.
     assert get_model("transfo-xl-wt103").num_parameters == 285_205_322
     assert round(get_model("transformer-xl-base").num_parameters / 1e6) == 151
 
@@ -182,12 +182,12 @@ def test_published_sizes():
         ({"task": "masked"}, "task='masked' is unknown"),
     ],
 )
-def test_bad_configs_are_named(change, message):
+def test_errors_name_bad_fields(change, message):
     with pytest.raises(ValueError, match=message):
         get_model("transformer-xl-tiny", **change)
 
 
-def test_config_files_of_theirs():
+def test_fields_of_hugging_face_configs():
     (table,) = HUGGING_FACE
     read, write = table.read_fields, table.write_fields
     assert read({"cutoffs": [3, 5], "clamp_len": -1, "tie_projs": [False, False, False]}) == {
@@ -196,6 +196,6 @@ def test_config_files_of_theirs():
     assert read({"tie_projs": [False, True], "clamp_len": 7}) == {"tie_projections": True, "clamp_length": 7}
     for cfg in (Config(), Config(cutoffs=(), clamp_length=None), Config(tie_projections=False)):
         assert dataclasses.replace(cfg, **read(write(cfg))) == cfg
-    for tied in ([True, True], [False, True, False]):
+    for tie_projs in ([True, True], [False, True, False]):
         with pytest.raises(ValueError, match="the first must be false and the others equal"):
-            read({"tie_projs": tied})
+            read({"tie_projs": tie_projs})

@@ -1,6 +1,6 @@
-"""Transformer-XL beside transformers' own: a memory over several segments, files there and back, published sizes.
+"""Transformer-XL against transformers: memory over several segments, files written and read, published sizes.
 
-python -m tests.models.test_transformer_xl_live     make the goldens of test_transformer_xl.py again
+python -m tests.models.test_transformer_xl_live     make the golden files of test_transformer_xl.py
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ LENGTHS = (4, 1, 9, 3, 5)
 
 
 def segments(case):
-    """What transformers says about five segments, the memory of each being that of the one before."""
+    """The outputs of transformers for five consecutive segments."""
     import torch
 
     model = random_model(case)
@@ -43,7 +43,7 @@ def segments(case):
 
 
 def _load(model, directory):
-    """Its own loading makes u and v that are shared between layers anew."""
+    """Load without ``from_pretrained``, which initialises u and v again if all layers share them."""
     from safetensors.torch import load_file
 
     missing, unknown = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
@@ -51,7 +51,7 @@ def _load(model, directory):
     assert all("crit.out_" in name or "_bias" in name for name in missing)
 
 
-def test_goldens_are_what_transformers_says():
+def test_golden_files_equal_transformers():
     with np.load(SEGMENTS) as file:
         for case in CASES:
             for name, x in segments(case).items():
@@ -59,25 +59,25 @@ def test_goldens_are_what_transformers_says():
 
 
 @pytest.mark.parametrize("case", ["base", "divided", "projected", "untied", "classifier"])
-def test_transformers_opens_what_we_write(case, tmp_path):
+def test_transformers_reads_written_files(case, tmp_path):
     import torch
 
     from benchmarks.torch_models import transformer_xl_module
 
     (tmp_path / "theirs").mkdir()
-    told = reference(case, tmp_path / "theirs")
+    golden = reference(case, tmp_path / "theirs")
     save_pretrained(tmp_path / "ours", *load_pretrained(tmp_path / "theirs"))
     kind = getattr(transformer_xl_module(), type(random_model(case)).__name__)
     config = transformer_xl_module().TransfoXLConfig.from_pretrained(tmp_path / "ours")
-    config.trainer_compatible, config.pad_token_id = True, 0  # no warning; no complaint of its classifier
+    config.trainer_compatible, config.pad_token_id = True, 0  # avoids a warning, and an error of the classifier
     model = kind.from_pretrained(tmp_path / "ours", config=config).eval()
-    ids = torch.tensor(told["input/tokens"], dtype=torch.long)
+    ids = torch.tensor(golden["input/tokens"], dtype=torch.long)
     with torch.no_grad():
         output = model(ids, mems=no_memory(model, 2))
-    assert np.array_equal(output.logits if case == "classifier" else output.prediction_scores, told["logits"])
+    assert np.array_equal(output.logits if case == "classifier" else output.prediction_scores, golden["logits"])
 
 
-def test_the_published_model_has_as_many_parameters():
+def test_number_of_parameters_equals_transformers():
     import torch
 
     from benchmarks.torch_models import transformer_xl_module

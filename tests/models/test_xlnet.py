@@ -42,7 +42,7 @@ def test_published_sizes(name, count):
 
 
 def check_memory(model, params, golden):
-    """Segment after segment, in the order given and from left to right, as transformers has it."""
+    """Compare consecutive segments with transformers: with a given order, and from left to right."""
     segments, batch, _ = golden["tokens"].shape
     step = jax.jit(model.apply)
     permuted = causal = model.init_state(batch, int(golden["slots"]))
@@ -55,14 +55,14 @@ def check_memory(model, params, golden):
         assert relative_error(hidden, golden["causal"][i]) < 1e-5
 
 
-def test_memory_over_four_segments_is_that_of_transformers():
+def test_memory_over_four_segments_equals_transformers():
     model, params = load_pretrained(GOLDEN)
     assert (model.config.reuse_length, model.config.clamp_length) == (5, 9)
     with np.load(GOLDEN / "reference.npz") as file:
         check_memory(model, params, dict(file))
 
 
-def test_left_to_right_is_the_permutation_that_changes_nothing():
+def test_left_to_right_equals_the_identity_permutation():
     model, params, tokens = setup()
     order = np.tile(np.arange(10, dtype=np.int32), (2, 1))
     permuted = hidden_of(model, params, np.pad(tokens, ((0, 0), (0, 1))), order=order, targets=order[:, 1:])
@@ -70,9 +70,9 @@ def test_left_to_right_is_the_permutation_that_changes_nothing():
 
 
 @pytest.mark.parametrize("with_types", [False, True])
-def test_a_prediction_depends_on_tokens_of_lower_order_and_on_no_other(with_types):
+def test_a_prediction_depends_only_on_tokens_of_lower_order(with_types):
     model, params, _ = setup()
-    tokens = np.arange(9, dtype=np.int32)[None]  # distinct, so that each row of the table stands for one place
+    tokens = np.arange(9, dtype=np.int32)[None]  # distinct, so that each row of the table belongs to one position
     order = np.array([[-1, 4, 2, -1, 7, 0, 5, -1, 3]], np.int32)
     targets = np.array([[4, 5, 8, 2]], np.int32)
     types = {"token_types": np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2]], np.int32)} if with_types else {}
@@ -98,14 +98,16 @@ def test_steps_with_token_types_continue_the_prefix():
     assert relative_error(hidden_of(model, params, tokens, token_types=types * 5 + 2), full) < 1e-6
 
 
-def test_only_what_is_reused_is_remembered():
+def test_reuse_length_limits_the_tokens_added_to_the_memory():
     model, params, tokens = setup(batch=1, length=16, reuse_length=5)
     order = np.arange(8, dtype=np.int32)[None]
     arrays = {"order": order, "targets": order[:, :2]}
     _, state = model.apply(params, tokens[:, :8], state=model.init_state(1, 6), **arrays)
     assert state["segment_ids"].tolist() == [[0, 1, 1, 1, 1, 1]]
     after, _ = model.apply(params, tokens[:, 8:], state=state)
-    _, state = model.apply(params, tokens[:, :5], state=model.init_state(1, 6))  # without an order, all is
+    _, state = model.apply(
+        params, tokens[:, :5], state=model.init_state(1, 6)
+    )  # without an order, all tokens are added
     assert state["segment_ids"].sum() == 5
     assert relative_error(model.apply(params, tokens[:, 8:], state=state)[0], after) < 1e-5
 
@@ -120,7 +122,7 @@ def test_no_gradient_flows_into_the_memory():
     assert not np.asarray(jax.grad(loss)(state["layers"]["hidden"])).any()
 
 
-def test_beams_are_scored_as_whole_texts_are():
+def test_beam_scores_equal_scores_of_whole_texts():
     model, params, tokens = setup(batch=2, length=5)
     found = beam_search(model, params, tokens, max_new_tokens=4, beams=3, length_penalty=0.0)
     for row in range(2):
@@ -132,7 +134,7 @@ def test_beams_are_scored_as_whole_texts_are():
 # ------------------------------------------------------------------------------------------------ content stream
 
 
-def test_every_token_sees_every_other_of_its_document_and_no_pad():
+def test_tokens_attend_to_all_tokens_of_their_document_and_to_no_padding():
     model, params, _ = setup(task="tagging")
     tokens = np.arange(9, dtype=np.int32)[None]
     segments = np.array([[0, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
@@ -148,23 +150,24 @@ def test_every_token_sees_every_other_of_its_document_and_no_pad():
         assert relative_error(packed[:, document], hidden_of(model, params, tokens[:, document])) < 1e-5
 
 
-def test_a_reversed_text_read_from_the_right_is_the_text():
+def test_reversed_tokens_with_right_to_left_equal_the_original_order():
     model, params, tokens = setup(task="none")
-    there, back = np.zeros(2, bool), np.ones(2, bool)
+    left_to_right, right_to_left = np.zeros(2, bool), np.ones(2, bool)
     plain = hidden_of(model, params, tokens)
-    assert relative_error(hidden_of(model, params, tokens, right_to_left=there), plain) < 1e-5
-    assert relative_error(hidden_of(model, params, tokens[:, ::-1], right_to_left=back)[:, ::-1], plain) < 1e-5
+    assert relative_error(hidden_of(model, params, tokens, right_to_left=left_to_right), plain) < 1e-5
+    reversed_hidden = hidden_of(model, params, tokens[:, ::-1], right_to_left=right_to_left)
+    assert relative_error(reversed_hidden[:, ::-1], plain) < 1e-5
     assert relative_error(hidden_of(model, params, tokens[:, ::-1])[:, ::-1], plain) > 1e-2
 
 
-def test_distances_beyond_the_clamp_are_alike():
-    def odd_one_out(clamp):
+def test_distances_beyond_the_clamp_are_equal():
+    def effect_of_exchange(clamp):
         model, params, tokens = setup(batch=1, length=12, task="none", clamp_length=clamp, num_layers=1)
-        moved = tokens[:, [1, 0, *range(2, 12)]]  # the first two change places: far from the last token
+        moved = tokens[:, [1, 0, *range(2, 12)]]  # the first two tokens are exchanged; both are far from the last token
         return relative_error(hidden_of(model, params, moved)[:, -1], hidden_of(model, params, tokens)[:, -1])
 
-    assert odd_one_out(5) < 1e-6
-    assert odd_one_out(None) > 1e-4
+    assert effect_of_exchange(5) < 1e-6
+    assert effect_of_exchange(None) > 1e-4
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -173,8 +176,8 @@ def test_the_classifier_reads_the_last_real_token(side):
     lengths = (8, 5, 1)
     padded, segments = np.zeros((3, 8), np.int32), np.zeros((3, 8), np.int32)
     for row, n in enumerate(lengths):
-        place = slice(8 - n, 8) if side == "left" else slice(0, n)
-        padded[row, place], segments[row, place] = tokens[row, :n], 1
+        real = slice(8 - n, 8) if side == "left" else slice(0, n)
+        padded[row, real], segments[row, real] = tokens[row, :n], 1
 
     def labels(tokens, segments=None):
         hidden = hidden_of(model, params, tokens, segment_ids=segments)
@@ -189,21 +192,21 @@ def test_the_classifier_reads_the_last_real_token(side):
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-def test_bad_inputs_are_named():
+def test_errors_name_bad_inputs():
     model, params, tokens = setup()
     order = np.tile(np.arange(9, dtype=np.int32), (2, 1))
-    with pytest.raises(ValueError, match="order and targets come together"):
+    with pytest.raises(ValueError, match="order and targets must be given together"):
         model.apply(params, tokens, order=order)
     with pytest.raises(ValueError, match=r"order \[2, 5\] must be \[2, 9\]"):
         model.apply(params, tokens, order=order[:, :5], targets=order)
-    with pytest.raises(ValueError, match=r"targets \[1, 9\] must be \[2, places\]"):
+    with pytest.raises(ValueError, match=r"targets \[1, 9\] must be \[2, positions\]"):
         model.apply(params, tokens, order=order, targets=order[:1])
     with pytest.raises(ValueError, match=r"right_to_left \[1\] must be \[2\]"):
         model.apply(params, tokens, right_to_left=np.zeros(1, bool))
     tagger = dataclasses.replace(model, config=dataclasses.replace(model.config, task="tagging"))
     with pytest.raises(ValueError, match="task='tagging' predicts no tokens"):
         tagger.apply(params, tokens, order=order, targets=order)
-    with pytest.raises(TypeError, match="task='tagging' sees whole texts at once"):
+    with pytest.raises(TypeError, match="task='tagging' reads whole texts and carries no state"):
         tagger.state_specs(1, 5)
     with pytest.raises(ValueError, match="task='none' has no"):
         xlnet.logits(dataclasses.replace(model.config, task="none"), params, jnp.zeros((1, 1, 32)))
@@ -218,7 +221,7 @@ def test_bad_inputs_are_named():
             get_model("xlnet-tiny", **{field: value})
 
 
-def test_a_target_outside_of_the_row_is_not_silent():
+def test_a_target_outside_the_row_gives_nan():
     model, params, tokens = setup()
     order = np.tile(np.arange(9, dtype=np.int32), (2, 1))
     hidden = hidden_of(model, params, tokens, order=order, targets=np.array([[3, 9], [-1, 8]], np.int32))

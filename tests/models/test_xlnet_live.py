@@ -1,6 +1,6 @@
-"""Memory and right-to-left rows against transformers: what the cases of one call in ``tests.oracles`` do not reach.
+"""Memory and right-to-left rows against transformers: these need several calls, whereas ``tests.oracles`` makes one.
 
-python -m tests.models.test_xlnet_live      make the golden of ``test_xlnet.py`` again
+python -m tests.models.test_xlnet_live      make the golden file of ``test_xlnet.py``
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEGMENTS, B, T, P, REUSED, SLOTS = 4, 4, 8, 3, 5, 7
 
 
 def reference(directory: Path) -> dict[str, np.ndarray]:
-    """Four segments, each read with the memory of those before; the second half of the rows runs from right to left."""
+    """The outputs for four consecutive segments with memory; the second half of the rows runs from right to left."""
     import torch
     import transformers
 
@@ -42,9 +42,9 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
     order = np.stack([[rng.permutation(T) for _ in range(B)] for _ in range(SEGMENTS)]).astype(np.int32)
     targets = np.stack([[rng.permutation(T)[:P] for _ in range(B)] for _ in range(SEGMENTS)]).astype(np.int32)
     types = rng.integers(0, 2, (SEGMENTS, B, T)).astype(np.int32)
-    types[:, :, :REUSED] = 0  # they take all of the memory for type 0, as it always is in pretraining
+    types[:, :, :REUSED] = 0  # transformers assumes type 0 for the memory, as in pretraining
 
-    model.transformer.bi_data = True  # no config file that we read has it: it is per call here
+    model.transformer.bi_data = True  # a config field there, an argument per call here
     permuted, memory = [], None
     for segment in range(SEGMENTS):
         output = model.transformer(
@@ -58,18 +58,18 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
         permuted.append(output.last_hidden_state.detach().numpy())
         memory = output.mems
 
-    # Left to right: a place is added after each segment, for the query that stands there, and cut off the memory again.
+    # Left to right: a position is added after each segment for its last query, and removed from the memory.
     model.transformer.bi_data = False
     model.transformer.reuse_len = None
     model.transformer.mem_len = 0
     causal, memory = [], None
-    places = np.tile(np.arange(T + 1), (B, 1))
+    positions = np.tile(np.arange(T + 1), (B, 1))
     for segment in range(SEGMENTS):
         output = model.transformer(
             _long(np.pad(tokens[segment], ((0, 0), (0, 1)))),
             mems=memory,
-            perm_mask=torch.from_numpy(perm_mask(places, places[:, 1:])),
-            target_mapping=torch.from_numpy(target_mapping(places[:, 1:], T + 1)),
+            perm_mask=torch.from_numpy(perm_mask(positions, positions[:, 1:])),
+            target_mapping=torch.from_numpy(target_mapping(positions[:, 1:], T + 1)),
             use_mems=True,
         )
         causal.append(output.last_hidden_state.detach().numpy())
@@ -86,15 +86,15 @@ def _long(x: np.ndarray) -> Any:
     return torch.from_numpy(x).long()
 
 
-def test_memory_over_segments_is_that_of_transformers(tmp_path):
+def test_memory_over_segments_equals_transformers(tmp_path):
     arrays = reference(tmp_path)
     check_memory(*load_pretrained(tmp_path), arrays)
-    with np.load(GOLDEN / "reference.npz") as golden:  # the golden is of this reference
+    with np.load(GOLDEN / "reference.npz") as golden:  # the golden file has the outputs of this reference
         for name, x in arrays.items():
             np.testing.assert_allclose(x, golden[name], atol=1e-5)
 
 
-def test_transformers_opens_what_we_write(tmp_path):
+def test_transformers_reads_written_files(tmp_path):
     import torch
     import transformers
 

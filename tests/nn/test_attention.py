@@ -11,10 +11,10 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
-from jaxlm.nn.cache import Slots, Span, append, extended
+from jaxlm.nn.cache import CacheView, Span, append, append_and_read
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, pallas_attention, splash
 from jaxlm.nn.mask import Mask, keep
-from jaxlm.nn.relative import distance_term, distance_term_of_positions
+from jaxlm.nn.relative import distance_bias, distance_bias_of_positions
 from jaxlm.sharding import Sharding, make_mesh
 from tests.helpers import assert_trees_close, relative_error
 
@@ -175,7 +175,7 @@ def test_memory_is_linear_in_time():
 def test_all_heads_together_equal_a_loop_over_heads():
     q, k, v, _ = inputs(2, 150, 150, 2, 8)
     run = lambda sequential: blockwise_attention.attention(  # noqa: E731
-        q, k, v, Mask(causal=True), scale=0.3, terms=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
+        q, k, v, Mask(causal=True), scale=0.3, biases=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
     )
     assert relative_error(run(False), run(True)) < 3e-6
 
@@ -188,9 +188,9 @@ def test_the_gradient_of_a_shared_bias_is_summed_over_devices():
 
     def gradients(sequential):
         def value(table, q):
-            term = distance_term(table, 16, T, T, ahead=0)
+            bias = distance_bias(table, 16, T, T, query_offset=0)
             out = blockwise_attention.attention(
-                q, k, v, Mask(causal=True), scale=0.3, terms=(term,), dropout=0.0, key=None, sequential=sequential
+                q, k, v, Mask(causal=True), scale=0.3, biases=(bias,), dropout=0.0, key=None, sequential=sequential
             )
             return jnp.sum(out * cotangent)
 
@@ -293,7 +293,7 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, mask):
         def attend(q, k, v, table):
-            bias = distance_term_of_positions(table, 5, mask.query_order, mask.key_order)
+            bias = distance_bias_of_positions(table, 5, mask.query_order, mask.key_order)
             return attention(q, k, v, mask, bias=bias, implementation=implementation)
 
         out, pull = jax.vjp(attend, q, k, v, table)
@@ -345,29 +345,29 @@ def span_from(start_B):
     return Span(None, None, Mask(), start_B, None)
 
 
-def test_slots_write_and_read_one_layer_of_the_stack():
+def test_a_view_writes_and_reads_one_layer_of_the_stack():
     q, k, v, mask = cached((6, 90))
     new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
     start = jnp.array([3, 87])
     heads_shape, stack = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
     stack = stack.reshape(3, *heads_shape[:2], -1)
-    slots = Slots(stack, jnp.int32(1))
-    kv, (read, _) = extended({"key": slots, "value": slots}, (new, new), span_from(start))
+    view = CacheView(stack, jnp.int32(1))
+    kv, (keys, _) = append_and_read({"key": view, "value": view}, (new, new), span_from(start))
     written = kv["key"]
     want = append(k, new, start)
     assert written.shape == stack.shape[1:]
-    assert read.shape == heads_shape
-    np.testing.assert_array_equal(written.first(120), want[:, :120].reshape(2, 120, -1))
-    np.testing.assert_array_equal(read.first(120), want[:, :120])
-    per_layer, (per_layer_read, _) = extended({"key": stack[1], "value": stack[1]}, (new, new), span_from(start))
-    np.testing.assert_array_equal(per_layer["key"], written.first(heads_shape[1]))
-    assert per_layer_read.shape == heads_shape
-    np.testing.assert_array_equal(per_layer_read.first(heads_shape[1]), want)
-    np.testing.assert_array_equal(per_layer_read.first(7), want[:, :7])
-    np.testing.assert_array_equal(written.all[jnp.array([0, 2])], stack[jnp.array([0, 2])])
+    assert keys.shape == heads_shape
+    np.testing.assert_array_equal(written.read(120), want[:, :120].reshape(2, 120, -1))
+    np.testing.assert_array_equal(keys.read(120), want[:, :120])
+    per_layer, (per_layer_keys, _) = append_and_read({"key": stack[1], "value": stack[1]}, (new, new), span_from(start))
+    np.testing.assert_array_equal(per_layer["key"], written.read(heads_shape[1]))
+    assert per_layer_keys.shape == heads_shape
+    np.testing.assert_array_equal(per_layer_keys.read(heads_shape[1]), want)
+    np.testing.assert_array_equal(per_layer_keys.read(7), want[:, :7])
+    np.testing.assert_array_equal(written.stack[jnp.array([0, 2])], stack[jnp.array([0, 2])])
     for implementation in ("decode", "reference", None):
-        values = Slots(v.reshape(1, *heads_shape[:2], -1), 0, heads_shape[2])
-        got = attention(q, read, values, mask, implementation=implementation)
+        values = CacheView(v.reshape(1, *heads_shape[:2], -1), 0, heads_shape[2])
+        got = attention(q, keys, values, mask, implementation=implementation)
         assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6
 
 
@@ -422,16 +422,16 @@ def test_default_implementation_on_a_tpu(monkeypatch):
         jax.eval_shape(lambda q, k: attention(q, k, k, mask, **options), q, k)
         return called[0] if called else "reference"
 
-    term = distance_term(jnp.zeros((9, 2)), 4, 100, 100, ahead=0)
-    long_term = distance_term(jnp.zeros((9, 2)), 4, 5000, 5000, ahead=0)
+    bias = distance_bias(jnp.zeros((9, 2)), 4, 100, 100, query_offset=0)
+    long_bias = distance_bias(jnp.zeros((9, 2)), 4, 5000, 5000, query_offset=0)
     order = {f"{side}_order": jnp.zeros((1, 2048), jnp.int32) for side in ("query", "key")}
     assert default(1024, 1024) == "pallas"
     assert default(1024, 1024, dropout=0.1, key=jax.random.key(0)) == "blockwise"
     assert default(2048, 2048) == "splash"
     assert default(2048, 2048, Mask(causal=True, **order)) == "pallas"
     assert default(100, 100) == "reference"
-    assert default(100, 100, bias=term) == "pallas"
-    assert default(5000, 5000, bias=long_term) == "blockwise"
+    assert default(100, 100, bias=bias) == "pallas"
+    assert default(5000, 5000, bias=long_bias) == "blockwise"
     monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v4")
     assert default(1024, 1024) == "splash"
     with pytest.raises(ValueError, match="'pallas' needs a TPU from v5 on"):

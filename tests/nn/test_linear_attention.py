@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.nn.linear_attention import linear_attention, linear_attention_step
-from jaxlm.nn.recurrence import borders
+from jaxlm.nn.recurrence import segment_boundaries
 from tests.helpers import assert_trees_close, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
@@ -109,7 +109,7 @@ def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_documents_give_the_same_as_alone_and_padding_may_be_nan(decay, implementation):
     segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
-    reset_BT, keep_BT, _ = borders(segments)
+    reset_BT, keep_BT, _ = segment_boundaries(segments)
     clean = arrays(decay)[:4]
     with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in clean]
     attend = functools.partial(linear_attention, implementation=implementation, chunk=4)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn import linear_scan as linear_scan_module
 from jaxlm.nn.linear_scan import linear_scan
-from jaxlm.nn.recurrence import borders
+from jaxlm.nn.recurrence import segment_boundaries
 from tests.helpers import assert_trees_close, relative_error
 
 B, T, D = 3, 11, 4
@@ -82,7 +82,7 @@ def test_documents_give_the_same_as_alone_and_padding_may_be_nan(implementation,
     segments = jnp.array(
         [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0], [0, 1, 1, 0, 1, 0, 2, 0, 2, 2, 0]]
     )
-    reset_BT, keep_BT, _ = borders(segments, reverse=reverse)
+    reset_BT, keep_BT, _ = segment_boundaries(segments, reverse=reverse)
     decay, new, _ = (jnp.where(keep_BT[:, :, None], x, jnp.nan) for x in (*arrays()[:2], jnp.zeros((B, T, D))))
     options = {"reverse": reverse, "implementation": implementation}
 

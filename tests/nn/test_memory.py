@@ -93,5 +93,5 @@ def test_the_memory_has_no_gradient(kept):
 
 
 def test_a_memory_without_slots_raises():
-    with pytest.raises(ValueError, match="a memory of 0 slots holds nothing"):
+    with pytest.raises(ValueError, match="a memory needs at least 1 slot, got slots=0"):
         memory.memory_specs(1, 2, 0, 4, jnp.float32)

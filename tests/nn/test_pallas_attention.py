@@ -8,7 +8,7 @@ import pytest
 from jaxlm.nn.attention import attention
 from jaxlm.nn.kernels import pallas_attention
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.relative import distance_term, distance_term_of_positions, distance_term_of_queries, type_term
+from jaxlm.nn.relative import distance_bias, distance_bias_of_positions, distance_bias_of_queries, type_bias
 from jaxlm.sharding import Sharding, make_mesh
 from tests.helpers import assert_trees_close
 
@@ -35,16 +35,16 @@ def arrays(T, S, heads=H):
     return floats, draw(B, T, H, K)
 
 
-def terms(kinds, q, numbers, vectors, types, S):
+def make_biases(kinds, q, numbers, vectors, types, S):
     T = q.shape[1]
     constructors = {
-        "numbers": lambda: distance_term(numbers, 12, T, S, ahead=S - T),
-        "numbers of all heads": lambda: distance_term(numbers[:, :1], 12, T, S, ahead=0),
-        "vectors": lambda: distance_term(vectors, S, T, S, ahead=S - T, q_BTHK=q, scale=0.5),
-        "vectors of queries": lambda: distance_term_of_queries(
+        "numbers": lambda: distance_bias(numbers, 12, T, S, query_offset=S - T),
+        "numbers of all heads": lambda: distance_bias(numbers[:, :1], 12, T, S, query_offset=0),
+        "vectors": lambda: distance_bias(vectors, S, T, S, query_offset=S - T, q_BTHK=q, scale=0.5),
+        "vectors of queries": lambda: distance_bias_of_queries(
             vectors, S, S - T + np.random.default_rng(3).integers(0, T, (B, T)), S, q_BTHK=q, scale=0.5
         ),
-        "types": lambda: type_term(
+        "types": lambda: type_bias(
             q, types, np.arange(T)[None] % 3 + np.array([[0], [1]]), np.arange(S)[None] % 2, scale=0.5
         ),
     }
@@ -72,7 +72,7 @@ def run(attend, kinds, S, floats, cotangent):
     """The output, and the gradients of all arrays."""
 
     def attend_with_tables(q, k, v, *tables):
-        return attend(q, k, v, terms(kinds, q, *tables, S))
+        return attend(q, k, v, make_biases(kinds, q, *tables, S))
 
     @jax.jit
     def value_and_gradients(*floats):
@@ -89,7 +89,7 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     floats, cotangent = arrays(T, S, heads=1 if "keys for all heads" in name else H)
 
     def kernel(q, k, v, bias):
-        return pallas_attention.attention(q, k, v, mask, scale=0.3, terms=tuple(bias), interpret=True)
+        return pallas_attention.attention(q, k, v, mask, scale=0.3, biases=tuple(bias), interpret=True)
 
     got = run(kernel, kinds, S, floats, cotangent)
     want = run(
@@ -110,7 +110,7 @@ def test_bfloat16_is_as_accurate_as_blockwise():
     halves = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), floats)
 
     def kernel(q, k, v, bias):
-        return pallas_attention.attention(q, k, v, mask, scale=0.3, terms=tuple(bias), interpret=True)
+        return pallas_attention.attention(q, k, v, mask, scale=0.3, biases=tuple(bias), interpret=True)
 
     def attend_with(implementation):
         return lambda q, k, v, bias: attention(q, k, v, mask, scale=0.3, bias=bias, implementation=implementation)
@@ -133,7 +133,7 @@ def test_each_device_runs_its_own_rows_and_heads():
     sharding = Sharding(make_mesh("data=2,tensor=2,fsdp=1", devices=jax.devices()[:4]))
 
     def kernel(q, k, v, bias):
-        return pallas_attention.attention(q, k, v, mask, scale=0.3, terms=tuple(bias), interpret=True)
+        return pallas_attention.attention(q, k, v, mask, scale=0.3, biases=tuple(bias), interpret=True)
 
     def split(q, k, v, bias):
         with sharding.scope():
@@ -157,7 +157,7 @@ def test_unsupported_arguments_give_the_reason():
     with pytest.raises(ValueError, match="'pallas' takes no dense bias"):
         attend(bias=jnp.zeros((1, 1, 8, 8)))
     with pytest.raises(ValueError, match="does not support the bias ByPositions, which gathers single entries"):
-        attend(bias=distance_term_of_positions(jnp.zeros((9, H)), 4, positions, positions))
+        attend(bias=distance_bias_of_positions(jnp.zeros((9, H)), 4, positions, positions))
     assert "has room for 4096 keys, got 8192" in pallas_attention.unsupported_reason(8192, 8192, (), None, None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
         assert "without a sequence axis" in pallas_attention.unsupported_reason(128, 128, (), None, None)

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxlm import spec
 from jaxlm.nn import recurrence
-from jaxlm.nn.recurrence import borders
+from jaxlm.nn.recurrence import segment_boundaries
 from tests.helpers import assert_trees_close, lively, relative_error
 
 B, T, D, H = 3, 7, 5, 4
@@ -76,13 +76,13 @@ CASES = {
     "chunks of 3, 3 and 1": ({}, 3 * B),  # the default implementation is chunked
     "chunks of 2 with remat": ({"remat": True}, 2 * B),
 }
-"""(Arguments of the layer, ROWS_OF_A_CHUNK)."""
+"""(Arguments of the layer, CHUNK_ROWS)."""
 
 
 @pytest.fixture(params=CASES)
 def options(request, monkeypatch):
     arguments, rows = CASES[request.param]
-    monkeypatch.setattr(recurrence, "ROWS_OF_A_CHUNK", rows)
+    monkeypatch.setattr(recurrence, "CHUNK_ROWS", rows)
     return arguments
 
 
@@ -138,7 +138,7 @@ def loops_of(jaxpr):
 @pytest.mark.parametrize("rows", [512, 3 * B])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_loop_over_steps_carries_a_weight_gradient(kind, rows, monkeypatch):
-    monkeypatch.setattr(recurrence, "ROWS_OF_A_CHUNK", rows)
+    monkeypatch.setattr(recurrence, "CHUNK_ROWS", rows)
     params, x, _ = setup(kind)
 
     def loops_with_weight_gradient(implementation):
@@ -183,7 +183,7 @@ def test_each_padded_document_gives_the_same_as_alone(kind, reverse):
     """Each row contains two documents and padding; each document alone, without padding, gives the same."""
     params, x, _ = setup(kind)
     segments = jnp.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 2, 0, 0, 0], [0, 1, 1, 1, 1, 2, 0]], jnp.int32)
-    reset_BT, keep_BT, _ = borders(segments, reverse=reverse)
+    reset_BT, keep_BT, _ = segment_boundaries(segments, reverse=reverse)
     x = jnp.where(keep_BT[:, :, None], x, 100.0)
     hidden, last = layer_of(kind)(params, x, reset_BT=reset_BT, keep_BT=keep_BT, reverse=reverse)
     assert np.isfinite(np.asarray(hidden)).all()
@@ -198,12 +198,12 @@ def test_each_padded_document_gives_the_same_as_alone(kind, reverse):
 
 def test_boundaries_of_documents_that_continue_across_padding_and_calls():
     segments = jnp.array([[1, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 3, 3, 0, 1, 1]], jnp.int32)
-    reset_BT, keep_BT, last_B = borders(segments, jnp.array([1, 2, 2]))
+    reset_BT, keep_BT, last_B = segment_boundaries(segments, jnp.array([1, 2, 2]))
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
     assert keep_BT.tolist() == (segments > 0).tolist()
     assert last_B.tolist() == [2, 2, 1]
-    assert borders(segments)[0].astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
-    reset_BT, _, last_B = borders(segments, reverse=True)
+    assert segment_boundaries(segments)[0].astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
+    reset_BT, _, last_B = segment_boundaries(segments, reverse=True)
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
     assert last_B.tolist() == [1, 0, 3]
 
@@ -240,7 +240,7 @@ def test_a_long_float32_sum_survives_bfloat16():
 
 def test_bad_inputs_raise():
     params, x, _ = setup("lstm")
-    with pytest.raises(ValueError, match="the input is 3 wide, but weight_input is made for 5"):
+    with pytest.raises(ValueError, match="the input has width 3, but weight_input needs width 5"):
         recurrence.lstm(params, x[..., :3])
     with pytest.raises(ValueError, match=r"keep_BT \[3, 2\] must be \[batch, time\] of the input, \[3, 7\]"):
         recurrence.lstm(params, x, keep_BT=jnp.ones((3, 2), bool))
@@ -248,7 +248,9 @@ def test_bad_inputs_raise():
         recurrence.gru_specs(D, H, reset="never")
     with pytest.raises(ValueError, match="no recurrent implementation 'fast': choose from reference, chunked, cudnn"):
         recurrence.lstm(params, x, implementation="fast")
-    with pytest.raises(ValueError, match="implementation='reference' has no remat: take implementation='chunked'"):
+    with pytest.raises(
+        ValueError, match="implementation='reference' does not support remat: use implementation='chunked'"
+    ):
         recurrence.lstm(params, x, implementation="reference", remat=True)
 
 
@@ -257,14 +259,14 @@ def test_bad_inputs_raise():
 
 def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
     params, x, _ = setup("lstm")
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU, this is a cpu: leave the implementation out"):
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, but the platform is cpu: leave it out"):
         recurrence.lstm(params, x, implementation="cudnn")
-    with pytest.raises(ValueError, match="runs an LSTM alone: for a GRU choose reference or chunked"):
+    with pytest.raises(ValueError, match="supports only an LSTM: for a GRU, choose reference or chunked"):
         recurrence.gru(setup("gru_after")[0], x, implementation="cudnn")
     monkeypatch.setattr(recurrence.sharding, "platform", lambda: "gpu")
     with pytest.raises(ValueError, match="computes in float32, not in bfloat16: choose 'chunked'"):
         recurrence.lstm(params, x.astype(jnp.bfloat16), implementation="cudnn")
-    with pytest.raises(ValueError, match="cannot go back to zeros at document borders: choose 'chunked'"):
+    with pytest.raises(ValueError, match="cannot reset the state at segment boundaries: choose 'chunked'"):
         recurrence.lstm(params, x, implementation="cudnn", reset_BT=jnp.ones((B, T), bool))
 
 

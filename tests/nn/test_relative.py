@@ -9,20 +9,20 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
+from jaxlm.nn.attention_bias import AttentionBias, dense
 from jaxlm.nn.kernels import blockwise_attention
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.relative import (
-    distance_term,
-    distance_term_of_positions,
-    distance_term_of_queries,
+    distance_bias,
+    distance_bias_of_positions,
+    distance_bias_of_queries,
     sinusoids,
-    type_term,
+    type_bias,
 )
-from jaxlm.nn.term import Term, dense
 from tests.helpers import assert_trees_close, relative_error
 
 B, H, K = 2, 3, 4
-SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, keys, ahead
+SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, keys, query_offset
 
 
 def test_sinusoids_are_concatenated_and_not_interleaved():
@@ -61,17 +61,19 @@ def check(ours, theirs, *arguments):
 
 
 @pytest.mark.parametrize("vectors", [False, True])
-@pytest.mark.parametrize(("queries", "keys", "ahead"), SHAPES)
-def test_distance_term(queries, keys, ahead, vectors):
+@pytest.mark.parametrize(("queries", "keys", "query_offset"), SHAPES)
+def test_distance_bias(queries, keys, query_offset, vectors):
     """The table is exactly long enough, too short at either end, or longer than needed."""
-    distance = (ahead + np.arange(queries))[None, :, None] - np.arange(keys)
+    distance = (query_offset + np.arange(queries))[None, :, None] - np.arange(keys)
     for longest, rows in ((distance.max(), queries + keys - 1), (2, 4), (40, 60), (2, 1), (-40, 3), (60, 3)):
         table, q = arrays(queries, rows, vectors)
 
         def ours(table, *q, longest=longest):
             query = q[0] if q else None
             return dense(
-                distance_term(table, int(longest), queries, keys, ahead=ahead, q_BTHK=query, scale=0.5), queries, keys
+                distance_bias(table, int(longest), queries, keys, query_offset=query_offset, q_BTHK=query, scale=0.5),
+                queries,
+                keys,
             )
 
         def theirs(table, *q, longest=longest):
@@ -81,7 +83,7 @@ def test_distance_term(queries, keys, ahead, vectors):
 
 
 @pytest.mark.parametrize("vectors", [False, True])
-def test_distance_term_of_positions(vectors):
+def test_distance_bias_of_positions(vectors):
     """Each row of the batch has its own positions, in any order; outside the table, the nearest row is used."""
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 9, (B, 5)), rng.integers(0, 9, (B, 7))
@@ -90,7 +92,7 @@ def test_distance_term_of_positions(vectors):
     def ours(table, *q):
         query_vectors = q[0] if q else None
         return dense(
-            distance_term_of_positions(
+            distance_bias_of_positions(
                 table, 5, jnp.asarray(query), jnp.asarray(key), q_BTHK=query_vectors, scale=0.5
             ), 5, 7,
         )  # fmt: skip
@@ -99,43 +101,43 @@ def test_distance_term_of_positions(vectors):
     check(ours, lambda table, *q: gathered_bias(table, 5, distance, *q), table, *(() if q is None else (q,)))
 
 
-def test_distance_term_of_queries():
+def test_distance_bias_of_queries():
     query = np.random.default_rng(0).integers(0, 7, (B, 5))
     table, q = arrays(5, 13, True)
 
     def ours(table, q):
-        return dense(distance_term_of_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
+        return dense(distance_bias_of_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
 
     distance = query[:, :, None] - np.arange(7)
     check(ours, lambda table, q: gathered_bias(table, 6, distance, q), table, q)
     with pytest.raises(ValueError, match="a table of 13 distances is too short for 14 keys"):
-        distance_term_of_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
+        distance_bias_of_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
 
 
-def test_type_term():
+def test_type_bias():
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
     table, q = arrays(5, 2, True)
     index = jnp.asarray(query[:, :, None] != key[:, None, :]).astype(int)
-    ours = lambda q, table: dense(type_term(q, table, query, key, scale=0.5), 5, 7)  # noqa: E731
+    ours = lambda q, table: dense(type_bias(q, table, query, key, scale=0.5), 5, 7)  # noqa: E731
     check(ours, lambda q, table: 0.5 * jnp.einsum("BTHK,BTSHK->BHTS", q, table[index]), q, table)
 
 
-def terms_of(kind, table, vectors, q, types):
-    """The terms for T queries and T keys, as in the model families."""
+def bias_of(kind, table, vectors, q, types):
+    """The biases for T queries and T keys, as in the model families."""
     T = q.shape[1]
     positions = jnp.arange(T)[None] + jnp.array([[0], [3]])
     if kind == "numbers":
-        return distance_term(table, 12, T, T, ahead=0)
+        return distance_bias(table, 12, T, T, query_offset=0)
     if kind == "numbers of positions":
-        return distance_term_of_positions(table, 12, positions, positions)
+        return distance_bias_of_positions(table, 12, positions, positions)
     if kind == "vectors":
-        return distance_term(vectors, T, T, T, ahead=0, q_BTHK=q, scale=0.5)
+        return distance_bias(vectors, T, T, T, query_offset=0, q_BTHK=q, scale=0.5)
     if kind == "vectors of queries":
-        return distance_term_of_queries(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
+        return distance_bias_of_queries(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
     return [
-        distance_term_of_positions(vectors, T, positions // 2, positions // 2, q_BTHK=q, scale=0.5),
-        type_term(q, types, positions % 3, positions % 2, scale=0.5),
+        distance_bias_of_positions(vectors, T, positions // 2, positions // 2, q_BTHK=q, scale=0.5),
+        type_bias(q, types, positions % 3, positions % 2, scale=0.5),
     ]
 
 
@@ -160,7 +162,7 @@ def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind,
         @functools.partial(jax.jit, static_argnums=0)
         def run(implementation, mask=mask):
             def attend(q, k, v, *tables):
-                bias = terms_of(kind, *tables[:2], q, tables[2])
+                bias = bias_of(kind, *tables[:2], q, tables[2])
                 return attention(q, k, v, mask, bias=bias, implementation=implementation)
 
             out, pull = jax.vjp(attend, q, k, v, table, vectors, types)
@@ -172,11 +174,11 @@ def test_blockwise_attention_with_biases_equals_the_reference(monkeypatch, kind,
 
 
 def test_no_array_of_all_pairs_is_made():
-    """The temporary memory of the gradient doubles with twice the length, for each kind of term."""
+    """The temporary memory of the gradient doubles with twice the length, for each kind of bias."""
 
     def temporaries(kind, T):
         def value(q, k, v, *tables):
-            return jnp.sum(attention(q, k, v, Mask(causal=True), bias=terms_of(kind, *tables[:2], q, tables[2])))
+            return jnp.sum(attention(q, k, v, Mask(causal=True), bias=bias_of(kind, *tables[:2], q, tables[2])))
 
         shapes = [(2, T, 1, K)] * 3 + [(25, 1), (2 * T, 1, K), (2, 1, K)]
         arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -189,9 +191,9 @@ def test_no_array_of_all_pairs_is_made():
 
 def test_terms_with_wrong_shapes_raise():
     q = jnp.zeros((B, 5, H, K))
-    term = distance_term(jnp.zeros((9, H + 1)), 4, 5, 5, ahead=0)
+    bias = distance_bias(jnp.zeros((9, H + 1)), 4, 5, 5, query_offset=0)
     with pytest.raises(ValueError, match=r"an array \(1, 4, 1, 10\) of an attention bias must be \[1 or 2, 1 or 3"):
-        attention(q, q, q, bias=term)
+        attention(q, q, q, bias=bias)
     integers = {"query": jnp.zeros((3, 5), jnp.int32)}
     with pytest.raises(ValueError, match=r"an integer array .* of an attention bias must be \[1 or 2"):
-        attention(q, q, q, bias=Term(term.bias_fn, {"table": jnp.zeros((1, H, 1, 10))}, integers))
+        attention(q, q, q, bias=AttentionBias(bias.bias_fn, {"table": jnp.zeros((1, H, 1, 10))}, integers))

@@ -21,9 +21,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
+from jaxlm.nn.attention_bias import AttentionBias, BiasFn, Tile, add_slices, drop_unit_axes, slice_for_tile, vmap_axes
 from jaxlm.nn.dropout import keep_mask
 from jaxlm.nn.mask import Mask, keep_pairs
-from jaxlm.nn.term import BiasFn, Term, Tile, add_slices, drop_unit_axes, slice_for_tile, vmap_axes
 
 BLOCK_ROWS = (256, 512)
 """Queries per block, for fewer than ``LONG_SEQUENCE`` queries and for more. Small blocks give small matmuls; large
@@ -60,7 +60,7 @@ class _Static(ScoreConfig):
     dropout: float
     sequential: bool
     shared: tuple[bool, ...]
-    """For each term, whether all rows of the batch share it and are computed together (not ``sequential``)."""
+    """For each bias, whether all rows of the batch share it and are computed together (not ``sequential``)."""
 
 
 def attention(
@@ -70,21 +70,21 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-    terms: tuple[Term, ...],
+    biases: tuple[AttentionBias, ...],
     dropout: float,
     key: jax.Array | None,
     sequential: bool,
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``sequential``: loop over heads instead of computing them together."""
-    term_arrays = [jax.tree.leaves((term.floats, term.integers)) for term in terms]
-    shared = tuple(not sequential and all(x.shape[0] == 1 for x in arrays) for arrays in term_arrays)
+    bias_arrays = [jax.tree.leaves((bias.floats, bias.integers)) for bias in biases]
+    shared = tuple(not sequential and all(x.shape[0] == 1 for x in arrays) for arrays in bias_arrays)
     static = _Static(
-        mask.causal, mask.window, scale, tuple(term.bias_fn for term in terms), dropout, sequential, shared
+        mask.causal, mask.window, scale, tuple(bias.bias_fn for bias in biases), dropout, sequential, shared
     )
     if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
         k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
-    floats = (q_BTHK, k_BSGK, v_BSGK, tuple(term.floats for term in terms))
-    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
+    floats = (q_BTHK, k_BSGK, v_BSGK, tuple(bias.floats for bias in biases))
+    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
     return _attention(static, floats, integers, key)
 
 
@@ -106,14 +106,14 @@ def scores(
     """The masked scores of a block, [R, E] float32, with biases.
 
     Args:
-        bias_arrays: for each term, the slices of its arrays that the tile needs.
+        bias_arrays: for each bias, the slices of its arrays that the tile needs.
         integers: (orders of queries, of keys, segments of queries, of keys), each may be None; and the integers of each
-            term.
+            bias.
     """
     scores_RE = dot(q_RK, k_EK, 1, 1) * config.scale
     mask_integers, bias_integers = integers
-    for bias_fn, arrays, term_integers in zip(config.bias_fns, bias_arrays, bias_integers, strict=True):
-        scores_RE = scores_RE + bias_fn(arrays, term_integers, tile)
+    for bias_fn, arrays, fn_integers in zip(config.bias_fns, bias_arrays, bias_integers, strict=True):
+        scores_RE = scores_RE + bias_fn(arrays, fn_integers, tile)
     query_order, key_order, query_segments, key_segments = mask_integers
     orders = tile.indices() if query_order is None else (tile.query_column(query_order), tile.key_row(key_order))
     segments = None if query_segments is None else (tile.query_column(query_segments), tile.key_row(key_segments))
@@ -144,7 +144,7 @@ def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
 
 
 def bias_gradients(bias_fn: BiasFn, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array) -> Any:
-    """The gradients of a term's slices of arrays, from the gradient of the scores of the tile."""
+    """The gradients of a bias's slices of arrays, from the gradient of the scores of the tile."""
     return jax.vjp(lambda bias_arrays: bias_fn(bias_arrays, integers, tile), bias_arrays)[1](dscores)[0]
 
 
@@ -181,7 +181,7 @@ def _backward_block(
     keep: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
     """The gradients of a block, float32: dq [R, K], and its contributions to dk and dv [K, E] and to the slices of the
-    terms."""
+    biases."""
     weights = jnp.exp(scores(static, q_RK, k_EK, bias_arrays, integers, tile) - lse_R[:, None])
     dweights = dot(dout_RK, v_EK, 1, 1)
     kept = weights
@@ -191,22 +191,22 @@ def _backward_block(
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
     dq_RK, dk_KE, dv_KE = products(static, q_RK, k_EK, v_EK, dout_RK, kept, dscores)
-    return dq_RK, dk_KE, dv_KE, _term_gradients(static, bias_arrays, integers[1], tile, dscores)
+    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, bias_arrays, integers[1], tile, dscores)
 
 
-def _term_gradients(
+def _all_bias_gradients(
     static: _Static, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
 ) -> tuple[Any, ...]:
-    """The contributions of a block to the gradients of the slices of each term."""
+    """The contributions of a block to the gradients of the slices of each bias."""
 
-    def gradients_of_term(bias_fn: BiasFn, shared: bool, bias_arrays: Any, integers: Any) -> Any:
-        # The gradient is linear in dscores. So for a shared term, dscores are summed over the batch first, and the
+    def gradients_of_bias(bias_fn: BiasFn, shared: bool, bias_arrays: Any, integers: Any) -> Any:
+        # The gradient is linear in dscores. So for a shared bias, dscores are summed over the batch first, and the
         # gradient is computed once instead of once per row.
         return bias_gradients(
             bias_fn, bias_arrays, integers, tile, lax.psum(dscores, BATCH_AXIS) if shared else dscores
         )
 
-    return tuple(map(gradients_of_term, static.bias_fns, static.shared, bias_arrays, integers))
+    return tuple(map(gradients_of_bias, static.bias_fns, static.shared, bias_arrays, integers))
 
 
 # ------------------------------------------------------------------------------------------- blocks of a head
@@ -350,7 +350,7 @@ def _attention(static: _Static, floats: Any, integers: Any, key: Any) -> jax.Arr
     """The output [B, T, H, V] of attention.
 
     Args:
-        floats: q [B, T, H, K], k and v [B, S, G, K], and for each term its arrays [1 or B, 1 or H, ...].
+        floats: q [B, T, H, K], k and v [B, S, G, K], and for each bias its arrays [1 or B, 1 or H, ...].
     """
     return _forward(static, floats, integers, key)[0]
 
@@ -406,7 +406,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
         shape = (x.shape[0], B // x.shape[0], x.shape[1], H // x.shape[1], *x.shape[2:])
         return gradient.reshape(shape).sum(axis=(1, 3)).astype(x.dtype)
 
-    # For a term that all rows share, dscores are summed over the rows of each device before the gradient is computed.
+    # For a bias that all rows share, dscores are summed over the rows of each device before the gradient is computed.
     active = sharding.active()
     B = lse.shape[0]
     devices = 1 if active is None or not any(static.shared) else math.gcd(B, active.pieces(("batch",)))
@@ -423,7 +423,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
 _attention.defvjp(_forward, _backward)
 
 _HEAD_AXES = (2, 2, 2, 1)
-"""The axis of heads in q, k, v and in all arrays of terms."""
+"""The axis of heads in q, k, v and in all arrays of biases."""
 
 
 def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
@@ -457,7 +457,7 @@ def _write_head(x: jax.Array, value: jax.Array, number: Any, heads: int, axis: i
 
 
 def _swap_heads_and_time(floats: Any) -> Any:
-    """q, k and v with the axes of heads and time swapped. Arrays of terms already have heads first."""
+    """q, k and v with the axes of heads and time swapped. Arrays of biases already have heads first."""
     q, k, v, bias_floats = floats
     return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias_floats
 

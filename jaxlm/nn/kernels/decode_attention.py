@@ -20,9 +20,9 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
-from jaxlm.nn.cache import Slots
+from jaxlm.nn.attention_bias import AttentionBias, dense
+from jaxlm.nn.cache import CacheView
 from jaxlm.nn.mask import Mask, keep, softmax
-from jaxlm.nn.term import Term, dense
 
 MAX_QUERIES = 8
 """Maximum number of queries for which this implementation is the default."""
@@ -39,12 +39,12 @@ def unsupported_reason(bias: jax.Array | None, key: jax.Array | None) -> str | N
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSGK: jax.Array | Slots,
-    v_BSGK: jax.Array | Slots,
+    k_BSGK: jax.Array | CacheView,
+    v_BSGK: jax.Array | CacheView,
     mask: Mask,
     *,
     scale: float,
-    terms: tuple[Term, ...],
+    biases: tuple[AttentionBias, ...],
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``."""
     S = k_BSGK.shape[1]
@@ -53,10 +53,10 @@ def attention(
         lengths.insert(0, -(-lengths[0] // 2))
 
     def branch(length: int) -> Callable[[], jax.Array]:
-        def read(x: jax.Array | Slots) -> jax.Array:
-            return x.first(length) if isinstance(x, Slots) else x[:, :length]
+        def read(x: jax.Array | CacheView) -> jax.Array:
+            return x.read(length) if isinstance(x, CacheView) else x[:, :length]
 
-        return lambda: attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, terms)
+        return lambda: attend(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, biases)
 
     end = _end_of_visible(mask, S)
     index = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
@@ -75,7 +75,7 @@ def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
 
 
 def attend(
-    q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, terms: Sequence[Term]
+    q_BTHK: jax.Array, k_BEGK: jax.Array, v_BEGK: jax.Array, mask: Mask, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
     """Attention over the first E keys, [B, T, H, V]; see :func:`attention`."""
     B, T, H, K = q_BTHK.shape
@@ -97,8 +97,8 @@ def attend(
         scores = jnp.einsum("BTGRK,BEGK->BGRTE", grouped, k_BEGK, preferred_element_type=jnp.float32)
         scores = scores.reshape(B, H, T, E)
     scores_BHTE = scores * scale
-    for term in terms:
-        scores_BHTE = scores_BHTE + dense(term, T, E)
+    for bias in biases:
+        scores_BHTE = scores_BHTE + dense(bias, T, E)
     mask_E = dataclasses.replace(
         mask,
         key_order=None if mask.key_order is None else mask.key_order[:, :E],

@@ -1,11 +1,11 @@
 """Attention on TPU over whole rows, with biases and orders: one Pallas kernel forward, and one backward.
 
 A block of queries is multiplied with all keys at once, and its scores stay in VMEM until they are multiplied with the
-values. The kernel adds biases (terms) in VMEM. XLA would write each tile of the scores to HBM, and several times for a
+values. The kernel adds biases in VMEM. XLA would write each tile of the scores to HBM, and several times for a
 relative bias, which moves diagonals into columns (``pallas_tile``). Only the output is saved. The backward pass
 recomputes the scores and their row sums. It can do so because it has whole rows; so it needs to read neither the
 log-sum-exps nor the row sums of the output's gradient from HBM. Scores that a causal mask hides are computed as well.
-Shapes as in ``jaxlm.nn.attention``, with V width of values, R queries of a block, X and Y the last axes of a term's
+Shapes as in ``jaxlm.nn.attention``, with V width of values, R queries of a block, X and Y the last axes of a bias's
 array.
 """
 
@@ -22,11 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn.attention_bias import AttentionBias, BiasFn, PaddableBiasFn, Tile
 from jaxlm.nn.kernels import blockwise_attention, split
 from jaxlm.nn.kernels.blockwise_attention import dot
 from jaxlm.nn.kernels.pallas_tile import Block
 from jaxlm.nn.mask import Mask
-from jaxlm.nn.term import BiasFn, PaddableBiasFn, Term, Tile
 
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
@@ -39,15 +39,15 @@ VMEM_LIMIT_BYTES = 32 * 2**20
 _UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def unsupported_reason(queries: int, keys: int, terms: tuple[Term, ...], array: Any, key: Any) -> str | None:
+def unsupported_reason(queries: int, keys: int, biases: tuple[AttentionBias, ...], array: Any, key: Any) -> str | None:
     """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
     if array is not None:
         return "takes no dense bias"
     if key is not None:
         return "has no dropout: set the rate to 0"
-    for term in terms:
-        if not isinstance(term.bias_fn, PaddableBiasFn):
-            name = type(term.bias_fn).__name__.strip("_")
+    for bias in biases:
+        if not isinstance(bias.bias_fn, PaddableBiasFn):
+            name = type(bias.bias_fn).__name__.strip("_")
             return f"does not support the bias {name}, which gathers single entries"
     if sharding.device_kind().startswith(_UNSUPPORTED_TPUS):
         return "needs a TPU from v5 on: older ones cannot rotate each row by a different amount"
@@ -71,7 +71,7 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-    terms: tuple[Term, ...],
+    biases: tuple[AttentionBias, ...],
     interpret: bool = False,
 ) -> jax.Array:
     """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel in Pallas's interpreter, on any device."""
@@ -88,10 +88,10 @@ def attention(
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
 
-    bias_fns = tuple(term.bias_fn for term in terms)
-    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(term.integers for term in terms)))
+    bias_fns = tuple(bias.bias_fn for bias in biases)
+    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
     static = _Static(mask.causal, mask.window, scale, bias_fns, keys=k_BSGK.shape[1], interpret=interpret)
-    floats = _map_bias_arrays(static, broadcast, tuple(term.floats for term in terms))
+    floats = _map_bias_arrays(static, broadcast, tuple(bias.floats for bias in biases))
     return split.over_devices(functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers)
 
 
@@ -113,19 +113,19 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
         return jnp.pad(x_BS, ((0, 0), (0, key_padding)))[:, None, :]
 
     q, k, v = map(heads_first, qkv, (query_padding, key_padding, key_padding))
-    padded_terms = [
+    padded_biases = [
         cast(PaddableBiasFn, bias_fn).padded(floats, query_padding, key_padding)
         for bias_fn, floats in zip(static.bias_fns, bias_floats, strict=True)
     ]
-    static = dataclasses.replace(static, bias_fns=tuple(bias_fn for bias_fn, _ in padded_terms))
-    mask_integers, term_integers = integers
+    static = dataclasses.replace(static, bias_fns=tuple(bias_fn for bias_fn, _ in padded_biases))
+    mask_integers, bias_integers = integers
     mask_integers = tuple(
         None if x is None else layout(x) for x, layout in zip(mask_integers, (column, row, column, row), strict=True)
     )
     layouts = {"query": column, "key": row}
-    term_integers = tuple(arrays and {name: layouts[name](x) for name, x in arrays.items()} for arrays in term_integers)
-    floats = (q, k, v, tuple(floats for _, floats in padded_terms))
-    out_BHTV = _attention(static, floats, (mask_integers, term_integers))
+    bias_integers = tuple(arrays and {name: layouts[name](x) for name, x in arrays.items()} for arrays in bias_integers)
+    floats = (q, k, v, tuple(floats for _, floats in padded_biases))
+    out_BHTV = _attention(static, floats, (mask_integers, bias_integers))
     return jnp.swapaxes(out_BHTV, 1, 2)[:, :T]
 
 
@@ -136,7 +136,7 @@ def _block_size(queries: int, keys: int) -> int:
 
 
 def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
-    """Whether an array of a term has one row per query."""
+    """Whether an array of a bias has one row per query."""
     required = bias_fn.required_slices(Tile(0, LANES, 0, LANES)).get(name)
     return required is not None and required[2] == 0
 
@@ -159,7 +159,7 @@ def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
 
 
 def _read(static: _Static, R: int, references: Any) -> tuple[Any, Any, Any, Block]:
-    """q, k, v; the slices of the terms' arrays that the tile needs; all integers; and the tile."""
+    """q, k, v; the slices of the biases' arrays that the tile needs; all integers; and the tile."""
     from jax.experimental import pallas as pl
 
     qkv, bias_floats, integers = references
@@ -195,7 +195,7 @@ def _backward_kernel(
     """Write the gradients of a block.
 
     Args:
-        shared: for each array of the terms, whether all rows of the batch share it.
+        shared: for each array of the biases, whether all rows of the batch share it.
         sums: scratch memory for the sums of dk and dv, with keys last.
     """
     from jax.experimental import pallas as pl
@@ -249,7 +249,7 @@ class _Layout(NamedTuple):
     R: int
     grid: tuple[int, int, int, int]
     inputs: Any
-    """Block specs of q, k and v; of the terms' arrays; of the integers."""
+    """Block specs of q, k and v; of the biases' arrays; of the integers."""
     out: Any
     """Block spec of the output."""
 
@@ -268,7 +268,7 @@ def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
     def key_block(width: int) -> Any:
         return pl.BlockSpec((None, None, S, width), lambda g, b, h, t: (b, g, 0, 0))
 
-    def term_block(bias_fn: BiasFn, name: str, x: jax.Array) -> Any:
+    def bias_block(bias_fn: BiasFn, name: str, x: jax.Array) -> Any:
         if _is_query_indexed(bias_fn, name):
             return query_block(x.shape[3])
         shared = x.shape[0] == 1
@@ -279,16 +279,16 @@ def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
         shape = (None, R, 1) if column else (None, 1, S)
         return pl.BlockSpec(shape, lambda g, b, h, t: (0 if shared else b, t if column else 0, 0))
 
-    term_blocks = _map_bias_arrays(static, term_block, floats[3])
+    bias_blocks = _map_bias_arrays(static, bias_block, floats[3])
     qkv_blocks = query_block(K), key_block(K), key_block(V)
-    inputs = qkv_blocks, term_blocks, jax.tree.map(integer_block, integers)
+    inputs = qkv_blocks, bias_blocks, jax.tree.map(integer_block, integers)
     return _Layout(R, (G, B, group, T // R), inputs, query_block(V))
 
 
 def _map_bias_arrays(
     static: _Static, function: Callable[[BiasFn, str, jax.Array], Any], bias_floats: Any
 ) -> tuple[dict[str, Any], ...]:
-    """``function(bias_fn, array name, array)`` for each array of each term."""
+    """``function(bias_fn, array name, array)`` for each array of each bias."""
     return tuple(
         {name: function(bias_fn, name, x) for name, x in arrays.items()}
         for bias_fn, arrays in zip(static.bias_fns, bias_floats, strict=True)
@@ -312,7 +312,7 @@ def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
     """The output [B, H, T, V] of attention.
 
     Args:
-        floats: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each term its arrays [1 or B, H, X, Y].
+        floats: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each bias its arrays [1 or B, H, X, Y].
     """
     return _forward(static, floats, integers)[0]
 
@@ -346,10 +346,10 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
 
     shared = jax.tree.map(lambda x: x.shape[0] == 1, bias_floats)
     dkv_blocks = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
-    qkv_blocks, term_blocks, _ = layout.inputs
+    qkv_blocks, bias_blocks, _ = layout.inputs
     run = _call(
         static, layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
-        in_specs=(layout.inputs, layout.out), out_specs=((qkv_blocks[0], *dkv_blocks), term_blocks),
+        in_specs=(layout.inputs, layout.out), out_specs=((qkv_blocks[0], *dkv_blocks), bias_blocks),
         out_shape=(
             (jax.ShapeDtypeStruct(q.shape, q.dtype), *map(keys_last, kv)),
             _map_bias_arrays(static, bias_gradient, bias_floats),

@@ -1,4 +1,4 @@
-"""A tile of attention scores in the VMEM of a TPU: the operations of biases (terms) on it, and their gradients.
+"""A tile of attention scores in the VMEM of a TPU: the operations of biases on it, and their gradients.
 
 Relative biases move diagonals into columns. Rotations in the vector unit do this; the gradients here are custom,
 because JAX has no gradient for these rotations.
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.devices import LANES
+from jaxlm.nn.attention_bias import Tile
 from jaxlm.nn.kernels.blockwise_attention import dot
-from jaxlm.nn.term import Tile
 
 SUBLANES = 8
 """Rows of a vector register, in float32."""

@@ -1,9 +1,9 @@
 """Attention biases (position biases, relative encodings) that are computed tile by tile, never as one dense array.
 
-A :class:`Term` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of attention
-calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a term needs no
-array [H, T, S]. The function gets only the slices of the arrays that the tile needs, so that a tile does not read the
-whole arrays.
+An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
+attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
+bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs, so that a tile does
+not read the whole arrays.
 Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns of a tile.
 """
 
@@ -106,7 +106,7 @@ class PaddableBiasFn(BiasFn, Protocol):
 
 
 @struct.dataclass
-class Term:
+class AttentionBias:
     """An attention bias: it is added to the scaled scores.
 
     Attributes:
@@ -143,35 +143,35 @@ def add_slices(
     return {name: sum_of(name) for name in total}
 
 
-def check(term: Term, batch: int, heads: int) -> None:
-    """Check that the arrays of a term match the batch and the heads of the queries.
+def check(bias: AttentionBias, batch: int, heads: int) -> None:
+    """Check that the arrays of a bias match the batch and the heads of the queries.
 
     Raises:
         ValueError: the first two axes of an array are neither 1 nor the batch size and the number of heads.
     """
-    for x in jax.tree.leaves(term.floats):
+    for x in jax.tree.leaves(bias.floats):
         if x.ndim < 2 or x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads):
             raise ValueError(f"an array {x.shape} of an attention bias must be [1 or {batch}, 1 or {heads}, ...]")
-    for x in jax.tree.leaves(term.integers):
+    for x in jax.tree.leaves(bias.integers):
         if x.ndim < 1 or x.shape[0] not in (1, batch):
             raise ValueError(f"an integer array {x.shape} of an attention bias must be [1 or {batch}, ...]")
 
 
-def dense(term: Term, queries: int, keys: int) -> jax.Array:
+def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     """The bias as one dense array, [1 or B, 1 or H, T, S] float32; for few queries and for the reference."""
     tile = Tile(0, queries, 0, keys)
-    sizes = [x.shape[:2] for x in jax.tree.leaves(term.floats)]
-    B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(term.integers)), 1)
+    sizes = [x.shape[:2] for x in jax.tree.leaves(bias.floats)]
+    B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(bias.integers)), 1)
     H = max(h for _, h in sizes)
 
     # Axes of size 1 are removed and not mapped over, so that a bias shared by all heads or rows is computed only once.
     def head_bias(floats: Any, integers: Any) -> jax.Array:
-        return term.bias_fn(slice_for_tile(term.bias_fn, floats, tile), integers, tile)
+        return bias.bias_fn(slice_for_tile(bias.bias_fn, floats, tile), integers, tile)
 
-    row_bias = head_bias if H == 1 else jax.vmap(head_bias, in_axes=(vmap_axes(term.floats, 1), None))
-    arrays = term.floats, term.integers
+    row_bias = head_bias if H == 1 else jax.vmap(head_bias, in_axes=(vmap_axes(bias.floats, 1), None))
+    arrays = bias.floats, bias.integers
     batch_bias = row_bias if B == 1 else jax.vmap(row_bias, in_axes=vmap_axes(arrays, 0))
-    out = batch_bias(drop_unit_axes(term.floats), drop_unit_axes(term.integers, 1))
+    out = batch_bias(drop_unit_axes(bias.floats), drop_unit_axes(bias.integers, 1))
     return out.reshape(B, H, queries, keys)
 
 
