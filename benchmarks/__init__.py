@@ -1,15 +1,16 @@
-"""How fast and how exact jaxlm is, beside torch and Flax on the same machine in the same run.
+"""Speed and accuracy of jaxlm compared with PyTorch and Flax, on the same machine in the same run.
 
-    python -m benchmarks.training      optimizer steps and losses of whole models
-    python -m benchmarks.decoding      greedy generation of whole models
+    python -m benchmarks.training      optimizer steps and losses of complete models
+    python -m benchmarks.decoding      greedy generation with complete models
     python -m benchmarks.attention     attention of sequences and over caches, with position biases
-    python -m benchmarks.scans         linear recurrences and depthwise convolution, beside plain forms of JAX
+    python -m benchmarks.scans         linear recurrences and depthwise convolution, compared with plain JAX
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
-    python -m benchmarks.fidelity      largest differences to torch, gradients included
-    python -m benchmarks.shootout      all causal families at equal parameters and at equal arithmetic
-    python -m benchmarks.report        one page of tables and plots from all their results
+    python -m benchmarks.fidelity      largest differences from torch, including gradients
+    python -m benchmarks.shootout      all causal families with equal parameters and with equal FLOPs
+    python -m benchmarks.report        one page of tables and plots from all results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 
-Peers need the extra ``reference``. Each lives in a process of its own (``worker``, ``*_peers``); ``harness`` lets them
-take turns, so that one state of the machine serves all, and only after their results agree.
+A peer is an implementation that is measured, jaxlm or a baseline. The baselines need the extra ``reference``. Each peer
+runs in its own process (``worker``, ``*_peers``). ``harness`` first checks that the results of the peers agree. It then
+interleaves their repetitions, so that changes in the load of the machine affect all peers.
 """

@@ -1,13 +1,13 @@
-"""Attention: jaxlm against torch's scaled_dot_product_attention, on the same random numbers, float32, causal.
+"""Attention: jaxlm and torch's scaled_dot_product_attention with the same random inputs, float32, causal.
 
     python -m benchmarks.attention                                 1024 and 4096 tokens, three forms, forward and both
     python -m benchmarks.attention --forms plain --lengths 1024 --json attention.json
-    python -m benchmarks.attention --forms decode                  one query over caches that are filled more or less
-    python -m benchmarks.attention --quick                         does it work?
+    python -m benchmarks.attention --forms decode                  one query over caches with different fill levels
+    python -m benchmarks.attention --quick                         a short test that the benchmark works
 
-``bias`` adds T5's bias of bucketed distances, ``relative`` the term of Transformer-XL; gradients reach their tables.
-torch has no form of them but a dense array of all pairs, made and given to it in every repetition. Before anything is
-timed, outputs and all gradients must agree.
+``bias`` adds T5's bias of bucketed distances, ``relative`` the bias of Transformer-XL, both with gradients of their
+tables. torch supports these biases only as a dense array of all pairs, which is computed in every repetition. Outputs
+and all gradients must agree before the measurement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PEERS = {"jaxlm": "benchmarks.attention_peers:Jaxlm", "torch": "benchmarks.atten
 FORMS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""How far sampled elements of a result may be apart, relative to the largest of them."""
+"""Maximum difference of sampled elements of a result, relative to the largest of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Attention(harness.Options):
     """Measure attention."""
 
     against: str = "torch"
-    """Peers, separated by commas; empty measures jaxlm alone."""
+    """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
     """Repetitions of each peer, after warm-up."""
     forms: str = "plain,bias,relative"
-    """Which forms: plain, bias, relative, decode."""
+    """Forms: plain, bias, relative, decode, separated by commas."""
     lengths: str = ",".join(map(str, shapes.ATTENTION_LENGTHS))
-    """Tokens; decode has a cache of the longest, filled to each of them."""
+    """Tokens. For decode, the cache has the largest length as its capacity and is filled to each length."""
 
 
 def run(options: Attention) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     forms = harness.names("forms", options.forms, FORMS)
     lengths = [32, 48] if options.quick else harness.numbers("lengths", options.lengths)
     targets = harness.choose(options.against, PEERS)
@@ -66,7 +66,7 @@ def _measure(
 
 
 def attention_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements, and the time of jaxlm over that of each peer and over that of its own plain form."""
+    """The measurements as a table, with the time of jaxlm relative to each peer and to its own plain form."""
     header = ("form, pass", "shape", "peer", "ms", "p10", "p90", "% of roof", "jaxlm/peer", "p10", "p90", "/plain")
     ours = {(row.op, row.shape): row for row in rows if row.peer == harness.OURS}
     lines = []
@@ -92,7 +92,7 @@ def attention_table(rows: Sequence[harness.Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Attention, run, arguments, name="attention", description=__doc__)
 
 

@@ -1,10 +1,10 @@
-"""One picture of how fast jaxlm is relative to its peers, with a bar for each processor.
+"""A bar chart of the speed of jaxlm relative to its peers, with one bar per processor.
 
     python -m benchmarks.chart --output speed.png "Zen 4"=zen4/training_gpt2.json zen4/training_t5.json "Xeon"=xeon.json
 
 An argument is the name of a processor, ``=``, and a file that a benchmark wrote with ``--json``. A file without a name
-belongs to the name before it. A bar is the median time of a peer divided by that of jaxlm, in the same rounds: above 1,
-jaxlm is faster.
+belongs to the previous name. A bar is the median time of a peer divided by the median time of jaxlm in the same rounds;
+above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from benchmarks.harness import OURS, Mistake
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Draw the picture."""
+    """Draw the chart."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """NAME=FILE, or FILE for the name before it."""
+    """NAME=FILE, or FILE for the previous name."""
     operations: tuple[str, ...] = ("training step",)
-    """Operations that are drawn."""
+    """Operations to plot."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("speed.png")
-    """The picture: .png or .svg."""
+    """Output file: .png or .svg."""
 
 
 def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of peers of each processor.
+    """The rows of the peers, by processor.
 
     Raises:
-        Mistake: the first file has no name of a processor, or no file has such an operation.
+        Mistake: the first file has no processor name, or the files have no rows of the operations.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     name = ""
@@ -45,26 +45,26 @@ def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[
         before, equals, file = argument.rpartition("=")
         name = before if equals else name
         if not name:
-            raise Mistake(f"{argument} has no name of a processor: write NAME={argument}")
+            raise Mistake(f"{argument} has no processor name: write NAME={argument}")
         found = [row for row in report.read([Path(file)]) if row["peer"] != OURS and row["op"] in operations]
         rows.setdefault(name, []).extend(found)
     if not any(rows.values()):
-        raise Mistake(f"no file has rows of {', '.join(operations)}")
+        raise Mistake(f"no file has rows of the operations {', '.join(operations)}: choose other --operations")
     return rows
 
 
 def draw(rows: dict[str, list[dict[str, Any]]]) -> Any:
-    """The figure: a group for each shape and peer, a bar for each processor."""
-    groups = list(dict.fromkeys((row["shape"], row["peer"]) for own in rows.values() for row in own))
+    """The figure, with one group per shape and peer and one bar per processor."""
+    groups = list(dict.fromkeys((row["shape"], row["peer"]) for own_rows in rows.values() for row in own_rows))
     groups.sort(key=lambda group: (group[1], group[0]))
     height = 0.8 / len(rows)
     figure, axes = report.new_figure(0.24 * len(groups) * len(rows) + 0.9)
-    for number, (name, own) in enumerate(rows.items()):
-        ratios = {(row["shape"], row["peer"]): row["ratio"] for row in own}
-        places = [
+    for number, (name, own_rows) in enumerate(rows.items()):
+        ratios = {(row["shape"], row["peer"]): row["ratio"] for row in own_rows}
+        points = [
             (at - 0.4 + height * (number + 0.5), ratios[group]) for at, group in enumerate(groups) if group in ratios
         ]
-        bars = axes.barh([y for y, _ in places], [ratio for _, ratio in places], height, label=name)
+        bars = axes.barh([y for y, _ in points], [ratio for _, ratio in points], height, label=name)
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.set_yticks(range(len(groups)), [f"{shape} / {peer}" for shape, peer in groups], fontsize=8)
     axes.invert_yaxis()
@@ -75,13 +75,13 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def run(options: Chart) -> None:
-    """Read, and draw."""
+    """Read the files and write the chart."""
     draw(read(options.files, options.operations)).savefig(options.output, dpi=120)
     print(f"wrote {options.output}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Chart, run, arguments, name="chart", description=__doc__)
 
 

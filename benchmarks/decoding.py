@@ -1,11 +1,11 @@
-"""Greedy generation: jaxlm against torch and Flax, from one random checkpoint and the same random prompts.
+"""Greedy generation: jaxlm, torch and Flax with the same random checkpoint and prompts.
 
     python -m benchmarks.decoding                                    GPT-2 124M, float32, 64 tokens after a prompt of 32
     python -m benchmarks.decoding --batch 1,8 --prompt 32,512 --json decoding.json
     python -m benchmarks.decoding --model gpt2,t5-small,lstm-zaremba-medium
-    python -m benchmarks.decoding --quick                            does it work?
+    python -m benchmarks.decoding --quick                            a short test that the benchmark works
 
-Before anything is timed, all peers must have generated the same tokens. No end token: each row has all its tokens.
+All peers must generate the same tokens before the measurement. There is no end token, so each row has all its tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Decoding(shapes.Decoding, harness.Options):
 
 
 def run(options: Decoding) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     if options.quick:
         quick = shapes.QUICK_DECODING
         options = dataclasses.replace(options, batch=quick.batch, prompt=quick.prompt, tokens=quick.tokens)
@@ -53,7 +53,7 @@ def run(options: Decoding) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Decoding, run, arguments, name="decoding", description=__doc__)
 
 

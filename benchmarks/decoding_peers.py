@@ -1,4 +1,4 @@
-"""The peers of ``benchmarks.decoding``: greedy generation, from one checkpoint and the same random prompts."""
+"""The peers of ``benchmarks.decoding``: greedy generation with the same checkpoint and random prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.worker import Peer
 
 
 class Jaxlm(Peer):
-    """``jaxlm.decoding.generate``: prompt and all tokens in one jit (a source in another, before)."""
+    """``jaxlm.decoding.generate``: one compiled function for prompt and tokens, and another one for a source."""
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()
@@ -22,7 +22,7 @@ class Jaxlm(Peer):
         from jaxlm.models.common import layers_apart
 
         self.model, params = jaxlm.load_pretrained(directory)
-        self.params = jax.jit(layers_apart)(params)  # once for many calls, as the tour advises
+        self.params = jax.jit(layers_apart)(params)  # one tree per layer, converted once for many calls (docs/tour.md)
         self.prompts, self.tokens = random_tokens(self.model.config.vocab_size, batch, prompt), tokens
         self.source: np.ndarray | None = None
         if self.model.reads_source:
@@ -42,7 +42,7 @@ class Jaxlm(Peer):
 
 
 class Flax(Peer):
-    """``generate`` of the Flax class of transformers, all of it in one jit."""
+    """``generate`` of the Flax class of transformers, in one compiled function."""
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()
@@ -50,7 +50,7 @@ class Flax(Peer):
         model = flax_model(directory, family)
         self.params = jax.device_put(model.params)
         self.prompts, self.tokens = random_tokens(model.config.vocab_size, batch, prompt), tokens
-        # No end token, as for the others: its generate() has no None for that, so it is an id that does not exist.
+        # No end token, as for the other peers. This generate() does not accept None, so the id does not exist.
         options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         options["eos_token_id"] = model.config.vocab_size
         self.generate = jax.jit(lambda params, prompts: model.generate(prompts, params=params, **options).sequences)
@@ -64,10 +64,11 @@ class Flax(Peer):
 
 
 class Torch(Peer):
-    """``generate`` of transformers with its key-value cache; a loop over tokens for the others.
+    """``generate`` of transformers with its key-value cache; a loop over tokens for LSTM and XLNet.
 
-    XLNet: transformers' ``generate`` lets all of the text see all of it, which no left-to-right state can keep up with,
-    so it is another function. What computes ours with its classes reads the whole text again for each token.
+    For XLNet, ``generate`` of transformers computes another function, in which all tokens attend to all others, so that
+    no cache is possible. The loop computes jaxlm's function with the same class, and reads the complete text again for
+    each token.
     """
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
@@ -85,7 +86,7 @@ class Torch(Peer):
         }
         self.options["attention_mask"] = torch.ones_like(self.prompts)
         if family not in ("lstm", "xlnet"):
-            self.model.generation_config.eos_token_id = None  # never ends early, like the others
+            self.model.generation_config.eos_token_id = None  # never ends early, as for the other peers
 
     def run(self) -> list[list[int]]:
         import torch
@@ -113,7 +114,7 @@ class Torch(Peer):
         text = self.prompts
         for _ in range(self.count):
             B, T = text.shape
-            # A place for the token to come, which is predicted from all before it; each of them sees those up to it.
+            # One position is appended for the next token, which attends to all tokens before it. The others are causal.
             order, target = np.tile(np.arange(T + 1), (B, 1)), np.full((B, 1), T)
             masks = wholes.perm_mask(order, target), wholes.target_mapping(target, T + 1)
             perm_mask, target_mapping = (torch.from_numpy(mask).to(text.device) for mask in masks)

@@ -1,10 +1,10 @@
-"""How exactly jaxlm computes GPT-2: hidden states, logits, loss and every gradient against torch.
+"""Accuracy of GPT-2 in jaxlm: hidden states, logits, loss and all gradients compared with torch.
 
     python -m benchmarks.fidelity                                    GPT-2 124M, random weights, batch 2 of 128 tokens
     python -m benchmarks.fidelity --model gpt2-tiny --length 32 --json fidelity.json
 
-A difference is max|a - b| / max|b|. Torch in float64 tells whose error it is: the last two columns are the distances of
-jaxlm and of torch in float32 from it. Padding: the first row is padded on the left, the last on the right.
+A difference is max|a - b| / max|b|. The last two columns are the differences of jaxlm and of torch in float32 from
+torch in float64. In the case "padding", the first row is padded on the left and the last row on the right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import harness, shapes
 
 Results = dict[str, np.ndarray]
-"""``hidden``, ``logits``, ``loss``, and each gradient under the name that transformers gives the parameter."""
+"""``hidden``, ``logits``, ``loss``, and the gradient of each parameter by its name in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Fidelity(shapes.Fidelity):
     """Compare results."""
 
     json: Path | None = None
-    """Write everything there too."""
+    """Write all results to this JSON file too."""
 
 
 def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
-    """A window [B, T + 1] and its mask (0 is padding), forward and backward."""
+    """The results of jaxlm for a window [B, T + 1] and its mask (0 is padding)."""
     import jax
 
     import jaxlm
@@ -56,7 +56,7 @@ def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
 
 
 def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) -> Results:
-    """The same by ``GPT2LMHeadModel``."""
+    """The results of ``GPT2LMHeadModel`` for the same arguments."""
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -79,7 +79,7 @@ def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) 
 
 
 def difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    """max|actual - expected| / max|expected|; infinite where something is not finite."""
+    """max|actual - expected| / max|expected|; infinity if the result is not finite."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise harness.Failure(f"shapes differ: {actual.shape} and {expected.shape}")
@@ -88,9 +88,9 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[dict[str, Any]]:
-    """A row for each result and one for the gradient that differs most from torch."""
+    """One row per result, and one for the gradient with the largest difference from torch."""
     if ours.keys() != theirs.keys():
-        raise harness.Failure(f"gradients of other parameters: {sorted(ours.keys() ^ theirs.keys())}")
+        raise harness.Failure(f"jaxlm and torch have different parameters: {sorted(ours.keys() ^ theirs.keys())}")
     found = {
         name: {
             "jaxlm_torch": difference(ours[name], theirs[name]),
@@ -105,9 +105,11 @@ def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[d
 
 
 def run(options: Fidelity) -> None:
-    """Compare and print."""
+    """Compare and print the results."""
     if options.batch < 2 or options.length < 8:
-        raise harness.Mistake(f"batch {options.batch}, length {options.length}: at least 2 and 8, to pad both sides")
+        raise harness.Mistake(
+            f"batch {options.batch} and length {options.length} must be at least 2 and 8, for padding on both sides"
+        )
     harness.choose("torch", {"jaxlm": "", "torch": ""})
     with harness.session(options.model) as session:
         tokens = shapes.random_tokens(session.model["vocab_size"], options.batch, options.length + 1)
@@ -121,12 +123,12 @@ def run(options: Fidelity) -> None:
         print(f"largest relative differences, float32, {options.model} B{options.batch} T{options.length}")
         cells = [[f"{row['case']}: {row['result']}", *(f"{row[name]:.1e}" for name in columns)] for row in rows]
         print(harness.table(("result", "jaxlm - torch", "jaxlm - float64", "torch - float64"), cells))
-        print("The last line of each case is the gradient that differs most.")
+        print("The last line of each case is the gradient with the largest difference.")
         harness.write_json(options.json, "fidelity", options, session.description, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Fidelity, run, arguments, name="fidelity", description=__doc__)
 
 

@@ -1,6 +1,6 @@
-"""Peers in processes of their own, taking turns; rows that hold what a number needs to be believed; text and JSON.
+"""Interleaved measurement of peers in separate processes, and results as tables and JSON.
 
-Nothing here computes: neither JAX nor torch is imported, so that only one worker uses the machine at a time.
+This module imports neither JAX nor torch, so that only one worker uses the machine at a time.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from benchmarks.shapes import Work
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 NEEDS = {"torch": ("torch", "transformers"), "torch-compile": ("torch", "transformers"), "flax": ("transformers",)}
-"""What each peer imports that jaxlm does not depend on."""
+"""Packages that each peer imports and that jaxlm does not depend on."""
 OURS = "jaxlm"
 WARM = 0.3
-"""Seconds that a peer runs before the repetition that counts: a processor that was idle takes a tenth of a second to
-get up to speed, and the threads of the peer before (OpenMP's, of torch) spin on for two."""
+"""Seconds that a peer runs before each measured repetition. An idle processor needs 0.1 s to reach its clock frequency,
+and torch's OpenMP threads keep spinning for 0.2 s after the previous peer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every comparison of speed can be asked."""
+    """Options of all speed comparisons."""
 
     against: str = "torch,flax"
-    """Peers, separated by commas; empty measures jaxlm alone."""
+    """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 7
     """Repetitions of each peer, after warm-up."""
     json: Path | None = None
-    """Write everything there too."""
+    """Write all results to this JSON file too."""
     quick: bool = False
-    """A tiny model and shape in place of all others given, to see that it works: its numbers mean nothing."""
+    """Use a tiny model and shape, to test that the benchmark works; the measured times have no meaning."""
     device: Literal["any", "cpu", "gpu", "tpu"] = "any"
-    """What all peers must run on; any: what each finds."""
+    """Device of all peers; any: the default device of each peer."""
 
 
 DEVICES = {
@@ -59,16 +59,16 @@ DEVICES = {
     "gpu": {"JAX_PLATFORMS": "cuda"},
     "tpu": {"JAX_PLATFORMS": "tpu"},
 }
-"""Environment of the workers, by device. Without that device JAX says so; torch runs on what there is, and then peers
-on different devices are refused."""
+"""Environment variables of the workers, by device. If the device does not exist, JAX raises an error. torch uses
+another device, and :func:`measure` then rejects peers on different devices."""
 
 
 class Failure(Exception):
-    """Why a benchmark stops: one sentence for the user."""
+    """An error that ends a benchmark, with a message of one sentence for the user."""
 
 
 class Mistake(Failure, ValueError):
-    """A failure that is a mistake of the user: an option, or a package that is not installed."""
+    """A user error: a wrong option, or a package that is not installed."""
 
 
 DEBUG = "--debug"
@@ -79,17 +79,17 @@ DEBUG = "--debug"
 
 
 class Worker:
-    """A peer in its own process, see ``worker``. To be closed.
+    """A peer in its own process (see ``worker``). It must be closed.
 
     Args:
-        name: what messages call it.
+        name: name of the peer in messages.
         target: ``module:class`` of the peer.
-        log: file that takes what the process prints.
-        environment: variables of the process beside those of this one.
-        arguments: for the peer, as JSON.
+        log: file for the output of the process.
+        environment: environment variables of the process, in addition to those of this process.
+        arguments: arguments of the peer, JSON values.
 
     Raises:
-        Failure: the peer could not be set up; so do all methods when it fails or dies.
+        Failure: the peer could not be set up. All methods raise it too, if the peer fails or its process ends.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class Worker:
             raise
 
     def run(self) -> tuple[float, Any]:
-        """Seconds of one repetition, and what it computed."""
+        """Seconds of one repetition, and its result."""
         result = self._ask("run")
         return result["seconds"], result["value"]
 
     def facts(self) -> dict[str, Any]:
-        """What is known about the peer."""
+        """Properties of the peer, such as its platform."""
         return self._ask("facts")
 
     def close(self) -> None:
@@ -131,32 +131,38 @@ class Worker:
             line = self.process.stdout.readline()
         if not line:
             last = (self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-            raise Failure(f"{self.name} died (exit status {self.process.wait()}): {last}")
+            raise Failure(f"{self.name} ended unexpectedly (exit status {self.process.wait()}): {last}")
         answer = json.loads(line)
         if "error" in answer:
-            mistaken = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
-            raise (Mistake if mistaken else Failure)(f"{self.name}: {answer['error']}")
+            is_mistake = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
+            raise (Mistake if is_mistake else Failure)(f"{self.name}: {answer['error']}")
         return answer["result"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A checkpoint in ``directory``, the worker that wrote it and measures the roofs, and what is known of both.
-    Without a model there is no checkpoint."""
+    """The workers and the checkpoint of a benchmark run. Without a model there is no checkpoint."""
 
     directory: Path
+    """Directory of the checkpoint."""
     machine: Worker
+    """The worker that writes the checkpoint and measures the roofs (peak FLOP/s and bandwidth)."""
     model: dict[str, Any]
+    """Properties of the model."""
     description: dict[str, Any]
+    """Properties of the machine."""
     start: Callable[..., Worker]
-    """``start(name, target, **arguments)``: a worker that ends with the session, or when it is closed. All of them keep
-    what they compile in one persistent cache, empty at first."""
+    """``start(name, target, **arguments)``: a new worker, which ends with the session or when it is closed. All workers
+    share one persistent compilation cache, which is empty at first."""
 
     def compare(
         self, targets: dict[str, str], arguments: dict[str, Any], op: str, shape: str, work: Work, **options: Any
     ) -> list[Row]:
-        """:func:`measure` peers that all take the same ``arguments``, in processes that end with it. ``options`` are
-        its ``warm_up``, ``rounds`` and ``check``."""
+        """The rows of :func:`measure` for peers that all have the same ``arguments``.
+
+        The processes of the peers end with the call. ``options`` are ``warm_up``, ``rounds`` and ``check`` of
+        :func:`measure`.
+        """
         with contextlib.ExitStack() as workers:
             peers = {
                 name: workers.enter_context(contextlib.closing(self.start(name, target, **arguments)))
@@ -165,8 +171,10 @@ class Session:
             return measure(op, shape, work, self.machine, peers, **options)
 
     def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
-        """The rows of :func:`measure`; that of jaxlm also tells how long its first repetition takes longer than others
-        in a new process that finds the compiled program in the cache."""
+        """The rows of :func:`measure`, with ``cached_compile_seconds`` in the row of jaxlm.
+
+        This is the extra time of the first repetition in a new process that reads the compiled program from the cache.
+        """
         with contextlib.closing(self.start("jaxlm again", target, **arguments)) as worker:
             first = worker.run()[0]
         cached = max(0.0, first - rows[0].median)
@@ -178,8 +186,11 @@ class Session:
 
 @contextlib.contextmanager
 def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Session]:
-    """Write a random ``model`` (None: none) and its batch of these ``sizes``, print what the machine is and can do, and
-    end all workers at the end."""
+    """A context manager with the :class:`Session` of a benchmark, which ends all workers at its end.
+
+    It writes a random ``model`` (unless None) and its batch of these ``sizes``, and prints the properties of the
+    machine.
+    """
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         directory = Path(temporary) / "model"
         environment = {
@@ -193,13 +204,13 @@ def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Se
                 contextlib.closing(Worker(name, target, log, environment, directory=str(directory), **arguments))
             )
 
-        description = describe_machine()  # before the load is our own
+        description = describe_machine()  # before the workers start, because they change the load
         machine = start("machine", "benchmarks.peers:Machine", model=model, **sizes)
         known = machine.facts()
         roofs = machine.run()[1]
-        shown = f"{roofs['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {roofs['B'] / 1e9:,.1f} GB/s copy"
-        shown += f", {roofs['B read'] / 1e9:,.1f} GB/s read"
-        description |= {"device": known["device"], "roofs": shown}
+        text = f"{roofs['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {roofs['B'] / 1e9:,.1f} GB/s copy"
+        text += f", {roofs['B read'] / 1e9:,.1f} GB/s read"
+        description |= {"device": known["device"], "roofs": text}
         for name, value in description.items():
             print(f"{name:10} {value}")
         print(flush=True)
@@ -207,17 +218,15 @@ def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Se
 
 
 def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
-    """jaxlm and the peers named, with their targets.
+    """The targets of jaxlm and of the peers in ``against``.
 
     Raises:
-        Mistake: a peer is unknown, or what it needs is not installed.
+        Mistake: a peer is unknown, or a package that it needs is not installed.
     """
     names = [name for name in against.replace(" ", "").split(",") if name and name != OURS]
     for name in names:
         if name not in peers:
-            raise Mistake(
-                f"no peer is called {name!r}: choose from {', '.join(peer for peer in peers if peer != OURS)}"
-            )
+            raise Mistake(f"unknown peer {name!r}: choose from {', '.join(peer for peer in peers if peer != OURS)}")
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
             raise Mistake(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
@@ -227,24 +236,24 @@ def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
 def with_class(
     targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
 ) -> dict[str, str]:
-    """The peers that have a model of a family; those that have none are named.
+    """The targets of the peers that have a model of a family. The names of the other peers are printed.
 
     Raises:
-        Mistake: jaxlm itself is not measured on this family.
+        Mistake: the benchmark does not support the family.
     """
     if family not in known:
         raise Mistake(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
     missing = [name for name in targets if name != OURS and family not in classes[name]]
     if missing:
-        print(f"left out, as there is no such model: {', '.join(missing)} of {family}")
+        print(f"{', '.join(missing)}: left out, because it has no model of the family {family}")
     return {name: target for name, target in targets.items() if name not in missing}
 
 
 def names(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """What an option names, separated by commas.
+    """The names in the comma-separated text of an option.
 
     Raises:
-        Mistake: something that is not ``known``.
+        Mistake: a name is not in ``known``.
     """
     found = text.replace(" ", "").split(",")
     for name in found:
@@ -254,15 +263,15 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """The whole numbers of an option, separated by commas.
+    """The whole numbers in the comma-separated text of an option.
 
     Raises:
-        Mistake: something else.
+        Mistake: the text has another value, or a number below 1.
     """
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise Mistake(f"--{option} {text!r} must be numbers with commas between them") from None
+        raise Mistake(f"--{option} {text!r} must be whole numbers, separated by commas") from None
     if min(found) < 1:
         raise Mistake(f"--{option} {text!r}: each number must be at least 1")
     return found
@@ -273,20 +282,22 @@ def numbers(option: str, text: str) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One peer's measurement. ``seconds`` are in order of rounds, so that peers can be compared round by round;
-    ``warm_up`` are those of the repetitions before, of which the first compiles."""
+    """The measurement of one peer."""
 
     op: str
     peer: str
     shape: str
     work: Work
     seconds: list[float]
+    """Seconds of each repetition, in the order of the rounds, so that peers can be compared round by round."""
     warm_up: list[float]
+    """Seconds of each repetition of the warm-up. The first one includes compilation."""
     roof: float
-    """Units of ``work`` a second that the machine can do, measured in the same rounds."""
+    """Peak of the machine in units of ``work`` per second, measured in the same rounds."""
     ratio: float
-    """How many times as fast jaxlm is: the median over rounds of this peer's seconds over those of jaxlm."""
+    """Speed of jaxlm relative to this peer: the median over rounds of this peer's seconds / jaxlm's seconds."""
     facts: dict[str, Any]
+    """Properties of the peer."""
     dtype: str = "float32"
 
     @property
@@ -296,11 +307,11 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """Units of ``work`` a second."""
+        """Units of ``work`` per second."""
         return self.work.amount / self.median
 
     def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All values and their statistics, for JSON."""
         p10, p90 = np.percentile(self.seconds, (10, 90)).tolist()
         return {
             **dataclasses.asdict(self),
@@ -326,34 +337,34 @@ def measure(
     rounds: int,
     check: Callable[[dict[str, list[Any]]], None],
 ) -> list[Row]:
-    """Warm up, check, then let the peers take turns, each round beginning with another one.
+    """One row per peer. Each round measures one repetition of every peer, and starts with another peer.
 
     Args:
-        warm_up: repetitions of each peer before the first that counts, at least 2: one of them compiles.
-        check: given what each peer computed in each of them; raises ``Failure`` when they disagree.
+        warm_up: repetitions of each peer that are not measured, at least 2, because the first one compiles.
+        check: a function that gets the results of each peer in the warm-up, and raises ``Failure`` if they disagree.
     """
     if rounds < 1:
-        raise Failure(f"--rounds {rounds} measures nothing: at least 1")
+        raise Failure(f"--rounds {rounds} must be at least 1")
     platforms = {name: worker.facts()["platform"] for name, worker in peers.items()}
     if len(set(platforms.values())) > 1:
         raise Failure(f"peers run on different devices, {platforms}: install them for one, or set JAX_PLATFORMS=cpu")
-    before: dict[str, list[float]] = {}
+    warm_up_seconds: dict[str, list[float]] = {}
     values: dict[str, list[Any]] = {}
     for name, worker in peers.items():
         print(f"warming up {name} ...", flush=True)
         runs = [worker.run() for _ in range(warm_up)]
-        before[name], values[name] = [second for second, _ in runs], [value for _, value in runs]
+        warm_up_seconds[name], values[name] = [second for second, _ in runs], [value for _, value in runs]
     check(values)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     roofs = []
-    for turn in range(rounds):
+    for number in range(rounds):
         roofs.append(warm_run(machine)[1][work.unit])
-        for name in rotated(list(peers), turn):
+        for name in rotated(list(peers), number):
             seconds[name].append(warm_run(peers[name])[0])
     roof = statistics.median(roofs)
     return [
         Row(
-            op, name, shape, work, seconds[name], before[name], roof,
+            op, name, shape, work, seconds[name], warm_up_seconds[name], roof,
             paired_ratio(seconds[name], seconds[OURS]), peers[name].facts(),
         )
         for name in peers
@@ -361,7 +372,7 @@ def measure(
 
 
 def warm_run(worker: Worker) -> tuple[float, Any]:
-    """One repetition after others, at least one, that took :data:`WARM` seconds together."""
+    """The seconds and the result of one repetition, after at least one other and :data:`WARM` seconds of them."""
     spent = worker.run()[0]
     while spent < WARM:
         spent += worker.run()[0]
@@ -369,48 +380,49 @@ def warm_run(worker: Worker) -> tuple[float, Any]:
 
 
 def rotated(names: list[str], by: int) -> list[str]:
-    """The same circle of names, begun ``by`` places later."""
+    """The names, rotated to the left by ``by``."""
     by %= len(names)
     return names[by:] + names[:by]
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Median over rounds of their seconds over ours: what slows a whole round cancels."""
+    """Median over rounds of their seconds / our seconds. Load that slows a complete round cancels."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def over_peer(ours: Row, theirs: Row) -> list[str]:
-    """Our time over that of a peer, round by round: median, p10 and p90."""
+    """Median, p10 and p90 over rounds of our time / the time of a peer."""
     ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     return [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
 
 
 def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int, float]]) -> None:
-    """Raise ``Failure`` unless the losses of all peers agree: ``(number of updates, relative tolerance)``."""
+    """Raise ``Failure`` unless the losses of all peers agree. ``tolerances``: (number of updates, tolerance)."""
     for updates, tolerance in tolerances:
         found = {name: values[updates] for name, values in losses.items()}
         array = np.array(list(found.values()))
         spread = np.ptp(array) / np.min(np.abs(array))
-        if not spread <= tolerance:  # not-a-number fails too
+        if not spread <= tolerance:  # `not <=`, so that NaN fails too
             shown = ", ".join(f"{name} {value:.6f}" for name, value in found.items())
             raise Failure(f"losses after {updates} updates differ by {spread:.1e} (allowed {tolerance:.0e}): {shown}")
 
 
 def check_same(values: dict[str, list[Any]]) -> None:
-    """Raise ``Failure`` unless all peers generated the same tokens, always."""
+    """Raise ``Failure`` unless all peers generated the same tokens in all repetitions."""
     expected = values[OURS][0]
     for name, repetitions in values.items():
-        for made in repetitions:
-            for row, (ours, theirs) in enumerate(zip(expected, made, strict=True)):
+        for tokens in repetitions:
+            for row, (ours, theirs) in enumerate(zip(expected, tokens, strict=True)):
                 if ours != theirs:
                     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-                    raise Failure(f"{name} generated other tokens than {OURS}, from token {at} of row {row} on")
+                    raise Failure(f"{name} and {OURS} generated different tokens, starting at token {at} of row {row}")
 
 
 def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
-    """Raise ``Failure`` unless sampled elements of every result agree, in every repetition that was sampled (not None).
+    """Raise ``Failure`` unless sampled elements of every result agree, in every repetition with samples (not None).
 
-    ``tolerance``: how far they may be apart, relative to the largest of the result.
+    Args:
+        tolerance: maximum difference, relative to the largest sampled element of the result.
     """
     expected = values[OURS][0]
     for name, repetitions in values.items():
@@ -419,12 +431,13 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
                 continue
             if results.keys() != expected.keys():
                 raise Failure(f"{name} computes {sorted(results)}, {OURS} {sorted(expected)}")
-            for what, sample in results.items():
-                ours, theirs = np.array(expected[what]), np.array(sample)
+            for result, sample in results.items():
+                ours, theirs = np.array(expected[result]), np.array(sample)
                 difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
-                if not difference <= tolerance:  # not-a-number fails too
+                if not difference <= tolerance:  # `not <=`, so that NaN fails too
                     raise Failure(
-                        f"{what} of {name} differs by {difference:.1e} of its largest element (allowed {tolerance:.0e})"
+                        f"{result} of {name} differs by {difference:.1e} of its largest element "
+                        f"(allowed {tolerance:.0e})"
                     )
 
 
@@ -432,7 +445,7 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on, beside the code that is measured."""
+    """The properties of the machine and the software that the measurements depend on."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -449,7 +462,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
-"""Environment that changes what is measured."""
+"""Environment variables that change the measurements."""
 
 
 def _cpu_model() -> str:
@@ -461,7 +474,7 @@ def _cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, ``+changes`` where files differ from it; None outside of one."""
+    """The commit of this checkout, with ``+changes`` if files differ from it; None if this is not a checkout."""
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -473,7 +486,7 @@ def git_commit() -> str | None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, numbers to the right."""
+    """A text table: the first column is left-aligned, the other columns are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -489,7 +502,7 @@ _PREFIX = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "B read": ("GB/s", 1e9
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """The measurements, what they mean, and how much faster jaxlm is."""
+    """The measurements as a table, with explanations and the relative speed of jaxlm."""
     work = rows[0].work
     unit, scale = _PREFIX[work.unit]
     header = (
@@ -514,8 +527,8 @@ def speed_table(rows: Sequence[Row]) -> str:
             f"{first.op}, {first.dtype}, {first.shape}, {len(first.seconds)} rounds",
             table(header, lines),
             f"{unit}: {work.formula}; roof {first.roof / scale:.3g} {unit}, measured in the same rounds",
-            "compile s: what the first repetition took beyond the rest of the warm-up; cached: with a persistent cache",
-            "process GB: its peak, loading and compiling included; step GB: what XLA says that a step needs",
+            "compile s: extra time of the first repetition of the warm-up; cached: with a compilation cache",
+            "process GB: peak memory, including loading and compilation; step GB: memory of a step, as XLA reports it",
             *(f"{OURS} is {row.ratio:.2f}x of {row.peer}" for row in rows if row.peer != OURS),
         ]
     )
@@ -524,7 +537,7 @@ def speed_table(rows: Sequence[Row]) -> str:
 def write_json(
     path: Path | None, program: str, options: Any, description: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> None:
-    """Everything but the path itself, when one is given."""
+    """Write the options (except ``json``), the machine and the rows to ``path``, if it is not None."""
     if path is None:
         return
     arguments = {
@@ -542,13 +555,13 @@ def write_json(
 def main(
     kind: type[Any], run: Callable[[Any], None], arguments: Sequence[str] | None, *, name: str, description: str | None
 ) -> int:
-    """Exit status of ``python -m benchmarks.NAME``, as ``jaxlm.command_line`` defines it.
+    """The exit status of ``python -m benchmarks.NAME``, as ``jaxlm.command_line`` defines it.
 
-    jaxlm, and with it JAX, is imported only to explain an error.
+    jaxlm, which imports JAX, is imported only to describe an error.
 
     Args:
         kind: the dataclass of the options.
-        run: measures and prints.
+        run: a function that measures and prints.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug, program = DEBUG in given, f"python -m benchmarks.{name}"
@@ -556,11 +569,11 @@ def main(
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             options = tyro.cli(kind, args=given, prog=program, description=description)
-    except SystemExit as leaving:
-        if leaving.code:
+    except SystemExit as exit_error:
+        if exit_error.code:
             from jaxlm.command_line import parse
 
-            parse(kind, given, program=program)  # the same error, as one line
+            parse(kind, given, program=program)  # prints the same error as one line
         raise
     try:
         check_options(options)
@@ -578,10 +591,10 @@ def main(
 
 
 def check_options(options: Any) -> None:
-    """Check what can be checked before anything is measured.
+    """Check the options that can be checked before the measurement.
 
     Raises:
-        Mistake: a number below 1, or a file that cannot be written.
+        Mistake: a number is below 1, or a file cannot be written.
     """
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
@@ -589,6 +602,6 @@ def check_options(options: Any) -> None:
             raise Mistake(f"{option} {value} must be from 1 to {2**31 - 1}")
         if field.name == "json" and value is not None:
             if value.is_dir():
-                raise Mistake(f"{option} {value} is a directory: name a file")
+                raise Mistake(f"{option} {value} is a directory: give the path of a file")
             if not value.absolute().parent.is_dir():
                 raise Mistake(f"{option} {value}: there is no directory {value.parent}")

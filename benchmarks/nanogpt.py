@@ -1,11 +1,11 @@
-"""nanoGPT's CPU configuration from a text file to a validation loss, by jaxlm and by torch, one after the other.
+"""nanoGPT's CPU configuration from a text file to a validation loss, with jaxlm and then with torch.
 
     python -m benchmarks.nanogpt --data tinyshakespeare.txt
 
-Both see the same batches in the same order, the same schedule, clipping and weight decay; weights start from other
-draws of the same distribution. torch trains ``GPT2LMHeadModel`` of transformers, eagerly, as nanoGPT does on a CPU.
-nanoGPT's readme states a validation loss of 1.88 for this configuration. Seconds are of the whole process, imports and
-compilation included; tokens per second are of the training steps alone.
+Both use the same batches in the same order, and the same schedule, clipping and weight decay. The initial weights are
+different samples of the same distribution. torch trains ``GPT2LMHeadModel`` of transformers in eager mode, as nanoGPT
+does on CPU. nanoGPT's readme states a validation loss of 1.88 for this configuration. Seconds are for the complete
+process, including imports and compilation. Tokens per second are for the training steps only.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from benchmarks import harness
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to train on, and for how long."""
+    """Text and length of the training."""
 
     data: Path
     """The canonical tinyshakespeare file, or another text."""
     steps: int = 2000
     """Updates."""
     side: Literal["both", "torch"] = "both"
-    """``torch`` runs that side only, in this process."""
+    """``torch`` runs only torch, in this process."""
     json: Path | None = None
-    """Write the rows here."""
+    """Write the results to this JSON file too."""
 
 
 def run_jaxlm(options: Options) -> dict[str, float]:
-    """``experiments.text_generation --preset nanogpt`` in a process of its own."""
+    """The results of ``experiments.text_generation --preset nanogpt`` in a separate process."""
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         command = [
@@ -55,7 +55,7 @@ def run_jaxlm(options: Options) -> dict[str, float]:
 
 
 def run_torch(options: Options) -> dict[str, float]:
-    """The same configuration with torch, in this process."""
+    """The results of the same configuration with torch, in this process."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -110,19 +110,19 @@ def run_torch(options: Options) -> dict[str, float]:
 
 
 def run(options: Options) -> None:
-    """Run both sides and print one row each."""
+    """Run jaxlm and torch, and print one row for each."""
     if not options.data.is_file():
-        raise harness.Mistake(f"--data {options.data} is not a file: name a text")
+        raise harness.Mistake(f"--data {options.data} is not a file: give the path of a text file")
     if options.side == "torch":
         print(json.dumps(run_torch(options)))
         return
     rows = {"jaxlm": run_jaxlm(options)}
     command = [sys.executable, "-m", "benchmarks.nanogpt", "--data", str(options.data), "--steps", str(options.steps)]
     begun = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--side", "torch"], check=True, stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
-    rows["torch"] = {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - begun}
+    rows["torch"] = {**json.loads(process.stdout.splitlines()[-1]), "seconds": time.perf_counter() - begun}
     print(f"{'':8}{'validation loss':>16}{'tokens/s':>12}{'seconds':>10}")
     for name, row in rows.items():
         print(f"{name:8}{row['validation_loss']:16.4f}{row['tokens_per_second']:12,.0f}{row['seconds']:10.1f}")
@@ -131,7 +131,7 @@ def run(options: Options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Options, run, arguments, name="nanogpt", description=__doc__)
 
 

@@ -1,8 +1,8 @@
-"""What the peers of all benchmarks share, and the machine that they are measured on.
+"""Common functions of all peers, and the worker that measures the peak performance of the machine.
 
-A peer is one side of one comparison (see ``worker.Peer``), set up as its own documentation would have it, in float32,
-and imports only its own framework. ``training_peers`` and ``decoding_peers`` read the checkpoint that :class:`Machine`
-writes; the peers of a layer or an operation draw the same random arrays.
+A peer is one implementation in a comparison (see ``worker.Peer``). It is set up as its documentation recommends, in
+float32, and imports only its own framework. ``training_peers`` and ``decoding_peers`` read the checkpoint that
+:class:`Machine` writes. The peers of a layer or an operation create the same random arrays.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from benchmarks import shapes, wholes
 from benchmarks.shapes import COPY_BYTES, GEMM_SIZE, READ_ROWS, READ_WIDTH
 from benchmarks.worker import Peer
 
-# A GPU is shared by all peers: JAX must not take most of its memory at once.
+# All peers share one GPU, so JAX must not preallocate most of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def jax_exact() -> Any:
-    """JAX whose float32 is float32: accelerators round the inputs of products otherwise; torch does not."""
+    """The module ``jax`` with full float32 products: by default, accelerators round the inputs; torch does not."""
     import jax
 
     if jax.default_backend() != "cpu":
@@ -35,13 +35,15 @@ def jax_facts() -> dict[str, Any]:
 
 
 class Machine(Peer):
-    """Writes the checkpoint and the batch, if a model is named, and measures the roofs by JAX: a product, a
-    copy, and reading alone, by a sum or as a matrix that is multiplied with a vector, whichever is faster.
+    """Writes the checkpoint and the batch of a model, and measures the roofs with JAX.
+
+    The roofs are a matrix product, a copy, and a read. The read is a sum or a matrix-vector product, whichever is
+    faster.
 
     Args:
-        model: name, None for none.
-        quick: its family's smallest variant in its place, and few tokens.
-        batch, length: of the batch to train on; None takes what is usual for the family.
+        model: name of the model; None writes no checkpoint.
+        quick: whether to use the smallest variant of the family and few tokens.
+        batch, length: rows and tokens per row of the training batch; None: the default of the family.
     """
 
     repeats = 8
@@ -57,9 +59,9 @@ class Machine(Peer):
         jax = jax_exact()
         import jax.numpy as jnp
 
-        self.known = {"device": jax.devices()[0].device_kind}
+        self.properties = {"device": jax.devices()[0].device_kind}
         if model is not None:
-            self.known |= self._write(directory, model, quick, batch, length)
+            self.properties |= self._write(directory, model, quick, batch, length)
         self.x = jax.random.normal(jax.random.key(2), (GEMM_SIZE, GEMM_SIZE))
         self.product = jax.jit(jnp.matmul)
         self.memory = jnp.zeros(COPY_BYTES // 4, jnp.float32)
@@ -74,15 +76,15 @@ class Machine(Peer):
 
         model = wholes.build(name, quick=quick)
 
-        def lively(leaf: Any, key: Any) -> Any:
-            # Biases other than 0, scales other than 1, and greedy tokens that do not just repeat the prompt's last.
+        def add_noise(leaf: Any, key: Any) -> Any:
+            # So that biases are not 0, scales are not 1, and greedy decoding does not repeat the last prompt token.
             return leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
         leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
         keys = jax.random.split(jax.random.key(1), len(leaves))
-        params = jax.tree.unflatten(tree, map(lively, leaves, keys))
+        params = jax.tree.unflatten(tree, map(add_noise, leaves, keys))
         jaxlm.save_pretrained(directory, model, params)
-        known = {
+        properties = {
             "family": model.family,
             "parameters": model.num_parameters,
             "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
@@ -94,9 +96,9 @@ class Machine(Peer):
             wholes.save(data, directory)
             counted = flops.training_flops(model, *data.tokens.shape) if data.places is None else None
             counted = counted or wholes.counted_flops(model, data)
-            known |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
-            known |= {"training_flops": counted.amount, "formula": counted.formula}
-        return known
+            properties |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
+            properties |= {"training_flops": counted.amount, "formula": counted.formula}
+        return properties
 
     def run(self) -> dict[str, float]:
         return {
@@ -110,7 +112,7 @@ class Machine(Peer):
         return self.memory
 
     def _fastest(self, work: Callable[[], Any]) -> float:
-        """Seconds of the best repetition: a roof is what can be reached, and the first one wakes threads up."""
+        """Seconds of the fastest repetition, because a roof is the best possible time and the first one is slower."""
         seconds = []
         for _ in range(self.repeats):
             begun = time.perf_counter()
@@ -119,18 +121,18 @@ class Machine(Peer):
         return min(seconds)
 
     def facts(self) -> dict[str, Any]:
-        return self.known
+        return self.properties
 
 
 class JaxSampled(Peer):
-    """A jitted function, compiled in the first repetition, and samples of what it gives."""
+    """A jitted function, compiled in the first repetition, and samples of its results."""
 
     jitted: Any
     arguments: tuple[Any, ...]
     compiled: Any = None
 
     def named(self, made: Any) -> dict[str, Any]:
-        """Its results by name."""
+        """The results of the function by name."""
         raise NotImplementedError
 
     def run(self) -> dict[str, list[float]]:
@@ -150,7 +152,7 @@ def torch_samples(x: Any) -> list[float]:
     import numpy as np
 
     at = np.unravel_index(shapes.samples(x.numel()), tuple(x.shape))
-    return x.detach()[at].tolist()  # waits for all of the above
+    return x.detach()[at].tolist()  # waits until the computation has ended
 
 
 def torch_device() -> str:

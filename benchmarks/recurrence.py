@@ -1,11 +1,11 @@
-"""LSTM and GRU layers: jaxlm against torch (oneDNN on a CPU), from the same weights on the same random input.
+"""LSTM and GRU layers: jaxlm and torch (oneDNN on CPU) with the same weights and random inputs.
 
     python -m benchmarks.recurrence                                    three sizes, forward and forward + backward
     python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
-    python -m benchmarks.recurrence --quick                            does it work?
+    python -m benchmarks.recurrence --quick                            a short test that the benchmark works
 
-``gru`` resets after the product, as torch does; ``gru-before`` (Cho et al. 2014) has no peer. Before anything is timed,
-outputs, last states and all gradients must agree.
+``gru`` applies the reset gate after the product, as torch does; ``gru-before`` (Cho et al. 2014) has no baseline.
+Outputs, last states and all gradients must agree before the measurement.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PEERS = {"jaxlm": "benchmarks.recurrence_peers:JaxlmRecurrence", "torch": "bench
 WITHOUT_PEER = ("gru-before",)
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""How far sampled elements of a result may be apart, relative to the largest of them."""
+"""Maximum difference of sampled elements of a result, relative to the largest of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Recurrence(harness.Options):
     """Measure recurrent layers."""
 
     against: str = "torch"
-    """Peers, separated by commas; empty measures jaxlm alone."""
+    """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
     """Repetitions of each peer, after warm-up."""
     layers: str = ",".join(shapes.GATES)
-    """Which layers: lstm, gru, gru-before."""
+    """Layers: lstm, gru, gru-before, separated by commas."""
     passes: str = ",".join(PASSES)
-    """forward, or both: forward and backward, gradients of parameters and input."""
+    """forward, or both (forward and backward, with gradients of parameters and input), separated by commas."""
     sizes: str = ",".join(f"{shape.length}x{shape.batch}x{shape.width}" for shape in shapes.RECURRENCES)
-    """Steps x rows x width, of input and state."""
+    """Steps x rows x width (of input and state), separated by commas."""
 
 
 def run(options: Recurrence) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     layers = harness.names("layers", options.layers, tuple(shapes.GATES))
     passes = harness.names("passes", options.passes, PASSES)
     sizes = shapes.QUICK_RECURRENCES if options.quick else [_size(text) for text in options.sizes.split(",")]
@@ -48,11 +48,11 @@ def run(options: Recurrence) -> None:
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
         for layer in layers:
-            for one_pass in passes:
+            for direction in passes:
                 for shape in sizes:
-                    found = _measure(options, session, targets, layer, one_pass, shape)
-                    print("; ".join(f"{row.peer} {1e3 * row.median:.4g} ms" for row in found), flush=True)
-                    rows += found
+                    measured = _measure(options, session, targets, layer, direction, shape)
+                    print("; ".join(f"{row.peer} {1e3 * row.median:.4g} ms" for row in measured), flush=True)
+                    rows += measured
         print("\n" + recurrence_table(rows))
         records = [{**row.record(), "us_per_step": _us_per_step(row)} for row in rows]
         harness.write_json(options.json, "recurrence", options, session.description, records)
@@ -77,7 +77,7 @@ def _measure(
 
 
 def recurrence_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements, and the time of jaxlm over that of each peer: median, p10 and p90 over the rounds."""
+    """The measurements as a table, with the time of jaxlm relative to each peer (median, p10 and p90 over rounds)."""
     header = ("layer, pass", "shape", "peer", "ms", "p10", "p90", "us/step", "% of roof", "jaxlm/peer", "p10", "p90")
     lines = []
     ours = {(row.op, row.shape): row for row in rows if row.peer == harness.OURS}
@@ -93,7 +93,7 @@ def recurrence_table(rows: Sequence[harness.Row]) -> str:
         [
             f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
             harness.table(header, lines),
-            *(f"% of roof: {formula}, against a matrix product measured in the same rounds" for formula in formulas),
+            *(f"% of roof: {formula}; roof: matrix product measured in the same rounds" for formula in formulas),
             "jaxlm/peer: time of jaxlm over time of the peer, round by round; below 1 jaxlm is faster",
         ]
     )
@@ -106,12 +106,12 @@ def _us_per_step(row: harness.Row) -> float:
 def _size(text: str) -> shapes.Recurrence:
     parts = text.strip().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise harness.Mistake(f"--sizes {text!r} is no size: steps x rows x width, such as 128x32x512")
+        raise harness.Mistake(f"--sizes {text!r} must be steps x rows x width, such as 128x32x512")
     return shapes.Recurrence(*map(int, parts))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Recurrence, run, arguments, name="recurrence", description=__doc__)
 
 

@@ -1,4 +1,4 @@
-"""The peers of ``benchmarks.recurrence``: one layer, from the same random arrays."""
+"""The peers of ``benchmarks.recurrence``: one layer with the same random arrays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from benchmarks.worker import Peer
 
 
 class JaxlmRecurrence(JaxSampled):
-    """``jaxlm.nn.recurrence.lstm`` or ``gru`` in a jit: output and last state, or also the gradient of everything. As
-    the experiments are, in a process that keeps its memory."""
+    """``jaxlm.nn.recurrence.lstm`` or ``gru``, compiled with jit; computes output, last state and optionally gradients.
+
+    As in the experiments, the process keeps freed memory.
+    """
 
     keeps_memory = True
 
@@ -40,7 +42,7 @@ class JaxlmRecurrence(JaxSampled):
 
 
 class TorchRecurrence(Peer):
-    """``torch.nn.LSTM`` or ``torch.nn.GRU``, whose reset gate acts after the product."""
+    """``torch.nn.LSTM`` or ``torch.nn.GRU``, which applies the reset gate after the product."""
 
     def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
         import torch

@@ -1,9 +1,8 @@
-"""One page from any number of result files: tables, plots, and where we lose.
+"""A page from result files of benchmarks: tables, plots, and the rows in which jaxlm is slower than a peer.
 
     python -m benchmarks.report benchmarks/results/*.json --output report.html
 
-The page is one file without scripts, plots inside. Nothing in it is written by hand: "where we lose" are the rows in
-which a peer took less time than jaxlm.
+The page is one file with inline plots and without scripts. All of its content is generated from the files.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from benchmarks.harness import OURS, Mistake
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make the page."""
+    """Write the page."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """What benchmarks wrote with --json."""
+    """Files that benchmarks wrote with --json."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The page."""
+    """Output file."""
 
 
 def read(files: Sequence[Path]) -> list[dict[str, Any]]:
     """The measured rows of all files, each with its ``file``, ``program`` and ``machine``.
 
     Raises:
-        Mistake: no files, or one that no benchmark wrote.
+        Mistake: there is no file, or a file was not written by a benchmark.
     """
     if not files:
-        raise Mistake("no result files are named: give what benchmarks wrote with --json")
+        raise Mistake("there are no result files: give files that benchmarks wrote with --json")
     rows = []
     for file in files:
         try:
@@ -51,14 +50,17 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
                 if "median" in row and "work" in row:  # fidelity and nanogpt measure something else
                     rows.append({**row, "file": file.name, "program": record["program"], "machine": record["machine"]})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{file} is not what a benchmark writes with --json: {error!r}") from error
+            raise Mistake(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
     if not rows:
-        raise Mistake("these files hold no timed rows: training, decoding, attention, recurrence and scans write them")
+        raise Mistake(
+            "the files have no timed rows: give files of the benchmarks training, decoding, attention, recurrence or "
+            "scans"
+        )
     return rows
 
 
 def sizes(shape: str) -> dict[str, int]:
-    """The numbers of a shape by their letters.
+    """The sizes in the text of a shape, by name.
 
     Example:
         >>> sizes("gpt2 B2 T512 heads=8")
@@ -68,12 +70,12 @@ def sizes(shape: str) -> dict[str, int]:
 
 
 def losses(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of peers that took less time than jaxlm in the same rounds, the worst first."""
+    """The rows of peers that took less time than jaxlm in the same rounds, with the worst one first."""
     return sorted((row for row in rows if row["peer"] != OURS and row["ratio"] < 1.0), key=lambda row: row["ratio"])
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """Rows that differ in one size alone: (file, operation, name of the size) -> peer -> [(size, row)], two or more."""
+    """Groups of two or more rows that differ in one size: (file, operation, size name) -> peer -> [(size, row)]."""
     found: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     for row in rows:
         for name, size in sizes(row["shape"]).items():
@@ -81,7 +83,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[st
             lines = found.setdefault((row["file"], f"{row['op']}, {rest}", name), {})
             lines.setdefault(row["peer"], []).append((size, row))
     return {
-        key: {peer: sorted(line, key=lambda one: one[0]) for peer, line in lines.items()}
+        key: {peer: sorted(line, key=lambda point: point[0]) for peer, line in lines.items()}
         for key, lines in found.items()
         if any(len(line) > 1 for line in lines.values())
     }
@@ -167,7 +169,7 @@ def _roof(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> str:
-    """Milliseconds over one size, both logarithmic: equal slopes are equal growth."""
+    """A plot of milliseconds over one size with logarithmic axes, so that equal slopes mean equal growth."""
     figure, axes = new_figure(3.2)
     for peer, line in lines.items():
         points = [size for size, _ in line]
@@ -204,13 +206,13 @@ def _svg(figure: Any) -> str:
 
 
 def run(options: Report) -> None:
-    """Read, and write the page."""
+    """Read the files and write the page."""
     options.output.write_text(page(read(options.files)), encoding="utf-8")
     print(f"wrote {options.output}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Report, run, arguments, name="report", description=__doc__)
 
 

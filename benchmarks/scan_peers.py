@@ -1,4 +1,4 @@
-"""The peers of ``benchmarks.scans``: one operation each, from the same random numbers."""
+"""The peers of ``benchmarks.scans``: single operations with the same random inputs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.peers import jax_exact, jax_facts, torch_device, torch_facts
 from benchmarks.worker import Peer
 
 SAMPLED = 4096
-"""Numbers of each result that are compared, evenly spaced."""
+"""Number of evenly spaced elements of each result that are compared."""
 
 
 def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """What the operation reads, and the gradient of its output."""
+    """The inputs of an operation, and the gradient of its output."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -25,30 +25,30 @@ def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndar
         shape = (B, T, sizes["D"])
         return [1.0 / (1.0 + np.exp(-normal(*shape))), normal(*shape)], normal(*shape)
     if op == "linear_attention":
-        wide, decays = (B, T, sizes["H"], sizes["K"]), sizes["decays"]
-        log_decay = -0.1 * np.exp(normal(*(wide[:3] if decays == 1 else wide)))
-        return [normal(*wide), normal(*wide), normal(*wide), log_decay], normal(*wide)
+        shape_BTHK, decays = (B, T, sizes["H"], sizes["K"]), sizes["decays"]
+        log_decay = -0.1 * np.exp(normal(*(shape_BTHK[:3] if decays == 1 else shape_BTHK)))
+        return [normal(*shape_BTHK), normal(*shape_BTHK), normal(*shape_BTHK), log_decay], normal(*shape_BTHK)
     assert op == "depthwise_convolution", op
     return [normal(sizes["taps"], sizes["C"]), normal(B, T, sizes["C"])], normal(B, T, sizes["C"])
 
 
 def sample(result: np.ndarray) -> list[float]:
-    """Some of its numbers."""
+    """Evenly spaced elements of a result."""
     flat = result.ravel()
     return flat[:: max(1, flat.size // SAMPLED)].astype(float).tolist()
 
 
 class Case(Peer):
-    """The results of the first repetition are its value; of the others, nothing."""
+    """A peer that returns samples of its results in the first repetition, and None in later ones."""
 
     first = True
 
     def compute(self) -> list[Any]:
-        """One repetition, complete on return: the output, or the output and all gradients."""
+        """The output, or the output and all gradients, of one repetition. All computation has ended on return."""
         raise NotImplementedError
 
     def read(self, result: Any) -> np.ndarray:
-        """A result as numpy has it."""
+        """A result as a NumPy array."""
         return np.asarray(result)
 
     def run(self) -> Any:
@@ -60,7 +60,7 @@ class Case(Peer):
 
 
 class JaxCase(Case):
-    """jaxlm's default, the plain form that is its reference, or ``lax.associative_scan``."""
+    """jaxlm's default implementation, its reference implementation, or ``lax.associative_scan``."""
 
     def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
         jax = jax_exact()
@@ -83,26 +83,25 @@ class JaxCase(Case):
             return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
 
         def both(*arguments: Any) -> Any:
-            # JAX gives donated memory to results in their order: the gradient of the input gets that of ``dout``, the
-            # last, as it would inside of a model, where XLA is free to choose.
+            # JAX assigns donated buffers to results in order. The gradient of the input is last, so it reuses the
+            # buffer of ``dout``, as inside a model, where XLA chooses the buffers.
             _, pull = jax.vjp(forward, *arguments[:-1])
             return pull(arguments[-1])
 
         inputs, dout = inputs_of(op, sizes)
-        self.kept, self.dout = jax.device_put(inputs), jax.device_put(dout)
-        self.used_up = [1] if op == "linear_scan" else []
+        self.inputs, self.dout = jax.device_put(inputs), jax.device_put(dout)
+        self.donated = [1] if op == "linear_scan" else []
         self.backward = backward
         if backward:
-            donated = [*self.used_up, len(inputs)]
-            self.compiled = jax.jit(both, donate_argnums=donated, keep_unused=True)
+            self.compiled = jax.jit(both, donate_argnums=[*self.donated, len(inputs)], keep_unused=True)
         else:
-            self.compiled = jax.jit(lambda *inputs: [forward(*inputs)], donate_argnums=self.used_up)
-        self.fresh = jax.jit(lambda x: x + 0.0)
+            self.compiled = jax.jit(lambda *inputs: [forward(*inputs)], donate_argnums=self.donated)
+        self.copy = jax.jit(lambda x: x + 0.0)
         self.arguments: list[Any] = []
 
     def prepare(self) -> None:
-        inputs = [self.fresh(x) if index in self.used_up else x for index, x in enumerate(self.kept)]
-        self.arguments = [*inputs, self.fresh(self.dout)] if self.backward else inputs
+        inputs = [self.copy(x) if index in self.donated else x for index, x in enumerate(self.inputs)]
+        self.arguments = [*inputs, self.copy(self.dout)] if self.backward else inputs
         jax_exact().block_until_ready(self.arguments)
 
     def compute(self) -> list[Any]:
@@ -114,7 +113,7 @@ class JaxCase(Case):
 
 
 class TorchCase(Case):
-    """``torch.nn.functional.conv1d`` with as many groups as channels, channels before time as it wants them."""
+    """``torch.nn.functional.conv1d`` with one group per channel, in torch's layout [batch, channels, time]."""
 
     def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
         import torch

@@ -1,13 +1,13 @@
-"""Recurrences without a matrix, and depthwise convolution: jaxlm against the plain forms of JAX, and against torch.
+"""Linear recurrences and depthwise convolution: jaxlm compared with plain JAX and with torch.
 
     python -m benchmarks.scans                                   all, forward and with gradients, float32
     python -m benchmarks.scans --only linear_scan --json scans.json
-    python -m benchmarks.scans --quick                           does it work?
+    python -m benchmarks.scans --quick                           a short test that the benchmark works
 
-Before anything is timed, values and all gradients of all peers must agree. What a repetition may overwrite (the input
-of a scan, the gradients that come from behind) is made anew before each, outside of the time: in a model it is what the
-layer before has just made and nobody reads again. The roof is a copy in place for what memory bounds, and a matrix
-product for linear attention.
+Values and all gradients of all peers must agree before the measurement. Buffers that a repetition may overwrite (the
+input of a scan, the output gradients) are created before each repetition and are not part of the measured time, because
+in a model they are temporary results of the previous layer. The roof is an in-place copy for memory-bound operations,
+and a matrix product for linear attention.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PEERS = {
     "linear_attention": ("lax.scan",),
     "depthwise_convolution": ("lax.conv", "torch"),
 }
-"""Of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's own ``reference``, which is the plain form."""
+"""Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's ``reference`` implementations."""
 TOLERANCE = 2e-4
-"""How far results may be apart, relative to the largest number in each: these are sums of thousands of terms."""
+"""Maximum difference of results, relative to the largest element; the results are sums of thousands of terms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Scans(harness.Options):
     """Measure scans and depthwise convolutions."""
 
     against: str = "lax.scan,associative_scan,lax.conv,torch"
-    """Peers, separated by commas; each operation meets those that it has. Empty measures jaxlm alone."""
+    """Baselines, separated by commas; each operation is compared with those that support it. Empty: only jaxlm."""
     only: str = ""
-    """One operation; empty is all of them."""
+    """One operation; empty: all operations."""
 
 
 def run(options: Scans) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     known = {OURS: "", **{peer: "" for peers in PEERS.values() for peer in peers}}
     chosen = harness.choose(options.against, known)
     if options.only and options.only not in PEERS:
@@ -72,7 +72,7 @@ def run(options: Scans) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Scans, run, arguments, name="scans", description=__doc__)
 
 

@@ -1,4 +1,4 @@
-"""What is measured: sizes, random tokens, optimizer settings, and how much work each size is."""
+"""Sizes, random inputs and optimizer settings of the benchmarks, and the amount of work for each size."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 import numpy as np
 
 GEMM_SIZE = 2048
-"""Rows and columns of the matrices whose product is the roof of arithmetic."""
+"""Rows and columns of the matrices whose product measures the peak FLOP/s."""
 COPY_BYTES = 1 << 28
-"""Bytes of the array whose copy is the roof of bandwidth."""
+"""Bytes of the array whose copy measures the peak bandwidth."""
 READ_ROWS = 1 << 13
 READ_WIDTH = COPY_BYTES // 4 // READ_ROWS
-"""The same array as a matrix, whose product with a vector is one way to read it."""
+"""Shape of the same array as a matrix. Its product with a vector is one way to measure the read bandwidth."""
 ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
-"""Settings of every peer's optimizer; decay on matrices only."""
+"""AdamW settings of all peers; weight decay is applied to matrices only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A model's loss, or its optimizer step."""
+    """The loss or the optimizer step of a model."""
 
     model: str = "gpt2"
     """Models of the families gpt, llama, bert, t5, xlnet, lstm, resnet (VDCNN), separated by commas."""
     passes: str = "step"
-    """forward (the loss alone), step (an optimizer step), or both with a comma between them."""
+    """forward (only the loss), step (an optimizer step), or both, separated by a comma."""
     batch: int | None = None
-    """Rows; None takes what is usual for the family."""
+    """Rows; None: the default of the family."""
     length: int | None = None
-    """Tokens of each row; None takes what is usual for the family."""
+    """Tokens per row; None: the default of the family."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,28 +41,28 @@ class Decoding:
     model: str = "gpt2"
     """Models of the families gpt, llama, t5, xlnet, lstm, separated by commas."""
     batch: str = "1"
-    """Rows; several numbers with commas between them."""
+    """Rows; one or more numbers, separated by commas."""
     prompt: str = "32"
-    """Tokens of each prompt (of T5's source); several numbers with commas between them."""
+    """Tokens per prompt (for T5, per source); one or more numbers, separated by commas."""
     tokens: int = 64
-    """Tokens generated in each row."""
+    """Generated tokens per row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """Forward and backward, compared."""
+    """Sizes of the comparison of forward and backward passes."""
 
     model: str = "gpt2"
     """A GPT-2 size: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-tiny."""
     batch: int = 2
-    """Rows; at least 2, so that both sides can be padded."""
+    """Rows; at least 2, so that one row is padded on the left and one on the right."""
     length: int = 128
-    """Tokens of each row."""
+    """Tokens per row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A recurrence or convolution over time, float32. ``sizes`` are named as the operation names its axes."""
+    """A recurrence or convolution over time, float32. ``sizes`` has the size of each axis by its name."""
 
     op: str
     sizes: tuple[tuple[str, int], ...]
@@ -73,7 +73,7 @@ class Scan:
         return " ".join(f"{name}{'=' if len(name) > 1 else ''}{size}" for name, size in self.sizes)
 
     def quick(self) -> Scan:
-        """The same, tiny."""
+        """The same operation with small sizes."""
         small = {"B": 2, "T": 33, "D": 6, "C": 6, "H": 2, "K": 4}
         return Scan(self.op, tuple((name, small.get(name, size)) for name, size in self.sizes))
 
@@ -89,23 +89,24 @@ SCANS = (
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
-    """A recurrent layer over a whole batch; its input is as wide as its state."""
+    """A recurrent layer applied to a batch. Input and state have the same width."""
 
     length: int
-    """Steps."""
+    """Time steps."""
     batch: int
     """Rows."""
     width: int
-    """Of the hidden state."""
+    """Width of the hidden state."""
 
     def __str__(self) -> str:
         return f"T{self.length} B{self.batch} H{self.width}"
 
 
 RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
-"""Whose products weigh, whose gates weigh, and whose steps each read all weights: Zaremba et al. 2014 for one text."""
+"""Three sizes whose time is dominated by matrix products, by gates, and by reading the weights in each step. The third
+one is a layer of Zaremba et al. 2014 with one row."""
 GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
-"""Layers, with how many gates they have. ``gru`` resets after the product, as torch does."""
+"""Number of gates of each layer. ``gru`` applies the reset gate after the product, as torch does."""
 
 QUICK_RECURRENCES = (Recurrence(6, 2, 8),)
 
@@ -117,22 +118,22 @@ class Attention:
     form: str
     """plain, bias, relative or decode."""
     length: int
-    """Tokens; for decode, those that the cache holds."""
+    """Tokens; for decode: tokens in the cache."""
     slots: int
-    """For decode: tokens that the cache has room for."""
+    """For decode: capacity of the cache in tokens."""
     heads: int = 12
-    """Heads."""
+    """Number of heads."""
     width: int = 64
-    """Of each."""
+    """Width of a head."""
 
     @property
     def queries(self) -> int:
-        """How many."""
+        """Number of queries."""
         return 1 if self.form == "decode" else self.length
 
     @property
     def keys(self) -> int:
-        """How many."""
+        """Number of keys."""
         return self.slots if self.form == "decode" else self.length
 
     def __str__(self) -> str:
@@ -144,7 +145,7 @@ ATTENTION_LENGTHS = (1024, 4096)
 
 
 def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
-    """query, key, value, the output's gradient and, where the form has one, the table of biases or vectors."""
+    """Random query, key, value and output gradient, and the table of biases or position vectors for some forms."""
     rng = np.random.default_rng(0)
 
     def draw(*sizes: int) -> np.ndarray:
@@ -162,7 +163,7 @@ QUICK_DECODING = Decoding(batch="2", prompt="8", tokens=16)
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one repetition does: ``amount`` of ``unit``, by the formula named, on its way to ``tokens`` tokens."""
+    """The work of one repetition: ``amount`` in ``unit``, computed by ``formula``, for ``tokens`` tokens."""
 
     tokens: int
     amount: float
@@ -171,7 +172,7 @@ class Work:
 
 
 def training_work(passes: str, model: dict[str, Any]) -> Work:
-    """Floating-point operations of a loss, or of a step. ``model`` holds what ``peers.Machine`` reports."""
+    """FLOPs of a loss or of an optimizer step. ``model`` has the facts of ``peers.Machine``."""
     tokens = model["batch"] * model["length"]
     if passes == "forward":
         return Work(tokens, model["training_flops"] / 3, "FLOP", f"({model['formula']}) / 3")
@@ -179,19 +180,19 @@ def training_work(passes: str, model: dict[str, Any]) -> Work:
 
 
 def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
-    """Bytes that must be read: what each new token of a row is multiplied with, however many rows there are."""
-    formula = "bytes of multiplied parameters (no encoder's) * tokens of a row; reading the prompt included in the time"
+    """Bytes that must be read: the parameters that are multiplied for each new token, for any number of rows."""
+    formula = "bytes of multiplied parameters (without encoder) * tokens per row; the time includes the prompt"
     return Work(batch * tokens, model["decoded_bytes"] * tokens, "B read", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:
-    """What must be moved or computed, forward, or forward and backward."""
+    """Bytes that must be moved or FLOPs, for the forward pass or for forward and backward."""
     sizes = dict(shape.sizes)
     tokens = sizes["B"] * sizes["T"]
     if shape.op == "linear_attention":
         amount = 4 * tokens * sizes["H"] * sizes["K"] ** 2
         return Work(
-            tokens, amount * (3 if backward else 1), "FLOP", "4*B*T*H*K*V forward, as steps do it, 3x with backward"
+            tokens, amount * (3 if backward else 1), "FLOP", "4*B*T*H*K*V forward, step by step, 3x with backward"
         )
     if shape.op == "linear_scan":
         numbers, passes = tokens * sizes["D"], 8 if backward else 3
@@ -203,29 +204,31 @@ def scan_work(shape: Scan, backward: bool) -> Work:
 
 
 def attention_work(shape: Attention, passes: str) -> Work:
-    """Floating-point operations of plain attention, whatever the form adds; for decode, the bytes of the cache."""
+    """FLOPs of plain attention, without the bias of a form; for decode, the bytes of the cache."""
     H, K = shape.heads, shape.width
     if shape.form == "decode":
-        return Work(1, 2 * 4 * H * K * shape.length, "B", "bytes of the keys and values held, against a copy")
+        return Work(1, 2 * 4 * H * K * shape.length, "B", "bytes of the cached keys and values, relative to a copy")
     amount = 2.0 * shape.length**2 * H * K * (1 if passes == "forward" else 3.5)
-    return Work(shape.length, amount, "FLOP", "2*T*T*H*K forward, 3.5 times that with backward, against a GEMM")
+    return Work(shape.length, amount, "FLOP", "2*T*T*H*K forward, 3.5 times that with backward, relative to a GEMM")
 
 
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
-    """The same ids [batch, length] in every process, int32."""
+    """Random ids [batch, length], int32, equal in every process."""
     return np.random.default_rng(0).integers(0, vocab_size, (batch, length)).astype(np.int32)
 
 
 def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
-    """Ids [batch, length] as frequent as words of their rank, int32: 1 / (rank + 2.7) (Mandelbrot 1953). For an
-    adaptive softmax, the work of which depends on them."""
+    """Random ids [batch, length], int32, with the frequency 1 / (rank + 2.7) of words (Mandelbrot 1953).
+
+    They are for an adaptive softmax, whose work depends on the frequencies.
+    """
     frequency = 1.0 / (np.arange(vocab_size) + 2.7)
     rng = np.random.default_rng(0)
     return rng.choice(vocab_size, (batch, length), p=frequency / frequency.sum()).astype(np.int32)
 
 
 def recurrence_work(shape: Recurrence, layer: str, passes: str) -> Work:
-    """Floating-point operations of the products of one layer, forward or with all gradients."""
+    """FLOPs of the matrix products of one layer, forward or with all gradients."""
     tokens, forward = shape.length * shape.batch, 2 * GATES[layer] * 2 * shape.width**2
     if passes == "forward":
         return Work(tokens, forward * tokens, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates")
@@ -233,7 +236,7 @@ def recurrence_work(shape: Recurrence, layer: str, passes: str) -> Work:
 
 
 def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
-    """The same parameters (in jaxlm's layout), input [B, T, D] and gradient of the output in every process, float32."""
+    """Random parameters in jaxlm's layout, input [B, T, D] and output gradient, float32, equal in every process."""
     rng, gates, H = np.random.default_rng(0), GATES[layer], shape.width
     shapes = {"weight_input": (H, gates, H), "weight_hidden": (H, gates, H), "bias": (gates, H), "bias_hidden": (H,)}
     arrays = {name: rng.uniform(-(H**-0.5), H**-0.5, size) for name, size in shapes.items()}
@@ -244,5 +247,5 @@ def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
 
 
 def samples(size: int) -> np.ndarray:
-    """Indices of some elements of a flat array, the same in every process."""
+    """Indices of some elements of a flat array, equal in every process."""
     return np.random.default_rng(1).integers(0, size, 64)

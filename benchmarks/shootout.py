@@ -1,17 +1,18 @@
-"""Every causal family at equal parameters and at equal arithmetic: what does the same budget of text buy?
+"""Loss and speed of all causal families with equal numbers of parameters and with equal FLOPs, on the same text budget.
 
-    python -m benchmarks.shootout                            a million parameters, 400,000 characters each
+    python -m benchmarks.shootout                            a million parameters, 400,000 characters per family
     python -m benchmarks.shootout --families gpt,lstm --tokens 2000000
-    python -m benchmarks.shootout --quick                    does it work?
+    python -m benchmarks.shootout --quick                    a short test that the benchmark works
 
-A family is made wider or narrower, its depth kept, until it has as many parameters as asked, or until a character costs
-as many floating-point operations in training as one of the GPT at equal parameters does (dots and convolutions, counted
-in the trace of the step without remat). Then it reads the same number of characters, those that carry a state along
-contiguous columns, the others in windows drawn at random. Loss is that of the last tenth of the text. Decoding is one
-row, one character at a time, after contexts of several lengths, in a state that has room for the longest.
+The width of a family is chosen and its depth is fixed. With equal parameters, the number of parameters is nearest to
+``--parameters``. With equal FLOPs, the training FLOPs per character are nearest to those of the GPT with equal
+parameters (dots and convolutions, counted in the trace of the step without remat). All families then read the same
+number of characters. Families with carried state read contiguous columns, the others random windows. The loss is for
+the last 10 % of the text. Decoding is measured with one row and one character at a time, after contexts of several
+lengths, with a state that has capacity for the longest.
 
-The directory that it leaves holds ``table.md``, ``results.json`` and ``shootout.png``. One process runs all of it, one
-family after the other: times are good for orders of magnitude, losses for comparison.
+The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process runs all families one after
+the other, so the times are only accurate to an order of magnitude; the losses are comparable.
 """
 
 from __future__ import annotations
@@ -37,26 +38,26 @@ class Shootout:
     """Compare the causal families."""
 
     families: str = ""
-    """Which, separated by commas; empty is all that are causal."""
+    """Families, separated by commas; empty: all causal families."""
     equal: str = "parameters,flops"
-    """What is equal: parameters, flops (of a character in training), or one after the other."""
+    """Quantity that is equal: parameters, flops (per character in training), or both, separated by a comma."""
     parameters: int = 1_000_000
-    """Of each model, as near as its width allows."""
+    """Parameters of each model, approximately."""
     tokens: int = 400_000
-    """Characters that each reads."""
+    """Characters that each model reads."""
     batch: int = 16
-    """Rows of a batch."""
+    """Rows per batch."""
     length: int = 128
-    """Characters of a row."""
+    """Characters per row."""
     contexts: str = "64,512"
-    """Characters before the one that is decoded."""
+    """Characters before the decoded one; one or more numbers, separated by commas."""
     output: Path | None = None
-    """Directory to be made; None is runs/shootout-<time>."""
+    """Directory to create; None: runs/shootout-<time>."""
     quick: bool = False
-    """Tiny models and budgets, to see that it works: its numbers mean nothing."""
+    """Use tiny models and budgets, to test that the benchmark works; the results have no meaning."""
 
 
-# What grows with the width u; the rest is the recipe's of ``experiments.families``.
+# Config fields that depend on the width u. The other fields are those of the recipe in ``experiments.families``.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gpt": lambda u: {"embed_dim": 16 * u},
     "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
@@ -71,7 +72,10 @@ _WIDEST = 64
 
 
 def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float) -> Any:
-    """The model of the width from 1 to 64 whose measure, which grows with it, is nearest to the target in ratio."""
+    """The model with a width from 1 to 64 whose measure has the ratio to the target that is nearest to 1.
+
+    The measure must increase with the width.
+    """
     low, high = 1, _WIDEST
     while high - low > 1:
         middle = (low + high) // 2
@@ -83,7 +87,7 @@ def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: 
 
 
 def run(options: Shootout) -> None:
-    """Measure, and write the directory."""
+    """Measure, print the results and write them to the output directory."""
     if options.quick:
         options = dataclasses.replace(
             options, parameters=20_000, tokens=512, batch=4, length=16, contexts="4,20"
@@ -94,10 +98,11 @@ def run(options: Shootout) -> None:
     steps = options.tokens // (options.batch * options.length)
     if steps < 8:
         raise Mistake(
-            f"--tokens {options.tokens} are {steps} batches of {options.batch} x {options.length}: at least 8"
+            f"--tokens {options.tokens} gives {steps} batches of {options.batch} x {options.length}: at least 8 are "
+            "needed"
         )
     directory = options.output or Path("runs") / f"shootout-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory.mkdir(parents=True)  # an old one stays as it is
+    directory.mkdir(parents=True)  # raises an error if the directory exists
     machine = harness.describe_machine()
     rows: list[dict[str, Any]] = []
     for basis in bases:
@@ -205,14 +210,14 @@ _DECODED = 16
 
 
 def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int, float], int]:
-    """Seconds of a character after each context, the median of 16, and bytes of the state with room for the longest."""
+    """Median seconds per character after each context, and the bytes of the state for the longest context."""
     import jax
     import jax.numpy as jnp
 
     from jaxlm.decoding.prompts import read_tokens
 
-    room = contexts[-1] + _DECODED
-    empty = model.init_state(1, room)
+    capacity = contexts[-1] + _DECODED
+    empty = model.init_state(1, capacity)
     read = jax.jit(lambda params, state, tokens: model.apply(params, tokens, state=state)[1])
 
     def step(params: Any, state: Any, token_1: Any) -> Any:
@@ -220,7 +225,7 @@ def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int,
         return state, jnp.argmax(logits_1V, axis=-1).astype(jnp.int32)
 
     step = jax.jit(step, donate_argnums=1)
-    found = {}
+    medians = {}
     for context in contexts:
         state = read(params, empty, jnp.arange(context, dtype=jnp.int32)[None] % 64)
         token_1, seconds = jnp.zeros((1,), jnp.int32), []
@@ -228,12 +233,12 @@ def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int,
             begun = time.perf_counter()
             state, token_1 = jax.block_until_ready(step(params, state, token_1))
             seconds.append(time.perf_counter() - begun)
-        found[context] = statistics.median(seconds[1:])  # the first one compiles
-    return found, sum(leaf.nbytes for leaf in jax.tree.leaves(empty))
+        medians[context] = statistics.median(seconds[1:])  # the first call includes compilation
+    return medians, sum(leaf.nbytes for leaf in jax.tree.leaves(empty))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown."""
+    """The results as a Markdown table."""
     contexts = list(rows[0]["decode_seconds"])
     header = ["equal", "family", "parameters", "MFLOP/char", "loss", "chars/s", "step MB", "state kB", "compile s"]
     header += [f"us/char after {context}" for context in contexts]
@@ -248,7 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training loss over characters read, one plot for each thing that is equal."""
+    """Plot the training loss over the characters read, with one plot per equal quantity."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -260,9 +265,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for row in rows:
             if row["equal"] != basis:
                 continue
-            near = min(10, len(row["losses"]))
-            smooth = np.convolve(row["losses"], np.full(near, 1 / near), mode="valid")
-            read = np.linspace(row["tokens"] * near / len(row["losses"]), row["tokens"], len(smooth))
+            width = min(10, len(row["losses"]))
+            smooth = np.convolve(row["losses"], np.full(width, 1 / width), mode="valid")
+            read = np.linspace(row["tokens"] * width / len(row["losses"]), row["tokens"], len(smooth))
             color = colormaps["tab10"](families.index(row["family"]))
             axes.plot(read, smooth, label=f"{row['family']} ({row['loss']:.2f})", color=color)
         axes.set(title=f"equal {basis}", xlabel="characters read", ylabel="training loss, nats per character")
@@ -272,7 +277,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Shootout, run, arguments, name="shootout", description=__doc__)
 
 

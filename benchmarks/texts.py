@@ -1,4 +1,4 @@
-"""Sentences per second: beam search translation and classification, jaxlm against transformers, on the same directory.
+"""Sentences per second of translation with beam search and of classification: jaxlm and transformers.
 
     python -m benchmarks.texts --translator runs/translation --sources sentences.txt
     python -m benchmarks.texts --classifier runs/sentiment --texts sentences.txt --rounds 5 --json texts.json
@@ -29,7 +29,7 @@ CLASSIFIERS = {"jaxlm": "benchmarks.texts_peers:JaxlmClassifier", "torch": "benc
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Measure sentences per second of whole tasks."""
+    """Measure sentences per second of complete tasks."""
 
     translator: Path | None = None
     """Directory of a T5 model that translates; None: translation is not measured."""
@@ -40,19 +40,19 @@ class Texts:
     texts: Path | None = None
     """Texts to classify, one per line."""
     batch: int = 32
-    """Sentences of a batch."""
+    """Sentences per batch."""
     num_beams: int = 5
-    """Hypotheses of the beam search."""
+    """Number of beams of the beam search."""
     max_new_tokens: int = 80
-    """Tokens after which a translation is cut off."""
+    """Maximum tokens of a translation."""
     rounds: int = 5
-    """Repetitions of each side, after a warm-up of two. The sides take turns."""
+    """Interleaved repetitions of each peer, after two warm-up repetitions."""
     json: Path | None = None
-    """Write everything there too."""
+    """Write all results to this JSON file too."""
 
 
 def compare(task: str, peers: dict[str, str], rounds: int, **arguments: Any) -> dict[str, Any]:
-    """Seconds of each round of each peer, and the share of results that agree, as one record."""
+    """A record with the seconds of each round of each peer, and the fraction of equal results."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
         started = {
             name: workers.enter_context(
@@ -95,7 +95,7 @@ def show(record: dict[str, Any]) -> str:
 
 
 def run(options: Texts) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     harness.choose("torch", TRANSLATORS)
     if options.translator is None and options.classifier is None:
         raise harness.Mistake("nothing to measure: give --translator and --sources, or --classifier and --texts")
@@ -126,7 +126,7 @@ def run(options: Texts) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Texts, run, arguments, name="texts", description=__doc__)
 
 

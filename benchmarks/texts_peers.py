@@ -1,4 +1,4 @@
-"""The peers of ``benchmarks.texts``: text in, text or label out, from one directory."""
+"""The peers of ``benchmarks.texts``: functions from texts to texts or labels, with the model of one directory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks.worker import Peer
 
 
 class _Texts(Peer):
-    """The texts of a file and the batch size."""
+    """Base class of the peers, with the texts of a file and the batch size."""
 
     def __init__(self, file: str, batch: int) -> None:
         self.texts = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
         self.batch = batch
 
     def sorted_batches(self) -> list[list[int]]:
-        """Numbers of the texts of each batch; texts of similar length share a batch."""
+        """The indices of the texts in each batch. Texts of similar length are in the same batch."""
         order = sorted(range(len(self.texts)), key=lambda number: len(self.texts[number]))
         return [order[first : first + self.batch] for first in range(0, len(order), self.batch)]
 
@@ -78,13 +78,13 @@ class _Torch(_Texts):
         return torch_facts()
 
     def encoded(self, numbers: list[int]) -> Any:
-        """The texts with these numbers as a padded batch."""
+        """The texts with these indices as a padded batch."""
         texts = [self.texts[number] for number in numbers]
         return self.tokenizer(texts, padding=True, return_tensors="pt").to(torch_device())
 
 
 class TorchTranslator(_Torch):
-    """``generate`` of transformers, batch by batch."""
+    """``generate`` of transformers, one batch after the other."""
 
     def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSeq2SeqLM")
@@ -109,7 +109,7 @@ class TorchTranslator(_Torch):
 
 
 class TorchClassifier(_Torch):
-    """A forward pass of transformers, batch by batch."""
+    """Forward passes of transformers, one batch after the other."""
 
     def __init__(self, directory: str, file: str, batch: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSequenceClassification")

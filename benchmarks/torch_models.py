@@ -1,7 +1,7 @@
-"""Models of torch's own layers, for families that transformers does not have, with the weights of a jaxlm checkpoint;
-and Transformer-XL, which transformers keeps among what is deprecated.
+"""torch models with the weights of a jaxlm checkpoint, for families that transformers does not have.
 
-Only torch's processes import this. Shapes: B batch, T time, C channels, V vocabulary.
+Transformer-XL is here too, because transformers has only a deprecated class. Only the processes of torch import this
+module. Shapes: B batch, T time, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LSTM(nn.Module):
     def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         super().__init__()
         if config["tie_embeddings"] or config["direction"] != "forward":
-            raise ValueError("only a forward LSTM with a head of its own is built of torch's layers")
+            raise ValueError("torch layers are only used for a forward LSTM with an untied head: choose such a model")
         V, D, H, layers = (config[name] for name in ("vocab_size", "embed_dim", "hidden_dim", "num_layers"))
         self.embedding, self.head = nn.Embedding(V, D), nn.Linear(H, V)
         self.layers = nn.LSTM(D, H, layers, batch_first=True)
@@ -47,12 +47,14 @@ class LSTM(nn.Module):
 
 
 class VDCNN(nn.Module):
-    """``nn.Conv1d``, ``nn.BatchNorm1d`` and poolings as Conneau et al. 2017 stack them, for texts of full length."""
+    """``nn.Conv1d``, ``nn.BatchNorm1d`` and pooling in the architecture of Conneau et al. 2017, for unpadded texts."""
 
     def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         super().__init__()
         if config["shortcut"] or config["downsample"] != "max_pool":
-            raise ValueError("only the VDCNN with max pooling and without shortcuts is built of torch's layers")
+            raise ValueError(
+                "torch layers are only used for a VDCNN with max pooling and no shortcuts: choose such a model"
+            )
         self.k_max, self.embedding = config["k_max"], nn.Embedding(config["vocab_size"], config["embed_dim"])
         state = {"embedding.weight": arrays["token_embedding"]}
         width = config["channels"]
@@ -94,21 +96,21 @@ class VDCNN(nn.Module):
         x = self.input(self.embedding(tokens).mT)
         for stage in self.stages:
             x = stage(x)
-        # topk leaves open which of equal entries (the zeros of a ReLU) it takes: the first are made the largest.
-        first = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
-        places = first.topk(self.k_max, dim=-1).indices.sort(dim=-1).values
-        x = x.gather(-1, places).mT.flatten(1)
+        # topk does not define which of equal entries (zeros of a ReLU) it selects, so earlier entries are made larger.
+        decreasing = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
+        positions = decreasing.topk(self.k_max, dim=-1).indices.sort(dim=-1).values
+        x = x.gather(-1, positions).mT.flatten(1)
         return self.classifier(functional.relu(self.fc_2(functional.relu(self.fc_1(x)))))
 
 
 def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
-    """Strictly: every tensor of the module, and no other."""
+    """Load a state into a module. The names must be exactly those of the module."""
     module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
 
 
 @functools.cache
 def transformer_xl_module() -> Any:
-    """The module of transformers' deprecated Transformer-XL, with a broken cast in its adaptive embedding mended."""
+    """The Python module of transformers' deprecated Transformer-XL, with a fix for a cast in its adaptive embedding."""
     import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
 
     source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
@@ -117,28 +119,30 @@ def transformer_xl_module() -> Any:
 
 
 class TransformerXL(nn.Module):
-    """The deprecated class of transformers, without a memory. Its adaptive softmax asks each cluster of the vocabulary
-    for its own words alone."""
+    """The deprecated class of transformers, without memory.
+
+    Its adaptive softmax computes each cluster of the vocabulary only for the labels in this cluster.
+    """
 
     def __init__(self, directory: str) -> None:
         super().__init__()
         module = transformer_xl_module()
         config = module.TransfoXLConfig.from_pretrained(directory)
-        config.trainer_compatible = True  # without, it warns
+        config.trainer_compatible = True  # avoids a warning
         self.model = module.TransfoXLLMHeadModel.from_pretrained(directory, config=config)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Mean over all labels [B, T]."""
+        """The mean loss over all labels [B, T]."""
         config = self.model.config
         memory = [torch.zeros(0, len(tokens), config.d_model, device=tokens.device) for _ in range(config.n_layer)]
         hidden = self.model.transformer(tokens, mems=memory).last_hidden_state
-        # It takes the label after each place: one more at either end gives it those that we have.
+        # `crit` shifts the labels by one position. One extra position at each end compensates for this shift.
         hidden, labels = torch.cat([hidden, hidden[:, :1]], 1), torch.cat([labels[:, :1], labels], 1)
         return self.model.crit(hidden, labels).mean()
 
 
 def read(directory: str, family: str) -> nn.Module:
-    """The model of a family of this file from a directory that ``jaxlm.save_pretrained`` wrote."""
+    """The model of a family in this module, from a directory that ``jaxlm.save_pretrained`` wrote."""
     if family == "transformer_xl":
         return TransformerXL(directory)
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]

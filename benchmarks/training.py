@@ -1,16 +1,16 @@
-"""Optimizer steps and losses of whole models: jaxlm against torch and Flax, from one random checkpoint and batch.
+"""Optimizer steps and losses of complete models: jaxlm, torch and Flax with the same random checkpoint and batch.
 
     python -m benchmarks.training                                    GPT-2 124M, float32, batch 2 of 512 tokens
     python -m benchmarks.training --model bert-base-uncased,t5-small,xlnet-base-cased,lstm-zaremba-medium,vdcnn-9
     python -m benchmarks.training --model transformer-xl-base
     python -m benchmarks.training --passes forward,step --against torch,torch-compile,flax --json training.json
-    python -m benchmarks.training --quick                            does it work?
+    python -m benchmarks.training --quick                            a short test that the benchmark works
 
-Each model learns its own objective, without dropout; no torch class is slowed down by one that it would not have.
-Transformer-XL reads words as frequent as their ranks, for which its softmax is made.
-Masked models: all sides predict the same 15 % of the tokens; the classes of transformers compute the vocabulary at all
-places, as they always do, jaxlm at those that are predicted.
-Before anything is timed, the losses of all peers must agree, before the first update and after the third.
+Each model is trained with its own objective and without dropout; no torch class computes an objective that is not its
+own. Transformer-XL reads tokens with Zipf frequencies, for which its adaptive softmax is designed. For masked models,
+all peers predict the same 15 % of the tokens. The classes of transformers always compute logits at all positions, and
+jaxlm only at the predicted positions.
+The losses of all peers must agree before the first update and after the third one; only then are steps measured.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PEERS = {
 OPERATIONS = {"forward": "loss", "step": "training step"}
 UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
-"""Updates made, and how far losses may be apart, relatively."""
+"""Number of updates, and the maximum relative difference of the losses after them."""
 LOOSE = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
-"""The same for steps of a family. Adam's first updates are as large where a gradient is nothing but rounding as
-elsewhere, and what stands before a batch norm has many of those."""
+"""Tolerances of the steps of single families. Adam's first updates have the same size for gradients that are only
+rounding errors as for others, and parameters before a batch normalisation have many such gradients."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Training(shapes.Training, harness.Options):
 
 
 def run(options: Training) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     targets = harness.choose(options.against, PEERS)
     passes = harness.names("passes", options.passes, ("forward", "step"))
     rows: list[harness.Row] = []
@@ -65,7 +65,7 @@ def run(options: Training) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return harness.main(Training, run, arguments, name="training", description=__doc__)
 
 

@@ -1,4 +1,4 @@
-"""The peers of ``benchmarks.training``: a model's loss, or its optimizer step, from one checkpoint and one batch."""
+"""The peers of ``benchmarks.training``: loss or optimizer step of a model, with the same checkpoint and batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from benchmarks.worker import Peer
 
 
 class JaxTraining(Peer):
-    """A jitted function of a state and a batch, compiled in the first repetition: a step
-    ``(state, batch) -> (state, {"loss": ...})`` or a loss ``(state, batch) -> loss``."""
+    """A jitted function of a state and a batch, compiled in the first repetition.
+
+    The function is a step ``(state, batch) -> (state, {"loss": ...})`` or a loss ``(state, batch) -> loss``.
+    """
 
     function: Any
     state: Any
@@ -39,8 +41,10 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``Trainer.jit_step`` of the objective, or the objective alone. As the experiments are: with layers
-    apart, and in a process that keeps its memory."""
+    """``Trainer.jit_step`` of the objective, or only the objective.
+
+    As in the experiments, each layer has separate arrays, and the process keeps freed memory.
+    """
 
     keeps_memory = True
 
@@ -73,7 +77,7 @@ class Jaxlm(JaxTraining):
 
 
 class Flax(JaxTraining):
-    """The Flax class of transformers, in a jitted step with a donated state."""
+    """The Flax class of transformers in a jitted step with donated state."""
 
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
@@ -121,13 +125,13 @@ def flax_model(directory: str, family: str) -> Any:
     import transformers
 
     clip = jnp.clip
-    if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 still says so; JAX now calls it max
+    if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 passes a_max, which JAX has renamed to max
         vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **new: clip(x, a_min, a_max, **new)
     return getattr(transformers, wholes.FLAX[family]).from_pretrained(directory)
 
 
 class Torch(Peer):
-    """The class of transformers (or of torch's layers) with its default attention, and fused AdamW; eager."""
+    """The class of transformers (or of ``torch_models``) with default attention and fused AdamW, in eager mode."""
 
     compile = False
 
@@ -157,27 +161,27 @@ class Torch(Peer):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, ADAMW["clip_norm"])
         self.optimizer.step()
-        return loss.item()  # waits for all of the above
+        return loss.item()  # waits until the computation has ended
 
     def facts(self) -> dict[str, Any]:
         return torch_facts()
 
 
 class TorchCompiled(Torch):
-    """The same with forward and backward compiled by ``torch.compile``."""
+    """:class:`Torch` with forward and backward compiled by ``torch.compile``."""
 
     compile = True
 
 
 def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
-    """The model and its mean loss on the batch next to it."""
+    """The model of a directory, and a function that computes its mean loss on the batch in the directory."""
     import torch
 
     device, arrays = torch_device(), wholes.load(directory)
 
     def tensor(x: Any) -> Any:
-        found = torch.from_numpy(x).to(device)
-        return found if found.is_floating_point() else found.long()
+        result = torch.from_numpy(x).to(device)
+        return result if result.is_floating_point() else result.long()
 
     labels = tensor(wholes.labels(arrays))
     model = torch_model(directory, family)
@@ -208,7 +212,7 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
 
 
 def torch_model(directory: str, family: str) -> Any:
-    """The model of a checkpoint as torch's users have it."""
+    """The torch model of a checkpoint, from transformers or ``torch_models``."""
     if not wholes.TORCH[family]:
         from benchmarks import torch_models
 

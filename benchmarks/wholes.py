@@ -1,7 +1,7 @@
-"""Whole models: what each family is trained on, and what its classes in other libraries are called and given.
+"""Benchmarks of complete models: the training batch of each family, and its classes in other libraries.
 
-The machine's worker writes one batch next to the checkpoint; every peer reads it. Only what makes it imports JAX.
-Shapes: B batch, T time, P places that are predicted, S source.
+The worker ``peers.Machine`` writes one batch next to the checkpoint, and all peers read it. Only the functions that
+create the batch import JAX. Shapes: B batch, T time, P predicted positions, S source.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
     "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024),
 }  # fmt: skip
-"""Rows, and tokens of a row, of a training batch of each family, unless others are asked for. The LSTM's are those of
-Zaremba et al. 2014; a VDCNN reads texts of 1024 characters; T5's source and target have as many tokens each."""
+"""Default rows, and tokens per row, of the training batch of each family. The sizes of the LSTM are from Zaremba et al.
+2014. A VDCNN reads texts of 1024 characters. For T5, source and target have this number of tokens each."""
 TORCH = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
 }  # fmt: skip
-"""The class of transformers, by family; empty: that of ``torch_models``."""
+"""Class name in transformers, by family; empty: the class is in ``torch_models``."""
 FLAX = {name: f"Flax{TORCH[name]}" for name in ("gpt", "llama", "bert", "t5")}
-"""The old Flax class of transformers."""
+"""Name of the deprecated Flax class in transformers, by family."""
 DECODES = ("gpt", "llama", "t5", "xlnet", "lstm")
-"""Families whose generation has a peer."""
+"""Families whose generation is compared with a baseline."""
 CLASSES = {"torch": TORCH, "torch-compile": TORCH, "flax": FLAX}
 FILE = "batch.npz"
 QUICK: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
-"""Config fields that make a family's tiny variant what its large one is to the peers."""
+"""Config fields with which the tiny variant of a family has the same architecture as the large one of the peers."""
 
 
 def build(name: str, *, quick: bool = False) -> Any:
-    """The jaxlm model without dropout, which no two libraries draw alike; ``quick``: its family's tiny variant."""
+    """The jaxlm model (``quick``: its tiny variant) without dropout, because libraries sample dropout differently."""
     import jaxlm
     from jaxlm.models.model import family
 
@@ -50,24 +50,24 @@ def build(name: str, *, quick: bool = False) -> Any:
 
 
 def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tuple[int, int]:
-    """Rows and tokens of a training batch: those asked for, or the usual ones.
+    """Rows, and tokens per row, of a training batch: ``batch`` and ``length``, or the defaults of the family.
 
     Raises:
-        ValueError: less than one, or a text of another length than a VDCNN's.
+        ValueError: a size is less than 1, or ``length`` is not the text length of a VDCNN.
     """
     for name, given in (("batch", batch), ("length", length)):
         if given is not None and given < 1:
             raise ValueError(f"--{name} {given} must be at least 1")
-    usual_batch, usual_length = (2, 32) if quick else SIZES[model.family]
+    default_batch, default_length = (2, 32) if quick else SIZES[model.family]
     if model.family == "resnet":
-        usual_length = model.config.max_positions
-        if length not in (None, usual_length):
-            raise ValueError(f"--length {length}: a VDCNN reads texts of max_positions={usual_length}")
-    return batch or usual_batch, length or usual_length
+        default_length = model.config.max_positions
+        if length not in (None, default_length):
+            raise ValueError(f"--length {length}: a VDCNN reads texts of max_positions={default_length}")
+    return batch or default_batch, length or default_length
 
 
 def decoded_parameters(model: Any) -> int:
-    """Parameters that one new token reads, all of them: not an encoder's, nor tables where it looks up one row."""
+    """Number of parameters that decoding one token multiplies, without the encoder and embedding lookups."""
     from jaxlm import spec
     from jaxlm.plan import flops
 
@@ -76,7 +76,7 @@ def decoded_parameters(model: Any) -> int:
 
 
 def counted_flops(model: Any, batch: Any) -> Any:
-    """FLOPs of a training step on a batch: three times those of the forward pass in its plain form."""
+    """FLOPs of a training step on a batch: three times the FLOPs of the forward pass in its plain form."""
     from jaxlm import spec
     from jaxlm.objectives import objective
     from jaxlm.plan import flops
@@ -85,12 +85,12 @@ def counted_flops(model: Any, batch: Any) -> Any:
     model, loss = plain_form(model), objective(task_of(model)).loss
     forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
     return flops.Flops(
-        3 * forward.amount, "3 * dots and convolutions of the forward pass, at the predicted places only"
+        3 * forward.amount, "3 * dots and convolutions of the forward pass, only at the predicted positions"
     )
 
 
 def example(model: Any, batch: int, length: int) -> Any:
-    """A batch of the model's objective from random tokens, as ``jaxlm.objectives`` makes it."""
+    """A batch of random tokens for the model's objective, created by ``jaxlm.objectives``."""
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq
     from jaxlm.plan.program import task_of
 
@@ -117,7 +117,7 @@ def example(model: Any, batch: int, length: int) -> Any:
 
 
 def save(batch: Any, directory: str) -> None:
-    """Write a batch without padding next to its model."""
+    """Write a batch without padding to the directory of its model."""
     assert batch.segment_ids is None
     assert batch.reset is None
     arrays = {"tokens": batch.tokens, "labels": batch.targets, "weights": batch.weights, "places": batch.places}
@@ -125,13 +125,13 @@ def save(batch: Any, directory: str) -> None:
 
 
 def load(directory: str) -> dict[str, np.ndarray]:
-    """The arrays of a batch by name: its targets are ``labels`` (``targets`` are places that XLNet predicts)."""
+    """The arrays of a batch by name. Its targets are ``labels``; ``targets`` are the positions that XLNet predicts."""
     with np.load(Path(directory) / FILE) as file:
         return dict(file)
 
 
 def batch_of(arrays: dict[str, np.ndarray]) -> Any:
-    """The same as jaxlm's ``Batch``."""
+    """The arrays of :func:`load` as a ``Batch`` of jaxlm."""
     from jaxlm.objectives.batch import Batch
 
     inputs = dict(arrays)
@@ -140,7 +140,7 @@ def batch_of(arrays: dict[str, np.ndarray]) -> Any:
 
 
 def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch as the classes of transformers take it."""
+    """The arrays of a batch as keyword arguments of the classes of transformers."""
     if family == "t5":
         return {"input_ids": arrays["source"], "decoder_input_ids": arrays["tokens"]}
     if family == "xlnet":
@@ -153,26 +153,26 @@ def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 IGNORED = -100
-"""The label that no loss counts, in torch and transformers."""
+"""The label that the losses of torch and transformers ignore."""
 
 
 def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Labels in the shape of the logits without their last axis; :data:`IGNORED` where nothing counts."""
-    counted = np.where(arrays["weights"] > 0, arrays["labels"], IGNORED)
+    """Labels in the shape of the logits without their last axis; :data:`IGNORED` where the weight is 0."""
+    weighted = np.where(arrays["weights"] > 0, arrays["labels"], IGNORED)
     if "places" not in arrays:
-        return counted
-    found = np.full(arrays["tokens"].shape, IGNORED, counted.dtype)
-    np.put_along_axis(found, arrays["places"], counted, axis=1)
-    return found
+        return weighted
+    result = np.full(arrays["tokens"].shape, IGNORED, weighted.dtype)
+    np.put_along_axis(result, arrays["places"], weighted, axis=1)
+    return result
 
 
 def perm_mask(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """XLNet's mask [B, T, T] of an order [B, T]: 1 where i must not see j. Targets [B, P] do not see themselves."""
+    """XLNet's mask [B, T, T] for an order [B, T]: 1 if i must not attend to j. Targets [B, P] exclude themselves."""
     is_target = target_mapping(targets, order.shape[1]).max(axis=1) > 0
     query_order = np.where(is_target, order - 1, order)
     return (order[:, None, :] > query_order[:, :, None]).astype(np.float32)
 
 
 def target_mapping(targets: np.ndarray, length: int) -> np.ndarray:
-    """One-hot rows [B, P, T] of the places [B, P] that XLNet predicts."""
+    """One-hot rows [B, P, T] of the positions [B, P] that XLNet predicts."""
     return np.eye(length, dtype=np.float32)[targets]

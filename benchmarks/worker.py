@@ -1,7 +1,8 @@
-"""The process that a peer lives in: ``python -m benchmarks.worker MODULE:CLASS`` answers JSON lines.
+"""The process of a peer: ``python -m benchmarks.worker MODULE:CLASS`` answers requests in JSON lines.
 
-``{"call": "setup", ...arguments}`` makes the peer, ``{"call": "run"}`` is one timed repetition, ``{"call": "facts"}``
-what else is known. An answer holds ``result``, or ``error``: one sentence (its traceback goes to stderr).
+``{"call": "setup", ...arguments}`` creates the peer, ``{"call": "run"}`` measures one repetition, and
+``{"call": "facts"}`` returns properties of the peer. An answer has ``result``, or ``error`` with one sentence; the
+traceback of the error is printed to stderr.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from typing import Any
 
 
 class Peer:
-    """What a worker serves. Made from the arguments of ``setup``."""
+    """Base class of the implementations that are measured. The arguments of ``setup`` are passed to the constructor."""
 
     keeps_memory = False
-    """Whether the process is told to keep what it frees (``jaxlm.host``), before anything else."""
+    """Whether the process keeps freed memory (``jaxlm.host``), which is set before the peer is created."""
 
     def prepare(self) -> None:
-        """What a repetition uses up, made before its time begins."""
+        """Create the inputs that a repetition consumes. This is not part of the measured time."""
 
     def run(self) -> Any:
-        """One repetition, complete on return: what it computed, to be checked against the other peers."""
+        """The result of one repetition, for the comparison with other peers. All computation has ended on return."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What is known about it, for the record."""
+        """Properties of the peer, for the record."""
         return {}
 
 
 def serve(target: str) -> None:
-    """Answer until the input ends."""
-    # The pipe is kept for answers alone: what a library prints goes to stderr.
+    """Answer requests until the input ends."""
+    # Stdout is only for answers: file descriptor 1 is redirected to stderr, because libraries may print to it.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     peer: Peer | None = None
@@ -67,7 +68,7 @@ def serve(target: str) -> None:
 
 
 def _peak_bytes() -> int:
-    """Most memory that the process ever had, loading and compiling included."""
+    """Peak memory of the process in bytes, including loading and compilation."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

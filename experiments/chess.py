@@ -1,13 +1,13 @@
-"""Chess from the moves of games alone: train a model to predict moves, and measure how well it knows the game.
+"""Train a model to predict chess moves from move sequences alone, and measure how well it plays.
 
     python -m experiments.chess                                        2,000 embedded games, Llama, about 2 minutes
 
-One game per line (SAN or UCI moves), or PGN; 144,000 master games take about an hour on two cores:
+With a file of one game per line (SAN or UCI moves) or PGN; 144,000 master games take about an hour on two CPU cores:
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
-Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5. A quick look at a file: --max-games 5000.
-docs/tasks/chess.md defines each metric and has the measured figures.
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5. For a short run on a file: --max-games 5000.
+docs/tasks/chess.md defines each metric and has the measured results.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from jaxlm.training.report import Board, write_boards, write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Tests:
-    """How much is measured after the training; 0 leaves a test out. The model plays its most probable legal move."""
+    """Sizes of the tests after training; 0 leaves a test out. The model plays its most probable legal move."""
 
     games: int = 500
     """Test games whose moves are predicted."""
     mates: int = 3000
-    """Test games that are searched for a mate in one (14 ms each; about one in a hundred has one)."""
+    """Test games that are searched for a mate in one (14 ms per game; about 1 % of the games have one)."""
     sampled: int = 200
-    """Games that the model makes up."""
+    """Games that are sampled from the model."""
     random: int = 200
-    """Games against a player of random moves."""
+    """Games against a player that plays random legal moves."""
     engine: int = 40
     """Games against Stockfish at skill level 0, if it is installed."""
     opening_moves: int = 4
-    """Random moves at the beginning of a game against Stockfish, so that games differ."""
+    """Random moves at the start of a game against Stockfish, so that games differ."""
     max_moves: int = 256
-    """Moves of both players after which a game is a draw."""
+    """Number of moves of both players after which a game is a draw."""
     look_for_mate: bool = False
-    """In matches, play a mate in one whenever the rules show one. Then it is not the model alone that plays."""
+    """In matches, search for a mate in one and play it. The moves are then not only the model's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +62,31 @@ class Experiment:
     """Train a model on chess games and test it."""
 
     model: lib.ModelConfig = lib.ModelConfig("llama")
-    """The model: a causal family that carries a state, or an encoder-decoder."""
+    """The model: a causal family with a decoding state, or an encoder-decoder."""
     training: TrainingConfig = TrainingConfig()
-    """The training. Games are packed into rows of sequence_length; what exceeds it is not trained on."""
+    """The training. Games are packed into rows of sequence_length tokens; the rest of a longer game is not used."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     tests: Tests = Tests()
     """The tests."""
     data: Path | None = None
-    """Games: .txt (one a line) or .pgn, .gz too; None: the embedded ones."""
+    """File of games: .txt (one game per line) or .pgn, also with .gz; None: the embedded games."""
     notation: Notation = "san"
-    """What the model reads. The file may have either."""
+    """Move notation that the model reads. The file may have either notation."""
     max_games: int | None = None
-    """Use the first games of the file only."""
+    """Use only this many games from the start of the file."""
     min_count: int = 5
-    """With notation san, moves that are rarer in the training games are unknown."""
+    """With notation san: moves with fewer occurrences in the training games are unknown tokens."""
     validation_fraction: float = 0.02
-    """Share of the games for validation."""
+    """Fraction of the games for validation."""
     test_fraction: float = 0.05
-    """Share of the games for the tests."""
+    """Fraction of the games for the tests."""
     cuts: int = 4
-    """Encoder-decoders: positions of each game that are learnt from. The source is the game so far."""
+    """Encoder-decoders: training positions per game. The source is the game up to the position."""
     horizon: int = 8
-    """Encoder-decoders: moves after each position that are the target."""
+    """Encoder-decoders: number of moves after the position that are the target."""
     output: Path | None = None
-    """Run directory; None makes runs/chess-<time>."""
+    """Run directory; None: runs/chess-<time>."""
 
 
 MUON = OptimizerConfig("muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.02, beta2=0.95)
@@ -94,7 +94,7 @@ ADAMW = OptimizerConfig(learning_rate=5e-3, warmup_steps=30, final_fraction=0.02
 
 
 def preset(name: str, *changes: str, optimizer: OptimizerConfig = MUON, **options: Any) -> Experiment:
-    """An experiment with a small model from scratch."""
+    """An experiment with a small, randomly initialized model."""
     training = TrainingConfig(300, 8, sequence_length=256, evaluate_every=100, checkpoint_every=100)
     small = Experiment(lib.ModelConfig(name, changes), training, optimizer, Tests(50, 1000, 50, 20, 10))
     return dataclasses.replace(small, **options)
@@ -126,22 +126,22 @@ PRESETS = {
 
 
 def read(experiment: Experiment) -> Games:
-    """The games of the file, or the embedded ones."""
+    """The games of the file, or the embedded games."""
     begun = time.perf_counter()
     if experiment.data is None:
         games = chess_games(experiment.notation)
     else:
-        lib.say(f"reading {experiment.data}, about 1 ms of one core for each game")
+        lib.say(f"reading {experiment.data}, about 1 ms of one core per game")
         games = read_games(experiment.data, experiment.notation)
     lib.say(f"{games.report()}, read in {time.perf_counter() - begun:.0f} s")
-    most = len(games) if experiment.max_games is None else experiment.max_games
-    if not 1 <= most <= len(games):
-        raise ValueError(f"max_games={most} must be from 1 to the {len(games):,} games of the file")
-    return games.select(range(most))
+    count = len(games) if experiment.max_games is None else experiment.max_games
+    if not 1 <= count <= len(games):
+        raise ValueError(f"max_games={count} must be from 1 to the {len(games):,} games of the file")
+    return games.select(range(count))
 
 
 def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Model, Any, MoveTokenizer]:
-    """The model, parameters to start from (None: random), and the tokenizer."""
+    """The model, its initial parameters (None: random), and the tokenizer."""
     tokenizer = MoveTokenizer.from_games(games.moves, experiment.notation, min_count=experiment.min_count)
     if resume is not None:
         tokenizer = cast(MoveTokenizer, load_tokenizer(resume / "model"))
@@ -152,14 +152,14 @@ def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Mo
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train, test, report."""
+    """The result of training; the model is then tested and the report is written."""
     begun, config = time.perf_counter(), experiment.training
     fixed = ["output", "data", "notation", "max_games", "min_count", "validation_fraction", "test_fraction"]
     lib.check_unchanged(experiment, resume, fixed)
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
     model, params, tokenizer = build(experiment, training, resume)
-    (source, to_batch, words), (held_out, _, _) = (
+    (source, to_batch, description), (held_out, _, _) = (
         game_batches(
             model, tokenizer, part.moves, config.batch_size, config.sequence_length, cuts=experiment.cuts,
             horizon=experiment.horizon, seed=config.seed,
@@ -178,7 +178,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
-        f"{len(validation):,} for validation, {len(test):,} for the tests · {words} · {config.steps:,} steps of "
+        f"{len(validation):,} for validation, {len(test):,} for the tests · {description} · {config.steps:,} steps of "
         f"{source.rows_per_epoch / source.batch_size:,.0f} per epoch · {directory}"
     )
     data = Batches(source, to_batch=to_batch, prefetch=2)
@@ -194,26 +194,26 @@ def _report(
 ) -> None:  # fmt: skip
     """Run the tests and write the report."""
     tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
-    known, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
+    trained, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
     fitting = [line for line in test.moves if limit is None or len(line.split()) < limit]
     if len(fitting) < len(test):
         lib.say(f"{len(test) - len(fitting)} test games of {limit} or more moves are left out")
     if lines := fitting[: tests.games]:
-        moves = chess.next_move_accuracy(*known, lines)
+        moves = chess.next_move_accuracy(*trained, lines)
         scores += [moves.top_1, moves.top_5, moves.legal]
-        write_samples(directory, move_samples(*known, lines))
+        write_samples(directory, move_samples(*trained, lines))
     if positions := chess.mates_in_one(fitting[: tests.mates]):
-        scores.append(chess.mate_in_one_accuracy(*known, positions))
+        scores.append(chess.mate_in_one_accuracy(*trained, positions))
     elif tests.mates:
         lib.say("no test game has a mate in one: this test is left out")
-    longest = tests.max_moves if limit is None else min(tests.max_moves, limit)
+    max_moves = tests.max_moves if limit is None else min(tests.max_moves, limit)
     if tests.sampled:
-        made_up = chess.legal_move_rate(*known, games=tests.sampled, max_moves=longest)
-        scores += [made_up.moves, made_up.games]
-    alone = chess.ModelPlayer(*known)
-    player: chess.Player = chess.MatingPlayer(alone) if tests.look_for_mate else alone
+        sampled = chess.legal_move_rate(*trained, games=tests.sampled, max_moves=max_moves)
+        scores += [sampled.moves, sampled.games]
+    model_player = chess.ModelPlayer(*trained)
+    player: chess.Player = chess.MatingPlayer(model_player) if tests.look_for_mate else model_player
     for name, opponent, games, opening in _opponents(tests):
-        match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
+        match = chess.play_match(player, opponent, games, max_moves=max_moves, opening_moves=opening)
         name += " with search for mates" * tests.look_for_mate
         lib.say(f"against {name}: {match}")
         scores.append(metrics.proportion(f"wins against {name}", match.wins, games))
@@ -227,7 +227,7 @@ def _report(
 
 
 def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
-    """Name, player, number of games and of random opening moves of each match."""
+    """The name, player, number of games and number of random opening moves of each match."""
     if tests.random:
         yield "random moves", chess.RandomPlayer(), tests.random, 0
     if tests.engine:
@@ -239,7 +239,7 @@ def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return lib.command_line(PRESETS["llama"], PRESETS, run, name="chess", description=f"{__doc__}", arguments=arguments)
 
 

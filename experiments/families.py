@@ -1,24 +1,23 @@
-"""Every family learns Shakespeare for about a minute, each by its own objective: one table and one plot.
+"""Train each family for about a minute on Shakespeare with its own objective; write one table and one plot.
 
-    python -m experiments.families                      all of them
-    python -m experiments.families --family lstm t5     some
+    python -m experiments.families                      all families
+    python -m experiments.families --family lstm t5     some families
 
-The text is the embedded corpus, character by character; its last tenth is for validation. What a family is asked
-follows from what it is:
+The text is the embedded corpus as characters; its last 10 % are for validation. The objective depends on the family:
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
-    causal, streamed   the same along contiguous columns, with the state carried from batch to batch
+    causal, streamed   the next character, along contiguous columns with state carried from batch to batch
                                                                transformer_xl lstm gru
-    masked             hidden characters, from both sides      bert roberta
+    masked             masked characters, from both sides      bert roberta
     permutation        some characters, in a random order      xlnet
-    span_corruption    the spans that are missing in a source  t5 attention_rnn
-    classification     which of the thirteen plays a passage is from            resnet
+    span_corruption    the spans that a source lacks           t5 attention_rnn
+    classification     which of 13 plays a passage is from     resnet
 
-Each loss is to be held against the entropy of what is predicted, that of a model that knows the frequencies only:
-expected figures are in docs/families.md. Optimizers are the published ones (``jaxlm.training.recipes``) with learning
-rates for small models and a minute; families whose published optimizer needs many more updates have AdamW.
+Compare each loss with the entropy of the targets, which is the loss of a model that knows only their frequencies.
+docs/families.md has the expected results. The optimizers are the published ones (``jaxlm.training.recipes``), with
+learning rates for small models and one minute. Families whose published optimizer needs many more updates use AdamW.
 
-A run directory holds ``table.md``, ``results.json``, ``losses.png``, and for each family its metrics and checkpoints.
+A run directory has ``table.md``, ``results.json``, ``losses.png``, and the metrics and checkpoints of each family.
 """
 
 from __future__ import annotations
@@ -51,57 +50,57 @@ from jaxlm.training.recipes import recipe
 from jaxlm.training.report import curve, read_metrics
 
 VOCABULARY = 128
-"""Ids: the characters of the text from 0 on, and at the end of the vocabulary those of :data:`MASK` and so on."""
+"""Vocabulary size. The first ids are the characters of the text; the last ids are :data:`MASK` and the ids below it."""
 MASK, CLS, SEP, START, END, FIRST_SENTINEL = 127, 126, 125, 124, 123, 122
 SENTINELS = 30
 VALIDATION = 0.1
 PART = 16
-"""Places of each of the two parts of a row of XLNet's."""
+"""Positions in each of the two parts of an XLNet row (reused and permuted)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one family is trained."""
+    """Model, objective, data and optimizer of one family."""
 
     variant: str
-    """Family or variant that the model starts from."""
+    """Family or variant."""
     model: dict[str, Any]
-    """Config fields that differ."""
+    """Changes to config fields of the variant."""
     objective: str
-    """What it learns."""
+    """Name of the training objective."""
     steps: int
     """Updates: about a minute on two CPU cores."""
     batch_size: int = 16
-    """Rows of a batch."""
+    """Rows per batch."""
     length: int = 96
-    """Characters of a row."""
+    """Characters per row."""
     stream: int | None = None
-    """Tokens remembered along contiguous columns; None draws windows at random."""
+    """Tokens of carried state along contiguous columns; None samples random windows."""
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the optimizer that differ from the published ones."""
+    """Changes to fields of the published optimizer."""
 
     def build(self) -> Model:
-        """The model, without dropout: nothing is seen often enough to be learnt by heart."""
+        """The model without dropout, because the training is too short for overfitting."""
         names = [field.name for field in dataclasses.fields(get_model(self.variant).config)]
-        rates = {name: 0.0 for name in names if name.endswith("dropout")}
-        return get_model(self.variant, **{"vocab_size": VOCABULARY, **rates, **self.model})
+        dropout = {name: 0.0 for name in names if name.endswith("dropout")}
+        return get_model(self.variant, **{"vocab_size": VOCABULARY, **dropout, **self.model})
 
     def optimizer(self, steps: int) -> OptimizerConfig:
-        """The published optimizer with the changes."""
+        """The published optimizer with ``changes``."""
         optimizer = dataclasses.replace(recipe(get_model(self.variant).family, steps), **self.changes)
         return dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps - 1))
 
 
 WIDE = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
-# With few places and larger initial weights, a model that sees both ways finds out in a minute that neighbours matter.
+# With few positions and larger initial weights, a bidirectional model learns within a minute to attend to neighbours.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
-# Wider models and longer trainings have lower learning rates; a higher one needs a longer warm-up.
+# Wider models and longer training need lower learning rates. A higher learning rate needs a longer warm-up.
 SMALL = {"learning_rate": 3e-3, "warmup_steps": 50}
 
 
 def adamw(learning_rate: float) -> dict[str, Any]:
-    """Changes that make the optimizer AdamW: a minute is too short for the published one."""
+    """Changes that replace the published optimizer by AdamW, because a minute is too short for the published one."""
     config = OptimizerConfig(learning_rate=learning_rate, warmup_steps=50)
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
@@ -168,7 +167,7 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The corpus as ids: one text for training and one for validation, and the same as passages with labels."""
+    """The corpus as ids: a training text, a validation text, and the ids of each play for classification."""
 
     training: np.ndarray
     validation: np.ndarray
@@ -176,7 +175,7 @@ class Data:
 
     @classmethod
     def load(cls) -> Data:
-        """Read the embedded plays."""
+        """The embedded plays."""
         text = shakespeare()
         tokens = CharTokenizer.from_text(text).encode(text)
         starts = [text.index(f"{title}\n\n") for title in PLAYS]
@@ -184,8 +183,10 @@ class Data:
         return cls(tokens[:split], tokens[split:], tuple(np.split(tokens, starts[1:])))
 
     def passages(self, part: str, length: int, stride: int) -> np.ndarray:
-        """Passages of ``length`` characters from the first nine tenths of each play (or the last tenth), each with the
-        number of its play after it: windows of ``length + 1`` in one row of ids."""
+        """Passages of ``length`` characters, each followed by the number of its play, concatenated into one array.
+
+        Passages of the training part are from the first 90 % of each play, validation passages are from the rest.
+        """
         rows = []
         for number, play in enumerate(self.plays):
             split = int(len(play) * (1 - VALIDATION))
@@ -196,7 +197,7 @@ class Data:
 
 
 def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
-    """The windows of a part of the data as a recipe wants them."""
+    """The windows of a part of the data, for the objective of a recipe."""
     length, rows = recipe.length, recipe.batch_size
     if recipe.objective == "classification":
         stride = length // 4 if part == "training" else length
@@ -208,8 +209,11 @@ def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
 
 
 def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
-    """What the objective makes of a window. Random choices follow from the window itself, so that a resumed run and
-    every evaluation see the same."""
+    """A function from a window to the batch of the objective.
+
+    Random choices are seeded with a checksum of the window, so that a resumed run and every evaluation see the same
+    batches.
+    """
 
     def rng(window: Window) -> np.random.Generator:
         return np.random.default_rng(zlib.crc32(np.ascontiguousarray(window.tokens).tobytes()))
@@ -241,13 +245,13 @@ def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
 
 
 def entropy(batches: Iterable[Batch]) -> float:
-    """Entropy in nats of the targets that count: the loss of knowing their frequencies and nothing else."""
+    """Entropy in nats of the weighted targets, which is the loss of a model that knows only their frequencies."""
     counts: np.ndarray = np.zeros(0)
     for batch in batches:
-        counted = np.bincount(np.ravel(batch.targets), np.ravel(batch.weights), minlength=len(counts))
-        counts = counted + np.pad(counts, (0, len(counted) - len(counts)))
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+        batch_counts = np.bincount(np.ravel(batch.targets), np.ravel(batch.weights), minlength=len(counts))
+        counts = batch_counts + np.pad(counts, (0, len(batch_counts) - len(counts)))
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -255,7 +259,7 @@ def entropy(batches: Iterable[Batch]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What came of one family."""
+    """The result of one family."""
 
     family: str
     variant: str
@@ -270,7 +274,7 @@ class Row:
 
 
 def train_family(name: str, data: Data, directory: Path, steps: int | None = None) -> Row:
-    """Train one family into ``directory``. ``steps`` replaces those of the recipe."""
+    """The result of training one family, which writes to ``directory``. ``steps`` replaces the steps of the recipe."""
     recipe = RECIPES[name]
     model, make = recipe.build(), to_batch(recipe)
     training = TrainingConfig(
@@ -301,7 +305,7 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
 
 
 def table(rows: list[Row]) -> str:
-    """The results in Markdown; ``share`` is loss / entropy."""
+    """The results as a Markdown table; ``share`` is loss / entropy."""
     lines = [
         "| family | objective | optimizer | parameters | steps | seconds | targets/s | loss | entropy | share |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -315,7 +319,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> None:
-    """Validation loss over entropy, step by step, of every family (needs matplotlib, which is imported here)."""
+    """Plot the training loss divided by the entropy of every family over the steps. Imports matplotlib."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -340,7 +344,7 @@ def draw(rows: list[Row], directory: Path) -> None:
 
 
 def run(families: list[str], directory: Path, steps: int | None = None) -> list[Row]:
-    """Train the families one after the other; the table is written anew after each."""
+    """The results of training the families one after the other. The table is rewritten after each family."""
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output")
     check_output(directory, resume=False)
@@ -357,13 +361,13 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     arguments, debug = split_debug(arguments)
     parser = Parser(
         prog="python -m experiments.families", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="which (default: all)")
-    parser.add_argument("--steps", type=int, help="updates of each, instead of about a minute's")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families (default: all)")
+    parser.add_argument("--steps", type=int, help="updates per family (default: about a minute of training)")
     parser.add_argument("--output", type=Path, help="run directory (default: runs/families-<time>)")
     parsed = parser.parse_args(arguments)
     directory = parsed.output or Path("runs") / f"families-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,16 +1,16 @@
-"""Answer questions by spans of a text: BERT or XLNet from scratch on generated stories, fine-tuned MiniLM on SQuAD.
+"""Train a model to answer questions with spans of a text: on generated stories, or on SQuAD.
 
-    python -m experiments.question_answering                          generated stories, a small BERT, 2 minutes
-    python -m experiments.question_answering --preset xlnet           the same with XLNet
+    python -m experiments.question_answering                    a small BERT from scratch, generated stories, 2 minutes
+    python -m experiments.question_answering --preset xlnet     the same with XLNet
 
-SQuAD v1.1, the development file (48 articles, 10,570 questions), split by article into training, validation and test
-parts, with fine-tuned MiniLM (real BERT weights, 6 layers of width 384). Expected: F1 of at least 60.
+Fine-tuning of MiniLM (pretrained BERT weights, 6 layers of width 384) on the SQuAD v1.1 development file (48 articles,
+10,570 questions), which is split by article into training, validation and test parts. Expected: F1 of at least 60.
 
     python -m experiments.question_answering --preset minilm --model.pretrained DIR --data dev-v1.1.json
         --shifted new_wiki_v1.0.json nyt_v1.0.json
 
-``--shifted`` files are scored with the finished model, to see how it transfers to other texts. Measured figures:
-docs/tasks/question_answering.md. The test part is used once, after the training.
+The trained model is also scored on the files of ``--shifted``, to measure transfer to other texts. The test part is
+used once, after training. docs/tasks/question_answering.md has the measured results.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from jaxlm.training.report import write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How long contexts are cut into windows, and which answers are found."""
+    """Windows of long contexts, and the maximum answer length."""
 
     max_length: int | None = None
-    """Most tokens of a window; None is 384, or the model's positions if they are fewer."""
+    """Maximum tokens per window; None: 384, or the model's max_positions if that is less."""
     stride: int | None = None
-    """Tokens of the context that two neighbouring windows share; None is a third of max_length."""
+    """Context tokens that two consecutive windows share; None: a third of max_length."""
     max_answer_tokens: int = 30
-    """Most tokens of an answer."""
+    """Maximum tokens per answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,35 +66,35 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("bert")
     """The model."""
     training: TrainingConfig = TrainingConfig()
-    """The training; sequence_length and evaluation_batches are not used."""
+    """The training. sequence_length and evaluation_batches have no effect."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     windows: Windows = Windows()
-    """Windows of the contexts."""
+    """The windows."""
     data: Path | None = None
-    """SQuAD file, v1.1 or v2.0, official JSON or JSONL (.gz too); None: generated stories."""
+    """SQuAD file, v1.1 or v2.0, official JSON or JSONL (also .gz); None: generated stories."""
     test: Path | None = None
-    """File with the test part; None takes test_fraction of the articles."""
+    """File of the test part; None: test_fraction of the articles."""
     shifted: tuple[Path, ...] = ()
-    """Further files, on which the finished model is tested."""
+    """Further test files from other distributions."""
     validation_fraction: float = 0.05
-    """Share of the articles (contexts, in a file without titles) that chooses the best weights."""
+    """Fraction of the articles (contexts, in a file without titles) for validation, which selects the best weights."""
     test_fraction: float = 0.1
-    """Share of the articles that is the test part."""
+    """Fraction of the articles for the test part."""
     stories: int = 24_000
-    """Generated questions, without data."""
+    """Number of generated questions, if there is no data file."""
     sentences: int = 4
-    """Sentences of a generated story."""
+    """Sentences per generated story."""
     epochs: float | None = None
-    """Passes over the training part; None takes training.steps."""
+    """Passes over the training part; None: training.steps determines the length."""
     template: TemplateName = "cls_sep"
     """Special tokens around question and context, for models from scratch."""
     vocab_size: int = 8000
-    """Most entries of the vocabulary of a model from scratch."""
+    """Maximum vocabulary size, for models from scratch."""
     buckets: int = 4
-    """Shapes of batches, by length."""
+    """Number of batch shapes (length buckets)."""
     output: Path | None = None
-    """Run directory; None makes runs/question_answering-<time>."""
+    """Run directory; None: runs/question_answering-<time>."""
 
 
 SMALL = ("num_layers=3", "num_heads=4", "embed_dim=128", "init_stddev=0.08")
@@ -102,7 +102,6 @@ STORIES = Experiment(
     lib.ModelConfig("bert", (*SMALL, "max_positions=384", "hidden_dropout=0.0", "attention_dropout=0.0")),
     TrainingConfig(
         batch_size=32, evaluate_every=250, checkpoint_every=250, restore_best=True, best_metric="f1", best_mode="max",
-        seed=0,
     ),
     OptimizerConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.01),
     epochs=2, buckets=2, validation_fraction=0.01, test_fraction=0.05,
@@ -129,7 +128,7 @@ PRESETS = {
 
 
 def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test part. No article, context or story is in two of them."""
+    """The training, validation and test parts. Each article, context or story is in only one of them."""
     if experiment.data is None:
         examples = make_stories(experiment.stories, sentences=experiment.sentences)
     else:
@@ -142,7 +141,7 @@ def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
 
 
 def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters to start from (None: random), and the tokenizer."""
+    """The model, its initial parameters (None: random), and the tokenizer."""
     config, fixed = experiment.model, dict[str, Any](task="span_qa")
     if resume is not None:
         tokenizer: Tokenizer = load_tokenizer(resume / "model")
@@ -158,7 +157,7 @@ def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Answers and scores of a model for examples."""
+    """Computes the answers of a model and their scores."""
 
     experiment: Experiment
     model: Model
@@ -176,13 +175,13 @@ class Scorer:
         return scores(self.answers(params, examples, threshold), examples.column("answers"))
 
     def validate(self, params: Any, examples: Examples) -> dict[str, float]:
-        """Exact match and F1, for the log."""
+        """Exact match and F1 by name, for the log."""
         exact, f1 = self.scores(params, examples)
         return {"f1": f1.value, "exact_match": exact.value}
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train, test and report."""
+    """The result of training; the model is then tested and the report is written."""
     begun, config = time.perf_counter(), experiment.training
     fixed = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
     lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *fixed])
@@ -221,29 +220,29 @@ def report(
     directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples, shifted: dict[str, Examples],
     begun: float,
 ) -> None:  # fmt: skip
-    """Answer the questions of the test part and of the shifted files; write samples and scores."""
+    """Answer the questions of the test part and of the shifted files, and write samples and scores."""
     experiment, threshold = scorer.experiment, None
     if not all(validation.column("answers")):
         threshold = best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
     started = time.perf_counter()
-    found = scorer.answers(result.params, test, threshold)
+    answers = scorer.answers(result.params, test, threshold)
     rate = len(test) / (time.perf_counter() - started)
-    found_scores = scores(found, test.column("answers"))
+    test_scores = scores(answers, test.column("answers"))
     for name, examples in shifted.items():
-        others = scorer.scores(result.params, examples, threshold)
-        found_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in others]
-    write_samples(directory, samples(test[:40], found[:40]))
+        shifted_scores = scorer.scores(result.params, examples, threshold)
+        test_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in shifted_scores]
+    write_samples(directory, samples(test[:40], answers[:40]))
     lib.report(
-        directory, task="question_answering", model=scorer.model, begun=begun, scores=found_scores,
+        directory, task="question_answering", model=scorer.model, begun=begun, scores=test_scores,
         data=str(experiment.data or "generated stories"), result=result, no_answer_threshold=threshold,
         test_questions_per_second=round(rate, 1),
     )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     name = "question_answering"
-    return lib.command_line(STORIES, PRESETS, run, name=name, description=__doc__ or "", arguments=arguments)
+    return lib.command_line(STORIES, PRESETS, run, name=name, description=f"{__doc__}", arguments=arguments)
 
 
 if __name__ == "__main__":

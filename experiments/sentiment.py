@@ -1,19 +1,19 @@
-"""Classify sentences: from scratch, or with fine-tuned BERT weights (sentiment, questions, subjectivity, plays).
+"""Train a sentence classifier from scratch or from pretrained BERT weights: sentiment, question types, plays.
 
-    python -m experiments.sentiment                                        which play a passage is from, a BiLSTM
+    python -m experiments.sentiment                             a BiLSTM that predicts the play of a passage
 
-SST-2 (files of GLUE): fine-tuned MiniLM, an LSTM from scratch.
+SST-2 (files of GLUE) with pretrained MiniLM, or with an LSTM from scratch:
 
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-MR, Subj, CR, MPQA (10-fold) and TREC, a convolution of words (Kim 2014, CNN-rand: MR 75.9, Subj 89.2, CR 78.3, MPQA
-84.6, TREC 88.2 in the replication of harvardnlp/sent-conv-torch).
+MR, Subj, CR, MPQA (10-fold) and TREC with a CNN over words (Kim 2014). Its CNN-rand has the accuracies MR 75.9, Subj
+89.2, CR 78.3, MPQA 84.6 and TREC 88.2 in the replication of harvardnlp/sent-conv-torch.
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
 
-Measured figures are in docs/tasks/sentiment.md. The test part is used once, after the training.
+The test part is used once, after training. docs/tasks/sentiment.md has the measured results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxlm.data.examples import Examples, read_labelled
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import classification as objective
-from jaxlm.tasks import classification
+from jaxlm.tasks import attention_maps, classification
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
@@ -47,53 +47,53 @@ class Data:
     """Files of labelled sentences."""
 
     train: Path | None = None
-    """.tsv or .csv with a header, or lines "label sentence" (.gz too); None: passages of the embedded plays."""
+    """.tsv or .csv with a header, or lines "label sentence" (also .gz); None: passages of the embedded plays."""
     test: Path | None = None
-    """The test part; None takes test_fraction of the training file."""
+    """File of the test part; None: test_fraction of the training file."""
     encoding: str = "utf-8"
-    """Encoding of the files."""
+    """Character encoding of the files."""
     validation_fraction: float = 0.02
-    """Share of the training file that chooses the best weights."""
+    """Fraction of the training file for validation, which selects the best weights."""
     test_fraction: float = 0.1
-    """Share of the file that is the test part, if there is no test file and no folds."""
+    """Fraction of the training file for the test part, without test and folds."""
     max_length: int | None = None
-    """Cut longer sentences to so many tokens; None keeps them whole."""
+    """Truncate longer sentences to this many tokens; None does not truncate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Train a classifier of sentences and test it."""
+    """Train a sentence classifier and test it."""
 
     model: lib.ModelConfig = lib.ModelConfig()
     """The model."""
     training: TrainingConfig = TrainingConfig()
-    """The training; sequence_length and evaluation_batches are not used."""
+    """The training. sequence_length and evaluation_batches have no effect."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
     """The data."""
     epochs: float | None = None
-    """Passes over the training part; None takes training.steps."""
+    """Passes over the training part; None: training.steps determines the length."""
     vocabulary: Literal["word", "bpe"] = "word"
-    """What a model from scratch reads; pretrained weights bring their own."""
+    """Vocabulary of a model from scratch; pretrained weights have their own tokenizer."""
     vocab_size: int = 20_000
-    """Most entries of the vocabulary."""
+    """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Rarer words are unknown."""
+    """Words with fewer occurrences are unknown tokens."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
-    """Shapes of batches, by length."""
+    """Number of batch shapes (length buckets)."""
     label_smoothing: float = 0.0
-    """Share of the target probability that is spread over all labels."""
+    """Fraction of the target probability that is distributed over all labels."""
     folds: int | None = None
-    """Cross-validation: mean over so many test parts."""
+    """Number of cross-validation folds; the score is the mean over the folds. None: one test part."""
     output: Path | None = None
-    """Run directory; None makes runs/sentiment-<time>."""
+    """Run directory; None: runs/sentiment-<time>."""
 
 
 def scratch(name: str, *changes: str, **options: Any) -> Experiment:
-    """An experiment with a small model from scratch."""
+    """An experiment with a small, randomly initialized model."""
     training = TrainingConfig(
         batch_size=50, evaluate_every=200, checkpoint_every=200, restore_best=True, best_metric="accuracy",
         best_mode="max",
@@ -131,12 +131,12 @@ PRESETS = {
 
 
 def read_all(data: Data) -> Examples:
-    """The examples of the training file, or the embedded ones."""
+    """The examples of the training file, or the embedded examples."""
     return play_passages() if data.train is None else read_labelled(data.train, data.encoding)
 
 
 def parts(data: Data) -> tuple[Examples, Examples]:
-    """Training part (validation included) and test part."""
+    """The training part (including validation) and the test part."""
     examples = read_all(data)
     if data.test is not None:
         return examples, read_labelled(data.test, data.encoding)
@@ -147,7 +147,7 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters to start from (None: random), and the tokenizer. Of the test part, only lengths count."""
+    """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only the lengths are used."""
     config, labels = experiment.model, training.label_names()
     fixed: dict[str, Any] = {"task": "classification", "num_labels": len(labels)}
     if resume is not None:
@@ -161,14 +161,14 @@ def build(
         )  # fmt: skip
     if config.pretrained is None:
         fixed["vocab_size"] = tokenizer.vocab_size
-    if config.name in ("alexnet", "resnet"):  # these read texts of one length
+    if config.name in ("alexnet", "resnet"):  # their inputs have a fixed length
         texts = training.column("text") + test.column("text")
         longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
         fixed["max_positions"] = max(longest, 32)
         if config.name == "alexnet":
-            fixed["pools"] = (fixed["max_positions"] - 4,)  # the largest value over the sentence
+            fixed["pools"] = (fixed["max_positions"] - 4,)  # max pooling over the sentence
         else:
-            fixed["max_positions"] += -fixed["max_positions"] % 8  # its length is halved between groups of blocks
+            fixed["max_positions"] += -fixed["max_positions"] % 8  # pooling halves the length between groups of blocks
     model, params = config.build(experiment.training.seed, **fixed)
     return model.with_labels(labels), params, tokenizer
 
@@ -176,13 +176,13 @@ def build(
 def run_one(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Result, metrics.Score | None]:
-    """Train on one part, test on another, report; no score if interrupted."""
+    """The result of training on one part and the score on the test part; the score is None after an interruption."""
     begun, config, labels = time.perf_counter(), experiment.training, training.label_names()
     model, params, tokenizer = build(experiment, training, test, resume)
-    held_out, learnt = training.split(experiment.data.validation_fraction, seed=0)
+    held_out, trained = training.split(experiment.data.validation_fraction, seed=0)
     encoded, encoded_validation, encoded_test = (
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
-        for part in (learnt, held_out, test)
+        for part in (trained, held_out, test)
     )
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(encoded, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
@@ -197,7 +197,7 @@ def run_one(
     evaluate = Evaluator(model, classification.METRICS, validation)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
-        f"{model.num_parameters:,} parameters · {len(learnt):,} examples, {len(held_out):,} for validation, "
+        f"{model.num_parameters:,} parameters · {len(trained):,} examples, {len(held_out):,} for validation, "
         f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
@@ -208,6 +208,7 @@ def run_one(
     predicted = np.argmax(classification.predict(model, result.params, encoded_test), axis=1)
     rate = len(test) / (time.perf_counter() - started)
     score = classification.write_test(directory, test, labels, predicted)
+    attention_maps.write_maps(directory, model, result.params, tokenizer, test.column("text")[:4], max_tokens=40)
     lib.report(
         directory, task="sentiment", model=model, begun=begun, scores=[score],
         data=str(experiment.data.train or "passages of the embedded plays"), result=result,
@@ -217,28 +218,28 @@ def run_one(
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train and test, once or for each fold."""
+    """The result of training; with folds, of the last fold."""
     lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
     if experiment.folds is None:
         return run_one(experiment, *parts(experiment.data), resume)[0]
     if resume is not None:
-        raise ValueError("a run with folds cannot go on: start again")
+        raise ValueError("--resume does not support folds: start the run again")
     examples = read_all(experiment.data)
     output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
-        one = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)
-        result, score = run_one(one, training, test, None)
+        fold_experiment = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)
+        result, score = run_one(fold_experiment, training, test, None)
         if score is None:
             return result
         scores.append(score.value)
     mean = metrics.mean(f"accuracy over {experiment.folds} folds", scores)
-    lib.say(f"{mean} · standard deviation of a fold {np.std(scores, ddof=1):.4f}")
+    lib.say(f"{mean} · standard deviation over folds {np.std(scores, ddof=1):.4f}")
     config_lib.write(experiment, output / "config.json")
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return lib.command_line(
         PRESETS["plays"], PRESETS, run, name="sentiment", description=__doc__ or "", arguments=arguments
     )

@@ -1,14 +1,14 @@
-"""Summarize texts with an encoder-decoder from scratch: an RNN that can copy source words, or a T5-shaped Transformer.
+"""Train a summarizer from scratch: an RNN with a copy mechanism, or a T5-shaped Transformer.
 
-    python -m experiments.summarization          docstrings of the installed packages to their first lines, 2 minutes
+    python -m experiments.summarization        from docstrings of installed packages to their first lines, 2 minutes
 
-Debian package descriptions to their synopses (docs/tasks/summarization.md says how to get the file):
+From Debian package descriptions to their synopses (docs/tasks/summarization.md describes how to get the file):
 
     python -m experiments.summarization --preset copy --data.file debian_synopsis.jsonl.gz
     python -m experiments.summarization --preset t5 --data.file debian_synopsis.jsonl.gz
 
-Expected: ROUGE-1 of at least 0.40 on held-out packages (the first sentence of the description: 0.32) after 50 minutes
-(t5: 100) on two cores. Packages of one project, and similar descriptions, stay in one part.
+Expected on held-out packages: ROUGE-1 of at least 0.40 after 50 minutes (t5: 100 minutes) on two CPU cores. The first
+sentence of the description has 0.32. All packages of a project, and similar descriptions, are in the same part.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Data:
     """Texts with summaries."""
 
     file: Path | None = None
-    """Output of apt-cache show, or .jsonl with the keys package, text and summary (.gz too); None: docstrings of the
+    """Output of apt-cache show, or .jsonl with the keys package, text and summary (also .gz); None: docstrings of the
     installed packages."""
     validation_fraction: float = 0.03
-    """Share of the groups that chooses the best weights."""
+    """Fraction of the groups for validation, which selects the best weights."""
     test_fraction: float = 0.04
-    """Share of the groups that is the test part."""
+    """Fraction of the groups for the test part."""
     largest_group: int = 100
-    """Groups with more examples belong to the training part: in another part, a single template would decide."""
+    """Larger groups are in the training part, because one template would dominate the scores of another part."""
     similarity: float = 0.5
-    """Jaccard similarity of word trigrams from which on two texts belong to one group."""
+    """Minimum Jaccard similarity of the word trigrams of two texts in the same group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("attention_rnn")
     """The model: attention_rnn or t5."""
     training: TrainingConfig = TrainingConfig()
-    """The training. batch_size counts pairs of the longest bucket; shorter ones have more."""
+    """The training. batch_size is the number of pairs in the longest bucket; shorter buckets have more pairs."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
@@ -74,25 +74,25 @@ class Experiment:
     epochs: float = 6.0
     """Passes over the training part."""
     vocab_size: int = 8000
-    """Subwords (BPE) of the vocabulary that texts and summaries share."""
+    """Size of the BPE vocabulary that texts and summaries share."""
     max_source: int = 128
-    """Cut longer texts to so many tokens; the report says how many were cut."""
+    """Truncate longer texts to this many tokens; the report has the number of truncated texts."""
     max_summary: int = 40
-    """The most tokens of a generated summary."""
+    """Maximum tokens per generated summary."""
     buckets: int = 4
-    """Shapes of batches, by length."""
+    """Number of batch shapes (length buckets)."""
     label_smoothing: float = 0.1
-    """Share of the target probability that is spread over the vocabulary."""
+    """Fraction of the target probability that is distributed over the vocabulary."""
     num_beams: int = 4
-    """Hypotheses of the beam search."""
+    """Number of beams of the beam search."""
     length_penalty: float = 1.0
-    """Exponent of the length in the score of a hypothesis."""
+    """Exponent of the length in the score of a beam."""
     output: Path | None = None
-    """Run directory; None makes runs/summarization-<time>."""
+    """Run directory; None: runs/summarization-<time>."""
 
 
 def preset(name: str, *changes: str, rate: float = 2e-3, warmup: int = 400, **options: Any) -> Experiment:
-    """An experiment with a model from scratch."""
+    """An experiment with a randomly initialized model."""
     training = TrainingConfig(batch_size=64, evaluate_every=250, checkpoint_every=1000, restore_best=True)
     optimizer = OptimizerConfig(
         learning_rate=rate, schedule="inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
@@ -116,26 +116,26 @@ PRESETS = {
 
 
 def read(data: Data) -> Examples:
-    """Examples ``{"source", "target", "text", "group"}``; ``text`` is what the first sentence is taken from."""
+    """Examples ``{"source", "target", "text", "group"}``; ``text`` is the source with its line breaks and no prefix."""
     if data.file is None:
-        found = docstrings()
-        rows = [{**row, "source": f"{row['name']}: {row['text']}"} for row in found]
-        keys = found.column("package")
+        loaded = docstrings()
+        rows = [{**row, "source": f"{row['name']}: {row['text']}"} for row in loaded]
+        keys = loaded.column("package")
     else:
-        found = read_descriptions(data.file)
-        rows = [{**row, "source": row["text"]} for row in found]
-        keys = found.column("project")
-    groups = group_similar(found.column("text"), keys, similarity=data.similarity)
+        loaded = read_descriptions(data.file)
+        rows = [{**row, "source": row["text"]} for row in loaded]
+        keys = loaded.column("project")
+    groups = group_similar(loaded.column("text"), keys, similarity=data.similarity)
     examples: list[Example] = [
-        # White space holds the line breaks of the files, which are no part of the text.
+        # The line breaks of the files are not part of the text, so white space becomes one space.
         {"source": " ".join(row["source"].split()), "target": row["summary"], "text": row["text"], "group": group}
         for row, group in zip(rows, groups, strict=True)
     ]
-    return Examples(examples, found.name, found.rejected)
+    return Examples(examples, loaded.name, loaded.rejected)
 
 
 def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]:
-    """Training, validation and test part; each group is in one part."""
+    """The training, validation and test parts. All examples of a group are in the same part."""
     sizes = collections.Counter(examples.column("group"))
     is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
     large, small = (examples.select(np.flatnonzero(np.equal(is_large, kind)).tolist()) for kind in (True, False))
@@ -144,23 +144,23 @@ def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]
 
 
 def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examples, int]:
-    """The examples with sources of at most ``limit`` tokens, and how many were cut."""
-    rows, cut = [], 0
+    """The examples with sources truncated to ``limit`` tokens, and the number of truncated sources."""
+    rows, truncated = [], 0
     for row, encoding in zip(examples, tokenizer.encode_inputs_batch(examples.column("source")), strict=True):
-        if encoding.ids.size > limit:  # the last token ends the source
+        if encoding.ids.size > limit:  # limit - 1 tokens, because an end token follows
             text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)
-            row, cut = {**row, "source": text.rstrip("\ufffd")}, cut + 1
+            row, truncated = {**row, "source": text.rstrip("\ufffd")}, truncated + 1
         rows.append(row)
-    return Examples(rows, examples.name), cut
+    return Examples(rows, examples.name), truncated
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a text: the summary "lead-1"."""
+    """The first sentence of a text, which is the baseline "lead-1"."""
     return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
 
 
 def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters to start from (None: random), and the tokenizer."""
+    """The model, its initial parameters (None: random), and the tokenizer."""
     if resume is not None:
         tokenizer = load_tokenizer(resume / "model")
     else:
@@ -172,7 +172,7 @@ def build(experiment: Experiment, training: Examples, resume: Path | None) -> tu
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train, summarize the test part, report."""
+    """The result of training; the test part is then summarized and the report is written."""
     begun, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size", "max_source"])
     examples = read(experiment.data)
@@ -180,7 +180,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     model, params, tokenizer = build(experiment, training, resume)
     shortened = [shorten(part, tokenizer, experiment.max_source) for part in (training, validation, test)]
     training, validation, test = (part for part, _ in shortened)
-    facts = {"rejected lines": len(examples.rejected), "texts cut": [cut for _, cut in shortened]}
+    facts = {"rejected lines": len(examples.rejected), "texts cut": [number for _, number in shortened]}
     source = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
     )
@@ -191,11 +191,13 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         smoothed_token_loss(experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    evaluate, how = Evaluator(model, seq2seq.METRICS, held_out), request(experiment)
-    directory = lib.prepare_run("summarization", experiment, resume, trainer, tokenizer, evaluate, how)
+    evaluate = Evaluator(model, seq2seq.METRICS, held_out)
+    directory = lib.prepare_run(
+        "summarization", experiment, resume, trainer, tokenizer, evaluate, request(experiment)
+    )  # fmt: skip
     lib.say(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
-        f"{len(test):,} for the test (cut to {experiment.max_source} tokens: {facts['texts cut']}) · "
+        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {facts['texts cut']}) · "
         f"{source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
@@ -206,7 +208,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def request(experiment: Experiment) -> GenerationConfig:
-    """How texts are summarized."""
+    """The generation settings of summaries."""
     length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
     return GenerationConfig(experiment.max_summary, num_beams=experiment.num_beams, length_penalty=length_penalty)
 
@@ -235,7 +237,7 @@ def summarize(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return lib.command_line(
         PRESETS["docstrings"], PRESETS, run, name="summarization", description=__doc__ or "", arguments=arguments
     )

@@ -1,25 +1,25 @@
-"""Learn a text and write more of it: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions, by characters.
+"""Train a character language model and generate text: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions.
 
     python -m experiments.text_generation                          a GPT on the embedded plays, about a minute
     python -m experiments.text_generation --preset lstm            another family on the same text, 1 to 2 minutes
-    python -m experiments.text_generation --data FILE              your own UTF-8 text (.gz too)
+    python -m experiments.text_generation --data FILE              a UTF-8 text file (also .gz)
 
-tinyshakespeare: nanoGPT's CPU configuration (it states 1.88 nats, 1 minute), and three models for 40 minutes (target:
-at most 1.50 nats; nanoGPT's GPU configuration reaches 1.47).
+tinyshakespeare: nanoGPT's CPU configuration (its README states 1.88 nats; 1 minute), and three models that train for 40
+minutes (target: at most 1.50 nats; nanoGPT's GPU configuration has 1.47).
 
     python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
     python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset transformer_xl_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset gpt_large --data tinyshakespeare.txt
 
-War and Peace with 1 to 3 layers of width 128, parts of 80, 10 and 10 % (Karpathy et al. 2015), 5 to 15 minutes each:
+War and Peace with 1 to 3 layers of width 128 and parts of 80, 10 and 10 % (Karpathy et al. 2015), 5 to 15 minutes each:
 
     for name in lstm_1 lstm_2 lstm_3 gru_1 gru_2 gru_3; do python -m experiments.text_generation \\
         --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
 
-Measured figures are in docs/tasks/text_generation.md. The scores are those of every token of the validation part (and
-of the test part, if there is one). Recurrent families and Transformer-XL read it along eight columns with the state
-carried; other families in windows that overlap by half.
+The scores are means over every token of the validation part (and of the test part, if there is one). Recurrent families
+and Transformer-XL read the part as eight contiguous columns with carried state. Other families read windows that
+overlap by half. docs/tasks/text_generation.md has the measured results.
 """
 
 from __future__ import annotations
@@ -39,17 +39,16 @@ from jaxlm.decoding import GenerationConfig, Sampling, stream_text
 from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.tasks.text_generation import Corpus, carry, check_family, scores, to_batch
+from jaxlm.tasks.text_generation import Corpus, carry, check_family, scores, to_batch, write_sample
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxlm.training.report import write_samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Train a language model on a text and let it write."""
+    """Train a language model on a text and generate a passage."""
 
     model: lib.ModelConfig = lib.ModelConfig()
     """The model."""
@@ -58,33 +57,33 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
     """The optimizer."""
     data: Path | None = None
-    """UTF-8 text to train on (.gz too); None is the embedded Shakespeare."""
+    """UTF-8 text file to train on (also .gz); None: the embedded Shakespeare plays."""
     tokenizer: Literal["character", "byte"] = "character"
-    """Characters of the text, or bytes."""
+    """Tokens: the characters of the text, or bytes."""
     validation_fraction: float = 0.1
-    """Share of the text for validation: its end, or what is before the test part."""
+    """Fraction of the text for validation: the end of the text, or the section before the test part."""
     test_fraction: float = 0.0
-    """Share of the text for the test: its end."""
+    """Fraction of the text for the test: the end of the text."""
     mesh: str | None = None
-    """Split over devices, e.g. data=4,tensor=2; axes: data, fsdp, tensor, sequence. None: one device."""
+    """Device mesh, for example data=4,tensor=2; axes: data, fsdp, tensor, sequence. None: one device."""
     output: Path | None = None
-    """Run directory; None makes runs/text_generation-<time>."""
+    """Run directory; None: runs/text_generation-<time>."""
     prompt: str | None = None
-    """What the passage starts with; None: "ROMEO:" for the embedded plays, else the start of the validation part."""
+    """Prompt of the passage; None: "ROMEO:" for the embedded plays, else the start of the validation part."""
     sample_tokens: int = 600
-    """Length of the passage."""
+    """Length of the generated passage in tokens."""
     temperature: float = 0.8
-    """Below 1 the passage is more probable, above more surprising; 0 always takes the likeliest token."""
+    """Sampling temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy."""
 
 
 def preset(family: str, changes: str, steps: int, rows: int, length: int, rate: float, **options: Any) -> Experiment:
-    """An experiment with a model from scratch; ``options`` are those of training, optimizer and experiment."""
+    """An experiment with a randomly initialized model; ``options`` are fields of training, optimizer or experiment."""
 
-    def given(kind: type) -> dict[str, Any]:
+    def fields_of(kind: type) -> dict[str, Any]:
         return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
 
-    training = TrainingConfig(steps, rows, length, **given(TrainingConfig))
-    optimizer = OptimizerConfig(learning_rate=rate, **given(OptimizerConfig))
+    training = TrainingConfig(steps, rows, length, **fields_of(TrainingConfig))
+    optimizer = OptimizerConfig(learning_rate=rate, **fields_of(OptimizerConfig))
     return Experiment(lib.ModelConfig(family, tuple(changes.split())), training, optimizer, **options)
 
 
@@ -144,7 +143,7 @@ PRESETS = {
 
 
 def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenizer, Model, Any]:
-    """The text, its tokenizer, the model, and parameters to start from (None: random ones)."""
+    """The text, its tokenizer, the model, and its initial parameters (None: random)."""
     text = shakespeare() if experiment.data is None else read_text(experiment.data)
     config, saved = experiment.model, experiment.model.pretrained if resume is None else resume / "model"
     if saved is not None:
@@ -163,29 +162,29 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
     return corpus, tokenizer, model, params
 
 
-def first_words(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
-    """The prompt of the passage, checked before the training."""
-    prompt, room = experiment.prompt, getattr(model.config, "max_positions", None)
+def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
+    """The prompt of the passage; its length is checked before training."""
+    prompt, limit = experiment.prompt, getattr(model.config, "max_positions", None)
     if prompt is None and experiment.data is not None:
-        return tokenizer.decode(corpus.parts["validation"][: min(32, (room or 64) // 2)])
+        return tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
     prompt = "ROMEO:" if prompt is None else prompt
     size = tokenizer.encode(prompt).size
-    if size < 1 or (room is not None and size > room):
-        raise ValueError(f"--prompt has {size} tokens: the model reads from 1 to {room or 'any number of'} tokens")
+    if size < 1 or (limit is not None and size > limit):
+        raise ValueError(f"--prompt has {size} tokens: the model reads from 1 to {limit or 'any number of'} tokens")
     return prompt
 
 
 def request(experiment: Experiment) -> GenerationConfig:
-    """Length and sampling of the passage."""
+    """The generation settings of the passage: length and sampling."""
     return GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train, export, write a passage and report; returns the result of the training."""
+    """The result of training; the model is then exported, and a passage and the report are written."""
     begun, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "tokenizer", "validation_fraction", "test_fraction"])
     corpus, tokenizer, model, params = build(experiment, resume)
-    prompt = first_words(experiment, corpus, tokenizer, model)
+    prompt = passage_prompt(experiment, corpus, tokenizer, model)
     sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))
     length, rows, state = config.sequence_length, config.batch_size, carry(model, config.batch_size)
 
@@ -194,17 +193,19 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         return Batches(source, None if sharding is None else sharding.rows(rows), to_batch=to_batch)
 
     validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
-    if state is not None:  # a state cannot go back to the beginning of the columns
+    if state is not None:  # carried state is only valid up to the end of the columns
         count = min(count, len(corpus.parts["validation"]) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
-    evaluate, how = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state), request(experiment)
+    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss, carry=state,
         sharding=sharding, learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    directory = lib.prepare_run("text_generation", experiment, resume, trainer, tokenizer, evaluate, how)
+    directory = lib.prepare_run(
+        "text_generation", experiment, resume, trainer, tokenizer, evaluate, request(experiment)
+    )  # fmt: skip
     sizes = ", ".join(f"{len(ids):,} for {part}" for part, ids in corpus.parts.items())
-    lib.say(f"{model.num_parameters:,} parameters · tokens of {tokenizer.vocab_size} kinds: {sizes} · {directory}")
+    lib.say(f"{model.num_parameters:,} parameters · {tokenizer.vocab_size} token ids · tokens {sizes} · {directory}")
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if not lib.export(directory, experiment, model, result, tokenizer):
         return result
@@ -212,8 +213,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if processes.is_first():
         final = jax.tree.map(jnp.asarray, final)
         passage = write_passage(experiment, model, final, tokenizer, prompt)
-        (directory / "sample.txt").write_text(passage, encoding="utf-8")
-        write_samples(directory, [{"source": prompt, "output": passage[len(prompt) :]}])
+        write_sample(directory, model, final, tokenizer, prompt, passage)
         parts = [part for part in ("validation", "test") if part in corpus.parts]
         lib.report(
             directory, task="text_generation", model=model, begun=begun, data=corpus.name, result=result,
@@ -225,7 +225,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
-    """Generate a passage, shown while it is written."""
+    """A generated passage, which is printed while it is generated."""
     passage = prompt
     sys.stdout.write(f"\n{prompt}")
     key = jax.random.key(experiment.training.seed)
@@ -238,7 +238,7 @@ def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status (128 + signal when interrupted)."""
+    """The exit status of the command line (128 + signal after an interruption)."""
     return lib.command_line(
         PRESETS["gpt"], PRESETS, run, name="text_generation", description=__doc__ or "", arguments=arguments
     )

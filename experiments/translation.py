@@ -1,4 +1,4 @@
-"""Translate with an encoder-decoder from scratch: a T5-shaped Transformer, or an RNN with attention.
+"""Train a translator from scratch: a T5-shaped Transformer, or an RNN with attention.
 
     python -m experiments.translation                         embedded Bible verses, English to Spanish, 2 minutes
 
@@ -7,8 +7,8 @@ Multi30k (task 1, files train.en, train.de, val.en, ...), English to German:
     python -m experiments.translation --preset t5 --data.directory multi30k
     python -m experiments.translation --preset bahdanau --data.directory multi30k
 
-Measured figures are in docs/tasks/translation.md. BLEU is sacrebleu's on detokenized, cased text with tokenization 13a;
-published figures for Multi30k are often of tokenized, lowercased text, so the report has both.
+BLEU is computed as by sacrebleu, on detokenized, cased text with tokenization 13a. Published results for Multi30k are
+often for tokenized, lowercased text, so the report has both. docs/tasks/translation.md has the measured results.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, Schedule, l
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Parallel texts: line n of one file is the translation of line n of the other."""
+    """Parallel texts: line n of the target file is the translation of line n of the source file."""
 
     directory: Path | None = None
-    """Directory with NAME.SOURCE and NAME.TARGET for each part (.gz too); None: the embedded verses."""
+    """Directory with NAME.SOURCE and NAME.TARGET for each part (also .gz); None: the embedded verses."""
     train: str = "train"
     """Name of the training part."""
     validation: str = "val"
-    """Name of the validation part, which chooses the best weights."""
+    """Name of the validation part, which selects the best weights."""
     test: str = "test_2016_flickr"
     """Name of the test part."""
     source: str = "en"
-    """Extension of the source language."""
+    """File name extension of the source language."""
     target: str = "de"
-    """Extension of the target language."""
+    """File name extension of the target language."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("t5")
     """The model: t5 or attention_rnn."""
     training: TrainingConfig = TrainingConfig()
-    """The training. batch_size counts pairs of the longest bucket; shorter ones have more."""
+    """The training. batch_size is the number of pairs in the longest bucket; shorter buckets have more pairs."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
@@ -68,24 +68,24 @@ class Experiment:
     epochs: float = 10.0
     """Passes over the training part."""
     vocab_size: int = 6000
-    """Subwords (BPE) of the vocabulary that both languages share."""
+    """Size of the BPE vocabulary that both languages share."""
     buckets: int = 6
-    """Shapes of batches, by length."""
+    """Number of batch shapes (length buckets)."""
     label_smoothing: float = 0.1
-    """Share of the target probability that is spread over the vocabulary."""
+    """Fraction of the target probability that is distributed over the vocabulary."""
     num_beams: int = 5
-    """Hypotheses of the beam search."""
+    """Number of beams of the beam search."""
     length_penalty: float = 1.0
-    """Exponent of the length in the score of a hypothesis."""
+    """Exponent of the length in the score of a beam."""
     output: Path | None = None
-    """Run directory; None makes runs/translation-<time>."""
+    """Run directory; None: runs/translation-<time>."""
 
 
 def preset(
     name: str, *changes: str, rate: float, warmup: int = 400, batch_size: int = 64, optimizer: OptimizerName = "adamw",
     schedule: Schedule = "cosine", **options: Any,
 ) -> Experiment:  # fmt: skip
-    """An experiment with a model from scratch."""
+    """An experiment with a randomly initialized model."""
     training = TrainingConfig(
         batch_size=batch_size, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
     )
@@ -123,7 +123,7 @@ PRESETS = {
 
 
 def parts(data: Data) -> tuple[Examples, Examples, Examples]:
-    """Training, validation and test part."""
+    """The training, validation and test parts."""
     if data.directory is None:
         test, validation, training = verses().split(0.05, 0.05, seed=0)
         return training, validation, test
@@ -141,7 +141,7 @@ def parts(data: Data) -> tuple[Examples, Examples, Examples]:
 
 
 def build(experiment: Experiment, training: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, parameters to start from (None: random), and the tokenizer."""
+    """The model, its initial parameters (None: random), and the tokenizer."""
     if resume is not None:
         tokenizer = load_tokenizer(resume / "model")
     else:
@@ -153,7 +153,7 @@ def build(experiment: Experiment, training: Examples, resume: Path | None) -> tu
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train, translate the test part, report."""
+    """The result of training; the test part is then translated and the report is written."""
     begun, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size"])
     training, validation, test = parts(experiment.data)
@@ -169,8 +169,9 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         smoothed_token_loss(experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    evaluate, how = Evaluator(model, seq2seq.METRICS, held_out), request(experiment, tokenizer, test)
-    directory = lib.prepare_run("translation", experiment, resume, trainer, tokenizer, evaluate, how)
+    evaluate = Evaluator(model, seq2seq.METRICS, held_out)
+    generation = request(experiment, tokenizer, test)
+    directory = lib.prepare_run("translation", experiment, resume, trainer, tokenizer, evaluate, generation)
     lib.say(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
         f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
@@ -183,7 +184,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def request(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> GenerationConfig:
-    """How the test part is translated: at most twice as long as the longest reference."""
+    """The generation settings of translations, which have at most twice the length of the longest reference."""
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(test.column("target")))
     length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
     return GenerationConfig(2 * longest, num_beams=experiment.num_beams, length_penalty=length_penalty)
@@ -212,7 +213,7 @@ def translate(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """The exit status of the command line."""
     return lib.command_line(
         PRESETS["verses"], PRESETS, run, name="translation", description=__doc__ or "", arguments=arguments
     )

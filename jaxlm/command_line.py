@@ -1,8 +1,9 @@
-"""The way into every command: ``jaxlm``, ``python -m experiments.NAME`` and ``python -m benchmarks.NAME``.
+"""Option parsing and error reporting of ``jaxlm``, ``python -m experiments.NAME`` and ``python -m benchmarks.NAME``.
 
-A mistake ends in one line on standard error, which names the thing, the value and the fix. The exit status is 0, or 2
-after a mistake of the user (an option, a configuration, a file), 1 if the run failed (a full disk, a training that
-diverged, too little memory), 128 + signal after an interrupt. Every command takes ``--debug``: it adds the traceback.
+An error is printed as one line on standard error, which names the option or file, the value and the fix. The exit
+status is 0 on success, 2 after a user error (an option, a configuration, a file), 1 after a failed run (a full disk, a
+training that diverged, not enough memory), and 128 + signal after an interrupt. Every command accepts ``--debug``,
+which also prints the traceback.
 """
 
 from __future__ import annotations
@@ -30,76 +31,75 @@ T = TypeVar("T")
 DEBUG = "--debug"
 INTERRUPTED, BROKEN_PIPE = 130, 141
 LONGEST = 2000
-"""Characters of a message; of a longer one, the middle is left out."""
+"""Maximum length of a message in characters. The middle of a longer message is left out."""
 
-_MISTAKES = (
+_USER_ERRORS = (
     ValueError, ImportError, RecursionError, OverflowError, SafetensorError, EOFError, zlib.error, FileNotFoundError,
     FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
 )  # fmt: skip
-_MISTAKEN_PATHS = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EROFS, None}
+_USER_ERROR_NUMBERS = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EROFS, None}
 _FIXES: dict[int | None, str] = {
     errno.ENOENT: "check the path",
-    errno.EISDIR: "name a file",
+    errno.EISDIR: "give the path of a file",
     errno.ENOTDIR: "check the path",
     errno.EACCES: "change the permissions, or choose another path",
     errno.EROFS: "choose another path",
-    errno.ENOSPC: "free some disk space, then go on with the last checkpoint or start again",
-    errno.EDQUOT: "free some disk space, then go on with the last checkpoint or start again",
+    errno.ENOSPC: "free some disk space, then continue from the last checkpoint or start again",
+    errno.EDQUOT: "free some disk space, then continue from the last checkpoint or start again",
     errno.EADDRINUSE: "another program uses this port: end it, or choose another port",
-    errno.ECONNREFUSED: "nothing answers at this address: start the other program first, and check host and port",
-    errno.ETIMEDOUT: "nothing answers at this address: start the other program first, and check host and port",
+    errno.ECONNREFUSED: "no program answers at this address: start the other program first, and check host and port",
+    errno.ETIMEDOUT: "no program answers at this address: start the other program first, and check host and port",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
 }
 
 
 def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
-    """The arguments (None: those of the process) without ``--debug``, and whether it was among them."""
+    """The arguments (None: the arguments of the process) without ``--debug``, and whether ``--debug`` was given."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     return [word for word in given if word != DEBUG], DEBUG in given
 
 
 def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str | None = None, **default: Any) -> Any:
-    """An instance of the dataclass ``kind`` (or of one of a union of them) from command-line arguments.
+    """An instance of the dataclass ``kind`` (or of one type of a union of dataclasses) from command-line arguments.
 
     Args:
-        default: ``default=...``, the instance that options change.
+        default: ``default=...``, the instance that the options change.
 
     Raises:
-        SystemExit: ``--help`` (status 0), or after one line on standard error (status 2): an unknown option, a value of
-            another type, or a number that is not finite or too large.
+        SystemExit: status 0 after ``--help``. Status 2, with one line on standard error, after an unknown option, a
+            value of another type, or a number that is not finite or is too large.
     """
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             config = tyro.cli(kind, args=list(arguments), prog=program, description=description, **default)
             check_numbers(config)
-    except SystemExit as leaving:
-        if leaving.code == 2:
-            refuse(program, _one_line_of_box(said.getvalue(), program))
+    except SystemExit as error:
+        if error.code == 2:
+            refuse(program, _one_line_of_box(stderr.getvalue(), program))
         raise
     except ValueError as error:
         refuse(program, str(error))
-    sys.stderr.write(said.getvalue())
+    sys.stderr.write(stderr.getvalue())
     return config
 
 
 def parse_experiment(
     default: T, presets: Mapping[str, T], arguments: Sequence[str], *, program: str, description: str
 ) -> tuple[T, T, Path | None]:
-    """A config from the command line: ``--preset NAME`` or ``--resume RUN_DIR`` chooses where to start from, typed
-    options of any field (``--model.num-layers 6``) change it. ``--help`` lists them all.
+    """The config from the command line, the config before options changed it, and the run directory to resume or None.
 
-    Returns:
-        The config, the config that it started from, and the run directory to resume, or None.
+    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. Typed options for its fields
+    (``--model.num-layers 6``) change it. ``--help`` lists all options.
 
     Raises:
-        SystemExit: as :func:`parse`.
+        SystemExit: as in :func:`parse`.
         FileNotFoundError: ``RUN_DIR`` has no ``config.json``.
-        ValueError: it is damaged, or has a field that is unknown or of another type.
+        ValueError: ``config.json`` is damaged, or has a field that is unknown or has another type.
     """
     first = Parser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
-    first.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run, with its configuration")
+    first.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
     known, rest = first.parse_known_args(arguments)
     if known.preset is not None and known.resume is not None:
         first.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
@@ -112,7 +112,7 @@ def parse_experiment(
 
 
 class Parser(argparse.ArgumentParser):
-    """``argparse`` whose errors are one line."""
+    """An ``ArgumentParser`` that prints errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end with status 2."""
@@ -126,19 +126,19 @@ def refuse(program: str, message: str) -> NoReturn:
 
 
 def exit_status(command: Callable[[], int], program: str, *, debug: bool = False) -> int:
-    """The exit status of ``command()``; an error is printed as one line that begins with ``program``.
+    """The exit status of ``command()``. An error is printed as one line that begins with ``program``.
 
     Args:
-        debug: print the traceback, too.
+        debug: whether to print the traceback too.
     """
     try:
         return command()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # as in `jaxlm score ... | head`: nobody reads the rest
+    except BrokenPipeError:  # the reader has ended, as in `jaxlm score ... | head`
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
         return BROKEN_PIPE
     except Exception as error:
         if debug:
@@ -148,43 +148,44 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether an error is a mistake of the user, which another try would not mend, and no failure of the run."""
+    """Whether an error is a user error, which would occur again in a second attempt, and not a failure of the run."""
     if isinstance(error, BlockingIOError):
         return False
-    if isinstance(error, OSError) and not isinstance(error, _MISTAKES):
-        return error.errno in _MISTAKEN_PATHS
-    return isinstance(error, _MISTAKES) or _is_unknown_encoding(error)
+    if isinstance(error, OSError) and not isinstance(error, _USER_ERRORS):
+        return error.errno in _USER_ERROR_NUMBERS
+    return isinstance(error, _USER_ERRORS) or _is_unknown_encoding(error)
 
 
 def describe(error: BaseException) -> str:
-    """One line about an error: what is wrong, and the fix."""
+    """One line that describes an error and its fix."""
     message = _one_line(str(error))
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        named = f": {str(error.filename)!r}" if error.filename is not None else ""
+        path = f": {str(error.filename)!r}" if error.filename is not None else ""
         fix = _FIXES.get(error.errno)
-        return _one_line(f"{error.strerror}{named}{f' ({fix})' if fix else ''}")
+        return _one_line(f"{error.strerror}{path}{f' ({fix})' if fix else ''}")
     if isinstance(error, RecursionError):
         return f"a file or a value is nested too deeply to be read: is it damaged? ({message})"
     if isinstance(error, SafetensorError):
         return f"a file of weights is damaged ({message}): copy or export it again"
     if isinstance(error, EOFError | zlib.error):
-        return f"a compressed file is damaged or cut off ({message or type(error).__name__}): copy it again"
+        return f"a compressed file is damaged or truncated ({message or type(error).__name__}): copy it again"
     if _is_unknown_encoding(error):
-        return f"{message}: choose one that Python knows, such as utf-8 or latin-1"
+        return f"{message}: choose an encoding that Python supports, such as utf-8 or latin-1"
     if isinstance(error, OverflowError):
         return f"a number is too large ({message}): choose a smaller one"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
         return (
-            f"there is not enough memory: take a smaller batch, shorter sequences or a smaller model "
+            f"there is not enough memory: use a smaller batch, shorter sequences or a smaller model "
             f"({message or type(error).__name__})"
         )
     if "DEADLINE_EXCEEDED" in message or "UNAVAILABLE" in message:
         return (
-            f"another process of the run does not answer: check that all run, and the coordinator's address ({message})"
+            f"another process of the run does not answer: check that all processes are running, and the coordinator's "
+            f"address ({message})"
         )
     if isinstance(error, ValueError | ImportError | OSError) or _explains_itself(error):
         return message or type(error).__name__
-    return f"unexpected {type(error).__name__}: {message}: a fault of jaxlm or of a library ({DEBUG} shows where)"
+    return f"unexpected {type(error).__name__}: {message}: a bug in jaxlm or in a library ({DEBUG} shows where)"
 
 
 def _is_unknown_encoding(error: BaseException) -> bool:
@@ -192,28 +193,30 @@ def _is_unknown_encoding(error: BaseException) -> bool:
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Check that a file can be written before the work that fills it.
+    """Check that a file can be created at ``path``, before its content is computed.
 
     Raises:
-        ValueError: ``path`` is a directory, or is in no directory.
+        ValueError: ``path`` is a directory, or its parent directory does not exist.
     """
     if path is None:
         return
     if path.is_dir():
-        raise ValueError(f"--{option} {path} is a directory: name a file")
+        raise ValueError(f"--{option} {path} is a directory: give the path of a file")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--{option} {path}: there is no directory {path.parent}")
 
 
 def _explains_itself(error: BaseException) -> bool:
-    """Whether the message has the fix: an error of one of jaxlm's own classes, such as ``DivergedError``, or a
-    ``RuntimeError`` that jaxlm raised."""
-    raised_in = error.__traceback__
-    while raised_in is not None and raised_in.tb_next is not None:
-        raised_in = raised_in.tb_next
+    """Whether the message of an error names the fix.
+
+    This is the case for jaxlm's own classes, such as ``DivergedError``, and for a ``RuntimeError`` that jaxlm raised.
+    """
+    traceback_entry = error.__traceback__
+    while traceback_entry is not None and traceback_entry.tb_next is not None:
+        traceback_entry = traceback_entry.tb_next
     modules = [type(error).__module__]
-    if raised_in is not None and type(error) is RuntimeError:
-        modules.append(raised_in.tb_frame.f_globals.get("__name__", ""))
+    if traceback_entry is not None and type(error) is RuntimeError:
+        modules.append(traceback_entry.tb_frame.f_globals.get("__name__", ""))
     return any(name.partition(".")[0] in ("jaxlm", "experiments", "benchmarks") for name in modules)
 
 
@@ -222,36 +225,36 @@ def _one_line(text: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
-_HELP = re.compile(r"For full helptext")
-_WORDS = (
+_HELP_HINT = re.compile(r"For full helptext")
+_REPLACEMENTS = (
     (r"^Error parsing ", ""),
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
     (r"could not convert string to float: (.*)", r"\1 is not a number"),
     (r"no type matching (.*) could be instantiated from \[(.*)\]", r"\2 is not \1"),
     (r"Expected 1 values", "Give one"),
 )
-"""Messages of tyro and Python -> plain words."""
+"""Patterns in messages of tyro and Python, and their replacements."""
 
 
-def _in_words(text: str) -> str:
-    for pattern, words in _WORDS:
-        text = re.sub(pattern, words, text)
+def _simplify(text: str) -> str:
+    for pattern, replacement in _REPLACEMENTS:
+        text = re.sub(pattern, replacement, text)
     return text
 
 
 def _one_line_of_box(box: str, program: str) -> str:
-    """The message of tyro's box about options, as one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:] if not row.startswith("╰")]  # the first is a title
+    """The error message in tyro's box, as one line."""
+    rows = [row.strip("│ ") for row in box.splitlines()[1:] if not row.startswith("╰")]  # the first row is a title
     sections: list[list[str]] = [[]]
     for row in rows:
-        if row and not row.strip("─-"):  # a rule; without UTF-8 it is made of hyphens
+        if row and not row.strip("─-"):  # a separator; without UTF-8, tyro prints hyphens
             sections.append([])
         elif row:
             sections[-1].append(row)
     parts = []
     for section in sections:
         text = " ".join(section)
-        if not section or _HELP.match(text):
+        if not section or _HELP_HINT.match(text):
             continue
         if section[0].startswith("Perhaps you meant"):
             options = dict.fromkeys(row.split()[0] for row in section if row.startswith("--"))
@@ -259,5 +262,5 @@ def _one_line_of_box(box: str, program: str) -> str:
         elif section[0].startswith("Argument helptext"):
             parts.append(section[1])
         else:
-            parts.append(_in_words(text.split(" Got errors:")[0]))
+            parts.append(_simplify(text.split(" Got errors:")[0]))
     return "; ".join(part.rstrip(".") for part in parts) + f"; {program} --help lists the options"

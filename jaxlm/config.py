@@ -1,4 +1,4 @@
-"""Configs: frozen dataclasses, to and from JSON. ``jaxlm.command_line`` reads them from the command line."""
+"""Conversion of configs (frozen dataclasses) to and from JSON. ``jaxlm.command_line`` parses them from options."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ C = TypeVar("C")
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config as JSON-able dicts; paths become strings."""
+    """A config as a dict of JSON values; paths become strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -> C:
-    """The config of class ``kind`` that :func:`to_json` wrote.
+    """The config of class ``kind`` from the result of :func:`to_json`.
 
     Raises:
-        ValueError: a field that ``kind`` does not have, one that is missing and has no default, or a value of another
-            type than the field's.
+        ValueError: ``kind`` does not have a field, a field without default is missing, or a value does not have the
+            type of its field.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -63,9 +63,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def check_value(hint: Any, value: Any, where: str) -> None:
-    """Raise ``ValueError`` unless ``value`` has the type of a field: a whole number is a number, and True is neither.
+    """Raise ``ValueError`` unless ``value`` has the type of a field.
 
-    Numbers must be finite. Choices (``Literal``) are left to the config.
+    A float field accepts integers, and no number field accepts booleans. Numbers must be finite. The config class
+    checks the values of ``Literal`` fields.
     """
     if not any(_fits(option, value) for option in _options(hint)):
         names = " or ".join(_NAMES.get(option, str(option)) for option in _options(hint))
@@ -73,16 +74,18 @@ def check_value(hint: Any, value: Any, where: str) -> None:
 
 
 def check_finite(config: Any, where: str = "") -> None:
-    """Raise ``ValueError`` if a number in a config, or in a config inside it, is not finite."""
+    """Raise ``ValueError`` if a number in a config or a nested config is not finite."""
     for name, value in numbers_of(config, where):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number")
 
 
 def check_numbers(config: Any) -> None:
-    """Raise ``ValueError`` if a number in a config, or in a config inside it, is not finite, is a whole number that
-    does not fit in 32 bits, or is a seed that is negative or does not fit in 32 bits (JAX has the same numbers for
-    several of those)."""
+    """Raise ``ValueError`` if a number in a config or a nested config is out of range.
+
+    Numbers must be finite. Integers must fit in int32. Seeds must fit in uint32, because JAX has the same random
+    numbers for several seeds outside of this range.
+    """
     check_finite(config)
     for name, value in numbers_of(config):
         if name.rpartition(".")[2] == "seed" and not 0 <= value < 2**32:
@@ -92,7 +95,7 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
-    """Dotted name and value of every number in a config, and in the configs inside it."""
+    """Dotted name and value of every number in a config and its nested configs."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -128,12 +131,12 @@ def _fits(option: Any, value: Any) -> bool:
 
 
 def _tuple(value: Any) -> Any:
-    """JSON has lists only; configs are hashable and have tuples only."""
+    """``value`` with tuples instead of lists: JSON has only lists, and configs have only tuples to be hashable."""
     return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def write(config: Any, path: Path) -> None:
-    """Write a config as JSON; an older file is replaced by a rename."""
+    """Write a config as JSON. An existing file is replaced atomically by a rename."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
     integrity.sync(temporary)
@@ -141,9 +144,14 @@ def write(config: Any, path: Path) -> None:
 
 
 def read(kind: type[C], path: Path) -> C:
-    """Read what :func:`write` wrote."""
+    """The config of class ``kind`` in a file written by :func:`write`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: as in :func:`from_json`, or the file is damaged.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: is {path.parent} the directory of a run?")
+        raise FileNotFoundError(f"{path} does not exist: is {path.parent} the directory of a run?")
     return from_json(kind, read_object(path), str(path))
 
 
@@ -151,7 +159,7 @@ def assignment(option: str, text: str) -> tuple[str, str]:
     """Name and value of a text such as ``num_layers=24``.
 
     Raises:
-        ValueError: a text without ``=``.
+        ValueError: the text has no ``=``.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -160,10 +168,10 @@ def assignment(option: str, text: str) -> tuple[str, str]:
 
 
 def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    """``{name: value}`` of texts such as ``num_layers=24``; a value that is no Python literal is a word.
+    """``{name: value}`` from texts such as ``num_layers=24``. A value that is not a Python literal is a string.
 
     Raises:
-        ValueError: a text without ``=``, or a name that is there twice.
+        ValueError: a text has no ``=``, or a name occurs twice.
     """
     values: dict[str, Any] = {}
     for text in texts:
@@ -173,5 +181,5 @@ def assignments(option: str, texts: Sequence[str]) -> dict[str, Any]:
         try:
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            values[name] = value  # a word, as in remat=full
+            values[name] = value  # a string, as in remat=full
     return values

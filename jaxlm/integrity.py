@@ -1,7 +1,7 @@
-"""Files that can be trusted: checksums beside them, whole replacement, and clear errors where a disk cannot be written.
+"""Reliable files: checksums, atomic replacement, directory locks, and clear errors for a full or read-only disk.
 
-A directory is replaced in two steps: new files are written into a temporary directory inside of it (:func:`staged`),
-and only complete ones are moved to their names (:func:`install`).
+The files of a directory are replaced in two steps. New files are written to a temporary directory inside of it
+(:func:`staged`). When they are complete, they are moved to their final names (:func:`install`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _STAGING = ".saving-"
 
 
 def write_checksums(directory: Path, names: Iterable[str]) -> None:
-    """Write the checksums of these files of the directory; those of other files are forgotten."""
+    """Write ``checksums.json`` for these files of the directory. It replaces an older ``checksums.json``."""
     _write(directory, {name: _sha256(directory / name) for name in sorted(names)})
 
 
 def verify_checksums(directory: Path, names: Collection[str] | None = None) -> None:
-    """Check the files that ``checksums.json`` lists (only those of ``names``, if given). Without that file nothing is.
+    """Check the files that ``checksums.json`` lists (only ``names``, if given). Without that file, nothing is checked.
 
     Raises:
         ValueError: a file is missing or has changed, or ``checksums.json`` is damaged.
@@ -42,7 +42,7 @@ def verify_checksums(directory: Path, names: Collection[str] | None = None) -> N
         if _sha256(path) != expected:
             raise ValueError(
                 f"{path} is not as it was saved (its SHA-256 differs from {CHECKSUMS}): it is damaged or edited; if "
-                f"the change is meant, delete {directory / CHECKSUMS}"
+                f"the change is intended, delete {directory / CHECKSUMS}"
             )
 
 
@@ -55,27 +55,27 @@ def forget_checksums(directory: Path, names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A context with a temporary directory inside ``directory``, to write new files into before :func:`install`.
+    """A context manager with a temporary directory inside ``directory``, for new files before :func:`install`.
 
-    ``directory`` is made when missing. The temporary directory is removed at the end, also after an error; what a
-    killed process left of its own is removed at the start. One process at a time may be inside.
+    ``directory`` is created if it does not exist. The temporary directory is removed at the end, also after an error.
+    Temporary directories of killed processes are removed at the start. Only one process at a time may use it.
 
     Raises:
-        OSError: the disk is full, or there is no permission to write.
+        OSError: the disk is full, or the directory is not writable.
     """
-    with explained(directory, "the files that were there are unchanged"):
+    with explained(directory, "the previous files are unchanged"):
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{_STAGING}*"):
-            shutil.rmtree(left)
+        for leftover in directory.glob(f"{_STAGING}*"):
+            shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=_STAGING, dir=directory) as temporary:
             yield Path(temporary)
 
 
 def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
-    """Move these complete files from ``temporary`` to ``directory``, with the checksums of all of them.
+    """Move these files from ``temporary`` to ``directory`` and write their checksums.
 
-    The files are on the disk (fsync) before one of them gets its name. ``checksums.json`` is moved first: if the
-    process is killed before the last file is moved, :func:`verify_checksums` finds the mixture.
+    All files are written to the disk (fsync) before the first one is moved. ``checksums.json`` is moved first, so that
+    :func:`verify_checksums` detects a mixture of old and new files if the process is killed before the last move.
     """
     write_checksums(temporary, names)
     for name in names:
@@ -87,7 +87,10 @@ def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def explained(directory: Path, kept: str) -> Iterator[None]:
-    """A context in which the error of a full disk or of a lost permission says so, and what is safe (``kept``).
+    """A context manager that gives errors of a full disk or a missing permission a message with the fix.
+
+    Args:
+        kept: the part of the message that names the files that are still valid.
 
     Raises:
         OSError: the same kind of error (``PermissionError``, ``errno.ENOSPC``), in one line that names ``directory``.
@@ -96,14 +99,14 @@ def explained(directory: Path, kept: str) -> Iterator[None]:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number is None:  # safetensors and orbax have errors of their own, with the text of the system in them
+        if number is None:  # safetensors and orbax raise their own errors, which contain the system's message
             number = next((known for known in (*_FULL, *_FORBIDDEN) if os.strerror(known) in str(error)), None)
         if number in _FULL:
             free = _size(shutil.disk_usage(_existing(directory)).free)
-            why = f"{os.strerror(number)}, {free} free"
-            message = f"the disk of {directory} is full ({why}): {kept}. Free some space and try again"
+            reason = f"{os.strerror(number)}, {free} free"
+            message = f"the disk of {directory} is full ({reason}): {kept}. Free some space and try again"
         elif number in _FORBIDDEN:
-            message = f"{directory} cannot be written ({error}): {kept}. Change its permissions and try again"
+            message = f"{directory} is not writable ({error}): {kept}. Change its permissions and try again"
         else:
             raise
         raise _error(number, message) from error
@@ -114,14 +117,14 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _error(number: int, message: str) -> OSError:
-    """An ``OSError`` whose text is only the message."""
+    """An ``OSError`` with this number whose text is only the message."""
     error = (PermissionError if number in (errno.EACCES, errno.EPERM) else OSError)(message)
     error.errno = number
     return error
 
 
 def _existing(directory: Path) -> Path:
-    """``directory``, or the nearest parent of it that exists."""
+    """``directory``, or its nearest parent that exists."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
 
 
@@ -131,20 +134,20 @@ def _size(count: int) -> str:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """A context in which no other process can enter ``locked`` for the same directory. It ends with the process.
+    """A context manager that locks a directory against other processes. The lock also ends when the process ends.
 
     Raises:
-        BlockingIOError: another process is inside.
+        BlockingIOError: another process has the lock.
     """
     import fcntl  # not on Windows
 
-    number = os.open(directory, os.O_RDONLY)  # the directory itself, so that no file is left
+    number = os.open(directory, os.O_RDONLY)  # lock the directory itself, so that no lock file is left
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"{directory} is in use by another process: wait for its end, or take another directory"
+                f"{directory} is in use by another process: wait for its end, or choose another directory"
             ) from None
         yield
     finally:
@@ -152,7 +155,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Write a file, or the names in a directory, to the disk."""
+    """Flush a file, or the entries of a directory, to the disk (fsync)."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -161,7 +164,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Write all files of a directory to the disk, then the directories from the inside out, then its name."""
+    """Flush all files of a directory to the disk, then its subdirectories bottom-up, then its parent's entries."""
     for parent, _, names in os.walk(directory, topdown=False):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
             sync(path)
@@ -175,7 +178,7 @@ def _read(directory: Path) -> dict[str, str]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         if not all(isinstance(value, str) and len(value) == 64 for value in known.values()):
-            raise ValueError("a value is no SHA-256")
+            raise ValueError("a value is not a SHA-256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it if you trust the other files") from error
     return known

@@ -1,4 +1,4 @@
-"""JSON objects in files."""
+"""Reading of JSON objects from files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ValueError: a file that is not UTF-8 or not JSON, another value than an object, or an object in which a key
-            occurs twice (the parser would silently take the last one). The message names the file.
+        ValueError: the file is not UTF-8 or not JSON, its value is not an object, or a key occurs twice in an object
+            (the parser would silently use the last value). The message names the file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)

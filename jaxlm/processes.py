@@ -1,16 +1,16 @@
-"""What the processes of one run tell each other. A run of one process pays nothing for it.
+"""Communication between the processes of a multi-process run. With one process, these functions cost nothing.
 
-In a run of several, as on a slice of several hosts, all processes execute one program and must make the same calls of
-these functions in the same order. What a run leaves on the disk is written by the first process.
+In a run with several processes, for example on a TPU slice with several hosts, all processes run the same program and
+must call these functions in the same order. The first process writes the files of the run.
 
-:func:`run` joins the processes and makes sure that they end together. Three mechanisms share the work:
+:func:`run` joins the processes and ensures that they end together, in three ways:
 
-- A process that is killed, stopped or unreachable is found by the heartbeats of ``jax.distributed``, which then abort
-  every other process from C++ (SIGABRT). ``jaxlm.stderr_relay`` replaces the report of that abort by one line.
-- A process that fails, or is told to end at once by a signal, writes the cause to the key-value store of
-  ``jax.distributed``. A thread of every process (:class:`_Watch`) reads it once a second and ends its process, also
-  where the main thread waits for the others inside a collective operation.
-- A process that is done waits for the others, so that a failure of theirs still ends it with an error.
+- If a process is killed, stopped or unreachable, the heartbeats of ``jax.distributed`` detect it and abort every other
+  process from C++ (SIGABRT). ``jaxlm.stderr_relay`` replaces the report of this abort with one line.
+- If a process fails, or a signal ends it immediately, it writes the cause to the key-value store of
+  ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second and ends its process,
+  even while the main thread waits for other processes inside a collective operation.
+- A process that is done waits for the others, so that a failure of another process still ends it with an error.
 """
 
 from __future__ import annotations
@@ -41,71 +41,71 @@ import numpy as np
 from jaxlm import stderr_relay
 
 LOST_AFTER = 30
-"""Seconds without a sign of life after which a process counts as lost."""
+"""Seconds without a heartbeat after which a process counts as lost."""
 JOIN_WITHIN = 300
-"""Seconds that a process waits for all others at the start."""
+"""Seconds that a process waits for all other processes at the start."""
 
-_ENDED = "jaxlm/ended/"  # + number of the process: _DONE, or the cause of its failure
+_ENDED = "jaxlm/ended/"  # key prefix; the key ends with the process index, the value is _DONE or the cause of a failure
 _DONE = "done"
-_MISTAKE = 2  # exit status after a mistake of the user
-_POLL = 1.0
-_GRACE = 1.0  # seconds for the main thread to end by itself after a signal
-_ACKNOWLEDGE = 5.0  # seconds that process 0, which has the key-value store, waits for the others to read it
-# Errors of a process because another one is gone: what JAX, Gloo and NCCL say.
+_USER_ERROR = 2  # exit status after a user error
+_POLL = 1.0  # seconds between two reads of the key-value store
+_GRACE = 1.0  # seconds in which the main thread may end by itself after a signal
+_ACKNOWLEDGE = 5.0  # seconds that process 0, which serves the key-value store, waits for the others to read it
+# Messages of JAX, Gloo and NCCL in errors that are caused by the end of another process.
 _CONSEQUENCE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (closed|reset|refused)|Broken pipe")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _multihost_utils() -> Any:
-    """Imported by who needs it: ``import jaxlm`` does not."""
+    """The module, imported here because ``import jaxlm`` must not import it."""
     from jax.experimental import multihost_utils
 
     return multihost_utils
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is the first process, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """What ``make()`` returns in the first process, in every process; nowhere else is it called.
+    """The result of ``make()`` in the first process, returned in every process. Only the first process calls ``make``.
 
-    For what must happen once (a directory is made) or be the same everywhere (a name with the time in it).
+    Use it for actions that must happen once (create a directory) and values that must be equal (a name with the time).
 
     Raises:
-        Exception: what ``make`` raised, in the first process.
-        RuntimeError: with its message, in the others.
+        Exception: in the first process, the error that ``make`` raised.
+        RuntimeError: in the other processes, with the message of that error.
     """
     if jax.process_count() == 1:
         return make()
     multihost_utils = _multihost_utils()
-    made, error = "", None
+    message, error = "", None
     if is_first():
         try:
-            made = make()
-        except Exception as raised:  # the others wait: they must hear of it first
-            made, error = str(raised), raised
-    told = np.frombuffer(made.encode(), np.uint8)
-    failed, length = multihost_utils.broadcast_one_to_all(np.array([error is not None, len(told)], np.int32))
-    text = np.zeros(length, np.uint8)
-    text[: len(told)] = told
-    made = bytes(multihost_utils.broadcast_one_to_all(text).astype(np.uint8)).decode()
+            message = make()
+        except Exception as raised:  # the other processes are waiting, so they must get the message first
+            message, error = str(raised), raised
+    encoded = np.frombuffer(message.encode(), np.uint8)
+    failed, length = multihost_utils.broadcast_one_to_all(np.array([error is not None, len(encoded)], np.int32))
+    buffer = np.zeros(length, np.uint8)
+    buffer[: len(encoded)] = encoded
+    message = bytes(multihost_utils.broadcast_one_to_all(buffer).astype(np.uint8)).decode()
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(f"the first process failed: {made}")
-    return made
+        raise RuntimeError(f"the first process failed: {message}")
+    return message
 
 
 def wait(why: str) -> None:
-    """Return when every process has called this. ``why`` is in the error, should they call it for different reasons."""
+    """Wait until every process has called this. If the processes pass different ``why``, the error contains them."""
     if jax.process_count() > 1:
         _multihost_utils().sync_global_devices(why)
 
 
 def request_end() -> None:
-    """Make all processes of several end after the same step (:func:`end_after`). For a handler of a first signal."""
+    """Request that all processes end after the same step (:func:`end_after`). Called by handlers of a first signal."""
     if _watch is None:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it
     else:
@@ -113,8 +113,11 @@ def request_end() -> None:
 
 
 def end_after(step: int) -> bool:
-    """Whether all processes of several end after ``step``, because one of them has called :func:`request_end`, or was
-    sent SIGTERM: JAX's service against preemption makes them agree. To be asked after every step."""
+    """Whether all processes end after ``step``, because one called :func:`request_end` or received SIGTERM.
+
+    JAX's preemption service makes the processes agree on the step. It must be called after every step, with several
+    processes.
+    """
     end = bool(_multihost_utils().reached_preemption_sync_point(step))
     if end and _watch is not None:
         _watch.agreed = True
@@ -122,35 +125,35 @@ def end_after(step: int) -> bool:
 
 
 def require_shared(directory: Path) -> None:
-    """Make sure that all processes see the first one's ``directory``, which is there.
+    """Check that all processes share the existing ``directory`` of the first process.
 
     Raises:
-        ValueError: some do not.
+        ValueError: some processes do not see it.
     """
     if jax.process_count() == 1:
         return
     if _watch is not None:
         _watch.resume_from(directory)
 
-    def leave() -> str:
+    def create_file() -> str:
         file, path = tempfile.mkstemp(prefix=".shared-", dir=directory)
         os.close(file)
         return Path(path).name
 
-    left = directory / from_first(leave)
-    seen = _multihost_utils().process_allgather(np.array(left.exists())).reshape(-1)
+    path = directory / from_first(create_file)
+    exists = _multihost_utils().process_allgather(np.array(path.exists())).reshape(-1)
     if is_first():
-        left.unlink()
-    if not seen.all():
-        blind = ", ".join(map(str, np.flatnonzero(~seen)))
+        path.unlink()
+    if not exists.all():
+        indices = ", ".join(map(str, np.flatnonzero(~exists)))
         raise ValueError(
-            f"process {blind} of {len(seen)} does not see what the first writes to {directory}: name a directory that "
-            "all hosts mount, or keep no checkpoints (checkpoint_every=None)"
+            f"process {indices} of {len(exists)} does not see the files of the first process in {directory}: use a "
+            "directory that all hosts mount, or save no checkpoints (checkpoint_every=None)"
         )
 
 
 def on_host(array: Any) -> np.ndarray:
-    """The whole array as numpy, in every process, also where its parts are on devices of several."""
+    """The complete array as a NumPy array in every process, even if it is sharded over devices of several processes."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(_multihost_utils().process_allgather(array, tiled=True))
     return np.asarray(array)
@@ -170,17 +173,19 @@ def run(
 ) -> None:
     """Join the processes of a run (``jax.distributed``), call ``program``, and return when all processes are done.
 
-    If a process fails, all end with a non-zero status and one line that names the process and the cause. This process
-    then ends by ``os._exit``, because the main thread may wait for a process that is gone.
+    If a process fails, all processes end with a non-zero status and print one line that names the process and the
+    cause. They end with ``os._exit``, because the main thread may wait for a process that has ended.
 
     Args:
-        coordinator: ``host:port`` of process 0, the same in all processes. None: JAX finds it, the number of processes
-            and the number of this process (TPU, Slurm, Kubernetes, Open MPI).
-        lost_after: seconds without a sign of life after which a process counts as lost, and the others end.
+        coordinator: ``host:port`` of process 0, equal in all processes. None: JAX detects the coordinator, ``count``
+            and ``index`` (on TPU, Slurm, Kubernetes, Open MPI).
+        count: number of processes.
+        index: index of this process, from 0.
+        lost_after: seconds without a heartbeat after which a process counts as lost and the others end.
         join_within: seconds to wait for all processes at the start.
 
     Raises:
-        SystemExit: the processes could not be joined (status 2), or ended together after a signal.
+        SystemExit: the processes could not be joined (status 2), or all of them ended after a signal.
     """
     global _watch
     me = "this process" if index is None else f"process {index} of {count}"
@@ -189,7 +194,7 @@ def run(
         _check_coordinator(coordinator, serve=index == 0)
     relay = _Relay()
     sys.stderr = relay.stderr
-    logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("absl").addFilter(_keep_log_record)
     relay.after_abort(
         f"{me}: the coordinator {where} did not answer, or not all processes joined, within {join_within} s: check the "
         "address, and that all processes run"
@@ -202,8 +207,9 @@ def run(
     except (RuntimeError, ValueError) as error:
         hint = "" if coordinator else ": give --coordinator, --processes and --process"
         print(f"{me} cannot join the run: {_first_line(error).rstrip('.')}{hint}", file=sys.stderr)
-        raise SystemExit(_MISTAKE) from error
-    from jax._src import distributed  # its client and counts have no public name; jax.process_count() starts a backend
+        raise SystemExit(_USER_ERROR) from error
+    # The client and the counts have no public name, and jax.process_count() would start a backend.
+    from jax._src import distributed
 
     state = distributed.global_state
     if state.num_processes == 1:
@@ -237,8 +243,10 @@ def run(
 
 
 def _check_coordinator(coordinator: str, *, serve: bool) -> None:
-    """End with status 2 and one line if ``coordinator`` is no address, or if process 0 cannot serve at its port. JAX
-    would crash."""
+    """End with status 2 and one line if ``coordinator`` is not an address or process 0 cannot open its port.
+
+    Without this check, JAX crashes.
+    """
     host, _, port = coordinator.rpartition(":")
     problem = ""
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -251,16 +259,16 @@ def _check_coordinator(coordinator: str, *, serve: bool) -> None:
             problem = f"process 0 cannot serve at port {port} ({reason}): choose another port for all processes"
     if problem:
         print(f"jaxlm.launch: {problem}", file=sys.stderr)
-        raise SystemExit(_MISTAKE)
+        raise SystemExit(_USER_ERROR)
 
 
 def watched() -> bool:
-    """Whether this is one of several processes that :func:`run` has joined."""
+    """Whether :func:`run` has joined this process with others."""
     return _watch is not None
 
 
 def _is_consequence(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, may be due to the end of another process."""
+    """Whether an error, or one of its causes, may be a consequence of the end of another process."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) and _CONSEQUENCE.search(str(error)):
             return True
@@ -268,8 +276,8 @@ def _is_consequence(error: BaseException | None) -> bool:
     return False
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record is no such error, of which orbax logs a traceback while JAX ends the process."""
+def _keep_log_record(record: logging.LogRecord) -> bool:
+    """False for consequences of the end of another process, whose traceback orbax logs while JAX ends this process."""
     return record.exc_info is None or not _is_consequence(record.exc_info[1])
 
 
@@ -282,7 +290,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class _Stderr(io.TextIOWrapper):
-    """Standard error that remembers its last line: the cause, where a program prints an error and returns a status."""
+    """Standard error that keeps its last line, which is the cause if a program prints an error and returns a status."""
 
     last_line = ""
 
@@ -293,13 +301,13 @@ class _Stderr(io.TextIOWrapper):
 
 
 class _Relay:
-    """``jaxlm.stderr_relay`` between file descriptor 2 and standard error; Python's own messages go past it."""
+    """Runs ``jaxlm.stderr_relay`` between file descriptor 2 and standard error. ``stderr`` bypasses it."""
 
     def __init__(self) -> None:
         sys.stderr.flush()
         direct = os.dup(2)
         program = [sys.executable, "-S", "-E", stderr_relay.__file__]
-        # A session of its own, so that Ctrl-C does not end it before the process whose last words it prints.
+        # A new session, so that Ctrl-C does not end the relay before this process, whose last messages it prints.
         process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=direct, start_new_session=True)
         assert process.stdin is not None
         os.dup2(process.stdin.fileno(), 2)
@@ -308,14 +316,15 @@ class _Relay:
         self.stderr = _Stderr(os.fdopen(direct, "wb"), encoding="utf-8", errors="replace", write_through=True)
 
     def after_abort(self, line: str) -> None:
-        """What to print if JAX aborts this process: a line, or nothing."""
+        """Set the line to print if JAX aborts this process; an empty line prints nothing."""
         os.write(2, f"\0{line}\n".encode())
 
 
 class _Watch:
-    """A thread that ends this process when another one has failed, or when a signal asks for it.
+    """A thread that ends this process when another process has failed, or after a signal.
 
-    Signals are read from a file descriptor: Python's handlers run only in the main thread, which may wait in C++.
+    It reads signals from a file descriptor, because Python's signal handlers run only in the main thread, which may be
+    waiting in C++.
     """
 
     def __init__(self, client: Any, index: int, count: int, lost_after: int, relay: _Relay) -> None:
@@ -337,22 +346,22 @@ class _Watch:
         self._thread.start()
 
     def resume_from(self, directory: Path) -> None:
-        """Name the directory of the run in the lines that say how to go on."""
+        """Set the run directory that messages about a restart name."""
         self._hint = f"start all processes again, with --resume {directory}"
         self._announce_lost()
 
     def request_end(self) -> None:
-        """Tell JAX's service against preemption, which does so for every process."""
+        """Request the end of all processes from JAX's preemption service."""
         self._requested = True
         self._notify_jax(signal.SIGTERM)
 
     def ended_by_agreement(self, status: int) -> bool:
-        """Whether ``status`` is that of a run that one signal has ended, in all processes after the same step."""
+        """Whether ``status`` is the status of a run that one signal ended in all processes after the same step."""
         return self.agreed and len(self._signals) < 2 and status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
     def wait_for_all(self) -> None:
-        """Return when all processes are done. If one fails or is lost meanwhile, this process ends."""
-        self._tell(_DONE)
+        """Wait until all processes are done. If another process fails or is lost meanwhile, this process ends."""
+        self._publish(_DONE)
         while len(self._ended) < self._count:
             time.sleep(_POLL / 10)
         self._stopped.set()
@@ -360,12 +369,12 @@ class _Watch:
         self._relay.after_abort("")
 
     def wait_for_cause(self) -> None:
-        """Another process may be gone: the watch, or JAX, ends this one as soon as it knows. Returns if none is."""
+        """Wait for the watch thread or JAX to end this process, if another one has ended. Returns if none has ended."""
         if not self._signals:
             time.sleep(self._lost_after + 2 * _POLL)
 
     def fail_here(self, cause: str, status: int) -> NoReturn:
-        """End this process, whose program has failed, and the others."""
+        """End this process, whose program has failed, and thereby the others."""
         if self._signals:
             cause, status = self._signalled(), 128 + self._signals[-1]
         self._end(f"process {self._index} {cause}", status)
@@ -377,7 +386,7 @@ class _Watch:
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
-            # Every process of a run that is done polls faster: they wait for each other.
+            # A process that is done polls faster, because the processes wait for each other.
             wait = _POLL / 10 if self._index in self._ended else _POLL
             if select.select([self._wakeup], [], [], wait)[0]:
                 for number in os.read(self._wakeup, 64):
@@ -393,8 +402,8 @@ class _Watch:
         if number not in (signal.SIGINT, signal.SIGTERM):
             return
         self._signals.append(signal.Signals(number))
-        # The training loop has a handler, which requests the end of all and then takes itself away. It has not been
-        # called yet if the main thread waits in C++.
+        # The handler of the training loop requests the end of all processes and then removes itself. If the main thread
+        # waits in C++, the handler has not been called yet.
         handled = signal.getsignal(number) not in (signal.default_int_handler, _terminate) or self._requested
         if len(self._signals) == 1 and handled:
             self.request_end()
@@ -408,32 +417,34 @@ class _Watch:
     def _read(self) -> None:
         try:
             entries = self._client.key_value_dir_get(_ENDED)
-        except jax.errors.JaxRuntimeError:  # process 0 is gone, or stopped: JAX ends this process
+        except jax.errors.JaxRuntimeError:  # process 0 has ended or is stopped, so JAX will end this process
             return
         self._ended = {int(key.rpartition("/")[2]): value for key, value in entries}
 
-    def _tell(self, how: str) -> None:
-        def tell() -> None:
+    def _publish(self, value: str) -> None:
+        """Write how this process ended to the key-value store."""
+
+        def set_value() -> None:
             try:
-                self._client.key_value_set(f"{_ENDED}{self._index}", how, allow_overwrite=True)
+                self._client.key_value_set(f"{_ENDED}{self._index}", value, allow_overwrite=True)
             except jax.errors.JaxRuntimeError:
                 return  # as in _read
 
-        telling = threading.Thread(target=tell, daemon=True)  # no answer comes if process 0 is stopped
-        telling.start()
-        telling.join(timeout=_ACKNOWLEDGE)
+        thread = threading.Thread(target=set_value, daemon=True)  # a thread, because a stopped process 0 never answers
+        thread.start()
+        thread.join(timeout=_ACKNOWLEDGE)
 
     def _end(self, cause: str, status: int) -> NoReturn:
-        self._ending.acquire()  # for ever: one thread ends the process
+        self._ending.acquire()  # never released, so that only one thread ends the process
         self._relay.after_abort("")
-        self._tell(cause)
-        own = f"process {self._index} "
-        what = cause.removeprefix(own) if cause.startswith(own) else f"ends: {cause}"
-        with contextlib.suppress(OSError, ValueError):  # a reader that is gone must not keep this process alive
-            print(f"process {self._index} of {self._count} {what}; {self._hint}", file=sys.stderr, flush=True)
+        self._publish(cause)
+        prefix = f"process {self._index} "
+        message = cause.removeprefix(prefix) if cause.startswith(prefix) else f"ends: {cause}"
+        with contextlib.suppress(OSError, ValueError):  # this process must end even if standard error is closed
+            print(f"process {self._index} of {self._count} {message}; {self._hint}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-        until = time.monotonic() + _ACKNOWLEDGE
-        while self._index == 0 and time.monotonic() < until and len(self._ended) < self._count:
+        deadline = time.monotonic() + _ACKNOWLEDGE
+        while self._index == 0 and time.monotonic() < deadline and len(self._ended) < self._count:
             self._read()
             time.sleep(_POLL / 10)
         os._exit(status)
@@ -443,8 +454,10 @@ _watch: _Watch | None = None
 
 
 def _take_signal_from_jax(number: int) -> Callable[[int], Any]:
-    """JAX's C handler of a signal, which tells its service against preemption of it; the signal itself has its default
-    effect again. Python cannot name a handler that was set from C."""
+    """JAX's C handler of a signal, which notifies its preemption service. The signal's default handler is restored.
+
+    The handler is read with ctypes, because Python cannot return a handler that was set from C.
+    """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     address = libc.signal(number, None)

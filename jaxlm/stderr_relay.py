@@ -1,11 +1,11 @@
-"""Copies what a process of a run writes to file descriptor 2, with one line in place of JAX's report of a lost process.
+"""Copies the output of a process on file descriptor 2, and replaces JAX's report of a lost process with one line.
 
-JAX ends a process when another one is lost: it aborts from C++, after a message and a stack trace on file descriptor 2,
-before any Python code can run. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2. A line
-that begins with a zero byte is not copied: it is the line to print after such an abort. ``{lost}`` in it stands for the
-numbers of the lost processes.
+When a process of a run is lost, JAX aborts the others from C++, after a message and a stack trace on file descriptor 2
+and before any Python code can run. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2. A
+line that begins with a zero byte is not copied: it is the line to print after such an abort. ``{lost}`` in this line is
+replaced with the indices of the lost processes.
 
-This file is run by its path and imports nothing of jaxlm, so that it starts at once.
+This file is run by its path and imports nothing from jaxlm, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ ABORT = b"Terminating process because the JAX distributed service detected fatal
 CONSEQUENCES = re.compile(
     rb"[IWE]\d{4} [\d:.]+ +\d+ (coordination_service|coordination_service_agent|preemption_\w+)\.cc:\d+\]"
 )
-"""Messages that come with the loss of a process; their further lines begin as in ``CONTINUED``."""
+"""First lines of messages about a lost process, which are not copied; their further lines match ``CONTINUED``."""
 CONTINUED = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
 
 
 def lost(report: bytes) -> str:
-    """The numbers of the lost processes in JAX's report. It names none if it is process 0, which JAX asks for them."""
+    """The indices of the lost processes in JAX's report; "0" if it names none, because process 0 makes the report."""
     named = re.search(rb"stopped sending heartbeats\):\s*((?:\d+\s+)+)", report)
     return ", ".join(named[1].decode().split()) if named else "0"
 
@@ -36,7 +36,7 @@ def relay(source: BinaryIO, target: BinaryIO) -> None:
             last_line = line[1:] if line[1:].strip() else b""
             continue
         if ABORT in line:
-            report = line + source.read()  # to the end: the process aborts
+            report = line + source.read()  # up to the end, because the process aborts
             target.write(last_line.replace(b"{lost}", lost(report).encode()))
             target.flush()
             return

@@ -291,7 +291,7 @@ def test_the_wrong_model_is_one_line(finished, capsys):
         ("generate", bert, f"{masked} generates no text; load a language model"),
         ("score", bert, f"{masked} scores no text; load a language model"),
         ("summarize", gpt, "this is a GPT with a next-token head: it reads no source, so it summarizes nothing"),
-        ("generate", t5, "this is a T5 with a sequence-to-sequence head: it reads a source and continues nothing"),
+        ("generate", t5, "this is a T5 with a sequence-to-sequence head: it reads a source and continues no prompt"),
         ("score", t5, "it scores targets, give each as SOURCE<tab>TARGET"),
     ):
         assert message in refused(capsys, command, directory, "a text")

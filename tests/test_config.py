@@ -31,7 +31,7 @@ def test_json_round_trip(tmp_path):
 def test_unknown_and_missing_fields_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config.model has an unknown field 'num_layer': did you mean 'num_layers'"):
         config_lib.from_json(Outer, {"model": {"num_layer": 3}})
-    with pytest.raises(FileNotFoundError, match=r"config.json is not there: is .* the directory of a run"):
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist: is .* the directory of a run"):
         config_lib.read(Outer, tmp_path / "config.json")
 
     @dataclasses.dataclass(frozen=True)

@@ -182,8 +182,8 @@ def test_a_kill_never_leaves_an_undetected_mixture(old, renames):
             RuntimeError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'),
             errno.ENOSPC, "the disk of .* is full",
         ),
-        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES, "cannot be written .*Change its"),
-        (OSError(errno.EROFS, "Read-only file system"), errno.EROFS, "cannot be written .*Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES, "is not writable .*Change its"),
+        (OSError(errno.EROFS, "Read-only file system"), errno.EROFS, "is not writable .*Read-only"),
     ],
 )  # fmt: skip
 def test_a_disk_that_cannot_be_written_leaves_the_old_files_and_is_named(old, error, number, message):

@@ -76,7 +76,7 @@ def test_slices_of_several_hosts_join_them(topology, type, several):
 
 def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
     with pytest.raises(
-        ValueError, match=r"benchmarks.training measures the devices of one process, and v5e:4x4 is sev"
+        ValueError, match=r"benchmarks.training measures the devices of one process, and v5e:4x4 has se"
     ):
         script("v5e:4x4", COMMAND, zone="z")
     (command,) = re.findall(r"python -m jaxlm.launch experiments.text_generation (.*)'", script("v5e:4x4", zone="z"))
@@ -102,10 +102,10 @@ def test_a_gpu_node_is_only_used(tmp_path):
 @pytest.mark.parametrize(
     ("topology", "options", "message"),
     [
-        ("v9:2x2", {"zone": "z"}, "no topology is called 'v9:2x2': such as v4:2x2x2"),
-        ("v5e:2x2x1", {"zone": "z"}, "no topology is called 'v5e:2x2x1'"),
+        ("v9:2x2", {"zone": "z"}, "unknown topology 'v9:2x2': choose one such as v4:2x2x2"),
+        ("v5e:2x2x1", {"zone": "z"}, "unknown topology 'v5e:2x2x1'"),
         ("v5e:2x2", {}, "needs --zone"),
-        ("v5e:2x2", {"zone": "z", "name": "Mine; rm -rf /"}, "must be of small letters"),
+        ("v5e:2x2", {"zone": "z", "name": "Mine; rm -rf /"}, "must have only a-z, 0-9 and hyphens"),
         ("gpu", {}, "needs --host user@machine"),
         ("gpu", {"host": "h", "zone": "z"}, "no zone"),
     ],
@@ -119,7 +119,7 @@ def test_what_cannot_be_meant_is_named(topology, options, message):
 
 def test_the_command_prints_and_does_not_run(capsys):
     assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z"]) == 2
-    assert "jaxlm rents no machines: say --dry-run" in capsys.readouterr().err
+    assert "jaxlm does not rent machines: add --dry-run" in capsys.readouterr().err
     assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z", "--dry-run"]) == 0
     default = ["python", "-m", "benchmarks.training", "--against", "", "--json", "results/training.json"]
     assert capsys.readouterr().out == script("v5e:2x2", default, zone="z")
@@ -129,8 +129,11 @@ def test_the_command_prints_and_does_not_run(capsys):
     ("arguments", "message"),
     [
         ([], "required: module"),
-        (["--coordinator", "localhost:1", "m"], "--processes and --process are given together or not at all"),
-        (["--coordinator", "localhost:1", "--processes", "2", "--process", "2", "m"], "--process 2 of 2: they are cou"),
+        (["--coordinator", "localhost:1", "m"], "--processes and --process must be given together or not at all"),
+        (
+            ["--coordinator", "localhost:1", "--processes", "2", "--process", "2", "m"],
+            "--process 2 must be from 0 to 1",
+        ),
         (["--lost-after", "0", "m"], "--lost-after 0: give at least one second"),
     ],
 )

@@ -7,7 +7,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"spec", "sharding", "devices", "host", "processes", "integrity", "config", "command_line", "json_files", "stderr_relay"},
+    {
+        "spec",
+        "sharding",
+        "devices",
+        "host",
+        "processes",
+        "integrity",
+        "config",
+        "command_line",
+        "json_files",
+        "stderr_relay",
+    },
     {"nn"},
     {"models"},
     {"adapt", "data", "metrics"},

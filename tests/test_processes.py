@@ -109,7 +109,7 @@ def work_together(directory):
 
     own = directory / f"of-{index}"
     with pytest.raises(
-        ValueError, match="process 1 of 2 does not see what the first writes to .*checkpoint_every=None"
+        ValueError, match="process 1 of 2 does not see the files of the first process in .*checkpoint_every=None"
     ):
         program("fsdp", own, MESHES["fsdp"])
     _, measured = program("fsdp", own, MESHES["fsdp"], steps=1, checkpoint_every=None)

@@ -1,4 +1,4 @@
-"""The ``jaxlm`` command: one module for each command, and :data:`COMMANDS`, the table of them."""
+"""The ``jaxlm`` command: one module per subcommand, and the table :data:`COMMANDS`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from jaxlm.command_line import exit_status, parse, split_debug
 
 
 class Command(Protocol):
-    """What a command has."""
+    """The interface of a subcommand."""
 
     def run(self) -> int:
-        """Do the work; returns the exit status."""
+        """The exit status, after running the command."""
         ...
 
 
@@ -43,24 +43,25 @@ COMMANDS: dict[str, type[Command]] = {
     "launch": Launch,
     "doctor": Doctor,
 }
-"""Name of each command -> its class.
+"""The class of each subcommand by name.
 
-To add a command, write a frozen dataclass with a method ``run() -> int``. Its fields are the options, and its
-docstrings are the help.
+To add a subcommand, write a frozen dataclass with a method ``run() -> int``. Its fields are the options, and its
+docstrings are the help texts.
 """
 
-DESCRIPTION = """Language models in JAX. With a finished model (a run directory, or a directory in Hugging Face layout):
-generate, translate, summarize, answer, classify, chess, score, evaluate. With runs: compare. Before a training: plan,
-launch. For this machine: doctor. The version: jaxlm --version. A mistake is one line; --debug adds the traceback."""
+DESCRIPTION = """Language models in JAX. Commands for a trained model (a run directory, or a directory in Hugging Face
+layout): generate, translate, summarize, answer, classify, chess, score, evaluate. For finished or running trainings:
+compare. Before training: plan, launch. For this machine: doctor. jaxlm --version prints the version. An error is
+printed as one line; --debug adds the traceback."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``jaxlm``; returns the exit status (``jaxlm.command_line``)."""
+    """The exit status of ``jaxlm`` (``jaxlm.command_line``), of which this is the entry point."""
     given, debug = split_debug(arguments)
     if given == ["--version"]:
         print(f"jaxlm {jaxlm.__version__}")
         return 0
     kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
-    union: Any = Union[kinds]  # noqa: UP007 (made at run time)
+    union: Any = Union[kinds]  # noqa: UP007 (created at run time)
     command: Command = parse(union, given, program="jaxlm", description=DESCRIPTION)
     return exit_status(command.run, "jaxlm", debug=debug)

@@ -1,4 +1,4 @@
-"""``jaxlm answer``: answers to questions about a text."""
+"""``jaxlm answer``: extractive question answering."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from jaxlm.tasks.question_answering import answer
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Answer questions by spans of a text: prints the answer to each and its score, separated by a tab.
+    """Answer questions with spans of a text. Prints each answer and its score, separated by a tab.
 
-    The score is by how much the logits of the answer exceed those of no answer.
+    The score is the difference between the logits of the answer and the logits of no answer.
     """
 
     directory: Directory
-    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     question: tuple[str, ...] = ()
-    """Questions about one text, as --question "Who?" "Where?"."""
+    """Questions about one text, for example --question "Who?" "Where?"."""
     context: Path | None = None
-    """File with the text of --question (.gz too). Without it, the text is standard input."""
+    """File with the text for --question (also .gz). None: the text is read from standard input."""
     file: Path | None = None
-    """Instead of --question: a file with one JSON object {"question": ..., "context": ...} a line."""
+    """Instead of --question: a file with one JSON object {"question": ..., "context": ...} per line."""
     no_answer_threshold: float | None = None
-    """Print an empty answer unless the score is above it; None always answers."""
+    """Print an empty answer if the score is not above this threshold; None always prints an answer."""
     max_answer_tokens: int = 30
-    """Most tokens of an answer."""
+    """Maximum tokens per answer."""
     max_length: int | None = None
-    """Most tokens of a window of the text; None is 384, or the model's positions if they are fewer."""
+    """Maximum tokens per window of the text; None: 384, or the model's max_positions if that is less."""
     stride: int | None = None
-    """Tokens that two neighbouring windows share; None is a third of --max-length."""
+    """Tokens that two consecutive windows share; None: a third of --max-length."""
     batch_size: int = 32
-    """Windows that are read together."""
+    """Windows per batch."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """Print one line for each question."""
+        """The exit status, after printing one line per question."""
         questions, contexts = self._questions()
         model, params, tokenizer = load(self.directory, self.dtype)
-        found = answer(
+        answers = answer(
             model, params, tokenizer, questions, contexts, max_answer_tokens=self.max_answer_tokens,
             max_length=self.max_length, stride=self.stride, no_answer_threshold=self.no_answer_threshold,
             batch_size=self.batch_size,
         )  # fmt: skip
-        for one in found:
-            print(f"{one_line(one.text)}\t{one.score:.4f}")
+        for result in answers:
+            print(f"{one_line(result.text)}\t{result.score:.4f}")
         return 0
 
     def _questions(self) -> tuple[list[str], list[str]]:
-        """The questions, and the text of each."""
+        """The questions, and the context of each question."""
         if self.file is not None:
             if self.question or self.context is not None:
                 raise ValueError("give --question with --context, or --file, not both")

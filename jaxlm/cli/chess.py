@@ -1,4 +1,4 @@
-"""``jaxlm chess``: a game against a model that was trained on moves."""
+"""``jaxlm chess``: a game against a chess model."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from jaxlm.tasks.chess import play_on_terminal
 
 @dataclasses.dataclass(frozen=True)
 class Chess:
-    """Play chess against a model on the terminal: it draws the board and reads your moves from standard input."""
+    """Play chess against a model in the terminal. Prints the board and reads your moves from standard input."""
 
     directory: Directory
-    """A run directory of experiments.chess, or a model in Hugging Face layout with its tokenizer of moves."""
+    """A run directory of experiments.chess, or a model in Hugging Face layout with its move tokenizer."""
     person: Literal["white", "black"] = "white"
     """Your color."""
     temperature: float = 0.0
-    """Above 0 the model draws its moves at random; at 0 it plays the most probable legal one."""
+    """Sampling temperature of the model's moves; 0 plays the most probable legal move."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """Play one game."""
+        """The exit status, after one game."""
         model, params, tokenizer = load(self.directory, self.dtype)
         if not isinstance(tokenizer, MoveTokenizer):
             raise ValueError(
-                f"{self.directory} holds no chess model: this is {describe(model)} with a "
+                f"{self.directory} has no chess model: this is {describe(model)} with a "
                 f"{type(tokenizer).__name__}; train one with python -m experiments.chess"
             )
         play_on_terminal(

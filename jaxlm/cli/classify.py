@@ -1,4 +1,4 @@
-"""``jaxlm classify``: labels of texts."""
+"""``jaxlm classify``: text classification."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from jaxlm.tasks.predict import classify
 
 @dataclasses.dataclass(frozen=True)
 class Classify:
-    """Classify texts: prints the most probable label of each and its probability, separated by a tab."""
+    """Classify texts. Prints the most probable label of each text and its probability, separated by a tab."""
 
     directory: Directory
-    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Texts, or pairs TEXT<tab>TEXT. Without any (and without --file), the lines of standard input."""
+    """Texts, or pairs TEXT<tab>TEXT. Without texts and --file, the lines of standard input are read."""
     file: Path | None = None
-    """File with one text (or pair) a line."""
+    """File with one text (or pair) per line."""
     all: bool = False
-    """Print every label with its probability, the most probable first."""
+    """Print all labels with their probabilities, in descending order."""
     batch_size: int = 32
-    """Texts that are read together."""
+    """Texts per batch."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """Print one line for each text."""
+        """The exit status, after printing one line per text."""
         model, params, tokenizer = load(self.directory, self.dtype)
         texts, pairs = split_pairs(read_texts(self.texts, self.file))
-        found = classify(model, params, tokenizer, texts, pairs, batch_size=self.batch_size)
-        for probabilities in found.probabilities:
+        result = classify(model, params, tokenizer, texts, pairs, batch_size=self.batch_size)
+        for probabilities in result.probabilities:
             order = (-probabilities).argsort(kind="stable")[: None if self.all else 1].tolist()
-            names = [str(i) if found.names is None else found.names[i] for i in order]
+            names = [str(i) if result.names is None else result.names[i] for i in order]
             print("\t".join(f"{name}\t{probabilities[i]:.4f}" for name, i in zip(names, order, strict=True)))
         return 0

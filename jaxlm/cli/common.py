@@ -1,4 +1,4 @@
-"""What the commands share: loading a finished model, and texts from arguments, a file or standard input."""
+"""Functions shared by the subcommands: loading a trained model, and reading texts from arguments, a file or stdin."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
     """The model, parameters and tokenizer of a run directory or a directory in Hugging Face layout."""
-    inside = directory / "model" if (directory / "model").is_dir() else directory
+    model_directory = directory / "model" if (directory / "model").is_dir() else directory
     overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model, params = load_pretrained(inside, **overrides)
-    tokenizer = load_tokenizer(inside)
+    model, params = load_pretrained(model_directory, **overrides)
+    tokenizer = load_tokenizer(model_directory)
     check_tokenizer(model, tokenizer)
     return model, params, tokenizer
 
 
 def sampling_options(**options: float | None) -> dict[str, Any]:
-    """The fields of ``Sampling`` that are given; a ``top_k`` of 0 turns it off."""
+    """The fields of ``Sampling`` that are not None; ``top_k=0`` means no limit."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return {**given, "top_k": None} if given.get("top_k") == 0 else given
 
 
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """The texts of the command line, or the lines of a file, or else those of standard input.
+    """The texts of the command line, the lines of the file, or the lines of standard input.
 
     Raises:
-        ValueError: texts and a file, an empty line, no line at all, or a file that is not UTF-8.
+        ValueError: both texts and a file are given, a line is empty, there is no line, or the input is not UTF-8.
     """
     if texts and file is not None:
         raise ValueError("give texts or --file, not both")
@@ -68,10 +68,10 @@ def one_line(text: str) -> str:
 
 
 def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Texts, and their pairs where they are separated by a tab.
+    """The texts before the tabs and the texts after them; without tabs, the texts and None.
 
     Raises:
-        ValueError: some texts have a tab and others have none, or a text has several.
+        ValueError: the texts have different numbers of tabs, or a text has more than one.
     """
     rows = [text.split("\t") for text in texts]
     for number, row in enumerate(rows, start=1):

@@ -18,10 +18,10 @@ class Compare:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
     plot: Path | None = None
-    """Draw the validation curves of all runs into this PNG."""
+    """Plot the validation curves of all runs to this PNG file."""
 
     def run(self) -> int:
-        """Print the table."""
+        """The exit status, after printing the table."""
         if not self.runs:
             raise ValueError("there are no runs to compare: name at least one run directory")
         check_output_file("plot", self.plot)

@@ -22,7 +22,7 @@ EXTRAS = (
     ("torch", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
     ("transformers", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
 )
-"""Optional packages: name, how to install, what for."""
+"""Optional packages: name, pip argument, purpose."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Doctor:
     """Print versions, devices, memory, and which optional packages are missing."""
 
     def run(self) -> int:
-        """Print the report."""
+        """The exit status, after printing the report."""
         print(f"python {platform.python_version()} on {platform.platform()}")
         for package in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
             found = jaxlm.__version__ if package == "jaxlm" else _version(package)
@@ -61,10 +61,10 @@ def _memory(device: jax.Device) -> str:
 
 
 def _peak(device: jax.Device) -> str:
-    known = by_kind(device.device_kind)
-    if known is None:
+    data = by_kind(device.device_kind)
+    if data is None:
         return ""
-    return f"; datasheet: {known.tflops:g} TFLOP/s bfloat16, {known.memory / 1e9:g} GB, {known.bandwidth / 1e9:g} GB/s"
+    return f"; datasheet: {data.tflops:g} TFLOP/s bfloat16, {data.memory / 1e9:g} GB, {data.bandwidth / 1e9:g} GB/s"
 
 
 def _host_memory() -> str:

@@ -13,44 +13,44 @@ from jaxlm.command_line import check_output_file
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a model on tasks of lm-evaluation-harness: prints a table. Needs the extra "eval".
+    """Evaluate a model on tasks of lm-evaluation-harness. Prints a table. Needs the extra "eval".
 
     The data sets of most tasks are downloaded from the Hugging Face Hub.
     """
 
     directory: Directory
-    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     tasks: tuple[str, ...]
     """Names of tasks or groups of the harness, or of --include-path."""
     include_path: Path | None = None
     """Directory with YAML files of further tasks."""
     limit: int | None = None
-    """Documents of each task; None takes all."""
+    """Maximum documents per task; None: all documents."""
     num_fewshot: int | None = None
-    """Examples in each context; None takes the number of the task."""
+    """Examples per context; None: the number that the task sets."""
     batch_size: int = 32
-    """Requests that are computed together."""
+    """Requests per batch."""
     max_length: int | None = None
-    """Tokens that the model reads at most; None is the model's own limit."""
+    """Maximum tokens that the model reads; None: the model's own limit."""
     prefix_token_id: int | None = None
-    """Token before a text without a context; None is the tokenizer's beginning or end token."""
+    """Token before a text without context; None: the tokenizer's beginning or end token."""
     max_gen_toks: int = 256
-    """Tokens to generate at most where a task does not say."""
+    """Maximum tokens to generate in tasks that do not set a limit."""
     seed: int = 0
-    """Seed of random draws in generated text."""
+    """Seed of sampling in generated text."""
     output: Path | None = None
     """JSON file for the results."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """Print the table of results."""
+        """The exit status, after printing the table of results."""
         if not self.tasks:
             raise ValueError("there are no tasks: give --tasks NAME")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit {self.limit} must be at least 1")
         if self.include_path is not None and not self.include_path.is_dir():
-            raise ValueError(f"--include-path {self.include_path} is no directory")
+            raise ValueError(f"--include-path {self.include_path} is not a directory")
         check_output_file("output", self.output)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"--num-fewshot {self.num_fewshot} must be at least 0")
@@ -64,7 +64,7 @@ class Evaluate:
             model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,
         )  # fmt: skip
-        # Last, because reading the tasks of the harness takes about ten seconds.
+        # After the other checks, because the harness needs about ten seconds to read its tasks.
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
         unknown = [name for name in self.tasks if name not in manager.all_tasks]
         if unknown:
@@ -78,8 +78,8 @@ class Evaluate:
             print(make_table(results, "groups"))
         for method, count in harness_model.requests.truncated.items():
             if count:
-                what = "scored in several windows" if method.startswith("rolling") else "truncated"
-                print(f"{count} requests were {what}: the model reads {harness_model.requests.max_length} tokens")
+                action = "scored in several windows" if method.startswith("rolling") else "truncated"
+                print(f"{count} requests were {action}: the model reads {harness_model.requests.max_length} tokens")
         if self.output is not None:
             text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
             self.output.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``jaxlm generate``: continue prompts."""
+"""``jaxlm generate``: text generation from prompts."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from jaxlm.training.checks import check_beams
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue prompts: a single one token by token on the terminal, several as one line each.
+    """Generate text from prompts. One prompt is continued token by token; several prompts are printed one per line.
 
-    An option that is not given is that of generation_config.json in DIR, or else the default in its help.
+    If an option is not given, generation_config.json in DIR or the default in the help of the option is used.
     """
 
     directory: Directory
-    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Prompts. Without any (and without --prompt and --file), the lines of standard input."""
+    """Prompts. Without prompts and --file, the lines of standard input are read."""
     prompt: str | None = None
-    """Text to continue, like a single TEXT."""
+    """Prompt, the same as a single TEXT."""
     file: Path | None = None
-    """File with one prompt a line. Line breaks in the output are printed as \\n."""
+    """File with one prompt per line. Line breaks in the output are printed as \\n."""
     max_new_tokens: int | None = None
-    """Tokens to generate at most. Default: 500."""
+    """Maximum tokens to generate. Default: 500."""
     temperature: float | None = None
-    """Below 1 more probable, above more surprising; 0 always takes the likeliest token. Default: 0.8."""
+    """Sampling temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy. Default: 0.8."""
     top_k: int | None = None
-    """Keep only this many of the likeliest tokens; 0 keeps all. Default: 0."""
+    """Sample only from this many most probable tokens; 0: from all tokens. Default: 0."""
     top_p: float | None = None
-    """Keep only the likeliest tokens that together have this probability. Default: 1."""
+    """Sample only from the most probable tokens with this total probability. Default: 1."""
     min_p: float | None = None
-    """Keep only tokens at least this likely, relative to the likeliest. Default: off."""
+    """Sample only from tokens with at least this fraction of the highest probability. Default: off."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens that were already there less likely. Default: 1."""
+    """A value above 1 makes tokens less probable that occur in the text so far. Default: 1."""
     num_beams: int | None = None
-    """Hypotheses of beam search; 1 generates token by token. Default: 1."""
+    """Number of beams; 1 generates token by token. Default: 1."""
     stop: tuple[str, ...] | None = None
-    """Stop at the first of these strings. Default: none."""
+    """Stop at the first occurrence of one of these strings. Default: none."""
     batch_size: int = 32
-    """Prompts that are continued together."""
+    """Prompts per batch."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """Print each prompt and its continuation."""
+        """The exit status, after printing each prompt and its continuation."""
         if (self.prompt is not None) + bool(self.texts) + (self.file is not None) > 1:
             raise ValueError("give --prompt, texts or --file, only one of them")
         given = self.texts if self.prompt is None else (self.prompt,)
         model, params, tokenizer = load(self.directory, self.dtype)
         if model.reads_source:
             raise ValueError(
-                f"this is {describe(model)}: it reads a source and continues nothing; use jaxlm translate or summarize"
+                f"this is {describe(model)}: it reads a source and continues no prompt; use jaxlm translate or "
+                "summarize"
             )
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, stop=self.stop, batch_size=self.batch_size

@@ -1,4 +1,4 @@
-"""``jaxlm launch``: scripts for rented machines, and several processes on this one."""
+"""``jaxlm launch``: scripts for rented machines, and multi-process runs on this machine."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from jaxlm import processes
 from jaxlm.launch import run_local, script
 
 LARGEST = 8960
-"""Chips of a whole pod of TPU v5p, the largest one."""
+"""Chips of a TPU v5p pod, the largest TPU pod."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Print the script that creates a cloud machine, runs a command there and fetches the results; or run a command in
-    several processes of this machine (--topology local:2), and restart them."""
+    """Print a script that creates a cloud machine, runs a command on it and fetches the results; or run a command in
+    several processes on this machine (--topology local:2), and restart them after a failure."""
 
     topology: str
-    """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, a node that is there already; or local:N, N processes here."""
+    """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, an existing GPU node; or local:N, N processes on this machine."""
     command: str | None = None
-    """What to run there, python -m MODULE ...; what it writes to results/ is fetched. None: the training benchmark, or
-    on several hosts the training of a GPT as large as GPT-2. Needed for local:N."""
+    """Command to run, python -m MODULE ...; the files that it writes to results/ are fetched. None: the training
+    benchmark, or on several hosts the training of a GPT of the size of GPT-2. Required for local:N."""
     zone: str | None = None
-    """Where a TPU is to be, as us-central1-a."""
+    """Google Cloud zone of the TPU, for example us-central1-a."""
     name: str = "jaxlm"
-    """What a TPU is to be called."""
+    """Name of the new TPU."""
     host: str | None = None
     """user@machine of a GPU node."""
     spot: bool = False
-    """Take a TPU that may be taken away again, for less."""
+    """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Needed, except for local:N: scripts are printed, and never executed by jaxlm."""
+    """Required, except for local:N: jaxlm prints the script and never executes it."""
     restarts: int = 0
-    """For local:N: how often to end all processes after a failure and to start them again with --resume. The command
-    must name a run directory (--output or --resume)."""
+    """For local:N: maximum number of restarts after a failure. All processes are ended and started again with --resume.
+    The command must name a run directory (--output or --resume)."""
     lost_after: int = processes.LOST_AFTER
-    """For local:N: seconds without a sign of life after which a process counts as lost."""
+    """For local:N: seconds without a heartbeat after which a process counts as lost."""
 
     def run(self) -> int:
-        """Print the script, or run the processes."""
+        """The exit status, after printing the script or running the processes."""
         kind, _, number = self.topology.partition(":")
         if kind == "local":
             return self._run_local(number)
         if self.restarts or self.lost_after != processes.LOST_AFTER:
-            raise ValueError("--restarts and --lost-after are for --topology local:N: a script starts a command once")
+            raise ValueError("--restarts and --lost-after are for --topology local:N: a script runs a command once")
         if not self.dry_run:
             raise ValueError(
-                "jaxlm rents no machines: say --dry-run, read the script that it prints, and run it yourself"
+                "jaxlm does not rent machines: add --dry-run, read the script that it prints, and run the script"
             )
         for option, value in (("zone", self.zone), ("host", self.host)):
             if value is not None and not re.fullmatch(r"[\w.@:-]+", value):
-                raise ValueError(f"--{option} {value!r} must be of letters, digits and . @ : _ -")
+                raise ValueError(f"--{option} {value!r} must have only letters, digits and . @ : _ -")
         chips = math.prod(map(int, re.findall(r"\d+", self.topology.partition(":")[2])))
         if chips > LARGEST:
-            raise ValueError(f"--topology {self.topology} has {chips:,} chips: there is no slice above {LARGEST:,}")
+            raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest slice has {LARGEST:,}")
         command = None if self.command is None else shlex.split(self.command)
         print(
             script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""

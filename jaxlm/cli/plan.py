@@ -1,4 +1,4 @@
-"""``jaxlm plan``: compile a step for accelerators that are not there."""
+"""``jaxlm plan``: ahead-of-time compilation for accelerators that this machine does not have."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from jaxlm.config import assignment, assignments
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile a training or decoding step for accelerators that are not there: does it fit, how long will it take?"""
+    """Estimate memory and time of a training or decoding step by compiling it for devices that this machine lacks."""
 
     model: str
-    """A family or variant, as gpt2 or t5-base."""
+    """Family or variant, for example gpt2 or t5-base."""
     topology: str
     """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (extra tpu) or h100:8 (extra cuda13)."""
     mesh: str
-    """Axes over these devices, as data=4,fsdp=4."""
+    """Mesh axes over these devices, for example data=4,fsdp=4."""
     batch: int
-    """Rows of a step, over all devices."""
+    """Rows per step, over all devices."""
     sequence: int | None = None
-    """Tokens of a row (decoding: those before); None takes what the model has positions for, at most 1024."""
+    """Tokens per row (for decoding: tokens before the new one); None: the model's max_positions, at most 1024."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()
-    """Further meshes, to be shown beside the first."""
+    """Further meshes to compare with the first."""
     set: tuple[str, ...] = ()
-    """Config fields of the model that differ, as num_layers=24 remat=full."""
+    """Changes to fields of the model's config, for example num_layers=24 remat=full."""
     dtype: str = "bfloat16"
     """Compute dtype."""
     param_dtype: str = "float32"
-    """Dtype of the parameters when decoding; training keeps float32 masters."""
+    """Dtype of the parameters for decoding; training has float32 parameters."""
     accumulate: int = 1
-    """Parts that a batch is cut into, whose gradients are summed."""
+    """Micro-batches per batch, whose gradients are summed."""
     dropout: bool = True
-    """Keep the config's dropout rates; --no-dropout sets all of them to 0."""
+    """Use the dropout rates of the config; --no-dropout sets all of them to 0."""
     layers_apart: bool = False
-    """Each layer's parameters in arrays of their own, and no loop over layers (training.layers_apart)."""
+    """Each layer has separate arrays, and the loop over layers is unrolled (training.layers_apart)."""
     xla: tuple[str, ...] = ()
-    """Options of the compiler that differ, as xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
+    """XLA compiler options, for example xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
     json: Path | None = None
-    """Write everything there, too."""
+    """Write all results to this JSON file too."""
 
     def run(self) -> int:
-        """Print the plans."""
+        """The exit status, after printing the plans."""
         check_output_file("json", self.json)
         from rich.console import Console
 
@@ -59,15 +59,15 @@ class Plan:
         plans = []
         for mesh in (self.mesh, *self.compare):
             with console.status(f"compiling for {self.topology}, {mesh}"):
-                one = plan.plan(
+                result = plan.plan(
                     model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
                     accumulate=self.accumulate, param_dtype=self.param_dtype, layers_apart=self.layers_apart,
                     name=self.model, xla=xla,
                 )  # fmt: skip
-            plans.append(one)
+            plans.append(result)
         plan.show(plans, console)
         if self.json is not None:
-            self.json.write_text(json.dumps([dataclasses.asdict(one) for one in plans], indent=2) + "\n", "utf-8")
+            self.json.write_text(json.dumps([dataclasses.asdict(item) for item in plans], indent=2) + "\n", "utf-8")
         return 0
 
     def _model(self) -> jaxlm.Model:

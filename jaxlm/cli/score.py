@@ -1,4 +1,4 @@
-"""``jaxlm score``: likelihoods of texts."""
+"""``jaxlm score``: log-likelihoods of texts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jaxlm.tasks.predict import score_texts
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Score texts: prints log-likelihood (nats), number of tokens and perplexity of each, separated by tabs."""
+    """Score texts. Prints log-likelihood (nats), number of tokens and perplexity of each text, separated by tabs."""
 
     directory: Directory
-    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Texts; SOURCE<tab>TARGET for an encoder-decoder. Without any (and without --file), lines of standard input."""
+    """Texts; SOURCE<tab>TARGET for an encoder-decoder. Without texts and --file, standard input is read."""
     file: Path | None = None
-    """File with one text (or SOURCE<tab>TARGET) a line."""
+    """File with one text (or SOURCE<tab>TARGET) per line."""
     batch_size: int = 32
-    """Texts that are scored together."""
+    """Texts per batch."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """Print one line for each text."""
+        """The exit status, after printing one line per text."""
         model, params, tokenizer = load(self.directory, self.dtype)
         texts, sources = read_texts(self.texts, self.file), None
         if model.reads_source:

@@ -1,4 +1,4 @@
-"""``jaxlm translate`` and ``jaxlm summarize``: outputs of an encoder-decoder."""
+"""``jaxlm translate`` and ``jaxlm summarize``: text generation with an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from jaxlm.training.checks import check_beams
 @dataclasses.dataclass(frozen=True)
 class _SourceCommand:
     directory: Directory
-    """A run directory (made by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
-    """Sources. Without any (and without --file), the lines of standard input."""
+    """Sources. Without sources and --file, the lines of standard input are read."""
     file: Path | None = None
-    """File with one source a line. Line breaks in the output are printed as \\n."""
+    """File with one source per line. Line breaks in the output are printed as \\n."""
     prefix: str = ""
-    """Text before every source, e.g. "translate English to German: " for the published T5 models."""
+    """Text before every source, for example "translate English to German: " for the published T5 models."""
     num_beams: int | None = None
-    """Hypotheses of beam search; 1 generates token by token. Default: 5."""
+    """Number of beams; 1 generates token by token. Default: 5."""
     length_penalty: float | None = None
-    """Exponent of the length by which the score of a hypothesis is divided: above 1 favours long outputs.
+    """Exponent of the length by which the score of a beam is divided: a value above 1 favours long outputs.
     Default: 1."""
     max_new_tokens: int | None = None
-    """Tokens to generate at most for each source. Default: 128."""
+    """Maximum tokens to generate per source. Default: 128."""
     temperature: float | None = None
-    """Above 0 draws at random instead of searching; needs --num-beams 1. Default: 0."""
+    """Sampling temperature. A value above 0 samples instead of searching and needs --num-beams 1. Default: 0."""
     top_k: int | None = None
-    """Draw from this many of the likeliest tokens only; 0 is all. Default: 0."""
+    """Sample only from this many most probable tokens; 0: from all tokens. Default: 0."""
     top_p: float | None = None
-    """Draw from the likeliest tokens only that together have this probability. Default: 1."""
+    """Sample only from the most probable tokens with this total probability. Default: 1."""
     batch_size: int = 32
-    """Sources that are read together."""
+    """Sources per batch."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     dtype: str | None = None
-    """Compute dtype, e.g. bfloat16; None keeps the model's."""
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
-    refused: ClassVar[str]
+    verb: ClassVar[str]
 
     def run(self) -> int:
-        """Print one line for each source."""
+        """The exit status, after printing one line per source."""
         model, params, tokenizer = load(self.directory, self.dtype)
         if not model.reads_source:
             raise ValueError(
-                f"this is {describe(model)}: it reads no source, so it {self.refused} nothing; load an encoder-decoder "
+                f"this is {describe(model)}: it reads no source, so it {self.verb} nothing; load an encoder-decoder "
                 "(T5, attention RNN), or continue prompts with jaxlm generate"
             )
         config = GenerationConfig(
@@ -70,19 +70,19 @@ class _SourceCommand:
 
 @dataclasses.dataclass(frozen=True)
 class Translate(_SourceCommand):
-    """Translate texts: one line of output for each.
+    """Translate texts. Prints one line per text.
 
-    An option that is not given is that of generation_config.json in DIR, or else the default in its help.
+    If an option is not given, generation_config.json in DIR or the default in the help of the option is used.
     """
 
-    refused = "translates"
+    verb = "translates"
 
 
 @dataclasses.dataclass(frozen=True)
 class Summarize(_SourceCommand):
-    """Summarize texts: one line of output for each.
+    """Summarize texts. Prints one line per text.
 
-    An option that is not given is that of generation_config.json in DIR, or else the default in its help.
+    If an option is not given, generation_config.json in DIR or the default in the help of the option is used.
     """
 
-    refused = "summarizes"
+    verb = "summarizes"

@@ -1,1 +1,1 @@
-"""Training: ``step`` is pure, ``loop`` is the outer world, ``optimizer`` builds Optax transformations."""
+"""Training: ``trainer`` has the pure step, ``loop`` the side effects, ``optimizer`` the Optax transformations."""

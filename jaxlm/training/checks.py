@@ -1,7 +1,7 @@
-"""Everything that is checked before a training starts, for all experiments: a mistake costs seconds, not hours.
+"""Checks that all experiments run before training, so that a wrong setting fails within seconds.
 
-``experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before any data are read, and
-``experiment.prepare_run`` calls the others right before the training. Configs check their own ranges.
+``experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before it reads data.
+``experiment.prepare_run`` calls the other functions directly before training. Config classes check their own ranges.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ LEAST = {
     "stories": 1, "sentences": 1, "largest_group": 1, "cuts": 1, "horizon": 1, "folds": 2, "stride": 0, "games": 0,
     "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
-"""The least value of the settings of experiments, by the last part of their name."""
+"""Minimum value of the experiments' settings, by the last part of their dotted name."""
 
 FRACTIONS = {"validation_fraction", "test_fraction", "label_smoothing"}
 """Settings in [0, 1)."""
 
 
 def check_settings(experiment: Any, start: Any) -> None:
-    """Check the settings of an experiment that need no data.
+    """Check the settings of an experiment that can be checked without data.
 
     Args:
-        start: the configuration that the options changed (a preset, or that of the resumed run).
+        start: the configuration before the options changed it (a preset, or the configuration of the resumed run).
 
     Raises:
-        ValueError: a number out of its range, or a setting that was changed and has no effect.
+        ValueError: a number is out of its range, or an option changed a setting that has no effect.
     """
     for name, value in numbers_of(experiment):
         last = name.rpartition(".")[2]
         if name.startswith(("training.", "optimizer.")):
-            continue  # their classes check them
+            continue  # TrainingConfig and OptimizerConfig check these
         if value < LEAST.get(last, -math.inf):
             raise ValueError(f"{name}={value} must be at least {LEAST[last]}")
         if last in FRACTIONS and not 0.0 <= value < 1.0:
@@ -64,7 +64,7 @@ def check_settings(experiment: Any, start: Any) -> None:
             raise ValueError(f"{name}={value} must be above 0 and at most 1")
         if last == "epochs" and not 0.0 < value <= 1e6:
             raise ValueError(f"{name}={value} must be above 0 and at most a million")
-    for name, reason in _unread(experiment):
+    for name, reason in _unused(experiment):
         value = _get(experiment, name)
         if value != _get(start, name):
             raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{_option(name)} out")
@@ -81,14 +81,14 @@ def _get(config: Any, name: str, default: Any = None) -> Any:
     return config
 
 
-def _unread(experiment: Any) -> Iterator[tuple[str, str]]:
-    """The settings of the experiment that nothing reads, given the others: dotted name and reason."""
+def _unused(experiment: Any) -> Iterator[tuple[str, str]]:
+    """The settings that have no effect given the other settings, as pairs of dotted name and reason."""
 
     def get(name: str, default: Any = None) -> Any:
         return _get(experiment, name, default)
 
-    for names, unread, reason in RULES:
-        if unread(get):
+    for names, has_no_effect, reason in RULES:
+        if has_no_effect(get):
             for name in names.split():
                 if _get(experiment, name, _MISSING) is not _MISSING:
                     yield name, reason
@@ -100,18 +100,18 @@ _Get = Callable[..., Any]
 
 
 def _reads_source(get: _Get) -> bool:
-    """Whether the model of the experiment is an encoder-decoder; True if that is not known."""
+    """Whether the model of the experiment is an encoder-decoder; True if this is unknown."""
     with contextlib.suppress(ValueError):
         return get("model.pretrained") is not None or get_model(get("model.name")).reads_source
     return True
 
 
 RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
-    ("model.name", lambda get: get("model.pretrained") is not None, "model.pretrained has the model"),
+    ("model.name", lambda get: get("model.pretrained") is not None, "model.pretrained determines the model"),
     ("training.steps", lambda get: get("epochs") is not None, "epochs determines the number of steps"),
     (
         "training.sequence_length training.evaluation_batches", lambda get: get("buckets") is not None,
-        "batches are made of whole texts, and evaluations read the whole validation part",
+        "batches are made of complete texts, and evaluations use the complete validation part",
     ),
     ("training.keep_last", lambda get: get("training.checkpoint_every") is None, "no checkpoints are saved"),
     (
@@ -119,7 +119,10 @@ RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "only the schedules cosine and linear have a final learning rate",
     ),
     ("optimizer.hold_steps", lambda get: get("optimizer.schedule") == "constant", "the schedule is constant"),
-    ("optimizer.beta1", lambda get: get("optimizer.name") in ("adafactor", "adadelta"), "it has no momentum"),
+    (
+        "optimizer.beta1", lambda get: get("optimizer.name") in ("adafactor", "adadelta"),
+        "the optimizer does not use it",
+    ),
     (
         "optimizer.beta2 optimizer.epsilon", lambda get: get("optimizer.name") in ("adafactor", *_SGD),
         "the optimizer does not use it",
@@ -136,68 +139,70 @@ RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "vocab_size", lambda get: get("model.pretrained") is not None and get("template") is not None,
         "the directory of model.pretrained has the tokenizer",
     ),
-    ("length_penalty", lambda get: get("num_beams") == 1, "it ranks beams, and num_beams is 1"),
+    ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
     (
         "data.test_fraction", lambda get: get("data.test") is not None or get("folds") is not None,
         "data.test or folds determines the test part",
     ),
     ("data.test", lambda get: get("folds") is not None, "folds are made of data.train"),
-    ("test_fraction", lambda get: get("test") is not None, "the file of test is the test part"),
+    ("test_fraction", lambda get: get("test") is not None, "the test part is the file of test"),
     (
         "stories sentences", lambda get: get("stories") is not None and get("data") is not None,
-        "data has the questions",
+        "the questions are read from data",
     ),
     ("min_count", lambda get: get("notation") == "uci", "the vocabulary of uci has every move"),
-    ("cuts horizon", lambda get: get("cuts") is not None and not _reads_source(get), "it is for encoder-decoders"),
+    ("cuts horizon", lambda get: get("cuts") is not None and not _reads_source(get), "only encoder-decoders use it"),
     ("tests.opening_moves", lambda get: get("tests.engine") == 0, "no game against Stockfish is played"),
 )  # fmt: skip
-"""Settings that nothing reads under a condition: dotted names, condition, reason."""
+"""Settings that have no effect under a condition: (dotted names, condition, reason)."""
 
 
 def check_output(directory: Path, *, resume: bool) -> None:
-    """Check that a run can write its directory.
+    """Check that a run can write to its directory.
 
     Raises:
-        FileExistsError: a new directory is not empty.
-        OSError: it cannot be made, or no file can be made in it.
+        FileExistsError: the directory of a new run is not empty.
+        OSError: the directory, or a file in it, cannot be created.
     """
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         if not directory.is_dir():
             raise NotADirectoryError(f"{directory} is a file: choose another --output")
-        raise FileExistsError(f"{directory} is not empty: choose another --output, or go on with --resume {directory}")
+        raise FileExistsError(
+            f"{directory} is not empty: choose another --output, or continue with --resume {directory}"
+        )
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     finally:
-        for path in missing:  # a run that is refused later leaves nothing
+        for path in missing:  # if a later check fails, no directory is left
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
-    """Check that a tokenizer belongs to a model. A model may have some unused rows, as padded vocabularies do.
+    """Check that a tokenizer belongs to a model. A model may have some unused ids, because vocabularies are padded.
 
     Raises:
-        ValueError: the tokenizer has more ids than the model, or less than nine tenths of them.
+        ValueError: the tokenizer has more ids than the model, or less than 90 % of the model's ids.
     """
     ids, sizes = tokenizer.vocab_size, (model.config.vocab_size, source_vocab_size(model))
     if ids > min(sizes) or ids < 0.9 * min(sizes):
         raise ValueError(
             f"the tokenizer has {ids:,} ids, and the model has {min(sizes):,}: this is the tokenizer of another model; "
-            "put that of the model into the directory"
+            "replace it with the tokenizer of the model"
         )
 
 
 def check_task(trainer: Trainer) -> None:
-    """Raise ``ValueError`` if the loss is that of next tokens, and the model predicts something else."""
+    """Raise ``ValueError`` if the loss is next-token prediction and the model has no next-token head."""
     if trainer.loss is causal.loss:
         require_task(trainer.model, ("causal", "seq2seq"), "it predicts no next tokens", "choose a family that does")
 
 
 def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
-    """Raise ``ValueError`` if ``best_metric`` is not among the metrics of the evaluations, as far as they are known."""
+    """Raise ``ValueError`` if the metrics of ``evaluate`` are known and ``best_metric`` is not among them."""
     if evaluate.names is not None and config.best_metric not in evaluate.names:
         raise ValueError(
             f"training.best_metric={config.best_metric!r} is not among the validation metrics "
@@ -206,10 +211,10 @@ def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
 
 
 def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> GenerationConfig:
-    """``request`` with every field given, if the model can generate text as it asks.
+    """``request`` with a value in every field, after checking that the model supports it.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value is out of its range.
     """
     resolved = request.resolve(model, tokenizer)
     check_beams(model, tokenizer, resolved)
@@ -217,28 +222,28 @@ def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig)
 
 
 def check_beams(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> None:
-    """Raise ``ValueError`` if a request asks for more beams than there are ids."""
+    """Raise ``ValueError`` if ``request.num_beams`` is larger than the vocabulary."""
     ids = num_ids(model, tokenizer)
     if request.num_beams is not None and request.num_beams > ids:
         raise ValueError(f"num_beams={request.num_beams} must be at most the {ids} ids of the vocabulary")
 
 
 def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None:
-    """Check that the disk has room for one checkpoint and the exported model.
+    """Check that the disk has space for one checkpoint and the exported model.
 
     Args:
         checkpoints: whether the run saves checkpoints.
 
     Raises:
-        OSError: there is less (``ENOSPC``).
+        OSError: the disk has less free space (``ENOSPC``).
     """
     needed = _bytes(spec.abstract(trainer.model.specs)) + (_bytes(trainer.abstract()) if checkpoints else 0)
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
-        what = "one checkpoint and the exported model" if checkpoints else "the exported model"
+        files = "one checkpoint and the exported model" if checkpoints else "the exported model"
         raise OSError(
-            errno.ENOSPC, f"{directory} needs {needed:,} bytes for {what}, and {free:,} bytes are free on its disk"
+            errno.ENOSPC, f"{directory} needs {needed:,} bytes for {files}, and {free:,} bytes are free on its disk"
         )
 
 

@@ -1,4 +1,4 @@
-"""A table and a picture that compare runs, for ``jaxlm compare RUN RUN ...``."""
+"""A table and a plot that compare runs, for ``jaxlm compare RUN RUN ...``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MISSING = "-"
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
-    """A Markdown table with one row for each run, aligned so that it also reads well in a terminal.
+    """A Markdown table with one row per run, with aligned columns for reading in a terminal.
 
-    Columns: run, family, parameters, steps, minutes, the last value of each validation metric with the best one in
-    parentheses, and each score with its 95 % interval. A dash stands for a value that a run does not have.
+    Columns: run, family, parameters, steps, minutes, the last value of each validation metric with the best value in
+    parentheses, and each score with its 95 % interval. A dash marks a value that a run does not have.
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        ValueError: no runs, a directory that is not a run, or a run with a damaged file.
+        ValueError: ``runs`` is empty, a directory is not a run, or a file of a run is damaged.
     """
     paths = _check_runs(runs)
     records = [_records(path) for path in paths]
@@ -30,8 +30,8 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     head += [f"{plots.readable(metric)} (best)" for metric in metrics] + scores
     cells = [head]
     for name, run, result in zip(_names(paths), records, results, strict=True):
-        found = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
-        cells.append([*_facts(name, run, result), *_values(run, metrics), *(found.get(key, MISSING) for key in scores)])
+        texts = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
+        cells.append([*_facts(name, run, result), *_values(run, metrics), *(texts.get(key, MISSING) for key in scores)])
     widths = [max(len(line[index]) for line in cells) for index in range(len(head))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
@@ -39,11 +39,11 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 
 
 def draw_comparison(runs: Sequence[str | Path], picture: str | Path) -> None:
-    """Draw the validation curves of runs into a PNG: one panel for each metric, one line for each run.
+    """Plot the validation curves of runs to a PNG file, with one panel per metric and one line per run.
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        ValueError: no runs, a directory that is not a run, or no run with a validation metric.
+        ValueError: ``runs`` is empty, a directory is not a run, or no run has a validation metric.
         ImportError: matplotlib is not installed.
     """
     paths = _check_runs(runs)
@@ -66,7 +66,7 @@ def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Names of the directories, or their whole paths when two directories have the same name."""
+    """The names of the directories, or their complete paths if two directories have the same name."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -77,12 +77,12 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
-    """Validation metrics of any run, the loss first."""
+    """The validation metrics of all runs, with the loss first."""
     return report.validation_metrics([record for records in runs for record in records])
 
 
 def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
-    """Run, family, parameters, steps and minutes."""
+    """The cells for run, family, parameters, steps and minutes."""
     steps = [record["step"] for record in records if "step" in record]
     family, parameters, minutes = (results.get(key) for key in ("family", "parameters", "minutes"))
     return [
@@ -95,7 +95,7 @@ def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) ->
 
 
 def _values(records: list[dict[str, Any]], metrics: Sequence[str]) -> list[str]:
-    """The last value of each metric, and the best one in parentheses."""
+    """The last value of each metric, with the best value in parentheses."""
     cells = []
     for metric in metrics:
         values = report.curve(records, metric)[1]

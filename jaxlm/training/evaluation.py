@@ -17,19 +17,21 @@ from jaxlm.training.trainer import Carry, place_batch
 
 
 class Evaluator:
-    """Computes named metrics as means over ``batches``. The batches are kept, so every evaluation uses the same ones.
+    """A function from parameters to named metrics, each a mean over ``batches``.
+
+    The batches are kept in memory, so every evaluation uses the same batches.
 
     Args:
-        losses: a function with the signature of an objective's ``loss``, reported as ``loss``; or several by name, as
-            ``{"loss": classification.loss, "accuracy": classification.accuracy}``.
+        losses: a function with the signature of an objective's ``loss``, reported as ``loss``; or several such
+            functions by name, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``.
         sharding: how batches are distributed over devices; None uses one device.
-        carry: (rows, tokens) of the model state that is carried from batch to batch, starting empty; None carries no
-            state.
-        further: a function from the parameters to more metrics that are not means over batches, such as BLEU.
+        carry: (rows, tokens) of the model state that is carried from batch to batch and is empty at the first batch;
+            None carries no state.
+        further: a function from the parameters to metrics that are not means over batches, such as BLEU.
         further_names: the names of these metrics.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: ``batches`` is empty.
 
     Example:
         >>> evaluate = Evaluator(model, causal.loss, batches)     # doctest: +SKIP
@@ -62,17 +64,18 @@ class Evaluator:
                     *new[name], new_state = loss(model, params, batch, state=state)
                 return jax.tree.map(jnp.add, sums, new), new_state
 
-        # Each call takes the sums of the previous call: two calls at the same time can deadlock on virtual CPU devices.
+        # Each call reads the sums of the previous call, so that no two calls run at the same time: on virtual CPU
+        # devices, concurrent calls can deadlock.
         self._add = jax.jit(add)
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Names of the metrics; None if ``further`` adds some whose names are not given."""
+        """Names of the metrics; None if there is a ``further`` without ``further_names``."""
         known = self._further is None or self._further_names
         return (*self._losses, *self._further_names) if known else None
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """The metrics of the model with these parameters.
+        """The metrics by name, for a model with these parameters.
 
         Raises:
             ValueError: all targets of the batches have weight 0.
@@ -85,11 +88,11 @@ class Evaluator:
         values = {}
         for name, (total, weight) in jax.device_get(sums).items():
             if weight == 0.0:
-                raise ValueError("no token of the evaluation batches counts: they hold padding only")
+                raise ValueError("all targets of the evaluation batches have weight 0: the batches are only padding")
             values[name] = float(total) / float(weight)
         return values if self._further is None else {**values, **self._further(params)}
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:
-    """Loss in bits per character of a text with ``tokens`` tokens and ``characters`` characters."""
+    """Loss in bits per character, for a text with this number of tokens and of characters."""
     return nats_per_token / math.log(2.0) * tokens / characters

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of a run: scores, curves, samples, confusion matrix, attention maps, chess boards.
+"""A self-contained HTML report of a run: scores, curves, samples, confusion matrix, attention maps, chess boards.
 
-The page needs no other file, no network and no script. It follows the reader's light or dark theme and fits a phone.
+The page needs no other file, no network and no script. It supports light and dark themes and small screens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxlm.metrics import Score
 from jaxlm.training import plots, report
 
 SHOWN_SAMPLES = 20
-"""Samples in sight; the others are in the page, folded."""
+"""Number of visible samples; further samples are in a collapsed section."""
 
 SHORT = 20
-"""Most characters of a sample's text that is not broken into lines."""
+"""Maximum characters of a sample column whose cells have no line breaks."""
 
 REPORT = "report.html"
 CONFIG = "config.json"
@@ -30,13 +30,13 @@ _Section = tuple[str, str, str]  # identifier, heading, HTML
 
 
 def write_report(run: str | Path) -> Path:
-    """Write ``report.html`` into a run directory and return its path.
+    """The path of ``report.html``, which is written to a run directory.
 
-    The page shows the files that the run has (``jaxlm.training.report`` lists them) and leaves out the sections of the
-    others. Of several processes, only the first writes.
+    The page has one section for each result file of the run (``jaxlm.training.report`` lists them). With several
+    processes, only the first one writes.
 
     Raises:
-        FileNotFoundError: there is no such directory.
+        FileNotFoundError: the directory does not exist.
         ValueError: the directory is not a run, or one of its files is damaged.
         ImportError: the run has metrics and matplotlib is not installed.
     """
@@ -78,11 +78,11 @@ def _page(run: Path) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------- head and foot
+# --------------------------------------------------------------------------------------------- header and footer
 
 
 def _facts(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """The entries of ``results.json`` besides the title, the scores and the versions, and the number of steps."""
+    """The number of steps, and the entries of ``results.json`` except title, scores and versions."""
     facts = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in records if "step" in record]
     if steps:
@@ -171,7 +171,7 @@ def _samples(run: Path) -> _Section | None:
 
 
 def _sample_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], short: set[str]) -> str:
-    """A table of samples; cells of the ``short`` columns do not break lines."""
+    """A table of samples; the cells of the ``short`` columns have no line breaks."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(_sample_cell(row, name, short) for name in columns)}</tr>" for row in rows)
     return f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -241,14 +241,14 @@ def _heat_cell(fraction: float, text: str, title: str) -> str:
 
 
 def _column_names(names: Sequence[str]) -> str:
-    """Names of columns, upright when they are too many or too long to stand side by side."""
+    """The column names as header cells, rotated if there are too many or if they are too long."""
     upright = len(names) > 6 or max(map(len, names), default=0) > 14
     kind = ' class="upright"' if upright else ""
     return "".join(f'<th scope="col"{kind}><span>{escape(name)}</span></th>' for name in names)
 
 
 def _token(token: str) -> str:
-    """A token as visible text: a space or line break alone would look like an empty label."""
+    """A token as visible text, because a space or line break alone would look like an empty label."""
     return escape(token.replace("\n", "⏎")) if token.strip() else "␣" * max(len(token), 1)
 
 

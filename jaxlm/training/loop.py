@@ -1,4 +1,4 @@
-"""The training loop: steps, metrics, evaluations, checkpoints and signals. It has all side effects of training."""
+"""The training loop: steps, metrics, evaluations, checkpoints and signals. All side effects of training are here."""
 
 from __future__ import annotations
 
@@ -32,72 +32,74 @@ from jaxlm.training.trackers import Tracker
 from jaxlm.training.trainer import Metrics, Trainer, TrainState, place_batch
 
 LAG = 2
-"""Metrics are read this many steps late, so that the host never waits for a step that it has just started."""
+"""The host reads metrics this many steps late, so that it never waits for a step that it has just started."""
 
 EARLY_STEPS = 10
-"""The metrics of this many first steps are always written, for any ``log_every``."""
+"""The metrics of this many first steps are always written, whatever ``log_every`` is."""
 
 Evaluate = Callable[[Any], Mapping[str, float]]
-"""From the parameters of the model to named validation metrics, including ``loss`` (``jaxlm.training.evaluation``)."""
+"""Function from the model's parameters to named validation metrics with ``loss`` (``jaxlm.training.evaluation``)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Length of the training, size of the batches, evaluations and checkpoints."""
+    """Number of steps, batch size, evaluations and checkpoints of a training run."""
 
     steps: int = 1000
-    """Number of steps."""
+    """Number of training steps."""
     batch_size: int = 32
-    """Sequences of a batch, over all devices."""
+    """Sequences per batch, over all devices."""
     sequence_length: int = 128
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     grad_accum_steps: int = 1
-    """Micro-batches of a batch, computed one after the other to save memory; their gradients are summed."""
+    """Micro-batches per batch, computed one after the other to save memory; their gradients are summed."""
     ema_decay: float | None = None
-    """Decay of a moving average of the weights, evaluated and exported instead of the weights; None: no average."""
+    """Decay of the moving average of the weights, which is evaluated and exported instead of the weights. None: no
+    average."""
     evaluate_every: int = 250
     """Steps between evaluations."""
     evaluation_batches: int = 20
-    """Batches of an evaluation."""
+    """Batches per evaluation."""
     best_metric: str = "loss"
-    """Validation metric that decides which checkpoint is the best."""
+    """Validation metric by which the best checkpoint is selected."""
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower (min) or a higher (max) value of best_metric is better."""
     restore_best: bool = False
-    """End with the weights of the best evaluation instead of the last ones; each new best one saves a checkpoint."""
+    """Use the weights of the best evaluation at the end instead of the last weights. Each new best evaluation saves a
+    checkpoint."""
     patience: int | None = None
-    """Stop after this many evaluations in a row without a better best_metric; None never stops early."""
+    """Stop after this many evaluations in a row without an improvement of best_metric; None never stops early."""
     checkpoint_every: int | None = 250
-    """Steps between checkpoints; the last step saves one, too. None saves no checkpoints."""
+    """Steps between checkpoints; the last step is saved too. None saves no checkpoints."""
     keep_last: int = 2
-    """Checkpoints to keep, besides the best one."""
+    """Number of newest checkpoints to keep, in addition to the best checkpoint."""
     on_corrupt: Literal["stop", "previous"] = "stop"
-    """If the newest checkpoint of a resumed run is damaged: stop with an error, or continue from the newest intact one
-    before it (previous); the damaged one is renamed."""
+    """Action if the newest checkpoint of a resumed run is damaged. stop: end with an error. previous: rename it and
+    continue from the newest intact checkpoint before it."""
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
     spike_deviations: float | None = None
     """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
-    losses; OLMo-core takes 6. None skips only the updates of losses and gradients that are not finite."""
+    losses; OLMo-core uses 6. None skips an update only if the loss or the gradient is not finite."""
     max_skipped_in_a_row: int = 10
     """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
     max_rollbacks: int = 0
     """How often a run may go back to its newest checkpoint, after max_skipped_in_a_row skipped steps or after weights
-    that are not finite. Training goes on from there without the batches in between, as PaLM's did (Chowdhery et al.
-    2022, section 5.1). 0 stops with an error instead."""
+    that are not finite. Training continues from the checkpoint and leaves out the batches since then, as in PaLM
+    (Chowdhery et al. 2022, section 5.1). 0 stops with an error instead."""
     layers_apart: bool | None = None
-    """Whether each layer has separate arrays, and the loop over layers is unrolled. Steps are faster, but compilation
-    takes twice as long or more, and a CPU needs more memory. None: only on one CPU device (a tenth less time), if the
-    optimizer is entrywise and remat is not "full", which saves memory."""
+    """Whether each layer has separate arrays and the loop over layers is unrolled. Steps are faster, but compilation
+    takes at least twice as long, and on CPU training needs more memory. None: True on one CPU device (steps are a
+    tenth faster) if the optimizer is entrywise and remat is not "full", and False otherwise."""
     seed: int = 0
-    """Seed of initial weights, dropout and the order of the data."""
+    """Seed of the initial weights, dropout and the order of the data."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "max_rollbacks" else 1
-            if type(value) is int and field.name != "seed" and value < least:
-                raise ValueError(f"{field.name}={value} must be at least {least}")
+            minimum = 0 if field.name == "max_rollbacks" else 1
+            if type(value) is int and field.name != "seed" and value < minimum:
+                raise ValueError(f"{field.name}={value} must be at least {minimum}")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or None")
         if self.batch_size % self.grad_accum_steps:
@@ -110,29 +112,31 @@ class TrainingConfig:
             raise ValueError(f"spike_deviations={self.spike_deviations} must be positive, or None")
 
     def trainer(self, model: Model, optimizer: optax.GradientTransformation, loss: Loss, **options: Any) -> Trainer:
-        """The ``Trainer`` with the options of this config; ``options`` are other fields of ``Trainer``.
+        """The ``Trainer`` with the settings of this config; ``options`` sets further fields of ``Trainer``.
 
         Raises:
             ValueError: ``layers_apart`` is True and the optimizer is not known to be entrywise.
         """
-        apart = _layers_apart(model, optimizer, self.layers_apart, options.get("sharding"))
+        per_layer = _uses_per_layer_trees(model, optimizer, self.layers_apart, options.get("sharding"))
         return Trainer(
             model, optimizer, loss, grad_accum_steps=self.grad_accum_steps, ema_decay=self.ema_decay,
-            layers_apart=apart, spike_deviations=self.spike_deviations, **options,
+            layers_apart=per_layer, spike_deviations=self.spike_deviations, **options,
         )  # fmt: skip
 
 
-def _layers_apart(model: Model, optimizer: optax.GradientTransformation, asked: bool | None, sharding: Any) -> bool:
+def _uses_per_layer_trees(
+    model: Model, optimizer: optax.GradientTransformation, setting: bool | None, sharding: Any
+) -> bool:
     entrywise = isinstance(optimizer, Entrywise)
-    if asked is None:
-        saves_memory = getattr(model.config, "remat", None) == "full"  # on a CPU, only in a loop over layers
-        return entrywise and not saves_memory and sharding is None and jax.default_backend() == "cpu"
-    if asked and not entrywise:
+    if setting is None:
+        full_remat = getattr(model.config, "remat", None) == "full"  # on CPU, it saves memory only inside lax.scan
+        return entrywise and not full_remat and sharding is None and jax.default_backend() == "cpu"
+    if setting and not entrywise:
         raise ValueError(
             "layers_apart=True needs an optimizer whose updates do not depend on how parameters are grouped in arrays: "
-            "take make_optimizer's, wrap yours in jaxlm.training.optimizer.Entrywise, or leave layers_apart at None"
+            "use make_optimizer, wrap yours in jaxlm.training.optimizer.Entrywise, or leave layers_apart at None"
         )
-    return asked
+    return setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +144,11 @@ class Run:
     """The directory of a training run, and whether to resume it.
 
     Attributes:
-        directory: where ``metrics.jsonl`` and ``checkpoints/`` are written.
+        directory: the directory of ``metrics.jsonl`` and ``checkpoints/``.
         meta: JSON values that are saved in every checkpoint.
         resume: whether to continue from the newest checkpoint in the directory, if there is one. On the same number of
-            devices, the result is bit for bit the same as without the interruption.
-        trackers: loggers that also get the metrics.
+            devices, the result is bitwise the same as without the interruption.
+        trackers: loggers that also receive the metrics.
     """
 
     directory: Path
@@ -156,7 +160,7 @@ class Run:
 class DivergedError(RuntimeError):
     """Training stopped because too many steps in a row were skipped, or because the weights were not finite.
 
-    ``step`` is the step at which this was found.
+    ``step`` is the step whose metrics showed it.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -170,17 +174,17 @@ class Result:
 
     Attributes:
         state: the last state, or the state of the best evaluation (``restore_best``); layers are stacked.
-        params: the parameters of the model to evaluate and export (``Trainer.model_params``).
+        params: the parameters of the model for evaluation and export (``Trainer.model_params``).
         step: the step of ``state``.
         validation: metrics of the last evaluation, or of the best one (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
-        seconds_to_first_loss: time from the call until the first loss is on the host, including compilation.
+        seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation.
         tokens_per_second: tokens that the model read per second, without the first step.
         examples_per_second: examples per second, without the first step.
-        compilations: number of different batch shapes; the step was compiled once for each.
-        tokens: tokens that the model has read up to ``state``, with those before a resume.
-        earlier_seconds: time that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint from
-            which this process went on.
+        compilations: number of distinct batch shapes; the step was compiled once for each shape.
+        tokens: tokens that the model has read up to ``state``, including those before a resume.
+        earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
+            from which this process continued.
         rollbacks: how often the run went back to a checkpoint (``TrainingConfig.max_rollbacks``).
     """
 
@@ -210,43 +214,43 @@ class Result:
 def train(
     trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Any = None
 ) -> Result:
-    """Train, and write ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run.
+    """The result of a training run, which writes ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run.
 
-    With several processes, all of them call this function, each with its own rows in ``data``. The mesh has all
-    devices, and all processes see the directory (without checkpoints, each may have a different one). The first process
-    writes ``metrics.jsonl``. A signal to one process ends all of them.
+    With several processes, every process calls this function, each with its own rows in ``data``. The mesh must have
+    all devices, and all processes must share the directory (without checkpoints, each process may use a different
+    directory). The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
 
-    A resumed run that has reached its last step, or has stopped early, returns the result of its checkpoint without
-    another step. One process at a time may train in a directory.
+    A resumed run that has reached its last step, or has stopped early, returns the result of its checkpoint and trains
+    no further step. Only one run at a time may train in a directory.
 
     Args:
-        trainer: model, optimizer and loss (``config.trainer(...)`` makes one).
+        trainer: model, optimizer and loss (``config.trainer(...)`` creates one).
         data: yields the batches of the objective.
-        evaluate: a function from the parameters of the model to validation metrics.
-        params: parameters to start from instead of random ones.
+        evaluate: a function from the model's parameters to validation metrics.
+        params: initial parameters; None initializes them at random.
 
     Raises:
         DivergedError: ``config.max_skipped_in_a_row`` steps in a row were skipped, or the weights were not finite, and
             no rollback was left.
-        FileExistsError: a run that does not resume, in a directory with checkpoints.
+        FileExistsError: the directory has checkpoints and ``run.resume`` is False.
         BlockingIOError: another process trains in the directory.
-        CorruptCheckpointError: the newest checkpoint of a resumed run is damaged, or its parts contradict each other.
-        OSError: the disk is full, or the directory cannot be written.
-        ValueError: a resumed run is beyond ``config.steps``, or has another model, ``best_metric`` or ``best_mode``;
-            ``evaluate`` has no ``config.best_metric``; or there are several processes, and no ``sharding`` or no
-            directory for checkpoints that all of them see.
+        CorruptCheckpointError: the newest checkpoint of a resumed run is damaged or inconsistent.
+        OSError: the disk is full, or the directory is not writable.
+        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or has another model, ``best_metric`` or
+            ``best_mode``; ``evaluate`` does not return ``config.best_metric``; or there are several processes without
+            ``sharding`` or without a shared directory for checkpoints.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
-            f"{jax.process_count()} processes without a mesh would each train a model of their own: give a sharding "
+            f"{jax.process_count()} processes without a mesh would each train a separate model: pass a sharding "
             f"over all {jax.device_count()} devices"
         )
     run.directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
         processes.require_shared(run.directory)
     checkpointer = Checkpointer(run.directory / "checkpoints", keep_last=config.keep_last)
-    alone = integrity.locked(run.directory) if processes.is_first() else contextlib.nullcontext()
-    with alone, checkpointer as checkpoints, _Signals() as signals:
+    lock = integrity.locked(run.directory) if processes.is_first() else contextlib.nullcontext()
+    with lock, checkpointer as checkpoints, _Signals() as signals:
         loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
         loop.start(params)
         with Bar(config.steps, loop.step, 1 if trainer.sharding is None else trainer.sharding.mesh.size) as bar:
@@ -260,78 +264,78 @@ class _Loop:
         self, trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run,
         checkpoints: Checkpointer,
     ) -> None:  # fmt: skip
-        self._begun = time.perf_counter()
+        self._start_time = time.perf_counter()
         self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
         self._run, self._checkpoints = run, checkpoints
-        # Checkpoints and results have stacked layers, also if the steps use per-layer trees. The losses of the spike
-        # policy are in the record of a checkpoint, so that a resumed run may switch the policy on or off.
+        # Checkpoints and results have stacked layers, even if the steps use one tree per layer. The recent losses of
+        # the spike rule are in the record of a checkpoint, so that a resumed run may switch the rule on or off.
         self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False, spike_deviations=None)
-        self._params = jax.jit(self._stacked_trainer.model_params)
-        self._evaluated = jax.jit(trainer.model_params)
+        self._stacked_params = jax.jit(self._stacked_trainer.model_params)
+        self._params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._shapes: set[Any] = set()
         self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
         self._validation: Mapping[str, float] | None = None
-        self._validated = 0  # the step of the last evaluation
+        self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
         self._without_improvement = 0
-        self._losses: list[float] = []  # of all evaluations, which decide when NT-ASGD starts to average
-        self._left_out = data.state()["next"]  # batches that the data have passed and the steps have not used
+        self._losses: list[float] = []  # of all evaluations; NT-ASGD decides from them when averaging starts
+        self._left_out = data.state()["next"]  # number of batches that `data` has passed and no step has used
         self._tokens = 0
         self._rollbacks = 0
         self._earlier_seconds = 0.0
-        self._postponed = False  # a checkpoint was due while steps were skipped
+        self._postponed = False  # whether a checkpoint was due while steps were skipped
         self._notice: str | None = None
         self.step = 0
 
     def start(self, params: Any) -> None:
-        """Initialize the state, or restore it."""
+        """Initialize the state, or restore it from a checkpoint."""
         self._target = self._stacked_trainer.abstract(params)
         self._checkpoints.remove_leftovers()
-        there = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
-        if self._run.resume and there:
+        existing = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
+        if self._run.resume and existing:
             state, saved = self._checkpoints.restore(self._target, on_corrupt=self._config.on_corrupt)
             self._require_same_run(saved)
             _require_consistent(state, saved, self._checkpoints.directory)
             self._data.restore(saved["data"])
-            training = saved.get("training", {})  # the first records of this format have none
+            training = saved.get("training", {})  # the first records of this format do not have it
             self._left_out = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
             self._rollbacks, self._earlier_seconds = training.get("rollbacks", 0), training.get("seconds", 0.0)
-            self._take(state, saved)
-            was, now = training.get("learning_rate"), self._learning_rate()
-            if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-5):
+            self._resume_from(state, saved)
+            saved_rate, rate = training.get("learning_rate"), self._learning_rate()
+            if saved_rate is not None and rate is not None and not math.isclose(saved_rate, rate, rel_tol=1e-5):
                 self._notice = (
-                    f"step {self.step}: the next learning rate is {now:.6g}, and it was {was:.6g} when this checkpoint "
-                    "was saved: the schedule or its number of steps has changed"
+                    f"step {self.step}: the next learning rate is {rate:.6g}, and it was {saved_rate:.6g} when this "
+                    "checkpoint was saved: the schedule or its number of steps has changed"
                 )
             self._records.write(self.step, event="resumed")
         else:
-            if there and self._config.checkpoint_every is not None:
+            if existing and self._config.checkpoint_every is not None:
                 raise FileExistsError(
-                    f"{self._checkpoints.directory} holds the checkpoints of another run: take another directory, or "
+                    f"{self._checkpoints.directory} has checkpoints of another run: choose another directory, or "
                     "resume that run"
                 )
             self._state = self._trainer.init(jax.random.key(self._config.seed), params)
         if self.step > self._config.steps:
             raise ValueError(
-                f"the checkpoint is of step {self.step}, beyond training.steps={self._config.steps}: ask for at least "
-                f"{self.step}"
+                f"the checkpoint is of step {self.step}, beyond training.steps={self._config.steps}: set "
+                f"training.steps to at least {self.step}"
             )
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
-        """Check that what may not change when a run goes on is as it was saved."""
+        """Check that the settings that a resumed run may not change are equal to the saved ones."""
         progress = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
             _require_same(name, getattr(self._config, name), progress.get(name, getattr(self._config, name)))
-        was, now = saved.get("model", {}), self._model()
+        saved_model, model = saved.get("model", {}), self._model()
         for name in ("family", "adaptation"):
-            _require_same(name, now[name], was.get(name, now[name]))
-        for name, value in was.get("config", {}).items():
-            if name in now["config"] and not _MAY_CHANGE.fullmatch(name):
-                _require_same(name, now["config"][name], value)
+            _require_same(name, model[name], saved_model.get(name, model[name]))
+        for name, value in saved_model.get("config", {}).items():
+            if name in model["config"] and not _MAY_CHANGE.fullmatch(name):
+                _require_same(name, model["config"][name], value)
 
     def _learning_rate(self) -> float | None:
-        """The learning rate of the next update, if the trainer knows its schedule."""
+        """The learning rate of the next update, or None if the trainer has no schedule."""
         schedule = self._trainer.learning_rate
         return None if schedule is None else float(schedule(self.step - int(self._state.skipped)))
 
@@ -343,21 +347,21 @@ class _Loop:
             "adaptation": None if adaptation is None else repr(adaptation),
         }
 
-    def _take(self, state: TrainState, saved: Mapping[str, Any]) -> None:
-        """Go on from the state of a checkpoint, and from what its record says about the evaluations until then."""
+    def _resume_from(self, state: TrainState, saved: Mapping[str, Any]) -> None:
+        """Set the training state and the history of evaluations to those of a checkpoint."""
         progress, training = saved.get("evaluation", {}), saved.get("training", {})
         self.step = int(state.step)
         self._best = progress.get("best")
         self._without_improvement = progress.get("without_improvement", 0)
-        self._validation, self._validated = saved.get("validation"), self.step
+        self._validation, self._evaluated_step = saved.get("validation"), self.step
         self._losses = _not_none(progress.get("losses", []))
         self._tokens = training.get("tokens", 0)
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
         self._postponed = every is not None and self.step // every > (self.step - skipped) // every
         if self._trainer.spike_deviations is not None:
             losses = training.get("recent_losses")
-            known = self._trainer.no_losses() if losses is None else np.array(_not_none(losses), np.float32)
-            state = dataclasses.replace(state, recent_losses=np.asarray(known))
+            recent = self._trainer.no_losses() if losses is None else np.array(_not_none(losses), np.float32)
+            state = dataclasses.replace(state, recent_losses=np.asarray(recent))
         self._state = self._change_layout(spec.unstack, self._trainer, state)
 
     def _change_layout(self, change: Callable[[Any], Any], trainer: Trainer, state: TrainState) -> TrainState:
@@ -370,16 +374,16 @@ class _Loop:
         return self._change_layout(spec.restack, self._stacked_trainer, state)
 
     def run(self, bar: Bar, signals: _Signals) -> Result:
-        """Run all steps."""
+        """The result, after all remaining steps."""
         config, log = self._config, _Log(self._records, bar, self._config, self._trainer, self.step)
         if self._notice is not None and self.step < config.steps:
             bar.say(self._notice)
         if self._run.resume and self.step == 0:
             bar.say("there is no checkpoint yet: the run starts from its first step")
-        patient = config.patience is None or self._without_improvement < config.patience
-        stop: str | None = None if patient else "patience"
-        if self._run.resume and (self.step == config.steps or not patient):
-            bar.say(f"step {self.step}: the training is complete, its result is taken from the checkpoint")
+        stopped_early = config.patience is not None and self._without_improvement >= config.patience
+        stop: str | None = "patience" if stopped_early else None
+        if self._run.resume and (self.step == config.steps or stopped_early):
+            bar.say(f"step {self.step}: the training is complete, its result is read from the checkpoint")
         while self.step < config.steps and stop is None:
             try:
                 stop = self._advance(log, bar, signals)
@@ -387,16 +391,20 @@ class _Loop:
                 self._roll_back(error, log, bar)
         log.flush()
         if stop == "signal" and self.step < config.steps:
-            kept = "nothing is saved, as checkpoint_every=None asks"
+            message = "nothing is saved, because checkpoint_every=None"
             if config.checkpoint_every is not None:
-                where = self._run.directory
-                kept = f"saved step {self.step} in {where / 'checkpoints'}; --resume {where} goes on from there"
-            bar.say(f"{signals.caught}: {kept}")
+                directory = self._run.directory
+                message = (
+                    f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
+                )
+            bar.say(f"{signals.caught}: {message}")
             return self._result(log, self._stacked(), None, signals.caught)
         return self._finish(log, bar)
 
     def _advance(self, log: _Log, bar: Bar, signals: _Signals) -> str | None:
-        """Run one step with the evaluation and the checkpoint after it; returns why the run ends here, or None."""
+        """The reason to end the run after this step ("signal" or "patience"), or None.
+
+        Runs one step, and the evaluation and the checkpoint after it."""
         config = self._config
         self._one_step(log, bar)
         last = self.step == config.steps
@@ -410,13 +418,15 @@ class _Loop:
         patience = config.patience
         if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
             stop = "patience"
-            bar.say(f"step {self.step}: no better {config.best_metric} in {patience} evaluations: stop")
+            bar.say(
+                f"step {self.step}: {config.best_metric} has not improved in {patience} evaluations: training stops"
+            )
         if config.checkpoint_every is not None:
             due = self._postponed or self.step % config.checkpoint_every == 0
             scheduled = due or last or stop == "patience" or (config.restore_best and improved)
             if scheduled or stop is not None:
                 log.flush()  # raises DivergedError if the weights are not finite
-                # A checkpoint of skipped steps has the same weights as the one before. It must not displace that one.
+                # After skipped steps, a checkpoint would have the same weights as the previous one and replace it.
                 skipping = log.skipped_in_a_row > 0
                 self._postponed = due and skipping
                 if not skipping or last or stop is not None or (config.restore_best and improved):
@@ -424,7 +434,7 @@ class _Loop:
         return stop
 
     def _roll_back(self, error: DivergedError, log: _Log, bar: Bar) -> None:
-        """Go back to the newest checkpoint, and leave out the batches since then.
+        """Restore the newest checkpoint, and leave out the batches since then.
 
         Raises:
             DivergedError: no rollback is left, or there is no checkpoint.
@@ -432,24 +442,25 @@ class _Loop:
         allowed = self._config.max_rollbacks
         self._checkpoints.wait()
         last = self._checkpoints.latest
-        end = f"The last checkpoint is that of step {last}"
+        hint = f"The last checkpoint is of step {last}"
         if last is None:
-            end = "There is no checkpoint yet"
+            hint = "There is no checkpoint yet"
         elif allowed == 0:
-            end += "; max_rollbacks=1 would go back to it and leave out the batches since then"
+            hint += "; max_rollbacks=1 would go back to it and leave out the batches since then"
         elif self._rollbacks >= allowed:
-            end += f"; the run has already gone back max_rollbacks={allowed} times"
+            hint += f"; the run has already gone back max_rollbacks={allowed} times"
         if last is None or self._rollbacks >= allowed:
-            raise DivergedError(f"{error}. {end}", error.step) from error
-        del self._state  # two states at a time may not fit
+            raise DivergedError(f"{error}. {hint}", error.step) from error
+        del self._state  # two states may not fit in memory
         try:
             state, saved = self._checkpoints.roll_back(self._target)
         except FileNotFoundError:
             raise DivergedError(f"{error}. There is no checkpoint before that to go back to", error.step) from error
-        # From the step that failed, not from the later one at which its metrics were read: that differs after a resume.
+        # The position follows the step that failed. The step at which its metrics were read is later, and differs after
+        # a resume.
         position = self._left_out + error.step
         self._data.restore({**self._data.state(), "next": position})
-        self._take(state, saved)
+        self._resume_from(state, saved)
         self._left_out = position - self.step
         self._rollbacks += 1
         log.forget()
@@ -457,7 +468,7 @@ class _Loop:
             error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks, batches_left_out=self._left_out
         )
         bar.say(
-            f"{error}. Rollback {self._rollbacks} of {allowed}: training goes on from step {self.step}, without the "
+            f"{error}. Rollback {self._rollbacks} of {allowed}: training continues from step {self.step}, without the "
             f"batches of steps {self.step + 1} to {error.step}"
         )
 
@@ -470,22 +481,22 @@ class _Loop:
             if len(self._shapes) > 1:
                 bar.say(f"step {self.step + 1}: compiling for batch shape {len(self._shapes)}")
         examples, tokens = count(batch)
-        share = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]
+        fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]  # rows of this process
         self._state, metrics = self._jit_step(self._state, placed)
         self.step += 1
-        self._tokens += round(tokens / share)
-        log.add(self.step, metrics, round(examples / share), round(tokens / share))
+        self._tokens += round(tokens / fraction)
+        log.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
 
     def _evaluate_now(self, bar: Bar) -> bool:
-        """Evaluate and log; returns whether the best metric improved."""
+        """Whether ``best_metric`` improved in an evaluation, which is run and logged now."""
         config = self._config
-        values = dict(self._evaluate(self._evaluated(self._state)))
+        values = dict(self._evaluate(self._params(self._state)))
         if config.best_metric not in values:
             raise ValueError(
                 f"best_metric={config.best_metric!r} is not among the validation metrics {', '.join(values)}: "
                 "choose one of them"
             )
-        self._validation, self._validated = values, self.step
+        self._validation, self._evaluated_step = values, self.step
         self._records.write(self.step, **{f"validation_{name}": value for name, value in values.items()})
         shown = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
         bar.say(f"step {self.step}: validation {shown}")
@@ -505,7 +516,7 @@ class _Loop:
         if nt_asgd.should_start(self._losses):
             self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start(optimizer))
             self._records.write(self.step, event="averaging started")
-            bar.say(f"step {self.step}: validation has stopped improving, the parameters are averaged from here on")
+            bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
 
     def _to_minimize(self, value: float) -> float:
         return value if self._config.best_mode == "min" else -value
@@ -516,7 +527,7 @@ class _Loop:
             "batches_left_out": self._left_out,
             "tokens": self._tokens,
             "rollbacks": self._rollbacks,
-            "seconds": self._earlier_seconds + time.perf_counter() - self._begun,
+            "seconds": self._earlier_seconds + time.perf_counter() - self._start_time,
             "learning_rate": self._learning_rate(),
         }
         if self._state.recent_losses is not None:
@@ -535,7 +546,7 @@ class _Loop:
             },
         }
         metric = None
-        if self._validation is not None and self._validated == self.step:
+        if self._validation is not None and self._evaluated_step == self.step:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
         self._checkpoints.save(self.step, self._stacked(), content, metric=metric, extra=extra, wait=wait)
@@ -543,64 +554,65 @@ class _Loop:
     def _finish(self, log: _Log, bar: Bar) -> Result:
         if not self._config.restore_best or self._checkpoints.best in (None, self.step):
             return self._result(log, self._stacked(), self._validation, None)
-        del self._state  # two states at a time may not fit
+        del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._target, best=True)
-        bar.say(f"the weights are those of step {int(state.step)}, the best by {self._config.best_metric}")
+        bar.say(f"the weights of step {int(state.step)} are used, which has the best {self._config.best_metric}")
         return self._result(log, state, saved["validation"], None)
 
     def _result(
         self, log: _Log, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
     ) -> Result:
         return Result(
-            state, self._params(state), int(state.step), validation, interrupted,
-            log.first_loss_at - self._begun, log.tokens_per_second, log.examples_per_second, len(self._shapes),
+            state, self._stacked_params(state), int(state.step), validation, interrupted,
+            log.first_loss_at - self._start_time, log.tokens_per_second, log.examples_per_second, len(self._shapes),
             self._tokens, self._earlier_seconds, self._rollbacks,
         )  # fmt: skip
 
 
 _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|attention_implementation")
-"""Fields of a model's config that a resumed run may change: they do not change what trained weights compute."""
+"""Fields of a model's config that a resumed run may change: the trained weights compute the same with them."""
 
 
-def _require_same(name: str, asked: Any, was: Any) -> None:
-    if asked != was:
-        raise ValueError(f"{name}={asked} cannot change when a run goes on (it is {was}): leave it out")
+def _require_same(name: str, value: Any, saved: Any) -> None:
+    if value != saved:
+        raise ValueError(f"{name}={value} cannot change in a resumed run (it is {saved}): leave it out")
 
 
 def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:
-    """Check that the arrays of a checkpoint and its record are of the same moment of the training.
+    """Check that the arrays of a checkpoint and its record were saved at the same step.
 
     Raises:
-        CorruptCheckpointError: they are not.
+        CorruptCheckpointError: they were not.
     """
     step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
     training, position = saved.get("training"), saved["data"]["next"]
-    wrong = []
+    problems = []
     if not 0 <= in_a_row <= skipped <= step:
-        wrong.append(f"{skipped} steps are skipped, {in_a_row} of them in a row")
+        problems.append(f"{skipped} steps are skipped, {in_a_row} of them in a row")
     if training is not None:
         if training["step"] != step:
-            wrong.append(f"its record is of step {training['step']}")
+            problems.append(f"its record is of step {training['step']}")
         if position != step + training["batches_left_out"]:
-            wrong.append(f"the data are at batch {position}, with {training['batches_left_out']} batches left out")
+            problems.append(f"the data are at batch {position}, with {training['batches_left_out']} batches left out")
         for name in ("batches_left_out", "tokens", "rollbacks", "seconds"):
             if training[name] < 0:
-                wrong.append(f"{name} is {training[name]}")
+                problems.append(f"{name} is {training[name]}")
     elif position < step:
-        wrong.append(f"the data are at batch {position}")
-    if wrong:
+        problems.append(f"the data are at batch {position}")
+    if problems:
         raise CorruptCheckpointError(
-            f"the checkpoint of step {step} in {directory} contradicts itself: {'; '.join(wrong)}. Move it away to go "
-            "on from an earlier one"
+            f"the checkpoint of step {step} in {directory} is inconsistent: {'; '.join(problems)}. Move it out of the "
+            "directory to continue from an earlier checkpoint"
         )
 
 
 def _no_nan(values: Sequence[float]) -> list[float | None]:
-    """The values for JSON, which has no NaN."""
+    """The values with None instead of NaN, because JSON has no NaN."""
     return [None if math.isnan(value) else value for value in values]
 
 
 def _not_none(values: Sequence[float | None]) -> list[float]:
+    """The values with NaN instead of None, the inverse of :func:`_no_nan`."""
     return [math.nan if value is None else value for value in values]
 
 
@@ -623,7 +635,7 @@ class _Log:
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
         self._waiting: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
-        self._last_loss = math.nan  # of a step that was not skipped
+        self._last_loss = math.nan  # of the last step that was not skipped
         self._clock: tuple[float, int] | None = None
         self._seconds, self._tokens, self._examples = 0.0, 0, 0
         self.first_loss_at = math.nan
@@ -638,7 +650,7 @@ class _Log:
         return self._examples / self._seconds if self._seconds else math.nan
 
     def add(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
-        """Add the metrics of a step that has just started, and the numbers of examples and tokens of its batch."""
+        """Add the metrics of a step that has just started, and the numbers of examples and tokens in its batch."""
         self._waiting.append((step, metrics, examples, tokens))
         while len(self._waiting) > (LAG if step > self._start + 1 else 0):
             self._read(*self._waiting.popleft())
@@ -648,7 +660,7 @@ class _Log:
             self._read(*self._waiting.popleft())
 
     def forget(self) -> None:
-        """Drop the metrics that have not been read, because the run goes back."""
+        """Drop the metrics that have not been read, because the run goes back to a checkpoint."""
         self._waiting.clear()
         self.restart_clock()
 
@@ -668,9 +680,9 @@ class _Log:
         self._clock = (now, step)
         rate = None if math.isnan(self.tokens_per_second) else self.tokens_per_second
         self.skipped_in_a_row = int(values["skipped_in_a_row"])
-        written = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
-        if written or self.skipped_in_a_row:
-            # JSON has no NaN: a loss that is not finite is written as null, and `skipped` counts the step.
+        is_due = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
+        if is_due or self.skipped_in_a_row:
+            # JSON has no NaN, so a loss that is not finite is written as null; `skipped` counts the step.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             if self._trainer.learning_rate is not None:
                 finite["learning_rate"] = float(self._trainer.learning_rate(step - 1 - int(values["skipped"])))
@@ -680,22 +692,22 @@ class _Log:
             )  # fmt: skip
         self._bar.update(step, values["loss"], rate)
         spike = self.skipped_in_a_row and math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
-        seen = f"loss {values['loss']}, gradient norm {values['gradient_norm']}, last loss {self._last_loss:.4f}"
+        numbers = f"loss {values['loss']}, gradient norm {values['gradient_norm']}, last loss {self._last_loss:.4f}"
         if self.skipped_in_a_row == 1:
-            why = "a loss spike" if spike else "a loss or gradient that is not finite"
-            self._bar.say(f"step {step}: {why} ({seen}); the update is skipped")
+            reason = "a loss spike" if spike else "a loss or gradient that is not finite"
+            self._bar.say(f"step {step}: {reason} ({numbers}); the update is skipped")
         if self.skipped_in_a_row >= self._config.max_skipped_in_a_row:
-            what = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
+            fault = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
             raise DivergedError(
-                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {what} ({seen}). Their "
-                f"updates were skipped, the weights are those before them. Lower the learning rate, clip harder, warm "
-                f"up longer, or look at the data of these steps",
+                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {fault} ({numbers}). "
+                f"Their updates were skipped, so the weights are those before these steps. Lower the learning rate, "
+                f"decrease clip_norm, use more warm-up steps, or look at the data of these steps",
                 step,
             )
         if not math.isfinite(values["parameter_norm"]):
             raise DivergedError(
-                f"step {step}: the weights are not finite, although the loss and the gradient were ({seen}). Lower the "
-                f"learning rate, or look for the fault in the optimizer",
+                f"step {step}: the weights are not finite, although the loss and the gradient were finite ({numbers}). "
+                f"Lower the learning rate, or look for the fault in the optimizer",
                 step,
             )
         if not self.skipped_in_a_row:
@@ -703,24 +715,25 @@ class _Log:
 
 
 class _Signals:
-    """Catches the first SIGINT or SIGTERM so that the loop ends after a whole step; a second one has its usual effect.
+    """Catches the first SIGINT or SIGTERM so that the loop ends after a complete step.
 
-    With several processes, all end after the same step when one of them gets a signal (``processes.request_end``). JAX
-    handles SIGTERM itself in processes that ``processes.run`` has not joined.
+    A second signal has its usual effect. With several processes, a signal to one process ends all of them after the
+    same step (``processes.request_end``). JAX handles SIGTERM itself in processes that ``processes.run`` has not
+    joined.
     """
 
     def __init__(self) -> None:
         self.caught: str | None = None
-        self._alone = jax.process_count() == 1
-        self._before: dict[int, Any] = {}
+        self._single_process = jax.process_count() == 1
+        self._previous_handlers: dict[int, Any] = {}
         self._announce: Callable[[str], None] | None = None
 
     @contextlib.contextmanager
-    def announced(self, bar: Bar, what: str) -> Iterator[None]:
-        """While this is entered, a signal prints at once that the run ends after ``what``."""
+    def announced(self, bar: Bar, task: str) -> Iterator[None]:
+        """Context manager in which a signal prints immediately that the run ends after ``task``."""
 
         def announce(name: str) -> None:
-            bar.say(f"{name}: the run ends after {what}; a second signal ends it now, without saving")
+            bar.say(f"{name}: the run ends after {task}; a second signal ends it now, without saving")
 
         if self.caught is not None:
             announce(self.caught)
@@ -732,8 +745,8 @@ class _Signals:
             self._announce = None
 
     def stop_after(self, step: int) -> bool:
-        """Whether to end after ``step``. Call it after every step; the answer is the same in all processes."""
-        if self._alone:
+        """Whether to end after ``step``; all processes get the same value. It must be called after every step."""
+        if self._single_process:
             return self.caught is not None
         stop = processes.end_after(step)
         if stop and self.caught is None:
@@ -741,25 +754,26 @@ class _Signals:
         return stop
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM) if self._alone or processes.watched() else (signal.SIGINT,):
+        handles_sigterm = self._single_process or processes.watched()
+        for number in (signal.SIGINT, signal.SIGTERM) if handles_sigterm else (signal.SIGINT,):
             try:
-                self._before[number] = signal.signal(number, self._catch)
+                self._previous_handlers[number] = signal.signal(number, self._catch)
             except ValueError:  # only the main thread may set signal handlers
                 break
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = signal.Signals(number).name
-        if not self._alone:
+        if not self._single_process:
             processes.request_end()
         self._restore()
         if self._announce is not None:
             self._announce(self.caught)
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,8 +1,8 @@
-"""NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates once validation stops improving.
+"""NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates after validation stops improving.
 
 ``make_optimizer(OptimizerConfig("nt_asgd", ...))`` has :func:`averaging` in its chain. After each evaluation, a
-training loop asks :func:`should_start` and, the first time that it is true, calls :func:`start`. It evaluates and
-exports :func:`averaged`, while the steps go on from the parameters themselves.
+training loop calls :func:`should_start`, and :func:`start` when this is true for the first time. The loop evaluates and
+exports :func:`averaged`; the steps continue from the parameters themselves.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
@@ -24,18 +24,19 @@ import optax
 
 
 class AveragingState(NamedTuple):
-    """The mean of the last ``iterates`` parameters; 0: averaging has not started, and the mean is the last iterate."""
+    """The mean of the last ``iterates`` parameters. Before averaging starts, ``iterates`` is 0 and the mean is the last
+    iterate."""
 
     iterates: jax.Array
     mean: Any
 
 
 def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
-    """Whether the newest validation loss is worse than the best one of more than ``nonmono`` evaluations ago.
+    """Whether the newest validation loss is worse than the best loss of more than ``nonmono`` evaluations ago.
 
     Args:
-        losses: one loss for every evaluation so far, the newest last. A NaN is worse than any number.
-        nonmono: the paper's n, the non-monotone interval.
+        losses: the losses of all evaluations so far, with the newest last. NaN is worse than any number.
+        nonmono: the non-monotone interval, n in the paper.
 
     Raises:
         ValueError: ``nonmono`` is not positive.
@@ -47,11 +48,11 @@ def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
 
 
 def averaging() -> optax.GradientTransformation:
-    """A transformation that returns updates unchanged and keeps the mean of the parameters; the last of a chain.
+    """A transformation that returns updates unchanged and keeps the mean of the parameters. It must be last in a chain.
 
-    The mean begins with the parameters at the time of :func:`start`, as in the paper's algorithm 1.
-    (``torch.optim.ASGD``, which the authors' code uses, begins with the second step after it.) It needs the memory of
-    one copy of the parameters.
+    The mean includes the parameters at the time of :func:`start` and all later ones, as in the paper's algorithm 1.
+    (``torch.optim.ASGD``, which the authors' code uses, starts with the second step after it.) The state needs the
+    memory of one copy of the parameters.
     """
 
     def init(params: Any) -> AveragingState:
@@ -63,10 +64,10 @@ def averaging() -> optax.GradientTransformation:
         iterates = jnp.where(state.iterates > 0, state.iterates + 1, 0)
         weight = 1.0 / jnp.maximum(iterates, 1)
 
-        def one(mean: jax.Array, new: jax.Array) -> jax.Array:
+        def add(mean: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(iterates > 0, mean + (new - mean) * weight.astype(mean.dtype), new)
 
-        return updates, AveragingState(iterates, jax.tree.map(one, state.mean, optax.apply_updates(params, updates)))
+        return updates, AveragingState(iterates, jax.tree.map(add, state.mean, optax.apply_updates(params, updates)))
 
     return optax.GradientTransformation(init, update)
 
@@ -77,12 +78,12 @@ def has_averaging(state: Any) -> bool:
 
 
 def has_started(state: Any) -> bool:
-    """Whether the averaging of an optimizer state has started; False if it has none."""
+    """Whether averaging has started in an optimizer state; False if the state has no :func:`averaging`."""
     return has_averaging(state) and int(_find(state).iterates) > 0
 
 
 def start(state: Any) -> Any:
-    """The optimizer state with averaging started; the same state if it had started before.
+    """The optimizer state with averaging started; the same state if averaging has already started.
 
     Raises:
         ValueError: the state has no :func:`averaging`, or more than one.
@@ -96,7 +97,7 @@ def start(state: Any) -> Any:
 
 
 def averaged(state: Any) -> Any:
-    """The mean of the parameters since :func:`start`; before it, the current parameters.
+    """The mean of the parameters since :func:`start`; before that, the current parameters.
 
     Raises:
         ValueError: the state has no :func:`averaging`, or more than one.
@@ -111,5 +112,5 @@ def _is_averaging(node: Any) -> bool:
 def _find(state: Any) -> AveragingState:
     found = [node for node in jax.tree.leaves(state, is_leaf=_is_averaging) if _is_averaging(node)]
     if len(found) != 1:
-        raise ValueError(f"the optimizer state has {len(found)} averages: put averaging() into its chain, once")
+        raise ValueError(f"the optimizer state has {len(found)} averages: put averaging() into its chain exactly once")
     return found[0]

@@ -1,8 +1,9 @@
-"""Optimizers and learning-rate schedules, from Optax. ``jaxlm.training.recipes`` has those of the papers."""
+"""Optimizers and learning-rate schedules, built from Optax. ``jaxlm.training.recipes`` has the settings of papers."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -27,37 +28,38 @@ Schedule = Literal["cosine", "linear", "constant", "inverse_square_root"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer with warm-up, decay of the learning rate, weight decay and clipping. Default: AdamW with cosine."""
+    """An optimizer with learning-rate schedule, weight decay and gradient clipping. Default: AdamW, cosine schedule."""
 
     name: OptimizerName = "adamw"
-    """adamw: Loshchilov & Hutter 2019. adafactor: Shazeer & Stern 2018, updates scaled by the size of the parameters,
-    no momentum. muon: Jordan 2024 for the matrices inside the model, AdamW for the rest. sgd: with momentum beta1.
-    nt_asgd: sgd that keeps the mean of the parameters (Merity et al. 2017). adadelta: Zeiler 2012."""
+    """adamw: Loshchilov & Hutter 2019. adafactor: Shazeer & Stern 2018, with updates scaled by the RMS of the
+    parameters and no momentum. muon: Jordan 2024 for the hidden matrices, AdamW for all other parameters. sgd: SGD with
+    momentum beta1. nt_asgd: SGD that also keeps the mean of the parameters (Merity et al. 2017). adadelta: Zeiler
+    2012."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate increases linearly to its peak."""
     hold_steps: int = 0
-    """Steps at the peak after the warm-up, before the learning rate falls."""
+    """Steps at the peak learning rate, between warm-up and decay."""
     final_fraction: float = 0.1
     """Learning rate at the last step, as a fraction of the peak (cosine and linear)."""
     beta1: float = 0.9
-    """Decay of the mean of gradients (adamw; muon outside its matrices); the momentum of sgd and nt_asgd."""
+    """Decay of the first moment (adamw; AdamW parameters of muon); the momentum of sgd and nt_asgd."""
     beta2: float = 0.99
-    """Decay of the mean of squared gradients (adamw; muon outside its matrices); rho of adadelta."""
+    """Decay of the second moment (adamw; AdamW parameters of muon); rho of adadelta."""
     nesterov: bool = False
     """Nesterov momentum (sgd and nt_asgd)."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment (adamw; muon outside its matrices; adadelta)."""
+    """Term added to the root of the second moment (adamw; AdamW parameters of muon; adadelta)."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on weights and embeddings (not on biases and norm scales)."""
+    """Decoupled weight decay of weights and embeddings (not of biases and norm scales)."""
     clip_norm: float | None = 1.0
-    """Largest global norm of the gradient; None does not clip."""
+    """Maximum global norm of the gradient; None does not clip."""
     layer_decay: float | None = None
-    """Factor of the learning rate from each layer to the one below it: a head has 1, the top layer ``layer_decay``,
-    embeddings the smallest. None: all parameters have the same learning rate."""
+    """Ratio of the learning rates of each layer and the layer above it. A head has the factor 1, the top layer
+    ``layer_decay``, the embeddings the smallest factor. None: all parameters have the same learning rate."""
 
     def __post_init__(self) -> None:
         for name, words in (("name", OptimizerName), ("schedule", Schedule)):
@@ -81,7 +83,7 @@ class OptimizerConfig:
         if self.clip_norm is not None and self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
         if self.nesterov and self.name not in ("sgd", "nt_asgd"):
-            raise ValueError(f"nesterov=True is for sgd and nt_asgd, and name={self.name!r} has no such momentum")
+            raise ValueError(f"nesterov=True is only for sgd and nt_asgd, not for name={self.name!r}: leave it out")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1], or None")
 
@@ -90,72 +92,73 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
-    """The schedule: a function of the number of updates made so far.
+    """The learning-rate schedule, a function of the number of updates so far.
 
-    ``inverse_square_root`` (Vaswani et al. 2017, section 5.3) is ``peak * sqrt(k / n)`` after the first ``k`` steps of
-    warm-up and hold. It does not depend on ``steps``, and the hold may be longer than the training.
+    ``inverse_square_root`` (Vaswani et al. 2017, section 5.3) is ``peak * sqrt(k / n)`` at update ``n`` after the first
+    ``k`` updates, which are warm-up and hold. It does not depend on ``steps``, and the hold may be longer than the
+    training.
 
     Raises:
-        ValueError: the warm-up (with cosine or linear, warm-up and hold together) is as long as the training, or
-            ``inverse_square_root`` has neither.
+        ValueError: the warm-up (for cosine and linear, warm-up and hold together) is as long as the training, or
+            ``inverse_square_root`` has neither warm-up nor hold.
     """
-    peak, last, begin = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
-    if begin >= steps:
-        raise ValueError(f"warmup_steps={begin} must be fewer than the {steps} steps of the training")
-    fall_at = begin + config.hold_steps
-    falls = config.schedule in ("cosine", "linear")
-    if falls and fall_at >= steps:
+    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    if warmup >= steps:
+        raise ValueError(f"warmup_steps={warmup} must be fewer than the {steps} steps of the training")
+    decay_start = warmup + config.hold_steps
+    if config.schedule in ("cosine", "linear") and decay_start >= steps:
         raise ValueError(
-            f"warmup_steps={begin} and hold_steps={config.hold_steps} must be fewer than the {steps} steps of the "
+            f"warmup_steps={warmup} and hold_steps={config.hold_steps} must be fewer than the {steps} steps of the "
             "training"
         )
-    if config.schedule == "inverse_square_root" and fall_at == 0:
-        raise ValueError("schedule='inverse_square_root' falls with the length of warm-up and hold: set warmup_steps")
-    fall = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, steps - fall_at, config.final_fraction),
-        "linear": lambda: optax.linear_schedule(peak, last, steps - fall_at),
+    if config.schedule == "inverse_square_root" and decay_start == 0:
+        raise ValueError("schedule='inverse_square_root' needs warm-up or hold steps: set warmup_steps")
+    decay = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, steps - decay_start, config.final_fraction),
+        "linear": lambda: optax.linear_schedule(peak, final, steps - decay_start),
         "constant": lambda: optax.constant_schedule(peak),
-        "inverse_square_root": lambda: lambda after: peak * jnp.sqrt(fall_at / (fall_at + jnp.maximum(after, 0))),
+        "inverse_square_root": lambda: lambda n: peak * jnp.sqrt(decay_start / (decay_start + jnp.maximum(n, 0))),
     }[config.schedule]()
-    # From 1/n and not from 0: the first update should move the weights.
-    rise = optax.linear_schedule(peak / (begin + 1), peak, begin)
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [begin, fall_at])
+    # The warm-up starts at peak / (warmup + 1) instead of 0, so that the first update changes the weights.
+    increase = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([increase, optax.constant_schedule(peak), decay], [warmup, decay_start])
 
 
 # ----------------------------------------------------------------------------------------------- optimizers
 
 
 class Entrywise(optax.GradientTransformationExtraArgs):
-    """A transformation whose updates do not depend on the layer layout, so that layers may be unstacked in training.
+    """A transformation whose updates do not depend on the layer layout, so that training may use per-layer trees.
 
-    For stacked parameters it computes what it computes for per-layer ones, and ``spec.unstack`` of its state is the
-    state for ``spec.unstack`` of the parameters. All optimizers of :func:`make_optimizer` are such. Plain
-    ``optax.adafactor``, ``optax.lamb`` and ``optax.contrib.muon`` are not: they read whole arrays.
+    Updates for stacked and for per-layer parameters are equal. ``spec.unstack`` of the optimizer state is the state for
+    ``spec.unstack`` of the parameters. :func:`make_optimizer` returns only such transformations. ``optax.adafactor``,
+    ``optax.lamb`` and ``optax.contrib.muon`` are not entrywise, because they compute statistics of whole arrays.
     """
 
     __slots__ = ()
 
 
 def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> Entrywise:
-    """Clipping, the optimizer, weight decay where ``specs`` say so, and the schedule over ``steps`` updates.
+    """The Optax chain of clipping, optimizer, weight decay and learning-rate schedule.
+
+    Weight decay applies to the parameters that ``specs`` mark for it. With ``nt_asgd``, the state has the mean of the
+    parameters; ``jaxlm.training.nt_asgd`` describes when averaging starts.
 
     Args:
         specs: stacked specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
-        steps: updates of the whole training.
-
-    With ``nt_asgd`` the state holds the mean of the parameters: see ``jaxlm.training.nt_asgd`` for its start.
+        steps: number of updates of the whole training.
 
     Raises:
-        ValueError: a schedule that does not fit ``steps``, or ``layer_decay`` for a model without layers.
+        ValueError: the schedule does not fit ``steps``, or ``layer_decay`` is set for a model without layers.
     """
     clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
-    decays = spec.decay_mask(specs)
-    by_layer = [] if config.layer_decay is None else [_scale_by_tree(layer_rates(specs, config.layer_decay))]
+    decay_mask = spec.decay_mask(specs)
+    scale_layers = [] if config.layer_decay is None else [_scale_by_tree(layer_rates(specs, config.layer_decay))]
     chain = optax.chain(
         *clip,
-        _core(config, specs),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda params: spec.for_each_layer(decays, params)),
-        *by_layer,
+        _scale_by_optimizer(config, specs),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: spec.for_each_layer(decay_mask, params)),
+        *scale_layers,
         optax.scale_by_learning_rate(learning_rate(config, steps)),
         *([averaging()] if config.name == "nt_asgd" else []),
     )
@@ -163,27 +166,29 @@ def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> Ent
 
 
 def optimizer_sharding(optimizer: optax.GradientTransformation, specs: spec.Tree, sharding: Sharding) -> Any:
-    """The sharding of each array of an optimizer's state, for parameters with these specs (in their layer layout).
+    """The sharding of each array of an optimizer state, for parameters with these specs (in their layer layout).
 
-    An array whose path holds the path of a parameter, and which has its shape, is split as that parameter; all others
-    (counters, the row and column statistics of Adafactor) are on every device. It works for any Optax optimizer, also
-    for masked and partitioned ones, whose state ``optax.tree.map_params`` cannot match with the parameters.
+    An array has the sharding of a parameter if its path contains the path of the parameter and its shape is equal. All
+    other arrays (counters, the row and column statistics of Adafactor) are replicated. This works for any Optax
+    optimizer, including masked and partitioned optimizers, whose state ``optax.tree.map_params`` cannot match with the
+    parameters.
     """
-    params, placed = spec.flatten(specs), spec.flatten(sharding.tree(specs))
+    params, shardings = spec.flatten(specs), spec.flatten(sharding.tree(specs))
 
-    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+    def leaf_sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         parts = spec.path_name(path).split("/")
         for begin in range(len(parts)):
             for end in range(len(parts), begin, -1):
                 name = "/".join(parts[begin:end])
                 if name in params and params[name].shape == leaf.shape:
-                    return placed[name]
+                    return shardings[name]
         return sharding.replicated()
 
-    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(optimizer.init, spec.abstract(specs)))
+    return jax.tree_util.tree_map_with_path(leaf_sharding, jax.eval_shape(optimizer.init, spec.abstract(specs)))
 
 
-def _core(config: OptimizerConfig, specs: spec.Tree) -> optax.GradientTransformation:
+def _scale_by_optimizer(config: OptimizerConfig, specs: spec.Tree) -> optax.GradientTransformation:
+    """The update rule of ``config.name``, without clipping, weight decay and learning rate."""
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name == "adamw":
         return adam
@@ -197,8 +202,8 @@ def _core(config: OptimizerConfig, specs: spec.Tree) -> optax.GradientTransforma
 
 
 _ADAFACTOR = optax.chain(
-    # The constants of the paper, section 9 (decay of the second moment 1 - t^-0.8, clipping at 1, scales of at least
-    # 1e-3), which T5 uses as well.
+    # The constants of section 9 of the paper, which T5 uses too: decay 1 - t^-0.8 of the second moment, update clipping
+    # at RMS 1, parameter scale of at least 1e-3.
     optax.scale_by_factored_rms(decay_rate=0.8),
     optax.clip_by_block_rms(1.0),
     optax.scale_by_param_block_rms(1e-3),
@@ -208,17 +213,17 @@ _ADAFACTOR = optax.chain(
 # ----------------------------------------------------------------------------------------------------- Muon
 
 MUON_RMS = 0.2
-"""Size of Muon's updates (root mean square): that of AdamW's, so that learning rate and weight decay of AdamW carry
-over (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2)."""
+"""Root mean square of Muon's updates. It matches AdamW's updates, so that AdamW's learning rate and weight decay can be
+reused (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2)."""
 
 
 def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
-    """The tree of ``optax.contrib.MuonDimensionNumbers`` for parameters with these specs; None: not a Muon parameter.
+    """The tree of ``optax.contrib.MuonDimensionNumbers`` for parameters with these specs; None for other parameters.
 
-    Muon gets every matrix inside the model (Jordan 2024): weights with two or more axes, and not embeddings, heads,
-    biases and scales. The axes of a matrix are those of ``jaxlm.adapt.matrix_rows``. The axis ``layers`` and
-    the nameless ones among the outputs (queries, keys and values of a fused projection; gates of a recurrence) count
-    independent matrices. It fits ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)`` too.
+    Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, but no embeddings, heads, biases and
+    scales. ``jaxlm.adapt.matrix_rows`` defines the axes of a matrix. The axis ``layers`` and unnamed output axes
+    (queries, keys and values of a fused projection; gates of a recurrence) index independent matrices. The tree is also
+    valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -233,31 +238,34 @@ def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | Non
     is_head = name.split("/")[0] in (*HEADS.values(), "next_sentence")
     if rows is None or is_head or is_table(name, leaf):
         return None
-    begin = 1 if leaf.axes[0] == LAYERS else 0
-    outputs = tuple(range(begin + rows, len(leaf.axes)))
-    named = tuple(axis for axis in outputs if leaf.axes[axis] is not None)
-    return MuonDimensionNumbers(tuple(range(begin, begin + rows)), named or outputs)
+    first = 1 if leaf.axes[0] == LAYERS else 0
+    outputs = tuple(range(first + rows, len(leaf.axes)))
+    named_outputs = tuple(axis for axis in outputs if leaf.axes[axis] is not None)
+    return MuonDimensionNumbers(tuple(range(first, first + rows)), named_outputs or outputs)
 
 
 def _muon(name: str, leaf: ArraySpec) -> optax.GradientTransformation | None:
-    """Muon for one weight, without the axis ``layers``; None where it is not a Muon parameter."""
+    """Muon for one weight without the axis ``layers``; None for other parameters."""
     numbers = _dimension_numbers(name, leaf)
     if numbers is None:
         return None
-    longest = max(math.prod(leaf.shape[axis] for axis in axes) for axes in numbers)
+    size = max(math.prod(leaf.shape[axis] for axis in axes) for axes in numbers)  # of the longer side of the matrix
     return optax.chain(
         scale_by_muon(weight_dimension_numbers=numbers),
-        optax.scale(MUON_RMS * math.sqrt(longest)),  # an orthogonal matrix has the root mean square 1 / sqrt(longest)
+        optax.scale(MUON_RMS * math.sqrt(size)),  # an orthogonal matrix has the root mean square 1 / sqrt(size)
     )
 
 
 def _for_each_matrix(
     choose: Callable[[str, ArraySpec], optax.GradientTransformation], specs: spec.Tree, *, flat: bool
 ) -> optax.GradientTransformation:
-    """Applies ``choose(path, spec of one layer)`` to every leaf, and to every layer of a stacked leaf, by itself.
+    """A transformation that applies ``choose(path, spec of one layer)`` to each leaf.
 
-    The state is a tree like the parameters, with the state of one leaf at its path. ``flat``: a leaf is handed over as
-    its matrix [rows, columns], or as a vector if it is not a matrix.
+    Each layer of a stacked leaf is transformed separately. The state has the structure of the parameters, with the
+    state of a leaf at its path.
+
+    Args:
+        flat: whether to pass a leaf as its matrix [rows, columns], or as a vector if it is not a matrix.
     """
     stacked_names = {name for name, leaf in spec.flatten(specs).items() if leaf.axes[:1] == (LAYERS,)}
     per_layer = {}
@@ -265,37 +273,37 @@ def _for_each_matrix(
         if name in stacked_names:
             leaf = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:])
         per_layer[name] = leaf
-    chosen = {name: choose(name, leaf) for name, leaf in per_layer.items()}
+    transforms = {name: choose(name, leaf) for name, leaf in per_layer.items()}
 
-    def shaped(name: str, x: Any) -> Any:
+    def reshape(name: str, x: Any) -> Any:
         rows = matrix_rows(name, per_layer[name])
         if not flat:
             return x
         return x.reshape(-1) if rows is None else x.reshape(math.prod(x.shape[:rows]), -1)
 
-    def each(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
-        """``function(path, leaf of each tree)``, mapped over the layers of a stacked leaf, in the order of ``like``."""
+    def map_layers(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
+        """``function(path, leaf of each tree)`` for each leaf of ``like``; vmap over the layers of stacked leaves."""
         leaves = jax.tree_util.tree_leaves_with_path(like)
         structure: Any = jax.tree.structure(like)
         others = [structure.flatten_up_to(tree) for tree in trees]
         results = []
         for (path, leaf), *rest in zip(leaves, *others, strict=True):
             name = _without_layer_number(spec.path_name(path))
-            one = lambda *arguments, name=name: function(name, *arguments)  # noqa: E731
+            apply = functools.partial(function, name)
             is_stacked = name in stacked_names and leaf.ndim == len(per_layer[name].shape) + 1
-            results.append((jax.vmap(one) if is_stacked else one)(leaf, *rest))
+            results.append((jax.vmap(apply) if is_stacked else apply)(leaf, *rest))
         return results
 
     def init(params: Any) -> Any:
-        states = each(lambda name, param: chosen[name].init(shaped(name, param)), params)
+        states = map_layers(lambda name, param: transforms[name].init(reshape(name, param)), params)
         return jax.tree.unflatten(jax.tree.structure(params), states)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        def one(name: str, update: Any, state: Any, param: Any) -> Any:
-            new, state = chosen[name].update(shaped(name, update), state, shaped(name, param))
+        def update_leaf(name: str, update: Any, state: Any, param: Any) -> Any:
+            new, state = transforms[name].update(reshape(name, update), state, reshape(name, param))
             return new.reshape(update.shape), state
 
-        results = each(one, updates, state, params)
+        results = map_layers(update_leaf, updates, state, params)
         structure = jax.tree.structure(updates)
         return tuple(jax.tree.unflatten(structure, part) for part in zip(*results, strict=True))
 
@@ -310,13 +318,14 @@ def _without_layer_number(name: str) -> str:
 
 
 def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
-    """The factor of each leaf's learning rate: a float, or for a stacked leaf an array [layers, 1, ...].
+    """The learning-rate factor of each leaf: a float, or an array [layers, 1, ...] for a stacked leaf.
 
-    As in the code of BEiT (Bao et al. 2021): layer i of L, counted from 0, has ``decay ** (L - i)``, embeddings
-    ``decay ** (L + 1)``, everything else (heads, poolers, final norms) 1. An encoder and a decoder are counted each by
-    itself. Layers are those of a stack (``layers``) and numbered ones (``layer_0``); embeddings are paths outside of
-    layers that contain ``embedding`` or ``relative_bias``. ELECTRA's code has one factor more below the head; XLNet's
-    gives the top layer 1, and embeddings too.
+    The rule is the same as in BEiT's code (Bao et al. 2021). With L layers, layer i (from 0) has ``decay ** (L - i)``,
+    embeddings have ``decay ** (L + 1)``, and all other parameters (heads, poolers, final norms) have 1. The layers of
+    an encoder and of a decoder are counted separately. Layers are stacked (``layers``) or numbered (``layer_0``).
+    Embeddings are the paths outside of layers that contain ``embedding`` or ``relative_bias``. Other implementations
+    differ: ELECTRA's code has one more factor below the head; XLNet's code gives the factor 1 to the top layer and to
+    embeddings.
 
     Raises:
         ValueError: the model has no layers.
@@ -325,11 +334,13 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     numbered = {name: match for name in names if (match := re.search(r"(^|.*/)layer_(\d+)/", name))}
     counts = {name: leaf.shape[0] for name, leaf in names.items() if leaf.axes[:1] == (LAYERS,)}
     for name, match in numbered.items():
-        same = [int(other[2]) for other in numbered.values() if other[1] == match[1]]
-        counts[name] = max(same) + 1
+        numbers = [int(other[2]) for other in numbered.values() if other[1] == match[1]]
+        counts[name] = max(numbers) + 1
     if not counts:
-        raise ValueError(f"layer_decay={decay}: the model has neither a stack of layers nor numbered ones (layer_0)")
-    deepest = max(counts.values())
+        raise ValueError(
+            f"layer_decay={decay}: the model has neither stacked layers (layers) nor numbered layers (layer_0)"
+        )
+    num_layers = max(counts.values())
 
     def rate(path: tuple[Any, ...], leaf: ArraySpec) -> Any:
         name = spec.path_name(path)
@@ -338,13 +349,13 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
         if name in counts:
             powers = jnp.asarray(decay, jnp.float32) ** jnp.arange(counts[name], 0, -1)
             return powers.reshape(-1, *[1] * (len(leaf.shape) - 1))
-        return decay ** (deepest + 1) if re.search("embedding|relative_bias", name) else 1.0
+        return decay ** (num_layers + 1) if re.search("embedding|relative_bias", name) else 1.0
 
     return jax.tree_util.tree_map_with_path(rate, specs)
 
 
 def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
-    """Multiplies updates, stacked or per-layer, by the factors of :func:`layer_rates`."""
+    """A transformation that multiplies updates, stacked or per-layer, by the factors of :func:`layer_rates`."""
 
     def scale(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
@@ -357,11 +368,11 @@ def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
 # ------------------------------------------------------------------------------------------------- clipping
 
 
-def _clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArgs:
-    """``optax.clip_by_global_norm`` as one product with a scalar (Pascanu et al. 2013, algorithm 1).
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """``optax.clip_by_global_norm`` as a product with one scalar (Pascanu et al. 2013, algorithm 1).
 
-    Optax divides each entry, and XLA writes the quotient to memory before Adam reads it: a pass over all gradients.
-    When the caller passes ``gradient_norm``, as our step does, the gradients are not read again for the norm either.
+    Optax divides each entry, and XLA writes the quotients to memory before Adam reads them, which is an extra pass over
+    all gradients. If the caller passes ``gradient_norm``, as ``Trainer.step`` does, the norm is not computed again.
     """
 
     def clip(
@@ -369,7 +380,7 @@ def _clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArg
     ) -> tuple[optax.Updates, Any]:
         del params, others
         norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
-        factor = jnp.minimum(1.0, largest / norm)
+        factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip)

@@ -1,4 +1,4 @@
-"""Curves of metrics over steps, as PNG files and as inline SVG (needs matplotlib, which the functions import)."""
+"""Plots of metrics over steps, as PNG files and as inline SVG. The functions import matplotlib."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 from jaxlm.training import report
 
 SMOOTH_FROM = 60
-"""Number of training losses from which a running mean is drawn over them."""
+"""Minimum number of training losses for which a running mean is plotted too."""
 
 BOOKKEEPING = ("step", "time", "weight", "skipped", "skipped_in_a_row")
-"""Entries of training records that are not drawn."""
+"""Entries of training records that are not plotted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Series:
     """One line of a panel.
 
     Attributes:
-        label: name in the legend; empty for none.
+        label: name in the legend; the empty string adds no entry.
         steps: [N] x values.
         values: [N] y values; NaN leaves a gap.
         color: index into the palette.
-        markers: mark each point.
-        faint: draw thin and pale, behind the others.
+        markers: whether each point has a marker.
+        faint: whether the line is thin and transparent.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One pair of axes: the label of its y axis and its lines."""
+    """One plot: the label of its y axis, and its lines."""
 
     ylabel: str
     series: tuple[Series, ...]
@@ -52,17 +52,17 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colors of a picture: text, grid lines, and the lines in turn."""
+    """Colors of a figure: text, grid lines, and a palette for the lines."""
 
     text: str
     grid: str
     palette: tuple[str, ...]
 
 
-# Okabe and Ito's palette, which color-blind readers can tell apart, with the pale yellow left out.
+# The palette of Okabe and Ito, which color-blind readers can distinguish, without the light yellow.
 PNG = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
 
-# These colors stand for CSS variables, which `svg` inserts: a page then has one picture for its light and dark theme.
+# `svg` replaces these colors with CSS variables, so that one figure works in the light and the dark theme of a page.
 _CSS = {
     "#010101": "var(--text)",
     "#020202": "var(--line)",
@@ -72,7 +72,7 @@ SVG = Theme("#010101", "#020202", tuple(color for color in _CSS if color.startsw
 
 
 def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """The loss (training and validation) and each other validation metric, one panel each; empty without records."""
+    """One panel for the loss (training and validation) and one per other validation metric; empty without records."""
     lines: list[Series] = []
     steps, values = report.curve(records, "loss")
     if steps:
@@ -91,9 +91,9 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
 
 
 def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """One panel for each metric of a training step besides the loss: learning rate, gradient norm, ...
+    """One panel per metric of a training step except the loss: learning rate, gradient norm, ...
 
-    It leaves out metrics without a finite value and the bookkeeping (:data:`BOOKKEEPING`).
+    Metrics without a finite value and the entries of :data:`BOOKKEEPING` are left out.
     """
     names = dict.fromkeys(name for record in records if "step" in record for name in record)
     panels = []
@@ -108,29 +108,29 @@ def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
 
 
 def readable(name: str) -> str:
-    """A metric's name as text: ``validation_accuracy`` becomes ``validation accuracy``."""
+    """The name of a metric with spaces: ``validation_accuracy`` becomes ``validation accuracy``."""
     return name.replace("_", " ")
 
 
 def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
-    """The training losses, and their running mean when there are many."""
+    """The training losses, and their running mean if there are at least :data:`SMOOTH_FROM`."""
     label = f"training (last {values[-1]:.3f})"
     if len(values) < SMOOTH_FROM:
         return [Series(label, steps, values)]
-    width = max(5, len(values) // 40 | 1)  # odd, so that it has a center
+    width = max(5, len(values) // 40 | 1)  # an odd width has a center
     array = np.asarray(values, np.float64)
     means = []
     for index, value in enumerate(array):
-        window = array[max(0, index - width // 2) : index + width // 2 + 1]  # centered: a trailing mean lags
+        window = array[max(0, index - width // 2) : index + width // 2 + 1]  # centered, because a trailing mean lags
         means.append(float(np.nanmean(window)) if np.isfinite(value) else np.nan)
     return [Series("", steps, values, faint=True), Series(f"training (mean of {width} records)", steps, means)]
 
 
 def save_png(panels: Sequence[Panel], picture: str | Path, columns: int = 2) -> None:
-    """Draw panels into a PNG, side by side and then row by row.
+    """Plot panels to a PNG file, in rows of ``columns`` panels.
 
     Raises:
-        ValueError: no panels.
+        ValueError: ``panels`` is empty.
         ImportError: matplotlib is not installed.
     """
     if not panels:
@@ -142,10 +142,10 @@ def save_png(panels: Sequence[Panel], picture: str | Path, columns: int = 2) -> 
 
 
 def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> None:
-    """Draw attention maps side by side into a PNG: rows attend to columns, dark is a weight of 1.
+    """Plot attention maps side by side to a PNG file. Rows are queries and columns are keys; a dark cell has weight 1.
 
     Raises:
-        ValueError: no maps.
+        ValueError: ``maps`` is empty.
         ImportError: matplotlib is not installed.
     """
     if not maps:
@@ -170,11 +170,13 @@ def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> 
 
 
 def svg(panel: Panel, identifier: str) -> str:
-    """One panel as an ``<svg>`` element without fixed size. Its colors are the CSS variables ``--text``, ``--line`` and
-    ``--series-0`` to ``--series-6``; its text has the font of the page.
+    """One panel as an ``<svg>`` element without fixed size.
+
+    Its colors are the CSS variables ``--text``, ``--line`` and ``--series-0`` to ``--series-6``. Its text has the font
+    of the page.
 
     Args:
-        identifier: prefix of the ids in it, unique in the page.
+        identifier: prefix of the ids in the element; it must be unique in the page.
     """
     buffer = io.BytesIO()
     _save([panel], SVG, (4.6, 2.9), (1, 1), buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -185,7 +187,7 @@ def svg(panel: Panel, identifier: str) -> str:
 
 
 def inline(text: str, identifier: str, *, label: str) -> str:
-    """An SVG file as an element of a page: without XML header and fixed size, with unique ids and a spoken label."""
+    """An SVG file as an HTML element, without XML header and fixed size, and with unique ids and an ARIA label."""
     text = text[text.index("<svg") :].strip()
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)

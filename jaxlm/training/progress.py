@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal: a live bar where there is one, plain lines in a log."""
+"""Progress of a run: a live bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def device_name(count: int) -> str:
-    """The devices of a run in words, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
+    """Number and kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
     kind = jax.devices()[0].device_kind
     return kind if count == 1 else f"{count} x {kind}"
 
 
 class Bar:
-    """Loss, tokens per second, remaining time and device of a run of ``steps`` steps, ``start`` of which are done.
+    """Prints loss, tokens per second, remaining time and device of a run.
 
-    Of several processes, the first prints.
+    With several processes, only the first one prints.
+
+    Args:
+        steps: number of steps of the run.
+        start: number of steps that are already done.
+        devices: number of devices.
     """
 
     def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=not processes.is_first())
         self._steps, self._device = steps, device_name(devices)
-        self._first: tuple[int, float] | None = None  # step and time of the first update: compilation is behind it
+        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
         self._printed = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),

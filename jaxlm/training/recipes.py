@@ -1,12 +1,12 @@
-"""The published training recipe of each family: optimizer, schedule and regularisation of the optimizer.
+"""The published training recipe of each family: optimizer, schedule, weight decay and clipping.
 
     >>> recipe("t5", steps=3000).name
     'adafactor'
 
-A recipe is that of the paper, for its model size, batch and number of updates. :func:`recipe` scales the warm-up to the
-length of a training; nothing else is scaled. Learning rates often do not transfer: small models want larger ones (the
-peak of a Transformer falls about as the inverse of its width), and small batches smaller ones. ``Recipe.transfer`` says
-what is known.
+A recipe has the values of the paper, for its model size, batch size and number of updates. :func:`recipe` scales the
+warm-up to the length of a training and changes no other value. Learning rates often do not transfer. Small models need
+larger learning rates (the best peak of a Transformer is about proportional to the inverse of its width), and small
+batches need smaller ones. ``Recipe.transfer`` has notes on this.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from jaxlm.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the authors of a family trained it."""
+    """The published training settings of a family."""
 
     optimizer: OptimizerConfig
-    """The published numbers."""
+    """The published optimizer settings."""
     steps: int | None
-    """Updates of the published training; None: not published, or as many as validation allows."""
+    """Updates of the published training; None: not published, or determined by early stopping."""
     batch: str
-    """The published batch."""
+    """The published batch size."""
     source: str
     """Paper and section or table, or the authors' code."""
     transfer: str
-    """What differs from the paper, and what does not transfer to another size or task."""
+    """Differences from the paper, and settings that do not transfer to another size or task."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -40,8 +40,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         600_000, "0.5 M tokens",
         "Brown et al. 2020 (GPT-3), table 2.1 (125 M parameters) and appendix B",
-        "GPT-2's paper names no optimizer, so this is GPT-3's for the size of GPT-2. Their cosine ends after 260 of "
-        "300 billion tokens, ours at the last step. GPT-1: 2.5e-4, 2,000 steps of warm-up, cosine to 0.",
+        "GPT-2's paper names no optimizer, so this is GPT-3's recipe for a model of GPT-2's size. Their cosine ends "
+        "after 260 of 300 billion tokens, ours at the last step. GPT-1: 2.5e-4, 2,000 steps of warm-up, cosine to 0.",
     ),
     "llama": Recipe(
         OptimizerConfig(
@@ -50,7 +50,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         250_000, "4 M tokens",
         "Touvron et al. 2023, section 2.3 and table 2 (7 B parameters)",
-        "The learning rate is that of 7 B parameters; models of a few million learn with ten times that.",
+        "The learning rate is for 7 B parameters; models with a few million parameters use ten times this value.",
     ),
     "bert": Recipe(
         OptimizerConfig(
@@ -59,8 +59,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         1_000_000, "256 rows of 128, then 512 tokens",
         "Devlin et al. 2018, appendix A.2; epsilon, clipping and no bias correction from the authors' optimization.py",
-        "Our Adam corrects its bias. Fine-tuning (appendix A.3): 2e-5 to 5e-5, batch 16 or 32, 2 to 4 epochs, the "
-        "first tenth as warm-up.",
+        "Our Adam has bias correction. Fine-tuning (appendix A.3): 2e-5 to 5e-5, batch 16 or 32, 2 to 4 epochs, with "
+        "10 % of the steps as warm-up.",
     ),
     "roberta": Recipe(
         OptimizerConfig(
@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         500_000, "8,000 rows of 512 tokens",
         "Liu et al. 2019, table 9 (base)",
-        "The learning rate belongs to batches of 8,000 rows.",
+        "The learning rate is for batches of 8,000 rows.",
     ),
     "t5": Recipe(
         OptimizerConfig(
@@ -78,8 +78,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         524_288, "128 rows of 512 tokens",
         "Raffel et al. 2020, sections 3.1.2 and 3.1.3: 1 / sqrt(max(n, 10^4)), relative to the size of each parameter",
-        "The rate is relative, so it transfers between sizes; a training of fewer than 10,000 steps has the constant "
-        "0.01. Fine-tuning (section 3.1.3): constant 0.001.",
+        "The learning rate is relative, so it transfers between sizes. Below 10,000 steps it is the constant 0.01. "
+        "Fine-tuning (section 3.1.3): constant 0.001.",
     ),
     "xlnet": Recipe(
         OptimizerConfig(
@@ -88,7 +88,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         500_000, "8,192 rows of 512 tokens",
         "Yang et al. 2019, appendix A.4.1 (large); clipping and last learning rate from the defaults of train.py",
-        "The learning rate belongs to batches of 8,192 rows. Fine-tuning (appendix A.4.2): 1e-5 to 3e-5, with layer "
+        "The learning rate is for batches of 8,192 rows. Fine-tuning (appendix A.4.2): 1e-5 to 3e-5, with layer "
         "decay 0.75 on SQuAD and 1.0 elsewhere.",
     ),
     "transformer_xl": Recipe(
@@ -98,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         200_000, "60 rows of 150 tokens",
         "Dai et al. 2019, the authors' pytorch/run_wt103_base.sh and the defaults of train.py",
-        "Without warm-up; the larger models have 16,000 steps of it.",
+        "This model has no warm-up; the larger models have 16,000 steps of warm-up.",
     ),
     "lstm": Recipe(
         OptimizerConfig(
@@ -107,9 +107,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "80 rows of about 70 tokens (WikiText-2), 40 (Penn Treebank)",
         "Merity et al. 2017 (AWD-LSTM), section 5; decay and clipping from the authors' main.py",
-        "The averaging starts when validation stops improving (jaxlm.training.nt_asgd). The learning rate presumes the "
-        "mean loss of a token, dropout as published, and up to 750 epochs: short trainings learn faster with AdamW. "
-        "The authors' decay also touches biases.",
+        "Averaging starts when validation stops improving (jaxlm.training.nt_asgd). The learning rate is for the mean "
+        "loss per token, the published dropout and up to 750 epochs; short trainings learn faster with AdamW. The "
+        "authors' weight decay also applies to biases.",
     ),
     "gru": Recipe(
         OptimizerConfig(
@@ -119,7 +119,7 @@ RECIPES: dict[str, Recipe] = {
         None, "64 phrase pairs",
         "Cho et al. 2014, section 4.1",
         "Their GRU is an encoder-decoder for phrases. No published GRU language model has a reproducible recipe: Chung "
-        "et al. 2014 draw the learning rate of RMSProp at random for each run.",
+        "et al. 2014 sample the learning rate of RMSProp for each run.",
     ),
     "attention_rnn": Recipe(
         OptimizerConfig(
@@ -128,8 +128,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         288_000, "80 sentence pairs of similar length",
         "Bahdanau et al. 2015, appendix B.2 and table 2 (RNNsearch-50)",
-        "Adadelta needs many updates before its steps are large: trainings of some thousand steps learn faster with "
-        "AdamW. Luong et al. 2015: SGD at 1.0, halved after each epoch from the fifth on, clipping at 5, batch 128.",
+        "Adadelta needs many updates before its steps are large, so trainings of some thousand steps learn faster with "
+        "AdamW. Luong et al. 2015: SGD at 1.0, halved after each epoch from the fifth, clipping at 5, batch 128.",
     ),
     "attention_rnn_lm": Recipe(
         OptimizerConfig(
@@ -138,8 +138,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "64 rows of 20 tokens",
         "Daniluk et al. 2017, training details of section 3",
-        "The numbers were not compared with the text of the paper again. Lin et al. 2017 (classification): SGD, with a "
-        "learning rate for each data set.",
+        "These values have not been checked a second time against the paper. Lin et al. 2017 (classification): SGD, "
+        "with a different learning rate for each data set.",
     ),
     "resnet": Recipe(
         OptimizerConfig(
@@ -148,7 +148,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "128 texts",
         "Conneau et al. 2017 (VDCNN), section 4.2",
-        "10 to 15 epochs of up to 3.6 million texts; the paper does not say how the initial learning rate falls.",
+        "10 to 15 epochs of up to 3.6 million texts; the paper does not describe the decay of the learning rate.",
     ),
     "resnet_lm": Recipe(
         OptimizerConfig(
@@ -157,7 +157,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "750 rows of 20 tokens (Google Billion Word)",
         "Dauphin et al. 2017 (GCNN), section 4.2: learning rate from [1, 2]",
-        "The learning rate presumes weight normalisation, and falls when validation stops improving.",
+        "The learning rate is for weight normalisation, and decays when validation stops improving.",
     ),
     "alexnet": Recipe(
         OptimizerConfig(
@@ -166,21 +166,21 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "128 texts",
         "Zhang et al. 2015, section 2.1",
-        "They halve the learning rate every 3 epochs, 10 times, where an epoch is a number of samples that differs by "
-        "data set. The causal form is not published, so neither is its recipe.",
+        "They halve the learning rate every 3 epochs, 10 times; the number of samples in an epoch depends on the data "
+        "set. The causal model is not published, so its recipe is not either.",
     ),
 }  # fmt: skip
-"""Family -> its published recipe."""
+"""The published recipe of each family."""
 
 
 def recipe(family: str, steps: int) -> OptimizerConfig:
     """The published optimizer of a family for a training of ``steps`` updates.
 
-    The warm-up keeps its share of the training; all other numbers are the published ones. Change some with
-    ``dataclasses.replace(recipe(...), learning_rate=...)``.
+    The warm-up is the same fraction of the training as in the paper; all other values are as published. Change values
+    with ``dataclasses.replace(recipe(...), learning_rate=...)``.
 
     Raises:
-        ValueError: no such family, or no updates.
+        ValueError: the family is unknown, or ``steps`` is less than 1.
     """
     if family not in RECIPES:
         raise ValueError(f"no recipe for family {family!r}: choose from {', '.join(RECIPES)}")

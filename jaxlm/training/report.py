@@ -1,14 +1,14 @@
-"""The files of a run directory that a reader looks at: writers, readers and a picture of the losses.
+"""Writers and readers for the result files of a run directory, and a plot of the losses.
 
-    metrics.jsonl    one record a line: metrics of a step, or an event            MetricsFile, read_metrics
+    metrics.jsonl    one record per line: metrics of a step, or an event          MetricsFile, read_metrics
     results.json     task, family, size, time and scores of a finished run        write_results, read_results
-    samples.jsonl    outputs of the model beside sources and references           write_samples, read_samples
+    samples.jsonl    outputs of the model with sources and references             write_samples, read_samples
     confusion.json   counts of labels and predictions                             write_confusion, read_confusion
     attention.json   attention weights with the tokens of both axes               write_attention, read_attention
     boards.json      chess positions                                              write_boards, read_boards
 
-``jaxlm.training.html_report.write_report`` makes one page of them, ``jaxlm.training.compare`` a table of several runs.
-Of several processes, only the first writes.
+``jaxlm.training.html_report.write_report`` writes a page from them, ``jaxlm.training.compare`` a table of several runs.
+With several processes, only the first one writes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ ATTENTION = "attention.json"
 BOARDS = "boards.json"
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits", "nats", "error")
-"""Parts of the names of metrics that improve by falling; all other metrics improve by rising."""
+"""Parts of the names of metrics for which lower is better. For all other metrics, higher is better."""
 
 # --------------------------------------------------------------------------------------------- metrics.jsonl
 
 
 class MetricsFile:
-    """Appends records to a JSONL file, each line whole on disk before the call returns. Of several processes, the first
-    writes."""
+    """Appends records to a JSONL file. Each line is completely written when the call returns.
+
+    With several processes, only the first one writes.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -57,26 +59,26 @@ class MetricsFile:
         if not processes.is_first():
             return
         if not self._checked:
-            _cut_torn_line(self.path)
+            _remove_incomplete_line(self.path)
             self._checked = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Remove a last line without a line end, which a killed run leaves: appending to it would make no JSON."""
+def _remove_incomplete_line(path: Path) -> None:
+    """Remove a last line without a line break, which a killed run leaves: appending to it would give invalid JSON."""
     if not path.exists():
         return
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a metrics file. A last line cut short by a killed run is left out.
+    """All records of a metrics file, without an incomplete last line of a killed run.
 
-    After a resume, steps that were run again appear twice: the later record counts.
+    After a resume, steps that were run again have two records, of which the later one is valid.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -86,13 +88,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, the last record of a step counting. A value that was not finite is NaN."""
+    """Steps and values of one metric, from the last record of each step. A value that was not finite is NaN."""
     points = {record["step"]: record[name] for record in records if name in record and "step" in record}
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
 
 
 def validation_metrics(records: list[dict[str, Any]]) -> list[str]:
-    """Names of the validation metrics (``validation_loss``, ``validation_accuracy``, ...), the loss first."""
+    """Names of the validation metrics (``validation_loss``, ``validation_accuracy``, ...), with the loss first."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("validation_"))
     return sorted(names, key=lambda name: name != "validation_loss")
 
@@ -106,7 +108,7 @@ def best(name: str, values: Sequence[float]) -> float:
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Draw training and validation loss over steps into a PNG, and each other validation metric in a further panel.
+    """Plot training and validation loss over steps to a PNG file, and each other validation metric in its own panel.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -132,16 +134,16 @@ def write_results(
     """Write ``results.json`` of a finished run.
 
     Args:
-        task: ``translation``, for example.
-        family: ``t5``, for example.
+        task: name of the task, for example ``translation``.
+        family: name of the family, for example ``t5``.
         parameters: number of trained and frozen parameters.
-        minutes: duration of training.
+        minutes: duration of training in minutes.
         scores: metrics of the final model.
-        details: further JSON values, as ``data`` (which examples were scored). ``processor`` and ``versions`` are those
-            of this machine unless they are given here.
+        details: further JSON values, such as ``data`` (the examples that were scored). ``processor`` and ``versions``
+            replace the values of this machine.
 
     Raises:
-        ValueError: a value that is not JSON, NaN for example.
+        ValueError: a value is not JSON, for example NaN.
     """
     content = {
         "task": task,
@@ -154,7 +156,7 @@ def write_results(
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
-    """``results.json`` as it was given to :func:`write_results`, ``scores`` as a list of :class:`Score`.
+    """The values passed to :func:`write_results`, with ``scores`` as a list of :class:`Score`.
 
     Raises:
         FileNotFoundError: the run has no such file.
@@ -166,7 +168,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    """Processor and versions of this machine."""
+    """The processor and the package versions of this machine."""
     import jaxlm
 
     versions = {"jaxlm": jaxlm.__version__, "jax": jax.__version__, "python": platform.python_version()}
@@ -190,14 +192,14 @@ def _processor() -> str:
 
 
 def write_samples(run: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write ``samples.jsonl``, one object a line.
+    """Write ``samples.jsonl``, with one object per line.
 
     Args:
         rows: strings by name. The report shows ``source``, ``reference``, ``output``, ``label`` and ``score`` in this
             order, then other names. An output that differs from its ``label`` is marked as wrong.
 
     Raises:
-        TypeError: a value that is not a string.
+        TypeError: a value is not a string.
     """
     lines = []
     for index, row in enumerate(rows):
@@ -225,7 +227,7 @@ def write_confusion(run: str | Path, labels: Sequence[str], counts: npt.ArrayLik
     """Write ``confusion.json``: names of the labels [L] and counts [L, L] (rows: labels, columns: predictions).
 
     Raises:
-        ValueError: counts that are not [L, L] non-negative integers.
+        ValueError: ``counts`` are not non-negative integers [L, L].
     """
     _write_json(Path(run) / CONFUSION, {"labels": list(labels), "counts": _counts(labels, counts).tolist()})
 
@@ -235,7 +237,7 @@ def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: counts that are not [L, L] non-negative integers.
+        ValueError: the counts are not non-negative integers [L, L].
     """
     path = Path(run) / CONFUSION
     content = _read_json(path)
@@ -263,8 +265,8 @@ class AttentionMap:
 
     Attributes:
         title: heading in the report.
-        rows: tokens that attend [R], the outputs of a translation for example.
-        columns: tokens that are attended to [C].
+        rows: [R] query tokens, for example the output of a translation.
+        columns: [C] key tokens.
         weights: [R, C] numbers in [0, 1].
     """
 
@@ -303,7 +305,7 @@ def read_attention(run: str | Path) -> list[AttentionMap]:
 
     Raises:
         FileNotFoundError: the run has no such file.
-        ValueError: weights that do not fit their tokens.
+        ValueError: the weights of a map do not have the shape of its tokens.
     """
     path = Path(run) / ATTENTION
     return _entries(AttentionMap, _read_json(path), path)
@@ -345,7 +347,7 @@ def read_boards(run: str | Path) -> list[Board]:
     return _entries(Board, _read_json(path), path)
 
 
-# --------------------------------------------------------------------------------------------- shared parts
+# --------------------------------------------------------------------------------------------- common functions
 
 
 def check_run(run: str | Path) -> Path:
@@ -366,7 +368,7 @@ def check_run(run: str | Path) -> Path:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is torn, or empty
+    for number, line in enumerate(lines[:-1], start=1):  # text after the last line break is incomplete, or empty
         if not line:
             continue
         try:
@@ -402,7 +404,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a killed process leaves the old file or the new one."""
+    """Replace a file atomically, so that a killed process leaves either the old file or the new one."""
     if not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Trackers: a protocol for logging metrics to TensorBoard, Weights & Biases or Trackio, and its three adapters.
+"""A protocol for experiment trackers, and adapters for TensorBoard, Weights & Biases and Trackio.
 
-A tracker receives the same values as ``metrics.jsonl``. In a run of several processes, only the first should make one.
-Any object with ``log`` and ``close`` is a tracker, so another service needs a class of a few lines and no base class.
+A tracker receives the same values as ``metrics.jsonl``. With several processes, only the first one should create a
+tracker. Any object with ``log`` and ``close`` is a tracker, so an adapter for another service needs no base class.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any, Protocol
 
 
 class Tracker(Protocol):
-    """An object that training gives its metrics to."""
+    """An object that receives the metrics of training."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the metrics of a step. Steps do not decrease; one step may come twice, with different names."""
+        """Record metrics of a step. Steps never decrease; a second call for a step has metrics with other names."""
 
     def close(self) -> None:
-        """Write what is buffered and end the record."""
+        """Write buffered values and end the record."""
 
 
 class TensorBoardTracker:
-    """Writes TensorBoard event files; ``tensorboard --logdir DIRECTORY`` shows them.
+    """Writes TensorBoard event files, which ``tensorboard --logdir DIRECTORY`` displays.
 
-    It needs the package ``tensorboard``, but neither torch nor TensorFlow.
+    It needs the package ``tensorboard``, but not torch or TensorFlow.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -35,17 +35,17 @@ class TensorBoardTracker:
         self._writer = Writer(str(directory))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one scalar for each metric."""
+        """Write one scalar per metric."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is buffered and close the file."""
+        """Write buffered values and close the file."""
         self._writer.close()
 
 
 class _RunTracker:
-    """What Weights & Biases and Trackio have in common: ``init`` returns a run that logs and finishes."""
+    """Base class for Weights & Biases and Trackio, whose ``init`` returns a run with ``log`` and ``finish``."""
 
     def __init__(self, service: Any, project: str, name: str | None, config: Mapping[str, Any] | None) -> None:
         self._run = service.init(project=project, name=name, config=dict(config or {}))
@@ -55,16 +55,16 @@ class _RunTracker:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is buffered and end the run."""
+        """Send buffered values and end the run."""
         self._run.finish()
 
 
 class WandbTracker(_RunTracker):
-    """Logs to Weights & Biases. Its variables (``WANDB_MODE=offline``, ``WANDB_DIR``, ...) configure the rest.
+    """Logs to Weights & Biases. Its environment variables (``WANDB_MODE=offline``, ``WANDB_DIR``, ...) also apply.
 
     Args:
-        project: the project that the run is listed in.
-        name: the run's name; None lets the service choose one.
+        project: name of the project.
+        name: name of the run; None lets the service choose one.
         config: the run's configuration, JSON values.
 
     Raises:
@@ -80,11 +80,11 @@ class WandbTracker(_RunTracker):
 
 
 class TrackioTracker(_RunTracker):
-    """Logs to Trackio, whose database is on this machine; ``trackio show`` displays it.
+    """Logs to Trackio, whose database is on this machine. ``trackio show`` displays it.
 
     Args:
-        project: the project that the run is listed in.
-        name: the run's name; None lets the service choose one.
+        project: name of the project.
+        name: name of the run; None lets the service choose one.
         config: the run's configuration, JSON values.
 
     Raises:

@@ -1,6 +1,6 @@
-"""``Trainer``: the training step and its state, as pure functions that are wrapped in jit, sharding or pmap.
+"""``Trainer``: the training step and its state, as pure functions for ``jit`` (with shardings) or ``pmap``.
 
-Shapes: B batch; A number of micro-batches of a batch (``grad_accum_steps``).
+Shapes: B batch size; A number of micro-batches per batch (``grad_accum_steps``).
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
 Carry = tuple[int, int]
-"""The size of the model state that is carried from batch to batch: (rows, tokens that the state remembers)."""
+"""Size of the model state that is carried from batch to batch: (rows, tokens of context in the state)."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 SPIKE_WINDOW = 128
-"""Number of losses that decide whether the next one is a spike (``Trainer.spike_deviations``)."""
+"""Number of recent losses with which the next loss is compared to detect a spike (``Trainer.spike_deviations``)."""
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that training carries from step to step. A resumed run depends on nothing else.
+    """The complete state of training between two steps. A resumed run depends on nothing else.
 
     Attributes:
-        step: number of steps, skipped ones included; the random key of a step depends on it.
-        params: the trained arrays, float32.
-        optimizer: the Optax state.
+        step: number of steps, including skipped steps; the random key of a step is derived from it.
+        params: trained parameters, float32.
+        optimizer: Optax state.
         key: root key of all random numbers.
         ema: exponential moving average of ``params``, or None.
         skipped: number of steps whose loss or gradient was not finite, or whose loss was a spike.
         skipped_in_a_row: number of skipped steps since the last step that was not skipped.
-        model_state: the model state at the end of the last batch (``model.state_specs``), or None.
+        model_state: model state at the end of the last batch (``model.state_specs``), or None.
         frozen: parameters that are not trained (``Trainer.adaptation``), or None.
-        recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, NaN where there are fewer;
-            None without ``Trainer.spike_deviations``.
+        recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, with NaN in unused
+            entries; None without ``Trainer.spike_deviations``.
 
-    Leaves are arrays; in ``Trainer.abstract`` they are shapes, and in ``Trainer.shardings`` shardings.
+    The leaves are arrays. ``Trainer.abstract`` returns the same tree with shapes as leaves, and ``Trainer.shardings``
+    with shardings.
     """
 
     step: Any
@@ -66,25 +67,25 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A model, an optimizer and a loss, with the functions that training needs.
+    """A model, an optimizer and a loss, with the functions that a training loop needs.
 
     Attributes:
         model: the model.
         optimizer: any Optax transformation.
         loss: the ``loss`` of an objective, or a function with its signature.
-        grad_accum_steps: A, the number of micro-batches that are computed one after the other and whose gradients are
-            summed. This saves memory and gives the same gradient.
-        ema_decay: decay of a moving average of the trained arrays; None keeps no average.
+        grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other and their
+            gradients are summed. This saves memory and gives the same gradient.
+        ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
-            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped; half as many must be known. The
-            skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the same rule with 6 deviations.
-            None skips no finite loss.
+            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies once half of these
+            losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the same rule
+            with 6 deviations. None skips no finite loss.
         carry: (rows, tokens) of the model state that is carried from batch to batch; None carries no state.
-        adaptation: which parameters are trained (``jaxlm.adapt``); None trains all of them.
-        learning_rate: the schedule, a function of the number of updates; it is only used for the log.
+        adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
+        learning_rate: the schedule, a function of the number of updates; used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
         layers_apart: whether the state has one tree per layer instead of stacked layers (``spec.unstack``). The
-            optimizer must be ``Entrywise``.
+            optimizer must then be ``Entrywise``.
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
@@ -108,28 +109,28 @@ class Trainer:
 
     @property
     def specs(self) -> spec.Tree:
-        """Specs of the trained arrays, in the layout of the state."""
+        """Specs of the trained parameters, in the layer layout of the state."""
         specs = self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
         return self._layout(specs)
 
     def init(self, key: jax.Array, params: Any = None) -> TrainState:
-        """A new state, created on its devices. The values do not depend on the number of devices.
+        """The initial state, created on its devices. The values do not depend on the number of devices.
 
         Args:
             key: root key of all random numbers of the training.
-            params: parameters of the model to start from; they are copied. None draws random ones.
+            params: initial parameters of the model, which are copied. None initializes them at random.
 
         Raises:
             ValueError: a trained parameter is not float32.
         """
         shardings = None if self.sharding is None else self.shardings()
         if params is not None:
-            params = jax.tree.map(_on_host_of_several, params)
+            params = jax.tree.map(_to_host_if_distributed, params)
         return jax.jit(self._init, out_shardings=shardings)(key, params)
 
     def _init(self, key: jax.Array, params: Any) -> TrainState:
         init_key, train_key, adapt_key = (_fold(key, name) for name in ("init", "train", "adapt"))
-        # The step donates the buffers of the state. Without the copy, these would be the caller's own buffers.
+        # The step donates the buffers of the state. Without the copy, it would donate the caller's buffers.
         params = self.model.init(init_key) if params is None else jax.tree.map(jnp.copy, params)
         frozen = None
         if self.adaptation is not None:
@@ -141,7 +142,7 @@ class Trainer:
                     f'(load_pretrained(..., param_dtype="float32")) and choose the compute dtype in the config'
                 )
         params, frozen = self._layout(params), self._layout(frozen)
-        # No buffer may be donated twice, so the average is a copy and each counter is a separate array.
+        # No buffer may be donated twice, so the moving average is a copy and each counter is a separate array.
         ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         model_state = None if self.carry is None else self._layout(self.model.init_state(*self.carry))
@@ -155,10 +156,11 @@ class Trainer:
         return None if self.spike_deviations is None else jnp.full(SPIKE_WINDOW, jnp.nan)
 
     def abstract(self, params: Any = None) -> TrainState:
-        """Shapes (and shardings) of the state: a target to restore a checkpoint into, or to compile the step for.
+        """Shapes (and shardings) of the state, to restore a checkpoint or to compile the step ahead of time.
 
         Args:
-            params: the parameters that ``init`` gets, whose frozen part may have another dtype than float32.
+            params: the parameters passed to ``init``; only their shapes and dtypes are used. Frozen parameters may have
+                another dtype than float32.
         """
         given = spec.abstract(self.model.specs) if params is None else params
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
@@ -172,8 +174,10 @@ class Trainer:
         )
 
     def shardings(self) -> TrainState:
-        """The sharding of each array of the state. Arrays with the shape of a parameter have its sharding; others are
-        replicated."""
+        """The sharding of each array of the state.
+
+        An optimizer array with the path and shape of a parameter has its sharding. Counters and keys are replicated.
+        """
         assert self.sharding is not None
         everywhere = self.sharding.replicated()
         params = self.sharding.tree(self.specs)
@@ -190,10 +194,11 @@ class Trainer:
         )
 
     def model_params(self, state: TrainState) -> Any:
-        """The parameters of the model to evaluate and to export, frozen ones included.
+        """The parameters of the model for evaluation and export, including frozen parameters.
 
-        The trained ones are the moving average if there is one, else the mean of NT-ASGD if the optimizer has it (until
-        averaging starts, this is the last parameters), else the parameters themselves."""
+        For trained parameters, this is the moving average if there is one, else the mean of NT-ASGD if the optimizer
+        has it (before averaging starts, this mean is the current parameters), else the current parameters.
+        """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
             trained = nt_asgd.averaged(state.optimizer)
@@ -208,22 +213,23 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- step
 
     def step(self, state: TrainState, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
-        """The state after one update, and metrics. Pure.
+        """The state after one update, and metrics. The function is pure.
 
-        A step whose loss or gradient norm is not finite, or whose loss is a spike (``spike_deviations``), changes only
-        the counters: parameters, optimizer state, moving average and model state stay bit for bit the same. Metrics are
-        float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of the new
-        parameters), ``weight`` (number of targets), ``skipped`` and ``skipped_in_a_row``.
+        A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
+        A skipped step changes only the counters. Parameters, optimizer state, moving average and model state stay
+        bitwise the same. Metrics are float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping),
+        ``parameter_norm`` (of the new parameters), ``weight`` (number of targets), ``skipped`` and
+        ``skipped_in_a_row``.
 
-        An update that makes parameters that are not finite is not undone, because that would take a copy of the old
-        ones. ``parameter_norm`` shows it: it is finite only if all new parameters are.
+        If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
+        parameters. ``parameter_norm`` is then not finite; it is finite only if all new parameters are finite.
 
         If no model state is carried, the state that the loss returns replaces the parameters of the same names after
         the update. Models with batch normalisation update their running statistics in this way.
 
         Args:
-            batch: the batch of the objective; rows with ``batch.reset`` start from an empty model state.
-            axis_name: the axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
+            batch: a batch of the objective; rows with ``batch.reset`` start from an empty model state.
+            axis_name: the mapped axis over which gradients are summed, inside ``jax.pmap`` or ``shard_map``.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -240,37 +246,37 @@ class Trainer:
         grads, total, weight = sums
         mean, scale = total / weight, 1.0 / weight
         norm = optax.tree.norm(grads) * scale
-        good = jnp.isfinite(mean) & jnp.isfinite(norm)
+        accepted = jnp.isfinite(mean) & jnp.isfinite(norm)
         if state.recent_losses is not None:
-            good &= ~self._is_spike(mean, state.recent_losses)
+            accepted &= ~self._is_spike(mean, state.recent_losses)
 
         # A branch instead of a select: XLA then updates parameters and moments in place. With selects, it first copies
         # the old moments (docs/labbook.md).
-        carried = (state.params, state.optimizer, state.ema, model_state, state.frozen)
-        carried = jax.lax.cond(
-            good, lambda carried: self._update(carried, grads, scale, norm, new_model_state), lambda x: x, carried
+        trees = (state.params, state.optimizer, state.ema, model_state, state.frozen)
+        trees = jax.lax.cond(
+            accepted, lambda trees: self._update(trees, grads, scale, norm, new_model_state), lambda trees: trees, trees
         )
-        bad = jnp.where(good, 0, 1)
-        skipped, in_a_row = state.skipped + bad, jnp.where(good, 0, state.skipped_in_a_row + 1)
+        skipped = state.skipped + jnp.where(accepted, 0, 1)
+        in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": mean,
             "gradient_norm": norm,
-            "parameter_norm": optax.tree.norm(carried[0]),
+            "parameter_norm": optax.tree.norm(trees[0]),
             "weight": weight,
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),
         }
-        params, optimizer, ema, model_state, frozen = carried
+        params, optimizer, ema, model_state, frozen = trees
         losses = state.recent_losses
         if losses is not None:
-            losses = jnp.where(good, losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(mean), losses)
+            losses = jnp.where(accepted, losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(mean), losses)
         new = TrainState(
             state.step + 1, params, optimizer, state.key, ema, skipped, in_a_row, model_state, frozen, losses
         )  # fmt: skip
         return new, metrics
 
     def _is_spike(self, loss: jax.Array, losses: jax.Array) -> jax.Array:
-        """Whether ``loss`` is a spike after ``losses`` [W], of which those that are NaN are unknown."""
+        """Whether ``loss`` is a spike compared with ``losses`` [:data:`SPIKE_WINDOW`], whose unused entries are NaN."""
         assert self.spike_deviations is not None
         known = jnp.isfinite(losses)
         count = jnp.sum(known)
@@ -279,7 +285,7 @@ class Trainer:
         return (count >= SPIKE_WINDOW // 2) & (loss > mean + self.spike_deviations * jnp.sqrt(variance))
 
     def _gradients(self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
-        """Sums over the batch, (gradient, loss, weight), and the state that the loss returns."""
+        """Sums (gradient, loss, weight) over the batch, and the state that the loss returns."""
 
         def total_loss(params: Any) -> tuple[jax.Array, Any]:
             total, weight, new = self.loss(self.model, self._merge(params, frozen), batch, key=key, state=model_state)
@@ -291,7 +297,7 @@ class Trainer:
     def _accumulated_gradients(
         self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any
     ) -> tuple[Any, Any]:
-        """The same as ``_gradients``, computed one micro-batch after the other."""
+        """The result of ``_gradients``, computed one micro-batch after the other."""
         if model_state is not None:
             raise ValueError(
                 f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: leave it at 1"
@@ -307,11 +313,11 @@ class Trainer:
         sums, new = jax.lax.scan(add, zeros, numbered)
         return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new)
 
-    def _update(self, carried: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
-        params, optimizer_state, ema, model_state, frozen = carried
-        # The mean gradient is computed here, where the optimizer reads it: no extra pass over the gradients.
+    def _update(self, trees: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
+        params, optimizer_state, ema, model_state, frozen = trees
+        # The division by the weight is here so that XLA fuses it into the optimizer: no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # Clipping can reuse this norm. Optax drops the argument for optimizers that do not accept it.
+        # Clipping reuses this norm. Optax drops the argument for optimizers that do not accept it.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
         updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
         params = optax.apply_updates(params, updates)
@@ -327,9 +333,9 @@ class Trainer:
         return params, optimizer_state, ema, model_state, frozen
 
     def jit_step(self) -> Step:
-        """The compiled :meth:`step`. It donates the buffers of the state: do not use the state passed in again.
+        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, which must not be used again.
 
-        Without ``sharding``, the step accepts a state with stacked or with per-layer trees.
+        Without ``sharding``, the step accepts a state with stacked layers or with one tree per layer.
         """
         if self.sharding is None:
             return jax.jit(self.step, donate_argnums=0)
@@ -348,8 +354,11 @@ class Trainer:
         )
 
     def pmap_step(self) -> Step:
-        """:meth:`step` with data parallelism by ``jax.pmap``. State (``flax.jax_utils.replicate``) and batch have a
-        leading device axis; the tokens of a batch are [devices, B / devices, T]."""
+        """:meth:`step` with data parallelism by ``jax.pmap``.
+
+        The state (``flax.jax_utils.replicate``) and the batch have a leading device axis: the tokens of a batch are
+        [devices, B / devices, T].
+        """
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             return self.step(state, batch, axis_name="devices")
@@ -363,28 +372,29 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
     return folded
 
 
-def _on_host_of_several(x: Any) -> Any:
-    """``x``; with several processes, a local array becomes a host array: jit cannot copy it to other processes."""
+def _to_host_if_distributed(x: Any) -> Any:
+    """``x``; with several processes, a local array as a NumPy array: jit cannot copy it to other processes."""
     local = not isinstance(x, jax.Array) or x.is_fully_addressable
     return np.asarray(x) if jax.process_count() > 1 and local else x
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """[B, ...] to [A, B / A, ...]. Micro-batch a has rows a, a + A, ..., so that rows stay on their devices."""
+    """The batch [B, ...] as [A, B / A, ...]. Micro-batch a has rows a, a + A, ..., so rows stay on their devices."""
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:
             raise ValueError(
                 f"grad_accum_steps={count} does not divide the batch of {x.shape[0]} rows: change one of them"
             )
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(split, batch)
 
 
 def place_batch(batch: Any, sharding: Sharding | None) -> Any:
-    """A batch as global arrays [B, ...], sharded by rows over the mesh.
+    """The batch as global arrays [B, ...], sharded by rows over the mesh; ``batch`` itself without ``sharding``.
 
-    ``batch`` has this process's rows of the global batch (``sharding.rows``).
+    Args:
+        batch: this process's rows of the global batch (``sharding.rows``).
     """
     return batch if sharding is None else jax.tree.map(sharding.from_rows, batch)

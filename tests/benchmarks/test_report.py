@@ -58,11 +58,11 @@ def test_curves_are_of_rows_that_differ_in_one_size():
 
 def test_files_of_something_else_are_named(tmp_path, capsys):
     assert report.main([str(tmp_path / "none.json")]) == 2
-    assert "none.json is not what a benchmark writes" in capsys.readouterr().err
+    assert "none.json is not a file that a benchmark wrote" in capsys.readouterr().err
     (tmp_path / "b.json").write_text("[1]")
     assert report.main([str(tmp_path / "b.json")]) == 2
-    assert "b.json is not what a benchmark writes" in capsys.readouterr().err
+    assert "b.json is not a file that a benchmark wrote" in capsys.readouterr().err
     assert report.main([str(written(tmp_path, [{"quantity": "loss"}]))]) == 2
-    assert "hold no timed rows" in capsys.readouterr().err
+    assert "the files have no timed rows" in capsys.readouterr().err
     assert report.main([]) == 2
-    assert "no result files are named" in capsys.readouterr().err
+    assert "there are no result files" in capsys.readouterr().err

@@ -40,8 +40,8 @@ def test_options_that_cannot_be_meant_are_named(tmp_path, capsys):
     for arguments, message in (
         (["--families", "bert"], "--families 'bert' is unknown: choose from gpt, llama"),
         (["--equal", "speed"], "--equal 'speed' is unknown: choose from parameters, flops"),
-        (["--contexts", "long"], "--contexts 'long' must be numbers"),
-        (["--tokens", "100"], "--tokens 100 are 0 batches of 16 x 128: at least 8"),
+        (["--contexts", "long"], "--contexts 'long' must be whole numbers"),
+        (["--tokens", "100"], "--tokens 100 gives 0 batches of 16 x 128: at least 8 are needed"),
         (["--quick", "--output", str(tmp_path)], "File exists"),
     ):
         assert shootout.main(arguments) == 2

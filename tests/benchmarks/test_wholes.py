@@ -102,7 +102,7 @@ def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture
     assert training.main(["--against", "", "--passes", "backward"]) == 2
     assert "--passes 'backward' is unknown: choose from forward, step" in capsys.readouterr().err
     assert decoding.main(["--against", "", "--batch", "one"]) == 2
-    assert "--batch 'one' must be numbers" in capsys.readouterr().err
+    assert "--batch 'one' must be whole numbers" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

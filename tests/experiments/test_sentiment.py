@@ -7,7 +7,7 @@ import pytest
 import jaxlm
 from experiments import sentiment
 from jaxlm import cli
-from jaxlm.training.report import read_results, read_samples
+from jaxlm.training.report import read_attention, read_results, read_samples
 
 WORDS = {"1": "good fine great warm", "0": "bad dull poor cold"}
 TINY = (
@@ -49,6 +49,7 @@ def test_what_a_run_leaves(finished, capsys):
     assert json.loads((finished / "confusion.json").read_text())["counts"] == [[1, 0], [0, 1]]
     page = (finished / "report.html").read_text()
     assert "it is great and fine" in page
+    assert not (finished / "attention.json").exists()  # an LSTM has no attention
     model, _ = jaxlm.load_pretrained(finished / "model")
     assert model.labels == ("0", "1")
     assert cli.main(["classify", str(finished), "it is warm and great"]) == 0
@@ -63,7 +64,16 @@ def test_a_finished_run_is_exported_again_and_does_not_go_on_with_other_data(fin
     assert (finished / "report.html").exists()
     jaxlm.load_pretrained(finished / "model")
     assert main("--resume", finished, "--data.train", files / "dev.tsv") == 2
-    assert "cannot change when a run goes on" in capsys.readouterr().err
+    assert "cannot change in a resumed run" in capsys.readouterr().err
+
+
+def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
+    sizes = ("num_layers=1", "num_heads=2", "embed_dim=16", "max_positions=64")
+    arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
+    assert main("--preset", "roberta", *TINY[2:-4], *arguments, "--model.set", *sizes) == 0
+    maps = read_attention(tmp_path / "run")
+    assert len(maps) == 4
+    assert maps[0].columns[1:3] == ["it", "is"]
 
 
 def test_folds_test_every_example_once(files, tmp_path, capsys):
@@ -82,7 +92,7 @@ def test_folds_test_every_example_once(files, tmp_path, capsys):
     ("change", "message"),
     [
         (("--data.train", "none.tsv"), "none.tsv is not a file"),
-        (("--model.set", "num_labels=3"), "--model.set num_labels=3: the data decide num_labels, leave it out"),
+        (("--model.set", "num_labels=3"), "--model.set num_labels=3: num_labels follows from the data, leave it out"),
         (("--model.set", "hidden"), "cannot read --model.set 'hidden': write name=value"),
         (("--model.name", "lstn"), "no model is called 'lstn': did you mean 'lstm'"),
         (("--optimizer.warmup-steps", "999"), "warmup_steps=999 must be fewer than the"),
@@ -109,3 +119,4 @@ def test_every_preset_trains(files, tmp_path, preset):
     arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
     assert main("--preset", preset, *TINY[2:-4], *arguments, "--model.set", *sizes) == 0
     assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "attention.json").exists() == (preset in ("attention_rnn", "roberta", "xlnet"))

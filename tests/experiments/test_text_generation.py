@@ -17,7 +17,7 @@ from jaxlm.data import load_tokenizer, read_text
 from jaxlm.objectives import causal
 from jaxlm.training.loop import Result
 from jaxlm.training.optimizer import make_optimizer
-from jaxlm.training.report import curve, read_metrics, read_results, read_samples
+from jaxlm.training.report import curve, read_attention, read_metrics, read_results, read_samples
 from jaxlm.training.trainer import Trainer
 
 TINY = (
@@ -62,7 +62,7 @@ def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "loss.png", "checkpoints", "model", "sample.txt", "samples.jsonl",
-        "results.json", "report.html",
+        "results.json", "report.html", "attention.json", "attention.png",
     }  # fmt: skip
     assert {path.name for path in (finished / "model").iterdir()} == {
         "config.json",
@@ -82,6 +82,7 @@ def test_what_a_run_leaves(finished):
     passage = read_text(finished / "sample.txt")
     assert passage.startswith("ROMEO:")
     assert len(passage) == len("ROMEO:") + 24
+    assert "".join(read_attention(finished)[0].columns) == passage
 
 
 def test_the_exported_model_is_that_of_the_last_checkpoint(finished):
@@ -134,9 +135,9 @@ def test_a_run_goes_on_with_more_steps(copied, finished):
     [
         (
             ("--training.steps", "5", "--optimizer.warmup-steps", "1"),
-            "the checkpoint is of step 12, beyond training.steps=5: ask for at least 12",
+            "the checkpoint is of step 12, beyond training.steps=5: set training.steps to at least 12",
         ),
-        (("--tokenizer", "byte"), "tokenizer=byte cannot change when a run goes on (it is character)"),
+        (("--tokenizer", "byte"), "tokenizer=byte cannot change in a resumed run (it is character)"),
         (("--validation-fraction", "0.2"), "validation_fraction=0.2 cannot change"),
     ],
 )
@@ -196,7 +197,7 @@ def test_texts_that_cannot_be_used(tmp_path, capsys, content, message):
 def test_a_directory_that_holds_something_is_refused(finished, capsys):
     before = (finished / "config.json").read_bytes()
     said = refused(capsys, *TINY, "--training.seed", "5", "--output", finished)
-    assert "is not empty: choose another --output, or go on with --resume" in said
+    assert "is not empty: choose another --output, or continue with --resume" in said
     assert (finished / "config.json").read_bytes() == before
 
 
@@ -247,6 +248,7 @@ def test_every_family_is_scored_on_the_whole_held_out_parts(tmp_path, text, pres
     parts = ("--validation-fraction", "0.3", "--test-fraction", "0.2")
     command = ("--preset", preset, *STREAM, *parts, "--data", text, "--output", run)
     assert main(*command, "--model.set", *changes.split()) == 0
+    assert (run / "attention.json").exists() == (preset in ("transformer_xl", "llama"))
     results = read_results(run)
     scores, total = results["scores"], len(read_text(text))
     names = ("nats per character", "bits per character", "perplexity per token")

@@ -18,7 +18,7 @@ PHASES = [  # what is called in turn after the training
     (lib, "save_pretrained"),
     (lib, "draw_losses"),
     (text_generation, "write_passage"),
-    (text_generation, "write_samples"),
+    (text_generation, "write_sample"),
     (text_generation, "scores"),
     (lib, "write_results"),
     (lib, "write_report"),

@@ -280,7 +280,9 @@ def test_a_complete_run_gives_its_result_again(tmp_path, whole, capfd):
     assert_trees_equal(again.params, whole.params)
     assert again.validation == pytest.approx(dict(whole.validation))
     assert (again.step, again.interrupted) == (STEPS, None)
-    with pytest.raises(ValueError, match=rf"of step {STEPS}, beyond training.steps=5: ask for at least {STEPS}"):
+    with pytest.raises(
+        ValueError, match=rf"of step {STEPS}, beyond training.steps=5: set training.steps to at least {STEPS}"
+    ):
         run(directory, resume=True, steps=5)
 
 
@@ -298,7 +300,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_asked_for(tmp_path, whole
     (directory / "checkpoints" / str(STEPS) / "record" / "metadata").write_text("{}")
     with pytest.raises(CorruptCheckpointError, match="the newest intact step before it is 8"):
         run(directory, resume=True)
-    with pytest.raises(FileExistsError, match="holds the checkpoints of another run"):
+    with pytest.raises(FileExistsError, match="has checkpoints of another run"):
         run(directory)
     result = run(directory, resume=True, on_corrupt="previous")
     assert_trees_equal(result.params, whole.params)
@@ -336,7 +338,7 @@ def test_evaluation_weighs_tokens_and_not_batches():
     assert Evaluator(model, causal.loss, [long, short])(params)["loss"] == pytest.approx(want, rel=1e-6)
     with pytest.raises(ValueError, match="at least one batch"):
         Evaluator(model, causal.loss, [])
-    with pytest.raises(ValueError, match="padding only"):
+    with pytest.raises(ValueError, match="the batches are only padding"):
         Evaluator(model, causal.loss, [without_weight(long)])(params)
 
 
@@ -364,8 +366,8 @@ def test_the_best_weights_come_back_and_training_stops_early(tmp_path, capfd, mo
     assert (result.step, int(result.state.step)) == (4, 4)
     assert result.validation == {"loss": 1.0, "score": 0.7}
     said = capfd.readouterr().err
-    assert "step 8: no better score in 2 evaluations: stop" in said
-    assert "the weights are those of step 4, the best by score" in said
+    assert "step 8: score has not improved in 2 evaluations: training stops" in said
+    assert "the weights of step 4 are used, which has the best score" in said
     assert sorted(_saved(tmp_path / "stops")) == [4, 8]
     assert curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
         [2, 4, 6, 8],
@@ -386,9 +388,9 @@ def test_the_best_weights_come_back_and_training_stops_early(tmp_path, capfd, mo
 def test_the_meaning_of_the_best_cannot_change_and_runs_are_not_mixed(tmp_path):
     data = Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 3, signal.SIGTERM)
     assert run(tmp_path, data=data).interrupted == "SIGTERM"
-    with pytest.raises(ValueError, match="best_mode=max cannot change when a run goes on"):
+    with pytest.raises(ValueError, match="best_mode=max cannot change in a resumed run"):
         run(tmp_path, resume=True, best_mode="max")
-    with pytest.raises(FileExistsError, match="holds the checkpoints of another run"):
+    with pytest.raises(FileExistsError, match="has checkpoints of another run"):
         run(tmp_path)
 
 

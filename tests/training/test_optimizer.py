@@ -286,7 +286,7 @@ def test_cosine_and_linear_hold_before_they_fall():
     np.testing.assert_allclose([rate(n) for n in (10, 50, 75, 100)], [1.0, 1.0, 0.5, 0.0], atol=1e-6)
     with pytest.raises(ValueError, match="warmup_steps=10 and hold_steps=40 must be fewer than the 50 steps"):
         learning_rate(config, 50)
-    with pytest.raises(ValueError, match="falls with the length of warm-up and hold: set warmup_steps"):
+    with pytest.raises(ValueError, match="needs warm-up or hold steps: set warmup_steps"):
         learning_rate(OptimizerConfig(schedule="inverse_square_root", warmup_steps=0), 50)
 
 
@@ -297,7 +297,7 @@ def test_cosine_and_linear_hold_before_they_fall():
         ({"schedule": "cosin"}, "schedule='cosin' is unknown: choose from cosine"),
         ({"hold_steps": -1}, "hold_steps=-1 must not be negative"),
         ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\], or None"),
-        ({"nesterov": True}, "nesterov=True is for sgd and nt_asgd, and name='adamw'"),
+        ({"nesterov": True}, "nesterov=True is only for sgd and nt_asgd, not for name='adamw'"),
     ],
 )
 def test_bad_configs_are_named(change, message):
