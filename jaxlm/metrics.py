@@ -1,10 +1,12 @@
 """Metric values with 95 % intervals: accuracy, F1, BLEU, chrF, ROUGE, and SQuAD's exact match and F1.
 
-Each metric takes the model's outputs first and the references second and returns a :class:`Score`. BLEU and chrF come
-from sacrebleu, ROUGE from rouge-score (``pip install 'jaxlm[metrics]'``), Wilson intervals from scipy.
+The first argument of a metric has the model's outputs, and the second has the references. A metric returns a
+:class:`Score`. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE (``pip install 'jaxlm[metrics]'``).
+scipy computes Wilson intervals.
 
-Intervals of proportions are Wilson's (Wilson 1927). All others are percentile bootstrap intervals over examples
-(Efron and Tibshirani 1993, chapter 13). They cover the choice of the examples, not the choice of the training seed.
+Intervals of proportions are Wilson intervals (Wilson 1927). All other intervals are percentile bootstrap intervals over
+examples (Efron and Tibshirani 1993, chapter 13). They account for the choice of the examples, not for the training
+seed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 BOOTSTRAP_SAMPLES = 1000
-"""Resampled test sets of a bootstrap interval, the number that sacrebleu and rouge-score use."""
+"""Number of resampled test sets for a bootstrap interval; sacrebleu and rouge-score use the same number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,12 @@ class Score:
     """A metric value with its 95 % interval.
 
     Attributes:
-        name: the metric, ``accuracy`` for example.
-        value: the metric of all examples.
-        low: lower end of the interval; None when there is no interval.
-        high: upper end of the interval; None when there is no interval.
-        count: number of examples; None when it is unknown.
-        detail: how the value and the interval were computed, sacrebleu's signature for example.
+        name: name of the metric, for example ``accuracy``.
+        value: the metric over all examples.
+        low: lower end of the interval. None: there is no interval.
+        high: upper end of the interval. None: there is no interval.
+        count: number of examples. None: unknown.
+        detail: the method of the value and the interval, for example sacrebleu's signature.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Score:
 
     @property
     def interval(self) -> str:
-        """The interval as text, ``[0.884, 0.923]``; empty when there is none."""
+        """The interval as text, for example ``[0.884, 0.923]``; empty if there is no interval."""
         if self.low is None or self.high is None:
             return ""
         decimals = self._decimals
@@ -57,7 +59,7 @@ class Score:
 
     @property
     def number(self) -> str:
-        """The value as text, with as many decimals as the interval."""
+        """The value as text, with the same number of decimals as the interval."""
         return f"{self.value:.{self._decimals}f}"
 
     @property
@@ -73,17 +75,17 @@ def bootstrap(values: npt.ArrayLike, seed: int = 0, samples: int = BOOTSTRAP_SAM
     """The 95 % percentile bootstrap interval (low, high) of the mean of ``values`` [N].
 
     Raises:
-        ValueError: no values, values that are not finite, or fewer than 100 samples.
+        ValueError: there are no values, a value is not finite, or ``samples`` is below 100.
     """
     numbers = _numbers(values)
     return _bootstrap(lambda chosen: float(numbers[chosen].mean()), len(numbers), seed, samples)
 
 
 def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
-    """The mean of one number per example [N] with its bootstrap interval.
+    """The mean of one number per example [N], with its bootstrap interval.
 
     Raises:
-        ValueError: no values, or values that are not finite.
+        ValueError: there are no values, or a value is not finite.
     """
     numbers = _numbers(values)
     low, high = bootstrap(numbers, seed)
@@ -111,50 +113,50 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Score:
     """The fraction of predictions [N] that equal their labels [N] (integers or strings), with its Wilson interval.
 
     Raises:
-        ValueError: shapes that differ, no labels, or a negative label (an ignored position, for example).
+        ValueError: the shapes differ, there are no labels, or a label is negative (for example, an ignored position).
     """
-    predicted, wanted = _pair(predictions, labels)
-    return proportion("accuracy", int(np.sum(predicted == wanted)), len(wanted))
+    predicted, expected = _pair(predictions, labels)
+    return proportion("accuracy", int(np.sum(predicted == expected)), len(expected))
 
 
 def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int) -> np.ndarray:
-    """Counts [num_labels, num_labels]: entry (i, j) counts the examples with label i and prediction j.
+    """The confusion matrix [num_labels, num_labels]: entry (i, j) counts the examples with label i and prediction j.
 
     Raises:
-        ValueError: shapes that differ, no labels, or a label or prediction outside [0, num_labels).
-        TypeError: labels or predictions that are not integers.
+        ValueError: the shapes differ, there are no labels, or a label or prediction is outside [0, num_labels).
+        TypeError: the labels or predictions are not integers.
     """
-    predicted, wanted = _pair(predictions, labels)
-    for name, values in (("predictions", predicted), ("labels", wanted)):
+    predicted, expected = _pair(predictions, labels)
+    for name, values in (("predictions", predicted), ("labels", expected)):
         if not np.issubdtype(values.dtype, np.integer):
             raise TypeError(f"{name} must be integers, got {values.dtype}")
         outside = values[(values < 0) | (values >= num_labels)]
         if outside.size:
             raise ValueError(f"{name}: {outside[0]} is not in [0, num_labels={num_labels})")
-    pairs = wanted.astype(np.int64) * num_labels + predicted.astype(np.int64)
+    pairs = expected.astype(np.int64) * num_labels + predicted.astype(np.int64)
     return np.bincount(pairs, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -> Score:
-    """The unweighted mean of the classes' F1 in [0, 1], with a bootstrap interval.
+    """The unweighted mean of the F1 of all classes in [0, 1], with a bootstrap interval.
 
-    Classes are those that occur among the labels [N] or the predictions [N] (integers or strings).
+    The classes are all values in the labels [N] and the predictions [N] (integers or strings).
 
     Raises:
-        ValueError: shapes that differ, no labels, or a negative label.
+        ValueError: the shapes differ, there are no labels, or a label is negative.
     """
-    predicted, wanted = _pair(predictions, labels)
-    classes, indices = np.unique(np.concatenate([predicted, wanted]), return_inverse=True)
-    predicted, wanted = np.split(indices, 2)
+    predicted, expected = _pair(predictions, labels)
+    classes, indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
+    predicted, expected = np.split(indices, 2)
 
     def score(chosen: np.ndarray | slice) -> float:
-        counts = confusion(predicted[chosen], wanted[chosen], len(classes))
+        counts = confusion(predicted[chosen], expected[chosen], len(classes))
         occurrences = counts.sum(axis=0) + counts.sum(axis=1)
-        occurring = occurrences > 0  # a resampled test set may lack a class
-        return float(np.mean(2 * counts.diagonal()[occurring] / occurrences[occurring]))
+        occurs = occurrences > 0  # a resampled test set may not have all classes
+        return float(np.mean(2 * counts.diagonal()[occurs] / occurrences[occurs]))
 
-    low, high = _bootstrap(score, len(wanted), seed, BOOTSTRAP_SAMPLES)
-    return Score("macro F1", score(slice(None)), low, high, len(wanted), _bootstrap_detail(seed))
+    low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
+    return Score("macro F1", score(slice(None)), low, high, len(expected), _bootstrap_detail(seed))
 
 
 # --------------------------------------------------------------------------------------------- generated text
@@ -163,12 +165,12 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
 def bleu(
     hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a", lowercase: bool = False
 ) -> Score:
-    """Corpus BLEU in [0, 100] (Papineni et al. 2002) as sacrebleu computes it (Post 2018).
+    """Corpus BLEU in [0, 100] (Papineni et al. 2002), computed by sacrebleu (Post 2018).
 
-    The score's name says when tokenization or case are not the default: ``BLEU (intl, lowercase)``.
-    The interval is sacrebleu's: 1,000 bootstrap samples; the variable ``SACREBLEU_SEED`` sets their seed (12345).
-    It takes about 50 MB of memory for 1,000 sentences. ``detail`` has sacrebleu's signature, which names the
-    tokenization, the case, the smoothing and the version.
+    If the tokenizer or the case is not the default, the name of the score has it: ``BLEU (intl, lowercase)``. The
+    interval is sacrebleu's, with 1,000 bootstrap samples. The environment variable ``SACREBLEU_SEED`` sets the seed
+    (default 12345). The interval needs about 50 MB of memory for 1,000 sentences. ``detail`` is sacrebleu's signature
+    with the tokenizer, the case, the smoothing and the version.
 
     Args:
         hypotheses: detokenized outputs.
@@ -177,22 +179,22 @@ def bleu(
         lowercase: ignore case.
 
     Raises:
-        ValueError: numbers of texts that differ, no texts, or an unknown tokenizer.
+        ValueError: the numbers of texts differ, there are no texts, or the tokenizer is unknown.
         ImportError: sacrebleu is not installed.
     """
     metrics = _sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
     if tokenize not in metrics.BLEU.TOKENIZERS:
-        raise ValueError(f"tokenize={tokenize!r} is none of sacrebleu's: {', '.join(metrics.BLEU.TOKENIZERS)}")
+        raise ValueError(f"tokenize={tokenize!r} must be one of {', '.join(metrics.BLEU.TOKENIZERS)}")
     variant = ", ".join([tokenize] * (tokenize != "13a") + ["lowercase"] * lowercase)
     name = f"BLEU ({variant})" if variant else "BLEU"
     return _corpus_score(name, metrics.BLEU(tokenize=tokenize, lowercase=lowercase), hypotheses, references)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False) -> Score:
-    """Corpus chrF2 in [0, 100] (Popović 2015): F-score of character 1- to 6-grams, as sacrebleu computes it.
+    """Corpus chrF2 in [0, 100] (Popović 2015): the F-score of character 1- to 6-grams, computed by sacrebleu.
 
-    Intervals and errors are those of :func:`bleu`.
+    The interval and the errors are those of :func:`bleu`.
     """
     metrics = _sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
@@ -202,13 +204,13 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> tuple[Score, Score, Score]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in [0, 1] (Lin 2004), means over examples, with Porter stemming.
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in [0, 1] (Lin 2004), averaged over examples, with Porter stemming.
 
-    Intervals are bootstrap intervals over examples. rouge-score's tokenizer keeps only the letters a-z and digits, so
-    the values are meant for English.
+    The intervals are bootstrap intervals over examples. rouge-score's tokenizer keeps only the letters a-z and digits,
+    so the values are meaningful only for English.
 
     Raises:
-        ValueError: numbers of texts that differ, or no texts.
+        ValueError: the numbers of texts differ, or there are no texts.
         ImportError: rouge-score is not installed.
     """
     try:
@@ -236,7 +238,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as SQuAD compares it: lower case, without punctuation, articles and extra whitespace.
+    """The normalized answer of SQuAD: lower case, without punctuation, articles and extra white space.
 
     The definition is that of the official evaluation script (Rajpurkar et al. 2016).
     """
@@ -244,16 +246,16 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> Score:
-    """The percentage [0, 100] of predictions that equal one of their answers after :func:`normalize_answer`.
+    """The percentage [0, 100] of predictions that equal an accepted answer after :func:`normalize_answer`.
 
-    The interval is Wilson's.
+    The interval is a Wilson interval.
 
     Args:
-        predictions: one text for each question; empty when the model gives no answer.
+        predictions: one text for each question; empty if the model gives no answer.
         answers: the accepted answers of each question; empty for a question without an answer.
 
     Raises:
-        ValueError: numbers of predictions and questions that differ, or no questions.
+        ValueError: the numbers of predictions and questions differ, or there are no questions.
     """
     matches = [
         any(normalize_answer(prediction) == normalize_answer(answer) for answer in accepted)
@@ -266,10 +268,10 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
 
 def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed: int = 0) -> Score:
-    """SQuAD's F1 in [0, 100]: F1 of the words of a prediction and of its best answer, averaged over questions.
+    """SQuAD's F1 in [0, 100]: the word F1 of a prediction and the best accepted answer, averaged over questions.
 
-    A question without an answer scores 100 if the prediction is empty, and 0 otherwise (SQuAD 2.0). Arguments and
-    errors are those of :func:`exact_match`. The interval is a bootstrap interval over questions.
+    For a question without an answer, the F1 is 100 if the prediction is empty, and 0 otherwise (SQuAD 2.0). Arguments
+    and errors are those of :func:`exact_match`. The interval is a bootstrap interval over questions.
     """
     values = [
         max(_word_f1(prediction, answer) for answer in accepted)
@@ -279,16 +281,16 @@ def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed:
 
 
 def _word_f1(prediction: str, answer: str) -> float:
-    """F1 in [0, 1] of the words of two texts, counted with repetition."""
-    predicted, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    if not predicted or not wanted:
-        return float(predicted == wanted)
-    common = sum((collections.Counter(predicted) & collections.Counter(wanted)).values())
-    return 2 * common / (len(predicted) + len(wanted))
+    """The F1 in [0, 1] of the words of two texts. Repeated words are counted."""
+    predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = sum((collections.Counter(predicted) & collections.Counter(expected)).values())
+    return 2 * common / (len(predicted) + len(expected))
 
 
 def _questions(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
-    """Predictions with their accepted answers. Answers that normalize to nothing do not count, as in SQuAD 2.0."""
+    """Each prediction with its accepted answers. As in SQuAD 2.0, answers with an empty normalized form are ignored."""
     if len(predictions) != len(answers) or not len(predictions):
         raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions: need one for each, at least 1")
     strings = [index for index, accepted in enumerate(answers) if isinstance(accepted, str)]
@@ -304,6 +306,7 @@ def _questions(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> 
 
 
 def _numbers(values: npt.ArrayLike) -> np.ndarray:
+    """The values as a float64 array [N], after a check."""
     numbers = np.asarray(values, np.float64)
     if numbers.ndim != 1 or not numbers.size:
         raise ValueError(f"values must be one number for each example, at least one, got shape {list(numbers.shape)}")
@@ -315,11 +318,11 @@ def _numbers(values: npt.ArrayLike) -> np.ndarray:
 def _bootstrap(
     statistic: Callable[[np.ndarray], float], count: int, seed: int, samples: int = BOOTSTRAP_SAMPLES
 ) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of ``statistic(indices)`` over ``samples`` resamples of ``count`` examples."""
+    """The 2.5th and 97.5th percentiles of ``statistic(indices)`` over ``samples`` resamples of ``count`` examples."""
     if samples < 100:
         raise ValueError(f"samples={samples} are too few for the 2.5th percentile: use at least 100")
     rng = np.random.default_rng(seed)
-    # One resample at a time: all of them at once would take samples * count * 8 bytes.
+    # Draw one resample at a time. All together would need samples * count * 8 bytes.
     results = [statistic(rng.integers(0, count, count)) for _ in range(samples)]
     low, high = np.percentile(results, [2.5, 97.5])
     return float(low), float(high)
@@ -330,17 +333,18 @@ def _bootstrap_detail(seed: int) -> str:
 
 
 def _pair(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    predicted, wanted = np.asarray(predictions), np.asarray(labels)
-    if predicted.shape != wanted.shape or wanted.ndim != 1 or not wanted.size:
+    """The predictions and the labels as arrays [N], after a check."""
+    predicted, expected = np.asarray(predictions), np.asarray(labels)
+    if predicted.shape != expected.shape or expected.ndim != 1 or not expected.size:
         raise ValueError(
-            f"predictions {list(predicted.shape)} and labels {list(wanted.shape)} must be one number or string for "
+            f"predictions {list(predicted.shape)} and labels {list(expected.shape)} must be one number or string for "
             "each example, at least one"
         )
-    if (predicted.dtype.kind in "US") != (wanted.dtype.kind in "US"):
-        raise TypeError(f"predictions are {predicted.dtype} and labels are {wanted.dtype}: both must be of one kind")
-    if wanted.dtype.kind not in "US" and np.any(wanted < 0):
-        raise ValueError(f"label {wanted[wanted < 0][0]} is negative: leave out the examples that do not count")
-    return predicted, wanted
+    if (predicted.dtype.kind in "US") != (expected.dtype.kind in "US"):
+        raise TypeError(f"predictions are {predicted.dtype} and labels are {expected.dtype}: both must be of one kind")
+    if expected.dtype.kind not in "US" and np.any(expected < 0):
+        raise ValueError(f"label {expected[expected < 0][0]} is negative: remove ignored examples")
+    return predicted, expected
 
 
 def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> None:
@@ -364,6 +368,6 @@ def _sacrebleu() -> Any:
 
 def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
-    # sacrebleu publishes the interval only as text and as these two numbers: its center and half its width.
+    # sacrebleu returns the interval only as text and in these two attributes: its center and half of its width.
     low, high = result._mean - result._ci, result._mean + result._ci
     return Score(name, float(result.score), float(low), float(high), len(hypotheses), str(metric.get_signature()))

@@ -1,4 +1,4 @@
-"""Data: text, tokenizers, token files, batches. numpy only; nothing here touches a device."""
+"""Data: texts, tokenizers, token files and batches. The package uses only numpy, and no device."""
 
 from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
 from jaxlm.data.corpora import shakespeare

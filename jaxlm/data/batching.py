@@ -1,9 +1,9 @@
-"""Batches: which tokens each step sees, as pure functions of the step number.
+"""Batches as pure functions of the step number.
 
-A source answers ``batch(index, rows)`` for any step at any time. So the state of the iterator is one number, it
-resumes exactly, and each of P processes asks for its own rows of the same global batch.
+A source returns ``batch(index, rows)`` for any step in any order. So the state of the iterator is one number, a run
+resumes exactly, and each of P processes reads its own rows of the same global batch.
 
-    B batch rows    T length: inputs are tokens[:, :-1], targets tokens[:, 1:]
+    B batch rows    T length: inputs are tokens[:, :-1], targets are tokens[:, 1:]
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from jaxlm.data.tokens import check_row, check_tokens
 
 
 class Window(NamedTuple):
-    """Rows of one batch, in numpy; a pytree for JAX.
+    """Rows of one batch as numpy arrays; a pytree for JAX.
 
     Attributes:
         tokens: ``[B, T+1]`` int32.
-        segment_ids: ``[B, T+1]`` int32, 1, 2, ... for the documents of a row and 0 for padding; None: all one text.
-        reset: ``[B]`` bool, True where carried state must start anew; None: nothing is carried.
+        segment_ids: ``[B, T+1]`` int32, 1, 2, ... for the documents of a row and 0 for padding. None: each row is one
+            document.
+        reset: ``[B]`` bool, True for rows whose model state must be reset. None: no state is carried between batches.
     """
 
     tokens: np.ndarray
@@ -36,102 +37,108 @@ class Window(NamedTuple):
 
 
 class Source(Protocol):
-    """A data set in the order in which it is visited. All checks are made when it is constructed."""
+    """A data set with a fixed order of batches. The constructor checks all arguments."""
 
     @property
     def batch_size(self) -> int: ...
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows in one pass over the data: step i is in epoch ``i * batch_size // rows_per_epoch``."""
+        """Number of rows in one epoch. Step i is in epoch ``i * batch_size // rows_per_epoch``."""
         ...
 
     def batch(self, index: int, rows: Sequence[int]) -> Any:
-        """The given rows of the global batch of step ``index``: a ``Window``, or what the source documents."""
+        """The given rows of the global batch of step ``index``: a ``Window``, or another type that the source names."""
         ...
 
     def check(self, vocab_size: int) -> None:
-        """Raise ``ValueError`` if a token is outside the vocabulary. Reads all the data once."""
+        """Raise ``ValueError`` if a token is outside the vocabulary. Reads all data once."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a saved state to mean the same batches; fit for JSON."""
+        """A JSON-compatible description of the source. A saved state is valid only for a source with the same one."""
         ...
 
 
 def permute(index: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of ``range(count)`` sends ``index``: ``[n]`` to ``[n]``, in O(1) memory.
+    """The images ``[n]`` of the indices ``[n]`` under a pseudo-random permutation of ``range(count)``, in O(1) memory.
 
-    A Feistel network on the next power of four, walked along its cycles until the value is below ``count``
-    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Another (seed, epoch) is another permutation.
+    The permutation is a Feistel network on the next power of four. It is applied repeatedly until the value is below
+    ``count`` (cycle walking: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Each (seed, epoch) has
+    its own permutation.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(8, np.uint64)
     value = index.astype(np.uint64)
-    walking = np.ones(value.shape, bool)
-    while walking.any():
-        left, right = value[walking] >> half, value[walking] & mask
+    is_outside = np.ones(value.shape, bool)
+    while is_outside.any():
+        left, right = value[is_outside] >> half, value[is_outside] & mask
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
-        value[walking] = (left << half) | right
-        walking = value >= count
+        value[is_outside] = (left << half) | right
+        is_outside = value >= count
     return value.astype(np.int64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64: every input bit reaches every output bit."""
+    """The finalizer of SplitMix64: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _shuffled(index: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
-    """The items that ``rows`` of step ``index`` visit when each epoch is a permutation of ``count`` items."""
+    """The items that the rows of step ``index`` read, if each epoch is a permutation of ``count`` items."""
     position = index * batch_size + np.asarray(rows, np.int64)
     items = np.empty_like(position)
     for epoch in np.unique(position // count):
-        here = position // count == epoch
-        items[here] = permute(position[here] % count, count, seed, int(epoch))
+        in_epoch = position // count == epoch
+        items[in_epoch] = permute(position[in_epoch] % count, count, seed, int(epoch))
     return items
 
 
-def _at_least(least: int, **numbers: int) -> None:
+def _check_min(minimum: int, **numbers: int) -> None:
+    """Raise ``ValueError`` if a number is below ``minimum``."""
     for name, value in numbers.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def _slices(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """``length + 1`` tokens from each start, int32 ``[rows, length + 1]``."""
     return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
 
 
 def _checksum(tokens: np.ndarray) -> int:
-    """CRC-32 of all tokens, whatever their dtype. A memory map is read once from start to end."""
+    """CRC-32 of all tokens, independent of their dtype. A memory map is read once, in order."""
     checksum = 0
-    for start in range(0, len(tokens), _CHECKED_AT_ONCE):
-        part = np.asarray(tokens[start : start + _CHECKED_AT_ONCE]).astype("<u4")
-        checksum = zlib.crc32(part.tobytes(), checksum)
+    for start in range(0, len(tokens), _CHECKSUM_CHUNK):
+        chunk = np.asarray(tokens[start : start + _CHECKSUM_CHUNK]).astype("<u4")
+        checksum = zlib.crc32(chunk.tobytes(), checksum)
     return checksum
 
 
-_CHECKED_AT_ONCE = 1 << 20
-"""Tokens of a memory map that are copied at a time."""
+_CHECKSUM_CHUNK = 1 << 20
+"""Number of tokens of a memory map that are copied into memory at a time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomWindows:
-    """Windows at every multiple of ``stride``, each exactly once per epoch, in an order drawn anew each epoch.
+    """Windows of one token array, in random order. Every multiple of ``stride`` is the start of a window.
 
-    A batch may hold the last windows of one epoch and the first of the next: no window is left out.
+    Each window occurs exactly once per epoch, and each epoch has another order. A batch may have the last windows of
+    one epoch and the first windows of the next one, so no window is dropped.
 
     Args:
-        tokens: ``[N]`` ids; a memory map is read only where it is used.
+        tokens: ``[N]`` ids. Of a memory map, only the windows of a batch are read.
         length: T.
-        stride: distance between window starts; ``length`` makes windows whose inputs do not overlap.
+        batch_size: B.
+        seed: seed of the order.
+        stride: distance between window starts. With ``stride=length`` the inputs of windows do not overlap.
 
     Raises:
-        ValueError: fewer than ``length + 1`` tokens, or a number that is too small.
+        ValueError: fewer than ``length + 1`` tokens, or a number is too small.
     """
 
     tokens: np.ndarray
@@ -141,9 +148,9 @@ class RandomWindows:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(1, length=self.length, batch_size=self.batch_size, stride=self.stride)
-        _at_least(0, seed=self.seed)
-        check_row(self.tokens, self.length + 1, f"random windows of length {self.length} and one target more")
+        _check_min(1, length=self.length, batch_size=self.batch_size, stride=self.stride)
+        _check_min(0, seed=self.seed)
+        check_row(self.tokens, self.length + 1, f"random windows of length {self.length} and one more target")
 
     @property
     def rows_per_epoch(self) -> int:
@@ -162,10 +169,16 @@ class RandomWindows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Columns:
-    """``batch_size`` contiguous columns: each batch continues every row of the one before (truncated BPTT).
+    """``batch_size`` contiguous streams of one token array. Each batch continues the rows of the previous batch.
 
-    The tokens that do not fill a last batch are left out (``left_out``). ``reset`` is True for the first batch
-    of an epoch, where the rows jump back to the start of their columns.
+    This is the order for truncated backpropagation through time. Tokens that do not fill a last batch are dropped
+    (``left_out`` counts them). ``reset`` is True in the first batch of an epoch, which starts again at the beginning of
+    each column.
+
+    Args:
+        tokens: ``[N]`` ids.
+        length: T.
+        batch_size: B.
 
     Raises:
         ValueError: fewer than ``batch_size * length + 1`` tokens.
@@ -176,8 +189,8 @@ class Columns:
     batch_size: int
 
     def __post_init__(self) -> None:
-        _at_least(1, length=self.length, batch_size=self.batch_size)
-        what = f"{self.batch_size} columns of length {self.length} and one target more"
+        _check_min(1, length=self.length, batch_size=self.batch_size)
+        what = f"{self.batch_size} columns of length {self.length} and one more target"
         check_row(self.tokens, self.batch_size * self.length + 1, what)
 
     @property
@@ -190,7 +203,7 @@ class Columns:
 
     @property
     def left_out(self) -> int:
-        """Tokens that no batch has as a target, not counting the very first."""
+        """Number of tokens that are not a target in any batch, without the first token of the array."""
         return len(self.tokens) - 1 - self.rows_per_epoch * self.length
 
     def batch(self, index: int, rows: Sequence[int]) -> Window:
@@ -208,18 +221,22 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Whole documents packed side by side into rows, told apart by ``segment_ids``.
+    """Documents that are packed into rows. ``segment_ids`` distinguish the documents of a row.
 
-    Documents, in a seeded random order, go where they leave the least space (best fit). The rows are then visited
-    in an order drawn anew each epoch. A document longer than a row becomes several pieces, each a segment of its
-    own that begins with the last token of the piece before: every token but the first is a target exactly once.
+    The documents are shuffled with the seed, and each is put into the row in which it leaves the least free space (best
+    fit). Each epoch visits the rows in another random order. A document that is longer than a row is split into pieces.
+    Each piece is its own segment and begins with the last token of the previous piece, so every token except the first
+    is a target exactly once.
 
     Args:
         documents: ``[tokens]`` arrays, none empty.
-        pad_id: the token of padding, which has segment 0.
+        length: T.
+        batch_size: B.
+        seed: seed of the order of documents and rows.
+        pad_id: the token of padding, which has segment id 0.
 
     Raises:
-        ValueError: there is no document, or one is empty or not a row of integers.
+        ValueError: there is no document, or a document is empty or not a 1-D array of integers.
     """
 
     documents: Sequence[np.ndarray]
@@ -228,11 +245,11 @@ class Packed:
     seed: int = 0
     pad_id: int = 0
     _pieces: np.ndarray = dataclasses.field(init=False, repr=False)  # [pieces, (document, start, stop)] row by row
-    _borders: np.ndarray = dataclasses.field(init=False, repr=False)  # [rows + 1] into _pieces
+    _row_starts: np.ndarray = dataclasses.field(init=False, repr=False)  # [rows + 1], indices into _pieces
 
     def __post_init__(self) -> None:
-        _at_least(1, length=self.length, batch_size=self.batch_size)
-        _at_least(0, seed=self.seed, pad_id=self.pad_id)
+        _check_min(1, length=self.length, batch_size=self.batch_size)
+        _check_min(0, seed=self.seed, pad_id=self.pad_id)
         if not len(self.documents):
             raise ValueError("no documents to pack")
         for number, document in enumerate(self.documents):
@@ -247,29 +264,29 @@ class Packed:
         pieces = pieces[np.random.default_rng(self.seed).permutation(len(pieces))]
         row_of = _best_fit((pieces[:, 2] - pieces[:, 1]).tolist(), self.length + 1)
         object.__setattr__(self, "_pieces", pieces[np.argsort(row_of, kind="stable")])
-        object.__setattr__(self, "_borders", np.concatenate([[0], np.cumsum(np.bincount(row_of))]))
+        object.__setattr__(self, "_row_starts", np.concatenate([[0], np.cumsum(np.bincount(row_of))]))
 
     @property
     def rows_per_epoch(self) -> int:
-        return len(self._borders) - 1
+        return len(self._row_starts) - 1
 
     @property
     def efficiency(self) -> float:
-        """Share of positions that hold a token and not padding."""
+        """Fraction of positions that are not padding."""
         return float((self._pieces[:, 2] - self._pieces[:, 1]).sum() / (self.rows_per_epoch * (self.length + 1)))
 
     def batch(self, index: int, rows: Sequence[int]) -> Window:
         tokens = np.full((len(rows), self.length + 1), self.pad_id, np.int32)
         segment_ids = np.zeros_like(tokens)
         packed = _shuffled(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
-        for place, row in enumerate(packed):
-            at = 0
-            pieces = self._pieces[self._borders[row] : self._borders[row + 1]]
+        for batch_row, row in enumerate(packed):
+            position = 0
+            pieces = self._pieces[self._row_starts[row] : self._row_starts[row + 1]]
             for segment, (number, start, stop) in enumerate(pieces, start=1):
-                end = at + stop - start
-                tokens[place, at:end] = self.documents[number][start:stop]
-                segment_ids[place, at:end] = segment
-                at = end
+                end = position + stop - start
+                tokens[batch_row, position:end] = self.documents[number][start:stop]
+                segment_ids[batch_row, position:end] = segment
+                position = end
         return Window(tokens, segment_ids)
 
     def check(self, vocab_size: int) -> None:
@@ -286,49 +303,50 @@ class Packed:
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> np.ndarray:
-    """The row of each size, in turn: the open row with the least sufficient space, else a new one."""
+    """The row of each item, in order: the row with the smallest sufficient free space, or else a new row."""
     rows, count = [], 0
-    spaces: list[int] = []  # the distinct spaces that open rows have, ascending
-    having: dict[int, list[int]] = collections.defaultdict(list)
+    spaces: list[int] = []  # the distinct sizes of free space, ascending
+    rows_by_space: dict[int, list[int]] = collections.defaultdict(list)
     for size in sizes:
-        at = bisect.bisect_left(spaces, size)
-        if at == len(spaces):
+        index = bisect.bisect_left(spaces, size)
+        if index == len(spaces):
             row, space, count = count, capacity, count + 1
         else:
-            space = spaces[at]
-            row = having[space].pop()
-            if not having[space]:
-                del spaces[at]
+            space = spaces[index]
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                del spaces[index]
         rows.append(row)
         if space > size:
-            if not having[space - size]:
+            if not rows_by_space[space - size]:
                 bisect.insort(spaces, space - size)
-            having[space - size].append(row)
+            rows_by_space[space - size].append(row)
     return np.asarray(rows)
 
 
 def _fingerprint(source: Any, **facts: int) -> dict[str, Any]:
-    """The kind of the source, its plain numbers, and facts about its data."""
+    """The class name of a source, its integer fields, and the given facts about its data."""
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     numbers = {name: int(value) for name, value in fields.items() if isinstance(value, int | np.integer)}
     return {"kind": type(source).__name__, **numbers, **facts}
 
 
 class Batches(Iterator[Any]):
-    """Iterates over a source without end: this process's rows of each batch, made by ``to_batch``.
+    """An infinite iterator over the batches of a source, with the rows of this process.
 
-    The state is ``{"next": step, "source": fingerprint}``, the same in every process and for any number of them. With
-    ``prefetch``, a thread makes the next batches while the device works; the state counts the batches that were taken.
+    The state is ``{"next": step, "source": fingerprint}``. It is the same in every process and for any number of
+    processes. With ``prefetch``, a thread makes the next batches while the device computes. The state counts only the
+    batches that the caller has taken.
 
     Args:
         source: the data set.
-        rows: in a run of several processes, ``sharding.rows(batch_size)``; None reads all rows.
-        to_batch: a pure function from what the source gives (a ``Window``, for example) to the batch of an objective;
-            None gives the source's own.
+        rows: the rows of this process. With several processes, pass ``sharding.rows(batch_size)``. None: all rows.
+        to_batch: a pure function from the source's batch (for example a ``Window``) to the batch of an objective. None:
+            the iterator yields the source's batch.
         prefetch: number of batches that are made in advance.
 
     Raises:
-        ValueError: the batch has no such rows.
+        ValueError: ``rows`` is empty, or has a row that is not in the batch.
 
     Example:
         >>> batches = Batches(RandomWindows(tokens, length=256, batch_size=64), to_batch=to_batch)
@@ -348,9 +366,11 @@ class Batches(Iterator[Any]):
         self.source = source
         self.rows = every if rows is None else rows
         if not self.rows or not set(self.rows) <= set(every):
-            raise ValueError(f"rows {list(self.rows)} of a batch of {source.batch_size}: take some of 0 to {every[-1]}")
-        _at_least(0, prefetch=prefetch)
-        self._to_batch = to_batch or (lambda given: given)
+            raise ValueError(
+                f"rows={list(self.rows)} must be one or more of the rows 0 to {every[-1]} of a batch of {every.stop}"
+            )
+        _check_min(0, prefetch=prefetch)
+        self._to_batch = to_batch or (lambda batch: batch)
         self._next = 0
         self._fingerprint = source.fingerprint()
         self._prefetch = prefetch
@@ -366,31 +386,31 @@ class Batches(Iterator[Any]):
         else:
             while len(self._waiting) <= self._prefetch:
                 self._waiting.append(self._thread.submit(self._make, self._next + len(self._waiting)))
-            batch = self._waiting[0].result()  # stays first if it raises, so that the others keep their steps
+            batch = self._waiting[0].result()  # if it raises, it stays first, and the other batches keep their steps
             self._waiting.popleft()
         self._next += 1
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the iterator is, fit for JSON."""
+        """The JSON-compatible state of the iterator."""
         return {"next": self._next, "source": dict(self._fingerprint)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
+        """Continue from a saved state.
 
         Raises:
-            ValueError: it was saved over another source; each difference is named with both values.
+            ValueError: the state was saved for another source. The message has each difference with both values.
         """
         match state:
             case {"next": int(step), "source": dict(saved)} if step >= 0:
                 pass
             case _:
                 raise ValueError(f"not the state of an iterator: {state!r}")
-        here = self._fingerprint
+        current = self._fingerprint
         differences = [
-            f"{name}: saved {saved.get(name)!r}, now {here.get(name)!r}"
-            for name in {**here, **saved}
-            if saved.get(name) != here.get(name)
+            f"{name}: saved {saved.get(name)!r}, now {current.get(name)!r}"
+            for name in {**current, **saved}
+            if saved.get(name) != current.get(name)
         ]
         if differences:
             raise ValueError("the saved iterator read other data:\n  " + "\n  ".join(differences))

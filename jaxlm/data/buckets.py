@@ -1,7 +1,7 @@
-"""Length buckets: examples of similar length share a batch, and few shapes are compiled.
+"""Length buckets: examples of similar length are in one batch, so few shapes are compiled.
 
-Each example belongs to one bucket. All batches of a bucket have one shape, so a step is compiled once for each bucket.
-The buckets are those with the least padding for their number (dynamic programming over the distinct lengths).
+Each example belongs to one bucket. All batches of a bucket have one shape, so a step is compiled once per bucket. For a
+given number of buckets, the buckets have the least padding (dynamic programming over the distinct lengths).
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.batching import _at_least, _fingerprint
+from jaxlm.data.batching import _check_min, _fingerprint
 from jaxlm.data.tokens import check_tokens
 
 Encoded = Mapping[str, Any]
-"""An example as numbers: 1-D integer arrays, which are padded, and scalars."""
+"""An encoded example: 1-D integer arrays, which are padded, and scalars."""
 
 
 class Rows(NamedTuple):
-    """Examples of one bucket, padded to its lengths.
+    """Examples of one bucket, padded to the lengths of the bucket.
 
     Attributes:
         fields: ``[B, T]`` for each array field (T is the bucket's length of that field), ``[B]`` for each scalar.
-        lengths: ``[B]`` int32 for each array field: entries that are not padding. 0 in a row without an example.
-        indices: ``[B]`` int64, the number of each example; -1 in a row without an example.
+        lengths: ``[B]`` int32 for each array field, the number of entries that are not padding; 0 in a row without an
+            example.
+        indices: ``[B]`` int64, the index of each example; -1 in a row without an example.
     """
 
     fields: dict[str, np.ndarray]
@@ -42,7 +43,13 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """One shape: the padded length of each array field, the rows of a batch, and the examples that belong to it."""
+    """A bucket: the shape of its batches, and its examples.
+
+    Attributes:
+        lengths: the padded length of each array field.
+        rows: number of rows of a batch.
+        members: ``[examples]``, the indices of the examples.
+    """
 
     lengths: dict[str, int]
     rows: int
@@ -50,31 +57,31 @@ class Bucket:
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch; the last one may have rows without an example."""
+        """Number of batches in an epoch. The last batch may have rows without an example."""
         return -(-len(self.members) // self.rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucketed:
-    """A source of :class:`Rows`: each epoch visits every example exactly once, in batches of one bucket each.
+    """A source of :class:`Rows`. Each epoch visits every example exactly once. Each batch has examples of one bucket.
 
-    Both the examples of a bucket and the order of the batches are shuffled anew in each epoch.
+    In each epoch, the examples of each bucket and the order of the batches are shuffled again.
 
     Args:
-        examples: fields of every example; all have the same fields.
-        batch_size: rows of a batch of the longest bucket.
-        num_buckets: how many shapes there may be.
-        seed: of the order.
-        equal_tokens: shorter buckets have more rows, so that all batches have about as many tokens; the rows are a
-            multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
+        examples: the fields of each example. All examples have the same fields.
+        batch_size: number of rows in a batch of the longest bucket.
+        num_buckets: maximum number of buckets, and so of shapes.
+        seed: seed of the order.
+        equal_tokens: True: shorter buckets have more rows, so that all batches have about the same number of tokens.
+            The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
         shuffle: False visits the buckets in order of length, for evaluation.
-        pad_id: what is written into padding.
-        multiple: lengths are rounded up to a multiple of this, but not above ``max_length``.
-        max_length: no array is longer: the positions of the model, for example. None sets no limit.
+        pad_id: the id that is written into padding.
+        multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
+        max_length: maximum length of an array, for example the number of positions of the model. None: no limit.
 
     Raises:
-        ValueError: there is no example, or examples have different fields, or an array that is empty, holds anything
-            but integers of 32 bits, or is longer than ``max_length``.
+        ValueError: there is no example; the examples have different fields; or an array is empty, has values that are
+            not 32-bit integers, or is longer than ``max_length``.
     """
 
     examples: Sequence[Encoded]
@@ -89,10 +96,10 @@ class Bucketed:
     buckets: tuple[Bucket, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size, num_buckets=self.num_buckets, multiple=self.multiple)
-        _at_least(0, seed=self.seed, pad_id=self.pad_id)
+        _check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, multiple=self.multiple)
+        _check_min(0, seed=self.seed, pad_id=self.pad_id)
         if self.max_length is not None:
-            _at_least(1, max_length=self.max_length)
+            _check_min(1, max_length=self.max_length)
         if not len(self.examples):
             raise ValueError("no examples to batch")
         names = list(self.examples[0])
@@ -101,7 +108,7 @@ class Bucketed:
                 raise ValueError(f"example {number} has the fields {list(example)}, example 0 has {names}")
             for name in self._arrays:
                 if np.ndim(example[name]) != 1 or len(example[name]) == 0:
-                    raise ValueError(f"{name} of example {number} must be a row of at least one integer")
+                    raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
                 _check_integers(np.asarray(example[name]), f"{name} of example {number}")
                 if self.max_length is not None and len(example[name]) > self.max_length:
                     raise ValueError(
@@ -112,6 +119,7 @@ class Bucketed:
 
     @property
     def _arrays(self) -> list[str]:
+        """The names of the array fields."""
         return [name for name, value in self.examples[0].items() if np.ndim(value) > 0]
 
     def _make_buckets(self) -> list[Bucket]:
@@ -119,7 +127,7 @@ class Bucketed:
         rounded = -(-lengths // self.multiple) * self.multiple
         if self.max_length is not None:
             rounded = np.minimum(rounded, self.max_length)
-        # Which order of the examples pads less depends on how their lengths correlate, so both are tried.
+        # Try both orders of the examples. Which one has less padding depends on the correlation of the field lengths.
         by_total, by_longest = (
             _partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))
         )
@@ -133,7 +141,7 @@ class Bucketed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return sum(bucket.steps for bucket in self.buckets)
 
     @property
@@ -142,14 +150,14 @@ class Bucketed:
 
     @property
     def efficiency(self) -> float:
-        """Share of the entries of an epoch that are not padding."""
+        """Fraction of the entries of an epoch that are not padding."""
         real = sum(len(example[name]) for example in self.examples for name in self._arrays)
         padded = sum(bucket.steps * bucket.rows * sum(bucket.lengths.values()) for bucket in self.buckets)
         return real / padded
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the source lives as long as the run)
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (the source exists for the whole run)
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """The batches of an epoch: bucket and indices [rows], -1 where there is no example."""
+        """The batches of an epoch: the number of the bucket, and the indices [rows] of examples (-1: no example)."""
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         for number, bucket in enumerate(self.buckets):
@@ -157,22 +165,23 @@ class Bucketed:
             filled = np.full(bucket.steps * bucket.rows, -1, np.int64)
             filled[: len(members)] = members
             batches += [(number, indices) for indices in filled.reshape(bucket.steps, bucket.rows)]
-        return [batches[at] for at in rng.permutation(len(batches))] if self.shuffle else batches
+        return [batches[number] for number in rng.permutation(len(batches))] if self.shuffle else batches
 
     def batch(self, index: int, rows: Sequence[int]) -> Rows:
-        """``Rows`` of step ``index``. Where the bucket has k times ``batch_size`` rows, each of ``rows`` stands for k.
+        """The ``Rows`` of step ``index``.
 
-        The global batch of P processes is split into the same blocks as any other array of rows.
+        If the bucket has k times ``batch_size`` rows, entry i of ``rows`` selects the k rows from ``i * k`` on. So the
+        global batch is split over processes in contiguous blocks, like any other array of rows.
         """
         epoch, step = divmod(index, self.steps_per_epoch)
-        number, chosen = self._plan(epoch)[step]
+        number, indices = self._plan(epoch)[step]
         bucket = self.buckets[number]
         factor = bucket.rows // self.batch_size
-        chosen = chosen.reshape(self.batch_size, factor)[np.asarray(rows, np.int64)].ravel()
-        return self.collate(chosen, bucket)
+        indices = indices.reshape(self.batch_size, factor)[np.asarray(rows, np.int64)].ravel()
+        return self.collate(indices, bucket)
 
     def collate(self, indices: np.ndarray, bucket: Bucket) -> Rows:
-        """The examples with these indices, padded to the shape of a bucket."""
+        """The examples with these indices, padded to the lengths of the bucket. Index -1 gives an empty row."""
         fields: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
         for name, first in self.examples[0].items():
@@ -203,7 +212,7 @@ class Bucketed:
         return _fingerprint(self, examples=len(self.examples), checksum=checksum)
 
     def describe(self) -> str:
-        """The shapes in one line, for the terminal."""
+        """The shapes of the buckets and the fraction of padding, in one line for the terminal."""
         shapes = ", ".join(
             f"{bucket.rows}x{'+'.join(map(str, dict.fromkeys(bucket.lengths.values())))}" for bucket in self.buckets
         )
@@ -211,7 +220,7 @@ class Bucketed:
 
 
 def _check_integers(values: np.ndarray, what: str) -> None:
-    """Raise ``ValueError`` for values that a batch, of int32, would change."""
+    """Raise ``ValueError`` if a conversion to int32, the dtype of batches, would change the values."""
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{what} has dtype {values.dtype}, but batches hold int32: convert it to integers")
     limits = np.iinfo(np.int32)
@@ -219,28 +228,32 @@ def _check_integers(values: np.ndarray, what: str) -> None:
         raise ValueError(f"{what} has values outside int32: from {values.min()} to {values.max()}")
 
 
-def _partition(lengths: np.ndarray, order: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Shape [fields] and examples of each part: at most ``most`` ranges of ``order`` with the fewest padded entries.
+def _partition(lengths: np.ndarray, sort_keys: np.ndarray, max_parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The shape [fields] and the examples of each part of the partition with the fewest padded entries.
+
+    A part is a contiguous range of the examples in the order of ``sort_keys``.
 
     Args:
         lengths: [examples, fields].
-        order: [examples], by which the examples are sorted; those with the same value stay together.
+        sort_keys: [examples]; examples with equal keys are in one part.
+        max_parts: maximum number of parts.
     """
-    groups = [np.flatnonzero(order == value) for value in np.unique(order)]
+    groups = [np.flatnonzero(sort_keys == key) for key in np.unique(sort_keys)]
     counts = np.asarray([len(group) for group in groups])
     largest = np.stack([lengths[group].max(axis=0) for group in groups])
     return [
         (largest[start:stop].max(axis=0), np.sort(np.concatenate(groups[start:stop])))
-        for start, stop in _least_padding(counts, largest, most)
+        for start, stop in _least_padding(counts, largest, max_parts)
     ]
 
 
-def _least_padding(counts: np.ndarray, largest: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """The partition of the groups, in order, into at most ``most`` ranges with the fewest padded entries.
+def _least_padding(counts: np.ndarray, largest: np.ndarray, max_ranges: int) -> list[tuple[int, int]]:
+    """The ranges (start, stop) of groups with the fewest padded entries, found by dynamic programming.
 
     Args:
-        counts: [N] examples of each group.
-        largest: [N, fields] lengths that an example of the group needs.
+        counts: [N] number of examples in each group.
+        largest: [N, fields] the largest length of each field in each group.
+        max_ranges: maximum number of ranges.
     """
     N = len(counts)
     before = np.concatenate([[0], np.cumsum(counts)])
@@ -248,10 +261,10 @@ def _least_padding(counts: np.ndarray, largest: np.ndarray, most: int) -> list[t
     for start in range(N):
         shape = np.maximum.accumulate(largest[start:], axis=0).sum(axis=1)
         cost[start, start + 1 :] = shape * (before[start + 1 :] - before[start])
-    best = np.full((most + 1, N + 1), np.inf)
+    best = np.full((max_ranges + 1, N + 1), np.inf)  # [ranges, stop]: the fewest padded entries of groups before stop
     best[0, 0] = 0.0
-    choice = np.zeros((most + 1, N + 1), int)
-    for ranges in range(1, most + 1):
+    choice = np.zeros((max_ranges + 1, N + 1), int)  # [ranges, stop]: the start of the last range
+    for ranges in range(1, max_ranges + 1):
         for stop in range(1, N + 1):
             totals = best[ranges - 1, :stop] + cost[:stop, stop]
             choice[ranges, stop] = int(np.argmin(totals))

@@ -1,4 +1,4 @@
-"""The embedded corpora."""
+"""The corpora that are part of the package."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxlm.data.text_files import read_text
 
 
 def shakespeare() -> str:
-    """Thirteen plays of Shakespeare, 1.56 MB of ASCII laid out as ``ROMEO:\\ntext\\n\\n``; public domain.
+    """Thirteen plays of Shakespeare, 1.56 MB of ASCII in the format ``ROMEO:\\ntext\\n\\n``; public domain.
 
-    Source, licence and what was normalised: ``SHAKESPEARE.md`` beside this file.
+    ``SHAKESPEARE.md`` in this directory has the source, the licence and the normalisation.
     """
     return _embedded("shakespeare.txt.gz")
 
@@ -19,7 +19,7 @@ def shakespeare() -> str:
 def verses() -> Examples:
     """5,833 verses of the Bible in English (``source``) and Spanish (``target``); public domain.
 
-    Origin and licence: ``VERSES.md`` beside this file.
+    ``VERSES.md`` in this directory has the source and the licence.
     """
     pairs = (line.split("\t") for line in _embedded("verses_en_es.tsv.gz").splitlines())
     return Examples([{"source": source, "target": target} for source, target in pairs], "the embedded verses")
@@ -41,9 +41,10 @@ PLAYS = (
 
 
 def play_passages(words: int = 60) -> Examples:
-    """Passages of about ``words`` words, labelled with the play that they are from: ``text``, ``label`` and ``play``.
+    """Passages of about ``words`` words, each labelled with its play: ``text`` and ``label``.
 
-    A passage is a run of consecutive lines. Lines that name a speaker are left out: the cast would give the play away.
+    A passage consists of consecutive lines. Lines with the name of a speaker are removed, because the names identify
+    the play.
     """
     text = shakespeare()
     starts = [text.index(f"{title}\n\n") for title in PLAYS]

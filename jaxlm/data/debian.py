@@ -1,4 +1,4 @@
-"""Descriptions of Debian packages: a task of summarization that every Debian system has (description -> synopsis).
+"""Descriptions of Debian packages as a summarization task (description -> synopsis). Every Debian system has the data.
 
 apt-cache show --no-all-versions $(apt-cache pkgnames) > packages.txt
 """
@@ -14,7 +14,7 @@ from jaxlm.data.text_files import read_lines
 
 _AFFIXES = frozenset(
     {
-        # what a package holds
+        # the content of a package
         "all",
         "base",
         "bin",
@@ -102,13 +102,13 @@ _AFFIXES = frozenset(
         "rust",
     }
 )
-"""Parts of package names that say which part of a project a package holds, or for which language it is."""
+"""Parts of package names that name a part of a project, or its language."""
 
 
 def project(package: str) -> str:
-    """The project of a package: its name without versions, "lib", and the parts that say what the package holds.
+    """The project of a package: its name without versions, without "lib", and without the parts in ``_AFFIXES``.
 
-    Packages of one source package mostly have the same project; a name of nothing but such parts is its own project.
+    Most packages of one source package have the same project. If nothing of the name is left, the project is the name.
 
     Example:
         >>> [project(name) for name in ("0ad-data", "libnss3-dev", "nss-doc", "python3-yaml")]
@@ -123,9 +123,10 @@ def project(package: str) -> str:
 def read_descriptions(path: str | Path) -> Examples:
     """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions (``.gz`` too).
 
-    The file holds Debian's control records, as ``apt-cache show`` and the ``Packages`` and ``Translation-en`` files of
-    an archive, or (``.jsonl``) one object a line with the keys ``package``, ``text`` and ``summary``. A record without
-    a long description, or of a package that occurred before, is listed in ``rejected`` with its first line.
+    The file has Debian's control records, such as the output of ``apt-cache show`` or the ``Packages`` and
+    ``Translation-en`` files of an archive. A ``.jsonl`` file has one object per line with the keys ``package``,
+    ``text`` and ``summary``. ``rejected`` lists records without a long description and repeated packages, each with the
+    number of its first line.
 
     Raises:
         ValueError: no record has a description.
@@ -146,14 +147,17 @@ def read_descriptions(path: str | Path) -> Examples:
             rows.append(example)
     if not rows:
         raise ValueError(
-            f"{path} holds no package description: write it with apt-cache show, not with apt-cache dumpavail, which "
+            f"{path} has no package description: make the file with apt-cache show. The output of apt-cache dumpavail "
             "has only synopses"
         )
     return Examples(rows, str(path), tuple(rejected))
 
 
 def _records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]]:
-    """First line and fields of each control record; a field is its lines, without the space before continued ones."""
+    """The first line number and the fields of each control record.
+
+    A field is the list of its lines. Continuation lines are without their leading space.
+    """
     record: dict[str, list[str]] = {}
     first, field = 1, ""
     for number, line in read_lines(path):
@@ -172,11 +176,12 @@ def _records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]]:
 
 
 def _example(record: dict[str, list[str]]) -> Example | None:
+    """The example of a control record. None: the record has no name, synopsis or description."""
     names = record.get("Package", [""])
     summary, *lines = record.get("Description-en") or record.get("Description") or [""]
     text = "\n".join("" if line == "." else line for line in lines).strip()
     if not (names[0] and summary and text):
         return None
-    # A source package may have its version in parentheses.
+    # The name of the source package may be followed by a version in parentheses.
     source = record.get("Source", names)[0].split(" ")[0]
     return {"package": names[0], "project": project(source), "text": text, "summary": summary}

@@ -1,7 +1,7 @@
-"""Docstrings of the Python code on this machine: a task of summarization without a download.
+"""Docstrings of the installed Python code as a summarization task. No download is needed.
 
-The first line of a docstring says what the rest explains (PEP 257), so the rest is a text and the first line its
-summary. Source files are parsed, never imported.
+The first line of a docstring summarizes the rest (PEP 257). So the rest is the text, and the first line is its summary.
+Source files are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlm.data.examples import Example, Examples, Rejected
 T = TypeVar("T")
 
 _SKIPPED = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
-"""Folders that are not read: tests, and copies of other packages."""
+"""Directories that are not read: tests, and copies of other packages."""
 _SECTIONS = "args|arguments|parameters|returns|raises|notes?|examples?"
 _FIELD = re.compile(rf"^\s*([:@]\w|({_SECTIONS})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
 
@@ -36,22 +36,23 @@ def docstrings(
 ) -> Examples:
     """Examples ``{"text", "summary", "package", "name"}`` from docstrings of modules, classes and functions.
 
-    ``text`` is the paragraphs after the first one, up to a section such as ``Args:`` or a doctest; ``summary`` is the
-    first one, ``package`` the top-level package and ``name`` the qualified name. The order is that of packages, files
-    and lines. A text, and a summary, occurs once. Folders of tests and of copied packages are skipped. ``rejected``
-    lists the files that are not valid Python of this version: their number in the order of reading, and the reason.
+    ``summary`` is the first paragraph of the docstring. ``text`` has the following paragraphs up to a section such as
+    ``Args:`` or a doctest. ``package`` is the top-level package, and ``name`` the qualified name. Examples are in the
+    order of packages, files and lines. Repeated texts and repeated summaries are removed. Directories with tests and
+    copied packages are skipped. ``rejected`` lists the files that are not valid Python of this version: their number in
+    reading order, and the reason.
 
     Args:
-        directories: each entry of a directory is a package; None: the standard library and the installed packages.
-        max_files: the most files of one package that are read, evenly spread over it.
-        max_per_package: the most examples of one package, evenly spread over what was read of it.
-        min_words: texts with fewer words are left out.
-        max_words: texts with more words are left out.
-        max_summary_words: summaries with more words are left out.
+        directories: each entry of a directory is a package. None: the standard library and the installed packages.
+        max_files: maximum number of files that are read in one package; they are evenly spaced.
+        max_per_package: maximum number of examples of one package; they are evenly spaced.
+        min_words: texts with fewer words are removed.
+        max_words: texts with more words are removed.
+        max_summary_words: summaries with more words are removed.
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        ValueError: a limit below 1, or no docstring fits.
+        ValueError: a limit is below 1, or no docstring satisfies the limits.
     """
     for option, value in (
         ("max_files", max_files), ("max_per_package", max_per_package), ("min_words", min_words),
@@ -83,7 +84,7 @@ def docstrings(
 
 
 def _packages(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]:
-    """Package -> its Python files, in a fixed order."""
+    """The Python files of each package, in a fixed order."""
     if directories is None:
         directories = list(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     packages: dict[str, list[Path]] = {}
@@ -103,13 +104,14 @@ def _packages(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]
 
 
 def _parse(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escape sequences in other people's strings
+        warnings.simplefilter("ignore")  # for example, invalid escape sequences in strings
         return ast.parse(path.read_bytes())
 
 
 def _pairs(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
-    """Qualified name, text and summary of each docstring that has both, in the order of the file."""
+    """The qualified name, text and summary of each docstring that has both, in the order of the file."""
     stack: list[tuple[str, ast.AST]] = [("", tree)]
     while stack:
         prefix, node = stack.pop()
@@ -124,10 +126,10 @@ def _pairs(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """Text and summary of a docstring; None when it has no paragraph after its first one.
+    """The text and the summary of a docstring. None: it has no paragraph after the first one.
 
-    The summary is the first paragraph in one line, as PEP 257 asks for one. The text ends before the first section
-    (``Args:``, ``Parameters`` with a line of dashes), field list (``:param``), directive or doctest.
+    The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text ends before the first
+    section (``Args:``, or ``Parameters`` with a line of dashes), field list (``:param``), directive or doctest.
 
     Example:
         >>> split_docstring("Return the sum.\\n\\nBoth numbers are added\\nas integers.\\n\\nArgs:\\n    x: one")
@@ -149,7 +151,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 def _spread(values: Sequence[T], limit: int) -> list[T]:
-    """At most ``limit`` of the values, evenly spread."""
+    """At most ``limit`` of the values, evenly spaced."""
     if len(values) <= limit:
         return list(values)
-    return [values[at * len(values) // limit] for at in range(limit)]
+    return [values[index * len(values) // limit] for index in range(limit)]

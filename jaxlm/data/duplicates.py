@@ -1,8 +1,8 @@
-"""Groups of similar texts, so that near-duplicates do not come into different parts of a data set.
+"""Groups of similar texts. They keep near-duplicates in one part of a data set.
 
-Texts are similar when their sets of word trigrams overlap: Jaccard similarity (Broder 1997), estimated with MinHash
-signatures; candidates are texts that agree in a band of their signatures (Leskovec et al., Mining of Massive Datasets,
-chapter 3).
+The similarity of two texts is the Jaccard similarity of their sets of word trigrams (Broder 1997), estimated with
+MinHash signatures. Only texts with an equal band of their signatures are compared (locality-sensitive hashing: Leskovec
+et al., Mining of Massive Datasets, chapter 3).
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 HASHES = 64
-"""Hash functions of a signature: the standard error of an estimated similarity of 0.5 is 0.06."""
+"""Number of hash functions of a signature. The standard error of an estimated similarity of 0.5 is 0.06."""
 BAND = 4
-"""Hash values of a band: two texts of similarity 0.5 agree in one of the 16 bands with probability 0.64, of 0.7 with
-0.99."""
+"""Number of hash values in a band. The probability that two texts agree in at least one of the 16 bands is 0.64 for a
+similarity of 0.5, and 0.99 for a similarity of 0.7."""
 _PRIME = 2**31 - 1
 
 
 def group_similar(
     texts: Sequence[str], keys: Sequence[Hashable] | None = None, *, similarity: float = 0.5
 ) -> list[int]:
-    """The number of the group of each text; similar texts, and texts with the same key, are in one group.
+    """The group number of each text. Similar texts, and texts with the same key, are in one group.
 
-    A group is a connected component: two of its texts need not be similar themselves. The number of a group is the
-    index of its first text. The result depends on nothing but the arguments.
+    A group is a connected component, so two of its texts may be dissimilar. The number of a group is the index of its
+    first text. The result depends only on the arguments.
 
     Args:
-        keys: one for each text, such as the name of the package that it is from; None: only the texts decide.
-        similarity: Jaccard similarity of word trigrams from which on two texts are near-duplicates.
+        keys: one key for each text, for example the name of its package. None: only the texts are compared.
+        similarity: the minimum Jaccard similarity of word trigrams of two near-duplicates.
 
     Raises:
-        ValueError: another number of keys than of texts, or a similarity that is not in (0, 1].
+        ValueError: the numbers of keys and texts differ, or the similarity is not in (0, 1].
 
     Example:
         >>> group_similar(["a b c d", "x y z", "a b c d", "u v w"], keys=["p", "q", "r", "q"])
         [0, 1, 0, 1]
     """
     if keys is not None and len(keys) != len(texts):
-        raise ValueError(f"{len(keys)} keys for {len(texts)} texts: each text needs one")
+        raise ValueError(f"{len(keys)} keys for {len(texts)} texts: each text needs one key")
     if not 0.0 < similarity <= 1.0:
         raise ValueError(f"similarity={similarity} must be above 0 and at most 1")
     parents = list(range(len(texts)))
@@ -53,8 +53,8 @@ def group_similar(
             index = parents[index]
         return index
 
-    def join(one: int, other: int) -> None:
-        first, last = sorted((root(one), root(other)))
+    def join(index: int, other: int) -> None:
+        first, last = sorted((root(index), root(other)))
         parents[last] = first
 
     first_with: dict[Hashable, int] = {}
@@ -64,24 +64,24 @@ def group_similar(
     for start in range(0, HASHES, BAND):
         buckets: dict[bytes, list[int]] = collections.defaultdict(list)
         for index, band in enumerate(np.ascontiguousarray(signatures[:, start : start + BAND])):
-            # A bucket keeps one text of each group of near-duplicates: the others are compared with that one.
+            # A bucket has one text of each group of near-duplicates. Only this text is compared with later texts.
             bucket = buckets[band.tobytes()]
-            like = next((one for one in bucket if np.mean(signatures[one] == signatures[index]) >= similarity), None)
-            if like is None:
+            match = next((i for i in bucket if np.mean(signatures[i] == signatures[index]) >= similarity), None)
+            if match is None:
                 bucket.append(index)
             else:
-                join(like, index)
+                join(match, index)
     return [root(index) for index in range(len(texts))]
 
 
 def trigrams(text: str) -> set[str]:
-    """The word trigrams of a text in lower case, without punctuation; a shorter text is one item."""
+    """The word trigrams of a text in lower case, without punctuation. A text with fewer than 3 words is one item."""
     words = re.findall(r"\w+", text.lower())
-    return {" ".join(words[at : at + 3]) for at in range(max(1, len(words) - 2))}
+    return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray:
-    """MinHash signatures, [texts, HASHES] int64: the smallest value of each hash function over the trigrams."""
+    """The MinHash signatures, [texts, HASHES] int64: the minimum of each hash function over the trigrams of a text."""
     rng = np.random.default_rng(0)
     factors, shifts = rng.integers(1, _PRIME, HASHES), rng.integers(0, _PRIME, HASHES)
     items, starts = [], [0]

@@ -1,6 +1,6 @@
-"""Encoded texts and pairs: ids with token types, character offsets and text numbers; truncation and windows.
+"""Encoded texts and pairs: ids, token types, character offsets and text numbers; truncation and windows.
 
-Only numpy: a tokenizer makes one whole encoding, and the functions here select positions from it.
+A tokenizer makes the full encoding, and the functions of this module select positions from it. They use only numpy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 SPECIAL = -1
-"""The entry of :attr:`Encoding.sequence` for a token that the template adds."""
+"""The entry of :attr:`Encoding.sequence` for a special token of the template."""
 
 
 class Encoding(NamedTuple):
@@ -18,10 +18,11 @@ class Encoding(NamedTuple):
 
     Attributes:
         ids: int32 [T].
-        token_types: int32 [T], what the template gives: for BERT 0 in the first part and 1 in the second.
-        offsets: int32 [T, 2]. Token ``t`` comes from characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of
-            its text; (0, 0) for special tokens.
-        sequence: int32 [T], the text of each token: 0 the first, 1 the second, -1 a special token of the template.
+        token_types: int32 [T], the token types of the template; for BERT, 0 in the first text and 1 in the second.
+        offsets: int32 [T, 2]. Token ``t`` has the characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of its
+            text; (0, 0) for special tokens.
+        sequence: int32 [T], the text of each token: 0 for the first text, 1 for the second, -1 for a special token of
+            the template.
     """
 
     ids: np.ndarray
@@ -31,7 +32,11 @@ class Encoding(NamedTuple):
 
 
 def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
-    """The encoding of texts without a template: ``parts`` has the ids and the offsets of each text."""
+    """The encoding of concatenated texts without a template.
+
+    Args:
+        parts: the ids [tokens] and the offsets [tokens, 2] of each text.
+    """
     numbers = [np.full(len(ids), number, np.int32) for number, (ids, _) in enumerate(parts)]
     sequence = np.concatenate(numbers)
     return Encoding(
@@ -43,12 +48,13 @@ def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
 
 
 def truncated(encoding: Encoding, max_length: int) -> Encoding:
-    """The encoding with at most ``max_length`` tokens: the longer text loses tokens at its end until both are equal.
+    """The encoding with at most ``max_length`` tokens.
 
-    Special tokens always stay.
+    Tokens are removed at the end of the longer text until both texts have equal length, and then from both. Special
+    tokens are never removed.
 
     Raises:
-        ValueError: ``max_length`` leaves no room for one token of each text.
+        ValueError: ``max_length`` is too small for one token of each text.
     """
     if len(encoding.ids) <= max_length:
         return encoding
@@ -67,12 +73,12 @@ def truncated(encoding: Encoding, max_length: int) -> Encoding:
 
 
 def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
-    """Encodings of at most ``max_length`` tokens: the first text whole, and windows of the second text.
+    """Encodings of at most ``max_length`` tokens, each with the whole first text and a window of the second text.
 
-    Two neighbours share ``stride`` tokens of the second text; the last window ends where the text ends.
+    Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of the text.
 
     Raises:
-        ValueError: ``max_length`` leaves at most ``stride`` tokens for the second text; a negative stride.
+        ValueError: ``max_length`` leaves at most ``stride`` tokens for the second text, or ``stride`` is negative.
     """
     if stride < 0:
         raise ValueError(f"stride={stride} must be at least 0: it is the number of tokens that two windows share")
@@ -84,7 +90,7 @@ def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
         raise ValueError(
             f"max_length={max_length} leaves {max(room, 0)} tokens for the context beside "
             f"{len(encoding.ids) - context} tokens of the question and special tokens, but it must leave more than "
-            f"stride={stride}: choose a longer max_length, a smaller stride or a shorter question"
+            f"stride={stride}: use a larger max_length, a smaller stride or a shorter question"
         )
     question = int(np.sum(encoding.sequence == 0))
     starts = range(0, context - stride, room - stride)
@@ -92,13 +98,17 @@ def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
 
 
 def swapped(encoding: Encoding) -> Encoding:
-    """The same encoding with the two texts numbered the other way round."""
+    """The encoding with the numbers of the two texts exchanged."""
     sequence = np.where(encoding.sequence == SPECIAL, SPECIAL, 1 - encoding.sequence)
     return encoding._replace(sequence=sequence.astype(np.int32))
 
 
 def _selected(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> Encoding:
-    """The special tokens, and of each text the tokens in its range (counted within the text)."""
+    """The encoding of the special tokens, and of the tokens in the given range of each text.
+
+    Args:
+        ranges: text number -> (start, stop), positions within the tokens of the text.
+    """
     keep = encoding.sequence == SPECIAL
     for number, (start, stop) in ranges.items():
         keep[np.flatnonzero(encoding.sequence == number)[start:stop]] = True

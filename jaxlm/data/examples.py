@@ -1,14 +1,14 @@
-"""Examples: labelled or paired texts, read from the files in which data sets are published.
+"""Examples: labelled or paired texts, read from the file formats of published data sets.
 
-    TSV, CSV             one example a row, named columns           GLUE, most classification sets
+    TSV, CSV             one example per row, named columns         GLUE, most classification sets
     labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
-    JSONL                one object a line                          SQuAD-like and summarization sets
-    pairs of files       line n of one file belongs to line n of the other     Multi30k, WMT
-    datasets.Dataset     a map-style data set of Hugging Face                  Examples.from_datasets
-    random access        anything with a length and an index: grain.MapDataset     Examples.from_random_access
+    JSONL                one JSON object per line                   SQuAD-like and summarization sets
+    pairs of files       line n of both files is one example        Multi30k, WMT
+    datasets.Dataset     a map-style data set of Hugging Face       Examples.from_datasets
+    random access        an object with a length and an index       Examples.from_random_access (grain.MapDataset)
 
-An example is a dict with the fields that the reader was asked for. Files may be compressed with gzip (``.gz``). Every
-error names the file and the line. Nothing is dropped: with ``on_error="report"``, a bad line is listed in ``rejected``.
+An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). Every error names the file
+and the line. No line is dropped silently: with ``on_error="report"``, an invalid line is listed in ``rejected``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from jaxlm.data.text_files import read_lines
 
 TEXT_COLUMNS = ("sentence", "text", "content")
-"""What tables for classification call the column of the text."""
+"""The names that classification tables use for the text column."""
 
 Example = dict[str, Any]
 OnError = Literal["raise", "report"]
@@ -35,7 +35,7 @@ OnError = Literal["raise", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A line that is no example: its number, from 1, and the reason."""
+    """A line that is not a valid example: its number (from 1) and the reason."""
 
     line: int
     reason: str
@@ -47,9 +47,9 @@ class Examples(Sequence[Example]):
 
     Attributes:
         rows: the examples.
-        name: where they come from, for messages.
-        rejected: the lines of the file that are no examples.
-        class_names: the names of the classes of a field in their order, where the data set has declared them.
+        name: the name of their file or data set, for messages.
+        rejected: the lines of the file that are not valid examples.
+        class_names: the class names of a field, in order, if the data set declares them.
 
     Example:
         >>> Examples([{"text": "a fine film", "label": "1"}]).column("label")
@@ -65,21 +65,22 @@ class Examples(Sequence[Example]):
     def from_datasets(cls, dataset: Any, fields: Mapping[str, str], *, name: str | None = None) -> Examples:
         """Examples from a map-style data set of Hugging Face (``datasets.Dataset``), read into memory.
 
-        The numbers of a ``ClassLabel`` column become their names, whose order :meth:`label_names` keeps.
+        The class numbers of a ``ClassLabel`` column are replaced by the class names. :meth:`label_names` keeps their
+        order.
 
         Args:
             fields: field of the example -> name of the column.
-            name: for messages; None takes the one of the data set.
+            name: the name in messages. None: the name of the data set.
 
         Raises:
-            TypeError: a streaming data set, or a dictionary of several.
-            ValueError: a missing column, an empty data set or text, a number that is no class.
+            TypeError: a streaming data set, or a dictionary of data sets.
+            ValueError: a missing column, an empty data set or text, or a number that is not a class.
 
         Example:
             >>> Examples.from_datasets(dataset["train"], {"text": "sentence", "label": "label"})   # doctest: +SKIP
         """
         if isinstance(dataset, Mapping):
-            raise TypeError(f"this is a dictionary of data sets: pass one of them, of {', '.join(map(repr, dataset))}")
+            raise TypeError(f"this is a dictionary of data sets: pass one of {', '.join(map(repr, dataset))}")
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"{type(dataset).__name__} has no length and no index: load it with streaming=False, or read a part "
@@ -91,7 +92,7 @@ class Examples(Sequence[Example]):
             columns = ", ".join(map(repr, dataset.column_names))
             raise ValueError(f"{name} has no column {missing[0]!r}: its columns are {columns}")
         if not len(dataset):
-            raise ValueError(f"{name} holds no example")
+            raise ValueError(f"{name} has no examples")
         values: dict[str, list[Any]] = {}
         class_names = {}
         for field, column in fields.items():
@@ -109,16 +110,17 @@ class Examples(Sequence[Example]):
     def from_random_access(
         cls, source: Any, fields: Mapping[str, str] | None = None, *, name: str = "the source"
     ) -> Examples:
-        """Examples that are read when they are used, each ``source[number]``: a ``grain.MapDataset``, for example.
+        """Examples of a random-access source, for example a ``grain.MapDataset``. ``source[n]`` is read on each access.
 
         Args:
-            source: has ``len(source)``, and ``source[number]`` is a mapping.
-            fields: field of the example -> name in the mapping; None keeps all names.
+            source: an object with ``len(source)``, for which ``source[n]`` is a mapping.
+            fields: field of the example -> name in the mapping. None: all names are kept.
+            name: the name in messages.
 
         Raises:
             TypeError: the source has no length or no index.
-            ValueError: it is empty or endless. When an example is read: it is None or no mapping, or has a missing or
-                empty field.
+            ValueError: the source is empty or infinite. On access: an example is None or not a mapping, or has a
+                missing or empty field.
         """
         check_random_access(source, name)
         rows = _Renamed(source, fields, name)
@@ -144,7 +146,7 @@ class Examples(Sequence[Example]):
         """The values of one field.
 
         Raises:
-            ValueError: an example has no such field.
+            ValueError: an example does not have the field.
         """
         for number, row in enumerate(self.rows):
             if field not in row:
@@ -156,23 +158,23 @@ class Examples(Sequence[Example]):
         return dataclasses.replace(self, rows=[self.rows[index] for index in indices], rejected=())
 
     def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
-        """Random parts: one for each fraction, and last the rest.
+        """Random parts: one part for each fraction, and one for the remaining examples.
 
         Args:
-            fractions: shares of the examples (or of the groups).
-            seed: of the random choice.
-            by: a field; examples with the same value stay in one part.
+            fractions: fractions of the examples (with ``by``: of the groups).
+            seed: seed of the random split.
+            by: a field. Examples with the same value form a group and are in one part.
 
         Raises:
-            ValueError: fractions that leave a part empty.
+            ValueError: the fractions leave a part empty.
         """
         if not all(0.0 < fraction < 1.0 for fraction in fractions) or sum(fractions) >= 1.0:
-            raise ValueError(f"fractions {fractions} must be positive and leave a rest: their sum must be below 1")
+            raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
         groups = list(range(len(self))) if by is None else self.column(by)
         names = list(dict.fromkeys(groups))
         order = np.random.default_rng(seed).permutation(len(names))
         stops = [round(sum(fractions[: n + 1]) * len(names)) for n in range(len(fractions))]
-        part_of = {names[name]: part for part, chunk in enumerate(np.split(order, stops)) for name in chunk.tolist()}
+        part_of = {names[number]: part for part, ids in enumerate(np.split(order, stops)) for number in ids.tolist()}
         parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
         for index, group in enumerate(groups):
             parts[part_of[group]].append(index)
@@ -181,7 +183,7 @@ class Examples(Sequence[Example]):
         return [self.select(part) for part in parts]
 
     def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
-        """Cross-validation: ``count`` pairs (training, test); each example is in the test part of exactly one."""
+        """``count`` pairs (training, test) for cross-validation. Each example is in exactly one test part."""
         if not 2 <= count <= len(self):
             raise ValueError(f"{count} folds of {len(self)} examples: choose from 2 to the number of examples")
         order = np.random.default_rng(seed).permutation(len(self))
@@ -192,7 +194,7 @@ class Examples(Sequence[Example]):
         ]
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
-        """The distinct labels as strings, sorted (as numbers if all of them are); or the declared classes in order."""
+        """The declared class names; or else the distinct labels as strings, sorted (as numbers if all are numbers)."""
         if field in self.class_names:
             return self.class_names[field]
         names = {str(value) for value in self.column(field)}
@@ -202,7 +204,7 @@ class Examples(Sequence[Example]):
 
 
 class _Renamed(Sequence[Example]):
-    """Mappings with random access, read when they are used, with the fields of examples."""
+    """The mappings of a random-access source as examples with renamed fields, read on each access."""
 
     def __init__(
         self, source: Any, fields: Mapping[str, str] | None, name: str = "the data set", numbers: range | None = None
@@ -234,23 +236,23 @@ class _Renamed(Sequence[Example]):
 
 
 def check_random_access(source: Any, name: str) -> None:
-    """Raise unless ``source`` has an index and a length that ends.
+    """Raise if ``source`` has no index, no length, or an infinite length.
 
     Raises:
         TypeError: the source has no length or no index.
-        ValueError: it is empty or endless.
+        ValueError: the source is empty or infinite.
     """
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
-        raise TypeError(f"{name} is a {type(source).__name__}: it needs a length and an index, as grain.MapDataset has")
+        raise TypeError(f"{name} is a {type(source).__name__}: it needs a length and an index, like grain.MapDataset")
     if len(source) == 0:
-        raise ValueError(f"{name} holds no example")
+        raise ValueError(f"{name} has no examples")
     if len(source) >= sys.maxsize:
-        raise ValueError(f"{name} has no end: leave out repeat(), as every epoch visits all examples once")
+        raise ValueError(f"{name} is infinite: remove repeat(), because every epoch visits all examples once")
 
 
 def _kind(value: Any) -> str:
     if value is None:
-        return "None (a grain.MapDataset has None where a filter dropped an element: filter before it is made)"
+        return "None (a grain.MapDataset returns None for a filtered element: filter the data before making it)"
     return type(value).__name__
 
 
@@ -259,8 +261,8 @@ def _class_name(number: Any, names: Sequence[str], column: str, example: int) ->
         return None
     if not 0 <= number < len(names):
         raise ValueError(
-            f"example {example} has {column}={number}, which is no class of {', '.join(names)}: is this a part without "
-            "labels?"
+            f"example {example} has {column}={number}, which is not the number of a class ({', '.join(names)}): the "
+            "data set may be a part without labels"
         )
     return names[number]
 
@@ -269,22 +271,25 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the exam
     """The index of each label in ``names``, int32 [N].
 
     Raises:
-        ValueError: a label that is not among the names.
+        ValueError: a label is not in ``names``.
     """
     index = {name: number for number, name in enumerate(names)}
     for number, label in enumerate(labels):
         if str(label) not in index:
-            raise ValueError(f"example {number} of {what} has the label {label!r}: known are {', '.join(names)}")
+            raise ValueError(f"example {number} of {what} has the label {label!r}: known labels are {', '.join(names)}")
     return np.asarray([index[str(label)] for label in labels], np.int32)
 
 
 # --------------------------------------------------------------------------------------------------- readers
 
 
-def _collect(path: str | Path, made: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
-    """Examples made line by line; a ``ValueError`` gets the file and the line, or the line is reported."""
+def _collect(path: str | Path, makers: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
+    """The examples that ``makers`` (line number, function) return.
+
+    If a function raises a ``ValueError``, the error gets the file and the line, or the line is listed in ``rejected``.
+    """
     rows, rejected = [], []
-    for number, make in made:
+    for number, make in makers:
         try:
             rows.append(make())
         except ValueError as error:
@@ -292,12 +297,12 @@ def _collect(path: str | Path, made: Iterable[tuple[int, Callable[[], Example]]]
                 raise ValueError(f"{path}, line {number}: {error}") from error
             rejected.append(Rejected(number, str(error)))
     if not rows:
-        raise ValueError(f"{path} holds no example")
+        raise ValueError(f"{path} has no examples")
     return Examples(rows, str(path), tuple(rejected))
 
 
 def _required(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
-    """The fields of an example from the columns of a row, none missing or empty."""
+    """The example with these fields, from the columns of a row. Raises ValueError for a missing or empty column."""
     example = {}
     for field, column in fields.items():
         if column not in row:
@@ -314,18 +319,20 @@ def _required(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
 def _table(
     path: str | Path, delimiter: Literal["\t", ","] | None, encoding: str
 ) -> Iterator[tuple[int, Callable[[], list[str]]]]:
-    """Each row of a TSV or CSV file with the number of its first line: a function that returns the row, or raises
-    ``ValueError`` if the row is malformed."""
+    """For each row of a TSV or CSV file: the number of its first line, and a function that returns the row.
+
+    The function raises ``ValueError`` if the row is malformed.
+    """
     if delimiter is None:
         suffix = Path(path).name.removesuffix(".gz").rpartition(".")[2]
         if suffix not in ("tsv", "csv"):
-            raise ValueError(f"{path} is neither .tsv nor .csv: pass the delimiter")
+            raise ValueError(f"{path} is neither a .tsv nor a .csv file: pass the delimiter")
         delimiter = "\t" if suffix == "tsv" else ","
     if delimiter == "\t":
         for number, line in read_lines(path, encoding):
             yield number, functools.partial(line.split, "\t")
         return
-    # strict: a quote that is never closed is an error, not a field that swallows the rest of the file.
+    # With strict=True, an unclosed quote is an error. Otherwise the rest of the file would be one field.
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path, encoding)), strict=True)
     while True:
         number = reader.line_num + 1
@@ -340,11 +347,12 @@ def _table(
 
 
 def _malformed(reason: str) -> list[str]:
+    """Raise ``ValueError`` with the reason."""
     raise ValueError(f"not CSV: {reason}")
 
 
 def _header(path: str | Path, rows: Iterator[tuple[int, Callable[[], list[str]]]]) -> list[str]:
-    """The names of the columns, from the first row."""
+    """The column names in the first row."""
     _, read = next(rows, (1, list[str]))
     try:
         names = read()
@@ -365,15 +373,17 @@ def read_table(
 ) -> Examples:
     """Examples from a TSV or CSV file whose first line names the columns.
 
-    TSV files have no quotes, as in GLUE; CSV files have (RFC 4180), and a quoted field may hold line ends, which are
-    read as newlines.
+    Fields of TSV files are not quoted, as in GLUE. Fields of CSV files may be quoted (RFC 4180). Line ends in a quoted
+    field are read as newlines.
 
     Args:
         fields: field of the example -> name of the column.
-        delimiter: None decides by the name of the file (``.tsv`` or ``.csv``).
+        delimiter: None: the file name decides (``.tsv`` or ``.csv``).
+        encoding: encoding of the file.
+        on_error: "report" lists invalid lines in ``rejected`` instead of raising an error.
 
     Raises:
-        ValueError: a missing column, an empty text, a line with another number of columns, a quote that is not closed.
+        ValueError: a missing column, an empty text, a line with another number of columns, or an unclosed quote.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -387,7 +397,7 @@ def read_table(
     def example(read: Callable[[], list[str]]) -> Example:
         row = read()
         if len(row) != len(header):
-            raise ValueError(f"{len(row)} columns where the first line has {len(header)}: {row}")
+            raise ValueError(f"the row has {len(row)} columns, but the first line has {len(header)}: {row}")
         return _required(dict(zip(header, row, strict=True)), fields)
 
     return _collect(path, ((number, functools.partial(example, read)) for number, read in rows), on_error)
@@ -396,13 +406,14 @@ def read_table(
 def read_jsonl(
     path: str | Path, fields: Mapping[str, str], *, encoding: str = "utf-8", on_error: OnError = "raise"
 ) -> Examples:
-    """Examples from a file with one JSON object a line.
+    """Examples from a file with one JSON object per line.
 
     Args:
         fields: field of the example -> key of the object.
+        encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: a line that is not a JSON object, a missing key, an empty text.
+        ValueError: a line is not a JSON object, a key is missing, or a text is empty.
     """
 
     def example(line: str) -> Example:
@@ -411,7 +422,7 @@ def read_jsonl(
         except ValueError as error:
             raise ValueError(f"not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"must hold a JSON object, got {type(row).__name__}")
+            raise ValueError(f"the line must be a JSON object, got {type(row).__name__}")
         return _required(row, fields)
 
     lines = ((number, functools.partial(example, line)) for number, line in read_lines(path, encoding) if line)
@@ -419,12 +430,12 @@ def read_jsonl(
 
 
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
-    """Examples ``{"label", "text"}`` from lines that hold a label, a space and the text."""
+    """Examples ``{"label", "text"}`` from a file whose lines have a label, a space and the text."""
 
     def example(line: str) -> Example:
         label, _, text = line.partition(" ")
         if not label or not text.strip():
-            raise ValueError(f"must hold a label, a space and a text, got {line!r}")
+            raise ValueError(f"the line must have a label, a space and a text, got {line!r}")
         return {"label": label, "text": text.strip()}
 
     lines = ((number, functools.partial(example, line)) for number, line in read_lines(path, encoding))
@@ -434,8 +445,8 @@ def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: 
 def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
     """Examples ``{"label", "text"}`` from a file for classification.
 
-    ``.tsv`` and ``.csv`` files have a column ``label`` and a column of the text with the first name of
-    :data:`TEXT_COLUMNS` that the file has. Other files have lines that hold a label, a space and the text.
+    ``.tsv`` and ``.csv`` files need a column ``label`` and a text column. The text column is the first name of
+    :data:`TEXT_COLUMNS` that the file has. The lines of other files have a label, a space and the text.
     """
     if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
         return read_labelled_lines(path, encoding=encoding)
@@ -447,14 +458,19 @@ def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
 def read_pairs(
     source: str | Path, target: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise"
 ) -> Examples:
-    """Examples ``{"source", "target"}``: line n of one file and line n of the other.
+    """Examples ``{"source", "target"}`` from two files. Line n of each file is one side of example n.
+
+    Args:
+        encoding, on_error: as in :func:`read_table`.
 
     Raises:
-        ValueError: files of unequal length, an empty line.
+        ValueError: the files have different numbers of lines, or a line is empty.
     """
     sources, targets = ([line for _, line in read_lines(path, encoding)] for path in (source, target))
     if len(sources) != len(targets):
-        raise ValueError(f"{source} has {len(sources)} lines and {target} has {len(targets)}: they must be parallel")
+        raise ValueError(
+            f"{source} has {len(sources)} lines and {target} has {len(targets)}: line n of both must be a pair"
+        )
 
     def example(pair: tuple[str, str]) -> Example:
         for text, path in zip(pair, (source, target), strict=True):

@@ -1,8 +1,8 @@
-"""Chess games: read from text and PGN files, checked by the rules, split into parts.
+"""Chess games: reading of text and PGN files, checks with the rules of chess, and splits.
 
-One move means one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
-``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). SAN lines have no signs for check and mate: both follow from the
-position. The rules come from the package ``chess`` (extra ``jaxlm[chess]``).
+A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
+``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). SAN lines have no signs for check and mate, because these follow
+from the position. The package ``chess`` (extra ``jaxlm[chess]``) implements the rules.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _PGN_VARIATION = re.compile(r"\([^()]*\)")
 _PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+\.+|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 GAMES_PER_PROCESS = 2000
-"""Games that justify one more process, which takes one or two seconds to start."""
+"""Number of games per process. The start of a process takes one or two seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Games:
-    """Games of one file, in its order.
+    """The games of a file, in order.
 
     Attributes:
         moves: one line of moves per game, separated by spaces.
         results: one of ``RESULTS`` per game.
-        notation: of ``moves``.
-        source: the file, for messages.
-        rejected: games of the file that are not among ``moves``, by line.
+        notation: notation of ``moves``.
+        source: name of the file, for messages.
+        rejected: the games of the file that are not in ``moves``, by line.
     """
 
     moves: tuple[str, ...]
@@ -62,18 +62,18 @@ class Games:
 
     def __post_init__(self) -> None:
         if len(self.moves) != len(self.results):
-            raise ValueError(f"{len(self.moves)} games need as many results, got {len(self.results)}")
+            raise ValueError(f"each game needs one result: got {len(self.results)} for {len(self.moves)} games")
 
     def __len__(self) -> int:
         return len(self.moves)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Games:
-        """The games at ``indices``, without the record of rejected games."""
+        """The games at ``indices``, without the rejected games."""
         moves = tuple(self.moves[i] for i in indices)
         return dataclasses.replace(self, moves=moves, results=tuple(self.results[i] for i in indices), rejected=())
 
     def groups(self) -> list[list[int]]:
-        """Indices of the games with equal moves, one list per distinct game, by first appearance."""
+        """The indices of games with equal moves: one list per distinct game, in order of first occurrence."""
         groups: dict[str, list[int]] = {}
         for index, line in enumerate(self.moves):
             groups.setdefault(line, []).append(index)
@@ -84,7 +84,7 @@ class Games:
         return [group for group in self.groups() if len(group) > 1]
 
     def report(self, most: int = 5) -> str:
-        """Number of games, of rejected games (the first ``most`` with their reasons) and of duplicates, as text."""
+        """The numbers of games, rejected games and duplicates, and the first ``most`` rejected games, as text."""
         repeated = sum(len(group) - 1 for group in self.duplicates())
         lines = [f"{self.source}: {len(self):,} games, {len(self.rejected):,} rejected, {repeated:,} duplicates"]
         lines += [f"  {self.source}, line {game.line}: {game.reason}" for game in self.rejected[:most]]
@@ -94,9 +94,9 @@ class Games:
 
 
 def chess_games(notation: Notation = "uci") -> Games:
-    """The 2,000 embedded master games; public domain. Source and choice: ``CHESS.md`` beside this file."""
+    """The 2,000 embedded master games; public domain. ``CHESS.md`` in this directory describes their source."""
     with importlib.resources.as_file(importlib.resources.files("jaxlm.data") / "chess_games.txt.gz") as path:
-        # All games are legal SAN, so only UCI moves need the rules.
+        # All games are legal SAN. Only the conversion to UCI needs the rules.
         games = read_games(path, notation, check="syntax" if notation == "san" else "rules", workers=1)
     return dataclasses.replace(games, source="chess_games.txt.gz")
 
@@ -110,20 +110,21 @@ def read_games(
 ) -> Games:
     """The games of a file, with their moves in ``notation``.
 
-    A text file (also ``.gz``) has one game per line: SAN or UCI moves, and optionally the result at the end. A PGN file
-    (``.pgn``, ``.pgn.gz``) keeps its main lines. A game with an illegal or unreadable move, without a move, or from
-    another initial position is in ``Games.rejected``, with its line and the reason.
+    A text file (``.gz`` too) has one game per line: SAN or UCI moves, and optionally the result at the end. Of a PGN
+    file (``.pgn``, ``.pgn.gz``), only the main lines are read. ``Games.rejected`` lists the games with an illegal or
+    unreadable move, without moves, or from another initial position, each with its line and the reason.
 
-    The rules cost about 0.9 ms per game (2 minutes for 144,000 games on one core, 1 on two). ``check="syntax"`` takes a
-    few seconds: every word must look like a move of ``notation``, which the file must be written in.
+    Checking the rules takes about 0.9 ms per game (for 144,000 games 2 minutes on one core, 1 minute on two).
+    ``check="syntax"`` takes a few seconds. It requires that the file uses ``notation``, and checks only that every word
+    has the form of a move.
 
     Args:
-        check: ``rules`` replays each game, ``syntax`` only looks at words.
-        workers: processes; None uses all cores for a large file.
+        check: ``rules`` replays each game. ``syntax`` checks only the form of the words.
+        workers: number of processes. None: all cores for a large file.
 
     Raises:
-        ImportError: the package ``chess`` is missing (not needed by ``check="syntax"``).
-        ValueError: a file that cannot be read or has no legal game, or arguments outside their range.
+        ImportError: the package ``chess`` is not installed (``check="syntax"`` does not need it).
+        ValueError: the file cannot be read or has no legal game, or an argument is outside its range.
     """
     path = Path(path)
     check_notation(notation)
@@ -139,7 +140,7 @@ def read_games(
     else:
         items = [(number, line) for number, line in read_lines(path) if line.strip()]
     if not items:
-        raise ValueError(f"{path} is empty: give one game a line, or a PGN file called .pgn")
+        raise ValueError(f"{path} is empty: it must have one game per line, or be a PGN file with the suffix .pgn")
     if check == "rules":
         import_chess()
     reader = "pgn" if is_pgn else check
@@ -159,12 +160,14 @@ def read_games(
 def split_games(
     games: Games, validation_fraction: float, test_fraction: float, seed: int = 0
 ) -> tuple[Games, Games, Games]:
-    """Games for training, validation and test. Games with equal moves are in one part.
+    """The games for training, validation and test. Games with equal moves are in one part.
 
-    The fractions are of distinct games, which are drawn without order; each part keeps the order of ``games``.
+    The fractions are fractions of the distinct games. The games of each part are drawn at random, and keep the order of
+    ``games``.
 
     Raises:
-        ValueError: fractions that are negative or leave nothing to train on, or a positive one that gives no game.
+        ValueError: a fraction is negative, the fractions leave no games for training, or a positive fraction gives no
+            game.
     """
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= value < 1.0:
@@ -189,7 +192,7 @@ def split_games(
 
 
 def to_uci(line: str) -> str:
-    """A line of SAN or UCI moves (from the initial position) as UCI moves.
+    """The UCI moves for a line of SAN or UCI moves from the initial position.
 
     Example:
         >>> to_uci("e4 e5 Nf3")
@@ -202,7 +205,7 @@ def to_uci(line: str) -> str:
 
 
 def to_san(line: str) -> str:
-    """A line of SAN or UCI moves as SAN moves, without signs for check and mate.
+    """The SAN moves, without signs for check and mate, for a line of SAN or UCI moves from the initial position.
 
     Raises:
         ValueError: an illegal or unreadable move.
@@ -211,18 +214,18 @@ def to_san(line: str) -> str:
 
 
 def plain_san(board: Any, move: Any) -> str:
-    """SAN of a legal move on a ``chess.Board``, without the signs for check and mate."""
+    """The SAN of a legal move on a ``chess.Board``, without the signs for check and mate."""
     return board.san(move).rstrip("+#")
 
 
 def check_notation(notation: str) -> None:
-    """Raise ``ValueError`` unless ``notation`` is one of ``NOTATIONS``."""
+    """Raise ``ValueError`` if ``notation`` is not one of ``NOTATIONS``."""
     if notation not in NOTATIONS:
         raise ValueError(f"notation={notation!r} must be one of {', '.join(NOTATIONS)}")
 
 
 def import_chess() -> ModuleType:
-    """The package ``chess``, or an ``ImportError`` that names the extra."""
+    """The package ``chess``. Raises an ``ImportError`` that names the extra if it is not installed."""
     try:
         import chess
     except ImportError as error:
@@ -234,7 +237,14 @@ def import_chess() -> ModuleType:
 
 
 class _Read(NamedTuple):
-    """A game that was read; ``reason`` says why it is rejected and is empty for a good one."""
+    """The result of reading one game.
+
+    Attributes:
+        line: the number of the game's first line.
+        moves: the moves in the requested notation.
+        result: one of ``RESULTS``.
+        reason: why the game is rejected; empty for an accepted game.
+    """
 
     line: int
     moves: str = ""
@@ -243,7 +253,7 @@ class _Read(NamedTuple):
 
 
 def _replay(words: Sequence[str], notation: Notation) -> str:
-    """``words`` (SAN or UCI moves) in ``notation``. Raises ValueError at the first one that is not a legal move."""
+    """The SAN or UCI moves in ``notation``. Raises ValueError for the first word that is not a legal move."""
     board = import_chess().Board()
     moves = []
     for number, word in enumerate(words):
@@ -264,11 +274,13 @@ def _replay(words: Sequence[str], notation: Notation) -> str:
 
 
 def _move_name(index: int, word: str) -> str:
+    """The description of a move in error messages."""
     return f"move {index // 2 + 1} of {'black' if index % 2 else 'white'}, {word!r},"
 
 
 def _canonical_san(board: Any, move: Any, word: str) -> str:
-    # Writing SAN takes as long as parsing it. A move that was parsed without an origin needs none.
+    """The standard SAN of a move that was parsed from ``word``."""
+    # Writing SAN takes as long as parsing it. If the word was unambiguous without an origin, it is already standard.
     plain = word.rstrip("+#")
     if _WITHOUT_ORIGIN.fullmatch(plain) and ("x" in plain) == board.is_capture(move):
         return plain
@@ -276,7 +288,7 @@ def _canonical_san(board: Any, move: Any, word: str) -> str:
 
 
 def _words(line: str) -> tuple[list[str], str]:
-    """The moves of a line, and its result (* without one)."""
+    """The moves of a line, and its result ("*" if the line has none)."""
     words = line.split()
     result = words.pop() if words and words[-1] in RESULTS else "*"
     return words, result
@@ -290,7 +302,7 @@ def _by_rules(line: int, text: str, notation: Notation) -> Iterator[_Read]:
     try:
         yield _Read(line, _replay(words, notation), result)
     except ValueError as error:
-        hint = "; a file with move numbers or tags must be called .pgn" if re.match(r"\d+\.|\[", words[0]) else ""
+        hint = "; a file with move numbers or tags needs the suffix .pgn" if re.match(r"\d+\.|\[", words[0]) else ""
         yield _Read(line, reason=f"{error}{hint}")
 
 
@@ -311,7 +323,7 @@ def _by_pgn(line: int, text: str, notation: Notation) -> Iterator[_Read]:
     import chess.pgn
 
     class MainLine(chess.pgn.GameBuilder):
-        """Builds the main line only, and keeps errors without logging them."""
+        """Builds only the main line, and stores errors without logging them."""
 
         def begin_variation(self) -> Any:
             super().begin_variation()
@@ -321,7 +333,7 @@ def _by_pgn(line: int, text: str, notation: Notation) -> Iterator[_Read]:
             self.game.errors.append(error)
 
     unknown = _unknown_word(text)
-    if unknown is not None:  # the parser would skip it
+    if unknown is not None:  # the parser would ignore it
         yield _Read(line, reason=f"{unknown!r} in the text of the game is not a move")
         return
     stream = io.StringIO(text)
@@ -353,7 +365,7 @@ def _unknown_word(text: str) -> str | None:
 
 
 def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of each game: it begins with a tag after something else than a tag."""
+    """The line number and the text of each game. A game begins at a tag that follows a line that is not a tag."""
     lines = text.splitlines(keepends=True)
     start, after_tag = None, False
     for number, line in enumerate(lines):
@@ -388,7 +400,9 @@ def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, wor
 
 
 def _read_in_process(reader: str, items: list[tuple[int, str]], notation: Notation) -> list[_Read]:
-    # Not multiprocessing: a forked copy of JAX's threads may hang, and a spawned one runs the user's script again.
+    """The games of ``items``, read in a new process."""
+    # Do not use multiprocessing: a forked process may hang because of JAX's threads, and a spawned process would run
+    # the user's script again.
     run = subprocess.run(
         [sys.executable, "-c", "from jaxlm.data import games; games._serve()"],
         input=pickle.dumps((reader, items, notation)),
@@ -401,7 +415,7 @@ def _read_in_process(reader: str, items: list[tuple[int, str]], notation: Notati
 
 
 def _serve() -> None:
-    """Read what :func:`_read_in_process` sends and answer on the standard output."""
+    """Read the request of :func:`_read_in_process` from the standard input. Write the games to the standard output."""
     reader, items, notation = pickle.loads(sys.stdin.buffer.read())
     games = [tuple(game) for game in _read_all(reader, items, notation, workers=1)]
     sys.stdout.buffer.write(pickle.dumps(games))

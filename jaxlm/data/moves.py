@@ -1,4 +1,4 @@
-"""Chess moves as tokens: one id per move, in UCI or SAN notation (see ``jaxlm.data.games``)."""
+"""A tokenizer of chess moves: one id per move, in UCI or SAN notation (see ``jaxlm.data.games``)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>
 
 
 def uci_moves() -> tuple[str, ...]:
-    """The 1,968 moves that some piece can make on an empty board, promotions included, in alphabetical order.
+    """The 1,968 moves of all pieces on an empty board, including promotions, in alphabetical order.
 
-    Queen and knight moves cover those of all pieces; castling is the king's move of two squares.
+    The moves of queen and knight include those of the other pieces. Castling is a king's move of two squares.
     """
     squares = [(file, rank) for file in range(8) for rank in range(8)]
     moves = []
@@ -35,25 +35,25 @@ def uci_moves() -> tuple[str, ...]:
 
 
 class MoveTokenizer(_Inputs):
-    """One id per move; a text is a line of moves such as ``e2e4 e7e5 g1f3`` or ``e4 e5 Nf3``.
+    """A tokenizer with one id per move. A text is a line of moves such as ``e2e4 e7e5 g1f3`` or ``e4 e5 Nf3``.
 
-    Ids 0 to 2 are padding, the beginning and the end of a game. ``encode_inputs`` puts the beginning before the moves.
-    UCI has all 1,968 moves. SAN has the moves of the training games: id 3 stands for any other move. Signs for check
-    and mate (``+``, ``#``) are removed by ``encode``: they follow from the position, and with them the vocabulary would
-    be two thirds larger.
+    Ids 0 to 2 are padding, the beginning and the end of a game. ``encode_inputs`` adds the beginning before the moves.
+    The UCI vocabulary has all 1,968 moves. The SAN vocabulary has the moves of the training games, and id 3 for any
+    other move. ``encode`` removes the signs for check and mate (``+``, ``#``): they follow from the position, and they
+    would make the vocabulary two thirds larger.
 
     Args:
         notation: ``uci`` or ``san``.
-        moves: the moves in the order of their ids; None (only for ``uci``): all moves.
+        moves: the moves in the order of their ids. None: all moves (only for ``uci``).
 
     Raises:
-        ValueError: moves that are missing, repeated, or not in the notation.
+        ValueError: moves are missing, repeated, or not in the notation.
 
     Attributes:
-        notation: as given.
+        notation: ``uci`` or ``san``.
         moves: the moves in the order of their ids.
         pad_id, bos_id, eos_id: ids of padding, beginning and end.
-        first_move_id: the id of ``moves[0]``; smaller ids are special.
+        first_move_id: the id of ``moves[0]``. Smaller ids are special tokens.
 
     Example:
         >>> MoveTokenizer("uci").encode("e2e4 e7e5").tolist()
@@ -90,11 +90,13 @@ class MoveTokenizer(_Inputs):
 
     @classmethod
     def from_games(cls, lines: Iterable[str], notation: Notation = "uci", *, min_count: int = 1) -> MoveTokenizer:
-        """The tokenizer of training games: for ``san`` their moves that appear at least ``min_count`` times, the most
-        frequent first; for ``uci`` always all moves.
+        """The tokenizer for training games.
+
+        For ``san``, the vocabulary has the moves that occur at least ``min_count`` times, the most frequent first. For
+        ``uci``, it always has all moves.
 
         Raises:
-            ValueError: lines in another notation, no move that is frequent enough.
+            ValueError: the lines are in another notation, or no move occurs ``min_count`` times.
         """
         check_notation(notation)
         if min_count < 1:
@@ -105,10 +107,10 @@ class MoveTokenizer(_Inputs):
         return cls("san", sorted((move for move in counts if counts[move] >= min_count), key=lambda m: (-counts[m], m)))
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the moves, int32 [moves], without the ids of beginning and end.
+        """The ids of the moves, int32 [moves], without the ids of beginning and end.
 
         Raises:
-            ValueError: a word that is not a move in the notation (results and move numbers are not moves).
+            ValueError: a word is not a move in the notation. Results and move numbers are not moves.
         """
         ids = []
         for number, word in enumerate(text.split()):
@@ -117,23 +119,23 @@ class MoveTokenizer(_Inputs):
         return np.array(ids, np.int32)
 
     def game(self, line: str) -> np.ndarray:
-        """A whole game as a training document: beginning, moves, end; int32 [moves + 2]."""
+        """The ids of a whole game as a training document: beginning, moves, end; int32 [moves + 2]."""
         return np.concatenate([[self.bos_id], self.encode(line), [self.eos_id]]).astype(np.int32)
 
     def is_move(self, id: int) -> bool:
-        """Whether an id stands for one certain move."""
+        """Whether an id is the id of a move, and not of a special token."""
         return self.first_move_id <= id < self.vocab_size
 
     def move_id(self, move: str) -> int | None:
-        """The id of a move (without signs for check and mate), None when it is not in the vocabulary."""
+        """The id of a move (without signs for check and mate). None: the vocabulary does not have the move."""
         return self._ids.get(move)
 
     def move_text(self, id: int) -> str:
-        """The move of an id, or the name of a special token (``<eos>``)."""
+        """The move for an id, or the name of a special token, such as ``<eos>``."""
         return self._texts[id]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
-        """The line of moves. By default padding, beginning and end have no text; an unknown move is ``<unk>``."""
+        """The line of moves. By default, padding, beginning and end have no text. An unknown move is ``<unk>``."""
         unknown = self.special_ids.unk
         return " ".join(
             self._texts[id]
@@ -152,7 +154,7 @@ class MoveTokenizer(_Inputs):
         """The tokenizer of a saved ``jaxlm_tokenizer.json`` of type ``moves``.
 
         Raises:
-            ValueError: fields that are missing or wrong.
+            ValueError: a field is missing or wrong.
         """
         moves = content.get("moves")
         if moves is not None and not isinstance(moves, str):
@@ -169,6 +171,7 @@ class MoveTokenizer(_Inputs):
         return f"MoveTokenizer({self.notation!r}, {len(self.moves):,} moves)"
 
     def _id(self, word: str, number: int) -> int:
+        """The id of a word that is not in the vocabulary as written. Raises ValueError if it is not a move."""
         plain = word.rstrip("+#") if self.notation == "san" else word
         id = self._ids.get(plain, self.special_ids.unk)
         pattern = SAN_MOVE if self.notation == "san" else UCI_MOVE
@@ -186,6 +189,6 @@ class MoveTokenizer(_Inputs):
 
         begin = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL)))
         return [
-            Encoding(*(np.concatenate(fields) for fields in zip(begin, one, strict=True)))
-            for one in _without_template(part, texts, pairs)
+            Encoding(*(np.concatenate(fields) for fields in zip(begin, encoding, strict=True)))
+            for encoding in _without_template(part, texts, pairs)
         ]

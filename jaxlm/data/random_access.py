@@ -1,4 +1,4 @@
-"""A source of batches over anything with random access: a ``grain.MapDataset``, a map-style data set, a list.
+"""A source of batches for random-access data: a ``grain.MapDataset``, a map-style data set, or a list.
 
 Shapes: B batch.
 """
@@ -12,31 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.batching import _at_least, _fingerprint, _shuffled
+from jaxlm.data.batching import _check_min, _fingerprint, _shuffled
 from jaxlm.data.examples import check_random_access
 from jaxlm.data.tokens import check_tokens
 
 SAMPLES = 16
-"""Elements that the fingerprint reads."""
+"""Maximum number of elements that the fingerprint reads."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomAccess:
-    """A source of batches of elements that all have the same fields and shapes, each exactly once an epoch.
+    """A source of batches of random-access elements. Each epoch visits every element exactly once.
 
-    A batch may hold the last elements of one epoch and the first of the next: none is left out. A batch is a function
-    of its number, so a run resumes without reading what it has read before. Elements of unequal length:
-    ``Bucketed(Examples.from_random_access(source))``.
+    All elements must have the same fields and shapes. For elements of unequal length, use
+    ``Bucketed(Examples.from_random_access(source))``. A batch may have the last elements of one epoch and the first
+    elements of the next one, so no element is dropped. A batch is a function of its step, so a resumed run does not
+    read earlier elements again.
 
     Args:
-        elements: has ``len(elements)``; ``elements[number]`` is a mapping of arrays and numbers, the same each time.
+        elements: an object with ``len(elements)``, for which ``elements[n]`` is a mapping of arrays and numbers. It
+            must be the same on each access.
         batch_size: B.
-        seed: of the order, which is drawn anew each epoch.
-        shuffle: False visits the elements in their own order, such as that of ``grain.MapDataset.shuffle``.
+        seed: seed of the order. Each epoch has another order.
+        shuffle: False keeps the order of the elements, for example that of ``grain.MapDataset.shuffle``.
 
     Raises:
         TypeError: the elements have no length or no index.
-        ValueError: there is no element, or no end of them; the first one is no mapping.
+        ValueError: the number of elements is 0 or infinite, or the first element is not a mapping.
 
     Example:
         >>> elements = [{"tokens": np.arange(n, n + 4), "label": n % 2} for n in range(10)]
@@ -51,8 +53,8 @@ class RandomAccess:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size)
-        _at_least(0, seed=self.seed)
+        _check_min(1, batch_size=self.batch_size)
+        _check_min(0, seed=self.seed)
         check_random_access(self.elements, "the source")
         self._read(0)
 
@@ -61,6 +63,7 @@ class RandomAccess:
         return len(self.elements)
 
     def _read(self, number: int) -> Mapping[str, np.ndarray]:
+        """The arrays of an element, after a check."""
         element = self.elements[number]
         if not isinstance(element, Mapping) or not element:
             raise ValueError(f"element {number} must be a mapping of arrays, got {type(element).__name__}")
@@ -74,7 +77,7 @@ class RandomAccess:
         """Each field of the given rows of step ``index``, ``[B, ...]``.
 
         Raises:
-            ValueError: an element with other fields, shapes or dtypes than the first of the batch.
+            ValueError: an element has other fields, shapes or dtypes than the first element of the batch.
         """
         if self.shuffle:
             numbers = _shuffled(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
@@ -86,7 +89,7 @@ class RandomAccess:
             if _shapes(element) != first:
                 raise ValueError(
                     f"element {number} has {_shapes(element)}, but element {numbers[0]} of the same batch has {first}: "
-                    "cut or pad them to one shape, or use Bucketed"
+                    "truncate or pad them to one shape, or use Bucketed"
                 )
         return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
 
@@ -105,4 +108,5 @@ class RandomAccess:
 
 
 def _shapes(element: Mapping[str, np.ndarray]) -> str:
+    """The names, dtypes and shapes of the fields as text."""
     return ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in sorted(element.items()))

@@ -1,10 +1,10 @@
-"""SQuAD: questions about texts whose answers are spans of the text (Rajpurkar et al. 2016, 2018).
+"""SQuAD: questions about texts. The answers are spans of the text (Rajpurkar et al. 2016, 2018).
 
     official JSON   {"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}
-    JSONL           one object a line: {"id", "context", "question", "answers"}, and possibly "title"
+    JSONL           one object per line: {"id", "context", "question", "answers"}, and optionally "title"
 
-``answers`` is a list of ``{"text", "answer_start"}``, or ``{"text": [...], "answer_start": [...]}`` as in the
-``datasets`` package. It is empty for a question without an answer (SQuAD 2.0). Files may end in ``.gz``.
+``answers`` is a list of ``{"text", "answer_start"}``, or ``{"text": [...], "answer_start": [...]}`` as in the package
+``datasets``. It is empty for a question without an answer (SQuAD 2.0). Files may be compressed (``.gz``).
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from jaxlm.data.examples import Example, Examples, Rejected
 from jaxlm.data.text_files import text_chunks
 
 MAX_SHIFT = 2
-"""Published files have answers whose start is wrong by a character; the reader looks this many characters around."""
+"""Maximum distance in characters between the start in the file and the answer. Some starts in published files are wrong
+by one character."""
 
 
 def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "raise") -> Examples:
     """The questions of a SQuAD file: ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``.
 
-    ``answers`` are the texts of all annotators and ``starts`` their first characters in the context; both are empty for
-    a question without an answer. ``group`` is the title of the article, or the context in a file without titles: split
-    by it (``examples.split(0.8, by="group")``), so that no text is in two parts.
+    ``answers`` are the texts of all annotators, and ``starts`` their first characters in the context. Both are empty
+    for a question without an answer. ``group`` is the title of the article, or the context if the file has no titles.
+    Split by it (``examples.split(0.8, by="group")``), so that no text is in two parts.
 
     Args:
-        on_error: "report" lists bad questions in ``rejected`` (with the number of the question in the file, from 1)
-            instead of raising.
+        on_error: "report" lists invalid questions in ``rejected`` (with the number of the question in the file, from 1)
+            instead of raising an error.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file in neither format, or a bad question: a missing field, an empty text, or an answer that is
-            not in the context at its start (:data:`MAX_SHIFT` characters beside it are accepted). The message has the
-            file and the id.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has neither format, or a question is invalid: a field is missing, a text is empty, or an
+            answer is not in the context within :data:`MAX_SHIFT` characters of its start. The message has the file and
+            the id.
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
@@ -56,16 +57,16 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
                 raise ValueError(f"{path}, {reason}") from error
             rejected.append(Rejected(number, reason))
     if not rows:
-        raise ValueError(f"{path} holds no question")
+        raise ValueError(f"{path} has no questions")
     return Examples(rows, str(path), tuple(rejected))
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """The questions of the file, each as an object of the JSONL form or a line of it."""
+    """The questions of the file, each as an object in the JSONL format, or as an unparsed line."""
     text = "".join(text_chunks(path))
     try:
         content = json.loads(text)
-    except ValueError:  # several lines of JSON are not one JSON document
+    except ValueError:  # a file with several JSON lines is not one JSON document
         yield from (line for line in text.split("\n") if line.strip())
         return
     if isinstance(content, dict) and "data" in content:
@@ -76,10 +77,11 @@ def _records(path: Path) -> Iterator[Any]:
     elif isinstance(content, dict):
         yield content
     else:
-        raise ValueError(f"{path} is neither SQuAD JSON (an object with 'data') nor one JSON object a line")
+        raise ValueError(f"{path} is neither SQuAD JSON (an object with 'data') nor has one JSON object per line")
 
 
 def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
+    """The questions of official JSON as objects in the JSONL format."""
     for article in articles:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
@@ -87,17 +89,19 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _object(record: Any) -> Mapping[str, Any]:
+    """The JSON object of a question, parsed if the record is a line."""
     if isinstance(record, str):
         try:
             record = json.loads(record)
         except ValueError as error:
-            raise ValueError(f"neither SQuAD JSON nor one JSON object a line: {error}") from error
+            raise ValueError(f"the file is neither SQuAD JSON nor one JSON object per line: {error}") from error
     if not isinstance(record, Mapping):
-        raise ValueError(f"must be a JSON object, got {type(record).__name__}")
+        raise ValueError(f"the line must be a JSON object, got {type(record).__name__}")
     return record
 
 
 def _example(record: Mapping[str, Any]) -> Example:
+    """The example of a question, after a check of its fields and answers."""
     for name in ("id", "context", "question", "answers"):
         if name not in record:
             raise ValueError(f"no field {name!r}: the fields are {', '.join(map(repr, record))}")
@@ -110,8 +114,10 @@ def _example(record: Mapping[str, Any]) -> Example:
             raise ValueError(f"an answer needs a text and a start, got {text!r} and {start!r}")
         found = _find(context, text, start)
         if found is None:
-            at = context[max(0, start) : max(0, start) + len(text)]
-            raise ValueError(f"the answer {text!r} is not at character {start} of the context, where {at!r} is")
+            actual = context[max(0, start) : max(0, start) + len(text)]
+            raise ValueError(
+                f"the answer {text!r} is not at character {start} of the context, which has {actual!r} there"
+            )
         answers.append(text)
         starts.append(found)
     return {
@@ -125,7 +131,7 @@ def _example(record: Mapping[str, Any]) -> Example:
 
 
 def _answers(value: Any) -> list[tuple[Any, Any]]:
-    """Texts and starts."""
+    """The text and the start of each answer."""
     try:
         if isinstance(value, Mapping):
             return list(zip(value["text"], value["answer_start"], strict=True))
@@ -137,7 +143,7 @@ def _answers(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _find(context: str, text: str, start: int) -> int | None:
-    """The start of the text that is nearest to ``start``, or None."""
+    """The position of the text in the context that is nearest to ``start``; None if it is not within ``MAX_SHIFT``."""
     for shift in sorted(range(-MAX_SHIFT, MAX_SHIFT + 1), key=abs):
         if start + shift >= 0 and context.startswith(text, start + shift):
             return start + shift

@@ -1,7 +1,7 @@
-"""Generated stories with questions whose answers are spans of the story, in the manner of bAbI (Weston et al. 2015).
+"""Generated stories with questions, similar to bAbI (Weston et al. 2015). The answers are spans of the story.
 
-People walk between rooms, and pick up, put down and give away things. A question has one correct answer. Its kind says
-what must be found:
+People walk between rooms, and pick up, put down and give away things. Each question has one correct answer. The table
+has the kinds of questions, their answers, and the sentences that are needed:
 
     where_person   the room of a person                    the last sentence about the person
     where_thing    the room of a thing that is carried     two sentences: who has it, and the person's room
@@ -41,22 +41,22 @@ KINDS = ("where_person", "where_thing", "who_has", "when", "gave_what", "gave_to
 """The kinds of questions."""
 
 _Mention = tuple[str, int]
-"""A word or phrase of the story and its first character."""
+"""A word or phrase of the story, and the position of its first character."""
 
 
 def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: int = 2) -> Examples:
     """``count`` questions about generated stories: ``id``, ``context``, ``question``, ``answers``, ``starts``,
     ``group`` (the story) and ``kind``.
 
-    The same arguments give the same questions, and a longer set begins with the shorter one.
+    The same arguments give the same questions. With a larger ``count``, the first questions are the same.
 
     Args:
-        seed: of the random choices.
-        sentences: of a story.
-        questions: the most questions about one story.
+        seed: seed of the random choices.
+        sentences: number of sentences in a story.
+        questions: maximum number of questions about one story.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number is below 1.
 
     Example:
         >>> example = make_stories(2)[1]
@@ -74,7 +74,7 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
         for _ in range(sentences):
             story.add_sentence()
         found = story.questions()
-        # The kind is drawn first: a kind with many possible questions is not more frequent.
+        # The kind is drawn first, so that a kind with many possible questions is not more frequent.
         kinds = list(dict.fromkeys(kind for kind, _, _ in found))
         for kind in rng.sample(kinds, min(questions, len(kinds))):
             _, question, (answer, start) = rng.choice([item for item in found if item[0] == kind])
@@ -90,13 +90,15 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
 
 @dataclasses.dataclass
 class _Gift:
+    """A gift, with the mentions of its sentence."""
+
     giver: _Mention
     thing: _Mention
     receiver: _Mention
 
 
 class _Story:
-    """The text so far, where everybody and everything is, and where the text says so."""
+    """A story: its text, the locations of all people and things, and the mentions in the text that state them."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.text = rng, ""
@@ -111,7 +113,7 @@ class _Story:
         self.gifts: list[_Gift] = []
 
     def add_sentence(self) -> None:
-        """Add one event that is possible now."""
+        """Append one possible event to the story."""
         carried = [thing for thing in self.things if self.holder[thing] is not None]
         events: list[Callable[[], None]] = [self._walk] * 2
         if any(self.walks.values()) and len(carried) < len(self.things):
@@ -121,7 +123,7 @@ class _Story:
         self.rng.choice(events)()
 
     def questions(self) -> list[tuple[str, str, _Mention]]:
-        """Kind, question and answer of every question that has one correct answer."""
+        """The kind, text and answer of every question that has one correct answer."""
         found = []
         for person, walks in self.walks.items():
             if walks:
@@ -180,7 +182,7 @@ class _Story:
     def _drop(self) -> None:
         thing, person = self._carried()
         self._say("{person} {verb} the {}.", thing, person=person, verb=_DROPS)
-        # The text names the room in the sentence about the last walk of the person.
+        # The last walk of the person is the mention of the room.
         self.holder[thing], self.lies_in[thing] = None, self.walks[person][-1]
 
     def _give(self) -> None:
@@ -194,11 +196,11 @@ class _Story:
         self.holder[thing] = receiver_at
 
     def _room(self, person: str) -> str | None:
-        """Where a person is; None before the first walk."""
+        """The room of a person; None before the first walk."""
         return self.walks[person][-1][0] if self.walks[person] else None
 
     def _carried(self) -> tuple[str, str]:
-        """A thing and the person who carries it."""
+        """A random thing that is carried, and the person who carries it."""
         holders = {thing: holder[0] for thing, holder in self.holder.items() if holder is not None}
         thing = self.rng.choice(list(holders))
         return thing, holders[thing]
@@ -206,7 +208,7 @@ class _Story:
     # ------------------------------------------------------------------------------------------------ words
 
     def _say(self, template: str, *mentions: str, verb: tuple[str, ...], person: str = "") -> list[_Mention]:
-        """Append a sentence; returns the mentions that fill its empty braces, with their first characters."""
+        """Append a sentence; returns the mentions that replace its empty braces, with their positions."""
         parts = template.replace("{verb}", self.rng.choice(verb)).replace("{person}", person).split("{}")
         text = self.text + " " if self.text else ""
         found = []

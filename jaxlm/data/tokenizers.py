@@ -1,4 +1,4 @@
-"""Tokenizers: text to integer ids and back. Bytes and characters are built in; the others are loaded or trained."""
+"""Tokenizers: text to ids and back. Byte and character tokenizers are built in; others are loaded or trained."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ _KNOWN_TOKENS = {
     "sep": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
 }
-"""What published vocabularies call each role, tried in this order when no file of the directory names the token."""
+"""The tokens that published vocabularies use for each role. They are tried in order if no file names the token."""
 _KEPT_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
-"""Files of a published tokenizer that are saved as they were loaded."""
+"""Files of a published tokenizer that ``save`` writes back unchanged."""
 TOKENIZER_FILES = (_OWN_FILE, "tokenizer.json", *_KEPT_FILES)
-"""Names of all files that :func:`load_tokenizer` or transformers read a tokenizer from."""
+"""Names of all files from which :func:`load_tokenizer` or transformers read a tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """The ids of the special tokens of a tokenizer; None for a role that it does not have.
+    """The ids of the special tokens of a tokenizer. None: the tokenizer has no token for the role.
 
     Attributes:
-        pad: fills up rows of a batch.
-        unk: stands for a word or character that is not in the vocabulary.
-        bos, eos: begins and ends a document or a target.
+        pad: padding of batch rows.
+        unk: replaces a word or character that is not in the vocabulary.
+        bos, eos: begin and end a document or a target.
         cls: the token whose hidden state a classifier reads.
-        sep: ends a text of a pair.
-        mask: replaces a token that a model is to predict.
+        sep: ends each text of a pair.
+        mask: replaces a token that the model must predict.
     """
 
     pad: int | None = None
@@ -61,13 +61,13 @@ class SpecialIds:
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library needs from a tokenizer. All methods but ``save`` are pure.
+    """The interface of a tokenizer. All methods except ``save`` are pure.
 
     Attributes:
         vocab_size: ids are ``0 <= id < vocab_size``.
         special_ids: the ids of the special tokens.
-        end_id: the id that ends a document, None where there is none. ``encode`` never adds it. It is
-            ``special_ids.eos``, or for BERT's vocabularies, which have none, the id of ``[SEP]``.
+        end_id: the id that ends a document. None: the tokenizer has no such id. ``encode`` does not add it. It is
+            ``special_ids.eos``; BERT's vocabularies have no eos token, so it is the id of ``[SEP]``.
     """
 
     @property
@@ -80,7 +80,7 @@ class Tokenizer(Protocol):
     def end_id(self) -> int | None: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids, int32 ``[tokens]``, without special tokens."""
+        """The ids of a text, int32 ``[tokens]``, without special tokens."""
         ...
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
@@ -90,31 +90,31 @@ class Tokenizer(Protocol):
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """``encode_inputs`` of each text (and its pair), faster than one by one."""
+        """``encode_inputs`` of each text (and its pair). It is faster than single calls."""
         ...
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
-        """The question with overlapping windows of the context."""
+        """The windows of a context, each with the whole question."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """Text of ids ``[tokens]``. Raises ValueError for an id outside the vocabulary."""
+        """The text of ids ``[tokens]``. Raises ValueError if an id is outside the vocabulary."""
         ...
 
     def save(self, directory: str | Path) -> None:
-        """Write what :func:`load_tokenizer` reads, into a directory that is made if missing."""
+        """Write the files that :func:`load_tokenizer` reads. The directory is created if it does not exist."""
         ...
 
 
 class _Inputs:
-    """The methods that make inputs of a model, from one method that encodes without truncation."""
+    """The ``encode_inputs`` and ``encode_windows`` methods of a tokenizer that implements ``_encodings``."""
 
     _context_first = False
     """Whether ``encode_windows`` puts the context before the question."""
 
     @abstractmethod
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        """Each text (and its pair) in the template, whole."""
+        """The encoding of each text (and its pair) with the template, without truncation."""
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
         """The text, or the pair, with the special tokens of the tokenizer's template.
@@ -122,23 +122,23 @@ class _Inputs:
         BERT: ``[CLS] text [SEP] pair [SEP]``; T5: ``text </s>``; GPT-2, bytes and characters have none.
 
         Args:
-            max_length: the most tokens, special tokens included. Of a pair, the longer text is shortened first, at its
-                end. None: the texts stay whole, however long.
+            max_length: maximum number of tokens, including special tokens. Tokens are removed at the end of a text, in
+                a pair first from the longer text. None: the texts are not truncated.
 
         Raises:
             TypeError: ``text`` or ``pair`` is not a string.
-            ValueError: ``max_length`` leaves no room for a token of each text.
+            ValueError: ``max_length`` is too small for one token of each text.
         """
         return self.encode_inputs_batch([text], None if pair is None else [pair], max_length=max_length)[0]
 
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """``encode_inputs`` of each text (and its pair), faster than one by one.
+        """``encode_inputs`` of each text (and its pair). It is faster than single calls.
 
         Raises:
-            TypeError: ``texts`` or ``pairs`` is one string, or holds what is not a string.
-            ValueError: another number of pairs than of texts; ``max_length`` as in ``encode_inputs``.
+            TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
+            ValueError: the numbers of texts and pairs differ, or ``max_length`` is too small.
         """
         for name, values in (("texts", texts), ("pairs", pairs or ())):
             if isinstance(values, str):
@@ -152,18 +152,18 @@ class _Inputs:
         return encoded if max_length is None else [encodings.truncated(one, max_length) for one in encoded]
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
-        """The whole question with overlapping windows of the context, as readers of SQuAD make them.
+        """Overlapping windows of the context, each with the whole question, as for SQuAD.
 
-        In every window, ``sequence`` is 0 for the question and 1 for the context, and ``offsets`` count characters of
-        the whole context. Templates whose classifier token comes last (XLNet) have the context before the question.
+        In every window, ``sequence`` is 0 for the question and 1 for the context. ``offsets`` are positions in the
+        whole context. If the classifier token of the template is last (XLNet), the context is before the question.
 
         Args:
-            max_length: the most tokens of one window, special tokens included.
-            stride: how many tokens of the context two neighbouring windows share.
+            max_length: maximum number of tokens of a window, including special tokens.
+            stride: number of context tokens that two consecutive windows share.
 
         Raises:
-            ValueError: a question or context without tokens; ``max_length`` leaves at most ``stride`` tokens for the
-                context.
+            ValueError: the question or the context has no tokens, or ``max_length`` leaves at most ``stride`` tokens
+                for the context.
 
         Example:
             >>> [w.ids.tolist() for w in ByteTokenizer().encode_windows("a", "bcdef", max_length=4, stride=1)]
@@ -180,11 +180,12 @@ class _Inputs:
 
 
 def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """The ids as an array [tokens], after a check of their dtype, shape and range."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"decode takes a row of integer ids, got {array.dtype}{list(array.shape)}")
+        raise ValueError(f"decode needs a 1-D array of integer ids, got {array.dtype}{list(array.shape)}")
     bad = np.flatnonzero((array < 0) | (array >= vocab_size))
     if bad.size:
         at = bad[0]
@@ -194,9 +195,9 @@ def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer(_Inputs):
-    """UTF-8 bytes as ids 0-255, and 256 for the end of a document.
+    """A tokenizer of UTF-8 bytes: ids 0-255 are bytes, and id 256 is the end of a document.
 
-    ``decode`` shows bytes that are no whole character (a sequence cut in the middle) as U+FFFD; id 256 has no text.
+    ``decode`` replaces bytes of an incomplete character by U+FFFD. Id 256 has no text.
 
     Example:
         >>> ByteTokenizer().encode("né").tolist()
@@ -229,7 +230,7 @@ class ByteTokenizer(_Inputs):
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer(_Inputs):
-    """One id per character: id ``i`` is ``characters[i]``. It has no end of a document.
+    """A tokenizer of characters: id ``i`` is ``characters[i]``. It has no id for the end of a document.
 
     Example:
         >>> CharTokenizer.from_text("to be").encode("bet").tolist()
@@ -249,7 +250,7 @@ class CharTokenizer(_Inputs):
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """The distinct characters of ``text``, sorted by code point."""
+        """The tokenizer of the distinct characters of ``text``, sorted by code point."""
         return cls("".join(sorted(set(text))))
 
     @property
@@ -257,11 +258,11 @@ class CharTokenizer(_Inputs):
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids, int32. Raises ValueError naming the first character that is not among ``characters``."""
+        """The ids of a text, int32. Raises ValueError with the first character that is not in ``characters``."""
         known, points = _code_points(self.characters), _code_points(text)
         order = np.argsort(known)
-        places = np.searchsorted(known, points, sorter=order)
-        ids = order[np.minimum(places, len(known) - 1)]
+        ranks = np.searchsorted(known, points, sorter=order)
+        ids = order[np.minimum(ranks, len(known) - 1)]
         unknown = np.flatnonzero(known[ids] != points)
         if unknown.size:
             at = int(unknown[0])
@@ -287,25 +288,28 @@ class CharTokenizer(_Inputs):
 
 
 def _code_points(text: str) -> np.ndarray:
+    """The Unicode code point of each character."""
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
 
 
 class PretrainedTokenizer(_Inputs):
-    """A ``tokenizers.Tokenizer``, as published beside a checkpoint or trained (needs the extra ``tokenizers``).
+    """A tokenizer of the package ``tokenizers`` (extra ``tokenizers``), published with a checkpoint or trained.
 
-    ``encode`` adds no special tokens, but those spelled in the text become their ids; ``decode`` spells them.
+    ``encode`` adds no special tokens. A special token that is written in the text is encoded as its id. ``decode``
+    writes special tokens as text.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``. Its padding and truncation are switched off, and saved again.
-        special_tokens: the token of each role in ``ROLES``; None: there is none. A role that is not named has the
-            first token that published vocabularies use for it and this vocabulary has.
-        files: contents of the files that ``save`` writes beside ``tokenizer.json``, by name.
+        backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off, and are restored in the saved
+            file.
+        special_tokens: the token of each role in ``ROLES``. None: the tokenizer has no token for the role. A role that
+            is not in the mapping gets the first token of the vocabulary that published vocabularies use for it.
+        files: the contents of further files that ``save`` writes, by name.
 
     Raises:
         ValueError: an unknown role, or a token that is not in the vocabulary.
 
     Attributes:
-        special_tokens: the token of each role, as text; only roles that the tokenizer has.
+        special_tokens: the text of each special token, by role, for the roles that the tokenizer has.
     """
 
     def __init__(
@@ -319,11 +323,11 @@ class PretrainedTokenizer(_Inputs):
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.special_tokens = _special_tokens(backend, special_tokens or {})
         self.special_ids = SpecialIds(**{role: backend.token_to_id(t) for role, t in self.special_tokens.items()})
-        # BERT's vocabularies have no token for the end of a document: [SEP] ends each of its texts.
+        # BERT's vocabularies have no eos token. [SEP] ends each of its texts.
         end_token = self.special_tokens.get("eos", self.special_tokens.get("sep"))
         self.end_id: int | None = None if end_token is None else backend.token_to_id(end_token)
         self._files = dict(files or {})
-        # A padding or truncating tokenizer.json would lengthen or cut every text.
+        # Padding and truncation of tokenizer.json would change the length of every text, so they are turned off.
         self._lengths: dict[str, Any] = {"padding": None, "truncation": None}
         if backend.padding is not None or backend.truncation is not None:
             content = json.loads(backend.to_str())
@@ -335,11 +339,11 @@ class PretrainedTokenizer(_Inputs):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
-        """From ``tokenizer.json``, or from the ``vocab.json`` and ``merges.txt`` of GPT-2's byte-level BPE.
+        """The tokenizer of ``tokenizer.json``, or of GPT-2's ``vocab.json`` and ``merges.txt`` (byte-level BPE).
 
-        The special tokens are those of ``tokenizer_config.json``, then of ``special_tokens_map.json``, then of the
-        ids in ``config.json``, then of the template in ``tokenizer.json``; a role that no file names has a well-known
-        token of the vocabulary. ``save`` writes all the files of the tokenizer back unchanged.
+        The special token of a role comes from the first of these that names it: ``tokenizer_config.json``,
+        ``special_tokens_map.json``, the ids in ``config.json``, the template in ``tokenizer.json``, and the tokens that
+        published vocabularies use. ``save`` writes all files of the tokenizer back unchanged.
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
@@ -358,28 +362,28 @@ class PretrainedTokenizer(_Inputs):
         return [_as_encoding(encoding) for encoding in self.backend.encode_batch(inputs)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """The text of ids ``[tokens]``, with the special tokens spelled.
+        """The text of ids ``[tokens]``. Special tokens are written as text.
 
         Args:
-            skip_special_tokens: leave them out.
+            skip_special_tokens: remove special tokens.
         """
         return self.backend.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=skip_special_tokens)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` open."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         integrity.forget_checksums(directory, TOKENIZER_FILES)
-        for name, content in self._files.items():
-            (directory / name).write_bytes(content)
+        for name, data in self._files.items():
+            (directory / name).write_bytes(data)
         if "tokenizer_config.json" not in self._files:
-            _write_json(directory / "tokenizer_config.json", self._fresh_config())
-        whole = {**json.loads(self.backend.to_str()), **self._lengths}
-        text = json.dumps(whole, indent=2, ensure_ascii=False)
+            _write_json(directory / "tokenizer_config.json", self._default_config())
+        content = {**json.loads(self.backend.to_str()), **self._lengths}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
 
-    def _fresh_config(self) -> dict[str, Any]:
-        """``tokenizer_config.json`` of a tokenizer that came without one."""
+    def _default_config(self) -> dict[str, Any]:
+        """The ``tokenizer_config.json`` of a tokenizer that was loaded without one."""
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -388,7 +392,7 @@ class PretrainedTokenizer(_Inputs):
 
 
 def _special_tokens(backend: Any, given: Mapping[str, str | None]) -> dict[str, str]:
-    """The token of each role that the tokenizer has: the given one, or else a well-known one."""
+    """The token of each role: the given token, or else the first known token that is in the vocabulary."""
     unknown = [role for role in given if role not in ROLES]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a role of special tokens: choose from {', '.join(ROLES)}")
@@ -416,7 +420,7 @@ def _read_backend(directory: Path) -> Any:
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
     if not file.exists():
         file, vocab = directory / "merges.txt", directory / "vocab.json"
-        read_object(vocab)  # refuses a token that occurs twice
+        read_object(vocab)  # raises if a token occurs twice
     try:
         if file.name == "tokenizer.json":
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -433,18 +437,18 @@ def _read_backend(directory: Path) -> Any:
 
 
 def _check_distinct(vocab: Mapping[str, int], file: Path) -> None:
-    """Raise ``ValueError`` for two tokens with one id: only one of them could be decoded."""
+    """Raise ``ValueError`` if two tokens have one id, because only one of them could be decoded."""
     tokens: dict[int, str] = {}
     for token, number in sorted(vocab.items()):
         if number in tokens:
             raise ValueError(
-                f"{file}: the tokens {tokens[number]!r} and {token!r} have the same id {number}: give each its own"
+                f"{file}: the tokens {tokens[number]!r} and {token!r} have the same id {number}: ids must be distinct"
             )
         tokens[number] = token
 
 
 def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
-    """The special tokens that the files of a directory name, by role; a role that no file names is left out."""
+    """The special tokens that the files of a directory name, by role."""
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = read_object(directory / name) if (directory / name).exists() else {}
@@ -458,7 +462,8 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
     for role in ROLES:
         ids = config.get(f"{role}_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        if role not in declared and isinstance(first, int) and first in added:  # class defaults may be no special token
+        # An id in config.json may be a default of the class, and not the id of a special token.
+        if role not in declared and isinstance(first, int) and first in added:
             declared[role] = added[first]
         if role not in declared and processor.get("type") in ("BertProcessing", "RobertaProcessing"):
             token, _ = processor.get(role, (None, None))
@@ -467,7 +472,7 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
 
 
 def _as_encoding(encoding: Any) -> Encoding:
-    """Arrays of a ``tokenizers.Encoding``."""
+    """The arrays of a ``tokenizers.Encoding``."""
     sequence = [encodings.SPECIAL if number is None else number for number in encoding.sequence_ids]
     return Encoding(
         ids=np.asarray(encoding.ids, np.int32),
@@ -480,7 +485,11 @@ def _as_encoding(encoding: Any) -> Encoding:
 def _without_template(
     part: Callable[[str], tuple[np.ndarray, np.ndarray]], texts: Sequence[str], pairs: Sequence[str] | None
 ) -> list[Encoding]:
-    """Texts, or pairs one after the other, of a tokenizer without special tokens."""
+    """The encodings of texts or pairs without special tokens.
+
+    Args:
+        part: a function that returns the ids [tokens] and the offsets [tokens, 2] of a text.
+    """
     rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
     return [encodings.joined([part(text) for text in row]) for row in rows]
 
@@ -489,31 +498,31 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer in a directory: ``jaxlm_tokenizer.json``, ``tokenizer.json``, or ``vocab.json`` + ``merges.txt``.
 
     Raises:
-        FileNotFoundError: none of them is there.
-        ValueError: the file cannot be understood.
+        FileNotFoundError: the directory has none of these files.
+        ValueError: the file is invalid.
     """
     directory = Path(directory)
-    own = directory / _OWN_FILE
+    jaxlm_file = directory / _OWN_FILE
     integrity.verify_checksums(directory, TOKENIZER_FILES)
-    if own.exists():
-        content = read_object(own)
+    if jaxlm_file.exists():
+        content = read_object(jaxlm_file)
         match content:
             case {"type": "byte"}:
                 return ByteTokenizer()
             case {"type": "character", "characters": str(characters)}:
                 return CharTokenizer(characters)
             case {"type": "moves"}:
-                from jaxlm.data.moves import MoveTokenizer  # it imports this module
+                from jaxlm.data.moves import MoveTokenizer  # imported here, because it imports this module
 
                 return MoveTokenizer.from_json(content)
-        raise ValueError(f'{own} describes no known tokenizer: "type" is {content.get("type")!r}')
+        raise ValueError(f'{jaxlm_file} has an unknown type of tokenizer: "type" is {content.get("type")!r}')
     if (directory / "tokenizer.json").exists() or all(
         (directory / name).exists() for name in ("vocab.json", "merges.txt")
     ):
         return PretrainedTokenizer.from_directory(directory)
-    there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
+    found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
     raise FileNotFoundError(
-        f"no tokenizer in {directory}: looked for {_OWN_FILE}, tokenizer.json, vocab.json + merges.txt; found {there}"
+        f"no tokenizer in {directory}: looked for {_OWN_FILE}, tokenizer.json, vocab.json + merges.txt; found {found}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Token files: one ``.npy`` array of ids, written as a stream, read as a memory map, checked before use."""
+"""Token files: ``.npy`` files with one array of ids. They are written in chunks, and read as a memory map."""
 
 from __future__ import annotations
 
@@ -8,45 +8,57 @@ from pathlib import Path
 
 import numpy as np
 
-_CHUNK = 1 << 22  # ids looked at together: bounds the memory of a scan
+_CHUNK = 1 << 22  # ids that are checked at a time; it limits the memory of a check
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else uint32."""
+    """The dtype of a token file: uint16 if it can represent every id, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def check_row(ids: np.ndarray, needed: int = 1, what: str = "tokens") -> None:
-    """Raise ``ValueError`` unless ``ids`` is one row of at least ``needed`` integers; ``what`` begins the message."""
+    """Raise ``ValueError`` if ``ids`` is not a 1-D array of at least ``needed`` integers.
+
+    Args:
+        what: the name of the ids, with which the message begins.
+    """
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{what}: expected one row of integer ids, got {ids.dtype}{list(ids.shape)}")
+        raise ValueError(f"{what}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
     if len(ids) < needed:
-        have = f"{len(ids)} tokens" if len(ids) else "no tokens at all"
-        raise ValueError(f"{what}: {have}, at least {needed} needed; give more data, or a shorter length or batch")
+        count = f"{len(ids)} tokens" if len(ids) else "no tokens"
+        raise ValueError(f"{what}: {count}, at least {needed} needed; use more data, or a smaller length or batch")
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, needed: int = 1, what: str = "tokens", first: int = 0) -> None:
-    """:func:`check_row`, and every id must lie in the vocabulary. Reads all of ``ids``, a chunk at a time.
+    """Raise ``ValueError`` if :func:`check_row` does, or if an id is outside the vocabulary.
+
+    The function reads all ids, one chunk at a time.
 
     Args:
-        what: what the ids are, e.g. the name of a file.
-        first: position of ``ids[0]`` in the whole, for the message.
+        what: the name of the ids in messages, for example the name of a file.
+        first: the position of ``ids[0]`` in the data set, for messages.
     """
     check_row(ids, needed, what)
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
         if chunk.min() < 0 or chunk.max() >= vocab_size:
-            at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
+            index = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             raise ValueError(
-                f"{what}: id {chunk[at]} at position {first + start + at} is outside the vocabulary of {vocab_size} "
-                f"ids; use the tokenizer that wrote them, or a model with a larger vocab_size"
+                f"{what}: id {chunk[index]} at position {first + start + index} is outside the vocabulary of "
+                f"{vocab_size} ids; use the tokenizer that wrote them, or a model with a larger vocab_size"
             )
 
 
 def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: int) -> int:
-    """Write ids (one array, or many in turn: never more than one in memory) to ``path``; returns how many.
+    """Write ids to a token file; returns the number of ids.
 
-    The file appears when it is complete, and not at all when an id is bad or there are none (``ValueError``).
+    The file is created only when it is complete.
+
+    Args:
+        ids: one array, or an iterable of arrays, of which only one at a time is in memory.
+
+    Raises:
+        ValueError: an id is outside the vocabulary, or there are no ids. Then no file is created.
 
     Example:
         >>> write_tokens("train.npy", (tokenizer.encode(text) for text in texts), tokenizer.vocab_size)
@@ -56,9 +68,9 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
     dtype, total = token_dtype(vocab_size), 0
     try:
         with open(partial, "wb") as file:
-            # The header leaves room for the count to grow, so the true one fits over this one.
+            # numpy pads the header, so a header with the final count has the same size as this one.
             _write_header(file, dtype, 0)
-            body = file.tell()
+            header_size = file.tell()
             for chunk in [ids] if isinstance(ids, np.ndarray) else ids:
                 if not isinstance(chunk, np.ndarray):
                     raise ValueError(
@@ -68,10 +80,10 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
                 file.write(chunk.astype(dtype).tobytes())
                 total += len(chunk)
             if not total:
-                raise ValueError(f"ids for {path}: no tokens at all")
+                raise ValueError(f"ids for {path}: no tokens")
             file.seek(0)
             _write_header(file, dtype, total)
-            assert file.tell() == body
+            assert file.tell() == header_size
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -86,32 +98,33 @@ def _write_header(file: object, dtype: np.dtype, count: int) -> None:
 
 
 def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
-    """The ids ``[tokens]`` of a file, memory-mapped and read-only; every id is checked once, now.
+    """The ids ``[tokens]`` of a token file, memory-mapped and read-only, after a check of every id.
 
     Raises:
-        ValueError: not a whole ``.npy`` file, empty, not one row of integers, or an id outside the vocabulary.
+        ValueError: the file is not a complete ``.npy`` file, has no ids, is not a 1-D array of integers, or has an id
+            outside the vocabulary.
     """
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole token file (.npy): {error}") from error
+        raise ValueError(f"{path} is not a complete token file (.npy): {error}") from error
     check_tokens(ids, vocab_size, what=str(path))
     return ids
 
 
 def split(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) views of ``tokens``: the last ``validation_fraction`` of them is for validation."""
+    """Two views of ``tokens``: the training part, and the validation part, which is the end of the tokens."""
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
-    border = int(len(tokens) * (1 - validation_fraction))
-    if border in (0, len(tokens)):
+        raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
+    boundary = int(len(tokens) * (1 - validation_fraction))
+    if boundary in (0, len(tokens)):
         raise ValueError(
             f"{len(tokens)} tokens cannot be split with validation_fraction {validation_fraction}: one part is empty"
         )
-    return tokens[:border], tokens[border:]
+    return tokens[:boundary], tokens[boundary:]
 
 
 def split_documents(tokens: np.ndarray, end_id: int) -> list[np.ndarray]:
-    """Views of the documents in ``tokens``, each with the ``end_id`` that ends it (the last may lack it)."""
-    borders = np.flatnonzero(tokens == end_id) + 1
-    return [document for document in np.split(tokens, borders) if len(document)]
+    """Views of the documents in ``tokens``. Each document includes its ``end_id``; the last one may not have one."""
+    boundaries = np.flatnonzero(tokens == end_id) + 1
+    return [document for document in np.split(tokens, boundaries) if len(document)]

@@ -1,10 +1,10 @@
-"""Training of tokenizers: subwords (BPE, unigram), words and characters. Needs the extra ``jaxlm[tokenizers]``.
+"""Training of tokenizers: subwords (BPE, unigram), words and characters. It needs the extra ``jaxlm[tokenizers]``.
 
     tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
-    tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer open it
+    tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer can read it
 
-Subwords are built from the 256 bytes, so every text has ids and comes back exactly. A space is put before each text, so
-that its first word has the ids that it has elsewhere; decoding removes it.
+Subwords are built from the 256 bytes, so every text can be encoded, and decoding is exact. The tokenizer adds a space
+before each text, so that the first word has the same ids as in the middle of a text. Decoding removes the space.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ _SUBWORDS = ("bpe", "unigram")
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
-    """The special tokens by role, in the order of their ids, and their positions around one text and a pair."""
+    """The special tokens of a template, and their positions around a text or a pair.
+
+    Attributes:
+        tokens: the token of each role, in the order of the ids.
+        single, pair: the template for a text and for a pair, in the syntax of ``tokenizers``.
+        config: further entries of ``tokenizer_config.json``.
+    """
 
     tokens: Mapping[str, str]
     single: str
@@ -33,7 +39,7 @@ class _Template:
 
 
 _NO_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
-# The orders are those of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs its pad id 1.
+# The order of the tokens is that of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs pad id 1.
 _TEMPLATES: dict[str, _Template] = {
     "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", _NO_TYPES),
     "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", _NO_TYPES),
@@ -72,17 +78,18 @@ def train_tokenizer(
     min_frequency: int = 1,
     extra_tokens: Sequence[str] = (),
 ) -> PretrainedTokenizer:
-    """A tokenizer whose vocabulary is made from ``texts``. The same texts in the same order give the same vocabulary.
+    """A tokenizer with a vocabulary that is trained on ``texts``.
 
-    Special tokens have the first ids. For translation, pass the texts of both languages.
+    The same texts in the same order give the same vocabulary. Special tokens have the first ids. For translation, pass
+    the texts of both languages.
 
     Args:
-        texts: read once.
+        texts: the training texts; they are read once.
         kind: ``"bpe"`` (Sennrich et al. 2016) and ``"unigram"`` (Kudo 2018) make subwords of bytes, with
-            ``decode(encode(x)) == x``. ``"word"`` splits at white space: decoding puts one space between words.
-            ``"character"`` has one id per character: decoding is exact. Words and characters outside the vocabulary
-            become the unknown token.
-        vocab_size: the most ids, special tokens included. A short text gives fewer.
+            ``decode(encode(x)) == x``. ``"word"`` splits at white space, and decoding puts one space between words.
+            ``"character"`` has one id per character, and decoding is exact. Words and characters outside the vocabulary
+            are encoded as the unknown token.
+        vocab_size: maximum number of ids, including special tokens. A short text gives fewer.
         template: the special tokens that ``encode_inputs`` adds to a text ``a`` or a pair ``a``, ``b``:
 
             ===========  ============================  ==================  ==============================
@@ -93,15 +100,16 @@ def train_tokenizer(
             ``sep_cls``  ``a <sep> b <sep> <cls>``     XLNet               unk 0, bos, eos, cls, sep, pad 5, mask 6
             ===========  ============================  ==================  ==============================
 
-        lowercase: texts are lowercased before anything else, also by ``encode``.
-        min_frequency: a word, a character or a merge of BPE that is rarer in ``texts`` is left out. Not for unigram.
-        extra_tokens: further special tokens, such as T5's ``<extra_id_0>``, with the ids after those of the template.
+        lowercase: texts are lowercased first, in training and in ``encode``.
+        min_frequency: minimum number of occurrences in ``texts`` of a word, a character or a BPE merge. Rarer ones are
+            not in the vocabulary. Invalid for unigram.
+        extra_tokens: further special tokens, such as T5's ``<extra_id_0>``. Their ids follow those of the template.
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
-        TypeError: ``texts`` is one string, or holds what is not a string.
-        ValueError: no texts; an unknown kind or template; a vocabulary without room for its special tokens (and the
-            256 bytes of subwords).
+        TypeError: ``texts`` is a single string, or has an element that is not a string.
+        ValueError: no texts, an unknown kind or template, or a vocabulary that is too small for its special tokens
+            (and, for subwords, the 256 bytes).
 
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")
@@ -122,23 +130,23 @@ def train_tokenizer(
     backend.train_from_iterator(_checked_texts(texts), trainer)
     if kind == "unigram":
         backend.model = _reproducible(tokenizers, backend, len(specials))
-    form = _TEMPLATES[template]
+    special = _TEMPLATES[template]
     added = tokenizers.processors.TemplateProcessing(
-        single=form.single, pair=form.pair, special_tokens=[(t, backend.token_to_id(t)) for t in specials]
+        single=special.single, pair=special.pair, special_tokens=[(t, backend.token_to_id(t)) for t in specials]
     )
-    # Offsets of a subword leave out the space before it; the prefix space at 0 is not in the text.
+    # trim_offsets removes the space before a subword from its offsets. The added space is not in the text.
     trimmed = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
     backend.post_processor = tokenizers.processors.Sequence([trimmed, added]) if kind in _SUBWORDS else added
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{f"{role}_token": token for role, token in form.tokens.items()},
-        **form.config,
+        **{f"{role}_token": token for role, token in special.tokens.items()},
+        **special.config,
     }
     if extra_tokens:
         config["additional_special_tokens"] = list(extra_tokens)
     files = {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    return PretrainedTokenizer(backend, form.tokens, files=files)
+    return PretrainedTokenizer(backend, special.tokens, files=files)
 
 
 def _check(
@@ -155,7 +163,7 @@ def _check(
     if min_frequency < 1:
         raise ValueError(f"min_frequency={min_frequency} must be at least 1")
     if min_frequency > 1 and kind == "unigram":
-        raise ValueError(f"min_frequency={min_frequency} has no meaning for kind='unigram': leave it out")
+        raise ValueError(f"min_frequency={min_frequency} has no effect for kind='unigram': do not set it")
     specials = list(dict.fromkeys([*_TEMPLATES[template].tokens.values(), *extra_tokens]))
     symbols = 256 if kind in _SUBWORDS else 1
     if vocab_size < len(specials) + symbols:
@@ -167,7 +175,7 @@ def _check(
 
 
 def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, after a check that they are strings and that there is one."""
+    """The texts, each after a check that it is a string. Raises ValueError if there are no texts."""
     position = -1
     for position, text in enumerate(texts):
         if not isinstance(text, str):
@@ -180,7 +188,7 @@ def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
 def _subwords(
     tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
 ) -> tuple[Any, Any]:
-    """The untrained tokenizer of subwords, and its trainer."""
+    """The untrained subword tokenizer, and its trainer."""
     common = {
         "vocab_size": vocab_size,
         "special_tokens": specials,
@@ -208,7 +216,7 @@ def _subwords(
 def _symbols(
     tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
 ) -> tuple[Any, Any]:
-    """The untrained tokenizer of words or characters, and its trainer."""
+    """The untrained word or character tokenizer, and its trainer."""
     unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({unknown: 0}, unk_token=unknown))
     if lowercase:
@@ -216,7 +224,7 @@ def _symbols(
     if kind == "word":
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     else:
-        # "." would not match a line break.
+        # The pattern "." does not match a line break.
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = tokenizers.decoders.Fuse()
     trainer = tokenizers.trainers.WordLevelTrainer(
@@ -226,10 +234,11 @@ def _symbols(
 
 
 def _reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) -> Any:
-    """The trained unigram model with scores and an order that do not depend on the order of a hash table.
+    """The trained unigram model, with scores and an order that are reproducible.
 
-    The trainer sums scores in the order of a hash table, and in that order it gives the bytes that never occur the
-    lowest score plus 0, 1, 2, ... times 0.0001. Here scores are rounded, and those bytes have the lowest score.
+    The trainer sums scores in the order of a hash table. In the same order, it gives bytes that do not occur in the
+    texts the lowest score plus 0, 1, 2, ... times 0.0001. This function rounds the scores, and gives all these bytes
+    the lowest score.
     """
     content = json.loads(backend.to_str())["model"]
     pieces = content["vocab"][num_specials:]

@@ -1,6 +1,7 @@
-"""Decoding: sampling, beam search, scoring and text, written once for every family that carries a state.
+"""Decoding: sampling, beam search, scoring and text generation, for every family with a model state.
 
-Only ``apply``, ``logits``, ``start`` and ``state_specs`` of a model are used, never the contents of its state.
+Decoding uses only ``apply``, ``logits``, ``start`` and ``state_specs`` of a model. It never reads the contents of the
+model state.
 """
 
 from jaxlm.decoding.beam import Beams, beam_search

@@ -1,6 +1,6 @@
-"""Batches of few shapes: rows are sorted by length, cut into batches, and padded to bucket lengths.
+"""Batches with few distinct shapes: rows are sorted by length, split into batches, and padded to bucket lengths.
 
-Shapes: B rows of a batch, T time.
+Shapes: B batch rows, T time.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 SMALLEST_BUCKET = 16
-"""Bucket lengths are multiples of it."""
+"""The smallest bucket length. All bucket lengths are multiples of it."""
 
 
 def bucket_length(length: int, limit: int | None = None) -> int:
-    """The shortest bucket length that is at least ``length``, but at most ``limit``.
+    """The smallest bucket length that is at least ``length``, or ``limit`` if that is smaller.
 
-    Buckets are 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, ...: two from one power of two to the next, so at most a
-    third of a row of more than 32 is padding.
+    The bucket lengths are 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, ... From 32 on, there are two bucket lengths per
+    power of two, so at most one third of a row with more than 32 tokens is padding.
 
     Raises:
         ValueError: ``length`` is below 1 or above ``limit``.
@@ -34,16 +34,17 @@ def bucket_length(length: int, limit: int | None = None) -> int:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int | None) -> Iterator[np.ndarray]:
-    """Row numbers [B] of each batch, the longest rows first.
+    """The row numbers [B] of each batch. The longest rows come first.
 
-    Every batch has ``batch_size`` rows (or as many as there are): the last one repeats its last row.
+    Every batch has ``batch_size`` rows, or all rows if there are fewer. The last batch repeats its last row until it is
+    full.
 
     Args:
-        lengths: of each row.
-        batch_size: rows of a batch; None puts all rows into one.
+        lengths: the length of each row.
+        batch_size: number of rows of a batch. None: one batch has all rows.
 
     Raises:
-        ValueError: ``batch_size`` below 1.
+        ValueError: ``batch_size`` is below 1.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -54,7 +55,12 @@ def length_batches(lengths: Sequence[int], batch_size: int | None) -> Iterator[n
 
 
 def pad_rows(rows: Sequence[np.ndarray], length: int, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded with id 0 to ``length``, [B, T] int32, and their segment ids (1, padding 0)."""
+    """Rows padded with id 0 to ``length``, and their segment ids (1 for tokens, 0 for padding); both [B, T] int32.
+
+    Args:
+        rows: ids of each row, each with at most ``length`` tokens.
+        left: pad on the left instead of on the right.
+    """
     tokens, segment_ids = np.zeros((2, len(rows), length), np.int32)
     for row, ids in enumerate(rows):
         columns = slice(length - ids.size, length) if left else slice(ids.size)

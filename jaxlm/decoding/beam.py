@@ -1,7 +1,8 @@
-"""Beam search: the best hypotheses of each prompt, in one jitted loop for each size of the cache.
+"""Beam search: the best hypotheses for each prompt, with one jitted loop per cache size.
 
-The state of every family is reordered by the name of its ``batch`` axis, so nothing here knows what it holds.
-Shapes: B batch, T prompt length, K beams, N new tokens, V ids that may be generated; C candidates of a step, 2 * K.
+The specs of a model state name its ``batch`` axis. Beam search reorders the state along this axis, for every family.
+Shapes: B batch, T prompt length, K beams, R rows of the model state (B * K), N new tokens, V ids that may be generated,
+C candidates of a step.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from jaxlm.nn import cache
 from jaxlm.sharding import Sharding, active
 
 SMALLEST_CACHE = 16
-"""A cache of at most twice as many slots is not grown in stages."""
+"""A cache of at most twice this number of slots has its full size from the start. A larger cache grows in stages."""
 
 
 @struct.dataclass
 class Beams:
-    """Hypotheses of each prompt, best first.
+    """The hypotheses for each prompt, best first.
 
     Attributes:
-        tokens: [B, K, N] int32; after the end, the (first) end id again and again.
-        lengths: [B, K] int32, new tokens of each hypothesis, its end token included.
-        scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. Where fewer than K hypotheses
-            exist at all, the rest have score -inf and length 0.
-        finite: [B] bool, whether all logits of live hypotheses of the row were finite.
+        tokens: [B, K, N] int32; after the end, the (first) end id is repeated.
+        lengths: [B, K] int32, number of new tokens of each hypothesis, including its end token.
+        scores: [B, K] float32, ``sum of log-probabilities / length ** length_penalty``. If fewer than K hypotheses
+            exist, the remaining entries have score -inf and length 0.
+        finite: [B] bool, whether all logits of the row's live hypotheses are finite.
     """
 
     tokens: jax.Array
@@ -61,24 +62,25 @@ def beam_search(
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Beams:
-    """The best continuations of each prompt that a beam of ``beams`` live hypotheses finds.
+    """The best continuations of each prompt that a beam search with ``beams`` live hypotheses finds.
 
-    A hypothesis is finished by ``end_id`` or by having ``max_new_tokens`` tokens, and counts when it is among the best
-    ``beams`` of its step. These are the rules of Hugging Face's ``generate``.
+    A hypothesis is finished by ``end_id``, or when it has ``max_new_tokens`` tokens. A finished hypothesis is kept if
+    it is among the ``beams`` best candidates of its step. The rules are those of Hugging Face's ``generate``.
 
     Args:
-        max_new_tokens: of every row, or [B] of each row.
-        early_stopping: when the search of a row is over. "never": when no live hypothesis can still beat the worst of
-            ``beams`` finished ones. False (the default of Hugging Face): when none would beat it if it ended now with
-            its present total. True: also when there are ``beams`` finished ones.
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
-        length_penalty: exponent of the length (end token included) that divides the sum of log-probabilities: 0 favours
-            short hypotheses, 1 is the mean, more favours long ones (Wu et al. 2016, section 7, has another formula).
+        max_new_tokens: maximum number of new tokens: one number for all rows, or [B] with one number per row.
+        length_penalty: exponent of the length (including the end token) that divides the sum of log-probabilities. 0
+            favours short hypotheses, 1 gives the mean, larger values favour long hypotheses. Wu et al. (2016, section
+            7) use another formula.
+        early_stopping: when the search of a row ends. "never": when no live hypothesis can reach a better score than
+            the worst of ``beams`` finished hypotheses. False (the default of Hugging Face): when no live hypothesis
+            would have a better score if it ended now. True: as False, and also when ``beams`` hypotheses are finished.
 
     Raises:
-        TypeError: the family carries no state.
-        ValueError: ``beams`` below 1, a length penalty that is not finite, or what ``generate`` refuses.
-        NotFiniteError: as :func:`jaxlm.decoding.generate`; inside ``jit`` nothing is raised: look at ``finite``.
+        TypeError: the family has no model state.
+        ValueError: ``beams`` is below 1, the length penalty is not finite, or an argument is invalid for ``generate``.
+        NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
     Example:
         >>> beam_search(model, params, prompts, max_new_tokens=8, beams=4).tokens[:, 0]   # doctest: +SKIP
@@ -109,7 +111,7 @@ def beam_search(
         model, params, prompts, segment_ids, state, **numbers, **static, count=count, slots=slots, first_slots=sizes[0]
     )
     for size in sizes:
-        # While jax traces, the flags are unknown: every stage is called, and its loop ends at once.
+        # During tracing the flags have no values. Then every stage is called, and its loop may end at once.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
             search = _advance(model, params, search, **numbers, **static, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
@@ -117,14 +119,15 @@ def beam_search(
 
 
 def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> list[int]:
-    """Slots of the cache in each stage of the search. Most texts end early, so a search starts with a small cache.
+    """The number of cache slots in each stage of the search.
 
-    There is one stage without a cache, and for a given state with other slots: it may hold tokens already.
+    Most texts end early, so a search starts with a small cache. There is only one stage if the family has no cache, or
+    if the given state has another number of slots than ``slots``, because that state may already hold tokens.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))
-    held = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])
-    sizes = [held or slots]
-    if held != slots:
+    current_slots = cache.num_slots(specs, specs if state is None else _split_source(model, state)[0])
+    sizes = [current_slots or slots]
+    if current_slots != slots:
         return sizes
     while sizes[0] > 2 * max(prompt_length, SMALLEST_CACHE):
         sizes.insert(0, -(-sizes[0] // 2))
@@ -133,10 +136,17 @@ def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> li
 
 @struct.dataclass
 class _Search:
-    """Live hypotheses, all of ``step`` tokens, and the best finished ones.
+    """The live hypotheses, each with ``step`` tokens, and the best finished hypotheses.
 
-    ``parents`` [B * K]: which row of the state each live hypothesis continues. ``searching`` [B]: whether the search of
-    a row goes on. ``source``: what an encoder-decoder has read, [B, ...]; its hypotheses share it.
+    Attributes:
+        state: the model state of the live hypotheses, without the encoded source; R rows.
+        source: the encoded source of an encoder-decoder, B rows. All hypotheses of a row share it.
+        parents: [R] int32, the row of ``state`` that each live hypothesis continues.
+        step: int32, number of new tokens.
+        live_tokens: [B, K, N] int32, the new tokens of the live hypotheses.
+        live_totals: [B, K] float32, the sum of log-probabilities of each live hypothesis.
+        finished: the best finished hypotheses.
+        searching: [B] bool, whether the search of a row continues.
     """
 
     state: Any
@@ -169,23 +179,23 @@ def _start(
     ids: int,
     slots: int,
     first_slots: int,
-    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> _Search:
-    """The search after the prompts and one token, with a cache of ``first_slots``."""
+    """The search after the prompts and one new token, with a cache of ``first_slots`` slots."""
     B, K, N = prompts_BT.shape[0], beams, count
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     state, specs = layers_apart(state), model.state_specs(B, slots)
-    own, source = _split_source(model, state)
-    own_specs, _ = _split_source(model, specs)
+    row_state, source = _split_source(model, state)
+    row_specs, _ = _split_source(model, specs)
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), end_ids[0] if end_ids else 0, jnp.int32)
     search = _Search(
-        state=spec.take(own_specs, cache.resized(own_specs, own, first_slots), parents),
+        state=spec.take(row_specs, cache.resized(row_specs, row_state, first_slots), parents),
         source=source,
         parents=jnp.arange(B * K),
         step=jnp.zeros((), jnp.int32),
         live_tokens=tokens_BKN,
-        # The beams of a row are still the same hypothesis: only one of them may branch.
+        # All beams of a row start with the same hypothesis, so only the first beam has a finite total.
         live_totals=jnp.full((B, K), -jnp.inf).at[:, 0].set(0.0),
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf), jnp.ones((B,), bool)),
         searching=jnp.ones((B,), bool),
@@ -209,7 +219,7 @@ def _advance(
     prompt_length: int,
     sharding: Sharding | None,
 ) -> _Search:
-    """The search until it is over, or until a cache of ``slots`` is full."""
+    """The search after it has ended, or after a cache of ``slots`` slots has become full."""
     B, K, N = search.live_tokens.shape
     params = layers_apart(params)
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
@@ -218,20 +228,23 @@ def _advance(
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)
 
-    def one(search: _Search) -> _Search:
+    def extend(search: _Search) -> _Search:
         state = spec.take(specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
-        # The state is reordered by where its rows were, and from here on its rows are the live hypotheses in order.
+        # The state was reordered by `parents`. Its rows are now in the order of the live hypotheses.
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
-        own, _ = _split_source(model, state)
-        search = dataclasses.replace(search, state=own)
+        row_state, _ = _split_source(model, state)
+        search = dataclasses.replace(search, state=row_state)
         return _select(search, logits[:, :ids], end_ids, early_stopping, limits_B, length_penalty)
 
-    return jax.lax.while_loop(unfinished, one, search)
+    return jax.lax.while_loop(unfinished, extend, search)
 
 
 def _split_source(model: Model, state: Any) -> tuple[Any, Any]:
-    """What each hypothesis has itself, and the source, which all hypotheses of a row share (nothing without one)."""
+    """The part of a state with R rows, and the encoded source, which all hypotheses of a row share (B rows).
+
+    The second part is empty for a family without a source.
+    """
     shared = ("source",) if model.reads_source else ()
     return (
         {name: part for name, part in state.items() if name not in shared},
@@ -240,6 +253,7 @@ def _split_source(model: Model, state: Any) -> tuple[Any, Any]:
 
 
 def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:
+    """The score of hypotheses with these sums of log-probabilities."""
     return totals / length.astype(jnp.float32) ** length_penalty
 
 
@@ -251,48 +265,48 @@ def _select(
     limits_B: jax.Array,
     length_penalty: jax.Array,
 ) -> _Search:
-    """Extend every live hypothesis by every id, keep the best.
+    """The search after every live hypothesis is extended by every id and the best candidates are kept.
 
-    Of E ids that end a text, at most K * E candidates are among the best (one per beam and id), so that of the best
-    K * (1 + E) at least K remain to go on with.
+    With E end ids, at most K * E candidates end (one per beam and end id). So at least K of the best K * (1 + E)
+    candidates continue.
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
-    kept = K * (1 + max(1, len(end_ids)))
-    # The best ids of each hypothesis first: the logits of all the others are needed for their sum only.
-    best_RC, ids_RC = jax.lax.top_k(logits, min(kept, V))
-    # Not with best_RC[:, :1] as the maximum: XLA's CPU compiler would then sort all logits, in 280 instead of 3 ms.
+    num_candidates = K * (1 + max(1, len(end_ids)))
+    # Select the best ids of each hypothesis first. The other logits are needed only for the normalizer.
+    best_RC, ids_RC = jax.lax.top_k(logits, min(num_candidates, V))
+    # Do not use best_RC[:, :1] as the maximum: XLA's CPU compiler would then sort all logits (280 ms instead of 3 ms).
     total_R1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     candidates_BKC = search.live_totals[:, :, None] + (best_RC - total_R1).reshape(B, K, -1)
-    totals_BC, flat_BC = jax.lax.top_k(candidates_BKC.reshape(B, -1), min(kept, K * V))
+    totals_BC, flat_BC = jax.lax.top_k(candidates_BKC.reshape(B, -1), min(num_candidates, K * V))
     beam_BC = flat_BC // best_RC.shape[1]
     token_BC = _pick(ids_RC.reshape(B, -1), flat_BC).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1
     ends_BC = is_end(token_BC, end_ids) | (length >= limits_B)[:, None]
 
-    among_best_C = jnp.arange(totals_BC.shape[1]) < K
+    among_best_C = jnp.arange(totals_BC.shape[1]) < K  # top_k sorts the candidates
     scores_BC = jnp.where(
         ends_BC & among_best_C[None, :] & search.searching[:, None], _score(totals_BC, length, length_penalty), -jnp.inf
     )
-    old = search.finished
+    earlier = search.finished
     finite_B = jnp.all(rows_finite(logits).reshape(B, K) | (search.live_totals == -jnp.inf), axis=1)
-    # top_k prefers the first of equals: what was there before, and -inf that was never replaced keeps its length of 0.
-    scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([old.scores, scores_BC], axis=1), K)
-    lengths = jnp.concatenate([old.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
+    # For equal scores, top_k selects the earlier entry. So earlier hypotheses stay, and unused entries keep length 0.
+    scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([earlier.scores, scores_BC], axis=1), K)
+    lengths = jnp.concatenate([earlier.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
     finished = Beams(
-        tokens=_pick(jnp.concatenate([old.tokens, tokens_BCN], axis=1), chosen_BK),
+        tokens=_pick(jnp.concatenate([earlier.tokens, tokens_BCN], axis=1), chosen_BK),
         lengths=_pick(lengths, chosen_BK),
         scores=scores_BK,
-        finite=old.finite & (finite_B | ~search.searching),
+        finite=earlier.finite & (finite_B | ~search.searching),
     )
 
     live_BK, chosen_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
     parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_BK)
     length_B: jax.Array = length
     if early_stopping == "never":
-        # A total only falls with each token, so this bounds every score that a live hypothesis can still get:
-        # divided by the largest length for a positive penalty, by the next one for a negative.
+        # A total never increases, so this is an upper bound of every score that a live hypothesis can still reach. The
+        # bound uses the maximum length for a positive penalty, and the next length for a negative one.
         length_B = jnp.where(length_penalty > 0, limits_B, length + 1)
     best_B = _score(jnp.max(live_BK, axis=1), length_B, length_penalty)
     worst_B = jnp.min(finished.scores, axis=1)
@@ -310,6 +324,6 @@ def _select(
     )
 
 
-def _pick(x: jax.Array, at_BK: jax.Array) -> jax.Array:
-    """``x[b, at[b, k]]`` for each row b."""
-    return jax.vmap(lambda row, at: row[at])(x, at_BK)
+def _pick(x: jax.Array, indices_BK: jax.Array) -> jax.Array:
+    """``x[b, indices[b, k]]`` for each row b."""
+    return jax.vmap(lambda row, indices: row[indices])(x, indices_BK)

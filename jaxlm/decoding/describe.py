@@ -1,4 +1,4 @@
-"""What a model is and does, in words, for messages to users."""
+"""Descriptions of models in words, for error messages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _HEADS = {
 
 
 def task_of(model: Model) -> str:
-    """The task of a model's head."""
+    """The task of the model's head, such as "causal"."""
     return getattr(model.config, "task", "causal")
 
 
 def describe(model: Model) -> str:
-    """Family and head in words.
+    """The family and the head of a model in words.
 
     Example:
         >>> from jaxlm import get_model
@@ -42,12 +42,12 @@ def describe(model: Model) -> str:
     return f"{article} {name} with {_HEADS.get(task, f'task={task!r}')}"
 
 
-def require_task(model: Model, tasks: Sequence[str], refused: str, remedy: str) -> None:
-    """Raise ``ValueError`` unless the model's head is for one of ``tasks``.
+def require_task(model: Model, tasks: Sequence[str], problem: str, remedy: str) -> None:
+    """Raise ``ValueError`` if the model's head is not for one of ``tasks``.
 
     Args:
-        refused: what the model does not do, as "it classifies nothing".
+        problem: what the model cannot do, for example "it cannot classify texts".
         remedy: what the user can load or call instead.
     """
     if task_of(model) not in tasks:
-        raise ValueError(f"this is {describe(model)}: {refused}; {remedy}")
+        raise ValueError(f"this is {describe(model)}: {problem}; {remedy}")

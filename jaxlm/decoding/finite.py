@@ -1,6 +1,6 @@
-"""The check that logits are finite. A flag for each row is computed inside ``jit``, and the host looks at it once.
+"""The check that logits are finite. One flag per row is computed inside ``jit`` and read by the host.
 
-Only when a flag says that a row is not finite are the parameters searched. Shapes: B rows, V vocabulary.
+If a row is not finite, the check searches the parameters for values that are not finite. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jaxlm import spec
 from jaxlm.models import Model
 
 NAMED = 3
-"""Parameters, and rows, that a message names; it counts the others."""
+"""Maximum number of parameters, and of rows, that a message names. The message counts the others."""
 
 
 class NotFiniteError(ValueError):
-    """Logits that are NaN or infinite, so that nothing can be predicted from them.
+    """The error for logits that are NaN or infinite. No prediction can be made from them.
 
     Attributes:
-        rows: the numbers of the rows, prompts or texts.
-        cause: the parameters that are not finite, or what else may be the cause.
+        rows: the numbers of the rows, prompts or texts with such logits.
+        cause: the parameters that are not finite, or another possible cause.
     """
 
     def __init__(self, what: str, rows: Sequence[int], cause: str) -> None:
@@ -36,15 +36,15 @@ class NotFiniteError(ValueError):
 
 
 def rows_finite(logits_BV: jax.Array) -> jax.Array:
-    """Whether all logits of each row are finite, bool [B]."""
+    """Whether all logits of each row are finite; bool [B]."""
     return jnp.all(jnp.isfinite(logits_BV), axis=-1)
 
 
 def check_finite(model: Model, params: Any, finite_B: jax.Array, state: Any = None) -> None:
-    """Raise :class:`NotFiniteError` if a flag of :func:`rows_finite` is False. While tracing there is no check.
+    """Raise :class:`NotFiniteError` if a flag of :func:`rows_finite` is False. During tracing nothing is checked.
 
     Args:
-        state: the model state that the caller was given; it is searched when all parameters are finite.
+        state: the model state that the caller passed. It is searched if all parameters are finite.
     """
     if isinstance(finite_B, jax.core.Tracer):
         return
@@ -57,7 +57,7 @@ def check_finite(model: Model, params: Any, finite_B: jax.Array, state: Any = No
 
 @contextlib.contextmanager
 def named_rows(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]:
-    """Row n of a batch is called ``what`` ``numbers[n]`` in the message of a :class:`NotFiniteError`."""
+    """A context in which the message of a :class:`NotFiniteError` calls row n of a batch "``what`` ``numbers[n]``"."""
     try:
         yield
     except NotFiniteError as error:
@@ -66,7 +66,7 @@ def named_rows(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]
 
 
 def _cause(model: Model, params: Any, state: Any) -> str:
-    """Which arrays are not finite, and what to do."""
+    """The arrays that are not finite, and the fix, as text."""
     found, largest = _not_finite(params)
     if found:
         return f"{_listed(found, 'parameter')}. Load the weights again, or take an older checkpoint"
@@ -75,31 +75,32 @@ def _cause(model: Model, params: Any, state: Any) -> str:
     dtype = getattr(model.config, "dtype", "float32")
     fix = "" if dtype == "float32" else f"compute in float32 instead of dtype={dtype!r}, or "
     return (
-        f"all parameters are finite, so a number overflows in between. The largest parameter is {largest}: {fix}check "
-        "whether these are the weights of this model"
+        f"all parameters are finite, so an activation overflows. The largest parameter is {largest}: {fix}check "
+        "that these are the weights of this model"
     )
 
 
 def _listed(found: Sequence[str], what: str) -> str:
+    """The names in ``found`` as the subject of a sentence."""
     more = "" if len(found) <= NAMED else f", and {len(found) - NAMED} more"
     subject = f"1 {what} is" if len(found) == 1 else f"{len(found)} {what}s are"
     return f"{subject} not finite: {', '.join(found[:NAMED])}{more}"
 
 
 def _not_finite(tree: Any) -> tuple[list[str], str]:
-    """Name and count of each array with numbers that are not finite, and the array with the largest finite number."""
+    """The arrays with values that are not finite, and the largest absolute finite value, both as text."""
     arrays = {name: x for name, x in spec.flatten(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    counts, tops = jax.device_get(_statistics(arrays))
+    counts, maxima = jax.device_get(_statistics(arrays))
     found = [f"{name} ({counts[name]} of {x.size} values)" for name, x in arrays.items() if counts[name]]
-    top = max(tops, key=lambda name: tops[name])
-    return found, f"{tops[top]:.3g} in {top}"
+    largest = max(maxima, key=lambda name: maxima[name])
+    return found, f"{maxima[largest]:.3g} in {largest}"
 
 
 @jax.jit
 def _statistics(arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The number of values that are not finite, and the largest absolute finite value, of each array."""
+    """The number of values that are not finite and the largest absolute finite value, for each array."""
     finite = jax.tree.map(jnp.isfinite, arrays)
-    tops = jax.tree.map(
+    maxima = jax.tree.map(
         lambda x, ok: jnp.max(jnp.where(ok, jnp.abs(x.astype(jnp.float32)), 0.0), initial=0.0), arrays, finite
     )
-    return jax.tree.map(lambda ok: jnp.sum(~ok), finite), tops
+    return jax.tree.map(lambda ok: jnp.sum(~ok), finite), maxima

@@ -1,7 +1,7 @@
-"""Prompts: their checks, and the two calls of a model that all decoding is made of.
+"""Checks of prompts, and the two model calls of all decoding: read the prompts, and read one more token per row.
 
-Prompts of unequal length are padded on either side, row by row as one likes: ``segment_ids`` is 1 on the prompt and 0
-on padding. Shapes: B batch, T prompt length with padding, D model width, V vocabulary.
+Prompts of unequal length are padded on the left or on the right; each row may choose its side. ``segment_ids`` is 1 for
+prompt tokens and 0 for padding. Shapes: B batch, T prompt length with padding, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlm.models.heads import last_real
 Array = jax.Array | np.ndarray
 
 EndId = int | Sequence[int] | None
-"""The id that ends a row, several ids each of which ends it, or None: rows have no end."""
+"""The id that ends a row, or several ids, each of which ends a row. None: no id ends a row."""
 
 
 def end_ids_of(end_id: EndId) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def end_ids_of(end_id: EndId) -> tuple[int, ...]:
 
 
 def is_end(tokens: jax.Array, end_ids: tuple[int, ...]) -> jax.Array:
-    """Whether each token is one of ``end_ids``: bool in the shape of ``tokens``."""
+    """Whether each token is one of ``end_ids``; bool with the shape of ``tokens``."""
     ids = np.asarray(end_ids, np.int32).reshape((1,) * tokens.ndim + (-1,))
     return jnp.any(tokens[..., None] == ids, axis=-1)
 
@@ -46,13 +46,13 @@ def check_prompts(
     allowed_ids: int | None,
     state: Any = None,
 ) -> tuple[int, int]:
-    """How many ids may be generated, and how many slots the state needs; every bad input raises.
+    """The number of ids that may be generated, and the number of cache slots, after a check of all arguments.
 
-    Values are checked on the host, so not for arrays that are being traced.
+    Values are checked on the host. The values of traced arrays are not checked.
 
     Raises:
-        TypeError: the family carries no state, or something is no array.
-        ValueError: shapes, dtypes, ids or counts that cannot be meant; a state longer than the model allows.
+        TypeError: the family has no model state, or an argument is not an array.
+        ValueError: wrong shapes, dtypes, ids or counts, or more tokens than the model has positions.
     """
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
     if max_new_tokens < 1:
@@ -63,9 +63,9 @@ def check_prompts(
     if state is None and model.reads_source:
         raise ValueError(
             f"{model.family} reads a source: for text, call jaxlm.decoding.generate_text(model, params, tokenizer, "
-            "sources); for arrays, pass the prompts [batch, 1] of the decoder's start id and "
-            f"state=model.start(params, source, length) with a length of at least {slots} tokens (the prompt, and all "
-            f"but the last of the {max_new_tokens} new ones)"
+            "sources); for arrays, pass prompts [batch, 1] with the decoder's start id and "
+            f"state=model.start(params, source, length) with a length of at least {slots} tokens (the prompt and all "
+            f"{max_new_tokens} new tokens except the last)"
         )
     if state is not None:
         _check_state(specs, state, batch)
@@ -82,29 +82,36 @@ def check_prompts(
 
 
 def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
-    """Raise unless ``state`` is built like ``specs`` (its lengths may differ) with ``batch`` rows."""
+    """Raise ``ValueError`` if ``state`` has another structure than ``specs``, or another number of rows than ``batch``.
+
+    Lengths may differ.
+    """
     if spec.flatten(state).keys() != spec.flatten(specs).keys():
-        raise ValueError("this is no state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
+        raise ValueError("this is not a state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
     for (path, want), leaf in zip(jax.tree_util.tree_flatten_with_path(specs)[0], jax.tree.leaves(state), strict=True):
-        at = want.axes.index("batch")
-        if leaf.ndim != len(want.shape) or leaf.shape[at] != batch:
+        axis = want.axes.index("batch")
+        if leaf.ndim != len(want.shape) or leaf.shape[axis] != batch:
             raise ValueError(
                 f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make "
-                "the state for as many"
+                f"a state with {batch} rows"
             )
 
 
 def source_vocab_size(model: Model) -> int:
-    """Number of ids that the encoder of an encoder-decoder reads."""
+    """The vocabulary size of the encoder of an encoder-decoder; for other families, that of the model."""
     return getattr(model.config, "source_vocab_size", None) or model.config.vocab_size
 
 
 def check_ids(
     model: Model, ids_BT: Array, segment_ids_BT: Array | None, what: str, *, vocab_size: int | None = None
 ) -> None:
-    """Raise unless ``ids`` are an array [B, T] of integers of the vocabulary, padding included (it is read too).
+    """Raise if ``ids`` is not an integer array [B, T] of ids in the vocabulary, or if ``segment_ids`` does not fit.
 
-    ``vocab_size``: default is the size of the model's vocabulary.
+    Ids at padding are checked too, because the model embeds them.
+
+    Args:
+        what: the name of the ids in messages.
+        vocab_size: default: the vocabulary size of the model.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     for name, x in ((what, ids_BT), ("segment_ids", segment_ids_BT)):
@@ -131,13 +138,15 @@ def check_ids(
 
 
 def _check_one_run(segment_ids_BT: np.ndarray) -> None:
+    """Raise ``ValueError`` if the prompt of a row is empty or has padding in its middle."""
     for row, segments in enumerate(segment_ids_BT):
         real = np.flatnonzero(segments)
         if real.size == 0:
             raise ValueError(f"row {row} of the prompts is all padding: give it at least one token")
         if real.size != real[-1] - real[0] + 1 or np.any(segments[real] != 1):
             raise ValueError(
-                f"segment_ids of row {row} are {segments.tolist()}: a prompt is one run of 1, with padding (0) around"
+                f"segment_ids of row {row} are {segments.tolist()}: a prompt must be one run of 1, with "
+                "padding (0) only before or after it"
             )
 
 
@@ -148,8 +157,12 @@ def _traced(x: Any) -> bool:
 def read_prompts(
     model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: jax.Array | None, slots: int, state: Any = None
 ) -> tuple[Any, jax.Array]:
-    """The state (a fresh one, unless given) after the prompts, and the logits [B, V] of the token after each row's last
-    real one."""
+    """The model state after the prompts, and the logits [B, V] of the next token of each row.
+
+    Args:
+        slots: number of cache slots of a new state.
+        state: the state before the prompts. None: a new, empty state.
+    """
     if state is None:
         state = model.init_state(prompts_BT.shape[0], slots)
     hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
@@ -159,7 +172,11 @@ def read_prompts(
 def read_tokens(
     model: Model, params: Any, state: Any, tokens_B: jax.Array, real_B: jax.Array | None = None
 ) -> tuple[Any, jax.Array]:
-    """The state after one more token in each row, and the logits [B, V] of the next. Rows not ``real`` read padding."""
+    """The model state after one more token in each row, and the logits [B, V] of the next token.
+
+    Args:
+        real_B: bool, whether the token of the row is real; other rows read padding. Default: all are real.
+    """
     segment_ids_B1 = None if real_B is None else real_B.astype(jnp.int32)[:, None]
     hidden_B1D, state = model.apply(params, tokens_B[:, None], state=state, segment_ids=segment_ids_B1)
     return state, model.logits(params, hidden_B1D)[:, 0]

@@ -1,7 +1,7 @@
-"""Sampling: one token after the other, the whole loop inside one ``jit``.
+"""Sampling: autoregressive generation, with the whole loop inside one ``jit``.
 
-``prefill`` reads the prompts, ``advance`` makes some more tokens; :func:`generate` is both in one ``jit``, and
-streaming calls ``advance`` again and again: the same loop, the same bits.
+:func:`prefill` reads the prompts and draws the first token. :func:`advance` generates more tokens. :func:`generate`
+runs both in one ``jit``. Streaming calls :func:`advance` several times and gives bitwise the same tokens.
 
 Shapes: B batch, T prompt length, N new tokens, V ids that may be generated.
 """
@@ -26,18 +26,19 @@ from jaxlm.sharding import Sharding, active
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Hashable; None turns a filter off.
+    """How the next token is drawn. Hashable. None turns a filter off.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token (the filters then change nothing).
+        temperature: the logits are divided by it. 0 selects the most likely token, and the filters have no effect.
         top_k: keep the k most likely tokens (Fan et al. 2018).
         top_p: keep the most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
         min_p: keep tokens at least ``min_p`` times as likely as the most likely one (Nguyen et al. 2024).
-        repetition_penalty: logits of tokens of the prompt or the output are divided by it where positive and multiplied
-            where negative (Keskar et al. 2019, section 4.1, with the sign rule of Hugging Face); 1 changes nothing.
+        repetition_penalty: for each token that occurs in the prompt or the output, a positive logit is divided by the
+            penalty and a negative logit is multiplied by it (Keskar et al. 2019, section 4.1, with the sign rule of
+            Hugging Face). 1 has no effect.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     temperature: float = 1.0
@@ -60,26 +61,28 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
-"""Always the most likely token; of equals, the one with the lowest id."""
+"""Always selects the most likely token. If several tokens are equally likely, it selects the lowest id."""
 
 
 def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Logits of the distribution that is sampled from, [B, V]; -inf for what is filtered out.
+    """Logits of the distribution that is sampled from, [B, V]; -inf for filtered tokens.
 
-    The order is that of Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p, each on what
-    the one before left. Tokens exactly as likely as the last one that top-k or top-p keeps are kept too. Temperature 0
-    divides by nothing.
+    The order is that of Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p. Each filter
+    gets the logits that the previous one returns. If tokens tie with the last token that top-k or top-p keeps, all of
+    them are kept. With temperature 0 the logits are not divided.
 
     Args:
-        seen_BV: bool, which ids the prompt and the output hold already; needed for a repetition penalty.
+        seen_BV: bool, whether each id occurs in the prompt or the output; required for a repetition penalty.
 
     Raises:
-        ValueError: ``top_k`` exceeds V, or a repetition penalty without ``seen``.
+        ValueError: ``top_k`` exceeds V, or a repetition penalty is given without ``seen_BV``.
     """
     V = logits_BV.shape[-1]
     if sampling.repetition_penalty != 1.0:
         if seen_BV is None:
-            raise ValueError(f"repetition_penalty={sampling.repetition_penalty} needs seen, [batch, vocabulary] bools")
+            raise ValueError(
+                f"repetition_penalty={sampling.repetition_penalty} needs seen_BV, bool [batch, vocabulary]"
+            )
         penalty = sampling.repetition_penalty
         penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
@@ -87,25 +90,27 @@ def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array |
         logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
         check_top_k(sampling, V)
-        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+        threshold_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
     if sampling.top_p is not None:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        mass_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-        # A token is kept when those before it do not yet make up p; the first always.
-        kept_BV = jnp.pad(mass_BV[:, :-1] < sampling.top_p, ((0, 0), (1, 0)), constant_values=True)
-        least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+        cumulative_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
+        # Keep a token if the more likely tokens have less than p in total. Always keep the most likely token.
+        keep_BV = jnp.pad(cumulative_BV[:, :-1] < sampling.top_p, ((0, 0), (1, 0)), constant_values=True)
+        threshold_B1 = jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
     if sampling.min_p is not None:
-        least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + math.log(sampling.min_p)
-        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+        threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
     return logits_BV
 
 
 def check_top_k(sampling: Sampling, ids: int) -> None:
-    """Raise ``ValueError`` when there are fewer ids than ``top_k``."""
+    """Raise ``ValueError`` if ``top_k`` exceeds the number of ids that may be generated."""
     if sampling.top_k is not None and sampling.top_k > ids:
-        raise ValueError(f"top_k={sampling.top_k} exceeds the {ids} ids that may be generated: lower it, or None")
+        raise ValueError(
+            f"top_k={sampling.top_k} exceeds the {ids} ids that may be generated: use a lower number, or None"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- the loop
@@ -113,19 +118,21 @@ def check_top_k(sampling: Sampling, ids: int) -> None:
 
 @struct.dataclass
 class Progress:
-    """A generation under way: all that :func:`advance` needs to go on.
+    """An unfinished generation, with everything that :func:`advance` needs to continue it.
 
     Attributes:
-        state: what the model carries, on a CPU with layers apart; it has read everything but each row's newest token.
-        tokens: [B, N] int32, filled up to ``step``.
+        state: the model state after all tokens except the newest token of each row; per-layer arrays on CPU.
+        tokens: [B, N] int32; the first ``step`` columns are filled.
         log_probs: [B, N] float32, see :class:`Generation`.
-        lengths: [B] int32, tokens made in each row, its end token included.
-        ended: [B] bool, rows that make no more tokens.
-        step: int32, tokens made in the longest row.
-        finite: [B] bool, whether all logits that tokens of the row were drawn from are finite.
-        seen: [B, V] bool, ids of prompt and output, or None without a repetition penalty.
-        keys: one random key per row, or None where greedy.
-        sampling, end_ids, ids: how tokens are drawn, which ones end a row, how many ids there are.
+        lengths: [B] int32, number of generated tokens in each row, including its end token.
+        ended: [B] bool, whether the row has ended.
+        step: int32, number of generated tokens in the longest row.
+        finite: [B] bool, whether all logits from which tokens of the row were drawn are finite.
+        seen: [B, V] bool, whether an id occurs in the prompt or the output; None without a repetition penalty.
+        keys: one random key per row; None for greedy decoding.
+        sampling: how tokens are drawn.
+        end_ids: the ids that end a row.
+        ids: number of ids that may be generated; all of them are below this number.
     """
 
     state: Any
@@ -144,15 +151,15 @@ class Progress:
 
 @struct.dataclass
 class Generation:
-    """What was generated.
+    """Generated tokens.
 
     Attributes:
-        tokens: [B, N] int32; after a row's end, the (first) end id again and again.
-        lengths: [B] int32, tokens in each row, the end token included.
-        log_probs: [B, N] float32, log-probability of each token under the model itself (over the ids that may be
-            generated, before penalty, temperature and filters); 0 after the end.
-        finite: [B] bool, whether all logits that tokens of the row were drawn from are finite; the tokens of other rows
-            mean nothing.
+        tokens: [B, N] int32; after the end of a row, the (first) end id is repeated.
+        lengths: [B] int32, number of tokens in each row, including the end token.
+        log_probs: [B, N] float32, log-probability of each token under the model, over the ids that may be generated,
+            before penalty, temperature and filters; 0 after the end.
+        finite: [B] bool, whether all logits from which tokens of the row were drawn are finite. If not, the tokens of
+            the row are meaningless.
     """
 
     tokens: jax.Array
@@ -174,30 +181,31 @@ def generate(
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Generation:
-    """Continue each prompt by up to ``max_new_tokens``, until ``end_id``: one ``jit``, which stops when all rows ended.
+    """Up to ``max_new_tokens`` new tokens for each prompt, in one ``jit``. A row ends with ``end_id``.
 
-    The draw of a token depends on ``key``, the row's index and the number of the token, so neither the padding nor the
-    other rows change a row.
+    The loop stops when all rows have ended. The random draw of a token depends only on ``key``, the index of the row
+    and the index of the token. So padding and the other rows do not change the result of a row.
 
-    Logits that are not finite are an error, which waits for the result. Inside ``jit`` or another transformation of the
-    caller nothing can be raised: look at ``finite`` of the result.
+    Logits that are not finite raise an error. The check waits for the result. Inside ``jit`` or another transformation
+    no error can be raised; check ``finite`` of the result instead.
 
     Args:
         prompts: [B, T] integer ids, padded on either side to one length.
-        segment_ids: [B, T], 1 on the prompt and 0 on padding. Default: no padding.
-        key: needed unless greedy. One key, which is folded with the index of each row; or typed keys [B], one for each
-            row, so that a row draws the same in any batch.
-        end_id: the id that ends a row, or several ids each of which ends it.
-        allowed_ids: only ids below it are generated: the tokenizer's vocabulary where it is smaller than the model's.
-        state: what the model carries into the prompts, with as many rows: that of an encoder-decoder that has read a
-            source (``model.start``; ``prompts`` then begin with the decoder's start id), or of a model that has read
-            earlier tokens. Default: empty.
+        segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
+        key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
+            keys [B], one for each row. With typed keys, the draws of a row do not depend on its batch.
+        end_id: the id that ends a row, or several ids, each of which ends it.
+        allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if that is
+            smaller than the vocabulary of the model.
+        state: the initial model state, with B rows: the state of an encoder-decoder with an encoded source
+            (``model.start``; ``prompts`` then begin with the decoder's start id), or the state of a model after earlier
+            tokens. Default: an empty state.
 
     Raises:
-        TypeError: the family carries no state.
+        TypeError: the family has no model state.
         ValueError: an empty prompt, an id outside the vocabulary, a missing key, more tokens than the model has
-            positions for (padding counts), or shapes that do not fit.
-        NotFiniteError: logits are not finite; a ValueError that names the rows, and the parameters that are not finite.
+            positions (padding included), or wrong shapes.
+        NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
         >>> from jaxlm import get_model
@@ -229,7 +237,10 @@ def prefill(
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Progress:
-    """Read the prompts and draw the first token of each row. Arguments and errors are those of :func:`generate`."""
+    """The generation after the prompts have been read and the first token of each row has been drawn.
+
+    Arguments and errors are those of :func:`generate`.
+    """
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     progress = _prefill(
         model, params, prompts, segment_ids, key, state,
@@ -240,10 +251,12 @@ def prefill(
 
 
 def advance(model: Model, params: Any, progress: Progress, steps: int | jax.Array) -> Progress:
-    """Up to ``steps`` more tokens in every row. The buffers of ``progress`` are donated: use only what is returned.
+    """The generation after up to ``steps`` more tokens in every row.
+
+    The buffers of ``progress`` are donated, so ``progress`` must not be used afterwards.
 
     Raises:
-        NotFiniteError: as :func:`generate`.
+        NotFiniteError: as in :func:`generate`.
     """
     progress = _advance(model, params, progress, steps, sharding=active())
     check_finite(model, params, progress.finite)
@@ -261,6 +274,7 @@ def _check(
     allowed_ids: int | None,
     state: Any,
 ) -> tuple[int, int]:
+    """The number of ids that may be generated and the number of cache slots, after a check of all arguments."""
     ids, slots = check_prompts(
         model, prompts, segment_ids,
         max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
@@ -276,16 +290,16 @@ def _check(
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
-    """Random keys [B], one for each row number."""
+    """Random keys [B]: ``key`` folded with the number of each row."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
 
 def _has_row_keys(key: jax.Array) -> bool:
-    """Whether ``key`` is an array of typed keys, one for each row."""
+    """Whether ``key`` is an array of typed keys, one per row."""
     return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
-# The active sharding is read while tracing (constrain), so it belongs to the cache key of each jit.
+# `constrain` reads the active sharding during tracing, so the sharding must be part of each jit cache key.
 _STATIC = ("model", "count", "sampling", "end_ids", "ids", "slots", "sharding")
 
 
@@ -353,7 +367,7 @@ def _prefill(
 
 
 def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
-    """One token for each row that has not ended."""
+    """The generation after drawing one token for each row that has not ended."""
     rows_B = jnp.arange(logits_BV.shape[0])
     logits_BV = logits_BV[:, : progress.ids]
     filtered_BV = filter_logits(progress.sampling, logits_BV, progress.seen)
@@ -364,15 +378,15 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered_BV)
     drawn_B = drawn_B.astype(jnp.int32)
     log_probs_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows_B, drawn_B]
-    going_B, at = ~progress.ended, progress.step
-    tokens_B = jnp.where(going_B, drawn_B, progress.tokens[:, at])
+    active_B, step = ~progress.ended, progress.step
+    tokens_B = jnp.where(active_B, drawn_B, progress.tokens[:, step])
     return dataclasses.replace(
         progress,
-        tokens=progress.tokens.at[:, at].set(tokens_B),
-        log_probs=progress.log_probs.at[:, at].set(jnp.where(going_B, log_probs_B, 0.0)),
-        lengths=progress.lengths + going_B,
+        tokens=progress.tokens.at[:, step].set(tokens_B),
+        log_probs=progress.log_probs.at[:, step].set(jnp.where(active_B, log_probs_B, 0.0)),
+        lengths=progress.lengths + active_B,
         ended=progress.ended | is_end(drawn_B, progress.end_ids),
-        step=at + 1,
+        step=step + 1,
         finite=progress.finite & (rows_finite(logits_BV) | progress.ended),
         seen=None if progress.seen is None else progress.seen.at[rows_B, drawn_B].set(True),
     )
@@ -382,15 +396,16 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
 def _advance(
     model: Model, params: Any, progress: Progress, steps: int | jax.Array, *, sharding: Sharding | None
 ) -> Progress:
-    until = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
+    """The loop of :func:`advance`."""
+    last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
 
     def unfinished(progress: Progress) -> jax.Array:
-        return (progress.step < until) & ~jnp.all(progress.ended)
+        return (progress.step < last_step) & ~jnp.all(progress.ended)
 
-    def one(progress: Progress) -> Progress:
+    def generate_token(progress: Progress) -> Progress:
         newest_B = progress.tokens[:, progress.step - 1]
         state, logits_BV = read_tokens(model, params, progress.state, newest_B, ~progress.ended)
         return _draw(dataclasses.replace(progress, state=state), logits_BV)
 
     params = layers_apart(params)
-    return jax.lax.while_loop(unfinished, one, progress)
+    return jax.lax.while_loop(unfinished, generate_token, progress)

@@ -1,4 +1,4 @@
-"""Scoring: how likely a text is under a model.
+"""Scoring: log-likelihoods and perplexities of texts under a model.
 
 Shapes: B batch, T time, D model width, V vocabulary.
 """
@@ -21,16 +21,16 @@ from jaxlm.nn.loss import cross_entropy
 from jaxlm.sharding import Sharding, active
 
 CHUNK_LOGITS = 2**22
-"""Logits that exist at a time (16 MiB), unless one time step of the batch alone has more."""
+"""Maximum number of logits in memory at a time (16 MiB), unless one time step of the batch has more."""
 
 
 class TokenScores(NamedTuple):
-    """How each token is predicted from those before it.
+    """The scores of tokens given the tokens before them.
 
     Attributes:
-        log_probs: [B, T] float32, its log-probability in nats; 0 where nothing is predicted.
-        greedy: [B, T] bool, whether it is the most likely one (of equals, the one with the lowest id); True where
-            nothing is predicted.
+        log_probs: [B, T] float32, log-probability of each token in nats; 0 for tokens that are not predicted.
+        greedy: [B, T] bool, whether each token is the most likely one (if several are equally likely, the one with the
+            lowest id); True for tokens that are not predicted.
     """
 
     log_probs: jax.Array
@@ -40,18 +40,20 @@ class TokenScores(NamedTuple):
 def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
     """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
 
-    0 where the next token is padding or begins another document. The logits of all T steps never exist together.
+    The value is 0 if the next token is padding or begins another document. Logits are computed in chunks, so the logits
+    of all T steps are never in memory together.
 
-    Logits that are not finite are an error, which waits for the result. Inside ``jit`` or another transformation of the
-    caller nothing is raised.
+    Logits that are not finite raise an error. The check waits for the result. Inside ``jit`` or another transformation
+    no error is raised.
 
     Args:
         tokens: [B, T] integer ids.
-        segment_ids: [B, T] int32, 0 padding, 1.. documents that do not see each other. Default: one document.
+        segment_ids: [B, T] int32, 0 for padding and 1, 2, ... for documents. Tokens of one document do not attend to
+            other documents. Default: one document.
 
     Raises:
-        ValueError: fewer than 2 tokens, ids outside the vocabulary, or shapes that do not fit.
-        NotFiniteError: logits are not finite; a ValueError that names the rows, and the parameters that are not finite.
+        ValueError: fewer than 2 tokens, ids outside the vocabulary, or wrong shapes.
+        NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
         >>> log_likelihood(model, params, tokens).sum(axis=1)   # of each row   # doctest: +SKIP
@@ -62,11 +64,11 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
 def token_scores(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> TokenScores:
     """The scores [B, T - 1] of ``tokens[:, t + 1]`` given ``tokens[:, :t + 1]``.
 
-    Arguments and errors are those of :func:`log_likelihood`, whose numbers are the ``log_probs``.
+    Arguments and errors are those of :func:`log_likelihood`, which returns the ``log_probs``.
     """
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
-        raise ValueError("tokens are 1 per row: the first is only a condition, so at least 2 are needed")
+        raise ValueError("tokens are 1 per row: the first token is not predicted, so at least 2 are needed")
     scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
     check_finite(model, params, finite_B)
     return scores
@@ -86,14 +88,15 @@ def target_log_likelihood(
 
     Args:
         source: [B, S] integer ids.
-        targets: [B, T] integer ids, end token included.
+        targets: [B, T] integer ids, including the end token.
         start_id: the token that the decoder reads before the first target.
-        source_segment_ids, segment_ids: of the source [B, S] and the targets [B, T], 1 and 0 on padding (at the end).
+        source_segment_ids, segment_ids: for the source [B, S] and the targets [B, T]: 1 for tokens, and 0 for padding
+            at the end.
 
     Raises:
-        TypeError: the model reads no source.
-        ValueError: ids outside the vocabulary, or shapes that do not fit.
-        NotFiniteError: as :func:`log_likelihood`.
+        TypeError: the model is not an encoder-decoder.
+        ValueError: ids outside the vocabulary, or wrong shapes.
+        NotFiniteError: as in :func:`log_likelihood`.
     """
     return target_token_scores(
         model, params, source, targets, start_id=start_id, source_segment_ids=source_segment_ids,
@@ -113,7 +116,7 @@ def target_token_scores(
 ) -> TokenScores:
     """The scores [B, T] of ``targets[:, t]`` given ``source`` and ``targets[:, :t]``, for an encoder-decoder.
 
-    Arguments and errors are those of :func:`target_log_likelihood`, whose numbers are the ``log_probs``.
+    Arguments and errors are those of :func:`target_log_likelihood`, which returns the ``log_probs``.
     """
     if not model.reads_source:
         raise TypeError(f"family {model.family!r} reads no source: call log_likelihood")
@@ -135,25 +138,28 @@ def _token_scores(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     *,
-    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> tuple[TokenScores, jax.Array]:
-    """The scores, and whether the logits of each row are finite, bool [B]."""
-    before_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
-    hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=before_BT)
-    counts_BT = None
+    """The scores [B, T - 1], and whether the logits of each row are finite, bool [B]."""
+    input_segments_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
+    hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=input_segments_BT)
+    is_predicted_BT = None
     if segment_ids_BT is not None:
-        after_BT = segment_ids_BT[:, 1:]
-        counts_BT = (before_BT == after_BT) & (after_BT > 0)
-    return _scores(model, params, hidden_BTD, tokens_BT[:, 1:], counts_BT)
+        target_segments_BT = segment_ids_BT[:, 1:]
+        is_predicted_BT = (input_segments_BT == target_segments_BT) & (target_segments_BT > 0)
+    return _scores(model, params, hidden_BTD, tokens_BT[:, 1:], is_predicted_BT)
 
 
 def _scores(
-    model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, counts_BT: jax.Array | None
+    model: Model, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, is_predicted_BT: jax.Array | None
 ) -> tuple[TokenScores, jax.Array]:
-    """Scores [B, T] of each target under the logits of its hidden state, which say nothing where ``counts`` is False;
-    and whether the logits of each row are finite where it is True."""
+    """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 
-    def step(inputs: tuple[jax.Array, jax.Array]) -> tuple[TokenScores, jax.Array]:
+    Args:
+        is_predicted_BT: bool, the targets to score. The logits of other targets are ignored. Default: all targets.
+    """
+
+    def score_step(inputs: tuple[jax.Array, jax.Array]) -> tuple[TokenScores, jax.Array]:
         hidden_BD, targets_B = inputs
         logits_B1V = model.logits(params, hidden_BD[:, None])
         greedy_B = jnp.argmax(logits_B1V[:, 0], axis=-1) == targets_B
@@ -162,11 +168,11 @@ def _scores(
 
     V = jax.eval_shape(model.logits, params, hidden_BTD[:, :1]).shape[-1]
     steps = max(1, CHUNK_LOGITS // (targets_BT.shape[0] * V))
-    scores, finite = jax.lax.map(step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps)
+    scores, finite = jax.lax.map(score_step, (jnp.swapaxes(hidden_BTD, 0, 1), targets_BT.T), batch_size=steps)
     log_probs_BT, greedy_BT, finite_BT = scores.log_probs.T, scores.greedy.T, finite.T
-    if counts_BT is not None:
-        log_probs_BT = jnp.where(counts_BT, log_probs_BT, 0.0)
-        greedy_BT, finite_BT = greedy_BT | ~counts_BT, finite_BT | ~counts_BT
+    if is_predicted_BT is not None:
+        log_probs_BT = jnp.where(is_predicted_BT, log_probs_BT, 0.0)
+        greedy_BT, finite_BT = greedy_BT | ~is_predicted_BT, finite_BT | ~is_predicted_BT
     return TokenScores(log_probs_BT, greedy_BT), jnp.all(finite_BT, axis=1)
 
 
@@ -185,60 +191,66 @@ def _target_token_scores(
     hidden_BTD, _ = model.apply(
         params, decoder_BT, source=source_BS, source_segment_ids=source_segment_ids_BS, segment_ids=segment_ids_BT
     )
-    counts_BT = None if segment_ids_BT is None else segment_ids_BT > 0
-    return _scores(model, params, hidden_BTD, targets_BT, counts_BT)
+    is_predicted_BT = None if segment_ids_BT is None else segment_ids_BT > 0
+    return _scores(model, params, hidden_BTD, targets_BT, is_predicted_BT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text: the mean negative log-likelihood of the ``tokens`` that were predicted."""
+    """The perplexity of a text under a model.
+
+    Attributes:
+        nats_per_token: mean negative log-likelihood of the predicted tokens, in nats.
+        tokens: number of predicted tokens.
+    """
 
     nats_per_token: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        """``exp(nats_per_token)``: the number of equally likely choices that would be as surprising."""
+        """``exp(nats_per_token)``: the number of equally likely tokens that gives the same negative log-likelihood."""
         return math.exp(self.nats_per_token)
 
 
 def perplexity(
     model: Model, params: Any, ids: np.ndarray, *, window: int, stride: int, batch_size: int = 8
 ) -> Perplexity:
-    """Perplexity of a long text [tokens] under a model that sees ``window`` tokens at a time.
+    """The perplexity of a long text, scored in overlapping windows of ``window`` tokens.
 
-    Windows begin every ``stride`` tokens (the last one is put back so that it ends with the text) and each counts only
-    what the ones before did not: every token but the first counts once, and, after the first window, with at least
-    ``window - stride`` tokens before it. A smaller stride gives a lower and truer perplexity at more cost. Text that
-    fits into one window is scored in one piece.
+    A window begins every ``stride`` tokens, and the last window ends with the text. Each window scores only the tokens
+    that no earlier window has scored. So every token except the first is scored once. After the first window, each
+    token has at least ``window - stride`` tokens of context. A smaller stride gives more context and a lower
+    perplexity, at a higher cost. A text that fits into one window is scored in one piece.
 
     Args:
         ids: [tokens] integer ids.
-        window: tokens that are scored together, the first one included; the model reads ``window - 1``.
-        stride: from 1 to ``window - 1``.
-        batch_size: windows that are scored at once.
+        window: number of tokens in a window, including the first, which is not predicted; the model reads
+            ``window - 1`` tokens.
+        stride: distance between window starts, from 1 to ``window - 1``.
+        batch_size: number of windows that are scored together.
 
     Raises:
         ValueError: fewer than 2 tokens, ids outside the vocabulary, a window longer than the model's positions, or
-            numbers outside their ranges.
-        NotFiniteError: as :func:`log_likelihood`; the message has the numbers of the windows.
+            a number outside its range.
+        NotFiniteError: as in :func:`log_likelihood`; the message has the numbers of the windows.
     """
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
         raise ValueError(f"ids must be a row of at least 2 integers, got {ids.dtype}{list(ids.shape)}")
     if not 1 <= stride < window:
-        raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, or tokens would be left out")
+        raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, so that every token is scored")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     window = min(window, ids.size)
     starts = np.append(np.arange(0, ids.size - window, stride), ids.size - window)
     ends = starts + window
-    new = np.diff(ends, prepend=1)  # tokens at the end of each window that no window before it counted
+    new = np.diff(ends, prepend=1)  # number of tokens at the end of each window that no earlier window has scored
     batch_size = min(batch_size, starts.size)
 
     total = 0.0
     for first in range(0, starts.size, batch_size):
-        # The last batch is filled up with its last window, so that every batch has one shape.
+        # Repeat the last window in the last batch, so that all batches have one shape.
         rows = np.minimum(np.arange(first, first + batch_size), starts.size - 1)
         windows = ids[starts[rows][:, None] + np.arange(window)].astype(np.int32)
         with named_rows("window", rows):

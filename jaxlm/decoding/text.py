@@ -1,7 +1,7 @@
-"""Text generation for every family that decodes: continuations of prompts, or outputs for sources.
+"""Text generation for every generative family: continuations of prompts, or outputs for sources.
 
-Stop strings are searched in decoded text between calls of the jitted loop, every ``CHUNK`` tokens. Tokens beyond a stop
-string are discarded, so the text does not depend on where the calls end.
+Stop strings are searched in the decoded text between calls of the jitted loop, every ``CHUNK`` tokens. Tokens after a
+stop string are discarded, so the text does not depend on ``CHUNK``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from jaxlm.models import Model
 from jaxlm.models.common import layers_apart
 
 CHUNK = 8
-"""Tokens between two searches for stop strings."""
+"""Number of tokens between two searches for stop strings."""
 
 NOT_GIVEN = GenerationConfig()
-"""A request without any field."""
+"""A request in which no field is set."""
 
 
 def generate_text(
@@ -41,30 +41,29 @@ def generate_text(
     *,
     key: jax.Array | None = None,
 ) -> list[str]:
-    """The generated text for each of ``texts``, in their order, without the end token and the stop string.
+    """The generated text for each of ``texts``, in order, without the end token and the stop string.
 
-    ``texts`` are prompts to continue, or sources for an encoder-decoder (translation, summarization). Prompts are
-    encoded without special tokens, and their continuations are decoded with them; sources are encoded by
-    ``tokenizer.encode_inputs``, and outputs are decoded without special tokens. To choose other special
-    tokens, give all texts as their ids, int32 arrays [tokens]. Incomplete UTF-8 characters at the end are decoded as
-    the tokenizer does (U+FFFD).
+    ``texts`` are prompts, or sources for an encoder-decoder (translation, summarization). Prompts are encoded without
+    special tokens, and special tokens in their continuations are kept. Sources are encoded with
+    ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
+    texts as ids, int32 arrays [tokens]. An incomplete UTF-8 character at the end is decoded as U+FFFD.
 
-    Texts are sorted by length, batched, and padded to a few lengths, for each of which the loop is compiled once. The
-    draws of a text depend on ``key`` and its index, not on its batch. Prompts may outgrow the model's context: the last
-    half of each then becomes the next prompt, when the longest of the batch has reached the end of the context.
+    Texts are sorted by length, batched, and padded to a few lengths. The loop is compiled once per length. The random
+    draws for a text depend on ``key`` and the index of the text, not on its batch. A prompt and its continuation may be
+    longer than the model's context: when the longest row of a batch fills the context, generation continues with the
+    last ``max_positions // 2`` tokens of each row as its new prompt.
 
     Args:
-        config: what is not given is read from ``generation_config.json`` of the directory of the model, see
+        config: fields that are not set are read from ``generation_config.json`` in the directory of the model, see
             :meth:`GenerationConfig.resolve`.
-        key: needed unless sampling is greedy.
+        key: required unless sampling is greedy.
 
     Raises:
         TypeError: ``texts`` is a single string.
-        ValueError: the model has no head for text; a text that is empty or longer than the model's positions or
-            ``max_length``; what :meth:`GenerationConfig.resolve`, :func:`jaxlm.decoding.generate` or
-            :func:`jaxlm.decoding.beam_search` refuses.
-        NotFiniteError: logits are not finite; a ValueError that names the texts, and the parameters that are not
-            finite.
+        ValueError: the model has no head for text generation; a text is empty, or longer than the model's positions or
+            ``max_length``; or an argument is invalid for :meth:`GenerationConfig.resolve`,
+            :func:`jaxlm.decoding.generate` or :func:`jaxlm.decoding.beam_search`.
+        NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
     Example:
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
@@ -93,15 +92,17 @@ def stream_text(
     key: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> Iterator[str]:
-    """The text that :func:`generate_text` gives for one prompt or source, in pieces as they become final.
+    """The text that :func:`generate_text` returns for one prompt or source, as an iterator of pieces.
 
-    A piece is held back while later tokens may change it: an incomplete character, and the beginning of a stop string.
+    A piece is yielded as soon as later tokens cannot change it. An incomplete character, and a possible beginning of a
+    stop string, are yielded later.
 
     Args:
-        chunk: tokens of each call of the jitted loop.
+        chunk: number of tokens in each call of the jitted loop.
 
     Raises:
-        As :func:`generate_text`, at the call and not at the first piece. ValueError for beams or ``chunk`` below 1.
+        The errors of :func:`generate_text`, at the call and not at the first piece. ValueError: beam search is
+        requested, or ``chunk`` is below 1.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
@@ -111,27 +112,25 @@ def stream_text(
         raise ValueError(f"chunk={chunk} must be at least 1")
     generation = _Text(model, params, tokenizer, config, key)
     if generation.num_beams > 1:
-        raise ValueError(
-            f"num_beams={generation.num_beams}: beam search knows no text before its end; use generate_text"
-        )
+        raise ValueError(f"num_beams={generation.num_beams}: beam search has no text before it ends; use generate_text")
     texts = generation.partial_texts(generation.encode([text]), np.zeros(1, np.int32), chunk)
-    first = next(texts)  # raises here what the model refuses
+    first = next(texts)  # so that errors are raised at the call
 
     def pieces() -> Iterator[str]:
-        shown = 0
+        yielded = 0
         for (output,) in (first, *texts):
-            if len(output) > shown:
-                yield output[shown:]
-                shown = len(output)
+            if len(output) > yielded:
+                yield output[yielded:]
+                yielded = len(output)
 
     return pieces()
 
 
 def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder of an encoder-decoder reads: the config's, or else the tokenizer's bos token.
+    """The first token that the decoder reads: ``decoder_start_id`` of the config, or else the tokenizer's bos token.
 
     Raises:
-        ValueError: neither has one.
+        ValueError: the config has no ``decoder_start_id`` and the tokenizer has no bos token.
     """
     start = getattr(model.config, "decoder_start_id", None)
     start = tokenizer.special_ids.bos if start is None else start
@@ -141,17 +140,20 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
 
 
 def _first_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder reads: ``decoder_start_token_id`` of ``generation_config.json`` comes before the
-    one of ``config.json``, but not before another one that the model was loaded with."""
-    metadata, own = model.metadata, getattr(model.config, "decoder_start_id", None)
-    said = None if metadata is None else (metadata.generation_config or {}).get("decoder_start_token_id")
-    if metadata is None or said is None or metadata.config.get("decoder_start_token_id", own) != own:
+    """The first token that the decoder reads in text generation.
+
+    ``decoder_start_token_id`` of ``generation_config.json`` overrides that of ``config.json``. It does not override
+    another id that the caller passed when loading the model.
+    """
+    metadata, config_id = model.metadata, getattr(model.config, "decoder_start_id", None)
+    file_id = None if metadata is None else (metadata.generation_config or {}).get("decoder_start_token_id")
+    if metadata is None or file_id is None or metadata.config.get("decoder_start_token_id", config_id) != config_id:
         return decoder_start_id(model, tokenizer)
-    return said
+    return file_id
 
 
 class _Text:
-    """A request together with its model and tokenizer."""
+    """A request for generated text, with its model and tokenizer."""
 
     def __init__(
         self, model: Model, params: Any, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
@@ -176,8 +178,8 @@ class _Text:
             self._start = np.array([_first_id(model, tokenizer)], np.int32)
         self._request = TokenRequest(
             model=model,
-            params=jax.jit(layers_apart)(params),  # once here, instead of in each call of the loop
-            max_new_tokens=0,  # of each batch
+            params=jax.jit(layers_apart)(params),  # once, not in each call of the loop
+            max_new_tokens=0,  # each batch sets its own
             sampling=resolved.sampling,
             key=key,
             end_ids=resolved.end_ids or (),
@@ -185,7 +187,7 @@ class _Text:
         )
 
     def encode(self, texts: Sequence[str] | Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Ids of each prompt or source."""
+        """The ids of each prompt or source, after a check."""
         what = self._what
         if isinstance(texts, str):
             raise TypeError(f"texts are a sequence of strings, got one string: pass [{texts!r}]")
@@ -195,7 +197,9 @@ class _Text:
         strings = [text for text in texts if isinstance(text, str)]
         rows = [text for text in texts if isinstance(text, np.ndarray)]
         if rows and strings:
-            raise TypeError(f"give all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)}")
+            raise TypeError(
+                f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"
+            )
         if rows:
             empty = [ids.size == 0 for ids in rows]
         elif self._model.reads_source:
@@ -213,24 +217,24 @@ class _Text:
                 raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
             if self._max_length is not None and (1 if self._model.reads_source else ids.size) >= self._max_length:
                 raise ValueError(
-                    f"{what} {row} has {ids.size} tokens, but max_length={self._max_length} is the most with its "
-                    "output: give max_new_tokens instead"
+                    f"{what} {row} has {ids.size} tokens, and max_length={self._max_length} leaves no room for new "
+                    "tokens: set max_new_tokens instead"
                 )
         return rows
 
     def _limits(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
-        """New tokens [B] at most of each prompt."""
+        """The maximum number of new tokens for each prompt, [B]."""
         if self._max_length is None:
             return np.full(len(prompts), self._max_new_tokens)
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
     @property
     def _what(self) -> str:
-        """What messages call the texts."""
+        """The word for a text in error messages."""
         return "source" if self._model.reads_source else "prompt"
 
     def beam_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
-        """The text of the best hypothesis of each row."""
+        """The text of the best hypothesis for each row."""
         request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
         if self._start is None:
@@ -248,10 +252,16 @@ class _Text:
         best_BN, lengths_B = np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0])
         rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, best_BN, lengths_B, strict=True)]
         texts = [self._decode(ids, prompt.size) for ids, prompt in zip(rows, prompts, strict=True)]
-        return [_final(text, self.stop, over=True)[0] for text in texts]
+        return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
 
     def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
-        """The final part of the text of every row, after each chunk (None: of all tokens); the last is the whole."""
+        """The part of the text of each row that cannot change any more, after each chunk; last, the whole texts.
+
+        Args:
+            batch: ids of each prompt or source.
+            numbers: [B] index of each text.
+            chunk: number of tokens between two results. None: one result, with the whole texts.
+        """
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
         request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
@@ -259,60 +269,62 @@ class _Text:
             windows = Windows(request, prompts, numbers, None if self._start is None else batch)
         chunk = request.max_new_tokens if chunk is None else chunk
         while True:
-            # Copies: the buffers are donated to the next call.
+            # Copy the arrays, because their buffers are donated to the next call.
             progress = windows.progress
             tokens, lengths, ended = (np.array(x) for x in (progress.tokens, progress.lengths, progress.ended))
-            texts, stopped = [], []
+            texts, has_stop = [], []
             for row, earlier in enumerate(windows.rows):
                 ids = np.concatenate([earlier, tokens[row, : lengths[row]]])
                 limit = prompts[row].size + limits[row]
                 ended[row] |= ids.size >= limit
                 ids = ids[:limit]
                 text = self._decode(ids, prompts[row].size)
-                text, found = _final(text, self.stop, over=windows.over or bool(ended[row]))
+                text, found = _final_part(text, self.stop, is_complete=windows.over or bool(ended[row]))
                 texts.append(text)
-                stopped.append(found)
+                has_stop.append(found)
             yield texts
-            ended |= np.array(stopped)
+            ended |= np.array(has_stop)
             if windows.over or ended.all():
                 return
             with named_rows(self._what, numbers):
                 windows.advance(ended, chunk)
 
-    def _decode(self, ids: np.ndarray, prompt: int) -> str:
-        """The text of the ids after the first ``prompt``, without an end token at their end."""
-        if ids.size > prompt and ids[-1] in self._request.end_ids:
+    def _decode(self, ids: np.ndarray, prompt_length: int) -> str:
+        """The text of the ids after the prompt, without an end token at the end."""
+        if ids.size > prompt_length and ids[-1] in self._request.end_ids:
             ids = ids[:-1]
         if self._start is not None:
-            return self._tokenizer.decode(ids[prompt:], skip_special_tokens=True)
-        # Decoded together with the prompt: some tokenizers treat the beginning of a text differently.
-        return self._tokenizer.decode(ids)[len(self._tokenizer.decode(ids[:prompt])) :]
+            return self._tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
+        # Decode the ids together with the prompt, because some tokenizers treat the beginning of a text differently.
+        return self._tokenizer.decode(ids)[len(self._tokenizer.decode(ids[:prompt_length])) :]
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    """Raise ``ValueError`` for an id outside the vocabulary of the model."""
+    """Raise ``ValueError`` if an id is outside the vocabulary of the model."""
     if ids.size and ids.max() >= vocab_size:
         raise ValueError(
             f"{what} has id {ids.max()}, outside the model's {vocab_size} ids: is this the tokenizer of the model?"
         )
 
 
-def _final(text: str, stop: Sequence[str], *, over: bool) -> tuple[str, bool]:
+def _final_part(text: str, stop: Sequence[str], *, is_complete: bool) -> tuple[str, bool]:
     """The part of ``text`` that later tokens cannot change, and whether a stop string ends it.
 
-    ``over``: there are no later tokens.
+    Args:
+        is_complete: whether there are no later tokens.
     """
-    if not over:
+    if not is_complete:
         text = text.rstrip("\ufffd")
-    found = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
+    # The stop string that is complete first ends the text.
+    found = [(start + len(string), start) for string in stop if (start := text.find(string)) >= 0]
     if found:
         return text[: min(found)[1]], True
-    if over:
+    if is_complete:
         return text, False
-    held = max((_overlap(text, string) for string in stop), default=0)
-    return text[: len(text) - held], False
+    possible_stop = max((_overlap(text, string) for string in stop), default=0)
+    return text[: len(text) - possible_stop], False
 
 
 def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of ``text`` that ``string`` begins with."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``string``."""
     return next(n for n in range(min(len(text), len(string) - 1), -1, -1) if text.endswith(string[:n]))

@@ -1,7 +1,7 @@
-"""Token loops of a batch of texts, in jitted calls of a few tokens each: prompts that may outgrow the context of the
-model, or sources of an encoder-decoder.
+"""The generation loop for a batch of texts, in jitted calls of a few tokens each.
 
-Shapes: B rows, S source time, T prompt time.
+A prompt and its continuation may become longer than the context of the model. Generation then continues in a new
+window. Shapes: B batch, S source time, T prompt time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jaxlm.sharding import Sharding, active
 
 @dataclasses.dataclass(frozen=True)
 class TokenRequest:
-    """What the rows of all batches have in common.
+    """The model and the settings that all batches share.
 
     Attributes:
         model: the model.
-        params: its parameters, as ``layers_apart`` gives them.
-        max_new_tokens: tokens to generate at most, in each row.
+        params: its parameters, as ``layers_apart`` returns them (per-layer arrays on CPU).
+        max_new_tokens: maximum number of new tokens in each row.
         sampling: how tokens are drawn.
-        key: random key; None where greedy.
-        end_ids: the tokens each of which ends a row.
-        num_ids: only ids below it are generated.
+        key: random key; None for greedy decoding.
+        end_ids: ids, each of which ends a row.
+        num_ids: only ids below this number are generated.
     """
 
     model: Model
@@ -45,23 +45,24 @@ class TokenRequest:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model has for prompt and output; None where it has no limit."""
+        """The number of positions of the model, for the prompt and the output together. None: no limit."""
         return getattr(self.model.config, "max_positions", None)
 
 
-def pad_prompts(request: TokenRequest, prompts: Sequence[np.ndarray], left: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [B, T] padded on the left, and their segment ids.
+def pad_prompts(request: TokenRequest, prompts: Sequence[np.ndarray], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts padded on the left, and their segment ids; both [B, T].
 
-    T is a bucket length where the model has positions for it and ``left`` new tokens, else the longest prompt's.
+    T is a bucket length if the model has enough positions for it and ``new_tokens``. Otherwise T is the length of the
+    longest prompt.
     """
     longest, limit = max(ids.size for ids in prompts), request.max_positions
-    room = None if limit is None else limit - left + 1  # the last token is never read
-    length = bucket_length(longest, room) if room is None or longest <= room else longest
+    max_prompt = None if limit is None else limit - new_tokens + 1  # the model does not read the last token
+    length = bucket_length(longest, max_prompt) if max_prompt is None or longest <= max_prompt else longest
     return pad_rows(prompts, length, left=True)
 
 
 def read_sources(request: TokenRequest, sources: Sequence[np.ndarray], length: int) -> Any:
-    """The state of an encoder-decoder that has read ``sources`` and has room for ``length`` tokens."""
+    """The state of an encoder-decoder with encoded ``sources`` and cache slots for ``length`` tokens."""
     longest = max(ids.size for ids in sources)
     source_BS, segment_ids_BS = pad_rows(sources, bucket_length(longest, request.max_positions))
     return _read_sources(request.model, request.params, source_BS, segment_ids_BS, length=length, sharding=active())
@@ -75,25 +76,26 @@ def _read_sources(
     segment_ids_BS: jax.Array,
     *,
     length: int,
-    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> Any:
     return model.start(params, source_BS, length, segment_ids=segment_ids_BS)
 
 
 class Windows:
-    """Generation in one or more windows: when a window is full, the last half of each row becomes the next prompt.
+    """Generation of a batch in one or more windows.
 
-    Models without ``max_positions`` and encoder-decoders have one window.
+    When a window is full, the last ``max_positions // 2`` tokens of each row are the prompt of the next window. Models
+    without ``max_positions`` and encoder-decoders have one window.
 
     Args:
-        request: what all batches have in common.
-        prompts: ids of each row; the start id for an encoder-decoder.
-        numbers: [B] numbers of the rows, from which their random keys are made.
+        request: the model and the settings that all batches share.
+        prompts: ids of each prompt; for an encoder-decoder, the start id.
+        numbers: [B] number of each row, which is folded into its random key.
         sources: ids of each source, for an encoder-decoder.
 
     Attributes:
-        rows: ids of each row from earlier windows, prompt included.
-        progress: the current window.
+        rows: ids of each row before the current window, prompt included.
+        progress: the generation of the current window.
     """
 
     def __init__(
@@ -104,51 +106,55 @@ class Windows:
         sources: Sequence[np.ndarray] | None = None,
     ) -> None:
         self._request, self._numbers = request, numbers
-        self._left, self._window = request.max_new_tokens, 0
+        self._remaining, self._window = request.max_new_tokens, 0
         self.rows = list(prompts)
         state = None if sources is None else read_sources(request, sources, request.max_new_tokens)
         self.progress = self._open(self.rows, state)
 
     def _open(self, prompts: Sequence[np.ndarray], state: Any = None) -> Progress:
-        """A new window: the prompts are read, and the first token of each row is drawn."""
+        """The generation of a new window, after its prompts and the first new token of each row."""
         request, limit = self._request, self._request.max_positions
         if state is None:
-            tokens_BT, segment_ids_BT = pad_prompts(request, prompts, self._left)
+            tokens_BT, segment_ids_BT = pad_prompts(request, prompts, self._remaining)
         else:
             tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
-        room = self._left if limit is None else min(self._left, limit - tokens_BT.shape[1] + 1)
+        new_tokens = self._remaining if limit is None else min(self._remaining, limit - tokens_BT.shape[1] + 1)
         key = request.key
         if key is not None:
-            # The first window draws what `generate` draws; the others have keys of their own.
+            # The first window draws the same tokens as `generate`. Each later window has another key.
             key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
         return prefill(
-            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=room, sampling=request.sampling,
-            key=key, end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
+            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=new_tokens,
+            sampling=request.sampling, key=key, end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
         )  # fmt: skip
 
     @property
     def full(self) -> bool:
-        """No more tokens fit into this window."""
+        """Whether the current window has no space for more tokens."""
         return int(self.progress.step) == self.progress.tokens.shape[1]
 
     @property
     def over(self) -> bool:
-        """All requested tokens have been generated."""
-        return self.full and self.progress.tokens.shape[1] == self._left
+        """Whether all requested tokens have been generated."""
+        return self.full and self.progress.tokens.shape[1] == self._remaining
 
     def advance(self, ended: np.ndarray, chunk: int) -> None:
-        """Generate up to ``chunk`` more tokens for the rows that have not ended, in this window or the next one."""
+        """Generate up to ``chunk`` more tokens for each row that has not ended. If the window is full, open a new one.
+
+        Args:
+            ended: bool [B], rows that need no more tokens.
+        """
         if not self.full:
             progress = dataclasses.replace(self.progress, ended=jnp.asarray(ended))
             self.progress = advance(self._request.model, self._request.params, progress, chunk)
             return
         new = [np.asarray(self.progress.tokens)[row, :n] for row, n in enumerate(np.asarray(self.progress.lengths))]
         self.rows = [np.concatenate(pair) for pair in zip(self.rows, new, strict=True)]
-        self._left -= self.progress.tokens.shape[1]
+        self._remaining -= self.progress.tokens.shape[1]
         self._window += 1
         limit = self._request.max_positions
         assert limit is not None
         progress = self._open([ids[-max(limit // 2, 1) :] for ids in self.rows])
-        # Prefill draws a token in every row: those of rows that have ended are discarded.
+        # Prefill draws a token for every row. Discard the tokens of rows that have ended.
         lengths = jnp.where(jnp.asarray(ended), 0, progress.lengths)
         self.progress = dataclasses.replace(progress, ended=progress.ended | jnp.asarray(ended), lengths=lengths)

@@ -1,8 +1,12 @@
-"""Attention maps of texts: pictures of what a model attends to, for reports and pages."""
+"""Attention maps of texts: the attention weights between tokens, averaged over layers and heads.
+
+Shapes: L layers, B batch, H heads (or hops of a pooling), T queries, S keys.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,21 +17,66 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.models import Model
-from jaxlm.training.report import AttentionMap
+from jaxlm.training.report import AttentionMap, write_attention
+
+WITHOUT_ATTENTION = ("lstm", "gru", "alexnet", "resnet", "resnet_lm")
+"""Families without attention."""
+
+
+def has_attention_maps(model: Model) -> bool:
+    """Whether :func:`attention_maps` supports the model.
+
+    It supports every family with attention, except ``attention_rnn_lm`` as a language model: only its pooling is
+    recorded.
+    """
+    if model.family == "attention_rnn_lm":
+        return model.config.task == "classification"
+    return model.family not in WITHOUT_ATTENTION
+
+
+def write_maps(
+    run: str | Path,
+    model: Model,
+    params: Any,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    outputs: Sequence[str] | None = None,
+    *,
+    max_tokens: int | None = None,
+) -> None:
+    """Write ``attention.json`` for the report of a run: the :func:`attention_maps` of the texts.
+
+    The function writes no file if there are no texts, or if the model has no attention (:func:`has_attention_maps`).
+    Arguments and errors are those of :func:`attention_maps`.
+    """
+    if texts and has_attention_maps(model):
+        write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, max_tokens=max_tokens))
 
 
 def attention_maps(
-    model: Model, params: Any, tokenizer: Tokenizer, texts: Sequence[str], outputs: Sequence[str] | None = None
+    model: Model,
+    params: Any,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    outputs: Sequence[str] | None = None,
+    *,
+    max_tokens: int | None = None,
 ) -> list[AttentionMap]:
-    """A map of each text: attention weights, averaged over the layers and their heads.
+    """One map for each text: its attention weights, averaged over layers and heads.
 
-    For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns those of the source ``texts[n]``:
-    row t has the weights with which token t was predicted. For other families, the rows and the columns are the tokens
-    of the text; where a classifier pools by attention, the rows are its hops.
+    For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
+    ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For other families, rows and columns
+    are the tokens of the text. If a classifier pools by attention, the rows are its hops.
+
+    Args:
+        outputs: the output for each source, for an encoder-decoder.
+        max_tokens: maximum number of tokens of a text or an output, special tokens included; longer ones are truncated
+            at the end. A limit above the model's ``max_positions`` is lowered to it. None: texts are not truncated.
 
     Raises:
         TypeError: the family has no attention, or ``texts`` is a single string.
-        ValueError: ``outputs`` is missing for an encoder-decoder, or has another number of texts.
+        ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has another length
+            than ``texts``.
     """
     if isinstance(texts, str):
         raise TypeError(f"texts is a sequence of strings, got one string: pass [{texts!r}]")
@@ -36,9 +85,12 @@ def attention_maps(
         raise ValueError(f"outputs={outputs!r}: {kind}, and {model.family!r} is {'' if outputs is None else 'not '}one")
     if outputs is not None and len(outputs) != len(texts):
         raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
-    encoded = tokenizer.encode_inputs_batch(list(texts))
+    positions = getattr(model.config, "max_positions", None)
+    if max_tokens is not None and positions is not None:
+        max_tokens = min(max_tokens, positions)
+    encoded = tokenizer.encode_inputs_batch(list(texts), max_length=max_tokens)
     tokens, segment_ids = _padded(encoded)
-    columns = [_names(tokenizer, text, encoding) for text, encoding in zip(texts, encoded, strict=True)]
+    columns = [_token_texts(tokenizer, text, encoding) for text, encoding in zip(texts, encoded, strict=True)]
     if outputs is None:
         types = {}
         if model.reads_token_types:
@@ -46,36 +98,37 @@ def attention_maps(
         weights = model.attention_weights(params, tokens, segment_ids=segment_ids, **types)
         kind, rows = ("pool", None) if "pool" in weights else ("self", columns)
     else:
-        targets = tokenizer.encode_inputs_batch(list(outputs))
-        rows = [_names(tokenizer, text, encoding) for text, encoding in zip(outputs, targets, strict=True)]
+        targets = tokenizer.encode_inputs_batch(list(outputs), max_length=max_tokens)
+        rows = [_token_texts(tokenizer, text, encoding) for text, encoding in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
-        read, read_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
-        inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": read_segments}
-        weights, kind = model.attention_weights(params, read, **inputs), "cross"
+        decoder, decoder_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
+        inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": decoder_segments}
+        weights, kind = model.attention_weights(params, decoder, **inputs), "cross"
     layers = np.stack([np.asarray(layer) for layer in weights[kind]])  # [L, B, H, T, S]
     maps = []
-    for n, names in enumerate(columns):
-        mean = layers[:, n].mean(axis=0)
+    for n, column_names in enumerate(columns):
+        mean_HTS = layers[:, n].mean(axis=0)
         if rows is None:
-            own, shown = [f"hop {hop + 1}" for hop in range(mean.shape[0])], mean[:, 0]
+            row_names, map_TS = [f"hop {hop + 1}" for hop in range(mean_HTS.shape[0])], mean_HTS[:, 0]
         else:
-            own, shown = rows[n], mean.mean(axis=0)
-        # A memory before the text, which is empty here, would be the first columns.
-        shown = shown[: len(own), shown.shape[1] - tokens.shape[1] :][:, : len(names)]
-        maps.append(AttentionMap(texts[n], own, names, np.clip(shown, 0.0, 1.0)))
+            row_names, map_TS = rows[n], mean_HTS.mean(axis=0)
+        # The first keys are those of the memory, if the family has one. The memory is empty here.
+        map_TS = map_TS[:, map_TS.shape[1] - tokens.shape[1] :]
+        map_TS = map_TS[: len(row_names), : len(column_names)]
+        maps.append(AttentionMap(texts[n], row_names, column_names, np.clip(map_TS, 0.0, 1.0)))
     return maps
 
 
 def _padded(encoded: Sequence[Encoding]) -> tuple[Any, Any]:
-    """Tokens and segment ids [B, T] of the texts."""
+    """Tokens and segment ids of the texts, both [B, T]."""
     rows = [encoding.ids for encoding in encoded]
     tokens, segment_ids = pad_rows(rows, max(ids.size for ids in rows))
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
 
 
-def _names(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[str]:
-    """The text of each token; of a special token, its name."""
+def _token_texts(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[str]:
+    """The text of each token; for a special token, its name."""
     return [
         text[start:stop] if stop > start else tokenizer.decode([token])
         for token, (start, stop) in zip(encoding.ids.tolist(), encoding.offsets.tolist(), strict=True)

@@ -1,11 +1,11 @@
-"""Chess with language models: how well a model knows the game. The names of all chess modules are here.
+"""Chess with language models: metrics of a model. The module also exports the names of the other chess modules.
 
     tokenizer = MoveTokenizer("uci")
     accuracy = next_move_accuracy(model, params, tokenizer, games)
     print(play_match(ModelPlayer(model, params, tokenizer), RandomPlayer()))
 
-A model reads a game as tokens of a ``MoveTokenizer``: the beginning, then one token per move. An encoder-decoder reads
-them as its source and writes the next move. One move means one move of one player.
+A model reads a game as tokens of a ``MoveTokenizer``: the beginning, then one token per move. For an encoder-decoder,
+these are the source, and the target is the next move. A move is one move of one player.
 
 Shapes: B games, T tokens of a game, V tokens of the tokenizer.
 """
@@ -60,12 +60,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class NextMoves:
-    """Predictions of the moves of given games, each from the true moves before it.
+    """Scores of the predicted moves of given games. Each move is predicted from the true moves before it.
 
     Attributes:
-        top_1: share of moves that have the highest probability of all tokens.
-        top_5: share of moves that are among the five tokens with the highest probabilities.
-        legal: share of positions in which the token with the highest probability is a legal move.
+        top_1: fraction of moves that are the most probable token.
+        top_5: fraction of moves that are among the five most probable tokens.
+        legal: fraction of positions in which the most probable token is a legal move.
     """
 
     top_1: Score
@@ -76,19 +76,20 @@ class NextMoves:
 def next_move_accuracy(
     model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], *, batch_size: int = 16
 ) -> NextMoves:
-    """How often the model predicts the next move of ``games``, without a mask of legal moves.
+    """The accuracy of the predicted next moves in ``games``, without a mask of legal moves.
 
-    Every move of every game counts once; the end of a game does not count. A move that is not in a SAN vocabulary is
-    never predicted, and of equally probable tokens the true one comes last. Intervals are percentile bootstrap
+    Every move of every game counts once. The end of a game does not count. A move outside the SAN vocabulary counts as
+    not predicted. Among equally probable tokens, the true move has the last rank. Intervals are percentile bootstrap
     intervals over games.
 
-    An encoder-decoder reads one source for every move, which takes about as many times longer as a game has moves.
+    An encoder-decoder reads one source per move, so it is slower by a factor of about the number of moves of a game.
 
     Args:
         games: lines of legal moves in the tokenizer's notation.
 
     Raises:
-        ValueError: no game, an illegal one, one longer than the model's positions, or a tokenizer that does not fit.
+        ValueError: there are no games, a game is illegal or longer than the model's positions, or the tokenizer does
+            not fit the model.
     """
     check_model(model, tokenizer)
     _check_games(games)
@@ -107,12 +108,12 @@ def next_move_accuracy(
 
 @dataclasses.dataclass(frozen=True)
 class LegalMoveRate:
-    """Legality of games that a model made up.
+    """The legality of games that a model generated.
 
     Attributes:
-        moves: share of legal moves among the sampled moves. In each game, the moves up to its first illegal move count,
-            the illegal one included; later ones do not exist. 0 when no move was sampled.
-        games: share of games without an illegal move.
+        moves: fraction of legal moves among the sampled moves. A game ends with its first illegal move, which counts.
+            0 if no move was sampled.
+        games: fraction of games without an illegal move.
         lines: the legal moves of each game, in the tokenizer's notation.
     """
 
@@ -131,13 +132,14 @@ def legal_move_rate(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> LegalMoveRate:
-    """How many moves are legal when the model makes up whole games, from all tokens and without a mask.
+    """The fraction of legal moves in games that the model generates, without a mask of legal moves.
 
-    A game ends with its first illegal move, with the end token, or after ``max_moves`` moves. The end token is not a
-    move and does not count. Any move after checkmate or stalemate is illegal, and so is any other special token.
+    A game ends with its first illegal move, with the end token, or after ``max_moves`` moves. The end token does not
+    count as a move. Any move after checkmate or stalemate is illegal, and so are all other special tokens.
 
     Raises:
-        ValueError: counts below 1, more moves than the model's positions, or a tokenizer that does not fit.
+        ValueError: a count is below 1, ``max_moves`` exceeds the model's positions, or the tokenizer does not fit the
+            model.
     """
     for name, value in (("games", games), ("max_moves", max_moves)):
         if value < 1:
@@ -150,16 +152,16 @@ def legal_move_rate(
     playing = list(range(games))
     for _ in range(max_moves):
         ids = choose_ids(reader.logits([boards[game] for game in playing]), temperature, rng)
-        still = []
+        unfinished = []
         for game, id in zip(playing, ids.tolist(), strict=True):
             move = legal_moves.move(boards[game], id)
             if move is not None:
                 lines[game].append(legal_moves.text(boards[game], move))
                 boards[game].push(move)
-                still.append(game)
+                unfinished.append(game)
             else:
                 illegal[game] = id != tokenizer.eos_id
-        playing = still
+        playing = unfinished
         if not playing:
             break
     legal = np.array([len(line) for line in lines])
@@ -171,9 +173,9 @@ def legal_move_rate(
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """The beginnings of ``games`` after which the player to move can mate at once, in the order of the games.
+    """The positions of ``games`` with a mate in one, each as the line of moves before it, in the order of the games.
 
-    About one master game in a hundred has such a position. The search takes about 14 ms per game.
+    About one in a hundred master games has such a position. The search takes about 14 ms per game.
     """
     found = []
     for line in games:
@@ -188,15 +190,16 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
 def mate_in_one_accuracy(
     model: Model, params: Any, tokenizer: MoveTokenizer, positions: Sequence[str], *, batch_size: int = 64
 ) -> Score:
-    """Share of ``positions`` with a mate in one in which the model's most probable legal move mates.
+    """The fraction of ``positions`` in which the model's most probable legal move is mate.
 
-    Any mate counts, also one that the game does not have. The interval is Wilson's.
+    Any mate counts, not only the move of the game. The interval is a Wilson interval.
 
     Args:
-        positions: games so far, from ``mates_in_one``.
+        positions: positions with a mate in one, as lines of moves, from :func:`mates_in_one`.
 
     Raises:
-        ValueError: no position, one without a mate in one, or as ``next_move_probabilities``.
+        ValueError: there are no positions, a position has no mate in one, or an argument is invalid for
+            ``next_move_probabilities``.
     """
     if not positions:
         raise ValueError("mate_in_one_accuracy needs at least one position: use mates_in_one of more games")
@@ -214,12 +217,13 @@ def mate_in_one_accuracy(
 
 
 def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
-    """``sum(hits) / sum(counts)`` with the percentile bootstrap interval over games; 0 when all counts are 0.
+    """``sum(hits) / sum(counts)`` with the percentile bootstrap interval over games; 0 if all counts are 0.
 
-    Both have one entry per game.
+    Args:
+        hits, counts: [games].
     """
     total, hit = int(counts.sum()), int(hits.sum())
-    if hit in (0, total):  # resampling would give an interval of width 0
+    if hit in (0, total):  # the bootstrap interval would have width 0
         games = proportion(name, len(hits) * bool(hit), len(hits))
         return dataclasses.replace(games, count=total, detail=f"Wilson interval of {len(hits)} games")
     rng, ratios = np.random.default_rng(0), []
@@ -234,7 +238,7 @@ def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
 def _predictions(
     model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], batch_size: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each game: its index, the best id before each of its moves, and the rank of the move (0 is the best)."""
+    """For each game: its index, the most probable id for each of its moves, and the rank of each move (0 is best)."""
     rows = [tokenizer.encode_inputs(line).ids for line in games]
     if model.reads_source:
         for index, row in enumerate(rows):
@@ -254,9 +258,9 @@ def _predictions(
             model, params, tokens, segment_ids, ids=tokenizer.vocab_size, sharding=active()
         )  # fmt: skip
         best, ranks = np.asarray(best), np.asarray(ranks)
-        for at, index in enumerate(chosen):
+        for batch_row, index in enumerate(chosen):
             moves = len(rows[index]) - 1
-            yield index, best[at, :moves], ranks[at, :moves]
+            yield index, best[batch_row, :moves], ranks[batch_row, :moves]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "ids", "sharding"))
@@ -269,15 +273,18 @@ def _best_and_rank(
     ids: int,
     sharding: Sharding | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """For each token but the first: the most probable id in its position, and the number of other ids that are at least
-    as probable as the token. Both int32 [B, T - 1]."""
+    """For each token except the first: the most probable id at its position, and the rank of the token.
+
+    The rank is the number of other ids that are at least as probable. Both are int32 [B, T - 1].
+    """
     hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=segment_ids_BT[:, :-1])
     logits_BTV = model.logits(params, hidden_BTD)[..., :ids]
     true_BT1 = jnp.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)
-    # Not logits >= true, which for NaN would be False, and so a rank of 0.
+    # For NaN, the comparison logits >= true would be False, and the rank would be 0.
     return jnp.argmax(logits_BTV, axis=-1), jnp.sum(~(logits_BTV < true_BT1), axis=-1) - 1
 
 
 def _check_games(games: Sequence[str]) -> None:
+    """Raise ``ValueError`` if there are no games, or a game has no moves."""
     if isinstance(games, str) or not games or not all(line.strip() for line in games):
         raise ValueError("games must be a sequence of lines with at least one move each")

@@ -3,7 +3,7 @@
     result = play_match(ModelPlayer(model, params, tokenizer), RandomPlayer(), games=200)
     print(result)
 
-One move means one move of one player.
+A move is one move of one player.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 
 class Player(Protocol):
-    """Chooses moves for many boards at once.
+    """The interface of a player, which selects moves for several boards in one call.
 
     Attributes:
-        max_moves: the longest game after which the player can still move; None: any.
+        max_moves: maximum number of moves of a game after which the player can move. None: no limit.
     """
 
     @property
     def max_moves(self) -> int | None: ...
 
     def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
-        """One move for each board, whose side to move is the player's; None or an illegal move loses the game.
+        """One move for each board, on which it is the player's turn. None or an illegal move loses the game.
 
-        Boards are not changed. ``rng`` is for random choices.
+        The boards are not changed. Random choices use ``rng``.
         """
         ...
 
 
 class RandomPlayer:
-    """Plays a uniformly drawn legal move."""
+    """A player that selects a legal move uniformly at random."""
 
     max_moves = None
 
@@ -56,18 +56,18 @@ class RandomPlayer:
 
 
 class ModelPlayer:
-    """A language model. Any causal family that carries a state plays, and any encoder-decoder.
+    """A player that uses a language model: any causal family with a model state, or any encoder-decoder.
+
+    If no legal move of a position is in the SAN vocabulary, a masked player selects a random legal move.
 
     Args:
-        temperature: the move is drawn from ``softmax(logits / temperature)``; 0 takes the most probable one.
-        masked: choose among legal moves. Otherwise any token may be chosen, and an illegal move loses the game.
-
-    A masked player whose SAN vocabulary has no legal move of a position plays a random legal move there.
+        temperature: the move is drawn from ``softmax(logits / temperature)``. 0 selects the most probable move.
+        masked: select among legal moves. False: any token may be selected, and an illegal move loses the game.
 
     Raises:
-        TypeError: a model that carries no state, or a tokenizer of another kind.
-        ValueError: a model that predicts no next token, a tokenizer with more tokens than the model, or a
-            temperature outside its range.
+        TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
+        ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, or the
+            temperature is outside its range.
     """
 
     def __init__(
@@ -94,25 +94,26 @@ class ModelPlayer:
             row[list(ids_of_board)] = True
         ids = choose_ids(np.where(legal, logits, -np.inf), self.temperature, rng)
         return [
-            by_id[id] if by_id else _random_move(board, rng)
-            for board, by_id, id in zip(boards, moves, ids.tolist(), strict=True)
+            moves_by_id[id] if moves_by_id else _random_move(board, rng)
+            for board, moves_by_id, id in zip(boards, moves, ids.tolist(), strict=True)
         ]
 
 
 class EnginePlayer:
-    """A UCI engine, by default Stockfish at its lowest level. Use it in a ``with`` statement, or call ``close``.
+    """A player that uses a UCI engine, by default Stockfish at its lowest skill level.
 
-    At skill level n, Stockfish chooses with some randomness (which ``seed`` of a match does not determine) among the
-    best moves of a search of depth n + 1. So a small number of nodes gives the same strength as a long search.
+    Use it in a ``with`` statement, or call ``close``. At skill level n, Stockfish selects at random among the best
+    moves of a search of depth n + 1; the ``seed`` of a match does not determine this choice. So a search of few nodes
+    has the same strength as a long search.
 
     Args:
-        command: the engine's program; None looks for ``stockfish`` on the PATH and in /usr/games.
-        skill_level: the engine's option "Skill Level", 0 to 20 for Stockfish; None leaves its full strength.
-        nodes: positions that are searched for each move.
+        command: the program of the engine. None: ``stockfish`` on the PATH or in /usr/games.
+        skill_level: the option "Skill Level" of the engine, 0 to 20 for Stockfish. None: full strength.
+        nodes: number of positions that are searched for each move.
 
     Raises:
-        FileNotFoundError: no engine is installed.
-        ValueError: the program is not a UCI engine, or has no such skill level.
+        FileNotFoundError: the engine is not installed.
+        ValueError: the program is not a UCI engine, or does not have the skill level.
     """
 
     max_moves = None
@@ -157,7 +158,7 @@ class EnginePlayer:
 
 @dataclasses.dataclass(frozen=True)
 class MatingPlayer:
-    """Plays a mate in one where the rules show one, and else the move of ``player``."""
+    """A player that selects a mate in one if there is one, and otherwise the move of ``player``."""
 
     player: Player
 
@@ -171,12 +172,12 @@ class MatingPlayer:
 
 @dataclasses.dataclass(frozen=True)
 class MatchResult:
-    """Result of a match, for its first player.
+    """The result of a match, for its first player.
 
     Attributes:
         wins, draws, losses: numbers of games.
-        unfinished: draws that are games which reached the largest number of moves.
-        illegal: losses by an illegal move.
+        unfinished: number of draws because of the maximum number of moves.
+        illegal: number of losses because of an illegal move.
         games: the games in UCI notation. The first player has white in games 0, 2, 4, ...
     """
 
@@ -189,10 +190,10 @@ class MatchResult:
 
     @property
     def score(self) -> Score:
-        """(wins + draws / 2) / games, with Wilson's 95 % interval of a proportion of that value.
+        """(wins + draws / 2) / games, with the 95 % Wilson interval of a proportion with this value.
 
-        With draws the interval is too wide rather than too narrow: a score that is 0, 1/2 or 1 varies less than one
-        that is 0 or 1.
+        With draws the interval is too wide, because scores of 0, 1/2 and 1 have a smaller variance than scores of 0 and
+        1.
         """
         n = self.wins + self.draws + self.losses
         p, z = (self.wins + self.draws / 2) / n, 1.959964
@@ -217,19 +218,19 @@ def play_match(
     opening_moves: int = 0,
     seed: int = 0,
 ) -> MatchResult:
-    """The result of ``games`` games for ``player``, who has white in every other game, the first one included.
+    """The result of ``games`` games for ``player``, which has white in games 0, 2, 4, ...
 
-    All games advance together: each player is called once per turn for all boards. A game ends by checkmate, stalemate,
-    insufficient material, the third repetition, 50 moves of both sides without capture or pawn move, an illegal move,
-    or after ``max_moves`` moves, which is a draw.
+    All games are played in parallel: each player is called once per turn for all boards. A game ends with checkmate,
+    stalemate, insufficient material, the third repetition, 50 moves of both sides without a capture or pawn move, an
+    illegal move, or (as a draw) after ``max_moves`` moves.
 
     Args:
-        opening_moves: random moves at the beginning, the same in games 2k and 2k + 1. Players without randomness need
-            them, or all their games are equal.
-        seed: of all random choices, an engine's excepted.
+        opening_moves: number of random moves at the beginning, which are the same in games 2k and 2k + 1. Without them,
+            deterministic players would repeat the same game.
+        seed: seed of all random choices, except those of an engine.
 
     Raises:
-        ValueError: counts outside their range, or games longer than a player can follow.
+        ValueError: a count is outside its range, or ``max_moves`` is too large for a player.
     """
     for name, value, least in (("games", games, 1), ("max_moves", max_moves, 1), ("opening_moves", opening_moves, 0)):
         if value < least:
@@ -246,7 +247,7 @@ def play_match(
     boards = _openings(games, opening_moves, rng)
     outcomes: list[_Outcome | None] = [_outcome(board, max_moves) for board in boards]
     while None in outcomes:
-        for side, parity in ((player, 0), (opponent, 1)):  # may be one object
+        for side, parity in ((player, 0), (opponent, 1)):  # both may be the same object
             turn = [
                 game
                 for game, board in enumerate(boards)
@@ -261,12 +262,15 @@ def play_match(
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
+    """The outcome of a finished game."""
+
     result: str
     unfinished: bool = False
     illegal: bool = False
 
 
 def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> _Outcome | None:
+    """Play a move; returns the outcome if the game has ended."""
     if move is None or not board.is_legal(move):
         return _Outcome("0-1" if board.turn else "1-0", illegal=True)
     board.push(move)
@@ -274,6 +278,7 @@ def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> _Outco
 
 
 def _outcome(board: chess.Board, max_moves: int) -> _Outcome | None:
+    """The outcome of a game; None if it has not ended."""
     outcome = board.outcome()
     if outcome is not None:
         return _Outcome(outcome.result())
@@ -285,13 +290,14 @@ def _outcome(board: chess.Board, max_moves: int) -> _Outcome | None:
 
 
 def _openings(games: int, moves: int, rng: np.random.Generator) -> list[chess.Board]:
+    """The boards after random openings. Boards 2k and 2k + 1 have the same opening."""
     Board = import_chess().Board
     boards: list[chess.Board] = []
     while len(boards) < games:
         board = Board()
         while len(board.move_stack) < moves:
             if board.is_game_over():
-                board = Board()  # a random opening that ended is drawn anew
+                board = Board()  # the game ended in the opening, so draw another opening
             board.push(_random_move(board, rng))
         boards += [board, board.copy()]
     return boards[:games]
@@ -320,7 +326,7 @@ def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> Matc
 
 
 def _mate(board: chess.Board) -> chess.Move | None:
-    """The first legal move that mates."""
+    """The first legal move that is mate; None if there is none."""
     return next((move for move in board.legal_moves if mates(board, move)), None)
 
 

@@ -1,7 +1,8 @@
-"""Chess games as a language model reads them: legal moves as ids, and logits of the next move for many boards.
+"""Chess positions for language models: legal moves as ids, and the logits of the next move for several boards.
 
-A model reads a game as tokens of a ``MoveTokenizer``: the beginning, then one token per move. An encoder-decoder reads
-them as its source and writes the next move; its decoder begins with ``decoder_start_id`` of ``jaxlm.decoding``.
+A model reads a game as tokens of a ``MoveTokenizer``: the beginning, then one token per move. For an encoder-decoder,
+these are the source, and the target is the next move. Its decoder begins with ``decoder_start_id`` of
+``jaxlm.decoding``.
 
 Shapes: B games or boards, T tokens of a game, V tokens of the tokenizer.
 """
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
     import chess
 
 LENGTH_MULTIPLE = 32
-"""Games are padded to a multiple of this many tokens, so that few shapes are compiled."""
+"""Games are padded to a multiple of this number of tokens, so that few shapes are compiled."""
 MIN_CAPACITY = 128
-"""Tokens for which a reader's first state has room."""
+"""Minimum number of cache slots of a reader's state."""
 
 
 class LegalMoves:
     """The legal moves of positions as ids of a tokenizer.
 
-    A SAN vocabulary may lack a legal move. Such a move has no id, so a model cannot choose it.
+    A legal move that is not in a SAN vocabulary has no id, so a model cannot select it.
     """
 
     def __init__(self, tokenizer: MoveTokenizer) -> None:
@@ -46,19 +47,19 @@ class LegalMoves:
         self.tokenizer = tokenizer
 
     def ids(self, board: chess.Board) -> dict[int, chess.Move]:
-        """The legal moves by their ids."""
+        """The legal moves, by id."""
         moves = {self.tokenizer.move_id(self.text(board, move)): move for move in board.legal_moves}
         return {id: move for id, move in moves.items() if id is not None}
 
     def mask(self, boards: Sequence[chess.Board]) -> np.ndarray:
-        """Which ids are legal moves: bool [B, V]."""
+        """Whether each id is a legal move; bool [B, V]."""
         mask = np.zeros((len(boards), self.tokenizer.vocab_size), bool)
         for row, board in zip(mask, boards, strict=True):
             row[list(self.ids(board))] = True
         return mask
 
     def move(self, board: chess.Board, id: int) -> chess.Move | None:
-        """The legal move of an id, None for an illegal or ambiguous move and for special tokens."""
+        """The legal move of an id. None: the move is illegal or ambiguous, or the id is a special token."""
         if not self.tokenizer.is_move(id):
             return None
         text = self.tokenizer.move_text(id)
@@ -84,15 +85,15 @@ def next_move_probabilities(
     """The probability of each token after each game, float32 [B, V].
 
     Args:
-        games_so_far: lines of moves in the tokenizer's notation; an empty line is the initial position.
-        legal_only: illegal moves and special tokens have probability 0, and the others sum to 1.
-        batch_size: games that the model reads at once.
+        games_so_far: lines of moves in the tokenizer's notation. An empty line is the initial position.
+        legal_only: illegal moves and special tokens have probability 0, and the probabilities of legal moves sum to 1.
+        batch_size: number of games in a batch.
 
     Raises:
-        TypeError: a tokenizer of another kind.
-        ValueError: a model that predicts no next token, a tokenizer with more tokens than the model, a game longer than
-            the model's positions, or with ``legal_only`` an illegal game or a position without a legal move in the
-            vocabulary.
+        TypeError: the tokenizer is not a ``MoveTokenizer``.
+        ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, or a game is
+            longer than the model's positions. With ``legal_only``: a game is illegal, or a position has no legal move
+            in the vocabulary.
     """
     check_model(model, tokenizer)
     rows = [tokenizer.encode_inputs(line).ids for line in games_so_far]
@@ -101,14 +102,14 @@ def next_move_probabilities(
         mask = LegalMoves(tokenizer).mask([board_after(line) for line in games_so_far])
         for line, row in zip(games_so_far, mask, strict=True):
             if not row.any():
-                raise ValueError(f"no legal move of the vocabulary after {line!r}: the game is over, or moves are rare")
+                raise ValueError(f"the vocabulary has no legal move after {line!r}, or the game has ended")
         logits = np.where(mask, logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def board_after(line: str) -> chess.Board:
-    """The position after a line of UCI or SAN moves. Raises ``ValueError`` for an illegal move."""
+    """The board after a line of UCI or SAN moves. Raises ``ValueError`` for an illegal move."""
     board = import_chess().Board()
     for word in line.split():
         push(board, word)
@@ -121,7 +122,7 @@ def push(board: chess.Board, word: str) -> chess.Move:
 
 
 def mates(board: chess.Board, move: chess.Move) -> bool:
-    """Whether a legal move is mate. The board is as before afterwards."""
+    """Whether a legal move is mate. The board is restored."""
     if not board.gives_check(move):
         return False
     board.push(move)
@@ -131,11 +132,11 @@ def mates(board: chess.Board, move: chess.Move) -> bool:
 
 
 def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
-    """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``; the largest at temperature 0."""
+    """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``; the argmax for temperature 0."""
     if not 0.0 <= temperature < np.inf:
         raise ValueError(f"temperature={temperature} must be finite and at least 0")
     if temperature > 0.0:
-        # The largest of logits with Gumbel noise is a draw from their softmax.
+        # The argmax of the logits plus Gumbel noise is a sample from their softmax.
         logits = logits / temperature + rng.gumbel(size=logits.shape)
     return logits.argmax(axis=1)
 
@@ -144,14 +145,14 @@ def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator)
 
 
 class MoveReader:
-    """Logits of the next move for many boards; a model that carries a state reads each move only once.
+    """Computes the logits of the next move for several boards. A model with a state reads each move only once.
 
-    Boards that continue those of the last call, in the same order and perhaps without some of them, are read from
-    where that call ended. Other boards are read from the beginning. An encoder-decoder always reads the whole game.
+    If the boards continue those of the previous call, in the same order and possibly fewer, the model reads only the
+    new moves. Otherwise it reads the games from the beginning. An encoder-decoder always reads the whole game.
 
     Raises:
-        TypeError: a model that carries no state, or a tokenizer of another kind.
-        ValueError: a model that predicts no next token, or a tokenizer with more tokens than the model.
+        TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
+        ValueError: the model does not predict next tokens, or the tokenizer has more tokens than the model.
     """
 
     def __init__(self, model: Model, params: Any, tokenizer: MoveTokenizer) -> None:
@@ -164,12 +165,12 @@ class MoveReader:
 
     @property
     def max_moves(self) -> int | None:
-        """The longest game after which the model can predict a move; None: any."""
+        """The maximum number of moves of a game after which the model can predict a move. None: no limit."""
         limit = _max_positions(self.model)
         return None if limit is None else limit - 1
 
     def check_moves(self, moves: int) -> None:
-        """Raise ``ValueError`` when the model cannot read a game of so many moves."""
+        """Raise ``ValueError`` if the model cannot read a game of this number of moves."""
         if self.max_moves is not None and moves > self.max_moves:
             raise ValueError(
                 f"a game of {moves} moves needs {moves + 1} positions, but the model has max_positions="
@@ -177,43 +178,47 @@ class MoveReader:
             )
 
     def logits(self, boards: Sequence[chess.Board]) -> np.ndarray:
-        """Logits of the next token, float32 [B, V].
+        """The logits of the next token for each board, float32 [B, V].
 
         Raises:
-            ValueError: no board, a board that did not begin in the initial position, or a game that is too long.
+            ValueError: there are no boards, a board did not begin in the initial position, or a game is too long.
         """
         if not boards:
             raise ValueError("logits needs at least one board")
         self.check_moves(max(len(board.move_stack) for board in boards))
-        at = self._find(boards)
-        if at is None:
+        indices = self._find(boards)
+        if indices is None:
             self._restart(boards)
-            at = list(range(len(boards)))
+            indices = list(range(len(boards)))
         try:
-            return self._logits_at(at, boards)
+            return self._row_logits(indices, boards)
         except BaseException:
-            self._restart([])  # the state is donated, so after an interruption nothing of it is left
+            self._restart([])  # the state was donated, so it is invalid after an interruption
             raise
 
-    def _logits_at(self, at: list[int], boards: Sequence[chess.Board]) -> np.ndarray:
-        """Read what is new in the rows ``at``, and return their logits."""
+    def _row_logits(self, indices: list[int], boards: Sequence[chess.Board]) -> np.ndarray:
+        """Read the new moves of the boards, and return the logits of their rows.
+
+        Args:
+            indices: the row of each board.
+        """
         new: list[list[int]] = [[] for _ in self._rows]
-        for index, board in zip(at, boards, strict=True):
+        for index, board in zip(indices, boards, strict=True):
             new[index] = self._extend(self._rows[index], board)
         if self.model.reads_source:
-            sources = [np.array(self._rows[index].ids, np.int32) for index in at]
+            sources = [np.array(self._rows[index].ids, np.int32) for index in indices]
             return np.concatenate(list(next_logits(self.model, self.params, self.tokenizer, sources, self._batch)))
         count = max(map(len, new))
         if count:
             if self._state is None or self._used + count > self._capacity:
-                chosen = set(at)
+                chosen = set(indices)
                 new = [row.ids if index in chosen else [] for index, row in enumerate(self._rows)]
                 count = self._new_state(max(map(len, new)))
             self._read(new, count)
-        return self._logits[at]
+        return self._logits[indices]
 
     def _find(self, boards: Sequence[chess.Board]) -> list[int] | None:
-        """The row whose moves each board continues, None when one has no such row."""
+        """The row that each board continues. None: a board continues no row."""
         found: list[int] = []
         for board in boards:
             start, moves = (found[-1] + 1 if found else 0), board.move_stack
@@ -224,6 +229,7 @@ class MoveReader:
         return found
 
     def _restart(self, boards: Sequence[chess.Board]) -> None:
+        """Start with empty rows, one for each board."""
         chess = import_chess()
         for index, board in enumerate(boards):
             if board.root().fen() != chess.STARTING_FEN:
@@ -232,12 +238,12 @@ class MoveReader:
                 )
         self._rows = [_Row([], []) for _ in boards]
         self._state, self._used, self._capacity = None, 0, 0
-        # A power of two, so that matches of different sizes share compiled programs.
+        # The batch size is a power of two, so that matches of different sizes share compiled functions.
         self._batch = 1 << max(0, len(boards) - 1).bit_length()
         self._logits = np.zeros((self._batch, self.tokenizer.vocab_size), np.float32)
 
     def _extend(self, row: _Row, board: chess.Board) -> list[int]:
-        """Add the new moves of ``board`` to its row, and return their ids (first the beginning, in a new row)."""
+        """Add the new moves of ``board`` to its row, and return their ids. In a new row, the beginning comes first."""
         new = [] if row.ids else [self.tokenizer.bos_id]
         moves = board.move_stack[len(row.moves) :]
         before = board.copy(stack=len(moves))
@@ -252,7 +258,7 @@ class MoveReader:
         return new
 
     def _new_state(self, longest: int) -> int:
-        """Make an empty state with room for more than ``longest`` tokens; returns how many are to be read at once."""
+        """Make an empty state for more than ``longest`` tokens; returns the number of tokens of the next read."""
         limit = _max_positions(self.model)
         count = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         self._capacity = max(MIN_CAPACITY, 1 << (count + LENGTH_MULTIPLE - 1).bit_length())
@@ -263,23 +269,25 @@ class MoveReader:
         return count
 
     def _read(self, new: list[list[int]], count: int) -> None:
+        """Read the new ids of each row, padded to ``count``, and update the state and the logits."""
         tokens, segment_ids = padded([np.array(ids, np.int32) for ids in new], self._batch, count)
         self._state, logits = _read_moves(
             self.model, self.params, self._state, tokens, segment_ids, sharding=active()
         )  # fmt: skip
         self._used += count
-        fresh = np.flatnonzero(segment_ids.any(axis=1))
-        self._logits[fresh] = _finite(np.asarray(logits)[fresh, : self.tokenizer.vocab_size])
+        updated = np.flatnonzero(segment_ids.any(axis=1))
+        self._logits[updated] = _finite(np.asarray(logits)[updated, : self.tokenizer.vocab_size])
 
 
 @dataclasses.dataclass
 class _Row:
-    """What one row of a reader has read: the moves, and the ids (beginning included)."""
+    """The moves that one row of a reader has read, and their ids, including the beginning."""
 
     moves: list[chess.Move]
     ids: list[int]
 
     def begins(self, moves: list[chess.Move]) -> bool:
+        """Whether ``moves`` begin with the moves of the row."""
         return moves[: len(self.moves)] == self.moves
 
 
@@ -287,7 +295,7 @@ class _Row:
 def _read_moves(
     model: Model, params: Any, state: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, *, sharding: Sharding | None
 ) -> tuple[Any, jax.Array]:
-    """The state after the tokens, and the logits [B, V] after each row's last real one."""
+    """The model state after the tokens, and the logits [B, V] of the next token of each row."""
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
 
 
@@ -299,9 +307,9 @@ def _last_logits(
     segment_ids_BT: jax.Array,
     *,
     begin_id: int | None,
-    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> jax.Array:
-    """Logits [B, V] of the token after each row."""
+    """The logits [B, V] of the token after each row."""
     if model.reads_source:
         state = model.start(params, tokens_BT, 1, segment_ids=segment_ids_BT)
         assert begin_id is not None
@@ -315,7 +323,7 @@ def _last_logits(
 def next_logits(
     model: Model, params: Any, tokenizer: MoveTokenizer, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Logits [b, V] after each of b rows, in the order of the rows."""
+    """The logits of the token after each row, [rows of a batch, V] for each batch, in the order of the rows."""
     check_lengths(model, rows)
     begin_id = decoder_start_id(model, tokenizer) if model.reads_source else None
     for first in range(0, len(rows), batch_size):
@@ -329,13 +337,14 @@ def next_logits(
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:
+    """The logits. Raises ValueError if they have NaN."""
     if np.isnan(logits).any():
         raise ValueError("the model's logits are NaN: its parameters are broken, or a token is outside its vocabulary")
     return logits
 
 
 def padded(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as tokens [batch, length] padded on the right, and their segment ids (1; 0 in padding and unused rows)."""
+    """Rows padded on the right, and their segment ids (1; 0 for padding and unused rows); both [batch, length]."""
     tokens, segment_ids = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)], segment_ids[index, : len(row)] = row, 1
@@ -343,7 +352,7 @@ def padded(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndar
 
 
 def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
-    """The length to which rows are padded: a multiple of ``LENGTH_MULTIPLE``, or the model's positions."""
+    """The padded length of rows: a multiple of ``LENGTH_MULTIPLE``, or the model's positions if these are fewer."""
     longest = max(map(len, rows))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return min(length, _max_positions(model) or length)
@@ -354,22 +363,22 @@ def _max_positions(model: Model) -> int | None:
 
 
 def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:
-    """Raise ``ValueError`` when a row has more tokens than the model has positions."""
+    """Raise ``ValueError`` if a row has more tokens than the model has positions."""
     limit = _max_positions(model)
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
     if too_long:
         raise ValueError(
             f"{len(too_long)} of {len(rows)} games are longer than the model's max_positions={limit}, first game "
-            f"{too_long[0]} with {len(rows[too_long[0]]) - 1} moves: leave them out or shorten them"
+            f"{too_long[0]} with {len(rows[too_long[0]]) - 1} moves: remove or shorten them"
         )
 
 
 def check_model(model: Model, tokenizer: MoveTokenizer) -> None:
-    """Raise unless the model predicts next tokens and has an id for every token.
+    """Raise if the model does not predict next tokens, or does not fit the tokenizer.
 
     Raises:
-        TypeError: another kind of tokenizer.
-        ValueError: another kind of model, or a tokenizer with more tokens than the model.
+        TypeError: the tokenizer is not a ``MoveTokenizer``.
+        ValueError: the model does not predict next tokens, or the tokenizer has more tokens than the model.
     """
     if not isinstance(tokenizer, MoveTokenizer):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Chess on a terminal: a drawn board, and a game of a person against a language model."""
+"""Chess on a terminal: a drawing of the board, and a game of a person against a language model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELP = "a move (e4, Nf3, O-O, e7e8q), or: moves, board, undo, resign, quit"
 
 
 def draw_board(board: chess.Board, *, white_below: bool = True) -> str:
-    """The position as ten lines of text, with Unicode pieces; brackets mark both squares of the last move.
+    """The position as ten lines of text, with Unicode pieces. Brackets mark the two squares of the last move.
 
     Example:
         >>> print(draw_board(chess.Board()).splitlines()[0])   # doctest: +SKIP
@@ -55,18 +55,20 @@ def play_on_terminal(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The result of a game of a person against a model: ``1-0``, ``0-1``, ``1/2-1/2``, or ``*`` when the person quits.
+    """The result of a game of a person against a model: ``1-0``, ``0-1``, ``1/2-1/2``, or ``*`` if the person quits.
 
-    The person types a SAN or UCI move, or ``moves`` (list the legal ones), ``board`` (draw it), ``undo`` (take back the
-    last move of both), ``resign`` or ``quit``. Any other input is answered by one line. The model plays legal moves.
+    The person types a SAN or UCI move, or ``moves`` (list the legal moves), ``board`` (draw the board), ``undo`` (take
+    back the last move of both players), ``resign`` or ``quit``. The reply to any other input is one line. The model
+    plays only legal moves.
 
     Args:
-        ask: gives the person's line for a prompt; ``EOFError`` is taken for ``quit``.
-        say: shows a text.
-        temperature, seed: how the model chooses, see ``ModelPlayer``.
+        ask: a function that returns the person's line for a prompt. ``EOFError`` means ``quit``.
+        say: a function that shows a text.
+        person: the color of the person.
+        temperature, seed: as for ``ModelPlayer``.
 
     Raises:
-        ValueError: ``person`` is neither white nor black; or as ``ModelPlayer``.
+        ValueError: ``person`` is neither "white" nor "black", or an argument is invalid for ``ModelPlayer``.
     """
     if person not in ("white", "black"):
         raise ValueError(f"person={person!r} must be 'white' or 'black'")
@@ -88,7 +90,7 @@ def play_on_terminal(
 
 
 def _ended(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
-    """The result of a finished game and the reason. A game that is too long for the model is a draw."""
+    """The result and the reason, or None if the game has not ended. A game that is too long for the model is a draw."""
     outcome = board.outcome()
     if outcome is not None:
         return outcome.result(), outcome.termination.name.lower().replace("_", " ")
@@ -104,6 +106,7 @@ def _ended(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
 def _model_moves(
     board: chess.Board, player: ModelPlayer, rng: np.random.Generator, say: Callable[[str], object], white: bool
 ) -> None:
+    """Play and show a move of the model."""
     move = player.choose([board], rng)[0]
     assert move is not None  # a masked player always finds a legal move
     name = board.san(move)
@@ -115,7 +118,7 @@ def _model_moves(
 def _person_moves(
     board: chess.Board, ask: Callable[[str], str], say: Callable[[str], object], white: bool
 ) -> tuple[str, str] | None:
-    """Read one line and do what it says; the result and the reason when it ends the game."""
+    """Read and execute one line of the person; returns the result and the reason if it ends the game."""
     try:
         line = ask("your move: ").strip()
     except EOFError:
@@ -144,7 +147,7 @@ def _person_moves(
 
 
 def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess.Move | None:
-    """The legal move that ``line`` names, or None after saying what is wrong with it."""
+    """The legal move that ``line`` names. None: the line is invalid, and the reason has been shown."""
     chess = import_chess()
     for parse in (board.parse_san, board.parse_uci):
         try:
@@ -166,7 +169,7 @@ def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess
 
 
 def _completions(board: chess.Board, line: str) -> list[str]:
-    """Legal moves that ``line`` names without the piece's origin, or without the piece of a promotion."""
+    """The legal moves that ``line`` names without the origin of the piece, or without the piece of a promotion."""
     plain, found = line.rstrip("+#"), []
     for move in board.legal_moves:
         name = board.san(move)

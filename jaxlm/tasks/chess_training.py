@@ -1,4 +1,4 @@
-"""Chess games as training examples, and what a report shows of a chess model."""
+"""Training batches of chess games, and the boards and samples for the report of a chess model."""
 
 from __future__ import annotations
 
@@ -30,46 +30,48 @@ def game_batches(
     horizon: int = 8,
     seed: int = 0,
 ) -> tuple[Source, Callable[[Any], Batch], str]:
-    """The games as a source of batches, the function that makes its batches fit for the loss, and a description.
+    """A source of batches of the games, the function that makes batches of the objective, and a description.
 
-    A causal model reads whole games, packed into rows. An encoder-decoder reads positions of each game: the source is
-    the game so far, the target the next tokens.
+    A causal model reads whole games, packed into rows. An encoder-decoder reads several positions of each game: the
+    source is the game up to the position, and the target is the following tokens.
 
     Args:
         games: lines of moves in the tokenizer's notation.
-        length: tokens of a row, or most tokens of a source. What exceeds it is left out: the second piece of a game
-            would begin in a position that the model does not know.
-        cuts: positions of each game for an encoder-decoder, drawn uniformly; one may be drawn twice.
-        horizon: most tokens of a target.
+        length: number of tokens of a row, or maximum number of tokens of a source. The rest of a longer game is
+            dropped, because a second piece would begin in a position that the model does not know.
+        cuts: number of positions per game for an encoder-decoder. They are drawn uniformly with replacement.
+        horizon: maximum number of tokens of a target.
+        seed: seed of the order and the positions.
 
     Raises:
-        ValueError: no game, or a number below 1.
+        ValueError: there are no games, or a number is below 1.
     """
     for name, value in (("length", length), ("cuts", cuts), ("horizon", horizon)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    whole = [tokenizer.game(line) for line in games]
-    longer = f"{sum(len(game) > length + 1 for game in whole)} games cut after {length} moves"
+    encoded = [tokenizer.game(line) for line in games]
+    truncated = f"{sum(len(game) > length + 1 for game in encoded)} games cut after {length} moves"
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()
-        for game in whole:
-            for at in rng.integers(1, min(len(game), length + 1), cuts).tolist():
-                rows.append({"source": game[:at], "target": game[at : at + horizon]})
+        for game in encoded:
+            for cut in rng.integers(1, min(len(game), length + 1), cuts).tolist():
+                rows.append({"source": game[:cut], "target": game[cut : cut + horizon]})
         bucketed = Bucketed(rows, batch_size, seed=seed, equal_tokens=True)
-        return bucketed, seq2seq.to_batch(model, tokenizer), f"{bucketed.describe()}, {longer}"
-    packed = Packed([game[: length + 1] for game in whole], length, batch_size, seed)
-    return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {longer}"
+        return bucketed, seq2seq.to_batch(model, tokenizer), f"{bucketed.describe()}, {truncated}"
+    packed = Packed([game[: length + 1] for game in encoded], length, batch_size, seed)
+    return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {truncated}"
 
 
 def _packed_batch(window: Window) -> Batch:
+    """The batch of the causal objective for packed games."""
     return causal.batch(window.tokens, window.segment_ids)
 
 
 def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
-    """Positions of the first won, drawn and lost game: after the first player's most valuable capture, and the last.
+    """Boards of the first won, drawn and lost game: after the first player's most valuable capture, and at the end.
 
     Args:
-        name: the opponent, for the titles.
+        name: name of the opponent, for the titles.
     """
     shown = set()
     for number, (line, result) in enumerate(zip(match.games.moves, match.games.results, strict=True)):
@@ -87,7 +89,7 @@ def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
 
 
 def _best_capture(words: Sequence[str], first: int) -> int | None:
-    """The number of moves after the most valuable capture of the player who has moves ``first``, ``first`` + 2, ..."""
+    """The number of moves up to the most valuable capture of the player with the moves ``first``, ``first`` + 2, ..."""
     board, best, most = board_after(""), None, 0
     for index, word in enumerate(words):
         taken = board.piece_type_at(board.parse_uci(word).to_square) or 0
@@ -100,7 +102,7 @@ def _best_capture(words: Sequence[str], first: int) -> int | None:
 def move_samples(
     model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
 ) -> Iterator[dict[str, str]]:
-    """The five most probable moves in the middle of each of the first ``count`` games, for ``write_samples``."""
+    """The five most probable moves at the middle of the first ``count`` games, as rows for ``write_samples``."""
     chosen = [line.split() for line in games[:count]]
     before = [" ".join(words[: len(words) // 2]) for words in chosen]
     table = next_move_probabilities(model, params, tokenizer, before)

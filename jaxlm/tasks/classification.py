@@ -1,4 +1,4 @@
-"""Classification of texts: examples as inputs of a classifier, its predictions, and its test.
+"""Text classification: encoding of examples, batches, predictions, and the test of a classifier.
 
 Shapes: B batch, T time.
 """
@@ -26,14 +26,14 @@ from jaxlm.training.report import write_confusion, write_samples
 def encode(
     examples: Examples, tokenizer: Tokenizer, labels: Sequence[str], model: Model, *, max_length: int | None = None
 ) -> list[Encoded]:
-    """Each example (``text``, ``label``, and ``pair`` where there are pairs) as ids, token types and label.
+    """The ids, token types and label of each example (``text``, ``label``, and ``pair`` for text pairs).
 
     Args:
-        labels: the names of the labels, in the order of the model's outputs.
-        max_length: cut longer texts to so many tokens; None refuses texts that the model cannot read.
+        labels: the label names, in the order of the model's outputs.
+        max_length: maximum number of tokens; longer texts are truncated. None: texts are not truncated.
 
     Raises:
-        ValueError: an unknown label, an example without tokens, or one that is longer than the model's positions.
+        ValueError: an example has an unknown label, no tokens, or more tokens than the model has positions.
     """
     texts = examples.column("text")
     pairs = examples.column("pair") if "pair" in examples[0] else None
@@ -44,8 +44,8 @@ def encode(
         if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
             allowed = "at least 1" if limit is None else f"from 1 to {limit}"
             raise ValueError(
-                f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. Shorten "
-                "it with max_length, or take a model with more positions"
+                f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. Truncate "
+                "it with max_length, or use a model with more positions"
             )
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}
         encoded.append({"tokens": encoding.ids, **types, "label": numbers[number]})
@@ -53,11 +53,11 @@ def encode(
 
 
 def to_batch(num_labels: int) -> Callable[[Rows], Batch]:
-    """The function from rows of encoded examples to the batch of the objective."""
+    """A function that makes the batch of the objective from rows of encoded examples."""
 
     def make(rows: Rows) -> Batch:
         segment_ids = rows.segment_ids("tokens")
-        # Rows without an example have no weight; one token of padding keeps their numbers finite.
+        # A row without an example has weight 0. One real token in it keeps its loss finite.
         segment_ids[rows.indices < 0, 0] = 1
         labels = np.where(rows.indices < 0, classification.IGNORED, rows.fields["label"])
         inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
@@ -69,10 +69,10 @@ def to_batch(num_labels: int) -> Callable[[Rows], Batch]:
 def batches(
     encoded: Sequence[Encoded], num_labels: int, batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """All examples once, in order of length: the batches of an evaluation.
+    """The batches of an evaluation: every example once, in order of length.
 
     Args:
-        max_length: positions of the model, above which no length is rounded.
+        max_length: maximum length of a batch, such as the model's positions. None: no limit.
     """
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, max_length=max_length)
     make = to_batch(num_labels)
@@ -80,7 +80,7 @@ def batches(
 
 
 def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
-    """The probabilities of the labels of encoded examples, [N, labels] float32."""
+    """The label probabilities of encoded examples, [N, labels] float32."""
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
     make = to_batch(model.config.num_labels)
@@ -94,14 +94,15 @@ def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: i
 
 @functools.partial(jax.jit, static_argnums=0)
 def _probabilities(model: Model, params: Any, batch: Batch) -> jax.Array:
+    """The label probabilities of each row, [B, labels]."""
     pooled_B1D, _ = classification.pooled_states(model, params, batch, None, None)
     return jax.nn.softmax(model.logits(params, pooled_B1D)[:, 0], axis=-1)
 
 
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:
-    """The accuracy of predicted labels [N]; writes the confusion matrix and samples of a run.
+    """The accuracy of predicted labels [N]. Writes the confusion matrix and the samples of the run's report.
 
-    Samples are 20 wrong predictions and 20 right ones, the first of each.
+    The samples are the first 20 wrong and the first 20 correct predictions.
     """
     texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
     write_confusion(directory, labels, confusion(predicted, gold, len(labels)))
@@ -114,4 +115,4 @@ def write_test(directory: Path, examples: Examples, labels: Sequence[str], predi
 
 
 METRICS: dict[str, Any] = {"loss": classification.loss, "accuracy": classification.accuracy}
-"""What an ``Evaluator`` of a classifier computes."""
+"""The metrics that an ``Evaluator`` of a classifier computes."""

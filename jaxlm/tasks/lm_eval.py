@@ -25,14 +25,14 @@ except ImportError as error:
 
 @register_model("jaxlm")
 class HarnessModel(LM):
-    """A model of any family that decodes, as the harness calls it.
+    """The harness's interface to a model of any generative family.
 
     Args:
-        model, params, tokenizer, options: those of :class:`jaxlm.tasks.text_requests.TextRequests`, which explains what
-            is truncated.
+        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. Its
+            documentation explains the truncation.
 
     Raises:
-        ValueError: as ``TextRequests``; requests with a chat template.
+        ValueError: an argument is invalid for ``TextRequests``, or a request has a chat template.
 
     Example:
         >>> lm = HarnessModel(model, params, tokenizer, batch_size=16)   # doctest: +SKIP
@@ -48,8 +48,8 @@ class HarnessModel(LM):
         """The model of a run directory, or of a directory in Hugging Face layout.
 
         Args:
-            dtype: compute dtype, such as bfloat16; None keeps the model's.
-            options: of ``TextRequests``.
+            dtype: compute dtype, for example bfloat16. None: the dtype of the model.
+            options: options of ``TextRequests``.
         """
         directory = Path(pretrained)
         directory = directory / "model" if (directory / "model").is_dir() else directory
@@ -61,7 +61,7 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The model of ``model_args``: ``pretrained`` and the options of :meth:`from_pretrained`."""
+        """The model for a dictionary ``model_args``: ``pretrained`` and the options of :meth:`from_pretrained`."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         arguments = {**arg_dict, **given}
         known = {"pretrained", "dtype", "batch_size", "max_length", "prefix_token_id", "max_gen_toks", "seed"}
@@ -76,32 +76,32 @@ class HarnessModel(LM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The model of ``model_args`` as text, ``pretrained=DIR,dtype=bfloat16``."""
+        """The model for ``model_args`` as text, for example ``pretrained=DIR,dtype=bfloat16``."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
+        """The log-likelihood of each continuation, and whether greedy decoding generates it."""
         return self.requests.log_likelihoods([request.args for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-likelihood of each whole text."""
+        """The log-likelihood of each whole text."""
         return self.requests.rolling_log_likelihoods([request.args[0] for request in requests])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """The text generated for each context."""
+        """The generated text for each context."""
         return self.requests.generate([request.args for request in requests])
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the key of the harness's cache of requests."""
+        """The class name of the tokenizer. The harness uses it in the key of its request cache."""
         return type(self.requests.tokenizer).__name__
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Raise ``ValueError``: there are no chat templates."""
+        """Raise ``ValueError``, because chat templates are not supported."""
         raise ValueError("jaxlm applies no chat template: evaluate with apply_chat_template=False")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness adds to ``results["config"]``: the model, and what was truncated."""
+        """The entries that the harness adds to ``results["config"]``: the model, and counts of truncated requests."""
         model = self.requests.model
         return {
             "model_family": model.family,

@@ -1,7 +1,7 @@
-"""Predictions of a finished model for texts: labels of texts, labels of words, and likelihoods.
+"""Predictions of a trained model for texts: labels of texts, labels of words, and log-likelihoods.
 
-Texts are sorted by length, cut into batches and padded to a few bucket lengths, so that few shapes are compiled.
-Shapes: N texts, B rows of a batch, T time, S source time, L labels.
+Texts are sorted by length, split into batches and padded to a few bucket lengths, so that few shapes are compiled.
+Shapes: N texts, B batch rows, T time, S source time, L labels.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ BATCH_SIZE = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """The label of each text.
+    """The predicted labels of texts.
 
     Attributes:
-        probabilities: [N, L] float32.
-        names: the name of each label, or None where the model does not know them.
+        probabilities: [N, L] float32, the probability of each label.
+        names: the name of each label. None: the model has no label names.
     """
 
     probabilities: np.ndarray
@@ -49,12 +49,12 @@ class Predictions:
 
     @property
     def ids(self) -> np.ndarray:
-        """Number of the most probable label of each text, [N]."""
+        """The index of the most probable label of each text, [N]."""
         return np.argmax(self.probabilities, axis=1)
 
     @property
     def labels(self) -> list[str] | list[int]:
-        """The most probable label of each text: its name, or its number where it has none."""
+        """The most probable label of each text: its name, or its index if the model has no label names."""
         ids = self.ids.tolist()
         return ids if self.names is None else [self.names[i] for i in ids]
 
@@ -68,18 +68,17 @@ def classify(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> Predictions:
-    """The probabilities of the labels of each text, by any family with task "classification".
+    """The label probabilities of each text, for every family with task "classification".
 
     Args:
-        pairs: the second text of each pair, for models of pairs.
-        batch_size: texts that are computed together.
+        pairs: the second text of each pair, for a model of text pairs.
+        batch_size: number of texts in a batch.
 
     Raises:
         TypeError: ``texts`` or ``pairs`` is a single string.
-        ValueError: a model with another head, or with a single output, which is a score and no label; a text that is
-            empty or longer than the model's positions.
-        NotFiniteError: logits are not finite; a ValueError that names the texts, and the parameters that are not
-            finite.
+        ValueError: the model has another head, or a single output (a regression score); or a text is empty or longer
+            than the model's positions.
+        NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
     Example:
         >>> classify(model, params, tokenizer, ["a fine film", "what a bore"]).labels   # doctest: +SKIP
@@ -90,7 +89,7 @@ def classify(
         "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
     )  # fmt: skip
     if model.config.num_labels == 1:
-        raise ValueError("the model has num_labels=1: its output is a score of a regression and not a label")
+        raise ValueError("the model has num_labels=1: its output is a regression score, not a label")
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
     for batch in _batches(model, encodings, batch_size):
@@ -103,12 +102,12 @@ def classify(
 
 @dataclasses.dataclass(frozen=True)
 class TokenLabel:
-    """The label of a piece of text.
+    """The label of a word or token.
 
     Attributes:
-        start, end: characters ``text[start:end]``.
-        label: name of the label, or its number where the model does not know names.
-        probability: of the label.
+        start, end: the word or token is ``text[start:end]``.
+        label: the name of the label, or its index if the model has no label names.
+        probability: the probability of the label.
     """
 
     start: int
@@ -126,20 +125,20 @@ def tag(
     unit: Literal["word", "token"] = "word",
     batch_size: int = BATCH_SIZE,
 ) -> list[list[TokenLabel]]:
-    """The labels of the words of each text, by any family with task "tagging".
+    """The labels of the words of each text, for every family with task "tagging" (token classification).
 
-    A word is a run of characters that are not white space. Its label is that of its first token (Devlin et al. 2019,
-    section 5.3).
+    A word is a sequence of characters without white space. Its label is the label of its first token (Devlin et al.
+    2019, section 5.3).
 
     Args:
-        unit: "token" gives the label of every token instead: of every character, for a character tokenizer.
-        batch_size: texts that are computed together.
+        unit: "word", or "token" for the label of every token. With a character tokenizer, a token is a character.
+        batch_size: number of texts in a batch.
 
     Raises:
         TypeError: ``texts`` is a single string.
-        ValueError: a model with another head; a text that is empty or longer than the model's positions; an unknown
-            unit.
-        NotFiniteError: as :func:`classify`.
+        ValueError: the model has another head, a text is empty or longer than the model's positions, or the unit is
+            unknown.
+        NotFiniteError: as in :func:`classify`.
     """
     require_task(
         model, ("tagging",), "it labels no words",
@@ -150,8 +149,8 @@ def tag(
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
     for batch in _batches(model, encodings, batch_size):
-        found = _checked_probabilities(model, params, batch, pool=False)
-        for number, probabilities_TL in zip(batch.numbers, found, strict=True):
+        probabilities_BTL = _checked_probabilities(model, params, batch, pool=False)
+        for number, probabilities_TL in zip(batch.numbers, probabilities_BTL, strict=True):
             encoding, text = encodings[number], texts[number]
             labels[number] = [
                 _token_label(probabilities_TL[position], start, end, names)
@@ -161,20 +160,24 @@ def tag(
 
 
 def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int, int]]:
-    """Position of the first token of each word (or of each token), and the characters of the word."""
+    """For each word: the position of its first token, and its first and last character (exclusive).
+
+    With unit "token", the same for each token that is not special.
+    """
     real = np.flatnonzero(encoding.sequence != SPECIAL)
     starts, ends = encoding.offsets[real].T
     if unit == "token":
         yield from zip(real.tolist(), starts.tolist(), ends.tolist(), strict=True)
         return
     for word in re.finditer(r"\S+", text):
-        # The first token that has a character of the word: it may begin with the space before the word.
+        # The first token that overlaps the word. It may begin with the space before the word.
         first = np.flatnonzero((ends > word.start()) & (starts < word.end()))
         if first.size:
             yield int(real[first[0]]), word.start(), word.end()
 
 
 def _token_label(probabilities_L: np.ndarray, start: int, end: int, names: tuple[str, ...] | None) -> TokenLabel:
+    """The most probable label of ``text[start:end]``."""
     best = int(np.argmax(probabilities_L))
     return TokenLabel(start, end, best if names is None else names[best], float(probabilities_L[best]))
 
@@ -184,11 +187,11 @@ def _token_label(probabilities_L: np.ndarray, start: int, end: int, names: tuple
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextScores:
-    """How probable each text is.
+    """The log-likelihoods of texts.
 
     Attributes:
-        token_log_likelihoods: of each text, the log-likelihood of each predicted token in nats, float32.
-        token_greedy: of each text, whether each predicted token is the most likely one, bool.
+        token_log_likelihoods: for each text, the log-likelihood of each predicted token in nats, float32 [tokens].
+        token_greedy: for each text, whether each predicted token is the most likely one, bool [tokens].
     """
 
     token_log_likelihoods: list[np.ndarray]
@@ -196,22 +199,22 @@ class TextScores:
 
     @property
     def log_likelihoods(self) -> np.ndarray:
-        """Log-likelihood of each text in nats, [N] float64."""
+        """The log-likelihood of each text in nats, [N] float64."""
         return np.array([scores.sum(dtype=np.float64) for scores in self.token_log_likelihoods], np.float64)
 
     @property
     def greedy(self) -> np.ndarray:
-        """Whether all predicted tokens of each text are the most likely ones, so that greedy decoding gives it, [N]."""
+        """Whether greedy decoding generates the predicted tokens of each text, bool [N]."""
         return np.array([bool(greedy.all()) for greedy in self.token_greedy], bool)
 
     @property
     def num_tokens(self) -> np.ndarray:
-        """Number of predicted tokens of each text, [N]."""
+        """The number of predicted tokens of each text, [N]."""
         return np.array([scores.size for scores in self.token_log_likelihoods])
 
     @property
     def nats_per_token(self) -> float:
-        """Mean negative log-likelihood of the predicted tokens of all texts."""
+        """The mean negative log-likelihood of the predicted tokens of all texts, in nats."""
         return float(-self.log_likelihoods.sum() / self.num_tokens.sum())
 
     @property
@@ -229,33 +232,35 @@ def score_texts(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> TextScores:
-    """The log-likelihood of each text, or of each target given its source for an encoder-decoder.
+    """The log-likelihood of each text; for an encoder-decoder, of each target given its source.
 
-    Texts of causal families are encoded without special tokens, and the first token is only a condition. Targets are
-    encoded by ``tokenizer.encode_inputs``, and the end token is predicted, too.
+    For causal families, texts are encoded without special tokens, and the first token is not predicted. Targets are
+    encoded with ``tokenizer.encode_inputs``, and the end token is predicted.
 
     Args:
         sources: the source of each text, for an encoder-decoder.
-        batch_size: texts that are computed together.
+        batch_size: number of texts in a batch.
 
     Raises:
         TypeError: ``texts`` or ``sources`` is a single string.
-        ValueError: a model with another head; sources missing, or given to a model that reads none; a text that is too
-            short, or longer than the model's positions (:func:`jaxlm.decoding.perplexity` scores long texts).
-        NotFiniteError: as :func:`classify`.
+        ValueError: the model has another head; sources are missing for an encoder-decoder, or given for another family;
+            a text is too short, or longer than the model's positions (use :func:`jaxlm.decoding.perplexity` for long
+            texts).
+        NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
     if not model.reads_source:
         if sources is not None:
-            raise ValueError(f"{model.family} reads no source: leave sources out")
+            raise ValueError(f"{model.family} reads no source: do not pass sources")
         return _score_causal(model, params, tokenizer, texts, batch_size)
     if sources is None or len(sources) != len(texts):
-        got = "none" if sources is None else str(len(sources))
-        raise ValueError(f"{model.family} scores targets given sources: {len(texts)} texts need as many, got {got}")
+        count = "none" if sources is None else str(len(sources))
+        raise ValueError(f"{model.family} needs one source for each text: got {count} for {len(texts)} texts")
     return _score_targets(model, params, tokenizer, texts, sources, batch_size)
 
 
 def _require_scores(model: Model) -> None:
+    """Raise ``ValueError`` if the model has no head that scores texts."""
     require_task(
         model, ("causal", "permutation", "seq2seq"), "it scores no text",
         "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
@@ -268,8 +273,8 @@ def _score_causal(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequen
     for number, ids in enumerate(rows):
         if ids.size < 2:
             raise ValueError(
-                f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is a condition, so at least 2 "
-                "are needed"
+                f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is not predicted, so at least "
+                "2 are needed"
             )
     return score_ids(model, params, [ids[:1] for ids in rows], [ids[1:] for ids in rows], batch_size=batch_size)
 
@@ -302,31 +307,33 @@ def score_ids(
     start_id: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> TextScores:
-    """The scores of each continuation given its context, both as ids [tokens].
+    """The log-likelihood of each continuation given its context, both as ids [tokens].
 
-    A causal model reads the context and then the continuation; an encoder-decoder reads the context as its source. Only
+    A causal model reads the context and then the continuation. An encoder-decoder reads the context as its source. Only
     the tokens of the continuation are predicted.
 
     Args:
-        start_id: the token that the decoder of an encoder-decoder reads first, see
-            :func:`jaxlm.decoding.decoder_start_id`; needed for these, and only for these.
-        batch_size: continuations that are computed together.
+        start_id: the first token that the decoder of an encoder-decoder reads, see
+            :func:`jaxlm.decoding.decoder_start_id`. Required for an encoder-decoder, and invalid for other families.
+        batch_size: number of continuations in a batch.
 
     Raises:
-        ValueError: a model with another head; another number of contexts than of continuations; no ids, ids outside the
-            vocabulary, or more than the model's positions.
-        NotFiniteError: as :func:`classify`.
+        ValueError: the model has another head; the numbers of contexts and continuations differ; or a text has no ids,
+            ids outside the vocabulary, or more ids than the model has positions.
+        NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
     if len(contexts) != len(continuations):
         raise ValueError(f"each continuation needs a context: got {len(contexts)} for {len(continuations)}")
     if model.reads_source != (start_id is not None):
-        needed = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: leave it out"
+        needed = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: do not pass it"
         raise ValueError(f"start_id={start_id}, but {model.family} {needed}")
     limit = _max_positions(model)
     for number, (context, ids) in enumerate(zip(contexts, continuations, strict=True)):
         if context.size == 0 or ids.size == 0:
-            raise ValueError(f"text {number} has {context.size} tokens of context and {ids.size} to score: give both")
+            raise ValueError(
+                f"text {number} has {context.size} tokens of context and {ids.size} to score: both need tokens"
+            )
         check_vocabulary(context, source_vocab_size(model), f"the context of text {number}")
         check_vocabulary(ids, model.config.vocab_size, f"text {number}")
         if start_id is not None:
@@ -345,9 +352,11 @@ def score_ids(
             length = 1 + bucket_length(max(context.size + ids.size for context, ids in batch) - 1, limit)
             tokens_BT, segment_ids_BT = pad_rows([np.concatenate(pair) for pair in batch], length)
             with named_rows("text", numbers):
-                scores = token_scores(model, params, tokens_BT, segment_ids_BT)  # the last token is not read
+                scores = token_scores(
+                    model, params, tokens_BT, segment_ids_BT
+                )  # the model does not read the last token
         else:
-            # One length for sources and targets: a bucket for each pair of lengths would be many shapes.
+            # Sources and targets have the same length, because all pairs of bucket lengths would be too many shapes.
             length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
             source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
             targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
@@ -365,12 +374,18 @@ def score_ids(
     return TextScores(log_probs, greedy)
 
 
-# -------------------------------------------------------------------------------------- inputs and batches of them
+# ------------------------------------------------------------------------------------------ inputs and batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _InputBatch:
-    """Encoded texts of one batch: their numbers [B], arrays [B, T], and further inputs of ``apply``."""
+    """The encoded texts of one batch.
+
+    Attributes:
+        numbers: [B], the index of each text.
+        tokens, segment_ids: [B, T] int32.
+        inputs: further inputs of ``apply``, [B, T].
+    """
 
     numbers: np.ndarray
     tokens: np.ndarray
@@ -379,7 +394,7 @@ class _InputBatch:
 
 
 def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-    """Encoded texts or pairs; raises ValueError for those that the model cannot read."""
+    """The encodings of texts or pairs. Raises ValueError if the model cannot read one."""
     _check_texts(texts)
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
@@ -392,7 +407,7 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
 
 
 def _batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
-    """Batches of few shapes, padded on the right."""
+    """Batches with few shapes, padded on the right."""
     num_types = getattr(model.config, "num_token_types", None)
     for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
         chosen = [encodings[number] for number in numbers]
@@ -410,10 +425,10 @@ def _batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> It
 
 
 def _checked_probabilities(model: Model, params: Any, batch: _InputBatch, *, pool: bool) -> np.ndarray:
-    """Probabilities of labels, [B, T, L] float32; with ``pool``, of whole rows, [B, 1, L].
+    """The label probabilities of each token, [B, T, L] float32; with ``pool``, of each row, [B, 1, L].
 
     Raises:
-        NotFiniteError: logits of a real token (or of a row) are not finite.
+        NotFiniteError: the logits of a real token (with ``pool``, of a row) are not finite.
     """
     probabilities, finite_B = _label_probabilities(
         model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool, sharding=active()
@@ -432,9 +447,9 @@ def _label_probabilities(
     inputs: dict[str, jax.Array],
     *,
     pool: bool,
-    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> tuple[jax.Array, jax.Array]:
-    """Probabilities of labels, and whether the logits of each row are finite, bool [B]."""
+    """The label probabilities, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     if pool:
         hidden_BTD = model.summary(params, hidden_BTD, segment_ids=segment_ids_BT)
@@ -446,6 +461,7 @@ def _label_probabilities(
 
 
 def _max_positions(model: Model) -> int | None:
+    """The number of positions of the model. None: no limit."""
     return getattr(model.config, "max_positions", None)
 
 

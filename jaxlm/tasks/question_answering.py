@@ -1,10 +1,10 @@
-"""Extractive question answering: training windows, and answers of a finished model (task "span_qa").
+"""Extractive question answering: training windows, and answers of a trained model (task "span_qa").
 
-A long context is read in overlapping windows, each with the whole question (Devlin et al. 2019, section 4.2). A window
-that does not hold the answer has the target "no answer": first and last token are the classifier token, ``[CLS]`` of
-BERT and ``<cls>`` of XLNet (or the first token, for a tokenizer without one).
+A long context is split into overlapping windows, each with the whole question (Devlin et al. 2019, section 4.2). If a
+window does not contain the answer, its target is "no answer": the first and the last token are the classifier token,
+``[CLS]`` for BERT and ``<cls>`` for XLNet (the first token, if the tokenizer has no classifier token).
 
-Shapes: N questions, W windows, B rows of a batch, T time.
+Shapes: N questions, W windows, B batch rows, T time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.tasks.predict import BATCH_SIZE, _batches, _max_positions
 
 MAX_LENGTH = 384
-"""Tokens of a window unless asked otherwise: those of BERT's experiments."""
+"""Default maximum number of tokens of a window, as in BERT's experiments."""
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -50,18 +50,18 @@ def features(
 ) -> list[Encoded]:
     """The training windows of ``examples``, for :class:`jaxlm.data.buckets.Bucketed` and :func:`to_batch`.
 
-    Each has ``tokens`` [T], ``token_types`` [T] for a model that reads them, and the positions ``first`` and ``last``
-    of the tokens of the answer. Of several answers, the target is the one that most annotators gave.
+    Each window has ``tokens`` [T], ``token_types`` [T] if the model reads them, and the positions ``first`` and
+    ``last`` of the answer's tokens. If there are several answers, the target is the most frequent one.
 
     Args:
-        examples: with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as
-            :func:`jaxlm.data.squad.read_squad` gives them.
-        max_length: the most tokens of a window; None is 384, or the model's positions if they are fewer.
-        stride: tokens of the context that two neighbouring windows share; None is a third of ``max_length``.
+        examples: examples with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as
+            :func:`jaxlm.data.squad.read_squad` returns them.
+        max_length: maximum number of tokens of a window. None: 384, or the model's positions if these are fewer.
+        stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
 
     Raises:
-        ValueError: a model with another head, windows longer than its positions, an example that cannot be encoded or
-            whose answer is in no window; the message has the id of the example.
+        ValueError: the model has another head, a window is longer than its positions, an example cannot be encoded, or
+            no window has the whole answer. The message has the id of the example.
     """
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
@@ -80,12 +80,12 @@ def features(
 
 
 def to_batch(rows: Rows) -> Batch:
-    """The batch of ``jaxlm.objectives.span_qa`` from rows of :func:`features`. Rows without an example do not count."""
+    """The batch of ``jaxlm.objectives.span_qa`` for rows of :func:`features`. Rows without an example have weight 0."""
     tokens = rows.fields["tokens"]
     spans = np.stack([rows.fields["first"], rows.fields["last"]], axis=1)
-    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # an answer after the end does not count
+    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span after the end has no weight
     segment_ids = rows.segment_ids("tokens")
-    segment_ids[rows.indices < 0, 0] = 1  # attention to one token of padding keeps the numbers finite
+    segment_ids[rows.indices < 0, 0] = 1  # one real token in an empty row keeps its loss finite
     inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
     return span_qa.batch(tokens, spans, segment_ids, inputs=inputs)
 
@@ -93,14 +93,14 @@ def to_batch(rows: Rows) -> Batch:
 def batches(
     windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """All windows of :func:`features` once, in order of length: the batches of an evaluation.
+    """The batches of an evaluation: every window of :func:`features` once, in order of length.
 
     Args:
-        max_length: no batch is padded beyond it: that of :func:`features`, or the positions of the model. None rounds
-            lengths up to a multiple of 8.
+        max_length: maximum length of a batch: ``max_length`` of :func:`features`, or the positions of the model. None:
+            no limit, and lengths are rounded up to a multiple of 8.
 
     Raises:
-        ValueError: a window that is longer than ``max_length``.
+        ValueError: a window is longer than ``max_length``.
     """
     source = Bucketed(windows, batch_size, num_buckets, shuffle=False, max_length=max_length)
     return [to_batch(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
@@ -109,30 +109,30 @@ def batches(
 def _targets(
     tokenizer: Tokenizer, windows: Sequence[Encoding], example: Mapping[str, Any], what: str
 ) -> list[tuple[int, int]]:
-    """Positions of the first and last token of the answer in each window, or of "no answer"."""
-    nothing = [_no_answer_position(tokenizer, window) for window in windows]
+    """The positions of the first and last token of the answer in each window, or those of "no answer"."""
+    no_answer = [_no_answer_position(tokenizer, window) for window in windows]
     if not example["answers"]:
-        return [(position, position) for position in nothing]
+        return [(position, position) for position in no_answer]
     answers = zip(example["answers"], example["starts"], strict=True)
     (text, start), _ = Counter(answers).most_common(1)[0]
-    # White space has no token in most vocabularies.
+    # Most vocabularies have no tokens for white space.
     first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
-    inside = [_overlapping(window, first, last) for window in windows]
-    if not any(positions.size for positions in inside):
+    overlaps = [_overlapping(window, first, last) for window in windows]
+    if not any(positions.size for positions in overlaps):
         raise ValueError(f"{what}: the answer {text!r} has no tokens")
-    begin = min(window.offsets[at[0], 0] for window, at in zip(windows, inside, strict=True) if at.size)
-    end = max(window.offsets[at[-1], 1] for window, at in zip(windows, inside, strict=True) if at.size)
+    begin = min(window.offsets[tokens[0], 0] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
+    end = max(window.offsets[tokens[-1], 1] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
     targets = []
-    for window, at, position in zip(windows, inside, nothing, strict=True):
-        whole = at.size and window.offsets[at[0], 0] == begin and window.offsets[at[-1], 1] == end
-        targets.append((int(at[0]), int(at[-1])) if whole else (position, position))
-    if targets == [(position, position) for position in nothing]:
-        raise ValueError(f"{what}: no window holds the whole answer {text!r}: choose a larger stride")
+    for window, tokens, position in zip(windows, overlaps, no_answer, strict=True):
+        has_answer = tokens.size and window.offsets[tokens[0], 0] == begin and window.offsets[tokens[-1], 1] == end
+        targets.append((int(tokens[0]), int(tokens[-1])) if has_answer else (position, position))
+    if targets == [(position, position) for position in no_answer]:
+        raise ValueError(f"{what}: no window has the whole answer {text!r}: use a larger stride")
     return targets
 
 
 def _overlapping(window: Encoding, first: int, last: int) -> np.ndarray:
-    """Positions of the tokens of the context that have a character of ``context[first:last]``."""
+    """The positions of the context tokens that overlap ``context[first:last]``."""
     starts, ends = window.offsets.T
     return np.flatnonzero((window.sequence == 1) & (ends > first) & (starts < last))
 
@@ -145,11 +145,11 @@ class Answer:
     """The answer to a question.
 
     Attributes:
-        text: ``context[start:end]``; empty when the model gives no answer.
-        score: by how much the logits of the answer (of its first and last token, summed) exceed those of no answer.
-            Of several windows, the answer is that with the largest sum, and no answer has the smallest. It is the
-            score of the best span also when ``text`` is empty.
-        start, end: characters of the context.
+        text: ``context[start:end]``; empty if the model gives no answer.
+        score: the logit of the answer minus the logit of "no answer". The logit of a span is the sum of the logits of
+            its first and last token. With several windows, the logit of the answer is the maximum over windows, and the
+            logit of "no answer" is the minimum. If ``text`` is empty, it is the score of the best span.
+        start, end: the position of the answer in the context, in characters.
     """
 
     text: str
@@ -171,23 +171,22 @@ def answer(
     no_answer_threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
-    """The answer to each question: the best span of its context, by any family with task "span_qa".
+    """The answer to each question: the best span of its context, for every family with task "span_qa".
 
     Args:
         contexts: the context of each question, of any length.
-        max_answer_tokens: the most tokens of an answer.
-        max_length: the most tokens of a window; None is 384, or the model's positions if they are fewer.
-        stride: tokens of the context that two neighbouring windows share; None is a third of ``max_length``.
-        no_answer_threshold: an answer is given only if its score is above it (Devlin et al. 2019, section 4.3);
-            :func:`best_no_answer_threshold` finds it. None always gives an answer.
-        batch_size: windows that are computed together.
+        max_answer_tokens: maximum number of tokens of an answer.
+        max_length: maximum number of tokens of a window. None: 384, or the model's positions if these are fewer.
+        stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
+        no_answer_threshold: the model gives an answer only if its score is above the threshold (Devlin et al. 2019,
+            section 4.3). :func:`best_no_answer_threshold` computes it. None: the model always gives an answer.
+        batch_size: number of windows in a batch.
 
     Raises:
         TypeError: ``questions`` or ``contexts`` is a single string.
-        ValueError: a model with another head; another number of contexts than of questions, or none; an empty question
-            or context; windows longer than the model's positions.
-        NotFiniteError: logits are not finite; a ValueError that names the questions, and the parameters that are not
-            finite.
+        ValueError: the model has another head; there are no questions, or the numbers of questions and contexts differ;
+            a question or context is empty; or a window is longer than the model's positions.
+        NotFiniteError: logits are not finite. The message names the questions and the parameters that are not finite.
 
     Example:
         >>> answer(model, params, tokenizer, ["Who has it?"], ["Mary took the ball."])[0].text   # doctest: +SKIP
@@ -201,35 +200,35 @@ def answer(
     windows: list[Encoding] = []
     owners: list[int] = []
     for number, (question, context) in enumerate(zip(questions, contexts, strict=True)):
-        made = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
-        windows += made
-        owners += [number] * len(made)
+        new = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
+        windows += new
+        owners += [number] * len(new)
     with named_rows("question", owners):
         spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
     best = np.full(len(questions), -1)
     lowest = np.full(len(questions), np.inf)
-    for at, number in enumerate(owners):
-        lowest[number] = min(lowest[number], no_answer[at])
-        if best[number] < 0 or scores[at] > scores[best[number]]:
-            best[number] = at
+    for index, number in enumerate(owners):
+        lowest[number] = min(lowest[number], no_answer[index])
+        if best[number] < 0 or scores[index] > scores[best[number]]:
+            best[number] = index
     return [
-        _answer(windows[at], spans[at], float(scores[at] - nothing), context, no_answer_threshold)
-        for at, nothing, context in zip(best.tolist(), lowest.tolist(), contexts, strict=True)
+        _answer(windows[index], spans[index], float(scores[index] - no_answer_logit), context, no_answer_threshold)
+        for index, no_answer_logit, context in zip(best.tolist(), lowest.tolist(), contexts, strict=True)
     ]
 
 
 def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[Score]:
-    """Exact match and F1 of the answers, as the official script of SQuAD computes them.
+    """The exact match and the F1 of the answers, as in the official evaluation script of SQuAD.
 
     Args:
-        references: the accepted answers of each question; empty for a question without one.
+        references: the accepted answers of each question; empty for a question without an answer.
     """
     texts = [found.text for found in answers]
     return [exact_match(texts, references), token_f1(texts, references)]
 
 
 def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """Rows of ``jaxlm.training.report.write_samples``: question, accepted answers, answer, score and context."""
+    """The rows for ``jaxlm.training.report.write_samples``: question, accepted answers, answer, score and context."""
     return [
         {
             "source": example["question"], "reference": " | ".join(dict.fromkeys(example["answers"])),
@@ -240,18 +239,18 @@ def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) ->
 
 
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:
-    """The ``no_answer_threshold`` with the largest F1, among the scores of ``answers``.
+    """The ``no_answer_threshold`` with the largest F1. The candidates are the scores of ``answers``.
 
     Use a validation set, not the test set.
 
     Args:
-        answers: of ``answer(..., no_answer_threshold=None)``.
-        references: the accepted answers of each question; empty for a question without one.
+        answers: the result of ``answer(..., no_answer_threshold=None)``.
+        references: the accepted answers of each question; empty for a question without an answer.
 
     Raises:
-        ValueError: numbers of answers and references that differ, or none.
+        ValueError: there are no answers, or the numbers of answers and references differ.
     """
-    given, refused = (
+    answered, unanswered = (
         np.array(
             [max(_word_f1(text, accepted) for accepted in answers) for text, answers in _questions(texts, references)]
         )
@@ -259,15 +258,16 @@ def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Seq
     )
     scores = np.array([found.score for found in answers])
     order = np.argsort(scores, kind="stable")
-    # totals[k]: the k questions with the lowest scores get no answer.
-    totals = given.sum() + np.concatenate([[0.0], np.cumsum((refused - given)[order])])
-    # A threshold between equal scores does not exist.
+    # totals[k] is the total F1 if the k questions with the lowest scores get no answer.
+    totals = answered.sum() + np.concatenate([[0.0], np.cumsum((unanswered - answered)[order])])
+    # No threshold separates equal scores.
     possible = np.concatenate([[True], scores[order][1:] > scores[order][:-1], [True]])
-    refusals = int(np.argmax(np.where(possible, totals, -np.inf)))
-    return float(scores[order][refusals - 1]) if refusals else float(np.nextafter(scores.min(), -np.inf))
+    num_unanswered = int(np.argmax(np.where(possible, totals, -np.inf)))
+    return float(scores[order][num_unanswered - 1]) if num_unanswered else float(np.nextafter(scores.min(), -np.inf))
 
 
 def _answer(window: Encoding, span: np.ndarray, score: float, context: str, threshold: float | None) -> Answer:
+    """The answer with this span of a window, or no answer if its score is not above the threshold."""
     if threshold is not None and not score > threshold:
         return Answer("", score, 0, 0)
     start, end = int(window.offsets[span[0], 0]), int(window.offsets[span[1], 1])
@@ -278,7 +278,7 @@ def _score(
     model: Model, params: Any, tokenizer: Tokenizer, windows: Sequence[Encoding], max_answer_tokens: int,
     batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """The best span of each window [W, 2], its logit [W], and the logit of no answer [W]."""
+    """The best span of each window [W, 2], its logit [W], and the logit of "no answer" [W]."""
     spans = np.zeros((len(windows), 2), np.int32)
     scores, no_answer = np.zeros((2, len(windows)), np.float32)
     for batch in _batches(model, windows, batch_size):
@@ -306,16 +306,18 @@ def _best_spans(
     inputs: dict[str, jax.Array],
     *,
     max_answer_tokens: int,
-    sharding: Sharding | None,  # part of the cache key: constrain reads it while tracing
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The best span of each row [B, 2], the sum of its logits [B], that of no answer [B], and whether the logits of its
-    real tokens are finite, bool [B]."""
+    """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and whether the logits are finite.
+
+    The last array, bool [B], ignores the logits of padding.
+    """
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
     spans_B2, scores_B = span_qa.best_spans(logits_BT2, in_context_BT, max_length=max_answer_tokens)
-    nothing_B2 = jnp.take_along_axis(logits_BT2, no_answer_B[:, None, None], axis=1)[:, 0]
+    no_answer_B2 = jnp.take_along_axis(logits_BT2, no_answer_B[:, None, None], axis=1)[:, 0]
     finite_B = jnp.all(rows_finite(logits_BT2) | (segment_ids_BT == 0), axis=1)
-    return spans_B2, scores_B, nothing_B2.sum(axis=1), finite_B
+    return spans_B2, scores_B, no_answer_B2.sum(axis=1), finite_B
 
 
 # -------------------------------------------------------------------------------------------------- windows
@@ -324,6 +326,7 @@ def _best_spans(
 def _windows(
     model: Model, tokenizer: Tokenizer, question: str, context: str, max_length: int, stride: int, what: str
 ) -> list[Encoding]:
+    """The windows of a context, after a check that the model can read them."""
     try:
         windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
     except ValueError as error:
@@ -334,6 +337,7 @@ def _windows(
 
 
 def _check_token_types(model: Model, window: Encoding) -> None:
+    """Raise ``ValueError`` if the model has no embedding for a token type of the window."""
     num_types, largest = getattr(model.config, "num_token_types", None), window.token_types.max()
     if num_types is not None and largest >= num_types:
         raise ValueError(
@@ -342,13 +346,14 @@ def _check_token_types(model: Model, window: Encoding) -> None:
 
 
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
-    """The position of the classifier token, or of the first token when the tokenizer has none."""
+    """The position of the classifier token, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
     found = np.flatnonzero((window.ids == cls) & (window.sequence == SPECIAL))
     return int(found[0]) if found.size else 0
 
 
 def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    """The maximum length and the stride of windows, with defaults and after a check."""
     limit = _max_positions(model)
     if max_length is None:
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)

@@ -1,4 +1,4 @@
-"""Sequence to sequence: pairs of texts as batches of an encoder-decoder (translation, summarization).
+"""Sequence-to-sequence tasks (translation, summarization): batches of text pairs for an encoder-decoder.
 
 Shapes: B batch, S source time, T target time.
 """
@@ -19,8 +19,8 @@ from jaxlm.decoding import decoder_start_id
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
-from jaxlm.tasks.attention_maps import attention_maps
-from jaxlm.training.report import write_attention, write_samples
+from jaxlm.tasks.attention_maps import write_maps
+from jaxlm.training.report import write_samples
 
 
 def encode(
@@ -30,10 +30,12 @@ def encode(
     max_source: int | None = None,
     max_target: int | None = None,
 ) -> list[Encoded]:
-    """Each example (``source``, ``target``) as ids: both with the special tokens of the template, which ends with eos.
+    """The ids of each example (``source``, ``target``), with the special tokens of the tokenizer's template.
+
+    The template must end a text with the eos token.
 
     Args:
-        max_source: cut longer sources to so many tokens; None keeps them whole.
+        max_source: maximum number of tokens of a source; longer sources are truncated. None: sources are not truncated.
         max_target: the same for targets.
 
     Raises:
@@ -50,13 +52,13 @@ def encode(
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
-    """The function from rows of encoded examples to the batch of the objective."""
+    """A function that makes the batch of the objective from rows of encoded examples."""
     start_id = decoder_start_id(model, tokenizer)
 
     def make(rows: Rows) -> Batch:
         segments = {name: rows.segment_ids(name) for name in ("source", "target")}
         for segment_ids in segments.values():
-            # Rows without an example have no weight; one token of padding keeps their numbers finite.
+            # A row without an example has weight 0. One real token in it keeps its loss finite.
             segment_ids[rows.indices < 0, 0] = 1
         batch = seq2seq.batch(
             rows.fields["source"], rows.fields["target"], start_id=start_id,
@@ -71,10 +73,10 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
 def batches(
     encoded: Sequence[Encoded], model: Model, tokenizer: Tokenizer, batch_size: int, num_buckets: int = 4
 ) -> list[Batch]:
-    """All examples once, in order of length: the batches of an evaluation.
+    """The batches of an evaluation: every example once, in order of length.
 
     Raises:
-        ValueError: a source or a target with more tokens than the model has positions.
+        ValueError: a source or a target has more tokens than the model has positions.
     """
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True, max_length=limit)
@@ -83,18 +85,17 @@ def batches(
 
 
 METRICS: dict[str, Any] = {"loss": seq2seq.loss, "token_accuracy": token_accuracy}
-"""What an ``Evaluator`` of an encoder-decoder computes."""
+"""The metrics that an ``Evaluator`` of an encoder-decoder computes."""
 
 
 def write_test(
     run: Path, model: Model, params: Any, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
     outputs: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write 40 random outputs for the report of a run (``samples.jsonl``) and attention maps of four of them."""
+    """Write 40 random outputs for the report of a run (``samples.jsonl``), and attention maps of four of them."""
     chosen = np.random.default_rng(0).permutation(len(sources))[:40].tolist()
     write_samples(run, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in chosen])
-    # Where nothing was generated there is no row to draw.
-    drawn = [n for n in chosen if outputs[n].strip()][:4]
-    if drawn:
-        pairs = [sources[n] for n in drawn], [outputs[n] for n in drawn]
-        write_attention(run, attention_maps(model, params, tokenizer, *pairs))
+    # The map of an empty output would have no rows.
+    nonempty = [n for n in chosen if outputs[n].strip()][:4]
+    pairs = [sources[n] for n in nonempty], [outputs[n] for n in nonempty]
+    write_maps(run, model, params, tokenizer, *pairs)

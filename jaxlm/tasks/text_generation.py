@@ -5,7 +5,7 @@
     ...                                                                 # train
     scores(model, params, corpus, "validation", length=96)
 
-Families with a state (LSTM, GRU, Transformer-XL) read contiguous columns and carry the state from batch to batch; GPT,
+Families with a state (LSTM, GRU, Transformer-XL) read contiguous columns and carry the state from batch to batch. GPT,
 Llama and gated convolutions read windows in random order.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,22 @@ from jaxlm.metrics import Score
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
+from jaxlm.tasks.attention_maps import write_maps
 from jaxlm.training.evaluation import Evaluator, bits_per_character
+from jaxlm.training.report import write_samples
 from jaxlm.training.trainer import Carry
 
 WINDOWED = ("gpt", "llama", "resnet_lm")
 STREAMED = ("lstm", "gru", "transformer_xl")
 FAMILIES = WINDOWED + STREAMED
-"""Families that learn to continue a text, without and with a state that is carried along it."""
+"""Families that can be trained to continue a text: the windowed ones, and those with a state."""
 
 COLUMNS = 8
-"""Columns of a part that a model with a state is scored on: only their first tokens have no text before them."""
+"""Number of contiguous columns in which a model with a state scores a part. Only the first tokens of a column have no
+context."""
+
+MAP_TOKENS = 40
+"""Maximum number of tokens in an attention map of a passage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +48,9 @@ class Corpus:
     """A text as ids, in consecutive parts.
 
     Attributes:
-        name: of the text, for messages.
+        name: name of the text, for messages.
         parts: ids [tokens] of ``training``, ``validation`` and, if there is one, ``test``.
-        tokens_per_character: of the whole text.
+        tokens_per_character: number of tokens of the whole text, divided by its number of characters.
     """
 
     name: str
@@ -55,10 +62,10 @@ class Corpus:
         cls, text: str, tokenizer: Tokenizer, validation_fraction: float = 0.1, test_fraction: float = 0.0,
         name: str = "the text",
     ) -> Corpus:  # fmt: skip
-        """The test part is the end of the text, and the validation part is what is before it.
+        """The corpus of a text: first the training part, then the validation part, and last the test part.
 
         Raises:
-            ValueError: fractions that leave a part empty, or a character that the tokenizer does not know.
+            ValueError: the fractions leave a part empty, or the tokenizer does not have a character of the text.
         """
         tokens = tokenizer.encode(text)
         if validation_fraction + test_fraction >= 1.0:
@@ -74,9 +81,9 @@ class Corpus:
     def source(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0
     ) -> Columns | RandomWindows:
-        """Batches of a part: contiguous columns for a model with a state, else windows in random order.
+        """The batches of a part: contiguous columns for a model with a state, windows in random order for others.
 
-        Windows of the training part begin at every token, others do not overlap.
+        A window of the training part can start at any token. The windows of the other parts do not overlap.
 
         Raises:
             ValueError: the part is too short, or has ids outside the vocabulary of the model.
@@ -95,12 +102,12 @@ class Corpus:
 
 
 def to_batch(window: Window) -> Batch:
-    """A window of tokens as inputs and targets."""
+    """The batch of the causal objective for a window of tokens."""
     return causal.batch(window.tokens, window.segment_ids, window.reset)
 
 
 def check_family(model: Model) -> None:
-    """Raise ``ValueError`` if the model does not learn to continue a text."""
+    """Raise ``ValueError`` if the model cannot be trained to continue a text."""
     task = getattr(model.config, "task", "causal")
     if model.family not in FAMILIES or task != "causal":
         raise ValueError(
@@ -110,14 +117,14 @@ def check_family(model: Model) -> None:
 
 
 def carry(model: Model, rows: int) -> Carry | None:
-    """Rows and tokens of the state to carry from batch to batch; None for families that read windows."""
+    """The rows and the length of the state that is carried from batch to batch; None for families that read windows."""
     return (rows, getattr(model.config, "memory_length", 1)) if model.family in STREAMED else None
 
 
 def whole_columns(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
-    """Batches [rows, length] along contiguous columns, in which every token but the first is a target once.
+    """Batches [rows, length] along contiguous columns. Every token except the first is a target exactly once.
 
-    The last column may end with padding of weight 0; of a short text, columns may be padding only.
+    The last column may end with padding of weight 0. If the text is short, whole columns may be padding.
     """
     steps = -(-(ids.size - 1) // (rows * length))
     width = steps * length
@@ -129,14 +136,13 @@ def whole_columns(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
 
 
 def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) -> list[Score]:
-    """Nats and bits per character, and perplexity per token, of all tokens of a part but the first.
+    """Nats and bits per character, and perplexity per token, over all tokens of a part except the first.
 
     A model with a state reads the part along :data:`COLUMNS` columns and carries the state. Other models read windows
-    of ``length`` tokens that overlap by half: but for the first window, a token is predicted from at least half a
-    window.
+    of ``length`` tokens that overlap by half. After the first window, each token has at least half a window of context.
 
     Args:
-        length: tokens that the model reads at a time.
+        length: number of tokens that the model reads at a time.
 
     Raises:
         ValueError: the part has fewer than 2 tokens, or the model has fewer positions than ``length``.
@@ -158,3 +164,16 @@ def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) ->
         Score(f"{part} {name}", value, count=ids.size - 1, detail=f"whole {part} part, {how}")
         for name, value in values.items()
     ]
+
+
+def write_sample(run: Path, model: Model, params: Any, tokenizer: Tokenizer, prompt: str, passage: str) -> None:
+    """Write a generated passage for the report of a run: ``sample.txt``, ``samples.jsonl`` and an attention map.
+
+    The attention map has the first :data:`MAP_TOKENS` tokens of the passage. A family without attention has no map.
+
+    Args:
+        passage: the prompt and its continuation.
+    """
+    (run / "sample.txt").write_text(passage, encoding="utf-8")
+    write_samples(run, [{"source": prompt, "output": passage[len(prompt) :]}])
+    write_maps(run, model, params, tokenizer, [passage], max_tokens=MAP_TOKENS)

@@ -153,7 +153,7 @@ IDS = np.arange(1, 3)
     [
         ([], {}, "no examples"),
         ([{"a": IDS}, {"b": IDS}], {}, r"example 1 has the fields \['b'\]"),
-        ([{"a": IDS}, {"a": IDS[:0]}], {}, "a of example 1 must be a row of at least one integer"),
+        ([{"a": IDS}, {"a": IDS[:0]}], {}, "a of example 1 must be a 1-D array with at least one integer"),
         ([{"a": IDS}], {"num_buckets": 0}, "num_buckets must be at least 1"),
         ([{"a": IDS}, {"a": np.ones(2)}], {}, "a of example 1 has dtype float64, but batches hold int32: convert it"),
         ([{"a": IDS}, {"a": [1, 2.5]}], {}, "a of example 1 has dtype float64"),

@@ -70,7 +70,7 @@ def test_json_lines(tmp_path):
 def test_a_file_without_long_descriptions_says_how_to_get_them(tmp_path):
     path = tmp_path / "packages.txt"
     path.write_text("Package: shelf\nDescription: board for boxes\n")
-    with pytest.raises(ValueError, match="write it with apt-cache show"):
+    with pytest.raises(ValueError, match="make the file with apt-cache show"):
         read_descriptions(path)
 
 

@@ -72,9 +72,9 @@ def test_the_column_of_the_text_is_found(tmp_path):
     ("text", "message"),
     [
         ("label\ttext\n1\tx\n", "has no column 'sentence': its columns are 'label', 'text'"),
-        ("label\tsentence\n1\tx\n2\n", "line 3: 1 columns where the first line has 2"),
+        ("label\tsentence\n1\tx\n2\n", "line 3: the row has 1 columns, but the first line has 2"),
         ("label\tsentence\n1\t \n", "line 2: 'sentence' is empty"),
-        ("label\tsentence\n", "holds no example"),
+        ("label\tsentence\n", "has no examples"),
         ("", "is empty: the first line must name the columns"),
     ],
 )
@@ -92,7 +92,7 @@ def test_other_bad_files(tmp_path):
         read_jsonl(written(tmp_path / "n.jsonl", '{"b": null}\n'), {"text": "b"})
     with pytest.raises(ValueError, match="line 1: no column 'b': the columns are 'a'"):
         read_jsonl(written(tmp_path / "b.jsonl", '{"a": "x"}\n'), {"text": "b"})
-    with pytest.raises(ValueError, match="has 2 lines and .* has 1: they must be parallel"):
+    with pytest.raises(ValueError, match="has 2 lines and .* has 1: line n of both must be a pair"):
         read_pairs(written(tmp_path / "a", "x\ny\n"), written(tmp_path / "b", "x\n"))
     with pytest.raises(ValueError, match=r"c is not UTF-8 text: byte 0xe9 at offset 5, line 1\..*latin-1"):
         read_labelled_lines(written(tmp_path / "c", "1 caf\xe9\n", "latin-1"))
@@ -100,7 +100,7 @@ def test_other_bad_files(tmp_path):
     (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="the gzip file is truncated or damaged"):
         read_labelled_lines(tmp_path / "cut.gz")
-    with pytest.raises(ValueError, match=r"a.txt is neither .tsv nor .csv: pass the delimiter"):
+    with pytest.raises(ValueError, match=r"a.txt is neither a .tsv nor a .csv file: pass the delimiter"):
         read_table(written(tmp_path / "a.txt", "x"), FIELDS)
     with pytest.raises(FileNotFoundError, match="none.tsv is not a file"):
         read_table(tmp_path / "none.tsv", FIELDS)
@@ -110,7 +110,7 @@ def test_dirty_lines_are_reported(tmp_path):
     path = written(tmp_path / "a.tsv", "label\tsentence\n1\tx\n1\n0\ty\n")
     examples = read_table(path, FIELDS, on_error="report")
     assert len(examples) == 2
-    assert examples.rejected == (Rejected(3, "1 columns where the first line has 2: ['1']"),)
+    assert examples.rejected == (Rejected(3, "the row has 1 columns, but the first line has 2: ['1']"),)
 
 
 def test_parts_keep_groups_together_and_lose_nothing():
@@ -140,7 +140,7 @@ def test_labels():
     assert examples.label_names() == ("2", "9", "10")
     assert label_ids(examples.column("label"), examples.label_names()).tolist() == [2, 1, 0]
     assert Examples([{"label": label} for label in ("1", "02", "2", "01")]).label_names() == ("01", "1", "02", "2")
-    with pytest.raises(ValueError, match="example 0 of the examples has the label 'x': known are a, b"):
+    with pytest.raises(ValueError, match="example 0 of the examples has the label 'x': known labels are a, b"):
         label_ids(["x"], ["a", "b"])
     with pytest.raises(ValueError, match="example 1 of the examples has no field 'label'"):
         Examples([{"label": 1}, {}]).column("label")

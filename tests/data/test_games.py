@@ -111,7 +111,7 @@ def test_lines_of_both_notations_are_read_and_bad_ones_reported(tmp_path: Path) 
         5: "move 2 of black, '0-0', is illegal",
         6: "move 1 of black, 'hello', is unreadable",
         7: "no moves",
-        8: "move 1 of white, '1.', is unreadable; a file with move numbers or tags must be called .pgn",
+        8: "move 1 of white, '1.', is unreadable; a file with move numbers or tags needs the suffix .pgn",
         9: "move 3 of white, 'Nd2', is ambiguous",
         10: "move 1 of black, '0000', is a null move",
     }

@@ -61,11 +61,11 @@ def test_columns_are_renamed_and_classes_keep_their_names_and_order():
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        ({"train": FILMS, "test": FILMS}, TypeError, "a dictionary of data sets: pass one of them, of 'train', 'test'"),
+        ({"train": FILMS, "test": FILMS}, TypeError, "a dictionary of data sets: pass one of 'train', 'test'"),
         (iter(()), TypeError, r"has no length and no index: load it with streaming=False, or .*dataset.take"),
         (Table(text=["a"], label=[0]), ValueError, "films has no column 'sentence': its columns are 'text', 'label'"),
-        (Table(sentence=[], label=[]), ValueError, "films holds no example"),
-        (Table(sentence=["a"], label=[-1]), ValueError, "example 0 has label=-1, which is no class of positive"),
+        (Table(sentence=[], label=[]), ValueError, "films has no examples"),
+        (Table(sentence=["a"], label=[-1]), ValueError, "example 0 has label=-1, which is not the number of a class"),
         (Table(sentence=["a", " "], label=[0, 1]), ValueError, "example 1 of films: 'sentence' is empty"),
         (Table(sentence=["a"], label=[None]), ValueError, "example 0 of films: 'label' is null"),
     ],
@@ -93,15 +93,15 @@ def test_examples_are_read_when_they_are_used():
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (iter(()), TypeError, "here is a .*iterator: it needs a length and an index, as grain.MapDataset has"),
-        ([], ValueError, "here holds no example"),
+        (iter(()), TypeError, "here is a .*iterator: it needs a length and an index, like grain.MapDataset"),
+        ([], ValueError, "here has no examples"),
         (
             Indexed(sys.maxsize, lambda n: {"sentence": "a", "label": 0}),
             ValueError,
-            "here has no end: leave out repeat",
+            "here is infinite: remove repeat",
         ),
         ([{"text": "a"}], ValueError, "example 0 of here: no column 'sentence': the columns are 'text'"),
-        ([None], ValueError, r"example 0 of here must be a mapping, got None \(a grain.MapDataset has None where"),
+        ([None], ValueError, r"example 0 of here must be a mapping, got None \(a grain.MapDataset returns None for"),
     ],
 )
 def test_bad_random_access(source, error, message):
@@ -159,7 +159,7 @@ def test_elements_of_unequal_length_go_into_buckets():
 @pytest.mark.parametrize(
     ("elements", "options", "error", "message"),
     [
-        ([], {}, ValueError, "the source holds no example"),
+        ([], {}, ValueError, "the source has no examples"),
         ([{"x": 1}], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ([np.ones(3)], {}, ValueError, "element 0 must be a mapping of arrays, got ndarray"),
         ([{"text": "a"}], {}, ValueError, "text of element 0 has dtype <U1: it must hold numbers"),

@@ -33,7 +33,7 @@ def test_a_data_set_of_hugging_face():
     assert Examples.from_datasets(chosen, {"text": "sentence"}).column("text") == list(chosen["sentence"])
     with pytest.raises(TypeError, match="IterableDataset has no length and no index: load it with streaming=False"):
         Examples.from_datasets(films().to_iterable_dataset(), FIELDS)
-    with pytest.raises(TypeError, match="a dictionary of data sets: pass one of them, of 'train', 'test'"):
+    with pytest.raises(TypeError, match="a dictionary of data sets: pass one of 'train', 'test'"):
         Examples.from_datasets(datasets.DatasetDict({"train": films(), "test": films()}), FIELDS)
     with pytest.raises(ValueError, match="has no column 'text': its columns are 'sentence', 'label'"):
         Examples.from_datasets(films(), {"text": "text"})
@@ -72,7 +72,7 @@ def test_grain_data_sets_that_cannot_be_indexed_once():
     import grain
 
     data = grain.MapDataset.range(4).map(lambda number: {"x": number})
-    with pytest.raises(ValueError, match=r"the source has no end: leave out repeat\(\)"):
+    with pytest.raises(ValueError, match=r"the source is infinite: remove repeat\(\)"):
         RandomAccess(data.repeat(), 2)
     with pytest.raises(ValueError, match="example 0 of the source must be a mapping, got None"):
         Examples.from_random_access(data.filter(lambda row: row["x"] > 0))

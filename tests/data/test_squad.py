@@ -75,11 +75,11 @@ def test_starts_that_are_wrong_by_two_characters_are_corrected(tmp_path: Path, s
     [
         (
             {"answers": [{"text": "1998", "answer_start": 20}]},
-            "'1998' is not at character 20 of the context, where 'ened'",
+            "'1998' is not at character 20 of the context, which has 'ened'",
         ),
         (
             {"answers": [{"text": "1999", "answer_start": 28}]},
-            "'1999' is not at character 28 of the context, where '1998'",
+            "'1999' is not at character 28 of the context, which has '1998'",
         ),
         ({"answers": [{"text": "Å", "answer_start": -3}]}, "'Å' is not at character -3"),
         ({"answers": [{"text": " ", "answer_start": 0}]}, "an answer needs a text and a start, got ' ' and 0"),
@@ -106,11 +106,11 @@ def test_bad_questions_are_named_or_reported(tmp_path: Path, changes: dict[str, 
         ("[1, 2]", "is neither SQuAD JSON"),
         ('{"data": [{"title": "x"}]}', "is not SQuAD JSON: KeyError 'paragraphs'"),
         ('{"data": 3}', "is not SQuAD JSON: TypeError"),
-        ('{"data"', r"question 1 \(id None\): neither SQuAD JSON nor one JSON object a line: "),
-        ('{"data": []}', "holds no question"),
-        ("", "holds no question"),
+        ('{"data"', r"question 1 \(id None\): the file is neither SQuAD JSON nor one JSON object per line: "),
+        ('{"data": []}', "has no questions"),
+        ("", "has no questions"),
         ('{"id": 7, "context": "a"}', r"question 1 \(id 7\): no field 'question': the fields are 'id', 'context'"),
-        ("3\n4", r"question 1 \(id None\): must be a JSON object, got int"),
+        ("3\n4", r"question 1 \(id None\): the line must be a JSON object, got int"),
     ],
 )
 def test_files_in_neither_format(tmp_path: Path, text: str, message: str) -> None:

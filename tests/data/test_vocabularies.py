@@ -104,7 +104,7 @@ def test_what_is_saved_is_loaded(kind, tmp_path):
         ({"texts": []}, ValueError, "no texts to train a tokenizer on"),
         ({"extra_tokens": "<b>"}, TypeError, r"got one string: pass \['<b>'\]"),
         ({"min_frequency": 0}, ValueError, "min_frequency=0 must be at least 1"),
-        ({"min_frequency": 2, "kind": "unigram"}, ValueError, "min_frequency=2 has no meaning for kind='unigram'"),
+        ({"min_frequency": 2, "kind": "unigram"}, ValueError, "min_frequency=2 has no effect for kind='unigram'"),
     ],
 )
 def test_bad_requests_are_refused(changes, error, message):

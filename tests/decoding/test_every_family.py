@@ -87,7 +87,7 @@ def test_a_source_must_be_read_first_and_a_state_must_fit() -> None:
     with pytest.raises(ValueError, match=r"key of the state is \[2, 3, 9, 64\], but the prompts have 2 rows"):
         generate(model, params, PROMPTS, max_new_tokens=NEW, state=three)
     gpt, gpt_params = pair("gpt2-tiny")
-    with pytest.raises(ValueError, match="this is no state of the model"):
+    with pytest.raises(ValueError, match="this is not a state of the model"):
         generate(gpt, gpt_params, PROMPTS, max_new_tokens=NEW, state=three)
     with pytest.raises(TypeError, match="family 'gpt' has no encoder"):
         gpt.start(gpt_params, PROMPTS, 9)

@@ -85,7 +85,7 @@ def test_a_row_counts_until_it_ends(params: Any) -> None:
 def test_other_causes_are_named(params: Any) -> None:
     large = {**params, "head": 3e38 / jnp.abs(params["head"]).max() * params["head"]}
     with pytest.raises(
-        NotFiniteError, match=r"all parameters are finite, so a number overflows.*3e\+38 in head: check"
+        NotFiniteError, match=r"all parameters are finite, so an activation overflows.*3e\+38 in head: check"
     ):
         generate(MODEL, large, PROMPTS, max_new_tokens=NEW)
     state = {"h": jnp.zeros((16, 3)).at[:, 2].set(jnp.nan)}

@@ -122,7 +122,7 @@ def test_fields_of_the_file_can_be_ignored() -> None:
     assert resolved(found, **fields) == found
     with pytest.raises(ValueError, match=r"sets min_length=5, which jaxlm does not support"):
         resolved(GenerationConfig(ignored_fields=("no_repeat_ngram_size", "temperature")), **fields)
-    with pytest.raises(ValueError, match=r"ignored_fields has 'min_lenght', which is no field of generation_config"):
+    with pytest.raises(ValueError, match=r"ignored_fields has 'min_lenght', which is not a field of generation_config"):
         resolved(GenerationConfig(ignored_fields=("min_lenght",)), **fields)
     assert resolved(GenerationConfig(ignored_fields=("new_idea",)), new_idea=1).max_new_tokens == 128
 
@@ -148,7 +148,7 @@ def test_max_length_counts_the_prompt_of_each_row(writer: Any) -> None:
         generate_text(model, params, LETTERS, [text], GenerationConfig(12 - len(text), num_beams=3))[0]
         for text in texts
     ]
-    with pytest.raises(ValueError, match=r"prompt 0 has 7 tokens, but max_length=7 is the most with its output"):
+    with pytest.raises(ValueError, match=r"prompt 0 has 7 tokens, and max_length=7 leaves no room for new tokens"):
         generate_text(model, params, LETTERS, texts, GenerationConfig(max_length=7))
 
 

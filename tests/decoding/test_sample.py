@@ -314,10 +314,13 @@ OK = {"prompts": np.array([[5, 6], [7, 8]]), "max_new_tokens": 4}
         ({"prompts": np.array([[5, 6], [-1, 6]])}, r"id -1 in row 1 at position 0"),
         ({"segment_ids": np.ones((2, 3), int)}, r"segment_ids \[2, 3\] must have the shape of prompts \[2, 2\]"),
         ({"segment_ids": np.array([[1, 1], [0, 0]])}, r"row 1 of the prompts is all padding"),
-        ({"segment_ids": np.array([[1, 2], [1, 1]])}, r"segment_ids of row 0 are \[1, 2\]: a prompt is one run of 1"),
+        (
+            {"segment_ids": np.array([[1, 2], [1, 1]])},
+            r"segment_ids of row 0 are \[1, 2\]: a prompt must be one run of 1",
+        ),
         (
             {"prompts": np.ones((1, 3), int), "segment_ids": np.array([[1, 0, 1]])},
-            r"segment_ids of row 0 are \[1, 0, 1\]: a prompt is one run",
+            r"segment_ids of row 0 are \[1, 0, 1\]: a prompt must be one run",
         ),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 64}, r"65 tokens exceeds max_positions=64"),
@@ -348,7 +351,7 @@ def test_lists_are_no_arrays(gpt: Pair) -> None:
 
 
 def test_a_penalty_needs_to_know_what_was_seen() -> None:
-    with pytest.raises(ValueError, match=r"repetition_penalty=2.0 needs seen"):
+    with pytest.raises(ValueError, match=r"repetition_penalty=2.0 needs seen_BV"):
         filter_logits(Sampling(repetition_penalty=2.0), jnp.zeros((1, 4)))
 
 

@@ -176,7 +176,7 @@ def test_bad_sources() -> None:
         generate_text(tiny_model("t5-tiny"), {}, trained_tokenizer(), [""])
     with pytest.raises(ValueError, match=r"source 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
         generate_text(tiny_model("t5-tiny", vocab_size=100), {}, BYTES, ["xa"])
-    with pytest.raises(ValueError, match=r"num_beams=2: beam search knows no text before its end; use generate_text"):
+    with pytest.raises(ValueError, match=r"num_beams=2: beam search has no text before it ends; use generate_text"):
         stream_text(model, params, BYTES, "a", GenerationConfig(num_beams=2))
 
 

@@ -6,7 +6,8 @@ import pytest
 
 import jaxlm
 from jaxlm.data import ByteTokenizer
-from jaxlm.tasks.attention_maps import attention_maps
+from jaxlm.tasks.attention_maps import attention_maps, write_maps
+from jaxlm.training.report import read_attention
 
 
 def made(name, **changes):
@@ -51,3 +52,25 @@ def test_wrong_requests_are_refused():
     model, params, tokenizer = made("bert-tiny")
     with pytest.raises(ValueError, match="only an encoder-decoder has outputs"):
         attention_maps(model, params, tokenizer, ["sun"], ["a"])
+
+
+def test_long_texts_are_truncated():
+    model, params, tokenizer = made("gpt2-tiny")
+    [item] = attention_maps(model, params, tokenizer, ["a house in the sun"], max_tokens=7)
+    assert "".join(item.columns) == "a house"
+    assert np.shape(item.weights) == (7, 7)
+
+
+def test_a_file_is_written_only_for_a_family_with_attention(tmp_path):
+    write_maps(tmp_path, *made("gpt2-tiny"), [])
+    assert not list(tmp_path.iterdir())
+    write_maps(tmp_path, *made("gpt2-tiny"), ["sun"])
+    assert [item.title for item in read_attention(tmp_path)] == ["sun"]
+
+
+@pytest.mark.parametrize("name", ["lstm-tiny", "gru-tiny", "resnet-lm-tiny"])
+def test_no_file_is_written_for_a_family_without_attention(tmp_path, name):
+    write_maps(tmp_path, *made(name), ["sun"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="has no attention weights"):
+        attention_maps(*made(name), ["sun"])

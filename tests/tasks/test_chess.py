@@ -109,7 +109,7 @@ def test_legal_probabilities_are_the_others_renormalised() -> None:
     mask = LegalMoves(UCI).mask([board_after(line) for line in lines])
     np.testing.assert_allclose(legal, free * mask / (free * mask).sum(axis=1, keepdims=True), rtol=1e-4)
     assert (legal[~mask] == 0).all()
-    with pytest.raises(ValueError, match="no legal move of the vocabulary after 'f2f3 e7e5 g2g4 d8h4'"):
+    with pytest.raises(ValueError, match="the vocabulary has no legal move after 'f2f3 e7e5 g2g4 d8h4'"):
         next_move_probabilities(model, params, UCI, [FOOL], legal_only=True)
 
 

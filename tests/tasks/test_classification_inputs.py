@@ -58,7 +58,7 @@ def test_a_test_is_written_for_the_report(tmp_path):
     assert (score.value, score.count) == (pytest.approx(2 / 3), 3)
     assert read_confusion(tmp_path)[1].tolist() == [[1, 0], [1, 1]]
     assert read_samples(tmp_path)[0] == {"source": "b", "label": "y", "output": "x"}
-    with pytest.raises(ValueError, match="has the label 'z': known are x, y"):
+    with pytest.raises(ValueError, match="has the label 'z': known labels are x, y"):
         classification.write_test(tmp_path, Examples([{"text": "a", "label": "z"}]), ("x", "y"), np.array([0]))
 
 
@@ -104,7 +104,9 @@ def test_a_users_own_task_takes_ten_lines(tmp_path):
 
 def test_bad_examples_are_named():
     model = tiny_model("bert-tiny", task="classification", num_labels=2)
-    with pytest.raises(ValueError, match="example 0 of the examples has the label 'x': known are colour, number"):
+    with pytest.raises(
+        ValueError, match="example 0 of the examples has the label 'x': known labels are colour, number"
+    ):
         classification.encode(Examples([{"text": "red", "label": "x"}]), tokenizer(), LABELS, model)
     long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
     with pytest.raises(ValueError, match="example 0 of long.tsv has 100 tokens: it must have from 1 to .* max_length"):

@@ -126,7 +126,7 @@ def test_texts_that_cannot_be_classified() -> None:
         classify(*classifier(), BYTES, [])
     with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it classifies nothing"):
         classify(jaxlm.get_model("bert-tiny"), {}, BYTES, ["a"])
-    with pytest.raises(ValueError, match="num_labels=1: its output is a score"):
+    with pytest.raises(ValueError, match="num_labels=1: its output is a regression score"):
         classify(jaxlm.get_model("bert-tiny", task="classification", num_labels=1), {}, BYTES, ["a"])
 
 
@@ -235,18 +235,18 @@ def test_scores_are_those_of_generating() -> None:
 
 def test_texts_that_cannot_be_scored() -> None:
     gpt, t5 = pair("gpt2-tiny"), pair("t5-tiny")
-    with pytest.raises(ValueError, match="text 1 is 'a', 1 tokens: the first token is a condition"):
+    with pytest.raises(ValueError, match="text 1 is 'a', 1 tokens: the first token is not predicted"):
         score_texts(*gpt, BYTES, ["ab", "a"])
     assert score_texts(*gpt, BYTES, ["x" * 65]).num_tokens.tolist() == [64], "the last token is not read"
     with pytest.raises(
         ValueError, match=r"text 0 has 66 tokens, but max_positions=64: score it in windows, with jaxlm"
     ):
         score_texts(*gpt, BYTES, ["x" * 66])
-    with pytest.raises(ValueError, match="gpt reads no source: leave sources out"):
+    with pytest.raises(ValueError, match="gpt reads no source: do not pass sources"):
         score_texts(*gpt, BYTES, ["ab"], ["cd"])
-    with pytest.raises(ValueError, match="t5 scores targets given sources: 2 texts need as many, got 1"):
+    with pytest.raises(ValueError, match="t5 needs one source for each text: got 1 for 2 texts"):
         score_texts(*t5, BYTES, ["ab", "c"], ["cd"])
-    with pytest.raises(ValueError, match="2 texts need as many, got none"):
+    with pytest.raises(ValueError, match="got none for 2 texts"):
         score_texts(*t5, BYTES, ["ab", "c"])
     with pytest.raises(ValueError, match="text 0 is '', which has no tokens"):
         score_texts(*t5, BYTES, ["ab"], [""])

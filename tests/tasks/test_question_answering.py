@@ -170,7 +170,7 @@ def test_questions_whose_logits_are_not_finite_are_named() -> None:
 
 def test_examples_that_have_no_target() -> None:
     model = pair("bert-tiny")[0]
-    with pytest.raises(ValueError, match="question 'q': no window holds the whole answer .*: choose a larger stride"):
+    with pytest.raises(ValueError, match="question 'q': no window has the whole answer .*: use a larger stride"):
         features(
             model, BYTES, [{**EXAMPLES[20], "id": "q", "answers": [CONTEXTS[1][5:60]], "starts": [5]}],
             max_length=48, stride=5,

@@ -201,7 +201,7 @@ def test_generation_options() -> None:
     ("options", "said"),
     [
         ({"typical_p": 0.5, "until": "x"}, "typical_p=0.5: not supported, options of generation are until, max_gen"),
-        ({"max_gen_toks": 3, "max_tokens": 3}, "max_gen_toks and max_tokens mean the same: give one"),
+        ({"max_gen_toks": 3, "max_tokens": 3}, "max_gen_toks and max_tokens have the same meaning: set one of them"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True and temperature=0.0 contradict each other"),
         ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no room for the context, because the model reads max_length=64"),
         ({"temperature": 0.5, "num_beams": 2}, "num_beams=2 searches for likely texts, but temperature=0.5 draws"),
@@ -224,7 +224,7 @@ def test_bad_requests() -> None:
     for options, said in (
         ({"batch_size": "auto"}, "batch_size='auto' must be an integer of at least 1"),
         ({"max_length": 65}, "max_length=65 exceeds the model's max_positions=64"),
-        ({"prefix_token_id": 257}, "prefix_token_id=257 is no id of the vocabulary: 0 to 256"),
+        ({"prefix_token_id": 257}, "prefix_token_id=257 must be an id of the vocabulary, 0 to 256"),
     ):
         with pytest.raises(ValueError, match=said):
             TextRequests(*pair("gpt2-tiny"), BYTES, **options)
@@ -232,7 +232,7 @@ def test_bad_requests() -> None:
 
 def test_a_tokenizer_without_special_tokens_needs_a_prefix() -> None:
     tokenizer = CharTokenizer.from_text("a man is here\n")
-    with pytest.raises(ValueError, match="a text without a context needs a prefix token.*give prefix_token_id"):
+    with pytest.raises(ValueError, match="a text without a context needs a prefix token.*set prefix_token_id"):
         TextRequests(*pair("gpt2-tiny"), tokenizer).rolling_log_likelihoods(["a man"])
     prefix = int(tokenizer.encode("\n")[0])
     answers = TextRequests(*pair("gpt2-tiny"), tokenizer, prefix_token_id=prefix)
@@ -283,5 +283,5 @@ def test_prompts_may_be_given_as_ids() -> None:
     texts = ["a man", "the sea"]
     found = generate_text(*pair("gpt2-tiny"), BYTES, [BYTES.encode(text) for text in texts], config)
     assert found == generate_text(*pair("gpt2-tiny"), BYTES, texts, config)
-    with pytest.raises(TypeError, match="give all prompts as strings or all as ids, got 1 strings of 2"):
+    with pytest.raises(TypeError, match="pass all prompts as strings or all as ids, got 1 strings of 2"):
         generate_text(*pair("gpt2-tiny"), BYTES, ["a", BYTES.encode("b")], config)  # type: ignore[list-item]
