@@ -109,6 +109,7 @@ def packed(text="1 line\n"):
         (gzip.compress(b"1 caf\xe9"), "is not UTF-8 text: byte 0xe9 at offset 5, line 1"),
         (None, "is not a file"),
     ],
+    ids=["truncated", "header", "plain", "damaged", "latin-1", "missing"],
 )
 def test_every_reader_names_a_bad_file(tmp_path, reader, data, message):
     path = tmp_path / "bad.gz"
