@@ -206,8 +206,16 @@ def _token_ids(model: Model, table: Format, config: Mapping[str, Any]) -> dict[s
 
 
 def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that hold ids of special tokens."""
-    return {field: ids for field, ids in config.items() if field.endswith("_token_id")}
+    """The fields of a config that hold ids of special tokens.
+
+    Raises:
+        ValueError: an id that is not an integer, a list of integers or null.
+    """
+    fields = {field: ids for field, ids in config.items() if field.endswith("_token_id")}
+    for field, ids in fields.items():
+        if ids is not None and not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+            raise ValueError(f"{field}={ids!r} must be an integer, a list of integers or null")
+    return fields
 
 
 # ------------------------------------------------------------------------------------------------------ writing

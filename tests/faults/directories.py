@@ -40,6 +40,7 @@ CONFIG: dict[str, Any] = {
     "type_3": {"model_type": 3}, "type_null": {"model_type": None}, "type_alien": {"model_type": "alien"},
     "architectures_text": {"architectures": "x"}, "architectures_3": {"architectures": [3]},
     "positions_-5": {"n_positions": -5}, "id2label_3": {"id2label": 3}, "activation_7": {"activation_function": 7},
+    "eos_text": {"eos_token_id": "x"}, "eos_float": {"eos_token_id": [1.5]},
 }  # fmt: skip
 """Fields of ``config.json`` that are wrong, as {cfg_NAME}."""
 
@@ -49,6 +50,7 @@ CONTENTS: dict[str, dict[str, str]] = {
         "brace": "{", "list": "[]", "deep": DEEP, "temp": '{"temperature":"hot"}', "tempnan": '{"temperature":NaN}',
         "beams": '{"num_beams":2.0}', "beamsT": '{"num_beams":true}', "eos": '{"eos_token_id":"x"}',
         "eosbig": '{"eos_token_id":99999}', "topkf": '{"do_sample":true,"top_k":5.5}',
+        "topk-": '{"do_sample":true,"top_k":-3}',
         "new": '{"max_new_tokens":"many"}', "newbig": '{"max_new_tokens":1e400}', "rep": '{"repetition_penalty":[1]}',
         "dosample": '{"do_sample":"yes","temperature":0.5}',
     },
