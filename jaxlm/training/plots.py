@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -161,12 +162,20 @@ def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> 
     )  # fmt: skip
     for item, axes in zip(maps, figure.subplots(1, len(maps), squeeze=False, width_ratios=widths)[0], strict=True):
         axes.imshow(np.asarray(item.weights, np.float64), cmap="Blues", vmin=0.0, vmax=1.0)
-        axes.set_xticks(range(len(item.columns)), item.columns, rotation=60, ha="left", rotation_mode="anchor")
-        axes.set_yticks(range(len(item.rows)), item.rows)
+        columns, rows = ([_token_label(token) for token in tokens] for tokens in (item.columns, item.rows))
+        axes.set_xticks(range(len(columns)), columns, rotation=60, ha="left", rotation_mode="anchor")
+        axes.set_yticks(range(len(rows)), rows)
         axes.xaxis.tick_top()
         axes.tick_params(length=0, labelsize=9)
         axes.spines[:].set_color(PNG.grid)
-    figure.savefig(picture, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # drawn as an empty box
+        figure.savefig(picture, format="png", dpi=110)
+
+
+def _token_label(token: str) -> str:
+    """The text of a token on an axis: on one line, and with dollar signs that do not start a formula."""
+    return token.replace("\n", "\\n").replace("$", r"\$")
 
 
 def svg(panel: Panel, identifier: str) -> str:

@@ -130,7 +130,7 @@ def test_the_command_refuses_what_is_no_chess_model(tmp_path: Path, capsys: pyte
     ByteTokenizer().save(tmp_path / "bytes")
     assert cli.main(["chess", str(tmp_path / "bytes")]) == 2
     error = capsys.readouterr().err
-    assert "holds no chess model" in error
+    assert "has no chess model" in error
     assert "ByteTokenizer" in error
     assert len(error.splitlines()) == 1
     assert cli.main(["chess", str(tmp_path / "nothing")]) == 2
