@@ -212,7 +212,7 @@ def test_layers_apart_for_an_optimizer_that_may_look_at_whole_arrays_is_refused(
     model, optimizer, tokens, evaluate = parts()
     other = optax.GradientTransformation(*optimizer)
     monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, other, tokens, evaluate))
-    with pytest.raises(ValueError, match=r"layers_apart=True needs an optimizer .* take make_optimizer's, wrap yours"):
+    with pytest.raises(ValueError, match=r"layers_apart=True needs an optimizer .* use make_optimizer, wrap yours"):
         run(tmp_path, layers_apart=True)
     assert not any(tmp_path.iterdir())
 
