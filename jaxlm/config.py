@@ -8,7 +8,6 @@ import difflib
 import json
 import math
 import numbers
-import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,10 +136,7 @@ def _tuple(value: Any) -> Any:
 
 def write(config: Any, path: Path) -> None:
     """Write a config as JSON. An existing file is replaced atomically by a rename."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
-    integrity.sync(temporary)
-    os.replace(temporary, path)
+    integrity.replace_text(path, json.dumps(to_json(config), indent=2) + "\n")
 
 
 def read(kind: type[C], path: Path) -> C:

@@ -46,6 +46,14 @@ def verify_checksums(directory: Path, names: Collection[str] | None = None) -> N
             )
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file. An existing file is replaced atomically, by a rename after the text is on the disk."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+
+
 def forget_checksums(directory: Path, names: Collection[str]) -> None:
     """Remove these files from ``checksums.json``, because they are about to change."""
     known = _read(directory)
@@ -185,10 +193,7 @@ def _read(directory: Path) -> dict[str, str]:
 
 
 def _write(directory: Path, known: dict[str, str]) -> None:
-    temporary = directory / f".{CHECKSUMS}"
-    temporary.write_text(json.dumps({"sha256": known}, indent=2) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, directory / CHECKSUMS)
+    replace_text(directory / CHECKSUMS, json.dumps({"sha256": known}, indent=2) + "\n")
 
 
 def _sha256(path: Path) -> str:

@@ -296,7 +296,7 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 # ------------------------------------------------------------------------------- operations on a named axis
 
 
-def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees: Tree, optional: bool = False) -> Tree:
+def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree, optional: bool = False) -> Tree:
     """A tree of ``function(leaf of each tree, dimension)``; ``dimension`` is the index of ``axis`` in the leaf's spec.
 
     If the first tree is in the per-layer layout (:func:`unstack`), the specs and the other trees are unstacked as well.
@@ -308,7 +308,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., jax.Array], *trees:
         ValueError: a leaf has no such axis, and ``optional`` is False.
     """
 
-    def map_leaf(path: tuple[Any, ...], spec: ArraySpec, *leaves: jax.Array) -> jax.Array:
+    def map_leaf(path: tuple[Any, ...], spec: ArraySpec, *leaves: Any) -> Any:
         if axis not in spec.axes and optional:
             return leaves[0]
         if axis not in spec.axes:

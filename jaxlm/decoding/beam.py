@@ -110,10 +110,11 @@ def beam_search(
     search = _start(
         model, params, prompts, segment_ids, state, **numbers, **static, count=count, slots=slots, first_slots=sizes[0]
     )
+    per_layer_params = layers_apart(params)  # once, not in each stage
     for size in sizes:
         # During tracing the flags have no values. Then every stage is called, and its loop may end at once.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
-            search = _advance(model, params, search, **numbers, **static, slots=size, prompt_length=length)
+            search = _advance(model, per_layer_params, search, **numbers, **static, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
     return search.finished
 
@@ -221,7 +222,6 @@ def _advance(
 ) -> _Search:
     """The search after it has ended, or after a cache of ``slots`` slots has become full."""
     B, K, N = search.live_tokens.shape
-    params = layers_apart(params)
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
     search = dataclasses.replace(search, state=cache.resized(specs, search.state, slots))
 

@@ -229,6 +229,14 @@ def check_tokens(
         )
 
 
+def check_state_length(cfg: Any, length: int) -> None:
+    """Raise ``ValueError`` if a state of ``length`` tokens has more of them than the model has positions."""
+    if length > cfg.max_positions:
+        raise ValueError(
+            f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
+        )
+
+
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: Any) -> None:
     """Raise ``ValueError`` unless an encoder-decoder gets either a source, or a state with an encoded source."""
     if (source is None) == (state is None):

@@ -225,10 +225,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
-    if length > cfg.max_positions:
-        raise ValueError(
-            f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
-        )
+    common.check_state_length(cfg, length)
     K = cfg.embed_dim // cfg.num_heads
     return cache.cache_specs(cfg.num_layers, batch, length, cfg.num_heads, K, jnp.dtype(cfg.dtype))
 

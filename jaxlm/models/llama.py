@@ -240,10 +240,7 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
-    if length > cfg.max_positions:
-        raise ValueError(
-            f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
-        )
+    common.check_state_length(cfg, length)
     _, kv_heads, width = _heads(cfg)
     return cache.cache_specs(cfg.num_layers, batch, length, kv_heads, width, jnp.dtype(cfg.dtype))
 

@@ -127,14 +127,8 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tu
 
 def num_slots(specs: spec.Tree, state: Any) -> int | None:
     """The number of slots of the cache in ``state`` (arrays or specs); None if there is no cache in it."""
-    sizes: list[int] = []
-
-    def collect_size(leaf: Any, dim: int) -> Any:
-        sizes.append(leaf.shape[dim])
-        return leaf
-
-    spec.map_axis(specs, "slots", collect_size, state, optional=True)
-    return sizes[0] if sizes else None
+    sizes = spec.map_axis(specs, "slots", lambda leaf, at: leaf.shape[at], state, optional=True)
+    return next((size for size in jax.tree.leaves(sizes) if isinstance(size, int)), None)
 
 
 def resized(specs: spec.Tree, state: Any, slots: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -151,9 +152,7 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
         return
     saved_experiment = config_lib.read(type(experiment), resume / "config.json")
     for field in fields:
-        value, saved = experiment, saved_experiment
-        for part in field.split("."):
-            value, saved = getattr(value, part), getattr(saved, part)
+        value, saved = map(operator.attrgetter(field), (experiment, saved_experiment))
         if value != saved:
             raise ValueError(f"{field}={value} cannot change in a resumed run (it is {saved}): leave it out")
 

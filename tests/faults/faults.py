@@ -1,4 +1,4 @@
-"""What a fault does: a row of the table that ``python -m tests.faults`` prints."""
+"""The outcome of one fault, and the table that ``python -m tests.faults`` prints."""
 
 from __future__ import annotations
 

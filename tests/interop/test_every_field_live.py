@@ -77,7 +77,7 @@ TINY: dict[str, dict[str, Any]] = {
         "d_embed": 16, "d_inner": 20, "mem_len": 6, "clamp_len": 9, "same_length": True, "trainer_compatible": True,
     },
 }  # fmt: skip
-"""What is not the default of the configuration class."""
+"""Fields of the tiny configurations that differ from the defaults of their class."""
 
 _SCALINGS = [
     {"rope_type": "linear", "factor": 3.0},
@@ -168,7 +168,7 @@ _UNREAD = {
         "id2label num_labels is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
         "pruned_heads summary_type summary_use_proj summary_activation summary_proj_to_labels start_n_top end_n_top "
         "layer_types partial_rotary_factor",
-    "the length of a memory, which is an argument of init_state, and what of it is reused": "mem_len reuse_len",
+    "the length of the memory, which is an argument of init_state, and how much of it is reused": "mem_len reuse_len",
 }  # fmt: skip
 EXPLAINED = {field: reason for reason, fields in _UNREAD.items() for field in fields.split()}
 """Fields that jaxlm does not read, and what they are: the outputs must agree all the same."""

@@ -1,4 +1,4 @@
-"""Where jaxlm deliberately differs from transformers (table in docs/families.md): run with ``-m live``."""
+"""Deliberate differences from transformers (table in docs/families.md): run with ``-m live``."""
 
 from __future__ import annotations
 
