@@ -1,6 +1,6 @@
 """Train a character language model and generate text: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions.
 
-    python -m experiments.text_generation                          a GPT on the embedded plays, about a minute
+    python -m experiments.text_generation                          a GPT on the embedded plays, 1 to 3 minutes
     python -m experiments.text_generation --preset lstm            another family on the same text, 1 to 2 minutes
     python -m experiments.text_generation --data FILE              a UTF-8 text file (also .gz)
 
