@@ -211,7 +211,7 @@ def test_wrong_commands_are_refused_in_one_line(
 ) -> None:
     for arguments, said in (
         (["--tasks", "tiny_choise", "--include-path", str(task_directory)], "unknown tasks tiny_choise"),
-        (["--tasks", "tiny_choice", "--include-path", "missing"], "--include-path missing is no directory"),
+        (["--tasks", "tiny_choice", "--include-path", "missing"], "--include-path missing is not a directory"),
         (["--tasks", "tiny_choice", "--output", "missing/x.json"], "--output missing/x.json: there is no directory"),
         (["--tasks", "tiny_choice", "--limit", "0"], "--limit 0 must be at least 1"),
     ):
