@@ -19,10 +19,8 @@ class Jaxlm(Peer):
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()
         import jaxlm
-        from jaxlm.models.common import layers_apart
 
-        self.model, params = jaxlm.load_pretrained(directory)
-        self.params = jax.jit(layers_apart)(params)  # one tree per layer, converted once for many calls (docs/tour.md)
+        self.model, self.params = jaxlm.load_pretrained(directory)
         self.prompts, self.tokens = random_tokens(self.model.config.vocab_size, batch, prompt), tokens
         self.source: np.ndarray | None = None
         if self.model.reads_source:

@@ -122,7 +122,6 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
     from experiments.families import RECIPES, Data, source, to_batch
     from jaxlm.data import Batches
-    from jaxlm.models.common import layers_apart
     from jaxlm.objectives import causal
     from jaxlm.plan.flops import counted_flops
     from jaxlm.training.evaluation import Evaluator
@@ -177,7 +176,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     recipe, stream, optimizer, loss = step_of(family, model)
     data, make = Data.load(), to_batch(recipe)
     trainer = Trainer(model, optimizer, loss, carry=stream)
-    state = jax.jit(layers_apart)(trainer.init(jax.random.key(0)))
+    state = trainer.init(jax.random.key(0))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
     batch = make(next(training))

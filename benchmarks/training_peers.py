@@ -51,7 +51,6 @@ class Jaxlm(JaxTraining):
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
         import jaxlm
-        from jaxlm.models.common import layers_apart
         from jaxlm.objectives import objective
         from jaxlm.plan.program import task_of
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
@@ -72,7 +71,7 @@ class Jaxlm(JaxTraining):
         settings = OptimizerConfig(schedule="constant", warmup_steps=0, **ADAMW)
         optimizer = make_optimizer(settings, model.specs, steps=1_000_000)
         trainer = Trainer(model, optimizer, loss)
-        self.state = jax.jit(layers_apart)(trainer.init(jax.random.key(0), params))
+        self.state = trainer.init(jax.random.key(0), params)
         self.function = trainer.jit_step()
 
 

@@ -10,8 +10,8 @@ any Optax optimizer works on it:
     >>> gradient = jax.grad(lambda trained: loss(model, lora.merge(trained, frozen)))    # doctest: +SKIP
     >>> save_pretrained("directory", model, lora.merge(trained, frozen))                 # doctest: +SKIP
 
-Both layer layouts work: ``params`` may be stacked or per-layer (``spec.unstack``), and so may the trained and the
-frozen tree. All functions that take ``model_specs`` expect the stacked specs of ``Model.specs``.
+Both layer layouts work (``spec.layers``): all trees have the layout of the model's specs. A path contains no layer
+number, and selects the weight in every layer.
 """
 
 from __future__ import annotations
@@ -230,12 +230,10 @@ class LoRA:
     def split(self, model_specs: spec.Tree, params: spec.Tree, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
         """The trained tree, with new factors drawn from ``key``, and the frozen tree.
 
-        The values of the factors of a weight depend neither on the layout of ``params`` nor on the other targets.
+        The values of the factors of a weight depend neither on the layer layout nor on the other targets.
         """
         in_full = self._trained_in_full(model_specs)
         factors = spec.init(self._factor_specs(model_specs), key)
-        if not same_structure(params, model_specs):
-            factors = spec.unstack(factors)
         trained = _union(factors, _filter(params, lambda name: name in in_full))
         return trained, self.frozen(model_specs, params)
 
@@ -265,13 +263,8 @@ class LoRA:
         return in_full
 
     def _factor_specs(self, model_specs: spec.Tree) -> spec.Tree:
-        tree: dict[str, Any] = {}
-        for name, leaf in self.target_paths(model_specs).items():
-            node = tree
-            for part in name.split("/"):
-                node = node.setdefault(part, {})
-            node.update(self._factors(name, leaf))
-        return tree
+        targets = self.target_paths(model_specs)
+        return _map_leaves(self._factors, _filter(model_specs, lambda name: name in targets))
 
     def _factors(self, name: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
         rows = matrix_rows(name, leaf)
@@ -305,12 +298,6 @@ class LoRA:
 # ------------------------------------------------------------------------- trees: nested dicts, and tuples of layers
 
 
-def same_structure(tree: spec.Tree, other: spec.Tree) -> bool:
-    """Whether two trees have the same containers and keys. A stacked and a per-layer tree have different ones."""
-    structure: Any = jax.tree.structure(tree)
-    return bool(structure == jax.tree.structure(other))
-
-
 def _check_patterns(field: str, patterns: Any) -> None:
     if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{field}={patterns!r} must be a tuple of regular expressions, such as ('embedding',)")
@@ -341,6 +328,17 @@ def _leaves(tree: spec.Tree, prefix: str = "") -> dict[str, Any]:
         parts = [_leaves(child, f"{prefix}/{name}" if prefix else name) for name, child in tree.items()]
         return {name: leaf for part in parts for name, leaf in part.items()}
     return {prefix: tree}
+
+
+def _map_leaves(function: Callable[[str, Any], Any], tree: spec.Tree, prefix: str = "") -> spec.Tree:
+    """The tree of ``function(path, leaf)``, for paths without layer numbers."""
+    if isinstance(tree, tuple):
+        return tuple(_map_leaves(function, layer, prefix) for layer in tree)
+    if isinstance(tree, dict):
+        return {
+            name: _map_leaves(function, child, f"{prefix}/{name}" if prefix else name) for name, child in tree.items()
+        }
+    return function(prefix, tree)
 
 
 def _in_stack(name: str) -> bool:

@@ -9,11 +9,13 @@ A step is one directory, ``<directory>/<step>``. It is written under a temporary
 A process that is killed leaves at most a temporary directory. No function reads it, and the next save removes it
 (:meth:`Checkpointer.remove_leftovers`). Older steps are deleted only after a newer step has been written to the disk
 (fsync). A step with a damaged record is never skipped silently: see :meth:`Checkpointer.restore`.
-Arrays are stored unsharded, so that they can be restored onto another mesh.
+Arrays are stored unsharded, so that they can be restored onto another mesh, and a tree of parameters can be restored
+into the other layer layout (``spec.layers``).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -498,10 +500,12 @@ class Checkpointer:
 
     def _restore(self, target: spec.Tree, step: int | None) -> tuple[spec.Tree, dict[str, Any]]:
         step, record = self._find(step)
-        path, flat = self._path(step), _flatten(target)
+        path = self._path(step)
         stored = {name: _Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
-        spec.require_same(_shapes_and_dtypes(flat), stored, f"the target and the checkpoint {path}")
-        wanted = {name: _orbax_target(name, leaf) for name, leaf in flat.items()}
+        flat = _flatten(target)
+        sources, saved = _sources(flat, stored)
+        spec.require_same(_shapes_and_dtypes(saved), stored, f"the target and the checkpoint {path}")
+        wanted = {name: _orbax_target(name, leaf) for name, leaf in saved.items()}
         try:
             read = self._orbax.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
         except Exception as error:  # orbax and tensorstore errors have no common base class
@@ -512,11 +516,60 @@ class Checkpointer:
             name: array if isinstance(array, jax.Array) else jax.device_put(array) for name, array in read.items()
         }
         sums = checksums(arrays)
-        wrong = [name for name in flat if sums[name] != record["arrays"][name]["checksum"]]
+        wrong = [name for name in saved if sums[name] != record["arrays"][name]["checksum"]]
         if wrong:
             raise CorruptCheckpointError(f"{path} is damaged: wrong checksum of {', '.join(wrong)}")
-        leaves = [_wrap_key(arrays[name], leaf) for name, leaf in flat.items()]
+        leaves = []
+        for name, leaf in flat.items():
+            array = sources[name].array(arrays)
+            array = array if name in saved else _with_sharding_of(leaf, array)
+            leaves.append(_wrap_key(array, leaf))
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The saved arrays from which one array of the target is made, if the layer layouts differ (``spec.layers``).
+
+    Attributes:
+        names: names of the saved arrays; several for a stacked array that was saved per layer.
+        layer: the layer of one stacked array; None: the arrays as they are.
+    """
+
+    names: tuple[str, ...]
+    layer: int | None = None
+
+    def array(self, saved: dict[str, jax.Array]) -> jax.Array:
+        arrays = [saved[name] for name in self.names]
+        if self.layer is not None:
+            return arrays[0][self.layer]
+        return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
+
+
+def _sources(flat: dict[str, Any], stored: dict[str, _Stored]) -> tuple[dict[str, _Source], dict[str, Any]]:
+    """The source of each array of a flat target, and the flat target in the layout of the saved arrays."""
+    counts = collections.Counter(name for name, layer in map(spec.split_layer, flat) if layer is not None)
+    sources, wanted = {}, {}
+    for name, leaf in flat.items():
+        stacked_name, layer = spec.split_layer(name)
+        per_layer_names = tuple(spec.join_layer(name, i) for i in range(leaf.shape[0] if leaf.shape else 0))
+        if name not in stored and layer is not None and stacked_name in stored:
+            sources[name] = _Source((stacked_name,), layer)
+            wanted[stacked_name] = jax.ShapeDtypeStruct((counts[stacked_name], *leaf.shape), leaf.dtype)
+        elif name not in stored and per_layer_names and stored.keys() >= set(per_layer_names):
+            sources[name] = _Source(per_layer_names)
+            wanted |= dict.fromkeys(per_layer_names, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+        else:
+            sources[name], wanted[name] = _Source((name,)), leaf
+    return sources, wanted
+
+
+def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
+    """``array`` with the sharding of a leaf of a target, if it has one."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not getattr(leaf, "committed", True):
+        return array
+    return jax.device_put(np.asarray(array) if jax.process_count() > 1 else array, sharding)
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:

@@ -118,7 +118,7 @@ def _gpt2(chips: int) -> list[str]:
         "--model.set num_layers=12 num_heads=12 embed_dim=768 vocab_multiple=50304 dtype=bfloat16 "
         "embedding_dropout=0.0 attention_dropout=0.0 residual_dropout=0.0 "
         f"--training.sequence-length 1024 --training.batch-size {8 * chips} "
-        "--training.layers-apart True --training.steps 200 --training.evaluation-batches 2 "
+        "--training.steps 200 --training.evaluation-batches 2 "
         "--training.checkpoint-every None --optimizer.learning-rate 6e-4"
     )
 

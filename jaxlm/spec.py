@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 """A pytree (nested dicts) of arrays or of specs."""
@@ -69,7 +71,7 @@ ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
 LAYERS = "layers"
-"""The name of the axis that :func:`stack` adds, and the dict key of every stack."""
+"""The dict key of the layers of a stack, and the name of the axis that :func:`stack` adds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,8 @@ class ArraySpec:
 
 # ------------------------------------------------------------------------------------------- names and keys
 
+_LAYER_NUMBER = re.compile(rf"(?:^|/){LAYERS}/(\d+)/")
+
 
 def path_name(path: tuple[Any, ...]) -> str:
     """The name of a leaf: its keys joined by '/', for example ``layers/attention/qkv/weight``."""
@@ -123,6 +127,20 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def split_layer(name: str) -> tuple[str, int | None]:
+    """A path name without its layer number, and the number: ``layers/3/mlp/up`` gives ``("layers/mlp/up", 3)``.
+
+    A name without a layer number is returned unchanged, with None.
+    """
+    match = _LAYER_NUMBER.search(name)
+    return (name, None) if match is None else (name[: match.start(1)] + name[match.end() :], int(match[1]))
+
+
+def join_layer(name: str, layer: int) -> str:
+    """The inverse of :func:`split_layer`: ``("layers/mlp/up", 3)`` gives ``layers/3/mlp/up``."""
+    return re.sub(rf"(^|/){LAYERS}/", rf"\g<1>{LAYERS}/{layer}/", name, count=1)
+
+
 def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
     """A random key for ``name``, derived from ``key``; None if ``key`` is None.
 
@@ -131,29 +149,37 @@ def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-# ------------------------------------------------------------------------------- stacks, arrays, shapes, masks
+# ------------------------------------------------------------------------------- layers, arrays, shapes, masks
+
+
+def layers(count: int, specs: Tree, *, stacked: bool) -> Tree:
+    """Specs of ``count`` equal layers, the value of a key ``layers`` in the parameters and in the state of a family.
+
+    A family has one of two layouts, by the field ``scan_layers`` of its config (``jaxlm.models.common.run_layers``):
+
+    - stacked: one tree, whose arrays have a leading ``layers`` axis of size ``count``. ``lax.scan`` runs the layers.
+    - per-layer: a tuple with one tree per layer. A Python loop runs the layers.
+
+    Everything else follows the specs: initial values, shardings, optimizer states, checkpoints.
+    """
+    return stack(count, specs) if stacked else (specs,) * count
 
 
 def stack(count: int, specs: Tree) -> Tree:
-    """Specs of ``count`` equal layers: each array gets a leading ``layers`` axis of size ``count``.
-
-    In the parameters and in the state of a family, a stack is the value of a key ``layers`` (see :func:`unstack`).
-    """
+    """Specs of ``count`` equal layers, stacked: each array gets a leading ``layers`` axis of size ``count``."""
     return jax.tree.map(
         lambda spec: dataclasses.replace(spec, shape=(count, *spec.shape), axes=(LAYERS, *spec.axes)), specs
     )
 
 
 def unstack(tree: Tree) -> Tree:
-    """``tree`` in the per-layer layout: the stack of each key ``layers`` becomes a tuple with one tree per layer.
+    """``tree`` in the per-layer layout: the value of each key ``layers`` becomes a tuple with one tree per layer.
 
-    ``apply`` takes both layouts. A Python loop over a stacked tree copies each layer out of the stack, and its
-    gradients back into the stack, at every step (``jaxlm.models.common.layers_apart``). If the tree is unstacked once
-    before the steps, each layer is copied once.
+    Only code that reads or writes files converts trees: a checkpoint of the other layout, a Hugging Face directory.
 
     Args:
-        tree: parameters, the state of a model, or any tree that contains one of them (optimizer moments, a whole
-            ``TrainState``); or their specs. A tree that is already per-layer is returned unchanged.
+        tree: parameters, or any tree that contains them (optimizer moments, a whole ``TrainState``); arrays or specs. A
+            tree that is already per-layer is returned unchanged.
     """
 
     def select_layer(x: Any, layer: int) -> Any:
@@ -171,32 +197,15 @@ def unstack(tree: Tree) -> Tree:
 def restack(tree: Tree) -> Tree:
     """``tree`` in the stacked layout: the inverse of :func:`unstack`."""
 
+    def stack_leaves(*leaves: Any) -> Any:
+        if isinstance(leaves[0], ArraySpec):
+            return stack(len(leaves), leaves[0])
+        return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
+
     def stack_layers(layers: tuple[Tree, ...]) -> Tree:
-        return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        return jax.tree.map(stack_leaves, *layers)
 
     return _map_layers(lambda child: stack_layers(child) if isinstance(child, tuple) else child, tree)
-
-
-def for_each_layer(tree: Tree, like: Tree) -> Tree:
-    """``tree`` in the layout of ``like``, for a tree that has one entry per leaf of the stacked parameters.
-
-    Where ``like`` is per-layer, each layer gets the entries of the stack.
-    """
-    if not isinstance(tree, dict) or not isinstance(like, dict):
-        return tree
-    return {
-        name: (child,) * len(like[name])
-        if name == LAYERS and isinstance(like[name], tuple)
-        else for_each_layer(child, like[name])
-        for name, child in tree.items()
-    }
-
-
-def _is_unstacked(tree: Tree) -> bool:
-    """Whether a stack in ``tree`` is in the per-layer layout."""
-    if not isinstance(tree, dict):
-        return False
-    return any(isinstance(child, tuple) if name == LAYERS else _is_unstacked(child) for name, child in tree.items())
 
 
 def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -213,9 +222,9 @@ def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 
-    Each leaf draws from ``key`` folded with its path, and each layer of a stack folds in its index as well. So the
-    values of a leaf do not depend on other leaves, on the number of layers or (under jit with ``out_shardings``) on the
-    number of devices.
+    Each leaf draws from ``key`` folded with its path, and each layer folds in its number as well. So the values of a
+    leaf do not depend on other leaves, on the number or layout of the layers, or (under jit with ``out_shardings``) on
+    the number of devices.
 
     Raises:
         ValueError: a leaf has a random initializer and ``key`` is None.
@@ -226,8 +235,11 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
             return spec.init(None, spec.shape, spec.dtype)
         if key is None:
             raise ValueError(f"{path_name(path)!r} starts from {spec.init}: pass a key, e.g. jax.random.key(0)")
-        leaf_key = fold_name(key, path_name(path))
+        name, layer = split_layer(path_name(path))
+        leaf_key = fold_name(key, name)
         assert leaf_key is not None
+        if layer is not None:
+            leaf_key = jax.random.fold_in(leaf_key, layer)
         if spec.axes[0] == LAYERS:
             keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(jnp.arange(spec.shape[0]))
             return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.dtype))(keys)
@@ -299,8 +311,6 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree, optional: bool = False) -> Tree:
     """A tree of ``function(leaf of each tree, dimension)``; ``dimension`` is the index of ``axis`` in the leaf's spec.
 
-    If the first tree is in the per-layer layout (:func:`unstack`), the specs and the other trees are unstacked as well.
-
     Args:
         optional: return a leaf of the first tree unchanged if its spec has no such axis.
 
@@ -315,8 +325,6 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
             raise ValueError(f"{path_name(path)!r} has axes {spec.axes}: none of them is {axis!r}")
         return function(*leaves, spec.axes.index(axis))
 
-    if trees and _is_unstacked(trees[0]):
-        specs, trees = unstack(specs), tuple(map(unstack, trees))
     return jax.tree_util.tree_map_with_path(map_leaf, specs, *trees)
 
 

@@ -33,6 +33,13 @@ def tiny_model(name: str, **overrides: Any) -> Model:
     return get_model(name, **{**rates, **overrides})
 
 
+def with_stacked_layers(model: Model) -> Model:
+    """The model with ``scan_layers=True``; the same model if its family has no such field."""
+    if not hasattr(model.config, "scan_layers"):
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, scan_layers=True))
+
+
 def task_of(model: Model) -> str:
     """The task of a model."""
     return getattr(model.config, "task", "causal")

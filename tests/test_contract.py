@@ -36,6 +36,7 @@ from tests.helpers import (
     source_of,
     task_of,
     tiny_model,
+    with_stacked_layers,
 )
 
 TOLERANCE = 2e-5  # float32, other orders of summation
@@ -44,6 +45,9 @@ STEP_TOLERANCE = 1e-4  # the same after Adam, which divides small gradients by t
 DECODERS = tuple(name for name in TINY if decodes(tiny_model(name)))
 every_form = pytest.mark.parametrize("name", forms())
 every_decoder = pytest.mark.parametrize("name", forms(DECODERS))
+LAYERED = tuple(name for name in TINY if hasattr(tiny_model(name).config, "scan_layers"))
+every_layered = pytest.mark.parametrize("name", forms(LAYERED))
+every_layered_decoder = pytest.mark.parametrize("name", forms(tuple(name for name in DECODERS if name in LAYERED)))
 
 
 def setup(name, batch=2, length=24, **overrides):
@@ -167,7 +171,7 @@ def test_jit_equals_no_jit(name):
 
 @every_form
 def test_how_it_is_computed_does_not_change_what(name):
-    choices = {"scan_layers": False, "remat": "full", "attention_implementation": "blockwise"}
+    choices = {"remat": "full", "attention_implementation": "blockwise"}
     model, params, tokens = setup(name, length=13, **_offered(name, {"remat": "none"}))
     batch, key = batch_of(model, tokens), jax.random.key(3)
     want = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, batch, key)))(params)
@@ -184,24 +188,23 @@ def _offered(name, change):
     return {field: value for field, value in change.items() if field in fields}
 
 
-@every_form
-def test_layers_taken_apart_give_what_the_stack_gives(name):
+@every_layered
+def test_stacked_layers_give_what_per_layer_trees_give(name):
     model, params, tokens = setup(name)
-    apart = jax.jit(spec.unstack)(params)
-    stacked = any(leaf.axes[0] == spec.LAYERS for leaf in spec.flatten(model.specs).values())
-    assert (jax.tree.structure(apart) != jax.tree.structure(params)) == stacked
-    if not stacked:
-        return
-    key = jax.random.key(2)
+    stacked = with_stacked_layers(model)
+    assert stacked.specs == spec.restack(model.specs) != model.specs
+    assert_trees_equal(jax.jit(stacked.init)(jax.random.key(0)), spec.restack(jax.jit(model.init)(jax.random.key(0))))
+    key, stack = jax.random.key(2), spec.restack(params)
     want = hidden_of(model, params, tokens, key=key)
-    assert relative_error(hidden_of(model, apart, tokens, key=key), want) < TOLERANCE
+    assert relative_error(hidden_of(stacked, stack, tokens, key=key), want) < TOLERANCE
     if name not in DECODERS:
         return
     states = []
-    for weights in (params, apart):
-        step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
-        hidden, state = step(weights, tokens[:, :7], empty_state(model, params, 2, 9))
-        states.append((hidden, step(weights, tokens[:, 7:9], state)))
+    for form, weights in ((model, params), (stacked, stack)):
+        step = jax.jit(lambda p, t, s, form=form: form.apply(p, t, state=s))
+        hidden, state = step(weights, tokens[:, :7], empty_state(form, weights, 2, 9))
+        hidden, state = step(weights, tokens[:, 7:9], state)
+        states.append((hidden, spec.restack(state)))
     assert_trees_close(states[1], states[0], TOLERANCE)
 
 
@@ -409,30 +412,28 @@ def test_rows_reorder_and_reset_by_axis_name(name):
     assert relative_error(fresh[1], alone(model, params, tokens, 1)[8:]) < TOLERANCE
 
 
-@every_decoder
-def test_a_state_with_layers_apart_is_the_same_state(name):
-    """Read, stepped on, reordered and reset, with padding: bit for bit what the stacked one is, but for rounding."""
+@every_layered_decoder
+def test_a_stacked_state_is_the_same_state(name):
+    """Read, continued, reordered and reset, with padding: equal to the per-layer state up to rounding."""
     model, params, tokens = setup(name, batch=3, length=10)
+    stacked = with_stacked_layers(model)
     segments = np.ones((3, 8), np.int32)
     segments[1, :3] = 0
     sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
-    specs, order = model.state_specs(3, 12, **sizes), jnp.array([1, 0, 0])
-    found = []
-    for form in (lambda tree: tree, spec.unstack):
-        _, state = step_of(model, form(params), tokens[:, :8], form(empty_state(model, params, 3, 12)), segments)
+    order, found = jnp.array([1, 0, 0]), []
+    for form, weights in ((model, params), (stacked, spec.restack(params))):
+        specs = form.state_specs(3, 12, **sizes)
+        _, state = step_of(form, weights, tokens[:, :8], empty_state(form, weights, 3, 12), segments)
         state = spec.take(specs, state, order)
-        hidden, state = step_of(model, form(params), tokens[:, 8:9], state)
-        if not model.reads_source:  # a row without its source is no beginning
+        hidden, state = step_of(form, weights, tokens[:, 8:9], state)
+        if not model.reads_source:  # the initial state of a row has no source
             state = spec.reset(specs, state, jnp.array([False, False, True]))
-        more, state = step_of(model, form(params), tokens[:, 9:], state)
-        assert jax.tree.structure(state) == jax.tree.structure(form(specs))
+        more, state = step_of(form, weights, tokens[:, 9:], state)
+        assert jax.tree.structure(state) == jax.tree.structure(specs)
         found.append((hidden, more, spec.restack(state)))
     assert_trees_close(found[1], found[0], TOLERANCE)
-    stacked = jax.tree.structure(specs) == jax.tree.structure(spec.unstack(specs))
-    assert stacked == ("layers" not in specs)
-    if not stacked:
-        with pytest.raises(ValueError, match="the state has one tree per layer, but the parameters are stacked"):
-            model.apply(params, tokens[:, 9:], state=spec.unstack(state))
+    with pytest.raises(ValueError, match=r"the parameters have one tree per layer .* but the state has stacked layers"):
+        model.apply(params, tokens[:, 9:], state=state)
 
 
 @every_decoder
@@ -551,10 +552,12 @@ def test_an_empty_source_is_refused(name, rows, length):
 @functools.cache
 def training(name, batch=16):
     model = tiny_model(name, **_offered(name, {"vocab_multiple": 8}))
+    return model, optimizer_of(model), batch_of(model, random_tokens(model, batch, 17))
+
+
+def optimizer_of(model):
     # A large epsilon: gradients that are 0 but for rounding (those of key biases) must not be blown up to whole steps.
-    config = OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3)
-    optimizer = make_optimizer(config, model.specs, 40)
-    return model, optimizer, batch_of(model, random_tokens(model, batch, 17))
+    return make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
 
 
 @functools.cache
@@ -592,15 +595,14 @@ def assert_steps_close(got, want):
         assert_trees_close(*floats, STEP_TOLERANCE, floor=1e-4)
 
 
-@every_form
-def test_a_step_with_layers_apart_is_that_of_the_stack(name):
-    _, _, batch = training(name)
-    step, fresh, want = single_step(name)
-    apart = jax.jit(spec.unstack)(fresh())
-    if jax.tree.structure(apart) == jax.tree.structure(fresh()):
-        return  # nothing is stacked
-    params, optimizer, metrics = after_one_step(step, apart, batch)
-    assert_steps_close((spec.restack(params), spec.restack(optimizer), metrics), want)
+@every_layered
+def test_a_step_with_stacked_layers_is_that_of_per_layer_trees(name):
+    model, _, batch = training(name)
+    stacked = with_stacked_layers(model)
+    _, fresh, want = single_step(name)
+    step = Trainer(stacked, optimizer_of(stacked), loss_function(stacked)).jit_step()
+    got = after_one_step(step, jax.jit(spec.restack)(fresh()), batch)
+    assert_steps_close(got, spec.restack(want))
 
 
 @every_form
@@ -617,19 +619,19 @@ def test_each_table_by_itself(mesh):
     ("name", "mesh"),
     [("gpt2-tiny", "data=2,fsdp=2,tensor=2"), ("t5-tiny", "fsdp=4,tensor=2"), ("transformer-xl-tiny", "data=8")],
 )
-def test_sharded_step_with_layers_apart_equals_single(name, mesh):
-    check_sharded_step(name, mesh, layers_apart=True)
+def test_sharded_step_with_stacked_layers_equals_single(name, mesh):
+    check_sharded_step(name, mesh, scan_layers=True)
 
 
-def check_sharded_step(name, mesh, *, layers_apart=False):
+def check_sharded_step(name, mesh, *, scan_layers=False):
     """Loss, gradients (Adam's first moment is a tenth of them) and the updated parameters."""
-    model, optimizer, batch = training(name)
+    model, _, batch = training(name)
+    model = with_stacked_layers(model) if scan_layers else model
     _, fresh, want = single_step(name)
     sharding = Sharding(make_mesh(mesh))
-    trainer = Trainer(model, optimizer, loss_function(model), sharding=sharding, layers_apart=layers_apart)
-    state = spec.unstack(fresh()) if layers_apart else fresh()
-    state = jax.device_put(state, trainer.shardings())
-    assert_steps_close(spec.restack(after_one_step(trainer.jit_step(), state, batch)), want)
+    trainer = Trainer(model, optimizer_of(model), loss_function(model), sharding=sharding)
+    state = jax.device_put(spec.restack(fresh()) if scan_layers else fresh(), trainer.shardings())
+    assert_steps_close(spec.restack(after_one_step(trainer.jit_step(), state, batch)), spec.restack(want))
 
 
 @every_form

@@ -5,24 +5,37 @@ import sys
 
 import pytest
 
+from jaxlm.models import FAMILIES
+
 OPTIONAL = {
     "torch", "transformers", "tokenizers", "matplotlib", "grain", "datasets", "chess", "sacrebleu", "rouge_score",
     "peft", "lm_eval",
 }  # fmt: skip
 
 
-def packages_after(statement: str) -> set[str]:
-    """Top-level packages that ``statement`` adds to what ``import jax`` has loaded, the standard library left out."""
+def modules_after(statement: str) -> set[str]:
+    """The modules that ``statement`` loads in addition to those of ``import jax``, without the standard library."""
     script = (
         f"import sys, jax; before = set(sys.modules); {statement};"
-        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+        "print(*(name for name in set(sys.modules) - before if name.partition('.')[0] not in sys.stdlib_module_names))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
     return set(run.stdout.split())
 
 
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def packages_after(statement: str) -> set[str]:
+    return packages(modules_after(statement))
+
+
 def test_import_jaxlm_is_light():
-    assert packages_after("import jaxlm") == {"jaxlm", "safetensors"}
+    modules = modules_after("import jaxlm")
+    assert packages(modules) == {"jaxlm", "safetensors"}
+    lazy = {f"jaxlm.{package}.{name}" for package in ("models", "interop.formats") for name in FAMILIES}
+    assert modules & lazy == set()
 
 
 @pytest.mark.parametrize(

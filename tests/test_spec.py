@@ -50,7 +50,31 @@ def test_layers_of_a_stack_differ_and_do_not_depend_on_their_number():
     assert len({np.asarray(row).tobytes() for row in seven}) == 7
 
 
-def test_unstack_takes_stacks_apart_and_leaves_the_rest():
+def test_layers_have_the_same_values_in_both_layouts():
+    layer = {"w": ArraySpec((5, 6), ("embed", "mlp"), Normal(1.0)), "b": ArraySpec((6,), ("mlp",), ONES)}
+    stacked, per_layer = (
+        {"encoder": {"layers": spec.layers(3, layer, stacked=form)}, "table": layer["w"]} for form in (True, False)
+    )
+    assert spec.unstack(stacked) == per_layer
+    assert spec.restack(per_layer) == stacked
+    values = [spec.init(specs, jax.random.key(4)) for specs in (stacked, per_layer)]
+    assert_trees_equal(spec.unstack(values[0]), values[1])
+    assert spec.count(stacked) == spec.count(per_layer)
+
+
+def test_a_path_with_and_without_its_layer_number():
+    for name, parts in {
+        "layers/3/mlp/up": ("layers/mlp/up", 3),
+        "optimizer/1/mu/encoder/layers/12/w": ("optimizer/1/mu/encoder/layers/w", 12),
+        "layer_0/bias": ("layer_0/bias", None),
+        "layers/mlp/up": ("layers/mlp/up", None),
+    }.items():
+        assert spec.split_layer(name) == parts
+        if parts[1] is not None:
+            assert spec.join_layer(*parts) == name
+
+
+def test_unstack_splits_stacks_and_leaves_the_rest():
     stack = {"w": np.arange(12, dtype=np.float32).reshape(2, 2, 3), "b": np.ones((2, 3), np.float32)}
     tree = {"table": np.zeros((4, 2)), "encoder": {"layers": stack}}
     apart = spec.unstack(tree)
@@ -63,14 +87,6 @@ def test_unstack_takes_stacks_apart_and_leaves_the_rest():
         assert_trees_equal(spec.unstack(tree_of(tree)), tree_of(apart))
         assert_trees_equal(spec.restack(tree_of(apart)), tree_of(tree))
     assert spec.restack(tree)["encoder"]["layers"] == stack
-
-
-def test_an_entry_of_a_stack_is_that_of_each_layer_where_layers_are_apart():
-    marks = {"table": True, "encoder": {"layers": {"w": True, "b": False}}}
-    stacked = {"table": 0, "encoder": {"layers": {"w": 1, "b": 2}}}
-    assert spec.for_each_layer(marks, stacked) == marks
-    apart = {"table": 0, "encoder": {"layers": ({"w": 1, "b": 2},) * 3}}
-    assert spec.for_each_layer(marks, apart) == {**marks, "encoder": {"layers": (marks["encoder"]["layers"],) * 3}}
 
 
 def test_fold_name_separates_names_and_passes_none():
@@ -110,9 +126,9 @@ def test_take_and_reset_find_the_axis_by_name():
     assert reset["n"].tolist() == [5.0, 1.0, 7.0]
     np.testing.assert_array_equal(reset["k"][:, 1], 0)
     np.testing.assert_array_equal(reset["k"][:, 0], np.asarray(tree["k"])[:, 0])
-    stacked = {"layers": {"k": specs["k"]}}, {"layers": {"k": tree["k"]}}
-    apart = spec.take(stacked[0], spec.unstack(stacked[1]), jnp.array([2, 2, 0]))
-    np.testing.assert_array_equal(apart["layers"][1]["k"], taken["k"][1])
+    per_layer = spec.unstack({"layers": {"k": specs["k"]}}), spec.unstack({"layers": {"k": tree["k"]}})
+    taken_per_layer = spec.take(*per_layer, jnp.array([2, 2, 0]))
+    np.testing.assert_array_equal(taken_per_layer["layers"][1]["k"], taken["k"][1])
     with pytest.raises(ValueError, match=r"'w' has axes \('embed',\): none of them is 'batch'"):
         spec.take({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
 

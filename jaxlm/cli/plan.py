@@ -30,7 +30,7 @@ class Plan:
     compare: tuple[str, ...] = ()
     """Further meshes to compare with the first."""
     set: tuple[str, ...] = ()
-    """Changes to fields of the model's config, for example num_layers=24 remat=full."""
+    """Changes to fields of the model's config, for example num_layers=24 remat=full scan_layers=true."""
     dtype: str = "bfloat16"
     """Compute dtype."""
     param_dtype: str = "float32"
@@ -39,8 +39,6 @@ class Plan:
     """Micro-batches per batch, whose gradients are summed."""
     dropout: bool = True
     """Use the dropout rates of the config; --no-dropout sets all of them to 0."""
-    layers_apart: bool = False
-    """Each layer has separate arrays, and the loop over layers is unrolled (training.layers_apart)."""
     xla: tuple[str, ...] = ()
     """XLA compiler options, for example xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000."""
     json: Path | None = None
@@ -61,7 +59,7 @@ class Plan:
             with console.status(f"compiling for {self.topology}, {mesh}"):
                 result = plan.plan(
                     model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
-                    accumulate=self.accumulate, param_dtype=self.param_dtype, layers_apart=self.layers_apart,
+                    accumulate=self.accumulate, param_dtype=self.param_dtype,
                     name=self.model, xla=xla,
                 )  # fmt: skip
             plans.append(result)

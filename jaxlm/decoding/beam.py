@@ -22,7 +22,6 @@ from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
-from jaxlm.models.common import layers_apart
 from jaxlm.nn import cache
 from jaxlm.sharding import Sharding, active
 
@@ -110,11 +109,10 @@ def beam_search(
     search = _start(
         model, params, prompts, segment_ids, state, **numbers, **static, count=count, slots=slots, first_slots=sizes[0]
     )
-    per_layer_params = layers_apart(params)  # once, not in each stage
     for size in sizes:
         # During tracing the flags have no values. Then every stage is called, and its loop may end at once.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
-            search = _advance(model, per_layer_params, search, **numbers, **static, slots=size, prompt_length=length)
+            search = _advance(model, params, search, **numbers, **static, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
     return search.finished
 
@@ -185,9 +183,8 @@ def _start(
     """The search after the prompts and one new token, with a cache of ``first_slots`` slots."""
     B, K, N = prompts_BT.shape[0], beams, count
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
-    state, specs = layers_apart(state), model.state_specs(B, slots)
     row_state, source = _split_source(model, state)
-    row_specs, _ = _split_source(model, specs)
+    row_specs, _ = _split_source(model, model.state_specs(B, slots))
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), end_ids[0] if end_ids else 0, jnp.int32)
     search = _Search(

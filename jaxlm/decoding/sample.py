@@ -20,7 +20,6 @@ from flax import struct
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
-from jaxlm.models.common import layers_apart
 from jaxlm.sharding import Sharding, active
 
 
@@ -350,7 +349,7 @@ def _prefill(
         assert key is not None
         keys_B = key if _has_row_keys(key) else row_keys(key, rows_B)
     progress = Progress(
-        state=layers_apart(state),
+        state=state,
         tokens=jnp.full((B, count), end_ids[0] if end_ids else 0, jnp.int32),
         log_probs=jnp.zeros((B, count), jnp.float32),
         lengths=jnp.zeros((B,), jnp.int32),
@@ -407,5 +406,4 @@ def _advance(
         state, logits_BV = read_tokens(model, params, progress.state, newest_B, ~progress.ended)
         return _draw(dataclasses.replace(progress, state=state), logits_BV)
 
-    params = layers_apart(params)
     return jax.lax.while_loop(unfinished, generate_token, progress)

@@ -23,7 +23,6 @@ from jaxlm.decoding.finite import named_rows
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.windows import TokenRequest, Windows, pad_prompts, read_sources
 from jaxlm.models import Model
-from jaxlm.models.common import layers_apart
 
 CHUNK = 8
 """Number of tokens between two searches for stop strings."""
@@ -178,7 +177,7 @@ class _Text:
             self._start = np.array([_first_id(model, tokenizer)], np.int32)
         self._request = TokenRequest(
             model=model,
-            params=jax.jit(layers_apart)(params),  # once, not in each call of the loop
+            params=params,
             max_new_tokens=0,  # each batch sets its own
             sampling=resolved.sampling,
             key=key,

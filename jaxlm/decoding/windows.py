@@ -27,7 +27,7 @@ class TokenRequest:
 
     Attributes:
         model: the model.
-        params: its parameters, as ``layers_apart`` returns them (per-layer arrays on CPU).
+        params: its parameters.
         max_new_tokens: maximum number of new tokens in each row.
         sampling: how tokens are drawn.
         key: random key; None for greedy decoding.

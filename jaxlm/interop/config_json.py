@@ -16,7 +16,8 @@ from typing import Any, Literal
 from jaxlm import config as config_lib
 from jaxlm import spec
 from jaxlm.data.tokenizers import ROLES, Tokenizer
-from jaxlm.models.files import Format
+from jaxlm.interop import formats
+from jaxlm.interop.formats import Format
 from jaxlm.models.model import FAMILIES, Metadata, Model, family, get_model
 
 _NATIVE = "jaxlm-"
@@ -42,14 +43,12 @@ class Description:
     stored: Model | None
 
 
-def tables(name: str) -> tuple[Format, ...]:
-    """The tables of a family; none where no published files exist."""
-    return getattr(family(name), "HUGGING_FACE", ())
-
-
 def format_of(model: Model) -> Format:
-    """The table that a model is written with: that of the loaded ``model_type``, or the first that can express it."""
-    choices = tables(model.family)
+    """The format to write a model with: that of the loaded ``model_type``, or the first one that can express the model.
+
+    A family without a published format has a format with our own names.
+    """
+    choices = formats.of(model.family)
     if not choices:
         return _native(model)
     loaded = None if model.metadata is None else model.metadata.config.get("model_type")
@@ -71,13 +70,15 @@ def is_stacked(leaf: spec.ArraySpec) -> bool:
 
 
 def _native(model: Model) -> Format:
-    """The table of a family that has no published files: names are paths."""
+    """The format of a family without a published format: names are paths."""
 
-    def name(path: str, leaf: spec.ArraySpec) -> str:
-        parts = [f"{part}.{{layer}}" if part == spec.LAYERS and is_stacked(leaf) else part for part in path.split("/")]
-        return ".".join(parts)
+    def name(path: str, *, is_layer: bool) -> str:
+        return ".".join(f"{part}.{{layer}}" if part == spec.LAYERS and is_layer else part for part in path.split("/"))
 
-    names = {path: name(path, leaf) for path, leaf in spec.flatten(model.specs).items()}
+    names = {}
+    for path, leaf in spec.flatten(model.specs).items():
+        path, layer = spec.split_layer(path)
+        names[path] = name(path, is_layer=layer is not None or is_stacked(leaf))
     return Format(architectures={}, model_type=_NATIVE + model.family, prefix="", fields={}, tensors=names)
 
 
@@ -91,7 +92,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         ValueError: an architecture or setting that is not supported.
     """
     model_type = config.get("model_type")
-    if model_type in [_NATIVE + name for name in FAMILIES if not tables(name)]:
+    if model_type in [_NATIVE + name for name in FAMILIES if not formats.of(name)]:
         name, fields = model_type.removeprefix(_NATIVE), _native_fields(config, path)
         implied: Mapping[str, Any] = {}
         table = None
@@ -130,9 +131,9 @@ def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _table(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> tuple[str, Format, Mapping[str, Any]]:
-    """The family and the table of the files, and the values of our fields that their class stands for."""
+    """The family and the format of the files, and the values of our fields that their class implies."""
     model_type = config.get("model_type")
-    known = [(name, table) for name in FAMILIES for table in tables(name)]
+    known = [(name, table) for name in FAMILIES for table in formats.of(name)]
     supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
     known = [(name, table) for name, table in known if table.model_type == model_type]
     if not known:
@@ -252,11 +253,11 @@ def their_config(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -
 def _written(model: Model, table: Format) -> dict[str, Any]:
     """The fields that jaxlm decides, without special ids and dtype."""
     fields: dict[str, Any] = {}
-    if getattr(model.config, "task", None) in _LABELLING and (tables(model.family) or model.labels is not None):
+    if getattr(model.config, "task", None) in _LABELLING and (formats.of(model.family) or model.labels is not None):
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
         fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
-    if not tables(model.family):
+    if not formats.of(model.family):
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
     for ours, theirs in table.fields.items():
         value = getattr(model.config, ours)

@@ -1,9 +1,9 @@
 """Hugging Face directories in and out, without torch: ``config.json`` and ``*.safetensors``.
 
-What differs between families is data, the ``HUGGING_FACE`` tables of each (``jaxlm.models.files.Format``): nothing here
-knows a family. A family without tables, of which no published files exist, is written in the same way with our own
-names: ``model_type`` is ``jaxlm-<family>``, ``config`` holds the fields of its config, and a tensor is called by its
-path, such as ``layers.3.mlp.up.weight``.
+The code is the same for all families. What differs is data, the published formats of a family
+(``jaxlm.interop.formats``). A family without a published format is written with our own names: ``model_type`` is
+``jaxlm-<family>``, ``config`` has the fields of its config, and the name of a tensor is its path, such as
+``layers.3.mlp.up.weight``.
 
 Loading checks the config, then every name, shape and dtype from the headers of the files, and only then reads, one
 parameter at a time. Nothing is downloaded, and pickles are never opened: loading one can run any code.
@@ -35,24 +35,24 @@ from safetensors.numpy import save_file
 
 from jaxlm import integrity, processes, spec
 from jaxlm.data.tokenizers import TOKENIZER_FILES, Tokenizer
+from jaxlm.interop import formats
 from jaxlm.interop.config_json import (
     Description,
     describe,
     format_of,
     is_stacked,
-    tables,
     their_config,
     their_generation_config,
     token_fields,
 )
 from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, inside, write_json
+from jaxlm.interop.formats import Format, Layout
 from jaxlm.json_files import read_object
-from jaxlm.models.files import Format, Layout
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
 from jaxlm.sharding import Sharding
 
-__all__ = ["load_pretrained", "named_tensors", "params_of_tensors", "save_pretrained", "tables"]
+__all__ = ["load_pretrained", "named_tensors", "params_of_tensors", "save_pretrained"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def load_pretrained(
     ``fresh`` and ``unused``, and the logger "jaxlm" reports them. Without ``task`` and ``num_labels``, the files must
     hold exactly the model.
 
-    On the host, at most one parameter (all of its layers) is held beyond the result.
+    On the host, at most one parameter (all of its layers if they are stacked) is held beyond the result.
 
     Args:
         directory: with ``config.json`` and ``model.safetensors``, or shards and their index.
@@ -106,12 +106,15 @@ def load_pretrained(
     integrity.verify_checksums(directory)
     description = _read_description(directory, overrides)
     model = description.model
-    specs = spec.flatten(model.specs)
-    shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
     with contextlib.ExitStack() as stack:
         tensors = _renamed(_open(directory, stack), description.table, directory)
+        layers = getattr(model.config, "num_layers", 0)
+        if layers > len(tensors):  # before specs are made for each layer
+            raise ValueError(f"{directory}: {layers} layers in {CONFIG}, but only {len(tensors)} tensors in its files")
+        specs = spec.flatten(model.specs)
+        shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
         match = _match(description, tensors, directory)
-        dtypes = {path: _dtype(path, place, tensors, param_dtype) for path, place in match.places.items()}
+        dtypes = _dtypes(match.places, tensors, param_dtype)
         fresh = spec.init({path: specs[path] for path in match.fresh}, jax.random.key(seed))
         fresh_dtype = param_dtype or jnp.result_type(*dtypes.values())
         leaves = []
@@ -302,11 +305,13 @@ def _places(model: Model, table: Format, prefix: str | None = None) -> dict[str,
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
     places = {}
     for path, leaf in specs.items():
-        if path not in names:
-            raise ValueError(f"{path} of this {model.family} has no name in files of model_type={table.model_type!r}")
-        layers, ours = (leaf.shape[0], leaf.shape[1:]) if is_stacked(leaf) else (1, leaf.shape)
-        layout = table.layouts.get(path, tuple((axis,) for axis in range(len(ours))))
-        places[path] = _Place(tuple(names[path].format(layer=layer) for layer in range(layers)), ours, layout)
+        name, layer = spec.split_layer(path)
+        if name not in names:
+            raise ValueError(f"{name} of this {model.family} has no name in files of model_type={table.model_type!r}")
+        ours = leaf.shape[1:] if is_stacked(leaf) else leaf.shape
+        layers = range(leaf.shape[0]) if is_stacked(leaf) else [layer]
+        layout = table.layouts.get(name, tuple((axis,) for axis in range(len(ours))))
+        places[path] = _Place(tuple(names[name].format(layer=layer) for layer in layers), ours, layout)
     return places
 
 
@@ -451,14 +456,11 @@ class _Match:
 def _match(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Where every parameter is, after a check that the files hold exactly the tensors of the model, or of its base."""
     model, table = description.model, description.table
-    for path, leaf in spec.flatten(model.specs).items():
-        if is_stacked(leaf) and leaf.shape[0] > len(tensors):  # before a name is made for each
-            raise ValueError(f"{directory}: {leaf.shape[0]} layers of {path} in {CONFIG}, but {len(tensors)} tensors")
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
     places = _places(model, table, prefix)
     stored: dict[str, _Place] = {}
     if description.stored is not None:
-        stored_table = table if tables(model.family) else format_of(description.stored)
+        stored_table = table if formats.of(model.family) else format_of(description.stored)
         stored = _places(description.stored, stored_table, prefix)
     owners = {name: path for path, place in stored.items() for name in place.names}
     fresh = _fresh_paths(description, places, stored, tensors) if stored else []
@@ -559,10 +561,19 @@ def _same_bytes(one: _Tensor, two: _Tensor) -> bool:
     )
 
 
-def _dtype(path: str, place: _Place, tensors: dict[str, _Tensor], param_dtype: str | None) -> str:
-    """The dtype that a parameter will have."""
-    found = sorted({tensors[name].dtype for name in place.names})
-    what = f"{path} ({place.names[0]}{', ...' if len(place.names) > 1 else ''}) is {' and '.join(found)} in the file"
+def _dtypes(places: dict[str, _Place], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
+    """The dtype of each parameter, which is the same in all layers."""
+    names: dict[str, list[str]] = collections.defaultdict(list)
+    for path, place in places.items():
+        names[spec.split_layer(path)[0]] += place.names
+    dtypes = {path: _dtype(path, tensor_names, tensors, param_dtype) for path, tensor_names in names.items()}
+    return {path: dtypes[spec.split_layer(path)[0]] for path in places}
+
+
+def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype: str | None) -> str:
+    """The dtype of a parameter whose layers are the tensors ``names``."""
+    found = sorted({tensors[name].dtype for name in names})
+    what = f"{path} ({names[0]}{', ...' if len(names) > 1 else ''}) is {' and '.join(found)} in the file"
     if not set(found) <= {*_DTYPES, "F64"}:
         raise ValueError(f"{what}: only {', '.join(_DTYPES)} and F64 are read")
     if param_dtype is not None:

@@ -5,7 +5,7 @@
     >>> save_adapter("another", model, lora, trained)                                    # doctest: +SKIP
 
 An adapter holds the factors of ``jaxlm.adapt.LoRA`` and the parameters that it trains in full
-(``modules_to_save``). PEFT names tensors by modules of the transformers class, so the family needs Hugging Face tables.
+(``modules_to_save``). PEFT names tensors by modules of the transformers class, so the family needs a published format.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm import integrity, processes, spec
 from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, matrix_rows
-from jaxlm.interop.config_json import format_of, is_stacked, tables
+from jaxlm.interop import formats
+from jaxlm.interop.config_json import format_of, is_stacked
 from jaxlm.interop.directory import inside, write_json
+from jaxlm.interop.formats import Layout
 from jaxlm.json_files import read_object
-from jaxlm.models.files import Layout
 from jaxlm.models.model import Model
 
 CONFIG = "adapter_config.json"
@@ -60,7 +61,7 @@ _INITIAL_OF_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA, spec.Tree]:
     """The adaptation and the trained tree that a PEFT directory holds, for the base model ``model``.
 
-    Factors are float32 and stacked, whatever the file has. ``lora_dropout`` acts in training only, and
+    Factors are float32, whatever the file has. ``lora_dropout`` acts in training only, and
     :class:`~jaxlm.adapt.LoRA` has none: a value above 0 gives a warning.
 
     Raises:
@@ -84,6 +85,8 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     if len(named) < len(tensors):
         strange = sorted(name for name in tensors if not name.startswith(_ROOT))
         raise ValueError(f"{directory / WEIGHTS}: {', '.join(strange[:5])} do not begin with {_ROOT!r}, as PEFT's do")
+    per_layer = not getattr(model.config, "scan_layers", True)
+    model = _stacked(model)
     weights = _weights(model, with_prefix=_has_prefix(model, named))
     owners = {name: weight for weight in weights.values() for name in weight.names}
     kinds = {name: _kind(name, owners, directory) for name in named}
@@ -96,9 +99,8 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     leaves = {path: weights[path].whole_to_ours(reader.whole(weights[path])) for path in whole}
     for path in adapted:
         leaves |= weights[path].factors_to_ours(*reader.factors(weights[path]))
-    return lora, jax.tree_util.tree_map_with_path(
-        lambda keys, _: jnp.asarray(leaves[spec.path_name(keys)]), lora.specs(model.specs)
-    )
+    trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
+    return lora, jax.tree.map(jnp.asarray, spec.unstack(trained) if per_layer else trained)
 
 
 def save_adapter(
@@ -109,7 +111,7 @@ def save_adapter(
     Args:
         directory: made when missing; other files in it are left alone.
         model: the base model.
-        trained: the stacked tree of ``lora.specs(model.specs)``.
+        trained: a tree with the specs ``lora.specs(model.specs)``.
         base: the directory or name of the base model, for ``peft.AutoPeftModel``.
 
     Raises:
@@ -117,6 +119,7 @@ def save_adapter(
             class (token tables, XLNet's attention), or a module that is trained in part only.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
+    model, trained = _stacked(model), spec.restack(trained)
     weights = _weights(model, with_prefix=getattr(model.config, "task", None) != "none")
     flat = {name: np.asarray(processes.on_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()}
     tensors: dict[str, np.ndarray] = {}
@@ -259,9 +262,16 @@ class _Weight:
         return x if self.stacked else x[None]
 
 
+def _stacked(model: Model) -> Model:
+    """The model with stacked layers: one parameter for all layers, as here in ``_Weight``."""
+    if not hasattr(model.config, "scan_layers"):
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, scan_layers=True))
+
+
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
     """``{path: weight}`` of every parameter of the model."""
-    if not tables(model.family):
+    if not formats.of(model.family):
         raise ValueError(f"family {model.family!r} has no class in transformers, so PEFT has no adapters of it")
     table = format_of(model)
     prefix = table.prefix if with_prefix else ""
@@ -318,7 +328,7 @@ def _check_config(config: dict[str, Any], path: Path) -> tuple[int, float]:
 
 def _has_prefix(model: Model, named: dict[str, np.ndarray]) -> bool:
     """Whether names are those of a class with a head, which holds the base class under a prefix."""
-    prefix = format_of(model).prefix if tables(model.family) else ""
+    prefix = format_of(model).prefix if formats.of(model.family) else ""
     return any(name.startswith(prefix) for name in named)
 
 

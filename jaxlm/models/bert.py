@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, files, heads
+from jaxlm.models import common, heads
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.dropout import dropout
@@ -127,9 +127,7 @@ def apply(
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
-    x, _ = common.scan_layers(
-        block, x, params["layers"], None, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
+    x, _ = common.run_layers(block, x, params["layers"], None, key, remat=cfg.remat)
     if cfg.task == "tagging":  # here because logits() has no random key
         x = dropout(x, classifier_dropout(cfg), fold_name(key, "tagger"))
     return x, None
@@ -237,13 +235,14 @@ def classifier_dropout(cfg: Config) -> float:
     return cfg.hidden_dropout if cfg.classifier_dropout is None else cfg.classifier_dropout
 
 
-def _mlp_dim(cfg: Config) -> int:
+def mlp_dim(cfg: Config) -> int:
+    """The hidden width of the MLP."""
     return 4 * cfg.embed_dim if cfg.mlp_dim is None else cfg.mlp_dim
 
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters. As in the published classes, only heads that read the first token have a pooler."""
-    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, _mlp_dim(cfg)
+    D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, mlp_dim(cfg)
     V = padded(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     block = {
@@ -263,7 +262,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
         "token_type_embedding": ArraySpec((cfg.num_token_types, D), (None, "embed"), normal, decay=True),
         "embedding_norm": layer_norm_specs(D),
-        "layers": spec.stack(cfg.num_layers, block),
+        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal),
     }
     if cfg.task == "masked":
@@ -286,108 +285,3 @@ VARIANTS = {
     "all-minilm-l6-v2": Config(num_layers=6, embed_dim=384, task="none"),
     "bert-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
 }
-
-_BERT = files.Format(
-    architectures={
-        "BertForMaskedLM": {"task": "masked", "next_sentence": False},
-        "BertForPreTraining": {"task": "masked", "next_sentence": True},
-        "BertModel": {"task": "none", "next_sentence": False},
-        "BertForNextSentencePrediction": {"task": "none", "next_sentence": True},
-        "BertForSequenceClassification": {"task": "classification"},
-        "BertForTokenClassification": {"task": "tagging"},
-        "BertForQuestionAnswering": {"task": "span_qa"},
-    },
-    model_type="bert",
-    prefix="bert.",
-    fields={
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
-        "num_token_types": "type_vocab_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "embed_dim": "hidden_size",
-        "mlp_dim": "intermediate_size",
-        "activation": "hidden_act",
-        "norm_epsilon": "layer_norm_eps",
-        "init_stddev": "initializer_range",
-        "hidden_dropout": "hidden_dropout_prob",
-        "attention_dropout": "attention_probs_dropout_prob",
-        "classifier_dropout": "classifier_dropout",
-    },
-    implied={"mlp_dim": 3072},
-    write_fields=lambda cfg: {"intermediate_size": _mlp_dim(cfg)},
-    values={
-        "hidden_act": {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"},
-    },
-    # Behaviour that this family does not have: any other value is an error.
-    required={
-        "position_embedding_type": "absolute",
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-        "pruned_heads": {},
-    },
-    token_ids={"pad_token_id": 0},
-    tensors={
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "token_type_embedding": "embeddings.token_type_embeddings.weight",
-        "embedding_norm/scale": "embeddings.LayerNorm.weight",
-        "embedding_norm/bias": "embeddings.LayerNorm.bias",
-        "layers/attention/query/weight": "encoder.layer.{layer}.attention.self.query.weight",
-        "layers/attention/query/bias": "encoder.layer.{layer}.attention.self.query.bias",
-        "layers/attention/key/weight": "encoder.layer.{layer}.attention.self.key.weight",
-        "layers/attention/key/bias": "encoder.layer.{layer}.attention.self.key.bias",
-        "layers/attention/value/weight": "encoder.layer.{layer}.attention.self.value.weight",
-        "layers/attention/value/bias": "encoder.layer.{layer}.attention.self.value.bias",
-        "layers/attention/output/weight": "encoder.layer.{layer}.attention.output.dense.weight",
-        "layers/attention/output/bias": "encoder.layer.{layer}.attention.output.dense.bias",
-        "layers/attention_norm/scale": "encoder.layer.{layer}.attention.output.LayerNorm.weight",
-        "layers/attention_norm/bias": "encoder.layer.{layer}.attention.output.LayerNorm.bias",
-        "layers/mlp/up/weight": "encoder.layer.{layer}.intermediate.dense.weight",
-        "layers/mlp/up/bias": "encoder.layer.{layer}.intermediate.dense.bias",
-        "layers/mlp/down/weight": "encoder.layer.{layer}.output.dense.weight",
-        "layers/mlp/down/bias": "encoder.layer.{layer}.output.dense.bias",
-        "layers/mlp_norm/scale": "encoder.layer.{layer}.output.LayerNorm.weight",
-        "layers/mlp_norm/bias": "encoder.layer.{layer}.output.LayerNorm.bias",
-        "pooler/weight": "pooler.dense.weight",
-        "pooler/bias": "pooler.dense.bias",
-    },
-    head={
-        "masked/dense/weight": "cls.predictions.transform.dense.weight",
-        "masked/dense/bias": "cls.predictions.transform.dense.bias",
-        "masked/norm/scale": "cls.predictions.transform.LayerNorm.weight",
-        "masked/norm/bias": "cls.predictions.transform.LayerNorm.bias",
-        "masked/bias": "cls.predictions.bias",
-        "next_sentence/weight": "cls.seq_relationship.weight",
-        "next_sentence/bias": "cls.seq_relationship.bias",
-        "classifier/weight": "classifier.weight",
-        "classifier/bias": "classifier.bias",
-        "tagger/weight": "classifier.weight",
-        "tagger/bias": "classifier.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
-    },
-    copies={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
-    layouts={
-        "layers/attention/query/weight": ((1, 2), (0,)),
-        "layers/attention/query/bias": ((0, 1),),
-        "layers/attention/key/weight": ((1, 2), (0,)),
-        "layers/attention/key/bias": ((0, 1),),
-        "layers/attention/value/weight": ((1, 2), (0,)),
-        "layers/attention/value/bias": ((0, 1),),
-        "layers/attention/output/weight": ((2,), (0, 1)),
-        "layers/mlp/up/weight": files.TRANSPOSED,
-        "layers/mlp/down/weight": files.TRANSPOSED,
-        "pooler/weight": files.TRANSPOSED,
-        "masked/dense/weight": files.TRANSPOSED,
-        "next_sentence/weight": files.TRANSPOSED,
-        "classifier/weight": files.TRANSPOSED,
-        "tagger/weight": files.TRANSPOSED,
-        "span/weight": files.TRANSPOSED,
-    },
-    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # the first published files
-    ignored=(r"embeddings\.position_ids",),  # 0, 1, 2, ... that old files carry
-)
-
-HUGGING_FACE = (_BERT,)

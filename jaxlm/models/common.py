@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm import sharding, spec
+from jaxlm import sharding
 from jaxlm.nn import cache
 from jaxlm.nn.kernels import blockwise_attention
 
@@ -35,28 +33,27 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
-    """Base class of the ``Config`` of a family whose layers are stacked and run by :func:`scan_layers`."""
+    """Base class of the ``Config`` of a family of equal layers, which :func:`run_layers` runs."""
 
     remat: Remat = "dots"
     """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Run the layers with ``lax.scan``, which compiles one layer; False unrolls the loop."""
+    scan_layers: bool = False
+    """Stack the parameters of the layers and run them with ``lax.scan``, which compiles one layer only. False: one tree
+    of parameters per layer and a Python loop; steps are faster, and compilation takes longer (docs/labbook.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, remat=get_args(Remat))
 
 
-def scan_layers(
+def run_layers(
     block: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     x: jax.Array,
     weights: Any,
     state: Any,
     key: jax.Array | None,
     *,
-    count: int,
     remat: Remat,
-    unroll: bool,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any]:
     """The activations after all layers and the new state: ``x, state[i] = block(x, (weights[i], state[i], key[i]))``.
@@ -64,52 +61,46 @@ def scan_layers(
     Args:
         block: one layer.
         x: activations of the first layer.
-        weights: parameters, stacked with a leading ``layers`` axis; or a tuple with one tree per layer
-            (``spec.unstack``), and then the loop is always unrolled.
+        weights: parameters of all layers (``spec.layers``). Stacked: the loop is a ``lax.scan``; a tuple with one tree
+            per layer: the loop is a Python loop.
         state: as ``weights``; None: the layers have no state.
         key: layer i gets ``key`` folded with i; None: the layers get None.
-        count: number of layers.
         remat: see :class:`TransformerConfig`.
-        unroll: unroll the loop instead of ``lax.scan``.
-        in_place: the block receives and returns views of the stacked state (``cache.CacheView``), so that the
-            state of a layer is not copied.
+        in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``), so that
+            the state of a layer is not copied.
 
     Raises:
-        ValueError: a state with one tree per layer, but stacked weights.
+        ValueError: the state and the parameters have different layouts.
     """
-    per_layer_state = isinstance(state, tuple)
-    if per_layer_state and not isinstance(weights, tuple):
+    per_layer = isinstance(weights, tuple)
+    if state is not None and isinstance(state, tuple) != per_layer:
+        names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
         raise ValueError(
-            "the state has one tree per layer, but the parameters are stacked: convert both or neither (spec.unstack)"
+            f"the parameters have {names[per_layer]}, but the state has {names[not per_layer]}: make both with the "
+            "same config"
         )
-    block = _with_remat(block, remat, unrolled=unroll or isinstance(weights, tuple))
+    block = _with_remat(block, remat, unrolled=per_layer)
+    count = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    if per_layer:
+        new_states = []
+        for i in range(count):
+            layer = weights[i], None if state is None else state[i], None if keys is None else keys[i]
+            x, new_state = block(x, layer)
+            new_states.append(new_state)
+        return x, None if new_states[0] is None else tuple(new_states)
+    if not in_place:
+        return jax.lax.scan(block, x, (weights, state, keys))
 
     def block_in_place(carry: Any, layer: Any) -> tuple[Any, None]:
         """One layer that updates its part of the state of all layers."""
         x, state = carry
         layer_weights, index, layer_key = layer
-        x, views = block(x, (layer_weights, cache.layer_state(state, index), layer_key))
+        views = jax.tree.map(lambda stack: cache.CacheView(stack, index), state)
+        x, views = block(x, (layer_weights, views, layer_key))
         return (x, jax.tree.map(lambda _, view: view.stack, state, views)), None
 
-    if not isinstance(weights, tuple):
-        scan = functools.partial(jax.lax.scan, length=count, unroll=count if unroll else 1)
-        if in_place:
-            return scan(block_in_place, (x, state), (weights, jnp.arange(count), keys))[0]
-        return scan(block, x, (weights, state, keys))
-
-    layers = [(layer_weights, i, None if keys is None else keys[i]) for i, layer_weights in enumerate(weights)]
-    if in_place and not per_layer_state:
-        return functools.reduce(lambda carry, layer: block_in_place(carry, layer)[0], layers, (x, state))
-    new_states = []
-    for layer_weights, i, layer_key in layers:
-        layer_state = state[i] if per_layer_state else jax.tree.map(operator.itemgetter(i), state)
-        x, new_state = block(x, (layer_weights, layer_state, layer_key))
-        new_states.append(new_state)
-    if per_layer_state:
-        return x, tuple(new_states)
-    # One stack at the end: a write per layer would copy the whole state each time.
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_states)
+    return jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(count), keys))[0]
 
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
@@ -126,15 +117,6 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
         )
         return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
     return block
-
-
-def layers_apart(tree: Any) -> Any:
-    """The tree in the layout that is fastest for many steps: one tree per layer on a single CPU, else unchanged.
-
-    ``tree`` holds parameters, a model state or a ``TrainState``. The layers are copied once (``spec.unstack``);
-    ``spec.restack`` is the inverse.
-    """
-    return spec.unstack(tree) if sharding.platform() == "cpu" and sharding.active() is None else tree
 
 
 def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Span, state: Any) -> tuple[jax.Array, Any]:

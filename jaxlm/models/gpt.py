@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, files, heads
+from jaxlm.models import common, heads
 from jaxlm.nn import cache
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
@@ -122,8 +122,8 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else state["layers"]
-    x, kv = common.scan_layers(
-        block, x, params["layers"], kv, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
+    x, kv = common.run_layers(
+        block, x, params["layers"], kv, key, remat=cfg.remat,
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     if cfg.norm_position == "before":
@@ -214,7 +214,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
         "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
-        "layers": spec.stack(cfg.num_layers, block),
+        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
         **({"final_norm": layer_norm_specs(D)} if pre_norm else {}),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
@@ -227,7 +227,9 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
     common.check_state_length(cfg, length)
     K = cfg.embed_dim // cfg.num_heads
-    return cache.cache_specs(cfg.num_layers, batch, length, cfg.num_heads, K, jnp.dtype(cfg.dtype))
+    return cache.cache_specs(
+        cfg.num_layers, batch, length, cfg.num_heads, K, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
+    )
 
 
 VARIANTS = {
@@ -241,112 +243,3 @@ VARIANTS = {
         vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32, norm_position="after"
     ),
 }
-
-_GPT2 = files.Format(
-    architectures={
-        "GPT2LMHeadModel": {"task": "causal"},
-        "GPT2Model": {"task": "none"},
-        "GPT2ForSequenceClassification": {"task": "classification"},
-        "GPT2ForTokenClassification": {"task": "tagging"},
-        "GPT2ForQuestionAnswering": {"task": "span_qa"},
-    },
-    model_type="gpt2",
-    prefix="transformer.",
-    implied={"norm_position": "before"},
-    fields={
-        "vocab_size": "vocab_size",
-        "max_positions": "n_positions",
-        "num_layers": "n_layer",
-        "num_heads": "n_head",
-        "embed_dim": "n_embd",
-        "mlp_dim": "n_inner",
-        "norm_epsilon": "layer_norm_epsilon",
-        "init_stddev": "initializer_range",
-        "embedding_dropout": "embd_pdrop",
-        "attention_dropout": "attn_pdrop",
-        "residual_dropout": "resid_pdrop",
-        "tie_embeddings": "tie_word_embeddings",
-        "activation": "activation_function",
-    },
-    values={
-        "activation_function": {
-            "gelu_new": "gelu_tanh",
-            "gelu_pytorch_tanh": "gelu_tanh",
-            "gelu": "gelu",
-            "relu": "relu",
-        }
-    },
-    # Behaviour that this family does not have: any other value is an error.
-    required={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "pruned_heads": {},
-    },
-    aliases={
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    },
-    token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
-    tensors={
-        "token_embedding": "wte.weight",
-        "position_embedding": "wpe.weight",
-        "layers/attention_norm/scale": "h.{layer}.ln_1.weight",
-        "layers/attention_norm/bias": "h.{layer}.ln_1.bias",
-        "layers/attention/qkv/weight": "h.{layer}.attn.c_attn.weight",
-        "layers/attention/qkv/bias": "h.{layer}.attn.c_attn.bias",
-        "layers/attention/output/weight": "h.{layer}.attn.c_proj.weight",
-        "layers/attention/output/bias": "h.{layer}.attn.c_proj.bias",
-        "layers/mlp_norm/scale": "h.{layer}.ln_2.weight",
-        "layers/mlp_norm/bias": "h.{layer}.ln_2.bias",
-        "layers/mlp/up/weight": "h.{layer}.mlp.c_fc.weight",
-        "layers/mlp/up/bias": "h.{layer}.mlp.c_fc.bias",
-        "layers/mlp/down/weight": "h.{layer}.mlp.c_proj.weight",
-        "layers/mlp/down/bias": "h.{layer}.mlp.c_proj.bias",
-        "final_norm/scale": "ln_f.weight",
-        "final_norm/bias": "ln_f.bias",
-    },
-    head={
-        "head": "lm_head.weight",
-        "classifier/weight": "score.weight",
-        "tagger/weight": "classifier.weight",
-        "tagger/bias": "classifier.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
-    },
-    copies={"lm_head.weight": "token_embedding"},  # when tied
-    # Their Conv1D keeps weights as [in, out], so in blocks nothing is transposed: axes are only merged.
-    layouts={
-        "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
-        "layers/attention/qkv/bias": ((0, 1, 2),),
-        "layers/attention/output/weight": ((0, 1), (2,)),
-        **{f"{name}/weight": files.TRANSPOSED for name in ("classifier", "tagger", "span")},
-    },
-    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks that old files carry
-)
-_GPT1 = dataclasses.replace(
-    _GPT2,
-    architectures={
-        "OpenAIGPTLMHeadModel": {"task": "causal"},
-        "OpenAIGPTModel": {"task": "none"},
-        "OpenAIGPTForSequenceClassification": {"task": "classification"},
-    },
-    model_type="openai-gpt",
-    implied={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},
-    fields={
-        **{ours: theirs for ours, theirs in _GPT2.fields.items() if ours not in ("mlp_dim", "activation")},
-        "activation": "afn",
-    },
-    values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # their "gelu" is the tanh form
-    required={"pruned_heads": {}},
-    token_ids={},
-    tensors={
-        **_GPT2.tensors,
-        "token_embedding": "tokens_embed.weight",
-        "position_embedding": "positions_embed.weight",
-    },
-)
-
-HUGGING_FACE = (_GPT2, _GPT1)

@@ -241,8 +241,9 @@ class Model:
         Raises:
             TypeError: the family has no attention that can be recorded.
         """
-        no_remat = {"remat": "none"} if hasattr(self.config, "remat") else {}
-        model = dataclasses.replace(self, config=dataclasses.replace(self.config, **no_remat))
+        # Records cannot leave a scan or a recomputed block.
+        changes = {"remat": "none", "scan_layers": False} if hasattr(self.config, "remat") else {}
+        model = dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
         @jax.jit
         def run(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:

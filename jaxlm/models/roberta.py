@@ -10,13 +10,12 @@ Shapes: as in ``bert``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import bert, common, files, heads
+from jaxlm.models import bert, common, heads
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear
 from jaxlm.nn.position import positions_in_segments
@@ -101,61 +100,3 @@ VARIANTS = {
     "roberta-large": Config(num_layers=24, num_heads=16, embed_dim=1024),
     "roberta-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
 }
-
-
-def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    rows = config.get("max_position_embeddings", 512)
-    if type(rows) is not int or rows <= FIRST_POSITION:
-        raise ValueError(f"max_position_embeddings={rows!r} must be an integer above {FIRST_POSITION}")
-    return {"max_positions": rows - FIRST_POSITION}
-
-
-def _write_fields(cfg: Config) -> dict[str, Any]:
-    assert _BERT.write_fields is not None
-    return {**_BERT.write_fields(cfg), "max_position_embeddings": cfg.max_positions + FIRST_POSITION}
-
-
-_BERT = bert.HUGGING_FACE[0]
-
-_ROBERTA = dataclasses.replace(
-    _BERT,
-    architectures={
-        "RobertaForMaskedLM": {"task": "masked"},
-        "RobertaModel": {"task": "none"},
-        "RobertaForSequenceClassification": {"task": "classification"},
-        "RobertaForTokenClassification": {"task": "tagging"},
-        "RobertaForQuestionAnswering": {"task": "span_qa"},
-    },
-    model_type="roberta",
-    prefix="roberta.",
-    fields={ours: theirs for ours, theirs in _BERT.fields.items() if ours != "max_positions"},
-    # What their config class fills in where config.json is silent, though no published model has it.
-    implied={**_BERT.implied, "norm_epsilon": 1e-12, "num_token_types": 2},
-    read_fields=_read_fields,
-    write_fields=_write_fields,
-    values={"hidden_act": {"gelu": "gelu"}},  # their head has it whatever the config says
-    required={**_BERT.required, "pad_token_id": FIRST_POSITION - 1},
-    token_ids={"bos_token_id": 0, "eos_token_id": 2},
-    head={
-        "masked/dense/weight": "lm_head.dense.weight",
-        "masked/dense/bias": "lm_head.dense.bias",
-        "masked/norm/scale": "lm_head.layer_norm.weight",
-        "masked/norm/bias": "lm_head.layer_norm.bias",
-        "masked/bias": "lm_head.bias",
-        "classifier_dense/weight": "classifier.dense.weight",
-        "classifier_dense/bias": "classifier.dense.bias",
-        "classifier/weight": "classifier.out_proj.weight",
-        "classifier/bias": "classifier.out_proj.bias",
-        "tagger/weight": "classifier.weight",
-        "tagger/bias": "classifier.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
-    },
-    copies={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
-    layouts={
-        **{path: layout for path, layout in _BERT.layouts.items() if not path.startswith("next_sentence")},
-        "classifier_dense/weight": files.TRANSPOSED,
-    },
-)
-
-HUGGING_FACE = (_ROBERTA,)

@@ -15,14 +15,14 @@ width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, files
+from jaxlm.models import common
 from jaxlm.nn import cache
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention
@@ -125,10 +125,7 @@ def encode(
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
-    x, _ = common.scan_layers(
-        block, x, params["encoder"]["layers"], None, key,
-        count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers,
-    )  # fmt: skip
+    x, _ = common.run_layers(block, x, params["encoder"]["layers"], None, key, remat=cfg.remat)
     return dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
 
 
@@ -195,8 +192,8 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else state["layers"]
-    x, kv = common.scan_layers(
-        block, x, layers, kv, key, count=_decoder_layers(cfg), remat=cfg.remat, unroll=not cfg.scan_layers,
+    x, kv = common.run_layers(
+        block, x, layers, kv, key, remat=cfg.remat,
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
@@ -297,16 +294,13 @@ def start(
     encoded = encode(cfg, params, source, segment_ids=segment_ids)
     layers = params["decoder"]["layers"]
 
-    def source_kv(weights: Any) -> tuple[jax.Array, jax.Array]:
-        return _project_kv(weights["cross_attention"], encoded)
+    def source_kv(weights: Any) -> dict[str, jax.Array]:
+        k, v = _project_kv(weights["cross_attention"], encoded)
+        return {name: x.reshape(*x.shape[:2], -1) for name, x in (("key", k), ("value", v))}
 
-    if isinstance(layers, tuple):
-        k, v = (jnp.stack(x) for x in zip(*map(source_kv, layers), strict=True))
-    else:
-        k, v = jax.lax.map(source_kv, layers)
-    k, v = (x.reshape(*x.shape[:3], -1) for x in (k, v))
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    source_state = {"layers": {"key": k, "value": v}, "segment_ids": common.segments_of(source, segment_ids)}
+    source_layers = jax.lax.map(source_kv, layers) if cfg.scan_layers else tuple(map(source_kv, layers))
+    source_state = {"layers": source_layers, "segment_ids": common.segments_of(source, segment_ids)}
     return {**state, "source": source_state}
 
 
@@ -316,8 +310,11 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     The initial values stand for a row without a source; :func:`start` returns a state with one.
     """
 
-    def cache_of(slots: int) -> dict[str, ArraySpec]:
-        return cache.cache_specs(_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+    def cache_of(slots: int) -> dict[str, Any]:
+        return cache.cache_specs(
+            _decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype),
+            stacked=cfg.scan_layers,
+        )  # fmt: skip
 
     source = cache_of(source_length)
     return {**cache_of(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
@@ -338,11 +335,15 @@ def _cached_source(cfg: Config, params: dict[str, Any], source_kv: Any) -> tuple
     With the index, a layer reads its part in place; a scan over the stack would copy it.
     """
     layers = params["decoder"]["layers"]
-    if isinstance(layers, tuple):
-        layers = tuple({**layer, "source_kv": cache.layer_state(source_kv, i)} for i, layer in enumerate(layers))
+    if not cfg.scan_layers:
+        layers = tuple({**layer, "source_kv": kv} for layer, kv in zip(layers, source_kv, strict=True))
         return layers, lambda weights: cache.split_heads(weights["source_kv"], cfg.num_heads)
-    layers = {**layers, "index": jnp.arange(_decoder_layers(cfg))}
-    return layers, lambda weights: cache.split_heads(cache.layer_state(source_kv, weights["index"]), cfg.num_heads)
+
+    def read_in_place(weights: Any) -> tuple[Any, Any]:
+        views = jax.tree.map(lambda stack: cache.CacheView(stack, weights["index"]), source_kv)
+        return cache.split_heads(views, cfg.num_heads)
+
+    return {**layers, "index": jnp.arange(_decoder_layers(cfg))}, read_in_place
 
 
 def _require_decoder(cfg: Config) -> None:
@@ -387,7 +388,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 
     def stack(count: int, layer: dict[str, Any]) -> dict[str, Any]:
         per_layer, shared = ({"relative_bias": bias}, {}) if cfg.bias_per_layer else ({}, {"relative_bias": bias})
-        return {"layers": spec.stack(count, {**layer, **per_layer}), **shared, "final_norm": rms_norm_specs(D)}
+        layers = spec.layers(count, {**layer, **per_layer}, stacked=cfg.scan_layers)
+        return {"layers": layers, **shared, "final_norm": rms_norm_specs(D)}
 
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True),
@@ -400,7 +402,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     return tree
 
 
-# ------------------------------------------------------------------------------------------- published sizes and files
+# --------------------------------------------------------------------------------------------- published sizes
 
 _V1_1 = {"mlp": "gated_gelu", "tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6}
 
@@ -421,121 +423,3 @@ VARIANTS = {
     "umt5-small": _v1_1(vocab_size=256384, bias_per_layer=True),
     "t5-tiny": Config(vocab_size=128, num_layers=2, num_heads=4, embed_dim=32, head_dim=16, mlp_dim=64),
 }
-
-
-def _stack_names(stack: str, mlp: int) -> dict[str, str]:
-    """Our path -> their name in one stack; ``mlp`` is the number of its MLP among the sublayers."""
-    block, norms = f"{stack}.block.{{layer}}.layer.", {"attention": 0, "cross": 1, "mlp": mlp}
-    names = {
-        f"{stack}/relative_bias": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        f"{stack}/layers/relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
-        f"{stack}/final_norm/scale": f"{stack}.final_layer_norm.weight",
-    }
-    for ours, number in norms.items():
-        names[f"{stack}/layers/{ours}_norm/scale"] = f"{block}{number}.layer_norm.weight"
-    for ours, theirs in (("attention", "0.SelfAttention"), ("cross_attention", "1.EncDecAttention")):
-        for name in ("query", "key", "value", "output"):
-            names[f"{stack}/layers/{ours}/{name}/weight"] = f"{block}{theirs}.{name[0]}.weight"
-    for ours, theirs in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
-        names[f"{stack}/layers/mlp/{ours}/weight"] = f"{block}{mlp}.DenseReluDense.{theirs}.weight"
-    return names
-
-
-def _layout(path: str) -> files.Layout:
-    if "attention/" not in path:
-        return files.TRANSPOSED
-    return ((2,), (0, 1)) if "/output/" in path else ((1, 2), (0,))
-
-
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # the last when tied
-_TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
-
-
-_MLPS: dict[str, tuple[str, str, bool]] = {
-    "relu": ("relu", "relu", False),
-    "gated_gelu": ("gated-gelu", "gelu_new", True),
-}
-"""Our ``mlp`` -> their ``feed_forward_proj``, ``dense_act_fn`` and ``is_gated_act``."""
-
-
-def _write_fields(cfg: Config) -> dict[str, Any]:
-    form, act, gated = _MLPS[cfg.mlp]
-    return {
-        "feed_forward_proj": form, "dense_act_fn": act, "is_gated_act": gated,
-        "decoder_start_token_id": cfg.decoder_start_id,
-    }  # fmt: skip
-
-
-def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """``read_fields`` of a ``model_type`` whose ``feed_forward_proj`` is ``default`` where the config has none."""
-
-    def read(config: Mapping[str, Any]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        form = config.get("feed_forward_proj", default)
-        derived = {theirs: (act, gated) for theirs, act, gated in _MLPS.values()}
-        if form not in list(derived):
-            raise ValueError(f"feed_forward_proj={form!r} is not supported: choose from {', '.join(derived)}")
-        # Transformers derives both from feed_forward_proj, and then takes those of the config.
-        act, gated = config.get("dense_act_fn", derived[form][0]), config.get("is_gated_act", derived[form][1])
-        same = "gelu_new" if act == "gelu_pytorch_tanh" else act
-        mlp = [ours for ours, (_, *others) in _MLPS.items() if others == [same, gated]]
-        if not mlp:
-            raise ValueError(
-                f"feed_forward_proj={form!r} with dense_act_fn={act!r} and is_gated_act={gated!r} is not supported: "
-                "only 'relu' that is not gated and 'gelu_new' that is gated are"
-            )
-        fields["mlp"] = mlp[0]
-        buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
-        if type(buckets) is int and (buckets < 4 or buckets % 2):
-            raise ValueError(f"relative_attention_num_buckets={buckets} must be an even number from 4 on")
-        # T5 starts a target with its padding id where the config does not say it.
-        start, pad = config.get("decoder_start_token_id"), config.get("pad_token_id")
-        if start is not None and type(start) is not int:
-            raise ValueError(f"decoder_start_token_id={start!r} must be a whole number or null")
-        if start is None and type(pad) is int:
-            start = pad
-        return fields if start is None else {**fields, "decoder_start_id": start}
-
-    return read
-
-
-def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> files.Format:
-    return files.Format(
-        architectures={
-            f"{prefix}ForConditionalGeneration": {"task": "seq2seq"},
-            f"{prefix}EncoderModel": {"task": "none", "num_decoder_layers": 0},
-            f"{prefix}Model": {"task": "none"},
-        },
-        model_type=model_type,
-        prefix="",
-        fields={
-            "vocab_size": "vocab_size", "num_layers": "num_layers", "num_decoder_layers": "num_decoder_layers",
-            "num_heads": "num_heads", "embed_dim": "d_model", "head_dim": "d_kv", "mlp_dim": "d_ff",
-            "tie_embeddings": "tie_word_embeddings",
-            "num_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
-            "norm_epsilon": "layer_norm_epsilon", "dropout": "dropout_rate",
-        },
-        implied=implied,
-        read_fields=_reader(_MLPS[implied.get("mlp", "relu")][0]),
-        write_fields=_write_fields,
-        required={"tie_encoder_decoder": False, "pruned_heads": {}},
-        aliases={
-            "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
-            "head_dim": "d_kv",
-        },
-        token_ids={"pad_token_id": 0, "eos_token_id": 1},
-        tensors=_TENSORS,
-        head={"head": "lm_head.weight"},
-        copies=dict.fromkeys(_COPIES, "token_embedding"),
-        layouts={path: _layout(path) for path in _TENSORS if path.endswith("/weight")},
-        # A table that v1.0 files carry and nobody reads.
-        ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
-    )  # fmt: skip
-
-
-_MULTILINGUAL = {**_V1_1, "vocab_size": 250112}
-HUGGING_FACE = (
-    _format("t5", "T5", {"bias_per_layer": False}),
-    _format("mt5", "MT5", {**_MULTILINGUAL, "bias_per_layer": False}),
-    _format("umt5", "UMT5", {**_MULTILINGUAL, "tie_embeddings": True, "bias_per_layer": True}),
-)

@@ -12,14 +12,13 @@ the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common, files, heads
+from jaxlm.models import common, heads
 from jaxlm.nn import adaptive_softmax, memory
 from jaxlm.nn.adaptive_softmax import Clusters
 from jaxlm.nn.attention import attention
@@ -82,8 +81,9 @@ class Config:
     """Compute dtype of activations; parameters keep their own dtype."""
     remat: common.Remat = "dots"
     """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = True
-    """Run the layers with ``lax.scan``, which compiles one layer; False unrolls the loop."""
+    scan_layers: bool = False
+    """Stack the parameters of the layers and run them with ``lax.scan``, which compiles one layer only. False: one tree
+    of parameters per layer and a Python loop; steps are faster, and compilation takes longer (docs/labbook.md)."""
     task: Literal["causal", "classification", "none"] = "causal"
     """Output head: next token (causal), label of the text (classification), or none."""
     num_labels: int = 2
@@ -155,9 +155,7 @@ def apply(
         return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new
 
     memories = None if state is None else state["layers"]
-    x, new = common.scan_layers(
-        block, x, params["layers"], memories, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
+    x, new = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
     x = dropout(x, cfg.dropout, fold_name(key, "output"))
     if order_BT is not None:
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
@@ -264,7 +262,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     }
     tree = {
         **adaptive_softmax.input_specs(_clusters(cfg), normal, projection),
-        "layers": spec.stack(cfg.num_layers, block),
+        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
         **({} if cfg.untie_relative else biases),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=False),
     }
@@ -281,7 +279,9 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     To train on consecutive segments, use ``cfg.memory_length``. If the memory is long enough for all tokens, several
     calls give the same results as one call.
     """
-    return memory.memory_specs(cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype))
+    return memory.memory_specs(
+        cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
+    )
 
 
 VARIANTS = {
@@ -296,128 +296,3 @@ VARIANTS = {
         token_dim=32, mlp_dim=64, memory_length=16, same_length=False, clamp_length=None,
     ),
 }  # fmt: skip
-
-
-def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    cutoffs, clamp = config.get("cutoffs", []), config.get("clamp_len", 0)
-    if not isinstance(cutoffs, list) or any(type(cutoff) is not int for cutoff in cutoffs):
-        raise ValueError(f"cutoffs={cutoffs!r} must be a list of whole numbers")
-    if type(clamp) is not int:
-        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
-    if "cutoffs" in config:
-        fields["cutoffs"] = tuple(cutoffs)
-    if "clamp_len" in config:
-        fields["clamp_length"] = clamp if clamp > 0 else None
-    tied = config.get("tie_projs") or [False, config.get("proj_share_all_but_first", True)]
-    if config.get("tie_projs") and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
-        raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")
-    if tied[0] or len(set(tied[1:])) > 1:
-        raise ValueError(f"tie_projs={tied} is not supported: the first must be false and the others equal")
-    fields["tie_projections"] = all(tied[1:])
-    return fields
-
-
-def _write_fields(cfg: Config) -> dict[str, Any]:
-    return {
-        "cutoffs": list(cfg.cutoffs),
-        "clamp_len": -1 if cfg.clamp_length is None else cfg.clamp_length,
-        "proj_share_all_but_first": cfg.tie_projections,
-        "tie_projs": [False] + [cfg.tie_projections] * len(cfg.cutoffs),
-    }
-
-
-_CLUSTERS = range(1, 9)
-_PROJECTIONS = [
-    *("token_projection", "head/projection"),
-    *(f"{where}tails/cluster_{i}/projection" for where in ("", "head/") for i in _CLUSTERS),
-]
-
-HUGGING_FACE = (
-    files.Format(
-        architectures={
-            "TransfoXLLMHeadModel": {"task": "causal"},
-            "TransfoXLModel": {"task": "none"},
-            "TransfoXLForSequenceClassification": {"task": "classification"},
-        },
-        model_type="transfo-xl",
-        prefix="transformer.",
-        fields={
-            "vocab_size": "vocab_size",
-            "embedding_divisor": "div_val",
-            "num_layers": "n_layer",
-            "num_heads": "n_head",
-            "head_dim": "d_head",
-            "embed_dim": "d_model",
-            "token_dim": "d_embed",
-            "mlp_dim": "d_inner",
-            "memory_length": "mem_len",
-            "same_length": "same_length",
-            "pre_norm": "pre_lnorm",
-            "untie_relative": "untie_r",
-            "norm_epsilon": "layer_norm_epsilon",
-            "init_stddev": "init_std",
-            "projection_init_stddev": "proj_init_std",
-            "tie_embeddings": "tie_word_embeddings",
-            "dropout": "dropout",
-            "attention_dropout": "dropatt",
-        },
-        read_fields=_read_fields,
-        write_fields=_write_fields,
-        required={"attn_type": 0, "adaptive": True, "sample_softmax": -1},
-        aliases={
-            "n_token": "vocab_size",
-            "hidden_size": "d_model",
-            "num_attention_heads": "n_head",
-            "num_hidden_layers": "n_layer",
-        },
-        token_ids={"eos_token_id": 0},
-        tensors={
-            "token_embedding": "word_emb.emb_layers.0.weight",
-            "token_projection": "word_emb.emb_projs.0",
-            **{f"tails/cluster_{i}/embedding": f"word_emb.emb_layers.{i}.weight" for i in _CLUSTERS},
-            **{f"tails/cluster_{i}/projection": f"word_emb.emb_projs.{i}" for i in _CLUSTERS},
-            "content_bias": "r_w_bias",
-            "position_bias": "r_r_bias",
-            "layers/attention/content_bias": "layers.{layer}.dec_attn.r_w_bias",
-            "layers/attention/position_bias": "layers.{layer}.dec_attn.r_r_bias",
-            "layers/attention/qkv/weight": "layers.{layer}.dec_attn.qkv_net.weight",
-            "layers/attention/relative/weight": "layers.{layer}.dec_attn.r_net.weight",
-            "layers/attention/output/weight": "layers.{layer}.dec_attn.o_net.weight",
-            "layers/attention_norm/scale": "layers.{layer}.dec_attn.layer_norm.weight",
-            "layers/attention_norm/bias": "layers.{layer}.dec_attn.layer_norm.bias",
-            "layers/mlp/up/weight": "layers.{layer}.pos_ff.CoreNet.0.weight",
-            "layers/mlp/up/bias": "layers.{layer}.pos_ff.CoreNet.0.bias",
-            "layers/mlp/down/weight": "layers.{layer}.pos_ff.CoreNet.3.weight",
-            "layers/mlp/down/bias": "layers.{layer}.pos_ff.CoreNet.3.bias",
-            "layers/mlp_norm/scale": "layers.{layer}.pos_ff.layer_norm.weight",
-            "layers/mlp_norm/bias": "layers.{layer}.pos_ff.layer_norm.bias",
-        },
-        head={
-            "head/bias": "crit.out_layers.0.bias",
-            "head/embedding": "crit.out_layers.0.weight",
-            "head/projection": "crit.out_projs.0",
-            "head/cluster_weight": "crit.cluster_weight",
-            "head/cluster_bias": "crit.cluster_bias",
-            **{f"head/tails/cluster_{i}/bias": f"crit.out_layers.{i}.bias" for i in _CLUSTERS},
-            **{f"head/tails/cluster_{i}/embedding": f"crit.out_layers.{i}.weight" for i in _CLUSTERS},
-            **{f"head/tails/cluster_{i}/projection": f"crit.out_projs.{i}" for i in _CLUSTERS},
-            "classifier/weight": "score.weight",
-        },
-        copies={  # when tied
-            "crit.out_layers.0.weight": "token_embedding",
-            **{f"crit.out_layers.{i}.weight": f"tails/cluster_{i}/embedding" for i in _CLUSTERS},
-            **{f"crit.out_projs.{i}": f"tails/cluster_{i}/projection" for i in _CLUSTERS},
-        },
-        layouts={
-            "layers/attention/qkv/weight": ((1, 2, 3), (0,)),
-            "layers/attention/relative/weight": ((1, 2), (0,)),
-            "layers/attention/output/weight": ((2,), (0, 1)),
-            "layers/mlp/up/weight": files.TRANSPOSED,
-            "layers/mlp/down/weight": files.TRANSPOSED,
-            "classifier/weight": files.TRANSPOSED,
-            **dict.fromkeys(_PROJECTIONS, files.TRANSPOSED),
-        },
-        ignored=(r"pos_emb\.inv_freq",),
-    ),
-)

@@ -16,7 +16,7 @@ width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm import spec
-from jaxlm.models import common, files, heads
+from jaxlm.models import common, heads
 from jaxlm.nn import memory
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import attention
@@ -147,9 +147,7 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), new
 
     memories = None if state is None else state["layers"]
-    x, new = common.scan_layers(
-        block, x, params["layers"], memories, key, count=cfg.num_layers, remat=cfg.remat, unroll=not cfg.scan_layers
-    )
+    x, new = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
     hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
     return hidden, None if state is None else {**state, "layers": memory.append_layers(memories, new, inputs.kept)}
 
@@ -239,10 +237,11 @@ def summary(
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
     last = jnp.tanh(linear(params["summary"], heads.last_real(hidden, segment_ids)))
-    return dropout(last, _summary_dropout(cfg), fold_name(key, "summary"))
+    return dropout(last, summary_dropout(cfg), fold_name(key, "summary"))
 
 
-def _summary_dropout(cfg: Config) -> float:
+def summary_dropout(cfg: Config) -> float:
+    """The dropout rate on the input of the classifier."""
     return cfg.dropout if cfg.summary_dropout is None else cfg.summary_dropout
 
 
@@ -423,7 +422,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
         "mask_embedding": ArraySpec((D,), ("embed",), normal),
-        "layers": spec.stack(cfg.num_layers, block),
+        "layers": spec.layers(cfg.num_layers, block, stacked=cfg.scan_layers),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal),
     }
     if cfg.task == "permutation":
@@ -444,7 +443,9 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
             f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' can decode or stream"
         )
     return {
-        **memory.memory_specs(cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype)),
+        **memory.memory_specs(
+            cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
+        ),
         "token_types": ArraySpec((batch, length), ("batch", None), dtype=jnp.int32),
     }
 
@@ -455,113 +456,3 @@ VARIANTS = {
     # Larger initial weights: with 0.02, vectors of this width would learn slowly.
     "xlnet-tiny": Config(vocab_size=128, num_layers=2, num_heads=4, embed_dim=32, mlp_dim=64, init_stddev=0.1),
 }
-
-
-def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    clamp = config.get("clamp_len", -1)
-    if type(clamp) is not int:
-        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
-    width, num_heads = config.get("d_model", Config.embed_dim), config.get("n_head", Config.num_heads)
-    d_head = config.get("d_head", 0)
-    if "d_head" in config and (type(d_head) is not int or d_head * num_heads != width):
-        raise ValueError(f"d_head={d_head!r} is not d_model / n_head = {width} / {num_heads}")
-    return {"clamp_length": clamp if clamp > 0 else None}
-
-
-def _write_fields(cfg: Config) -> dict[str, Any]:
-    return {
-        "clamp_len": -1 if cfg.clamp_length is None else cfg.clamp_length,
-        "summary_last_dropout": _summary_dropout(cfg),
-    }
-
-
-HUGGING_FACE = (
-    files.Format(
-        architectures={
-            "XLNetLMHeadModel": {"task": "permutation"},
-            "XLNetModel": {"task": "none"},
-            "XLNetForSequenceClassification": {"task": "classification"},
-            "XLNetForTokenClassification": {"task": "tagging"},
-            "XLNetForQuestionAnsweringSimple": {"task": "span_qa"},
-        },
-        model_type="xlnet",
-        prefix="transformer.",
-        fields={
-            "vocab_size": "vocab_size",
-            "num_layers": "n_layer",
-            "num_heads": "n_head",
-            "embed_dim": "d_model",
-            "mlp_dim": "d_inner",
-            "activation": "ff_activation",
-            "norm_epsilon": "layer_norm_eps",
-            "init_stddev": "initializer_range",
-            "reuse_length": "reuse_len",
-            "dropout": "dropout",
-            "summary_dropout": "summary_last_dropout",
-        },
-        read_fields=_read_fields,
-        write_fields=_write_fields,
-        values={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
-        # Behaviour that this family does not have, or has per call (bi_data, ``right_to_left``).
-        required={
-            "attn_type": "bi",
-            "bi_data": False,
-            "same_length": False,
-            "untie_r": True,
-            "tie_word_embeddings": True,
-            "summary_type": "last",
-            "summary_use_proj": True,
-            "summary_activation": "tanh",
-        },
-        aliases={
-            "n_token": "vocab_size",
-            "hidden_size": "d_model",
-            "num_attention_heads": "n_head",
-            "num_hidden_layers": "n_layer",
-        },
-        token_ids={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 5},
-        tensors={
-            "token_embedding": "word_embedding.weight",
-            "mask_embedding": "mask_emb",
-            "layers/attention/query/weight": "layer.{layer}.rel_attn.q",
-            "layers/attention/key/weight": "layer.{layer}.rel_attn.k",
-            "layers/attention/value/weight": "layer.{layer}.rel_attn.v",
-            "layers/attention/relative/weight": "layer.{layer}.rel_attn.r",
-            "layers/attention/output/weight": "layer.{layer}.rel_attn.o",
-            "layers/attention/content_bias": "layer.{layer}.rel_attn.r_w_bias",
-            "layers/attention/position_bias": "layer.{layer}.rel_attn.r_r_bias",
-            "layers/attention/type_bias": "layer.{layer}.rel_attn.r_s_bias",
-            "layers/attention/type_embedding": "layer.{layer}.rel_attn.seg_embed",
-            "layers/attention_norm/scale": "layer.{layer}.rel_attn.layer_norm.weight",
-            "layers/attention_norm/bias": "layer.{layer}.rel_attn.layer_norm.bias",
-            "layers/mlp/up/weight": "layer.{layer}.ff.layer_1.weight",
-            "layers/mlp/up/bias": "layer.{layer}.ff.layer_1.bias",
-            "layers/mlp/down/weight": "layer.{layer}.ff.layer_2.weight",
-            "layers/mlp/down/bias": "layer.{layer}.ff.layer_2.bias",
-            "layers/mlp_norm/scale": "layer.{layer}.ff.layer_norm.weight",
-            "layers/mlp_norm/bias": "layer.{layer}.ff.layer_norm.bias",
-        },
-        head={
-            "output_bias": "lm_loss.bias",
-            "summary/weight": "sequence_summary.summary.weight",
-            "summary/bias": "sequence_summary.summary.bias",
-            "classifier/weight": "logits_proj.weight",
-            "classifier/bias": "logits_proj.bias",
-            "tagger/weight": "classifier.weight",
-            "tagger/bias": "classifier.bias",
-            "span/weight": "qa_outputs.weight",
-            "span/bias": "qa_outputs.bias",
-        },
-        copies={"lm_loss.weight": "token_embedding"},
-        layouts={
-            "mask_embedding": ((), (), (0,)),
-            "layers/attention/output/weight": ((2,), (0,), (1,)),
-            "layers/mlp/up/weight": files.TRANSPOSED,
-            "layers/mlp/down/weight": files.TRANSPOSED,
-            "summary/weight": files.TRANSPOSED,
-            "classifier/weight": files.TRANSPOSED,
-            "tagger/weight": files.TRANSPOSED,
-            "span/weight": files.TRANSPOSED,
-        },
-    ),
-)

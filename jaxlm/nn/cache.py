@@ -23,12 +23,14 @@ from jaxlm.nn.position import positions_in_segments
 from jaxlm.spec import ArraySpec
 
 
-def cache_specs(layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any) -> dict[str, ArraySpec]:
-    """Specs of an empty cache for ``slots`` tokens per row and ``layers`` layers."""
+def cache_specs(
+    layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any, *, stacked: bool
+) -> dict[str, Any]:
+    """Specs of an empty cache for ``slots`` tokens per row and ``layers`` layers (``stacked``: see ``spec.layers``)."""
     keys = ArraySpec((batch, slots, heads * kv), ("batch", "slots", "heads"), dtype=dtype)
     slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
     return {
-        spec.LAYERS: spec.stack(layers, {"key": keys, "value": keys}),
+        spec.LAYERS: spec.layers(layers, {"key": keys, "value": keys}, stacked=stacked),
         "segment_ids": slot,
         "positions": slot,
         "length": ArraySpec((batch,), ("batch",), dtype=jnp.int32),
@@ -44,7 +46,7 @@ class CacheView:
 
     Attributes:
         stack: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K], as in the per-layer
-            layout (``spec.unstack``).
+            layout (``spec.layers``).
         layer: index of the layer.
         heads: G, to read the slots as [B, S, G, K]; None: as [B, S, G * K].
     """
@@ -145,11 +147,6 @@ def resized(specs: spec.Tree, state: Any, slots: int) -> Any:
         return jnp.pad(leaf, widths)
 
     return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
-
-
-def layer_state(state: Any, index: Any) -> Any:
-    """The state of layer ``index``: views (:class:`CacheView`) of a stacked state, or its tree in per-layer layout."""
-    return state[index] if isinstance(state, tuple) else jax.tree.map(lambda stack: CacheView(stack, index), state)
 
 
 @struct.dataclass

@@ -23,11 +23,13 @@ from jaxlm.nn.mask import Mask
 from jaxlm.spec import ArraySpec
 
 
-def memory_specs(layers: int | None, batch: int, slots: int, width: int, dtype: Any) -> dict[str, Any]:
+def memory_specs(
+    layers: int | None, batch: int, slots: int, width: int, dtype: Any, *, stacked: bool = True
+) -> dict[str, Any]:
     """Specs of an empty memory for ``slots`` tokens per row.
 
-    It contains ``layers/hidden`` [L, B, M, D] (if ``layers`` is None, ``hidden`` [B, M, D]), and ``segment_ids`` [B, M]
-    with 0 for an empty slot.
+    It contains ``hidden`` [B, M, D] for each of the ``layers`` (``stacked``: see ``spec.layers``; None: one ``hidden``
+    without a key ``layers``), and ``segment_ids`` [B, M] with 0 for an empty slot.
 
     Raises:
         ValueError: ``slots`` is less than 1.
@@ -38,7 +40,7 @@ def memory_specs(layers: int | None, batch: int, slots: int, width: int, dtype: 
         )
     hidden = {"hidden": ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)}
     return {
-        **(hidden if layers is None else {spec.LAYERS: spec.stack(layers, hidden)}),
+        **(hidden if layers is None else {spec.LAYERS: spec.layers(layers, hidden, stacked=stacked)}),
         "segment_ids": ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32),
     }
 

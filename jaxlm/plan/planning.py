@@ -150,7 +150,6 @@ def plan(
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
     accumulate: int = 1,
     param_dtype: str = "float32",
-    layers_apart: bool = False,
     name: str | None = None,
     xla: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -163,8 +162,6 @@ def plan(
         sequence: tokens per row; None: as many as the model has positions for, at most 1024. For decoding, the number
             of tokens before the new one.
         param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
-        layers_apart: use the per-layer layout, which has separate arrays for each layer
-            (``TrainingConfig.layers_apart``).
         name: the model's name in the plan; default: the name of its family.
         xla: compiler options, such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
@@ -183,13 +180,9 @@ def plan(
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
     if decode:
-        step = program.decoding_step(
-            model, sharding, batch, sequence, param_dtype=param_dtype, layers_apart=layers_apart
-        )
+        step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
     else:
-        step = program.training_step(
-            model, sharding, batch, sequence, optimizer=optimizer, accumulate=accumulate, layers_apart=layers_apart
-        )
+        step = program.training_step(model, sharding, batch, sequence, optimizer=optimizer, accumulate=accumulate)
     start = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)

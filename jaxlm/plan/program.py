@@ -117,7 +117,6 @@ def training_step(
     *,
     optimizer: OptimizerConfig,
     accumulate: int = 1,
-    layers_apart: bool = False,
 ) -> Step:
     """The step that ``jaxlm.training.loop.train`` runs: the state is donated and sharded by the rules of ``sharding``.
 
@@ -129,8 +128,7 @@ def training_step(
     stream = stream_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(
-        model, update, objective(task).loss, grad_accum_steps=accumulate, carry=stream, sharding=sharding,
-        layers_apart=layers_apart,
+        model, update, objective(task).loss, grad_accum_steps=accumulate, carry=stream, sharding=sharding
     )  # fmt: skip
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
@@ -140,12 +138,12 @@ def training_step(
     if stream is not None:
         parts["carried state"] = state.model_state
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
-    name = f"train, {task}" + (", along streams" if stream is not None else "") + _layout_note(layers_apart)
+    name = f"train, {task}" + (", along streams" if stream is not None else "") + _layout_note(model)
     return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
 
 
-def _layout_note(layers_apart: bool) -> str:
-    return ", per-layer layout" if layers_apart else ""
+def _layout_note(model: Model) -> str:
+    return ", scanned layers" if getattr(model.config, "scan_layers", False) else ""
 
 
 def plain_form(model: Model) -> Model:
@@ -170,7 +168,6 @@ def decoding_step(
     sequence: int,
     *,
     param_dtype: str = "float32",
-    layers_apart: bool = False,
 ) -> Step:
     """The step inside the loop of ``jaxlm.decoding.generate``: one greedy token per row, after ``sequence`` tokens.
 
@@ -179,15 +176,13 @@ def decoding_step(
         ValueError: a size is not divisible by its mesh axes, or the state is longer than the model allows.
     """
     sizes = {"source_length": sequence} if model.reads_source else {}
-    specs, parameter_specs = model.state_specs(batch, sequence, **sizes), model.specs
-    if layers_apart:
-        specs, parameter_specs = spec.unstack(specs), spec.unstack(parameter_specs)
+    specs = model.state_specs(batch, sequence, **sizes)
     dtype = jnp.dtype(param_dtype)
 
     def cast(leaf: spec.ArraySpec) -> spec.ArraySpec:
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    params = sharding.abstract(jax.tree.map(cast, parameter_specs))
+    params = sharding.abstract(jax.tree.map(cast, model.specs))
     state = sharding.abstract(specs)
     rows = sharding.named(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
@@ -201,5 +196,5 @@ def decoding_step(
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},
         flops_lib.decoding_flops(model, batch), batch,
-        f"decode, one token after {sequence}" + _layout_note(layers_apart),
+        f"decode, one token after {sequence}" + _layout_note(model),
     )  # fmt: skip

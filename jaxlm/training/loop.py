@@ -19,13 +19,12 @@ import numpy as np
 import optax
 
 from jaxlm import config as config_lib
-from jaxlm import integrity, processes, spec
+from jaxlm import integrity, processes
 from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, count
 from jaxlm.training import nt_asgd
-from jaxlm.training.optimizer import Entrywise
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker
@@ -87,10 +86,6 @@ class TrainingConfig:
     """How often a run may go back to its newest checkpoint, after max_skipped_in_a_row skipped steps or after weights
     that are not finite. Training continues from the checkpoint and leaves out the batches since then, as in PaLM
     (Chowdhery et al. 2022, section 5.1). 0 stops with an error instead."""
-    layers_apart: bool | None = None
-    """Whether each layer has separate arrays and the loop over layers is unrolled. Steps are faster, but compilation
-    takes at least twice as long, and on CPU training needs more memory. None: True on one CPU device (steps are a
-    tenth faster) if the optimizer is entrywise and remat is not "full", and False otherwise."""
     seed: int = 0
     """Seed of the initial weights, dropout and the order of the data."""
 
@@ -112,31 +107,11 @@ class TrainingConfig:
             raise ValueError(f"spike_deviations={self.spike_deviations} must be positive, or None")
 
     def trainer(self, model: Model, optimizer: optax.GradientTransformation, loss: Loss, **options: Any) -> Trainer:
-        """The ``Trainer`` with the settings of this config; ``options`` sets further fields of ``Trainer``.
-
-        Raises:
-            ValueError: ``layers_apart`` is True and the optimizer is not known to be entrywise.
-        """
-        per_layer = _uses_per_layer_trees(model, optimizer, self.layers_apart, options.get("sharding"))
+        """The ``Trainer`` with the settings of this config; ``options`` sets further fields of ``Trainer``."""
         return Trainer(
             model, optimizer, loss, grad_accum_steps=self.grad_accum_steps, ema_decay=self.ema_decay,
-            layers_apart=per_layer, spike_deviations=self.spike_deviations, **options,
+            spike_deviations=self.spike_deviations, **options,
         )  # fmt: skip
-
-
-def _uses_per_layer_trees(
-    model: Model, optimizer: optax.GradientTransformation, setting: bool | None, sharding: Any
-) -> bool:
-    entrywise = isinstance(optimizer, Entrywise)
-    if setting is None:
-        full_remat = getattr(model.config, "remat", None) == "full"  # on CPU, it saves memory only inside lax.scan
-        return entrywise and not full_remat and sharding is None and jax.default_backend() == "cpu"
-    if setting and not entrywise:
-        raise ValueError(
-            "layers_apart=True needs an optimizer whose updates do not depend on how parameters are grouped in arrays: "
-            "use make_optimizer, wrap yours in jaxlm.training.optimizer.Entrywise, or leave layers_apart at None"
-        )
-    return setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +148,7 @@ class Result:
     """The result of :func:`train`.
 
     Attributes:
-        state: the last state, or the state of the best evaluation (``restore_best``); layers are stacked.
+        state: the last state, or the state of the best evaluation (``restore_best``).
         params: the parameters of the model for evaluation and export (``Trainer.model_params``).
         step: the step of ``state``.
         validation: metrics of the last evaluation, or of the best one (``restore_best``); None if interrupted.
@@ -267,10 +242,6 @@ class _Loop:
         self._start_time = time.perf_counter()
         self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
         self._run, self._checkpoints = run, checkpoints
-        # Checkpoints and results have stacked layers, even if the steps use one tree per layer. The recent losses of
-        # the spike rule are in the record of a checkpoint, so that a resumed run may switch the rule on or off.
-        self._stacked_trainer = dataclasses.replace(trainer, layers_apart=False, spike_deviations=None)
-        self._stacked_params = jax.jit(self._stacked_trainer.model_params)
         self._params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._shapes: set[Any] = set()
@@ -290,7 +261,7 @@ class _Loop:
 
     def start(self, params: Any) -> None:
         """Initialize the state, or restore it from a checkpoint."""
-        self._target = self._stacked_trainer.abstract(params)
+        self._target = self._without_losses(self._trainer.abstract(params))
         self._checkpoints.remove_leftovers()
         existing = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
         if self._run.resume and existing:
@@ -362,16 +333,14 @@ class _Loop:
             losses = training.get("recent_losses")
             recent = self._trainer.no_losses() if losses is None else np.array(_not_none(losses), np.float32)
             state = dataclasses.replace(state, recent_losses=np.asarray(recent))
-        self._state = self._change_layout(spec.unstack, self._trainer, state)
+        self._state = state
 
-    def _change_layout(self, change: Callable[[Any], Any], trainer: Trainer, state: TrainState) -> TrainState:
-        if not self._trainer.layers_apart:
-            return state
-        return jax.jit(change, out_shardings=None if trainer.sharding is None else trainer.shardings())(state)
+    @staticmethod
+    def _without_losses(state: TrainState) -> TrainState:
+        """The state as it is in a checkpoint: the recent losses of the spike rule are in its record.
 
-    def _stacked(self) -> TrainState:
-        state = dataclasses.replace(self._state, recent_losses=None)
-        return self._change_layout(spec.restack, self._stacked_trainer, state)
+        So a resumed run may switch the rule on or off."""
+        return dataclasses.replace(state, recent_losses=None)
 
     def run(self, bar: Bar, signals: _Signals) -> Result:
         """The result, after all remaining steps."""
@@ -398,7 +367,7 @@ class _Loop:
                     f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
                 )
             bar.say(f"{signals.caught}: {message}")
-            return self._result(log, self._stacked(), None, signals.caught)
+            return self._result(log, self._without_losses(self._state), None, signals.caught)
         return self._finish(log, bar)
 
     def _advance(self, log: _Log, bar: Bar, signals: _Signals) -> str | None:
@@ -549,11 +518,12 @@ class _Loop:
         if self._validation is not None and self._evaluated_step == self.step:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
-        self._checkpoints.save(self.step, self._stacked(), content, metric=metric, extra=extra, wait=wait)
+        state = self._without_losses(self._state)
+        self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
     def _finish(self, log: _Log, bar: Bar) -> Result:
         if not self._config.restore_best or self._checkpoints.best in (None, self.step):
-            return self._result(log, self._stacked(), self._validation, None)
+            return self._result(log, self._without_losses(self._state), self._validation, None)
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._target, best=True)
         bar.say(f"the weights of step {int(state.step)} are used, which has the best {self._config.best_metric}")
@@ -563,7 +533,7 @@ class _Loop:
         self, log: _Log, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
     ) -> Result:
         return Result(
-            state, self._stacked_params(state), int(state.step), validation, interrupted,
+            state, self._params(state), int(state.step), validation, interrupted,
             log.first_loss_at - self._start_time, log.tokens_per_second, log.examples_per_second, len(self._shapes),
             self._tokens, self._earlier_seconds, self._rollbacks,
         )  # fmt: skip

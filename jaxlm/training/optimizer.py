@@ -15,7 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
-from jaxlm.adapt import is_table, matrix_rows, same_structure
+from jaxlm.adapt import is_table, matrix_rows
 from jaxlm.config import check_finite
 from jaxlm.models.heads import HEADS
 from jaxlm.sharding import Sharding
@@ -127,46 +127,34 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
 # ----------------------------------------------------------------------------------------------- optimizers
 
 
-class Entrywise(optax.GradientTransformationExtraArgs):
-    """A transformation whose updates do not depend on the layer layout, so that training may use per-layer trees.
-
-    Updates for stacked and for per-layer parameters are equal. ``spec.unstack`` of the optimizer state is the state for
-    ``spec.unstack`` of the parameters. :func:`make_optimizer` returns only such transformations. ``optax.adafactor``,
-    ``optax.lamb`` and ``optax.contrib.muon`` are not entrywise, because they compute statistics of whole arrays.
-    """
-
-    __slots__ = ()
-
-
-def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> Entrywise:
+def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> optax.GradientTransformationExtraArgs:
     """The Optax chain of clipping, optimizer, weight decay and learning-rate schedule.
 
-    Weight decay applies to the parameters that ``specs`` mark for it. With ``nt_asgd``, the state has the mean of the
-    parameters; ``jaxlm.training.nt_asgd`` describes when averaging starts.
+    The updates do not depend on the layer layout (``spec.layers``): every layer has its own statistics, also if layers
+    are stacked. Weight decay applies to the parameters that ``specs`` mark for it. With ``nt_asgd``, the state has the
+    mean of the parameters; ``jaxlm.training.nt_asgd`` describes when averaging starts.
 
     Args:
-        specs: stacked specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
+        specs: specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
         steps: number of updates of the whole training.
 
     Raises:
         ValueError: the schedule does not fit ``steps``, or ``layer_decay`` is set for a model without layers.
     """
     clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
-    decay_mask = spec.decay_mask(specs)
     scale_layers = [] if config.layer_decay is None else [_scale_by_tree(layer_rates(specs, config.layer_decay))]
-    chain = optax.chain(
+    return optax.chain(
         *clip,
         _scale_by_optimizer(config, specs),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda params: spec.for_each_layer(decay_mask, params)),
+        optax.add_decayed_weights(config.weight_decay, mask=spec.decay_mask(specs)),
         *scale_layers,
         optax.scale_by_learning_rate(learning_rate(config, steps)),
         *([averaging()] if config.name == "nt_asgd" else []),
     )
-    return Entrywise(chain.init, chain.update)
 
 
 def optimizer_sharding(optimizer: optax.GradientTransformation, specs: spec.Tree, sharding: Sharding) -> Any:
-    """The sharding of each array of an optimizer state, for parameters with these specs (in their layer layout).
+    """The sharding of each array of an optimizer state, for parameters with these specs.
 
     An array has the sharding of a parameter if its path contains the path of the parameter and its shape is equal. All
     other arrays (counters, the row and column statistics of Adafactor) are replicated. This works for any Optax
@@ -262,14 +250,15 @@ def _for_each_matrix(
     """A transformation that applies ``choose(path, spec of one layer)`` to each leaf.
 
     Each layer of a stacked leaf is transformed separately. The state has the structure of the parameters, with the
-    state of a leaf at its path.
+    state of a leaf at its path. Paths have no layer numbers.
 
     Args:
         flat: whether to pass a leaf as its matrix [rows, columns], or as a vector if it is not a matrix.
     """
-    stacked_names = {name for name, leaf in spec.flatten(specs).items() if leaf.axes[:1] == (LAYERS,)}
+    leaves = {spec.split_layer(path)[0]: leaf for path, leaf in spec.flatten(specs).items()}
+    stacked_names = {name for name, leaf in leaves.items() if leaf.axes[:1] == (LAYERS,)}
     per_layer = {}
-    for name, leaf in spec.flatten(specs).items():
+    for name, leaf in leaves.items():
         if name in stacked_names:
             leaf = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:])
         per_layer[name] = leaf
@@ -288,10 +277,9 @@ def _for_each_matrix(
         others = [structure.flatten_up_to(tree) for tree in trees]
         results = []
         for (path, leaf), *rest in zip(leaves, *others, strict=True):
-            name = _without_layer_number(spec.path_name(path))
+            name, _ = spec.split_layer(spec.path_name(path))
             apply = functools.partial(function, name)
-            is_stacked = name in stacked_names and leaf.ndim == len(per_layer[name].shape) + 1
-            results.append((jax.vmap(apply) if is_stacked else apply)(leaf, *rest))
+            results.append((jax.vmap(apply) if name in stacked_names else apply)(leaf, *rest))
         return results
 
     def init(params: Any) -> Any:
@@ -310,10 +298,6 @@ def _for_each_matrix(
     return optax.GradientTransformation(init, update)
 
 
-def _without_layer_number(name: str) -> str:
-    return re.sub(rf"(^|/){LAYERS}/\d+/", rf"\1{LAYERS}/", name)
-
-
 # --------------------------------------------------------------------------------- learning rates by layer
 
 
@@ -322,16 +306,16 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
 
     The rule is the same as in BEiT's code (Bao et al. 2021). With L layers, layer i (from 0) has ``decay ** (L - i)``,
     embeddings have ``decay ** (L + 1)``, and all other parameters (heads, poolers, final norms) have 1. The layers of
-    an encoder and of a decoder are counted separately. Layers are stacked (``layers``) or numbered (``layer_0``).
-    Embeddings are the paths outside of layers that contain ``embedding`` or ``relative_bias``. Other implementations
-    differ: ELECTRA's code has one more factor below the head; XLNet's code gives the factor 1 to the top layer and to
-    embeddings.
+    an encoder and of a decoder are counted separately. Layers are stacked (``layers``) or numbered (``layers/0``,
+    ``layer_0``). Embeddings are the paths outside of layers that contain ``embedding`` or ``relative_bias``. Other
+    implementations differ: ELECTRA's code has one more factor below the head; XLNet's code gives the factor 1 to the
+    top layer and to embeddings.
 
     Raises:
         ValueError: the model has no layers.
     """
     names = spec.flatten(specs)
-    numbered = {name: match for name in names if (match := re.search(r"(^|.*/)layer_(\d+)/", name))}
+    numbered = {name: match for name in names if (match := re.search(rf"(^|.*/)(?:layer_|{LAYERS}/)(\d+)/", name))}
     counts = {name: leaf.shape[0] for name, leaf in names.items() if leaf.axes[:1] == (LAYERS,)}
     for name, match in numbered.items():
         numbers = [int(other[2]) for other in numbered.values() if other[1] == match[1]]
@@ -355,12 +339,11 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
 
 
 def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
-    """A transformation that multiplies updates, stacked or per-layer, by the factors of :func:`layer_rates`."""
+    """A transformation that multiplies updates by the factors of :func:`layer_rates`."""
 
     def scale(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        layout = factors if same_structure(updates, factors) else spec.unstack(factors)
-        return jax.tree.map(lambda u, factor: u * factor, updates, layout), state
+        return jax.tree.map(lambda u, factor: u * factor, updates, factors), state
 
     return optax.GradientTransformation(optax.init_empty_state, scale)
 

@@ -84,8 +84,6 @@ class Trainer:
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
         learning_rate: the schedule, a function of the number of updates; used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
-        layers_apart: whether the state has one tree per layer instead of stacked layers (``spec.unstack``). The
-            optimizer must then be ``Entrywise``.
 
     Example:
         >>> trainer = Trainer(model, optimizer, causal.loss)                     # doctest: +SKIP
@@ -102,16 +100,14 @@ class Trainer:
     adaptation: Adaptation | None = None
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None
-    layers_apart: bool = False
     spike_deviations: float | None = None
 
     # ------------------------------------------------------------------------------------------------- state
 
     @property
     def specs(self) -> spec.Tree:
-        """Specs of the trained parameters, in the layer layout of the state."""
-        specs = self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
-        return self._layout(specs)
+        """Specs of the trained parameters."""
+        return self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
 
     def init(self, key: jax.Array, params: Any = None) -> TrainState:
         """The initial state, created on its devices. The values do not depend on the number of devices.
@@ -141,11 +137,10 @@ class Trainer:
                     f"training needs float32 parameters, {name!r} is {leaf.dtype}: convert them "
                     f'(load_pretrained(..., param_dtype="float32")) and choose the compute dtype in the config'
                 )
-        params, frozen = self._layout(params), self._layout(frozen)
         # No buffer may be donated twice, so the moving average is a copy and each counter is a separate array.
         ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-        model_state = None if self.carry is None else self._layout(self.model.init_state(*self.carry))
+        model_state = None if self.carry is None else self.model.init_state(*self.carry)
         return TrainState(
             step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen,
             self.no_losses(),
@@ -184,9 +179,9 @@ class Trainer:
         optimizer = optimizer_sharding(self.optimizer, self.specs, self.sharding)
         model_state = frozen = None
         if self.carry is not None:
-            model_state = self.sharding.tree(self._layout(self.model.state_specs(*self.carry)))
+            model_state = self.sharding.tree(self.model.state_specs(*self.carry))
         if self.adaptation is not None:
-            frozen = self.sharding.tree(self._layout(self.adaptation.frozen_specs(self.model.specs)))
+            frozen = self.sharding.tree(self.adaptation.frozen_specs(self.model.specs))
         ema = None if self.ema_decay is None else params
         losses = None if self.spike_deviations is None else everywhere
         return TrainState(
@@ -206,9 +201,6 @@ class Trainer:
 
     def _merge(self, params: Any, frozen: Any) -> Any:
         return params if self.adaptation is None else self.adaptation.merge(params, frozen)
-
-    def _layout(self, tree: Any) -> Any:
-        return spec.unstack(tree) if self.layers_apart else tree
 
     # -------------------------------------------------------------------------------------------------- step
 
@@ -333,10 +325,7 @@ class Trainer:
         return params, optimizer_state, ema, model_state, frozen
 
     def jit_step(self) -> Step:
-        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, which must not be used again.
-
-        Without ``sharding``, the step accepts a state with stacked layers or with one tree per layer.
-        """
+        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, which must not be used again."""
         if self.sharding is None:
             return jax.jit(self.step, donate_argnums=0)
         sharding = self.sharding

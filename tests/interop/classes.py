@@ -1,20 +1,20 @@
-"""The Hugging Face classes that the tables name, and a small model of each."""
+"""The Hugging Face classes that the published formats name, and a small model of each."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from jaxlm.interop import huggingface
+from jaxlm.interop import formats
+from jaxlm.interop.formats import Format
 from jaxlm.models import FAMILIES, Model
-from jaxlm.models.files import Format
 from jaxlm.models.model import Metadata
 from tests.helpers import tiny_model
 
 CLASSES = [
     (name, table, architecture)
     for name in FAMILIES
-    for table in huggingface.tables(name)
+    for table in formats.of(name)
     for architecture in table.architectures
 ]
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
-from jaxlm.models.files import Format
 from tests.helpers import assert_trees_equal, lively
 from tests.interop.classes import CLASSES, tiny
 

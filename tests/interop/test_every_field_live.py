@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.interop import config_json, huggingface
+from jaxlm.interop import config_json, formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import FAMILIES, Model
 from tests.helpers import relative_error
@@ -44,8 +44,8 @@ ORDER = np.stack([np.random.default_rng(row).permutation(T) for row in range(B)]
 TARGETS = np.argsort(ORDER, axis=1)[:, -P:].astype(np.int32)
 """A factorization order and the last of it, for XLNet's query stream: a query that sees nothing differs (see docs)."""
 
-TABLES = {table.model_type: table for name in FAMILIES for table in huggingface.tables(name)}
-"""``model_type`` -> its last table, which has the general classes."""
+TABLES = {table.model_type: table for name in FAMILIES for table in formats.of(name)}
+"""``model_type`` -> its last format, which has the general classes."""
 
 _GPT: dict[str, Any] = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4}
 _LLAMA: dict[str, Any] = {

@@ -48,7 +48,7 @@ def test_linen_holds_the_parameters_of_the_model_as_they_are():
     assert jax.tree.structure(variables["params"]) == jax.tree.structure(params())
     drawn = {name: leaf for name, leaf in spec.flatten(variables["params"]).items() if leaf.size > 100}
     assert {name for name in drawn if abs(np.std(drawn[name]) / 0.02 - 1) < 0.35} >= {
-        "token_embedding", "position_embedding", "layers/attention/qkv/weight", "layers/mlp/up/weight",
+        "token_embedding", "position_embedding", "layers/0/attention/qkv/weight", "layers/0/mlp/up/weight",
     }  # fmt: skip
     np.testing.assert_array_equal(variables["params"]["final_norm"]["scale"], 1.0)
 

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import integrity, spec
-from jaxlm.interop import config_json, huggingface
+from jaxlm.interop import config_json, formats, huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.model import family
@@ -163,20 +163,27 @@ def test_every_family_comes_back_equal(name: str, variant: str, tmp_path: Path) 
     assert config_json.their_config(again, "float32") == config_json.their_config(model, "float32")
     assert_trees_equal(loaded, params)
     fields = {field.name for field in dataclasses.fields(model.config)}
-    for table in huggingface.tables(name):
+    for table in formats.of(name):
         assert set(table.layouts) <= {*table.tensors, *table.head}
         assert {*table.fields, *table.implied} <= fields
         assert all(set(implied) <= fields for implied in table.architectures.values())
 
 
-def test_one_layer_of_qkv_lies_in_the_file_as_in_the_stack() -> None:
+def test_formats_are_found_by_family() -> None:
+    modules = {path.stem for path in Path(formats.__file__).parent.glob("*.py")} - {"__init__", "format"}
+    assert {name for name in FAMILIES if formats.of(name)} == modules
+    assert [table.model_type for table in formats.of("gpt")] == ["gpt2", "openai-gpt"]
+    assert formats.of("lstm") == ()
+
+
+def test_one_layer_of_qkv_has_the_layout_of_the_file() -> None:
     _, params = load_pretrained(GOLDENS / "tied")
     file = weights(GOLDENS / "tied")
-    ours = params["layers"]["attention"]["qkv"]["weight"]
-    assert ours.shape == (2, 24, 3, 3, 8)
+    ours = [layer["attention"]["qkv"]["weight"] for layer in params["layers"]]
+    assert [weight.shape for weight in ours] == [(24, 3, 3, 8)] * 2
     np.testing.assert_array_equal(ours[1].reshape(24, 72), file["transformer.h.1.attn.c_attn.weight"])
     np.testing.assert_array_equal(  # the second head's queries, in the columns that torch splits them into
-        ours[1, :, 0, 1], file["transformer.h.1.attn.c_attn.weight"][:, 8:16]
+        ours[1][:, 0, 1], file["transformer.h.1.attn.c_attn.weight"][:, 8:16]
     )
 
 
@@ -221,7 +228,7 @@ def test_dtypes_may_differ_between_parameters_but_not_between_layers_of_one(dire
     with pytest.raises(ValueError, match=r"layers/attention_norm/bias .*F16 and F32.*param_dtype='float32'"):
         load_pretrained(directory)
     _, params = load_pretrained(directory, param_dtype="float32")
-    assert params["layers"]["attention_norm"]["bias"].dtype == jnp.float32
+    assert params["layers"][1]["attention_norm"]["bias"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("dtype", "message"), [("float64", "param_dtype='float32'"), ("int8", "only F32, F16, BF16")])
@@ -263,12 +270,12 @@ def test_parameters_land_sharded(tmp_path: Path) -> None:
 
 
 def test_at_most_one_parameter_is_held_beyond_the_result(tmp_path: Path) -> None:
-    model = get_model("gpt2-tiny", num_layers=12, embed_dim=128)
+    model = get_model("gpt2-tiny", num_layers=12, embed_dim=128, scan_layers=True)
     save_pretrained(tmp_path, model, zeros(model), max_shard_bytes=1_000_000)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(model.specs))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.specs))
     tracemalloc.start()
-    _, params = load_pretrained(tmp_path)
+    _, params = load_pretrained(tmp_path, scan_layers=True)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert spec.count(params) == model.num_parameters
@@ -458,7 +465,7 @@ def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:
         ({"n_inner": 1.5}, r"n_inner=1.5 is not of type int \| None"),
         ({"tie_word_embeddings": None}, r"tie_word_embeddings=None is not of type bool"),
         ({"n_head": 5}, r"config.json: num_heads=5 does not divide embed_dim=24"),
-        ({"n_layer": 10**12}, r"1000000000000 layers .*, but 28 tensors"),
+        ({"n_layer": 10**12}, r"1000000000000 layers .*, but only 28 tensors"),
         (
             {"vocab_size": 10**12},
             r"differs: transformer.wte.weight expected F32\[1000000000000, 24\], got F32\[61, 24\]",

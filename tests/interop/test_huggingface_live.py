@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.interop import huggingface
+from jaxlm.interop import formats, huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.model import family
@@ -189,14 +189,12 @@ def test_the_base_class_of_torch(torch_model: Any, tokens: np.ndarray, tmp_path:
     assert relative_error(forward(model, params, tokens)[0], theirs) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "number"), [(name, n) for name in FAMILIES for n in range(len(huggingface.tables(name)))]
-)
+@pytest.mark.parametrize(("name", "number"), [(name, n) for name in FAMILIES for n in range(len(formats.of(name)))])
 def test_our_defaults_are_theirs(name: str, number: int) -> None:
     """What a field that ``config.json`` lacks means: the config class of each table has the defaults of theirs."""
     from transformers import AutoConfig
 
-    table = huggingface.tables(name)[number]
+    table = formats.of(name)[number]
     theirs = AutoConfig.for_model(table.model_type).to_dict()
     defaults = dataclasses.replace(
         family(name).Config(), **{**table.implied, **next(iter(table.architectures.values()))}

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
 from jaxlm.data import ByteTokenizer, load_tokenizer, train_tokenizer
-from jaxlm.interop import config_json, huggingface
+from jaxlm.interop import config_json, formats, huggingface
+from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
-from jaxlm.models.files import Format
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
 from tests.helpers import tiny_model
@@ -102,7 +102,7 @@ def test_every_field_survives(name: str, table: Format, architecture: str, tmp_p
         assert model.config.decoder_start_id == 4
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not huggingface.tables(name)])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not formats.of(name)])
 def test_families_without_published_files_keep_fields_and_labels_too(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     labelled = getattr(model.config, "task", None) == "classification"
@@ -135,7 +135,7 @@ def test_a_field_that_the_user_changes_is_written(tmp_path: Path) -> None:
 
 
 def test_the_model_type_survives_where_another_table_could_express_the_model(tmp_path: Path) -> None:
-    table = next(table for table in huggingface.tables("llama") if table.model_type == "mistral")
+    table = next(table for table in formats.of("llama") if table.model_type == "mistral")
     directory = saved(tmp_path / "a", tiny("llama", table, "MistralForCausalLM"))
     before = edit(directory, sliding_window=None)  # as Mistral since version 0.2: computes what a Llama computes
     model, params = load_pretrained(directory)
@@ -212,7 +212,7 @@ def test_a_field_that_the_file_lacks_is_not_added(tmp_path: Path) -> None:
 
 
 def test_a_window_that_the_user_removes_is_gone(tmp_path: Path) -> None:
-    table = [table for table in huggingface.tables("llama") if table.model_type == "qwen2"][-1]
+    table = [table for table in formats.of("llama") if table.model_type == "qwen2"][-1]
     directory = saved(tmp_path, tiny("llama", table, "Qwen2ForCausalLM"))
     edit(directory, use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 2)
     assert load_pretrained(directory)[0].config.window == 3
@@ -369,7 +369,7 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
     model = tiny(name, table, architecture)
     saved(tmp_path, model)
     held = spec.flatten(numbered(model))
-    every = dict.fromkeys(task for other in huggingface.tables(name) for task in tasks(other))
+    every = dict.fromkeys(task for other in formats.of(name) for task in tasks(other))
     for task in every:
         if name == "t5" and architecture.endswith("EncoderModel") and task == "seq2seq":
             continue  # has no decoder

@@ -13,9 +13,9 @@ import pytest
 from jaxlm.data import train_tokenizer
 from jaxlm.decoding.sample import generate as jaxlm_generate
 from jaxlm.interop import config_json
+from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
-from jaxlm.models.files import Format
 from tests.helpers import lively, relative_error, tiny_model
 from tests.interop.classes import CLASSES, tiny
 from tests.interop.test_classes_live import torch_class

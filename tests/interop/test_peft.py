@@ -12,7 +12,7 @@ from jaxlm.adapt import LoRA
 from jaxlm.interop.peft import load_adapter, save_adapter
 from tests.helpers import assert_trees_equal, tiny_model
 
-GPT = tiny_model("gpt2-tiny")
+GPT = tiny_model("gpt2-tiny", scan_layers=True)
 LLAMA = tiny_model("llama-tiny")
 QKV = LoRA(4, alpha=8)
 

@@ -36,7 +36,7 @@ def test_gpt_1_is_post_norm_without_final_norm():
 
 def test_only_gpt_2_has_smaller_initial_residual_projections():
     for name, factor in (("gpt2-tiny", 0.5), ("openai-gpt-tiny", 1.0)):
-        specs = get_model(name).specs["layers"]
+        specs = get_model(name).specs["layers"][0]
         for weight in (specs["attention"]["output"]["weight"], specs["mlp"]["down"]["weight"]):
             assert weight.init == spec.Normal(0.02 * factor)
 

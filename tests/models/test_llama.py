@@ -10,6 +10,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.config import from_json, to_json
+from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.llama import Config
@@ -40,15 +41,19 @@ def test_published_parameter_counts(name, count):
 
 def test_the_cache_has_only_key_value_heads():
     specs = get_model("llama-3-8b").state_specs(1, 4)
-    assert specs["layers"]["key"].shape == (32, 1, 4, 8 * 128)
+    assert [layer["key"].shape for layer in specs["layers"]] == [(1, 4, 8 * 128)] * 32
 
 
 def test_grouped_heads_equal_repeated_heads():
     model, params, tokens = setup()
     full = tiny_model("llama-tiny", num_kv_heads=4)
-    attention = params["layers"]["attention"]
-    repeated = {name: {"weight": jnp.repeat(attention[name]["weight"], 2, axis=2)} for name in ("key", "value")}
-    wide = {**params, "layers": {**params["layers"], "attention": {**attention, **repeated}}}
+
+    def widened(layer):
+        attention = layer["attention"]
+        repeated = {name: {"weight": jnp.repeat(attention[name]["weight"], 2, axis=1)} for name in ("key", "value")}
+        return {**layer, "attention": {**attention, **repeated}}
+
+    wide = {**params, "layers": tuple(map(widened, params["layers"]))}
     assert relative_error(jax.jit(full.apply)(wide, tokens)[0], jax.jit(model.apply)(params, tokens)[0]) < 1e-6
 
 
@@ -203,9 +208,7 @@ QWEN2 = {"architectures": ["Qwen2Model"], "model_type": "qwen2", "use_sliding_wi
 
 
 def read_window(**fields):
-    from jaxlm.models.llama import HUGGING_FACE
-
-    table = next(table for table in HUGGING_FACE if fields["architectures"][0] in table.architectures)
+    table = next(table for table in formats.of("llama") if fields["architectures"][0] in table.architectures)
     return table.read_fields({"num_hidden_layers": 2, **fields})["window"]
 
 

@@ -58,7 +58,7 @@ def test_cached_decoding_equals_transformers():
     golden = np.load(GOLDEN)
     config = t5.Config(
         vocab_size=30, num_layers=2, num_heads=2, embed_dim=8, head_dim=3, mlp_dim=10, mlp="gated_gelu",
-        tie_embeddings=False, num_buckets=8, max_distance=7,
+        tie_embeddings=False, num_buckets=8, max_distance=7, scan_layers=True,
     )  # fmt: skip
     model = dataclasses.replace(tiny_model("t5"), config=config)
     paths = spec.flatten(model.specs)
@@ -84,7 +84,7 @@ def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     segments = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], np.int32)
     full, _ = apply(model, params, tokens, {"source": source, "source_segment_ids": segments})
     state = start(model, params, source, 12, segments)
-    assert state["source"]["layers"]["key"].shape == (1, 2, 7, 4 * 6)
+    assert [layer["key"].shape for layer in state["source"]["layers"]] == [(2, 7, 4 * 6)]
     assert spec.diff(t5.state_specs(model.config, 2, 12, 7), state) == []
     prompt, real = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.int32)
     for row, length in enumerate((2, 5)):
@@ -107,7 +107,7 @@ def test_a_target_document_attends_to_the_source_document_of_the_same_number():
     for of_target, of_source in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(5, 8))):
         alone, _ = apply(model, params, tokens[:, of_target], {"source": source[:, of_source]})
         assert relative_error(packed[:, of_target], alone) < TOLERANCE
-    state = start(model, spec.unstack(params), source, 8, source_segments)
+    state = start(model, params, source, 8, source_segments)
     cached, _ = apply(model, params, tokens, {"state": state, "segment_ids": segments})
     assert relative_error(cached[:, :7], packed[:, :7]) < TOLERANCE
     first, _ = apply(model, params, tokens, {"state": state})  # a row without segments is document 1
@@ -131,20 +131,21 @@ def test_equal_tables_per_layer_equal_a_shared_table():
     same = {**params}
     for stack in ("encoder", "decoder"):
         table = params[stack]["relative_bias"]
-        layers = {**params[stack]["layers"], "relative_bias": jnp.stack([table, table])}
+        layers = tuple({**layer, "relative_bias": table} for layer in params[stack]["layers"])
         same[stack] = {"layers": layers, "final_norm": params[stack]["final_norm"]}
     spec.require_same(own.specs, same, "parameters")
     tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
     want = apply(model, params, tokens, inputs)[0]
     assert relative_error(apply(own, same, tokens, inputs)[0], want) < 1e-6
-    same["decoder"]["layers"]["relative_bias"] = jnp.stack([table, -table])
+    same["decoder"]["layers"][1]["relative_bias"] = -table
     assert relative_error(apply(own, same, tokens, inputs)[0], want) > 1e-3
 
 
 def test_float16_residual_sums_do_not_overflow():
     model, params = small()
     for stack in ("encoder", "decoder"):
-        params[stack]["layers"]["mlp"]["down"]["weight"] *= 3e5  # sums of more than 65504, the largest float16
+        for layer in params[stack]["layers"]:
+            layer["mlp"]["down"]["weight"] *= 3e5  # sums of more than 65504, the largest float16
     low = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="float16"))
     tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
     hidden, _ = apply(low, params, tokens, inputs)
@@ -157,7 +158,7 @@ def test_initial_scores_and_logits_have_variance_1(form):
     """Attention does not scale scores, so the initial query weights must be small."""
     model = tiny_model("t5", embed_dim=64, head_dim=48, mlp_dim=256, vocab_size=512, num_layers=1, **form)
     params = jax.jit(model.init)(jax.random.key(0))
-    layer = jax.tree.map(lambda x: x[0], params["decoder"]["layers"])
+    (layer,) = params["decoder"]["layers"]
     x = jax.random.normal(jax.random.key(1), (2, 64))
     q, k = (jnp.einsum("TD,DHK->HTK", x, layer["attention"][name]["weight"]) for name in ("query", "key"))
     assert 0.5 < float(jnp.std(jnp.einsum("HTK,HSK->HTS", q, k)[:, 0, 1])) < 2.0

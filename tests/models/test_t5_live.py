@@ -47,7 +47,7 @@ def generated(case: str) -> dict[str, np.ndarray]:
 def make_golden() -> None:
     with tempfile.TemporaryDirectory() as directory:
         oracle.build("left").save_pretrained(directory)
-        _, params = load_pretrained(directory)
+        _, params = load_pretrained(directory, scan_layers=True)
     weights = {f"params/{path}": np.asarray(leaf) for path, leaf in spec.flatten(params).items()}
     np.savez_compressed(GOLDEN, source=SOURCE, segments=SEGMENTS, **generated("left"), **weights)
 

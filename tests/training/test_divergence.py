@@ -115,7 +115,7 @@ def compiled_step(trainer):
 
 def run(directory, loss, data=None, *, resume=False, optimizer=MOMENTUM, model=None, rate=None, **options):
     options = {"evaluate_every": 1000, "checkpoint_every": 4, "max_skipped_in_a_row": 3, **options}
-    config = TrainingConfig(options.pop("steps", STEPS), 2, 4, layers_apart=False, **options)
+    config = TrainingConfig(options.pop("steps", STEPS), 2, 4, **options)
     trainer = CompiledOnce(**vars(config.trainer(model or model_of(), optimizer, loss, learning_rate=rate)))
     data = data or Batches(Numbered(), to_batch=to_batch)
     return train(trainer, data, evaluate, config, Run(directory, resume=resume))

@@ -34,7 +34,7 @@ def test_every_phase_after_the_training_can_be_repeated(tmp_path, monkeypatch):
     text.write_text("to be, or not to be: that is the question. " * 40)
     experiment = text_generation.Experiment(
         model=lib.ModelConfig("gpt", ("num_layers=1", "num_heads=1", "embed_dim=8", "mlp_dim=8")),
-        training=TrainingConfig(STEPS, 2, 8, evaluation_batches=1, layers_apart=False),
+        training=TrainingConfig(STEPS, 2, 8, evaluation_batches=1),
         optimizer=OptimizerConfig(warmup_steps=1), data=text, output=directory, prompt="to", sample_tokens=3,
     )  # fmt: skip
     weights: list[dict[str, np.ndarray]] = []

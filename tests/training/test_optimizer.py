@@ -18,7 +18,6 @@ from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.nt_asgd import averaged, start
 from jaxlm.training.optimizer import (
     MUON_RMS,
-    Entrywise,
     OptimizerConfig,
     layer_rates,
     learning_rate,
@@ -27,10 +26,10 @@ from jaxlm.training.optimizer import (
     optimizer_sharding,
 )
 from jaxlm.training.recipes import RECIPES, recipe
-from tests.helpers import assert_trees_close, assert_trees_equal, lively, tiny_model
+from tests.helpers import assert_trees_close, assert_trees_equal, lively, tiny_model, with_stacked_layers
 
 NAMES = ("adamw", "adafactor", "muon", "sgd", "nt_asgd", "adadelta")
-T5 = tiny_model("t5", num_layers=2, num_decoder_layers=3)
+T5 = tiny_model("t5", num_layers=2, num_decoder_layers=3, scan_layers=True)
 PLAIN = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "clip_norm": None}
 
 
@@ -55,16 +54,16 @@ def updates_of(optimizer, params, gradients):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_and_per_layer_parameters_get_the_same_updates_and_states(name):
-    model = tiny_model("t5", num_layers=1, num_decoder_layers=2) if name == "adafactor" else tiny_model("gpt2-tiny")
-    optimizer = make_optimizer(OptimizerConfig(name, warmup_steps=1, layer_decay=0.5), model.specs, 10)
-    assert isinstance(optimizer, Entrywise)
-    params, gradients = trees(model)
-    updates, state = updates_of(optimizer, params, gradients)
-    apart, apart_state = updates_of(optimizer, spec.unstack(params), list(map(spec.unstack, gradients)))
-    assert jax.tree.structure(spec.unstack(state)) == jax.tree.structure(apart_state)
-    assert_trees_close(spec.unstack(updates), apart, 1e-4)
-    assert_trees_close(spec.unstack(state), apart_state, 1e-4)
-    assert jax.tree.structure(spec.restack(apart_state)) == jax.tree.structure(state)
+    sizes = {"num_layers": 1, "num_decoder_layers": 2} if name == "adafactor" else {}
+    model = tiny_model("t5" if name == "adafactor" else "gpt2-tiny", **sizes, scan_layers=True)
+    config, params, gradients = OptimizerConfig(name, warmup_steps=1, layer_decay=0.5), *trees(model)
+    stacked, per_layer = (make_optimizer(config, specs, 10) for specs in (model.specs, spec.unstack(model.specs)))
+    updates, state = updates_of(stacked, params, gradients)
+    other_updates, other_state = updates_of(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))
+    assert jax.tree.structure(spec.unstack(state)) == jax.tree.structure(other_state)
+    assert_trees_close(spec.unstack(updates), other_updates, 1e-4)
+    assert_trees_close(spec.unstack(state), other_state, 1e-4)
+    assert jax.tree.structure(spec.restack(other_state)) == jax.tree.structure(state)
     assert_trees_equal(spec.restack(spec.unstack(state)), state)
 
 
@@ -99,7 +98,7 @@ def test_adafactor_keeps_statistics_of_each_layer_and_of_the_flattened_matrix():
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "t5-tiny", "lstm-tiny", "resnet-tiny"])
 def test_muon_handles_every_matrix_inside_the_model(name):
-    model = tiny_model(name)
+    model = with_stacked_layers(tiny_model(name))
     specs = spec.flatten(model.specs)
     numbers = jax.tree.leaves(muon_dimension_numbers(model.specs), is_leaf=lambda x: x is None or hasattr(x, "_fields"))
     handled = {path for path, number in zip(specs, numbers, strict=True) if number is not None}
@@ -117,7 +116,7 @@ def test_muon_handles_every_matrix_inside_the_model(name):
 
 def test_muon_counts_parameters_as_optax_does():
     """The dimension numbers also fit ``optax.contrib.muon``, whose own choice is matrices with two axes."""
-    model = tiny_model("gpt2-tiny")
+    model = tiny_model("gpt2-tiny", scan_layers=True)
     params = model.init(jax.random.key(0))
 
     def handled(**options):
@@ -133,7 +132,7 @@ def test_muon_counts_parameters_as_optax_does():
 
 
 def test_an_orthogonalised_update_is_that_of_the_flattened_matrix():
-    model = tiny_model("llama-tiny")
+    model = tiny_model("llama-tiny", scan_layers=True)
     optimizer = make_optimizer(OptimizerConfig("muon", **PLAIN), model.specs, 10)
     params, gradients = trees(model)
     updates = updates_of(optimizer, params, gradients)[0]
@@ -153,7 +152,7 @@ def test_an_orthogonalised_update_is_that_of_the_flattened_matrix():
 
 
 def test_fused_projections_and_gates_are_several_matrices():
-    numbers = muon_dimension_numbers(tiny_model("gpt2-tiny").specs)
+    numbers = muon_dimension_numbers(tiny_model("gpt2-tiny", scan_layers=True).specs)
     assert numbers["layers"]["attention"]["qkv"]["weight"] == MuonDimensionNumbers((1,), (3, 4))
     assert muon_dimension_numbers(tiny_model("lstm-tiny").specs)["layer_0"]["weight_input"] == MuonDimensionNumbers(
         (0,), (2,)
@@ -253,15 +252,16 @@ def test_learning_rates_by_layer_are_those_of_beit():
 
 def test_layer_decay_multiplies_the_whole_update():
     """Weight decay as well, in both layouts."""
-    model = tiny_model("bert")
+    model = tiny_model("bert", scan_layers=True)
     params, gradients = trees(model)
     config = OptimizerConfig("sgd", **{**PLAIN, "weight_decay": 0.1}, beta1=0.0)
     plain, _ = updates_of(make_optimizer(config, model.specs, 10), params, gradients)
     decayed = make_optimizer(dataclasses.replace(config, layer_decay=0.5), model.specs, 10)
     expected = jax.tree.map(lambda update, rate: update * rate, plain, layer_rates(model.specs, 0.5))
     assert_trees_close(updates_of(decayed, params, gradients)[0], expected, 1e-6)
-    apart, _ = updates_of(decayed, spec.unstack(params), list(map(spec.unstack, gradients)))
-    assert_trees_close(apart, spec.unstack(expected), 1e-6)
+    per_layer = make_optimizer(dataclasses.replace(config, layer_decay=0.5), spec.unstack(model.specs), 10)
+    updates, _ = updates_of(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))
+    assert_trees_close(updates, spec.unstack(expected), 1e-6)
 
 
 def test_layer_decay_needs_layers():

@@ -1,6 +1,6 @@
-"""Tables of the names of a family's parameters and fields in Hugging Face files, for ``jaxlm.interop.huggingface``.
+"""``Format``: the names of a family's parameters and config fields in Hugging Face files.
 
-In this module, "our" names and axes are those of jaxlm, "their" names and axes are those of Hugging Face.
+In this package, "our" names and axes are those of jaxlm, "their" names and axes are those of Hugging Face.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRANSPOSED: Layout = ((1,), (0,))
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The table of one ``model_type`` for a family. A family has a tuple of tables.
+    """The published names of one ``model_type``. A family has a tuple of formats.
 
     If their ``config.json`` lacks a field, its value is that in ``implied``, or the default of our ``Config``. So these
     values must be equal to their defaults.
@@ -34,8 +34,8 @@ class Format:
         prefix: the prefix of all tensors of the base model in files of classes with a head.
         fields: our config field -> their config field, if both have the same value, or a value in ``values``.
         implied: values of our config fields for all models of this ``model_type``, unless ``config.json`` has another
-            value (through ``fields``). Those that are not in ``fields`` also select the table to write a model with:
-            the first table of the family whose implied values the model has.
+            value (through ``fields``). Those that are not in ``fields`` also select the format to write a model with:
+            the first format of the family whose implied values the model has.
         read_fields: a function from their ``config.json`` to values of our config fields, for fields that need a
             computation. The caller adds the path of the file to a ``ValueError`` that it raises.
         write_fields: the inverse: from our config to their fields.

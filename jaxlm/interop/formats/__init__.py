@@ -1,0 +1,29 @@
+"""The published formats of the families: what their parameters and config fields are called in Hugging Face files.
+
+The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME as a tuple ``FORMATS``. A family without
+such a module has no published format: ``save_pretrained`` writes it with our own names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+
+__all__ = ["TRANSPOSED", "Format", "Layout", "of"]
+
+
+@functools.cache
+def of(family: str) -> tuple[Format, ...]:
+    """The published formats of a family, in the order in which they are tried; empty if it has none.
+
+    Example:
+        >>> [table.model_type for table in of("gpt")]
+        ['gpt2', 'openai-gpt']
+    """
+    module = f"{__name__}.{family}"
+    if importlib.util.find_spec(module) is None:
+        return ()
+    return importlib.import_module(module).FORMATS

@@ -1,0 +1,116 @@
+"""Formats of :mod:`jaxlm.models.gpt`: GPT-2 and GPT-1."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format
+
+_GPT2 = Format(
+    architectures={
+        "GPT2LMHeadModel": {"task": "causal"},
+        "GPT2Model": {"task": "none"},
+        "GPT2ForSequenceClassification": {"task": "classification"},
+        "GPT2ForTokenClassification": {"task": "tagging"},
+        "GPT2ForQuestionAnswering": {"task": "span_qa"},
+    },
+    model_type="gpt2",
+    prefix="transformer.",
+    implied={"norm_position": "before"},
+    fields={
+        "vocab_size": "vocab_size",
+        "max_positions": "n_positions",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "embed_dim": "n_embd",
+        "mlp_dim": "n_inner",
+        "norm_epsilon": "layer_norm_epsilon",
+        "init_stddev": "initializer_range",
+        "embedding_dropout": "embd_pdrop",
+        "attention_dropout": "attn_pdrop",
+        "residual_dropout": "resid_pdrop",
+        "tie_embeddings": "tie_word_embeddings",
+        "activation": "activation_function",
+    },
+    values={
+        "activation_function": {
+            "gelu_new": "gelu_tanh",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "gelu": "gelu",
+            "relu": "relu",
+        }
+    },
+    # Behaviour that this family does not have: any other value is an error.
+    required={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "pruned_heads": {},
+    },
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
+    tensors={
+        "token_embedding": "wte.weight",
+        "position_embedding": "wpe.weight",
+        "layers/attention_norm/scale": "h.{layer}.ln_1.weight",
+        "layers/attention_norm/bias": "h.{layer}.ln_1.bias",
+        "layers/attention/qkv/weight": "h.{layer}.attn.c_attn.weight",
+        "layers/attention/qkv/bias": "h.{layer}.attn.c_attn.bias",
+        "layers/attention/output/weight": "h.{layer}.attn.c_proj.weight",
+        "layers/attention/output/bias": "h.{layer}.attn.c_proj.bias",
+        "layers/mlp_norm/scale": "h.{layer}.ln_2.weight",
+        "layers/mlp_norm/bias": "h.{layer}.ln_2.bias",
+        "layers/mlp/up/weight": "h.{layer}.mlp.c_fc.weight",
+        "layers/mlp/up/bias": "h.{layer}.mlp.c_fc.bias",
+        "layers/mlp/down/weight": "h.{layer}.mlp.c_proj.weight",
+        "layers/mlp/down/bias": "h.{layer}.mlp.c_proj.bias",
+        "final_norm/scale": "ln_f.weight",
+        "final_norm/bias": "ln_f.bias",
+    },
+    head={
+        "head": "lm_head.weight",
+        "classifier/weight": "score.weight",
+        "tagger/weight": "classifier.weight",
+        "tagger/bias": "classifier.bias",
+        "span/weight": "qa_outputs.weight",
+        "span/bias": "qa_outputs.bias",
+    },
+    copies={"lm_head.weight": "token_embedding"},  # when tied
+    # Their Conv1D stores weights as [in, out]. So the weights of blocks are not transposed; axes are only merged.
+    layouts={
+        "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
+        "layers/attention/qkv/bias": ((0, 1, 2),),
+        "layers/attention/output/weight": ((0, 1), (2,)),
+        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "tagger", "span")},
+    },
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old files
+)
+_GPT1 = dataclasses.replace(
+    _GPT2,
+    architectures={
+        "OpenAIGPTLMHeadModel": {"task": "causal"},
+        "OpenAIGPTModel": {"task": "none"},
+        "OpenAIGPTForSequenceClassification": {"task": "classification"},
+    },
+    model_type="openai-gpt",
+    implied={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},
+    fields={
+        **{ours: theirs for ours, theirs in _GPT2.fields.items() if ours not in ("mlp_dim", "activation")},
+        "activation": "afn",
+    },
+    values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # their "gelu" is the tanh form
+    required={"pruned_heads": {}},
+    token_ids={},
+    tensors={
+        **_GPT2.tensors,
+        "token_embedding": "tokens_embed.weight",
+        "position_embedding": "positions_embed.weight",
+    },
+)
+
+FORMATS = (_GPT2, _GPT1)

@@ -1,0 +1,67 @@
+"""Formats of :mod:`jaxlm.models.roberta`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.interop.formats.bert import BERT
+from jaxlm.interop.formats.format import TRANSPOSED
+from jaxlm.models.roberta import FIRST_POSITION, Config
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    rows = config.get("max_position_embeddings", 512)
+    if type(rows) is not int or rows <= FIRST_POSITION:
+        raise ValueError(f"max_position_embeddings={rows!r} must be an integer above {FIRST_POSITION}")
+    return {"max_positions": rows - FIRST_POSITION}
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    assert BERT.write_fields is not None
+    return {**BERT.write_fields(cfg), "max_position_embeddings": cfg.max_positions + FIRST_POSITION}
+
+
+_ROBERTA = dataclasses.replace(
+    BERT,
+    architectures={
+        "RobertaForMaskedLM": {"task": "masked"},
+        "RobertaModel": {"task": "none"},
+        "RobertaForSequenceClassification": {"task": "classification"},
+        "RobertaForTokenClassification": {"task": "tagging"},
+        "RobertaForQuestionAnswering": {"task": "span_qa"},
+    },
+    model_type="roberta",
+    prefix="roberta.",
+    fields={ours: theirs for ours, theirs in BERT.fields.items() if ours != "max_positions"},
+    # Defaults of their config class. No published model has these values.
+    implied={**BERT.implied, "norm_epsilon": 1e-12, "num_token_types": 2},
+    read_fields=_read_fields,
+    write_fields=_write_fields,
+    values={"hidden_act": {"gelu": "gelu"}},  # their head always has this one
+    required={**BERT.required, "pad_token_id": FIRST_POSITION - 1},
+    token_ids={"bos_token_id": 0, "eos_token_id": 2},
+    head={
+        "masked/dense/weight": "lm_head.dense.weight",
+        "masked/dense/bias": "lm_head.dense.bias",
+        "masked/norm/scale": "lm_head.layer_norm.weight",
+        "masked/norm/bias": "lm_head.layer_norm.bias",
+        "masked/bias": "lm_head.bias",
+        "classifier_dense/weight": "classifier.dense.weight",
+        "classifier_dense/bias": "classifier.dense.bias",
+        "classifier/weight": "classifier.out_proj.weight",
+        "classifier/bias": "classifier.out_proj.bias",
+        "tagger/weight": "classifier.weight",
+        "tagger/bias": "classifier.bias",
+        "span/weight": "qa_outputs.weight",
+        "span/bias": "qa_outputs.bias",
+    },
+    copies={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
+    layouts={
+        **{path: layout for path, layout in BERT.layouts.items() if not path.startswith("next_sentence")},
+        "classifier_dense/weight": TRANSPOSED,
+    },
+)
+
+FORMATS = (_ROBERTA,)

@@ -1,0 +1,131 @@
+"""Formats of :mod:`jaxlm.models.t5`: T5 (v1.0 and v1.1), mT5 and umT5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+from jaxlm.models.t5 import Config
+
+
+def _stack_names(stack: str, mlp: int) -> dict[str, str]:
+    """Path of our parameter -> name of their tensor, for one stack whose MLP is the sublayer with index ``mlp``."""
+    block, norms = f"{stack}.block.{{layer}}.layer.", {"attention": 0, "cross": 1, "mlp": mlp}
+    names = {
+        f"{stack}/relative_bias": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        f"{stack}/layers/relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
+        f"{stack}/final_norm/scale": f"{stack}.final_layer_norm.weight",
+    }
+    for ours, number in norms.items():
+        names[f"{stack}/layers/{ours}_norm/scale"] = f"{block}{number}.layer_norm.weight"
+    for ours, theirs in (("attention", "0.SelfAttention"), ("cross_attention", "1.EncDecAttention")):
+        for name in ("query", "key", "value", "output"):
+            names[f"{stack}/layers/{ours}/{name}/weight"] = f"{block}{theirs}.{name[0]}.weight"
+    for ours, theirs in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
+        names[f"{stack}/layers/mlp/{ours}/weight"] = f"{block}{mlp}.DenseReluDense.{theirs}.weight"
+    return names
+
+
+def _layout(path: str) -> Layout:
+    if "attention/" not in path:
+        return TRANSPOSED
+    return ((2,), (0, 1)) if "/output/" in path else ((1, 2), (0,))
+
+
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # the last when tied
+_TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
+
+_MLPS: dict[str, tuple[str, str, bool]] = {
+    "relu": ("relu", "relu", False),
+    "gated_gelu": ("gated-gelu", "gelu_new", True),
+}
+"""Our ``mlp`` -> their ``feed_forward_proj``, ``dense_act_fn`` and ``is_gated_act``."""
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    form, act, gated = _MLPS[cfg.mlp]
+    return {
+        "feed_forward_proj": form, "dense_act_fn": act, "is_gated_act": gated,
+        "decoder_start_token_id": cfg.decoder_start_id,
+    }  # fmt: skip
+
+
+def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """``read_fields`` of a ``model_type``. ``default`` is the value of a missing ``feed_forward_proj``."""
+
+    def read(config: Mapping[str, Any]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        form = config.get("feed_forward_proj", default)
+        derived = {theirs: (act, gated) for theirs, act, gated in _MLPS.values()}
+        if form not in list(derived):
+            raise ValueError(f"feed_forward_proj={form!r} is not supported: choose from {', '.join(derived)}")
+        # Transformers derives both from feed_forward_proj, but values in the config take precedence.
+        act, gated = config.get("dense_act_fn", derived[form][0]), config.get("is_gated_act", derived[form][1])
+        same = "gelu_new" if act == "gelu_pytorch_tanh" else act
+        mlp = [ours for ours, (_, *others) in _MLPS.items() if others == [same, gated]]
+        if not mlp:
+            raise ValueError(
+                f"feed_forward_proj={form!r} with dense_act_fn={act!r} and is_gated_act={gated!r} is not supported: "
+                "only 'relu' that is not gated and 'gelu_new' that is gated are"
+            )
+        fields["mlp"] = mlp[0]
+        buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
+        if type(buckets) is int and (buckets < 4 or buckets % 2):
+            raise ValueError(f"relative_attention_num_buckets={buckets} must be an even number from 4 on")
+        # Without decoder_start_token_id, a target starts with the padding id.
+        start, pad = config.get("decoder_start_token_id"), config.get("pad_token_id")
+        if start is not None and type(start) is not int:
+            raise ValueError(f"decoder_start_token_id={start!r} must be a whole number or null")
+        if start is None and type(pad) is int:
+            start = pad
+        return fields if start is None else {**fields, "decoder_start_id": start}
+
+    return read
+
+
+def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
+    return Format(
+        architectures={
+            f"{prefix}ForConditionalGeneration": {"task": "seq2seq"},
+            f"{prefix}EncoderModel": {"task": "none", "num_decoder_layers": 0},
+            f"{prefix}Model": {"task": "none"},
+        },
+        model_type=model_type,
+        prefix="",
+        fields={
+            "vocab_size": "vocab_size", "num_layers": "num_layers", "num_decoder_layers": "num_decoder_layers",
+            "num_heads": "num_heads", "embed_dim": "d_model", "head_dim": "d_kv", "mlp_dim": "d_ff",
+            "tie_embeddings": "tie_word_embeddings",
+            "num_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
+            "norm_epsilon": "layer_norm_epsilon", "dropout": "dropout_rate",
+        },
+        implied=implied,
+        read_fields=_reader(_MLPS[implied.get("mlp", "relu")][0]),
+        write_fields=_write_fields,
+        required={"tie_encoder_decoder": False, "pruned_heads": {}},
+        aliases={
+            "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+            "head_dim": "d_kv",
+        },
+        token_ids={"pad_token_id": 0, "eos_token_id": 1},
+        tensors=_TENSORS,
+        head={"head": "lm_head.weight"},
+        copies=dict.fromkeys(_COPIES, "token_embedding"),
+        layouts={path: _layout(path) for path in _TENSORS if path.endswith("/weight")},
+        # An unused table in files of v1.0.
+        ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+    )  # fmt: skip
+
+
+_MULTILINGUAL = {
+    "mlp": "gated_gelu", "tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6,
+    "vocab_size": 250112,
+}  # fmt: skip
+"""The defaults of mT5's config class. Those of umT5 differ in ``tie_embeddings``."""
+
+FORMATS = (
+    _format("t5", "T5", {"bias_per_layer": False}),
+    _format("mt5", "MT5", {**_MULTILINGUAL, "bias_per_layer": False}),
+    _format("umt5", "UMT5", {**_MULTILINGUAL, "tie_embeddings": True, "bias_per_layer": True}),
+)

@@ -1,0 +1,120 @@
+"""Formats of :mod:`jaxlm.models.xlnet`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.models.xlnet import Config, summary_dropout
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    clamp = config.get("clamp_len", -1)
+    if type(clamp) is not int:
+        raise ValueError(f"clamp_len={clamp!r} must be a whole number")
+    width, num_heads = config.get("d_model", Config.embed_dim), config.get("n_head", Config.num_heads)
+    d_head = config.get("d_head", 0)
+    if "d_head" in config and (type(d_head) is not int or d_head * num_heads != width):
+        raise ValueError(f"d_head={d_head!r} is not d_model / n_head = {width} / {num_heads}")
+    return {"clamp_length": clamp if clamp > 0 else None}
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    return {
+        "clamp_len": -1 if cfg.clamp_length is None else cfg.clamp_length,
+        "summary_last_dropout": summary_dropout(cfg),
+    }
+
+
+FORMATS = (
+    Format(
+        architectures={
+            "XLNetLMHeadModel": {"task": "permutation"},
+            "XLNetModel": {"task": "none"},
+            "XLNetForSequenceClassification": {"task": "classification"},
+            "XLNetForTokenClassification": {"task": "tagging"},
+            "XLNetForQuestionAnsweringSimple": {"task": "span_qa"},
+        },
+        model_type="xlnet",
+        prefix="transformer.",
+        fields={
+            "vocab_size": "vocab_size",
+            "num_layers": "n_layer",
+            "num_heads": "n_head",
+            "embed_dim": "d_model",
+            "mlp_dim": "d_inner",
+            "activation": "ff_activation",
+            "norm_epsilon": "layer_norm_eps",
+            "init_stddev": "initializer_range",
+            "reuse_length": "reuse_len",
+            "dropout": "dropout",
+            "summary_dropout": "summary_last_dropout",
+        },
+        read_fields=_read_fields,
+        write_fields=_write_fields,
+        values={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
+        # Behaviour that this family does not have: any other value is an error. For bi_data, see ``right_to_left`` of
+        # ``xlnet.apply``.
+        required={
+            "attn_type": "bi",
+            "bi_data": False,
+            "same_length": False,
+            "untie_r": True,
+            "tie_word_embeddings": True,
+            "summary_type": "last",
+            "summary_use_proj": True,
+            "summary_activation": "tanh",
+        },
+        aliases={
+            "n_token": "vocab_size",
+            "hidden_size": "d_model",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
+        token_ids={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 5},
+        tensors={
+            "token_embedding": "word_embedding.weight",
+            "mask_embedding": "mask_emb",
+            "layers/attention/query/weight": "layer.{layer}.rel_attn.q",
+            "layers/attention/key/weight": "layer.{layer}.rel_attn.k",
+            "layers/attention/value/weight": "layer.{layer}.rel_attn.v",
+            "layers/attention/relative/weight": "layer.{layer}.rel_attn.r",
+            "layers/attention/output/weight": "layer.{layer}.rel_attn.o",
+            "layers/attention/content_bias": "layer.{layer}.rel_attn.r_w_bias",
+            "layers/attention/position_bias": "layer.{layer}.rel_attn.r_r_bias",
+            "layers/attention/type_bias": "layer.{layer}.rel_attn.r_s_bias",
+            "layers/attention/type_embedding": "layer.{layer}.rel_attn.seg_embed",
+            "layers/attention_norm/scale": "layer.{layer}.rel_attn.layer_norm.weight",
+            "layers/attention_norm/bias": "layer.{layer}.rel_attn.layer_norm.bias",
+            "layers/mlp/up/weight": "layer.{layer}.ff.layer_1.weight",
+            "layers/mlp/up/bias": "layer.{layer}.ff.layer_1.bias",
+            "layers/mlp/down/weight": "layer.{layer}.ff.layer_2.weight",
+            "layers/mlp/down/bias": "layer.{layer}.ff.layer_2.bias",
+            "layers/mlp_norm/scale": "layer.{layer}.ff.layer_norm.weight",
+            "layers/mlp_norm/bias": "layer.{layer}.ff.layer_norm.bias",
+        },
+        head={
+            "output_bias": "lm_loss.bias",
+            "summary/weight": "sequence_summary.summary.weight",
+            "summary/bias": "sequence_summary.summary.bias",
+            "classifier/weight": "logits_proj.weight",
+            "classifier/bias": "logits_proj.bias",
+            "tagger/weight": "classifier.weight",
+            "tagger/bias": "classifier.bias",
+            "span/weight": "qa_outputs.weight",
+            "span/bias": "qa_outputs.bias",
+        },
+        copies={"lm_loss.weight": "token_embedding"},
+        layouts={
+            "mask_embedding": ((), (), (0,)),
+            "layers/attention/output/weight": ((2,), (0,), (1,)),
+            "layers/mlp/up/weight": TRANSPOSED,
+            "layers/mlp/down/weight": TRANSPOSED,
+            "summary/weight": TRANSPOSED,
+            "classifier/weight": TRANSPOSED,
+            "tagger/weight": TRANSPOSED,
+            "span/weight": TRANSPOSED,
+        },
+    ),
+)
