@@ -21,6 +21,7 @@ flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={v}" for name, v in DEFAULTS.items() if name not in flags)])
 
 import jax  # noqa: E402 (reads the environment)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -28,6 +29,19 @@ MAPS = Path("/proc/self/maps")
 MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 EVERY = 20
 _finished = 0
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for ``--dist loadgroup``: one process runs all tests of a group and compiles its models once.
+
+    A group is a module; in the contract, the tests of one family.
+    """
+    for item in items:
+        group = item.nodeid.split("::")[0]
+        if group.endswith("test_contract.py"):
+            group += str(getattr(item, "callspec", None) and item.callspec.params.get("name", ""))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_teardown() -> None:
