@@ -231,6 +231,35 @@ def test_restore_onto_another_mesh(tmp_path: Path, saved: str, restored: str) ->
     assert result["here"].sharding.is_equivalent_to(tree["here"].sharding, 1)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool) -> None:
+    """Also onto a mesh, and next to arrays that have no layers."""
+    key = jax.random.key(3)
+    layer = {
+        "w": spec.ArraySpec((8, 4), ("embed", "mlp"), spec.Normal(1.0)),
+        "norm": {"scale": spec.ArraySpec((8,), ("embed",))},
+    }
+    specs = {
+        form: {"table": layer["w"], "encoder": {"layers": spec.layers(3, layer, stacked=form)}}
+        for form in (True, False)
+    }
+    saved, wanted = spec.init(specs[stacked], key), spec.init(specs[not stacked], key)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": saved, "key": key}, {}, wait=True)
+    mesh = NamedSharding(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), PartitionSpec())
+    for sharding in (None, mesh):
+        shape = lambda leaf, sharding=sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        target = jax.tree.map(shape, {"params": wanted, "key": key})
+        restored, _ = Checkpointer(tmp_path).restore(target)
+        assert_same_bits(wanted, restored["params"])
+        assert bool(restored["key"] == key)
+        if sharding is not None:
+            assert {leaf.sharding for leaf in jax.tree.leaves(restored["params"])} == {mesh}
+    fewer = spec.abstract({"table": layer["w"], "encoder": {"layers": spec.layers(2, layer, stacked=not stacked)}})
+    with pytest.raises(ValueError, match=r"encoder/layers/"):
+        Checkpointer(tmp_path).restore({"params": fewer, "key": key})
+
+
 def test_what_was_on_no_device_in_particular_goes_along_with_a_mesh(tmp_path: Path) -> None:
     """A fresh counter or key runs beside sharded parameters; restored, it still must."""
     mesh = jax.make_mesh((8,), ("data",))
