@@ -22,7 +22,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def jax_exact() -> Any:
-    """The module ``jax`` with full float32 products: by default, accelerators round the inputs; torch does not."""
+    """The module ``jax`` with float32 matmul precision, as torch has it; the default of accelerators is lower."""
     import jax
 
     if jax.default_backend() != "cpu":
@@ -35,10 +35,10 @@ def jax_facts() -> dict[str, Any]:
 
 
 class Machine(Peer):
-    """Writes the checkpoint and the batch of a model, and measures the roofs with JAX.
+    """Writes the checkpoint and the batch of a model, and measures the peak performance of the machine with JAX.
 
-    The roofs are a matrix product, a copy, and a read. The read is a sum or a matrix-vector product, whichever is
-    faster.
+    It measures FLOP/s of a matrix product, and memory bandwidth of a copy and of a read. The read is a sum or a
+    matrix-vector product, whichever is faster.
 
     Args:
         model: name of the model; None writes no checkpoint.
@@ -94,10 +94,10 @@ class Machine(Peer):
         if model.family in wholes.SIZES:
             data = wholes.example(model, *wholes.sizes(model, quick, batch, length))
             wholes.save(data, directory)
-            counted = flops.training_flops(model, *data.tokens.shape) if data.places is None else None
-            counted = counted or wholes.counted_flops(model, data)
+            flop_count = flops.training_flops(model, *data.tokens.shape) if data.places is None else None
+            flop_count = flop_count or wholes.counted_flops(model, data)
             properties |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
-            properties |= {"training_flops": counted.amount, "formula": counted.formula}
+            properties |= {"training_flops": flop_count.amount, "formula": flop_count.formula}
         return properties
 
     def run(self) -> dict[str, float]:
@@ -112,12 +112,12 @@ class Machine(Peer):
         return self.memory
 
     def _fastest(self, work: Callable[[], Any]) -> float:
-        """Seconds of the fastest repetition, because a roof is the best possible time and the first one is slower."""
+        """Seconds of the fastest repetition. A peak is the best value, and the first repetition is slower."""
         seconds = []
         for _ in range(self.repeats):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             jax_exact().block_until_ready(work())
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
         return min(seconds)
 
     def facts(self) -> dict[str, Any]:

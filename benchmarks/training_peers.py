@@ -26,10 +26,10 @@ class JaxTraining(Peer):
     def run(self) -> float:
         if self.compiled is None:
             self.compiled = self.function.lower(self.state, self.batch).compile()
-        made = jax_exact().block_until_ready(self.compiled(self.state, self.batch))
+        result = jax_exact().block_until_ready(self.compiled(self.state, self.batch))
         if not self.updates:
-            return float(made)
-        self.state, metrics = made
+            return float(result)
+        self.state, metrics = result
         return float(metrics["loss"])
 
     def facts(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class JaxTraining(Peer):
 
 
 class Jaxlm(JaxTraining):
-    """``Trainer.jit_step`` of the objective, or only the objective.
+    """``Trainer.jit_step``, or the loss alone.
 
     As in the experiments, each layer has separate arrays, and the process keeps freed memory.
     """
@@ -91,9 +91,9 @@ class Flax(JaxTraining):
         def mean(params: Any, batch: Any) -> Any:
             inputs, labels = batch
             logits = model(**inputs, params=params, train=self.updates).logits
-            counted = labels != wholes.IGNORED
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
-            return jnp.sum(losses * counted) / jnp.sum(counted)
+            mask = labels != wholes.IGNORED
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(mask, labels, 0))
+            return jnp.sum(losses * mask) / jnp.sum(mask)
 
         optimizer = optax.chain(
             optax.clip_by_global_norm(ADAMW["clip_norm"]),
@@ -198,13 +198,13 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
         tokens = tensor(arrays["tokens"])
 
         def logits() -> Any:
-            made = model(tokens)
-            return made[0] if family == "lstm" else made
+            output = model(tokens)
+            return output[0] if family == "lstm" else output
 
     def loss() -> Any:
-        made = logits()
+        scores = logits()
         return torch.nn.functional.cross_entropy(
-            made.reshape(-1, made.shape[-1]), labels.reshape(-1), ignore_index=wholes.IGNORED
+            scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), ignore_index=wholes.IGNORED
         )
 
     return model, loss

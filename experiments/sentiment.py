@@ -1,4 +1,4 @@
-"""Train a sentence classifier from scratch or from pretrained BERT weights: sentiment, question types, plays.
+"""Train a text classifier, from scratch or from pretrained BERT weights: sentiment, question type, play of a passage.
 
     python -m experiments.sentiment                             a BiLSTM that predicts the play of a passage
 
@@ -7,8 +7,9 @@ SST-2 (files of GLUE) with pretrained MiniLM, or with an LSTM from scratch:
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-MR, Subj, CR, MPQA (10-fold) and TREC with a CNN over words (Kim 2014). Its CNN-rand has the accuracies MR 75.9, Subj
-89.2, CR 78.3, MPQA 84.6 and TREC 88.2 in the replication of harvardnlp/sent-conv-torch.
+MR, Subj, CR, MPQA (10-fold) and TREC with a CNN over words (Kim 2014). In the replication of
+harvardnlp/sent-conv-torch, the paper's model CNN-rand has the accuracies MR 75.9, Subj 89.2, CR 78.3, MPQA 84.6 and
+TREC 88.2.
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
@@ -55,7 +56,7 @@ class Data:
     validation_fraction: float = 0.02
     """Fraction of the training file for validation, which selects the best weights."""
     test_fraction: float = 0.1
-    """Fraction of the training file for the test part, without test and folds."""
+    """Fraction of the training file that is the test part, if neither test nor folds is set."""
     max_length: int | None = None
     """Truncate longer sentences to this many tokens; None does not truncate."""
 
@@ -147,9 +148,9 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only the lengths are used."""
+    """The model, its initial parameters (None: random), and the tokenizer. Only the lengths of ``test`` are used."""
     config, labels = experiment.model, training.label_names()
-    fixed: dict[str, Any] = {"task": "classification", "num_labels": len(labels)}
+    overrides: dict[str, Any] = {"task": "classification", "num_labels": len(labels)}
     if resume is not None:
         tokenizer = load_tokenizer(resume / "model")
     elif config.pretrained is not None:
@@ -160,16 +161,17 @@ def build(
             template=experiment.template, min_frequency=experiment.min_frequency,
         )  # fmt: skip
     if config.pretrained is None:
-        fixed["vocab_size"] = tokenizer.vocab_size
+        overrides["vocab_size"] = tokenizer.vocab_size
     if config.name in ("alexnet", "resnet"):  # their inputs have a fixed length
         texts = training.column("text") + test.column("text")
         longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
-        fixed["max_positions"] = max(longest, 32)
+        overrides["max_positions"] = max(longest, 32)
         if config.name == "alexnet":
-            fixed["pools"] = (fixed["max_positions"] - 4,)  # max pooling over the sentence
+            overrides["pools"] = (overrides["max_positions"] - 4,)  # max pooling over the sentence
         else:
-            fixed["max_positions"] += -fixed["max_positions"] % 8  # pooling halves the length between groups of blocks
-    model, params = config.build(experiment.training.seed, **fixed)
+            # Pooling halves the length between groups of blocks.
+            overrides["max_positions"] += -overrides["max_positions"] % 8
+    model, params = config.build(experiment.training.seed, **overrides)
     return model.with_labels(labels), params, tokenizer
 
 
@@ -218,7 +220,7 @@ def run_one(
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training; with folds, of the last fold."""
+    """The result of training (with folds: of the last fold)."""
     lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
     if experiment.folds is None:
         return run_one(experiment, *parts(experiment.data), resume)[0]

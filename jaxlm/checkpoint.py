@@ -104,8 +104,8 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
-    """Shape and dtype of an array in the record. A typed random key is ``key<fry>[]``, not its uint32 data."""
+class _ShapeDtype:
+    """Shape and dtype of an array in the record. The dtype of a typed random key is that of the key (``key<fry>``)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -124,8 +124,8 @@ def _flatten(tree: spec.Tree) -> dict[str, Any]:
     return flat
 
 
-def _shapes_and_dtypes(flat: dict[str, Any]) -> dict[str, _Stored]:
-    return {name: _Stored(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in flat.items()}
+def _shapes_and_dtypes(flat: dict[str, Any]) -> dict[str, _ShapeDtype]:
+    return {name: _ShapeDtype(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in flat.items()}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -212,7 +212,7 @@ class Checkpointer:
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._last_saved: int | None = None
         self._unsynced = False
-        logging.getLogger("absl").addFilter(_keep_log_record)  # the logger keeps a function once, for all objects
+        logging.getLogger("absl").addFilter(_keep_log_record)  # has no effect if the filter is already there
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler())
         )
@@ -231,8 +231,8 @@ class Checkpointer:
             tree: a pytree of ``jax.Array``, including typed random keys.
             meta: JSON values, such as config, state of the data iterator and versions. Tuples are restored as lists.
             metric: a value to minimize, e.g. the validation loss. A step with NaN is never the best.
-            extra: whether the step is not scheduled, e.g. because a signal ends the run. No other step is deleted
-                because of it, and :meth:`roll_back` skips it.
+            extra: whether this save is outside of the schedule, e.g. because a signal ends the run. An extra step does
+                not replace another step, and :meth:`roll_back` skips it.
             wait: whether to return only when the checkpoint is complete, as for the last checkpoint of a run.
 
         Raises:
@@ -386,7 +386,7 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{path / 'record'} is damaged: {error}") from error
         if not isinstance(record, dict) or "checksum" not in record:
             raise CorruptCheckpointError(
-                f"{path / 'record'} has no checksum: it is damaged, or it was written by jaxlm 0.1, which can read it"
+                f"{path / 'record'} has no checksum: it is damaged, or it was written by jaxlm 0.1: restore it with 0.1"
             )
         found = record.pop("checksum")
         if found != _digest(record):
@@ -449,7 +449,7 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: there is no such step.
-            ValueError: names, shapes or dtypes of the saved tree differ from ``target``; no array has been read then.
+            ValueError: names, shapes or dtypes of the saved tree differ from ``target``; no array is read in this case.
             CorruptCheckpointError: the record or an array is damaged. The error names the file and the newest intact
                 step.
         """
@@ -501,7 +501,7 @@ class Checkpointer:
     def _restore(self, target: spec.Tree, step: int | None) -> tuple[spec.Tree, dict[str, Any]]:
         step, record = self._find(step)
         path = self._path(step)
-        stored = {name: _Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
+        stored = {name: _ShapeDtype(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
         flat = _flatten(target)
         sources, saved = _sources(flat, stored)
         spec.require_same(_shapes_and_dtypes(saved), stored, f"the target and the checkpoint {path}")
@@ -546,7 +546,7 @@ class _Source:
         return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
 
 
-def _sources(flat: dict[str, Any], stored: dict[str, _Stored]) -> tuple[dict[str, _Source], dict[str, Any]]:
+def _sources(flat: dict[str, Any], stored: dict[str, _ShapeDtype]) -> tuple[dict[str, _Source], dict[str, Any]]:
     """The source of each array of a flat target, and the flat target in the layout of the saved arrays."""
     counts = collections.Counter(name for name, layer in map(spec.split_layer, flat) if layer is not None)
     sources, wanted = {}, {}

@@ -56,9 +56,9 @@ def replace_text(path: Path, text: str) -> None:
 
 def forget_checksums(directory: Path, names: Collection[str]) -> None:
     """Remove these files from ``checksums.json``, because they are about to change."""
-    known = _read(directory)
-    if any(name in known for name in names):
-        _write(directory, {name: value for name, value in known.items() if name not in names})
+    checksums = _read(directory)
+    if any(name in checksums for name in names):
+        _write(directory, {name: value for name, value in checksums.items() if name not in names})
 
 
 @contextlib.contextmanager
@@ -66,7 +66,8 @@ def staged(directory: Path) -> Iterator[Path]:
     """A context manager with a temporary directory inside ``directory``, for new files before :func:`install`.
 
     ``directory`` is created if it does not exist. The temporary directory is removed at the end, also after an error.
-    Temporary directories of killed processes are removed at the start. Only one process at a time may use it.
+    Temporary directories of killed processes are removed at the start. Only one process at a time may write to
+    ``directory``.
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
@@ -95,10 +96,10 @@ def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def explained(directory: Path, kept: str) -> Iterator[None]:
-    """A context manager that gives errors of a full disk or a missing permission a message with the fix.
+    """A context manager that re-raises errors of a full disk or a missing permission with a message that has the fix.
 
     Args:
-        kept: the part of the message that names the files that are still valid.
+        kept: a part of the message: which files are still valid, for example "the previous files are unchanged".
 
     Raises:
         OSError: the same kind of error (``PermissionError``, ``errno.ENOSPC``), in one line that names ``directory``.
@@ -110,7 +111,7 @@ def explained(directory: Path, kept: str) -> Iterator[None]:
         if number is None:  # safetensors and orbax raise their own errors, which contain the system's message
             number = next((known for known in (*_FULL, *_FORBIDDEN) if os.strerror(known) in str(error)), None)
         if number in _FULL:
-            free = _size(shutil.disk_usage(_existing(directory)).free)
+            free = _size_text(shutil.disk_usage(_nearest_existing(directory)).free)
             reason = f"{os.strerror(number)}, {free} free"
             message = f"the disk of {directory} is full ({reason}): {kept}. Free some space and try again"
         elif number in _FORBIDDEN:
@@ -131,12 +132,13 @@ def _error(number: int, message: str) -> OSError:
     return error
 
 
-def _existing(directory: Path) -> Path:
+def _nearest_existing(directory: Path) -> Path:
     """``directory``, or its nearest parent that exists."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
 
 
-def _size(count: int) -> str:
+def _size_text(count: int) -> str:
+    """``count`` bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
@@ -149,26 +151,26 @@ def locked(directory: Path) -> Iterator[None]:
     """
     import fcntl  # not on Windows
 
-    number = os.open(directory, os.O_RDONLY)  # lock the directory itself, so that no lock file is left
+    descriptor = os.open(directory, os.O_RDONLY)  # lock the directory itself, so that no lock file is left
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"{directory} is in use by another process: wait for its end, or choose another directory"
+                f"{directory} is in use by another process: wait until it ends, or choose another directory"
             ) from None
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk (fsync)."""
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:
@@ -184,16 +186,16 @@ def _read(directory: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-        if not all(isinstance(value, str) and len(value) == 64 for value in known.values()):
+        checksums = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        if not all(isinstance(value, str) and len(value) == 64 for value in checksums.values()):
             raise ValueError("a value is not a SHA-256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it if you trust the other files") from error
-    return known
+    return checksums
 
 
-def _write(directory: Path, known: dict[str, str]) -> None:
-    replace_text(directory / CHECKSUMS, json.dumps({"sha256": known}, indent=2) + "\n")
+def _write(directory: Path, checksums: dict[str, str]) -> None:
+    replace_text(directory / CHECKSUMS, json.dumps({"sha256": checksums}, indent=2) + "\n")
 
 
 def _sha256(path: Path) -> str:

@@ -35,7 +35,7 @@ class Score:
         low: lower end of the interval. None: there is no interval.
         high: upper end of the interval. None: there is no interval.
         count: number of examples. None: unknown.
-        detail: the method of the value and the interval, for example sacrebleu's signature.
+        detail: how the value and the interval are computed, for example sacrebleu's signature.
     """
 
     name: str
@@ -115,7 +115,7 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Score:
     Raises:
         ValueError: the shapes differ, there are no labels, or a label is negative (for example, an ignored position).
     """
-    predicted, expected = _pair(predictions, labels)
+    predicted, expected = _check_labels(predictions, labels)
     return proportion("accuracy", int(np.sum(predicted == expected)), len(expected))
 
 
@@ -126,7 +126,7 @@ def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int
         ValueError: the shapes differ, there are no labels, or a label or prediction is outside [0, num_labels).
         TypeError: the labels or predictions are not integers.
     """
-    predicted, expected = _pair(predictions, labels)
+    predicted, expected = _check_labels(predictions, labels)
     for name, values in (("predictions", predicted), ("labels", expected)):
         if not np.issubdtype(values.dtype, np.integer):
             raise TypeError(f"{name} must be integers, got {values.dtype}")
@@ -145,7 +145,7 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
     Raises:
         ValueError: the shapes differ, there are no labels, or a label is negative.
     """
-    predicted, expected = _pair(predictions, labels)
+    predicted, expected = _check_labels(predictions, labels)
     classes, indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
     predicted, expected = np.split(indices, 2)
 
@@ -167,7 +167,7 @@ def bleu(
 ) -> Score:
     """Corpus BLEU in [0, 100] (Papineni et al. 2002), computed by sacrebleu (Post 2018).
 
-    If the tokenizer or the case is not the default, the name of the score has it: ``BLEU (intl, lowercase)``. The
+    The name of the score has the tokenizer and the case if they are not the defaults: ``BLEU (intl, lowercase)``. The
     interval is sacrebleu's, with 1,000 bootstrap samples. The environment variable ``SACREBLEU_SEED`` sets the seed
     (default 12345). The interval needs about 50 MB of memory for 1,000 sentences. ``detail`` is sacrebleu's signature
     with the tokenizer, the case, the smoothing and the version.
@@ -281,7 +281,7 @@ def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed:
 
 
 def _word_f1(prediction: str, answer: str) -> float:
-    """The F1 in [0, 1] of the words of two texts. Repeated words are counted."""
+    """The F1 in [0, 1] of the words of two texts. A word that occurs n times counts n times."""
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if not predicted or not expected:
         return float(predicted == expected)
@@ -302,7 +302,7 @@ def _questions(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> 
     ]
 
 
-# --------------------------------------------------------------------------------------------- shared parts
+# --------------------------------------------------------------------------------------------- shared functions
 
 
 def _numbers(values: npt.ArrayLike) -> np.ndarray:
@@ -332,7 +332,7 @@ def _bootstrap_detail(seed: int) -> str:
     return f"bootstrap of {BOOTSTRAP_SAMPLES} samples, seed {seed}"
 
 
-def _pair(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """The predictions and the labels as arrays [N], after a check."""
     predicted, expected = np.asarray(predictions), np.asarray(labels)
     if predicted.shape != expected.shape or expected.ndim != 1 or not expected.size:
@@ -341,19 +341,21 @@ def _pair(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray
             "each example, at least one"
         )
     if (predicted.dtype.kind in "US") != (expected.dtype.kind in "US"):
-        raise TypeError(f"predictions are {predicted.dtype} and labels are {expected.dtype}: both must be of one kind")
+        raise TypeError(
+            f"predictions are {predicted.dtype} and labels are {expected.dtype}: both must be numbers or both strings"
+        )
     if expected.dtype.kind not in "US" and np.any(expected < 0):
         raise ValueError(f"label {expected[expected < 0][0]} is negative: remove ignored examples")
     return predicted, expected
 
 
 def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> None:
-    for what, values in ((name, texts), ("references", references)):
+    for argument, values in ((name, texts), ("references", references)):
         if isinstance(values, str):
-            raise TypeError(f"{what} is one string: give a list of strings")
+            raise TypeError(f"{argument} is one string: give a list of strings")
         for index, value in enumerate(values):
             if not isinstance(value, str):
-                raise TypeError(f"{what}[{index}] is {type(value).__name__}: it must be a string")
+                raise TypeError(f"{argument}[{index}] is {type(value).__name__}: it must be a string")
     if len(texts) != len(references) or not len(texts):
         raise ValueError(f"{len(texts)} {name} for {len(references)} references: need one for each, at least 1")
 

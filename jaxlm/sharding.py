@@ -6,8 +6,9 @@ axes split them. Data parallelism, fully sharded parameters, tensor and sequence
     >>> sharding = Sharding(make_mesh("data=4,tensor=2"))                   # doctest: +SKIP
     >>> params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(key)   # doctest: +SKIP
 
-The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Fully sharded
-parameters split the width over the mesh axis over which activations split the batch.
+The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. The reason is
+full sharding: it splits the width of parameters and the batch of activations over the same mesh axis, so the width of
+activations cannot be split over this axis.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class Rules:
             for axis in mesh_axes:
                 if axis in used_by:
                     raise ValueError(
-                        f"logical axes {used_by[axis]!r} and {name!r} of an array with axes {tuple(axes)} both fall on "
-                        f"mesh axis {axis!r}: give one of them another mesh axis in the rules"
+                        f"logical axes {used_by[axis]!r} and {name!r} of an array with axes {tuple(axes)} are both "
+                        f"mapped to mesh axis {axis!r}: give one of them another mesh axis in the rules"
                     )
                 used_by[axis] = name
             parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
@@ -189,7 +190,8 @@ class Sharding:
             what: the name of the array in error messages.
 
         Raises:
-            ValueError: a size is not divisible by the number of pieces of its axis; also as :meth:`Rules.partition`.
+            ValueError: a size is not divisible by the number of pieces of its axis, or an error of
+                :meth:`Rules.partition`.
         """
         partition = self.rules.partition(axes, self.mesh)
         if shape is not None:
@@ -237,23 +239,23 @@ class Sharding:
             ValueError: ``batch_size`` is not divisible by the number of pieces of the batch axis.
         """
         self.named(("batch",), (batch_size,), "a batch")
-        pieces, own_blocks = self._blocks()
+        pieces, local_blocks = self._blocks()
         size = batch_size // pieces
-        return [block * size + row for block in own_blocks for row in range(size)]
+        return [block * size + row for block in local_blocks for row in range(size)]
 
     def from_rows(self, local: np.ndarray) -> jax.Array:
         """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`rows`).
 
         ``local`` is an array on the host.
         """
-        pieces, own_blocks = self._blocks()
-        shape = (local.shape[0] * pieces // len(own_blocks), *local.shape[1:])
+        pieces, local_blocks = self._blocks()
+        shape = (local.shape[0] * pieces // len(local_blocks), *local.shape[1:])
         sharding = self.named(("batch",), shape[:1], "a batch")
         size = shape[0] // pieces
 
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # JAX calls it for devices of this process only
-            start = own_blocks.index((index[0].start or 0) // size) * size
+            assert index is not None  # JAX calls this function only for devices of this process
+            start = local_blocks.index((index[0].start or 0) // size) * size
             return local[start : start + size]
 
         return jax.make_array_from_callback(shape, sharding, block)

@@ -1,4 +1,4 @@
-"""What several tests need."""
+"""Helper functions and constants of several test modules."""
 
 import dataclasses
 from typing import Any
@@ -12,20 +12,20 @@ from jaxlm.models.model import family
 from jaxlm.objectives.batch import Batch
 
 TINY = tuple(variant for name in FAMILIES for variant in family(name).VARIANTS if variant.endswith("-tiny"))
-"""The tiny variants of all families: one for each form that a family has."""
+"""The tiny variants of all families. A family with several architectures has one for each of them."""
 
 
 FIRST = tuple(next(variant for variant in TINY if variant in family(name).VARIANTS) for name in FAMILIES)
-"""The first form of each family: what a plain ``pytest`` tests; the others are marked ``thorough``."""
+"""The first tiny variant of each family. Only these run by default; tests of the others are marked ``thorough``."""
 
 
 def forms(names: Any = TINY) -> list[Any]:
-    """Parameters of a test over forms."""
+    """Arguments of ``pytest.mark.parametrize``: the names, with the mark ``thorough`` for those not in ``FIRST``."""
     return [name if name in FIRST else pytest.param(name, marks=pytest.mark.thorough) for name in names]
 
 
 def tiny_model(name: str, **overrides: Any) -> Model:
-    """A tiny variant (or the first one of a family), without dropout unless asked for."""
+    """The model of a tiny variant, or of the first tiny variant of a family. Dropout rates are 0 unless overridden."""
     if name in FAMILIES:
         name = next(variant for variant in family(name).VARIANTS if variant.endswith("-tiny"))
     config = get_model(name).config
@@ -41,12 +41,12 @@ def with_stacked_layers(model: Model) -> Model:
 
 
 def task_of(model: Model) -> str:
-    """The task of a model."""
+    """The task of a model; "causal" if its config has no task."""
     return getattr(model.config, "task", "causal")
 
 
 def decodes(model: Model) -> bool:
-    """Whether the model carries a state, so that it can decode."""
+    """Whether the model has a state, which decoding needs."""
     try:
         model.state_specs(1, 2)
     except TypeError:
@@ -55,52 +55,57 @@ def decodes(model: Model) -> bool:
 
 
 def source_of(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
-    """The source that an encoder-decoder reads beside ``rows`` rows of tokens; nothing for other models."""
+    """The input ``source`` of an encoder-decoder for a batch of ``rows`` rows; empty for other models."""
     return {"source": random_tokens(model, rows, 6, seed)} if model.reads_source else {}
 
 
 def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
-    """What the model's task makes of a window [B, T + 1]: next tokens, the tokens themselves at some places, or labels
-    that follow from the tokens. Places that are padding do not count."""
-    read, following = tokens[:, :-1], tokens[:, 1:]
-    inputs = source_of(model, len(tokens))
-    before = None if segment_ids is None else segment_ids[:, :-1]
-    weights = np.ones(read.shape, np.float32)
+    """A batch for the model's task from tokens [B, T + 1].
+
+    Targets are the next tokens, shifted tokens at every third position, or labels that are computed from the tokens.
+    Padding has weight 0.
+    """
+    inputs, next_tokens = tokens[:, :-1], tokens[:, 1:]
+    source = source_of(model, len(tokens))
+    input_segments = None if segment_ids is None else segment_ids[:, :-1]
+    weights = np.ones(inputs.shape, np.float32)
     task = task_of(model)
     if task in ("causal", "permutation", "seq2seq"):
         if segment_ids is not None:
-            weights = ((before == segment_ids[:, 1:]) & (before > 0)).astype(np.float32)
-        return Batch(read, following, weights, before, inputs)
-    if before is not None:
-        weights = (before > 0).astype(np.float32)
+            weights = ((input_segments == segment_ids[:, 1:]) & (input_segments > 0)).astype(np.float32)
+        return Batch(inputs, next_tokens, weights, input_segments, source)
+    if input_segments is not None:
+        weights = (input_segments > 0).astype(np.float32)
     if task == "masked":
-        return Batch(read, (read + 1) % 7, weights * (np.arange(read.shape[1]) % 3 == 1), before, inputs)
+        every_third = np.arange(inputs.shape[1]) % 3 == 1
+        return Batch(inputs, (inputs + 1) % 7, weights * every_third, input_segments, source)
     if task == "tagging":
-        return Batch(read, read % model.config.num_labels, weights, before, inputs)
+        return Batch(inputs, inputs % model.config.num_labels, weights, input_segments, source)
     ones = np.ones(len(tokens), np.float32)
     if task == "classification":
-        return Batch(read, read[:, 0] % model.config.num_labels, ones, before, inputs)
+        return Batch(inputs, inputs[:, 0] % model.config.num_labels, ones, input_segments, source)
     assert task == "span_qa", task
-    return Batch(read, np.stack([read[:, 0] % 3, 3 + read[:, 1] % 3], axis=1), ones, before, inputs)
+    spans = np.stack([inputs[:, 0] % 3, 3 + inputs[:, 1] % 3], axis=1)
+    return Batch(inputs, spans, ones, input_segments, source)
 
 
 def lively(params: Any) -> Any:
-    """Parameters moved away from their near-symmetric start, so that a wrong sign or a lost term shows."""
+    """The parameters plus noise. At initial values (biases 0, scales 1), a test could miss a wrong sign or term."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(99), len(leaves))
-    moved = [
+    noisy = [
         leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
     ]
-    return jax.tree.unflatten(tree, moved)
+    return jax.tree.unflatten(tree, noisy)
 
 
 def random_tokens(model: Model, batch: int, length: int, seed: int = 0) -> np.ndarray:
-    """Random ids [batch, length] int32."""
+    """Random token ids, [batch, length] int32."""
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, length)).astype(np.int32)
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Largest absolute difference over largest absolute value of ``expected``; infinite if either is not finite."""
+    """``max |actual - expected| / max |expected|``; infinite if a value is not finite."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {actual.shape} and {expected.shape}")
@@ -109,23 +114,25 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: float = 0.0) -> None:
-    """Every leaf within ``tolerance`` relative error, or the path of the worst.
+    """Assert that the relative error of every leaf is at most ``tolerance``. The message names the worst leaf.
 
-    ``floor``: a leaf is measured against at least this share of the largest number in the tree, for those that are
-    nothing but rounding (the gradient of a bias on attention keys is 0).
+    Args:
+        floor: the error of a leaf is divided by at least ``floor`` times the largest value of the tree. So a leaf that
+            is only rounding error does not fail (for example, the gradient of the key bias of attention is 0).
     """
-    want = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
-    least = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in want), default=0.0)
+    expected_leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(expected)]
+    smallest = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
     errors = {}
-    for (path, leaf), one in zip(jax.tree_util.tree_flatten_with_path(actual)[0], want, strict=True):
-        error = relative_error(leaf, one)
-        errors[jax.tree_util.keystr(path)] = error * min(1.0, np.max(np.abs(one), initial=0.0) / max(least, 1e-30))
+    for (path, leaf), want in zip(jax.tree_util.tree_flatten_with_path(actual)[0], expected_leaves, strict=True):
+        error = relative_error(leaf, want)
+        scale = min(1.0, np.max(np.abs(want), initial=0.0) / max(smallest, 1e-30))
+        errors[jax.tree_util.keystr(path)] = error * scale
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.0e}"
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
-    """Every leaf equal bit for bit."""
+    """Assert that every leaf has the same dtype and the same bits."""
     for (path, leaf), want in zip(
         jax.tree_util.tree_flatten_with_path(actual)[0], jax.tree.leaves(expected), strict=True
     ):

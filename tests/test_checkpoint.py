@@ -761,17 +761,19 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     target = {str(i): jax.ShapeDtypeStruct((1 << 20,), jnp.uint32) for i in range(4)}
     for _ in range(3):
         worker = subprocess.Popen([sys.executable, "-c", WORKER, str(directory)], env=environment)
-        deadline = time.monotonic() + 60
-        while True:  # let it save two more, then catch the next one while it is being written
-            assert worker.poll() is None
-            assert time.monotonic() < deadline
-            saving = list(directory.glob("*.orbax-checkpoint-tmp*"))
-            if saving and int(saving[0].name.split(".")[0]) > reached + 2:
-                break
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.03))
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
+        deadline = time.monotonic() + 180
+        try:
+            while True:  # let it save two more, then catch the next one while it is being written
+                assert worker.poll() is None
+                assert time.monotonic() < deadline
+                saving = list(directory.glob("*.orbax-checkpoint-tmp*"))
+                if saving and int(saving[0].name.split(".")[0]) > reached + 2:
+                    break
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.03))
+        finally:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
         interrupted += bool(list(directory.glob("*.orbax-checkpoint-tmp*")))
         with Checkpointer(directory) as checkpointer:
             tree, meta = checkpointer.restore(target)

@@ -35,7 +35,7 @@ def test_accuracy_has_the_wilson_interval():
         ([1, 0], [1], ValueError, r"predictions \[2\] and labels \[1\]"),
         ([], [], ValueError, "at least one"),
         ([1, 0], [1, -100], ValueError, "label -100 is negative: remove"),
-        (["a"], [1], TypeError, "both must be of one kind"),
+        (["a"], [1], TypeError, "both must be numbers or both strings"),
     ],
 )
 def test_accuracy_refuses_pairs_that_do_not_fit(predictions, labels, error, message):

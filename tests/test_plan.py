@@ -424,7 +424,7 @@ def test_errors_are_one_line_and_name_the_fix(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'jaxlm[tpu]'" in refused(capsys, *tiny, "--topology", "v5e:2x2")
     assert "pip install 'jaxlm[cuda13]'" in refused(capsys, *tiny, "--topology", "h100:8")
-    assert "GPUs of one host are a number" in refused(capsys, *tiny, "--topology", "h100:2x2")
+    assert "write the number of GPUs of one host, as in h100:8" in refused(capsys, *tiny, "--topology", "h100:2x2")
 
 
 def test_options_change_the_model():

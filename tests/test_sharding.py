@@ -31,9 +31,8 @@ def test_tables_say_which_mesh_axes_split_what():
 
 def test_two_logical_axes_on_one_mesh_axis_are_named():
     rules = Rules.of(heads="tensor", kv="tensor")
-    with pytest.raises(
-        ValueError, match=r"'heads' and 'kv' of an array with axes \('heads', 'kv'\) both fall on mesh axis 'tensor'"
-    ):
+    message = r"'heads' and 'kv' of an array with axes \('heads', 'kv'\) are both mapped to mesh axis 'tensor'"
+    with pytest.raises(ValueError, match=message):
         rules.partition(("heads", "kv"), make_mesh("tensor=8"))
 
 

@@ -48,7 +48,7 @@ class Source(Protocol):
         ...
 
     def batch(self, index: int, rows: Sequence[int]) -> Any:
-        """The given rows of the global batch of step ``index``: a ``Window``, or another type that the source names."""
+        """The given rows of the global batch of step ``index``: a ``Window``, or the batch type of the source."""
         ...
 
     def check(self, vocab_size: int) -> None:
@@ -56,7 +56,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """A JSON-compatible description of the source. A saved state is valid only for a source with the same one."""
+        """A JSON-compatible description of the source. A saved state is valid only for a source with an equal one."""
         ...
 
 
@@ -131,7 +131,7 @@ class RandomWindows:
     one epoch and the first windows of the next one, so no window is dropped.
 
     Args:
-        tokens: ``[N]`` ids. Of a memory map, only the windows of a batch are read.
+        tokens: ``[N]`` ids. If they are a memory map, a batch reads only its windows from it.
         length: T.
         batch_size: B.
         seed: seed of the order.
@@ -150,7 +150,7 @@ class RandomWindows:
     def __post_init__(self) -> None:
         _check_min(1, length=self.length, batch_size=self.batch_size, stride=self.stride)
         _check_min(0, seed=self.seed)
-        check_row(self.tokens, self.length + 1, f"random windows of length {self.length} and one more target")
+        check_row(self.tokens, self.length + 1, f"random windows of length {self.length} (plus 1 target)")
 
     @property
     def rows_per_epoch(self) -> int:
@@ -190,7 +190,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         _check_min(1, length=self.length, batch_size=self.batch_size)
-        what = f"{self.batch_size} columns of length {self.length} and one more target"
+        what = f"{self.batch_size} columns of length {self.length} (plus 1 target)"
         check_row(self.tokens, self.batch_size * self.length + 1, what)
 
     @property
@@ -203,7 +203,7 @@ class Columns:
 
     @property
     def left_out(self) -> int:
-        """Number of tokens that are not a target in any batch, without the first token of the array."""
+        """Number of tokens that are not a target in any batch. The first token, which never is one, is not counted."""
         return len(self.tokens) - 1 - self.rows_per_epoch * self.length
 
     def batch(self, index: int, rows: Sequence[int]) -> Window:
@@ -324,11 +324,11 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> np.ndarray:
     return np.asarray(rows)
 
 
-def _fingerprint(source: Any, **facts: int) -> dict[str, Any]:
-    """The class name of a source, its integer fields, and the given facts about its data."""
+def _fingerprint(source: Any, **data_summary: int) -> dict[str, Any]:
+    """The class name of a source, its integer fields, and a summary of its data, such as size and checksum."""
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     numbers = {name: int(value) for name, value in fields.items() if isinstance(value, int | np.integer)}
-    return {"kind": type(source).__name__, **numbers, **facts}
+    return {"kind": type(source).__name__, **numbers, **data_summary}
 
 
 class Batches(Iterator[Any]):
@@ -362,12 +362,12 @@ class Batches(Iterator[Any]):
         to_batch: Callable[[Any], Any] | None = None,
         prefetch: int = 0,
     ) -> None:
-        every = range(source.batch_size)
+        size = source.batch_size
         self.source = source
-        self.rows = every if rows is None else rows
-        if not self.rows or not set(self.rows) <= set(every):
+        self.rows = range(size) if rows is None else rows
+        if not self.rows or not set(self.rows) <= set(range(size)):
             raise ValueError(
-                f"rows={list(self.rows)} must be one or more of the rows 0 to {every[-1]} of a batch of {every.stop}"
+                f"rows={list(self.rows)} must be one or more of the rows 0 to {size - 1} of a batch of {size}"
             )
         _check_min(0, prefetch=prefetch)
         self._to_batch = to_batch or (lambda batch: batch)
@@ -386,7 +386,8 @@ class Batches(Iterator[Any]):
         else:
             while len(self._waiting) <= self._prefetch:
                 self._waiting.append(self._thread.submit(self._make, self._next + len(self._waiting)))
-            batch = self._waiting[0].result()  # if it raises, it stays first, and the other batches keep their steps
+            # If this raises, the batch stays first in the queue, so that the queue still matches the step numbers.
+            batch = self._waiting[0].result()
             self._waiting.popleft()
         self._next += 1
         return batch
@@ -399,7 +400,7 @@ class Batches(Iterator[Any]):
         """Continue from a saved state.
 
         Raises:
-            ValueError: the state was saved for another source. The message has each difference with both values.
+            ValueError: the state was saved for another source. The message lists all differences with both values.
         """
         match state:
             case {"next": int(step), "source": dict(saved)} if step >= 0:

@@ -46,13 +46,13 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
     rows: list[Example] = []
     rejected: list[Rejected] = []
     for number, record in enumerate(_records(Path(path)), start=1):
-        identity = None
+        question_id = None
         try:
-            question = _object(record)
-            identity = question.get("id")
+            question = _parsed(record)
+            question_id = question.get("id")
             rows.append(_example(question))
         except ValueError as error:
-            reason = f"question {number} (id {identity!r}): {error}"
+            reason = f"question {number} (id {question_id!r}): {error}"
             if on_error == "raise":
                 raise ValueError(f"{path}, {reason}") from error
             rejected.append(Rejected(number, reason))
@@ -62,7 +62,7 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """The questions of the file, each as an object in the JSONL format, or as an unparsed line."""
+    """The questions of the file: objects in the JSONL format for official JSON, unparsed lines for JSONL."""
     text = "".join(text_chunks(path))
     try:
         content = json.loads(text)
@@ -77,7 +77,7 @@ def _records(path: Path) -> Iterator[Any]:
     elif isinstance(content, dict):
         yield content
     else:
-        raise ValueError(f"{path} is neither SQuAD JSON (an object with 'data') nor has one JSON object per line")
+        raise ValueError(f"{path} is neither SQuAD JSON (an object with 'data') nor JSONL (one object per line)")
 
 
 def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
                 yield {**question, "context": paragraph["context"], "title": article.get("title")}
 
 
-def _object(record: Any) -> Mapping[str, Any]:
+def _parsed(record: Any) -> Mapping[str, Any]:
     """The JSON object of a question, parsed if the record is a line."""
     if isinstance(record, str):
         try:

@@ -99,20 +99,14 @@ def beam_search(
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
-    static = {
-        "beams": beams, "early_stopping": early_stopping, "end_ids": end_ids_of(end_id), "ids": ids,
-        "sharding": active(),
-    }  # fmt: skip
-    numbers = {"limits_B": limits_B, "length_penalty": jnp.float32(length_penalty)}
+    rules = _Rules(limits_B, jnp.float32(length_penalty), beams, early_stopping, end_ids_of(end_id), ids, active())
     length = prompts.shape[1]
     sizes = _cache_sizes(model, state, length, slots)
-    search = _start(
-        model, params, prompts, segment_ids, state, **numbers, **static, count=count, slots=slots, first_slots=sizes[0]
-    )
+    search = _start(model, params, prompts, segment_ids, state, rules, count=count, slots=slots, first_slots=sizes[0])
     for size in sizes:
         # During tracing the flags have no values. Then every stage is called, and its loop may end at once.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
-            search = _advance(model, params, search, **numbers, **static, slots=size, prompt_length=length)
+            search = _advance(model, params, search, rules, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
     return search.finished
 
@@ -131,6 +125,27 @@ def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> li
     while sizes[0] > 2 * max(prompt_length, SMALLEST_CACHE):
         sizes.insert(0, -(-sizes[0] // 2))
     return sizes
+
+
+@struct.dataclass
+class _Rules:
+    """The settings of a search. All fields but the first two are static: another value compiles again.
+
+    Attributes:
+        limits_B: [B] int32, maximum number of new tokens of each row.
+        length_penalty, beams, early_stopping: as in :func:`beam_search`.
+        end_ids: ids that finish a hypothesis.
+        ids: number of ids that may be generated, from 0.
+        sharding: the active sharding, because ``constrain`` reads it during tracing.
+    """
+
+    limits_B: jax.Array
+    length_penalty: jax.Array
+    beams: int = struct.field(pytree_node=False)
+    early_stopping: EarlyStopping = struct.field(pytree_node=False)
+    end_ids: tuple[int, ...] = struct.field(pytree_node=False)
+    ids: int = struct.field(pytree_node=False)
+    sharding: Sharding | None = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -158,35 +173,26 @@ class _Search:
     searching: jax.Array
 
 
-_STATIC = ("model", "beams", "early_stopping", "end_ids", "ids", "slots", "sharding")
-
-
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "count", "first_slots"))
+@functools.partial(jax.jit, static_argnames=("model", "count", "slots", "first_slots"))
 def _start(
     model: Model,
     params: Any,
     prompts_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     state: Any,
+    rules: _Rules,
     *,
-    limits_B: jax.Array,
-    length_penalty: jax.Array,
     count: int,
-    beams: int,
-    early_stopping: EarlyStopping,
-    end_ids: tuple[int, ...],
-    ids: int,
     slots: int,
     first_slots: int,
-    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> _Search:
-    """The search after the prompts and one new token, with a cache of ``first_slots`` slots."""
-    B, K, N = prompts_BT.shape[0], beams, count
+    """The search for ``count`` tokens after the prompts and one new token, with a cache of ``first_slots`` slots."""
+    B, K, N = prompts_BT.shape[0], rules.beams, count
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     row_state, source = _split_source(model, state)
     row_specs, _ = _split_source(model, model.state_specs(B, slots))
     parents = jnp.repeat(jnp.arange(B), K)
-    tokens_BKN = jnp.full((B, K, N), end_ids[0] if end_ids else 0, jnp.int32)
+    tokens_BKN = jnp.full((B, K, N), rules.end_ids[0] if rules.end_ids else 0, jnp.int32)
     search = _Search(
         state=spec.take(row_specs, cache.resized(row_specs, row_state, first_slots), parents),
         source=source,
@@ -198,25 +204,11 @@ def _start(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf), jnp.ones((B,), bool)),
         searching=jnp.ones((B,), bool),
     )
-    return _select(search, logits_BV[parents, :ids], end_ids, early_stopping, limits_B, length_penalty)
+    return _select(search, logits_BV[parents, : rules.ids], rules)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "prompt_length"))
-def _advance(
-    model: Model,
-    params: Any,
-    search: _Search,
-    *,
-    limits_B: jax.Array,
-    length_penalty: jax.Array,
-    beams: int,
-    early_stopping: EarlyStopping,
-    end_ids: tuple[int, ...],
-    ids: int,
-    slots: int,
-    prompt_length: int,
-    sharding: Sharding | None,
-) -> _Search:
+@functools.partial(jax.jit, static_argnames=("model", "slots", "prompt_length"))
+def _advance(model: Model, params: Any, search: _Search, rules: _Rules, *, slots: int, prompt_length: int) -> _Search:
     """The search after it has ended, or after a cache of ``slots`` slots has become full."""
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
@@ -232,7 +224,7 @@ def _advance(
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)
         search = dataclasses.replace(search, state=row_state)
-        return _select(search, logits[:, :ids], end_ids, early_stopping, limits_B, length_penalty)
+        return _select(search, logits[:, : rules.ids], rules)
 
     return jax.lax.while_loop(unfinished, extend, search)
 
@@ -254,14 +246,7 @@ def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> j
     return totals / length.astype(jnp.float32) ** length_penalty
 
 
-def _select(
-    search: _Search,
-    logits: jax.Array,
-    end_ids: tuple[int, ...],
-    early_stopping: EarlyStopping,
-    limits_B: jax.Array,
-    length_penalty: jax.Array,
-) -> _Search:
+def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     """The search after every live hypothesis is extended by every id and the best candidates are kept.
 
     With E end ids, at most K * E candidates end (one per beam and end id). So at least K of the best K * (1 + E)
@@ -269,7 +254,7 @@ def _select(
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
-    num_candidates = K * (1 + max(1, len(end_ids)))
+    num_candidates = K * (1 + max(1, len(rules.end_ids)))
     # Select the best ids of each hypothesis first. The other logits are needed only for the normalizer.
     best_RC, ids_RC = jax.lax.top_k(logits, min(num_candidates, V))
     # Do not use best_RC[:, :1] as the maximum: XLA's CPU compiler would then sort all logits (280 ms instead of 3 ms).
@@ -280,11 +265,13 @@ def _select(
     token_BC = _pick(ids_RC.reshape(B, -1), flat_BC).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1
-    ends_BC = is_end(token_BC, end_ids) | (length >= limits_B)[:, None]
+    ends_BC = is_end(token_BC, rules.end_ids) | (length >= rules.limits_B)[:, None]
 
     among_best_C = jnp.arange(totals_BC.shape[1]) < K  # top_k sorts the candidates
     scores_BC = jnp.where(
-        ends_BC & among_best_C[None, :] & search.searching[:, None], _score(totals_BC, length, length_penalty), -jnp.inf
+        ends_BC & among_best_C[None, :] & search.searching[:, None],
+        _score(totals_BC, length, rules.length_penalty),
+        -jnp.inf,
     )
     earlier = search.finished
     finite_B = jnp.all(rows_finite(logits).reshape(B, K) | (search.live_totals == -jnp.inf), axis=1)
@@ -301,14 +288,14 @@ def _select(
     live_BK, chosen_BK = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, totals_BC), K)
     parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_BK)
     length_B: jax.Array = length
-    if early_stopping == "never":
+    if rules.early_stopping == "never":
         # A total never increases, so this is an upper bound of every score that a live hypothesis can still reach. The
         # bound uses the maximum length for a positive penalty, and the next length for a negative one.
-        length_B = jnp.where(length_penalty > 0, limits_B, length + 1)
-    best_B = _score(jnp.max(live_BK, axis=1), length_B, length_penalty)
+        length_B = jnp.where(rules.length_penalty > 0, rules.limits_B, length + 1)
+    best_B = _score(jnp.max(live_BK, axis=1), length_B, rules.length_penalty)
     worst_B = jnp.min(finished.scores, axis=1)
     searching_B = search.searching & (best_B > worst_B)
-    if early_stopping is True:
+    if rules.early_stopping is True:
         searching_B &= worst_B == -jnp.inf
     return dataclasses.replace(
         search,

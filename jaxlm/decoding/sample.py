@@ -185,8 +185,8 @@ def generate(
     The loop stops when all rows have ended. The random draw of a token depends only on ``key``, the index of the row
     and the index of the token. So padding and the other rows do not change the result of a row.
 
-    Logits that are not finite raise an error. The check waits for the result. Inside ``jit`` or another transformation
-    no error can be raised; check ``finite`` of the result instead.
+    Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
+    transformation no error can be raised; check ``finite`` of the result instead.
 
     Args:
         prompts: [B, T] integer ids, padded on either side to one length.
@@ -217,7 +217,8 @@ def generate(
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     generation = _generate(
         model, params, prompts, segment_ids, key, state,
-        count=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots, sharding=active(),
+        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots,
+        sharding=active(),
     )  # fmt: skip
     check_finite(model, params, generation.finite, state)
     return generation
@@ -243,7 +244,8 @@ def prefill(
     ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     progress = _prefill(
         model, params, prompts, segment_ids, key, state,
-        count=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots, sharding=active(),
+        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots,
+        sharding=active(),
     )  # fmt: skip
     check_finite(model, params, progress.finite, state)
     return progress
@@ -273,7 +275,7 @@ def _check(
     allowed_ids: int | None,
     state: Any,
 ) -> tuple[int, int]:
-    """The number of ids that may be generated and the number of cache slots, after a check of all arguments."""
+    """Check all arguments. Return the number of ids that may be generated, and the number of cache slots."""
     ids, slots = check_prompts(
         model, prompts, segment_ids,
         max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
@@ -299,7 +301,7 @@ def _has_row_keys(key: jax.Array) -> bool:
 
 
 # `constrain` reads the active sharding during tracing, so the sharding must be part of each jit cache key.
-_STATIC = ("model", "count", "sampling", "end_ids", "ids", "slots", "sharding")
+_STATIC = ("model", "max_new_tokens", "sampling", "end_ids", "ids", "slots", "sharding")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -311,11 +313,11 @@ def _generate(
     key: Any,
     state: Any,
     *,
-    count: int,
+    max_new_tokens: int,
     **static: Any,
 ) -> Generation:
-    progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, count=count, **static)
-    progress = _advance(model, params, progress, count - 1, sharding=static["sharding"])
+    progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, max_new_tokens=max_new_tokens, **static)
+    progress = _advance(model, params, progress, max_new_tokens - 1, sharding=static["sharding"])
     return Generation(progress.tokens, progress.lengths, progress.log_probs, progress.finite)
 
 
@@ -328,7 +330,7 @@ def _prefill(
     key: jax.Array | None,
     state: Any,
     *,
-    count: int,
+    max_new_tokens: int,
     sampling: Sampling,
     end_ids: tuple[int, ...],
     ids: int,
@@ -340,18 +342,18 @@ def _prefill(
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     seen_BV = None
     if sampling.repetition_penalty != 1.0:
-        read_BT = (
-            prompts_BT if segment_ids_BT is None else jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), ids)
-        )
-        seen_BV = jnp.zeros((B, ids), bool).at[rows_B[:, None], read_BT].set(True, mode="drop")
+        seen_BT = prompts_BT
+        if segment_ids_BT is not None:  # padding becomes the id `ids`, which mode="drop" ignores
+            seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), ids)
+        seen_BV = jnp.zeros((B, ids), bool).at[rows_B[:, None], seen_BT].set(True, mode="drop")
     keys_B = None
     if sampling.temperature > 0.0:
         assert key is not None
         keys_B = key if _has_row_keys(key) else row_keys(key, rows_B)
     progress = Progress(
         state=state,
-        tokens=jnp.full((B, count), end_ids[0] if end_ids else 0, jnp.int32),
-        log_probs=jnp.zeros((B, count), jnp.float32),
+        tokens=jnp.full((B, max_new_tokens), end_ids[0] if end_ids else 0, jnp.int32),
+        log_probs=jnp.zeros((B, max_new_tokens), jnp.float32),
         lengths=jnp.zeros((B,), jnp.int32),
         ended=jnp.zeros((B,), bool),
         step=jnp.zeros((), jnp.int32),

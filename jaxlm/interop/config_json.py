@@ -1,7 +1,9 @@
-"""``config.json`` and ``generation_config.json`` of Hugging Face directories: a model from them, and them from a model.
+"""Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
-What a directory said and jaxlm does not decide (``Model.metadata``) is written back as it was. A field that jaxlm
-decides keeps its words as long as its meaning is that of the model.
+``Model.metadata`` has the loaded files. When a model is saved, a loaded field that jaxlm does not set is written back
+unchanged. A field that jaxlm sets keeps its loaded value if this value still describes the model.
+
+"Our" fields are those of jaxlm's ``Config``, "their" fields are those of ``config.json``.
 """
 
 from __future__ import annotations
@@ -20,22 +22,23 @@ from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.models.model import FAMILIES, Metadata, Model, family, get_model
 
-_NATIVE = "jaxlm-"
-_LABELLING = ("classification", "tagging")
-_GENERATING = ("causal", "seq2seq", "permutation")
+_MODEL_TYPE_PREFIX = "jaxlm-"
+_LABEL_TASKS = ("classification", "tagging")
+_GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
-"""Overrides that ask for another head than that of the files."""
+"""Overrides that select another head than the head in the files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What ``config.json`` and the overrides describe.
+    """The result of :func:`describe`: the model that ``config.json`` and the overrides describe.
 
     Attributes:
-        model: the model, with the overrides, and metadata without generation config.
-        table: the names of its tensors.
-        stored: the model of the files, without the overrides. None: the files must hold exactly ``model``; otherwise
-            heads may be missing or left over.
+        model: the model with the overrides. Its metadata has no generation config.
+        table: the format of the files, which has the names of the tensors.
+        stored: the model in the files, without the overrides, if the overrides select a head. In this case, the head of
+            ``model`` may be missing in the files, and the files may have another head. None: the files must have
+            exactly the parameters of ``model``.
     """
 
     model: Model
@@ -44,33 +47,36 @@ class Description:
 
 
 def format_of(model: Model) -> Format:
-    """The format to write a model with: that of the loaded ``model_type``, or the first one that can express the model.
+    """The format for writing a model: the loaded ``model_type`` if it can represent the model, or the first that can.
 
-    A family without a published format has a format with our own names.
+    For a family without a published format, the names of the tensors are the paths of the parameters.
+
+    Raises:
+        ValueError: no format of the family can represent the model.
     """
     choices = formats.of(model.family)
     if not choices:
-        return _native(model)
+        return _native_format(model)
     loaded = None if model.metadata is None else model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
         fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
-        if _has(model, fixed) and any(_has(model, implied) for implied in table.architectures.values()):
+        if _has_values(model, fixed) and any(_has_values(model, implied) for implied in table.architectures.values()):
             return table
     names = ", ".join(f"{table.model_type} ({', '.join(table.architectures)})" for table in choices)
-    raise ValueError(f"no Hugging Face class of {names} is {model.config}")
+    raise ValueError(f"no Hugging Face class can represent {model.config}: tried {names}")
 
 
-def _has(model: Model, fields: Mapping[str, Any]) -> bool:
+def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:
     return all(getattr(model.config, field) == value for field, value in fields.items())
 
 
 def is_stacked(leaf: spec.ArraySpec) -> bool:
-    """Whether a parameter has a leading axis of layers."""
+    """Whether a parameter has a leading axis ``layers``."""
     return leaf.axes[0] == spec.LAYERS
 
 
-def _native(model: Model) -> Format:
-    """The format of a family without a published format: names are paths."""
+def _native_format(model: Model) -> Format:
+    """The format of a family without a published format: the names of the tensors are the paths of the parameters."""
 
     def name(path: str, *, is_layer: bool) -> str:
         return ".".join(f"{part}.{{layer}}" if part == spec.LAYERS and is_layer else part for part in path.split("/"))
@@ -79,32 +85,37 @@ def _native(model: Model) -> Format:
     for path, leaf in spec.flatten(model.specs).items():
         path, layer = spec.split_layer(path)
         names[path] = name(path, is_layer=layer is not None or is_stacked(leaf))
-    return Format(architectures={}, model_type=_NATIVE + model.family, prefix="", fields={}, tensors=names)
+    return Format(architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", fields={}, tensors=names)
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 
 
 def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Description:
-    """The model that the contents of ``config.json`` (at ``path``, for messages) and the overrides describe.
+    """The model that a config and overrides describe, and its format.
+
+    Args:
+        config: the contents of ``config.json``.
+        path: the path of ``config.json`` for error messages.
+        overrides: values of our config fields.
 
     Raises:
-        ValueError: an architecture or setting that is not supported.
+        ValueError: the architecture or a setting is not supported.
     """
     model_type = config.get("model_type")
-    if model_type in [_NATIVE + name for name in FAMILIES if not formats.of(name)]:
-        name, fields = model_type.removeprefix(_NATIVE), _native_fields(config, path)
+    if model_type in [_MODEL_TYPE_PREFIX + name for name in FAMILIES if not formats.of(name)]:
+        name, fields = model_type.removeprefix(_MODEL_TYPE_PREFIX), _native_fields(config, path)
         implied: Mapping[str, Any] = {}
         table = None
     else:
-        name, table, implied = _table(config, path, overrides)
+        name, table, implied = _find_format(config, path, overrides)
         fields = {**table.implied, **_our_fields(config, table, family(name).Config, path)}
     try:
         if table is not None and table.read_fields is not None:
             fields |= table.read_fields(config)
         labels = _labels(config)
         if hasattr(family(name).Config, "num_labels"):
-            if labels is not None:  # how they write the number of labels
+            if labels is not None:  # transformers writes id2label instead of num_labels
                 fields["num_labels"] = len(labels)
             elif config.get("num_labels") is not None:
                 fields["num_labels"] = config["num_labels"]
@@ -114,53 +125,56 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         model = get_model(name, **{**fields, **implied, **overrides})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
-    table = _native(model) if table is None else table
-    if getattr(model.config, "task", None) not in _LABELLING:
+    table = _native_format(model) if table is None else table
+    if getattr(model.config, "task", None) not in _LABEL_TASKS:
         labels = None
     metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config), config=config)
     return Description(dataclasses.replace(model, metadata=metadata), table, stored)
 
 
 def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    name = config["model_type"].removeprefix(_NATIVE)
+    name = config["model_type"].removeprefix(_MODEL_TYPE_PREFIX)
     try:
-        read = config_lib.from_json(family(name).Config, config.get("config", {}))
+        native = config_lib.from_json(family(name).Config, config.get("config", {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return {field.name: getattr(read, field.name) for field in dataclasses.fields(read)}
+    return {field.name: getattr(native, field.name) for field in dataclasses.fields(native)}
 
 
-def _table(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> tuple[str, Format, Mapping[str, Any]]:
+def _find_format(
+    config: dict[str, Any], path: Path, overrides: dict[str, Any]
+) -> tuple[str, Format, Mapping[str, Any]]:
     """The family and the format of the files, and the values of our fields that their class implies."""
     model_type = config.get("model_type")
     known = [(name, table) for name in FAMILIES for table in formats.of(name)]
     supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
-    known = [(name, table) for name, table in known if table.model_type == model_type]
-    if not known:
+    candidates = [(name, table) for name, table in known if table.model_type == model_type]
+    if not candidates:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported: {supported}")
-    # Configs that were never saved with a model name no class: the general table of a model type is the last.
-    listed = config.get("architectures") or list(known[-1][1].architectures)
-    architecture = listed[0] if isinstance(listed, list) else listed
-    for name, table in known:
+    # A config that was saved without a model has no architectures. Then the last format of the model type is used,
+    # which is the most general one.
+    architectures = config.get("architectures") or list(candidates[-1][1].architectures)
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
-    if "task" in overrides:  # the base of a class that has a head of its own
-        return *known[-1], {"task": "none"}
+    if "task" in overrides:  # the head of this class is not supported, but its base model is
+        return *candidates[-1], {"task": "none"}
     raise ValueError(
-        f"{path}: architecture {architecture!r} is not supported; task=... loads its base weights with a fresh head. "
-        f"Supported: {supported}"
+        f"{path}: architecture {architecture!r} is not supported; pass task=... to load its base model with a new "
+        f"head. Supported: {supported}"
     )
 
 
 def _our_fields(config: dict[str, Any], table: Format, config_class: type, path: Path) -> dict[str, Any]:
     for field, value in table.required.items():
         if config.get(field, value) != value:
-            raise ValueError(f"{path}: {field}={config[field]!r} is not supported: only {value!r} is")
+            raise ValueError(f"{path}: {field}={config[field]!r} is not supported: it must be {value!r}")
     for alias, field in table.aliases.items():
         if alias in config and (field not in config or config[alias] != config[field]):
             raise ValueError(
-                f"{path}: {alias}={config[alias]!r} is another name of {field}, which is "
-                f"{config.get(field, 'missing')!r}: write {field} alone"
+                f"{path}: {alias}={config[alias]!r} is an alias of {field}, which is "
+                f"{config.get(field, 'missing')!r}: set only {field}"
             )
     hints = typing.get_type_hints(config_class)
     fields = {}
@@ -168,12 +182,13 @@ def _our_fields(config: dict[str, Any], table: Format, config_class: type, path:
         if theirs not in config:
             continue
         value = config[theirs]
-        words = table.values.get(theirs)
-        if words is not None:
-            if not isinstance(value, str) or value not in words:
-                raise ValueError(f"{path}: {theirs}={value!r} is not supported: choose from {', '.join(words)}")
-            value = words[value]
-        elif not _fits(value, hints[ours]):
+        ours_by_theirs = table.values.get(theirs)
+        if ours_by_theirs is not None:
+            if not isinstance(value, str) or value not in ours_by_theirs:
+                choices = ", ".join(ours_by_theirs)
+                raise ValueError(f"{path}: {theirs}={value!r} is not supported: choose from {choices}")
+            value = ours_by_theirs[value]
+        elif not _has_type(value, hints[ours]):
             raise ValueError(
                 f"{path}: {theirs}={value!r} is not of type {getattr(hints[ours], '__name__', hints[ours])}"
             )
@@ -181,17 +196,17 @@ def _our_fields(config: dict[str, Any], table: Format, config_class: type, path:
     return fields
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type of a Config field."""
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the annotated type of a ``Config`` field."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
+        return any(_has_type(value, member) for member in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The labels in the order of their numbers."""
+    """The labels in the order of their ids; None if the config has no ``id2label``."""
     names = config.get("id2label")
     if names is None:
         return None
@@ -201,20 +216,20 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _token_ids(model: Model, table: Format, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of ``config.json`` by role; those that it lacks are the defaults of its class."""
+    """The special token ids by role, from ``config.json``. A missing id is the default of the class."""
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
     return {role.removesuffix("_token_id"): ids for role, ids in {**implied, **token_fields(config)}.items()}
 
 
 def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that hold ids of special tokens.
+    """The fields of a config that have ids of special tokens.
 
     Raises:
-        ValueError: an id that is not an integer, a list of integers or null.
+        ValueError: a value is not an integer, a list of integers or null.
     """
     fields = {field: ids for field, ids in config.items() if field.endswith("_token_id")}
     for field, ids in fields.items():
-        if ids is not None and not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+        if ids is not None and not all(type(item) is int for item in (ids if isinstance(ids, list) else [ids])):
             raise ValueError(f"{field}={ids!r} must be an integer, a list of integers or null")
     return fields
 
@@ -226,34 +241,35 @@ def their_config(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -
     """The contents of ``config.json``.
 
     Args:
-        dtype: that of the parameters.
-        tokenizer: its special ids are written; None: those of the metadata, or else of the published models.
+        dtype: dtype of the parameters.
+        tokenizer: tokenizer whose special token ids are written. None: the ids in the loaded config are kept, or the
+            ids of the published models are written if there is no loaded config.
 
     Raises:
-        ValueError: Hugging Face's form of the family cannot express the model or the special ids.
+        ValueError: the published formats of the family cannot represent the model or the special token ids.
     """
     table = format_of(model)
-    written = _written(model, table)
+    written = _model_fields(model, table)
     loaded = {} if model.metadata is None else model.metadata.config
     if loaded.get("model_type") != table.model_type:
         loaded = {}
-    result = _merged(model, written, loaded)
+    result = _merge_loaded(model, written, loaded)
     if not loaded:
         vocabulary = model.config.vocab_size
         result |= {field: token if token < vocabulary else None for field, token in table.token_ids.items()}
     if tokenizer is not None:
         result |= _tokenizer_fields(model, table, tokenizer, result)
-    if not table.model_type.startswith(_NATIVE):
-        # Transformers calls it "dtype" since version 4.56, and reads both.
+    if not table.model_type.startswith(_MODEL_TYPE_PREFIX):
+        # Since version 4.56, transformers writes "dtype" and reads both names.
         names = [name for name in ("dtype", "torch_dtype") if name in loaded] or ["torch_dtype"]
         result |= dict.fromkeys(names, str(dtype))
     return result
 
 
-def _written(model: Model, table: Format) -> dict[str, Any]:
-    """The fields that jaxlm decides, without special ids and dtype."""
+def _model_fields(model: Model, table: Format) -> dict[str, Any]:
+    """The fields that jaxlm sets from the model, without special token ids and dtype."""
     fields: dict[str, Any] = {}
-    if getattr(model.config, "task", None) in _LABELLING and (formats.of(model.family) or model.labels is not None):
+    if getattr(model.config, "task", None) in _LABEL_TASKS and (formats.of(model.family) or model.labels is not None):
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
         fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
@@ -262,81 +278,83 @@ def _written(model: Model, table: Format) -> dict[str, Any]:
     for ours, theirs in table.fields.items():
         value = getattr(model.config, ours)
         if theirs in table.values:
-            words = [word for word, meaning in table.values[theirs].items() if meaning == value]
-            if not words:
+            values = table.values[theirs]
+            their_values = [their_value for their_value, our_value in values.items() if our_value == value]
+            if not their_values:
                 raise ValueError(f"{ours}={value!r} has no counterpart in {theirs} of {table.model_type}")
-            value = words[0]
+            value = their_values[0]
         fields[theirs] = value
     if table.write_fields is not None:
         fields |= table.write_fields(model.config)
-    architecture = next(name for name, implied in table.architectures.items() if _has(model, implied))
+    architecture = next(name for name, implied in table.architectures.items() if _has_values(model, implied))
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 
-def _merged(model: Model, written: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The written fields, and the loaded fields that jaxlm does not decide or that mean the same.
+def _merge_loaded(model: Model, written: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``config.json``: the loaded config with the fields that describe a changed model.
 
-    A written field that the loaded config lacks, and whose default is that value, is left out.
+    A loaded field that jaxlm does not set is kept. A field in ``written`` that has the same value for the loaded model
+    keeps its loaded value, and is omitted if the loaded config omits it.
     """
     if not loaded:
         return dict(written)
     result = {**loaded, **written}
     try:
-        before = describe(dict(loaded), Path("config.json"), {})
-    except ValueError:  # a class that was loaded with another task
+        description = describe(dict(loaded), Path("config.json"), {})
+    except ValueError:  # the loaded class is not supported; it was loaded with task=...
         return result
-    previous = _written(before.model, before.table)
-    for field in previous.keys() - written.keys():  # such as the labels of a head that is gone
+    previous = _model_fields(description.model, description.table)
+    for field in previous.keys() - written.keys():  # for example the labels of a removed head
         result.pop(field, None)
     for field, value in written.items():
         if field in previous and previous[field] == value:
             if field in loaded:
                 result[field] = loaded[field]
-            else:  # its default is what the model has
+            else:  # the default of the field is this value
                 del result[field]
-    for alias, field in before.table.aliases.items():
+    for alias, field in description.table.aliases.items():
         if alias in result:
             result[alias] = result[field]
-    if written.get("id2label") != previous.get("id2label"):  # another number of labels
+    if written.get("id2label") != previous.get("id2label"):  # num_labels may be stale
         result.pop("num_labels", None)
     if model.metadata is not None and model.metadata.fresh:
-        result.pop("problem_type", None)  # of the head before
+        result.pop("problem_type", None)  # it belongs to the loaded head
     return result
 
 
 def _tokenizer_fields(
     model: Model, table: Format, tokenizer: Tokenizer, result: Mapping[str, Any]
 ) -> dict[str, int | None]:
-    """The fields for special ids, from a tokenizer. A role that it does not have keeps its loaded id, or has none."""
+    """The fields of special token ids, from a tokenizer. A role without a token keeps its loaded id, or is null."""
     check_vocabulary(model, tokenizer)
-    found = tokenizer_ids(model, tokenizer)
+    ids = tokenizer_ids(model, tokenizer)
     loaded = {} if model.metadata is None else token_fields(model.metadata.config)
     fields: dict[str, int | None] = {}
     for role in ROLES:
         field = f"{role}_token_id"
         if field in table.required:
-            if found[role] not in (None, table.required[field]):
+            if ids[role] not in (None, table.required[field]):
                 raise ValueError(
-                    f"{table.model_type} needs {field}={table.required[field]}, but the tokenizer has {found[role]}: "
+                    f"{table.model_type} needs {field}={table.required[field]}, but the tokenizer has {ids[role]}: "
                     f"train one with template='bos_eos', or save without the tokenizer"
                 )
         elif role in ("pad", "bos", "eos") or field in result:
-            before = loaded.get(field)
-            keep = found[role] is None or (isinstance(before, list) and found[role] in before)
-            fields[field] = before if keep else found[role]
+            loaded_id = loaded.get(field)
+            keep = ids[role] is None or (isinstance(loaded_id, list) and ids[role] in loaded_id)
+            fields[field] = loaded_id if keep else ids[role]
     return fields
 
 
 def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The special ids of a tokenizer by role; a model that generates ends at the end of a document."""
+    """The special token ids of a tokenizer by role. Without an EOS token, generation ends at the end of a document."""
     ids = dataclasses.asdict(tokenizer.special_ids)
-    if ids["eos"] is None and getattr(model.config, "task", "causal") in _GENERATING:
+    if ids["eos"] is None and getattr(model.config, "task", "causal") in _GENERATION_TASKS:
         ids["eos"] = tokenizer.end_id
     return ids
 
 
 def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where the tokenizer has ids that the model does not have."""
+    """Raise ``ValueError`` if the tokenizer has more ids than the model."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model has vocab_size={model.config.vocab_size}: "
@@ -345,21 +363,21 @@ def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
 
 
 def their_generation_config(model: Model, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
-    """The contents of ``generation_config.json``; None where the directory needs none.
+    """The contents of ``generation_config.json``; None if the directory does not need it.
 
-    Without that file, transformers generates by the ids in ``config.json``.
+    Without this file, transformers uses the special token ids in ``config.json``.
     """
     loaded = None if model.metadata is None else model.metadata.generation_config
-    generates = getattr(model.config, "task", "causal") in _GENERATING
+    generates = getattr(model.config, "task", "causal") in _GENERATION_TASKS
     if loaded is None and (tokenizer is None or not generates):
         return None
     result = dict(loaded or {})
     if tokenizer is not None:
         for role in ("pad", "bos", "eos"):
-            field, found = f"{role}_token_id", tokenizer_ids(model, tokenizer)[role]
-            before = result.get(field)
-            if found is not None and not (isinstance(before, list) and found in before):
-                result[field] = found
+            field, token_id = f"{role}_token_id", tokenizer_ids(model, tokenizer)[role]
+            loaded_id = result.get(field)
+            if token_id is not None and not (isinstance(loaded_id, list) and token_id in loaded_id):
+                result[field] = token_id
     start = getattr(model.config, "decoder_start_id", None)
     if start is not None and (loaded is None or ("decoder_start_token_id" in loaded and start != _loaded_start(model))):
         result["decoder_start_token_id"] = start
@@ -371,5 +389,5 @@ def _loaded_start(model: Model) -> int | None:
     loaded = {} if model.metadata is None else model.metadata.config
     try:
         return getattr(describe(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)
-    except ValueError:  # a class that was loaded with another task
+    except ValueError:  # the loaded class is not supported; it was loaded with task=...
         return loaded.get("decoder_start_token_id")

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face directory: never read from outside of the directory."""
+"""Paths of the files in a Hugging Face directory. Files outside of the directory are not read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The resolved path of the file ``name`` directly in ``directory``; links out of the directory are refused.
+    """The resolved path of the file ``name`` in ``directory``.
 
-    The cache of the Hugging Face hub links ``snapshots/<revision>/<name>`` to ``blobs/``: there, links may lead
-    anywhere in the folder of the model.
+    A link must not lead out of the directory. There is one exception: in the cache of the Hugging Face hub,
+    ``snapshots/<revision>/<name>`` is a link to a file in ``blobs/``. There, a link may lead to any file in the folder
+    of the model.
+
+    Raises:
+        ValueError: ``name`` is not a plain file name, or the file is a link out of the directory.
+        FileNotFoundError: the file is missing or is not a regular file.
     """
     if Path(name).name != name or "\\" in name:
         raise ValueError(f"{directory}: the path {name!r} leads out of the directory: only plain file names are read")
@@ -29,4 +34,5 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as a JSON file with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

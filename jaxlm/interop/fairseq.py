@@ -1,15 +1,15 @@
-"""RoBERTa checkpoints of fairseq, as plain arrays: neither fairseq nor torch is imported.
+"""Import RoBERTa checkpoints of fairseq from arrays. Neither fairseq nor torch is imported.
 
-A fairseq checkpoint is a pickle, which can run any code when it is loaded, so jaxlm does not open it. Where you trust
-the file, torch turns it into arrays:
+A fairseq checkpoint is a pickle, which can run any code when it is loaded, so jaxlm does not open it. If you trust the
+file, convert it to arrays with torch:
 
     >>> checkpoint = torch.load("roberta.base/model.pt", weights_only=False)                     # doctest: +SKIP
     >>> weights = {name: x.float().numpy() for name, x in checkpoint["model"].items()}           # doctest: +SKIP
     >>> model, params = roberta_from_fairseq(weights, num_heads=12)                              # doctest: +SKIP
     >>> save_pretrained("roberta-base", model, params)                                           # doctest: +SKIP
 
-Token ids are those of fairseq's dictionary: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, then the lines of
-``dict.txt``, then ``<mask>``. XLM-RoBERTa has the same layout.
+The token ids are the ids of fairseq's dictionary: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, then the lines of
+``dict.txt``, then ``<mask>``. Checkpoints of XLM-RoBERTa have the same format.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from jaxlm.models.roberta import FIRST_POSITION
 _ENCODER = "encoder.sentence_encoder."
 _LAYER = rf"{re.escape(_ENCODER)}layers\.(\d+)\."
 _RENAMED = (
-    # Names of older checkpoints, which fairseq renames when it loads them.
+    # Names in old checkpoints -> new names. fairseq renames them in the same way.
     (r"^decoder\.", "encoder."),
     (r"\.emb_layer_norm\.", ".layernorm_embedding."),
-    # To the names of Hugging Face's files.
+    # New names of fairseq -> names in Hugging Face files.
     (rf"^{re.escape(_ENCODER)}embed_tokens\.", "roberta.embeddings.word_embeddings."),
     (rf"^{re.escape(_ENCODER)}embed_positions\.weight", "roberta.embeddings.position_embeddings.weight"),
     (rf"^{re.escape(_ENCODER)}layernorm_embedding\.", "roberta.embeddings.LayerNorm."),
@@ -45,45 +45,45 @@ _RENAMED = (
     (rf"^{_LAYER}final_layer_norm\.", r"roberta.encoder.layer.\1.output.LayerNorm."),
     (r"^encoder\.lm_head\.", "lm_head."),
 )
-_IGNORED = re.compile(r"(version|_float_tensor)$")  # buffers without a parameter
-_TYPES = "roberta.embeddings.token_type_embeddings.weight"
+_IGNORED = re.compile(r"(version|_float_tensor)$")  # buffers that are not parameters
+_TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 
 
 def roberta_from_fairseq(
     weights: Mapping[str, Any], *, num_heads: int, head: str | None = None, **overrides: Any
 ) -> tuple[Model, spec.Tree]:
-    """The model and the parameters of a RoBERTa of fairseq.
+    """The model and the parameters of a fairseq RoBERTa checkpoint.
 
-    fairseq has no token types: their one row is 0. ``model.metadata.unused`` names the tensors of heads that are left
-    out.
+    fairseq's RoBERTa has no token types, so the embedding of the only token type is zeros. ``model.metadata.unused``
+    has the names of the tensors of the other heads, which the model does not use.
 
     Args:
-        weights: the arrays of the checkpoint by fairseq's names.
-        num_heads: ``encoder_attention_heads`` of the checkpoint's arguments, which no shape tells.
-        head: name of a classification head, such as "mnli", for a model with task "classification". Default: the
-            model has task "masked".
+        weights: the arrays of the checkpoint, by their names in fairseq.
+        num_heads: ``encoder_attention_heads`` in the arguments of the checkpoint. It cannot be inferred from shapes.
+        head: name of a classification head, such as "mnli". The task of the model is then "classification". None: the
+            task is "masked".
         overrides: fields of the family's ``Config``, such as ``dtype="bfloat16"``.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of other shapes; an output table that is not the token table; a
-            head that the weights do not have.
+        ValueError: a tensor is missing, unknown or has the wrong shape; the output matrix is not tied to the token
+            embedding; or the checkpoint does not have the head.
     """
-    tensors = _renamed(weights)
+    tensors = _hugging_face_tensors(weights)
     heads = {name.split(".")[1] for name in tensors if name.startswith("classification_heads.")}
     if head is not None and head not in heads:
         raise ValueError(f"no classification head {head!r} in the weights: they have {sorted(heads) or 'none'}")
     for name in ("roberta.embeddings.word_embeddings.weight", "roberta.embeddings.position_embeddings.weight"):
         if name not in tensors:
-            raise ValueError(f"no {name} in the weights, which hold {', '.join(list(weights)[:5])}, ...")
+            raise ValueError(f"no {name} in the weights: they have {', '.join(list(weights)[:5])}, ...")
     vocab_size, width = tensors["roberta.embeddings.word_embeddings.weight"].shape
     output = tensors.pop("lm_head.weight", None)
     if output is not None and not np.array_equal(output, tensors["roberta.embeddings.word_embeddings.weight"]):
-        raise ValueError("the output table lm_head.weight is not the token table: untied weights are not supported")
-    own = f"classification_heads.{head}."
-    unused = [name for name in tensors if name.startswith("classification_heads.") and not name.startswith(own)]
+        raise ValueError("lm_head.weight differs from the token embedding: untied weights are not supported")
+    head_prefix = f"classification_heads.{head}."
+    unused = [name for name in tensors if name.startswith("classification_heads.") and not name.startswith(head_prefix)]
     if head is not None:
         unused += [name for name in tensors if name.startswith("lm_head.")]
-    tensors = {name.replace(own, "classifier."): x for name, x in tensors.items() if name not in unused}
+    tensors = {name.replace(head_prefix, "classifier."): x for name, x in tensors.items() if name not in unused}
     layers = {int(found[1]) for name in tensors if (found := re.match(r"roberta\.encoder\.layer\.(\d+)\.", name))}
     mlp = tensors.get("roberta.encoder.layer.0.intermediate.dense.bias")
     fields: dict[str, Any] = {
@@ -98,18 +98,18 @@ def roberta_from_fairseq(
     if head is not None:
         fields["num_labels"] = len(tensors["classifier.out_proj.bias"])
     model = get_model("roberta", **{**fields, **overrides})
-    tensors[_TYPES] = np.zeros((1, width), tensors["roberta.embeddings.word_embeddings.weight"].dtype)
+    tensors[_TOKEN_TYPES] = np.zeros((1, width), tensors["roberta.embeddings.word_embeddings.weight"].dtype)
     metadata = Metadata(token_ids={"bos": 0, "pad": 1, "eos": 2}, unused=tuple(unused))
     return Model(model.family, model.config, metadata), params_of_tensors(model, tensors)
 
 
-def _renamed(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays by Hugging Face's names; those of classification heads keep fairseq's."""
+def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays by their names in Hugging Face files. Arrays of classification heads keep the names of fairseq."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         if _IGNORED.search(name):
             continue
-        fused = re.search(r"self_attn\.in_proj_(weight|bias)$", name)  # of checkpoints before fairseq 0.9
+        fused = re.search(r"self_attn\.in_proj_(weight|bias)$", name)  # in checkpoints before fairseq 0.9
         if fused is None:
             parts = {name: np.asarray(array)}
         else:
@@ -122,6 +122,6 @@ def _renamed(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
             for pattern, replacement in _RENAMED:
                 part = re.sub(pattern, replacement, part)
             if part in tensors:
-                raise ValueError(f"the weights hold {part} under two names")
+                raise ValueError(f"two tensors of the weights are both {part}: remove one of them")
             tensors[part] = value
     return tensors

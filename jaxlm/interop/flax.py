@@ -1,7 +1,7 @@
-"""A model as a module of flax, for code that is written for one: ``linen`` or ``nnx``.
+"""Flax modules of a model, ``linen`` and ``nnx``, for code that needs a Flax module.
 
-Both hold the parameters of ``model.init``, nested the same way and never wrapped, so that a tree goes in and out as it
-is; calling them gives what ``model.apply`` gives. State stays an argument, as in the functional form.
+A module has the parameter tree of ``model.init``, with the same structure and without wrappers. A call returns the
+result of ``model.apply``. The model state is an argument of the call, as in ``model.apply``.
 
     linen   variables = {"params": params}                       params = variables["params"]
     nnx     module = as_nnx(model, params=params)                params = module.parameters()
@@ -21,7 +21,7 @@ from jaxlm.models import Model
 
 
 class LinenModel(linen.Module):
-    """See :func:`as_linen`."""
+    """A model as a ``flax.linen.Module``; see :func:`as_linen`."""
 
     model: Model
 
@@ -43,14 +43,15 @@ class LinenModel(linen.Module):
 
 
 def _initial(name: str, specs: spec.Tree, key: jax.Array) -> spec.Tree:
+    """Initial parameters of one entry of the top level."""
     return spec.init({name: specs}, key)[name]
 
 
 def as_linen(model: Model) -> LinenModel:
     """The model as a ``flax.linen.Module`` with the methods ``__call__``, ``logits`` and ``summary``.
 
-    ``init`` draws from the same distributions as ``model.init``, with the keys that linen makes: not the same values.
-    Dropout acts where ``apply`` is given a key for "dropout".
+    ``init`` samples from the same distributions as ``model.init``. The values differ because linen derives other keys.
+    Dropout is active if ``apply`` gets a key for "dropout".
 
     Example:
         >>> module = as_linen(model)
@@ -61,14 +62,14 @@ def as_linen(model: Model) -> LinenModel:
 
 
 class NNXModel(nnx.Module):
-    """See :func:`as_nnx`."""
+    """A model as a ``flax.nnx.Module``; see :func:`as_nnx`."""
 
     def __init__(self, model: Model, params: spec.Tree) -> None:
         self.model = model
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
     def parameters(self) -> spec.Tree:
-        """The parameters as ``model.init`` nests them: bare arrays in plain dicts."""
+        """The parameter tree with the structure of ``model.init``: arrays in dicts."""
         return jax.tree.map(lambda param: param[...], self.params, is_leaf=lambda node: isinstance(node, nnx.Param))
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None, **inputs: Any) -> tuple[jax.Array, Any]:
@@ -84,14 +85,15 @@ class NNXModel(nnx.Module):
 def as_nnx(model: Model, rngs: nnx.Rngs | None = None, *, params: spec.Tree | None = None) -> NNXModel:
     """The model as a ``flax.nnx.Module`` with the methods ``__call__``, ``logits``, ``summary`` and ``parameters``.
 
-    Dropout acts where a call is given ``rngs``.
+    Dropout is active if a call gets ``rngs``.
 
     Args:
-        rngs: fresh parameters are those of ``model.init(rngs.params())``.
-        params: take these instead.
+        rngs: random keys for new parameters, ``model.init(rngs.params())``.
+        params: existing parameters of the model. Pass exactly one of ``rngs`` and ``params``.
 
     Raises:
-        ValueError: both or neither of them, or parameters that are not those of the model.
+        ValueError: both or none of ``rngs`` and ``params`` are given, or the names or shapes of ``params`` are not the
+            model's.
 
     Example:
         >>> module = as_nnx(model, nnx.Rngs(0))
@@ -99,7 +101,7 @@ def as_nnx(model: Model, rngs: nnx.Rngs | None = None, *, params: spec.Tree | No
         >>> logits = module.logits(hidden)
     """
     if (rngs is None) == (params is None):
-        raise ValueError("as_nnx takes rngs, to draw fresh parameters, or params: exactly one of them")
+        raise ValueError("pass exactly one of rngs (for new parameters) and params (existing parameters)")
     if rngs is not None:
         return NNXModel(model, model.init(rngs.params()))
     spec.require_same(model.specs, params, f"parameters of {model.family}", dtypes=False)

@@ -1,12 +1,12 @@
-"""Hugging Face directories in and out, without torch: ``config.json`` and ``*.safetensors``.
+"""Load and save models as Hugging Face directories (``config.json`` and ``*.safetensors``), without torch.
 
-The code is the same for all families. What differs is data, the published formats of a family
-(``jaxlm.interop.formats``). A family without a published format is written with our own names: ``model_type`` is
-``jaxlm-<family>``, ``config`` has the fields of its config, and the name of a tensor is its path, such as
-``layers.3.mlp.up.weight``.
+The code is the same for all families. The formats of the families are tables of names (``jaxlm.interop.formats``). A
+family without a published format is saved in a format of jaxlm: ``model_type`` is ``jaxlm-<family>``, ``config`` has
+the fields of the family's config, and the name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
 
-Loading checks the config, then every name, shape and dtype from the headers of the files, and only then reads, one
-parameter at a time. Nothing is downloaded, and pickles are never opened: loading one can run any code.
+Loading first checks the config, and then the name, shape and dtype of every tensor in the headers of the files. After
+these checks, it reads the tensors of one parameter at a time. It downloads nothing, and it never opens pickle files,
+because loading a pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -71,20 +71,20 @@ def load_pretrained(
     seed: int = 0,
     **overrides: Any,
 ) -> tuple[Model, spec.Tree]:
-    """The model and the parameters that a Hugging Face directory holds.
+    """The model and its parameters, loaded from a Hugging Face directory.
 
-    ``task`` or ``num_labels`` ask for another head than that of the files: parameters that the files lack are
-    initialised as ``model.init`` does, and tensors of other heads are left out. ``model.metadata`` lists both as
-    ``fresh`` and ``unused``, and the logger "jaxlm" reports them. Without ``task`` and ``num_labels``, the files must
-    hold exactly the model.
+    The overrides ``task`` and ``num_labels`` select another head than the one in the files. Parameters that are missing
+    in the files are then initialised as in ``model.init``, and tensors of other heads are not loaded.
+    ``model.metadata`` lists both as ``fresh`` and ``unused``, and the logger "jaxlm" reports them. Without these
+    overrides, the files must contain exactly the tensors of the model.
 
-    On the host, at most one parameter (all of its layers if they are stacked) is held beyond the result.
+    Host memory contains at most one parameter at a time, in addition to the result. A stacked parameter counts as one.
 
     Args:
-        directory: with ``config.json`` and ``model.safetensors``, or shards and their index.
-        param_dtype: dtype to cast the parameters to; None keeps that of the files.
-        sharding: where the parameters go; None puts them on the default device.
-        seed: of the key for parameters that the files lack.
+        directory: contains ``config.json``, and ``model.safetensors`` or shards with their index.
+        param_dtype: dtype of the loaded parameters; None: the dtype in the files.
+        sharding: the shardings of the parameters; None: all parameters are on the default device.
+        seed: seed for parameters that are missing in the files.
         overrides: fields of the family's ``Config``, such as ``task="classification"``, ``dtype="bfloat16"``
             (activations), or ``vocab_multiple=8``, which pads the token tables with rows of zeros.
 
@@ -95,10 +95,10 @@ def load_pretrained(
         ('classifier/bias', 'classifier/weight')
 
     Raises:
-        FileNotFoundError: no such directory, ``config.json`` or safetensors file.
-        ValueError: an architecture or setting that is not supported; a damaged file, or one that differs from
-            ``checksums.json``; a path out of the directory; a tensor that is missing, unknown, or of another shape or
-            dtype than the config says.
+        FileNotFoundError: the directory, ``config.json`` or a safetensors file does not exist.
+        ValueError: the architecture or a setting is not supported; a file is damaged or does not match
+            ``checksums.json``; a path leads out of the directory; or a tensor is missing, unknown, or has another shape
+            or dtype than the model.
     """
     if param_dtype not in (None, *_DTYPES.values()):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from {', '.join(_DTYPES.values())}, or None")
@@ -107,14 +107,14 @@ def load_pretrained(
     description = _read_description(directory, overrides)
     model = description.model
     with contextlib.ExitStack() as stack:
-        tensors = _renamed(_open(directory, stack), description.table, directory)
+        tensors = _with_current_names(_open_tensors(directory, stack), description.table, directory)
         layers = getattr(model.config, "num_layers", 0)
-        if layers > len(tensors):  # before specs are made for each layer
+        if layers > len(tensors):  # checked first, because specs of a wrong, huge number of layers would fill memory
             raise ValueError(f"{directory}: {layers} layers in {CONFIG}, but only {len(tensors)} tensors in its files")
         specs = spec.flatten(model.specs)
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
-        match = _match(description, tensors, directory)
-        dtypes = _dtypes(match.places, tensors, param_dtype)
+        match = _match_tensors(description, tensors, directory)
+        dtypes = _dtypes(match.locations, tensors, param_dtype)
         fresh = spec.init({path: specs[path] for path in match.fresh}, jax.random.key(seed))
         fresh_dtype = param_dtype or jnp.result_type(*dtypes.values())
         leaves = []
@@ -122,13 +122,13 @@ def load_pretrained(
             if path in fresh:
                 array = np.asarray(fresh.pop(path).astype(fresh_dtype))
             else:
-                array = _read(leaf, match.places[path], tensors, dtypes[path])
+                array = _read(leaf, match.locations[path], tensors, dtypes[path])
             if shardings is None:
-                placed = jnp.asarray(array)
+                device_array = jnp.asarray(array)
             else:
-                placed = jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
-            leaves.append(placed.block_until_ready())  # one at a time on the host
-    return _reported(model, match, directory), jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
+                device_array = jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
+            leaves.append(device_array.block_until_ready())  # so that the host has only one parameter at a time
+    return _with_load_report(model, match, directory), jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
 def save_pretrained(
@@ -139,26 +139,28 @@ def save_pretrained(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write ``params`` so that ``transformers`` (or :func:`load_pretrained`) opens the directory.
+    """Save a model in a directory that ``transformers`` and :func:`load_pretrained` can load.
 
-    Bytes are those of ``params``, in their dtype; a tied head and the padding of token tables are left out. What the
-    directory that the model was loaded from said, and jaxlm does not decide, is written as it was. Everything is
-    written under temporary names first, then renamed, and only then what an earlier save left over is removed, so that
-    a directory never mixes two models. ``checksums.json`` has the SHA-256 of the files written; :func:`load_pretrained`
-    verifies it. On the host, at most one file and one parameter are held.
+    The parameters are saved bitwise, in their dtype. A tied head and the padding of token tables are not saved. If the
+    model was loaded from a directory, config fields of this directory that jaxlm does not set are saved unchanged.
+
+    All files are first written to a temporary directory and then moved. Files of an earlier save that were not replaced
+    are removed last. So the directory never contains a mixture of two models that can be loaded. ``checksums.json`` has
+    the SHA-256 of all saved files, and :func:`load_pretrained` verifies them. Host memory contains at most the tensors
+    of one file and one parameter at a time.
 
     Args:
-        directory: made when missing. Files other than the configs, the weights, and the tokenizer where one is given,
-            are left alone.
-        params: of :attr:`Model.specs`' shapes, in float32, bfloat16 or float16. Where they are spread over the devices
-            of several processes, all of these must call this, and the first one writes.
-        tokenizer: saved too, and its special ids are written into ``config.json`` and ``generation_config.json``.
-        max_shard_bytes: weights above this are split into several files. A larger tensor has a file of its own.
+        directory: it is created if it does not exist. Only configs, weights and (with ``tokenizer``) tokenizer files
+            are replaced or removed.
+        params: parameters with the shapes of :attr:`Model.specs`, float32, bfloat16 or float16. If they are sharded
+            over several processes, all processes must call this function; the first process writes the files.
+        tokenizer: it is saved, too. Its special ids are written into ``config.json`` and ``generation_config.json``.
+        max_shard_bytes: maximum size of a weight file. A tensor that is larger than this has its own file.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; what was there is unchanged.
-        ValueError: a config that Hugging Face's form of the family cannot express, params that are not the model's, or
-            a tokenizer that does not fit.
+        OSError: the disk is full, or the directory is not writable. The previous files are unchanged.
+        ValueError: the format of the family cannot express the config; the parameters do not match the model; or the
+            tokenizer does not match the model.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
@@ -172,9 +174,9 @@ def save_pretrained(
     if generation_config is not None:
         configs = {GENERATION_CONFIG: generation_config, **configs}
 
-    together = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in flat.values())
-    if together and not processes.is_first():
-        collections.deque(named_tensors(model, params), maxlen=0)  # gathering them takes all processes
+    is_distributed = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in flat.values())
+    if is_distributed and not processes.is_first():
+        collections.deque(named_tensors(model, params), maxlen=0)  # all processes must take part in each all-gather
         processes.wait("saved")
         return
     directory = Path(directory)
@@ -183,9 +185,9 @@ def save_pretrained(
             write_json(temporary / name, content)
         if tokenizer is not None:
             tokenizer.save(temporary)
-        others = sorted(set(os.listdir(temporary)) - {CONFIG})
+        other_files = sorted(set(os.listdir(temporary)) - {CONFIG})
         weights = _write_weights(temporary, model, params, max_shard_bytes)
-        written = [*weights, *others, CONFIG]
+        written = [*weights, *other_files, CONFIG]
         if INDEX in weights:
             # Shards are renamed one by one. Without an index, old and new shards cannot be loaded as one model.
             (directory / INDEX).unlink(missing_ok=True)
@@ -196,26 +198,26 @@ def save_pretrained(
         if (of_model or of_tokenizer) and file not in written:
             (directory / file).unlink()
     integrity.sync(directory)
-    if together:
+    if is_distributed:
         processes.wait("saved")
 
 
 def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_bytes: int) -> list[str]:
-    """The names of the files that hold ``params``; an index is the last."""
+    """Write ``params`` to one or several files; return the names of the files. The index, if any, is the last name."""
     flat = spec.flatten(params)
     sizes = [
-        (name, math.prod(place.shape) * flat[path].dtype.itemsize)
-        for path, place in _places(model, format_of(model)).items()
-        for name in place.names
+        (name, math.prod(location.file_shape) * flat[path].dtype.itemsize)
+        for path, location in _locations(model, format_of(model)).items()
+        for name in location.names
     ]
     shards = _split(sizes, max_shard_bytes)
     last = len(shards)
     files = [WEIGHTS] if last == 1 else [f"model-{i:05}-of-{last:05}.safetensors" for i in range(1, last + 1)]
     tensors = named_tensors(model, params)
     for file, names in zip(files, shards, strict=True):
-        # transformers insists on the metadata.
+        # transformers rejects a file without this metadata.
         save_file(dict(itertools.islice(tensors, len(names))), directory / file, metadata={"format": "pt"})
-        shutil.copymode(directory / CONFIG, directory / file)  # save_file may leave it to its owner alone
+        shutil.copymode(directory / CONFIG, directory / file)  # save_file may create files that only the owner can read
     if last == 1:
         return files
     index = {
@@ -227,7 +229,9 @@ def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_b
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """Their name and layout of every tensor of ``tree``, which is shaped as the parameters: gradients, for example.
+    """Each leaf of ``tree`` as the tensors of Hugging Face files: pairs of a tensor's name and its value.
+
+    ``tree`` has the structure and shapes of the parameters; it may contain gradients, for example.
 
     Example:
         >>> model = get_model("gpt2-tiny")
@@ -236,97 +240,106 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
         (32, 96)
     """
     flat, specs = spec.flatten(tree), spec.flatten(model.specs)
-    for path, place in _places(model, format_of(model)).items():
+    for path, location in _locations(model, format_of(model)).items():
         array = processes.on_host(flat[path])
-        for name, layer in zip(place.names, array if is_stacked(specs[path]) else [array], strict=True):
-            yield name, place.to_theirs(layer)
+        for name, layer in zip(location.names, array if is_stacked(specs[path]) else [array], strict=True):
+            yield name, location.to_file(layer)
 
 
 def params_of_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
-    """The parameters of the model from the tensors that :func:`named_tensors` names, in their dtype.
+    """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`. Dtypes are kept.
 
     Raises:
-        ValueError: a tensor that is missing, unknown or of another shape than the model's.
+        ValueError: a tensor is missing or unknown, or has another shape than in the model.
     """
-    specs, places = spec.flatten(model.specs), _places(model, format_of(model))
-    shapes = {name: place.shape for place in places.values() for name in place.names}
+    specs, locations = spec.flatten(model.specs), _locations(model, format_of(model))
+    shapes = {name: location.file_shape for location in locations.values() for name in location.names}
     found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
     if found != shapes:
         names = sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
         lines = [f"{name}: {found.get(name, 'missing')}, expected {shapes.get(name, 'nothing')}" for name in names]
-        raise ValueError("the tensors are not those of the model:\n  " + "\n  ".join(lines[:20]))
+        raise ValueError("the tensors do not match the model:\n  " + "\n  ".join(lines[:20]))
     leaves = []
     for path, leaf in specs.items():
-        place = places[path]
-        arrays = [np.asarray(tensors[name]) for name in place.names]
+        location = locations[path]
+        arrays = [np.asarray(tensors[name]) for name in location.names]
         array = np.zeros(leaf.shape, np.result_type(*arrays))
-        for layer, theirs in zip(array if is_stacked(leaf) else [array], arrays, strict=True):
-            layer[tuple(slice(size) for size in place.ours)] = place.to_ours(theirs)
+        for layer, tensor in zip(array if is_stacked(leaf) else [array], arrays, strict=True):
+            layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor)
         leaves.append(jnp.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
-# ------------------------------------------------------------------------------------- ours and theirs, by name
+# --------------------------------------------------------------------------------------- locations of parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where one parameter is in files: the names of its layers (one name if it is not stacked) and their layout.
+class _Location:
+    """The tensors of one parameter in files.
 
-    ``ours`` is the shape of one layer on our side, without padding.
+    Attributes:
+        names: the name of the tensor of each layer; one name if the parameter is not stacked.
+        model_shape: shape of one layer in the model, without padding of the vocabulary.
+        layout: how the axes of ``model_shape`` are ordered and merged in the files.
     """
 
     names: tuple[str, ...]
-    ours: tuple[int, ...]
+    model_shape: tuple[int, ...]
     layout: Layout
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the file."""
-        return tuple(math.prod(self.ours[axis] for axis in group) for group in self.layout)
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the files."""
+        return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
 
     @property
     def _order(self) -> list[int]:
         return [axis for group in self.layout for axis in group]
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        array = array[tuple(slice(size) for size in self.ours)]
-        return np.ascontiguousarray(array.transpose(self._order).reshape(self.shape))
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """The tensor for the files from one layer of the parameter, without padding."""
+        array = array[tuple(slice(size) for size in self.model_shape)]
+        return np.ascontiguousarray(array.transpose(self._order).reshape(self.file_shape))
 
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape([self.ours[axis] for axis in self._order]).transpose(np.argsort(self._order))
+    def to_model(self, array: np.ndarray) -> np.ndarray:
+        """One layer of the parameter from its tensor in the files, without padding."""
+        return array.reshape([self.model_shape[axis] for axis in self._order]).transpose(np.argsort(self._order))
 
 
-def _places(model: Model, table: Format, prefix: str | None = None) -> dict[str, _Place]:
-    """Where every parameter of the model is, in the order of its specs. Default prefix: that of the head classes."""
+def _locations(model: Model, table: Format, prefix: str | None = None) -> dict[str, _Location]:
+    """``{path: location}`` of every parameter of the model, in the order of the specs.
+
+    Args:
+        prefix: the prefix of the base model's tensors; None: the prefix in files of classes with a head.
+    """
     prefix = table.prefix if prefix is None else prefix
     unpadded = {"vocab_multiple": 1} if hasattr(model.config, "vocab_multiple") else {}
     specs = spec.flatten(model.module.specs(dataclasses.replace(model.config, **unpadded)))
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
-    places = {}
+    locations = {}
     for path, leaf in specs.items():
         name, layer = spec.split_layer(path)
         if name not in names:
-            raise ValueError(f"{name} of this {model.family} has no name in files of model_type={table.model_type!r}")
-        ours = leaf.shape[1:] if is_stacked(leaf) else leaf.shape
+            raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {name} of {model.family}")
+        shape = leaf.shape[1:] if is_stacked(leaf) else leaf.shape
         layers = range(leaf.shape[0]) if is_stacked(leaf) else [layer]
-        layout = table.layouts.get(name, tuple((axis,) for axis in range(len(ours))))
-        places[path] = _Place(tuple(names[name].format(layer=layer) for layer in layers), ours, layout)
-    return places
+        layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
+        locations[path] = _Location(tuple(names[name].format(layer=layer) for layer in layers), shape, layout)
+    return locations
 
 
 # -------------------------------------------------------------------------------------------------------- files
 
 
 def _read_description(directory: Path, overrides: dict[str, Any]) -> Description:
-    """What ``config.json`` and ``generation_config.json`` of a directory and the overrides describe."""
+    """The model that ``config.json``, ``generation_config.json`` and the overrides describe."""
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{str(directory)!r} is not a directory: nothing is downloaded, so fetch the files first, for example with "
             "`hf download openai-community/gpt2 --local-dir DIRECTORY`"
         )
     if not (directory / CONFIG).exists():
-        raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a directory of `save_pretrained`")
+        raise FileNotFoundError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory")
     description = describe(read_object(inside(directory, CONFIG)), directory / CONFIG, overrides)
     metadata = description.model.metadata
     assert metadata is not None
@@ -339,7 +352,7 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor in an open file, nothing of which has been read but the header."""
+    """A tensor in an open file. Only the header of the file has been read."""
 
     file: Any
     name: str
@@ -353,35 +366,40 @@ class _Tensor:
         return self.file.get_slice(self.name)[start : min(stop, self.shape[0])]
 
 
-def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Every tensor of the directory, by name. ``stack`` closes the files."""
+def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """``{name: tensor}`` of all tensors of the directory. ``stack`` closes the files."""
     tensors: dict[str, _Tensor] = {}
-    where: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     index = _read_index(directory)
     files = [WEIGHTS] if index is None else sorted(set(index.values()))
     for name, path in [(name, inside(directory, name)) for name in files]:
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
-            entries = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (`file` is not a dict)
         except SafetensorError as error:
-            raise ValueError(f"{directory / name} is truncated or no safetensors file: {error}") from error
-        for key, entry in entries.items():
-            if key in where:
-                raise ValueError(f"{directory}: {key!r} is in {where[key]} and in {name}")
-            where[key] = name
-            tensors[key] = _Tensor(file, key, tuple(entry.get_shape()), entry.get_dtype())
-    if index is not None and index != where:
+            raise ValueError(f"{directory / name} is truncated or not a safetensors file: {error}") from error
+        for key, tensor_slice in slices.items():
+            if key in file_of:
+                raise ValueError(f"{directory}: {key!r} is in {file_of[key]} and in {name}")
+            file_of[key] = name
+            tensors[key] = _Tensor(file, key, tuple(tensor_slice.get_shape()), tensor_slice.get_dtype())
+    if index is not None and index != file_of:
         lines = [
-            f"{key}: in {where.get(key, 'no file')}, index says {index.get(key, 'nothing')}"
-            for key in sorted({*index, *where})
-            if index.get(key) != where.get(key)
+            f"{key}: in {file_of.get(key, 'no file')}, index says {index.get(key, 'nothing')}"
+            for key in sorted({*index, *file_of})
+            if index.get(key) != file_of.get(key)
         ]
         raise ValueError(f"{directory / INDEX} does not match its files:\n  " + "\n  ".join(lines[:20]))
     return tensors
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
-    """``{tensor: file}`` of a sharded model, None for a single file; an error that helps when there is neither."""
+    """``{tensor name: file name}`` of a sharded model; None if there is a single file of weights.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: there are only pickle files, two sets of weights, or an invalid index.
+    """
     single, sharded = (directory / WEIGHTS).exists(), (directory / INDEX).exists()
     if single and sharded:
         raise ValueError(f"{directory} has {WEIGHTS} and {INDEX}, two models: remove the stale one")
@@ -392,88 +410,92 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         pickles = [name for name in found if name.endswith(_PICKLES)]
         if pickles and not any(name.endswith(".safetensors") for name in found):
             raise ValueError(
-                f"{directory} holds pickles only ({', '.join(pickles)}). They are not read: loading one can run "
-                "any code: where you trust it, convert it with transformers, "
+                f"{directory} contains only pickle files ({', '.join(pickles)}). jaxlm does not read them, because "
+                "loading a pickle can run arbitrary code. If you trust the files, convert them with transformers: "
                 "`AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory, safe_serialization=True)`"
             )
-        raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}: it holds {', '.join(found)}")
+        raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}: it contains {', '.join(found)}")
     path = directory / INDEX
     index = read_object(inside(directory, INDEX)).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
         raise ValueError(f"{path}: weight_map must name the file of each tensor")
     for name in sorted(set(index.values())):
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{path} names {name!r}: only .safetensors files are read, pickles can run any code")
+            raise ValueError(f"{path} names {name!r}: only .safetensors files are read (pickles can run code)")
     return index
 
 
-def _split(sizes: list[tuple[str, int]], most: int) -> list[list[str]]:
-    """Names in order, in groups of at most ``most`` bytes (a larger tensor alone)."""
+def _split(sizes: list[tuple[str, int]], max_bytes: int) -> list[list[str]]:
+    """The names in their order, split into groups of at most ``max_bytes``; a larger tensor is a group by itself."""
     groups: list[list[str]] = []
-    room = 0
+    free_bytes = 0
     for name, size in sizes:
-        if not groups or size > room:
+        if not groups or size > free_bytes:
             groups.append([])
-            room = most
+            free_bytes = max_bytes
         groups[-1].append(name)
-        room -= size
+        free_bytes -= size
     return groups
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
 
 
-def _renamed(tensors: dict[str, _Tensor], table: Format, directory: Path) -> dict[str, _Tensor]:
-    """The tensors under the names that they have today."""
+def _with_current_names(tensors: dict[str, _Tensor], table: Format, directory: Path) -> dict[str, _Tensor]:
+    """The tensors by their current names; old files may use older names (``Format.renamed``)."""
 
-    def today(name: str) -> str:
+    def current_name(name: str) -> str:
         old = next((old for old in table.renamed if name.endswith(old)), "")
         return name.removesuffix(old) + table.renamed.get(old, "")
 
-    renamed = {today(name): tensor for name, tensor in tensors.items()}
+    renamed = {current_name(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise ValueError(
-            f"{directory} holds tensors under old and new names: {', '.join(sorted(set(tensors) - set(renamed)))}"
-        )
+        names = ", ".join(sorted(set(tensors) - set(renamed)))
+        raise ValueError(f"{directory} contains tensors under both an old and a new name: {names}")
     return renamed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Match:
-    """Where the parameters of a model are in files.
+    """The correspondence between the parameters of a model and the tensors in files.
 
     Attributes:
-        places: of every parameter that the files hold.
-        fresh: paths of the parameters that they do not hold.
+        locations: ``{path: location}`` of the parameters that are in the files.
+        fresh: paths of the parameters that are missing in the files.
         unused: names of the tensors that are not parameters of the model.
     """
 
-    places: dict[str, _Place]
+    locations: dict[str, _Location]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
 
 
-def _match(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
-    """Where every parameter is, after a check that the files hold exactly the tensors of the model, or of its base."""
+def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
+    """Match the parameters of the model with the tensors in the files.
+
+    Raises:
+        ValueError: a tensor is missing, is unknown or has another shape than in the model, or two tensors that must be
+            equal differ. If ``description.stored`` is given, heads may be missing or unused.
+    """
     model, table = description.model, description.table
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
-    places = _places(model, table, prefix)
-    stored: dict[str, _Place] = {}
+    locations = _locations(model, table, prefix)
+    stored: dict[str, _Location] = {}  # locations of the model that was saved, before the overrides
     if description.stored is not None:
         stored_table = table if formats.of(model.family) else format_of(description.stored)
-        stored = _places(description.stored, stored_table, prefix)
-    owners = {name: path for path, place in stored.items() for name in place.names}
-    fresh = _fresh_paths(description, places, stored, tensors) if stored else []
-    places = {path: place for path, place in places.items() if path not in fresh}
+        stored = _locations(description.stored, stored_table, prefix)
+    stored_path_of = {name: path for path, location in stored.items() for name in location.names}
+    fresh = _fresh_paths(description, locations, stored, tensors) if stored else []
+    locations = {path: location for path, location in locations.items() if path not in fresh}
     expected = {
-        name: _Tensor(None, name, place.shape, tensors[name].dtype if name in tensors else "tensor")
-        for place in places.values()
-        for name in place.names
+        name: _Tensor(None, name, location.file_shape, tensors[name].dtype if name in tensors else "tensor")
+        for location in locations.values()
+        for name in location.names
     }
     copies = {
         name: path
         for name, path in table.copies.items()
-        if name in tensors and name not in expected and name not in owners and path in places
+        if name in tensors and name not in expected and name not in stored_path_of and path in locations
     }
     extra = {
         name: tensor
@@ -483,109 +505,118 @@ def _match(description: Description, tensors: dict[str, _Tensor], directory: Pat
         and not any(re.fullmatch(pattern, name.removeprefix(prefix)) for pattern in table.ignored)
     }
 
-    def of_another_head(name: str) -> bool:
-        outside = bool(prefix) and not name.startswith(prefix)
-        return outside or name in table.copies or (name in owners and owners[name] not in places)
+    def belongs_to_another_head(name: str) -> bool:
+        outside_base_model = bool(prefix) and not name.startswith(prefix)
+        removed = name in stored_path_of and stored_path_of[name] not in locations
+        return outside_base_model or name in table.copies or removed
 
-    unused = [name for name in extra if stored and of_another_head(name)]
+    unused = [name for name in extra if stored and belongs_to_another_head(name)]
     actual = {name: tensor for name, tensor in tensors.items() if name in expected}
     actual |= {name: tensor for name, tensor in extra.items() if name not in unused}
-    spec.require_same(expected, actual, f"the tensors in {directory} and those of its {CONFIG}", dtypes=False)
+    spec.require_same(expected, actual, f"the tensors in {directory} and its {CONFIG}", dtypes=False)
     for copy, path in copies.items():
-        (name,) = places[path].names
+        (name,) = locations[path].names
         if not _same_bytes(tensors[copy], tensors[name]):
             raise ValueError(
-                f"{directory}: {copy} must equal {name}, of which it is a copy according to {CONFIG}: they differ"
+                f"{directory}: {copy} must equal {name}, because {CONFIG} says that it is a copy, but they differ"
             )
-    return _Match(places, tuple(fresh), tuple(unused))
+    return _Match(locations, tuple(fresh), tuple(unused))
 
 
 def _fresh_paths(
     description: Description,
-    places: dict[str, _Place],
-    stored: dict[str, _Place],
+    locations: dict[str, _Location],
+    stored: dict[str, _Location],
     tensors: dict[str, _Tensor],
 ) -> list[str]:
-    """The parameters of heads (and poolers) that the files do not hold, always whole ones.
+    """Paths of the parameters of all heads (and poolers) that must be initialised, because the files do not have them.
 
-    A head of which the files hold a part is none of them: the check of names then reports what is missing.
+    A head is either initialised as a whole or loaded as a whole. If the files have only some of its parameters, it is
+    not in the list, and the check of the tensors then reports the missing parameters.
     """
     assert description.stored is not None
-    model, before = description.model.config, description.stored.config
-    owners = {name: path for path, place in stored.items() for name in place.names}
-    groups: dict[str, list[str]] = {}
-    for path in places:
+    config, stored_config = description.model.config, description.stored.config
+    stored_path_of = {name: path for path, location in stored.items() for name in location.names}
+    paths_of_head: dict[str, list[str]] = {}
+    for path in locations:
         head, _, _ = path.partition("/")
-        of_head = path in description.table.head or head in (*HEADS.values(), "pooler")
-        if of_head or (path not in stored and head != spec.LAYERS):
-            groups.setdefault(head, []).append(path)
+        in_head = path in description.table.head or head in (*HEADS.values(), "pooler")
+        if in_head or (path not in stored and head != spec.LAYERS):
+            paths_of_head.setdefault(head, []).append(path)
     fresh = []
-    for head, paths in groups.items():
-        # Heads of two tasks may have the same name in files.
+    for head, paths in paths_of_head.items():
+        # The heads of two tasks may use the same tensor name. So the tensor must also belong to the same path.
         found = [
-            path for path in paths if any(n in tensors and owners.get(n, path) == path for n in places[path].names)
+            path
+            for path in paths
+            if any(name in tensors and stored_path_of.get(name, path) == path for name in locations[path].names)
         ]
         resized = any(
             path in stored
-            and places[path].shape != stored[path].shape
-            and all(name in tensors and tensors[name].shape == stored[path].shape for name in stored[path].names)
+            and locations[path].file_shape != stored[path].file_shape
+            and all(name in tensors and tensors[name].shape == stored[path].file_shape for name in stored[path].names)
             for path in paths
         )
-        other_task = head in HEADS.values() and model.task != before.task
+        other_task = head in HEADS.values() and config.task != stored_config.task
         if other_task or not found or (resized and head in HEADS.values()):
             fresh += paths
     return fresh
 
 
-def _reported(model: Model, match: _Match, directory: Path) -> Model:
-    """The model whose metadata lists fresh and unused parameters, after a message to the logger."""
+def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
+    """The model with ``fresh`` and ``unused`` in its metadata. Both are also reported to the logger."""
     assert model.metadata is not None
     metadata = dataclasses.replace(model.metadata, fresh=match.fresh, unused=match.unused)
     if any(path.partition("/")[0] in HEADS.values() for path in match.fresh):
         metadata = dataclasses.replace(metadata, labels=None)
     if match.fresh or match.unused:
         _LOG.info(
-            "%s: freshly initialised: %s; left out: %s",
+            "%s: freshly initialised: %s; not loaded: %s",
             directory, ", ".join(match.fresh) or "nothing", ", ".join(match.unused) or "nothing",
         )  # fmt: skip
     return dataclasses.replace(model, metadata=metadata)
 
 
-def _same_bytes(one: _Tensor, two: _Tensor) -> bool:
-    if (one.shape, one.dtype) != (two.shape, two.dtype):
+def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
+    """Whether two tensors are bitwise equal. They are read and compared in blocks of rows."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     step = 4096
     return all(
-        one.rows(start, start + step).tobytes() == two.rows(start, start + step).tobytes()
-        for start in range(0, one.shape[0], step)
+        a.rows(start, start + step).tobytes() == b.rows(start, start + step).tobytes()
+        for start in range(0, a.shape[0], step)
     )
 
 
-def _dtypes(places: dict[str, _Place], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """The dtype of each parameter, which is the same in all layers."""
+def _dtypes(locations: dict[str, _Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
+    """``{path: dtype}``. All layers of a parameter have the same dtype, also if they are not stacked."""
     names: dict[str, list[str]] = collections.defaultdict(list)
-    for path, place in places.items():
-        names[spec.split_layer(path)[0]] += place.names
+    for path, location in locations.items():
+        names[spec.split_layer(path)[0]] += location.names
     dtypes = {path: _dtype(path, tensor_names, tensors, param_dtype) for path, tensor_names in names.items()}
-    return {path: dtypes[spec.split_layer(path)[0]] for path in places}
+    return {path: dtypes[spec.split_layer(path)[0]] for path in locations}
 
 
 def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype: str | None) -> str:
-    """The dtype of a parameter whose layers are the tensors ``names``."""
+    """The dtype of a parameter. ``names`` are the tensors of its layers.
+
+    Raises:
+        ValueError: the dtype is not supported, or ``param_dtype`` is needed to select one.
+    """
     found = sorted({tensors[name].dtype for name in names})
-    what = f"{path} ({names[0]}{', ...' if len(names) > 1 else ''}) is {' and '.join(found)} in the file"
+    fact = f"{path} ({names[0]}{', ...' if len(names) > 1 else ''}) is {' and '.join(found)} in the file"
     if not set(found) <= {*_DTYPES, "F64"}:
-        raise ValueError(f"{what}: only {', '.join(_DTYPES)} and F64 are read")
+        raise ValueError(f"{fact}: only {', '.join(_DTYPES)} and F64 are supported")
     if param_dtype is not None:
         return param_dtype
     if len(found) > 1 or found == ["F64"]:
-        raise ValueError(f"{what}: choose one with param_dtype, for example param_dtype='float32'")
+        raise ValueError(f"{fact}: choose a dtype with param_dtype, for example param_dtype='float32'")
     return _DTYPES[found[0]]
 
 
-def _read(leaf: spec.ArraySpec, place: _Place, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
-    """One parameter, its layers stacked; what the files lack of it (padding) is zero."""
+def _read(leaf: spec.ArraySpec, location: _Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
+    """One parameter (all of its layers if it is stacked). Padding, which the files do not have, is zero."""
     array = np.zeros(leaf.shape, dtype)
-    for name, layer in zip(place.names, array if is_stacked(leaf) else [array], strict=True):
-        layer[tuple(slice(size) for size in place.ours)] = place.to_ours(tensors[name].read())
+    for name, layer in zip(location.names, array if is_stacked(leaf) else [array], strict=True):
+        layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensors[name].read())
     return array

@@ -1,11 +1,14 @@
-"""LoRA adapters in the directory layout of PEFT, without torch: ``adapter_config.json``, ``adapter_model.safetensors``.
+"""Load and save LoRA adapters in the format of PEFT, without torch.
+
+The files are ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     >>> lora, trained = load_adapter("adapter", model)                                   # doctest: +SKIP
     >>> params = lora.merge(trained, lora.frozen(model.specs, params))                   # doctest: +SKIP
     >>> save_adapter("another", model, lora, trained)                                    # doctest: +SKIP
 
-An adapter holds the factors of ``jaxlm.adapt.LoRA`` and the parameters that it trains in full
-(``modules_to_save``). PEFT names tensors by modules of the transformers class, so the family needs a published format.
+An adapter contains the factors of ``jaxlm.adapt.LoRA``, and the parameters that are trained in full (PEFT's
+``modules_to_save``). PEFT names its tensors by the modules of the transformers class. So only families with a published
+format are supported (``jaxlm.interop.formats``).
 """
 
 from __future__ import annotations
@@ -47,28 +50,32 @@ _TASKS = {
     "span_qa": "QUESTION_ANS",
     "none": "FEATURE_EXTRACTION",
 }
-_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights")
-# What says how an adapter was made, or which modules it has, which the tensors say as well.
-_NOT_NEEDED = (
+_READ_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights")
+# Options that only describe how the adapter was trained, or that follow from the names of its tensors.
+_IGNORED_OPTIONS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
     "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
 )  # fmt: skip
-_INITIAL_OF_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base weights as they are."""
+_INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` that do not change the base weights."""
 
 
 def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA, spec.Tree]:
-    """The adaptation and the trained tree that a PEFT directory holds, for the base model ``model``.
+    """The adaptation and its trained parameters, loaded from a PEFT directory.
 
-    Factors are float32, whatever the file has. ``lora_dropout`` acts in training only, and
-    :class:`~jaxlm.adapt.LoRA` has none: a value above 0 gives a warning.
+    The trained parameters are converted to float32. :class:`~jaxlm.adapt.LoRA` has no dropout, which matters only for
+    further training: if ``lora_dropout`` is above 0, the function gives a warning.
+
+    Args:
+        directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base model.
 
     Raises:
-        FileNotFoundError: no such directory or file.
-        ValueError: a file that has changed since it was saved; not a LoRA adapter, or one with an option that is not
-            supported (DoRA, ranks or scales that differ by module, trained biases, ...); a tensor that the model has
-            no place for, of another shape, or missing.
+        FileNotFoundError: the directory or a file does not exist.
+        ValueError: a file does not match ``checksums.json``; it is not a LoRA adapter; it has an option that is not
+            supported (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does
+            not belong to the model, or has another shape.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -79,26 +86,28 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     try:
         tensors = load_file(inside(directory, WEIGHTS))
     except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS} is truncated or no safetensors file: {error}") from error
+        raise ValueError(f"{directory / WEIGHTS} is truncated or not a safetensors file: {error}") from error
 
     named = {name.removeprefix(_ROOT): tensor for name, tensor in tensors.items() if name.startswith(_ROOT)}
     if len(named) < len(tensors):
-        strange = sorted(name for name in tensors if not name.startswith(_ROOT))
-        raise ValueError(f"{directory / WEIGHTS}: {', '.join(strange[:5])} do not begin with {_ROOT!r}, as PEFT's do")
+        unknown = sorted(name for name in tensors if not name.startswith(_ROOT))
+        raise ValueError(
+            f"{directory / WEIGHTS}: {', '.join(unknown[:5])} do not begin with {_ROOT!r}, as all names of PEFT do"
+        )
     per_layer = not getattr(model.config, "scan_layers", True)
-    model = _stacked(model)
+    model = _with_stacked_layers(model)
     weights = _weights(model, with_prefix=_has_prefix(model, named))
-    owners = {name: weight for weight in weights.values() for name in weight.names}
-    kinds = {name: _kind(name, owners, directory) for name in named}
-    adapted = {owners[weight].path for weight, part in kinds.values() if part}
-    whole = {owners[weight].path for weight, part in kinds.values() if not part}
+    weight_of = {name: weight for weight in weights.values() for name in weight.names}
+    names_and_factors = [_weight_name_and_factor(name, weight_of, directory) for name in named]
+    adapted = {weight_of[name].path for name, factor in names_and_factors if factor}
+    fully_trained = {weight_of[name].path for name, factor in names_and_factors if not factor}
     if not adapted:
-        raise ValueError(f"{directory / WEIGHTS} holds no factors of LoRA")
-    lora = LoRA(rank, alpha, targets=_exactly(adapted), train=_exactly(whole))
+        raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
+    lora = LoRA(rank, alpha, targets=_exact_patterns(adapted), train=_exact_patterns(fully_trained))
     reader = _Reader(directory, named, rank)
-    leaves = {path: weights[path].whole_to_ours(reader.whole(weights[path])) for path in whole}
+    leaves = {path: weights[path].full_to_model(reader.full(weights[path])) for path in fully_trained}
     for path in adapted:
-        leaves |= weights[path].factors_to_ours(*reader.factors(weights[path]))
+        leaves |= weights[path].factors_to_model(*reader.factors(weights[path]))
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
     return lora, jax.tree.map(jnp.asarray, spec.unstack(trained) if per_layer else trained)
 
@@ -106,33 +115,36 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 def save_adapter(
     directory: str | os.PathLike[str], model: Model, lora: LoRA, trained: spec.Tree, *, base: str | None = None
 ) -> None:
-    """Write an adapter that ``peft.PeftModel.from_pretrained(transformers_model, directory)`` opens.
+    """Save an adapter in a directory that ``peft.PeftModel.from_pretrained(transformers_model, directory)`` can load.
 
     Args:
-        directory: made when missing; other files in it are left alone.
+        directory: it is created if it does not exist. Other files in it are not changed.
         model: the base model.
-        trained: a tree with the specs ``lora.specs(model.specs)``.
-        base: the directory or name of the base model, for ``peft.AutoPeftModel``.
+        lora: the adaptation.
+        trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``.
+        base: directory or name of the base model, which ``peft.AutoPeftModel`` reads.
 
     Raises:
-        ValueError: a tree that is not the adaptation's, or a weight that is not a linear module in transformers'
-            class (token tables, XLNet's attention), or a module that is trained in part only.
+        OSError: the disk is full, or the directory is not writable.
+        ValueError: ``trained`` does not match the specs; a LoRA weight is not a linear module in the transformers class
+            (token tables, the attention of XLNet); or only some parameters of a module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
-    model, trained = _stacked(model), spec.restack(trained)
+    model, trained = _with_stacked_layers(model), spec.restack(trained)
     weights = _weights(model, with_prefix=getattr(model.config, "task", None) != "none")
     flat = {name: np.asarray(processes.on_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()}
     tensors: dict[str, np.ndarray] = {}
     for path in lora.target_paths(model.specs):
         tensors |= weights[path].factors_to_peft(flat[f"{path}/{LORA_A}"], flat[f"{path}/{LORA_B}"])
     targets = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
-    whole = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
-    for path in whole:
-        tensors |= weights[path].whole_to_peft(flat[path])
-    saved = _modules(weights, whole)
+    fully_trained = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
+    for path in fully_trained:
+        tensors |= weights[path].full_to_peft(flat[path])
+    modules_to_save = _full_modules(weights, fully_trained)
     task = _TASKS.get(getattr(model.config, "task", ""))
-    # For these tasks PEFT itself adds the head to `modules_to_save`, and then misses its tensors where it was not.
-    if not saved and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+    # For these tasks, PEFT adds the head to `modules_to_save` and fails if the file has no tensors of the head. So the
+    # task is not saved if the head is not trained.
+    if not modules_to_save and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         task = None
     config = {
         "peft_type": "LORA",
@@ -143,7 +155,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": targets,
-        "modules_to_save": saved or None,
+        "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": any(weights[path].is_conv1d for path in lora.target_paths(model.specs)),
         "inference_mode": True,
     }
@@ -161,78 +173,87 @@ def save_adapter(
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """One parameter of the model: its path, the names of its layers in files, and how PEFT sees its factors.
+    """One parameter of the model, with the conversions between the model and the files of PEFT.
 
-    ``shape`` is that of one layer in the model, without padding of the vocabulary. ``rows`` as ``matrix_rows``.
+    Attributes:
+        path: path of the parameter in the model.
+        names: the name of the transformers tensor of each layer; one name if the parameter is not stacked.
+        stacked: whether the parameter has a leading axis of layers.
+        shape: shape of one layer in the model, without padding of the vocabulary.
+        padded_shape: the same, with padding.
+        layout: see :data:`~jaxlm.interop.formats.Layout`.
+        row_axes: number of axes of ``shape`` that form the rows of the matrix (``matrix_rows``); None: not a matrix.
+        is_table: whether it is a token table or an output head; their rows are the vocabulary.
     """
 
     path: str
     names: tuple[str, ...]
     stacked: bool
     shape: tuple[int, ...]
-    padded: tuple[int, ...]
+    padded_shape: tuple[int, ...]
     layout: Layout
-    rows: int | None
-    table: bool
+    row_axes: int | None
+    is_table: bool
 
     @property
     def is_conv1d(self) -> bool:
-        """Whether transformers keeps the weight as [in, out] (GPT-2's ``Conv1D``)."""
-        return not self.table and self.rows is not None and self.layout == self._sides
+        """Whether the transformers weight has the shape [in, out], as in GPT-2's ``Conv1D``."""
+        return not self.is_table and self.row_axes is not None and self.layout == self._rows_and_columns
 
     @property
-    def _sides(self) -> Layout:
-        assert self.rows is not None
+    def _rows_and_columns(self) -> Layout:
+        """The axes of ``shape`` that form the rows of the matrix, and those that form its columns."""
+        assert self.row_axes is not None
         axes = tuple(range(len(self.shape)))
-        return (axes[: self.rows], axes[self.rows :])
+        return (axes[: self.row_axes], axes[self.row_axes :])
 
     def check(self) -> None:
-        """Refuse factors of a weight that is not the weight of a linear module.
-
-        Raises:
-            ValueError: it is not.
-        """
-        is_head = self.table and self.path.split("/")[0] == "head"
-        is_linear = self.rows is not None and self.layout in (self._sides, self._sides[::-1])
-        if not is_linear or (self.table and not is_head) or not self.names[0].endswith(".weight"):
+        """Raise ``ValueError`` unless the parameter is the weight of a linear module in the transformers class."""
+        is_head = self.is_table and self.path.split("/")[0] == "head"
+        matrix_layouts = () if self.row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
+        if (
+            self.layout not in matrix_layouts
+            or (self.is_table and not is_head)
+            or not self.names[0].endswith(".weight")
+        ):
             raise ValueError(
-                f"{self.path} ({self.names[0]}) is not the weight of a linear module in transformers' class, so PEFT "
-                "has no LoRA of it that is read or written here"
+                f"{self.path} ({self.names[0]}) is not the weight of a linear module in the transformers class, so "
+                "its LoRA factors cannot be saved or loaded in the format of PEFT"
             )
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of PEFT's A [rank, in] and B [out, rank]."""
-        rows, columns = (math.prod(self.shape[axis] for axis in side) for side in self._sides)
-        inputs, outputs = (columns, rows) if self.table else (rows, columns)
+        """The shapes [rank, in] of PEFT's A and [out, rank] of PEFT's B."""
+        rows, columns = (math.prod(self.shape[axis] for axis in axes) for axes in self._rows_and_columns)
+        inputs, outputs = (columns, rows) if self.is_table else (rows, columns)
         return (rank, inputs), (outputs, rank)
 
     def factors_to_peft(self, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-        """``{name: tensor}`` of our factors, stacked where the weight is."""
+        """``{name: tensor}`` for PEFT from the two factors in jaxlm, which are stacked if the weight is stacked."""
         self.check()
         tensors = {}
         for name, a_layer, b_layer in zip(self.names, self._layers(a), self._layers(b), strict=True):
             module = name.removesuffix(".weight")
-            a_layer = a_layer[: self.shape[0]] if self.table else a_layer
+            a_layer = a_layer[: self.shape[0]] if self.is_table else a_layer
             left, right = a_layer.reshape(-1, a_layer.shape[-1]), b_layer.reshape(b_layer.shape[0], -1)
-            # The rows of a head are its outputs, those of every other weight its inputs.
-            inputs, outputs = (right, left) if self.table else (left.T, right.T)
-            tensors[module + _A] = np.ascontiguousarray(inputs)
-            tensors[module + _B] = np.ascontiguousarray(outputs)
+            # The rows of a head are its outputs. The rows of all other weights are their inputs.
+            peft_a, peft_b = (right, left) if self.is_table else (left.T, right.T)
+            tensors[module + _A] = np.ascontiguousarray(peft_a)
+            tensors[module + _B] = np.ascontiguousarray(peft_b)
         return tensors
 
-    def factors_to_ours(self, a: list[np.ndarray], b: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Our two factors, from PEFT's A and B of each layer."""
-        rows = self.rows
-        assert rows is not None
-        rank = a[0].shape[0]
-        left = [y if self.table else x.T for x, y in zip(a, b, strict=True)]
-        right = [x if self.table else y.T for x, y in zip(a, b, strict=True)]
-        ours_a = np.stack([x.reshape(*self.shape[:rows], rank) for x in left])
-        ours_b = np.stack([x.reshape(rank, *self.shape[rows:]) for x in right])
-        if self.table:
-            ours_a = np.pad(ours_a, ((0, 0), (0, self.padded[0] - self.shape[0]), (0, 0)))
-        both = {f"{self.path}/{LORA_A}": ours_a, f"{self.path}/{LORA_B}": ours_b}
-        return both if self.stacked else {name: x[0] for name, x in both.items()}
+    def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """``{path: factor}`` of the two factors in jaxlm, from PEFT's A and B of each layer."""
+        row_axes = self.row_axes
+        assert row_axes is not None
+        rank = peft_a[0].shape[0]
+        left = [b if self.is_table else a.T for a, b in zip(peft_a, peft_b, strict=True)]
+        right = [a if self.is_table else b.T for a, b in zip(peft_a, peft_b, strict=True)]
+        lora_a = np.stack([x.reshape(*self.shape[:row_axes], rank) for x in left])
+        lora_b = np.stack([x.reshape(rank, *self.shape[row_axes:]) for x in right])
+        if self.is_table:
+            lora_a = np.pad(lora_a, ((0, 0), (0, self.padded_shape[0] - self.shape[0]), (0, 0)))
+        factors = {f"{self.path}/{LORA_A}": lora_a, f"{self.path}/{LORA_B}": lora_b}
+        return factors if self.stacked else {path: x[0] for path, x in factors.items()}
 
     @property
     def _order(self) -> list[int]:
@@ -240,37 +261,45 @@ class _Weight:
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's tensor in files."""
+        """Shape of the tensor of one layer in files."""
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.layout)
 
-    def whole_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """``{name: tensor}`` of a parameter that is trained in full."""
-        cut = tuple(slice(size) for size in self.shape)
+    def full_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """``{name: tensor}`` for PEFT from a parameter that is trained in full."""
+        without_padding = tuple(slice(size) for size in self.shape)
         return {
-            name: np.ascontiguousarray(layer[cut].transpose(self._order).reshape(self.file_shape))
+            name: np.ascontiguousarray(layer[without_padding].transpose(self._order).reshape(self.file_shape))
             for name, layer in zip(self.names, self._layers(x), strict=True)
         }
 
-    def whole_to_ours(self, layers: list[np.ndarray]) -> np.ndarray:
-        """The parameter, from the tensor of each layer."""
+    def full_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """A parameter that is trained in full, from the tensor of each layer."""
         sizes = [self.shape[axis] for axis in self._order]
-        ours = np.stack([layer.reshape(sizes).transpose(np.argsort(self._order)) for layer in layers])
-        ours = np.pad(ours, [(0, 0), *((0, to - of) for of, to in zip(self.shape, self.padded, strict=True))])
-        return ours if self.stacked else ours[0]
+        x = np.stack([tensor.reshape(sizes).transpose(np.argsort(self._order)) for tensor in tensors])
+        padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
+        x = np.pad(x, [(0, 0), *padding])
+        return x if self.stacked else x[0]
 
     def _layers(self, x: np.ndarray) -> np.ndarray:
         return x if self.stacked else x[None]
 
 
-def _stacked(model: Model) -> Model:
-    """The model with stacked layers: one parameter for all layers, as here in ``_Weight``."""
+def _with_stacked_layers(model: Model) -> Model:
+    """The model with ``scan_layers=True``, so that each :class:`_Weight` is one parameter for all layers."""
     if not hasattr(model.config, "scan_layers"):
         return model
     return dataclasses.replace(model, config=dataclasses.replace(model.config, scan_layers=True))
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
-    """``{path: weight}`` of every parameter of the model."""
+    """``{path: weight}`` of every parameter of the model.
+
+    Args:
+        with_prefix: whether names have the prefix of the base model, as in classes with a head.
+
+    Raises:
+        ValueError: the family has no published format.
+    """
     if not formats.of(model.family):
         raise ValueError(f"family {model.family!r} has no class in transformers, so PEFT has no adapters of it")
     table = format_of(model)
@@ -278,21 +307,21 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
     unpadded = {"vocab_multiple": 1} if hasattr(model.config, "vocab_multiple") else {}
     specs = spec.flatten(model.module.specs(dataclasses.replace(model.config, **unpadded)))
-    padded = spec.flatten(model.specs)
+    padded_specs = spec.flatten(model.specs)
     weights = {}
     for path, leaf in specs.items():
         stacked = is_stacked(leaf)
-        count, begin = (leaf.shape[0], 1) if stacked else (1, 0)
-        shape = leaf.shape[begin:]
+        num_layers, first_axis = (leaf.shape[0], 1) if stacked else (1, 0)
+        shape = leaf.shape[first_axis:]
         weights[path] = _Weight(
             path=path,
-            names=tuple(names[path].format(layer=layer) for layer in range(count)),
+            names=tuple(names[path].format(layer=layer) for layer in range(num_layers)),
             stacked=stacked,
             shape=shape,
-            padded=padded[path].shape[begin:],
+            padded_shape=padded_specs[path].shape[first_axis:],
             layout=table.layouts.get(path, tuple((axis,) for axis in range(len(shape)))),
-            rows=matrix_rows(path, leaf),
-            table=is_table(path, leaf),
+            row_axes=matrix_rows(path, leaf),
+            is_table=is_table(path, leaf),
         )
     return weights
 
@@ -301,73 +330,89 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
 
 
 def _check_config(config: dict[str, Any], path: Path) -> tuple[int, float]:
-    """The rank and the scale ``alpha`` of our LoRA, after a check of every option."""
+    """The ``rank`` and ``alpha`` of :class:`~jaxlm.adapt.LoRA`, from a config whose options are all supported.
+
+    Raises:
+        ValueError: an option is not supported.
+    """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type={config.get('peft_type')!r} is not supported: only 'LORA' is")
     for option, value in config.items():
-        if option not in (*_READ, *_NOT_NEEDED) and value not in (None, False, {}, [], ""):
+        if option not in (*_READ_OPTIONS, *_IGNORED_OPTIONS) and value not in (None, False, {}, [], ""):
             raise ValueError(f"{path}: {option}={value!r} is not supported: merge the adapter with PEFT instead")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias={config['bias']!r} is not supported: only 'none' is")
-    if config.get("init_lora_weights", True) not in _INITIAL_OF_THE_BASE:
+    if config.get("init_lora_weights", True) not in _INITS_THAT_KEEP_BASE:
         raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported: it changes the base weights "
-            "too; save the adapter with PEFT's path_initial_model_for_weight_conversion"
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported: it changes the base "
+            "weights, too; save the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ValueError(f"{path}: r={rank!r} must be a positive integer and lora_alpha={alpha!r} a number")
     if config.get("lora_dropout"):
         warnings.warn(
-            f"{path}: lora_dropout={config['lora_dropout']} is not applied when training goes on: LoRA has no dropout",
+            f"{path}: lora_dropout={config['lora_dropout']} is not applied in further training: LoRA has no dropout",
             stacklevel=3,
         )
-    # Kalajdzievski 2023: the scale is alpha / sqrt(r).
+    # With use_rslora, the scale is alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
     return rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
 
 def _has_prefix(model: Model, named: dict[str, np.ndarray]) -> bool:
-    """Whether names are those of a class with a head, which holds the base class under a prefix."""
+    """Whether the tensors are those of a class with a head: their names then have the prefix of the base model."""
     prefix = format_of(model).prefix if formats.of(model.family) else ""
     return any(name.startswith(prefix) for name in named)
 
 
-def _kind(name: str, owners: dict[str, _Weight], directory: Path) -> tuple[str, str]:
-    """The weight that a tensor belongs to, and which factor it is (``""``: the whole weight)."""
-    for part in (_A, _B):
-        weight = name.removesuffix(part) + ".weight"
-        if name.endswith(part):
-            if weight not in owners:
-                raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(part)!r}")
-            owners[weight].check()
-            return weight, part
+def _weight_name_and_factor(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:
+    """The name of the weight to which a tensor belongs, and the suffix of its factor (``""`` for the full weight).
+
+    Raises:
+        ValueError: the tensor does not belong to the model, or the weight cannot have LoRA factors.
+    """
+    for factor in (_A, _B):
+        weight_name = name.removesuffix(factor) + ".weight"
+        if name.endswith(factor):
+            if weight_name not in weight_of:
+                raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(factor)!r}")
+            weight_of[weight_name].check()
+            return weight_name, factor
     if name.endswith(".base_layer.weight"):
         raise ValueError(
             f"{directory / WEIGHTS}: {name!r} is a weight of the base model: save the adapter with PEFT's "
             "save_pretrained(..., save_embedding_layers=False)"
         )
-    if name not in owners:
-        raise ValueError(f"{directory / WEIGHTS}: {name!r} is neither a factor of LoRA nor a parameter of the model")
+    if name not in weight_of:
+        raise ValueError(f"{directory / WEIGHTS}: {name!r} is neither a LoRA factor nor a parameter of the model")
     return name, ""
 
 
-def _exactly(paths: Iterable[str]) -> tuple[str, ...]:
+def _exact_patterns(paths: Iterable[str]) -> tuple[str, ...]:
+    """Regular expressions that match exactly these paths."""
     return tuple(f"^{re.escape(path)}$" for path in sorted(paths))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Tensors of an adapter by the weight that they belong to, with a check of their shapes."""
+    """Reads the tensors of a weight from an adapter, and checks their shapes.
+
+    Attributes:
+        directory: the directory of the adapter, for error messages.
+        tensors: all tensors by name.
+        rank: the rank of the factors.
+    """
 
     directory: Path
     tensors: dict[str, np.ndarray]
     rank: int
 
-    def whole(self, weight: _Weight) -> list[np.ndarray]:
+    def full(self, weight: _Weight) -> list[np.ndarray]:
+        """The tensor of each layer of a weight that is trained in full."""
         return [self._read(name, weight.file_shape) for name in weight.names]
 
     def factors(self, weight: _Weight) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """PEFT's A and B of each layer."""
+        """PEFT's A of each layer, and PEFT's B of each layer."""
         modules = [name.removesuffix(".weight") for name in weight.names]
         a_shape, b_shape = weight.factor_shapes(self.rank)
         return [self._read(name + _A, a_shape) for name in modules], [
@@ -377,11 +422,11 @@ class _Reader:
     def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.directory / WEIGHTS
         if name not in self.tensors:
-            raise ValueError(f"{path} lacks {name!r}: adapters on some layers of the stack only are not supported")
+            raise ValueError(f"{path} lacks {name!r}: adapters for only some of the layers are not supported")
         if self.tensors[name].shape != shape:
             raise ValueError(
-                f"{path}: {name!r} has shape {list(self.tensors[name].shape)}, but r={self.rank} of {CONFIG} and the "
-                f"model ask for {list(shape)}"
+                f"{path}: {name!r} has shape {list(self.tensors[name].shape)}, but r={self.rank} in {CONFIG} and "
+                f"the model require {list(shape)}"
             )
         return self.tensors[name].astype(np.float32)
 
@@ -389,15 +434,19 @@ class _Reader:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def _modules(weights: dict[str, _Weight], whole: list[str]) -> list[str]:
-    """Names of the modules that are trained in full: PEFT saves modules, never one of their parameters."""
-    taken = {name for path in whole for name in weights[path].names}
-    modules = sorted({name.rpartition(".")[0] for name in taken})
+def _full_modules(weights: dict[str, _Weight], fully_trained: list[str]) -> list[str]:
+    """The names of the modules that are trained in full. PEFT saves whole modules, not single parameters.
+
+    Raises:
+        ValueError: only some parameters of a module are trained.
+    """
+    trained_names = {name for path in fully_trained for name in weights[path].names}
+    modules = sorted({name.rpartition(".")[0] for name in trained_names})
     for weight in weights.values():
         for name in weight.names:
-            if name.rpartition(".")[0] in modules and name not in taken:
+            if name.rpartition(".")[0] in modules and name not in trained_names:
                 raise ValueError(
                     f"{weight.path} ({name}) is not trained, but another parameter of its module is: PEFT saves whole "
-                    "modules; name both in LoRA.train"
+                    "modules, so LoRA.train must select both"
                 )
     return modules

@@ -96,15 +96,16 @@ class Config(common.ModelConfig):
         common.check_start_id(self)
         common.check_choices(self, attention=get_args(Attention), score=get_args(Score), task=get_args(Task))
         if self.attention == "bahdanau":
-            for name, only in (("num_layers", 1), ("score", "concat"), ("window", None)):
-                if getattr(self, name) != only:
+            for name, required in (("num_layers", 1), ("score", "concat"), ("window", None)):
+                if getattr(self, name) != required:
                     raise ValueError(
-                        f"attention='bahdanau' has {name}={only!r}, got {getattr(self, name)!r}: take attention='luong'"
+                        f"attention='bahdanau' requires {name}={required!r}, got {getattr(self, name)!r}: change it, "
+                        "or use attention='luong'"
                     )
         if self.copy:
-            for name, only in (("source_vocab_size", None), ("window", None), ("task", "seq2seq")):
-                if getattr(self, name) != only:
-                    raise ValueError(f"copy=True needs {name}={only!r}, got {getattr(self, name)!r}")
+            for name, required in (("source_vocab_size", None), ("window", None), ("task", "seq2seq")):
+                if getattr(self, name) != required:
+                    raise ValueError(f"copy=True needs {name}={required!r}, got {getattr(self, name)!r}")
 
 
 def apply(
@@ -123,8 +124,8 @@ def apply(
     Exactly one of ``source`` (training: it is encoded, then decoded) and ``state`` (decoding) must be given.
 
     Args:
-        tokens: [B, T] integer ids; the first is the one before the first target. An id outside the vocabulary gives
-            NaN at its position and all later ones.
+        tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
+            targets without the last one. An id outside the vocabulary gives NaN at its position and all later ones.
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
             source.
@@ -135,12 +136,12 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     common.check_source(tokens, source, source_segment_ids, state)
     params = _gather_weights(cfg, params)
-    old = state
+    initial = state
     if state is None:
         assert source is not None
-        old = _start(cfg, params, source, source_segment_ids, key)
-    source_state, segments = old["source"], common.segments_of(tokens, segment_ids)
-    reset, keep, document = recurrence.segment_boundaries(segments, old["document"])
+        initial = _start(cfg, params, source, source_segment_ids, key)
+    source_state, segments = initial["source"], common.segments_of(tokens, segment_ids)
+    reset, keep, document = recurrence.segment_boundaries(segments, initial["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if one_document else _initial_states(cfg, params, source_state, segments)
     key = fold_name(key, "decoder")
@@ -161,7 +162,7 @@ def apply(
 
     time_major = jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (segments, reset, keep, initial_states))
     projected_TBGH = _project_time_major(params["decoder"]["layer_0"], x)
-    decoder, outputs = jax.lax.scan(step, old["decoder"], (projected_TBGH, *time_major, step_keys))
+    decoder, outputs = jax.lax.scan(step, initial["decoder"], (projected_TBGH, *time_major, step_keys))
     outputs = jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), outputs)
     record(outputs["weights"][:, None], "source")
     hidden = _maxout(params["output"], x, outputs) if cfg.attention == "bahdanau" else outputs["attentional"]
@@ -290,7 +291,10 @@ def encode(
 def _encode(
     cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: Any, key: jax.Array | None
 ) -> dict[str, Any]:
-    """``encoded`` and ``segment_ids``; for luong, ``states`` of each layer after each token; with copy, ``tokens``."""
+    """The encoded source: a dict with ``encoded`` (see :func:`encode`) and ``segment_ids``.
+
+    For luong, it also has ``states``, the LSTM state of each layer after each token; with copy, also ``tokens``.
+    """
     common.check_tokens(source, segment_ids, None, None, what="source")
     key, weights = fold_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
     x = _embed(cfg, params.get("source_embedding", params["token_embedding"]), source, key)
@@ -357,7 +361,9 @@ def _start(
 def _initial_states(
     cfg: Config, params: dict[str, Any], source: dict[str, Any], documents_BT: jax.Array
 ) -> dict[str, Any]:
-    """The decoder's state before the first token of each given document, [B, T, ...]; zeros for one without a source.
+    """The decoder's state before the first token of each given document, [B, T, ...].
+
+    It is zero for a document that the source does not contain.
 
     Rows may share sources (``common.by_source``).
     """
@@ -384,8 +390,8 @@ def _initial_states(
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
     """The specs of the decode state: the decoder's recurrent state, the current document of each row, and the source.
 
-    The size does not depend on ``length``. The initial values stand for a row without a source; :func:`start` returns a
-    state with one.
+    The size does not depend on ``length``. The initial values are the state of a row without a source; :func:`start`
+    returns the state for a source.
     """
 
     def source_spec(width: int, dtype: Any) -> ArraySpec:
@@ -491,11 +497,11 @@ def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, key: jax.Array | No
 
 
 def _gather_weights(cfg: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, with the weights of loops over time gathered: not sharded over ``fsdp``.
+    """The parameters; weights that loops over time use are all-gathered, so that they are not sharded over ``fsdp``.
 
-    They are then gathered once instead of in each step. This is also needed for correctness: with weights that are
-    sharded over ``fsdp`` inside a loop, XLA gives wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU; the
-    contract test of the sharded step shows it).
+    They are gathered once, instead of in each step of a loop. This is also needed for correctness: with weights that
+    are sharded over ``fsdp`` inside a loop, XLA gives wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU;
+    the contract test of the sharded step shows it).
     """
 
     def gather(leaf: ArraySpec, x: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
-    """Base class of the ``Config`` of a family of equal layers, which :func:`run_layers` runs."""
+    """Base class of the ``Config`` of families whose layers are identical and run in :func:`run_layers`."""
 
     remat: Remat = "dots"
     """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
@@ -63,7 +63,7 @@ def run_layers(
         x: activations of the first layer.
         weights: parameters of all layers (``spec.layers``). Stacked: the loop is a ``lax.scan``; a tuple with one tree
             per layer: the loop is a Python loop.
-        state: as ``weights``; None: the layers have no state.
+        state: state of all layers, in the same layout as ``weights``; None: the layers have no state.
         key: layer i gets ``key`` folded with i; None: the layers get None.
         remat: see :class:`TransformerConfig`.
         in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``), so that
@@ -105,8 +105,9 @@ def run_layers(
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
     """The block with the ``remat`` policy of :class:`TransformerConfig`."""
-    # In an unrolled loop, XLA would merge the recomputation with the original (CSE). On a CPU this is allowed: its
-    # compiler reorders an unrolled loop, so that recomputation saves no memory there (docs/labbook.md).
+    # In an unrolled loop, XLA would merge the recomputation with the original computation (CSE), so CSE is prevented.
+    # On a CPU it is not: XLA reorders an unrolled loop there, so recomputation would take time and save no memory
+    # (docs/labbook.md).
     prevent_cse = unrolled and sharding.platform() != "cpu"
     if remat == "full":
         return jax.checkpoint(block, prevent_cse=prevent_cse)
@@ -131,10 +132,10 @@ def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Span, state: Any) 
 
 
 def by_source(x: jax.Array, sources: int) -> jax.Array:
-    """Rows [R, T, ...] that share sources, as [sources, R / sources * T, ...].
+    """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...], so that rows with the same source are together.
 
-    Row r reads source ``r // (R / sources)``. Beam search makes such rows: the hypotheses of one source. In this shape,
-    all hypotheses are queries of one source, whose keys are read once.
+    Row r has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. In the new shape,
+    all of them are queries of one attention, which reads the keys of the source once.
     """
     return x.reshape(sources, -1, *x.shape[2:])
 
@@ -204,7 +205,8 @@ def check_tokens(
             raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
         if x.shape != tokens.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of {what} {list(tokens.shape)}")
-    # A packed row may be longer than its documents, and given positions are independent of the length of the row.
+    # Not checked with segment ids, because a row may be longer than each of its documents, and not with positions,
+    # because they may be smaller than the length of the row.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(
             f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
@@ -212,7 +214,7 @@ def check_tokens(
 
 
 def check_state_length(cfg: Any, length: int) -> None:
-    """Raise ``ValueError`` if a state of ``length`` tokens has more of them than the model has positions."""
+    """Raise ``ValueError`` if ``length``, the number of tokens of a state, exceeds the model's ``max_positions``."""
     if length > cfg.max_positions:
         raise ValueError(
             f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
@@ -226,6 +228,6 @@ def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state:
         raise ValueError(f"apply takes source (to train) or state (to decode, from start), got {got}")
     if source is None:
         if source_segment_ids is not None:
-            raise ValueError("source_segment_ids belong to start: a state already contains those of its source")
+            raise ValueError("pass source_segment_ids to start: a state already contains those of its source")
     elif source.shape[0] != tokens.shape[0]:
         raise ValueError(f"source {list(source.shape)} must have as many rows as tokens {list(tokens.shape)}")

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): a causal transformer with pre-norm blocks, learned positions and a tied output head.
 
-GPT-1 (Radford et al. 2018) is the same model with post-norm blocks, and therefore without a final norm
-(``norm_position``).
+GPT-1 (Radford et al. 2018) is the same model with post-norm blocks, and therefore without a final norm. The field
+``norm_position`` selects between the two.
 
 The code follows the published weights where the paper differs: tanh-GELU, epsilon 1e-5, no scale on the embeddings, and
 residual projections of GPT-2 that are initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
@@ -198,17 +198,17 @@ def specs(cfg: Config) -> dict[str, Any]:
     F = 4 * D if cfg.mlp_dim is None else cfg.mlp_dim
     normal = Normal(cfg.init_stddev)
     pre_norm = cfg.norm_position == "before"
-    residual = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5) if pre_norm else normal
+    residual_init = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5) if pre_norm else normal
     block = {
         "attention_norm": layer_norm_specs(D),
         "attention": {
             "qkv": linear_specs((D, 3, H, K), ("embed", None, "heads", "kv"), normal),
-            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), residual, inputs=2),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), residual_init, inputs=2),
         },
         "mlp_norm": layer_norm_specs(D),
         "mlp": {
             "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), residual),
+            "down": linear_specs((F, D), ("mlp", "embed"), residual_init),
         },
     }
     tree = {

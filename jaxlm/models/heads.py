@@ -1,7 +1,7 @@
 """Output heads that all families share, selected by the ``task`` of a config.
 
-A task names the objective that trains it (``jaxlm.objectives``). Each family has its own head over the vocabulary; the
-heads for labels are linear maps that are the same in every family:
+A task is the name of an objective in ``jaxlm.objectives``. Each family defines its own head over the vocabulary. The
+heads for labels are linear layers, which this module defines for all families:
 
     classification  ``classifier``: one label per row, from ``summary`` [B, 1, D]
     tagging         ``tagger``: one label per token

@@ -67,7 +67,7 @@ class Config(common.TransformerConfig):
     clamp_length: int | None = None
     """All distances of at least this length have the same encoding; None: no limit."""
     reuse_length: int | None = None
-    """Number of tokens, from the first, that a call with an order adds to the memory; None: all."""
+    """A call with an order adds only its first reuse_length tokens to the memory; None: all of them."""
     task: heads.Task = "permutation"
     """Output head: permutation (language model), classification, tagging, span_qa or none."""
     num_labels: int = 2
@@ -116,7 +116,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. Only the equality of two types has
-            an effect. The default, no types, differs from equal types.
+            an effect. Default: no bias for token types, which is not the same as equal types for all tokens.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; the sign of their distances changes.
         order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3). The content stream attends to positions
             of the same or a lower order, the query stream only to those of a lower order.
@@ -138,13 +138,13 @@ def apply(
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
-        old = None if layer_memory is None else layer_memory["hidden"]
-        attended = _attention(cfg, weights["attention"], x, T, old, inputs, layer_key)
-        new = None if layer_memory is None else {"hidden": x[:, : _num_remembered(cfg, T, order)]}
+        old_inputs = None if layer_memory is None else layer_memory["hidden"]
+        attended = _attention(cfg, weights["attention"], x, T, old_inputs, inputs, layer_key)
+        new_inputs = None if layer_memory is None else {"hidden": x[:, : _num_remembered(cfg, T, order)]}
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
-        return constrain(x, ("batch", "seq", "activation_embed")), new
+        return constrain(x, ("batch", "seq", "activation_embed")), new_inputs
 
     memories = None if state is None else state["layers"]
     x, new = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
@@ -157,15 +157,15 @@ def _attention(
     weights: dict[str, Any],
     x_BQD: jax.Array,
     T: int,
-    old_BMD: jax.Array | None,
+    memory_BMD: jax.Array | None,
     inputs: _AttentionInputs,
     key: jax.Array | None,
 ) -> jax.Array:
-    """The output of attention for the concatenated streams ``x``, [B, Q, D]. ``old`` is the memory of the layer."""
+    """The output of attention for the concatenated streams ``x``, [B, Q, D]. ``memory`` has its older inputs."""
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
-    context = x_BQD[:, :T] if old_BMD is None else jnp.concatenate([old_BMD, x_BQD[:, :T]], axis=1)
+    context = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, context.shape[1]
-    use_absorbed = old_BMD is not None and memory.use_absorbed_attention(q, context, dropout=cfg.dropout, key=key)
+    use_absorbed = memory_BMD is not None and memory.use_absorbed_attention(q, context, dropout=cfg.dropout, key=key)
     if use_absorbed:
         table = inputs.sinusoids[:, None]
     else:
@@ -182,13 +182,13 @@ def _attention(
         def add_bias(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
             return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
 
-        vectors: dict[str, Any] = {"q_BTHK": absorb("relative", add_bias("position_bias")), "scale": scale}
+        query_kwargs: dict[str, Any] = {"q_BTHK": absorb("relative", add_bias("position_bias")), "scale": scale}
         if stream.positions is not None:
-            biases = [distance_bias_of_positions(table, S, *stream.positions, **vectors)]
+            biases = [distance_bias_of_positions(table, S, *stream.positions, **query_kwargs)]
         elif stream.query_indices is not None:
-            biases = [distance_bias_of_queries(table, S, stream.query_indices, S, **vectors)]
+            biases = [distance_bias_of_queries(table, S, stream.query_indices, S, **query_kwargs)]
         else:
-            biases = [distance_bias(table, S, q_BTHK.shape[1], S, query_offset=stream.query_offset, **vectors)]
+            biases = [distance_bias(table, S, q_BTHK.shape[1], S, query_offset=stream.query_offset, **query_kwargs)]
         if stream.token_types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
             biases.append(
@@ -246,7 +246,7 @@ def summary_dropout(cfg: Config) -> float:
 
 
 _MEMORY_ORDER = -(2**30)
-"""The order of the memory: lower than all orders, but far from the smallest integer, because orders are subtracted."""
+"""The order of the memory: lower than all orders, but not so low that differences overflow int32."""
 
 
 @struct.dataclass
@@ -317,7 +317,7 @@ def _attention_inputs(
         """The inputs of a stream.
 
         Args:
-            select: from an array of all new tokens to that of the queries.
+            select: a function that selects the entries of the queries from an array with one entry per new token.
             offset: added to the positions of the selected tokens.
             order_BT: the highest order that each query may attend to; None: causal by index.
             consecutive: whether the positions of the queries are consecutive.
@@ -362,15 +362,15 @@ def _attention_inputs(
     if state is not None:
         count = _num_remembered(cfg, T, order)
         remembered_segments = None if segment_ids is None else segment_ids[:, :count]
-        remembered, state = memory.span(tokens[:, :count], state, remembered_segments)
-        kept = remembered.kept
+        memory_span, state = memory.span(tokens[:, :count], state, remembered_segments)
+        kept = memory_span.kept
         types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
         state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :count], kept)}
     return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept), state
 
 
 def _num_remembered(cfg: Config, T: int, order: Any) -> int:
-    """The number of new tokens, from the first, that are added to the memory."""
+    """How many tokens of a call, counted from the first, are added to the memory."""
     return T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
 
 
@@ -433,7 +433,9 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The specs of the memory of the last ``length`` tokens of ``batch`` rows: inputs of blocks, segments, token types.
+    """The specs of a memory for the last ``length`` tokens of each of ``batch`` rows.
+
+    It contains the inputs of all blocks, segment ids and token types.
 
     Raises:
         TypeError: the task reads whole texts.

@@ -23,8 +23,8 @@ from jaxlm import sharding
 class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
-    ``row`` and ``column`` may be traced. A ``bias_fn`` uses the methods of the tile for all operations that exist as a
-    method, because kernels override them.
+    ``row`` and ``column`` may be traced. A ``bias_fn`` must slice, multiply and gather with these methods, because
+    kernels override them.
     """
 
     row: Any
@@ -46,11 +46,11 @@ class Tile(NamedTuple):
         return (self.row + rows)[:, None], (self.column + columns)[None, :]
 
     def query_column(self, x_T: jax.Array) -> jax.Array:
-        """The integers of the tile's queries as a column, [R, 1]."""
+        """An integer array with one entry per query, sliced to the tile, as a column [R, 1]."""
         return self.slice_queries(x_T)[:, None]
 
     def key_row(self, x_S: jax.Array) -> jax.Array:
-        """The integers of the tile's keys as a row, [1, E]."""
+        """An integer array with one entry per key, sliced to the tile, as a row [1, E]."""
         return self.slice_keys(x_S)[None, :]
 
     def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
@@ -80,7 +80,7 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
     # A reshape from rows of P to rows of P - 1 entries shifts each row relative to the row before (Dai et al. 2019,
-    # appendix B). It starts at entry R and not at R - 1, because full vector registers begin at R.
+    # appendix B). The slice starts at entry R instead of R - 1, because R is usually a multiple of the vector width.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -88,7 +88,7 @@ class BiasFn(Protocol):
     """A function from arrays to the bias of a tile. It must be hashable, because it is a key of JAX's compile cache."""
 
     def required_slices(self, tile: Tile) -> Mapping[str, tuple[Any, int, int]]:
-        """``{name: (start, size, axis)}`` of the slice that the tile needs of an array. Other arrays are not sliced."""
+        """``{name: (start, size, axis)}``: the slice of an array that the tile needs. Other arrays are passed whole."""
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         """The bias that is added to the scaled scores of the tile, [R, E] float32."""
@@ -99,9 +99,9 @@ class PaddableBiasFn(BiasFn, Protocol):
     """A bias function that TPU kernels support: it does not gather single entries."""
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        """The function and its arrays, padded at the end for ``queries`` and ``keys`` more queries and keys.
+        """A function and arrays for an input that is padded at the end by ``queries`` queries and ``keys`` keys.
 
-        The bias of the added queries and keys may have any value.
+        The bias of the padding may have any value.
         """
 
 
@@ -122,7 +122,7 @@ class AttentionBias:
 
 
 def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile) -> dict[str, jax.Array]:
-    """The slices that the tile needs of the arrays of one row and one head."""
+    """The arrays of one row and one head, sliced for the tile (``required_slices``)."""
     slices = bias_fn.required_slices(tile)
     return {name: lax.dynamic_slice_in_dim(x, *slices[name]) if name in slices else x for name, x in floats.items()}
 
@@ -130,7 +130,7 @@ def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile)
 def add_slices(
     bias_fn: BiasFn, total: Mapping[str, jax.Array], added: Mapping[str, jax.Array], tile: Tile
 ) -> dict[str, jax.Array]:
-    """``total`` with ``added`` added to the slices of :func:`slice_for_tile`, to accumulate gradients over tiles."""
+    """The sum of ``total`` and ``added``, the gradients of whole arrays and of the slices of one tile."""
     slices = bias_fn.required_slices(tile)
 
     def sum_of(name: str) -> jax.Array:
@@ -176,7 +176,7 @@ def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
 
 
 def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
-    """The arrays without those of their first ``axes`` axes that have size 1."""
+    """The arrays after axes of size 1 are removed from their first ``axes`` axes."""
     return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
 
 

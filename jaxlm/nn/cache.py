@@ -85,8 +85,8 @@ def updates_in_place(state: Any, new: int) -> bool:
     return state is not None and _is_small_update(new, state["segment_ids"].shape[1])
 
 
-def _is_small_update(new: int, slots: int) -> bool:
-    return 8 * new <= slots
+def _is_small_update(num_new: int, slots: int) -> bool:
+    return 8 * num_new <= slots
 
 
 def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
@@ -136,8 +136,8 @@ def num_slots(specs: spec.Tree, state: Any) -> int | None:
 def resized(specs: spec.Tree, state: Any, slots: int) -> Any:
     """The state with ``slots`` slots in each cache.
 
-    A longer cache keeps its first slots; a shorter cache gets empty slots at its end. State that is not part of a cache
-    has no axis ``slots`` and is returned unchanged.
+    If a cache has more slots, only its first ``slots`` are kept. If it has fewer, empty slots are added at its end.
+    State that is not part of a cache has no axis ``slots`` and is returned unchanged.
     """
 
     def resize_leaf(leaf: jax.Array, dim: int) -> jax.Array:
@@ -154,7 +154,7 @@ class Span:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
 
     Attributes:
-        segment_ids: [B, T] of the new tokens; None without a state if the caller gave none.
+        segment_ids: [B, T] of the new tokens; None if there is no state and the caller gave no segment ids.
         positions: [B, T] of the new tokens.
         mask: which keys (cached and new) each new token may attend to.
         start_B: the slot of each row's first new token; None without a state.

@@ -1,4 +1,4 @@
-"""Convolution over time (full and depthwise, for whole texts and for streams), and weight normalisation.
+"""Convolution over time (full and depthwise, for complete texts and for streams), and weight normalisation.
 
 Legend: B batch, T time, K taps, C input channels, D output channels, L steps of a block.
 """
@@ -49,7 +49,7 @@ def convolution(
 
     The windows are gathered into one array and multiplied with the weights in one matmul. On a CPU this is as fast as
     ``lax.conv``, gradients included, for 3 to 7 taps of 64 to 512 channels, and 3 to 7 times faster for a single step.
-    Windows can also be masked.
+    Windows also can be masked at segment boundaries, which ``lax.conv`` does not support.
     """
 
     def convolve(params: Any, x: jax.Array, segment_ids: Any) -> jax.Array:
@@ -125,7 +125,7 @@ def depthwise_convolution(
         raise ValueError(f"no depthwise_convolution implementation {implementation!r}: choose from {choice}")
     if implementation == "reference" and segment_ids is not None:
         raise ValueError(
-            "depthwise_convolution implementation 'reference' takes no segment_ids: leave the implementation out"
+            "depthwise_convolution implementation 'reference' does not support segment_ids: leave implementation out"
         )
     weight_KC = params["weight"].astype(x_BTC.dtype)
     kernel, channels = weight_KC.shape
@@ -144,8 +144,8 @@ def depthwise_convolution(
         )
     else:
         offsets = tuple(tap * dilation - before for tap in range(kernel))
-        position = offsets[-1] if padding == "valid" else 0
-        y_BTC = _shifted_products(_Taps(offsets, position, count), weight_KC, x_BTC, segment_ids)
+        segment_offset = offsets[-1] if padding == "valid" else 0
+        y_BTC = _shifted_products(_Taps(offsets, segment_offset, count), weight_KC, x_BTC, segment_ids)
     return y_BTC if "bias" not in params else y_BTC + params["bias"].astype(x_BTC.dtype)[None, None, :]
 
 
@@ -162,13 +162,14 @@ def causal_depthwise_convolution(
 
 @dataclasses.dataclass(frozen=True)
 class _Taps:
-    """Output t reads ``x[t + offset]`` for each tap, and its segment is that of ``x[t + position]``.
+    """The taps of each output.
 
-    There are ``count`` outputs.
+    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. Its segment id is the one
+    of ``x[t + segment_offset]``.
     """
 
     offsets: tuple[int, ...]
-    position: int
+    segment_offset: int
     count: int
 
 
@@ -249,10 +250,10 @@ def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
 
 
 def _same_segment(taps: _Taps, segment_ids: jax.Array | None) -> list[Any]:
-    """For each tap, a mask of the outputs whose segment is also that of the tap's input, [B, T']; None: all."""
+    """For each tap, whether the tap's input is in the segment of the output, [B, T']; None: there are no segments."""
     if segment_ids is None:
         return [None] * len(taps.offsets)
-    output_ids_BT = _shifted(segment_ids, taps.position, taps.count)
+    output_ids_BT = _shifted(segment_ids, taps.segment_offset, taps.count)
     return [_shifted(segment_ids, offset, taps.count) == output_ids_BT for offset in taps.offsets]
 
 
@@ -270,7 +271,7 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, inputs: int) -> dict[str, 
     scale as without normalisation.
 
     Args:
-        specs: of ``linear`` or ``convolution``.
+        specs: the specs of ``linear`` or ``convolution``.
         inputs: number of input axes of the weight, which come first.
 
     Raises:

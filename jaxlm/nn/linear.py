@@ -48,8 +48,8 @@ def linear(params: dict[str, Any], x: jax.Array, *, inputs: int = 1) -> jax.Arra
     if "bias" not in params:
         return y
     bias = params["bias"]
-    # A bias with several axes belongs to attention heads. On a TPU, its output gradient comes from an attention kernel,
-    # and XLA cannot fuse the sum over rows into a matmul that produces this gradient.
+    # A bias with several axes belongs to attention heads. On a TPU, an attention kernel computes the gradient of `y`.
+    # So there is no matmul into which XLA could fuse the sum over rows that the gradient of the bias needs.
     add = _add_with_matmul_vjp if bias.ndim > 1 and platform() == "tpu" else _add
     return add(y, bias)
 
@@ -82,7 +82,7 @@ def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]
 _add_with_matmul_vjp.defvjp(_add_forward, _add_backward)
 
 SUBLANES = 8
-"""Rows of ones in this matmul. With a single row, the TPU compiler would replace the matmul by a sum again."""
+"""Number of rows of ones in ``_add_backward``. With one row, the TPU compiler would replace the matmul by a sum."""
 
 
 def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
@@ -92,7 +92,7 @@ def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
 
 
 MIN_BLOCKS = 4
-"""Minimum number of blocks of rows for which the gradient of a weight is summed over blocks."""
+"""If there are fewer blocks of rows than this, the gradient of a weight is one matmul instead of a sum over blocks."""
 
 
 def _output_is_wider(weight: jax.Array, inputs: int) -> bool:
@@ -105,7 +105,7 @@ def _block_rows(weight: jax.Array, inputs: int) -> int:
 
 
 def _num_blocks(x: jax.Array, weight: jax.Array, inputs: int) -> int:
-    """Number of full blocks of rows over which the gradient of the weight is summed; 0: it is one matmul."""
+    """Number of full blocks of rows over which the gradient of the weight is summed; 0: the gradient is one matmul."""
     if _output_is_wider(weight, inputs) or platform() != "cpu" or active() is not None:
         return 0
     count = math.prod(x.shape[: x.ndim - inputs]) // _block_rows(weight, inputs)
@@ -149,8 +149,8 @@ def _backward(inputs: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Ar
         x_LC, dy_LD = (lax.dynamic_slice_in_dim(a, start, size) for a in (x_NC, dy_ND))
         return lax.dot_general(dy_LD, x_LC, (((0,), (0,)), ((), ())))
 
-    rest = block_gradient(count * size, x_NC.shape[0] - count * size)
-    total_DC = lax.fori_loop(0, count, lambda i, total: total + block_gradient(i * size, size), rest)
+    last_rows_DC = block_gradient(count * size, x_NC.shape[0] - count * size)
+    total_DC = lax.fori_loop(0, count, lambda i, total: total + block_gradient(i * size, size), last_rows_DC)
     return dx, total_DC.T.reshape(weight.shape)
 
 

@@ -49,8 +49,8 @@ def linear_attention(
     Matmul inputs have the dtype of the values; everything else is float32.
 
     Args:
-        log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf clears the
-            memory).
+        log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf sets the
+            state to zeros).
         state_BHKV: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``recurrence.segment_boundaries``). None: no
             resets.
@@ -192,23 +192,23 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
     return dinputs, dstate_BHKV
 
 
-def _log_decay_gradient(dsum_BHLK: jax.Array, after_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
+def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
     """The gradient of the log decays of a chunk, without differentiating the products of decays.
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
     on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
-    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of a step is a summand of b_t
-    for this step and all later steps.
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of step t is a summand of b_s
+    for all steps s >= t, so its gradient is the sum of their gradients.
 
     Args:
         dsum_BHLK: ``q * dq - k * dk``.
-        after_BHKV: the state after the chunk times its gradient.
+        state_dstate_BHKV: the state after the chunk times its gradient.
     """
-    dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(after_BHKV, axis=-1)
+    dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(state_dstate_BHKV, axis=-1)
     if log_BHLE.shape[-1] == 1:
         dsum_BHLE, dlast_BHE = (jnp.sum(x, axis=-1, keepdims=True) for x in (dsum_BHLE, dlast_BHE))
-    from_here_LM = jnp.triu(jnp.ones((log_BHLE.shape[2],) * 2, jnp.float32))
-    dlog_BHLE = jnp.einsum("LM,BHME->BHLE", from_here_LM, dsum_BHLE, precision=lax.Precision.HIGHEST)
+    later_LM = jnp.triu(jnp.ones((log_BHLE.shape[2],) * 2, jnp.float32))
+    dlog_BHLE = jnp.einsum("LM,BHME->BHLE", later_LM, dsum_BHLE, precision=lax.Precision.HIGHEST)
     return jnp.where(log_BHLE == -jnp.inf, 0.0, dlog_BHLE + dlast_BHE[:, :, None])
 
 
@@ -220,9 +220,9 @@ def _chunk(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps.
 
-    In the output of step t, the input of step s is multiplied by all decays after s up to t, and the state before the
-    chunk by all decays up to t. In the state after the chunk, the input of step s is multiplied by all decays after s.
-    Decays are multiplied and never divided, so that every product stays in [0, 1].
+    Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
+    the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
+    is the same sum for t = L. Decays are multiplied and never divided, so that every product stays in [0, 1].
     """
     dtype, decay_BHLE = v_BHLV.dtype, jnp.exp(log_BHLE)
 
@@ -240,7 +240,8 @@ def _chunk(
     else:
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
-            q_BHPSK, k_BHPSK = _halves(q_BHLK, later)[1], _halves(k_BHLK, later)[0]
+            size = later.shape[3]
+            q_BHPSK, k_BHPSK = _block_pairs(q_BHLK, size)[1], _block_pairs(k_BHLK, size)[0]
             return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)
 
         diagonal_BHL = jnp.sum(q_BHLK.astype(jnp.float32) * k_BHLK.astype(jnp.float32), axis=-1)
@@ -288,7 +289,7 @@ def _pair_scores_and_decays(
     return scores[:, :, 0], prefix[:, :, 0], suffix[:, :, 0]
 
 
-def _halves(x_BHLK: jax.Array, half_BHPSE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The earlier and the later block of each pair, [B, H, P, S, K] each."""
-    pairs = x_BHLK.reshape(*x_BHLK.shape[:2], -1, 2, half_BHPSE.shape[3], x_BHLK.shape[-1])
+def _block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The earlier and the later block of each pair of blocks of ``size`` steps, [B, H, P, S, K] each."""
+    pairs = x_BHLK.reshape(*x_BHLK.shape[:2], -1, 2, size, x_BHLK.shape[-1])
     return pairs[:, :, :, 0], pairs[:, :, :, 1]

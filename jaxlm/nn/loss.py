@@ -23,8 +23,8 @@ CHUNK_LOGITS = {"cpu": 2**24}
 rows; with more, allocating new memory is slow. The number is doubled if the process keeps its freed memory
 (``host.keep_freed_memory``)."""
 CHUNK_LOGITS_ACCELERATOR = 2**27
-"""The same number on accelerators, 512 MiB. Each chunk reads and writes the gradient of the whole head; the 98 smaller
-chunks of a GPT-2 step took as long as the rest of the step (docs/labbook.md)."""
+"""The same number on accelerators, 512 MiB. Each chunk reads and writes the gradient of the whole head, so many chunks
+are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long as the rest of the step (docs/labbook.md)."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -43,8 +43,8 @@ def _expected_logit(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothin
     target_logit_BT = _target_logits(logits_BTV, targets_BT)
     if label_smoothing == 0.0:
         return target_logit_BT
-    real_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # not a padding row; see nn.embedding.unembed
-    mean_BT = jnp.sum(jnp.where(real_BTV, logits_BTV, 0.0), axis=-1) / jnp.sum(real_BTV, axis=-1)
+    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # not a padding row; see nn.embedding.unembed
+    mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / jnp.sum(in_vocabulary_BTV, axis=-1)
     return (1.0 - label_smoothing) * target_logit_BT + label_smoothing * mean_BT
 
 
@@ -111,10 +111,10 @@ def chunked_argmax(head: Head, params: Any, hidden_BTD: jax.Array, *, chunk_logi
 def _max_live_logits() -> int:
     """The number of logits that may exist at a time, on all devices together."""
     active = sharding.active()
-    pieces = 1 if active is None else active.pieces(("batch", None, "vocab"))
+    num_shards = 1 if active is None else active.pieces(("batch", None, "vocab"))
     platform = sharding.platform()
     keeps_memory = platform == "cpu" and host.keeps_freed_memory()
-    return CHUNK_LOGITS.get(platform, CHUNK_LOGITS_ACCELERATOR) * pieces * (2 if keeps_memory else 1)
+    return CHUNK_LOGITS.get(platform, CHUNK_LOGITS_ACCELERATOR) * num_shards * (2 if keeps_memory else 1)
 
 
 def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
@@ -184,7 +184,7 @@ def _forward(
 
     C = _chunk_length(head, chunk_logits, params, hidden)
     chunks = tuple(_split_time(x, C) for x in (hidden, targets, weights))
-    # The first chunk is computed before the loop, so that no sums are initialized with zeros.
+    # The first chunk is computed before the loop, so that its sums initialize the carry instead of zeros.
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
     dhidden = dhidden[None]
     if hidden.shape[1] > C:
@@ -199,9 +199,9 @@ def _chunk_loss_and_gradients(
     head: Head, label_smoothing: float, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
     """The loss of a chunk, and its gradients with respect to the parameters and the hidden states."""
-    logits, pull = jax.vjp(head, params, hidden)
+    logits, head_vjp = jax.vjp(head, params, hidden)
     loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
-    return loss, *pull(dlogits.astype(logits.dtype))
+    return loss, *head_vjp(dlogits.astype(logits.dtype))
 
 
 def _loss_and_gradient(
@@ -219,9 +219,10 @@ def _loss_and_gradient(
     if label_smoothing == 0.0:
         expected = jnp.where(is_target, weights[..., None], 0.0)
     else:
-        real = logits > jnp.finfo(jnp.float32).min
-        share = label_smoothing / jnp.sum(real, axis=-1, keepdims=True)
-        expected = weights[..., None] * jnp.where(is_target, 1.0 - label_smoothing + share, jnp.where(real, share, 0.0))
+        in_vocabulary = logits > jnp.finfo(jnp.float32).min
+        uniform = label_smoothing / jnp.sum(in_vocabulary, axis=-1, keepdims=True)
+        smoothed = jnp.where(is_target, 1.0 - label_smoothing + uniform, jnp.where(in_vocabulary, uniform, 0.0))
+        expected = weights[..., None] * smoothed
     gradient = exp * (weights[..., None] / total) - expected
     return loss, jnp.where(is_weighted[..., None], gradient, 0.0)
 
@@ -236,11 +237,11 @@ def _backward(
 _chunked.defvjp(_forward, _backward)
 
 
-# ------------------------------------------------------------------------------------ few positions with a weight
+# ------------------------------------------------------------------------------------ few positions with nonzero weight
 
 MIN_BLOCKS = 16
-"""Minimum number of blocks if all positions have a weight. More blocks are smaller, so that a last block that is not
-full wastes less work."""
+"""The size of a block is chosen so that there are at least this many blocks if all weights are nonzero. The last block
+is padded, and the smaller the blocks are, the less work the padding takes."""
 MIN_BLOCK_ROWS = {"cpu": 32}
 """Minimum number of rows of a block, by platform. Matmuls with fewer rows are slow."""
 MIN_BLOCK_ROWS_ACCELERATOR = LANES
@@ -251,8 +252,9 @@ def selected_cross_entropy(
 ) -> jax.Array:
     """:func:`chunked_cross_entropy` for inputs with many zero weights: positions of weight 0 cost almost nothing.
 
-    Positions with a weight are moved to the front, and a loop visits blocks of them. The number of blocks is computed
-    at run time. Differentiable in ``hidden`` and in ``params``; the head must read all leaves of ``params``.
+    Positions with nonzero weight are moved to the front, and a loop computes the loss of one block of them at a time.
+    The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``; the head must read all
+    leaves of ``params``.
 
     Returns:
         A float32 scalar, in nats.
@@ -272,24 +274,27 @@ def _selected(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, we
 
 
 def _fold_weighted_blocks(
-    head: Head, params: Any, position_arrays: Any, visit: Callable[[Any, Any, Any], Any], start: Any
+    head: Head, params: Any, position_arrays: Any, body: Callable[[Any, Any, Any], Any], init: Any
 ) -> tuple[Any, jax.Array]:
-    """The final carry of a loop over blocks of R positions with a weight, and the order of all positions.
+    """Run a loop over blocks of R positions with nonzero weight.
 
-    Each iteration computes ``carry = visit(carry, index of the block's first position, block)``. The arrays of a block
-    are [B', R / B', ...], where B' is the number of devices over which the batch is split. The order [B * T] lists the
-    positions with a weight first.
+    Each iteration computes ``carry = body(carry, index of the block's first position, block)``. The arrays of a block
+    are [B', R / B', ...], where B' is the number of devices over which the batch is split.
 
     Args:
         position_arrays: hidden states, targets and weights, [B, T, ...] each.
+        init: the first carry.
+
+    Returns:
+        The last carry, and the order of the positions in the loop: indices [B * T], those of nonzero weight first.
     """
     hidden, targets, weights = (jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in position_arrays)
     N = len(targets)
     V = jax.eval_shape(head, params, hidden[None]).shape[-1]
     active = sharding.active()
-    pieces = 1 if active is None else active.pieces(("batch",))
-    min_rows = MIN_BLOCK_ROWS.get(sharding.platform(), MIN_BLOCK_ROWS_ACCELERATOR) * pieces
-    R = max(min(-(-N // (MIN_BLOCKS * min_rows)) * min_rows, _max_live_logits() // V, N) // pieces, 1) * pieces
+    shards = 1 if active is None else active.pieces(("batch",))
+    min_rows = MIN_BLOCK_ROWS.get(sharding.platform(), MIN_BLOCK_ROWS_ACCELERATOR) * shards
+    R = max(min(-(-N // (MIN_BLOCKS * min_rows)) * min_rows, _max_live_logits() // V, N) // shards, 1) * shards
     is_weighted = weights > 0
     order = jnp.argsort(~is_weighted, stable=True)
     # The last block is filled up with copies of position 0 that have weight 0.
@@ -299,15 +304,15 @@ def _fold_weighted_blocks(
     def block(i: Any) -> Any:
         rows = jax.lax.dynamic_slice_in_dim(padded_order, i * R, R)
         block_weights = jax.lax.dynamic_slice_in_dim(sorted_weights, i * R, R)
-        arrays = (x.reshape(pieces, R // pieces, *x.shape[1:]) for x in (hidden[rows], targets[rows], block_weights))
+        arrays = (x.reshape(shards, R // shards, *x.shape[1:]) for x in (hidden[rows], targets[rows], block_weights))
         return tuple(sharding.constrain(x, ("batch", *[None] * (x.ndim - 1))) for x in arrays)
 
     blocks = -(-jnp.sum(is_weighted) // R)
-    return jax.lax.fori_loop(0, blocks, lambda i, carry: visit(carry, i * R, block(i)), start), order
+    return jax.lax.fori_loop(0, blocks, lambda i, carry: body(carry, i * R, block(i)), init), order
 
 
 def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-    def visit(carry: Any, first: Any, block: Any) -> Any:
+    def add_block(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
         loss, block_dparams, block_dhidden = _chunk_loss_and_gradients(head, 0.0, params, *block)
         dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, block_dhidden.reshape(-1, D), first, 0)
@@ -315,8 +320,9 @@ def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.A
 
     N, D = targets.size, hidden.shape[-1]
     # 2 N rows, because the last block may extend beyond row N.
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), jnp.zeros((2 * N, D), hidden.dtype)
-    (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, (hidden, targets, weights), visit, start)
+    init = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), jnp.zeros((2 * N, D), hidden.dtype)
+    arrays = (hidden, targets, weights)
+    (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)
     dhidden = jnp.zeros((N, D), hidden.dtype).at[order].set(sorted_ND[:N])
     return total, (dparams, dhidden.reshape(hidden.shape))
 

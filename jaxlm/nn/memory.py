@@ -50,8 +50,8 @@ class Span:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the memory.
 
     Attributes:
-        query_positions: [1 or B, T]. Padding is not counted, so that within a document, ``query - key`` is the same
-            distance as without padding and in a single call.
+        query_positions: [1 or B, T]. Padding is not counted. So the distance ``query - key`` of two tokens of a
+            document depends neither on padding nor on how the text is split into calls.
         key_positions: [1 or B, S] of the memory and the new tokens.
         mask: which of the S keys each of the T queries may attend to.
         kept: [B, M] indices of the keys that the next memory contains, for :func:`append`; None: the last M.
@@ -66,7 +66,10 @@ class Span:
 def span(
     tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
 ) -> tuple[Span, Any]:
-    """The :class:`Span` of new tokens, and the state updated for them, except for ``hidden``.
+    """The :class:`Span` of new tokens, and the state with their segment ids.
+
+    ``hidden`` of the returned state is not updated yet. The caller does this with :func:`append` or
+    :func:`append_layers`.
 
     Args:
         state: a state as in :func:`memory_specs`; None: there is no memory, and S = T.
@@ -102,11 +105,11 @@ def span(
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
-    """The next memory [B, M, ...], without a gradient: the kept ones of the entries of ``memory`` and ``new``.
+    """The next memory, [B, M, ...]: M of the entries of ``memory`` and ``new``. No gradient flows through it.
 
     Args:
         memory_BM, new_BT: [B, M, ...] and [B, T, ...]; they are concatenated to S entries.
-        kept_BM: indices of the kept entries; None: the last M.
+        kept_BM: indices of the S entries that the next memory contains; None: the last M.
     """
     both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
     if kept_BM is None:
@@ -135,9 +138,11 @@ def use_absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout
 
     For an input h with the key ``W h``, ``q . (W h) = (q W) . h``. So a query that is first multiplied with the key
     weights (:func:`absorbed`) attends to the inputs themselves, and their weighted mean is then multiplied with the
-    value weights (:func:`projected`). No input is projected again for every new token, and the memory needs half the
-    space of keys and values. With the bias for distances, this takes ``3 B T S H D`` multiplications instead of
-    ``3 B S D H K``.
+    value weights (:func:`projected`). The inputs in the memory are not projected again for every new token, and the
+    memory needs half the space of keys and values.
+
+    Absorbed attention computes scores, the weighted mean and the distance bias, with ``B T S H D`` multiplications
+    each. Otherwise, keys, values and the table of distances are projected, with about ``B S D H K`` each.
 
     Args:
         q_BTHK, context_BSD: the queries, and the inputs of keys and values.

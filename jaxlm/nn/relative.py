@@ -61,7 +61,8 @@ def distance_bias(
         q_BTHK: the queries that are multiplied with the vectors of the table.
         scale: factor of these products. Numbers are not scaled.
     """
-    # In the padded table, row 1 is for the last query and the first key. ``Tile.diagonals`` needs the extra row 0.
+    # Rows of the padded table: row 0 is not used for any score, but ``Tile.diagonals`` needs it. Row 1 is for the last
+    # query and the first key, which have the largest distance.
     first, rows = longest - (query_offset + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
@@ -76,9 +77,8 @@ def distance_bias_of_queries(
 ) -> AttentionBias:
     """:func:`distance_bias` for queries at any positions; the position of a key is its index.
 
-    The table must have a row for every distance that occurs: ``longest`` must be at least the largest query position,
-    and ``longest - N`` must be less than the smallest query position minus the last key index. Otherwise the bias is
-    undefined.
+    The table must have a row for every distance that occurs: ``longest - N < query position - key index <= longest``
+    for all queries and keys. Otherwise the bias is undefined.
 
     Args:
         query_BT: [1 or B, T] integers, the position of each query relative to key 0.
@@ -114,8 +114,8 @@ def type_bias(
     q_BTHK: jax.Array, table_2HK: jax.Array, query_types_BT: jax.Array, key_types_BS: jax.Array, *, scale: float
 ) -> AttentionBias:
     """The bias ``scale * q . table[0 if the token types are equal else 1]`` (XLNet; Yang et al. 2019, section 2.5)."""
-    pair_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
-    return AttentionBias(_ByTokenTypes(), {"pair": pair_BHT2}, {"query": query_types_BT, "key": key_types_BS})
+    biases_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
+    return AttentionBias(_ByTokenTypes(), {"biases": biases_BHT2}, {"query": query_types_BT, "key": key_types_BS})
 
 
 def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
@@ -190,17 +190,18 @@ class _ByPositions:
 
 @dataclasses.dataclass(frozen=True)
 class _ByTokenTypes:
-    """Bias function that uses one of two numbers of each query: for equal or for different token types."""
+    """Bias function that selects one of two biases of a query: for a key of the same token type, or of another type."""
 
     def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
-        return {"pair": (tile.row, tile.rows, 0)}
+        return {"biases": (tile.row, tile.rows, 0)}
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         query_R1, key_1E = tile.query_column(integers["query"]), tile.key_row(integers["key"])
-        return jnp.where(query_R1 == key_1E, arrays["pair"][:, :1], arrays["pair"][:, 1:])
+        biases_R2 = arrays["biases"]
+        return jnp.where(query_R1 == key_1E, biases_R2[:, :1], biases_R2[:, 1:])
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        return self, {"pair": _pad_axis(floats["pair"], 0, queries, axis=-2)}
+        return self, {name: _pad_axis(x, 0, queries, axis=-2) for name, x in floats.items()}
 
 
 def _pad_axis(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:

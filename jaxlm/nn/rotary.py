@@ -28,21 +28,23 @@ class RotaryScaling:
     """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware). llama3,
     yarn: divide only the frequencies of slow pairs."""
     factor: float
-    """How many times longer than ``original_positions`` the texts may be."""
+    """Ratio of the longest text length to ``original_positions``."""
     original_positions: int | None = None
     """Longest sequence of the original training; not needed for linear scaling."""
     low_frequency_factor: float = 1.0
-    """llama3: pairs with fewer turns than this in ``original_positions`` positions are divided by ``factor``."""
+    """llama3: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this in
+    ``original_positions`` positions."""
     high_frequency_factor: float = 4.0
-    """llama3: pairs with more turns than this in ``original_positions`` positions are unchanged."""
+    """llama3: the frequency of a pair is unchanged if the pair makes more turns than this."""
     fast_turns: float = 32.0
-    """yarn: pairs with more turns than this in ``original_positions`` positions are unchanged."""
+    """yarn: the frequency of a pair is unchanged if the pair makes more turns than this in ``original_positions``
+    positions."""
     slow_turns: float = 1.0
-    """yarn: pairs with fewer turns than this in ``original_positions`` positions are divided by ``factor``."""
+    """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this."""
     whole_pairs: bool = True
-    """yarn: round the boundaries between fast and slow pairs to integers."""
+    """yarn: round the pair indices at which the ramp between fast and slow pairs begins and ends to integers."""
     magnitude: float | None = None
-    """yarn: factor of queries and keys; None: ``0.1 * log(factor) + 1``."""
+    """yarn: queries and keys are multiplied by this; None: ``0.1 * log(factor) + 1``."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -73,10 +75,10 @@ def rotary_frequencies(
     Args:
         width: K, the width of a head.
         base: base of the geometric series of frequencies (``rope_theta``).
-        max_positions: length of the longest sequence, from which ``dynamic`` computes the base. Other libraries compute
-            the base in each call from the longest row. Cached keys then have another base than later queries. Here the
-            base is fixed. It equals theirs for sequences of length ``max_positions``; and if ``max_positions`` is at
-            most ``original_positions``, for all sequences up to this length.
+        max_positions: length of the longest sequence, from which ``dynamic`` computes the base. Here the base is fixed.
+            Other libraries compute it in each call from the longest row, so cached keys may have another base than
+            later queries. Both bases are equal for sequences of length ``max_positions``. If ``max_positions`` is at
+            most ``original_positions``, they are equal for all sequences of up to ``max_positions`` tokens.
 
     Raises:
         ValueError: an odd width.
@@ -91,15 +93,15 @@ def rotary_frequencies(
     magnitude = 1.0
     if scaling is not None and scaling.kind != "dynamic":
         reduced = frequencies / scaling.factor
-        share = _kept_share(frequencies, width, base, scaling)
-        frequencies = share * frequencies + (1.0 - share) * reduced
+        ramp = _ramp(frequencies, width, base, scaling)
+        frequencies = ramp * frequencies + (1.0 - ramp) * reduced
         if scaling.kind == "yarn":
             magnitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.magnitude is None else scaling.magnitude
     return frequencies.astype(np.float32), magnitude
 
 
-def _kept_share(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScaling) -> np.ndarray:
-    """The share of each pair's frequency that is not reduced, [P]: 1 for fast pairs, 0 for slow pairs."""
+def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScaling) -> np.ndarray:
+    """The weight of each pair's original frequency, [P]: 1 for fast pairs, 0 for slow pairs, linear in between."""
     if scaling.kind == "linear":
         return np.zeros_like(frequencies)
     assert scaling.original_positions is not None
@@ -108,12 +110,12 @@ def _kept_share(frequencies: np.ndarray, width: int, base: float, scaling: Rotar
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
-    def pair(turns: float) -> float:
-        """The (fractional) index of the pair that makes this number of turns (Peng et al. 2023, section 3.2)."""
+    def pair_index(turns: float) -> float:
+        """The (fractional) index of the pair that makes ``turns`` turns (Peng et al. 2023, section 3.2)."""
         assert scaling.original_positions is not None
         return width * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    first, last = pair(scaling.fast_turns), pair(scaling.slow_turns)
+    first, last = pair_index(scaling.fast_turns), pair_index(scaling.slow_turns)
     if scaling.whole_pairs:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)

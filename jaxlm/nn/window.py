@@ -41,8 +41,8 @@ def windows(
     Args:
         kernel: K, the number of taps of a window; taps are ``dilation`` steps apart.
         stride: steps from one window to the next.
-        segment_ids: [B, T]; a tap gives ``fill`` if it is not in the segment of the window's position (``valid``: of
-            the window's last tap).
+        segment_ids: [B, T]; a tap in another segment than the window gives ``fill``. The segment of a window is the one
+            at its position, and for ``valid`` the one at its last tap.
         fill: the value beyond both ends of the input.
 
     Raises:
@@ -87,7 +87,7 @@ def padding_and_count(
 
 @struct.dataclass
 class Stream:
-    """The new tokens of a call, with each row's padding at its end, and the tokens that the row has read before.
+    """The segments and the order of the new tokens of a call, after each row's padding was moved to the row's end.
 
     Attributes:
         segment_ids: [B, T] after reordering; None: each row is one document, and there is no state.
@@ -111,7 +111,7 @@ def past_specs(batch: int, reach: int) -> ArraySpec:
 
 
 def tail_specs(batch: int, reach: int, channels: int, dtype: Any) -> ArraySpec:
-    """Spec of a tail: the last ``reach`` real inputs, which is ``(kernel - 1) * dilation`` for a causal window."""
+    """Spec of a tail: the last ``reach`` real inputs. A causal window needs ``reach = (kernel - 1) * dilation``."""
     return ArraySpec((batch, reach, channels), ("batch", None, "activation_embed"), dtype=dtype)
 
 

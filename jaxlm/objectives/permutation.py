@@ -51,7 +51,7 @@ def batch(
     """A batch of rows [B, N + 3] made of windows [B, N] of a text; ``num_predict`` tokens of each row are targets.
 
     Args:
-        rng: random generator; rows use it one after the other.
+        rng: random generator; the rows draw from it one after the other.
         word_starts: [B, N] bool, the first token of each word; predicted spans begin there. Default: every token.
         sentences: [B, N] integers that change at the start of a sentence; A ends at such a start. Default: A ends
             anywhere.
@@ -89,15 +89,15 @@ def batch(
         direction = -1 if is_reversed[row] else 1
         predicted, order = _predicted_and_order(row_starts, is_special, parts, direction, make_spans, make_order, rng)
 
-        targets, weights = np.zeros(num_predict, np.int32), np.zeros(num_predict, np.float32)
-        positions = np.flatnonzero(predicted)
-        targets[: len(positions)], weights[: len(positions)] = positions, 1.0
-        rows.append((text, types, order, targets, text[targets], weights))
-    text, types, order, targets, answers, weights = (np.stack(column) for column in zip(*rows, strict=True))
-    inputs = {"token_types": types, "order": order, "targets": targets}
+        positions, weights = np.zeros(num_predict, np.int32), np.zeros(num_predict, np.float32)
+        predicted_positions = np.flatnonzero(predicted)
+        positions[: len(predicted_positions)], weights[: len(predicted_positions)] = predicted_positions, 1.0
+        rows.append((text, types, order, positions, text[positions], weights))
+    text, types, order, positions, target_ids, weights = (np.stack(column) for column in zip(*rows, strict=True))
+    inputs = {"token_types": types, "order": order, "targets": positions}
     if right_to_left is not None:
         inputs["right_to_left"] = right_to_left
-    return Batch(text, answers, weights, inputs=inputs, reset=reset)
+    return Batch(text, target_ids, weights, inputs=inputs, reset=reset)
 
 
 def _check(
@@ -166,18 +166,19 @@ def _predicted_and_order(
         in_span = make_spans(word_starts[part][::direction], num_targets, rng)[::direction]
         order[part] = offset + make_order(in_span | is_special[part], rng=rng)
         predicted[part] = in_span & ~is_special[part]
-        offset += part.stop - part.start + 1  # + 1: unpredicted tokens (-1) of the next part come after this part, too
+        # + 1, because unpredicted tokens of the next part have the order offset - 1, which must be above this part.
+        offset += part.stop - part.start + 1
     return predicted, order
 
 
 def span_mask(
     word_starts: np.ndarray, goal: int, rng: np.random.Generator, *, alpha: int = 6, beta: int = 1, longest: int = 5
 ) -> np.ndarray:
-    """A mask of exactly ``goal`` tokens, [T] bool: spans of n tokens, one per stretch of ``n * alpha / beta`` tokens.
+    """A mask of exactly ``goal`` tokens, [T] bool.
 
-    n is drawn from 1 to ``longest`` with probability proportional to 1 / n. A span begins at the start of a word. As in
-    the authors' code, n counts tokens instead of words, and single tokens at random positions are added at the end
-    until there are enough.
+    The mask has spans of n tokens, each in a stretch of ``n * alpha / beta`` tokens. n is drawn from 1 to ``longest``
+    with probability proportional to 1 / n. A span begins at the start of a word. As in the authors' code, n counts
+    tokens instead of words, and single tokens at random positions are added at the end until there are enough.
 
     Raises:
         ValueError: a goal above T, or ``alpha`` below ``beta``.
@@ -186,7 +187,7 @@ def span_mask(
     if goal > T:
         raise ValueError(f"num_predict asks for {goal} of the {T} tokens of a part: lower it")
     if not 1 <= beta <= alpha:
-        raise ValueError(f"beta={beta} of every alpha={alpha} tokens must be between 1 and all of them")
+        raise ValueError(f"beta={beta} must be between 1 and alpha={alpha}: beta of every alpha tokens are predicted")
     mask = np.zeros(T, bool)
     sizes = np.arange(1, longest + 1)
     probabilities = (1.0 / sizes) / np.sum(1.0 / sizes)

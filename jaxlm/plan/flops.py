@@ -36,8 +36,8 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     weights = matmul_parameters(model)
     causal = model.family in ("gpt", "llama")
     tokens, cfg = batch * sequence, model.config
-    heads = spec.flatten(model.specs)["layers/attention/output/weight"].shape[1:]
-    width = math.prod(heads[:2])
+    (layer, *_) = spec.unstack(model.specs)["layers"]
+    width = math.prod(layer["attention"]["output"]["weight"].shape[:2])
     attention = 12 * cfg.num_layers * width * sequence * tokens / (2 if causal else 1)
     attention_text = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
     return Flops(

@@ -159,6 +159,9 @@ def plan(
         topology_name: such as ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
         mesh: axes over the devices of the topology, such as ``data=4,fsdp=4``.
         batch: rows, summed over all devices.
+        decode: plan a decoding step instead of a training step.
+        optimizer: the optimizer of the training step.
+        accumulate: number of micro-batches per training step (``Trainer.grad_accum_steps``).
         sequence: tokens per row; None: as many as the model has positions for, at most 1024. For decoding, the number
             of tokens before the new one.
         param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
@@ -166,8 +169,8 @@ def plan(
         xla: compiler options, such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
-        ValueError: an unknown topology or dtype, a number below 1, a mesh with another number of devices, or sizes that
-            are not divisible by their mesh axes.
+        ValueError: the topology or dtype is unknown, a number is below 1, the mesh has another number of devices than
+            the topology, or the size of an array axis is not divisible by the size of its mesh axes.
         ImportError: the compiler for the topology is not installed.
         TypeError: the family cannot decode.
     """
@@ -188,7 +191,7 @@ def plan(
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
     first = devices.devices[0]
-    described: dict[str, Any] = {
+    common_fields: dict[str, Any] = {
         "model": name or model.family, "topology": topology_name, "mesh": mesh, "objective": step.objective,
         "dtype": str(getattr(model.config, "dtype", "float32")), "batch": batch, "sequence": sequence,
         "tokens": step.tokens, "devices": len(devices.devices), "device_kind": first.device_kind,
@@ -206,7 +209,7 @@ def plan(
             raise
         unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
         return Plan(
-            **described, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=bound,
+            **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=bound,
             collectives=[], top=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - start,
         )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -215,10 +218,10 @@ def plan(
     fits = memory.limit is None or memory.total <= memory.limit
     calls = _kernels(costs, grids)
     return Plan(
-        **described,
+        **common_fields,
         **_estimates(costs, calls, step.flops.amount, devices),
         fits=fits,
-        reason="" if fits else f"{memory.total / 2**30:.2f} GiB a device, which has {memory.limit or 0:.3g} bytes",
+        reason="" if fits else f"needs {memory.total / 2**30:.2f} of {(memory.limit or 0) / 2**30:.2f} GiB per device",
         memory=memory,
         memory_bound=bound,
         collectives=_collective_stats(costs, devices.device),
@@ -250,7 +253,7 @@ def _memory(analysis: Any, parts: dict[str, int], device: Device | None, *, trai
     )
 
 
-def _estimates(costs: hlo.Costs, calls: list[Kernel], amount: float, devices: topology.Topology) -> dict[str, Any]:
+def _estimates(costs: hlo.Costs, calls: list[Kernel], model_flops: float, devices: topology.Topology) -> dict[str, Any]:
     device, count = devices.device, len(devices.devices)
     seconds = mfu = exposed = None
     known = [kernel.cycles for kernel in calls if kernel.cycles is not None]
@@ -260,9 +263,9 @@ def _estimates(costs: hlo.Costs, calls: list[Kernel], amount: float, devices: to
     communication = sum(collective_seconds) if len(collective_seconds) == len(collectives) else None
     if device is not None and device.clock is not None and cycles is not None:
         seconds = cycles / device.clock
-        mfu = peak_share(amount / (seconds * count), device.kind)
+        mfu = peak_share(model_flops / (seconds * count), device.kind)
         if communication is not None:
-            exposed = peak_share(amount / ((seconds + communication) * count), device.kind)
+            exposed = peak_share(model_flops / ((seconds + communication) * count), device.kind)
     return {
         "cycles": cycles, "seconds": seconds, "communication": communication, "mfu": mfu, "mfu_exposed": exposed,
     }  # fmt: skip
@@ -316,7 +319,9 @@ def _notes(costs: hlo.Costs, calls: list[Kernel]) -> list[str]:
         if kernel.cycles is None:
             notes.append(f"kernel without a static schedule, so the time of the step is unknown: {kernel.name}")
         elif len(kernel.bundles or ()) > 2:
-            notes.append(f"kernel with loops of its own, each counted once: {kernel.name}")
+            notes.append(f"kernel that contains loops, each counted once: {kernel.name}")
     if calls and all(kernel.cycles is not None for kernel in calls):
-        notes.append("kernels: bundles times grid steps if every predicated part runs, without time waiting for memory")
+        notes.append(
+            "kernel cycles are bundles times grid steps: all predicated code is counted, and waiting for memory is not"
+        )
     return notes

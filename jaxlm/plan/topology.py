@@ -1,4 +1,4 @@
-"""Topologies: devices that the machine does not have, as the compiler describes them.
+"""Topologies: descriptions of devices, by the compiler, for compilation on a machine that does not have them.
 
 For TPUs, the extra ``tpu`` installs the compiler (libtpu), which compiles for a TPU without having one.
 """
@@ -21,9 +21,9 @@ TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4
 """TPU generations that can be planned for, and their usual shapes. Other shapes with even sides work too."""
 GPUS = ("h100",)
 
-_QUIET = {
+_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries the cloud's metadata server, and waits for an answer
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process uses a TPU here, so several plans may be made at the same time
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process uses a TPU, so several processes may plan at the same time
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
@@ -41,10 +41,10 @@ class Topology:
 def prepare() -> None:
     """Set the environment variables for planning. Call it before JAX and libtpu start; a later call has no effect.
 
-    ``jaxlm plan`` calls it itself. A process that calls it first runs JAX on the CPU, so that it does not use the
-    accelerators of the machine.
+    ``jaxlm plan`` calls it. It also selects the CPU as JAX's platform (unless ``JAX_PLATFORMS`` is set), so that the
+    process does not use the accelerators of the machine.
     """
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     kernels.dump_schedules()
     if os.environ.get("JAX_PLATFORMS") is None:
@@ -61,7 +61,7 @@ def get(name: str) -> Topology:
     """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
 
     Raises:
-        ValueError: there is no such topology; the message lists those that are known.
+        ValueError: there is no such topology; the message lists the known topologies.
         ImportError: the compiler for the topology is not installed; the message says how to install it.
     """
     kind, colon, shape = name.partition(":")
@@ -81,7 +81,7 @@ def get(name: str) -> Topology:
 
 def _gpu(name: str, kind: str, shape: str) -> Topology:
     if not shape.isdigit() or int(shape) < 1:
-        raise ValueError(f"topology {name!r}: GPUs of one host are a number, as in {kind}:8")
+        raise ValueError(f"topology {name!r}: write the number of GPUs of one host, as in {kind}:8")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: pip install 'jaxlm[cuda13]'")
     prepare()

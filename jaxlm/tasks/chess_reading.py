@@ -1,8 +1,8 @@
 """Chess positions for language models: legal moves as ids, and the logits of the next move for several boards.
 
-A model reads a game as tokens of a ``MoveTokenizer``: the beginning, then one token per move. For an encoder-decoder,
-these are the source, and the target is the next move. Its decoder begins with ``decoder_start_id`` of
-``jaxlm.decoding``.
+A model reads a game as tokens of a ``MoveTokenizer``: the BOS token, then one token per move. An encoder-decoder reads
+these as its source, and its target is the next move. The first input of its decoder is
+``jaxlm.decoding.decoder_start_id``.
 
 Shapes: B games or boards, T tokens of a game, V tokens of the tokenizer.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LENGTH_MULTIPLE = 32
 """Games are padded to a multiple of this number of tokens, so that few shapes are compiled."""
 MIN_CAPACITY = 128
-"""Minimum number of cache slots of a reader's state."""
+"""Minimum number of tokens for which a reader's state has room."""
 
 
 class LegalMoves:
@@ -165,7 +165,7 @@ class MoveReader:
 
     @property
     def max_moves(self) -> int | None:
-        """The maximum number of moves of a game after which the model can predict a move. None: no limit."""
+        """The largest number of moves after which the model can still predict the next move. None: no limit."""
         limit = _max_positions(self.model)
         return None if limit is None else limit - 1
 
@@ -218,11 +218,11 @@ class MoveReader:
         return self._logits[indices]
 
     def _find(self, boards: Sequence[chess.Board]) -> list[int] | None:
-        """The row that each board continues. None: a board continues no row."""
+        """The index of the row that each board continues. None: one of the boards continues no row."""
         found: list[int] = []
         for board in boards:
             start, moves = (found[-1] + 1 if found else 0), board.move_stack
-            row = next((i for i in range(start, len(self._rows)) if self._rows[i].begins(moves)), None)
+            row = next((i for i in range(start, len(self._rows)) if self._rows[i].is_prefix_of(moves)), None)
             if row is None:
                 return None
             found.append(row)
@@ -243,7 +243,7 @@ class MoveReader:
         self._logits = np.zeros((self._batch, self.tokenizer.vocab_size), np.float32)
 
     def _extend(self, row: _Row, board: chess.Board) -> list[int]:
-        """Add the new moves of ``board`` to its row, and return their ids. In a new row, the beginning comes first."""
+        """Add the new moves of ``board`` to its row, and return their ids. A new row begins with BOS."""
         new = [] if row.ids else [self.tokenizer.bos_id]
         moves = board.move_stack[len(row.moves) :]
         before = board.copy(stack=len(moves))
@@ -258,7 +258,7 @@ class MoveReader:
         return new
 
     def _new_state(self, longest: int) -> int:
-        """Make an empty state for more than ``longest`` tokens; returns the number of tokens of the next read."""
+        """Create an empty state for more than ``longest`` tokens; returns the padded length of the next read."""
         limit = _max_positions(self.model)
         count = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         self._capacity = max(MIN_CAPACITY, 1 << (count + LENGTH_MULTIPLE - 1).bit_length())
@@ -276,18 +276,18 @@ class MoveReader:
         )  # fmt: skip
         self._used += count
         updated = np.flatnonzero(segment_ids.any(axis=1))
-        self._logits[updated] = _finite(np.asarray(logits)[updated, : self.tokenizer.vocab_size])
+        self._logits[updated] = _check_not_nan(np.asarray(logits)[updated, : self.tokenizer.vocab_size])
 
 
 @dataclasses.dataclass
 class _Row:
-    """The moves that one row of a reader has read, and their ids, including the beginning."""
+    """The moves that one row of a reader has read, and their ids. The ids begin with BOS."""
 
     moves: list[chess.Move]
     ids: list[int]
 
-    def begins(self, moves: list[chess.Move]) -> bool:
-        """Whether ``moves`` begin with the moves of the row."""
+    def is_prefix_of(self, moves: list[chess.Move]) -> bool:
+        """Whether ``moves`` begin with the moves of this row."""
         return moves[: len(self.moves)] == self.moves
 
 
@@ -333,10 +333,10 @@ def next_logits(
         logits = _last_logits(
             model, params, tokens, segment_ids, begin_id=begin_id, sharding=active()
         )  # fmt: skip
-        yield _finite(np.asarray(logits)[: len(part), : tokenizer.vocab_size])
+        yield _check_not_nan(np.asarray(logits)[: len(part), : tokenizer.vocab_size])
 
 
-def _finite(logits: np.ndarray) -> np.ndarray:
+def _check_not_nan(logits: np.ndarray) -> np.ndarray:
     """The logits. Raises ValueError if they have NaN."""
     if np.isnan(logits).any():
         raise ValueError("the model's logits are NaN: its parameters are broken, or a token is outside its vocabulary")

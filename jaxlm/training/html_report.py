@@ -21,7 +21,7 @@ SHOWN_SAMPLES = 20
 """Number of visible samples; further samples are in a collapsed section."""
 
 SHORT = 20
-"""Maximum characters of a sample column whose cells have no line breaks."""
+"""A sample column is not wrapped if its longest cell has at most this many characters."""
 
 REPORT = "report.html"
 CONFIG = "config.json"
@@ -171,7 +171,7 @@ def _samples(run: Path) -> _Section | None:
 
 
 def _sample_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], short: set[str]) -> str:
-    """A table of samples; the cells of the ``short`` columns have no line breaks."""
+    """A table of samples; the cells of the ``short`` columns are not wrapped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(_sample_cell(row, name, short) for name in columns)}</tr>" for row in rows)
     return f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -203,7 +203,7 @@ def _confusion(run: Path) -> _Section | None:
         for index, label in enumerate(labels)
     )
     head = f'<tr><td></td>{_column_names(labels)}<th class="total">all</th></tr>'
-    caption = "Rows are labels, columns are predictions. The shade is the fraction of the row."
+    caption = "Rows are labels, columns are predictions. The shade shows the fraction of the examples with this label."
     table = f'<table class="heat confusion"><thead>{head}</thead><tbody>{rows}</tbody></table>'
     return "confusion", "Confusion matrix", f'<p class="note">{caption}</p><div class="wide">{table}</div>'
 
@@ -241,9 +241,9 @@ def _heat_cell(fraction: float, text: str, title: str) -> str:
 
 
 def _column_names(names: Sequence[str]) -> str:
-    """The column names as header cells, rotated if there are too many or if they are too long."""
-    upright = len(names) > 6 or max(map(len, names), default=0) > 14
-    kind = ' class="upright"' if upright else ""
+    """The column names as header cells; the text is vertical if there are many names or if a name is long."""
+    vertical = len(names) > 6 or max(map(len, names), default=0) > 14
+    kind = ' class="upright"' if vertical else ""
     return "".join(f'<th scope="col"{kind}><span>{escape(name)}</span></th>' for name in names)
 
 

@@ -135,7 +135,7 @@ class Run:
 class DivergedError(RuntimeError):
     """Training stopped because too many steps in a row were skipped, or because the weights were not finite.
 
-    ``step`` is the step whose metrics showed it.
+    ``step`` is the step whose metrics show the divergence.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -242,7 +242,7 @@ class _Loop:
         self._start_time = time.perf_counter()
         self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
         self._run, self._checkpoints = run, checkpoints
-        self._params = jax.jit(trainer.model_params)
+        self._model_params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._shapes: set[Any] = set()
         self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
@@ -251,31 +251,31 @@ class _Loop:
         self._best: float | None = None
         self._without_improvement = 0
         self._losses: list[float] = []  # of all evaluations; NT-ASGD decides from them when averaging starts
-        self._left_out = data.state()["next"]  # number of batches that `data` has passed and no step has used
+        self._dropped_batches = data.state()["next"]  # step i reads batch i - 1 + this number
         self._tokens = 0
         self._rollbacks = 0
         self._earlier_seconds = 0.0
-        self._postponed = False  # whether a checkpoint was due while steps were skipped
-        self._notice: str | None = None
+        self._checkpoint_postponed = False  # whether a checkpoint was due while steps were skipped
+        self._schedule_notice: str | None = None
         self.step = 0
 
     def start(self, params: Any) -> None:
         """Initialize the state, or restore it from a checkpoint."""
-        self._target = self._without_losses(self._trainer.abstract(params))
+        self._abstract_state = self._checkpoint_state(self._trainer.abstract(params))
         self._checkpoints.remove_leftovers()
         existing = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
         if self._run.resume and existing:
-            state, saved = self._checkpoints.restore(self._target, on_corrupt=self._config.on_corrupt)
+            state, saved = self._checkpoints.restore(self._abstract_state, on_corrupt=self._config.on_corrupt)
             self._require_same_run(saved)
             _require_consistent(state, saved, self._checkpoints.directory)
             self._data.restore(saved["data"])
-            training = saved.get("training", {})  # the first records of this format do not have it
-            self._left_out = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
+            training = saved.get("training", {})  # missing in checkpoints of the first versions
+            self._dropped_batches = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
             self._rollbacks, self._earlier_seconds = training.get("rollbacks", 0), training.get("seconds", 0.0)
             self._resume_from(state, saved)
             saved_rate, rate = training.get("learning_rate"), self._learning_rate()
             if saved_rate is not None and rate is not None and not math.isclose(saved_rate, rate, rel_tol=1e-5):
-                self._notice = (
+                self._schedule_notice = (
                     f"step {self.step}: the next learning rate is {rate:.6g}, and it was {saved_rate:.6g} when this "
                     "checkpoint was saved: the schedule or its number of steps has changed"
                 )
@@ -298,7 +298,7 @@ class _Loop:
         progress = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
             _require_same(name, getattr(self._config, name), progress.get(name, getattr(self._config, name)))
-        saved_model, model = saved.get("model", {}), self._model()
+        saved_model, model = saved.get("model", {}), self._model_metadata()
         for name in ("family", "adaptation"):
             _require_same(name, model[name], saved_model.get(name, model[name]))
         for name, value in saved_model.get("config", {}).items():
@@ -310,7 +310,7 @@ class _Loop:
         schedule = self._trainer.learning_rate
         return None if schedule is None else float(schedule(self.step - int(self._state.skipped)))
 
-    def _model(self) -> dict[str, Any]:
+    def _model_metadata(self) -> dict[str, Any]:
         model, adaptation = self._trainer.model, self._trainer.adaptation
         return {
             "family": model.family,
@@ -325,28 +325,28 @@ class _Loop:
         self._best = progress.get("best")
         self._without_improvement = progress.get("without_improvement", 0)
         self._validation, self._evaluated_step = saved.get("validation"), self.step
-        self._losses = _not_none(progress.get("losses", []))
+        self._losses = _none_to_nan(progress.get("losses", []))
         self._tokens = training.get("tokens", 0)
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
-        self._postponed = every is not None and self.step // every > (self.step - skipped) // every
+        self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
         if self._trainer.spike_deviations is not None:
             losses = training.get("recent_losses")
-            recent = self._trainer.no_losses() if losses is None else np.array(_not_none(losses), np.float32)
+            recent = self._trainer.no_losses() if losses is None else np.array(_none_to_nan(losses), np.float32)
             state = dataclasses.replace(state, recent_losses=np.asarray(recent))
         self._state = state
 
     @staticmethod
-    def _without_losses(state: TrainState) -> TrainState:
-        """The state as it is in a checkpoint: the recent losses of the spike rule are in its record.
+    def _checkpoint_state(state: TrainState) -> TrainState:
+        """The state as it is saved in a checkpoint, without ``recent_losses``.
 
-        So a resumed run may switch the rule on or off."""
+        They are saved in the JSON metadata, so that a resumed run may switch the spike rule on or off."""
         return dataclasses.replace(state, recent_losses=None)
 
     def run(self, bar: Bar, signals: _Signals) -> Result:
         """The result, after all remaining steps."""
-        config, log = self._config, _Log(self._records, bar, self._config, self._trainer, self.step)
-        if self._notice is not None and self.step < config.steps:
-            bar.say(self._notice)
+        config, log = self._config, _MetricsReader(self._records, bar, self._config, self._trainer, self.step)
+        if self._schedule_notice is not None and self.step < config.steps:
+            bar.say(self._schedule_notice)
         if self._run.resume and self.step == 0:
             bar.say("there is no checkpoint yet: the run starts from its first step")
         stopped_early = config.patience is not None and self._without_improvement >= config.patience
@@ -367,15 +367,15 @@ class _Loop:
                     f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
                 )
             bar.say(f"{signals.caught}: {message}")
-            return self._result(log, self._without_losses(self._state), None, signals.caught)
+            return self._result(log, self._checkpoint_state(self._state), None, signals.caught)
         return self._finish(log, bar)
 
-    def _advance(self, log: _Log, bar: Bar, signals: _Signals) -> str | None:
+    def _advance(self, log: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
         """The reason to end the run after this step ("signal" or "patience"), or None.
 
         Runs one step, and the evaluation and the checkpoint after it."""
         config = self._config
-        self._one_step(log, bar)
+        self._train_step(log, bar)
         last = self.step == config.steps
         evaluated, improved = self.step % config.evaluate_every == 0 or last, False
         if evaluated:
@@ -391,18 +391,18 @@ class _Loop:
                 f"step {self.step}: {config.best_metric} has not improved in {patience} evaluations: training stops"
             )
         if config.checkpoint_every is not None:
-            due = self._postponed or self.step % config.checkpoint_every == 0
+            due = self._checkpoint_postponed or self.step % config.checkpoint_every == 0
             scheduled = due or last or stop == "patience" or (config.restore_best and improved)
             if scheduled or stop is not None:
                 log.flush()  # raises DivergedError if the weights are not finite
                 # After skipped steps, a checkpoint would have the same weights as the previous one and replace it.
                 skipping = log.skipped_in_a_row > 0
-                self._postponed = due and skipping
+                self._checkpoint_postponed = due and skipping
                 if not skipping or last or stop is not None or (config.restore_best and improved):
                     self._save(extra=skipping or not scheduled, wait=last or stop is not None)
         return stop
 
-    def _roll_back(self, error: DivergedError, log: _Log, bar: Bar) -> None:
+    def _roll_back(self, error: DivergedError, log: _MetricsReader, bar: Bar) -> None:
         """Restore the newest checkpoint, and leave out the batches since then.
 
         Raises:
@@ -422,26 +422,27 @@ class _Loop:
             raise DivergedError(f"{error}. {hint}", error.step) from error
         del self._state  # two states may not fit in memory
         try:
-            state, saved = self._checkpoints.roll_back(self._target)
+            state, saved = self._checkpoints.roll_back(self._abstract_state)
         except FileNotFoundError:
-            raise DivergedError(f"{error}. There is no checkpoint before that to go back to", error.step) from error
-        # The position follows the step that failed. The step at which its metrics were read is later, and differs after
-        # a resume.
-        position = self._left_out + error.step
+            raise DivergedError(f"{error}. There is no earlier checkpoint to go back to", error.step) from error
+        # Training continues with the batch after the failed step. `self.step` may be later, because metrics are read
+        # late. How much later depends on when the run was resumed.
+        position = self._dropped_batches + error.step
         self._data.restore({**self._data.state(), "next": position})
         self._resume_from(state, saved)
-        self._left_out = position - self.step
+        self._dropped_batches = position - self.step
         self._rollbacks += 1
         log.forget()
         self._records.write(
-            error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks, batches_left_out=self._left_out
-        )
+            error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks,
+            batches_left_out=self._dropped_batches,
+        )  # fmt: skip
         bar.say(
             f"{error}. Rollback {self._rollbacks} of {allowed}: training continues from step {self.step}, without the "
             f"batches of steps {self.step + 1} to {error.step}"
         )
 
-    def _one_step(self, log: _Log, bar: Bar) -> None:
+    def _train_step(self, log: _MetricsReader, bar: Bar) -> None:
         batch = next(self._data)
         placed = place_batch(batch, self._trainer.sharding)
         shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(placed))
@@ -450,16 +451,17 @@ class _Loop:
             if len(self._shapes) > 1:
                 bar.say(f"step {self.step + 1}: compiling for batch shape {len(self._shapes)}")
         examples, tokens = count(batch)
-        fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]  # rows of this process
+        # The fraction of the rows of the global batch that this process has.
+        fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]
         self._state, metrics = self._jit_step(self._state, placed)
         self.step += 1
         self._tokens += round(tokens / fraction)
         log.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
 
     def _evaluate_now(self, bar: Bar) -> bool:
-        """Whether ``best_metric`` improved in an evaluation, which is run and logged now."""
+        """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
         config = self._config
-        values = dict(self._evaluate(self._params(self._state)))
+        values = dict(self._evaluate(self._model_params(self._state)))
         if config.best_metric not in values:
             raise ValueError(
                 f"best_metric={config.best_metric!r} is not among the validation metrics {', '.join(values)}: "
@@ -488,59 +490,60 @@ class _Loop:
             bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
 
     def _to_minimize(self, value: float) -> float:
+        """``value`` of ``best_metric`` with the sign for which lower is better."""
         return value if self._config.best_mode == "min" else -value
 
     def _save(self, *, extra: bool, wait: bool) -> None:
         training: dict[str, Any] = {
             "step": self.step,
-            "batches_left_out": self._left_out,
+            "batches_left_out": self._dropped_batches,
             "tokens": self._tokens,
             "rollbacks": self._rollbacks,
             "seconds": self._earlier_seconds + time.perf_counter() - self._start_time,
             "learning_rate": self._learning_rate(),
         }
         if self._state.recent_losses is not None:
-            training["recent_losses"] = _no_nan(jax.device_get(self._state.recent_losses).tolist())
+            training["recent_losses"] = _nan_to_none(jax.device_get(self._state.recent_losses).tolist())
         content = {
             **self._run.meta,
             "data": self._data.state(),
             "training": training,
-            "model": self._model(),
+            "model": self._model_metadata(),
             "evaluation": {
                 "best_metric": self._config.best_metric,
                 "best_mode": self._config.best_mode,
                 "best": self._best,
                 "without_improvement": self._without_improvement,
-                "losses": _no_nan(self._losses),
+                "losses": _nan_to_none(self._losses),
             },
         }
         metric = None
         if self._validation is not None and self._evaluated_step == self.step:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
-        state = self._without_losses(self._state)
+        state = self._checkpoint_state(self._state)
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
-    def _finish(self, log: _Log, bar: Bar) -> Result:
+    def _finish(self, log: _MetricsReader, bar: Bar) -> Result:
         if not self._config.restore_best or self._checkpoints.best in (None, self.step):
-            return self._result(log, self._without_losses(self._state), self._validation, None)
+            return self._result(log, self._checkpoint_state(self._state), self._validation, None)
         del self._state  # two states may not fit in memory
-        state, saved = self._checkpoints.restore(self._target, best=True)
+        state, saved = self._checkpoints.restore(self._abstract_state, best=True)
         bar.say(f"the weights of step {int(state.step)} are used, which has the best {self._config.best_metric}")
         return self._result(log, state, saved["validation"], None)
 
     def _result(
-        self, log: _Log, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
+        self, log: _MetricsReader, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
     ) -> Result:
         return Result(
-            state, self._params(state), int(state.step), validation, interrupted,
+            state, self._model_params(state), int(state.step), validation, interrupted,
             log.first_loss_at - self._start_time, log.tokens_per_second, log.examples_per_second, len(self._shapes),
             self._tokens, self._earlier_seconds, self._rollbacks,
         )  # fmt: skip
 
 
 _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|scan_layers|attention_implementation")
-"""Fields of a model's config that a resumed run may change: the trained weights compute the same with them."""
+"""Fields of a model's config that a resumed run may change, because the trained weights stay valid."""
 
 
 def _require_same(name: str, value: Any, saved: Any) -> None:
@@ -549,10 +552,10 @@ def _require_same(name: str, value: Any, saved: Any) -> None:
 
 
 def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:
-    """Check that the arrays of a checkpoint and its record were saved at the same step.
+    """Check that the arrays and the JSON metadata of a checkpoint were saved at the same step.
 
     Raises:
-        CorruptCheckpointError: they were not.
+        CorruptCheckpointError: they do not match.
     """
     step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
     training, position = saved.get("training"), saved["data"]["next"]
@@ -561,7 +564,7 @@ def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: 
         problems.append(f"{skipped} steps are skipped, {in_a_row} of them in a row")
     if training is not None:
         if training["step"] != step:
-            problems.append(f"its record is of step {training['step']}")
+            problems.append(f"its metadata is from step {training['step']}")
         if position != step + training["batches_left_out"]:
             problems.append(f"the data are at batch {position}, with {training['batches_left_out']} batches left out")
         for name in ("batches_left_out", "tokens", "rollbacks", "seconds"):
@@ -576,13 +579,13 @@ def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: 
         )
 
 
-def _no_nan(values: Sequence[float]) -> list[float | None]:
+def _nan_to_none(values: Sequence[float]) -> list[float | None]:
     """The values with None instead of NaN, because JSON has no NaN."""
     return [None if math.isnan(value) else value for value in values]
 
 
-def _not_none(values: Sequence[float | None]) -> list[float]:
-    """The values with NaN instead of None, the inverse of :func:`_no_nan`."""
+def _none_to_nan(values: Sequence[float | None]) -> list[float]:
+    """The values with NaN instead of None, the inverse of :func:`_nan_to_none`."""
     return [math.nan if value is None else value for value in values]
 
 
@@ -599,8 +602,8 @@ class _Records:
             tracker.log(step, numbers)
 
 
-class _Log:
-    """Reads metrics :data:`LAG` steps late, writes them every ``log_every`` steps, and finds divergence."""
+class _MetricsReader:
+    """Reads metrics :data:`LAG` steps late, writes them every ``log_every`` steps, and detects divergence."""
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
@@ -609,7 +612,7 @@ class _Log:
         self._clock: tuple[float, int] | None = None
         self._seconds, self._tokens, self._examples = 0.0, 0, 0
         self.first_loss_at = math.nan
-        self.skipped_in_a_row = 0  # at the last step that was read
+        self.skipped_in_a_row = 0  # at the last step whose metrics were read
 
     @property
     def tokens_per_second(self) -> float:
@@ -630,7 +633,7 @@ class _Log:
             self._read(*self._waiting.popleft())
 
     def forget(self) -> None:
-        """Drop the metrics that have not been read, because the run goes back to a checkpoint."""
+        """Discard the metrics that have not been read, because the run goes back to a checkpoint."""
         self._waiting.clear()
         self.restart_clock()
 
@@ -667,9 +670,9 @@ class _Log:
             reason = "a loss spike" if spike else "a loss or gradient that is not finite"
             self._bar.say(f"step {step}: {reason} ({numbers}); the update is skipped")
         if self.skipped_in_a_row >= self._config.max_skipped_in_a_row:
-            fault = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
+            cause = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
             raise DivergedError(
-                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {fault} ({numbers}). "
+                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {cause} ({numbers}). "
                 f"Their updates were skipped, so the weights are those before these steps. Lower the learning rate, "
                 f"decrease clip_norm, use more warm-up steps, or look at the data of these steps",
                 step,
@@ -688,8 +691,8 @@ class _Signals:
     """Catches the first SIGINT or SIGTERM so that the loop ends after a complete step.
 
     A second signal has its usual effect. With several processes, a signal to one process ends all of them after the
-    same step (``processes.request_end``). JAX handles SIGTERM itself in processes that ``processes.run`` has not
-    joined.
+    same step (``processes.request_end``). In processes that were not joined by ``processes.run``, JAX handles SIGTERM
+    itself, and this class catches only SIGINT.
     """
 
     def __init__(self) -> None:

@@ -2,11 +2,11 @@
 
 ``make_optimizer(OptimizerConfig("nt_asgd", ...))`` has :func:`averaging` in its chain. After each evaluation, a
 training loop calls :func:`should_start`, and :func:`start` when this is true for the first time. The loop evaluates and
-exports :func:`averaged`; the steps continue from the parameters themselves.
+exports :func:`averaged`. The training steps continue from the parameters that are not averaged.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
->>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # of every evaluation so far
+>>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # validation losses so far
 >>> if should_start(losses):
 ...     state = start(state)
 >>> evaluated = averaged(state)                                      # before the start: the parameters
@@ -43,16 +43,16 @@ def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
     """
     if nonmono < 1:
         raise ValueError(f"nonmono={nonmono} must be at least 1")
-    old = [math.inf if math.isnan(loss) else loss for loss in losses[: -nonmono - 1]]
-    return bool(old) and not losses[-1] <= min(old)
+    older = [math.inf if math.isnan(loss) else loss for loss in losses[: -nonmono - 1]]
+    return bool(older) and not losses[-1] <= min(older)
 
 
 def averaging() -> optax.GradientTransformation:
     """A transformation that returns updates unchanged and keeps the mean of the parameters. It must be last in a chain.
 
     The mean includes the parameters at the time of :func:`start` and all later ones, as in the paper's algorithm 1.
-    (``torch.optim.ASGD``, which the authors' code uses, starts with the second step after it.) The state needs the
-    memory of one copy of the parameters.
+    (The authors' code uses ``torch.optim.ASGD``, whose mean begins with the second step after the start.) The state
+    needs the memory of one copy of the parameters.
     """
 
     def init(params: Any) -> AveragingState:

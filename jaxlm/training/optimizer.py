@@ -62,9 +62,10 @@ class OptimizerConfig:
     ``layer_decay``, the embeddings the smallest factor. None: all parameters have the same learning rate."""
 
     def __post_init__(self) -> None:
-        for name, words in (("name", OptimizerName), ("schedule", Schedule)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(get_args(words))}")
+        for name, literal in (("name", OptimizerName), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(literal):
+                choices = ", ".join(get_args(literal))
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {choices}")
         check_finite(self)
         for name in ("learning_rate", "epsilon"):
             if getattr(self, name) <= 0.0:
@@ -94,9 +95,9 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The learning-rate schedule, a function of the number of updates so far.
 
-    ``inverse_square_root`` (Vaswani et al. 2017, section 5.3) is ``peak * sqrt(k / n)`` at update ``n`` after the first
-    ``k`` updates, which are warm-up and hold. It does not depend on ``steps``, and the hold may be longer than the
-    training.
+    ``inverse_square_root`` (Vaswani et al. 2017, section 5.3): let k be the number of warm-up and hold steps. At an
+    update n >= k, the learning rate is ``peak * sqrt(k / n)``. This does not depend on ``steps``, and the hold may be
+    longer than the training.
 
     Raises:
         ValueError: the warm-up (for cosine and linear, warm-up and hold together) is as long as the training, or
@@ -183,9 +184,9 @@ def _scale_by_optimizer(config: OptimizerConfig, specs: spec.Tree) -> optax.Grad
     if config.name == "adadelta":
         return optax.scale_by_adadelta(config.beta2, config.epsilon)
     if config.name == "adafactor":
-        return _for_each_matrix(lambda name, leaf: _ADAFACTOR, specs, flat=True)
+        return _for_each_matrix(lambda name, leaf: _ADAFACTOR, specs, flatten=True)
     if config.name == "muon":
-        return _for_each_matrix(lambda name, leaf: _muon(name, leaf) or adam, specs, flat=False)
+        return _for_each_matrix(lambda name, leaf: _muon(name, leaf) or adam, specs, flatten=False)
     return optax.trace(config.beta1, config.nesterov) if config.beta1 > 0.0 else optax.identity()
 
 
@@ -206,7 +207,7 @@ reused (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2)."""
 
 
 def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
-    """The tree of ``optax.contrib.MuonDimensionNumbers`` for parameters with these specs; None for other parameters.
+    """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
     Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, but no embeddings, heads, biases and
     scales. ``jaxlm.adapt.matrix_rows`` defines the axes of a matrix. The axis ``layers`` and unnamed output axes
@@ -237,23 +238,24 @@ def _muon(name: str, leaf: ArraySpec) -> optax.GradientTransformation | None:
     numbers = _dimension_numbers(name, leaf)
     if numbers is None:
         return None
-    size = max(math.prod(leaf.shape[axis] for axis in axes) for axes in numbers)  # of the longer side of the matrix
+    size = max(math.prod(leaf.shape[axis] for axis in axes) for axes in numbers)  # the longer side of the matrix
     return optax.chain(
         scale_by_muon(weight_dimension_numbers=numbers),
-        optax.scale(MUON_RMS * math.sqrt(size)),  # an orthogonal matrix has the root mean square 1 / sqrt(size)
+        optax.scale(MUON_RMS * math.sqrt(size)),  # the root mean square of an orthogonal matrix is 1 / sqrt(size)
     )
 
 
 def _for_each_matrix(
-    choose: Callable[[str, ArraySpec], optax.GradientTransformation], specs: spec.Tree, *, flat: bool
+    choose: Callable[[str, ArraySpec], optax.GradientTransformation], specs: spec.Tree, *, flatten: bool
 ) -> optax.GradientTransformation:
     """A transformation that applies ``choose(path, spec of one layer)`` to each leaf.
 
-    Each layer of a stacked leaf is transformed separately. The state has the structure of the parameters, with the
-    state of a leaf at its path. Paths have no layer numbers.
+    Each layer of a stacked leaf is transformed separately. The state is a tree with the structure of the parameters,
+    whose leaves are the states of the transformations.
 
     Args:
-        flat: whether to pass a leaf as its matrix [rows, columns], or as a vector if it is not a matrix.
+        choose: a function from a path without a layer number, and the spec of one layer, to a transformation.
+        flatten: whether to reshape a leaf to its matrix [rows, columns] (a leaf that is not a matrix: to a vector).
     """
     leaves = {spec.split_layer(path)[0]: leaf for path, leaf in spec.flatten(specs).items()}
     stacked_names = {name for name, leaf in leaves.items() if leaf.axes[:1] == (LAYERS,)}
@@ -266,7 +268,7 @@ def _for_each_matrix(
 
     def reshape(name: str, x: Any) -> Any:
         rows = matrix_rows(name, per_layer[name])
-        if not flat:
+        if not flatten:
             return x
         return x.reshape(-1) if rows is None else x.reshape(math.prod(x.shape[:rows]), -1)
 
@@ -352,9 +354,9 @@ def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """``optax.clip_by_global_norm`` as a product with one scalar (Pascanu et al. 2013, algorithm 1).
+    """``optax.clip_by_global_norm``, as a multiplication by one scalar (Pascanu et al. 2013, algorithm 1).
 
-    Optax divides each entry, and XLA writes the quotients to memory before Adam reads them, which is an extra pass over
+    Optax divides each entry. XLA writes the quotients to memory before Adam reads them, which costs an extra pass over
     all gradients. If the caller passes ``gradient_norm``, as ``Trainer.step`` does, the norm is not computed again.
     """
 

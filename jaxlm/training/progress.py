@@ -36,7 +36,7 @@ class Bar:
         self.console = console or Console(stderr=True, quiet=not processes.is_first())
         self._steps, self._device = steps, device_name(devices)
         self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
-        self._printed = time.perf_counter()
+        self._last_print = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -65,10 +65,13 @@ class Bar:
         rate = "-" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
         now = time.perf_counter()
-        first, since = self._first = self._first or (step, now)
-        if not self.console.is_terminal and (now - self._printed >= SECONDS_BETWEEN_LINES or step in (1, self._steps)):
-            self._printed = now
-            left = f" · {(now - since) / (step - first) * (self._steps - step):.0f} s left" if step > first else ""
+        first_step, first_time = self._first = self._first or (step, now)
+        is_due = now - self._last_print >= SECONDS_BETWEEN_LINES or step in (1, self._steps)
+        if is_due and not self.console.is_terminal:
+            self._last_print = now
+            left = ""
+            if step > first_step:
+                left = f" · {(now - first_time) / (step - first_step) * (self._steps - step):.0f} s left"
             self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{left}")
 
     def say(self, text: Any) -> None:

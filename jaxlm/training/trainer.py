@@ -24,7 +24,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
 Carry = tuple[int, int]
-"""Size of the model state that is carried from batch to batch: (rows, tokens of context in the state)."""
+"""Size of the model state that is carried from batch to batch: the arguments (rows, tokens) of ``Model.init_state``."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
@@ -171,10 +171,11 @@ class Trainer:
     def shardings(self) -> TrainState:
         """The sharding of each array of the state.
 
-        An optimizer array with the path and shape of a parameter has its sharding. Counters and keys are replicated.
+        An optimizer array with the same path and shape as a parameter has the sharding of this parameter. Counters and
+        keys are replicated.
         """
         assert self.sharding is not None
-        everywhere = self.sharding.replicated()
+        replicated = self.sharding.replicated()
         params = self.sharding.tree(self.specs)
         optimizer = optimizer_sharding(self.optimizer, self.specs, self.sharding)
         model_state = frozen = None
@@ -183,16 +184,17 @@ class Trainer:
         if self.adaptation is not None:
             frozen = self.sharding.tree(self.adaptation.frozen_specs(self.model.specs))
         ema = None if self.ema_decay is None else params
-        losses = None if self.spike_deviations is None else everywhere
+        losses = None if self.spike_deviations is None else replicated
         return TrainState(
-            everywhere, params, optimizer, everywhere, ema, everywhere, everywhere, model_state, frozen, losses
+            replicated, params, optimizer, replicated, ema, replicated, replicated, model_state, frozen, losses
         )
 
     def model_params(self, state: TrainState) -> Any:
         """The parameters of the model for evaluation and export, including frozen parameters.
 
-        For trained parameters, this is the moving average if there is one, else the mean of NT-ASGD if the optimizer
-        has it (before averaging starts, this mean is the current parameters), else the current parameters.
+        With ``ema_decay``, the trained parameters are their exponential moving average. Otherwise, if the optimizer is
+        NT-ASGD, they are its mean, which is equal to the current parameters before averaging starts. In all other
+        cases, they are the current parameters.
         """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
@@ -292,17 +294,17 @@ class Trainer:
         """The result of ``_gradients``, computed one micro-batch after the other."""
         if model_state is not None:
             raise ValueError(
-                f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: leave it at 1"
+                f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: set it to 1"
             )
 
-        def add(sums: Any, numbered: Any) -> tuple[Any, Any]:
-            number, rows = numbered
+        def add(sums: Any, number_and_rows: Any) -> tuple[Any, Any]:
+            number, rows = number_and_rows
             added, new = self._gradients(params, frozen, rows, jax.random.fold_in(key, number), None)
             return jax.tree.map(jnp.add, sums, added), new
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-        numbered = (jnp.arange(self.grad_accum_steps), _micro_batches(batch, self.grad_accum_steps))
-        sums, new = jax.lax.scan(add, zeros, numbered)
+        numbers_and_rows = (jnp.arange(self.grad_accum_steps), _micro_batches(batch, self.grad_accum_steps))
+        sums, new = jax.lax.scan(add, zeros, numbers_and_rows)
         return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new)
 
     def _update(self, trees: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
@@ -362,7 +364,10 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
 
 
 def _to_host_if_distributed(x: Any) -> Any:
-    """``x``; with several processes, a local array as a NumPy array: jit cannot copy it to other processes."""
+    """``x``; a NumPy array if there are several processes and ``x`` is local.
+
+    jit copies a NumPy array to all processes, but not a ``jax.Array`` of one process.
+    """
     local = not isinstance(x, jax.Array) or x.is_fully_addressable
     return np.asarray(x) if jax.process_count() > 1 and local else x
 

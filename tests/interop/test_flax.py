@@ -154,5 +154,5 @@ def test_parameters_of_another_shape_are_named():
     with pytest.raises(flax.errors.ScopeParamShapeError, match="token_embedding"):
         as_linen(MODEL).apply({"params": wrong}, TOKENS)
     for arguments in ({}, {"rngs": nnx.Rngs(0), "params": params()}):
-        with pytest.raises(ValueError, match="exactly one of them"):
+        with pytest.raises(ValueError, match="pass exactly one of rngs"):
             as_nnx(MODEL, **arguments)

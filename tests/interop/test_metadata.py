@@ -170,12 +170,12 @@ def test_an_alias_is_accepted_beside_its_field_and_follows_it(tmp_path: Path) ->
     config = config_json.their_config(changed, "float32")
     assert (config["n_head"], config["num_attention_heads"]) == (2, 2)
     edit(directory, num_attention_heads=8)
-    with pytest.raises(ValueError, match="num_attention_heads=8 is another name of n_head, which is 4: write n_head"):
+    with pytest.raises(ValueError, match="num_attention_heads=8 is an alias of n_head, which is 4: set only n_head"):
         load_pretrained(directory)
     config = edit(directory, num_attention_heads=4)
     del config["n_head"]
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="another name of n_head, which is 'missing'"):
+    with pytest.raises(ValueError, match="an alias of n_head, which is 'missing': set only n_head"):
         load_pretrained(directory)
 
 
@@ -438,7 +438,8 @@ def test_a_head_of_the_same_task_and_size_is_read(tmp_path: Path) -> None:
 def test_a_class_that_is_not_listed_gives_its_base(tmp_path: Path) -> None:
     directory = saved(tmp_path, get_model("bert-tiny", task="classification", num_labels=1))
     edit(directory, architectures=["BertForMultipleChoice"])
-    with pytest.raises(ValueError, match=r"'BertForMultipleChoice' is not supported; task=\.\.\. loads its base"):
+    message = r"'BertForMultipleChoice' is not supported; pass task=\.\.\. to load its base model"
+    with pytest.raises(ValueError, match=message):
         load_pretrained(directory)
     model, _ = load_pretrained(directory, task="classification", num_labels=1)
     assert model.metadata is not None

@@ -102,7 +102,7 @@ def test_the_scale_of_rank_stabilised_adapters(tmp_path):
 def test_dropout_is_mentioned(tmp_path):
     config, tensors = saved(tmp_path)
     rewrite(tmp_path, config | {"lora_dropout": 0.1}, tensors)
-    with pytest.warns(UserWarning, match="lora_dropout=0.1 is not applied when training goes on"):
+    with pytest.warns(UserWarning, match="lora_dropout=0.1 is not applied in further training"):
         load_adapter(tmp_path, GPT)
 
 
@@ -123,7 +123,7 @@ def test_factors_in_half_precision_become_float32(tmp_path):
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported: it changes the base"),
         ({"r": 0}, "r=0 must be a positive integer"),
-        ({"r": 8}, r"c_attn.lora_A.weight' has shape \[4, 32\], but r=8 .* ask for \[8, 32\]"),
+        ({"r": 8}, r"c_attn.lora_A.weight' has shape \[4, 32\], but r=8 .* require \[8, 32\]"),
     ],
 )
 def test_configs_that_are_not_supported(change, message, tmp_path):
@@ -138,7 +138,7 @@ def test_configs_that_are_not_supported(change, message, tmp_path):
     [
         ({"transformer.h.0.attn.c_attn.lora_A.weight": None}, "lacks 'transformer.h.0.attn.c_attn.lora_A.weight'"),
         ({"transformer.h.7.attn.c_attn.lora_A.weight": (4, 32)}, "no module 'transformer.h.7.attn.c_attn'"),
-        ({"transformer.h.0.attn.c_attn.lora_magnitude_vector": (96,)}, "neither a factor of LoRA nor a parameter"),
+        ({"transformer.h.0.attn.c_attn.lora_magnitude_vector": (96,)}, "neither a LoRA factor nor a parameter"),
         (
             {"transformer.wte.lora_A.weight": (4, 128)},
             r"token_embedding \(transformer.wte.weight\) is not the",

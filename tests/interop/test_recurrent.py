@@ -119,7 +119,7 @@ def test_export_to_keras_and_back(case):
 
 def test_what_cannot_be_is_named():
     _, lstm, _ = golden("torch_lstm")
-    with pytest.raises(ValueError, match="no weight_ih_l2 and weight_hh_l2 in the weights: they hold weight_ih_l0"):
+    with pytest.raises(ValueError, match="no weight_ih_l2 and weight_hh_l2 in the weights: they have weight_ih_l0"):
         from_torch(lstm, layer=2)
     with pytest.raises(ValueError, match="proj_size"):
         from_torch({**lstm, "weight_hr_l0": np.ones((2, 4))})

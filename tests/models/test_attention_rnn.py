@@ -140,9 +140,9 @@ def test_separate_source_and_target_vocabularies(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 2}, "attention='bahdanau' has num_layers=1, got 2"),
-        ({"score": "dot"}, "attention='bahdanau' has score='concat', got 'dot'"),
-        ({"window": 3}, "attention='bahdanau' has window=None, got 3"),
+        ({"num_layers": 2}, "attention='bahdanau' requires num_layers=1, got 2"),
+        ({"score": "dot"}, "attention='bahdanau' requires score='concat', got 'dot'"),
+        ({"window": 3}, "attention='bahdanau' requires window=None, got 3"),
         ({"attention": "luong", "window": 0}, "window=0 must be at least 1"),
         ({"attention": "vaswani"}, "attention='vaswani' is unknown"),
         ({"source_vocab_size": 0}, "source_vocab_size=0 must be at least 1"),
@@ -167,7 +167,7 @@ def test_bad_input(name):
     for inputs, message in (
         ({}, "source .to train. or state .to decode, from start., got neither"),
         ({"source": source, "state": state}, "got both"),
-        ({"state": state, "source_segment_ids": source}, "source_segment_ids belong to start"),
+        ({"state": state, "source_segment_ids": source}, "pass source_segment_ids to start"),
         ({"source": source[:1]}, r"source \[1, 4\] must have as many rows as tokens \[2, 3\]"),
         (
             {"source": source, "source_segment_ids": tokens},

@@ -275,5 +275,5 @@ def test_names_of_the_first_published_files_are_read(tmp_path):
     assert model == same
     assert_trees_equal(params, expected)
     save_file({**old, **tensors}, path)
-    with pytest.raises(ValueError, match=r"holds tensors under old and new names: .*LayerNorm\.beta"):
+    with pytest.raises(ValueError, match=r"contains tensors under both an old and a new name: .*LayerNorm\.beta"):
         load_pretrained(tmp_path / "old")

@@ -228,7 +228,7 @@ def test_errors_name_bad_input():
         model.apply(params, tokens)
     with pytest.raises(ValueError, match="got both"):
         model.apply(params, tokens, source=source, state=state)
-    with pytest.raises(ValueError, match="source_segment_ids belong to start: a state already contains"):
+    with pytest.raises(ValueError, match="pass source_segment_ids to start: a state already contains"):
         model.apply(params, tokens, source_segment_ids=np.ones((2, 4), np.int32), state=state)
     with pytest.raises(ValueError, match=r"source \[1, 4\] must have as many rows as tokens \[2, 3\]"):
         model.apply(params, tokens, source=source[:1])

@@ -434,5 +434,5 @@ def test_default_implementation_on_a_tpu(monkeypatch):
     assert default(5000, 5000, bias=long_bias) == "blockwise"
     monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v4")
     assert default(1024, 1024) == "splash"
-    with pytest.raises(ValueError, match="'pallas' needs a TPU from v5 on"):
+    with pytest.raises(ValueError, match="'pallas' needs a TPU v5 or newer"):
         default(1024, 1024, implementation="pallas")

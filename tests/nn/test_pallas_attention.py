@@ -158,7 +158,7 @@ def test_unsupported_arguments_give_the_reason():
         attend(bias=jnp.zeros((1, 1, 8, 8)))
     with pytest.raises(ValueError, match="does not support the bias ByPositions, which gathers single entries"):
         attend(bias=distance_bias_of_positions(jnp.zeros((9, H)), 4, positions, positions))
-    assert "has room for 4096 keys, got 8192" in pallas_attention.unsupported_reason(8192, 8192, (), None, None)
+    assert "supports at most 4096 keys, got 8192" in pallas_attention.unsupported_reason(8192, 8192, (), None, None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
         assert "without a sequence axis" in pallas_attention.unsupported_reason(128, 128, (), None, None)
 

@@ -183,7 +183,7 @@ def test_bad_numbers_are_named():
         permutation.batch(windows(), rng, **{**SMALL, "permutation_length": 7})
     with pytest.raises(ValueError, match="num_predict asks for 15 of the 12 tokens"):
         permutation.batch(windows(), rng, **{**SMALL, "num_predict": 30})
-    with pytest.raises(ValueError, match="beta=7 of every alpha=6"):
+    with pytest.raises(ValueError, match="beta=7 must be between 1 and alpha=6"):
         permutation.batch(windows(), rng, **SMALL, beta=7)
     with pytest.raises(ValueError, match=r"right_to_left \[3\] must be \[4\]"):
         permutation.batch(windows(), rng, right_to_left=np.zeros(3, bool), **SMALL)

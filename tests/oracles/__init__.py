@@ -1,17 +1,23 @@
-"""Each family against its reference implementation: one module a family, one runner for all.
+"""Comparison of each family with a reference implementation. Each family has a module; :func:`compare` serves all.
 
-A module has ``CASES`` (tiny; their goldens are in the repository), ``LIVE`` (further shapes, compared only where torch
-is) and ``reference(case, directory)``, which writes the files of a random model into ``directory`` and returns what the
-reference says about it:
+A module has these names:
 
-    input/<keyword>          arrays for ``apply``, ``input/tokens`` at least
-    hidden, logits           what the reference gives
-    real                     which places count (default: those of segments above 0)
+    CASES                       tiny models, whose goldens (stored reference results) are in the repository
+    LIVE                        further models, which are compared only if torch is installed
+    reference(case, directory)  writes the files of a random model to ``directory`` and returns the reference results
+
+The reference results are a dict of arrays:
+
+    input/<keyword>          arguments of ``apply``; ``input/tokens`` is required
+    hidden, logits           hidden states and logits of the reference
+    real                     mask of the compared positions (default: positions with a segment id above 0)
     targets, weights, loss   as in ``jaxlm.objectives.batch.Batch``, and the mean loss
-    gradient/<name>          of every parameter, as ``jaxlm.interop.huggingface.named_tensors`` calls it
+    gradient/<name>          gradient of each parameter, with the name of ``jaxlm.interop.huggingface.named_tensors``
 
-    python -m tests.oracles                     the fidelity table: every case, the largest relative differences
-    python -m tests.oracles --write [FAMILY]    make the goldens again (when a case changes, not when a test fails)
+Commands:
+
+    python -m tests.oracles                     print a table of the largest relative differences of all cases
+    python -m tests.oracles --write [FAMILY]    write the goldens again (if a case changes, not if a test fails)
 """
 
 from __future__ import annotations
@@ -34,21 +40,21 @@ REFERENCE = "reference.npz"
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("_", "test_")))
 
 TOLERANCES = {"hidden": 1e-5, "logits": 1e-5, "loss": 2e-6, "gradient": 3e-5}
-"""Largest difference over largest value, float32. Loosened per family, with the reason, in its module's TOLERANCES."""
+"""Maximum of ``max |difference| / max |reference|`` in float32. A module can have larger ones in its ``TOLERANCES``."""
 
 
 def oracle(family: str) -> ModuleType:
-    """The oracle module of a family."""
+    """The module of a family in this package."""
     return importlib.import_module(f"tests.oracles.{family}")
 
 
 def tolerances(family: str) -> dict[str, float]:
-    """The tolerance of each quantity."""
+    """The tolerance of each quantity for a family."""
     return {**TOLERANCES, **getattr(oracle(family), "TOLERANCES", {})}
 
 
 def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, float]:
-    """The relative error of each quantity that the reference gives, ``{"hidden": 3e-7, ...}``."""
+    """The relative error of each quantity in the reference results, for example ``{"hidden": 3e-7, ...}``."""
     model, params = load_pretrained(directory)
     inputs = {key.removeprefix("input/"): x for key, x in reference.items() if key.startswith("input/")}
     tokens, segment_ids = inputs.pop("tokens"), inputs.pop("segment_ids", None)
@@ -60,8 +66,8 @@ def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, floa
         hidden, _ = model.apply(params, tokens, segment_ids=segment_ids, **inputs)
         if task == "none" or "logits" not in reference:
             return hidden, None
-        read = hidden if task != "classification" else model.summary(params, hidden, segment_ids=segment_ids)
-        return hidden, model.logits(params, read)
+        pooled = hidden if task != "classification" else model.summary(params, hidden, segment_ids=segment_ids)
+        return hidden, model.logits(params, pooled)
 
     hidden, logits = outputs(params, tokens, segment_ids, inputs)
     real = reference.get("real")
@@ -93,7 +99,8 @@ def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, floa
         ours = dict(named_tensors(model, gradients))
         theirs = {key.removeprefix("gradient/"): x for key, x in reference.items() if key.startswith("gradient/")}
         assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
-        # A gradient that is nothing but rounding (that of a key's bias) is measured against the largest of them all.
+        # Some gradients are only rounding errors (for example, of a key bias). So each error is divided by at least 1 %
+        # of the largest gradient.
         largest = max(np.abs(x).max() for x in theirs.values())
         errors["gradient"] = max(
             np.abs(ours[name] - theirs[name]).max() / max(np.abs(theirs[name]).max(), 1e-2 * largest) for name in ours

@@ -1,4 +1,4 @@
-"""See ``tests.oracles``."""
+"""Command line of ``tests.oracles``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.oracles import FAMILIES, GOLDENS, REFERENCE, compare, oracle
 
 
 def write(family: str) -> None:
-    """Make the goldens of a family."""
+    """Write the goldens of a family."""
     for case in oracle(family).CASES:
         directory = GOLDENS / f"{family}-{case}"
         shutil.rmtree(directory, ignore_errors=True)
@@ -25,7 +25,7 @@ def write(family: str) -> None:
 
 
 def table(families: list[str]) -> None:
-    """Print the largest relative difference of each quantity, over all cases of a family."""
+    """Print a table: for each family, the largest relative difference of each quantity over all cases."""
     print("| family | cases | hidden | logits | loss | gradients |\n|---|---|---|---|---|---|")
     for family in families:
         module, worst = oracle(family), {}

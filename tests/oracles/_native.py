@@ -1,6 +1,7 @@
-"""What oracles of families without published files share: random parameters of ours as torch tensors, and the answer.
+"""Functions of the oracles of families without published files: random parameters as torch tensors, and results.
 
-The references compute with torch's functions on tensors laid out as ours, so that names and gradients need no map.
+The references compute with torch on tensors with the names and shapes of jaxlm's parameters. So no conversion of names
+or gradients is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxlm.models import Model
 
 
 def parameters(model: Model, seed: int) -> dict[str, Any]:
-    """Initial parameters moved by noise, by path; what is fixed (identities, variances) stays what it must be."""
+    """Initial parameters plus noise as torch tensors, by path. Variances are positive; one-hot tables have no noise."""
     import torch
 
     rng = np.random.default_rng(seed)
@@ -28,7 +29,7 @@ def parameters(model: Model, seed: int) -> dict[str, Any]:
         if path.endswith("variance"):
             array = rng.uniform(0.5, 1.5, array.shape)
         elif path != "token_embedding" or getattr(model.config, "embedding", "learned") == "learned":
-            # Weights by their inputs: where activations grow, rounding is all that one would see of a loss.
+            # Scale by the number of inputs: with large activations, the loss would have only rounding errors.
             scale = min(0.25, np.prod(array.shape[:-1]) ** -0.5)
             array = array + scale * rng.standard_normal(array.shape)
         tensors[path] = torch.tensor(array.astype(np.float32), requires_grad=True)
@@ -36,7 +37,7 @@ def parameters(model: Model, seed: int) -> dict[str, Any]:
 
 
 def padding(segments: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """Segment ids [B, T]: ``left``, ``right`` or ``packed`` rows, None for ``none``."""
+    """Segment ids [B, T]. ``left``, ``right``: side of the padding; ``packed``: two texts per row; ``none``: None."""
     B, T = shape
     if segments == "none":
         return None
@@ -53,20 +54,20 @@ def padding(segments: str, shape: tuple[int, int]) -> np.ndarray | None:
 def each_text(
     run: Callable[[np.ndarray], Any], tokens: np.ndarray, segment_ids: np.ndarray | None
 ) -> tuple[Any, np.ndarray]:
-    """What ``run`` gives for each text of a row alone, put at its places [B, T, C], and which places are real."""
+    """The outputs of ``run`` for each text alone, at the text's positions [B, T, C], and a mask of real positions."""
     import torch
 
     ids = np.ones_like(tokens) if segment_ids is None else segment_ids
     rows = []
     for row, row_ids in zip(tokens, ids, strict=True):
-        places = [np.nonzero(row_ids == number)[0] for number in range(1, row_ids.max() + 1)]
-        texts = torch.cat([run(row[place]) for place in places])
-        order = np.concatenate(places)
-        rows.append(torch.zeros(len(row), texts.shape[-1]).index_copy(0, torch.from_numpy(order), texts))
+        positions = [np.nonzero(row_ids == number)[0] for number in range(1, row_ids.max() + 1)]
+        outputs = torch.cat([run(row[text_positions]) for text_positions in positions])
+        order = np.concatenate(positions)
+        rows.append(torch.zeros(len(row), outputs.shape[-1]).index_copy(0, torch.from_numpy(order), outputs))
     return torch.stack(rows), ids > 0
 
 
-def answer(
+def results(
     model: Model,
     tensors: dict[str, Any],
     tokens: np.ndarray,
@@ -77,7 +78,12 @@ def answer(
     seed: int,
     directory: Path,
 ) -> dict[str, np.ndarray]:
-    """The files, and the dictionary of an oracle: logits are [B, labels] or [B, T, V]."""
+    """Write the files of the model, and return the reference results (``tests.oracles``).
+
+    Args:
+        logits: [B, labels] or [B, T, V]; None for a model without a head.
+        real: mask of the compared positions.
+    """
     import torch
 
     tree = jax.tree.unflatten(jax.tree.structure(model.specs), [x.detach().numpy() for x in tensors.values()])

@@ -1,4 +1,4 @@
-"""What the oracles of lstm and gru share: stacks of torch's layers, each text of a row alone and without pads."""
+"""Functions of the oracles of lstm and gru: stacked torch layers, which read each text of a row alone, without pads."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.oracles import _native
 _TASK_HEADS = {"classification": "classifier", "tagging": "tagger"}
 
 LayerOf = Callable[[dict[str, Any], Any], Any]
-"""(a layer's parameters by name, x [T, D]) -> hidden [T, H], read forward."""
+"""A function from a layer's parameters by name and inputs [T, D] to hidden states [T, H], in forward direction."""
 
 
 def reference(
     variant: str, fields: dict[str, Any], segments: str, seed: int, layer: LayerOf, directory: Path
 ) -> dict[str, np.ndarray]:
-    """Files of a random model, and what torch says about random texts."""
+    """Write the files of a random model, and return torch's results for random texts."""
     import torch
 
     model = get_model(variant, **fields)
@@ -32,15 +32,15 @@ def reference(
         x = tensors["token_embedding"][torch.from_numpy(text).long()]
         for index in range(cfg.num_layers):
             name = f"layer_{index}/"
-            own = {path.removeprefix(name): x for path, x in tensors.items() if path.startswith(name)}
+            params = {path.removeprefix(name): x for path, x in tensors.items() if path.startswith(name)}
             if cfg.direction == "forward":
-                x = layer(own, x)
+                x = layer(params, x)
                 continue
-            sides = {
-                side: {path.removeprefix(f"{side}/"): x for path, x in own.items() if path.startswith(side)}
+            forward, backward = (
+                {path.removeprefix(f"{side}/"): x for path, x in params.items() if path.startswith(side)}
                 for side in ("forward", "backward")
-            }
-            x = torch.cat([layer(sides["forward"], x), layer(sides["backward"], x.flip(0)).flip(0)], dim=-1)
+            )
+            x = torch.cat([layer(forward, x), layer(backward, x.flip(0)).flip(0)], dim=-1)
         return x
 
     hidden, real = _native.each_text(read, tokens, segment_ids)
@@ -50,25 +50,25 @@ def reference(
     elif cfg.task in _TASK_HEADS:
         head = _TASK_HEADS[cfg.task]
         if cfg.task == "classification":
-            x = torch.stack([row[torch.from_numpy(there)].amax(0) for row, there in zip(hidden, real, strict=True)])
+            x = torch.stack([row[torch.from_numpy(mask)].amax(0) for row, mask in zip(hidden, real, strict=True)])
         else:
             x = hidden
         logits = x @ tensors[f"{head}/weight"] + tensors[f"{head}/bias"]
     else:
         logits = None
-    return _native.answer(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
+    return _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
 
 
-def torch_layer(kind: str, own: dict[str, Any], x: Any) -> Any:
-    """``torch.nn.LSTM`` or ``torch.nn.GRU`` with our parameters: gates are in the same order."""
+def torch_layer(kind: str, params: dict[str, Any], x: Any) -> Any:
+    """Hidden states of ``torch.nn.LSTM`` or ``torch.nn.GRU`` with jaxlm's parameters. The gate order is the same."""
     import torch
 
-    weights = {f"weight_{part}_l0": own[f"weight_{ours}"].flatten(1).T for part, ours in _PARTS.items()}
-    bias = own["bias"].flatten()
+    weights = {f"weight_{part}_l0": params[f"weight_{name}"].flatten(1).T for part, name in _PARTS.items()}
+    bias = params["bias"].flatten()
     hidden = torch.zeros_like(bias)
     if kind == "GRU":
-        hidden = torch.cat([hidden[: -len(own["bias_hidden"])], own["bias_hidden"]])
-    module = getattr(torch.nn, kind)(x.shape[-1], own["weight_hidden"].shape[0])
+        hidden = torch.cat([hidden[: -len(params["bias_hidden"])], params["bias_hidden"]])
+    module = getattr(torch.nn, kind)(x.shape[-1], params["weight_hidden"].shape[0])
     return torch.func.functional_call(module, {**weights, "bias_ih_l0": bias, "bias_hh_l0": hidden}, (x,))[0]
 
 

@@ -1,4 +1,4 @@
-"""Convolutional networks over characters against torch's convolutions and poolings, in both forms."""
+"""Reference of alexnet (convolutional networks over characters), the classifier and the language model, in torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.oracles import _native
 _TINY = {"vocab_size": 17, "max_positions": 30, "embed_dim": 16, "channels": 8, "fc_dim": 12, "kernels": (5, 3)}
 _DEEP = {"vocab_size": 71, "embed_dim": 70, "channels": 24, "kernels": (7, 7, 3, 3, 3, 3), "pools": (3, 3, 1, 1, 1, 3)}
 _LM = {"vocab_size": 20, "embed_dim": 8, "channels": 10, "fc_dim": 12, "kernels": (3, 2)}
-_CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the config, where padding stands
+_CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the config, padding
     "base": ("alexnet-tiny", {**_TINY, "pools": (3, 2), "num_labels": 3}, "right"),
     "forward": ("alexnet-tiny", {**_TINY, "pools": (2, 1), "embedding": "learned", "reverse": False}, "left"),
     "lm": ("alexnet-lm-tiny", {**_LM, "pools": (3, 2)}, "none"),
@@ -28,7 +28,7 @@ LIVE = ("deep", "features", "lm_deep", "lm_left")
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random network, and what torch says about random texts."""
+    """Write the files of a random network, and return torch's results for random texts."""
     variant, fields, segments = _CASES[case]
     seed = list(_CASES).index(case)
     model = get_model(variant, **fields)
@@ -47,11 +47,11 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
         if cfg.task == "classification":
             x = hidden_layers(tensors, hidden.flatten(1))
             logits = x @ tensors["classifier/weight"] + tensors["classifier/bias"]
-    return _native.answer(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
+    return _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
 
 
 def read_texts(cfg: Any, tensors: dict[str, Any], tokens: np.ndarray, segment_ids: np.ndarray | None) -> Any:
-    """Features [B, S, C] of whole texts, quantised as published: last character first, zeros at the end."""
+    """Features [B, S, C] of complete texts. As in the paper, texts are reversed, and short texts end with zeros."""
     import torch
     from torch.nn import functional
 
@@ -84,7 +84,7 @@ def read_stream(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
 
 
 def hidden_layers(tensors: dict[str, Any], x: Any) -> Any:
-    """Both hidden layers, over the last axis."""
+    """The outputs of the two fully connected layers."""
     for name in ("fc_1", "fc_2"):
         x = (x @ tensors[f"{name}/weight"] + tensors[f"{name}/bias"]).relu()
     return x

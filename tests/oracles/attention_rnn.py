@@ -1,7 +1,7 @@
-"""Encoder-decoders with attention against the papers' equations, written step by step for one text at a time.
+"""Reference of attention_rnn: the equations of the papers in torch, step by step and for one text at a time.
 
-Bahdanau et al. 2015, appendix A, Luong et al. 2015, sections 2 and 3, and See et al. 2017, section 2.2. Gradients are
-torch's, of these equations.
+The equations are from Bahdanau et al. 2015, appendix A; Luong et al. 2015, sections 2 and 3; and See et al. 2017,
+section 2.2. torch computes the gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LUONG = {**_SMALL, "output_dim": 7}
 _DEEP = {"vocab_size": 60, "embed_dim": 12, "hidden_dim": 20, "output_dim": 16, "num_layers": 3}
 _CASES: dict[
     str, tuple[str, dict[str, Any], str, str]
-] = {  # variant, fields, where padding stands in source and target
+] = {  # variant, fields, padding of the source, padding of the target
     "bahdanau": ("attention-rnn-tiny", {**_SMALL, "source_vocab_size": 24, "attention_dim": 9}, "none", "none"),
     "packed": ("attention-rnn-tiny", _SMALL, "packed", "packed"),
     "dot": ("attention-rnn-luong-tiny", {**_LUONG, "score": "dot"}, "right", "left"),
@@ -39,7 +39,7 @@ LIVE = tuple(case for case in _CASES if case not in CASES)
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random model, and what the papers' equations say about random texts."""
+    """Write the files of a random model, and return the results of the equations for random texts."""
     import torch
 
     variant, fields, source_padding, target_padding = _CASES[case]
@@ -51,19 +51,19 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     source = rng.integers(0, cfg.source_vocab_size or cfg.vocab_size, (3, 13)).astype(np.int32)
     segment_ids = _native.padding(target_padding, tokens.shape)
     source_ids = _native.padding(source_padding, source.shape)
-    targets_of = np.ones_like(tokens) if segment_ids is None else segment_ids
-    sources_of = np.ones_like(source) if source_ids is None else source_ids
+    target_segments = np.ones_like(tokens) if segment_ids is None else segment_ids
+    source_segments = np.ones_like(source) if source_ids is None else source_ids
 
-    translate = bahdanau if cfg.attention == "bahdanau" else luong
+    decode = bahdanau if cfg.attention == "bahdanau" else luong
     rows = []
     for row in range(len(tokens)):
         hidden = torch.zeros(tokens.shape[1], cfg.output_dim + (1 + cfg.vocab_size if cfg.copy else 0))
-        for number in range(1, targets_of[row].max() + 1):
-            places = np.nonzero(targets_of[row] == number)[0]
-            text = source[row, sources_of[row] == number]
-            said = translate(cfg, tensors, text, tokens[row, places])
-            said = [torch.cat([x, *copied(cfg, tensors, text, *rest)]) for x, *rest in said]
-            hidden = hidden.index_copy(0, torch.from_numpy(places), torch.stack(said))
+        for number in range(1, target_segments[row].max() + 1):
+            positions = np.nonzero(target_segments[row] == number)[0]
+            text = source[row, source_segments[row] == number]
+            outputs = decode(cfg, tensors, text, tokens[row, positions])
+            outputs = [torch.cat([x, *copy_outputs(cfg, tensors, text, *rest)]) for x, *rest in outputs]
+            hidden = hidden.index_copy(0, torch.from_numpy(positions), torch.stack(outputs))
         rows.append(hidden)
     hidden = torch.stack(rows)
     logits = None
@@ -73,12 +73,12 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
         if cfg.copy:
             p = torch.sigmoid(hidden[..., cfg.output_dim, None])
             logits = torch.log(p * torch.softmax(logits, -1) + (1 - p) * hidden[..., cfg.output_dim + 1 :])
-    real = targets_of > 0
-    answer = _native.answer(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
-    answer["input/source"] = source
+    real = target_segments > 0
+    results = _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
+    results["input/source"] = source
     if source_ids is not None:
-        answer["input/source_segment_ids"] = source_ids
-    return answer
+        results["input/source_segment_ids"] = source_ids
+    return results
 
 
 def _embedded(tensors: dict[str, Any], text: np.ndarray, *, source: bool) -> Any:
@@ -88,8 +88,10 @@ def _embedded(tensors: dict[str, Any], text: np.ndarray, *, source: bool) -> Any
     return tensors[table][torch.from_numpy(text).long()]
 
 
-def copied(cfg: Any, tensors: dict[str, Any], source: np.ndarray, s: Any, e: Any, c: Any, weights: Any) -> list[Any]:
-    """See et al. 2017: what the sigmoid of eq. 8 reads, and the sum of eq. 9 for each word of the vocabulary."""
+def copy_outputs(
+    cfg: Any, tensors: dict[str, Any], source: np.ndarray, s: Any, e: Any, c: Any, weights: Any
+) -> list[Any]:
+    """The logit of p_gen (See et al. 2017, eq. 8), and the copy probability of each word of the vocabulary (eq. 9)."""
     import torch
 
     if not cfg.copy:
@@ -105,7 +107,7 @@ def copied(cfg: Any, tensors: dict[str, Any], source: np.ndarray, s: Any, e: Any
 
 
 def bahdanau(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndarray) -> list[Any]:
-    """t[i], s[i-1], the embedding, c[i] and the attention weights for each target token."""
+    """For each target token: t[i], s[i-1], the embedding, c[i] and the attention weights."""
     import torch
 
     x = _embedded(tensors, source, source=True)
@@ -128,7 +130,7 @@ def bahdanau(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.n
         energies = torch.stack([v @ torch.tanh(s @ W + h @ U) for h in annotations])
         weights = torch.softmax(energies, 0)
         c = sum(weight * h for weight, h in zip(weights, annotations, strict=True))
-        t = tensors["output/state/bias"]  # [D, 2]: neighbours are a pair
+        t = tensors["output/state/bias"]  # [D, 2]: maxout over the last axis
         for x, name in ((s, "state"), (e, "embedding"), (c, "context")):
             t = t + torch.einsum("i,ijk->jk", x, tensors[f"output/{name}/weight"])
         outputs.append((torch.maximum(t[:, 0], t[:, 1]), s, e, c, weights))
@@ -137,7 +139,7 @@ def bahdanau(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.n
 
 
 def gru(tensors: dict[str, Any], name: str, e: Any, s: Any, c: Any = None) -> Any:
-    """One step of the gated unit, whose reset gate acts before the product; z is how much of the old state is kept."""
+    """One GRU step. The reset gate is applied before the matrix product, and z is the weight of the old state."""
     import torch
 
     W, U, b = (tensors[f"{name}/{part}"] for part in ("weight_input", "weight_hidden", "bias"))
@@ -155,7 +157,7 @@ def gru(tensors: dict[str, Any], name: str, e: Any, s: Any, c: Any = None) -> An
 
 
 def luong(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndarray) -> list[Any]:
-    """h~[t], h[t], the embedding, c[t] and the attention weights for each target token."""
+    """For each target token: h~[t], h[t], the embedding, c[t] and the attention weights."""
     import torch
 
     zeros = torch.zeros(cfg.hidden_dim)
@@ -191,7 +193,7 @@ def luong(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndar
 
 
 def score(cfg: Any, tensors: dict[str, Any], h: Any, source: Any) -> Any:
-    """The three content-based scores of Luong et al. 2015, section 3.1."""
+    """The score of a query and a key: one of the three functions of Luong et al. 2015, section 3.1."""
     import torch
 
     if cfg.score == "dot":
@@ -203,7 +205,7 @@ def score(cfg: Any, tensors: dict[str, Any], h: Any, source: Any) -> Any:
 
 
 def lstm(tensors: dict[str, Any], name: str, x: Any, h: Any, c: Any, feed: Any = None) -> Any:
-    """One step of an LSTM, whose input is [x; feed] where there is a feed."""
+    """One LSTM step. With input feeding, the input is [x; feed]."""
     import torch
 
     W, U, b = (tensors[f"{name}/{part}"] for part in ("weight_input", "weight_hidden", "bias"))

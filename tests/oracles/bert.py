@@ -1,4 +1,4 @@
-"""What torch's BERT says: every published class, padding on either side, both sentences."""
+"""Reference of bert: the BERT classes of transformers, with padding on both sides and with sentence pairs."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ _MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, 
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random BERT, and what it says about random sentence pairs."""
+    """Write the files of a random BERT, and return its results for random sentence pairs."""
     from transformers import BertConfig
 
     name, shape, padding = _MODELS[case]
     seed = list(_MODELS).index(case)
-    return answers(name, BertConfig(**{**_TINY, **shape}), padding, seed, directory)
+    return reference_results(name, BertConfig(**{**_TINY, **shape}), padding, seed, directory)
 
 
-def answers(name: str, config: Any, padding: str | None, seed: int, directory: Path) -> dict[str, np.ndarray]:
-    """The same for any encoder of this shape: class ``name`` of transformers with ``config``."""
+def reference_results(name: str, config: Any, padding: str | None, seed: int, directory: Path) -> dict[str, np.ndarray]:
+    """Write the files of a random encoder, class ``name`` of transformers with ``config``, and return its results."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the initial values, where biases are 0 and scales 1
+        for parameter in model.parameters():  # so that biases are not 0 and scales are not 1
             parameter.add_(0.25 * torch.randn(parameter.shape))
     model.save_pretrained(directory)
 
@@ -61,11 +61,11 @@ def answers(name: str, config: Any, padding: str | None, seed: int, directory: P
     if padding is not None:
         for row, pads in enumerate((0, 4, 2)):
             mask[row, slice(T - pads, T) if padding == "right" else slice(0, pads)] = 0
-    # No real token is the padding id: torch keeps its row of the table out of the gradient.
+    # No real token has the padding id, because the gradient of its embedding is 0 in torch.
     tokens = torch.randint(3, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
     types = torch.randint(config.type_vocab_size, (B, T))
     inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
-    if config.model_type == "bert":  # RoBERTa finds them from the padding
+    if config.model_type == "bert":  # RoBERTa computes them from the padding
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
 
     labels, targets, weights = _labels(name, config, mask)
@@ -85,13 +85,13 @@ def answers(name: str, config: Any, padding: str | None, seed: int, directory: P
         loss.backward()
         result |= {"logits": logits, "targets": targets.int(), "weights": weights.float(), "loss": loss}
         for key, parameter in model.named_parameters():
-            unused = torch.zeros_like(parameter)  # the next-sentence head, by the loss of the masked tokens
+            unused = torch.zeros_like(parameter)  # the masked-token loss does not use the next-sentence head
             result[f"gradient/{key}"] = unused if parameter.grad is None else parameter.grad
     return {key: value.detach().numpy() for key, value in result.items()}
 
 
 def _labels(name: str, config: Any, mask: Any) -> tuple[dict[str, Any], Any, Any]:
-    """Random labels as the class wants them, and as targets and weights of a batch; none where there is no loss."""
+    """Random labels as arguments of the class, and targets and weights of a batch (None for a class without loss)."""
     import torch
 
     B, T = mask.shape
@@ -103,6 +103,6 @@ def _labels(name: str, config: Any, mask: Any) -> tuple[dict[str, Any], Any, Any
         return {"start_positions": targets[:, 0], "end_positions": targets[:, 1]}, targets, torch.ones(B)
     if name.endswith(("MaskedLM", "PreTraining", "TokenClassification")):
         targets = torch.randint(config.num_labels if "Token" in name else config.vocab_size, (B, T))
-        counted = (mask == 1) & (torch.rand(B, T) < 0.4)
-        return {"labels": targets.masked_fill(~counted, -100)}, targets, counted
+        target_mask = (mask == 1) & (torch.rand(B, T) < 0.4)
+        return {"labels": targets.masked_fill(~target_mask, -100)}, targets, target_mask
     return {}, None, None

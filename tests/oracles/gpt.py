@@ -1,4 +1,4 @@
-"""What torch's GPT-1 and GPT-2 say, with every head."""
+"""Reference of gpt: the GPT-1 and GPT-2 classes of transformers, with all heads."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ LIVE = ("wide", "gpt1_wide", "gpt1_base", "classification_left", "gpt2_base")
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random GPT, and what it says about random texts."""
+    """Write the files of a random GPT, and return its results for random texts."""
     import transformers
 
     name, shape, padding = _CASES[case]
     kind = transformers.OpenAIGPTConfig if name.startswith("OpenAI") else transformers.GPT2Config
     config = kind(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    return answers(name, config, padding, list(_CASES).index(case), directory)
+    return reference_results(name, config, padding, list(_CASES).index(case), directory)
 
 
-def answers(name: str, config: Any, padding: str | None, seed: int, directory: Path) -> dict[str, np.ndarray]:
-    """The same for any causal transformer: class ``name`` of transformers with ``config``."""
+def reference_results(name: str, config: Any, padding: str | None, seed: int, directory: Path) -> dict[str, np.ndarray]:
+    """Write the files of a random model, class ``name`` of transformers with ``config``, and return its results."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the initial values, where biases are 0 and scales 1
+        for parameter in model.parameters():  # so that biases are not 0 and scales are not 1
             parameter.add_(0.25 * torch.randn(parameter.shape))
     model.save_pretrained(directory)
 
@@ -53,7 +53,7 @@ def answers(name: str, config: Any, padding: str | None, seed: int, directory: P
     if padding is not None:
         for row, pads in enumerate((0, 4, 2)):
             mask[row, slice(T - pads, T) if padding == "right" else slice(0, pads)] = 0
-    # No real token is the padding id: classifiers look for it, and torch may keep its row out of the gradient.
+    # No real token has the padding id: classifiers search for this id, and its embedding may get no gradient in torch.
     tokens = torch.randint(1, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     result = {"input/tokens": tokens.int(), "hidden": model.base_model(**inputs).last_hidden_state}
@@ -65,7 +65,7 @@ def answers(name: str, config: Any, padding: str | None, seed: int, directory: P
         logits = (
             torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
         )
-        if "start_logits" in output:  # one softmax over the places for each end
+        if "start_logits" in output:  # a softmax over positions for the start and one for the end
             targets, weights = torch.randint(T, (B, 2)), torch.ones(B)
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
         elif logits.ndim == 2:

@@ -1,4 +1,4 @@
-"""GRU against ``torch.nn.GRU`` (reset after) and a plain loop in torch (reset before), each text alone."""
+"""Reference of gru: ``torch.nn.GRU`` (reset after) and a loop in torch (reset before), one text at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tests.oracles import _recurrent
 
 _SMALL = {"vocab_size": 30, "embed_dim": 10}
-_CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the config, where padding stands
+_CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the config, padding
     "base": ("gru-tiny", {"vocab_size": 30, "embed_dim": 8, "hidden_dim": 10, "num_layers": 3}, "none"),
     "before": ("gru-tiny", {**_SMALL, "hidden_dim": 12, "reset": "before", "tie_embeddings": False}, "packed"),
     "left": ("gru-tiny", {**_SMALL, "hidden_dim": 8}, "left"),
@@ -25,21 +25,21 @@ LIVE = ("wide", "deep", "headless")
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random GRU, and what torch says about random texts."""
+    """Write the files of a random GRU, and return torch's results for random texts."""
     return _recurrent.reference(*_CASES[case], list(_CASES).index(case), _layer, directory)
 
 
-def _layer(own: dict[str, Any], x: Any) -> Any:
-    if "bias_hidden" in own:
-        return _recurrent.torch_layer("GRU", own, x)
+def _layer(params: dict[str, Any], x: Any) -> Any:
+    if "bias_hidden" in params:
+        return _recurrent.torch_layer("GRU", params, x)
     import torch
 
     def product(x: Any, weight: str, gate: int) -> Any:
-        return x @ own[weight][:, gate]
+        return x @ params[weight][:, gate]
 
-    h, outputs = torch.zeros(own["bias"].shape[1]), []
+    h, outputs = torch.zeros(params["bias"].shape[1]), []
     for token in x:
-        projected = [product(token, "weight_input", gate) + own["bias"][gate] for gate in range(3)]
+        projected = [product(token, "weight_input", gate) + params["bias"][gate] for gate in range(3)]
         r = torch.sigmoid(projected[0] + product(h, "weight_hidden", 0))
         z = torch.sigmoid(projected[1] + product(h, "weight_hidden", 1))
         n = torch.tanh(projected[2] + product(r * h, "weight_hidden", 2))

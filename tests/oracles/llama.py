@@ -1,4 +1,4 @@
-"""What torch's Llama, Mistral and Qwen2 say, with every head and every way of stretching rotary positions."""
+"""Reference of llama: Llama, Mistral and Qwen2 of transformers, with all heads and all kinds of rotary scaling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.oracles.gpt import answers
+from tests.oracles.gpt import reference_results
 
 _TINY = {
     "vocab_size": 31, "max_position_embeddings": 12, "hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 2,
@@ -17,7 +17,7 @@ _WIDE = {
     "vocab_size": 131, "max_position_embeddings": 64, "hidden_size": 48, "intermediate_size": 40,
     "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
 }  # fmt: skip
-# The few positions of these cases make as many turns as the slow, the middle and the fast pairs have to.
+# With these values, the few positions of a case cover slow, intermediate and fast pairs of rotary scaling.
 _LLAMA3 = {
     **_TINY, "max_position_embeddings": 80, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     "rope_theta": 100.0,
@@ -59,9 +59,9 @@ LIVE = tuple(case for case in _CASES if case not in CASES)
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random Llama, and what it says about random texts."""
+    """Write the files of a random model, and return its results for random texts."""
     import transformers
 
     name, shape, padding = _CASES[case]
     config = getattr(transformers, name).config_class(**shape, pad_token_id=0)
-    return answers(name, config, padding, list(_CASES).index(case), directory)
+    return reference_results(name, config, padding, list(_CASES).index(case), directory)

@@ -1,4 +1,4 @@
-"""LSTM against ``torch.nn.LSTM``, one layer and direction at a time, each text alone."""
+"""Reference of lstm: ``torch.nn.LSTM``, one layer, one direction and one text at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from tests.oracles import _recurrent
 
 _SMALL = {"vocab_size": 30, "embed_dim": 10}
-_CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the config, where padding stands
+_CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the config, padding
     "base": ("lstm-tiny", {"vocab_size": 30, "embed_dim": 8, "hidden_dim": 10, "num_layers": 3}, "none"),
     "documents": ("lstm-tiny", {**_SMALL, "hidden_dim": 12, "tie_embeddings": False}, "packed"),
     "left": ("lstm-tiny", {**_SMALL, "hidden_dim": 8}, "left"),
@@ -27,6 +27,6 @@ LIVE = ("wide", "deep", "one_way", "headless")
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random LSTM, and what torch says about random texts."""
+    """Write the files of a random LSTM, and return torch's results for random texts."""
     layer = functools.partial(_recurrent.torch_layer, "LSTM")
     return _recurrent.reference(*_CASES[case], list(_CASES).index(case), layer, directory)

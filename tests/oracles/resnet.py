@@ -1,4 +1,4 @@
-"""VDCNN against torch's convolutions, batch norms and poolings, on texts padded as published."""
+"""Reference of resnet: VDCNN with torch's convolutions, batch norms and poolings. Texts are padded as in the paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TINY = {
     "fc_dim": 12,
 }
 _WIDE = {"vocab_size": 70, "max_positions": 48, "embed_dim": 16, "channels": 20, "blocks": (2, 1, 1, 2), "k_max": 4}
-_CASES: dict[str, tuple[dict[str, Any], str]] = {  # fields of the config, where padding stands
+_CASES: dict[str, tuple[dict[str, Any], str]] = {  # fields of the config, padding
     "base": ({**_TINY, "shortcut": False, "num_labels": 3}, "right"),
     "shortcut": ({**_TINY, "shortcut": True, "num_labels": 2}, "left"),
     "k_max_pool": ({**_TINY, "shortcut": True, "downsample": "k_max_pool"}, "none"),
@@ -31,12 +31,12 @@ _CASES: dict[str, tuple[dict[str, Any], str]] = {  # fields of the config, where
 }
 CASES = ("base", "shortcut", "k_max_pool", "convolution")
 LIVE = ("wide", "plain", "features")
-# The mean over three texts takes no rounding away: a loss may differ as its logits do.
+# The loss is a mean over only three texts, so its rounding error is as large as that of the logits.
 TOLERANCES = {"loss": 1e-5}
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random VDCNN, and what torch says about random texts."""
+    """Write the files of a random VDCNN, and return torch's results for random texts."""
     fields, segments = _CASES[case]
     seed = list(_CASES).index(case)
     model = get_model("resnet-tiny", **fields)
@@ -47,13 +47,13 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     hidden, _ = features(cfg, tensors, tokens, segment_ids, training=False)
     logits = labels(cfg, tensors, hidden) if cfg.task == "classification" else None
     real = np.ones(hidden.shape[:2], bool)
-    return _native.answer(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
+    return _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
 
 
 def features(
     cfg: Any, tensors: dict[str, Any], tokens: np.ndarray, segment_ids: np.ndarray | None, *, training: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Features [B, S, C], and the running statistics: torch moves them in place while training."""
+    """Features [B, S, C], and the running statistics, which torch updates in place if ``training``."""
     import torch
     from torch.nn import functional
 
@@ -94,13 +94,13 @@ def features(
 
 
 def k_max(x: Any, k: int) -> Any:
-    """The k largest of the last axis in their order; of equal ones the first."""
-    places = x.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
-    return x.gather(-1, places)
+    """The k largest values along the last axis, in their original order. Among equal values, the first are selected."""
+    positions = x.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
+    return x.gather(-1, positions)
 
 
 def labels(cfg: Any, tensors: dict[str, Any], hidden: Any) -> Any:
-    """Logits [B, labels]."""
+    """Logits [B, num_labels]."""
     x = k_max(hidden.mT, cfg.k_max).mT.flatten(1)
     for name in ("fc_1", "fc_2"):
         x = (x @ tensors[f"{name}/weight"] + tensors[f"{name}/bias"]).relu()

@@ -1,4 +1,4 @@
-"""GCNN against torch's convolution, GLU and weight normalisation, each text alone, as fairseq's ``fconv_lm``."""
+"""Reference of resnet_lm: GCNN (fairseq's ``fconv_lm``) with torch's convolution, GLU and weight norm, text by text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.oracles import _native
 
 _BOTTLENECK = ((8, 3, 1), (6, 1, 0), (6, 4, 0), (12, 1, 3))
 _DEEP = ((24, 5, 1), (24, 1, 0), (16, 4, 2), (40, 3, 3), (40, 2, 0), (32, 7, 4))
-_CASES: dict[str, tuple[dict[str, Any], str]] = {  # fields of the config, where padding stands
+_CASES: dict[str, tuple[dict[str, Any], str]] = {  # fields of the config, padding
     "base": ({"vocab_size": 30, "embed_dim": 10, "blocks": ((8, 3, 1), (8, 4, 1))}, "none"),
     "bottleneck": ({"vocab_size": 30, "embed_dim": 8, "blocks": _BOTTLENECK}, "packed"),
     "left": ({"vocab_size": 24, "embed_dim": 6, "blocks": ((10, 2, 0), (8, 5, 1))}, "left"),
@@ -25,7 +25,7 @@ LIVE = ("deep", "right", "headless")
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random GCNN, and what torch says about random texts."""
+    """Write the files of a random GCNN, and return torch's results for random texts."""
     fields, segments = _CASES[case]
     seed = list(_CASES).index(case)
     model = get_model("resnet-lm-tiny", **fields)
@@ -34,7 +34,7 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     segment_ids = _native.padding(segments, tokens.shape)
     hidden, real = _native.each_text(lambda text: read(cfg, tensors, text), tokens, segment_ids)
     logits = hidden @ tensors["head"].mT if cfg.task == "causal" else None
-    return _native.answer(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
+    return _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
 
 
 def read(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
@@ -47,17 +47,17 @@ def read(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
         return functional.linear(x, torch._weight_norm(direction, gain, 0), tensors[f"{name}/bias"])
 
     x = linear("input", tensors["token_embedding"][torch.from_numpy(text).long()])
-    said = [x]
+    outputs = [x]
     for number, (_, kernel, residual) in enumerate(cfg.blocks):
         name = f"layer_{number}/convolution"
-        # [kernel, in, 2, out] to torch's [2 * out, in, kernel]: linear half first, then the gate.
+        # From [kernel, in, 2, out] to torch's [2 * out, in, kernel]: first the linear half, then the gate.
         direction = tensors[f"{name}/direction"].flatten(2).permute(2, 1, 0)
         weight = torch._weight_norm(direction, tensors[f"{name}/gain"].flatten()[:, None, None], 0)
         padded = functional.pad(x.mT, (kernel - 1, 0))
         x = functional.glu(functional.conv1d(padded, weight, tensors[f"{name}/bias"].flatten()), dim=0).mT
         if residual:
-            earlier, projection = said[-residual], f"layer_{number}/residual"
+            earlier, projection = outputs[-residual], f"layer_{number}/residual"
             earlier = linear(projection, earlier) if f"{projection}/gain" in tensors else earlier
             x = (x + earlier) * 0.5**0.5
-        said.append(x)
+        outputs.append(x)
     return x

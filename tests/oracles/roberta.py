@@ -1,4 +1,4 @@
-"""What torch's RoBERTa says: every published class, padding on either side; torch finds the positions by itself."""
+"""Reference of roberta: the RoBERTa classes of transformers, which compute positions, with padding on both sides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.oracles.bert import answers
+from tests.oracles.bert import reference_results
 
 CASES = ("masked", "classification", "base")
 LIVE = ("wide", "tagging", "span_qa")
@@ -31,9 +31,9 @@ _MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, 
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Files of a random RoBERTa, and what it says about random texts."""
+    """Write the files of a random RoBERTa, and return its results for random texts."""
     from transformers import RobertaConfig
 
     name, shape, padding = _MODELS[case]
     seed = 100 + list(_MODELS).index(case)
-    return answers(name, RobertaConfig(**{**_TINY, **shape}), padding, seed, directory)
+    return reference_results(name, RobertaConfig(**{**_TINY, **shape}), padding, seed, directory)

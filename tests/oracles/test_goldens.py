@@ -1,4 +1,4 @@
-"""What the references said, from the goldens in the repository: runs without torch."""
+"""Comparison with the goldens (stored reference results). It does not need torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.oracles import GOLDENS, REFERENCE, compare, tolerances
 
 HEADS = ("classification", "span_qa", "tagging", "classes", "tags", "predict")
-"""What the names of cases end with whose model differs from another case's in its head alone: these are thorough."""
+"""Suffixes of cases that are marked ``thorough``, because only the head of the model differs from another case."""
 CASES = [
     pytest.param(name, marks=pytest.mark.thorough) if name.endswith(HEADS) else name
     for name in sorted(path.name for path in GOLDENS.iterdir())

@@ -1,4 +1,4 @@
-"""Every case of every family against its reference, alive: run with ``-m live`` and the ``reference`` extra."""
+"""Comparison of all cases of all families with their references: run with ``-m live`` and the ``reference`` extra."""
 
 from __future__ import annotations
 

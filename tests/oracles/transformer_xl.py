@@ -1,4 +1,7 @@
-"""What transformers' deprecated Transformer-XL says. Memories have length 0: it would attend to zeros otherwise."""
+"""Reference of transformer_xl: the deprecated class of transformers, with memories of length 0.
+
+Without this, the class would create memories of zeros and attend to them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ SHAPE = {
     "d_embed": 8, "d_inner": 12, "mem_len": 6, "clamp_len": -1, "same_length": False, "dropout": 0.0, "dropatt": 0.0,
     "trainer_compatible": True,
 }  # fmt: skip
-"""The smallest model: one table, u and v in each layer, distances as they are."""
+"""Config of the smallest model: one embedding table, separate u and v in each layer, distances that are not clamped."""
 
 CHANGES: dict[str, dict[str, Any]] = {
     "base": {},
@@ -34,7 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def random_model(case: str) -> Any:
-    """The case's model, with noise on every parameter."""
+    """The model of a case, with noise on every parameter."""
     import torch
 
     from benchmarks.torch_models import transformer_xl_module
@@ -50,18 +53,18 @@ def random_model(case: str) -> Any:
 
 
 def no_memory(model: Any, batch: int) -> list[Any]:
-    """A memory of no tokens."""
+    """The memories of all layers, with length 0."""
     import torch
 
     return [torch.zeros(0, batch, model.config.d_model) for _ in range(model.config.n_layer)]
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Write the files of a random model into ``directory`` and return what transformers says about it."""
+    """Write the files of a random model, and return its results for random texts."""
     import torch
 
     model = random_model(case)
-    if not model.config.untie_r:  # it does not know that its layers share u and v, and would refuse to save them
+    if not model.config.untie_r:  # transformers must know that the layers share u and v, or it does not save them
         model._dynamic_tied_weights_keys = [rf"transformer.layers.{layer}.dec_attn.r_[wr]_bias" for layer in range(2)]
     model.save_pretrained(directory)
     batch, length = (3, 24) if case == "wide" else (2, 11)
@@ -69,7 +72,7 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     tokens = generator.integers(1, model.config.vocab_size, (batch, length)).astype(np.int32)
     real = np.ones((batch, length), bool)
     if case in ("padded", "classifier"):
-        real[1, 7:] = False  # it has no attention mask, but is causal: pads on the right change nothing
+        real[1, 7:] = False  # there is no attention mask; pads on the right do not affect a causal model
         tokens[~real] = 0
     ids, memory = torch.tensor(tokens, dtype=torch.long), no_memory(model, batch)
     inputs = {"input/tokens": tokens} | ({} if real.all() else {"input/segment_ids": real.astype(np.int32)})
@@ -79,7 +82,8 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
         output = model(ids, mems=memory, labels=torch.tensor(labels))
         logits, loss, targets, weights = output.logits, output.loss, labels, np.ones(batch)
     else:
-        output = model(ids, mems=memory, labels=torch.where(torch.tensor(real), ids, -100))  # shifted inside
+        labels = torch.where(torch.tensor(real), ids, -100)
+        output = model(ids, mems=memory, labels=labels)  # the class shifts the labels
         logits, loss = model(ids, mems=memory).prediction_scores, output.loss
         targets, weights = np.roll(tokens, -1, axis=1), np.zeros((batch, length))
         weights[:, :-1] = real[:, 1:]

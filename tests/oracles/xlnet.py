@@ -1,4 +1,4 @@
-"""XLNet against transformers: content stream, permutation language model, left-to-right use, labelling heads."""
+"""Reference of xlnet: the XLNet classes of transformers, as permutation and left-to-right models and with all heads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CLASSES = {
 
 
 def random_model(case: str) -> Any:
-    """A model of theirs with every parameter far from its initial value, where biases are 0 and scales 1."""
+    """The model of a case, with noise on every parameter, so that biases are not 0 and scales are not 1."""
     import torch
     import transformers
 
@@ -44,7 +44,7 @@ def random_model(case: str) -> Any:
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Write the files of a random model into ``directory`` and return what the reference says about it."""
+    """Write the files of a random model, and return its results for random texts."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -56,33 +56,33 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     tokens = rng.integers(0, V, (B, T)).astype(np.int32)
     segments = np.ones((B, T), np.int32)
     inputs: dict[str, np.ndarray] = {"tokens": tokens}
-    if case not in ("bare", "span_qa"):  # padded on the left, where the authors pad; their spans may lie in pads
+    if case not in ("bare", "span_qa"):  # pads on the left, as in the authors' code (a random span could include pads)
         segments[1, :3] = segments[2, :1] = 0
         inputs["segment_ids"] = segments
-    theirs: dict[str, Any] = {"input_ids": tokens, "attention_mask": segments.astype(np.float32)}
+    model_inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": segments.astype(np.float32)}
     if case not in ("causal", "bare"):
-        inputs["token_types"] = theirs["token_type_ids"] = rng.integers(0, 3, (B, T)).astype(np.int32)
+        inputs["token_types"] = model_inputs["token_type_ids"] = rng.integers(0, 3, (B, T)).astype(np.int32)
     result: dict[str, np.ndarray] = {}
 
     labels = rng.integers(0, 3, (B, T)).astype(np.int32)
     weights = (segments * rng.integers(0, 2, (B, T))).astype(np.float32)
     if case in ("permutation", "wide", "clamped"):
         order = np.stack([rng.permutation(T) for _ in range(B)]).astype(np.int32)
-        order[:, :-P][rng.random((B, T - P)) < 0.5] = -1  # context, which all see
+        order[:, :-P][rng.random((B, T - P)) < 0.5] = -1  # context: all positions attend to it
         targets = np.stack([T - P + rng.permutation(P) for _ in range(B)]).astype(np.int32)
         inputs |= {"order": order, "targets": targets}
-        theirs |= {"perm_mask": perm_mask(order, targets), "target_mapping": target_mapping(targets, T)}
+        model_inputs |= {"perm_mask": perm_mask(order, targets), "target_mapping": target_mapping(targets, T)}
         labels = np.take_along_axis(tokens, targets, axis=1)
         weights = rng.random((B, P)).astype(np.float32)
         result["real"] = np.ones((B, P), bool)
     elif case == "causal":
-        # A query after each token: their sequence is one longer, and what stands in the added place is seen by nobody.
-        theirs["input_ids"] = np.pad(tokens, ((0, 0), (0, 1)))
-        theirs["attention_mask"] = np.pad(theirs["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
-        places = np.tile(np.arange(T + 1), (B, 1))
-        theirs |= {
-            "perm_mask": perm_mask(places, places[:, 1:]),
-            "target_mapping": target_mapping(places[:, 1:], T + 1),
+        # There is a query after each token, so the sequence is one longer. No position attends to the added token.
+        model_inputs["input_ids"] = np.pad(tokens, ((0, 0), (0, 1)))
+        model_inputs["attention_mask"] = np.pad(model_inputs["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
+        positions = np.tile(np.arange(T + 1), (B, 1))
+        model_inputs |= {
+            "perm_mask": perm_mask(positions, positions[:, 1:]),
+            "target_mapping": target_mapping(positions[:, 1:], T + 1),
         }
         labels = rng.integers(0, V, (B, T)).astype(np.int32)
     elif case == "classification":
@@ -90,21 +90,21 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     elif case == "span_qa":
         labels, weights = np.array([[1, 4], [5, 5], [3, 9]], np.int32), np.ones(B, np.float32)
 
-    theirs = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in theirs.items()}
-    theirs["input_ids"] = theirs["input_ids"].long()
-    output = model(**theirs, output_hidden_states=True)
+    model_inputs = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in model_inputs.items()}
+    model_inputs["input_ids"] = model_inputs["input_ids"].long()
+    output = model(**model_inputs, output_hidden_states=True)
     if _CLASSES.get(case) == "XLNetModel":
         hidden = output.last_hidden_state
     else:
-        hidden = model.transformer(**theirs).last_hidden_state
+        hidden = model.transformer(**model_inputs).last_hidden_state
         if case == "span_qa":
             logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
             loss = cross_entropy(logits, torch.from_numpy(labels).long())
         else:
             logits = output.logits
             losses = cross_entropy(logits.flatten(0, -2), torch.from_numpy(labels).long().flatten(), reduction="none")
-            counted = torch.from_numpy(weights).flatten()
-            loss = (losses * counted).sum() / counted.sum()
+            token_weights = torch.from_numpy(weights).flatten()
+            loss = (losses * token_weights).sum() / token_weights.sum()
         loss.backward()
         result |= {
             "logits": logits.detach().numpy(),
@@ -113,7 +113,7 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
             "loss": loss.detach().numpy(),
             **{
                 f"gradient/{name}": np.zeros(parameter.shape, np.float32)
-                if parameter.grad is None  # the query's vector, where there is no query stream
+                if parameter.grad is None  # the initial query vector, if there is no query stream
                 else parameter.grad.numpy()
                 for name, parameter in model.named_parameters()
             },

@@ -276,7 +276,7 @@ def finished(tmp_path_factory):
     [
         ("data", "next", 9, "the data are at batch 9, with 0 batches left out"),
         ("training", "batches_left_out", 1, "the data are at batch 8, with 1 batches left out"),
-        ("training", "step", 7, "its record is of step 7"),
+        ("training", "step", 7, "its metadata is from step 7"),
         ("training", "tokens", -1, "tokens is -1"),
     ],
 )

@@ -1,10 +1,13 @@
 """Attention on TPU over whole rows, with biases and orders: one Pallas kernel forward, and one backward.
 
 A block of queries is multiplied with all keys at once, and its scores stay in VMEM until they are multiplied with the
-values. The kernel adds biases in VMEM. XLA would write each tile of the scores to HBM, and several times for a
-relative bias, which moves diagonals into columns (``pallas_tile``). Only the output is saved. The backward pass
-recomputes the scores and their row sums. It can do so because it has whole rows; so it needs to read neither the
-log-sum-exps nor the row sums of the output's gradient from HBM. Scores that a causal mask hides are computed as well.
+values. The kernel adds biases in VMEM. Without the kernel, XLA writes each tile of the scores to HBM, and several times
+if a relative bias moves diagonals into columns (``pallas_tile``).
+
+The forward pass saves only its output. The backward pass recomputes the scores. Each block has whole rows of scores. So
+the backward pass also computes the sums over rows itself: it reads no log-sum-exps and no row sums of the output's
+gradient from HBM. Scores that a causal mask hides are computed as well.
+
 Shapes as in ``jaxlm.nn.attention``, with V width of values, R queries of a block, X and Y the last axes of a bias's
 array.
 """
@@ -50,9 +53,9 @@ def unsupported_reason(queries: int, keys: int, biases: tuple[AttentionBias, ...
             name = type(bias.bias_fn).__name__.strip("_")
             return f"does not support the bias {name}, which gathers single entries"
     if sharding.device_kind().startswith(_UNSUPPORTED_TPUS):
-        return "needs a TPU from v5 on: older ones cannot rotate each row by a different amount"
+        return "needs a TPU v5 or newer: older TPUs cannot rotate each row by a different amount"
     if keys > MAX_KEYS:
-        return f"has room for {MAX_KEYS} keys, got {keys}"
+        return f"supports at most {MAX_KEYS} keys, got {keys}"
     return split.unsupported_reason()
 
 
@@ -79,11 +82,12 @@ def attention(
     grouped = k_BSGK.shape[2] != H
 
     def broadcast(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
-        """``x`` broadcast over heads and, if necessary, over rows.
+        """``x`` broadcast to all heads and, if necessary, to all rows.
 
-        A block has one head, so every array gets all heads; and query-indexed arrays get all rows. Gradients are summed
-        over consecutive grid steps: over the query heads of a group, or over the rows that share an array. The rows are
-        not consecutive if there are groups of query heads, so arrays then get all rows as well.
+        Each block has one head, so every array is broadcast to all heads. Query-indexed arrays are also broadcast to
+        all rows. A gradient can be summed only over consecutive grid steps: the query heads of a group, or the rows
+        that share an array. With grouped query heads, the steps of these rows are not consecutive. All arrays are then
+        broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
@@ -101,8 +105,8 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
     query_padding, key_padding = -T % LANES, -static.keys % LANES
 
     def heads_first(x_BTHK: jax.Array, padding: int) -> jax.Array:
-        # Named in the layout that the kernel reads: if remat saves them, neither projection nor transpose is
-        # recomputed.
+        # The name is given after the transpose. If remat saves these arrays, it recomputes neither the projection nor
+        # the transpose.
         x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
         return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), blockwise_attention.SAVED)
 
@@ -145,9 +149,10 @@ def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
 
 
 def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
-    """Indices of the slices that a tile needs (``required_slices``) of arrays that are not already split into blocks.
+    """``{name: index}`` of the slices that a tile needs (``required_slices``), except for query-indexed arrays.
 
-    The slices are lane-aligned, because the sizes of blocks and of the padding are multiples of LANES.
+    The grid already splits query-indexed arrays into blocks. The slices are lane-aligned, because the sizes of blocks
+    and of the padding are multiples of LANES.
     """
     from jax.experimental import pallas as pl
 
@@ -158,11 +163,11 @@ def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _read(static: _Static, R: int, references: Any) -> tuple[Any, Any, Any, Block]:
-    """q, k, v; the slices of the biases' arrays that the tile needs; all integers; and the tile."""
+def _load(static: _Static, R: int, refs: Any) -> tuple[Any, Any, Any, Block]:
+    """The arrays of a block: (q, k, v); the sliced arrays of the biases; the integers of mask and biases; the tile."""
     from jax.experimental import pallas as pl
 
-    qkv, bias_floats, integers = references
+    qkv, bias_floats, integers = refs
     tile = Block(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
     bias_arrays = _map_bias_arrays(
         static, lambda bias_fn, name, x: x[_slice_indices(bias_fn, tile).get(name, ...)], bias_floats
@@ -182,15 +187,15 @@ def _weights(static: _Static, qkv: Any, bias_arrays: Any, integers: Any, tile: T
     return weights, jnp.where(total_R1 > 0.0, 1.0 / total_R1, 0.0)
 
 
-def _forward_kernel(static: _Static, R: int, references: Any, out: Any) -> None:
-    qkv, *rest = _read(static, R, references)
-    weights, inv_denominator_R1 = _weights(static, qkv, *rest)
+def _forward_kernel(static: _Static, R: int, refs: Any, out: Any) -> None:
+    qkv, bias_arrays, integers, tile = _load(static, R, refs)
+    weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
     mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], 1, 0)
     out[...] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
 
 
 def _backward_kernel(
-    static: _Static, R: int, shared: Any, references: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
+    static: _Static, R: int, shared: Any, refs: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
 ) -> None:
     """Write the gradients of a block.
 
@@ -200,12 +205,12 @@ def _backward_kernel(
     """
     from jax.experimental import pallas as pl
 
-    qkv, bias_arrays, integers, tile = _read(static, R, references)
+    qkv, bias_arrays, integers, tile = _load(static, R, refs)
     weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
     probabilities, dout_RV = weights * inv_denominator_R1, dout[...]
     dprobabilities = dot(dout_RV, qkv[2], 1, 1)
-    mean_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
-    dscores = probabilities * (dprobabilities - mean_R1)
+    row_sum_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
+    dscores = probabilities * (dprobabilities - row_sum_R1)
 
     _, row, head, block = map(pl.program_id, range(4))
     _, _, heads, blocks = map(pl.num_programs, range(4))
@@ -295,7 +300,7 @@ def _map_bias_arrays(
     )
 
 
-def _call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any) -> Any:
+def _pallas_call(static: _Static, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any) -> Any:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -320,7 +325,7 @@ def _attention(static: _Static, floats: Any, integers: Any) -> jax.Array:
 def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
     layout = _layout(static, floats, integers)
     q, k, v, bias_floats = floats
-    run = _call(
+    run = _pallas_call(
         static, layout, functools.partial(_forward_kernel, static, layout.R), "attention_forward",
         in_specs=(layout.inputs,), out_specs=layout.out,
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype),
@@ -347,7 +352,7 @@ def _backward(static: _Static, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, .
     shared = jax.tree.map(lambda x: x.shape[0] == 1, bias_floats)
     dkv_blocks = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
     qkv_blocks, bias_blocks, _ = layout.inputs
-    run = _call(
+    run = _pallas_call(
         static, layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
         in_specs=(layout.inputs, layout.out), out_specs=((qkv_blocks[0], *dkv_blocks), bias_blocks),
         out_shape=(
