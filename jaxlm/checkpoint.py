@@ -532,18 +532,21 @@ class _Source:
     """The saved arrays from which one array of the target is made, if the layer layouts differ (``spec.layers``).
 
     Attributes:
-        names: names of the saved arrays; several for a stacked array that was saved per layer.
-        layer: the layer of one stacked array; None: the arrays as they are.
+        names: names of the saved arrays.
+        layer: the layer to take from a stacked array; None: the whole array.
+        stacks: whether the arrays are the layers of a stacked array.
     """
 
     names: tuple[str, ...]
     layer: int | None = None
+    stacks: bool = False
 
     def array(self, saved: dict[str, jax.Array]) -> jax.Array:
+        """The array of the target."""
         arrays = [saved[name] for name in self.names]
-        if self.layer is not None:
-            return arrays[0][self.layer]
-        return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
+        if self.stacks:
+            return jnp.stack(arrays)
+        return arrays[0] if self.layer is None else arrays[0][self.layer]
 
 
 def _sources(flat: dict[str, Any], stored: dict[str, _ShapeDtype]) -> tuple[dict[str, _Source], dict[str, Any]]:
@@ -552,13 +555,12 @@ def _sources(flat: dict[str, Any], stored: dict[str, _ShapeDtype]) -> tuple[dict
     sources, wanted = {}, {}
     for name, leaf in flat.items():
         stacked_name, layer = spec.split_layer(name)
-        per_layer_names = tuple(spec.join_layer(name, i) for i in range(leaf.shape[0] if leaf.shape else 0))
         if name not in stored and layer is not None and stacked_name in stored:
             sources[name] = _Source((stacked_name,), layer)
             wanted[stacked_name] = jax.ShapeDtypeStruct((counts[stacked_name], *leaf.shape), leaf.dtype)
-        elif name not in stored and per_layer_names and stored.keys() >= set(per_layer_names):
-            sources[name] = _Source(per_layer_names)
-            wanted |= dict.fromkeys(per_layer_names, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+        elif name not in stored and leaf.shape and spec.join_layer(name, 0) in stored:
+            sources[name] = _Source(tuple(spec.join_layer(name, i) for i in range(leaf.shape[0])), stacks=True)
+            wanted |= dict.fromkeys(sources[name].names, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
         else:
             sources[name], wanted[name] = _Source((name,)), leaf
     return sources, wanted

@@ -175,7 +175,7 @@ def stack(count: int, specs: Tree) -> Tree:
 def unstack(tree: Tree) -> Tree:
     """``tree`` in the per-layer layout: the value of each key ``layers`` becomes a tuple with one tree per layer.
 
-    Only code that reads or writes files converts trees: a checkpoint of the other layout, a Hugging Face directory.
+    The conversion is for files of the other layout (checkpoints, adapters) and for tools that look at single layers.
 
     Args:
         tree: parameters, or any tree that contains them (optimizer moments, a whole ``TrainState``); arrays or specs. A

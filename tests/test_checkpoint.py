@@ -232,7 +232,8 @@ def test_restore_onto_another_mesh(tmp_path: Path, saved: str, restored: str) ->
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, count: int) -> None:
     """Also onto a mesh, and next to arrays that have no layers."""
     key = jax.random.key(3)
     layer = {
@@ -240,7 +241,7 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool) -> N
         "norm": {"scale": spec.ArraySpec((8,), ("embed",))},
     }
     specs = {
-        form: {"table": layer["w"], "encoder": {"layers": spec.layers(3, layer, stacked=form)}}
+        form: {"table": layer["w"], "encoder": {"layers": spec.layers(count, layer, stacked=form)}}
         for form in (True, False)
     }
     saved, wanted = spec.init(specs[stacked], key), spec.init(specs[not stacked], key)
@@ -255,7 +256,9 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool) -> N
         assert bool(restored["key"] == key)
         if sharding is not None:
             assert {leaf.sharding for leaf in jax.tree.leaves(restored["params"])} == {mesh}
-    fewer = spec.abstract({"table": layer["w"], "encoder": {"layers": spec.layers(2, layer, stacked=not stacked)}})
+    fewer = spec.abstract(
+        {"table": layer["w"], "encoder": {"layers": spec.layers(count + 1, layer, stacked=not stacked)}}
+    )
     with pytest.raises(ValueError, match=r"encoder/layers/"):
         Checkpointer(tmp_path).restore({"params": fewer, "key": key})
 
