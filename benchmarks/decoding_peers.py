@@ -26,7 +26,7 @@ class Jaxlm(Peer):
         if self.model.reads_source:
             self.source = self.prompts
             self.prompts = np.full((batch, 1), self.model.config.decoder_start_id, np.int32)
-            self.start = jax.jit(lambda params, source: self.model.start(params, source, tokens + 1))
+            self.start = jax.jit(lambda params, source: self.model.init_decode_state(params, source, tokens + 1))
 
     def run(self) -> list[list[int]]:
         from jaxlm.decoding import generate

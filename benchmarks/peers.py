@@ -94,7 +94,7 @@ class Machine(Peer):
         if model.family in wholes.SIZES:
             data = wholes.example(model, *wholes.sizes(model, quick, batch, length))
             wholes.save(data, directory)
-            flop_count = flops.training_flops(model, *data.tokens.shape) if data.places is None else None
+            flop_count = flops.training_flops(model, *data.tokens.shape) if data.target_positions is None else None
             flop_count = flop_count or wholes.counted_flops(model, data)
             properties |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
             properties |= {"training_flops": flop_count.amount, "formula": flop_count.formula}

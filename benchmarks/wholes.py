@@ -120,7 +120,12 @@ def save(batch: Any, directory: str) -> None:
     """Write a batch without padding to the directory of its model."""
     assert batch.segment_ids is None
     assert batch.reset is None
-    arrays = {"tokens": batch.tokens, "labels": batch.targets, "weights": batch.weights, "places": batch.places}
+    arrays = {
+        "tokens": batch.tokens,
+        "labels": batch.targets,
+        "weights": batch.weights,
+        "target_positions": batch.target_positions,
+    }
     np.savez(Path(directory) / FILE, **{name: x for name, x in (arrays | batch.inputs).items() if x is not None})
 
 
@@ -136,7 +141,7 @@ def batch_of(arrays: dict[str, np.ndarray]) -> Any:
 
     inputs = dict(arrays)
     tokens, labels, weights = (inputs.pop(name) for name in ("tokens", "labels", "weights"))
-    return Batch(tokens, labels, weights, places=inputs.pop("places", None), inputs=inputs)
+    return Batch(tokens, labels, weights, target_positions=inputs.pop("target_positions", None), inputs=inputs)
 
 
 def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -159,10 +164,10 @@ IGNORED = -100
 def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Labels in the shape of the logits without their last axis; :data:`IGNORED` where the weight is 0."""
     weighted = np.where(arrays["weights"] > 0, arrays["labels"], IGNORED)
-    if "places" not in arrays:
+    if "target_positions" not in arrays:
         return weighted
     result = np.full(arrays["tokens"].shape, IGNORED, weighted.dtype)
-    np.put_along_axis(result, arrays["places"], weighted, axis=1)
+    np.put_along_axis(result, arrays["target_positions"], weighted, axis=1)
     return result
 
 

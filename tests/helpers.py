@@ -79,7 +79,7 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     if task == "masked":
         every_third = np.arange(inputs.shape[1]) % 3 == 1
         return Batch(inputs, (inputs + 1) % 7, weights * every_third, input_segments, source)
-    if task == "tagging":
+    if task == "token_classification":
         return Batch(inputs, inputs % model.config.num_labels, weights, input_segments, source)
     ones = np.ones(len(tokens), np.float32)
     if task == "classification":

@@ -81,7 +81,7 @@ def test_training_moves_what_is_trained_and_nothing_else(adaptation, name):
     def loss(trained, frozen):
         merged = adaptation.merge(trained, frozen)
         hidden, _ = BERT.apply(merged, tokens)
-        return jnp.sum(BERT.logits(merged, BERT.summary(merged, hidden))[:, 0, 0] ** 2)
+        return jnp.sum(BERT.logits(merged, BERT.pool(merged, hidden))[:, 0, 0] ** 2)
 
     @jax.jit
     def step(trained, state):

@@ -163,7 +163,7 @@ def test_jit_equals_no_jit(name):
     model, params, tokens = setup(name, length=8)
     plain, _ = model.apply(params, tokens, **source_of(model, 2))
     assert relative_error(hidden_of(model, params, tokens), plain) < TOLERANCE
-    read = model.summary(params, plain) if task_of(model) == "classification" else plain
+    read = model.pool(params, plain) if task_of(model) == "classification" else plain
     logits = model.logits(params, read)
     assert logits.dtype == jnp.float32
     assert relative_error(jax.jit(model.logits)(params, read), logits) < TOLERANCE
@@ -322,10 +322,10 @@ def test_padding_changes_nothing(name, side):
     hidden = hidden_of(model, params, padded, segment_ids=segments)
     assert np.isfinite(np.asarray(hidden)).all()
     if reads_whole_texts(model):
-        labels = model.logits(params, model.summary(params, hidden, segment_ids=segments))
+        labels = model.logits(params, model.pool(params, hidden, segment_ids=segments))
         for row, n in enumerate(lengths):
             own = hidden_of(model, params, tokens[row : row + 1, :n])
-            assert relative_error(labels[row], model.logits(params, model.summary(params, own))[0]) < TOLERANCE
+            assert relative_error(labels[row], model.logits(params, model.pool(params, own))[0]) < TOLERANCE
         return
     for row, place in enumerate(places):
         assert relative_error(hidden[row, place], alone(model, params, tokens, row, 0, lengths[row])) < TOLERANCE
@@ -513,7 +513,7 @@ def test_an_empty_batch_is_read_and_trains_nothing(name):
         assert (hidden.shape, hidden.dtype, state) == ((rows, middle, *full.shape[2:]), full.dtype, None)
         if task_of(model) == "classification" and length == 0:
             with pytest.raises(ValueError, match=r"hidden states \[2, 0, \d+\] have no position to classify"):
-                model.summary(params, hidden)
+                model.pool(params, hidden)
             continue
         made = batch_of(model, np.zeros((rows, length + 1), np.int32))
         (total, weight), grads = gradient(params, made, jax.random.key(0))
@@ -539,7 +539,7 @@ def test_an_empty_source_is_refused(name, rows, length):
     calls = (
         lambda: model.apply(params, np.zeros((2, 3), np.int32), source=source),
         lambda: model.encode(params, source),
-        lambda: model.start(params, source, 4),
+        lambda: model.init_decode_state(params, source, 4),
     )
     for call in calls:
         with pytest.raises(ValueError, match=rf"source \[{rows}, {length}\] is empty: give at least one row"):
@@ -696,7 +696,11 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
     for _ in range(20):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    outputs = model.config.num_labels if task_of(model) in ("classification", "tagging") else model.config.vocab_size
+    outputs = (
+        model.config.num_labels
+        if task_of(model) in ("classification", "token_classification")
+        else model.config.vocab_size
+    )
     assert losses[0] == pytest.approx(np.log(outputs), abs=0.7)  # T5's published start has logits of variance 1
     assert losses[-1] < 0.8 * losses[0]
     assert step._cache_size() == max(compiled, 1)

@@ -506,7 +506,7 @@ def test_a_training_step_is_planned(name):
     assert 0.0 < made.mfu_exposed < made.mfu < 0.5
     assert made.memory.limit == devices.by_name(name.partition(":")[0]).memory
     assert {traffic.kind for traffic in made.collectives} >= {"all-gather", "all-reduce"}
-    assert len(made.top) == planning.TOP
+    assert len(made.top) == planning.NUM_TOP_OPERATIONS
     assert made.top[0].cycles >= made.top[-1].cycles
     assert not made.notes
 

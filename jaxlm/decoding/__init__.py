@@ -1,7 +1,7 @@
 """Decoding: sampling, beam search, scoring and text generation, for every family with a model state.
 
-Decoding uses only ``apply``, ``logits``, ``start`` and ``state_specs`` of a model. It never reads the contents of the
-model state.
+Decoding uses only ``apply``, ``logits``, ``init_decode_state`` and ``state_specs`` of a model. It never reads the
+contents of the model state.
 """
 
 from jaxlm.decoding.beam import Beams, beam_search

@@ -194,7 +194,7 @@ def _start(
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), rules.end_ids[0] if rules.end_ids else 0, jnp.int32)
     search = _Search(
-        state=spec.take(row_specs, cache.resized(row_specs, row_state, first_slots), parents),
+        state=spec.take(row_specs, cache.resize(row_specs, row_state, first_slots), parents),
         source=source,
         parents=jnp.arange(B * K),
         step=jnp.zeros((), jnp.int32),
@@ -212,7 +212,7 @@ def _advance(model: Model, params: Any, search: _Search, rules: _Rules, *, slots
     """The search after it has ended, or after a cache of ``slots`` slots has become full."""
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
-    search = dataclasses.replace(search, state=cache.resized(specs, search.state, slots))
+    search = dataclasses.replace(search, state=cache.resize(specs, search.state, slots))
 
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)

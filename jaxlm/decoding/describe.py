@@ -17,7 +17,7 @@ _HEADS = {
     "permutation": "a permutation language-model head",
     "seq2seq": "a sequence-to-sequence head",
     "classification": "a classification head",
-    "tagging": "a head that labels tokens",
+    "token_classification": "a head that labels tokens",
     "span_qa": "a head for answer spans",
     "none": "no head",
 }

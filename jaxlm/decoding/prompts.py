@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlm import spec
 from jaxlm.models import Model
-from jaxlm.models.heads import last_real
+from jaxlm.models.heads import last_token_state
 
 Array = jax.Array | np.ndarray
 
@@ -64,8 +64,8 @@ def check_prompts(
         raise ValueError(
             f"{model.family} reads a source: for text, call jaxlm.decoding.generate_text(model, params, tokenizer, "
             "sources); for arrays, pass prompts [batch, 1] with the decoder's start id and "
-            f"state=model.start(params, source, length) with a length of at least {slots} tokens (the prompt and all "
-            f"{max_new_tokens} new tokens except the last)"
+            f"state=model.init_decode_state(params, source, length) with a length of at least {slots} tokens (the "
+            f"prompt and all {max_new_tokens} new tokens except the last)"
         )
     if state is not None:
         _check_state(specs, state, batch)
@@ -166,7 +166,7 @@ def read_prompts(
     if state is None:
         state = model.init_state(prompts_BT.shape[0], slots)
     hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
-    return state, model.logits(params, last_real(hidden_BTD, segment_ids_BT))[:, 0]
+    return state, model.logits(params, last_token_state(hidden_BTD, segment_ids_BT))[:, 0]
 
 
 def read_tokens(

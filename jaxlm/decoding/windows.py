@@ -78,7 +78,7 @@ def _read_sources(
     length: int,
     sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> Any:
-    return model.start(params, source_BS, length, segment_ids=segment_ids_BS)
+    return model.init_decode_state(params, source_BS, length, segment_ids=segment_ids_BS)
 
 
 class Windows:

@@ -23,7 +23,7 @@ from jaxlm.interop.formats import Format
 from jaxlm.models.model import FAMILIES, Metadata, Model, family, get_model
 
 _MODEL_TYPE_PREFIX = "jaxlm-"
-_LABEL_TASKS = ("classification", "tagging")
+_LABEL_TASKS = ("classification", "token_classification")
 _GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
 """Overrides that select another head than the head in the files."""

@@ -37,9 +37,9 @@ class LinenModel(linen.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.model.logits(unfreeze(self.tree), hidden)
 
-    def summary(self, hidden: jax.Array, **inputs: Any) -> jax.Array:
+    def pool(self, hidden: jax.Array, **inputs: Any) -> jax.Array:
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return self.model.summary(unfreeze(self.tree), hidden, key=key, **inputs)
+        return self.model.pool(unfreeze(self.tree), hidden, key=key, **inputs)
 
 
 def _initial(name: str, specs: spec.Tree, key: jax.Array) -> spec.Tree:
@@ -48,7 +48,7 @@ def _initial(name: str, specs: spec.Tree, key: jax.Array) -> spec.Tree:
 
 
 def as_linen(model: Model) -> LinenModel:
-    """The model as a ``flax.linen.Module`` with the methods ``__call__``, ``logits`` and ``summary``.
+    """The model as a ``flax.linen.Module`` with the methods ``__call__``, ``logits`` and ``pool``.
 
     ``init`` samples from the same distributions as ``model.init``. The values differ because linen derives other keys.
     Dropout is active if ``apply`` gets a key for "dropout".
@@ -78,12 +78,12 @@ class NNXModel(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.model.logits(self.parameters(), hidden)
 
-    def summary(self, hidden: jax.Array, *, rngs: nnx.Rngs | None = None, **inputs: Any) -> jax.Array:
-        return self.model.summary(self.parameters(), hidden, key=None if rngs is None else rngs.dropout(), **inputs)
+    def pool(self, hidden: jax.Array, *, rngs: nnx.Rngs | None = None, **inputs: Any) -> jax.Array:
+        return self.model.pool(self.parameters(), hidden, key=None if rngs is None else rngs.dropout(), **inputs)
 
 
 def as_nnx(model: Model, rngs: nnx.Rngs | None = None, *, params: spec.Tree | None = None) -> NNXModel:
-    """The model as a ``flax.nnx.Module`` with the methods ``__call__``, ``logits``, ``summary`` and ``parameters``.
+    """The model as a ``flax.nnx.Module`` with the methods ``__call__``, ``logits``, ``pool`` and ``parameters``.
 
     Dropout is active if a call gets ``rngs``.
 

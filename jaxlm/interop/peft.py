@@ -46,7 +46,7 @@ _TASKS = {
     "causal": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
     "classification": "SEQ_CLS",
-    "tagging": "TOKEN_CLS",
+    "token_classification": "TOKEN_CLS",
     "span_qa": "QUESTION_ANS",
     "none": "FEATURE_EXTRACTION",
 }

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.pooling import causal_max_pool, max_pool
 from jaxlm.nn.window import close_stream, fixed_length, open_stream, past_specs, tail_specs
@@ -154,7 +154,7 @@ def _hidden_layers(cfg: Config, params: dict[str, Any], x: jax.Array, key: jax.A
     return x
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -171,7 +171,7 @@ def summary(
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
 
-    Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`summary`.
+    Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`pool`.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
@@ -196,7 +196,7 @@ def _dilations(cfg: Config) -> list[int]:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    V, normal = padded(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
+    V, normal = round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
     learned = cfg.embedding == "learned"
     table = ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), normal if learned else Identity(), decay=learned)
     tree: dict[str, Any] = {"token_embedding": table}

@@ -36,7 +36,7 @@ from jaxlm.models import common
 from jaxlm.nn import recurrence
 from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context, copied_tokens, mix_copied
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
@@ -129,7 +129,8 @@ def apply(
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
             source.
-        state: from :func:`start`; the tokens continue the tokens in it. Rows may share sources (``common.by_source``).
+        state: from :func:`init_decode_state`; the tokens continue the tokens in it. Rows may share sources
+            (``common.group_rows_by_source``).
         segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -140,7 +141,7 @@ def apply(
     if state is None:
         assert source is not None
         initial = _start(cfg, params, source, source_segment_ids, key)
-    source_state, segments = initial["source"], common.segments_of(tokens, segment_ids)
+    source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, document = recurrence.segment_boundaries(segments, initial["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if one_document else _initial_states(cfg, params, source_state, segments)
@@ -178,7 +179,8 @@ def _attend(
     """Context vectors [B, C] and attention weights [B, S] of one query per row, over the row's current document.
 
     Args:
-        source: as from :func:`_encode`, with the ``key`` of the score. Rows may share sources (``common.by_source``).
+        source: as from :func:`_encode`, with the ``key`` of the score. Rows may share sources
+            (``common.group_rows_by_source``).
         segment_B: the document of each row.
     """
 
@@ -191,7 +193,7 @@ def _attend(
     num_rows, num_sources = query_BH.shape[0], source["segment_ids"].shape[0]
     if num_rows == num_sources:
         return attend(query_BH, segment_B)
-    queries, segments = (common.by_source(x[:, None], num_sources) for x in (query_BH, segment_B))
+    queries, segments = (common.group_rows_by_source(x[:, None], num_sources) for x in (query_BH, segment_B))
     outputs = jax.vmap(attend, in_axes=1, out_axes=1)(queries, segments)
     return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), outputs)
 
@@ -242,8 +244,8 @@ def _with_copied(
     inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
     bias_BT1 = params["bias"].astype(features_BTD.dtype)[None, None, :]
     gate_BT1 = sum((linear(params[name], x) for name, x in inputs.items()), bias_BT1)
-    weights_BTS = common.by_source(outputs["weights"], source_BS.shape[0])
-    copied_BTV = copied_tokens(weights_BTS, source_BS, padded(cfg.vocab_size, cfg.vocab_multiple))
+    weights_BTS = common.group_rows_by_source(outputs["weights"], source_BS.shape[0])
+    copied_BTV = copied_tokens(weights_BTS, source_BS, round_up(cfg.vocab_size, cfg.vocab_multiple))
     copied_BTV = copied_BTV.reshape(*x_BTE.shape[:2], -1)
     hidden = jnp.concatenate([features_BTD, gate_BT1, copied_BTV.astype(features_BTD.dtype)], axis=-1)
     return constrain(hidden, ("batch", "seq", "activation_embed"))
@@ -298,7 +300,7 @@ def _encode(
     common.check_tokens(source, segment_ids, None, None, what="source")
     key, weights = fold_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
     x = _embed(cfg, params.get("source_embedding", params["token_embedding"]), source, key)
-    segments = common.segments_of(source, segment_ids)
+    segments = common.segment_ids_or_ones(source, segment_ids)
     tokens = {"tokens": jnp.asarray(source, jnp.int32)} if cfg.copy else {}
     reset, keep, _ = recurrence.segment_boundaries(segments)
     if cfg.attention == "bahdanau":
@@ -336,7 +338,7 @@ def _lstm_states(
 # --------------------------------------------------------------------------------------------------------- state
 
 
-def start(
+def init_decode_state(
     cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
@@ -365,9 +367,9 @@ def _initial_states(
 
     It is zero for a document that the source does not contain.
 
-    Rows may share sources (``common.by_source``).
+    Rows may share sources (``common.group_rows_by_source``).
     """
-    shape, documents_BT = documents_BT.shape, common.by_source(documents_BT, source["segment_ids"].shape[0])
+    shape, documents_BT = documents_BT.shape, common.group_rows_by_source(documents_BT, source["segment_ids"].shape[0])
     in_document_BTS = source["segment_ids"][:, None, :] == documents_BT[:, :, None]
     has_source_BT = jnp.any(in_document_BTS, axis=-1)
 
@@ -390,8 +392,8 @@ def _initial_states(
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
     """The specs of the decode state: the decoder's recurrent state, the current document of each row, and the source.
 
-    The size does not depend on ``length``. The initial values are the state of a row without a source; :func:`start`
-    returns the state for a source.
+    The size does not depend on ``length``. The initial values are the state of a row without a source;
+    :func:`init_decode_state` returns the state for a source.
     """
 
     def source_spec(width: int, dtype: Any) -> ArraySpec:
@@ -422,12 +424,12 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, padded(cfg.vocab_size, cfg.vocab_multiple)
+    E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, round_up(cfg.vocab_size, cfg.vocab_multiple)
     A = H if cfg.attention_dim is None else cfg.attention_dim
     uniform = Uniform(cfg.init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, E), ("vocab", "embed"), uniform, decay=True)}
     if cfg.source_vocab_size is not None:
-        rows = padded(cfg.source_vocab_size, cfg.vocab_multiple)
+        rows = round_up(cfg.source_vocab_size, cfg.vocab_multiple)
         tree["source_embedding"] = ArraySpec((rows, E), ("vocab", "embed"), uniform, decay=True)
     C = 2 * H if cfg.attention == "bahdanau" else H
     tree |= _bahdanau_specs(cfg, uniform) if cfg.attention == "bahdanau" else _luong_specs(cfg, uniform)

@@ -34,7 +34,7 @@ from jaxlm.nn.alignment import (
     pooling_weights,
 )
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs, segment_boundaries
 from jaxlm.nn.weight_record import record
@@ -107,7 +107,7 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     if state is not None and cfg.task != "causal":
         raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state out")
-    segments = common.segments_of(tokens, segment_ids)
+    segments = common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
     backward_reset = segment_boundaries(segments, reverse=True)[0]
     new_state: dict[str, Any] = {"last_segment": last_segment}
@@ -147,22 +147,24 @@ def _attend(
     weights = params["alignment"]
     query_BTK = linear(weights["query"], key_BTK)
     kv_BTX = kv_BSX = jnp.concatenate([alignment_keys(weights, key_BTK), value_BTK], axis=-1)
-    span, new_memory = memory.span(tokens_BT, old_memory, segments_BT)
+    memory_context, new_memory = memory.make_context(tokens_BT, old_memory, segments_BT)
     if old_memory is not None:
         kv_BSX = jnp.concatenate([old_memory["hidden"], kv_BTX], axis=1)
-        new_memory = {**new_memory, "hidden": memory.append(old_memory["hidden"], kv_BTX, span.kept)}
+        new_memory = {**new_memory, "hidden": memory.append(old_memory["hidden"], kv_BTX, memory_context.kept_indices)}
     keys_BSK, values_BSK = jnp.split(kv_BSX, 2, axis=-1)
 
     def attend_step(step: Any) -> jax.Array:
         query_BK, position_B, segment_B = step
-        distance_BS = position_B[:, None] - span.key_positions
-        visible_BS = (span.mask.key_segments == segment_B[:, None]) & (distance_BS > 0)
+        distance_BS = position_B[:, None] - memory_context.key_positions
+        visible_BS = (memory_context.mask.key_segments == segment_B[:, None]) & (distance_BS > 0)
         if cfg.window is not None:
             visible_BS &= distance_BS <= cfg.window
         scores_BS = additive_scores(query_BK, keys_BSK, weights["score"])
         return context(masked_softmax(scores_BS, visible_BS), values_BSK)
 
-    steps = jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (query_BTK, span.query_positions, segments_BT))
+    steps = jax.tree.map(
+        lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (query_BTK, memory_context.query_positions, segments_BT)
+    )
     context_BTK = jnp.swapaxes(jax.lax.map(attend_step, steps), 0, 1)
     output = params["output"]
     return jnp.tanh(linear(output["found"], context_BTK) + linear(output["state"], prediction_BTK)), new_memory
@@ -171,7 +173,7 @@ def _attend(
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
 
-    Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`summary`.
+    Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`pool`.
     """
     if cfg.task == "classification":
         return heads.head_logits(cfg.task, params, hidden)
@@ -179,7 +181,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(scores + params["head"]["bias"].astype(jnp.float32)[None, None, :], ("batch", None, "vocab"))
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -217,7 +219,7 @@ def redundancy(weights_BRT: jax.Array) -> jax.Array:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    V, H, K = padded(cfg.vocab_size, cfg.vocab_multiple), cfg.hidden_dim, cfg.hidden_dim // cfg.parts
+    V, H, K = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.hidden_dim, cfg.hidden_dim // cfg.parts
     uniform = Uniform(cfg.init_bound)
     recurrent = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}

@@ -20,7 +20,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
@@ -28,7 +28,7 @@ from jaxlm.nn.position import positions_in_segments
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
-TASKS = ("masked", "classification", "tagging", "span_qa", "none")
+TASKS = ("masked", "classification", "token_classification", "span_qa", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,14 @@ class Config(common.TransformerConfig):
     attention_dropout: float = 0.1
     """Dropout rate on attention probabilities."""
     classifier_dropout: float | None = None
-    """Dropout rate on the input of the classifier or tagger; None means hidden_dropout."""
+    """Dropout rate on the input of the (token) classifier; None means hidden_dropout."""
     task: heads.Task = "masked"
-    """Output head: masked, classification, tagging (label of each token), span_qa (answer span) or none."""
+    """Output head: masked, classification, token_classification (label of each token), span_qa (answer span), or
+    none."""
     next_sentence: bool = False
     """Add a head that predicts whether the second sentence follows the first (with task masked or none)."""
     num_labels: int = 2
-    """Number of labels if the task is classification or tagging."""
+    """Number of labels if the task is classification or token_classification."""
     attention_implementation: Implementation | None = None
     """Attention implementation by name; None chooses the best one for the device and shape."""
 
@@ -128,8 +129,8 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
     x, _ = common.run_layers(block, x, params["layers"], None, key, remat=cfg.remat)
-    if cfg.task == "tagging":  # here because logits() has no random key
-        x = dropout(x, classifier_dropout(cfg), fold_name(key, "tagger"))
+    if cfg.task == "token_classification":  # here because logits() has no random key
+        x = dropout(x, classifier_dropout(cfg), fold_name(key, "token_classifier"))
     return x, None
 
 
@@ -165,7 +166,9 @@ def _attention(cfg: Config, weights: dict[str, Any], x: jax.Array, mask: Mask, k
         q, k, v, mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,
     )  # fmt: skip
-    return dropout(linear(weights["output"], x, inputs=2), cfg.hidden_dropout, fold_name(key, "attention_output"))
+    return dropout(
+        linear(weights["output"], x, num_input_axes=2), cfg.hidden_dropout, fold_name(key, "attention_output")
+    )
 
 
 def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -178,7 +181,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head for hidden states [B, P, D]: [B, P, V] or [B, P, labels] float32.
 
     For task masked, V is padded to ``vocab_multiple``; pass only the masked positions. For task classification,
-    ``hidden`` comes from :func:`summary`.
+    ``hidden`` comes from :func:`pool`.
 
     Raises:
         ValueError: task none has no head.
@@ -192,7 +195,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(scores, ("batch", None, "vocab"))
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -210,7 +213,7 @@ def summary(
         raise ValueError(
             f"a model with task={cfg.task!r} has no pooler: take task 'classification' or 'none', or next_sentence=True"
         )
-    pooled = jnp.tanh(linear(params["pooler"], heads.first_real(hidden, segment_ids)))
+    pooled = jnp.tanh(linear(params["pooler"], heads.first_token_state(hidden, segment_ids)))
     if cfg.task == "classification":
         pooled = dropout(pooled, classifier_dropout(cfg), fold_name(key, "classifier"))
     return pooled
@@ -226,12 +229,12 @@ def next_sentence_logits(
     """
     if not cfg.next_sentence:
         raise ValueError("the model has no next-sentence head: take next_sentence=True")
-    pooled = summary(cfg, params, hidden, segment_ids)
+    pooled = pool(cfg, params, hidden, segment_ids)
     return linear(params["next_sentence"], pooled)[:, 0].astype(jnp.float32)
 
 
 def classifier_dropout(cfg: Config) -> float:
-    """The dropout rate on the input of the classifier or tagger."""
+    """The dropout rate on the input of the (token) classifier."""
     return cfg.hidden_dropout if cfg.classifier_dropout is None else cfg.classifier_dropout
 
 
@@ -243,12 +246,12 @@ def mlp_dim(cfg: Config) -> int:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters. As in the published classes, only heads that read the first token have a pooler."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, mlp_dim(cfg)
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     block = {
         "attention": {
             **{name: linear_specs((D, H, K), ("embed", "heads", "kv"), normal) for name in ("query", "key", "value")},
-            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, inputs=2),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2),
         },
         "attention_norm": layer_norm_specs(D),
         "mlp": {

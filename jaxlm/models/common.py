@@ -120,7 +120,7 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
     return block
 
 
-def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Span, state: Any) -> tuple[jax.Array, Any]:
+def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: Any) -> tuple[jax.Array, Any]:
     """The outputs of ``apply``: hidden states, and the state with the new ``kv`` of the layers (None without a state).
 
     A row whose tokens do not fit its cache gives NaN.
@@ -131,7 +131,7 @@ def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Span, state: Any) 
     return jnp.where(context.valid_B[:, None, None], x_BTD, jnp.nan), {**state, "layers": kv}
 
 
-def by_source(x: jax.Array, sources: int) -> jax.Array:
+def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
     """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...], so that rows with the same source are together.
 
     Row r has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. In the new shape,
@@ -140,7 +140,7 @@ def by_source(x: jax.Array, sources: int) -> jax.Array:
     return x.reshape(sources, -1, *x.shape[2:])
 
 
-def segments_of(ids: jax.Array, segment_ids: Any) -> jax.Array:
+def segment_ids_or_ones(ids: jax.Array, segment_ids: Any) -> jax.Array:
     """``segment_ids`` as int32, [B, T]; 1 everywhere (one document) if they are None."""
     # ones_like instead of ones: the result has the sharding of the ids.
     return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
@@ -225,9 +225,11 @@ def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state:
     """Raise ``ValueError`` unless an encoder-decoder gets either a source, or a state with an encoded source."""
     if (source is None) == (state is None):
         got = "neither" if source is None else "both"
-        raise ValueError(f"apply takes source (to train) or state (to decode, from start), got {got}")
+        raise ValueError(f"apply takes source (to train) or state (to decode, from init_decode_state), got {got}")
     if source is None:
         if source_segment_ids is not None:
-            raise ValueError("pass source_segment_ids to start: a state already contains those of its source")
+            raise ValueError(
+                "pass source_segment_ids to init_decode_state: a state already contains those of its source"
+            )
     elif source.shape[0] != tokens.shape[0]:
         raise ValueError(f"source {list(source.shape)} must have as many rows as tokens {list(tokens.shape)}")

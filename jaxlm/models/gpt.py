@@ -23,14 +23,14 @@ from jaxlm.nn import cache
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain, platform
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
 NormPosition = Literal["before", "after"]
-Task = Literal["causal", "classification", "tagging", "span_qa", "none"]
+Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,10 @@ class Config(common.TransformerConfig):
     tie_embeddings: bool = True
     """Use the token table as output head."""
     task: Task = "causal"
-    """Output head: next token (causal), label of the text, label of each token (tagging), answer span, or none."""
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
     num_labels: int = 2
-    """Number of labels if the task is classification or tagging."""
+    """Number of labels if the task is classification or token_classification."""
     embedding_dropout: float = 0.1
     """Dropout rate after the embeddings."""
     attention_dropout: float = 0.1
@@ -104,7 +105,7 @@ def apply(
     """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     dtype = jnp.dtype(cfg.dtype)
-    context, state = cache.span(tokens, state, segment_ids, positions)
+    context, state = cache.make_context(tokens, state, segment_ids, positions)
 
     x = embed(params["token_embedding"], tokens, dtype)
     x = x + embed(params["position_embedding"], context.positions, dtype, rows="positions")
@@ -132,7 +133,7 @@ def apply(
 
 
 def _attention(
-    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Span, key: jax.Array | None
+    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Context, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     q, k, v = _project_qkv(weights["qkv"], x)
     kv, (k, v) = cache.append_and_read(kv, (k, v), context)
@@ -140,7 +141,7 @@ def _attention(
         q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,
     )  # fmt: skip
-    x = linear(weights["output"], x, inputs=2)
+    x = linear(weights["output"], x, num_input_axes=2)
     return dropout(x, cfg.residual_dropout, fold_name(key, "attention_output")), kv
 
 
@@ -172,7 +173,7 @@ def _project_qkv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
@@ -180,7 +181,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -188,13 +189,13 @@ def summary(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
-    return heads.last_real(hidden, segment_ids)
+    return heads.last_token_state(hidden, segment_ids)
 
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     F = 4 * D if cfg.mlp_dim is None else cfg.mlp_dim
     normal = Normal(cfg.init_stddev)
     pre_norm = cfg.norm_position == "before"
@@ -203,7 +204,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "attention_norm": layer_norm_specs(D),
         "attention": {
             "qkv": linear_specs((D, 3, H, K), ("embed", None, "heads", "kv"), normal),
-            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), residual_init, inputs=2),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), residual_init, num_input_axes=2),
         },
         "mlp_norm": layer_norm_specs(D),
         "mlp": {

@@ -3,9 +3,9 @@
 A task is the name of an objective in ``jaxlm.objectives``. Each family defines its own head over the vocabulary. The
 heads for labels are linear layers, which this module defines for all families:
 
-    classification  ``classifier``: one label per row, from ``summary`` [B, 1, D]
-    tagging         ``tagger``: one label per token
-    span_qa         ``span``: two logits per token, for the first and the last token of an answer
+    classification        ``classifier``: one label per row, from the pooled output (``pool``) [B, 1, D]
+    token_classification  ``token_classifier``: one label per token
+    span_qa               ``span``: two logits per token, for the first and the last token of an answer
 
 Shapes: B batch, T time, D width of hidden states.
 """
@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.spec import ArraySpec, Initializer
 
-Task = Literal["causal", "masked", "permutation", "seq2seq", "classification", "tagging", "span_qa", "none"]
+Task = Literal[
+    "causal", "masked", "permutation", "seq2seq", "classification", "token_classification", "span_qa", "none"
+]
 
-HEADS = {"classification": "classifier", "tagging": "tagger", "span_qa": "span"}
+HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
 """Task -> name of its head in the parameters."""
 
 
@@ -47,7 +49,7 @@ def head_specs(
     return {HEADS[task]: linear_specs((width, outputs), ("embed", None), init, bias=bias)}
 
 
-def first_real(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+def first_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The hidden state of each row's first token that is not padding, [B, 1, D]."""
     if segment_ids_BT is None:
         return hidden_BTD[:, :1]
@@ -55,7 +57,7 @@ def first_real(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.A
     return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)
 
 
-def last_real(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+def last_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """The hidden state of each row's last token that is not padding, [B, 1, D]."""
     if segment_ids_BT is None:
         return hidden_BTD[:, -1:]

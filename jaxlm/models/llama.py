@@ -20,7 +20,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn import cache
 from jaxlm.nn.attention import Implementation, attention
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
@@ -28,7 +28,7 @@ from jaxlm.nn.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
-Task = Literal["causal", "classification", "tagging", "span_qa", "none"]
+Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,10 @@ class Config(common.TransformerConfig):
     tie_embeddings: bool = False
     """Use the token table as output head."""
     task: Task = "causal"
-    """Output head: next token (causal), label of the text, label of each token (tagging), answer span, or none."""
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
     num_labels: int = 2
-    """Number of labels if the task is classification or tagging."""
+    """Number of labels if the task is classification or token_classification."""
     attention_dropout: float = 0.0
     """Dropout rate on attention probabilities."""
     attention_implementation: Implementation | None = None
@@ -117,7 +118,7 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
-    context, state = cache.span(tokens, state, segment_ids, positions)
+    context, state = cache.make_context(tokens, state, segment_ids, positions)
     if cfg.window is not None:
         context = dataclasses.replace(context, mask=_windowed(context.mask, cfg.window, state))
     angles = rotary_angles(
@@ -150,7 +151,7 @@ def _attention(
     weights: dict[str, Any],
     x: jax.Array,
     kv: Any,
-    context: cache.Span,
+    context: cache.Context,
     angles: tuple[jax.Array, jax.Array],
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
@@ -163,7 +164,7 @@ def _attention(
         q, k, v, context.mask, dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         implementation=cfg.attention_implementation,
     )  # fmt: skip
-    return linear(weights["output"], x, inputs=2), kv
+    return linear(weights["output"], x, num_input_axes=2), kv
 
 
 def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -183,7 +184,7 @@ def _windowed(mask: Mask, window: int, state: Any) -> Mask:
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
@@ -191,7 +192,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -199,7 +200,7 @@ def summary(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
-    return heads.last_real(hidden, segment_ids)
+    return heads.last_token_state(hidden, segment_ids)
 
 
 def head_sizes(cfg: Config) -> tuple[int, int, int]:
@@ -211,7 +212,7 @@ def head_sizes(cfg: Config) -> tuple[int, int, int]:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, F, (H, G, K) = cfg.embed_dim, cfg.mlp_dim, head_sizes(cfg)
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     block = {
         "attention_norm": rms_norm_specs(D),
@@ -219,7 +220,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "query": linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "key": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
             "value": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=cfg.qkv_bias),
-            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, inputs=2, bias=False),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
         },
         "mlp_norm": rms_norm_specs(D),
         "mlp": {

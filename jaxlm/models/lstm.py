@@ -60,7 +60,7 @@ def apply_with_outputs(
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
 
     Raises:
         ValueError: the task is none, so there is no head.
@@ -68,7 +68,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return recurrent.logits(cfg, params, hidden)
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,

@@ -41,7 +41,7 @@ class Metadata:
     """Facts about a loaded model that its functions do not need: the contents of its files, and how they were loaded.
 
     Attributes:
-        labels: names of a classifier's or tagger's labels, in the order of the logits; None: the labels have no names.
+        labels: names of the labels of a (token) classifier, in the order of the logits; None: the labels have no names.
         token_ids: ids of special tokens by role, such as ``{"eos": 2, "pad": 0, "decoder_start": 0}``. An id may be
             None, or a list if several tokens end a text.
         config: the whole ``config.json``; ``save_pretrained`` keeps the fields that jaxlm does not set.
@@ -100,8 +100,10 @@ class Model:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"labels must be a sequence of strings, got {names!r}")
         task = getattr(self.config, "task", None)
-        if task not in ("classification", "tagging"):
-            raise ValueError(f"a model with task={task!r} has no labels: take task='classification' or 'tagging'")
+        if task not in ("classification", "token_classification"):
+            raise ValueError(
+                f"a model with task={task!r} has no labels: take task='classification' or 'token_classification'"
+            )
         if len(names) != self.config.num_labels:
             raise ValueError(f"got {len(names)} labels {list(names)} for num_labels={self.config.num_labels}")
         if len(set(names)) != len(names):
@@ -211,21 +213,21 @@ class Model:
             return self.module.cross_entropy(self.config, params, hidden, targets, weights)
         return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
-    def summary(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
+    def pool(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
         """The input of the classifier for each row, [B, 1, D']; its ``logits`` are those of the labels.
 
         Raises:
             TypeError: the family does not classify.
             ValueError: hidden states with T = 0.
         """
-        if not hasattr(self.module, "summary"):
-            raise TypeError(f"family {self.family!r} has no summary of a row, so it cannot classify")
+        if not hasattr(self.module, "pool"):
+            raise TypeError(f"family {self.family!r} has no pooled output, so it cannot classify")
         if hidden.shape[1] == 0:
             raise ValueError(f"hidden states {list(hidden.shape)} have no position to classify: give each row a token")
         if hidden.shape[0] == 0:
-            pooled = self._shapes(self.module.summary, params, hidden, inputs)
+            pooled = self._shapes(self.module.pool, params, hidden, inputs)
             return jnp.zeros((0, *pooled.shape[1:]), pooled.dtype)
-        return self.module.summary(self.config, params, hidden, **inputs)
+        return self.module.pool(self.config, params, hidden, **inputs)
 
     def attention_weights(self, params: spec.Tree, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
         """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
@@ -249,8 +251,8 @@ class Model:
         def run(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
             with recorded_weights() as records:
                 hidden, _ = model.apply(spec.unstack(params), tokens, **inputs)
-                if getattr(self.config, "task", None) == "classification" and hasattr(self.module, "summary"):
-                    model.summary(params, hidden, segment_ids=inputs.get("segment_ids"))
+                if getattr(self.config, "task", None) == "classification" and hasattr(self.module, "pool"):
+                    model.pool(params, hidden, segment_ids=inputs.get("segment_ids"))
             weights: dict[str, list[jax.Array]] = {}
             for index, (layer_weights, kind) in enumerate(records):
                 name = "pool" if kind == "pool" else "self"
@@ -283,11 +285,11 @@ class Model:
         self._check_source(source)
         return self.module.encode(self.config, params, source, **inputs)
 
-    def start(self, params: spec.Tree, source: jax.Array, length: int, **inputs: Any) -> spec.Tree:
+    def init_decode_state(self, params: spec.Tree, source: jax.Array, length: int, **inputs: Any) -> spec.Tree:
         """The decode state of an encoder-decoder for a source [B, S], with room for ``length`` tokens per row."""
         self._require_encoder()
         self._check_source(source)
-        return self.module.start(self.config, params, source, length, **inputs)
+        return self.module.init_decode_state(self.config, params, source, length, **inputs)
 
     def _require_encoder(self) -> None:
         if not self.reads_source:

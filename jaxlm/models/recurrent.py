@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.recurrence import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Uniform, fold_name
@@ -64,9 +64,9 @@ class RecurrentConfig(common.ModelConfig):
     recurrent_init_bound: float | None = None
     """Bound of the uniform initial weights of the layers; None means 1 / sqrt(width of the layer)."""
     task: heads.Task = "causal"
-    """Output head: causal, classification, tagging or none."""
+    """Output head: causal, classification, token_classification or none."""
     num_labels: int = 2
-    """Number of labels if the task is classification or tagging."""
+    """Number of labels if the task is classification or token_classification."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +74,7 @@ class RecurrentConfig(common.ModelConfig):
         common.check_rates(self, *RATES)
         common.check_choices(
             self, direction=get_args(Direction), dropout_mask=get_args(DropoutMask),
-            task=("causal", "classification", "tagging", "none"),
+            task=("causal", "classification", "token_classification", "none"),
         )  # fmt: skip
         if self.direction == "both" and self.task == "causal":
             raise ValueError("direction='both' reads the tokens that task='causal' predicts: use direction='forward'")
@@ -102,7 +102,7 @@ def apply(
 
     forward_masks, backward_masks, last_segment = {}, {}, None
     if segment_ids is not None or state is not None:
-        segments = common.segments_of(tokens, segment_ids)
+        segments = common.segment_ids_or_ones(tokens, segment_ids)
         reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
         forward_masks = {"reset_BT": reset, "keep_BT": keep}
         backward_masks = {"reset_BT": segment_boundaries(segments, reverse=True)[0], "keep_BT": keep}
@@ -203,7 +203,7 @@ def specs(
     cfg: RecurrentConfig, layer_specs: Callable[[int, int, Initializer | None], dict[str, ArraySpec]]
 ) -> dict[str, Any]:
     """The specs of all parameters. Layers are separate (``layer_0``, ``layer_1``, ...), because their widths differ."""
-    V, directions = padded(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
+    V, directions = round_up(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
     uniform = Uniform(cfg.init_bound)
     recurrent = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}

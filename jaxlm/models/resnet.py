@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.batch_norm import batch_norm, batch_norm_specs, statistics_specs
 from jaxlm.nn.convolution import convolution, convolution_specs
-from jaxlm.nn.embedding import embed, padded
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.pooling import k_max_pool, max_pool
 from jaxlm.nn.window import fixed_length
@@ -152,7 +152,7 @@ def _block(
     return x, new_statistics
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -171,7 +171,7 @@ def summary(
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the labels, [B, 1, num_labels] float32; ``hidden`` comes from :func:`summary`."""
+    """The logits of the labels, [B, 1, num_labels] float32; ``hidden`` comes from :func:`pool`."""
     return heads.head_logits(cfg.task, params, hidden)
 
 
@@ -193,7 +193,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         init = Normal((2 / (kernel * inputs)) ** 0.5)  # He et al. 2015
         return convolution_specs((kernel, inputs, outputs), ("embed", "mlp"), init, bias=bias)
 
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     tree: dict[str, Any] = {
         "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(1.0), decay=True),
         "input": conv(3, cfg.embed_dim, cfg.channels, bias=True),

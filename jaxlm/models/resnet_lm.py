@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.window import close_stream, open_stream, past_specs, tail_specs
 from jaxlm.sharding import constrain
@@ -88,18 +88,18 @@ def apply(
     tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
-    x = linear(weight_norm(params["input"], inputs=1), x)
+    x = linear(weight_norm(params["input"], num_input_axes=1), x)
     outputs, new_state = [x], {}  # outputs[n] is the input of block n
     for number, (_, _, residual) in enumerate(cfg.blocks):
         name = f"layer_{number}"
         weights, tail = params[name], None if state is None else state.get(name)
         x = dropout(x, cfg.dropout, fold_name(key, name))
-        x, tail = causal_convolution(weight_norm(weights["convolution"], inputs=2), stream, x, tail)
+        x, tail = causal_convolution(weight_norm(weights["convolution"], num_input_axes=2), stream, x, tail)
         x = x[:, :, 0] * jax.nn.sigmoid(x[:, :, 1])
         if residual:
             earlier = outputs[-residual]
             if "residual" in weights:
-                earlier = linear(weight_norm(weights["residual"], inputs=1), earlier)
+                earlier = linear(weight_norm(weights["residual"], num_input_axes=1), earlier)
             x = (x + earlier) * 0.5**0.5
         x = constrain(x, ("batch", "seq", "activation_embed"))
         outputs.append(x)
@@ -123,11 +123,11 @@ def _widths(cfg: Config) -> list[int]:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters. Initial scales keep the variance through GLU and dropout (Gehring et al. 2017)."""
-    V, keep_rate, widths = padded(cfg.vocab_size, cfg.vocab_multiple), 1.0 - cfg.dropout, _widths(cfg)
+    V, keep_rate, widths = round_up(cfg.vocab_size, cfg.vocab_multiple), 1.0 - cfg.dropout, _widths(cfg)
 
     def linear_map(inputs: int, outputs: int) -> dict[str, ArraySpec]:
         plain = linear_specs((inputs, outputs), ("embed", "mlp"), Normal((keep_rate / inputs) ** 0.5))
-        return weight_norm_specs(plain, inputs=1)
+        return weight_norm_specs(plain, num_input_axes=1)
 
     tree: dict[str, Any] = {
         "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(0.1), decay=True),
@@ -137,7 +137,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         init = Normal((4 * keep_rate / (kernel * widths[number])) ** 0.5)
         # The two halves of the GLU have an axis of their own, so that sharding the channels shards both halves alike.
         gated = convolution_specs((kernel, widths[number], 2, channels), ("embed", None, "mlp"), init)
-        block = {"convolution": weight_norm_specs(gated, inputs=2)}
+        block = {"convolution": weight_norm_specs(gated, num_input_axes=2)}
         if residual and widths[number + 1 - residual] != channels:
             block["residual"] = linear_map(widths[number + 1 - residual], channels)
         tree[f"layer_{number}"] = block

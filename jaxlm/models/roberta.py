@@ -66,7 +66,7 @@ def apply(
 logits = bert.logits
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -76,12 +76,12 @@ def summary(
     """The pooled output of each row's first token, <s>: [B, 1, D].
 
     For task classification, ``tanh(dense(.))`` with the classifier's own dense layer, and dropout before and after it;
-    otherwise that of :func:`bert.summary`.
+    otherwise that of :func:`bert.pool`.
     """
     if cfg.task != "classification":
-        return bert.summary(cfg, params, hidden, segment_ids, key)
+        return bert.pool(cfg, params, hidden, segment_ids, key)
     rate = bert.classifier_dropout(cfg)
-    first = dropout(heads.first_real(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
+    first = dropout(heads.first_token_state(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
     return dropout(jnp.tanh(linear(params["classifier_dense"], first)), rate, fold_name(key, "classifier"))
 
 

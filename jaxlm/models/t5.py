@@ -28,7 +28,7 @@ from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention
 from jaxlm.nn.attention_bias import AttentionBias
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
@@ -150,8 +150,8 @@ def apply(
         source: [B, S] integer ids.
         source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
             source.
-        state: from :func:`start`; the tokens continue the tokens in it. A row that exceeds its cache gives NaN.
-            Rows may share sources (``common.by_source``).
+        state: from :func:`init_decode_state`; the tokens continue the tokens in it. A row that exceeds its cache gives
+            NaN. Rows may share sources (``common.group_rows_by_source``).
         segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
@@ -159,18 +159,18 @@ def apply(
     _require_decoder(cfg)
     common.check_tokens(tokens, segment_ids, positions, None)
     common.check_source(tokens, source, source_segment_ids, state)
-    context, state = cache.span(tokens, state, segment_ids, positions)
+    context, state = cache.make_context(tokens, state, segment_ids, positions)
     if state is None:
         assert source is not None
         position_pair = None if positions is None else (positions, positions)
         layers, source_kv = _encoded_source(cfg, params, source, source_segment_ids, key)
-        source_segments = common.segments_of(source, source_segment_ids)
+        source_segments = common.segment_ids_or_ones(source, source_segment_ids)
     else:
         position_pair = context.positions, state["positions"]
         layers, source_kv = _cached_source(cfg, params, state["source"]["layers"])
         source_segments = state["source"]["segment_ids"]
     num_sources = source_segments.shape[0]
-    segments = common.by_source(common.segments_of(tokens, segment_ids), num_sources)
+    segments = common.group_rows_by_source(common.segment_ids_or_ones(tokens, segment_ids), num_sources)
     cross_mask = Mask(query_segments=segments, key_segments=source_segments)
     key = fold_name(key, "decoder")
     bias_fn = _bias_fn(cfg, params["decoder"], tokens.shape[1], position_pair, bidirectional=False)
@@ -183,7 +183,7 @@ def apply(
         attention_key = fold_name(layer_key, "attention")
         x = x + _attention(cfg, weights["attention"], normed, k, v, context.mask, bias_fn(weights), attention_key)
 
-        normed = common.by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
+        normed = common.group_rows_by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
         k, v = source_kv(weights)
         attention_key = fold_name(layer_key, "cross_attention")
         attended = _attention(cfg, weights["cross_attention"], normed, k, v, cross_mask, None, attention_key)
@@ -214,7 +214,7 @@ def _attention(
     x = attention(
         q, k, v, mask, scale=1.0, bias=bias, dropout=cfg.dropout, key=fold_name(key, "probabilities")
     )  # fmt: skip
-    return dropout(linear(weights["output"], x, inputs=2), cfg.dropout, fold_name(key, "output"))
+    return dropout(linear(weights["output"], x, num_input_axes=2), cfg.dropout, fold_name(key, "output"))
 
 
 def _project_kv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -283,7 +283,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------------------- source and state
 
 
-def start(
+def init_decode_state(
     cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], with room for ``length`` target tokens per row, padding included.
@@ -300,14 +300,14 @@ def start(
 
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
     source_layers = jax.lax.map(source_kv, layers) if cfg.scan_layers else tuple(map(source_kv, layers))
-    source_state = {"layers": source_layers, "segment_ids": common.segments_of(source, segment_ids)}
+    source_state = {"layers": source_layers, "segment_ids": common.segment_ids_or_ones(source, segment_ids)}
     return {**state, "source": source_state}
 
 
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
     """The specs of the decode state: a cache of ``length`` target tokens per row, and keys and values of the source.
 
-    The initial values stand for a row without a source; :func:`start` returns a state with one.
+    The initial values stand for a row without a source; :func:`init_decode_state` returns a state with one.
     """
 
     def cache_of(slots: int) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def _decoder_layers(cfg: Config) -> int:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(D**-0.5)
 
     def projection(init: Normal) -> dict[str, ArraySpec]:
@@ -371,7 +371,9 @@ def specs(cfg: Config) -> dict[str, Any]:
         "query": projection(Normal((D * K) ** -0.5)),
         "key": projection(normal),
         "value": projection(normal),
-        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), inputs=2, bias=False),
+        "output": linear_specs(
+            (H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), num_input_axes=2, bias=False
+        ),
     }
     bias = ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)
     hidden_layers = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]

@@ -133,12 +133,14 @@ def apply(
         # difference of their indices, and the bias needs no gather (``distance_bias``).
         order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
         tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
-    span, state = memory.span(tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None)
+    memory_context, state = memory.make_context(
+        tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None
+    )
 
     x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(cfg.embed_dim**0.5, dtype)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
-    distance_S = jnp.arange(span.key_positions.shape[1])[::-1]
+    distance_S = jnp.arange(memory_context.key_positions.shape[1])[::-1]
     if cfg.clamp_length is not None:
         distance_S = jnp.minimum(distance_S, cfg.clamp_length)
     r_SD = dropout(sinusoids(distance_S, cfg.embed_dim).astype(dtype), cfg.dropout, fold_name(key, "relative"))
@@ -150,7 +152,7 @@ def apply(
             context = jnp.concatenate([jax.lax.stop_gradient(layer_memory["hidden"]), x], axis=1)
             new = {"hidden": x}
         biases = params if not cfg.untie_relative else weights["attention"]
-        x = _attention(cfg, weights, biases, x, context, r_SD, span.mask, layer_key)
+        x = _attention(cfg, weights, biases, x, context, r_SD, memory_context.mask, layer_key)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new
 
@@ -159,7 +161,10 @@ def apply(
     x = dropout(x, cfg.dropout, fold_name(key, "output"))
     if order_BT is not None:
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
-    return x, None if state is None else {**state, "layers": memory.append_layers(memories, new, span.kept)}
+    return x, None if state is None else {
+        **state,
+        "layers": memory.append_layers(memories, new, memory_context.kept_indices),
+    }
 
 
 def _attention(
@@ -179,10 +184,10 @@ def _attention(
         return distance_bias(table, S - 1, T, S, query_offset=S - T, q_BTHK=q, scale=scale)
 
     if S > T and memory.use_absorbed_attention(q, context, dropout=cfg.attention_dropout, key=key):
-        relative_bias = bias(r_SD[:, None], memory.absorbed(attention_weights["relative"]["weight"], position_q))
-        absorbed_q = memory.absorbed(qkv[:, 1], content_q)
+        relative_bias = bias(r_SD[:, None], memory.absorb_weight(attention_weights["relative"]["weight"], position_q))
+        absorbed_q = memory.absorb_weight(qkv[:, 1], content_q)
         attended = memory.attend(absorbed_q, context, mask, scale=scale, biases=[relative_bias])
-        out = memory.projected(qkv[:, 2], attended)
+        out = memory.project_heads(qkv[:, 2], attended)
     else:
         kv = constrain(linear({"weight": qkv[:, 1:]}, context), ("batch", "seq", None, "heads", "kv"))
         out = attention(
@@ -190,7 +195,7 @@ def _attention(
             bias=bias(linear(attention_weights["relative"], r_SD), position_q),
             dropout=cfg.attention_dropout, key=fold_name(key, "attention"),
         )  # fmt: skip
-    out = linear(attention_weights["output"], out, inputs=2)
+    out = linear(attention_weights["output"], out, num_input_axes=2)
     out = dropout(out, cfg.dropout, fold_name(key, "attention_output"))
     return x + out if cfg.pre_norm else layer_norm(norm, x + out, cfg.norm_epsilon)
 
@@ -208,7 +213,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The outputs of the task's head, float32: log-probabilities of the next token [B, T, V], or label logits.
 
     The log-probabilities are normalised. Label logits are described in ``heads.head_logits``; for classification,
-    ``hidden`` comes from :func:`summary`.
+    ``hidden`` comes from :func:`pool`.
 
     Raises:
         ValueError: the task is none, so there is no head.
@@ -225,7 +230,7 @@ def cross_entropy(
     return adaptive_softmax.cross_entropy(_clusters(cfg), params, hidden, targets, weights)
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -233,7 +238,7 @@ def summary(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
-    return heads.last_real(hidden, segment_ids)
+    return heads.last_token_state(hidden, segment_ids)
 
 
 def _clusters(cfg: Config) -> Clusters:
@@ -251,7 +256,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "attention": {
             "qkv": linear_specs((D, 3, H, K), ("embed", None, "heads", "kv"), normal, bias=False),
             "relative": linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=False),
-            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, inputs=2, bias=False),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
             **(biases if cfg.untie_relative else {}),
         },
         "mlp_norm": layer_norm_specs(D),

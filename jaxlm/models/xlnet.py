@@ -29,7 +29,7 @@ from jaxlm.nn import memory
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import attention
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
@@ -69,18 +69,18 @@ class Config(common.TransformerConfig):
     reuse_length: int | None = None
     """A call with an order adds only its first reuse_length tokens to the memory; None: all of them."""
     task: heads.Task = "permutation"
-    """Output head: permutation (language model), classification, tagging, span_qa or none."""
+    """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
-    """Number of labels if the task is classification or tagging."""
+    """Number of labels if the task is classification or token_classification."""
     dropout: float = 0.1
     """Dropout rate on embeddings, distances, attention probabilities, MLPs, outputs of sublayers and the output."""
-    summary_dropout: float | None = None
+    pool_dropout: float | None = None
     """Dropout rate on the input of the classifier; None means dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels")
-        common.check_rates(self, "dropout", *(["summary_dropout"] if self.summary_dropout is not None else []))
+        common.check_rates(self, "dropout", *(["pool_dropout"] if self.pool_dropout is not None else []))
         common.check_choices(self, activation=get_args(Activation), task=("permutation", *heads.HEADS, "none"))
         common.check_divides(self, "num_heads", "embed_dim")
         if self.embed_dim % 2:
@@ -149,7 +149,10 @@ def apply(
     memories = None if state is None else state["layers"]
     x, new = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
     hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
-    return hidden, None if state is None else {**state, "layers": memory.append_layers(memories, new, inputs.kept)}
+    return hidden, None if state is None else {
+        **state,
+        "layers": memory.append_layers(memories, new, inputs.kept_indices),
+    }
 
 
 def _attention(
@@ -174,7 +177,7 @@ def _attention(
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
         """The queries times the named weights if attention is absorbed, else the queries."""
-        return memory.absorbed(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
+        return memory.absorb_weight(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
 
     outputs = []
     for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), inputs.streams, ("content", "query")):
@@ -206,8 +209,8 @@ def _attention(
             )
     values = jnp.concatenate(outputs, axis=1)
     if use_absorbed:
-        values = memory.projected(weights["value"]["weight"], values)
-    out = linear(weights["output"], values, inputs=2)
+        values = memory.project_heads(weights["value"]["weight"], values)
+    out = linear(weights["output"], values, num_input_axes=2)
     return dropout(out, cfg.dropout, fold_name(key, "output"))
 
 
@@ -220,7 +223,7 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | No
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the task's head, float32: tokens [B, P, V] (V padded to ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`summary`.
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)
@@ -228,7 +231,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(logits + params["output_bias"].astype(jnp.float32)[None, None], ("batch", None, "vocab"))
 
 
-def summary(
+def pool(
     cfg: Config,
     params: dict[str, Any],
     hidden: jax.Array,
@@ -236,13 +239,13 @@ def summary(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
-    last = jnp.tanh(linear(params["summary"], heads.last_real(hidden, segment_ids)))
-    return dropout(last, summary_dropout(cfg), fold_name(key, "summary"))
+    last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
+    return dropout(last, pool_dropout(cfg), fold_name(key, "pool"))
 
 
-def summary_dropout(cfg: Config) -> float:
+def pool_dropout(cfg: Config) -> float:
     """The dropout rate on the input of the classifier."""
-    return cfg.dropout if cfg.summary_dropout is None else cfg.summary_dropout
+    return cfg.dropout if cfg.pool_dropout is None else cfg.pool_dropout
 
 
 _MEMORY_ORDER = -(2**30)
@@ -276,13 +279,13 @@ class _AttentionInputs:
         streams: the content stream and, for the task ``permutation``, the query stream.
         key_types: [B, S] token types of the keys, or None.
         sinusoids: [R, D] encodings of the distances S, S - 1, ..., down to the lowest distance that occurs.
-        kept: see ``memory.Span``.
+        kept_indices: see ``memory.Context``.
     """
 
     streams: tuple[_StreamInputs, ...]
     key_types: Any
     sinusoids: Any
-    kept: Any
+    kept_indices: Any
 
 
 def _attention_inputs(
@@ -299,7 +302,7 @@ def _attention_inputs(
     """The inputs of attention, and the state updated for the new tokens, except for ``hidden``."""
     B, T = tokens.shape
     two_streams = cfg.task == "permutation"
-    span, _ = memory.span(tokens, state, segment_ids, causal=two_streams)
+    memory_context, _ = memory.make_context(tokens, state, segment_ids, causal=two_streams)
     M = 0 if state is None else state["segment_ids"].shape[1]
     S = M + T
     types_BS = token_types
@@ -326,12 +329,12 @@ def _attention_inputs(
             causal=two_streams,
             query_order=order_BT,
             key_order=None if order_BT is None else key_order,
-            query_segments=select(span.mask.query_segments),
-            key_segments=span.mask.key_segments,
+            query_segments=select(memory_context.mask.query_segments),
+            key_segments=memory_context.mask.key_segments,
         )
         positions = None
         if segment_ids is not None or right_to_left is not None:
-            positions = (select(span.query_positions) + offset) * sign, span.key_positions * sign
+            positions = (select(memory_context.query_positions) + offset) * sign, memory_context.key_positions * sign
         query_indices = None if consecutive else M + offset + select(jnp.arange(T)[None])
         return _StreamInputs(mask, M + offset, query_indices, positions, token_types=select(token_types))
 
@@ -344,8 +347,8 @@ def _attention_inputs(
         content = stream(identity, 0, order, consecutive=True)
         streams = [content, stream(at_targets, 0, at_targets(order) - 1, consecutive=False)]
     elif two_streams:
-        key_order = span.key_positions
-        order_BT = None if state is None and segment_ids is None else span.query_positions
+        key_order = memory_context.key_positions
+        order_BT = None if state is None and segment_ids is None else memory_context.query_positions
         # The query stream has the positions after those of the content stream: it predicts the next tokens.
         streams = [stream(identity, offset, order_BT, consecutive=True) for offset in (0, 1)]
     else:
@@ -358,15 +361,15 @@ def _attention_inputs(
     # All rows share one dropout mask; the authors' code draws one for each row.
     encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
 
-    kept = None
+    kept_indices = None
     if state is not None:
         count = _num_remembered(cfg, T, order)
         remembered_segments = None if segment_ids is None else segment_ids[:, :count]
-        memory_span, state = memory.span(tokens[:, :count], state, remembered_segments)
-        kept = memory_span.kept
+        memory_span, state = memory.make_context(tokens[:, :count], state, remembered_segments)
+        kept_indices = memory_span.kept_indices
         types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
-        state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :count], kept)}
-    return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept), state
+        state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :count], kept_indices)}
+    return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept_indices), state
 
 
 def _num_remembered(cfg: Config, T: int, order: Any) -> int:
@@ -395,7 +398,7 @@ def _check(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, cfg.mlp_dim
-    V = padded(cfg.vocab_size, cfg.vocab_multiple)
+    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     projection = linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=False)
     score_bias = ArraySpec((H, K), ("heads", "kv"), normal)
@@ -405,7 +408,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "key": projection,
             "value": projection,
             "relative": projection,
-            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, inputs=2, bias=False),
+            "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
             # Added to the queries before the product with keys, encodings of distances, and token types.
             "content_bias": score_bias,
             "position_bias": score_bias,
@@ -428,7 +431,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     if cfg.task == "permutation":
         tree["output_bias"] = ArraySpec((V,), ("vocab",))
     if cfg.task == "classification":
-        tree["summary"] = linear_specs((D, D), ("embed", None), normal)
+        tree["pool"] = linear_specs((D, D), ("embed", None), normal)
     return tree
 
 

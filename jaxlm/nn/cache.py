@@ -110,7 +110,7 @@ def split_heads(kv: Any, heads: int) -> tuple[Any, Any]:
     return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
 
 
-def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tuple[Any, tuple[Any, Any]]:
+def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context) -> tuple[Any, tuple[Any, Any]]:
     """A layer's cache with ``new`` keys and values appended, and the keys and values that attention reads.
 
     Args:
@@ -122,8 +122,8 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], span: Span) -> tu
     """
     if kv is None:
         return None, new
-    assert span.start_B is not None
-    kv = {name: append(kv[name], x, span.start_B) for name, x in zip(("key", "value"), new, strict=True)}
+    assert context.start_B is not None
+    kv = {name: append(kv[name], x, context.start_B) for name, x in zip(("key", "value"), new, strict=True)}
     return kv, split_heads(kv, new[0].shape[2])
 
 
@@ -133,7 +133,7 @@ def num_slots(specs: spec.Tree, state: Any) -> int | None:
     return next((size for size in jax.tree.leaves(sizes) if isinstance(size, int)), None)
 
 
-def resized(specs: spec.Tree, state: Any, slots: int) -> Any:
+def resize(specs: spec.Tree, state: Any, slots: int) -> Any:
     """The state with ``slots`` slots in each cache.
 
     If a cache has more slots, only its first ``slots`` are kept. If it has fewer, empty slots are added at its end.
@@ -150,7 +150,7 @@ def resized(specs: spec.Tree, state: Any, slots: int) -> Any:
 
 
 @struct.dataclass
-class Span:
+class Context:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
 
     Attributes:
@@ -168,8 +168,8 @@ class Span:
     valid_B: jax.Array | None
 
 
-def span(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> tuple[Span, Any]:
-    """The :class:`Span` of new tokens, and the state updated for them, except for the keys and values.
+def make_context(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> tuple[Context, Any]:
+    """The :class:`Context` of new tokens, and the state updated for them, except for the keys and values.
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.
@@ -184,7 +184,7 @@ def span(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> 
         if positions is None:
             ones = jnp.ones((B, T), jnp.int32)
             positions = positions_in_segments(ones if segment_ids is None else segment_ids)
-        return Span(segment_ids, positions, mask, None, None), None
+        return Context(segment_ids, positions, mask, None, None), None
     S = state["segment_ids"].shape[1]
     if T > S:
         raise ValueError(f"{T} new tokens do not fit a state of {S} slots: make it with state_specs(cfg, batch, {T})")
@@ -209,4 +209,4 @@ def span(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> 
         query_segments=segments,
         key_segments=state["segment_ids"],
     )
-    return Span(segments, positions, mask, length_B, length_B + T <= S), state
+    return Context(segments, positions, mask, length_B, length_B + T <= S), state

@@ -30,7 +30,7 @@ def convolution_specs(
         >>> convolution_specs((3, 64, 128), ("embed", "mlp"), Normal(0.02))["weight"].axes
         (None, 'embed', 'mlp')
     """
-    return linear_specs(shape, (None, *axes), init, inputs=2, bias=bias)
+    return linear_specs(shape, (None, *axes), init, num_input_axes=2, bias=bias)
 
 
 def convolution(
@@ -55,7 +55,7 @@ def convolution(
     def convolve(params: Any, x: jax.Array, segment_ids: Any) -> jax.Array:
         kernel = params["weight"].shape[0]
         taps = windows(x, kernel, padding=padding, stride=stride, dilation=dilation, segment_ids=segment_ids)
-        return linear(params, taps, inputs=2)
+        return linear(params, taps, num_input_axes=2)
 
     # Remat: the input is saved for the backward pass, not its windows.
     return jax.checkpoint(convolve, prevent_cse=False)(params, x_BTC, segment_ids)
@@ -68,7 +68,7 @@ def causal_convolution(
 
     def convolve(params: Any, stream: Stream, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
         taps, tail = causal_windows(stream, x, tail, params["weight"].shape[0], dilation=dilation)
-        return linear(params, taps, inputs=2), tail
+        return linear(params, taps, num_input_axes=2), tail
 
     return jax.checkpoint(convolve, prevent_cse=False)(params, stream, x_BTC, tail_BWC)
 
@@ -264,7 +264,7 @@ def _masked(same_BT: jax.Array | None, x_BTC: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------- weight normalisation
 
 
-def weight_norm_specs(specs: dict[str, ArraySpec], *, inputs: int) -> dict[str, ArraySpec]:
+def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> dict[str, ArraySpec]:
     """Specs with ``direction`` and ``gain`` (one per output) instead of ``weight``.
 
     The gain is initialized with the expected length of a Gaussian direction, so that the initial weight has the same
@@ -272,7 +272,7 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, inputs: int) -> dict[str, 
 
     Args:
         specs: the specs of ``linear`` or ``convolution``.
-        inputs: number of input axes of the weight, which come first.
+        num_input_axes: number of input axes of the weight, which come first.
 
     Raises:
         ValueError: the weight is not initialized from a Gaussian.
@@ -280,22 +280,22 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, inputs: int) -> dict[str, 
     weight = specs["weight"]
     if not isinstance(weight.init, Normal):
         raise ValueError(f"weight normalisation needs a weight initialized by Normal(...), got {weight.init}")
-    length = weight.init.stddev * math.prod(weight.shape[:inputs]) ** 0.5
+    length = weight.init.stddev * math.prod(weight.shape[:num_input_axes]) ** 0.5
     # Weight decay acts on the gain. On the direction, it would change only the step size.
     return {
         "direction": ArraySpec(weight.shape, weight.axes, weight.init),
-        "gain": ArraySpec(weight.shape[inputs:], weight.axes[inputs:], Constant(length), decay=True),
+        "gain": ArraySpec(weight.shape[num_input_axes:], weight.axes[num_input_axes:], Constant(length), decay=True),
         **{name: spec for name, spec in specs.items() if name != "weight"},
     }
 
 
-def weight_norm(params: dict[str, Any], *, inputs: int) -> dict[str, Any]:
+def weight_norm(params: dict[str, Any], *, num_input_axes: int) -> dict[str, Any]:
     """Parameters for ``linear`` or ``convolution``, with ``weight = gain * direction / |direction|`` for each output.
 
     See Salimans and Kingma 2016, eq. 2.
     """
     direction = params["direction"].astype(jnp.float32)
-    length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=tuple(range(inputs))))
+    length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=tuple(range(num_input_axes))))
     scale = jnp.broadcast_to(params["gain"] / length, direction.shape)
     rest = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
     return {"weight": direction * scale, **rest}

@@ -46,6 +46,6 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.
     return jnp.where(real[None, None, :], logits_BTV, jnp.finfo(jnp.float32).min)
 
 
-def padded(vocab_size: int, multiple: int) -> int:
+def round_up(vocab_size: int, multiple: int) -> int:
     """The number of rows of the table: ``vocab_size`` rounded up to a multiple of ``multiple``."""
     return -(-vocab_size // multiple) * multiple

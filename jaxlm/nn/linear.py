@@ -16,14 +16,14 @@ from jaxlm.spec import ZEROS, ArraySpec, Initializer
 
 
 def linear_specs(
-    shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, inputs: int = 1, bias: bool = True
+    shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, num_input_axes: int = 1, bias: bool = True
 ) -> dict[str, ArraySpec]:
     """Specs of ``weight`` and, if ``bias`` is True, ``bias``.
 
     Args:
         shape: shape of the weight, [in..., out...].
         axes: logical names of the axes of the weight.
-        inputs: number of input axes, which come first.
+        num_input_axes: number of input axes, which come first.
         bias: whether there is a bias; its shape is [out...].
 
     Example:
@@ -34,17 +34,19 @@ def linear_specs(
     weight = ArraySpec(tuple(shape), tuple(axes), init, decay=True)
     if not bias:
         return {"weight": weight}
-    return {"weight": weight, "bias": ArraySpec(weight.shape[inputs:], weight.axes[inputs:], ZEROS)}
+    return {"weight": weight, "bias": ArraySpec(weight.shape[num_input_axes:], weight.axes[num_input_axes:], ZEROS)}
 
 
-def linear(params: dict[str, Any], x: jax.Array, *, inputs: int = 1) -> jax.Array:
-    """``x @ weight + bias`` over the last ``inputs`` axes of ``x`` [..., in...]; [..., out...] in the dtype of ``x``.
+def linear(params: dict[str, Any], x: jax.Array, *, num_input_axes: int = 1) -> jax.Array:
+    """``x @ weight + bias`` over the last ``num_input_axes`` axes of ``x`` [..., in...], as [..., out...].
+
+    The result has the dtype of ``x``.
 
     The parameters are cast to the dtype of ``x``, so that the caller chooses the compute dtype in one place.
     """
     weight = params["weight"].astype(x.dtype)
-    use_custom_vjp = _output_is_wider(weight, inputs) or _num_blocks(x, weight, inputs) > 0
-    y = _product_with_custom_vjp(x, weight, inputs) if use_custom_vjp else _product(x, weight, inputs)
+    use_custom_vjp = _output_is_wider(weight, num_input_axes) or _num_blocks(x, weight, num_input_axes) > 0
+    y = _product_with_custom_vjp(x, weight, num_input_axes) if use_custom_vjp else _product(x, weight, num_input_axes)
     if "bias" not in params:
         return y
     bias = params["bias"]
@@ -85,35 +87,35 @@ SUBLANES = 8
 """Number of rows of ones in ``_add_backward``. With one row, the TPU compiler would replace the matmul by a sum."""
 
 
-def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     # No reshape to 2-D, so that the sharding of `heads` is kept. XLA merges the axes without cost.
-    x_axes = tuple(range(x.ndim - inputs, x.ndim))
-    return lax.dot_general(x, weight, ((x_axes, tuple(range(inputs))), ((), ())))
+    x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
+    return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
 
 
 MIN_BLOCKS = 4
 """If there are fewer blocks of rows than this, the gradient of a weight is one matmul instead of a sum over blocks."""
 
 
-def _output_is_wider(weight: jax.Array, inputs: int) -> bool:
-    return math.prod(weight.shape[inputs:]) >= math.prod(weight.shape[:inputs])
+def _output_is_wider(weight: jax.Array, num_input_axes: int) -> bool:
+    return math.prod(weight.shape[num_input_axes:]) >= math.prod(weight.shape[:num_input_axes])
 
 
-def _block_rows(weight: jax.Array, inputs: int) -> int:
+def _block_rows(weight: jax.Array, num_input_axes: int) -> int:
     """Rows per block: 2 MiB of ``dy``, but at least 1024 rows, because matmuls with fewer rows are slow."""
-    return max(1024, 2**19 // math.prod(weight.shape[inputs:]))
+    return max(1024, 2**19 // math.prod(weight.shape[num_input_axes:]))
 
 
-def _num_blocks(x: jax.Array, weight: jax.Array, inputs: int) -> int:
+def _num_blocks(x: jax.Array, weight: jax.Array, num_input_axes: int) -> int:
     """Number of full blocks of rows over which the gradient of the weight is summed; 0: the gradient is one matmul."""
-    if _output_is_wider(weight, inputs) or platform() != "cpu" or active() is not None:
+    if _output_is_wider(weight, num_input_axes) or platform() != "cpu" or active() is not None:
         return 0
-    count = math.prod(x.shape[: x.ndim - inputs]) // _block_rows(weight, inputs)
+    count = math.prod(x.shape[: x.ndim - num_input_axes]) // _block_rows(weight, num_input_axes)
     return count if count >= MIN_BLOCKS else 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     """The product, with a weight gradient that is fast on CPU (docs/labbook.md).
 
     - If the output is at least as wide as the input, the gradient is ``x.T @ dy``. Autodiff computes ``(dy.T @ x).T``,
@@ -124,25 +126,25 @@ def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, inputs: int) -> ja
       lines. The loop over blocks reads ``dy`` in the order in which it was written, and transposes a block that fits
       into the cache (this saves a fifth of a step of VDCNN, and a twentieth of a step of BERT with 8192 rows).
     """
-    return _product(x, weight, inputs)
+    return _product(x, weight, num_input_axes)
 
 
-def _forward(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, Any]:
-    return _product(x, weight, inputs), (x, weight)
+def _forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
+    return _product(x, weight, num_input_axes), (x, weight)
 
 
-def _backward(inputs: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of ``x`` and ``weight``.
 
     Shapes: N rows, L rows of a block, C all inputs as one axis, D all outputs as one axis.
     """
     x, weight = saved
-    rows = tuple(range(x.ndim - inputs))
+    rows = tuple(range(x.ndim - num_input_axes))
     outputs = tuple(range(len(rows), dy.ndim))
-    dx = lax.dot_general(dy, weight, ((outputs, tuple(range(inputs, weight.ndim))), ((), ())))
-    if _output_is_wider(weight, inputs):
+    dx = lax.dot_general(dy, weight, ((outputs, tuple(range(num_input_axes, weight.ndim))), ((), ())))
+    if _output_is_wider(weight, num_input_axes):
         return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
-    count, size = _num_blocks(x, weight, inputs), _block_rows(weight, inputs)
+    count, size = _num_blocks(x, weight, num_input_axes), _block_rows(weight, num_input_axes)
     x_NC, dy_ND = (a.reshape(-1, math.prod(a.shape[len(rows) :])) for a in (x, dy))
 
     def block_gradient(start: Any, size: int) -> jax.Array:

@@ -46,7 +46,7 @@ def memory_specs(
 
 
 @struct.dataclass
-class Span:
+class Context:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the memory.
 
     Attributes:
@@ -54,19 +54,19 @@ class Span:
             document depends neither on padding nor on how the text is split into calls.
         key_positions: [1 or B, S] of the memory and the new tokens.
         mask: which of the S keys each of the T queries may attend to.
-        kept: [B, M] indices of the keys that the next memory contains, for :func:`append`; None: the last M.
+        kept_indices: [B, M] indices of the keys that the next memory contains, for :func:`append`; None: the last M.
     """
 
     query_positions: jax.Array
     key_positions: jax.Array
     mask: Mask
-    kept: jax.Array | None
+    kept_indices: jax.Array | None
 
 
-def span(
+def make_context(
     tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
-) -> tuple[Span, Any]:
-    """The :class:`Span` of new tokens, and the state with their segment ids.
+) -> tuple[Context, Any]:
+    """The :class:`Context` of new tokens, and the state with their segment ids.
 
     ``hidden`` of the returned state is not updated yet. The caller does this with :func:`append` or
     :func:`append_layers`.
@@ -80,7 +80,7 @@ def span(
     B, T = tokens_BT.shape
     if state is None and segment_ids is None:
         positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        return Span(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
+        return Context(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
     segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     segments_BS = segments_BT
     if state is not None:
@@ -101,7 +101,7 @@ def span(
             # Padding and empty slots are sorted first, so that they are dropped before tokens.
             kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
         state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_BM)}
-    return Span(positions_BT, positions_BS, mask, kept_BM), state
+    return Context(positions_BT, positions_BS, mask, kept_BM), state
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
@@ -137,9 +137,9 @@ def use_absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout
     """Whether attending to the cached inputs directly is cheaper than projecting keys and values.
 
     For an input h with the key ``W h``, ``q . (W h) = (q W) . h``. So a query that is first multiplied with the key
-    weights (:func:`absorbed`) attends to the inputs themselves, and their weighted mean is then multiplied with the
-    value weights (:func:`projected`). The inputs in the memory are not projected again for every new token, and the
-    memory needs half the space of keys and values.
+    weights (:func:`absorb_weight`) attends to the inputs themselves, and their weighted mean is then multiplied with
+    the value weights (:func:`project_heads`). The inputs in the memory are not projected again for every new token, and
+    the memory needs half the space of keys and values.
 
     Absorbed attention computes scores, the weighted mean and the distance bias, with ``B T S H D`` multiplications
     each. Otherwise, keys, values and the table of distances are projected, with about ``B S D H K`` each.
@@ -154,7 +154,7 @@ def use_absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout
     return 4 * T <= K and B * S >= MIN_ABSORBED_CONTEXT
 
 
-def absorbed(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
+def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
     """``weight @ q`` for each head, [B, T, H, D]. Its dot product with ``h`` is that of ``q`` with ``h @ weight``."""
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 
@@ -162,11 +162,11 @@ def absorbed(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
 def attend(
     q_BTHD: jax.Array, context_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
 ) -> jax.Array:
-    """The attention-weighted mean of the inputs for queries from :func:`absorbed`, [B, T, H, D]."""
+    """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D]."""
     context_BS1D = context_BSD[:, :, None]
     return decode_attention.attend(q_BTHD, context_BS1D, context_BS1D, mask, scale, biases)
 
 
-def projected(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
+def project_heads(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
     """``x @ weight`` for each head, [B, T, H, K]: turns weighted means of inputs into weighted means of values."""
     return jnp.einsum("BTHD,DHK->BTHK", x_BTHD, weight_DHK.astype(x_BTHD.dtype))

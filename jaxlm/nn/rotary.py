@@ -36,14 +36,14 @@ class RotaryScaling:
     ``original_positions`` positions."""
     high_frequency_factor: float = 4.0
     """llama3: the frequency of a pair is unchanged if the pair makes more turns than this."""
-    fast_turns: float = 32.0
+    beta_fast: float = 32.0
     """yarn: the frequency of a pair is unchanged if the pair makes more turns than this in ``original_positions``
     positions."""
-    slow_turns: float = 1.0
+    beta_slow: float = 1.0
     """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this."""
-    whole_pairs: bool = True
+    truncate: bool = True
     """yarn: round the pair indices at which the ramp between fast and slow pairs begins and ends to integers."""
-    magnitude: float | None = None
+    attention_factor: float | None = None
     """yarn: queries and keys are multiplied by this; None: ``0.1 * log(factor) + 1``."""
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class RotaryScaling:
                 f"high_frequency_factor={self.high_frequency_factor} must exceed "
                 f"low_frequency_factor={self.low_frequency_factor}"
             )
-        if self.kind == "yarn" and self.fast_turns <= self.slow_turns:
-            raise ValueError(f"fast_turns={self.fast_turns} must exceed slow_turns={self.slow_turns}")
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}")
 
 
 def rotary_frequencies(
@@ -96,7 +96,9 @@ def rotary_frequencies(
         ramp = _ramp(frequencies, width, base, scaling)
         frequencies = ramp * frequencies + (1.0 - ramp) * reduced
         if scaling.kind == "yarn":
-            magnitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.magnitude is None else scaling.magnitude
+            magnitude = (
+                0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
+            )
     return frequencies.astype(np.float32), magnitude
 
 
@@ -115,8 +117,8 @@ def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScali
         assert scaling.original_positions is not None
         return width * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    first, last = pair_index(scaling.fast_turns), pair_index(scaling.slow_turns)
-    if scaling.whole_pairs:
+    first, last = pair_index(scaling.beta_fast), pair_index(scaling.beta_slow)
+    if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     return 1.0 - np.clip((np.arange(width // 2) - first) / max(last - first, 0.001), 0.0, 1.0)

@@ -31,8 +31,8 @@ class Batch:
         segment_ids: [B, T], 0 for padding, 1, 2, ... for documents; None means one document.
         inputs: further arrays for ``apply``, by keyword: ``token_types``, ``source``, ``source_segment_ids``, ...
         reset: [B] bool, rows at which a new stream begins; None: no row.
-        places: [B, P] integers, the position of each target in the text; only there are logits computed. None: the
-            model returns one hidden state per target.
+        target_positions: [B, P] integers, the position of each target in the text. Logits are computed only there.
+            None: the model returns one hidden state per target.
     """
 
     tokens: Any
@@ -41,7 +41,7 @@ class Batch:
     segment_ids: Any = None
     inputs: dict[str, Any] = struct.field(default_factory=dict)
     reset: Any = None
-    places: Any = None
+    target_positions: Any = None
 
 
 def count(batch: Batch) -> tuple[int, int]:
@@ -71,8 +71,8 @@ def predicted_states(
 ) -> tuple[jax.Array, Any]:
     """The hidden states at the target positions, [B, P, D], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
-    if batch.places is not None:
-        hidden = jnp.take_along_axis(hidden, batch.places[..., None], axis=1, mode="fill", fill_value=jnp.nan)
+    if batch.target_positions is not None:
+        hidden = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1, mode="fill", fill_value=jnp.nan)
     return hidden, state
 
 

@@ -1,6 +1,6 @@
-"""Classification: one label per row, predicted from the family's ``summary`` of the row.
+"""Classification: one label per row, predicted from the pooled output of the row (``Model.pool``).
 
-Shapes: B batch, T time, D' width of a summary.
+Shapes: B batch, T time, D' width of the pooled output.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def counted(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray
 def pooled_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
     """The input of the classifier for each row, [B, 1, D'], and the new model state."""
     hidden, state = hidden_states(model, params, batch, key, state)
-    return model.summary(params, hidden, segment_ids=batch.segment_ids, key=key), state
+    return model.pool(params, hidden, segment_ids=batch.segment_ids, key=key), state
 
 
 def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> Loss:

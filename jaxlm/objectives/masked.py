@@ -58,8 +58,8 @@ def batch(
             every token is a word.
         inputs: further arrays for ``apply``, such as ``token_types``.
         rate: share of the tokens that are selected.
-        num_predict: P, the number of tokens to select in each row, instead of a rate. The batch then has ``places``; a
-            row with too few tokens is filled with positions of weight 0.
+        num_predict: P, the number of tokens to select in each row, instead of a rate. The batch then has
+            ``target_positions``. A row with too few tokens is filled with positions of weight 0.
         masked: share of the selected tokens that are replaced by the mask token.
         random: share of the selected tokens that are replaced by a random id.
 
@@ -92,7 +92,7 @@ def batch(
         return Batch(masked_tokens, tokens, weights, segment_ids, inputs)
     positions = np.argsort(~selected, axis=1, kind="stable")[:, :num_predict].astype(np.int32)
     targets, weights = (np.take_along_axis(x, positions, axis=1) for x in (tokens, weights))
-    return Batch(masked_tokens, targets, weights, segment_ids, inputs, places=positions)
+    return Batch(masked_tokens, targets, weights, segment_ids, inputs, target_positions=positions)
 
 
 def _check_shares(rate: float, num_predict: int | None, masked: float, random: float, length: int) -> None:

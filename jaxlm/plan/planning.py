@@ -16,7 +16,7 @@ from jaxlm.plan import flops, hlo, kernels, program, topology
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.optimizer import OptimizerConfig
 
-TOP = 10
+NUM_TOP_OPERATIONS = 10
 """Number of most expensive operations in a plan."""
 
 
@@ -295,7 +295,7 @@ def _most_expensive(costs: hlo.Costs, calls: list[Kernel]) -> list[Fusion]:
         totals[0] += operation.cycles
         totals[1] = max(totals[1], operation.times)
     total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in calls), 1)
-    largest = sorted(totals_of_name.items(), key=lambda item: -item[1][0])[:TOP]
+    largest = sorted(totals_of_name.items(), key=lambda item: -item[1][0])[:NUM_TOP_OPERATIONS]
     return [Fusion(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 

@@ -24,7 +24,7 @@ from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import read_prompts, source_vocab_size
 from jaxlm.models import Model
-from jaxlm.models.heads import last_real
+from jaxlm.models.heads import last_token_state
 from jaxlm.sharding import Sharding, active
 
 if TYPE_CHECKING:
@@ -311,13 +311,13 @@ def _last_logits(
 ) -> jax.Array:
     """The logits [B, V] of the token after each row."""
     if model.reads_source:
-        state = model.start(params, tokens_BT, 1, segment_ids=segment_ids_BT)
+        state = model.init_decode_state(params, tokens_BT, 1, segment_ids=segment_ids_BT)
         assert begin_id is not None
         begin_B1 = jnp.full((tokens_BT.shape[0], 1), begin_id, jnp.int32)
         hidden_B1D, _ = model.apply(params, begin_B1, state=state)
         return model.logits(params, hidden_B1D)[:, 0]
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT)
-    return model.logits(params, last_real(hidden_BTD, segment_ids_BT))[:, 0]
+    return model.logits(params, last_token_state(hidden_BTD, segment_ids_BT))[:, 0]
 
 
 def next_logits(

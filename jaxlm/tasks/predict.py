@@ -125,7 +125,7 @@ def tag(
     unit: Literal["word", "token"] = "word",
     batch_size: int = BATCH_SIZE,
 ) -> list[list[TokenLabel]]:
-    """The labels of the words of each text, for every family with task "tagging" (token classification).
+    """The labels of the words of each text, for every family with the task ``token_classification``.
 
     A word is a sequence of characters without white space. Its label is the label of its first token (Devlin et al.
     2019, section 5.3).
@@ -141,8 +141,8 @@ def tag(
         NotFiniteError: as in :func:`classify`.
     """
     require_task(
-        model, ("tagging",), "it labels no words",
-        "fine-tune it with load_pretrained(directory, task='tagging'), or load a token classifier",
+        model, ("token_classification",), "it labels no words",
+        "fine-tune it with load_pretrained(directory, task='token_classification'), or load a token classifier",
     )  # fmt: skip
     if unit not in ("word", "token"):
         raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
@@ -452,7 +452,7 @@ def _label_probabilities(
     """The label probabilities, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     if pool:
-        hidden_BTD = model.summary(params, hidden_BTD, segment_ids=segment_ids_BT)
+        hidden_BTD = model.pool(params, hidden_BTD, segment_ids=segment_ids_BT)
     logits_BTL = model.logits(params, hidden_BTD).astype(jnp.float32)
     finite_BT = rows_finite(logits_BTL)
     if not pool:

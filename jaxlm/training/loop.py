@@ -30,7 +30,7 @@ from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker
 from jaxlm.training.trainer import Metrics, Trainer, TrainState, place_batch
 
-LAG = 2
+METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it never waits for a step that it has just started."""
 
 EARLY_STEPS = 10
@@ -603,7 +603,7 @@ class _Records:
 
 
 class _MetricsReader:
-    """Reads metrics :data:`LAG` steps late, writes them every ``log_every`` steps, and detects divergence."""
+    """Reads metrics :data:`METRICS_LAG` steps late, writes them every ``log_every`` steps, and detects divergence."""
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
@@ -625,7 +625,7 @@ class _MetricsReader:
     def add(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
         """Add the metrics of a step that has just started, and the numbers of examples and tokens in its batch."""
         self._waiting.append((step, metrics, examples, tokens))
-        while len(self._waiting) > (LAG if step > self._start + 1 else 0):
+        while len(self._waiting) > (METRICS_LAG if step > self._start + 1 else 0):
             self._read(*self._waiting.popleft())
 
     def flush(self) -> None:

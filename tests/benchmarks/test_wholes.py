@@ -57,7 +57,7 @@ def test_a_batch_survives_its_file_and_has_a_loss(family: str, tmp_path: Path) -
 def test_labels_stand_at_their_places() -> None:
     arrays = {
         "tokens": np.zeros((1, 4), np.int32), "labels": np.array([[7, 8, 9]]), "weights": np.array([[1.0, 1.0, 0.0]]),
-        "places": np.array([[3, 1, 0]]),
+        "target_positions": np.array([[3, 1, 0]]),
     }  # fmt: skip
     assert wholes.labels(arrays).tolist() == [[-100, 8, -100, 7]]
 

@@ -41,7 +41,7 @@ def start(model: Any, params: Any) -> Any:
     """The state that has read the sources of both rows, or None."""
     if not model.reads_source:
         return None
-    return model.start(params, source_of(model, 2)["source"], PROMPTS.shape[1] + NEW)
+    return model.init_decode_state(params, source_of(model, 2)["source"], PROMPTS.shape[1] + NEW)
 
 
 @every_decoder
@@ -83,11 +83,11 @@ def test_a_source_must_be_read_first_and_a_state_must_fit() -> None:
     model, params = pair("t5-tiny")
     with pytest.raises(ValueError, match=r"t5 reads a source: .* state=model.start\(params, source, length\)"):
         generate(model, params, PROMPTS, max_new_tokens=NEW)
-    three = model.start(params, random_tokens(model, 3, 5), 9)
+    three = model.init_decode_state(params, random_tokens(model, 3, 5), 9)
     with pytest.raises(ValueError, match=r"layers/0/key of the state is \[3, 9, 64\], but the prompts have 2 rows"):
         generate(model, params, PROMPTS, max_new_tokens=NEW, state=three)
     gpt, gpt_params = pair("gpt2-tiny")
     with pytest.raises(ValueError, match="this is not a state of the model"):
         generate(gpt, gpt_params, PROMPTS, max_new_tokens=NEW, state=three)
     with pytest.raises(TypeError, match="family 'gpt' has no encoder"):
-        gpt.start(gpt_params, PROMPTS, 9)
+        gpt.init_decode_state(gpt_params, PROMPTS, 9)

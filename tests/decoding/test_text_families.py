@@ -52,7 +52,7 @@ def array_level(name: str, source: str, num_beams: int) -> str:
     model, params = pair(name)
     ids, state = BYTES.encode(source)[None], None
     if model.reads_source:
-        state = model.start(params, ids, NEW)
+        state = model.init_decode_state(params, ids, NEW)
         ids = np.array([[model.config.decoder_start_id]], np.int32)
     options: dict[str, Any] = {
         "max_new_tokens": NEW, "end_id": BYTES.end_id, "allowed_ids": BYTES.vocab_size, "state": state,
@@ -149,7 +149,7 @@ def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> No
     ids = tokenizer.encode_inputs("w3 w9").ids
     assert ids[-1] == tokenizer.special_ids.eos == 1
     config = GenerationConfig(20, num_beams=num_beams)
-    state = model.start(params, ids[None], 20)
+    state = model.init_decode_state(params, ids[None], 20)
     out = beam_search(
         model, params, np.zeros((1, 1), np.int32), max_new_tokens=20, beams=num_beams, end_id=1, state=state
     )
@@ -206,7 +206,11 @@ def test_generate_tells_what_an_encoder_decoder_needs_and_that_works() -> None:
     with pytest.raises(ValueError, match=r"generate_text\(model, params, tokenizer, sources\).*state=model.start\("):
         generate(model, params, start, max_new_tokens=NEW)
     out = generate(
-        model, params, start, max_new_tokens=NEW, state=model.start(params, BYTES.encode("a man")[None], NEW)
+        model,
+        params,
+        start,
+        max_new_tokens=NEW,
+        state=model.init_decode_state(params, BYTES.encode("a man")[None], NEW),
     )
     assert out.tokens.shape == (1, NEW)
 

@@ -26,7 +26,7 @@ def tiny(name: str, table: Format, architecture: str) -> Model:
     config = dataclasses.replace(model.config, **{**fixed, **table.architectures[architecture]})
     if table.model_type == "mistral":
         config = dataclasses.replace(config, window=4)
-    if getattr(config, "task", "") in ("classification", "tagging"):
+    if getattr(config, "task", "") in ("classification", "token_classification"):
         config = dataclasses.replace(config, num_labels=3)
     # Some types can express the same models: the loaded one is kept.
     loaded: dict[str, Any] = {"model_type": table.model_type}

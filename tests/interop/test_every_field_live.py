@@ -253,7 +253,7 @@ def _apply(model: Model, params: Any) -> jax.Array:
     if model.config.task == "none":
         return hidden
     if model.config.task == "classification":
-        return model.logits(params, model.summary(params, hidden))[:, 0]
+        return model.logits(params, model.pool(params, hidden))[:, 0]
     return model.logits(params, hidden)
 
 

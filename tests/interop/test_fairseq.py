@@ -94,7 +94,7 @@ def old_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def logits(model: Any, params: Any) -> np.ndarray:
     hidden, _ = model.apply(params, TOKENS)
     if model.config.task == "classification":
-        return np.asarray(model.logits(params, model.summary(params, hidden)))[:, 0]
+        return np.asarray(model.logits(params, model.pool(params, hidden)))[:, 0]
     return np.asarray(model.logits(params, hidden))
 
 

@@ -133,18 +133,18 @@ def test_state_and_summary_pass_through():
     @jax.jit
     def ours(weights, state):
         hidden, state = model.apply(weights, TOKENS, state=state)
-        return hidden, state, model.summary(weights, hidden)
+        return hidden, state, model.pool(weights, hidden)
 
     @jax.jit
     def theirs(weights, state):
         hidden, state = linen.apply({"params": weights}, TOKENS, state=state)
-        return hidden, state, linen.apply({"params": weights}, hidden, method="summary")
+        return hidden, state, linen.apply({"params": weights}, hidden, method="pool")
 
     empty = model.init_state(2, 10)
     want = ours(weights, empty)
     assert_trees_close(theirs(weights, empty), want, 1e-6)
     hidden, state = nnx.jit(lambda module, state: module(TOKENS, state=state))(module, empty)
-    assert_trees_close((hidden, state, module.summary(hidden)), want, 1e-6)
+    assert_trees_close((hidden, state, module.pool(hidden)), want, 1e-6)
 
 
 def test_parameters_of_another_shape_are_named():

@@ -373,21 +373,21 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
     for task in every:
         if name == "t5" and architecture.endswith("EncoderModel") and task == "seq2seq":
             continue  # has no decoder
-        overrides = {"num_labels": 5} if task in ("classification", "tagging") else {}
+        overrides = {"num_labels": 5} if task in ("classification", "token_classification") else {}
         loaded, params = load_pretrained(tmp_path, task=task, seed=3, **overrides)
         fresh = loaded.init(jax.random.key(3))
         assert loaded.metadata is not None
         expected = {
             path
             for path in spec.flatten(loaded.specs)
-            if path not in held or (path.partition("/")[0] in ("classifier", "tagger"))
+            if path not in held or (path.partition("/")[0] in ("classifier", "token_classifier"))
         }
         assert set(loaded.metadata.fresh) == expected
         for path, leaf in spec.flatten(params).items():
             reference = spec.flatten(fresh)[path] if path in expected else held[path]
             np.testing.assert_array_equal(leaf, reference, err_msg=path)
         dropped = set(held) - set(spec.flatten(loaded.specs)) | (set(held) & expected)
-        places = huggingface._places(model, config_json.format_of(model))
+        places = huggingface._locations(model, config_json.format_of(model))
         assert set(loaded.metadata.unused) == {name for path in dropped for name in places[path].names}
         assert loaded.labels is None
 
@@ -401,7 +401,7 @@ def test_a_base_without_head_classifies(variant: str, tmp_path: Path, caplog: py
     assert "freshly initialised: classifier" in caplog.text
     tokens = np.ones((2, 5), np.int32)
     hidden, _ = model.apply(model.init(jax.random.key(0)), tokens)
-    assert model.logits(params, model.summary(params, hidden)).shape == (2, 1, 4)
+    assert model.logits(params, model.pool(params, hidden)).shape == (2, 1, 4)
     other, others = load_pretrained(tmp_path, task="classification", num_labels=4, seed=1)
     assert other == model
     assert not np.array_equal(others["classifier"]["weight"], params["classifier"]["weight"])
@@ -412,9 +412,9 @@ def test_families_without_published_files_get_fresh_heads(tmp_path: Path) -> Non
     model, _ = load_pretrained(tmp_path, num_labels=3)
     assert model.metadata is not None
     assert {path.partition("/")[0] for path in model.metadata.fresh} == {"classifier"}
-    model, _ = load_pretrained(tmp_path, task="tagging", num_labels=2)
+    model, _ = load_pretrained(tmp_path, task="token_classification", num_labels=2)
     assert model.metadata is not None
-    assert {path.partition("/")[0] for path in model.metadata.fresh} == {"tagger"}
+    assert {path.partition("/")[0] for path in model.metadata.fresh} == {"token_classifier"}
     assert {name.partition(".")[0] for name in model.metadata.unused} == {"classifier"}
 
 
@@ -490,4 +490,4 @@ def test_fresh_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
 
 def test_what_metadata_holds_by_default() -> None:
     assert Metadata() == Metadata(None, {}, {}, None, (), ())
-    assert set(HEADS.values()) == {"classifier", "tagger", "span"}
+    assert set(HEADS.values()) == {"classifier", "token_classifier", "span"}

@@ -125,7 +125,7 @@ def test_generation_ends_at_an_unusual_token(name: str, table: Format, architect
         return  # transformers puts a token between the prompt and what is generated (docs/families.md)
     source, state = prompts.numpy().astype(np.int32), None
     if loaded.reads_source:
-        state = loaded.start(params, source, 10)
+        state = loaded.init_decode_state(params, source, 10)
         source = np.full((2, 1), loaded.config.decoder_start_id, np.int32)
     ours = jaxlm_generate(loaded, params, source, max_new_tokens=9, end_id=end, state=state)
     for row, length, tokens in zip(expected[:, source.shape[1] :], ours.lengths, ours.tokens, strict=True):
@@ -177,7 +177,7 @@ def test_a_classifier_takes_padded_batches(variant: str, tmp_path: Path) -> None
     for text, logits in zip(texts, expected, strict=True):
         tokens = tokenizer.encode_inputs(text).ids[None]
         hidden, _ = model.apply(params, tokens)
-        ours = model.logits(params, model.summary(params, hidden))[0, 0]
+        ours = model.logits(params, model.pool(params, hidden))[0, 0]
         assert relative_error(ours, logits) < 1e-5
 
 

@@ -45,7 +45,7 @@ def rewrite(directory, config, tensors):
         ("llama-tiny", {"vocab_size": 61, "vocab_multiple": 8}, LoRA(2, alpha=3.5, targets=("weight", "^head$"))),
         ("bert", {"task": "classification"}, LoRA(3, targets=("weight",), train=("^layers/mlp_norm/", "^embedding"))),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
-        ("roberta", {"task": "tagging", "num_labels": 5}, LoRA(2, train=("^tagger/",))),
+        ("roberta", {"task": "token_classification", "num_labels": 5}, LoRA(2, train=("^token_classifier/",))),
     ],
 )
 def test_what_is_saved_is_loaded(name, overrides, lora, tmp_path):

@@ -90,7 +90,7 @@ def our_outputs(model: Model, params: Any, tokens: np.ndarray) -> Any:
         hidden, _ = model.apply(params, tokens[:, ::-1], source=tokens)
     elif model.config.task == "classification":
         hidden, _ = model.apply(params, tokens)
-        return model.logits(params, model.summary(params, hidden))[:, 0]
+        return model.logits(params, model.pool(params, hidden))[:, 0]
     else:
         hidden, _ = model.apply(params, tokens)
     return hidden if model.config.task == "none" else model.logits(params, hidden)

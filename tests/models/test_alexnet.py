@@ -32,7 +32,7 @@ def test_shapes_of_the_paper(variant, channels, hidden):
     tokens = jax.ShapeDtypeStruct((3, 500), jnp.int32)
     features, _ = jax.eval_shape(model.apply, spec.abstract(model.specs), tokens)
     assert features.shape == (3, 34, channels)
-    assert jax.eval_shape(model.summary, spec.abstract(model.specs), features).shape == (3, 1, hidden)
+    assert jax.eval_shape(model.pool, spec.abstract(model.specs), features).shape == (3, 1, hidden)
 
 
 def test_the_input_is_one_hot_and_not_trained():
@@ -71,7 +71,7 @@ def test_dropout_of_hidden_layers_needs_a_key():
     model = get_model("alexnet-tiny", dropout=0.5)
     params = lively(jax.jit(model.init)(jax.random.key(0)))
     hidden = jnp.abs(jax.random.normal(jax.random.key(1), (2, 9, 32)))
-    summary = jax.jit(lambda key: model.summary(params, hidden, key=key))
+    summary = jax.jit(lambda key: model.pool(params, hidden, key=key))
     calm, one, same, other = (summary(key) for key in (None, *(jax.random.key(seed) for seed in (1, 1, 2))))
     np.testing.assert_array_equal(one, same)
     assert np.mean(np.asarray(one) == 0) > np.mean(np.asarray(calm) == 0) + 0.2

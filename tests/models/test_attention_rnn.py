@@ -34,7 +34,7 @@ def hidden_of(model, params, tokens, inputs):
 
 @functools.partial(jax.jit, static_argnums=0)
 def started(model, params, source, segment_ids=None):
-    return model.start(params, source, 1, segment_ids=segment_ids)
+    return model.init_decode_state(params, source, 1, segment_ids=segment_ids)
 
 
 def test_published_sizes():
@@ -163,11 +163,11 @@ def test_errors_name_bad_fields(fields, message):
 def test_bad_input(name):
     model, params = small(name)
     tokens, source = np.zeros((2, 3), np.int32), np.zeros((2, 4), np.int32)
-    state = model.start(params, source, 3)
+    state = model.init_decode_state(params, source, 3)
     for inputs, message in (
-        ({}, "source .to train. or state .to decode, from start., got neither"),
+        ({}, "source .to train. or state .to decode, from init_decode_state., got neither"),
         ({"source": source, "state": state}, "got both"),
-        ({"state": state, "source_segment_ids": source}, "pass source_segment_ids to start"),
+        ({"state": state, "source_segment_ids": source}, "pass source_segment_ids to init_decode_state"),
         ({"source": source[:1]}, r"source \[1, 4\] must have as many rows as tokens \[2, 3\]"),
         (
             {"source": source, "source_segment_ids": tokens},

@@ -85,7 +85,7 @@ def test_hops_have_weights_only_on_real_tokens():
     assert weights.shape == (2, 3, 6)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     assert np.all(np.asarray(weights)[1][:, segments[1] == 0] == 0.0)
-    summary = model.summary(params, hidden, segment_ids=segments)
+    summary = model.pool(params, hidden, segment_ids=segments)
     assert relative_error(summary, np.einsum("brt,btd->brd", weights, hidden).reshape(2, 1, -1)) < 1e-5
 
 
@@ -110,4 +110,4 @@ def test_bad_input():
         model.apply(params, np.zeros((1, 2), np.int32), state={})
     model, params = small(LM)
     with pytest.raises(ValueError, match="task='causal' pools nothing"):
-        model.summary(params, np.zeros((1, 2, 12), np.float32))
+        model.pool(params, np.zeros((1, 2, 12), np.float32))

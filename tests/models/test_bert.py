@@ -58,7 +58,7 @@ def test_published_sizes(name, overrides, count):
         ({"task": "none"}, {"pooler"}),
         ({"task": "none", "next_sentence": True}, {"pooler", "next_sentence"}),
         ({"task": "classification", "num_labels": 5}, {"pooler", "classifier"}),
-        ({"task": "tagging", "num_labels": 5}, {"tagger"}),
+        ({"task": "token_classification", "num_labels": 5}, {"token_classifier"}),
         ({"task": "span_qa"}, {"span"}),
     ],
 )
@@ -73,8 +73,8 @@ def test_heads_of_each_task(overrides, heads):
     hidden, state = jax.eval_shape(model.apply, params, tokens)
     assert state is None
     if model.config.task == "classification":
-        hidden = jax.eval_shape(model.summary, params, hidden)
-    outputs = {"masked": 128, "classification": 5, "tagging": 5, "span_qa": 2}[model.config.task]
+        hidden = jax.eval_shape(model.pool, params, hidden)
+    outputs = {"masked": 128, "classification": 5, "token_classification": 5, "span_qa": 2}[model.config.task]
     assert jax.eval_shape(model.logits, params, hidden).shape == (*hidden.shape[:2], outputs)
 
 
@@ -94,13 +94,13 @@ def test_tokens_attend_to_all_tokens_of_their_document_only():
 
 def test_summary_reads_the_first_real_token():
     model, params, tokens = setup(task="none")
-    alone = model.summary(params, hidden_of(model, params, tokens[:1, :6]))
+    alone = model.pool(params, hidden_of(model, params, tokens[:1, :6]))
     assert alone.shape == (1, 1, 32)
     padded, segments = np.full((3, 10), 7, np.int32), np.zeros((3, 10), np.int32)
     for row, start in enumerate((4, 0, 1)):
         padded[row, start : start + 6], segments[row, start : start + 6] = tokens[0, :6], 1
     segments[2, 7:] = 2  # another document
-    pooled = model.summary(params, hidden_of(model, params, padded, segment_ids=segments), segment_ids=segments)
+    pooled = model.pool(params, hidden_of(model, params, padded, segment_ids=segments), segment_ids=segments)
     assert relative_error(pooled, jnp.repeat(alone, 3, axis=0)) < TOLERANCE
 
 
@@ -132,11 +132,11 @@ def test_the_default_token_type_is_0():
 
 def test_classifier_dropout_acts_before_the_classifier_and_the_tagger():
     key = jax.random.key(1)
-    model, params, tokens = setup(task="tagging", classifier_dropout=0.5)  # the only rate that is not 0
+    model, params, tokens = setup(task="token_classification", classifier_dropout=0.5)  # the only rate that is not 0
     assert relative_error(hidden_of(model, params, tokens, key=key), hidden_of(model, params, tokens)) > 0.1
     model, params, _ = setup(task="classification", classifier_dropout=0.5)
     hidden = jax.random.normal(key, (2, 10, 32))
-    assert relative_error(model.summary(params, hidden, key=key), model.summary(params, hidden)) > 0.1
+    assert relative_error(model.pool(params, hidden, key=key), model.pool(params, hidden)) > 0.1
     assert bert.classifier_dropout(bert.Config(hidden_dropout=0.3)) == 0.3
 
 
@@ -150,11 +150,11 @@ def test_errors_name_bad_input():
     with pytest.raises(ValueError, match="65 tokens exceed max_positions=64"):
         model.apply(params, np.zeros((1, 65), np.int32))
     with pytest.raises(ValueError, match="task='masked' has no pooler"):
-        model.summary(params, hidden)
+        model.pool(params, hidden)
     with pytest.raises(ValueError, match="take next_sentence=True"):
         bert.next_sentence_logits(model.config, params, hidden)
-    with pytest.raises(ValueError, match="not with task='tagging'"):
-        bert.Config(task="tagging", next_sentence=True)
+    with pytest.raises(ValueError, match="not with task='token_classification'"):
+        bert.Config(task="token_classification", next_sentence=True)
     with pytest.raises(ValueError, match="task='causal' is unknown"):
         bert.Config(task="causal")
     with pytest.raises(ValueError, match="classifier_dropout=1.5 must be in"):
@@ -179,7 +179,7 @@ def compare_pretraining(directory, reference):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params):
         hidden, _ = model.apply(params, **inputs)
-        pooled = model.summary(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
+        pooled = model.pool(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
         masked = model.logits(params, hidden)
         following = bert.next_sentence_logits(model.config, params, hidden, inputs["segment_ids"])
         losses = cross_entropy(masked, np.maximum(reference["labels"], 0))

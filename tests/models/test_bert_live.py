@@ -117,7 +117,7 @@ def test_published_minilm_equals_torch(minilm: Path) -> None:
         vectors = torch.nn.functional.normalize(mean, dim=1).numpy()
     real = inputs["segment_ids"] > 0
     assert relative_error(hidden[real], theirs.last_hidden_state.numpy()[real]) < 1e-5
-    pooled = model.summary(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
+    pooled = model.pool(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
     assert relative_error(pooled, theirs.pooler_output) < 1e-5
     ours = mean_pooled(hidden, jnp.asarray(inputs["segment_ids"]))
     assert relative_error(ours @ ours.T, vectors @ vectors.T) < 1e-5

@@ -42,7 +42,7 @@ def test_only_gpt_2_has_smaller_initial_residual_projections():
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
-@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("tagging", 3), ("span_qa", 2)])
+@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_labelling_heads(name, task, outputs):
     model = tiny_model(name, task=task, num_labels=3, tie_embeddings=False)
     params, tokens = lively(model.init(jax.random.key(0))), random_tokens(model, 2, 8)
@@ -50,7 +50,7 @@ def test_labelling_heads(name, task, outputs):
     segments[1, :3], segments[0, 6:] = 0, 0
     hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
     if task == "classification":
-        last = model.module.summary(model.config, params, hidden, segments)
+        last = model.module.pool(model.config, params, hidden, segments)
         assert np.array_equal(last[:, 0], np.stack([hidden[0, 5], hidden[1, 7]]))
         hidden = last
     logits = model.logits(params, hidden)
@@ -90,7 +90,7 @@ def test_errors_name_bad_fields(fields, message):
 
 
 def test_writing_unsupported_gpt_1_fields_raises(tmp_path):
-    for fields in ({"mlp_dim": 7}, {"task": "tagging"}):
+    for fields in ({"mlp_dim": 7}, {"task": "token_classification"}):
         model = tiny_model("openai-gpt-tiny", **fields)
         with pytest.raises(ValueError, match="no Hugging Face class"):
             save_pretrained(tmp_path, model, model.init(jax.random.key(0)))

@@ -94,14 +94,14 @@ def test_positions_may_start_anywhere():
     assert relative_error(apply(places * 3), apply(places)) > 1e-3
 
 
-@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("tagging", 3), ("span_qa", 2)])
+@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_labelling_heads(task, outputs):
     model, params, tokens = setup(task=task, num_labels=3)
     segments = np.ones_like(tokens)
     segments[0, 8:] = 0
     hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
     if task == "classification":
-        hidden_last = model.module.summary(model.config, params, hidden, segments)
+        hidden_last = model.module.pool(model.config, params, hidden, segments)
         assert np.array_equal(hidden_last[:, 0], np.stack([hidden[0, 7], hidden[1, 11]]))
         hidden = hidden_last
     logits = model.logits(params, hidden)
@@ -146,13 +146,13 @@ def test_a_config_with_rope_scaling_round_trips_through_json():
 
 # ---------------------------------------------------------------------------------------------------------- files
 
-YARN = RotaryScaling("yarn", 4.0, 16, fast_turns=8.0, slow_turns=2.0, whole_pairs=False, magnitude=0.8)
+YARN = RotaryScaling("yarn", 4.0, 16, beta_fast=8.0, beta_slow=2.0, truncate=False, attention_factor=0.8)
 SHAPES = {
     "llama": {"tie_embeddings": True},
     "llama3": {"rotary_scaling": RotaryScaling("llama3", 8.0, 16, 1.0, 2.0)},
     "linear": {"rotary_scaling": RotaryScaling("linear", 2.0), "head_dim": 6, "num_kv_heads": 1},
     "dynamic": {"rotary_scaling": RotaryScaling("dynamic", 2.0, 64)},
-    "mistral": {"window": 5, "rotary_scaling": YARN, "task": "tagging", "num_labels": 4},
+    "mistral": {"window": 5, "rotary_scaling": YARN, "task": "token_classification", "num_labels": 4},
     "qwen2": {"qkv_bias": True, "task": "classification", "num_labels": 3},
     "qwen2 with a window": {"qkv_bias": True, "window": 7, "task": "none"},
 }

@@ -152,12 +152,12 @@ def test_summary_is_the_maximum_over_real_tokens(name):
     model = get_model(f"{name}-encoder-tiny")
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 32)), jnp.float32)
     segments = np.array([[0, 1, 1, 1, 0], [1] * 5, [0] * 5], np.int32)
-    got = model.summary({}, hidden, segment_ids=segments)
+    got = model.pool({}, hidden, segment_ids=segments)
     assert got.shape == (3, 1, 32)
     assert np.array_equal(got[0, 0], hidden[0, 1:4].max(axis=0))
     assert np.array_equal(got[1, 0], hidden[1].max(axis=0))
     assert np.array_equal(got[2, 0], np.zeros(32))
-    assert np.array_equal(model.summary({}, hidden), hidden.max(axis=1, keepdims=True))
+    assert np.array_equal(model.pool({}, hidden), hidden.max(axis=1, keepdims=True))
 
 
 def test_regularization_equals_the_published_code(name):
@@ -181,7 +181,11 @@ def test_regularization_equals_the_published_code(name):
         ("hidden_dim", 0, "hidden_dim=0 must be at least 1"),
         ("direction", "backward", "direction='backward' is unknown: choose from 'forward', 'both'"),
         ("dropout_mask", "none", "dropout_mask='none' is unknown"),
-        ("task", "masked", "task='masked' is unknown: choose from 'causal', 'classification', 'tagging', 'none'"),
+        (
+            "task",
+            "masked",
+            "task='masked' is unknown: choose from 'causal', 'classification', 'token_classification', 'none'",
+        ),
     ],
 )
 def test_errors_name_bad_fields(name, field, value, message):

@@ -24,7 +24,7 @@ def setup(**overrides):
 def labels_of_tiny(params, tokens, segment_ids):
     model = tiny_model("resnet-tiny")
     hidden, _ = model.apply(params, tokens, segment_ids=segment_ids)
-    return model.logits(params, model.summary(params, hidden, segment_ids=segment_ids))
+    return model.logits(params, model.pool(params, hidden, segment_ids=segment_ids))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_features_are_an_eighth_as_long_and_eight_times_as_wide():
     hidden, state = jax.eval_shape(model.apply, spec.abstract(model.specs), tokens)
     assert hidden.shape == (2, 128, 512)
     assert state is None
-    summary = jax.eval_shape(model.summary, spec.abstract(model.specs), hidden)
+    summary = jax.eval_shape(model.pool, spec.abstract(model.specs), hidden)
     assert summary.shape == (2, 1, 2048)
 
 

@@ -60,12 +60,12 @@ def test_the_classifier_has_a_dense_layer_between_two_dropouts():
     assert {"classifier_dense", "classifier"} <= set(params)
     assert "pooler" not in params
     hidden = jax.random.normal(jax.random.key(1), (2, 10, 32))
-    calm = model.summary(params, hidden)
+    calm = model.pool(params, hidden)
     assert model.logits(params, calm).shape == (2, 1, 3)
     want = np.tanh(hidden[:, 0] @ params["classifier_dense"]["weight"] + params["classifier_dense"]["bias"][None])
     assert relative_error(calm[:, 0], want) < 1e-5
     cfg = roberta.Config(**{**vars(model.config), "classifier_dropout": 0.5})
-    shaken = np.asarray(roberta.summary(cfg, params, hidden, key=jax.random.key(0)))
+    shaken = np.asarray(roberta.pool(cfg, params, hidden, key=jax.random.key(0)))
     assert 0.2 < (shaken == 0).mean() < 0.8  # after it
     kept = shaken[shaken != 0] / 2
     assert np.isclose(kept, np.asarray(calm)[shaken != 0], rtol=1e-3).mean() < 0.1  # and before it
@@ -82,7 +82,7 @@ def test_roberta_has_no_next_sentence_head_and_no_state():
 # ------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("task", ["masked", "none", "classification", "tagging", "span_qa"])
+@pytest.mark.parametrize("task", ["masked", "none", "classification", "token_classification", "span_qa"])
 def test_max_positions_in_files_is_the_number_of_table_rows(tmp_path, task):
     model, params, _ = setup(task=task)
     save_pretrained(tmp_path, model, params)

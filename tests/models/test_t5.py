@@ -33,7 +33,7 @@ def apply(model, params, tokens, inputs):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def start(model, params, source, length, segment_ids=None):
-    return t5.start(model.config, params, source, length, segment_ids=segment_ids)
+    return t5.init_decode_state(model.config, params, source, length, segment_ids=segment_ids)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,10 @@ def test_an_encoder_alone():
     source = random_tokens(model, 2, 5)
     encode = jax.jit(t5.encode, static_argnums=0)
     assert_trees_equal(encode(alone, own, source), encode(model.config, params, source))
-    for refused in (lambda: t5.apply(alone, own, source, source=source), lambda: t5.start(alone, own, source, 3)):
+    for refused in (
+        lambda: t5.apply(alone, own, source, source=source),
+        lambda: t5.init_decode_state(alone, own, source, 3),
+    ):
         with pytest.raises(ValueError, match="num_decoder_layers=0 decodes nothing: call encode"):
             refused()
 
@@ -224,11 +227,13 @@ def test_errors_name_bad_input():
     model, params = small()
     tokens, source = random_tokens(model, 2, 3), random_tokens(model, 2, 4)
     state = model.init_state(2, 5)
-    with pytest.raises(ValueError, match=r"takes source \(to train\) or state \(to decode, from start\), got neither"):
+    with pytest.raises(
+        ValueError, match=r"takes source \(to train\) or state \(to decode, from init_decode_state\), got neither"
+    ):
         model.apply(params, tokens)
     with pytest.raises(ValueError, match="got both"):
         model.apply(params, tokens, source=source, state=state)
-    with pytest.raises(ValueError, match="pass source_segment_ids to start: a state already contains"):
+    with pytest.raises(ValueError, match="pass source_segment_ids to init_decode_state: a state already contains"):
         model.apply(params, tokens, source_segment_ids=np.ones((2, 4), np.int32), state=state)
     with pytest.raises(ValueError, match=r"source \[1, 4\] must have as many rows as tokens \[2, 3\]"):
         model.apply(params, tokens, source=source[:1])

@@ -57,7 +57,7 @@ def test_cached_decoding_equals_generate(case, tmp_path):
     oracle.build(case).save_pretrained(tmp_path)
     model, params = load_pretrained(tmp_path)
     want = generated(case)
-    state = t5.start(model.config, params, SOURCE, STEPS, segment_ids=SEGMENTS)
+    state = t5.init_decode_state(model.config, params, SOURCE, STEPS, segment_ids=SEGMENTS)
     step = jax.jit(lambda tokens, state: model.apply(params, tokens, state=state))
     for at in range(STEPS):
         hidden, state = step(want["tokens"][:, at : at + 1], state)

@@ -156,7 +156,7 @@ def test_a_classifier_reads_the_last_real_token():
     model, params, tokens = setup(task="classification", num_labels=3)
     segments = np.array([[1] * 12, [0] * 2 + [1] * 7 + [0] * 3], np.int32)
     hidden, _ = apply(model, params, tokens, segment_ids=segments)
-    summary = model.summary(params, hidden, segment_ids=segments)
+    summary = model.pool(params, hidden, segment_ids=segments)
     assert_trees_equal(summary[:, 0], jnp.stack([hidden[0, 11], hidden[1, 8]]))
     assert model.logits(params, summary).shape == (2, 1, 3)
 

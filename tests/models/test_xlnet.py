@@ -136,7 +136,7 @@ def test_beam_scores_equal_scores_of_whole_texts():
 
 
 def test_tokens_attend_to_all_tokens_of_their_document_and_to_no_padding():
-    model, params, _ = setup(task="tagging")
+    model, params, _ = setup(task="token_classification")
     tokens = np.arange(9, dtype=np.int32)[None]
     segments = np.array([[0, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
 
@@ -182,7 +182,7 @@ def test_the_classifier_reads_the_last_real_token(side):
 
     def labels(tokens, segments=None):
         hidden = hidden_of(model, params, tokens, segment_ids=segments)
-        return model.logits(params, model.summary(params, hidden, segment_ids=segments))
+        return model.logits(params, model.pool(params, hidden, segment_ids=segments))
 
     together = labels(padded, segments)
     assert together.shape == (3, 1, 5)
@@ -204,11 +204,11 @@ def test_errors_name_bad_inputs():
         model.apply(params, tokens, order=order, targets=order[:1])
     with pytest.raises(ValueError, match=r"right_to_left \[1\] must be \[2\]"):
         model.apply(params, tokens, right_to_left=np.zeros(1, bool))
-    tagger = dataclasses.replace(model, config=dataclasses.replace(model.config, task="tagging"))
-    with pytest.raises(ValueError, match="task='tagging' predicts no tokens"):
-        tagger.apply(params, tokens, order=order, targets=order)
-    with pytest.raises(TypeError, match="task='tagging' reads whole texts and carries no state"):
-        tagger.state_specs(1, 5)
+    token_classifier = dataclasses.replace(model, config=dataclasses.replace(model.config, task="token_classification"))
+    with pytest.raises(ValueError, match="task='token_classification' predicts no tokens"):
+        token_classifier.apply(params, tokens, order=order, targets=order)
+    with pytest.raises(TypeError, match="task='token_classification' reads whole texts and carries no state"):
+        token_classifier.state_specs(1, 5)
     with pytest.raises(ValueError, match="task='none' has no"):
         xlnet.logits(dataclasses.replace(model.config, task="none"), params, jnp.zeros((1, 1, 32)))
     for field, value in {

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn.attention import attention
-from jaxlm.nn.cache import CacheView, Span, append, append_and_read
+from jaxlm.nn.cache import CacheView, Context, append, append_and_read
 from jaxlm.nn.kernels import blockwise_attention, cudnn_attention, pallas_attention, splash
 from jaxlm.nn.mask import Mask, keep
 from jaxlm.nn.relative import distance_bias, distance_bias_of_positions
@@ -342,7 +342,7 @@ def test_few_queries_over_a_source_read_only_its_real_tokens():
 
 
 def span_from(start_B):
-    return Span(None, None, Mask(), start_B, None)
+    return Context(None, None, Mask(), start_B, None)
 
 
 def test_a_view_writes_and_reads_one_layer_of_the_stack():

@@ -174,17 +174,17 @@ def test_fixed_length_moves_padding_to_the_end_and_reverses_texts():
 
 def test_initial_weight_norm_has_the_scale_of_the_weight_and_ignores_the_length_of_the_direction():
     plain = convolution_specs((3, 40, 2, 16), ("embed", None, "mlp"), Normal(0.1))
-    specs = weight_norm_specs(plain, inputs=2)
+    specs = weight_norm_specs(plain, num_input_axes=2)
     assert specs["direction"].axes == plain["weight"].axes
     assert specs["gain"].axes == (None, "mlp")
     assert specs["gain"].decay
     assert not specs["direction"].decay
     params = spec.init(specs, jax.random.key(0))
-    weight = weight_norm(params, inputs=2)["weight"]
+    weight = weight_norm(params, num_input_axes=2)["weight"]
     lengths = np.sqrt(np.square(weight).sum((0, 1)))
     assert relative_error(lengths, params["gain"]) < 1e-6
     assert np.asarray(weight).std() == pytest.approx(0.1, rel=0.05)
-    longer = weight_norm({**params, "direction": 7.0 * params["direction"]}, inputs=2)["weight"]
+    longer = weight_norm({**params, "direction": 7.0 * params["direction"]}, num_input_axes=2)["weight"]
     assert relative_error(longer, weight) < 1e-6
     with pytest.raises(ValueError, match="weight normalisation needs a weight initialized by Normal"):
-        weight_norm_specs(convolution_specs((3, 4, 5), ("embed", "mlp"), ONES), inputs=2)
+        weight_norm_specs(convolution_specs((3, 4, 5), ("embed", "mlp"), ONES), num_input_axes=2)

@@ -18,15 +18,15 @@ CALLS = [
 
 
 def run(slots, calls=CALLS):
-    """Yield (segments, tokens, span, state) of each call. The hidden state of a token is its number."""
+    """Yield (segments, tokens, context, state) of each call. The hidden state of a token is its number."""
     state = spec.init(memory.memory_specs(None, 3, slots, 1, jnp.float32))
     for number, segments in enumerate(calls):
         segments = np.array(segments, np.int32)
         tokens = 1 + 100 * number + np.arange(segments.size, dtype=np.float32).reshape(segments.shape)
-        span, state = memory.span(jnp.asarray(tokens), state, segments)
-        hidden = memory.append(state["hidden"], jnp.asarray(tokens)[..., None], span.kept)
+        context, state = memory.make_context(jnp.asarray(tokens), state, segments)
+        hidden = memory.append(state["hidden"], jnp.asarray(tokens)[..., None], context.kept_indices)
         state = {**state, "hidden": hidden}
-        yield segments, tokens, span, state
+        yield segments, tokens, context, state
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5, 12])
@@ -48,9 +48,9 @@ def test_the_memory_contains_the_last_real_tokens_in_order(slots):
 def test_mask_and_distances_equal_those_of_single_documents():
     histories = [[], [], []]
     slots = 12
-    for segments, _, span, _ in run(slots):
-        kept = np.asarray(keep(span.mask, 4, slots + 4))
-        distance = np.asarray(span.query_positions)[:, :, None] - np.asarray(span.key_positions)[:, None, :]
+    for segments, _, context, _ in run(slots):
+        kept = np.asarray(keep(context.mask, 4, slots + 4))
+        distance = np.asarray(context.query_positions)[:, :, None] - np.asarray(context.key_positions)[:, None, :]
         for row, history in enumerate(histories):
             past = [None] * (slots - len(history)) + [(s, n) for n, s in enumerate(history)]
             new = []
@@ -70,19 +70,19 @@ def test_mask_and_distances_equal_those_of_single_documents():
 def test_positions_without_segments():
     state = spec.init(memory.memory_specs(1, 2, 3, 1, jnp.float32))
     for _ in range(3):
-        span, state = memory.span(jnp.zeros((2, 2), int), state, None)
-        assert span.kept is None
-    distance = span.query_positions[:, :, None] - span.key_positions[:, None, :]
+        context, state = memory.make_context(jnp.zeros((2, 2), int), state, None)
+        assert context.kept_indices is None
+    distance = context.query_positions[:, :, None] - context.key_positions[:, None, :]
     assert np.array_equal(distance[0], [[3, 2, 1, 0, -1], [4, 3, 2, 1, 0]])
-    span, state = memory.span(jnp.zeros((2, 4), int), None, None, window=2)
+    context, state = memory.make_context(jnp.zeros((2, 4), int), None, None, window=2)
     assert state is None
-    assert np.array_equal(keep(span.mask, 4, 4)[0], np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
+    assert np.array_equal(keep(context.mask, 4, 4)[0], np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
 
 
 def test_a_window_counts_tokens_and_not_padding():
     segments = jnp.array([[1, 0, 0, 1, 1]])
-    span, _ = memory.span(jnp.zeros((1, 5), int), None, segments, window=2)
-    assert np.array_equal(keep(span.mask, 5, 5)[0, 3], [True, False, False, True, False])
+    context, _ = memory.make_context(jnp.zeros((1, 5), int), None, segments, window=2)
+    assert np.array_equal(keep(context.mask, 5, 5)[0, 3], [True, False, False, True, False])
 
 
 @pytest.mark.parametrize("kept", [None, jnp.array([[1, 2], [0, 2]])])

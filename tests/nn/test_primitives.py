@@ -7,7 +7,7 @@ from jaxlm.nn import linear as linear_module
 from jaxlm.nn.activation import activation
 from jaxlm.nn.cache import append
 from jaxlm.nn.dropout import dropout, keep_mask
-from jaxlm.nn.embedding import embed, padded, unembed
+from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
 from jaxlm.nn.position import positions_in_segments
@@ -33,7 +33,7 @@ def test_gradients_over_blocks_of_rows_equal_those_of_one_matmul(monkeypatch, ro
         monkeypatch.setattr(linear_module, "MIN_BLOCKS", blocks)
 
         def loss(params, x):
-            y = linear(params, jnp.sin(x), inputs=inputs)
+            y = linear(params, jnp.sin(x), num_input_axes=inputs)
             return jnp.sum(jnp.tanh(y) * jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape))
 
         gradient = jax.grad(loss, argnums=(0, 1))
@@ -55,9 +55,9 @@ def test_linear_over_one_and_several_axes():
     params = {"weight": draw(2, 4, 5), "bias": draw(5)}
     x = draw(2, 7, 2, 4)
     want = np.einsum("bthk,hkd->btd", x, params["weight"]) + params["bias"]
-    assert relative_error(linear(params, x, inputs=2), want) < 1e-6
-    assert linear(params, jnp.asarray(x, jnp.bfloat16), inputs=2).dtype == jnp.bfloat16
-    assert linear_specs((2, 4, 5), ("heads", "kv", "embed"), ZEROS, inputs=2)["bias"].axes == ("embed",)
+    assert relative_error(linear(params, x, num_input_axes=2), want) < 1e-6
+    assert linear(params, jnp.asarray(x, jnp.bfloat16), num_input_axes=2).dtype == jnp.bfloat16
+    assert linear_specs((2, 4, 5), ("heads", "kv", "embed"), ZEROS, num_input_axes=2)["bias"].axes == ("embed",)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -124,7 +124,7 @@ def test_unembed_masks_padding_rows():
     logits = unembed(table, hidden, 6)
     assert relative_error(logits[..., :6], hidden @ table[:6].T) < 1e-6
     np.testing.assert_allclose(jax.nn.softmax(logits)[..., 6:], 0.0)
-    assert (padded(65, 8), padded(64, 8), padded(7, 1)) == (72, 64, 7)
+    assert (round_up(65, 8), round_up(64, 8), round_up(7, 1)) == (72, 64, 7)
 
 
 def test_dropout_keeps_the_mean_and_is_off_without_a_key():

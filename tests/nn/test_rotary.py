@@ -42,9 +42,9 @@ SCALINGS = {
     "linear": RotaryScaling("linear", 4.0),
     "dynamic": RotaryScaling("dynamic", 4.0, original_positions=16),
     "llama3": RotaryScaling("llama3", 4.0, 16, low_frequency_factor=0.5, high_frequency_factor=2.0),
-    "yarn": RotaryScaling("yarn", 4.0, original_positions=16, fast_turns=2.0, slow_turns=0.25),
+    "yarn": RotaryScaling("yarn", 4.0, original_positions=16, beta_fast=2.0, beta_slow=0.25),
     "fractional": RotaryScaling(
-        "yarn", 4.0, original_positions=16, fast_turns=2.0, slow_turns=0.25, whole_pairs=False, magnitude=0.7
+        "yarn", 4.0, original_positions=16, beta_fast=2.0, beta_slow=0.25, truncate=False, attention_factor=0.7
     ),
 }
 EXPECTED = {
@@ -82,7 +82,7 @@ def test_dynamic_scaling_changes_nothing_up_to_the_original_length():
             {"kind": "llama3", "factor": 2.0, "original_positions": 8, "high_frequency_factor": 1.0},
             "high_frequency_factor=1.0 must exceed low_frequency_factor=1.0",
         ),
-        ({"kind": "yarn", "factor": 2.0, "original_positions": 8, "fast_turns": 0.5}, "fast_turns=0.5 must exceed"),
+        ({"kind": "yarn", "factor": 2.0, "original_positions": 8, "beta_fast": 0.5}, "beta_fast=0.5 must exceed"),
     ],
 )
 def test_bad_scalings_raise(fields, message):

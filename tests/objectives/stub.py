@@ -41,8 +41,8 @@ class Bag:
     def cross_entropy(self, params, hidden, targets, weights, *, label_smoothing=0.0):
         return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
-    def summary(self, params, hidden, segment_ids=None, key=None):
-        return heads.last_real(hidden, None if segment_ids is None else jnp.asarray(segment_ids))
+    def pool(self, params, hidden, segment_ids=None, key=None):
+        return heads.last_token_state(hidden, None if segment_ids is None else jnp.asarray(segment_ids))
 
 
 def random_tokens(batch: int, length: int) -> np.ndarray:

@@ -37,8 +37,8 @@ def test_summary_and_model_draw_their_dropout_from_the_key():
         def apply(self, params, tokens, *, key=None, **inputs):
             return super().apply(params, tokens, **inputs)[0] * (1.0 if key is None else 2.0), None
 
-        def summary(self, params, hidden, segment_ids=None, key=None):
-            return super().summary(params, hidden, segment_ids) * (1.0 if key is None else 0.5)
+        def pool(self, params, hidden, segment_ids=None, key=None):
+            return super().pool(params, hidden, segment_ids) * (1.0 if key is None else 0.5)
 
     model, batch = Keyed(5), classification.batch(TOKENS, np.array([4, 0, 1, 2]), num_labels=5)
     calm, noisy = (classification.loss(model, model.init(), batch, key=key)[0] for key in (None, jax.random.key(0)))
@@ -72,7 +72,7 @@ def test_weights_of_classes_and_smoothed_labels_are_those_of_torch_by_definition
 
     def literal(params):
         hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
-        log_probs = jax.nn.log_softmax(MODEL.logits(params, MODEL.summary(params, hidden, SEGMENTS))[:, 0])
+        log_probs = jax.nn.log_softmax(MODEL.logits(params, MODEL.pool(params, hidden, SEGMENTS))[:, 0])
         wanted = (1 - smoothing) * jax.nn.one_hot(np.maximum(labels, 0), 5) + smoothing / 5
         weights = np.where(labels >= 0, np.asarray(class_weights)[np.maximum(labels, 0)], 0.0).astype(np.float32)
         return -jnp.sum(weights * jnp.sum(wanted * log_probs, axis=-1))
@@ -91,7 +91,7 @@ def test_accuracy_counts_rows_that_count():
     batch = classification.batch(TOKENS, np.array([0, 0, classification.IGNORED, 0]), SEGMENTS, num_labels=5)
     params = MODEL.init()
     hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
-    best = np.argmax(MODEL.logits(params, MODEL.summary(params, hidden, SEGMENTS))[:, 0], axis=-1)
+    best = np.argmax(MODEL.logits(params, MODEL.pool(params, hidden, SEGMENTS))[:, 0], axis=-1)
     right = batch.replace(targets=best.astype(np.int32))
     assert [float(x) for x in classification.accuracy(MODEL, params, right)[:2]] == [3.0, 3.0]
     wrong = batch.replace(targets=((best + 1) % 5).astype(np.int32))

@@ -144,19 +144,22 @@ def test_loss_counts_the_chosen_places_and_its_gradient_is_theirs():
 
 def test_a_fixed_number_is_predicted_at_places_of_its_own():
     tokens, segments, batch = masked_text(num_predict=7)
-    assert batch.targets.shape == batch.weights.shape == batch.places.shape == (len(tokens), 7)
+    assert batch.targets.shape == batch.weights.shape == batch.target_positions.shape == (len(tokens), 7)
     assert batch.weights.all()
-    assert np.array_equal(batch.targets, np.take_along_axis(tokens, batch.places, axis=1))
-    assert np.all(np.diff(batch.places, axis=1) > 0)
+    assert np.array_equal(batch.targets, np.take_along_axis(tokens, batch.target_positions, axis=1))
+    assert np.all(np.diff(batch.target_positions, axis=1) > 0)
     ordinary = (segments > 0) & ~np.isin(tokens, [CLS, SEP])
-    assert np.take_along_axis(ordinary, batch.places, axis=1).all()
+    assert np.take_along_axis(ordinary, batch.target_positions, axis=1).all()
     unchosen = np.ones(tokens.shape, bool)
-    np.put_along_axis(unchosen, batch.places, False, axis=1)
+    np.put_along_axis(unchosen, batch.target_positions, False, axis=1)
     assert np.array_equal(batch.tokens[unchosen], tokens[unchosen])
-    read = np.take_along_axis(batch.tokens, batch.places, axis=1)
+    read = np.take_along_axis(batch.tokens, batch.target_positions, axis=1)
     assert abs(np.mean(read == MASK) - 0.802) < 0.04
     # Every place of a row is chosen equally often: 7 of 48 without padding.
-    often = np.bincount(batch.places[segments[:, -1] > 0].ravel(), minlength=50)[1:-1] / (segments[:, -1] > 0).sum()
+    often = (
+        np.bincount(batch.target_positions[segments[:, -1] > 0].ravel(), minlength=50)[1:-1]
+        / (segments[:, -1] > 0).sum()
+    )
     assert abs(often.mean() - 7 / 48) < 1e-9
     assert np.abs(often - 7 / 48).max() < 5 * np.sqrt(7 / 48 / 266)
 
@@ -168,11 +171,11 @@ def test_a_fixed_number_keeps_words_whole_and_fills_up_with_weight_0():
     found = set()
     for seed in range(40):
         batch = masked.batch(tokens, np.random.default_rng(seed), num_predict=2, **options)
-        found.add(tuple(batch.places[0, batch.weights[0] > 0].tolist()))
+        found.add(tuple(batch.target_positions[0, batch.weights[0] > 0].tolist()))
         assert batch.weights.shape == (1, 2)
     assert found == {(4,), (5, 6)}  # the word of three does not fit; 4 leaves room for one more, but no word of one
     everything = masked.batch(tokens, np.random.default_rng(0), num_predict=8, **options)
-    assert everything.places[0, :6].tolist() == [1, 2, 3, 4, 5, 6]
+    assert everything.target_positions[0, :6].tolist() == [1, 2, 3, 4, 5, 6]
     assert everything.weights[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
@@ -181,8 +184,8 @@ def test_loss_at_places_is_that_of_all_places_with_the_same_weights():
     tokens = random_tokens(3, 9)
     batch = masked.batch(tokens, np.random.default_rng(3), mask_id=2, vocab_size=VOCAB, num_predict=4)
     weights = np.zeros(tokens.shape, np.float32)
-    np.put_along_axis(weights, batch.places, batch.weights, axis=1)
-    everywhere = batch.replace(targets=tokens, weights=weights, places=None)
+    np.put_along_axis(weights, batch.target_positions, batch.weights, axis=1)
+    everywhere = batch.replace(targets=tokens, weights=weights, target_positions=None)
     total = compare(
         lambda p: masked.loss(model, p, batch), lambda p: masked.loss(model, p, everywhere)[0], model.init()
     )

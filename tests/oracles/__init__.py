@@ -66,7 +66,7 @@ def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, floa
         hidden, _ = model.apply(params, tokens, segment_ids=segment_ids, **inputs)
         if task == "none" or "logits" not in reference:
             return hidden, None
-        pooled = hidden if task != "classification" else model.summary(params, hidden, segment_ids=segment_ids)
+        pooled = hidden if task != "classification" else model.pool(params, hidden, segment_ids=segment_ids)
         return hidden, model.logits(params, pooled)
 
     hidden, logits = outputs(params, tokens, segment_ids, inputs)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxlm.models import get_model
 from tests.oracles import _native
 
-_TASK_HEADS = {"classification": "classifier", "tagging": "tagger"}
+_TASK_HEADS = {"classification": "classifier", "token_classification": "token_classifier"}
 
 LayerOf = Callable[[dict[str, Any], Any], Any]
 """A function from a layer's parameters by name and inputs [T, D] to hidden states [T, H], in forward direction."""

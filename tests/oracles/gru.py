@@ -15,7 +15,11 @@ _CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the
     "before": ("gru-tiny", {**_SMALL, "hidden_dim": 12, "reset": "before", "tie_embeddings": False}, "packed"),
     "left": ("gru-tiny", {**_SMALL, "hidden_dim": 8}, "left"),
     "classes": ("gru-encoder-tiny", {**_SMALL, "hidden_dim": 8, "num_labels": 3}, "right"),
-    "tags": ("gru-encoder-tiny", {**_SMALL, "hidden_dim": 6, "reset": "before", "task": "tagging"}, "packed"),
+    "tags": (
+        "gru-encoder-tiny",
+        {**_SMALL, "hidden_dim": 6, "reset": "before", "task": "token_classification"},
+        "packed",
+    ),
     "wide": ("gru-tiny", {"vocab_size": 90, "embed_dim": 24, "hidden_dim": 64, "num_layers": 3}, "right"),
     "deep": ("gru-encoder-tiny", {"embed_dim": 20, "hidden_dim": 24, "num_layers": 3, "reset": "before"}, "left"),
     "headless": ("gru-encoder-tiny", {"num_layers": 1, "task": "none"}, "packed"),

@@ -16,7 +16,11 @@ _CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # variant, fields of the
     "documents": ("lstm-tiny", {**_SMALL, "hidden_dim": 12, "tie_embeddings": False}, "packed"),
     "left": ("lstm-tiny", {**_SMALL, "hidden_dim": 8}, "left"),
     "classes": ("lstm-encoder-tiny", {**_SMALL, "hidden_dim": 8, "num_labels": 3}, "right"),
-    "tags": ("lstm-encoder-tiny", {**_SMALL, "hidden_dim": 6, "num_labels": 4, "task": "tagging"}, "packed"),
+    "tags": (
+        "lstm-encoder-tiny",
+        {**_SMALL, "hidden_dim": 6, "num_labels": 4, "task": "token_classification"},
+        "packed",
+    ),
     "wide": ("lstm-tiny", {"vocab_size": 90, "embed_dim": 24, "hidden_dim": 64, "num_layers": 3}, "right"),
     "deep": ("lstm-encoder-tiny", {"embed_dim": 20, "hidden_dim": 24, "num_layers": 3}, "left"),
     "one_way": ("lstm-encoder-tiny", {"hidden_dim": 24, "direction": "forward"}, "right"),

@@ -19,7 +19,7 @@ from tests.helpers import FIRST, lively, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
-CLASSIFIERS = tuple(name for name in FIRST if hasattr(tiny_model(name).module, "summary"))
+CLASSIFIERS = tuple(name for name in FIRST if hasattr(tiny_model(name).module, "pool"))
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def test_every_classifier_predicts_the_same_in_a_batch_and_alone(name: str) -> N
         else {"token_types": np.zeros_like(ids)}
     )
     hidden, _ = model.apply(params, ids, **types)
-    alone = jax.nn.softmax(model.logits(params, model.summary(params, hidden))[0, 0])
+    alone = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
     np.testing.assert_allclose(found.probabilities[1], alone, atol=2e-5)
 
 
@@ -93,7 +93,7 @@ def test_pairs_have_the_template_and_the_token_types_of_the_tokenizer() -> None:
     found = classify(model, params, tokenizer, ["ann sings"], ["playing ."]).probabilities[0]
     ids, types = np.array([[2, 6, 7, 3, 4, 5, 8, 3]]), np.array([[0, 0, 0, 0, 1, 1, 1, 1]])
     hidden, _ = model.apply(params, ids, token_types=types)
-    want = jax.nn.softmax(model.logits(params, model.summary(params, hidden))[0, 0])
+    want = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
     np.testing.assert_allclose(found, want, atol=1e-5)
     alone = classify(model, params, tokenizer, ["ann sings playing ."]).probabilities[0]
     assert np.abs(found - alone).max() > 1e-3
@@ -104,8 +104,8 @@ def test_labels_have_the_names_that_the_model_knows() -> None:
     model, params = classifier()
     found = classify(model.with_labels(["bad", "good", "so-so"]), params, BYTES, TEXTS)
     assert found.labels == [("bad", "good", "so-so")[i] for i in found.ids]
-    tagger, params = pair("bert-tiny", task="tagging", num_labels=2)
-    (labels,) = tag(tagger.with_labels(["O", "NAME"]), params, BYTES, ["ann sings"])
+    token_classifier, params = pair("bert-tiny", task="token_classification", num_labels=2)
+    (labels,) = tag(token_classifier.with_labels(["O", "NAME"]), params, BYTES, ["ann sings"])
     assert {one.label for one in labels} <= {"O", "NAME"}
 
 
@@ -145,7 +145,7 @@ def test_texts_whose_logits_are_not_finite_are_named() -> None:
         classify(*bad, BYTES, texts, batch_size=4)
     assert np.isfinite(classify(*bad, BYTES, TEXTS, batch_size=4).probabilities).all()
     with pytest.raises(NotFiniteError, match=message):
-        tag(*not_finite_after("bert-tiny", "*", task="tagging", num_labels=4), BYTES, texts, batch_size=4)
+        tag(*not_finite_after("bert-tiny", "*", task="token_classification", num_labels=4), BYTES, texts, batch_size=4)
     # The last token is not read: the logits of text 1 alone are not finite.
     texts = ["a fine film", "d*ll", "not so bad, after all*"]
     with pytest.raises(NotFiniteError, match="the logits of text 1 are not finite: 1 parameter"):
@@ -156,7 +156,7 @@ def test_texts_whose_logits_are_not_finite_are_named() -> None:
 
 
 def test_a_word_has_the_label_of_its_first_token() -> None:
-    model, params = pair("bert-tiny", task="tagging", num_labels=4)
+    model, params = pair("bert-tiny", task="token_classification", num_labels=4)
     tokenizer, texts = words_tokenizer(), ["ann sings", "ann playing  sings."]
     ids = tokenizer.encode_inputs(texts[1]).ids
     assert ids.tolist() == [2, 6, 4, 5, 7, 8, 3]
@@ -172,7 +172,7 @@ def test_a_word_has_the_label_of_its_first_token() -> None:
 
 
 def test_a_byte_tokenizer_labels_words_of_several_bytes() -> None:
-    model, params = pair("bert-tiny", task="tagging", num_labels=4)
+    model, params = pair("bert-tiny", task="token_classification", num_labels=4)
     (labels,) = tag(model, params, BYTES, ["né là"])
     assert [(one.start, one.end) for one in labels] == [(0, 2), (3, 5)]
     with pytest.raises(ValueError, match="unit='byte' is unknown: choose from 'word', 'token'"):
@@ -221,7 +221,7 @@ def test_scores_are_those_of_generating() -> None:
         np.zeros((1, 1), np.int32),
         max_new_tokens=5,
         allowed_ids=128,
-        state=model.start(params, source, 5),
+        state=model.init_decode_state(params, source, 5),
     )
     text = BYTES.decode(np.asarray(out.tokens)[0])
     found = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]

@@ -11,7 +11,7 @@ _GPT2 = Format(
         "GPT2LMHeadModel": {"task": "causal"},
         "GPT2Model": {"task": "none"},
         "GPT2ForSequenceClassification": {"task": "classification"},
-        "GPT2ForTokenClassification": {"task": "tagging"},
+        "GPT2ForTokenClassification": {"task": "token_classification"},
         "GPT2ForQuestionAnswering": {"task": "span_qa"},
     },
     model_type="gpt2",
@@ -75,8 +75,8 @@ _GPT2 = Format(
     head={
         "head": "lm_head.weight",
         "classifier/weight": "score.weight",
-        "tagger/weight": "classifier.weight",
-        "tagger/bias": "classifier.bias",
+        "token_classifier/weight": "classifier.weight",
+        "token_classifier/bias": "classifier.bias",
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
@@ -86,7 +86,7 @@ _GPT2 = Format(
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
         "layers/attention/qkv/bias": ((0, 1, 2),),
         "layers/attention/output/weight": ((0, 1), (2,)),
-        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "tagger", "span")},
+        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
     },
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),  # causal masks in old files
 )

@@ -15,10 +15,10 @@ _SCALING = {
     "original_positions": ("original_max_position_embeddings", ("llama3", "yarn")),
     "low_frequency_factor": ("low_freq_factor", ("llama3",)),
     "high_frequency_factor": ("high_freq_factor", ("llama3",)),
-    "fast_turns": ("beta_fast", ("yarn",)),
-    "slow_turns": ("beta_slow", ("yarn",)),
-    "whole_pairs": ("truncate", ("yarn",)),
-    "magnitude": ("attention_factor", ("yarn",)),
+    "beta_fast": ("beta_fast", ("yarn",)),
+    "beta_slow": ("beta_slow", ("yarn",)),
+    "truncate": ("truncate", ("yarn",)),
+    "attention_factor": ("attention_factor", ("yarn",)),
 }
 """Field of ``RotaryScaling`` -> its name in their files, and the kinds of scaling that have it."""
 
@@ -125,7 +125,7 @@ _LLAMA = Format(
         "LlamaForCausalLM": {"task": "causal"},
         "LlamaModel": {"task": "none"},
         "LlamaForSequenceClassification": {"task": "classification"},
-        "LlamaForTokenClassification": {"task": "tagging"},
+        "LlamaForTokenClassification": {"task": "token_classification"},
     },
     model_type="llama",
     prefix="model.",
@@ -166,8 +166,8 @@ _LLAMA = Format(
     head={
         "head": "lm_head.weight",
         "classifier/weight": "score.weight",
-        "tagger/weight": "score.weight",
-        "tagger/bias": "score.bias",
+        "token_classifier/weight": "score.weight",
+        "token_classifier/bias": "score.bias",
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
@@ -177,7 +177,7 @@ _LLAMA = Format(
         **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
         "layers/attention/output/weight": ((2,), (0, 1)),
         **{f"layers/mlp/{name}/weight": TRANSPOSED for name in ("gate", "up", "down")},
-        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "tagger", "span")},
+        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
     },
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # in old files
 )
@@ -187,7 +187,7 @@ _MISTRAL = dataclasses.replace(
         "MistralForCausalLM": {"task": "causal"},
         "MistralModel": {"task": "none"},
         "MistralForSequenceClassification": {"task": "classification"},
-        "MistralForTokenClassification": {"task": "tagging"},
+        "MistralForTokenClassification": {"task": "token_classification"},
         "MistralForQuestionAnswering": {"task": "span_qa"},
     },
     model_type="mistral",
@@ -202,7 +202,7 @@ _QWEN2 = dataclasses.replace(
         "Qwen2ForCausalLM": {"task": "causal"},
         "Qwen2Model": {"task": "none"},
         "Qwen2ForSequenceClassification": {"task": "classification"},
-        "Qwen2ForTokenClassification": {"task": "tagging"},
+        "Qwen2ForTokenClassification": {"task": "token_classification"},
     },
     model_type="qwen2",
     implied={"qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},

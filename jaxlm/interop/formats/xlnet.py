@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format
-from jaxlm.models.xlnet import Config, summary_dropout
+from jaxlm.models.xlnet import Config, pool_dropout
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_fields(cfg: Config) -> dict[str, Any]:
     return {
         "clamp_len": -1 if cfg.clamp_length is None else cfg.clamp_length,
-        "summary_last_dropout": summary_dropout(cfg),
+        "summary_last_dropout": pool_dropout(cfg),
     }
 
 
@@ -33,7 +33,7 @@ FORMATS = (
             "XLNetLMHeadModel": {"task": "permutation"},
             "XLNetModel": {"task": "none"},
             "XLNetForSequenceClassification": {"task": "classification"},
-            "XLNetForTokenClassification": {"task": "tagging"},
+            "XLNetForTokenClassification": {"task": "token_classification"},
             "XLNetForQuestionAnsweringSimple": {"task": "span_qa"},
         },
         model_type="xlnet",
@@ -49,7 +49,7 @@ FORMATS = (
             "init_stddev": "initializer_range",
             "reuse_length": "reuse_len",
             "dropout": "dropout",
-            "summary_dropout": "summary_last_dropout",
+            "pool_dropout": "summary_last_dropout",
         },
         read_fields=_read_fields,
         write_fields=_write_fields,
@@ -96,12 +96,12 @@ FORMATS = (
         },
         head={
             "output_bias": "lm_loss.bias",
-            "summary/weight": "sequence_summary.summary.weight",
-            "summary/bias": "sequence_summary.summary.bias",
+            "pool/weight": "sequence_summary.summary.weight",
+            "pool/bias": "sequence_summary.summary.bias",
             "classifier/weight": "logits_proj.weight",
             "classifier/bias": "logits_proj.bias",
-            "tagger/weight": "classifier.weight",
-            "tagger/bias": "classifier.bias",
+            "token_classifier/weight": "classifier.weight",
+            "token_classifier/bias": "classifier.bias",
             "span/weight": "qa_outputs.weight",
             "span/bias": "qa_outputs.bias",
         },
@@ -111,9 +111,9 @@ FORMATS = (
             "layers/attention/output/weight": ((2,), (0,), (1,)),
             "layers/mlp/up/weight": TRANSPOSED,
             "layers/mlp/down/weight": TRANSPOSED,
-            "summary/weight": TRANSPOSED,
+            "pool/weight": TRANSPOSED,
             "classifier/weight": TRANSPOSED,
-            "tagger/weight": TRANSPOSED,
+            "token_classifier/weight": TRANSPOSED,
             "span/weight": TRANSPOSED,
         },
     ),

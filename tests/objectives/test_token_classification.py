@@ -3,31 +3,33 @@ import numpy as np
 import pytest
 
 from jaxlm.nn.loss import cross_entropy
-from jaxlm.objectives import tagging
+from jaxlm.objectives import token_classification
 from tests.objectives.stub import Bag, compare, random_tokens
 
 
 def test_ignored_places_and_padding_do_not_count():
-    labels = np.array([[2, tagging.IGNORED, 0, 1, 1]])
+    labels = np.array([[2, token_classification.IGNORED, 0, 1, 1]])
     segments = np.array([[1, 1, 2, 2, 0]])
-    batch = tagging.batch(np.ones((1, 5), np.int32), labels, segments, num_labels=3)
+    batch = token_classification.batch(np.ones((1, 5), np.int32), labels, segments, num_labels=3)
     assert batch.targets.tolist() == [[2, 0, 0, 1, 1]]
     assert batch.weights.tolist() == [[1, 0, 1, 1, 0]]
     assert batch.weights.dtype == np.float32
-    assert tagging.batch(np.ones((1, 5), np.int32), labels, num_labels=3).weights.tolist() == [[1, 0, 1, 1, 1]]
+    assert token_classification.batch(np.ones((1, 5), np.int32), labels, num_labels=3).weights.tolist() == [
+        [1, 0, 1, 1, 1]
+    ]
 
 
 def test_loss_is_the_cross_entropy_of_the_labels_and_so_is_its_gradient():
     model, tokens = Bag(3), random_tokens(2, 6)
-    labels = np.where(tokens % 4 == 3, tagging.IGNORED, tokens % 4)
-    batch = tagging.batch(tokens, labels, num_labels=3)
+    labels = np.where(tokens % 4 == 3, token_classification.IGNORED, tokens % 4)
+    batch = token_classification.batch(tokens, labels, num_labels=3)
     assert 0 < batch.weights.sum() < 12
 
     def literal(params):
         losses = cross_entropy(model.logits(params, model.apply(params, tokens)[0]), jnp.maximum(labels, 0))
         return jnp.sum(jnp.where(labels >= 0, losses, 0.0))
 
-    assert compare(lambda p: tagging.loss(model, p, batch), literal, model.init()) == batch.weights.sum()
+    assert compare(lambda p: token_classification.loss(model, p, batch), literal, model.init()) == batch.weights.sum()
 
 
 @pytest.mark.parametrize(
@@ -40,4 +42,4 @@ def test_loss_is_the_cross_entropy_of_the_labels_and_so_is_its_gradient():
 )
 def test_bad_labels_are_named(labels, message):
     with pytest.raises(ValueError, match=message):
-        tagging.batch(np.zeros((2, 3), np.int32), labels, num_labels=7)
+        token_classification.batch(np.zeros((2, 3), np.int32), labels, num_labels=7)

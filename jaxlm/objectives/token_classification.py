@@ -1,4 +1,4 @@
-"""Tagging (token classification): one label per token, as in part-of-speech tagging or named entity recognition.
+"""Token classification: one label per token, as in part-of-speech tagging or named entity recognition.
 
 If words consist of several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels the first token and
 ignores the others. Shapes: B batch, T time.
