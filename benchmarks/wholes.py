@@ -149,10 +149,13 @@ def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if family == "t5":
         return {"input_ids": arrays["source"], "decoder_input_ids": arrays["tokens"]}
     if family == "xlnet":
+        # A target of weight 0 only fills the row: its position is not predicted, and no query is mapped to it.
+        is_target = arrays["weights"] > 0
+        targets = np.where(is_target, arrays["targets"], arrays["targets"][:, :1])
+        mapping = target_mapping(targets, arrays["tokens"].shape[1]) * is_target[..., None]
         return {
             "input_ids": arrays["tokens"], "token_type_ids": arrays["token_types"],
-            "perm_mask": perm_mask(arrays["order"], arrays["targets"]),
-            "target_mapping": target_mapping(arrays["targets"], arrays["tokens"].shape[1]),
+            "perm_mask": perm_mask(arrays["order"], targets), "target_mapping": mapping.astype(np.float32),
         }  # fmt: skip
     return {"input_ids": arrays["tokens"]}
 

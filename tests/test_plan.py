@@ -521,8 +521,9 @@ def test_a_training_step_is_planned(name):
 )
 def test_a_long_step_runs_the_kernel_and_its_schedule_is_read(length, kernels):
     model = get_model(
-        "gpt2-tiny", dtype="bfloat16", max_positions=length, num_heads=1, embed_dim=64, attention_dropout=0.0
-    )
+        "gpt2-tiny", dtype="bfloat16", max_positions=length, num_heads=1, embed_dim=64, attention_dropout=0.0,
+        scan_layers=True,  # one kernel that is called for each layer
+    )  # fmt: skip
     made = plan(model, "v5e:2x2", "data=4", batch=4, sequence=length)
     assert [kernel.name.partition(".")[0] for kernel in made.kernels] == kernels
     assert all(kernel.calls == 2 and kernel.cycles > 1000 for kernel in made.kernels)

@@ -178,7 +178,7 @@ def test_a_classifier_takes_padded_batches(variant: str, tmp_path: Path) -> None
         tokens = tokenizer.encode_inputs(text).ids[None]
         hidden, _ = model.apply(params, tokens)
         ours = model.logits(params, model.pool(params, hidden))[0, 0]
-        assert relative_error(ours, logits) < 1e-5
+        assert relative_error(ours, logits) < 2e-5  # of three logits of weights that are multiplied by 3
 
 
 @pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny", "xlnet-tiny", "gpt2-tiny", "llama-tiny"])

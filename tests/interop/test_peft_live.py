@@ -148,7 +148,7 @@ def test_peft_trains_on_what_we_save_without_a_head(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"rank_pattern": {"query": 2}}, r"rank_pattern=\{'query': 2\} is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"layers_to_transform": [1]}, "lacks .* some layers"),
+        ({"layers_to_transform": [1]}, "lacks .* only some of the layers"),
         ({"target_modules": ["word_embeddings"]}, "lora_embedding_A"),
     ],
 )
