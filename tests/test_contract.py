@@ -79,7 +79,7 @@ def empty_state(model, params, rows, length):
     """What decoding starts from."""
     if not model.reads_source:
         return model.init_state(rows, length)
-    return jax.jit(model.start, static_argnums=2)(params, source_of(model, rows)["source"], length)
+    return jax.jit(model.init_decode_state, static_argnums=2)(params, source_of(model, rows)["source"], length)
 
 
 def alone(model, params, tokens, row, start=0, stop=None):
