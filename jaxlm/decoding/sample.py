@@ -197,8 +197,8 @@ def generate(
         allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if that is
             smaller than the vocabulary of the model.
         state: the initial model state, with B rows: the state of an encoder-decoder with an encoded source
-            (``model.init_decode_state``; ``prompts`` then begin with the decoder's start id), or the state of a model after earlier
-            tokens. Default: an empty state.
+            (``model.init_decode_state``; ``prompts`` then begin with the decoder's start id), or the state of a model
+            after earlier tokens. Default: an empty state.
 
     Raises:
         TypeError: the family has no model state.

@@ -81,7 +81,9 @@ def test_greedy_takes_the_likeliest_token_of_a_full_forward_pass(name: str) -> N
 
 def test_a_source_must_be_read_first_and_a_state_must_fit() -> None:
     model, params = pair("t5-tiny")
-    with pytest.raises(ValueError, match=r"t5 reads a source: .* state=model.init_decode_state\(params, source, length\)"):
+    with pytest.raises(
+        ValueError, match=r"t5 reads a source: .* state=model.init_decode_state\(params, source, length\)"
+    ):
         generate(model, params, PROMPTS, max_new_tokens=NEW)
     three = model.init_decode_state(params, random_tokens(model, 3, 5), 9)
     with pytest.raises(ValueError, match=r"layers/0/key of the state is \[3, 9, 64\], but the prompts have 2 rows"):

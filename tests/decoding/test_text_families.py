@@ -203,7 +203,9 @@ def test_a_model_without_a_head_for_text_is_described(name: str, fields: dict[st
 def test_generate_tells_what_an_encoder_decoder_needs_and_that_works() -> None:
     model, params = pair("t5-tiny")
     start = np.zeros((1, 1), np.int32)
-    with pytest.raises(ValueError, match=r"generate_text\(model, params, tokenizer, sources\).*state=model.init_decode_state\("):
+    with pytest.raises(
+        ValueError, match=r"generate_text\(model, params, tokenizer, sources\).*state=model.init_decode_state\("
+    ):
         generate(model, params, start, max_new_tokens=NEW)
     out = generate(
         model,
