@@ -85,7 +85,10 @@ def _native_format(model: Model) -> Format:
     for path, leaf in spec.flatten(model.specs).items():
         path, layer = spec.split_layer(path)
         names[path] = name(path, is_layer=layer is not None or is_stacked(leaf))
-    return Format(architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", fields={}, tensors=names)
+    return Format(
+        architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", fields={}, tensors=names,
+        renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -134,8 +137,11 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
 
 def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
     name = config["model_type"].removeprefix(_MODEL_TYPE_PREFIX)
+    content = config.get("config", {})
+    if isinstance(content, dict) and content.get("task") == "tagging":  # the name of the task in jaxlm 0.1
+        content = {**content, "task": "token_classification"}
     try:
-        native = config_lib.from_json(family(name).Config, config.get("config", {}))
+        native = config_lib.from_json(family(name).Config, content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return {field.name: getattr(native, field.name) for field in dataclasses.fields(native)}
