@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = item.nodeid.split("::")[0]
         if group.endswith("test_contract.py"):
-            group += str(getattr(item, "callspec", None) and item.callspec.params.get("name", ""))
+            group += str(item.callspec.params.get("name", "")) if hasattr(item, "callspec") else ""
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -35,9 +35,7 @@ def tiny_model(name: str, **overrides: Any) -> Model:
 
 def with_stacked_layers(model: Model) -> Model:
     """The model with ``scan_layers=True``; the same model if its family has no such field."""
-    if not hasattr(model.config, "scan_layers"):
-        return model
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, scan_layers=True))
+    return model.with_fields(scan_layers=True)
 
 
 def task_of(model: Model) -> str:

@@ -313,8 +313,7 @@ def _locations(model: Model, table: Format, prefix: str | None = None) -> dict[s
         prefix: the prefix of the base model's tensors; None: the prefix in files of classes with a head.
     """
     prefix = table.prefix if prefix is None else prefix
-    unpadded = {"vocab_multiple": 1} if hasattr(model.config, "vocab_multiple") else {}
-    specs = spec.flatten(model.module.specs(dataclasses.replace(model.config, **unpadded)))
+    specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
     locations = {}
     for path, leaf in specs.items():

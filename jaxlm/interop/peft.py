@@ -95,7 +95,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             f"{directory / WEIGHTS}: {', '.join(unknown[:5])} do not begin with {_ROOT!r}, as all names of PEFT do"
         )
     per_layer = not getattr(model.config, "scan_layers", True)
-    model = _with_stacked_layers(model)
+    model = model.with_fields(scan_layers=True)  # so that each _Weight is one parameter for all layers
     weights = _weights(model, with_prefix=_has_prefix(model, named))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
     names_and_factors = [_weight_name_and_factor(name, weight_of, directory) for name in named]
@@ -130,7 +130,7 @@ def save_adapter(
             (token tables, the attention of XLNet); or only some parameters of a module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
-    model, trained = _with_stacked_layers(model), spec.restack(trained)
+    model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
     weights = _weights(model, with_prefix=getattr(model.config, "task", None) != "none")
     flat = {name: np.asarray(processes.on_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()}
     tensors: dict[str, np.ndarray] = {}
@@ -284,13 +284,6 @@ class _Weight:
         return x if self.stacked else x[None]
 
 
-def _with_stacked_layers(model: Model) -> Model:
-    """The model with ``scan_layers=True``, so that each :class:`_Weight` is one parameter for all layers."""
-    if not hasattr(model.config, "scan_layers"):
-        return model
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, scan_layers=True))
-
-
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
     """``{path: weight}`` of every parameter of the model.
 
@@ -305,8 +298,7 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
     table = format_of(model)
     prefix = table.prefix if with_prefix else ""
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
-    unpadded = {"vocab_multiple": 1} if hasattr(model.config, "vocab_multiple") else {}
-    specs = spec.flatten(model.module.specs(dataclasses.replace(model.config, **unpadded)))
+    specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
     padded_specs = spec.flatten(model.specs)
     weights = {}
     for path, leaf in specs.items():

@@ -121,6 +121,12 @@ class Model:
         """The number of parameters."""
         return spec.count(self.specs)
 
+    def with_fields(self, **values: Any) -> Model:
+        """The model with these values of config fields. Fields that its config does not have are left out."""
+        names = {field.name for field in dataclasses.fields(self.config)}
+        changes = {name: value for name, value in values.items() if name in names}
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
     def init(self, key: jax.Array) -> spec.Tree:
         """Newly initialised parameters."""
         return spec.init(self.specs, key)
@@ -244,8 +250,7 @@ class Model:
             TypeError: the family has no attention that can be recorded.
         """
         # Records cannot leave a scan or a recomputed block.
-        changes = {"remat": "none", "scan_layers": False} if hasattr(self.config, "remat") else {}
-        model = dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+        model = self.with_fields(remat="none", scan_layers=False)
 
         @jax.jit
         def run(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:

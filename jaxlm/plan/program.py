@@ -148,10 +148,7 @@ def _layout_note(model: Model) -> str:
 
 def plain_form(model: Model) -> Model:
     """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation."""
-    wanted = {"remat": "none", "attention_implementation": "reference"}
-    fields = {field.name for field in dataclasses.fields(model.config)}
-    changes = {name: value for name, value in wanted.items() if name in fields}
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+    return model.with_fields(remat="none", attention_implementation="reference")
 
 
 def _counted(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:

@@ -39,7 +39,7 @@ class Format:
         read_fields: a function from their ``config.json`` to values of our config fields, for fields that need a
             computation. The caller adds the path of the file to a ``ValueError`` that it raises.
         write_fields: the inverse: from our config to their fields.
-        tensors: path of our parameter -> name of their tensor. ``{layer}`` is the index on the leading ``layers`` axis.
+        tensors: path of our parameter -> name of their tensor. ``{layer}`` is the number of the layer.
             If a config has no parameter with a path, its files do not contain the tensor.
         values: their config field -> {their value: our value}, for values that differ.
         required: their config fields and the only value that the family implements. A missing field has this value.
