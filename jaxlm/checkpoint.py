@@ -212,7 +212,8 @@ class Checkpointer:
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._last_saved: int | None = None
         self._unsynced = False
-        logging.getLogger("absl").addFilter(_keep_log_record)  # has no effect if the filter is already there
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_keep_log_record)  # has no effect if the filter is already there
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler())
         )
@@ -575,9 +576,13 @@ def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """False for orbax's log records with the traceback of an error in its threads: ``wait`` raises the same error."""
+    """False for log records with the traceback of an error in orbax's threads or tasks: the caller gets the error."""
+    if not record.exc_info or record.levelno < logging.ERROR:
+        return True
     from_orbax = "orbax" in Path(record.pathname).parts
-    return not (from_orbax and record.levelno >= logging.ERROR and record.exc_info)
+    # If several arrays are damaged, orbax raises the first error, and asyncio logs the others.
+    from_tensorstore = record.name == "asyncio" and "tensorstore_spec" in str(record.exc_info[1])
+    return not (from_orbax or from_tensorstore)
 
 
 def _is_extra(record: dict[str, Any]) -> bool:

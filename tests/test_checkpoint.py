@@ -723,10 +723,10 @@ def test_a_disk_that_cannot_be_written_is_named(
 
 
 def test_errors_that_are_raised_are_not_logged_as_well(tmp_path: Path) -> None:
-    def shown(path: str, level: int, error: Exception | None) -> bool:
+    def shown(path: str, level: int, error: Exception | None, logger: str = "absl") -> bool:
         info = None if error is None else (type(error), error, None)
-        record = logging.LogRecord("absl", level, path, 1, "a thread raised an exception", None, info)
-        return bool(logging.getLogger("absl").filter(record))
+        record = logging.LogRecord(logger, level, path, 1, "a thread raised an exception", None, info)
+        return bool(logging.getLogger(logger).filter(record))
 
     with Checkpointer(tmp_path), Checkpointer(tmp_path):
         orbax, other = ocp.__file__, optax.__file__
@@ -734,6 +734,8 @@ def test_errors_that_are_raised_are_not_logged_as_well(tmp_path: Path) -> None:
     assert shown(orbax, logging.WARNING, OSError())
     assert shown(orbax, logging.ERROR, None)
     assert shown(other, logging.ERROR, OSError())
+    assert not shown(other, logging.ERROR, ValueError("DATA_LOSS [tensorstore_spec='...']"), logger="asyncio")
+    assert shown(other, logging.ERROR, ValueError("DATA_LOSS"), logger="asyncio")
 
 
 # ------------------------------------------------------------------------------------------------------- kill -9
