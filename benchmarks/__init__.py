@@ -2,15 +2,16 @@
 
     python -m benchmarks.training      optimizer steps and losses of complete models
     python -m benchmarks.decoding      greedy generation with complete models
-    python -m benchmarks.attention     attention of sequences and over caches, with position biases
+    python -m benchmarks.attention     attention over sequences and over key-value caches, with position biases
     python -m benchmarks.scans         linear recurrences and depthwise convolution, compared with plain JAX
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
-    python -m benchmarks.fidelity      largest differences from torch, including gradients
-    python -m benchmarks.shootout      all causal families with equal parameters and with equal FLOPs
+    python -m benchmarks.fidelity      largest numerical differences from torch, including gradients
+    python -m benchmarks.shootout      all causal families, at equal parameter counts and at equal FLOPs
     python -m benchmarks.report        one page of tables and plots from all results
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
 
-A peer is an implementation that is measured, jaxlm or a baseline. The baselines need the extra ``reference``. Each peer
-runs in its own process (``worker``, ``*_peers``). ``harness`` first checks that the results of the peers agree. It then
-interleaves their repetitions, so that changes in the load of the machine affect all peers.
+Each benchmark compares implementations: jaxlm and its baselines. The baselines need the extra ``reference``. Each
+implementation runs in its own process (``worker``, ``*_baselines``). ``harness`` first checks that the results of all
+implementations agree. It then interleaves their repetitions, so that changes in the load of the machine affect all of
+them.
 """

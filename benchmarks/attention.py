@@ -1,13 +1,13 @@
 """Attention: jaxlm and torch's scaled_dot_product_attention with the same random inputs, float32, causal.
 
-    python -m benchmarks.attention                                 1024 and 4096 tokens, three forms, forward and both
+    python -m benchmarks.attention                                 1024 and 4096 tokens, three variants
     python -m benchmarks.attention --forms plain --lengths 1024 --json attention.json
-    python -m benchmarks.attention --forms decode                  one query over caches with different fill levels
+    python -m benchmarks.attention --forms decode                  one query over caches of different fill lengths
     python -m benchmarks.attention --quick                         a short test that the benchmark works
 
-``bias`` adds T5's bias of bucketed distances, ``relative`` the bias of Transformer-XL, both with gradients of their
-tables. torch supports these biases only as a dense array of all pairs, which is computed in every repetition. Outputs
-and all gradients must agree before the measurement.
+``bias`` adds T5's bias of bucketed distances. ``relative`` adds the bias of Transformer-XL. Both compute the
+gradients of their tables. torch supports these biases only as a dense array for all query-key pairs, so each repetition
+computes this array. Outputs and all gradients must agree before the measurement.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 from benchmarks import harness, shapes
 
-PEERS = {"jaxlm": "benchmarks.attention_peers:Jaxlm", "torch": "benchmarks.attention_peers:Torch"}
+IMPLEMENTATIONS = {"jaxlm": "benchmarks.attention_baselines:Jaxlm", "torch": "benchmarks.attention_baselines:Torch"}
 FORMS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference of sampled elements of a result, relative to the largest of them."""
+"""Maximum difference of sampled elements of a result, relative to the largest sampled element."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +32,19 @@ class Attention(harness.Options):
     against: str = "torch"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
-    """Repetitions of each peer, after warm-up."""
+    """Repetitions of each implementation, after warm-up."""
     forms: str = "plain,bias,relative"
-    """Forms: plain, bias, relative, decode, separated by commas."""
+    """Variants: plain, bias, relative, decode, separated by commas."""
     lengths: str = ",".join(map(str, shapes.ATTENTION_LENGTHS))
-    """Tokens. For decode, the cache has the largest length as its capacity and is filled to each length."""
+    """Tokens, separated by commas. For decode, the capacity of the cache is the largest number, and each number is a
+    fill length."""
 
 
 def run(options: Attention) -> None:
     """Measure and print the results."""
     forms = harness.names("forms", options.forms, FORMS)
     lengths = [32, 48] if options.quick else harness.numbers("lengths", options.lengths)
-    targets = harness.choose(options.against, PEERS)
+    targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
         for form in forms:
@@ -66,33 +67,36 @@ def _measure(
 
 
 def attention_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements as a table, with the time of jaxlm relative to each peer and to its own plain form."""
-    header = ("form, pass", "shape", "peer", "ms", "p10", "p90", "% of roof", "jaxlm/peer", "p10", "p90", "/plain")
-    ours = {(row.op, row.shape): row for row in rows if row.peer == harness.OURS}
+    """The measurements as a table, with the time of jaxlm relative to each baseline and to its own plain variant."""
+    header = (
+        "variant, pass", "shape", "implementation", "ms", "p10", "p90", "% of peak", "jaxlm/baseline", "p10", "p90",
+        "/plain",
+    )  # fmt: skip
+    ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.OURS}
     lines = []
     for row in rows:
         r = row.record()
-        cells = [row.op, row.shape, row.peer, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
+        cells = [row.op, row.shape, row.implementation, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
         cells.append(f"{r['roof_percent']:.1f}")
-        if row.peer == harness.OURS:
+        if row.implementation == harness.OURS:
             plain = ours.get((f"plain {row.op.split()[1]}", row.shape))
             cells += ["", "", "", "" if plain is None else f"{row.median / plain.median:.2f}"]
         else:
-            cells += [*harness.over_peer(ours[row.op, row.shape], row), ""]
+            cells += [*harness.over_baseline(ours[row.op, row.shape], row), ""]
         lines.append(cells)
     formulas = sorted({row.work.formula for row in rows})
     return "\n".join(
         [
             f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
             harness.table(header, lines),
-            *(f"% of roof: {formula}" for formula in formulas),
-            "jaxlm/peer: time of jaxlm over time of the peer, round by round; below 1 jaxlm is faster",
+            *(f"% of peak: {formula}" for formula in formulas),
+            "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
         ]
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Attention, run, arguments, name="attention", description=__doc__)
 
 

@@ -1,10 +1,10 @@
-"""A bar chart of the speed of jaxlm relative to its peers, with one bar per processor.
+"""A bar chart of the speed of jaxlm relative to its baselines, with one bar per processor.
 
     python -m benchmarks.chart --output speed.png "Zen 4"=zen4/training_gpt2.json zen4/training_t5.json "Xeon"=xeon.json
 
-An argument is the name of a processor, ``=``, and a file that a benchmark wrote with ``--json``. A file without a name
-belongs to the previous name. A bar is the median time of a peer divided by the median time of jaxlm in the same rounds;
-above 1, jaxlm is faster.
+An argument is ``NAME=FILE``: the name of a processor, and a file that a benchmark wrote with ``--json``. A file without
+a name belongs to the previous processor. A bar is the median over rounds of the time of a baseline divided by the time
+of jaxlm. Above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Chart:
     """Draw the chart."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """NAME=FILE, or FILE for the previous name."""
+    """NAME=FILE, or FILE for the previous NAME."""
     operations: tuple[str, ...] = ("training step",)
     """Operations to plot."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("speed.png")
@@ -34,7 +34,7 @@ class Chart:
 
 
 def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the peers, by processor.
+    """The rows of the baselines, by processor.
 
     Raises:
         Mistake: the first file has no processor name, or the files have no rows of the operations.
@@ -42,34 +42,38 @@ def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[
     rows: dict[str, list[dict[str, Any]]] = {}
     name = ""
     for argument in arguments:
-        before, equals, file = argument.rpartition("=")
-        name = before if equals else name
+        prefix, equals, file = argument.rpartition("=")
+        name = prefix if equals else name
         if not name:
             raise Mistake(f"{argument} has no processor name: write NAME={argument}")
-        found = [row for row in report.read([Path(file)]) if row["peer"] != OURS and row["op"] in operations]
-        rows.setdefault(name, []).extend(found)
+        measured = report.read([Path(file)])
+        baselines = [row for row in measured if row["peer"] != OURS and row["op"] in operations]
+        rows.setdefault(name, []).extend(baselines)
     if not any(rows.values()):
         raise Mistake(f"no file has rows of the operations {', '.join(operations)}: choose other --operations")
     return rows
 
 
 def draw(rows: dict[str, list[dict[str, Any]]]) -> Any:
-    """The figure, with one group per shape and peer and one bar per processor."""
-    groups = list(dict.fromkeys((row["shape"], row["peer"]) for own_rows in rows.values() for row in own_rows))
+    """The figure: one group of bars per shape and baseline, with one bar per processor."""
+    all_rows = [row for processor_rows in rows.values() for row in processor_rows]
+    groups = list(dict.fromkeys((row["shape"], row["peer"]) for row in all_rows))
     groups.sort(key=lambda group: (group[1], group[0]))
     height = 0.8 / len(rows)
     figure, axes = report.new_figure(0.24 * len(groups) * len(rows) + 0.9)
-    for number, (name, own_rows) in enumerate(rows.items()):
-        ratios = {(row["shape"], row["peer"]): row["ratio"] for row in own_rows}
+    for number, (name, processor_rows) in enumerate(rows.items()):
+        ratios = {(row["shape"], row["peer"]): row["ratio"] for row in processor_rows}
         points = [
-            (at - 0.4 + height * (number + 0.5), ratios[group]) for at, group in enumerate(groups) if group in ratios
+            (position - 0.4 + height * (number + 0.5), ratios[group])
+            for position, group in enumerate(groups)
+            if group in ratios
         ]
         bars = axes.barh([y for y, _ in points], [ratio for _, ratio in points], height, label=name)
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axes.set_yticks(range(len(groups)), [f"{shape} / {peer}" for shape, peer in groups], fontsize=8)
+    axes.set_yticks(range(len(groups)), [f"{shape} / {baseline}" for shape, baseline in groups], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1.0, color="#444", linewidth=0.8)
-    axes.set_xlabel("times as fast as the peer (median of interleaved runs)")
+    axes.set_xlabel("times as fast as the baseline (median of interleaved rounds)")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -81,7 +85,7 @@ def run(options: Chart) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Draw the chart and return the exit status."""
     return harness.main(Chart, run, arguments, name="chart", description=__doc__)
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.decoding --model gpt2,t5-small,lstm-zaremba-medium
     python -m benchmarks.decoding --quick                            a short test that the benchmark works
 
-All peers must generate the same tokens before the measurement. There is no end token, so each row has all its tokens.
+All implementations must generate the same tokens before the measurement. There is no end token, so each row has the
+full number of tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import sys
 
 from benchmarks import harness, shapes, wholes
 
-PEERS = {
-    "jaxlm": "benchmarks.decoding_peers:Jaxlm",
-    "torch": "benchmarks.decoding_peers:Torch",
-    "flax": "benchmarks.decoding_peers:Flax",
+IMPLEMENTATIONS = {
+    "jaxlm": "benchmarks.decoding_baselines:Jaxlm",
+    "torch": "benchmarks.decoding_baselines:Torch",
+    "flax": "benchmarks.decoding_baselines:Flax",
 }
 
 
@@ -33,27 +34,27 @@ def run(options: Decoding) -> None:
     if options.quick:
         quick = shapes.QUICK_DECODING
         options = dataclasses.replace(options, batch=quick.batch, prompt=quick.prompt, tokens=quick.tokens)
-    targets = harness.choose(options.against, PEERS)
+    targets = harness.choose(options.against, IMPLEMENTATIONS)
     batches, prompts = harness.numbers("batch", options.batch), harness.numbers("prompt", options.prompt)
     rows: list[harness.Row] = []
     for name in options.model.replace(" ", "").split(","):
         with harness.session(name, options.device, quick=options.quick) as session:
             family = session.model["family"]
-            found = harness.with_class(targets, family, wholes.CLASSES, wholes.DECODES)
+            supported = harness.with_class(targets, family, wholes.CLASSES, wholes.DECODES)
             for batch, prompt in itertools.product(batches, prompts):
                 sizes = {"family": family, "batch": batch, "prompt": prompt, "tokens": options.tokens}
                 measured = session.compare(
-                    found, sizes, "greedy decoding", f"{name} B{batch} prompt {prompt} + {options.tokens} tokens",
+                    supported, sizes, "greedy decoding", f"{name} B{batch} prompt {prompt} + {options.tokens} tokens",
                     shapes.decoding_work(batch, options.tokens, session.model),
                     warm_up=2, rounds=options.rounds, check=harness.check_same,
                 )  # fmt: skip
                 rows += session.with_cached_compile(measured, targets[harness.OURS], **sizes)
-                print("\n" + harness.speed_table(rows[-len(found) :]) + "\n", flush=True)
+                print("\n" + harness.speed_table(rows[-len(supported) :]) + "\n", flush=True)
         harness.write_json(options.json, "decoding", options, session.description, [row.record() for row in rows])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Decoding, run, arguments, name="decoding", description=__doc__)
 
 

@@ -1,10 +1,10 @@
-"""Accuracy of GPT-2 in jaxlm: hidden states, logits, loss and all gradients compared with torch.
+"""Numerical accuracy of GPT-2 in jaxlm: hidden states, logits, loss and all gradients compared with torch.
 
     python -m benchmarks.fidelity                                    GPT-2 124M, random weights, batch 2 of 128 tokens
     python -m benchmarks.fidelity --model gpt2-tiny --length 32 --json fidelity.json
 
-A difference is max|a - b| / max|b|. The last two columns are the differences of jaxlm and of torch in float32 from
-torch in float64. In the case "padding", the first row is padded on the left and the last row on the right.
+A difference is max|a - b| / max|b|. The last two columns compare jaxlm and torch, both in float32, with torch in
+float64. In the case "padding", the first row is padded on the left and the last row on the right.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Fidelity(shapes.Fidelity):
 
 
 def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
-    """The results of jaxlm for a window [B, T + 1] and its mask (0 is padding)."""
+    """The results of jaxlm for tokens [B, T + 1] and their mask (0 is padding)."""
     import jax
 
     import jaxlm
@@ -51,8 +51,11 @@ def of_jaxlm(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> Results:
         return hidden, model.logits(params, hidden), *jax.value_and_grad(mean_loss)(params)
 
     hidden, logits, loss, gradients = jax.device_get(compute(params, batch))
-    real = mask[:, :-1] > 0
-    return {"hidden": hidden[real], "logits": logits[real], "loss": loss, **dict(named_tensors(model, gradients))}
+    not_padding = mask[:, :-1] > 0
+    return {
+        "hidden": hidden[not_padding], "logits": logits[not_padding], "loss": loss,
+        **dict(named_tensors(model, gradients)),
+    }  # fmt: skip
 
 
 def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) -> Results:
@@ -61,8 +64,8 @@ def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) 
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(directory, attn_implementation="sdpa", dtype=getattr(torch, dtype))
-    counts = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
-    targets = torch.from_numpy(np.where(counts, tokens[:, 1:], -100)).long()
+    has_loss = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    targets = torch.from_numpy(np.where(has_loss, tokens[:, 1:], -100)).long()
     out = model(
         torch.from_numpy(tokens[:, :-1]).long(),
         attention_mask=torch.from_numpy(mask[:, :-1]),
@@ -72,8 +75,8 @@ def of_torch(directory: Path, tokens: np.ndarray, mask: np.ndarray, dtype: str) 
     )
     loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     loss.backward()
-    real = torch.from_numpy(mask[:, :-1] > 0)
-    results = {"hidden": out.hidden_states[-1][real], "logits": out.logits[real], "loss": loss}
+    not_padding = torch.from_numpy(mask[:, :-1] > 0)
+    results = {"hidden": out.hidden_states[-1][not_padding], "logits": out.logits[not_padding], "loss": loss}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name: tensor.detach().numpy() for name, tensor in {**results, **gradients}.items()}
 
@@ -83,15 +86,15 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise harness.Failure(f"shapes differ: {actual.shape} and {expected.shape}")
-    found = float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
-    return found if np.isfinite(found) else float("inf")
+    result = float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+    return result if np.isfinite(result) else float("inf")
 
 
 def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[dict[str, Any]]:
-    """One row per result, and one for the gradient with the largest difference from torch."""
+    """One row for each of hidden states, logits and loss, and one for the gradient that differs most from torch."""
     if ours.keys() != theirs.keys():
         raise harness.Failure(f"jaxlm and torch have different parameters: {sorted(ours.keys() ^ theirs.keys())}")
-    found = {
+    differences = {
         name: {
             "jaxlm_torch": difference(ours[name], theirs[name]),
             "jaxlm_float64": difference(ours[name], exact[name]),
@@ -100,8 +103,8 @@ def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[d
         for name in ours
     }
     outputs = ("hidden", "logits", "loss")
-    worst = max(found.keys() - set(outputs), key=lambda name: found[name]["jaxlm_torch"])
-    return [{"case": case, "result": name, **found[name]} for name in (*outputs, worst)]
+    worst = max(differences.keys() - set(outputs), key=lambda name: differences[name]["jaxlm_torch"])
+    return [{"case": case, "result": name, **differences[name]} for name in (*outputs, worst)]
 
 
 def run(options: Fidelity) -> None:
@@ -128,7 +131,7 @@ def run(options: Fidelity) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the comparison and return the exit status."""
     return harness.main(Fidelity, run, arguments, name="fidelity", description=__doc__)
 
 

@@ -1,4 +1,4 @@
-"""Interleaved measurement of peers in separate processes, and results as tables and JSON.
+"""Interleaved measurement of implementations in separate processes, and results as tables and JSON.
 
 This module imports neither JAX nor torch, so that only one worker uses the machine at a time.
 """
@@ -30,11 +30,11 @@ from benchmarks.shapes import Work
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 NEEDS = {"torch": ("torch", "transformers"), "torch-compile": ("torch", "transformers"), "flax": ("transformers",)}
-"""Packages that each peer imports and that jaxlm does not depend on."""
+"""Packages that a baseline imports and that jaxlm does not depend on."""
 OURS = "jaxlm"
 WARM = 0.3
-"""Seconds that a peer runs before each measured repetition. An idle processor needs 0.1 s to reach its clock frequency,
-and torch's OpenMP threads keep spinning for 0.2 s after the previous peer."""
+"""Seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s to reach its clock
+frequency, and the OpenMP threads of torch keep spinning for 0.2 s after a repetition of torch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Options:
     against: str = "torch,flax"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 7
-    """Repetitions of each peer, after warm-up."""
+    """Repetitions of each implementation, after warm-up."""
     json: Path | None = None
     """Write all results to this JSON file too."""
     quick: bool = False
     """Use a tiny model and shape, to test that the benchmark works; the measured times have no meaning."""
     device: Literal["any", "cpu", "gpu", "tpu"] = "any"
-    """Device of all peers; any: the default device of each peer."""
+    """Device of all implementations; any: the default device of each framework."""
 
 
 DEVICES = {
@@ -60,7 +60,7 @@ DEVICES = {
     "tpu": {"JAX_PLATFORMS": "tpu"},
 }
 """Environment variables of the workers, by device. If the device does not exist, JAX raises an error. torch uses
-another device, and :func:`measure` then rejects peers on different devices."""
+another device, and then :func:`measure` raises an error because the devices differ."""
 
 
 class Failure(Exception):
@@ -79,17 +79,18 @@ DEBUG = "--debug"
 
 
 class Worker:
-    """A peer in its own process (see ``worker``). It must be closed.
+    """An implementation in its own process (see ``worker``). Call :meth:`close` at the end.
 
     Args:
-        name: name of the peer in messages.
-        target: ``module:class`` of the peer.
+        name: name of the implementation in messages.
+        target: ``module:class`` of the implementation.
         log: file for the output of the process.
         environment: environment variables of the process, in addition to those of this process.
-        arguments: arguments of the peer, JSON values.
+        arguments: arguments of the implementation, JSON values.
 
     Raises:
-        Failure: the peer could not be set up. All methods raise it too, if the peer fails or its process ends.
+        Failure: the implementation could not be set up. All methods raise it if the implementation fails or its
+            process ends.
     """
 
     def __init__(
@@ -103,26 +104,26 @@ class Worker:
                 env=os.environ | (environment or {}),
             )  # fmt: skip
         try:
-            self._ask("setup", **arguments)
+            self._request("setup", **arguments)
         except BaseException:
             self.close()
             raise
 
     def run(self) -> tuple[float, Any]:
-        """Seconds of one repetition, and its result."""
-        result = self._ask("run")
+        """Run one repetition. Returns its seconds and its result."""
+        result = self._request("run")
         return result["seconds"], result["value"]
 
     def facts(self) -> dict[str, Any]:
-        """Properties of the peer, such as its platform."""
-        return self._ask("facts")
+        """Properties of the implementation, such as its platform."""
+        return self._request("facts")
 
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(BrokenPipeError), self.process:
             self.process.kill()
 
-    def _ask(self, call: str, **arguments: Any) -> Any:
+    def _request(self, call: str, **arguments: Any) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         line = ""
@@ -130,8 +131,8 @@ class Worker:
             self.process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
             line = self.process.stdout.readline()
         if not line:
-            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
-            raise Failure(f"{self.name} ended unexpectedly (exit status {self.process.wait()}): {last}")
+            last_line = (self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+            raise Failure(f"{self.name} ended unexpectedly (exit status {self.process.wait()}): {last_line}")
         answer = json.loads(line)
         if "error" in answer:
             is_mistake = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
@@ -141,54 +142,54 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """The workers and the checkpoint of a benchmark run. Without a model there is no checkpoint."""
+    """The workers and the checkpoint of a benchmark run. A run without a model has no checkpoint."""
 
     directory: Path
     """Directory of the checkpoint."""
     machine: Worker
-    """The worker that writes the checkpoint and measures the roofs (peak FLOP/s and bandwidth)."""
+    """The worker that writes the checkpoint and measures the peak FLOP/s and bandwidth."""
     model: dict[str, Any]
     """Properties of the model."""
     description: dict[str, Any]
     """Properties of the machine."""
     start: Callable[..., Worker]
-    """``start(name, target, **arguments)``: a new worker, which ends with the session or when it is closed. All workers
-    share one persistent compilation cache, which is empty at first."""
+    """``start(name, target, **arguments)`` returns a new worker, which ends with the session or when it is closed. All
+    workers share one persistent compilation cache, which is empty at the start of the session."""
 
     def compare(
         self, targets: dict[str, str], arguments: dict[str, Any], op: str, shape: str, work: Work, **options: Any
     ) -> list[Row]:
-        """The rows of :func:`measure` for peers that all have the same ``arguments``.
+        """Start the implementations ``targets`` with ``arguments``, measure them and end their processes.
 
-        The processes of the peers end with the call. ``options`` are ``warm_up``, ``rounds`` and ``check`` of
-        :func:`measure`.
+        ``options`` are ``warm_up``, ``rounds`` and ``check`` of :func:`measure`, whose rows are returned.
         """
         with contextlib.ExitStack() as workers:
-            peers = {
+            implementations = {
                 name: workers.enter_context(contextlib.closing(self.start(name, target, **arguments)))
                 for name, target in targets.items()
             }
-            return measure(op, shape, work, self.machine, peers, **options)
+            return measure(op, shape, work, self.machine, implementations, **options)
 
     def with_cached_compile(self, rows: Sequence[Row], target: str, **arguments: Any) -> list[Row]:
-        """The rows of :func:`measure`, with ``cached_compile_seconds`` in the row of jaxlm.
+        """``rows`` with the fact ``cached_compile_seconds`` in the row of jaxlm.
 
-        This is the extra time of the first repetition in a new process that reads the compiled program from the cache.
+        It is the extra time of the first repetition in a new process, which reads the compiled program from the cache.
         """
         with contextlib.closing(self.start("jaxlm again", target, **arguments)) as worker:
             first = worker.run()[0]
         cached = max(0.0, first - rows[0].median)
-        return [
-            dataclasses.replace(row, facts={**row.facts, "cached_compile_seconds": cached}) if row.peer == OURS else row
-            for row in rows
-        ]
+
+        def add_cached(row: Row) -> Row:
+            return dataclasses.replace(row, facts={**row.facts, "cached_compile_seconds": cached})
+
+        return [add_cached(row) if row.implementation == OURS else row for row in rows]
 
 
 @contextlib.contextmanager
 def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Session]:
-    """A context manager with the :class:`Session` of a benchmark, which ends all workers at its end.
+    """A context manager with the :class:`Session` of a benchmark. All workers end when it exits.
 
-    It writes a random ``model`` (unless None) and its batch of these ``sizes``, and prints the properties of the
+    It writes a random ``model`` (unless None) and a batch with these ``sizes``. It prints the properties of the
     machine.
     """
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
@@ -205,38 +206,39 @@ def session(model: str | None, device: str = "any", **sizes: Any) -> Iterator[Se
             )
 
         description = describe_machine()  # before the workers start, because they change the load
-        machine = start("machine", "benchmarks.peers:Machine", model=model, **sizes)
-        known = machine.facts()
-        roofs = machine.run()[1]
-        text = f"{roofs['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {roofs['B'] / 1e9:,.1f} GB/s copy"
-        text += f", {roofs['B read'] / 1e9:,.1f} GB/s read"
-        description |= {"device": known["device"], "roofs": text}
+        machine = start("machine", "benchmarks.baselines:Machine", model=model, **sizes)
+        properties = machine.facts()
+        peaks = machine.run()[1]
+        text = f"{peaks['FLOP'] / 1e9:,.0f} GFLOP/s float32 GEMM, {peaks['B'] / 1e9:,.1f} GB/s copy"
+        text += f", {peaks['B read'] / 1e9:,.1f} GB/s read"
+        description |= {"device": properties["device"], "peaks": text}
         for name, value in description.items():
             print(f"{name:10} {value}")
         print(flush=True)
-        yield Session(directory, machine, known, description, start)
+        yield Session(directory, machine, properties, description, start)
 
 
-def choose(against: str, peers: dict[str, str]) -> dict[str, str]:
-    """The targets of jaxlm and of the peers in ``against``.
+def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
+    """The targets of jaxlm and of the baselines in ``against``.
 
     Raises:
-        Mistake: a peer is unknown, or a package that it needs is not installed.
+        Mistake: a baseline is unknown, or a package that it needs is not installed.
     """
     names = [name for name in against.replace(" ", "").split(",") if name and name != OURS]
     for name in names:
-        if name not in peers:
-            raise Mistake(f"unknown peer {name!r}: choose from {', '.join(peer for peer in peers if peer != OURS)}")
+        if name not in implementations:
+            baselines = [baseline for baseline in implementations if baseline != OURS]
+            raise Mistake(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
             raise Mistake(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
-    return {name: peers[name] for name in (OURS, *names)}
+    return {name: implementations[name] for name in (OURS, *names)}
 
 
 def with_class(
     targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
 ) -> dict[str, str]:
-    """The targets of the peers that have a model of a family. The names of the other peers are printed.
+    """The targets of the implementations that have a model of a family. Prints the names of the others.
 
     Raises:
         Mistake: the benchmark does not support the family.
@@ -245,7 +247,7 @@ def with_class(
         raise Mistake(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
     missing = [name for name in targets if name != OURS and family not in classes[name]]
     if missing:
-        print(f"{', '.join(missing)}: left out, because it has no model of the family {family}")
+        print(f"{', '.join(missing)}: not measured, because it has no model of the family {family}")
     return {name: target for name, target in targets.items() if name not in missing}
 
 
@@ -255,11 +257,11 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     Raises:
         Mistake: a name is not in ``known``.
     """
-    found = text.replace(" ", "").split(",")
-    for name in found:
+    result = text.replace(" ", "").split(",")
+    for name in result:
         if name not in known:
             raise Mistake(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
-    return found
+    return result
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -269,12 +271,12 @@ def numbers(option: str, text: str) -> list[int]:
         Mistake: the text has another value, or a number below 1.
     """
     try:
-        found = [int(part) for part in text.split(",")]
+        result = [int(part) for part in text.split(",")]
     except ValueError:
         raise Mistake(f"--{option} {text!r} must be whole numbers, separated by commas") from None
-    if min(found) < 1:
+    if min(result) < 1:
         raise Mistake(f"--{option} {text!r}: each number must be at least 1")
-    return found
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -282,22 +284,22 @@ def numbers(option: str, text: str) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The measurement of one peer."""
+    """The measurement of one implementation."""
 
     op: str
-    peer: str
+    implementation: str
     shape: str
     work: Work
     seconds: list[float]
-    """Seconds of each repetition, in the order of the rounds, so that peers can be compared round by round."""
+    """Seconds of each repetition, in the order of the rounds. Implementations are compared round by round."""
     warm_up: list[float]
     """Seconds of each repetition of the warm-up. The first one includes compilation."""
-    roof: float
+    peak: float
     """Peak of the machine in units of ``work`` per second, measured in the same rounds."""
     ratio: float
-    """Speed of jaxlm relative to this peer: the median over rounds of this peer's seconds / jaxlm's seconds."""
+    """Speed of jaxlm relative to this implementation: the median over rounds of its seconds / the seconds of jaxlm."""
     facts: dict[str, Any]
-    """Properties of the peer."""
+    """Properties of the implementation."""
     dtype: str = "float32"
 
     @property
@@ -311,17 +313,23 @@ class Row:
         return self.work.amount / self.median
 
     def record(self) -> dict[str, Any]:
-        """All values and their statistics, for JSON."""
+        """All values and their statistics, for JSON.
+
+        The keys are those of older result files, which ``report`` and ``chart`` also read: ``peer`` is the
+        implementation, ``roof`` the peak.
+        """
+        fields = dataclasses.asdict(self)
+        fields["peer"], fields["roof"] = fields.pop("implementation"), fields.pop("peak")
         p10, p90 = np.percentile(self.seconds, (10, 90)).tolist()
         return {
-            **dataclasses.asdict(self),
+            **fields,
             "n": len(self.seconds),
             "median": self.median,
             "p10": p10,
             "p90": p90,
             "tokens_per_second": self.work.tokens / self.median,
             "rate": self.rate,
-            "roof_percent": 100 * self.rate / self.roof,
+            "roof_percent": 100 * self.rate / self.peak,
             "compile_seconds": max(0.0, self.warm_up[0] - statistics.median(self.warm_up[1:])),
         }
 
@@ -331,51 +339,56 @@ def measure(
     shape: str,
     work: Work,
     machine: Worker,
-    peers: dict[str, Worker],
+    implementations: dict[str, Worker],
     *,
     warm_up: int,
     rounds: int,
     check: Callable[[dict[str, list[Any]]], None],
 ) -> list[Row]:
-    """One row per peer. Each round measures one repetition of every peer, and starts with another peer.
+    """Measure the implementations and return one row for each.
+
+    Each round measures one repetition of every implementation. The first implementation changes from round to round.
 
     Args:
-        warm_up: repetitions of each peer that are not measured, at least 2, because the first one compiles.
-        check: a function that gets the results of each peer in the warm-up, and raises ``Failure`` if they disagree.
+        warm_up: repetitions of each implementation that are not measured, at least 2, because the first one compiles.
+        check: a function of the warm-up results of each implementation. It raises ``Failure`` if they disagree.
     """
     if rounds < 1:
         raise Failure(f"--rounds {rounds} must be at least 1")
-    platforms = {name: worker.facts()["platform"] for name, worker in peers.items()}
+    platforms = {name: worker.facts()["platform"] for name, worker in implementations.items()}
     if len(set(platforms.values())) > 1:
-        raise Failure(f"peers run on different devices, {platforms}: install them for one, or set JAX_PLATFORMS=cpu")
+        raise Failure(
+            f"implementations run on different devices, {platforms}: install all of them for one device, or set "
+            "JAX_PLATFORMS=cpu"
+        )
     warm_up_seconds: dict[str, list[float]] = {}
     values: dict[str, list[Any]] = {}
-    for name, worker in peers.items():
+    for name, worker in implementations.items():
         print(f"warming up {name} ...", flush=True)
         runs = [worker.run() for _ in range(warm_up)]
         warm_up_seconds[name], values[name] = [second for second, _ in runs], [value for _, value in runs]
     check(values)
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    roofs = []
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
+    peaks = []
     for number in range(rounds):
-        roofs.append(warm_run(machine)[1][work.unit])
-        for name in rotated(list(peers), number):
-            seconds[name].append(warm_run(peers[name])[0])
-    roof = statistics.median(roofs)
+        peaks.append(warm_run(machine)[1][work.unit])
+        for name in rotated(list(implementations), number):
+            seconds[name].append(warm_run(implementations[name])[0])
+    peak = statistics.median(peaks)
     return [
         Row(
-            op, name, shape, work, seconds[name], warm_up_seconds[name], roof,
-            paired_ratio(seconds[name], seconds[OURS]), peers[name].facts(),
+            op, name, shape, work, seconds[name], warm_up_seconds[name], peak,
+            paired_ratio(seconds[name], seconds[OURS]), implementations[name].facts(),
         )
-        for name in peers
+        for name in implementations
     ]  # fmt: skip
 
 
 def warm_run(worker: Worker) -> tuple[float, Any]:
-    """The seconds and the result of one repetition, after at least one other and :data:`WARM` seconds of them."""
-    spent = worker.run()[0]
-    while spent < WARM:
-        spent += worker.run()[0]
+    """The seconds and the result of one repetition. Before it, repetitions run for at least :data:`WARM` seconds."""
+    elapsed = worker.run()[0]
+    while elapsed < WARM:
+        elapsed += worker.run()[0]
     return worker.run()
 
 
@@ -386,40 +399,48 @@ def rotated(names: list[str], by: int) -> list[str]:
 
 
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Median over rounds of their seconds / our seconds. Load that slows a complete round cancels."""
+    """Median over rounds of ``theirs`` / ``ours`` (seconds). If load slows a complete round, its ratio is the same."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def over_peer(ours: Row, theirs: Row) -> list[str]:
-    """Median, p10 and p90 over rounds of our time / the time of a peer."""
+def over_baseline(ours: Row, theirs: Row) -> list[str]:
+    """Median, p10 and p90 over rounds of the time of jaxlm / the time of a baseline."""
     ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     return [f"{ratio:.2f}" for ratio in np.percentile(ratios, (50, 10, 90))]
 
 
 def check_losses(losses: dict[str, list[float]], tolerances: Sequence[tuple[int, float]]) -> None:
-    """Raise ``Failure`` unless the losses of all peers agree. ``tolerances``: (number of updates, tolerance)."""
+    """Raise ``Failure`` unless the losses of all implementations agree.
+
+    Args:
+        losses: the loss after each number of updates, by implementation.
+        tolerances: pairs of a number of updates and the maximum relative difference after them.
+    """
     for updates, tolerance in tolerances:
-        found = {name: values[updates] for name, values in losses.items()}
-        array = np.array(list(found.values()))
+        losses_now = {name: values[updates] for name, values in losses.items()}
+        array = np.array(list(losses_now.values()))
         spread = np.ptp(array) / np.min(np.abs(array))
-        if not spread <= tolerance:  # `not <=`, so that NaN fails too
-            shown = ", ".join(f"{name} {value:.6f}" for name, value in found.items())
+        if not spread <= tolerance:  # `not <=` also rejects NaN
+            shown = ", ".join(f"{name} {value:.6f}" for name, value in losses_now.items())
             raise Failure(f"losses after {updates} updates differ by {spread:.1e} (allowed {tolerance:.0e}): {shown}")
 
 
 def check_same(values: dict[str, list[Any]]) -> None:
-    """Raise ``Failure`` unless all peers generated the same tokens in all repetitions."""
+    """Raise ``Failure`` unless all implementations generated the same tokens in all repetitions."""
     expected = values[OURS][0]
     for name, repetitions in values.items():
         for tokens in repetitions:
             for row, (ours, theirs) in enumerate(zip(expected, tokens, strict=True)):
                 if ours != theirs:
-                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-                    raise Failure(f"{name} and {OURS} generated different tokens, starting at token {at} of row {row}")
+                    pairs = enumerate(zip(ours, theirs, strict=False))
+                    first = next((i for i, (a, b) in pairs if a != b), len(ours))
+                    raise Failure(
+                        f"{name} and {OURS} generated different tokens, starting at token {first} of row {row}"
+                    )
 
 
 def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
-    """Raise ``Failure`` unless sampled elements of every result agree, in every repetition with samples (not None).
+    """Raise ``Failure`` unless the sampled elements of every result agree. Repetitions without samples are None.
 
     Args:
         tolerance: maximum difference, relative to the largest sampled element of the result.
@@ -434,7 +455,7 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
             for result, sample in results.items():
                 ours, theirs = np.array(expected[result]), np.array(sample)
                 difference = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
-                if not difference <= tolerance:  # `not <=`, so that NaN fails too
+                if not difference <= tolerance:  # `not <=` also rejects NaN
                     raise Failure(
                         f"{result} of {name} differs by {difference:.1e} of its largest element "
                         f"(allowed {tolerance:.0e})"
@@ -445,7 +466,7 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The properties of the machine and the software that the measurements depend on."""
+    """Properties of the machine and the software on which the measurements depend."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -498,15 +519,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-_PREFIX = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "B read": ("GB/s", 1e9)}
+_UNITS = {"FLOP": ("TFLOP/s", 1e12), "B": ("GB/s", 1e9), "B read": ("GB/s", 1e9)}
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """The measurements as a table, with explanations and the relative speed of jaxlm."""
+    """The measurements as a table, with explanations of its columns and the relative speed of jaxlm."""
     work = rows[0].work
-    unit, scale = _PREFIX[work.unit]
+    unit, scale = _UNITS[work.unit]
     header = (
-        "peer", "median s", "p10", "p90", "tokens/s", unit, "% of roof", "compile s", "cached", "process GB", "step GB",
+        "implementation", "median s", "p10", "p90", "tokens/s", unit, "% of peak", "compile s", "cached", "process GB",
+        "step GB",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -515,7 +537,8 @@ def speed_table(rows: Sequence[Row]) -> str:
         compiled = [r["compile_seconds"], row.facts.get("cached_compile_seconds")]
         lines.append(
             [
-                row.peer, f"{r['median']:.4g}", f"{r['p10']:.4g}", f"{r['p90']:.4g}", f"{r['tokens_per_second']:,.1f}",
+                row.implementation, f"{r['median']:.4g}", f"{r['p10']:.4g}", f"{r['p90']:.4g}",
+                f"{r['tokens_per_second']:,.1f}",
                 f"{r['rate'] / scale:.3g}", f"{r['roof_percent']:.1f}",
                 *("n/a" if seconds is None else f"{seconds:.1f}" for seconds in compiled),
                 *("n/a" if size is None else f"{size / 1e9:.2f}" for size in memory),
@@ -526,10 +549,10 @@ def speed_table(rows: Sequence[Row]) -> str:
         [
             f"{first.op}, {first.dtype}, {first.shape}, {len(first.seconds)} rounds",
             table(header, lines),
-            f"{unit}: {work.formula}; roof {first.roof / scale:.3g} {unit}, measured in the same rounds",
+            f"{unit}: {work.formula}; peak {first.peak / scale:.3g} {unit}, measured in the same rounds",
             "compile s: extra time of the first repetition of the warm-up; cached: with a compilation cache",
             "process GB: peak memory, including loading and compilation; step GB: memory of a step, as XLA reports it",
-            *(f"{OURS} is {row.ratio:.2f}x of {row.peer}" for row in rows if row.peer != OURS),
+            *(f"{OURS} is {row.ratio:.2f}x of {row.implementation}" for row in rows if row.implementation != OURS),
         ]
     )
 
@@ -555,25 +578,25 @@ def write_json(
 def main(
     kind: type[Any], run: Callable[[Any], None], arguments: Sequence[str] | None, *, name: str, description: str | None
 ) -> int:
-    """The exit status of ``python -m benchmarks.NAME``, as ``jaxlm.command_line`` defines it.
+    """Run ``python -m benchmarks.NAME`` and return its exit status, as ``jaxlm.command_line`` defines it.
 
-    jaxlm, which imports JAX, is imported only to describe an error.
+    jaxlm imports JAX, so it is imported only to print an error.
 
     Args:
         kind: the dataclass of the options.
         run: a function that measures and prints.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug, program = DEBUG in given, f"python -m benchmarks.{name}"
-    given = [word for word in given if word != DEBUG]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug, program = DEBUG in words, f"python -m benchmarks.{name}"
+    words = [word for word in words if word != DEBUG]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            options = tyro.cli(kind, args=given, prog=program, description=description)
+            options = tyro.cli(kind, args=words, prog=program, description=description)
     except SystemExit as exit_error:
         if exit_error.code:
             from jaxlm.command_line import parse
 
-            parse(kind, given, program=program)  # prints the same error as one line
+            parse(kind, words, program=program)  # prints the same error as one line
         raise
     try:
         check_options(options)
@@ -591,7 +614,7 @@ def main(
 
 
 def check_options(options: Any) -> None:
-    """Check the options that can be checked before the measurement.
+    """Check numbers and output files before the measurement.
 
     Raises:
         Mistake: a number is below 1, or a file cannot be written.

@@ -1,11 +1,12 @@
-"""nanoGPT's CPU configuration from a text file to a validation loss, with jaxlm and then with torch.
+"""Training of nanoGPT's CPU configuration, from a text file to a validation loss, with jaxlm and then with torch.
 
     python -m benchmarks.nanogpt --data tinyshakespeare.txt
 
-Both use the same batches in the same order, and the same schedule, clipping and weight decay. The initial weights are
-different samples of the same distribution. torch trains ``GPT2LMHeadModel`` of transformers in eager mode, as nanoGPT
-does on CPU. nanoGPT's readme states a validation loss of 1.88 for this configuration. Seconds are for the complete
-process, including imports and compilation. Tokens per second are for the training steps only.
+jaxlm and torch use the same batches in the same order, and the same learning-rate schedule, gradient clipping and
+weight decay. Their initial weights are different samples of one distribution. torch trains ``GPT2LMHeadModel`` of
+transformers in eager mode, as nanoGPT does on CPU. The nanoGPT readme states a validation loss of 1.88 for this
+configuration. Seconds are for the complete process, including imports and compilation. Tokens per second are for the
+training steps only.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Options:
     """Text and length of the training."""
 
     data: Path
-    """The canonical tinyshakespeare file, or another text."""
+    """The canonical tinyshakespeare file, or another text file."""
     steps: int = 2000
-    """Updates."""
+    """Optimizer steps."""
     side: Literal["both", "torch"] = "both"
-    """``torch`` runs only torch, in this process."""
+    """``both`` measures jaxlm and torch; ``torch`` runs only torch, in this process."""
     json: Path | None = None
     """Write the results to this JSON file too."""
 
@@ -45,9 +46,9 @@ def run_jaxlm(options: Options) -> dict[str, float]:
             sys.executable, "-m", "experiments.text_generation", "--preset", "nanogpt", "--data", str(options.data),
             "--training.steps", str(options.steps), "--output", str(run),
         ]  # fmt: skip
-        begun = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rate = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")][-1]
     loss = [record["validation_loss"] for record in records if "validation_loss" in record][-1]
@@ -83,22 +84,22 @@ def run_torch(options: Options) -> dict[str, float]:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), settings.epsilon)
-    rates = learning_rate(settings, options.steps)
+    schedule = learning_rate(settings, options.steps)
 
     def loss_of(window: object) -> torch.Tensor:
         tokens = torch.from_numpy(window.tokens.astype("int64"))  # type: ignore[attr-defined]
         logits = model(tokens[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    batches, begun = Batches(RandomWindows(train, length, rows, seed=training.seed)), time.perf_counter()
+    batches, start = Batches(RandomWindows(train, length, rows, seed=training.seed)), time.perf_counter()
     for step in range(options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = float(rates(step))
+            group["lr"] = float(schedule(step))
         optimizer.zero_grad(set_to_none=True)
         loss_of(next(batches)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
         optimizer.step()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     held_out = Batches(RandomWindows(validation, length, rows, seed=0, stride=length))
     with torch.no_grad():
         losses = [loss_of(next(held_out)).item() for _ in range(training.evaluation_batches)]
@@ -110,7 +111,7 @@ def run_torch(options: Options) -> dict[str, float]:
 
 
 def run(options: Options) -> None:
-    """Run jaxlm and torch, and print one row for each."""
+    """Run jaxlm and torch, and print one row of results for each."""
     if not options.data.is_file():
         raise harness.Mistake(f"--data {options.data} is not a file: give the path of a text file")
     if options.side == "torch":
@@ -118,11 +119,11 @@ def run(options: Options) -> None:
         return
     rows = {"jaxlm": run_jaxlm(options)}
     command = [sys.executable, "-m", "benchmarks.nanogpt", "--data", str(options.data), "--steps", str(options.steps)]
-    begun = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.run(
         [*command, "--side", "torch"], check=True, stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
-    rows["torch"] = {**json.loads(process.stdout.splitlines()[-1]), "seconds": time.perf_counter() - begun}
+    rows["torch"] = {**json.loads(process.stdout.splitlines()[-1]), "seconds": time.perf_counter() - start}
     print(f"{'':8}{'validation loss':>16}{'tokens/s':>12}{'seconds':>10}")
     for name, row in rows.items():
         print(f"{name:8}{row['validation_loss']:16.4f}{row['tokens_per_second']:12,.0f}{row['seconds']:10.1f}")
@@ -131,7 +132,7 @@ def run(options: Options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the comparison and return the exit status."""
     return harness.main(Options, run, arguments, name="nanogpt", description=__doc__)
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
     python -m benchmarks.recurrence --quick                            a short test that the benchmark works
 
-``gru`` applies the reset gate after the product, as torch does; ``gru-before`` (Cho et al. 2014) has no baseline.
-Outputs, last states and all gradients must agree before the measurement.
+``gru`` applies the reset gate after the matrix product, as torch does. ``gru-before`` applies it before the product
+(Cho et al. 2014) and has no baseline. Outputs, last states and all gradients must agree before the measurement.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from collections.abc import Sequence
 
 from benchmarks import harness, shapes
 
-PEERS = {"jaxlm": "benchmarks.recurrence_peers:JaxlmRecurrence", "torch": "benchmarks.recurrence_peers:TorchRecurrence"}
-WITHOUT_PEER = ("gru-before",)
+IMPLEMENTATIONS = {
+    "jaxlm": "benchmarks.recurrence_baselines:JaxlmRecurrence",
+    "torch": "benchmarks.recurrence_baselines:TorchRecurrence",
+}
+WITHOUT_BASELINE = ("gru-before",)
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference of sampled elements of a result, relative to the largest of them."""
+"""Maximum difference of sampled elements of a result, relative to the largest sampled element."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +33,28 @@ class Recurrence(harness.Options):
     against: str = "torch"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
-    """Repetitions of each peer, after warm-up."""
+    """Repetitions of each implementation, after warm-up."""
     layers: str = ",".join(shapes.GATES)
     """Layers: lstm, gru, gru-before, separated by commas."""
     passes: str = ",".join(PASSES)
-    """forward, or both (forward and backward, with gradients of parameters and input), separated by commas."""
+    """Passes, separated by commas: forward, both (forward and backward, with gradients of parameters and input)."""
     sizes: str = ",".join(f"{shape.length}x{shape.batch}x{shape.width}" for shape in shapes.RECURRENCES)
-    """Steps x rows x width (of input and state), separated by commas."""
+    """Sizes, separated by commas: steps x rows x width. Input and state have the same width."""
 
 
 def run(options: Recurrence) -> None:
     """Measure and print the results."""
     layers = harness.names("layers", options.layers, tuple(shapes.GATES))
     passes = harness.names("passes", options.passes, PASSES)
-    sizes = shapes.QUICK_RECURRENCES if options.quick else [_size(text) for text in options.sizes.split(",")]
-    targets = harness.choose(options.against, PEERS)
+    sizes = shapes.QUICK_RECURRENCES if options.quick else [_parse_size(text) for text in options.sizes.split(",")]
+    targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
         for layer in layers:
             for direction in passes:
                 for shape in sizes:
                     measured = _measure(options, session, targets, layer, direction, shape)
-                    print("; ".join(f"{row.peer} {1e3 * row.median:.4g} ms" for row in measured), flush=True)
+                    print("; ".join(f"{row.implementation} {1e3 * row.median:.4g} ms" for row in measured), flush=True)
                     rows += measured
         print("\n" + recurrence_table(rows))
         records = [{**row.record(), "us_per_step": _us_per_step(row)} for row in rows]
@@ -69,7 +72,7 @@ def _measure(
     op = f"{layer} {passes}"
     print(f"{op}, {shape}: ", end="")
     return session.compare(
-        {name: target for name, target in targets.items() if name == harness.OURS or layer not in WITHOUT_PEER},
+        {name: target for name, target in targets.items() if name == harness.OURS or layer not in WITHOUT_BASELINE},
         {"layer": layer, "passes": passes, **dataclasses.asdict(shape)},
         op, str(shape), shapes.recurrence_work(shape, layer, passes),
         warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
@@ -77,24 +80,27 @@ def _measure(
 
 
 def recurrence_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements as a table, with the time of jaxlm relative to each peer (median, p10 and p90 over rounds)."""
-    header = ("layer, pass", "shape", "peer", "ms", "p10", "p90", "us/step", "% of roof", "jaxlm/peer", "p10", "p90")
+    """The measurements as a table, with the relative time of jaxlm and each baseline (median, p10, p90 over rounds)."""
+    header = (
+        "layer, pass", "shape", "implementation", "ms", "p10", "p90", "us/step", "% of peak", "jaxlm/baseline", "p10",
+        "p90",
+    )  # fmt: skip
     lines = []
-    ours = {(row.op, row.shape): row for row in rows if row.peer == harness.OURS}
+    ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.OURS}
     for row in rows:
         r = row.record()
-        cells = [row.op, row.shape, row.peer, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
+        cells = [row.op, row.shape, row.implementation, *(f"{1e3 * r[name]:.4g}" for name in ("median", "p10", "p90"))]
         cells += [f"{_us_per_step(row):.4g}", f"{r['roof_percent']:.1f}"]
-        if row.peer != harness.OURS:
-            cells += harness.over_peer(ours[row.op, row.shape], row)
+        if row.implementation != harness.OURS:
+            cells += harness.over_baseline(ours[row.op, row.shape], row)
         lines.append([*cells, *[""] * (len(header) - len(cells))])
     formulas = sorted({row.work.formula for row in rows})
     return "\n".join(
         [
             f"{rows[0].dtype}, {len(rows[0].seconds)} rounds; both: forward and backward",
             harness.table(header, lines),
-            *(f"% of roof: {formula}; roof: matrix product measured in the same rounds" for formula in formulas),
-            "jaxlm/peer: time of jaxlm over time of the peer, round by round; below 1 jaxlm is faster",
+            *(f"% of peak: {formula}; peak: a matrix product in the same rounds" for formula in formulas),
+            "jaxlm/baseline: time of jaxlm / time of the baseline in the same round; below 1 jaxlm is faster",
         ]
     )
 
@@ -103,7 +109,7 @@ def _us_per_step(row: harness.Row) -> float:
     return 1e6 * row.median / int(row.shape.split()[0].removeprefix("T"))
 
 
-def _size(text: str) -> shapes.Recurrence:
+def _parse_size(text: str) -> shapes.Recurrence:
     parts = text.strip().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise harness.Mistake(f"--sizes {text!r} must be steps x rows x width, such as 128x32x512")
@@ -111,7 +117,7 @@ def _size(text: str) -> shapes.Recurrence:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Recurrence, run, arguments, name="recurrence", description=__doc__)
 
 

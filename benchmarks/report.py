@@ -1,8 +1,8 @@
-"""A page from result files of benchmarks: tables, plots, and the rows in which jaxlm is slower than a peer.
+"""An HTML page from result files of benchmarks: tables, plots, and the rows in which jaxlm is slower than a baseline.
 
     python -m benchmarks.report benchmarks/results/*.json --output report.html
 
-The page is one file with inline plots and without scripts. All of its content is generated from the files.
+The page is one file with inline plots and without scripts. All its content comes from the result files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             for row in record["rows"]:
-                if "median" in row and "work" in row:  # fidelity and nanogpt measure something else
+                if "median" in row and "work" in row:  # fidelity and nanogpt write rows without times
                     rows.append({**row, "file": file.name, "program": record["program"], "machine": record["machine"]})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Mistake(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
@@ -60,7 +60,7 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def sizes(shape: str) -> dict[str, int]:
-    """The sizes in the text of a shape, by name.
+    """The sizes in the description of a shape, by name.
 
     Example:
         >>> sizes("gpt2 B2 T512 heads=8")
@@ -70,21 +70,21 @@ def sizes(shape: str) -> dict[str, int]:
 
 
 def losses(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of peers that took less time than jaxlm in the same rounds, with the worst one first."""
+    """The rows of baselines that took less time than jaxlm in the same rounds. The lowest ratio comes first."""
     return sorted((row for row in rows if row["peer"] != OURS and row["ratio"] < 1.0), key=lambda row: row["ratio"])
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """Groups of two or more rows that differ in one size: (file, operation, size name) -> peer -> [(size, row)]."""
-    found: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]] = {}
+    """Groups of two or more rows that differ in one size: (file, operation, size name) -> name -> [(size, row)]."""
+    groups: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     for row in rows:
         for name, size in sizes(row["shape"]).items():
             rest = re.sub(rf"\b{name}=?{size}\b", f"{name} ...", row["shape"])
-            lines = found.setdefault((row["file"], f"{row['op']}, {rest}", name), {})
+            lines = groups.setdefault((row["file"], f"{row['op']}, {rest}", name), {})
             lines.setdefault(row["peer"], []).append((size, row))
     return {
-        key: {peer: sorted(line, key=lambda point: point[0]) for peer, line in lines.items()}
-        for key, lines in found.items()
+        key: {name: sorted(line, key=lambda point: point[0]) for name, line in lines.items()}
+        for key, lines in groups.items()
         if any(len(line) > 1 for line in lines.values())
     }
 
@@ -92,31 +92,31 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[st
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page as HTML."""
     parts = ["<h1>jaxlm: measured</h1>"]
-    for file, of_file in itertools.groupby(rows, key=lambda row: row["file"]):
-        own = list(of_file)
-        machine = own[0]["machine"]
-        shown = " · ".join(f"{name} {value}" for name, value in machine.items() if name != "flags")
+    for file, group in itertools.groupby(rows, key=lambda row: row["file"]):
+        file_rows = list(group)
+        machine = file_rows[0]["machine"]
+        description = " · ".join(f"{name} {value}" for name, value in machine.items() if name != "flags")
         parts += [
-            f"<h2>{html.escape(own[0]['program'])}</h2>",
-            f"<p class=machine>{html.escape(f'{file}: {shown}')}</p>",
+            f"<h2>{html.escape(file_rows[0]['program'])}</h2>",
+            f"<p class=machine>{html.escape(f'{file}: {description}')}</p>",
         ]
-        parts.append(_table(own))
-    worst = losses(rows)
-    parts.append("<h2>Where we lose</h2>")
-    if worst:
-        parts.append("<p>Every row in which a peer took less time than jaxlm, in the same rounds.</p>")
-        parts.append(_table(worst))
+        parts.append(_table(file_rows))
+    slower_rows = losses(rows)
+    parts.append("<h2>Where jaxlm is slower</h2>")
+    if slower_rows:
+        parts.append("<p>Every row in which a baseline took less time than jaxlm in the same rounds.</p>")
+        parts.append(_table(slower_rows))
     else:
-        parts.append("<p>In none of these rows.</p>")
+        parts.append("<p>In none of these rows is a baseline faster.</p>")
     parts += [
-        "<h2>Share of the roof</h2>",
-        "<p>Of the matrix product or copy measured in the same rounds.</p>",
-        _roof(rows),
+        "<h2>Share of the peak</h2>",
+        "<p>The peak is that of a matrix product or a copy in the same rounds.</p>",
+        _peak_plot(rows),
     ]
-    grown = growth(rows)
-    if grown:
-        parts.append("<h2>As sizes grow</h2>")
-        parts += [_curve(operation, name, lines) for (_, operation, name), lines in grown.items()]
+    groups = growth(rows)
+    if groups:
+        parts.append("<h2>Time as a function of size</h2>")
+        parts += [_curve(operation, name, lines) for (_, operation, name), lines in groups.items()]
     body = "\n".join(parts)
     return f"<!doctype html>\n<meta charset=utf-8>\n<title>jaxlm: measured</title>\n<style>{_STYLE}</style>\n{body}\n"
 
@@ -125,10 +125,13 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.2rem .7rem;"
     "border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,th:first-child,td:nth-child(2),"
-    "td:nth-child(3){text-align:left}.lost{color:#b3261e;font-weight:600}.machine{color:#666;font-size:13px}"
+    "td:nth-child(3){text-align:left}.slower{color:#b3261e;font-weight:600}.machine{color:#666;font-size:13px}"
     "svg{max-width:100%;height:auto}"
 )
-_HEADER = ("operation", "shape", "peer", "ms", "p10", "p90", "tokens/s", "% of roof", "compile s", "time over jaxlm's")
+_HEADER = (
+    "operation", "shape", "implementation", "ms", "p10", "p90", "tokens/s", "% of peak", "compile s",
+    "time / jaxlm's time",
+)  # fmt: skip
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -136,46 +139,48 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         times = [f"{1e3 * row[name]:,.4g}" for name in ("median", "p10", "p90")]
         ratio = "" if row["peer"] == OURS else f"{row['ratio']:.2f}"
-        lost = " class=lost" if ratio and row["ratio"] < 1.0 else ""
+        css_class = " class=slower" if ratio and row["ratio"] < 1.0 else ""
         cells = [row["op"], row["shape"], row["peer"], *times, f"{row['tokens_per_second']:,.0f}"]
         cells += [f"{row['roof_percent']:.1f}", f"{row['compile_seconds']:.1f}"]
         text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr>{text}<td{lost}>{ratio}</td></tr>")
+        lines.append(f"<tr>{text}<td{css_class}>{ratio}</td></tr>")
     return "\n".join([*lines, "</table>"])
 
 
-def _roof(rows: Sequence[dict[str, Any]]) -> str:
+def _peak_plot(rows: Sequence[dict[str, Any]]) -> str:
     names = [(row["file"], f"{row['op']}, {row['shape']}") for row in rows]
-    places = {name: index for index, name in enumerate(dict.fromkeys(reversed(names)))}
-    peers = list(dict.fromkeys(row["peer"] for row in rows))
-    figure, axes = new_figure(0.34 * len(places) + 1.2)
-    height = 0.8 / len(peers)
-    for index, peer in enumerate(peers):
-        own = [
-            (places[name] + 0.4 - height * (index + 0.5), row) for name, row in zip(names, rows) if row["peer"] == peer
+    positions = {name: index for index, name in enumerate(dict.fromkeys(reversed(names)))}
+    implementations = list(dict.fromkeys(row["peer"] for row in rows))
+    figure, axes = new_figure(0.34 * len(positions) + 1.2)
+    height = 0.8 / len(implementations)
+    for index, implementation in enumerate(implementations):
+        bars = [
+            (positions[name] + 0.4 - height * (index + 0.5), row)
+            for name, row in zip(names, rows)
+            if row["peer"] == implementation
         ]
         axes.barh(
-            [y for y, _ in own],
-            [row["roof_percent"] for _, row in own],
+            [y for y, _ in bars],
+            [row["roof_percent"] for _, row in bars],
             height,
-            label=peer,
-            color=COLORS.get(peer, _OTHER_COLOR),
+            label=implementation,
+            color=COLORS.get(implementation, _OTHER_COLOR),
         )
-    axes.set_yticks(list(places.values()), [name for _, name in places], fontsize=8)
+    axes.set_yticks(list(positions.values()), [name for _, name in positions], fontsize=8)
     axes.axvline(100, color="#888", linewidth=0.8)
-    axes.set_xlabel("% of the roof")
+    axes.set_xlabel("% of the peak")
     axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
 
 def _curve(operation: str, name: str, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> str:
-    """A plot of milliseconds over one size with logarithmic axes, so that equal slopes mean equal growth."""
+    """A plot of milliseconds over one size. Both axes are logarithmic, so that equal slopes mean equal growth."""
     figure, axes = new_figure(3.2)
-    for peer, line in lines.items():
+    for implementation, line in lines.items():
         points = [size for size, _ in line]
-        low, high = ([1e3 * row[which] for _, row in line] for which in ("p10", "p90"))
-        color = COLORS.get(peer, _OTHER_COLOR)
-        axes.plot(points, [1e3 * row["median"] for _, row in line], marker="o", label=peer, color=color)
+        low, high = ([1e3 * row[percentile] for _, row in line] for percentile in ("p10", "p90"))
+        color = COLORS.get(implementation, _OTHER_COLOR)
+        axes.plot(points, [1e3 * row["median"] for _, row in line], marker="o", label=implementation, color=color)
         axes.fill_between(points, low, high, alpha=0.15, color=color)
     axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms", title=operation)
     ticks = sorted({size for line in lines.values() for size, _ in line})
@@ -212,7 +217,7 @@ def run(options: Report) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Write the page and return the exit status."""
     return harness.main(Report, run, arguments, name="report", description=__doc__)
 
 

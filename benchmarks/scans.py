@@ -4,10 +4,10 @@
     python -m benchmarks.scans --only linear_scan --json scans.json
     python -m benchmarks.scans --quick                           a short test that the benchmark works
 
-Values and all gradients of all peers must agree before the measurement. Buffers that a repetition may overwrite (the
-input of a scan, the output gradients) are created before each repetition and are not part of the measured time, because
-in a model they are temporary results of the previous layer. The roof is an in-place copy for memory-bound operations,
-and a matrix product for linear attention.
+Values and gradients of all implementations must agree before the measurement. A repetition may overwrite some buffers
+(the input of a scan, the output gradients). They are created before each repetition and are not part of the measured
+time, because in a model they are temporary results of the previous layer. The peak is an in-place copy for memory-bound
+operations, and a matrix product for linear attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import harness, shapes
 from benchmarks.harness import OURS, Mistake
 
-PEERS = {
+BASELINES = {
     "linear_scan": ("lax.scan", "associative_scan"),
     "linear_attention": ("lax.scan",),
     "depthwise_convolution": ("lax.conv", "torch"),
@@ -34,17 +34,17 @@ class Scans(harness.Options):
     """Measure scans and depthwise convolutions."""
 
     against: str = "lax.scan,associative_scan,lax.conv,torch"
-    """Baselines, separated by commas; each operation is compared with those that support it. Empty: only jaxlm."""
+    """Baselines, separated by commas. Each operation uses the baselines that support it. Empty: only jaxlm."""
     only: str = ""
     """One operation; empty: all operations."""
 
 
 def run(options: Scans) -> None:
     """Measure and print the results."""
-    known = {OURS: "", **{peer: "" for peers in PEERS.values() for peer in peers}}
+    known = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
     chosen = harness.choose(options.against, known)
-    if options.only and options.only not in PEERS:
-        raise Mistake(f"--only {options.only} is unknown: choose from {', '.join(PEERS)}")
+    if options.only and options.only not in BASELINES:
+        raise Mistake(f"--only {options.only} is unknown: choose from {', '.join(BASELINES)}")
     cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
     if options.quick:
         cases = [case.quick() for case in cases]
@@ -52,27 +52,27 @@ def run(options: Scans) -> None:
     with harness.session(None, options.device) as session:
         for case in cases:
             for backward in (False, True):
-                peers = {}
-                for name in (OURS, *(peer for peer in PEERS[case.op] if peer in chosen)):
+                implementations = {}
+                for name in (OURS, *(baseline for baseline in BASELINES[case.op] if baseline in chosen)):
                     kind = "Torch" if name == "torch" else "Jax"
-                    peers[name] = session.start(
-                        name, f"benchmarks.scan_peers:{kind}Case",
+                    implementations[name] = session.start(
+                        name, f"benchmarks.scan_baselines:{kind}Case",
                         op=case.op, form=name, sizes=dict(case.sizes), backward=backward,
                     )  # fmt: skip
                 rows = harness.measure(
                     f"{case.op}, forward{' and backward' if backward else ''}", case.shown,
-                    shapes.scan_work(case, backward), session.machine, peers, warm_up=2, rounds=options.rounds,
-                    check=lambda values: harness.check_samples(values, TOLERANCE),
+                    shapes.scan_work(case, backward), session.machine, implementations, warm_up=2,
+                    rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
                 )  # fmt: skip
                 print("\n" + harness.speed_table(rows) + "\n", flush=True)
                 records += [row.record() for row in rows]
-                for worker in peers.values():
+                for worker in implementations.values():
                     worker.close()
     harness.write_json(options.json, "scans", options, session.description, records)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Scans, run, arguments, name="scans", description=__doc__)
 
 

@@ -1,4 +1,4 @@
-"""Sizes, random inputs and optimizer settings of the benchmarks, and the amount of work for each size."""
+"""Sizes, random inputs and optimizer settings of the benchmarks, and the FLOPs or bytes of each size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ COPY_BYTES = 1 << 28
 """Bytes of the array whose copy measures the peak bandwidth."""
 READ_ROWS = 1 << 13
 READ_WIDTH = COPY_BYTES // 4 // READ_ROWS
-"""Shape of the same array as a matrix. Its product with a vector is one way to measure the read bandwidth."""
+"""Shape of the same array as a matrix. Its product with a vector measures the read bandwidth."""
 ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
-"""AdamW settings of all peers; weight decay is applied to matrices only."""
+"""AdamW settings of all implementations. Weight decay applies only to matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Training:
     model: str = "gpt2"
     """Models of the families gpt, llama, bert, t5, xlnet, lstm, resnet (VDCNN), separated by commas."""
     passes: str = "step"
-    """forward (only the loss), step (an optimizer step), or both, separated by a comma."""
+    """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
     batch: int | None = None
     """Rows; None: the default of the family."""
     length: int | None = None
@@ -62,7 +62,7 @@ class Fidelity:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A recurrence or convolution over time, float32. ``sizes`` has the size of each axis by its name."""
+    """A recurrence or convolution over time, float32. ``sizes`` has the name and the size of each axis."""
 
     op: str
     sizes: tuple[tuple[str, int], ...]
@@ -104,7 +104,7 @@ class Recurrence:
 
 RECURRENCES = (Recurrence(128, 32, 512), Recurrence(256, 64, 256), Recurrence(512, 1, 650))
 """Three sizes whose time is dominated by matrix products, by gates, and by reading the weights in each step. The third
-one is a layer of Zaremba et al. 2014 with one row."""
+size is a layer of Zaremba et al. 2014 with one row."""
 GATES = {"lstm": 4, "gru": 3, "gru-before": 3}
 """Number of gates of each layer. ``gru`` applies the reset gate after the product, as torch does."""
 
@@ -145,7 +145,7 @@ ATTENTION_LENGTHS = (1024, 4096)
 
 
 def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
-    """Random query, key, value and output gradient, and the table of biases or position vectors for some forms."""
+    """Random query, key, value and output gradient. For some variants, also a table of biases or position vectors."""
     rng = np.random.default_rng(0)
 
     def draw(*sizes: int) -> np.ndarray:
@@ -172,7 +172,7 @@ class Work:
 
 
 def training_work(passes: str, model: dict[str, Any]) -> Work:
-    """FLOPs of a loss or of an optimizer step. ``model`` has the facts of ``peers.Machine``."""
+    """FLOPs of a loss or of an optimizer step. ``model`` is the result of ``baselines.Machine.facts``."""
     tokens = model["batch"] * model["length"]
     if passes == "forward":
         return Work(tokens, model["training_flops"] / 3, "FLOP", f"({model['formula']}) / 3")
@@ -180,13 +180,13 @@ def training_work(passes: str, model: dict[str, Any]) -> Work:
 
 
 def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
-    """Bytes that must be read: the parameters that are multiplied for each new token, for any number of rows."""
+    """Bytes that must be read: all multiplied parameters once for each new token, for any number of rows."""
     formula = "bytes of multiplied parameters (without encoder) * tokens per row; the time includes the prompt"
     return Work(batch * tokens, model["decoded_bytes"] * tokens, "B read", formula)
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:
-    """Bytes that must be moved or FLOPs, for the forward pass or for forward and backward."""
+    """Bytes that must be read and written, or FLOPs; of the forward pass, or of forward and backward."""
     sizes = dict(shape.sizes)
     tokens = sizes["B"] * sizes["T"]
     if shape.op == "linear_attention":
@@ -195,16 +195,16 @@ def scan_work(shape: Scan, backward: bool) -> Work:
             tokens, amount * (3 if backward else 1), "FLOP", "4*B*T*H*K*V forward, step by step, 3x with backward"
         )
     if shape.op == "linear_scan":
-        numbers, passes = tokens * sizes["D"], 8 if backward else 3
+        elements, passes = tokens * sizes["D"], 8 if backward else 3
         formula = "3*B*T*D*4 bytes forward (decay, input, state), 5 more backward (decay, state, three gradients)"
     else:
-        numbers, passes = tokens * sizes["C"], 6 if backward else 2
+        elements, passes = tokens * sizes["C"], 6 if backward else 2
         formula = "2*B*T*C*4 bytes forward (input, output), 4 more backward (input, three gradients)"
-    return Work(tokens, 4 * numbers * passes, "B", formula)
+    return Work(tokens, 4 * elements * passes, "B", formula)
 
 
 def attention_work(shape: Attention, passes: str) -> Work:
-    """FLOPs of plain attention, without the bias of a form; for decode, the bytes of the cache."""
+    """FLOPs of attention, not counting the bias; for decode, the bytes of the filled part of the cache."""
     H, K = shape.heads, shape.width
     if shape.form == "decode":
         return Work(1, 2 * 4 * H * K * shape.length, "B", "bytes of the cached keys and values, relative to a copy")
@@ -218,9 +218,9 @@ def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
 
 
 def zipf_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
-    """Random ids [batch, length], int32, with the frequency 1 / (rank + 2.7) of words (Mandelbrot 1953).
+    """Random ids [batch, length], int32, with frequencies 1 / (rank + 2.7), as words have (Mandelbrot 1953).
 
-    They are for an adaptive softmax, whose work depends on the frequencies.
+    Use them for an adaptive softmax, whose FLOPs depend on the frequencies.
     """
     frequency = 1.0 / (np.arange(vocab_size) + 2.7)
     rng = np.random.default_rng(0)
@@ -247,5 +247,5 @@ def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:
 
 
 def samples(size: int) -> np.ndarray:
-    """Indices of some elements of a flat array, equal in every process."""
+    """64 random indices into a flat array of this size, equal in every process."""
     return np.random.default_rng(1).integers(0, size, 64)

@@ -1,18 +1,18 @@
-"""Loss and speed of all causal families with equal numbers of parameters and with equal FLOPs, on the same text budget.
+"""Loss and speed of all causal families at equal parameter counts and at equal FLOPs, trained on equally long text.
 
     python -m benchmarks.shootout                            a million parameters, 400,000 characters per family
     python -m benchmarks.shootout --families gpt,lstm --tokens 2000000
     python -m benchmarks.shootout --quick                    a short test that the benchmark works
 
-The width of a family is chosen and its depth is fixed. With equal parameters, the number of parameters is nearest to
-``--parameters``. With equal FLOPs, the training FLOPs per character are nearest to those of the GPT with equal
-parameters (dots and convolutions, counted in the trace of the step without remat). All families then read the same
-number of characters. Families with carried state read contiguous columns, the others random windows. The loss is for
-the last 10 % of the text. Decoding is measured with one row and one character at a time, after contexts of several
-lengths, with a state that has capacity for the longest.
+The depth of each family is fixed, and its width is chosen. At equal parameters, the number of parameters is as near as
+possible to ``--parameters``. At equal FLOPs, the training FLOPs per character are as near as possible to the FLOPs of
+the GPT with equal parameters. They count dots and convolutions in the trace of the step without remat. All families
+read the same number of characters. Families that carry a state between batches read contiguous streams, the others
+random windows. The loss is measured on the last 10 % of the text. Decoding generates one character at a time in one
+row, after contexts of several lengths, with a state that has capacity for the longest context.
 
 The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process runs all families one after
-the other, so the times are only accurate to an order of magnitude; the losses are comparable.
+the other, so the times are accurate only to an order of magnitude. The losses are comparable.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class Shootout:
     families: str = ""
     """Families, separated by commas; empty: all causal families."""
     equal: str = "parameters,flops"
-    """Quantity that is equal: parameters, flops (per character in training), or both, separated by a comma."""
+    """Quantities that are equal, separated by commas: parameters, flops (training FLOPs per character)."""
     parameters: int = 1_000_000
     """Parameters of each model, approximately."""
     tokens: int = 400_000
-    """Characters that each model reads."""
+    """Number of characters on which each model is trained."""
     batch: int = 16
     """Rows per batch."""
     length: int = 128
     """Characters per row."""
     contexts: str = "64,512"
-    """Characters before the decoded one; one or more numbers, separated by commas."""
+    """Context lengths for decoding, in characters; one or more numbers, separated by commas."""
     output: Path | None = None
     """Directory to create; None: runs/shootout-<time>."""
     quick: bool = False
     """Use tiny models and budgets, to test that the benchmark works; the results have no meaning."""
 
 
-# Config fields that depend on the width u. The other fields are those of the recipe in ``experiments.families``.
+# Config fields that depend on the width u. The recipes in ``experiments.families`` have the other fields.
 _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gpt": lambda u: {"embed_dim": 16 * u},
     "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
@@ -72,9 +72,9 @@ _WIDEST = 64
 
 
 def sized(build: Callable[[int], Any], measure: Callable[[Any], float], target: float) -> Any:
-    """The model with a width from 1 to 64 whose measure has the ratio to the target that is nearest to 1.
+    """The model with the width from 1 to 64 for which ``measure(model) / target`` is nearest to 1.
 
-    The measure must increase with the width.
+    ``measure`` must increase with the width.
     """
     low, high = 1, _WIDEST
     while high - low > 1:
@@ -130,82 +130,82 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
     B, T = options.batch, options.length
 
-    def recipe_of(name: str) -> Any:
+    def make_recipe(name: str) -> Any:
         stream = RECIPES[name].stream
         return dataclasses.replace(
             RECIPES[name], batch_size=B, length=T, stream=T if stream is not None and stream > 1 else stream
         )
 
-    def build_of(name: str) -> Callable[[int], Any]:
+    def make_builder(name: str) -> Callable[[int], Any]:
         def build(width: int) -> Any:
             changes = {**RECIPES[name].model, **_WIDTHS[name](width)}
             if "max_positions" in changes:
-                changes["max_positions"] = max(T, contexts[-1] + _DECODED + 1)
+                changes["max_positions"] = max(T, contexts[-1] + _DECODE_STEPS + 1)
             if "memory_length" in changes:
                 changes["memory_length"] = T
             return dataclasses.replace(RECIPES[name], model=changes).build()
 
         return build
 
-    def step_of(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
-        recipe = recipe_of(name)
+    def make_step(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
+        recipe = make_recipe(name)
         stream = None if recipe.stream is None else (B, recipe.stream)
         config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
         return recipe, stream, make_optimizer(config, model.specs, steps), causal.loss
 
     def flops(name: str) -> Callable[[Any], float]:
-        def of(model: Any) -> float:
+        def count(model: Any) -> float:
             changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
-            plain = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
-            _, stream, optimizer, loss = step_of(name, plain)
-            trainer = Trainer(plain, optimizer, loss, carry=stream)
+            without_remat = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+            _, stream, optimizer, loss = make_step(name, without_remat)
+            trainer = Trainer(without_remat, optimizer, loss, carry=stream)
             window = jax.ShapeDtypeStruct((B, T), "int32")
             weights = jax.ShapeDtypeStruct((B, T), "float32")
             reset = None if stream is None else jax.ShapeDtypeStruct((B,), "bool")
             batch = causal.Batch(window, window, weights, reset=reset)
             return counted_flops(trainer.step, trainer.abstract(), batch).amount / (B * T)
 
-        return of
+        return count
 
-    def at_equal_parameters(name: str) -> Any:
-        return sized(build_of(name), lambda model: model.num_parameters, options.parameters)
+    def build_at_equal_parameters(name: str) -> Any:
+        return sized(make_builder(name), lambda model: model.num_parameters, options.parameters)
 
-    model = at_equal_parameters(family)
+    model = build_at_equal_parameters(family)
     if basis == "flops":
-        model = sized(build_of(family), flops(family), flops("gpt")(at_equal_parameters("gpt")))
-    recipe, stream, optimizer, loss = step_of(family, model)
-    data, make = Data.load(), to_batch(recipe)
+        model = sized(make_builder(family), flops(family), flops("gpt")(build_at_equal_parameters("gpt")))
+    recipe, stream, optimizer, loss = make_step(family, model)
+    data, convert = Data.load(), to_batch(recipe)
     trainer = Trainer(model, optimizer, loss, carry=stream)
     state = trainer.init(jax.random.key(0))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
-    batch = make(next(training))
-    begun = time.perf_counter()
+    batch = convert(next(training))
+    start = time.perf_counter()
     step: Any = trainer.jit_step()
     step = step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - begun
+    compile_seconds = time.perf_counter() - start
     seconds, losses = [], []
     for _ in range(steps):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))  # waits for the step
-        seconds.append(time.perf_counter() - begun)
-        batch = make(next(training))
+        seconds.append(time.perf_counter() - start)
+        batch = convert(next(training))
     validation = Batches(source(data, recipe, "validation", 0))
-    held_out = [make(next(validation)) for _ in range(2 if options.quick else 16)]
+    validation_batches = [convert(next(validation)) for _ in range(2 if options.quick else 16)]
     memory = step.memory_analysis()
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     decoded, state_bytes = _decode(model, state.params, contexts)
     return {
         "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops(family)(model),
-        "tokens": steps * B * T, "loss": Evaluator(model, loss, held_out, carry=stream)(state.params)["loss"],
+        "tokens": steps * B * T, "loss": Evaluator(model, loss, validation_batches, carry=stream)(state.params)["loss"],
         "losses": losses, "tokens_per_second": B * T / statistics.median(seconds), "compile_seconds": compile_seconds,
         "step_bytes": arrays + memory.temp_size_in_bytes, "parameter_bytes": parameter_bytes,
         "state_bytes": state_bytes, "decode_seconds": decoded,
     }  # fmt: skip
 
 
-_DECODED = 16
+_DECODE_STEPS = 16
 
 
 def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int, float], int]:
@@ -215,9 +215,9 @@ def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int,
 
     from jaxlm.decoding.prompts import read_tokens
 
-    capacity = contexts[-1] + _DECODED
-    empty = model.init_state(1, capacity)
-    read = jax.jit(lambda params, state, tokens: model.apply(params, tokens, state=state)[1])
+    capacity = contexts[-1] + _DECODE_STEPS
+    initial_state = model.init_state(1, capacity)
+    prefill = jax.jit(lambda params, state, tokens: model.apply(params, tokens, state=state)[1])
 
     def step(params: Any, state: Any, token_1: Any) -> Any:
         state, logits_1V = read_tokens(model, params, state, token_1)
@@ -226,14 +226,14 @@ def _decode(model: Any, params: Any, contexts: Sequence[int]) -> tuple[dict[int,
     step = jax.jit(step, donate_argnums=1)
     medians = {}
     for context in contexts:
-        state = read(params, empty, jnp.arange(context, dtype=jnp.int32)[None] % 64)
+        state = prefill(params, initial_state, jnp.arange(context, dtype=jnp.int32)[None] % 64)
         token_1, seconds = jnp.zeros((1,), jnp.int32), []
-        for _ in range(_DECODED):
-            begun = time.perf_counter()
+        for _ in range(_DECODE_STEPS):
+            start = time.perf_counter()
             state, token_1 = jax.block_until_ready(step(params, state, token_1))
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
         medians[context] = statistics.median(seconds[1:])  # the first call includes compilation
-    return medians, sum(leaf.nbytes for leaf in jax.tree.leaves(empty))
+    return medians, sum(leaf.nbytes for leaf in jax.tree.leaves(initial_state))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -252,7 +252,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot the training loss over the characters read, with one plot per equal quantity."""
+    """Plot the training loss over the number of characters read, with one plot for each quantity that is equal."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -266,9 +266,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 continue
             width = min(10, len(row["losses"]))
             smooth = np.convolve(row["losses"], np.full(width, 1 / width), mode="valid")
-            read = np.linspace(row["tokens"] * width / len(row["losses"]), row["tokens"], len(smooth))
+            num_characters = np.linspace(row["tokens"] * width / len(row["losses"]), row["tokens"], len(smooth))
             color = colormaps["tab10"](families.index(row["family"]))
-            axes.plot(read, smooth, label=f"{row['family']} ({row['loss']:.2f})", color=color)
+            axes.plot(num_characters, smooth, label=f"{row['family']} ({row['loss']:.2f})", color=color)
         axes.set(title=f"equal {basis}", xlabel="characters read", ylabel="training loss, nats per character")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, title="family (validation loss)")
@@ -276,7 +276,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Shootout, run, arguments, name="shootout", description=__doc__)
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.texts --classifier runs/sentiment --texts sentences.txt --rounds 5 --json texts.json
 
 A directory is a run directory of ``experiments.translation`` or ``experiments.sentiment`` (preset ``minilm``), or a
-Hugging Face directory of a T5 model, or of BERT with a classification head. A file has one text per line. Both sides
-take texts and return texts or labels, tokenization included. Both sort the texts by length and use the same batch size.
-The time of the first run, which compiles, is listed separately. The share of equal results is printed.
+Hugging Face directory of a T5 model, or of BERT with a classification head. A file has one text per line. The
+times include tokenization. jaxlm and transformers sort the texts by length and use the same batch size. The table shows
+the time of the first run, which compiles, separately. The fraction of equal results is printed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ import numpy as np
 
 from benchmarks import harness
 
-TRANSLATORS = {"jaxlm": "benchmarks.texts_peers:JaxlmTranslator", "torch": "benchmarks.texts_peers:TorchTranslator"}
-CLASSIFIERS = {"jaxlm": "benchmarks.texts_peers:JaxlmClassifier", "torch": "benchmarks.texts_peers:TorchClassifier"}
+TRANSLATORS = {
+    "jaxlm": "benchmarks.texts_baselines:JaxlmTranslator",
+    "torch": "benchmarks.texts_baselines:TorchTranslator",
+}
+CLASSIFIERS = {
+    "jaxlm": "benchmarks.texts_baselines:JaxlmClassifier",
+    "torch": "benchmarks.texts_baselines:TorchClassifier",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +52,27 @@ class Texts:
     max_new_tokens: int = 80
     """Maximum tokens of a translation."""
     rounds: int = 5
-    """Interleaved repetitions of each peer, after two warm-up repetitions."""
+    """Interleaved repetitions of each implementation, after two warm-up repetitions."""
     json: Path | None = None
     """Write all results to this JSON file too."""
 
 
-def compare(task: str, peers: dict[str, str], rounds: int, **arguments: Any) -> dict[str, Any]:
-    """A record with the seconds of each round of each peer, and the fraction of equal results."""
+def compare(task: str, implementations: dict[str, str], rounds: int, **arguments: Any) -> dict[str, Any]:
+    """Measure a task. Returns a record with the seconds of each round and the fraction of equal results."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as workers:
-        started = {
+        running_workers = {
             name: workers.enter_context(
                 contextlib.closing(harness.Worker(name, target, Path(temporary) / f"{name}.log", None, **arguments))
             )
-            for name, target in peers.items()
+            for name, target in implementations.items()
         }
-        warm_up = {name: [worker.run() for _ in range(2)] for name, worker in started.items()}
+        warm_up = {name: [worker.run() for _ in range(2)] for name, worker in running_workers.items()}
         results = {name: runs[-1][1] for name, runs in warm_up.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in started}
-        for turn in range(rounds):
-            for name in harness.rotated(list(started), turn):
-                seconds[name].append(harness.warm_run(started[name])[0])
-    ours, theirs = (results[name] for name in peers)
+        seconds: dict[str, list[float]] = {name: [] for name in running_workers}
+        for number in range(rounds):
+            for name in harness.rotated(list(running_workers), number):
+                seconds[name].append(harness.warm_run(running_workers[name])[0])
+    ours, theirs = (results[name] for name in implementations)
     return {
         "task": task,
         "sentences": len(ours),
@@ -87,7 +93,7 @@ def show(record: dict[str, Any]) -> str:
             [name, f"{record['sentences'] / median:,.1f}", f"{median:.2f}", f"{p10:.2f}", f"{p90:.2f}",
              f"{record['first_seconds'][name]:.1f}"]
         )  # fmt: skip
-    header = ("peer", "sentences/s", "median s", "p10", "p90", "first s")
+    header = ("implementation", "sentences/s", "median s", "p10", "p90", "first s")
     return (
         f"{record['task']}: {record['sentences']:,} sentences, {100 * record['equal']:.1f} % of the results are equal\n"
         f"{harness.table(header, lines)}\njaxlm is {record['ratio']:.2f}x of torch"
@@ -104,7 +110,7 @@ def run(options: Texts) -> None:
         print(f"{name:10} {value}")
     records = []
     beams = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    for task, peers, directory, file, settings in (
+    for task, implementations, directory, file, settings in (
         (f"translation, {options.num_beams} beams", TRANSLATORS, options.translator, options.sources, beams),
         ("classification", CLASSIFIERS, options.classifier, options.texts, {}),
     ):
@@ -112,21 +118,21 @@ def run(options: Texts) -> None:
             continue
         if file is None:
             raise harness.Mistake(
-                f"{task} needs a file of sentences: --sources of --translator, --texts of --classifier"
+                f"{task} needs a file of sentences: --sources for --translator, --texts for --classifier"
             )
         directory = directory / "model" if (directory / "model").is_dir() else directory
         if not (directory / "config.json").is_file() or not file.is_file():
             raise harness.Mistake(f"{directory} has no config.json, or {file} is not a file")
         if not file.stat().st_size:
-            raise harness.Mistake(f"{file} is empty: give one text a line")
+            raise harness.Mistake(f"{file} is empty: give one text per line")
         files = {"directory": str(directory), "file": str(file)}
-        records.append(compare(task, peers, options.rounds, **files, batch=options.batch, **settings))
+        records.append(compare(task, implementations, options.rounds, **files, batch=options.batch, **settings))
         print(f"\n{show(records[-1])}", flush=True)
     harness.write_json(options.json, "texts", options, description, records)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Texts, run, arguments, name="texts", description=__doc__)
 
 

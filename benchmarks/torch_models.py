@@ -1,7 +1,7 @@
 """torch models with the weights of a jaxlm checkpoint, for families that transformers does not have.
 
-Transformer-XL is here too, because transformers has only a deprecated class. Only the processes of torch import this
-module. Shapes: B batch, T time, C channels, V vocabulary.
+Transformer-XL is also in this module, because its class in transformers is deprecated. Only the processes of torch
+import this module. Shapes: B batch, T time, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class LSTM(nn.Module):
         state = {"embedding.weight": arrays["token_embedding"]}
         state |= {"head.weight": arrays["head.weight"], "head.bias": arrays["head.bias"]}
         for layer in range(layers):
-            part = {name: arrays[f"layer_{layer}.{name}"] for name in ("weight_input", "weight_hidden", "bias")}
-            for name, weight in (("ih", part["weight_input"]), ("hh", part["weight_hidden"])):
+            weights = {name: arrays[f"layer_{layer}.{name}"] for name in ("weight_input", "weight_hidden", "bias")}
+            for name, weight in (("ih", weights["weight_input"]), ("hh", weights["weight_hidden"])):
                 state[f"layers.weight_{name}_l{layer}"] = weight.reshape(len(weight), -1).T
-            state[f"layers.bias_ih_l{layer}"] = part["bias"].ravel()
-            state[f"layers.bias_hh_l{layer}"] = np.zeros(part["bias"].size, np.float32)
+            state[f"layers.bias_ih_l{layer}"] = weights["bias"].ravel()
+            state[f"layers.bias_hh_l{layer}"] = np.zeros(weights["bias"].size, np.float32)
         _load(self, state)
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -66,23 +66,23 @@ class VDCNN(nn.Module):
                 stages.append(nn.MaxPool1d(3, stride=2, padding=1))
             for _ in range(blocks):
                 layer = sum(isinstance(stage, nn.Sequential) for stage in stages)
-                wide = config["channels"] * 2**group
-                parts: list[nn.Module] = []
+                out_width = config["channels"] * 2**group
+                modules: list[nn.Module] = []
                 for number in (1, 2):
-                    name, at = f"layer_{layer}", f"stages.{len(stages)}"
-                    convolution = nn.Conv1d(width, wide, 3, padding=1, bias=False)
-                    norm = nn.BatchNorm1d(wide, config["norm_epsilon"], config["norm_momentum"])
+                    name, prefix = f"layer_{layer}", f"stages.{len(stages)}"
+                    convolution = nn.Conv1d(width, out_width, 3, padding=1, bias=False)
+                    norm = nn.BatchNorm1d(out_width, config["norm_epsilon"], config["norm_momentum"])
                     weight = arrays[f"{name}.convolution_{number}.weight"]
-                    state[f"{at}.{len(parts)}.weight"] = weight.transpose(2, 1, 0)
-                    at = f"{at}.{len(parts) + 1}"
-                    state[f"{at}.weight"] = arrays[f"{name}.norm_{number}.scale"]
-                    state[f"{at}.bias"] = arrays[f"{name}.norm_{number}.bias"]
+                    state[f"{prefix}.{len(modules)}.weight"] = weight.transpose(2, 1, 0)
+                    norm_prefix = f"{prefix}.{len(modules) + 1}"
+                    state[f"{norm_prefix}.weight"] = arrays[f"{name}.norm_{number}.scale"]
+                    state[f"{norm_prefix}.bias"] = arrays[f"{name}.norm_{number}.bias"]
                     for ours, theirs in (("mean", "running_mean"), ("variance", "running_var")):
-                        state[f"{at}.{theirs}"] = arrays[f"statistics.{name}.norm_{number}.{ours}"]
-                    state[f"{at}.num_batches_tracked"] = np.zeros((), np.int64)
-                    parts += [convolution, norm, nn.ReLU(inplace=True)]
-                    width = wide
-                stages.append(nn.Sequential(*parts))
+                        state[f"{norm_prefix}.{theirs}"] = arrays[f"statistics.{name}.norm_{number}.{ours}"]
+                    state[f"{norm_prefix}.num_batches_tracked"] = np.zeros((), np.int64)
+                    modules += [convolution, norm, nn.ReLU(inplace=True)]
+                    width = out_width
+                stages.append(nn.Sequential(*modules))
         self.stages = nn.ModuleList(stages)
         F = config["fc_dim"]
         self.fc_1, self.fc_2 = nn.Linear(width * self.k_max, F), nn.Linear(F, F)
@@ -96,7 +96,7 @@ class VDCNN(nn.Module):
         x = self.input(self.embedding(tokens).mT)
         for stage in self.stages:
             x = stage(x)
-        # topk does not define which of equal entries (zeros of a ReLU) it selects, so earlier entries are made larger.
+        # topk may select any of several equal entries (zeros of a ReLU), so earlier entries are made slightly larger.
         decreasing = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
         positions = decreasing.topk(self.k_max, dim=-1).indices.sort(dim=-1).values
         x = x.gather(-1, positions).mT.flatten(1)
@@ -104,13 +104,13 @@ class VDCNN(nn.Module):
 
 
 def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
-    """Load a state into a module. The names must be exactly those of the module."""
+    """Load a state into a module. Both must have the same names."""
     module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
 
 
 @functools.cache
 def transformer_xl_module() -> Any:
-    """The Python module of transformers' deprecated Transformer-XL, with a fix for a cast in its adaptive embedding."""
+    """The module of the deprecated Transformer-XL of transformers, with a corrected cast in its adaptive embedding."""
     import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
 
     source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
@@ -119,9 +119,9 @@ def transformer_xl_module() -> Any:
 
 
 class TransformerXL(nn.Module):
-    """The deprecated class of transformers, without memory.
+    """The deprecated Transformer-XL class of transformers, without memory.
 
-    Its adaptive softmax computes each cluster of the vocabulary only for the labels in this cluster.
+    Its adaptive softmax computes the logits of a cluster of the vocabulary only for labels in this cluster.
     """
 
     def __init__(self, directory: str) -> None:
@@ -142,7 +142,7 @@ class TransformerXL(nn.Module):
 
 
 def read(directory: str, family: str) -> nn.Module:
-    """The model of a family in this module, from a directory that ``jaxlm.save_pretrained`` wrote."""
+    """The torch model of a family, with the weights in a directory that ``jaxlm.save_pretrained`` wrote."""
     if family == "transformer_xl":
         return TransformerXL(directory)
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]

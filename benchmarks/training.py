@@ -6,11 +6,11 @@
     python -m benchmarks.training --passes forward,step --against torch,torch-compile,flax --json training.json
     python -m benchmarks.training --quick                            a short test that the benchmark works
 
-Each model is trained with its own objective and without dropout; no torch class computes an objective that is not its
-own. Transformer-XL reads tokens with Zipf frequencies, for which its adaptive softmax is designed. For masked models,
-all peers predict the same 15 % of the tokens. The classes of transformers always compute logits at all positions, and
-jaxlm only at the predicted positions.
-The losses of all peers must agree before the first update and after the third one; only then are steps measured.
+Each model is trained without dropout, and with the objective of its family, because a torch class computes no other
+objective. Transformer-XL reads tokens with Zipf frequencies, for which its adaptive softmax is designed. For masked
+models, all implementations predict the same 15 % of the tokens. The classes of transformers compute logits at all
+positions, jaxlm only at the predicted positions. The losses of all implementations must agree before the first update
+and after the third update, before steps are measured.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import sys
 
 from benchmarks import harness, shapes, wholes
 
-PEERS = {
-    "jaxlm": "benchmarks.training_peers:Jaxlm",
-    "torch": "benchmarks.training_peers:Torch",
-    "torch-compile": "benchmarks.training_peers:TorchCompiled",
-    "flax": "benchmarks.training_peers:Flax",
+IMPLEMENTATIONS = {
+    "jaxlm": "benchmarks.training_baselines:Jaxlm",
+    "torch": "benchmarks.training_baselines:Torch",
+    "torch-compile": "benchmarks.training_baselines:TorchCompiled",
+    "flax": "benchmarks.training_baselines:Flax",
 }
 OPERATIONS = {"forward": "loss", "step": "training step"}
 UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
-"""Number of updates, and the maximum relative difference of the losses after them."""
+"""Pairs of a number of updates and the maximum relative difference of the losses after them."""
 LOOSE = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
-"""Tolerances of the steps of single families. Adam's first updates have the same size for gradients that are only
-rounding errors as for others, and parameters before a batch normalisation have many such gradients."""
+"""Tolerances of the steps of single families. The gradients of many parameters before a batch normalization are only
+rounding errors, and the first updates of Adam do not depend on the size of a gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,29 +43,29 @@ class Training(shapes.Training, harness.Options):
 
 def run(options: Training) -> None:
     """Measure and print the results."""
-    targets = harness.choose(options.against, PEERS)
+    targets = harness.choose(options.against, IMPLEMENTATIONS)
     passes = harness.names("passes", options.passes, ("forward", "step"))
     rows: list[harness.Row] = []
     for name in options.model.replace(" ", "").split(","):
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}
         with harness.session(name, options.device, **sizes) as session:
             model = session.model
-            found = harness.with_class(targets, model["family"], wholes.CLASSES, wholes.SIZES)
+            supported = harness.with_class(targets, model["family"], wholes.CLASSES, wholes.SIZES)
             for which in passes:
                 tolerances = LOOSE.get(model["family"], TOLERANCES) if which == "step" else TOLERANCES
                 arguments = {"family": model["family"], "passes": which}
                 measured = session.compare(
-                    found, arguments, OPERATIONS[which], f"{name} B{model['batch']} T{model['length']}",
+                    supported, arguments, OPERATIONS[which], f"{name} B{model['batch']} T{model['length']}",
                     shapes.training_work(which, model), warm_up=UPDATES + 1, rounds=options.rounds,
                     check=functools.partial(harness.check_losses, tolerances=tolerances),
                 )  # fmt: skip
                 rows += session.with_cached_compile(measured, targets[harness.OURS], **arguments)
-                print("\n" + harness.speed_table(rows[-len(found) :]) + "\n", flush=True)
+                print("\n" + harness.speed_table(rows[-len(supported) :]) + "\n", flush=True)
         harness.write_json(options.json, "training", options, session.description, [row.record() for row in rows])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the benchmark and return the exit status."""
     return harness.main(Training, run, arguments, name="training", description=__doc__)
 
 

@@ -1,7 +1,7 @@
 """Benchmarks of complete models: the training batch of each family, and its classes in other libraries.
 
-The worker ``peers.Machine`` writes one batch next to the checkpoint, and all peers read it. Only the functions that
-create the batch import JAX. Shapes: B batch, T time, P predicted positions, S source.
+The worker ``baselines.Machine`` writes one batch to the directory of the checkpoint, and all implementations read it.
+Only the functions that create the batch import JAX. Shapes: B batch, T time, P predicted positions, S source.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
     "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024),
 }  # fmt: skip
-"""Default rows, and tokens per row, of the training batch of each family. The sizes of the LSTM are from Zaremba et al.
-2014. A VDCNN reads texts of 1024 characters. For T5, source and target have this number of tokens each."""
+"""Default training batch of each family: rows, and tokens per row. The sizes of the LSTM are from Zaremba et al. 2014.
+A VDCNN reads texts of 1024 characters. For T5, the source and the target have this number of tokens each."""
 TORCH = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
@@ -32,7 +32,7 @@ DECODES = ("gpt", "llama", "t5", "xlnet", "lstm")
 CLASSES = {"torch": TORCH, "torch-compile": TORCH, "flax": FLAX}
 FILE = "batch.npz"
 QUICK: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
-"""Config fields with which the tiny variant of a family has the same architecture as the large one of the peers."""
+"""Config fields of the tiny variants, so that they have the same architecture as the large variants."""
 
 
 def build(name: str, *, quick: bool = False) -> Any:
@@ -55,9 +55,9 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
     Raises:
         ValueError: a size is less than 1, or ``length`` is not the text length of a VDCNN.
     """
-    for name, given in (("batch", batch), ("length", length)):
-        if given is not None and given < 1:
-            raise ValueError(f"--{name} {given} must be at least 1")
+    for name, size in (("batch", batch), ("length", length)):
+        if size is not None and size < 1:
+            raise ValueError(f"--{name} {size} must be at least 1")
     default_batch, default_length = (2, 32) if quick else SIZES[model.family]
     if model.family == "resnet":
         default_length = model.config.max_positions
@@ -67,7 +67,7 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
 
 
 def decoded_parameters(model: Any) -> int:
-    """Number of parameters that decoding one token multiplies, without the encoder and embedding lookups."""
+    """Number of parameters in the matrix products of decoding one token, without the encoder and embedding lookups."""
     from jaxlm import spec
     from jaxlm.plan import flops
 
@@ -76,7 +76,7 @@ def decoded_parameters(model: Any) -> int:
 
 
 def counted_flops(model: Any, batch: Any) -> Any:
-    """FLOPs of a training step on a batch: three times the FLOPs of the forward pass in its plain form."""
+    """FLOPs of a training step on a batch: three times the FLOPs of the forward pass of ``plain_form(model)``."""
     from jaxlm import spec
     from jaxlm.objectives import objective
     from jaxlm.plan import flops
@@ -90,7 +90,7 @@ def counted_flops(model: Any, batch: Any) -> Any:
 
 
 def example(model: Any, batch: int, length: int) -> Any:
-    """A batch of random tokens for the model's objective, created by ``jaxlm.objectives``."""
+    """A batch of random tokens for the objective of the model, created with ``jaxlm.objectives``."""
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq
     from jaxlm.plan.program import task_of
 
@@ -130,7 +130,7 @@ def save(batch: Any, directory: str) -> None:
 
 
 def load(directory: str) -> dict[str, np.ndarray]:
-    """The arrays of a batch by name. Its targets are ``labels``; ``targets`` are the positions that XLNet predicts."""
+    """The arrays of a batch by name. ``labels`` are the targets; ``targets`` are the positions that XLNet predicts."""
     with np.load(Path(directory) / FILE) as file:
         return dict(file)
 
@@ -149,7 +149,7 @@ def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if family == "t5":
         return {"input_ids": arrays["source"], "decoder_input_ids": arrays["tokens"]}
     if family == "xlnet":
-        # A target of weight 0 only fills the row: its position is not predicted, and no query is mapped to it.
+        # A target of weight 0 is padding: its position is not predicted, and its row of the mapping is 0.
         is_target = arrays["weights"] > 0
         targets = np.where(is_target, arrays["targets"], arrays["targets"][:, :1])
         mapping = target_mapping(targets, arrays["tokens"].shape[1]) * is_target[..., None]
@@ -165,7 +165,7 @@ IGNORED = -100
 
 
 def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Labels in the shape of the logits without their last axis; :data:`IGNORED` where the weight is 0."""
+    """Labels with the shape of the logits without the last axis. Labels of weight 0 are :data:`IGNORED`."""
     weighted = np.where(arrays["weights"] > 0, arrays["labels"], IGNORED)
     if "target_positions" not in arrays:
         return weighted
@@ -175,7 +175,7 @@ def labels(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def perm_mask(order: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """XLNet's mask [B, T, T] for an order [B, T]: 1 if i must not attend to j. Targets [B, P] exclude themselves."""
+    """XLNet's mask [B, T, T] for an order [B, T]: 1 if i must not attend to j. Targets [B, P] do not see themselves."""
     is_target = target_mapping(targets, order.shape[1]).max(axis=1) > 0
     query_order = np.where(is_target, order - 1, order)
     return (order[:, None, :] > query_order[:, :, None]).astype(np.float32)

@@ -1,8 +1,8 @@
-"""The process of a peer: ``python -m benchmarks.worker MODULE:CLASS`` answers requests in JSON lines.
+"""The worker process of an implementation: ``python -m benchmarks.worker MODULE:CLASS`` answers requests in JSON lines.
 
-``{"call": "setup", ...arguments}`` creates the peer, ``{"call": "run"}`` measures one repetition, and
-``{"call": "facts"}`` returns properties of the peer. An answer has ``result``, or ``error`` with one sentence; the
-traceback of the error is printed to stderr.
+``{"call": "setup", ...arguments}`` creates the implementation, ``{"call": "run"}`` measures one repetition, and
+``{"call": "facts"}`` returns properties of the implementation. An answer has the key ``result``, or the key ``error``
+with one sentence. The traceback of an error is printed to stderr.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import traceback
 from typing import Any
 
 
-class Peer:
+class Implementation:
     """Base class of the implementations that are measured. The arguments of ``setup`` are passed to the constructor."""
 
     keeps_memory = False
-    """Whether the process keeps freed memory (``jaxlm.host``), which is set before the peer is created."""
+    """Whether the process keeps freed memory (``jaxlm.host``). The worker sets this before it creates the
+    implementation."""
 
     def prepare(self) -> None:
         """Create the inputs that a repetition consumes. This is not part of the measured time."""
 
     def run(self) -> Any:
-        """The result of one repetition, for the comparison with other peers. All computation has ended on return."""
+        """Run one repetition, wait until it has ended, and return its result, to compare the implementations."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Properties of the peer, for the record."""
+        """Properties of the implementation, which are written to the results."""
         return {}
 
 
@@ -40,7 +41,7 @@ def serve(target: str) -> None:
     # Stdout is only for answers: file descriptor 1 is redirected to stderr, because libraries may print to it.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    peer: Peer | None = None
+    implementation: Implementation | None = None
     for line in sys.stdin:
         arguments = json.loads(line)
         call = arguments.pop("call")
@@ -50,17 +51,17 @@ def serve(target: str) -> None:
                 kind = getattr(importlib.import_module(module), name)
                 if kind.keeps_memory:
                     importlib.import_module("jaxlm.host").keep_freed_memory()
-                peer = kind(**arguments)
+                implementation = kind(**arguments)
                 result: Any = None
-            elif peer is None:
+            elif implementation is None:
                 raise RuntimeError(f"{call!r} before 'setup'")
             elif call == "run":
-                peer.prepare()
-                begun = time.perf_counter()
-                value = peer.run()
-                result = {"seconds": time.perf_counter() - begun, "value": value}
+                implementation.prepare()
+                start = time.perf_counter()
+                value = implementation.run()
+                result = {"seconds": time.perf_counter() - start, "value": value}
             else:
-                result = {**peer.facts(), "peak_process_bytes": _peak_bytes()}
+                result = {**implementation.facts(), "peak_process_bytes": _peak_bytes()}
             answers.write(json.dumps({"result": result}) + "\n")
         except Exception as error:
             traceback.print_exc()

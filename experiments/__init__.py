@@ -1,1 +1,1 @@
-"""Runnable results: one module, one claim. ``python -m experiments.NAME --help``."""
+"""Experiments that train and test a model, one per module. See ``python -m experiments.NAME --help``."""

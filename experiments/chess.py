@@ -1,13 +1,14 @@
-"""Train a model to predict chess moves from move sequences alone, and measure how well it plays.
+"""Train a model to predict chess moves from sequences of moves, and measure how well it plays.
 
     python -m experiments.chess                                        2,000 embedded games, Llama, about 2 minutes
 
-With a file of one game per line (SAN or UCI moves) or PGN; 144,000 master games take about an hour on two CPU cores:
+With a file that has one game per line (SAN or UCI moves), or a PGN file. 144,000 master games take about an hour on two
+CPU cores:
 
     python -m experiments.chess --preset full --data games_san.txt.gz
 
-Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm, t5. For a short run on a file: --max-games 5000.
-docs/tasks/chess.md defines each metric and has the measured results.
+Other families: --preset gpt, lstm, transformer_xl, attention_rnn_lm or t5. Use --max-games 5000 for a short run on a
+large file. docs/tasks/chess.md defines each metric and has the measured results.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from jaxlm.training.report import Board, write_boards, write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Tests:
-    """Sizes of the tests after training; 0 leaves a test out. The model plays its most probable legal move."""
+    """Sizes of the tests after training. 0 skips a test. In matches, the model plays its most probable legal move."""
 
     games: int = 500
     """Test games whose moves are predicted."""
     mates: int = 3000
-    """Test games that are searched for a mate in one (14 ms per game; about 1 % of the games have one)."""
+    """Test games that are searched for a mate in one (14 ms per game). About 1 % of the games have a mate in one."""
     sampled: int = 200
     """Games that are sampled from the model."""
     random: int = 200
@@ -52,9 +53,9 @@ class Tests:
     opening_moves: int = 4
     """Random moves at the start of a game against Stockfish, so that games differ."""
     max_moves: int = 256
-    """Number of moves of both players after which a game is a draw."""
+    """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw."""
     look_for_mate: bool = False
-    """In matches, search for a mate in one and play it. The moves are then not only the model's."""
+    """In matches, search for a mate in one and play it. Some moves are then not predicted by the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Experiment:
     """Train a model on chess games and test it."""
 
     model: lib.ModelConfig = lib.ModelConfig("llama")
-    """The model: a causal family with a decoding state, or an encoder-decoder."""
+    """The model: a causal family with a model state, or an encoder-decoder."""
     training: TrainingConfig = TrainingConfig()
-    """The training. Games are packed into rows of sequence_length tokens; the rest of a longer game is not used."""
+    """The training. Games are packed into rows of sequence_length tokens. The rest of a longer game is not used."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     tests: Tests = Tests()
@@ -76,7 +77,7 @@ class Experiment:
     max_games: int | None = None
     """Use only this many games from the start of the file."""
     min_count: int = 5
-    """With notation san: moves with fewer occurrences in the training games are unknown tokens."""
+    """With notation san: moves that occur fewer than min_count times in the training games become unknown tokens."""
     validation_fraction: float = 0.02
     """Fraction of the games for validation."""
     test_fraction: float = 0.05
@@ -84,7 +85,7 @@ class Experiment:
     cuts: int = 4
     """Encoder-decoders: training positions per game. The source is the game up to the position."""
     horizon: int = 8
-    """Encoder-decoders: number of moves after the position that are the target."""
+    """Encoder-decoders: maximum number of tokens of a target, which has the moves after the position."""
     output: Path | None = None
     """Run directory; None: runs/chess-<time>."""
 
@@ -131,7 +132,7 @@ def read(experiment: Experiment) -> Games:
     if experiment.data is None:
         games = chess_games(experiment.notation)
     else:
-        lib.say(f"reading {experiment.data}, about 1 ms of one core per game")
+        lib.say(f"reading {experiment.data}: about 1 ms per game on one core")
         games = read_games(experiment.data, experiment.notation)
     lib.say(f"{games.report()}, read in {time.perf_counter() - begun:.0f} s")
     count = len(games) if experiment.max_games is None else experiment.max_games
@@ -152,14 +153,14 @@ def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Mo
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training; the model is then tested and the report is written."""
+    """Train and test a model, and write the report. Returns the result of training."""
     begun, config = time.perf_counter(), experiment.training
     fixed = ["output", "data", "notation", "max_games", "min_count", "validation_fraction", "test_fraction"]
     lib.check_unchanged(experiment, resume, fixed)
     games = read(experiment)
     training, validation, test = split_games(games, experiment.validation_fraction, experiment.test_fraction)
     model, params, tokenizer = build(experiment, training, resume)
-    (source, to_batch, description), (held_out, _, _) = (
+    (source, to_batch, description), (validation_source, _, _) = (
         game_batches(
             model, tokenizer, part.moves, config.batch_size, config.sequence_length, cuts=experiment.cuts,
             horizon=experiment.horizon, seed=config.seed,
@@ -170,10 +171,10 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss,
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    batches = min(config.evaluation_batches, -(-held_out.rows_per_epoch // held_out.batch_size))
+    num_batches = min(config.evaluation_batches, -(-validation_source.rows_per_epoch // validation_source.batch_size))
     evaluate = Evaluator(
         model, {"loss": causal.loss, "token_accuracy": token_accuracy},
-        [to_batch(held_out.batch(index, range(config.batch_size))) for index in range(batches)],
+        [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
     )  # fmt: skip
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
@@ -194,23 +195,23 @@ def _report(
 ) -> None:  # fmt: skip
     """Run the tests and write the report."""
     tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
-    trained, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
-    fitting = [line for line in test.moves if limit is None or len(line.split()) < limit]
-    if len(fitting) < len(test):
-        lib.say(f"{len(test) - len(fitting)} test games of {limit} or more moves are left out")
-    if lines := fitting[: tests.games]:
-        moves = chess.next_move_accuracy(*trained, lines)
+    trained_model, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
+    short_games = [line for line in test.moves if limit is None or len(line.split()) < limit]
+    if len(short_games) < len(test):
+        lib.say(f"{len(test) - len(short_games)} test games are skipped: they have {limit} or more moves")
+    if lines := short_games[: tests.games]:
+        moves = chess.next_move_accuracy(*trained_model, lines)
         scores += [moves.top_1, moves.top_5, moves.legal]
-        write_samples(directory, move_samples(*trained, lines))
-    if positions := chess.mates_in_one(fitting[: tests.mates]):
-        scores.append(chess.mate_in_one_accuracy(*trained, positions))
+        write_samples(directory, move_samples(*trained_model, lines))
+    if positions := chess.mates_in_one(short_games[: tests.mates]):
+        scores.append(chess.mate_in_one_accuracy(*trained_model, positions))
     elif tests.mates:
-        lib.say("no test game has a mate in one: this test is left out")
+        lib.say("no test game has a mate in one: this test is skipped")
     max_moves = tests.max_moves if limit is None else min(tests.max_moves, limit)
     if tests.sampled:
-        sampled = chess.legal_move_rate(*trained, games=tests.sampled, max_moves=max_moves)
+        sampled = chess.legal_move_rate(*trained_model, games=tests.sampled, max_moves=max_moves)
         scores += [sampled.moves, sampled.games]
-    model_player = chess.ModelPlayer(*trained)
+    model_player = chess.ModelPlayer(*trained_model)
     player: chess.Player = chess.MatingPlayer(model_player) if tests.look_for_mate else model_player
     for name, opponent, games, opening in _opponents(tests):
         match = chess.play_match(player, opponent, games, max_moves=max_moves, opening_moves=opening)
@@ -227,7 +228,7 @@ def _report(
 
 
 def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
-    """The name, player, number of games and number of random opening moves of each match."""
+    """Yield the name, player, number of games and number of random opening moves of each match."""
     if tests.random:
         yield "random moves", chess.RandomPlayer(), tests.random, 0
     if tests.engine:
@@ -235,11 +236,11 @@ def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
             with chess.EnginePlayer() as engine:
                 yield "Stockfish level 0", engine, tests.engine, tests.opening_moves
         except FileNotFoundError as error:
-            lib.say(f"{error}: this test is left out")
+            lib.say(f"{error}: this test is skipped")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the command line and return its exit status."""
     return lib.command_line(PRESETS["llama"], PRESETS, run, name="chess", description=f"{__doc__}", arguments=arguments)
 
 

@@ -3,19 +3,20 @@
     python -m experiments.families                      all families
     python -m experiments.families --family lstm t5     some families
 
-The text is the embedded corpus as characters; its last 10 % are for validation. The objective depends on the family:
+The tokens are the characters of the embedded corpus. Its last 10 % is for validation. Objectives of the families:
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character, along contiguous columns with state carried from batch to batch
                                                                transformer_xl lstm gru
-    masked             masked characters, from both sides      bert roberta
+    masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
-    span_corruption    the spans that a source lacks           t5 attention_rnn
-    classification     which of 13 plays a passage is from     resnet
+    span_corruption    the spans removed from the source       t5 attention_rnn
+    classification     the play (of 13) of a passage           resnet
 
-Compare each loss with the entropy of the targets, which is the loss of a model that knows only their frequencies.
-docs/families.md has the expected results. The optimizers are the published ones (``jaxlm.training.recipes``), with
-learning rates for small models and one minute. Families whose published optimizer needs many more updates use AdamW.
+Compare each loss with the entropy of the targets. A model that knows only the frequencies of the targets has this loss.
+docs/families.md has the expected results. Each family uses its published optimizer (``jaxlm.training.recipes``) with a
+learning rate for a small model and one minute of training. If the published optimizer needs many more updates, the
+family uses AdamW.
 
 A run directory has ``table.md``, ``results.json``, ``losses.png``, and the metrics and checkpoints of each family.
 """
@@ -50,12 +51,14 @@ from jaxlm.training.recipes import recipe
 from jaxlm.training.report import curve, read_metrics
 
 VOCABULARY = 128
-"""Vocabulary size. The first ids are the characters of the text; the last ids are :data:`MASK` and the ids below it."""
+"""Vocabulary size. The first ids are the characters of the text. The last ids are special tokens and sentinels."""
 MASK, CLS, SEP, START, END, FIRST_SENTINEL = 127, 126, 125, 124, 123, 122
 SENTINELS = 30
+"""Number of sentinels. Their ids descend from :data:`FIRST_SENTINEL`."""
 VALIDATION = 0.1
+"""Fraction of the text for validation."""
 PART = 16
-"""Positions in each of the two parts of an XLNet row (reused and permuted)."""
+"""Number of positions in each of the two parts of an XLNet row. The positions of a part are permuted together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,44 +66,44 @@ class Recipe:
     """Model, objective, data and optimizer of one family."""
 
     variant: str
-    """Family or variant."""
+    """Name of the family or variant."""
     model: dict[str, Any]
     """Changes to config fields of the variant."""
     objective: str
     """Name of the training objective."""
     steps: int
-    """Updates: about a minute on two CPU cores."""
+    """Number of updates, which take about a minute on two CPU cores."""
     batch_size: int = 16
     """Rows per batch."""
     length: int = 96
     """Characters per row."""
     stream: int | None = None
-    """Tokens of carried state along contiguous columns; None samples random windows."""
+    """Length in tokens of the state carried along contiguous columns. None: random windows without a state."""
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Changes to fields of the published optimizer."""
 
     def build(self) -> Model:
-        """The model without dropout, because the training is too short for overfitting."""
-        names = [field.name for field in dataclasses.fields(get_model(self.variant).config)]
-        dropout = {name: 0.0 for name in names if name.endswith("dropout")}
+        """The model. Its dropout rates are 0, because the training is too short for overfitting."""
+        fields = [field.name for field in dataclasses.fields(get_model(self.variant).config)]
+        dropout = {name: 0.0 for name in fields if name.endswith("dropout")}
         return get_model(self.variant, **{"vocab_size": VOCABULARY, **dropout, **self.model})
 
     def optimizer(self, steps: int) -> OptimizerConfig:
-        """The published optimizer with ``changes``."""
+        """The published optimizer of the family with ``changes``."""
         optimizer = dataclasses.replace(recipe(get_model(self.variant).family, steps), **self.changes)
         return dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps - 1))
 
 
 WIDE = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
-# With few positions and larger initial weights, a bidirectional model learns within a minute to attend to neighbours.
+# Few positions and large initial weights: a bidirectional model then learns within a minute to attend to neighbours.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
-# Wider models and longer training need lower learning rates. A higher learning rate needs a longer warm-up.
+# Wider models and longer training need a lower learning rate. A higher learning rate needs a longer warm-up.
 SMALL = {"learning_rate": 3e-3, "warmup_steps": 50}
 
 
 def adamw(learning_rate: float) -> dict[str, Any]:
-    """Changes that replace the published optimizer by AdamW, because a minute is too short for the published one."""
+    """Changes that replace the published optimizer by AdamW, for families whose optimizer needs more than a minute."""
     config = OptimizerConfig(learning_rate=learning_rate, warmup_steps=50)
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
@@ -167,7 +170,7 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The corpus as ids: a training text, a validation text, and the ids of each play for classification."""
+    """The ids of the training text, of the validation text, and of each play (for classification)."""
 
     training: np.ndarray
     validation: np.ndarray
@@ -175,7 +178,7 @@ class Data:
 
     @classmethod
     def load(cls) -> Data:
-        """The embedded plays."""
+        """The data of the embedded plays."""
         text = shakespeare()
         tokens = CharTokenizer.from_text(text).encode(text)
         starts = [text.index(f"{title}\n\n") for title in PLAYS]
@@ -183,9 +186,9 @@ class Data:
         return cls(tokens[:split], tokens[split:], tuple(np.split(tokens, starts[1:])))
 
     def passages(self, part: str, length: int, stride: int) -> np.ndarray:
-        """Passages of ``length`` characters, each followed by the number of its play, concatenated into one array.
+        """Passages of ``length`` characters, each followed by the index of its play, concatenated into one array.
 
-        Passages of the training part are from the first 90 % of each play, validation passages are from the rest.
+        Training passages are from the first 90 % of each play. Validation passages are from the last 10 %.
         """
         rows = []
         for number, play in enumerate(self.plays):
@@ -197,7 +200,7 @@ class Data:
 
 
 def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
-    """The windows of a part of the data, for the objective of a recipe."""
+    """The windows of the training or validation part for the objective of a recipe."""
     length, rows = recipe.length, recipe.batch_size
     if recipe.objective == "classification":
         stride = length // 4 if part == "training" else length
@@ -209,9 +212,9 @@ def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
 
 
 def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
-    """A function from a window to the batch of the objective.
+    """A function that converts a window to a batch of the objective.
 
-    Random choices are seeded with a checksum of the window, so that a resumed run and every evaluation see the same
+    Random choices are seeded with a checksum of the window, so that resumed runs and repeated evaluations have the same
     batches.
     """
 
@@ -245,7 +248,7 @@ def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
 
 
 def entropy(batches: Iterable[Batch]) -> float:
-    """Entropy in nats of the weighted targets, which is the loss of a model that knows only their frequencies."""
+    """The entropy of the weighted targets in nats: the loss of a model that knows only the target frequencies."""
     counts: np.ndarray = np.zeros(0)
     for batch in batches:
         batch_counts = np.bincount(np.ravel(batch.targets), np.ravel(batch.weights), minlength=len(counts))
@@ -274,9 +277,13 @@ class Row:
 
 
 def train_family(name: str, data: Data, directory: Path, steps: int | None = None) -> Row:
-    """The result of training one family, which writes to ``directory``. ``steps`` replaces the steps of the recipe."""
+    """Train one family, write its files to ``directory``, and return its result.
+
+    Args:
+        steps: number of updates. None: the ``steps`` of the recipe.
+    """
     recipe = RECIPES[name]
-    model, make = recipe.build(), to_batch(recipe)
+    model, make_batch = recipe.build(), to_batch(recipe)
     training = TrainingConfig(
         steps=steps or recipe.steps, batch_size=recipe.batch_size, sequence_length=recipe.length,
         evaluate_every=200, checkpoint_every=10_000, log_every=20,
@@ -284,28 +291,28 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     config = recipe.optimizer(training.steps)
     optimizer = make_optimizer(config, model.specs, training.steps)
     validation = Batches(source(data, recipe, "validation", 0))
-    held_out = [make(next(validation)) for _ in range(training.evaluation_batches)]
+    held_out = [make_batch(next(validation)) for _ in range(training.evaluation_batches)]
     loss = objective(recipe.objective).loss
-    stream = None if recipe.stream is None else (recipe.batch_size, recipe.stream)
+    carry = None if recipe.stream is None else (recipe.batch_size, recipe.stream)
     begun = time.perf_counter()
     meta = {"family": name, "config": config_lib.to_json(model.config), "jaxlm": jaxlm.__version__}
     result = train(
-        training.trainer(model, optimizer, loss, carry=stream),
-        Batches(source(data, recipe, "training", training.seed), to_batch=make),
-        Evaluator(model, loss, held_out, carry=stream), training, Run(directory, meta),
+        training.trainer(model, optimizer, loss, carry=carry),
+        Batches(source(data, recipe, "training", training.seed), to_batch=make_batch),
+        Evaluator(model, loss, held_out, carry=carry), training, Run(directory, meta),
     )  # fmt: skip
     if result.validation_loss is None:
         raise KeyboardInterrupt
     jaxlm.save_pretrained(directory / "model", model, result.params)
     return Row(
-        name, recipe.variant, recipe.objective + (", streamed" if stream else ""), config.name, model.num_parameters,
+        name, recipe.variant, recipe.objective + (", streamed" if carry else ""), config.name, model.num_parameters,
         training.steps, time.perf_counter() - begun, result.tokens_per_second, result.validation_loss,
         entropy(held_out),
     )  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
-    """The results as a Markdown table; ``share`` is loss / entropy."""
+    """The results as a Markdown table. The column ``share`` is loss / entropy."""
     lines = [
         "| family | objective | optimizer | parameters | steps | seconds | targets/s | loss | entropy | share |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -319,7 +326,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], directory: Path) -> None:
-    """Plot the training loss divided by the entropy of every family over the steps. Imports matplotlib."""
+    """Plot the training loss of each family, divided by the entropy of its targets, to ``losses.png``."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -336,7 +343,7 @@ def draw(rows: list[Row], directory: Path) -> None:
         )  # fmt: skip
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylim(0.0, 1.6)
-    axes.set_xlabel("share of the training (about a minute each)")
+    axes.set_xlabel("fraction of the training (about a minute per family)")
     axes.set_ylabel("training loss / entropy of the targets")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, ncols=2, title="family (validation loss / entropy)")
@@ -344,7 +351,7 @@ def draw(rows: list[Row], directory: Path) -> None:
 
 
 def run(families: list[str], directory: Path, steps: int | None = None) -> list[Row]:
-    """The results of training the families one after the other. The table is rewritten after each family."""
+    """Train the families one after the other and return their results. The table is written again after each family."""
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty: choose another --output")
     check_output(directory, resume=False)
@@ -361,7 +368,7 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the command line and return its exit status."""
     arguments, debug = split_debug(arguments)
     parser = Parser(
         prog="python -m experiments.families", description=(__doc__ or "").split("\n")[0], allow_abbrev=False

@@ -1,16 +1,16 @@
-"""Train a model to answer questions with spans of a text: on generated stories, or on SQuAD.
+"""Train a model to answer questions with spans of a text, on generated stories or on SQuAD.
 
     python -m experiments.question_answering                    a small BERT from scratch, generated stories, 2 minutes
     python -m experiments.question_answering --preset xlnet     the same with XLNet
 
 Fine-tuning of MiniLM (pretrained BERT weights, 6 layers of width 384) on the SQuAD v1.1 development file (48 articles,
-10,570 questions), which is split by article into training, validation and test parts. Expected: F1 of at least 60.
+10,570 questions). Its articles are split into training, validation and test parts. The expected F1 is at least 60.
 
     python -m experiments.question_answering --preset minilm --model.pretrained DIR --data dev-v1.1.json
         --shifted new_wiki_v1.0.json nyt_v1.0.json
 
-The trained model is also scored on the files of ``--shifted``, to measure transfer to other texts. The test part is
-used once, after training. docs/tasks/question_answering.md has the measured results.
+The files of ``--shifted`` are additional test sets, to measure transfer to other kinds of text. The test part is used
+once, after training. docs/tasks/question_answering.md has the measured results.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from jaxlm.training.report import write_samples
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Windows of long contexts, and the maximum answer length."""
+    """Sizes of the windows of long contexts and of the answers."""
 
     max_length: int | None = None
-    """Maximum tokens per window; None: 384, or the model's max_positions if that is less."""
+    """Maximum number of tokens per window. None: 384, or the model's max_positions if that is less."""
     stride: int | None = None
-    """Context tokens that two consecutive windows share; None: a third of max_length."""
+    """Number of context tokens that two consecutive windows share. None: a third of max_length."""
     max_answer_tokens: int = 30
-    """Maximum tokens per answer."""
+    """Maximum number of tokens per answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +70,15 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     windows: Windows = Windows()
-    """The windows."""
+    """The sizes of windows and answers."""
     data: Path | None = None
     """SQuAD file, v1.1 or v2.0, official JSON or JSONL (also .gz); None: generated stories."""
     test: Path | None = None
     """File of the test part; None: test_fraction of the articles."""
     shifted: tuple[Path, ...] = ()
-    """Further test files from other distributions."""
+    """Additional test files, with other kinds of text."""
     validation_fraction: float = 0.05
-    """Fraction of the articles (contexts, in a file without titles) for validation, which selects the best weights."""
+    """Fraction of the articles (contexts, if there are no titles) for validation, which selects the best weights."""
     test_fraction: float = 0.1
     """Fraction of the articles for the test part."""
     stories: int = 24_000
@@ -86,7 +86,7 @@ class Experiment:
     sentences: int = 4
     """Sentences per generated story."""
     epochs: float | None = None
-    """Passes over the training part; None: training.steps determines the length."""
+    """Number of passes over the training part. None: training.steps is the length of the training."""
     template: TemplateName = "cls_sep"
     """Special tokens around question and context, for models from scratch."""
     vocab_size: int = 8000
@@ -128,7 +128,7 @@ PRESETS = {
 
 
 def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test parts. Each article, context or story is in only one of them."""
+    """The training, validation and test parts. Each article, context or story is in only one part."""
     if experiment.data is None:
         examples = make_stories(experiment.stories, sentences=experiment.sentences)
     else:
@@ -157,7 +157,7 @@ def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Computes the answers of a model and their scores."""
+    """Computes the answers of a model and the scores of the answers."""
 
     experiment: Experiment
     model: Model
@@ -175,27 +175,27 @@ class Scorer:
         return scores(self.answers(params, examples, threshold), examples.column("answers"))
 
     def validate(self, params: Any, examples: Examples) -> dict[str, float]:
-        """Exact match and F1 by name, for the log."""
+        """F1 and exact match as a dictionary of metrics for the log."""
         exact, f1 = self.scores(params, examples)
         return {"f1": f1.value, "exact_match": exact.value}
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training; the model is then tested and the report is written."""
+    """Train and test a model, and write the report. Returns the result of training."""
     begun, config = time.perf_counter(), experiment.training
-    fixed = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
-    lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *fixed])
+    data_fields = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
+    lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *data_fields])
     training, validation, test = parts(experiment)
     shifted = {path.name: read_squad(path) for path in experiment.shifted}
     model, params, tokenizer = build(experiment, training, resume)
-    size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
-    windows = features(model, tokenizer, training, **size)
+    window_size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
+    windows = features(model, tokenizer, training, **window_size)
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
     scorer = Scorer(experiment, model, tokenizer)
-    held_out = batches(features(model, tokenizer, validation, **size), config.batch_size, max_length=limit)
+    held_out = batches(features(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit)
     evaluate = Evaluator(
         model, span_qa.loss, held_out, further=lambda params: scorer.validate(params, validation),
         further_names=("f1", "exact_match"),
@@ -220,7 +220,7 @@ def report(
     directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples, shifted: dict[str, Examples],
     begun: float,
 ) -> None:  # fmt: skip
-    """Answer the questions of the test part and of the shifted files, and write samples and scores."""
+    """Answer the questions of the test part and of the ``--shifted`` files, and write the report."""
     experiment, threshold = scorer.experiment, None
     if not all(validation.column("answers")):
         threshold = best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
@@ -240,7 +240,7 @@ def report(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the command line and return its exit status."""
     name = "question_answering"
     return lib.command_line(STORIES, PRESETS, run, name=name, description=f"{__doc__}", arguments=arguments)
 

@@ -1,15 +1,14 @@
-"""Train a text classifier, from scratch or from pretrained BERT weights: sentiment, question type, play of a passage.
+"""Train a text classifier from scratch or from pretrained BERT weights, for example to predict sentiment.
 
-    python -m experiments.sentiment                             a BiLSTM that predicts the play of a passage
+    python -m experiments.sentiment                             a BiLSTM that predicts the play that contains a passage
 
 SST-2 (files of GLUE) with pretrained MiniLM, or with an LSTM from scratch:
 
     python -m experiments.sentiment --preset minilm --model.pretrained DIR --data.train train.tsv --data.test dev.tsv
     python -m experiments.sentiment --preset lstm --data.train train.tsv --data.test dev.tsv
 
-MR, Subj, CR, MPQA (10-fold) and TREC with a CNN over words (Kim 2014). In the replication of
-harvardnlp/sent-conv-torch, the paper's model CNN-rand has the accuracies MR 75.9, Subj 89.2, CR 78.3, MPQA 84.6 and
-TREC 88.2.
+MR, Subj, CR and MPQA (10-fold cross-validation) and TREC with a CNN over words (Kim 2014). harvardnlp/sent-conv-torch
+replicates the paper's model CNN-rand with these accuracies: MR 75.9, Subj 89.2, CR 78.3, MPQA 84.6 and TREC 88.2.
 
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
@@ -56,9 +55,9 @@ class Data:
     validation_fraction: float = 0.02
     """Fraction of the training file for validation, which selects the best weights."""
     test_fraction: float = 0.1
-    """Fraction of the training file that is the test part, if neither test nor folds is set."""
+    """Fraction of the training file for the test part, if neither test nor folds is set."""
     max_length: int | None = None
-    """Truncate longer sentences to this many tokens; None does not truncate."""
+    """Maximum number of tokens. Longer sentences are truncated. None: sentences are not truncated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +73,21 @@ class Experiment:
     data: Data = Data()
     """The data."""
     epochs: float | None = None
-    """Passes over the training part; None: training.steps determines the length."""
+    """Number of passes over the training part. None: training.steps is the length of the training."""
     vocabulary: Literal["word", "bpe"] = "word"
-    """Vocabulary of a model from scratch; pretrained weights have their own tokenizer."""
+    """Type of vocabulary for models from scratch. Pretrained weights have their own tokenizer."""
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Words with fewer occurrences are unknown tokens."""
+    """Words that occur fewer than min_frequency times in the training part become unknown tokens."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
     """Number of batch shapes (length buckets)."""
     label_smoothing: float = 0.0
-    """Fraction of the target probability that is distributed over all labels."""
+    """Fraction of the target probability that is spread uniformly over all labels."""
     folds: int | None = None
-    """Number of cross-validation folds; the score is the mean over the folds. None: one test part."""
+    """Number of cross-validation folds. The score is the mean over the folds. None: one test part."""
     output: Path | None = None
     """Run directory; None: runs/sentiment-<time>."""
 
@@ -148,7 +147,7 @@ def parts(data: Data) -> tuple[Examples, Examples]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. Only the lengths of ``test`` are used."""
+    """The model, its initial parameters (None: random), and the tokenizer. Of ``test``, only the lengths are used."""
     config, labels = experiment.model, training.label_names()
     overrides: dict[str, Any] = {"task": "classification", "num_labels": len(labels)}
     if resume is not None:
@@ -162,14 +161,14 @@ def build(
         )  # fmt: skip
     if config.pretrained is None:
         overrides["vocab_size"] = tokenizer.vocab_size
-    if config.name in ("alexnet", "resnet"):  # their inputs have a fixed length
+    if config.name in ("alexnet", "resnet"):  # the inputs of these families have a fixed length
         texts = training.column("text") + test.column("text")
         longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(texts))
         overrides["max_positions"] = max(longest, 32)
         if config.name == "alexnet":
             overrides["pools"] = (overrides["max_positions"] - 4,)  # max pooling over the sentence
         else:
-            # Pooling halves the length between groups of blocks.
+            # The length is a multiple of 8, because pooling halves it between the groups of blocks.
             overrides["max_positions"] += -overrides["max_positions"] % 8
     model, params = config.build(experiment.training.seed, **overrides)
     return model.with_labels(labels), params, tokenizer
@@ -178,29 +177,33 @@ def build(
 def run_one(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Result, metrics.Score | None]:
-    """The result of training on one part and the score on the test part; the score is None after an interruption."""
+    """Train on one part and test on another. Returns the result of training and the test score.
+
+    The score is None if the training was interrupted.
+    """
     begun, config, labels = time.perf_counter(), experiment.training, training.label_names()
     model, params, tokenizer = build(experiment, training, test, resume)
-    held_out, trained = training.split(experiment.data.validation_fraction, seed=0)
-    encoded, encoded_validation, encoded_test = (
+    validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
+    encoded_training, encoded_validation, encoded_test = (
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
-        for part in (trained, held_out, test)
+        for part in (training_part, validation_part, test)
     )
     limit = getattr(model.config, "max_positions", None)
-    source = Bucketed(encoded, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
+    source = Bucketed(encoded_training, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
-    validation = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
+    validation_batches = classification.batches(encoded_validation, len(labels), config.batch_size, max_length=limit)
     trainer = config.trainer(
         model, make_optimizer(experiment.optimizer, model.specs, config.steps),
         objective.make_loss(label_smoothing=experiment.label_smoothing),
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
-    evaluate = Evaluator(model, classification.METRICS, validation)
+    evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
     lib.say(
-        f"{model.num_parameters:,} parameters · {len(trained):,} examples, {len(held_out):,} for validation, "
-        f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
+        f"{model.num_parameters:,} parameters · {len(training_part):,} examples, "
+        f"{len(validation_part):,} for validation, {len(test):,} for the test · "
+        f"{source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=classification.to_batch(len(labels)), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
@@ -220,7 +223,7 @@ def run_one(
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training (with folds: of the last fold)."""
+    """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
     lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
     if experiment.folds is None:
         return run_one(experiment, *parts(experiment.data), resume)[0]
@@ -241,7 +244,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the command line and return its exit status."""
     return lib.command_line(
         PRESETS["plays"], PRESETS, run, name="sentiment", description=__doc__ or "", arguments=arguments
     )

@@ -1,14 +1,15 @@
-"""Train a summarizer from scratch: an RNN with a copy mechanism, or a T5-shaped Transformer.
+"""Train a summarizer from scratch: an RNN with a copy mechanism, or a Transformer with the architecture of T5.
 
-    python -m experiments.summarization        from docstrings of installed packages to their first lines, 2 minutes
+    python -m experiments.summarization        docstrings of installed packages to their first lines, 2 minutes
 
-From Debian package descriptions to their synopses (docs/tasks/summarization.md describes how to get the file):
+Debian package descriptions to their synopses (docs/tasks/summarization.md describes how to get the file):
 
     python -m experiments.summarization --preset copy --data.file debian_synopsis.jsonl.gz
     python -m experiments.summarization --preset t5 --data.file debian_synopsis.jsonl.gz
 
-Expected on held-out packages: ROUGE-1 of at least 0.40 after 50 minutes (t5: 100 minutes) on two CPU cores. The first
-sentence of the description has 0.32. All packages of a project, and similar descriptions, are in the same part.
+The expected ROUGE-1 on held-out packages is at least 0.40 after 50 minutes (t5: 100 minutes) on two CPU cores. A
+baseline, the first sentence of the description, has 0.32. Packages of one project and packages with similar
+descriptions form a group. All packages of a group are in the same part (training, validation or test).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from jaxlm.training.recipes import RECIPES
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Texts with summaries."""
+    """The file of texts with summaries, and its split into parts. A group is a set of similar texts."""
 
     file: Path | None = None
     """Output of apt-cache show, or .jsonl with the keys package, text and summary (also .gz); None: docstrings of the
@@ -54,9 +55,9 @@ class Data:
     test_fraction: float = 0.04
     """Fraction of the groups for the test part."""
     largest_group: int = 100
-    """Larger groups are in the training part, because one template would dominate the scores of another part."""
+    """Larger groups are in the training part, because their similar texts would dominate a validation or test score."""
     similarity: float = 0.5
-    """Minimum Jaccard similarity of the word trigrams of two texts in the same group."""
+    """Two texts are similar if the Jaccard similarity of their word trigrams is at least this number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +67,23 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("attention_rnn")
     """The model: attention_rnn or t5."""
     training: TrainingConfig = TrainingConfig()
-    """The training. batch_size is the number of pairs in the longest bucket; shorter buckets have more pairs."""
+    """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets have more pairs."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
     """The data."""
     epochs: float = 6.0
-    """Passes over the training part."""
+    """Number of passes over the training part."""
     vocab_size: int = 8000
     """Size of the BPE vocabulary that texts and summaries share."""
     max_source: int = 128
-    """Truncate longer texts to this many tokens; the report has the number of truncated texts."""
+    """Maximum number of tokens of a text. Longer texts are truncated. The report has the number of truncated texts."""
     max_summary: int = 40
-    """Maximum tokens per generated summary."""
+    """Maximum number of tokens per generated summary."""
     buckets: int = 4
     """Number of batch shapes (length buckets)."""
     label_smoothing: float = 0.1
-    """Fraction of the target probability that is distributed over the vocabulary."""
+    """Fraction of the target probability that is spread uniformly over the vocabulary."""
     num_beams: int = 4
     """Number of beams of the beam search."""
     length_penalty: float = 1.0
@@ -116,7 +117,7 @@ PRESETS = {
 
 
 def read(data: Data) -> Examples:
-    """Examples ``{"source", "target", "text", "group"}``; ``text`` is the source with its line breaks and no prefix."""
+    """Examples with ``source``, ``target``, ``text`` (the original text of the file or docstring) and ``group``."""
     if data.file is None:
         loaded = docstrings()
         rows = [{**row, "source": f"{row['name']}: {row['text']}"} for row in loaded]
@@ -127,7 +128,7 @@ def read(data: Data) -> Examples:
         keys = loaded.column("project")
     groups = group_similar(loaded.column("text"), keys, similarity=data.similarity)
     examples: list[Example] = [
-        # The line breaks of the files are not part of the text, so white space becomes one space.
+        # Line breaks in the files only wrap lines, so replace all white space by single spaces.
         {"source": " ".join(row["source"].split()), "target": row["summary"], "text": row["text"], "group": group}
         for row, group in zip(rows, groups, strict=True)
     ]
@@ -138,7 +139,7 @@ def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]
     """The training, validation and test parts. All examples of a group are in the same part."""
     sizes = collections.Counter(examples.column("group"))
     is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
-    large, small = (examples.select(np.flatnonzero(np.equal(is_large, kind)).tolist()) for kind in (True, False))
+    large, small = (examples.select(np.flatnonzero(np.equal(is_large, flag)).tolist()) for flag in (True, False))
     test, validation, training = small.split(data.test_fraction, data.validation_fraction, seed=0, by="group")
     return Examples([*training, *large], examples.name), validation, test
 
@@ -147,7 +148,7 @@ def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examp
     """The examples with sources truncated to ``limit`` tokens, and the number of truncated sources."""
     rows, truncated = [], 0
     for row, encoding in zip(examples, tokenizer.encode_inputs_batch(examples.column("source")), strict=True):
-        if encoding.ids.size > limit:  # limit - 1 tokens, because an end token follows
+        if encoding.ids.size > limit:  # limit - 1, because encoding adds an end token
             text = tokenizer.decode(encoding.ids[: limit - 1], skip_special_tokens=True)
             row, truncated = {**row, "source": text.rstrip("\ufffd")}, truncated + 1
         rows.append(row)
@@ -155,7 +156,7 @@ def shorten(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[Examp
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a text, which is the baseline "lead-1"."""
+    """The first sentence of a text, the summary of the baseline "lead-1"."""
     return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
 
 
@@ -172,7 +173,7 @@ def build(experiment: Experiment, training: Examples, resume: Path | None) -> tu
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training; the test part is then summarized and the report is written."""
+    """Train a summarizer, summarize the test part and write the report. Returns the result of training."""
     begun, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size", "max_source"])
     examples = read(experiment.data)
@@ -237,7 +238,7 @@ def summarize(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the command line and return its exit status."""
     return lib.command_line(
         PRESETS["docstrings"], PRESETS, run, name="summarization", description=__doc__ or "", arguments=arguments
     )

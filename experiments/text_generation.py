@@ -4,22 +4,23 @@
     python -m experiments.text_generation --preset lstm            another family on the same text, 1 to 2 minutes
     python -m experiments.text_generation --data FILE              a UTF-8 text file (also .gz)
 
-tinyshakespeare: nanoGPT's CPU configuration (its README states 1.88 nats; 1 minute), and three models that train for 40
-minutes (target: at most 1.50 nats; nanoGPT's GPU configuration has 1.47).
+On tinyshakespeare: the CPU configuration of nanoGPT (1 minute; nanoGPT's README states a loss of 1.88 nats), and three
+models that train for 40 minutes (target: at most 1.50 nats; the GPU configuration of nanoGPT has 1.47 nats).
 
     python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
     python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset transformer_xl_large --data tinyshakespeare.txt
     python -m experiments.text_generation --preset gpt_large --data tinyshakespeare.txt
 
-War and Peace with 1 to 3 layers of width 128 and parts of 80, 10 and 10 % (Karpathy et al. 2015), 5 to 15 minutes each:
+On War and Peace, as in Karpathy et al. (2015): models with 1 to 3 layers of width 128, 5 to 15 minutes each. The
+training, validation and test parts have 80 %, 10 % and 10 % of the text.
 
     for name in lstm_1 lstm_2 lstm_3 gru_1 gru_2 gru_3; do python -m experiments.text_generation \\
         --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
 
-The scores are means over every token of the validation part (and of the test part, if there is one). Recurrent families
-and Transformer-XL read the part as eight contiguous columns with carried state. Other families read windows that
-overlap by half. docs/tasks/text_generation.md has the measured results.
+The scores are means over all tokens of the validation part (and of the test part, if there is one). For recurrent
+families and Transformer-XL, a part is split into eight contiguous columns, and the state is carried along them. Other
+families read windows that overlap by half. docs/tasks/text_generation.md has the measured results.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Experiment:
     data: Path | None = None
     """UTF-8 text file to train on (also .gz); None: the embedded Shakespeare plays."""
     tokenizer: Literal["character", "byte"] = "character"
-    """Tokens: the characters of the text, or bytes."""
+    """Type of tokens: the characters of the text, or bytes."""
     validation_fraction: float = 0.1
-    """Fraction of the text for validation: the end of the text, or the section before the test part."""
+    """Fraction of the text for validation: the end of the text, or the text before the test part."""
     test_fraction: float = 0.0
     """Fraction of the text for the test: the end of the text."""
     mesh: str | None = None
@@ -73,11 +74,11 @@ class Experiment:
     sample_tokens: int = 600
     """Length of the generated passage in tokens."""
     temperature: float = 0.8
-    """Sampling temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy."""
+    """Sampling temperature, which divides the logits. 0: greedy decoding."""
 
 
 def preset(family: str, changes: str, steps: int, rows: int, length: int, rate: float, **options: Any) -> Experiment:
-    """An experiment with a randomly initialized model; ``options`` are fields of training, optimizer or experiment."""
+    """An experiment with a randomly initialized model. ``options`` are fields of training, optimizer or experiment."""
 
     def fields_of(kind: type) -> dict[str, Any]:
         return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
@@ -145,9 +146,9 @@ PRESETS = {
 def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenizer, Model, Any]:
     """The text, its tokenizer, the model, and its initial parameters (None: random)."""
     text = shakespeare() if experiment.data is None else read_text(experiment.data)
-    config, saved = experiment.model, experiment.model.pretrained if resume is None else resume / "model"
-    if saved is not None:
-        tokenizer = load_tokenizer(saved)
+    config, directory = experiment.model, experiment.model.pretrained if resume is None else resume / "model"
+    if directory is not None:
+        tokenizer = load_tokenizer(directory)
     else:
         tokenizer = CharTokenizer.from_text(text) if experiment.tokenizer == "character" else ByteTokenizer()
     fractions, name = (experiment.validation_fraction, experiment.test_fraction), experiment.data or "the embedded text"
@@ -163,7 +164,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
 
 
 def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer, model: Model) -> str:
-    """The prompt of the passage; its length is checked before training."""
+    """The prompt of the passage. Raises ``ValueError`` if the model cannot read a prompt of this length."""
     prompt, limit = experiment.prompt, getattr(model.config, "max_positions", None)
     if prompt is None and experiment.data is not None:
         return tokenizer.decode(corpus.parts["validation"][: min(32, (limit or 64) // 2)])
@@ -175,12 +176,12 @@ def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer,
 
 
 def request(experiment: Experiment) -> GenerationConfig:
-    """The generation settings of the passage: length and sampling."""
+    """The generation settings of the passage: its length and the sampling."""
     return GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training; the model is then exported, and a passage and the report are written."""
+    """Train and export a model, and write a passage and the report. Returns the result of training."""
     begun, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "tokenizer", "validation_fraction", "test_fraction"])
     corpus, tokenizer, model, params = build(experiment, resume)
@@ -193,7 +194,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         return Batches(source, None if sharding is None else sharding.rows(rows), to_batch=to_batch)
 
     validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
-    if state is not None:  # carried state is only valid up to the end of the columns
+    if state is not None:  # the carried state is valid only until the end of the columns
         count = min(count, len(corpus.parts["validation"]) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
     evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state)
@@ -209,23 +210,23 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if not lib.export(directory, experiment, model, result, tokenizer):
         return result
-    final = jax.tree.map(processes.on_host, result.params)
+    final_params = jax.tree.map(processes.on_host, result.params)
     if processes.is_first():
-        final = jax.tree.map(jnp.asarray, final)
-        passage = write_passage(experiment, model, final, tokenizer, prompt)
-        write_sample(directory, model, final, tokenizer, prompt, passage)
+        final_params = jax.tree.map(jnp.asarray, final_params)
+        passage = write_passage(experiment, model, final_params, tokenizer, prompt)
+        write_sample(directory, model, final_params, tokenizer, prompt, passage)
         parts = [part for part in ("validation", "test") if part in corpus.parts]
         lib.report(
             directory, task="text_generation", model=model, begun=begun, data=corpus.name, result=result,
-            scores=[score for part in parts for score in scores(model, final, corpus, part, length)],
+            scores=[score for part in parts for score in scores(model, final_params, corpus, part, length)],
             validation_loss=result.validation_loss,
         )  # fmt: skip
-        lib.say(f"more: jaxlm generate {directory} --prompt {prompt!r}")
+        lib.say(f"to generate more text: jaxlm generate {directory} --prompt {prompt!r}")
     return result
 
 
 def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: Tokenizer, prompt: str) -> str:
-    """A generated passage, which is printed while it is generated."""
+    """Generate a passage, print it during generation, and return it."""
     passage = prompt
     sys.stdout.write(f"\n{prompt}")
     key = jax.random.key(experiment.training.seed)
@@ -238,7 +239,7 @@ def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line (128 + signal after an interruption)."""
+    """Run the command line and return its exit status (128 + signal number after an interruption)."""
     return lib.command_line(
         PRESETS["gpt"], PRESETS, run, name="text_generation", description=__doc__ or "", arguments=arguments
     )

@@ -1,4 +1,4 @@
-"""Train a translator from scratch: a T5-shaped Transformer, or an RNN with attention.
+"""Train a translator from scratch: a Transformer with the architecture of T5, or an RNN with attention.
 
     python -m experiments.translation                         embedded Bible verses, English to Spanish, 2 minutes
 
@@ -7,8 +7,9 @@ Multi30k (task 1, files train.en, train.de, val.en, ...), English to German:
     python -m experiments.translation --preset t5 --data.directory multi30k
     python -m experiments.translation --preset bahdanau --data.directory multi30k
 
-BLEU is computed as by sacrebleu, on detokenized, cased text with tokenization 13a. Published results for Multi30k are
-often for tokenized, lowercased text, so the report has both. docs/tasks/translation.md has the measured results.
+BLEU is computed by sacrebleu on detokenized, cased text with tokenization 13a. Many published results for Multi30k are
+for tokenized, lowercased text, so the report also has BLEU of the lowercased text. docs/tasks/translation.md has the
+measured results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Data:
     """Parallel texts: line n of the target file is the translation of line n of the source file."""
 
     directory: Path | None = None
-    """Directory with NAME.SOURCE and NAME.TARGET for each part (also .gz); None: the embedded verses."""
+    """Directory with two files per part, such as train.en and train.de (also .gz). None: the embedded verses."""
     train: str = "train"
     """Name of the training part."""
     validation: str = "val"
@@ -60,19 +61,19 @@ class Experiment:
     model: lib.ModelConfig = lib.ModelConfig("t5")
     """The model: t5 or attention_rnn."""
     training: TrainingConfig = TrainingConfig()
-    """The training. batch_size is the number of pairs in the longest bucket; shorter buckets have more pairs."""
+    """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets have more pairs."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     data: Data = Data()
     """The data."""
     epochs: float = 10.0
-    """Passes over the training part."""
+    """Number of passes over the training part."""
     vocab_size: int = 6000
     """Size of the BPE vocabulary that both languages share."""
     buckets: int = 6
     """Number of batch shapes (length buckets)."""
     label_smoothing: float = 0.1
-    """Fraction of the target probability that is distributed over the vocabulary."""
+    """Fraction of the target probability that is spread uniformly over the vocabulary."""
     num_beams: int = 5
     """Number of beams of the beam search."""
     length_penalty: float = 1.0
@@ -153,7 +154,7 @@ def build(experiment: Experiment, training: Examples, resume: Path | None) -> tu
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """The result of training; the test part is then translated and the report is written."""
+    """Train a translator, translate the test part and write the report. Returns the result of training."""
     begun, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size"])
     training, validation, test = parts(experiment.data)
@@ -184,7 +185,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
 
 def request(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> GenerationConfig:
-    """The generation settings of translations, which have at most twice the length of the longest reference."""
+    """The generation settings. A translation has at most twice as many tokens as the longest reference."""
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(test.column("target")))
     length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
     return GenerationConfig(2 * longest, num_beams=experiment.num_beams, length_penalty=length_penalty)
@@ -213,7 +214,7 @@ def translate(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of the command line."""
+    """Run the command line and return its exit status."""
     return lib.command_line(
         PRESETS["verses"], PRESETS, run, name="translation", description=__doc__ or "", arguments=arguments
     )

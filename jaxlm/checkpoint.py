@@ -1,16 +1,17 @@
 """Checkpoints: a tree of arrays and a JSON dict, saved atomically. Only this module imports orbax.
 
-A step is one directory, ``<directory>/<step>``. It is written under a temporary name and renamed when it is complete:
+The checkpoint of a step is the directory ``<directory>/<step>``. It is written under a temporary name and renamed when
+it is complete:
 
     state/    the arrays, by path name (``params/embed/weight``), in orbax's format
     record/   one JSON file: the step, shape, dtype and checksum of each array, the metric, the caller's ``meta``, the
               version of this format, and a checksum of all of these
 
-A process that is killed leaves at most a temporary directory. No function reads it, and the next save removes it
+A killed process leaves at most a temporary directory. No function reads it, and the next save removes it
 (:meth:`Checkpointer.remove_leftovers`). Older steps are deleted only after a newer step has been written to the disk
 (fsync). A step with a damaged record is never skipped silently: see :meth:`Checkpointer.restore`.
-Arrays are stored unsharded, so that they can be restored onto another mesh, and a tree of parameters can be restored
-into the other layer layout (``spec.layers``).
+Arrays are stored unsharded, so that they can be restored onto another mesh. Parameters that were saved stacked or
+per-layer can be restored into either layout (``spec.layers``).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
 
 
 class CorruptCheckpointError(ValueError):
-    """The files of a checkpoint are not what was saved."""
+    """A checkpoint is damaged: its files differ from the saved files, or are incomplete."""
 
 
 # --------------------------------------------------------------------------------------------- checksums
@@ -55,10 +56,10 @@ class CorruptCheckpointError(ValueError):
 _MULTIPLIERS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 
 
-def _words(array: jax.Array) -> jax.Array:
+def _uint32_words(array: jax.Array) -> jax.Array:
     """The bits of ``array`` as uint32: one word per entry, or two words along a new last axis for 64-bit entries."""
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        return jnp.stack([_words(array.real), _words(array.imag)], axis=-1)
+        return jnp.stack([_uint32_words(array.real), _uint32_words(array.imag)], axis=-1)
     if array.dtype.itemsize == 8:
         return jax.lax.bitcast_convert_type(array, jnp.uint32)
     if jnp.issubdtype(array.dtype, jnp.floating):
@@ -67,14 +68,14 @@ def _words(array: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two sums modulo 2**32, over all words, of a hash of the word and its position.
+def _hash_sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two hash sums of an array. Each is the sum, modulo 2**32, of a hash of every word and its position.
 
-    For a fixed position the hash is one-to-one, so that a change of one entry changes both sums. The position is part
-    of the hash so that exchanged entries change the sums. Integer sums do not depend on the order of summation, and
-    therefore not on the sharding.
+    For a fixed position the hash is one-to-one, so that a change of one word changes both sums. The hash includes the
+    position, so that swapped entries change the sums. Integer sums do not depend on the order of summation, so they do
+    not depend on the sharding.
     """
-    words = _words(array)
+    words = _uint32_words(array)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
@@ -95,8 +96,9 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
     Arrays with equal bits have equal checksums, for any number of devices and processes and any sharding. The checksum
     is not cryptographic.
     """
-    # Computed one after the other, because independent programs with collectives can deadlock on virtual CPU devices.
-    sums = {name: jax.device_get(_sums(array)) for name, array in arrays.items()}
+    # The programs run one after the other, because concurrent programs with collectives can deadlock on virtual CPU
+    # devices.
+    sums = {name: jax.device_get(_hash_sums(array)) for name, array in arrays.items()}
     return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
 
 
@@ -105,7 +107,7 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _ShapeDtype:
-    """Shape and dtype of an array in the record. The dtype of a typed random key is that of the key (``key<fry>``)."""
+    """Shape and dtype of an array in the record. For a typed random key, the dtype is the key dtype (``key<fry>``)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -133,7 +135,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _orbax_target(name: str, leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """The orbax target for a leaf: a shape with the leaf's sharding, or a host array if the leaf has no sharding."""
+    """The orbax target for a leaf: a ``ShapeDtypeStruct`` with its sharding, or a host array if it has no sharding."""
     raw = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     raw = jax.eval_shape(jax.random.key_data, raw) if _is_key(leaf) else raw
     if jax.dtypes.canonicalize_dtype(raw.dtype) != raw.dtype:
@@ -149,7 +151,7 @@ def _orbax_target(name: str, leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
 
 
 def _wrap_key(raw: jax.Array, leaf: Any) -> jax.Array:
-    """``raw``, as a typed random key if the target's leaf is one."""
+    """``raw`` as a typed random key if ``leaf`` is a typed random key, otherwise ``raw``."""
     if not _is_key(leaf):
         return raw
     impl: list[Any] = []  # key_impl needs a key and does not accept its dtype, so it is called with a traced key
@@ -157,34 +159,38 @@ def _wrap_key(raw: jax.Array, leaf: Any) -> jax.Array:
     return jax.random.wrap_key_data(raw, impl=impl[0])
 
 
-def _require_json(value: Any, where: str) -> None:
-    """Check that ``value`` has only JSON types. ``json`` converts a key 3 to "3" silently and rejects NumPy scalars."""
+def _require_json(value: Any, name: str) -> None:
+    """Check that ``value`` has only JSON types. ``json`` would silently convert a key 3 to "3".
+
+    Args:
+        name: name of the value in error messages, such as ``meta['rows'][0]``.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: JSON has only strings as keys, use {str(key)!r}")
-            _require_json(item, f"{where}[{key!r}]")
+                raise TypeError(f"{name} has the key {key!r}: JSON has only strings as keys, use {str(key)!r}")
+            _require_json(item, f"{name}[{key!r}]")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _require_json(item, f"{where}[{index}]")
+            _require_json(item, f"{name}[{index}]")
     elif not (value is None or isinstance(value, str | bool | int | float)):
-        raise TypeError(f"{where} is {value!r} of type {type(value).__name__}: JSON has no such type")
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}: JSON has no such type")
 
 
 # ------------------------------------------------------------------------------------------ the checkpointer
 
 
 class Checkpointer:
-    """Saves and restores trees of arrays, each with a JSON dict, as steps in one directory.
+    """Saves and restores the checkpoints of steps in one directory. Each has a tree of arrays and a JSON dict.
 
-    The last ``keep_last`` steps are kept, and the step with the lowest metric if ``keep_best``. Older steps are deleted
-    after a newer step is complete. A step saved as ``extra`` is not counted in ``keep_last``, and is deleted after a
-    newer step is complete. Only the object that saves deletes steps; other objects may read at the same time.
-    Only one object at a time may save to a directory. With several processes, all of them make the same calls on a
-    shared directory; ``meta`` is saved from process 0.
+    The last ``keep_last`` steps are kept and, if ``keep_best``, also the step with the lowest metric. All other steps
+    are deleted after a newer step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``,
+    and is deleted after a newer step is complete. Only one object at a time may save to a directory, and only this
+    object deletes steps. Other objects may read at the same time. With several processes, all processes make the same
+    calls on a shared directory; ``meta`` is saved from process 0.
 
-    A save runs in the background. The next ``save``, ``wait``, ``restore`` or ``close`` waits for it and raises its
-    errors, so a program must make one of these calls before it ends.
+    A save runs in the background. The next ``save``, ``wait``, ``restore`` or ``close`` waits for the save and raises
+    its errors, so a program must make one of these calls before it ends.
 
     Example:
         >>> with Checkpointer("runs/small") as checkpointer:
@@ -196,7 +202,7 @@ class Checkpointer:
     def __init__(
         self, directory: str | Path, *, keep_last: int = 3, keep_best: bool = True, asynchronous: bool = True
     ) -> None:
-        """Write nothing to the disk: the first save creates the directory.
+        """Create the object without writing to the disk. The first save creates the directory.
 
         Raises:
             ValueError: ``keep_last`` is less than 1, or ``directory`` is a URL.
@@ -211,9 +217,9 @@ class Checkpointer:
             raise NotADirectoryError(f"{self.directory} is a file: checkpoints need a directory")
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._last_saved: int | None = None
-        self._unsynced = False
+        self._needs_sync = False
         for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_keep_log_record)  # has no effect if the filter is already there
+            logging.getLogger(name).addFilter(_keep_log_record)  # a second call with the same filter has no effect
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler())
         )
@@ -224,17 +230,17 @@ class Checkpointer:
         self, step: int, tree: spec.Tree, meta: dict[str, Any], metric: float | None = None, *, extra: bool = False,
         wait: bool = False,
     ) -> None:  # fmt: skip
-        """Save ``tree`` and ``meta`` as ``step``.
+        """Save ``tree`` and ``meta`` as the checkpoint of ``step``.
 
-        Everything has been copied on return: the arrays may then be donated and ``meta`` may be changed.
+        When the method returns, everything has been copied: the arrays may be donated and ``meta`` may be changed.
 
         Args:
             tree: a pytree of ``jax.Array``, including typed random keys.
             meta: JSON values, such as config, state of the data iterator and versions. Tuples are restored as lists.
-            metric: a value to minimize, e.g. the validation loss. A step with NaN is never the best.
+            metric: a value to minimize, e.g. the validation loss. A step with the metric NaN is never the best step.
             extra: whether this save is outside of the schedule, e.g. because a signal ends the run. An extra step does
-                not replace another step, and :meth:`roll_back` skips it.
-            wait: whether to return only when the checkpoint is complete, as for the last checkpoint of a run.
+                not cause the deletion of another step, and :meth:`roll_back` skips it.
+            wait: whether to return only after the checkpoint is complete, as for the last checkpoint of a run.
 
         Raises:
             FileExistsError: ``step`` already exists.
@@ -266,15 +272,15 @@ class Checkpointer:
             "step": step,
             "extra": extra,
             "arrays": {
-                name: {**dataclasses.asdict(stored), "checksum": sums[name]}
-                for name, stored in _shapes_and_dtypes(flat).items()
+                name: {**dataclasses.asdict(shape_dtype), "checksum": sums[name]}
+                for name, shape_dtype in _shapes_and_dtypes(flat).items()
             },
             "metric": None if metric is None else float(metric),
             "meta": meta,
         }
         record = json.loads(json.dumps(record))  # a copy, because orbax writes it later in another thread
         record["checksum"] = _digest(record)
-        self._last_saved, self._unsynced = step, True
+        self._last_saved, self._needs_sync = step, True
         with integrity.explained(self.directory, "the earlier checkpoints are unchanged"):
             self._orbax.save(
                 path, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
@@ -283,13 +289,13 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is complete and the steps that it replaces are deleted; raise its errors."""
+        """Wait until the last save is complete and old steps are deleted. Raises the errors of the save."""
         with integrity.explained(self.directory, "the earlier checkpoints are unchanged"):
             self._orbax.wait_until_finished()
             if self._last_saved is not None and processes.is_first():
-                if self._unsynced:
+                if self._needs_sync:
                     integrity.sync_tree(self._path(self._last_saved))
-                    self._unsynced = False
+                    self._needs_sync = False
                 self._prune(self._last_saved)
 
     def close(self) -> None:
@@ -308,20 +314,20 @@ class Checkpointer:
         self.close()
 
     def _prune(self, last_saved: int) -> None:
-        """Delete the steps that the policy does not keep, and leftovers of killed processes. No save may be running."""
+        """Delete the steps that are not kept, and the leftovers of killed processes. No save may be running."""
         records = self._scan()[0]
         scheduled = [step for step in records if not _is_extra(records[step])]
-        kept = {*scheduled[-self.keep_last :], last_saved, self.best if self.keep_best else None}
-        self._delete(step for step in records if step not in kept)
+        steps_to_keep = {*scheduled[-self.keep_last :], last_saved, self.best if self.keep_best else None}
+        self._delete(step for step in records if step not in steps_to_keep)
         self.remove_leftovers()
 
     def _delete(self, steps: Iterable[int]) -> None:
-        """Rename steps, so that a killed process never leaves a partial step; ``remove_leftovers`` deletes them."""
+        """Rename steps for ``remove_leftovers``, which deletes them. A killed process then leaves no partial step."""
         for step in steps:
             self._path(step).rename(self.directory / f"{step}.deleted")
 
     def remove_leftovers(self) -> None:
-        """Remove the files of interrupted saves and deletions. No other object may be saving to the directory."""
+        """Remove the directories of interrupted saves and deletions. No other object may be saving at the same time."""
         if processes.is_first() and self.directory.is_dir():
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
@@ -330,7 +336,7 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------ listing
 
     def steps(self) -> list[int]:
-        """The intact steps on the disk in ascending order, without a save that is still running."""
+        """The steps with an intact record in ascending order, without a save that is still running."""
         return list(self._scan()[0])
 
     def damaged(self) -> dict[int, str]:
@@ -361,7 +367,7 @@ class Checkpointer:
         return self.directory / str(step)
 
     def _scan(self) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-        """``{step: record}`` of the intact steps, and ``{step: reason}`` of the damaged ones, in ascending order."""
+        """``{step: record}`` of the intact steps, and ``{step: reason}`` of the damaged steps, in ascending order."""
         names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
         records: dict[int, dict[str, Any]] = {}
         damaged: dict[int, str] = {}
@@ -389,35 +395,33 @@ class Checkpointer:
             raise CorruptCheckpointError(
                 f"{path / 'record'} has no checksum: it is damaged, or it was written by jaxlm 0.1: restore it with 0.1"
             )
-        found = record.pop("checksum")
-        if found != _digest(record):
+        checksum = record.pop("checksum")
+        if checksum != _digest(record):
             raise CorruptCheckpointError(f"{path / 'record'} is damaged: its checksum does not match its content")
         if record["format"] != FORMAT:
             raise CorruptCheckpointError(
                 f"{path / 'record'} has format {record['format']}, this jaxlm reads {FORMAT}: update jaxlm"
             )
-        if record.get("step", step) != step:  # the first records of this format do not have the step
+        if record.get("step", step) != step:  # the oldest records of this format do not contain the step
             raise CorruptCheckpointError(f"{path} is the checkpoint of step {record['step']}: it was renamed")
         if not (path / "state").is_dir():
             raise CorruptCheckpointError(f"{path / 'state'}, the directory of the arrays, is missing")
         return record
 
     def _find(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """A step (None: the latest) and its record. The error for a missing step names the existing steps."""
+        """``step`` (None: the latest step) and its record. The error for a missing step names the existing steps."""
         records, damaged = self._scan()
-        wanted = max([*records, *damaged], default=None) if step is None else step
-        if wanted is None:
+        step = max([*records, *damaged], default=None) if step is None else step
+        if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        if wanted in damaged:
-            raise CorruptCheckpointError(damaged[wanted])
-        if wanted not in records:
-            raise FileNotFoundError(
-                f"no checkpoint of step {wanted} in {self.directory}: the steps are {list(records)}"
-            )
-        return wanted, records[wanted]
+        if step in damaged:
+            raise CorruptCheckpointError(damaged[step])
+        if step not in records:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}: the steps are {list(records)}")
+        return step, records[step]
 
     def _alternatives(self, step: int) -> str:
-        """The part of an error message that names the intact steps to use instead of a damaged step."""
+        """The part of an error message that lists the intact steps to use instead of the damaged ``step``."""
         intact = [other for other in self.steps() if other != step]
         if not intact:
             return "no other step is intact"
@@ -427,7 +431,7 @@ class Checkpointer:
         )
 
     def _rename_damaged(self, step: int, reason: str) -> str:
-        """The new path of a damaged step, which is renamed so that a step with this number can be saved again."""
+        """Rename a damaged step, so that the step can be saved again. Returns the new path."""
         path = self._path(step)
         new_path = path.with_name(f"{step}.corrupt-{time.time_ns()}")
         logging.getLogger(__name__).warning("%s; it is kept as %s", reason, new_path)
@@ -439,14 +443,15 @@ class Checkpointer:
     def restore(
         self, target: spec.Tree, step: int | None = None, *, best: bool = False, on_corrupt: ON_CORRUPT = "stop"
     ) -> tuple[spec.Tree, dict[str, Any]]:
-        """``(tree, meta)`` of ``step`` (None: the latest step, or the best one if ``best``), bitwise as saved.
+        """``(tree, meta)`` of ``step`` (None: the latest step, or the best step if ``best``), bitwise as saved.
 
         Args:
             target: a tree of arrays, ``jax.ShapeDtypeStruct`` or ``ArraySpec`` with the structure, shapes, dtypes and
-                optional shardings of the result. A leaf without sharding, for example from ``jax.eval_shape``, is not
-                committed to a device, like a new ``jnp.zeros``.
+                optional shardings of the result. For a leaf without sharding, for example from ``jax.eval_shape``, the
+                restored array is not committed to a device.
             on_corrupt: "stop" raises an error if the step is damaged. "previous" restores the newest intact step before
-                it and renames the damaged steps to ``<step>.corrupt-<time>`` with a warning. Only for the latest step.
+                the damaged step, and renames damaged steps to ``<step>.corrupt-<time>`` with a warning. "previous" is
+                only allowed if the latest step is restored.
 
         Raises:
             FileNotFoundError: there is no such step.
@@ -461,8 +466,8 @@ class Checkpointer:
         self.wait()
         if best:
             step = self.best
-            for number, reason in self.damaged().items():
-                logging.getLogger(__name__).warning("step %d may have been the best: %s", number, reason)
+            for damaged_step, reason in self.damaged().items():
+                logging.getLogger(__name__).warning("step %d may have been the best step: %s", damaged_step, reason)
             if step is None and self.steps():
                 raise FileNotFoundError(f"none of the checkpoints in {self.directory} has a metric: {self.steps()}")
         while True:
@@ -479,14 +484,14 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest intact step that is not ``extra``. Newer steps are deleted.
 
-        The remaining steps are the same as if the extra steps had not been saved.
+        Extra steps change neither the result nor the other steps that remain.
 
         Raises:
             FileNotFoundError: there is no such step.
-            CorruptCheckpointError: an array of it is damaged.
+            CorruptCheckpointError: an array of this step is damaged.
         """
         self.wait()
-        processes.wait("checkpoint saved")  # the first process deletes old steps, which the others must not read
+        processes.wait("checkpoint saved")  # so that no process reads old steps while the first process deletes them
         records = self._scan()[0]
         step = max((step for step in records if not _is_extra(records[step])), default=None)
         if step is None:
@@ -502,73 +507,73 @@ class Checkpointer:
     def _restore(self, target: spec.Tree, step: int | None) -> tuple[spec.Tree, dict[str, Any]]:
         step, record = self._find(step)
         path = self._path(step)
-        stored = {name: _ShapeDtype(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
+        saved = {name: _ShapeDtype(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
         flat = _flatten(target)
-        sources, saved = _sources(flat, stored)
-        spec.require_same(_shapes_and_dtypes(saved), stored, f"the target and the checkpoint {path}")
-        wanted = {name: _orbax_target(name, leaf) for name, leaf in saved.items()}
+        sources, saved_layout = _sources(flat, saved)
+        spec.require_same(_shapes_and_dtypes(saved_layout), saved, f"the target and the checkpoint {path}")
+        targets = {name: _orbax_target(name, leaf) for name, leaf in saved_layout.items()}
         try:
-            read = self._orbax.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+            restored = self._orbax.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))).state
         except Exception as error:  # orbax and tensorstore errors have no common base class
             reason = str(error).split(" [tensorstore_spec")[0]
             raise CorruptCheckpointError(f"the arrays of {path} cannot be read: {reason}") from error
         # Arrays stay uncommitted unless the target was committed, so that a jitted step may use them on any mesh.
         arrays = {
-            name: array if isinstance(array, jax.Array) else jax.device_put(array) for name, array in read.items()
+            name: array if isinstance(array, jax.Array) else jax.device_put(array) for name, array in restored.items()
         }
         sums = checksums(arrays)
-        wrong = [name for name in saved if sums[name] != record["arrays"][name]["checksum"]]
+        wrong = [name for name in saved_layout if sums[name] != record["arrays"][name]["checksum"]]
         if wrong:
             raise CorruptCheckpointError(f"{path} is damaged: wrong checksum of {', '.join(wrong)}")
         leaves = []
         for name, leaf in flat.items():
             array = sources[name].array(arrays)
-            array = array if name in saved else _with_sharding_of(leaf, array)
+            array = array if name in saved_layout else _with_sharding_of(leaf, array)
             leaves.append(_wrap_key(array, leaf))
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """The saved arrays from which one array of the target is made, if the layer layouts differ (``spec.layers``).
+    """The saved arrays from which one array of the target is computed. The layer layouts may differ (``spec.layers``).
 
     Attributes:
         names: names of the saved arrays.
-        layer: the layer to take from a stacked array; None: the whole array.
-        stacks: whether the arrays are the layers of a stacked array.
+        layer: the layer to take from a saved stacked array; None: the complete array.
+        is_stack: whether the target array is the stack of the saved arrays, one for each layer.
     """
 
     names: tuple[str, ...]
     layer: int | None = None
-    stacks: bool = False
+    is_stack: bool = False
 
     def array(self, saved: dict[str, jax.Array]) -> jax.Array:
         """The array of the target."""
         arrays = [saved[name] for name in self.names]
-        if self.stacks:
+        if self.is_stack:
             return jnp.stack(arrays)
         return arrays[0] if self.layer is None else arrays[0][self.layer]
 
 
-def _sources(flat: dict[str, Any], stored: dict[str, _ShapeDtype]) -> tuple[dict[str, _Source], dict[str, Any]]:
-    """The source of each array of a flat target, and the flat target in the layout of the saved arrays."""
+def _sources(flat: dict[str, Any], saved: dict[str, _ShapeDtype]) -> tuple[dict[str, _Source], dict[str, Any]]:
+    """The source of each array of a flat target, and the flat target in the layer layout of the saved arrays."""
     counts = collections.Counter(name for name, layer in map(spec.split_layer, flat) if layer is not None)
-    sources, wanted = {}, {}
+    sources, saved_layout = {}, {}
     for name, leaf in flat.items():
         stacked_name, layer = spec.split_layer(name)
-        if name not in stored and layer is not None and stacked_name in stored:
+        if name not in saved and layer is not None and stacked_name in saved:
             sources[name] = _Source((stacked_name,), layer)
-            wanted[stacked_name] = jax.ShapeDtypeStruct((counts[stacked_name], *leaf.shape), leaf.dtype)
-        elif name not in stored and leaf.shape and spec.join_layer(name, 0) in stored:
-            sources[name] = _Source(tuple(spec.join_layer(name, i) for i in range(leaf.shape[0])), stacks=True)
-            wanted |= dict.fromkeys(sources[name].names, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+            saved_layout[stacked_name] = jax.ShapeDtypeStruct((counts[stacked_name], *leaf.shape), leaf.dtype)
+        elif name not in saved and leaf.shape and spec.join_layer(name, 0) in saved:
+            sources[name] = _Source(tuple(spec.join_layer(name, i) for i in range(leaf.shape[0])), is_stack=True)
+            saved_layout |= dict.fromkeys(sources[name].names, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
         else:
-            sources[name], wanted[name] = _Source((name,)), leaf
-    return sources, wanted
+            sources[name], saved_layout[name] = _Source((name,)), leaf
+    return sources, saved_layout
 
 
 def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
-    """``array`` with the sharding of a leaf of a target, if it has one."""
+    """``array`` with the sharding of ``leaf``, or ``array`` itself if ``leaf`` has no sharding."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not getattr(leaf, "committed", True):
         return array
@@ -576,7 +581,7 @@ def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """False for log records with the traceback of an error in orbax's threads or tasks: the caller gets the error."""
+    """False for log records with the traceback of an error in orbax's threads or tasks, which the caller also gets."""
     if not record.exc_info or record.levelno < logging.ERROR:
         return True
     from_orbax = "orbax" in Path(record.pathname).parts

@@ -1,6 +1,6 @@
 """Option parsing and error reporting of ``jaxlm``, ``python -m experiments.NAME`` and ``python -m benchmarks.NAME``.
 
-An error is printed as one line on standard error, which names the option or file, the value and the fix. The exit
+An error is printed as one line on standard error. The line names the option or file, the value and the fix. The exit
 status is 0 on success, 2 after a user error (an option, a configuration, a file), 1 after a failed run (a full disk, a
 training that diverged, not enough memory), and 128 + signal after an interrupt. Every command accepts ``--debug``,
 which also prints the traceback.
@@ -55,15 +55,15 @@ _FIXES: dict[int | None, str] = {
 
 def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
     """The arguments (None: the arguments of the process) without ``--debug``, and whether ``--debug`` was given."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return [word for word in given if word != DEBUG], DEBUG in given
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return [word for word in words if word != DEBUG], DEBUG in words
 
 
 def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str | None = None, **default: Any) -> Any:
     """An instance of the dataclass ``kind`` (or of one type of a union of dataclasses) from command-line arguments.
 
     Args:
-        default: ``default=...``, the instance that the options change.
+        default: ``default=INSTANCE``, the config whose fields the options change.
 
     Raises:
         SystemExit: status 0 after ``--help``. Status 2, with one line on standard error, after an unknown option, a
@@ -76,7 +76,7 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
             check_numbers(config)
     except SystemExit as error:
         if error.code == 2:
-            refuse(program, _one_line_of_box(stderr.getvalue(), program))
+            refuse(program, _parse_error_box(stderr.getvalue(), program))
         raise
     except ValueError as error:
         refuse(program, str(error))
@@ -87,28 +87,30 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
 def parse_experiment(
     default: T, presets: Mapping[str, T], arguments: Sequence[str], *, program: str, description: str
 ) -> tuple[T, T, Path | None]:
-    """The config from the command line, the config before options changed it, and the run directory to resume or None.
+    """The config from the command line, the initial config, and the run directory to resume or None.
 
-    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. Typed options for its fields
-    (``--model.num-layers 6``) change it. ``--help`` lists all options.
+    ``--preset NAME`` or ``--resume RUN_DIR`` selects the initial config. Options such as ``--model.num-layers 6``
+    change its fields. ``--help`` lists all options.
 
     Raises:
         SystemExit: as in :func:`parse`.
         FileNotFoundError: ``RUN_DIR`` has no ``config.json``.
         ValueError: ``config.json`` is damaged, or has a field that is unknown or has another type.
     """
-    first = Parser(prog=program, add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
-    first.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
-    known, rest = first.parse_known_args(arguments)
+    parser = Parser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=sorted(presets), help="start from a named configuration")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run with its configuration")
+    known, rest = parser.parse_known_args(arguments)
     if known.preset is not None and known.resume is not None:
-        first.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
-    start = default if known.preset is None else presets[known.preset]
+        parser.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
+    initial = default if known.preset is None else presets[known.preset]
     if known.resume is not None:
-        start = read(type(default), known.resume / "config.json")
-    options = "".join(f"  {' '.join(a.option_strings)} {a.metavar or set(presets)}: {a.help}\n" for a in first._actions)
-    config = parse(type(default), rest, program=program, description=f"{description}\n\n{options}", default=start)
-    return config, start, known.resume
+        initial = read(type(default), known.resume / "config.json")
+    options = "".join(
+        f"  {' '.join(a.option_strings)} {a.metavar or set(presets)}: {a.help}\n" for a in parser._actions
+    )
+    config = parse(type(default), rest, program=program, description=f"{description}\n\n{options}", default=initial)
+    return config, initial, known.resume
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,7 +128,7 @@ def refuse(program: str, message: str) -> NoReturn:
 
 
 def exit_status(command: Callable[[], int], program: str, *, debug: bool = False) -> int:
-    """The exit status of ``command()``. An error is printed as one line that begins with ``program``.
+    """Run ``command()`` and return the exit status. An error is printed as one line that begins with ``program``.
 
     Args:
         debug: whether to print the traceback too.
@@ -136,9 +138,10 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has ended, as in `jaxlm score ... | head`
+    except BrokenPipeError:  # the process that reads the output has ended, as in `jaxlm score ... | head`
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
+            # Python flushes stdout when it exits, which would raise the error again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
         if debug:
@@ -148,7 +151,7 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether an error is a user error, which would occur again in a second attempt, and not a failure of the run."""
+    """Whether an error is a user error, which a retry would repeat, instead of a failure of the run."""
     if isinstance(error, BlockingIOError):
         return False
     if isinstance(error, OSError) and not isinstance(error, _USER_ERRORS):
@@ -172,7 +175,7 @@ def describe(error: BaseException) -> str:
     if _is_unknown_encoding(error):
         return f"{message}: choose an encoding that Python supports, such as utf-8 or latin-1"
     if isinstance(error, OverflowError):
-        return f"a number is too large ({message}): choose a smaller one"
+        return f"a number is too large ({message}): choose a smaller number"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
         return (
             f"there is not enough memory: use a smaller batch, shorter sequences or a smaller model "
@@ -183,7 +186,7 @@ def describe(error: BaseException) -> str:
             f"another process of the run does not answer: check that all processes are running, and the coordinator's "
             f"address ({message})"
         )
-    if isinstance(error, ValueError | ImportError | OSError) or _explains_itself(error):
+    if isinstance(error, ValueError | ImportError | OSError) or _message_has_fix(error):
         return message or type(error).__name__
     return f"unexpected {type(error).__name__}: {message}: a bug in jaxlm or in a library ({DEBUG} shows where)"
 
@@ -193,7 +196,7 @@ def _is_unknown_encoding(error: BaseException) -> bool:
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Check that a file can be created at ``path``, before its content is computed.
+    """Check that a file can be created at ``path``. Call it before the content of the file is computed.
 
     Raises:
         ValueError: ``path`` is a directory, or its parent directory does not exist.
@@ -206,10 +209,10 @@ def check_output_file(option: str, path: Path | None) -> None:
         raise ValueError(f"--{option} {path}: there is no directory {path.parent}")
 
 
-def _explains_itself(error: BaseException) -> bool:
-    """Whether the message of an error names the fix.
+def _message_has_fix(error: BaseException) -> bool:
+    """Whether the message of an error contains the fix.
 
-    This is the case for jaxlm's own classes, such as ``DivergedError``, and for a ``RuntimeError`` that jaxlm raised.
+    It is True for exception classes of jaxlm, such as ``DivergedError``, and for a ``RuntimeError`` that jaxlm raised.
     """
     traceback_entry = error.__traceback__
     while traceback_entry is not None and traceback_entry.tb_next is not None:
@@ -233,7 +236,7 @@ _REPLACEMENTS = (
     (r"no type matching (.*) could be instantiated from \[(.*)\]", r"\2 is not \1"),
     (r"Expected 1 values", "Give one"),
 )
-"""Patterns in messages of tyro and Python, and their replacements."""
+"""Regular expressions for messages of tyro and Python, and their replacements."""
 
 
 def _simplify(text: str) -> str:
@@ -242,12 +245,12 @@ def _simplify(text: str) -> str:
     return text
 
 
-def _one_line_of_box(box: str, program: str) -> str:
-    """The error message in tyro's box, as one line."""
+def _parse_error_box(box: str, program: str) -> str:
+    """The error message in the box that tyro prints, as one line."""
     rows = [row.strip("│ ") for row in box.splitlines()[1:] if not row.startswith("╰")]  # the first row is a title
     sections: list[list[str]] = [[]]
     for row in rows:
-        if row and not row.strip("─-"):  # a separator; without UTF-8, tyro prints hyphens
+        if row and not row.strip("─-"):  # a separator; tyro prints hyphens if the terminal is not UTF-8
             sections.append([])
         elif row:
             sections[-1].append(row)

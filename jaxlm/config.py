@@ -46,15 +46,15 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     ]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    return kind(**{name: _parse_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    for option in _options(hint):
+def _parse_value(hint: Any, value: Any, where: str) -> Any:
+    for option in _union_members(hint):
         if isinstance(value, dict) and dataclasses.is_dataclass(option) and isinstance(option, type):
             return from_json(option, value, where)
         if isinstance(value, list) and typing.get_origin(option) is tuple:
-            value = _tuple(value)
+            value = _lists_to_tuples(value)
         elif isinstance(value, str) and option is Path:
             return Path(value)
     check_value(hint, value, where)
@@ -62,13 +62,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def check_value(hint: Any, value: Any, where: str) -> None:
-    """Raise ``ValueError`` unless ``value`` has the type of a field.
+    """Raise ``ValueError`` unless ``value`` has the field type ``hint``.
 
-    A float field accepts integers, and no number field accepts booleans. Numbers must be finite. The config class
-    checks the values of ``Literal`` fields.
+    A float field accepts integers, and no number field accepts booleans. Numbers must be finite. For a ``Literal``
+    field, only the type is checked, because the config class checks the value.
     """
-    if not any(_fits(option, value) for option in _options(hint)):
-        names = " or ".join(_NAMES.get(option, str(option)) for option in _options(hint))
+    if not any(_has_type(option, value) for option in _union_members(hint)):
+        names = " or ".join(_TYPE_NAMES.get(option, str(option)) for option in _union_members(hint))
         raise ValueError(f"{where}={value!r} must be {names}")
 
 
@@ -82,8 +82,8 @@ def check_finite(config: Any, where: str = "") -> None:
 def check_numbers(config: Any) -> None:
     """Raise ``ValueError`` if a number in a config or a nested config is out of range.
 
-    Numbers must be finite. Integers must fit in int32. Seeds must fit in uint32, because JAX has the same random
-    numbers for several seeds outside of this range.
+    Numbers must be finite. Integers must fit in int32. Seeds must fit in uint32, because JAX generates
+    the same random numbers for several seeds outside this range.
     """
     check_finite(config)
     for name, value in numbers_of(config):
@@ -94,7 +94,7 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
-    """Dotted name and value of every number in a config and its nested configs."""
+    """Yield the dotted name and the value of every number in a config and its nested configs."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -103,13 +103,13 @@ def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]
             yield name, value
 
 
-_NAMES = {
-    bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "None",
+_TYPE_NAMES = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "a string", type(None): "None",
     Path: "a path",
 }  # fmt: skip
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def _union_members(hint: Any) -> tuple[Any, ...]:
     return (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
@@ -117,7 +117,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     )
 
 
-def _fits(option: Any, value: Any) -> bool:
+def _has_type(option: Any, value: Any) -> bool:
     if option is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if option is float:
@@ -129,9 +129,9 @@ def _fits(option: Any, value: Any) -> bool:
     return isinstance(value, option) if isinstance(option, type) else True
 
 
-def _tuple(value: Any) -> Any:
-    """``value`` with tuples instead of lists: JSON has only lists, and configs have only tuples to be hashable."""
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+def _lists_to_tuples(value: Any) -> Any:
+    """``value`` with lists replaced by tuples. JSON has no tuples, and a config with lists is not hashable."""
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
 def write(config: Any, path: Path) -> None:
@@ -152,7 +152,7 @@ def read(kind: type[C], path: Path) -> C:
 
 
 def assignment(option: str, text: str) -> tuple[str, str]:
-    """Name and value of a text such as ``num_layers=24``.
+    """The name and the value in a text such as ``num_layers=24``.
 
     Raises:
         ValueError: the text has no ``=``.

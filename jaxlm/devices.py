@@ -1,6 +1,6 @@
-"""Peak performance of accelerators, from the datasheets of their makers; for plans, benchmarks and ``doctor``.
+"""Peak performance of accelerators, from the datasheets of their makers. ``plan``, benchmarks and ``doctor`` use it.
 
-A value that is not in the table is None. The share of an unknown peak is shown as "n/a" and is never a guess.
+Unknown values are None and are never guessed. The share of an unknown peak is shown as "n/a".
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ import dataclasses
 from typing import Any
 
 LANES = 128
-"""Entries in a row of a TPU vector register. An axis whose size is a multiple of it fills all rows."""
+"""Entries in a row of a TPU vector register. An axis whose size is a multiple of it needs no padding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """The peaks of one device, where a device is one ``jax.Device``.
+    """The peak performance of one ``jax.Device``.
 
     Attributes:
-        name: the common name.
+        name: the common name, as in a topology such as ``v5e:4x4``.
         kind: ``jax.Device.device_kind``.
         tflops: peak of dense bfloat16 matmuls, in 10^12 floating-point operations per second.
         memory: bytes of the main memory (HBM).
         bandwidth: bytes per second between the device and its main memory.
-        clock: cycles per second, for the cycles that the compiler estimates; None if it estimates none.
-        link: bytes per second that one device sends to its neighbours, summed over all links in one direction; None:
-            not in this table.
+        clock: cycles per second, which convert the cycle estimates of the compiler to seconds; None if the compiler
+            estimates no cycles.
+        link: bytes per second that one device sends to its neighbours, summed over all links, in one direction; None if
+            unknown.
     """
 
     name: str
@@ -45,11 +46,12 @@ DEVICES = (
     Device("v5e", "TPU v5 lite", 197, 16e9, 819e9, 1.5e9, 100e9),
     Device("v5p", "TPU v5", 459, 95e9, 2765e9, 1.75e9, 300e9),
     Device("v6e", "TPU v6 lite", 918, 32e9, 1638e9, 1.75e9, 224e9),
-    # One chip is two devices; each has half of the 2307 TFLOP/s, 192 GB and 7380 GB/s.
+    # JAX shows one chip as two devices. Each has half of the 2307 TFLOP/s, 192 GB and 7380 GB/s.
     Device("tpu7x", "TPU7x", 1153.5, 96e9, 3690e9, link=300e9),
 )
-"""The clock of v4 to v6e reproduces the peak (v5e: 4 arrays of 128 x 128, 2 operations, 1.5 GHz: 196.6 TFLOP/s).
-``link`` is half of the interchip or NVLink bandwidth in the datasheet, which is the sum of both directions."""
+"""For v4 to v6e, ``clock`` times the operations per cycle gives the peak: a v5e has 4 arrays of 128 x 128 units with 2
+operations each, which at 1.5 GHz are 196.6 TFLOP/s.
+``link`` is half of the interchip or NVLink bandwidth in the datasheet, because the datasheet adds both directions."""
 
 
 def by_kind(kind: str) -> Device | None:
@@ -58,11 +60,11 @@ def by_kind(kind: str) -> Device | None:
 
 
 def by_name(name: str) -> Device | None:
-    """The device with this name (in a topology such as ``v5e:4x4``, the part before the colon), or None if unknown."""
+    """The device with this name, such as ``v5e`` (from the topology ``v5e:4x4``), or None if it is not in the table."""
     return next((device for device in DEVICES if device.name == name), None)
 
 
 def peak_share(flops_per_second: float, device: Any) -> float | None:
-    """The share of the peak of a ``jax.Device`` (or of a device kind) that is reached; None if the peak is unknown."""
+    """``flops_per_second`` as a fraction of the peak of a ``jax.Device`` or device kind; None for an unknown peak."""
     known = by_kind(getattr(device, "device_kind", device))
     return None if known is None else flops_per_second / (known.tflops * 1e12)

@@ -1,6 +1,6 @@
 """Reliable files: checksums, atomic replacement, directory locks, and clear errors for a full or read-only disk.
 
-The files of a directory are replaced in two steps. New files are written to a temporary directory inside of it
+The files of a directory are replaced in two steps. First, the new files are written to a temporary directory inside it
 (:func:`staged`). When they are complete, they are moved to their final names (:func:`install`).
 """
 
@@ -24,7 +24,7 @@ _STAGING = ".saving-"
 
 def write_checksums(directory: Path, names: Iterable[str]) -> None:
     """Write ``checksums.json`` for these files of the directory. It replaces an older ``checksums.json``."""
-    _write(directory, {name: _sha256(directory / name) for name in sorted(names)})
+    _write_checksums(directory, {name: _sha256(directory / name) for name in sorted(names)})
 
 
 def verify_checksums(directory: Path, names: Collection[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def verify_checksums(directory: Path, names: Collection[str] | None = None) -> N
     Raises:
         ValueError: a file is missing or has changed, or ``checksums.json`` is damaged.
     """
-    for name, expected in _read(directory).items():
+    for name, expected in _read_checksums(directory).items():
         if names is not None and name not in names:
             continue
         path = directory / name
@@ -41,13 +41,13 @@ def verify_checksums(directory: Path, names: Collection[str] | None = None) -> N
             raise ValueError(f"{path} is missing: {CHECKSUMS} lists it")
         if _sha256(path) != expected:
             raise ValueError(
-                f"{path} is not as it was saved (its SHA-256 differs from {CHECKSUMS}): it is damaged or edited; if "
-                f"the change is intended, delete {directory / CHECKSUMS}"
+                f"{path} has changed since it was saved (its SHA-256 differs from {CHECKSUMS}): it is damaged or "
+                f"edited; if the change is intended, delete {directory / CHECKSUMS}"
             )
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file. An existing file is replaced atomically, by a rename after the text is on the disk."""
+    """Write a UTF-8 text file. An existing file is replaced atomically: a rename after the text was written to disk."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -56,9 +56,9 @@ def replace_text(path: Path, text: str) -> None:
 
 def forget_checksums(directory: Path, names: Collection[str]) -> None:
     """Remove these files from ``checksums.json``, because they are about to change."""
-    checksums = _read(directory)
+    checksums = _read_checksums(directory)
     if any(name in checksums for name in names):
-        _write(directory, {name: value for name, value in checksums.items() if name not in names})
+        _write_checksums(directory, {name: value for name, value in checksums.items() if name not in names})
 
 
 @contextlib.contextmanager
@@ -96,39 +96,41 @@ def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def explained(directory: Path, kept: str) -> Iterator[None]:
-    """A context manager that re-raises errors of a full disk or a missing permission with a message that has the fix.
+    """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
 
     Args:
-        kept: a part of the message: which files are still valid, for example "the previous files are unchanged".
+        kept: the part of the message that says which files are valid, such as "the previous files are unchanged".
 
     Raises:
-        OSError: the same kind of error (``PermissionError``, ``errno.ENOSPC``), in one line that names ``directory``.
+        OSError: an error with the same ``errno`` (a ``PermissionError`` if a permission is missing). Its message is one
+            line that names ``directory``.
     """
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if number is None:  # safetensors and orbax raise their own errors, which contain the system's message
-            number = next((known for known in (*_FULL, *_FORBIDDEN) if os.strerror(known) in str(error)), None)
-        if number in _FULL:
-            free = _size_text(shutil.disk_usage(_nearest_existing(directory)).free)
-            reason = f"{os.strerror(number)}, {free} free"
+        error_number = getattr(error, "errno", None)
+        if error_number is None:  # safetensors and orbax raise their own errors, which contain the system's message
+            codes = (*_DISK_FULL, *_NOT_WRITABLE)
+            error_number = next((code for code in codes if os.strerror(code) in str(error)), None)
+        if error_number in _DISK_FULL:
+            free = _format_bytes(shutil.disk_usage(_nearest_existing(directory)).free)
+            reason = f"{os.strerror(error_number)}, {free} free"
             message = f"the disk of {directory} is full ({reason}): {kept}. Free some space and try again"
-        elif number in _FORBIDDEN:
+        elif error_number in _NOT_WRITABLE:
             message = f"{directory} is not writable ({error}): {kept}. Change its permissions and try again"
         else:
             raise
-        raise _error(number, message) from error
+        raise _os_error(error_number, message) from error
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def _error(number: int, message: str) -> OSError:
-    """An ``OSError`` with this number whose text is only the message."""
-    error = (PermissionError if number in (errno.EACCES, errno.EPERM) else OSError)(message)
-    error.errno = number
+def _os_error(error_number: int, message: str) -> OSError:
+    """An ``OSError`` with this ``errno`` whose text is only the message."""
+    error = (PermissionError if error_number in (errno.EACCES, errno.EPERM) else OSError)(message)
+    error.errno = error_number
     return error
 
 
@@ -137,7 +139,7 @@ def _nearest_existing(directory: Path) -> Path:
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
 
 
-def _size_text(count: int) -> str:
+def _format_bytes(count: int) -> str:
     """``count`` bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
@@ -181,7 +183,7 @@ def sync_tree(directory: Path) -> None:
     sync(directory.parent)
 
 
-def _read(directory: Path) -> dict[str, str]:
+def _read_checksums(directory: Path) -> dict[str, str]:
     path = directory / CHECKSUMS
     if not path.is_file():
         return {}
@@ -194,7 +196,7 @@ def _read(directory: Path) -> dict[str, str]:
     return checksums
 
 
-def _write(directory: Path, checksums: dict[str, str]) -> None:
+def _write_checksums(directory: Path, checksums: dict[str, str]) -> None:
     replace_text(directory / CHECKSUMS, json.dumps({"sha256": checksums}, indent=2) + "\n")
 
 

@@ -12,17 +12,17 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ValueError: the file is not UTF-8 or not JSON, its value is not an object, or a key occurs twice in an object
-            (the parser would silently use the last value). The message names the file.
+        ValueError: the file is not UTF-8 or not JSON, its value is not an object, or an object has a key twice
+            (``json`` would silently use the last value). The message names the file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_reject_duplicates)
     except _DuplicateError as error:
         raise ValueError(f"{path}: {error}") from error
     except ValueError as error:  # not JSON, not UTF-8
         raise ValueError(f"{path} is not JSON or is damaged: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from error
+        raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
@@ -32,9 +32,9 @@ class _DuplicateError(ValueError):
     pass
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise _DuplicateError(f"the key {name!r} occurs twice")
-    return found
+    return values

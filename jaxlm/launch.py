@@ -6,9 +6,9 @@ executes it. :func:`run_local` runs a command in several processes on this machi
 
     python -m jaxlm.launch [--coordinator HOST:PORT --processes N --process I] MODULE ARGUMENTS
 
-The script runs this command on each host of a slice. It joins the hosts (``jax.distributed``), runs the module, and
-ends all processes together (``processes.run``). On TPU, Slurm and Kubernetes, JAX finds the other processes. On other
-systems, the three options are needed.
+On several hosts, the script runs this command on each host. The command joins the hosts (``jax.distributed``), runs
+the module, and ends all processes together (``processes.run``). On TPU, Slurm and Kubernetes, JAX finds the other
+processes. On other systems, the three options are needed.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from jaxlm import processes
 
 
 @dataclasses.dataclass(frozen=True)
-class _Generation:
-    """A TPU generation in the terms of Google's command line."""
+class _TpuGeneration:
+    """A TPU generation: its names in the ``gcloud`` command line, and the sizes of its slices."""
 
-    type: str
-    """Prefix of the accelerator type."""
-    per_chip: int
-    """Units per chip in an accelerator type: 1 for types that count chips, 2 for types that count cores."""
-    runtime: str
+    type_prefix: str
+    """Prefix of the accelerator type, for example v5litepod."""
+    units_per_chip: int
+    """Factor from chips to the number in an accelerator type: 1 if the type counts chips, 2 if it counts cores."""
+    runtime_version: str
     """Name of the runtime version."""
-    dimensions: int
-    """Number of dimensions of a topology."""
-    largest_host: int
-    """Chips of the largest slice with one host."""
+    num_dimensions: int
+    """Number of dimensions of a topology, for example 2 for 4x4."""
+    max_chips_per_host: int
+    """Number of chips in the largest slice that has only one host."""
 
 
 _TPUS = {
-    "v4": _Generation("v4", 2, "tpu-ubuntu2204-base", 3, 4),
-    "v5e": _Generation("v5litepod", 1, "v2-alpha-tpuv5-lite", 2, 8),
-    "v5p": _Generation("v5p", 2, "v2-alpha-tpuv5", 3, 4),
-    "v6e": _Generation("v6e", 1, "v2-alpha-tpuv6e", 2, 8),
+    "v4": _TpuGeneration("v4", 2, "tpu-ubuntu2204-base", 3, 4),
+    "v5e": _TpuGeneration("v5litepod", 1, "v2-alpha-tpuv5-lite", 2, 8),
+    "v5p": _TpuGeneration("v5p", 2, "v2-alpha-tpuv5", 3, 4),
+    "v6e": _TpuGeneration("v6e", 1, "v2-alpha-tpuv6e", 2, 8),
 }
 _RESULTS = "results"
-_SAFE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_TPU_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 def script(
@@ -67,12 +67,12 @@ def script(
 ) -> str:
     """A bash script that runs ``command`` (``python -m MODULE ...``) on ``topology``.
 
-    The script copies the files that the command writes to ``results/`` into ``results/`` on this machine.
+    After the command, the script copies the directory ``results`` from the rented machine to this machine.
 
     Args:
         topology: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``v4:2x2x1``; or ``gpu``, an existing machine.
-        command: None measures training. On one host it runs the training benchmark. On several hosts it trains a GPT
-            of the size of GPT-2, because the benchmarks run on one host only.
+        command: None runs the training benchmark on one host. On several hosts, None trains a GPT of the size of
+            GPT-2, because the benchmarks run only on one host.
         zone: Google Cloud zone of the TPU.
         name: name of the new TPU.
         host: ``user@machine`` of a GPU node.
@@ -82,7 +82,7 @@ def script(
         ValueError: the topology is unknown, the command is not a module or is a benchmark on several hosts, or an
             argument is missing or has no effect.
     """
-    default = command is None
+    is_default = command is None
     if command is None:
         command = ["python", "-m", "benchmarks.training", "--against", "", "--json", f"{_RESULTS}/training.json"]
     if list(command[:2]) != ["python", "-m"] or len(command) < 3:
@@ -90,29 +90,29 @@ def script(
     if topology == "gpu":
         if host is None or zone is not None or spot:
             raise ValueError("topology 'gpu' is an existing node: it needs --host user@machine, and no zone or spot")
-        return _node(host, shlex.join(command))
+        return _gpu_script(host, shlex.join(command))
     kind, _, shape = topology.partition(":")
-    if kind not in _TPUS or not re.fullmatch("x".join([r"[1-9]\d*"] * _TPUS[kind].dimensions), shape):
-        examples = ", ".join(f"{kind}:{'x'.join('2' * tpu.dimensions)}" for kind, tpu in _TPUS.items())
+    if kind not in _TPUS or not re.fullmatch("x".join([r"[1-9]\d*"] * _TPUS[kind].num_dimensions), shape):
+        examples = ", ".join(f"{kind}:{'x'.join('2' * tpu.num_dimensions)}" for kind, tpu in _TPUS.items())
         raise ValueError(f"unknown topology {topology!r}: choose one such as {examples}, or gpu")
     if zone is None or host is not None:
         raise ValueError(f"topology {topology!r} is a new TPU: it needs --zone, such as us-central1-a, and no host")
-    if not _SAFE.fullmatch(name):
+    if not _TPU_NAME.fullmatch(name):
         raise ValueError(f"name={name!r} must have only a-z, 0-9 and hyphens, and start with a letter")
     chips = math.prod(int(size) for size in shape.split("x"))
-    multi_host = chips > _TPUS[kind].largest_host
+    multi_host = chips > _TPUS[kind].max_chips_per_host
     if multi_host and command[2].startswith("benchmarks."):
-        if not default:
+        if not is_default:
             raise ValueError(
                 f"{command[2]} measures the devices of one process, and {topology} has several hosts: train a model on "
                 f"all of its {chips} chips (python -m experiments.text_generation --mesh data={chips} ...)"
             )
-        command = _gpt2(chips)
-    return _slice(_TPUS[kind], chips, multi_host, command, zone, name, spot)
+        command = _gpt2_command(chips)
+    return _tpu_script(_TPUS[kind], chips, multi_host, command, zone, name, spot)
 
 
-def _gpt2(chips: int) -> list[str]:
-    """The command that trains a GPT of the size of GPT-2 on 8 x 1024 tokens per chip. It needs no shared directory."""
+def _gpt2_command(chips: int) -> list[str]:
+    """A command that trains a GPT of the size of GPT-2 with 8 x 1024 tokens per chip. It needs no shared directory."""
     return shlex.split(
         f"python -m experiments.text_generation --mesh data={chips} --output {_RESULTS}/gpt2 --tokenizer byte "
         "--model.set num_layers=12 num_heads=12 embed_dim=768 vocab_multiple=50304 dtype=bfloat16 "
@@ -123,43 +123,44 @@ def _gpt2(chips: int) -> list[str]:
     )
 
 
-def _slice(
-    tpu: _Generation, chips: int, multi_host: bool, command: Sequence[str], zone: str, name: str, spot: bool
+def _tpu_script(
+    tpu: _TpuGeneration, chips: int, multi_host: bool, command: Sequence[str], zone: str, name: str, spot: bool
 ) -> str:
     run = shlex.join(["python", "-m", "jaxlm.launch", *command[2:]] if multi_host else command)
     quoted_zone = shlex.quote(zone)
     ssh = f"gcloud compute tpus tpu-vm ssh {name} --zone={quoted_zone} --worker=all --command"
     spot_option = " --spot" if spot else ""
-    # The commands for the hosts are quoted below, so that each of them is one word for the local shell.
-    install = "python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[tpu,test]'"
-    work = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
+    accelerator_type = f"{tpu.type_prefix}-{chips * tpu.units_per_chip}"
+    # These commands are quoted below, so that the local shell passes each one to the hosts as one argument.
+    install_command = "python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[tpu,test]'"
+    run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
     return f"""#!/usr/bin/env bash
-# {chips} chips on {"several hosts" if multi_host else "one host"}, which are charged until the script ends. Run it from
-# a checkout of jaxlm, with the Google Cloud command line logged in to a project that has quota for these chips.
+# {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it from a
+# checkout of jaxlm. The Google Cloud command line must be logged in to a project that has quota for these chips.
 set -euo pipefail
-gcloud compute tpus tpu-vm create {name} --zone={quoted_zone} --accelerator-type={tpu.type}-{chips * tpu.per_chip} \\
-    --version={tpu.runtime}{spot_option}
+gcloud compute tpus tpu-vm create {name} --zone={quoted_zone} --accelerator-type={accelerator_type} \\
+    --version={tpu.runtime_version}{spot_option}
 trap 'gcloud compute tpus tpu-vm delete {name} --zone={quoted_zone} --quiet' EXIT
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
 gcloud compute tpus tpu-vm scp jaxlm.tar {name}: --zone={quoted_zone} --worker=all
 {ssh} 'tar xf jaxlm.tar'
-{ssh} {shlex.quote(install)}
-{ssh} {shlex.quote(work)}
+{ssh} {shlex.quote(install_command)}
+{ssh} {shlex.quote(run_command)}
 gcloud compute tpus tpu-vm scp --recurse {name}:jaxlm/{_RESULTS} . --zone={quoted_zone} --worker=0
 """
 
 
-def _node(host: str, run: str) -> str:
+def _gpu_script(host: str, run: str) -> str:
     quoted_host = shlex.quote(host)
-    install = "tar xf jaxlm.tar && python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[cuda13,test]'"
-    work = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
+    install_command = "tar xf jaxlm.tar && python3 -m venv venv && venv/bin/pip install -q -e './jaxlm[cuda13,test]'"
+    run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
     return f"""#!/usr/bin/env bash
 # One node with NVIDIA GPUs, a driver for CUDA 13 and Python 3.11 or newer. Run it from a checkout of jaxlm.
 set -euo pipefail
 git archive --prefix=jaxlm/ -o jaxlm.tar HEAD
 scp jaxlm.tar {quoted_host}:
-ssh {quoted_host} {shlex.quote(install)}
-ssh {quoted_host} {shlex.quote(work)}
+ssh {quoted_host} {shlex.quote(install_command)}
+ssh {quoted_host} {shlex.quote(run_command)}
 scp -r {quoted_host}:jaxlm/{_RESULTS} .
 """
 
@@ -168,7 +169,7 @@ scp -r {quoted_host}:jaxlm/{_RESULTS} .
 
 
 def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_after: int = processes.LOST_AFTER) -> int:
-    """The exit status of ``command`` (``python -m MODULE ...``), run in ``count`` processes on this machine.
+    """Run ``command`` (``python -m MODULE ...``) in ``count`` processes on this machine and return the exit status.
 
     If a process ends with an error, is killed or is stopped, all processes are ended. They are then started again with
     ``--resume``, up to ``restarts`` times, unless the error is a user error (status 2). Signals are forwarded to the
@@ -191,20 +192,20 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
         directory = _run_directory(arguments)
         if _option(arguments, "resume") is None and directory.exists() and any(directory.iterdir()):
             raise ValueError(f"{directory} is not empty: choose another --output, or use --resume {directory}")
-    received: list[int] = []
-    handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _SIGNALS}
+    received_signals: list[int] = []
+    handlers = {number: signal.signal(number, lambda n, _: received_signals.append(n)) for number in _SIGNALS}
     try:
         for attempt in range(restarts + 1):
             if attempt:
                 assert directory is not None
-                arguments = _resumed(arguments, directory)
-            status, cause = _attempt(module, arguments, count, lost_after, received)
-            if status in (0, _USER_ERROR) or received:
+                arguments = _resume_arguments(arguments, directory)
+            status, cause = _run_once(module, arguments, count, lost_after, received_signals)
+            if status in (0, _USER_ERROR) or received_signals:
                 break
-            consequence = "no restart is left"
+            next_action = "no restarts are left"
             if attempt < restarts:
-                consequence = f"restart {attempt + 1} of {restarts}, from the last checkpoint in {directory}"
-            print(f"jaxlm launch: {cause}; {consequence}", file=sys.stderr, flush=True)
+                next_action = f"restart {attempt + 1} of {restarts}, from the last checkpoint in {directory}"
+            print(f"jaxlm launch: {cause}; {next_action}", file=sys.stderr, flush=True)
         return status
     finally:
         for number, handler in handlers.items():
@@ -213,7 +214,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _USER_ERROR = 2  # exit status of a command after a user error
-_GRACE = 10.0  # seconds in which processes may end by themselves after the first one has failed
+_GRACE_SECONDS = 10.0  # seconds after the first failure in which the other processes may end by themselves
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
@@ -226,78 +227,81 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _without(arguments: Sequence[str], name: str) -> list[str]:
+def _remove_option(arguments: Sequence[str], name: str) -> list[str]:
     """``arguments`` without ``--name VALUE`` and ``--name=VALUE``."""
-    kept: list[str] = []
+    remaining: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == f"--{name}":
             next(words, None)
         elif not word.startswith(f"--{name}="):
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining
 
 
 def _run_directory(arguments: Sequence[str]) -> Path:
-    named = _option(arguments, "resume") or _option(arguments, "output")
-    if named is None:
+    directory = _option(arguments, "resume") or _option(arguments, "output")
+    if directory is None:
         raise ValueError("--restarts needs a run directory: add --output DIRECTORY to the command")
-    return Path(named)
+    return Path(directory)
 
 
-def _resumed(arguments: Sequence[str], directory: Path) -> list[str]:
-    """The arguments that resume the run of ``directory``, or start it again if ``config.json`` was not yet written."""
+def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
+    """The arguments that resume the run in ``directory``, or start it again if it has no ``config.json`` yet."""
     if not (directory / "config.json").exists():
-        if directory.exists():  # its files are of the first attempt, before which it was empty
+        if directory.exists():  # run_local checked that it was empty, so the failed attempt wrote its files
             directory.rename(f"{directory}.incomplete-{time.time_ns()}")
         return list(arguments)
-    for name in ("preset", "output", "resume"):  # config.json has the preset
-        arguments = _without(arguments, name)
+    for name in ("preset", "output", "resume"):  # config.json already contains the preset
+        arguments = _remove_option(arguments, name)
     return [*arguments, "--resume", str(directory)]
 
 
-def _attempt(
-    module: str, arguments: Sequence[str], count: int, lost_after: int, received: list[int]
+def _run_once(
+    module: str, arguments: Sequence[str], count: int, lost_after: int, received_signals: list[int]
 ) -> tuple[int, str]:
-    """The common exit status of the processes, and a text about the first failure."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
+    """Run all processes once. Return the exit status and a description of the first failure."""
+    with socket.socket() as free_port:
+        free_port.bind(("localhost", 0))
+        coordinator = f"localhost:{free_port.getsockname()[1]}"
     commands = [
         ["jaxlm.launch", "--coordinator", coordinator, "--processes", str(count), "--process", str(index),
          "--lost-after", str(lost_after), module]
         for index in range(count)
     ]  # fmt: skip
     # Each process has its own session, so that Ctrl-C reaches only this process, which forwards it once.
-    running = [
+    children = [
         subprocess.Popen(
             [sys.executable, "-m", *(words if count > 1 else [module]), *arguments], start_new_session=True
         )
         for words in commands
     ]
-    first: tuple[int, str] | None = None
-    forwarded, deadline = len(received), math.inf
+    first_failure: tuple[int, str] | None = None
+    num_forwarded, deadline = len(received_signals), math.inf
     try:
         while True:
-            for number in received[forwarded:]:
-                for process in running:
+            for number in received_signals[num_forwarded:]:
+                for process in children:
                     process.send_signal(number)
-            forwarded = len(received)
-            statuses = [process.poll() for process in running]
-            if first is None and any(statuses):
-                first = _first_failure(statuses)
-                deadline = time.monotonic() + _GRACE
+            num_forwarded = len(received_signals)
+            statuses = [process.poll() for process in children]
+            if first_failure is None and any(statuses):
+                first_failure = _first_failure(statuses)
+                deadline = time.monotonic() + _GRACE_SECONDS
             if None not in statuses or time.monotonic() > deadline:
-                return first or (0, "")
+                return first_failure or (0, "")
             time.sleep(0.1)
     finally:
-        for process in running:
+        for process in children:
             process.kill()
             process.wait()
 
 
 def _first_failure(statuses: Sequence[int | None]) -> tuple[int, str]:
-    """The exit status of a failed process and a text about it; first a killed one, which causes other failures."""
+    """The exit status and a description of one failed process.
+
+    A process that a signal ended is preferred, because its end makes the others fail.
+    """
     status, index = min((status, index) for index, status in enumerate(statuses) if status)
     process = f"process {index} of {len(statuses)}"
     if status < 0:

@@ -1,12 +1,12 @@
 """Metric values with 95 % intervals: accuracy, F1, BLEU, chrF, ROUGE, and SQuAD's exact match and F1.
 
-The first argument of a metric has the model's outputs, and the second has the references. A metric returns a
+The first argument of a metric contains the model's outputs, and the second contains the references. A metric returns a
 :class:`Score`. sacrebleu computes BLEU and chrF, and rouge-score computes ROUGE (``pip install 'jaxlm[metrics]'``).
 scipy computes Wilson intervals.
 
 Intervals of proportions are Wilson intervals (Wilson 1927). All other intervals are percentile bootstrap intervals over
-examples (Efron and Tibshirani 1993, chapter 13). They account for the choice of the examples, not for the training
-seed.
+examples (Efron and Tibshirani 1993, chapter 13). Intervals account for the random choice of the examples, but not for
+the training seed.
 """
 
 from __future__ import annotations
@@ -77,17 +77,17 @@ def bootstrap(values: npt.ArrayLike, seed: int = 0, samples: int = BOOTSTRAP_SAM
     Raises:
         ValueError: there are no values, a value is not finite, or ``samples`` is below 100.
     """
-    numbers = _numbers(values)
-    return _bootstrap(lambda chosen: float(numbers[chosen].mean()), len(numbers), seed, samples)
+    numbers = _check_numbers(values)
+    return _bootstrap(lambda indices: float(numbers[indices].mean()), len(numbers), seed, samples)
 
 
 def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
-    """The mean of one number per example [N], with its bootstrap interval.
+    """The mean of ``values`` [N], one number per example, with its bootstrap interval.
 
     Raises:
         ValueError: there are no values, or a value is not finite.
     """
-    numbers = _numbers(values)
+    numbers = _check_numbers(values)
     low, high = bootstrap(numbers, seed)
     return Score(name, float(numbers.mean()), low, high, len(numbers), _bootstrap_detail(seed))
 
@@ -138,21 +138,21 @@ def confusion(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_labels: int
 
 
 def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -> Score:
-    """The unweighted mean of the F1 of all classes in [0, 1], with a bootstrap interval.
+    """The F1 in [0, 1], averaged over the classes without weights, with a bootstrap interval.
 
-    The classes are all values in the labels [N] and the predictions [N] (integers or strings).
+    The classes are all values that occur in the labels [N] or the predictions [N] (integers or strings).
 
     Raises:
         ValueError: the shapes differ, there are no labels, or a label is negative.
     """
     predicted, expected = _check_labels(predictions, labels)
-    classes, indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
-    predicted, expected = np.split(indices, 2)
+    classes, class_indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
+    predicted, expected = np.split(class_indices, 2)
 
-    def score(chosen: np.ndarray | slice) -> float:
-        counts = confusion(predicted[chosen], expected[chosen], len(classes))
+    def score(indices: np.ndarray | slice) -> float:
+        counts = confusion(predicted[indices], expected[indices], len(classes))
         occurrences = counts.sum(axis=0) + counts.sum(axis=1)
-        occurs = occurrences > 0  # a resampled test set may not have all classes
+        occurs = occurrences > 0  # a resampled test set may not contain all classes
         return float(np.mean(2 * counts.diagonal()[occurs] / occurrences[occurs]))
 
     low, high = _bootstrap(score, len(expected), seed, BOOTSTRAP_SAMPLES)
@@ -167,10 +167,10 @@ def bleu(
 ) -> Score:
     """Corpus BLEU in [0, 100] (Papineni et al. 2002), computed by sacrebleu (Post 2018).
 
-    The name of the score has the tokenizer and the case if they are not the defaults: ``BLEU (intl, lowercase)``. The
-    interval is sacrebleu's, with 1,000 bootstrap samples. The environment variable ``SACREBLEU_SEED`` sets the seed
-    (default 12345). The interval needs about 50 MB of memory for 1,000 sentences. ``detail`` is sacrebleu's signature
-    with the tokenizer, the case, the smoothing and the version.
+    The name of the score includes a tokenizer or case that is not the default, for example ``BLEU (intl, lowercase)``.
+    sacrebleu computes the interval from 1,000 bootstrap samples, which needs about 50 MB of memory for 1,000 sentences.
+    The environment variable ``SACREBLEU_SEED`` sets the seed (default 12345). ``detail`` is sacrebleu's signature with
+    the tokenizer, the case, the smoothing and the version.
 
     Args:
         hypotheses: detokenized outputs.
@@ -194,7 +194,7 @@ def bleu(
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False) -> Score:
     """Corpus chrF2 in [0, 100] (Popović 2015): the F-score of character 1- to 6-grams, computed by sacrebleu.
 
-    The interval and the errors are those of :func:`bleu`.
+    The interval and the errors are the same as for :func:`bleu`.
     """
     metrics = _sacrebleu()
     _check_texts(hypotheses, references, "hypotheses")
@@ -259,7 +259,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
     """
     matches = [
         any(normalize_answer(prediction) == normalize_answer(answer) for answer in accepted)
-        for prediction, accepted in _questions(predictions, answers)
+        for prediction, accepted in predictions_and_answers(predictions, answers)
     ]
     score = proportion("exact match", sum(matches), len(matches))
     assert score.low is not None
@@ -270,17 +270,17 @@ def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
 def token_f1(predictions: Sequence[str], answers: Sequence[Sequence[str]], seed: int = 0) -> Score:
     """SQuAD's F1 in [0, 100]: the word F1 of a prediction and the best accepted answer, averaged over questions.
 
-    For a question without an answer, the F1 is 100 if the prediction is empty, and 0 otherwise (SQuAD 2.0). Arguments
-    and errors are those of :func:`exact_match`. The interval is a bootstrap interval over questions.
+    For a question without an answer, the F1 is 100 if the prediction is empty, and 0 otherwise (SQuAD 2.0). The
+    arguments and errors are the same as for :func:`exact_match`. The interval is a bootstrap interval over questions.
     """
     values = [
-        max(_word_f1(prediction, answer) for answer in accepted)
-        for prediction, accepted in _questions(predictions, answers)
+        max(word_f1(prediction, answer) for answer in accepted)
+        for prediction, accepted in predictions_and_answers(predictions, answers)
     ]
     return mean("F1", [100 * value for value in values], seed)
 
 
-def _word_f1(prediction: str, answer: str) -> float:
+def word_f1(prediction: str, answer: str) -> float:
     """The F1 in [0, 1] of the words of two texts. A word that occurs n times counts n times."""
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if not predicted or not expected:
@@ -289,10 +289,15 @@ def _word_f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(predicted) + len(expected))
 
 
-def _questions(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
+def predictions_and_answers(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]]
+) -> list[tuple[str, Sequence[str]]]:
     """Each prediction with its accepted answers. As in SQuAD 2.0, answers with an empty normalized form are ignored."""
     if len(predictions) != len(answers) or not len(predictions):
-        raise ValueError(f"{len(predictions)} predictions for {len(answers)} questions: need one for each, at least 1")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(answers)} questions: give one prediction for each question, and "
+            "at least one question"
+        )
     strings = [index for index, accepted in enumerate(answers) if isinstance(accepted, str)]
     if strings:
         raise TypeError(f"answers[{strings[0]}] is a string: give a list of accepted answers for each question")
@@ -305,11 +310,11 @@ def _questions(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> 
 # --------------------------------------------------------------------------------------------- shared functions
 
 
-def _numbers(values: npt.ArrayLike) -> np.ndarray:
-    """The values as a float64 array [N], after a check."""
+def _check_numbers(values: npt.ArrayLike) -> np.ndarray:
+    """Check that the values are finite numbers [N], and return them as a float64 array."""
     numbers = np.asarray(values, np.float64)
     if numbers.ndim != 1 or not numbers.size:
-        raise ValueError(f"values must be one number for each example, at least one, got shape {list(numbers.shape)}")
+        raise ValueError(f"values must have the shape [N] with N at least one, got shape {list(numbers.shape)}")
     if not np.all(np.isfinite(numbers)):
         raise ValueError(f"values[{int(np.argmin(np.isfinite(numbers)))}] is not finite")
     return numbers
@@ -322,7 +327,7 @@ def _bootstrap(
     if samples < 100:
         raise ValueError(f"samples={samples} are too few for the 2.5th percentile: use at least 100")
     rng = np.random.default_rng(seed)
-    # Draw one resample at a time. All together would need samples * count * 8 bytes.
+    # Resamples are drawn one at a time, because the indices of all resamples need samples * count * 8 bytes.
     results = [statistic(rng.integers(0, count, count)) for _ in range(samples)]
     low, high = np.percentile(results, [2.5, 97.5])
     return float(low), float(high)
@@ -333,12 +338,12 @@ def _bootstrap_detail(seed: int) -> str:
 
 
 def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The predictions and the labels as arrays [N], after a check."""
+    """Check the predictions and the labels, and return them as arrays [N]."""
     predicted, expected = np.asarray(predictions), np.asarray(labels)
     if predicted.shape != expected.shape or expected.ndim != 1 or not expected.size:
         raise ValueError(
-            f"predictions {list(predicted.shape)} and labels {list(expected.shape)} must be one number or string for "
-            "each example, at least one"
+            f"predictions {list(predicted.shape)} and labels {list(expected.shape)} must have the same shape [N], "
+            "with N at least one"
         )
     if (predicted.dtype.kind in "US") != (expected.dtype.kind in "US"):
         raise TypeError(
@@ -357,7 +362,9 @@ def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> 
             if not isinstance(value, str):
                 raise TypeError(f"{argument}[{index}] is {type(value).__name__}: it must be a string")
     if len(texts) != len(references) or not len(texts):
-        raise ValueError(f"{len(texts)} {name} for {len(references)} references: need one for each, at least 1")
+        raise ValueError(
+            f"{len(texts)} {name} for {len(references)} references: give the same number of both, and at least one"
+        )
 
 
 def _sacrebleu() -> Any:
@@ -370,6 +377,6 @@ def _sacrebleu() -> Any:
 
 def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
-    # sacrebleu returns the interval only as text and in these two attributes: its center and half of its width.
+    # sacrebleu returns the interval only as text and in two private attributes: its center and half of its width.
     low, high = result._mean - result._ci, result._mean + result._ci
     return Score(name, float(result.score), float(low), float(high), len(hypotheses), str(metric.get_signature()))

@@ -1,16 +1,16 @@
-"""Communication between the processes of a multi-process run. With one process, these functions cost nothing.
+"""Communication between the processes of a multi-process run. With one process, these functions do not communicate.
 
 In a run with several processes, for example on a TPU slice with several hosts, all processes run the same program and
 must call these functions in the same order. The first process writes the files of the run.
 
 :func:`run` joins the processes and ensures that they end together, in three ways:
 
-- If a process is killed, stopped or unreachable, the heartbeats of ``jax.distributed`` detect it and abort every other
+- If a process is killed, stopped or unreachable, ``jax.distributed`` misses its heartbeats and aborts every other
   process from C++ (SIGABRT). ``jaxlm.stderr_relay`` replaces the report of this abort with one line.
 - If a process fails, or a signal ends it immediately, it writes the cause to the key-value store of
   ``jax.distributed``. A thread in every process (:class:`_Watch`) reads the store once a second and ends its process,
   even while the main thread waits for other processes inside a collective operation.
-- A process that is done waits for the others, so that a failure of another process still ends it with an error.
+- A process that is done waits for the others. If another process fails meanwhile, it too ends with an error.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ LOST_AFTER = 30
 JOIN_WITHIN = 300
 """Seconds that a process waits for all other processes at the start."""
 
-_ENDED = "jaxlm/ended/"  # key prefix; the key ends with the process index, the value is _DONE or the cause of a failure
+_OUTCOME_PREFIX = "jaxlm/ended/"  # the key ends with the process index; the value is _DONE or the cause of a failure
 _DONE = "done"
 _USER_ERROR = 2  # exit status after a user error
-_POLL = 1.0  # seconds between two reads of the key-value store
-_GRACE = 1.0  # seconds in which the main thread may end by itself after a signal
-_ACKNOWLEDGE = 5.0  # seconds that process 0, which serves the key-value store, waits for the others to read it
-# Messages of JAX, Gloo and NCCL in errors that are caused by the end of another process.
+_POLL_SECONDS = 1.0  # seconds between two reads of the key-value store
+_GRACE_SECONDS = 1.0  # seconds after a signal in which the main thread may end by itself
+_ACKNOWLEDGE_SECONDS = 5.0  # seconds in which the others can read the store before process 0 ends, which serves it
+# Words in error messages of JAX, Gloo and NCCL that the end of another process causes.
 _CONSEQUENCE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (closed|reset|refused)|Broken pipe")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _multihost_utils() -> Any:
-    """The module, imported here because ``import jaxlm`` must not import it."""
+    """The module ``multihost_utils``. It is imported here because ``import jaxlm`` must not import it."""
     from jax.experimental import multihost_utils
 
     return multihost_utils
 
 
 def is_first() -> bool:
-    """Whether this is the first process, which writes files and prints."""
+    """Whether this is the first process, which writes the files and prints."""
     return jax.process_index() == 0
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """The result of ``make()`` in the first process, returned in every process. Only the first process calls ``make``.
+    """Call ``make`` in the first process only, and return its result in every process.
 
     Use it for actions that must happen once (create a directory) and values that must be equal (a name with the time).
 
@@ -99,36 +99,36 @@ def from_first(make: Callable[[], str]) -> str:
 
 
 def wait(why: str) -> None:
-    """Wait until every process has called this. If the processes pass different ``why``, the error contains them."""
+    """Wait until every process has called this function. ``why`` must be equal in all processes; errors contain it."""
     if jax.process_count() > 1:
         _multihost_utils().sync_global_devices(why)
 
 
 def request_end() -> None:
-    """Request that all processes end after the same step (:func:`end_after`). Called by handlers of a first signal."""
+    """Request that all processes end after the same step (:func:`end_after`). Signal handlers call it."""
     if _watch is None:
-        os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it
+        os.kill(os.getpid(), signal.SIGTERM)  # JAX's signal handler makes the request
     else:
         _watch.request_end()
 
 
 def end_after(step: int) -> bool:
-    """Whether all processes end after ``step``, because one called :func:`request_end` or received SIGTERM.
+    """Whether all processes end after ``step``, because one process called :func:`request_end` or received SIGTERM.
 
-    JAX's preemption service makes the processes agree on the step. It must be called after every step, with several
-    processes.
+    JAX's preemption service makes the processes agree on the step. In a run with several processes, call this function
+    after every step.
     """
     end = bool(_multihost_utils().reached_preemption_sync_point(step))
     if end and _watch is not None:
-        _watch.agreed = True
+        _watch.end_agreed = True
     return end
 
 
 def require_shared(directory: Path) -> None:
-    """Check that all processes share the existing ``directory`` of the first process.
+    """Check that ``directory``, which exists in the first process, is the same directory in all processes.
 
     Raises:
-        ValueError: some processes do not see it.
+        ValueError: a process does not see the files of the first process in it.
     """
     if jax.process_count() == 1:
         return
@@ -188,16 +188,16 @@ def run(
         SystemExit: the processes could not be joined (status 2), or all of them ended after a signal.
     """
     global _watch
-    me = "this process" if index is None else f"process {index} of {count}"
-    where = "of this cluster" if coordinator is None else coordinator
+    process_name = "this process" if index is None else f"process {index} of {count}"
+    address = "of this cluster" if coordinator is None else coordinator
     if coordinator is not None:
         _check_coordinator(coordinator, serve=index == 0)
     relay = _Relay()
     sys.stderr = relay.stderr
     logging.getLogger("absl").addFilter(_keep_log_record)
     relay.after_abort(
-        f"{me}: the coordinator {where} did not answer, or not all processes joined, within {join_within} s: check the "
-        "address, and that all processes run"
+        f"{process_name}: the coordinator {address} did not answer, or not all processes joined, within {join_within} "
+        "s: check the address, and that all processes run"
     )
     try:
         jax.distributed.initialize(
@@ -206,9 +206,9 @@ def run(
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         hint = "" if coordinator else ": give --coordinator, --processes and --process"
-        print(f"{me} cannot join the run: {_first_line(error).rstrip('.')}{hint}", file=sys.stderr)
+        print(f"{process_name} cannot join the run: {_first_line(error).rstrip('.')}{hint}", file=sys.stderr)
         raise SystemExit(_USER_ERROR) from error
-    # The client and the counts have no public name, and jax.process_count() would start a backend.
+    # JAX has no public API for the client, and jax.process_count() would initialize a backend.
     from jax._src import distributed
 
     state = distributed.global_state
@@ -219,10 +219,10 @@ def run(
     status, cause = 0, ""
     try:
         program()
-    except SystemExit as leaving:
-        if isinstance(leaving.code, str):
-            print(leaving.code, file=sys.stderr)
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except SystemExit as exit_error:
+        if isinstance(exit_error.code, str):
+            print(exit_error.code, file=sys.stderr)
+        status = exit_error.code if isinstance(exit_error.code, int) else int(exit_error.code is not None)
         cause = f"failed with status {status}: {relay.stderr.last_line}"
         if _CONSEQUENCE.search(cause):
             watch.wait_for_cause()
@@ -268,7 +268,7 @@ def watched() -> bool:
 
 
 def _is_consequence(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, may be a consequence of the end of another process."""
+    """Whether the end of another process may have caused this error or one of its causes."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) and _CONSEQUENCE.search(str(error)):
             return True
@@ -277,7 +277,10 @@ def _is_consequence(error: BaseException | None) -> bool:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """False for consequences of the end of another process, whose traceback orbax logs while JAX ends this process."""
+    """Whether to log a record: False for errors that the end of another process caused.
+
+    Without this filter, orbax logs their traceback while JAX ends this process.
+    """
     return record.exc_info is None or not _is_consequence(record.exc_info[1])
 
 
@@ -290,7 +293,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class _Stderr(io.TextIOWrapper):
-    """Standard error that keeps its last line, which is the cause if a program prints an error and returns a status."""
+    """Standard error that remembers its last line. If a program prints an error and exits, this line is the cause."""
 
     last_line = ""
 
@@ -301,13 +304,16 @@ class _Stderr(io.TextIOWrapper):
 
 
 class _Relay:
-    """Runs ``jaxlm.stderr_relay`` between file descriptor 2 and standard error. ``stderr`` bypasses it."""
+    """Runs ``jaxlm.stderr_relay`` between file descriptor 2 and standard error.
+
+    The attribute ``stderr`` writes to standard error directly, without the relay.
+    """
 
     def __init__(self) -> None:
         sys.stderr.flush()
         direct = os.dup(2)
         program = [sys.executable, "-S", "-E", stderr_relay.__file__]
-        # A new session, so that Ctrl-C does not end the relay before this process, whose last messages it prints.
+        # A new session, so that Ctrl-C does not end the relay before it has printed the last messages of this process.
         process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=direct, start_new_session=True)
         assert process.stdin is not None
         os.dup2(process.stdin.fileno(), 2)
@@ -328,125 +334,128 @@ class _Watch:
     """
 
     def __init__(self, client: Any, index: int, count: int, lost_after: int, relay: _Relay) -> None:
-        self.agreed = False
+        self.end_agreed = False
         self._client, self._index, self._count, self._lost_after = client, index, count, lost_after
-        self._relay, self._hint = relay, "start all processes again"
-        self._requested = False
-        self._ended: dict[int, str] = {}
-        self._signals: list[signal.Signals] = []
-        self._end_at: float | None = None
-        self._ending, self._stopped = threading.Lock(), threading.Event()
-        self._announce_lost()
+        self._relay, self._restart_hint = relay, "start all processes again"
+        self._end_requested = False
+        self._outcomes: dict[int, str] = {}
+        self._received_signals: list[signal.Signals] = []
+        self._end_deadline: float | None = None
+        self._end_lock, self._stopped = threading.Lock(), threading.Event()
+        self._set_abort_message()
         self._notify_jax = _take_signal_from_jax(signal.SIGTERM)
         signal.signal(signal.SIGTERM, _terminate)
-        self._wakeup, write = os.pipe()
+        self._wakeup_fd, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, name="jaxlm-processes", daemon=True)
+        self._thread = threading.Thread(target=self._watch_loop, name="jaxlm-processes", daemon=True)
         self._thread.start()
 
     def resume_from(self, directory: Path) -> None:
         """Set the run directory that messages about a restart name."""
-        self._hint = f"start all processes again, with --resume {directory}"
-        self._announce_lost()
+        self._restart_hint = f"start all processes again, with --resume {directory}"
+        self._set_abort_message()
 
     def request_end(self) -> None:
         """Request the end of all processes from JAX's preemption service."""
-        self._requested = True
+        self._end_requested = True
         self._notify_jax(signal.SIGTERM)
 
     def ended_by_agreement(self, status: int) -> bool:
-        """Whether ``status`` is the status of a run that one signal ended in all processes after the same step."""
-        return self.agreed and len(self._signals) < 2 and status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        """Whether ``status`` shows that one signal ended the run in all processes after the same step."""
+        one_signal = len(self._received_signals) < 2
+        return self.end_agreed and one_signal and status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
     def wait_for_all(self) -> None:
         """Wait until all processes are done. If another process fails or is lost meanwhile, this process ends."""
-        self._publish(_DONE)
-        while len(self._ended) < self._count:
-            time.sleep(_POLL / 10)
+        self._publish_outcome(_DONE)
+        while len(self._outcomes) < self._count:
+            time.sleep(_POLL_SECONDS / 10)
         self._stopped.set()
         self._thread.join()
         self._relay.after_abort("")
 
     def wait_for_cause(self) -> None:
-        """Wait for the watch thread or JAX to end this process, if another one has ended. Returns if none has ended."""
-        if not self._signals:
-            time.sleep(self._lost_after + 2 * _POLL)
+        """If another process has ended, wait until the watch thread or JAX ends this process. Otherwise return."""
+        if not self._received_signals:
+            time.sleep(self._lost_after + 2 * _POLL_SECONDS)
 
     def fail_here(self, cause: str, status: int) -> NoReturn:
-        """End this process, whose program has failed, and thereby the others."""
-        if self._signals:
-            cause, status = self._signalled(), 128 + self._signals[-1]
-        self._end(f"process {self._index} {cause}", status)
+        """End this process because its program has failed. The other processes then end too."""
+        if self._received_signals:
+            cause, status = self._signal_text(), 128 + self._received_signals[-1]
+        self._end_process(f"process {self._index} {cause}", status)
 
-    def _announce_lost(self) -> None:
-        silent = f"was lost (killed, stopped, or not heard of for {self._lost_after} s)"
-        me = f"process {self._index} of {self._count}"
-        self._relay.after_abort(f"{me} ends: process {{lost}} {silent}; {self._hint}")
+    def _set_abort_message(self) -> None:
+        description = f"was lost (killed, stopped, or without a heartbeat for {self._lost_after} s)"
+        process_name = f"process {self._index} of {self._count}"
+        self._relay.after_abort(f"{process_name} ends: process {{lost}} {description}; {self._restart_hint}")
 
-    def _watch(self) -> None:
+    def _watch_loop(self) -> None:
         while not self._stopped.is_set():
-            # A process that is done polls faster, because the processes wait for each other.
-            wait = _POLL / 10 if self._index in self._ended else _POLL
-            if select.select([self._wakeup], [], [], wait)[0]:
-                for number in os.read(self._wakeup, 64):
-                    self._signal(number)
-            self._read()
-            for rank, cause in sorted(self._ended.items()):
+            # A process that is done polls faster, because it only waits for the others.
+            wait = _POLL_SECONDS / 10 if self._index in self._outcomes else _POLL_SECONDS
+            if select.select([self._wakeup_fd], [], [], wait)[0]:
+                for number in os.read(self._wakeup_fd, 64):
+                    self._handle_signal(number)
+            self._read_outcomes()
+            for rank, cause in sorted(self._outcomes.items()):
                 if cause != _DONE and rank != self._index:
-                    self._end(cause, 1)
-            if self._end_at is not None and time.monotonic() > self._end_at:
-                self._end(f"process {self._index} {self._signalled()}", 128 + self._signals[-1])
+                    self._end_process(cause, 1)
+            if self._end_deadline is not None and time.monotonic() > self._end_deadline:
+                self._end_process(f"process {self._index} {self._signal_text()}", 128 + self._received_signals[-1])
 
-    def _signal(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         if number not in (signal.SIGINT, signal.SIGTERM):
             return
-        self._signals.append(signal.Signals(number))
+        self._received_signals.append(signal.Signals(number))
         # The handler of the training loop requests the end of all processes and then removes itself. If the main thread
         # waits in C++, the handler has not been called yet.
-        handled = signal.getsignal(number) not in (signal.default_int_handler, _terminate) or self._requested
-        if len(self._signals) == 1 and handled:
+        handled = signal.getsignal(number) not in (signal.default_int_handler, _terminate) or self._end_requested
+        if len(self._received_signals) == 1 and handled:
             self.request_end()
-        elif self._end_at is None:
-            self._end_at = time.monotonic() + _GRACE
+        elif self._end_deadline is None:
+            self._end_deadline = time.monotonic() + _GRACE_SECONDS
 
-    def _signalled(self) -> str:
-        second = " as a second signal, and saved nothing" if len(self._signals) > 1 else ""
-        return f"got {self._signals[-1].name}{second}"
+    def _signal_text(self) -> str:
+        second = " as a second signal, and saved nothing" if len(self._received_signals) > 1 else ""
+        return f"got {self._received_signals[-1].name}{second}"
 
-    def _read(self) -> None:
+    def _read_outcomes(self) -> None:
         try:
-            entries = self._client.key_value_dir_get(_ENDED)
-        except jax.errors.JaxRuntimeError:  # process 0 has ended or is stopped, so JAX will end this process
-            return
-        self._ended = {int(key.rpartition("/")[2]): value for key, value in entries}
+            entries = self._client.key_value_dir_get(_OUTCOME_PREFIX)
+        except jax.errors.JaxRuntimeError:
+            return  # process 0, which serves the store, has ended or is stopped, so JAX will end this process
+        self._outcomes = {int(key.rpartition("/")[2]): value for key, value in entries}
 
-    def _publish(self, value: str) -> None:
-        """Write how this process ended to the key-value store."""
+    def _publish_outcome(self, value: str) -> None:
+        """Write the outcome of this process to the key-value store: ``_DONE`` or the cause of its failure."""
 
         def set_value() -> None:
             try:
-                self._client.key_value_set(f"{_ENDED}{self._index}", value, allow_overwrite=True)
+                self._client.key_value_set(f"{_OUTCOME_PREFIX}{self._index}", value, allow_overwrite=True)
             except jax.errors.JaxRuntimeError:
-                return  # as in _read
+                return  # as in _read_outcomes
 
-        thread = threading.Thread(target=set_value, daemon=True)  # a thread, because a stopped process 0 never answers
+        # In a thread, because the call never returns if process 0 is stopped.
+        thread = threading.Thread(target=set_value, daemon=True)
         thread.start()
-        thread.join(timeout=_ACKNOWLEDGE)
+        thread.join(timeout=_ACKNOWLEDGE_SECONDS)
 
-    def _end(self, cause: str, status: int) -> NoReturn:
-        self._ending.acquire()  # never released, so that only one thread ends the process
+    def _end_process(self, cause: str, status: int) -> NoReturn:
+        self._end_lock.acquire()  # never released, so that only one thread ends the process
         self._relay.after_abort("")
-        self._publish(cause)
+        self._publish_outcome(cause)
         prefix = f"process {self._index} "
         message = cause.removeprefix(prefix) if cause.startswith(prefix) else f"ends: {cause}"
         with contextlib.suppress(OSError, ValueError):  # this process must end even if standard error is closed
-            print(f"process {self._index} of {self._count} {message}; {self._hint}", file=sys.stderr, flush=True)
+            line = f"process {self._index} of {self._count} {message}; {self._restart_hint}"
+            print(line, file=sys.stderr, flush=True)
             sys.stdout.flush()
-        deadline = time.monotonic() + _ACKNOWLEDGE
-        while self._index == 0 and time.monotonic() < deadline and len(self._ended) < self._count:
-            self._read()
-            time.sleep(_POLL / 10)
+        deadline = time.monotonic() + _ACKNOWLEDGE_SECONDS
+        while self._index == 0 and time.monotonic() < deadline and len(self._outcomes) < self._count:
+            self._read_outcomes()
+            time.sleep(_POLL_SECONDS / 10)
         os._exit(status)
 
 
@@ -454,13 +463,13 @@ _watch: _Watch | None = None
 
 
 def _take_signal_from_jax(number: int) -> Callable[[int], Any]:
-    """JAX's C handler of a signal, which notifies its preemption service. The signal's default handler is restored.
+    """Replace JAX's C handler of a signal by the default handler, and return it. It notifies JAX's preemption service.
 
-    The handler is read with ctypes, because Python cannot return a handler that was set from C.
+    ctypes reads the handler, because Python cannot return a handler that was set from C.
     """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     address = libc.signal(number, None)
     if address in (None, 0, 1, ctypes.c_void_p(-1).value):
-        raise RuntimeError("jax.distributed handles no SIGTERM: set jax_enable_preemption_service to True")
+        raise RuntimeError("jax.distributed has no SIGTERM handler: set jax_enable_preemption_service to True")
     return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)

@@ -1,14 +1,15 @@
 """Sharding: maps logical axis names to mesh axes. No other file uses a mesh directly.
 
 Models name logical axes (``batch seq embed heads kv mlp vocab layers ...``). A :class:`Rules` table says which mesh
-axes split them. Data parallelism, fully sharded parameters, tensor and sequence parallelism are tables, not code:
+axes split each logical axis. Data, tensor and sequence parallelism and fully sharded parameters are four such tables.
+For example:
 
     >>> sharding = Sharding(make_mesh("data=4,tensor=2"))                   # doctest: +SKIP
     >>> params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(key)   # doctest: +SKIP
 
-The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. The reason is
-full sharding: it splits the width of parameters and the batch of activations over the same mesh axis, so the width of
-activations cannot be split over this axis.
+The model width has two logical names: ``embed`` in parameters and ``activation_embed`` in activations. Full
+sharding needs both: it splits the width of parameters and the batch of activations over the same mesh axis, so this
+axis cannot also split the width of activations.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def _closest(name: str, names: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A table of the mesh axes that split each logical axis: ``((logical, (mesh axis, ...)), ...)``.
+    """A table of the mesh axes that split each logical axis: ``((logical axis, (mesh axis, ...)), ...)``.
 
-    The table is hashable; build it with :meth:`of`. A logical axis without a rule is not split. A rule may name mesh
-    axes that the mesh does not have; they are ignored, so that one table works for every mesh. A mesh axis that no
-    rule names is an error (:class:`Sharding`).
+    Rules are hashable. :meth:`of` creates them. A logical axis without a rule is not split. A rule may name mesh axes
+    that the mesh does not have. They are ignored, so that one table works for every mesh. A mesh axis that no rule
+    names is an error (:class:`Sharding`).
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
@@ -64,7 +65,7 @@ class Rules:
         return cls(tuple((name, (axes,) if isinstance(axes, str) else tuple(axes)) for name, axes in rules.items()))
 
     def __or__(self, other: Rules) -> Rules:
-        """The union of both tables. A logical axis that is in both is split over the mesh axes of both."""
+        """The union of two tables. A logical axis in both tables is split over the mesh axes of both."""
         merged = dict(self.table)
         for name, axes in other.table:
             merged[name] = merged.get(name, ()) + tuple(axis for axis in axes if axis not in merged.get(name, ()))
@@ -83,7 +84,7 @@ class Rules:
         """
         table = dict(self.table)
         used_by: dict[str, str | None] = {}
-        parts: list[str | tuple[str, ...] | None] = []
+        entries: list[str | tuple[str, ...] | None] = []
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
@@ -97,8 +98,8 @@ class Rules:
                         f"mapped to mesh axis {axis!r}: give one of them another mesh axis in the rules"
                     )
                 used_by[axis] = name
-            parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
-        return PartitionSpec(*parts)
+            entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+        return PartitionSpec(*entries)
 
 
 DATA_PARALLEL = Rules.of(batch="data")
@@ -136,7 +137,7 @@ def make_mesh(
 
     Args:
         shape: ``{"data": 4, "tensor": 2}`` or ``"data=4,tensor=2"``.
-        axis_type: Auto (the compiler propagates shardings) by default; the models also run under Explicit.
+        axis_type: ``Auto`` lets the compiler propagate shardings. The models also support ``Explicit``.
 
     Raises:
         ValueError: the product of the sizes is not the number of devices.
@@ -150,17 +151,19 @@ def make_mesh(
             if devices[0].platform == "cpu"
             else ""
         )
-        raise ValueError(f"mesh {_show(sizes)} needs {needed} devices, there are {len(devices)}: change the mesh{hint}")
+        raise ValueError(
+            f"mesh {_format_sizes(sizes)} needs {needed} devices, there are {len(devices)}: change the mesh{hint}"
+        )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=devices)
 
 
-def _show(sizes: Mapping[str, int]) -> str:
+def _format_sizes(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _entry_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in one entry of a ``PartitionSpec``."""
-    return (part,) if isinstance(part, str) else (part or ())
+    return (entry,) if isinstance(entry, str) else (entry or ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,40 +185,40 @@ class Sharding:
                     f"{_closest(axis, self.rules.mesh_axes)}the rules name {', '.join(self.rules.mesh_axes)}"
                 )
 
-    def named(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:
+    def named_sharding(self, axes: Axes, shape: Sequence[int] | None = None, what: str = "array") -> NamedSharding:
         """The sharding of one array with logical ``axes``.
 
         Args:
-            shape: the shape of the array, which is then checked for divisibility. None: no check.
+            shape: the shape of the array, to check that each size is divisible by its number of shards. None: no check.
             what: the name of the array in error messages.
 
         Raises:
-            ValueError: a size is not divisible by the number of pieces of its axis, or an error of
+            ValueError: a size is not divisible by the number of shards of its axis, or an error of
                 :meth:`Rules.partition`.
         """
         partition = self.rules.partition(axes, self.mesh)
         if shape is not None:
-            for name, size, part in zip(axes, shape, partition, strict=True):
-                mesh_axes = _mesh_axes(part)
+            for name, size, entry in zip(axes, shape, partition, strict=True):
+                mesh_axes = _entry_axes(entry)
                 pieces = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
                 if size % pieces:
                     raise ValueError(
                         f"{what}: axis {name!r} of size {size} does not divide over mesh axes "
-                        f"{_show({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({pieces} pieces): "
-                        f"make {name!r} a multiple of {pieces} or change the mesh {_show(self.mesh.shape)}"
+                        f"{_format_sizes({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({pieces} shards): "
+                        f"make {name!r} a multiple of {pieces} or change the mesh {_format_sizes(self.mesh.shape)}"
                         + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
                     )
         return NamedSharding(self.mesh, partition)
 
-    def pieces(self, axes: Axes) -> int:
-        """The number of pieces into which an array with logical ``axes`` is split."""
-        parts = self.rules.partition(axes, self.mesh)
-        return math.prod(self.mesh.shape[axis] for part in parts for axis in _mesh_axes(part))
+    def num_shards(self, axes: Axes) -> int:
+        """The number of shards into which an array with logical ``axes`` is split."""
+        partition = self.rules.partition(axes, self.mesh)
+        return math.prod(self.mesh.shape[axis] for entry in partition for axis in _entry_axes(entry))
 
     def tree(self, specs: spec_lib.Tree) -> spec_lib.Tree:
         """The sharding of each array in a tree of specs, checked for divisibility."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, spec: self.named(spec.axes, spec.shape, spec_lib.path_name(path)), specs
+            lambda path, spec: self.named_sharding(spec.axes, spec.shape, spec_lib.path_name(path)), specs
         )
 
     def abstract(self, specs: spec_lib.Tree) -> spec_lib.Tree:
@@ -231,14 +234,14 @@ class Sharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def rows(self, batch_size: int) -> list[int]:
-        """The row numbers of a batch that devices of this process hold, in order; all rows in a run of one process.
+        """The sorted indices of the batch rows on the devices of this process; with one process, all rows.
 
         If tensor parallelism spans processes, several processes hold the same rows.
 
         Raises:
-            ValueError: ``batch_size`` is not divisible by the number of pieces of the batch axis.
+            ValueError: ``batch_size`` is not divisible by the number of shards of the batch axis.
         """
-        self.named(("batch",), (batch_size,), "a batch")
+        self.named_sharding(("batch",), (batch_size,), "a batch")
         pieces, local_blocks = self._blocks()
         size = batch_size // pieces
         return [block * size + row for block in local_blocks for row in range(size)]
@@ -246,32 +249,32 @@ class Sharding:
     def from_rows(self, local: np.ndarray) -> jax.Array:
         """The global array [B, ...], sharded over rows, from the rows that this process holds (:meth:`rows`).
 
-        ``local`` is an array on the host.
+        ``local`` is a host array with these rows.
         """
         pieces, local_blocks = self._blocks()
         shape = (local.shape[0] * pieces // len(local_blocks), *local.shape[1:])
-        sharding = self.named(("batch",), shape[:1], "a batch")
+        sharding = self.named_sharding(("batch",), shape[:1], "a batch")
         size = shape[0] // pieces
 
-        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        def read_block(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # JAX calls this function only for devices of this process
             start = local_blocks.index((index[0].start or 0) // size) * size
             return local[start : start + size]
 
-        return jax.make_array_from_callback(shape, sharding, block)
+        return jax.make_array_from_callback(shape, sharding, read_block)
 
     def _blocks(self) -> tuple[int, list[int]]:
-        """The number of blocks of rows in a batch, and the indices of the blocks on devices of this process."""
-        pieces = self.pieces(("batch",))
-        indices = self.named(("batch",)).addressable_devices_indices_map((pieces,)).values()
+        """The number of blocks into which a batch is split, and the indices of the blocks of this process."""
+        pieces = self.num_shards(("batch",))
+        indices = self.named_sharding(("batch",)).addressable_devices_indices_map((pieces,)).values()
         return pieces, sorted({range(pieces)[index[0]].start for index in indices if index is not None})
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """A context in which :func:`constrain` applies this sharding.
+        """A context manager in which :func:`constrain` applies this sharding.
 
-        Enter it INSIDE the jitted function. Then the rules are a part of the trace, and two shardings of one model
-        never share a trace.
+        Enter it INSIDE the jitted function. Otherwise, ``jit`` would use one cached trace for two shardings of the
+        same model.
         """
         token = _active.set(self)
         try:
@@ -286,6 +289,12 @@ _active: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("jaxlm
 def active() -> Sharding | None:
     """The sharding of the enclosing :meth:`Sharding.scope`, or None outside a scope."""
     return _active.get()
+
+
+def num_shards(axes: Axes) -> int:
+    """:meth:`Sharding.num_shards` of the enclosing scope; 1 outside a scope."""
+    sharding = active()
+    return 1 if sharding is None else sharding.num_shards(axes)
 
 
 def platform() -> str:
@@ -308,13 +317,13 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     sharding = _active.get()
     if sharding is None:
         return x
-    return jax.lax.with_sharding_constraint(x, sharding.named(axes, x.shape, "activation"))
+    return jax.lax.with_sharding_constraint(x, sharding.named_sharding(axes, x.shape, "activation"))
 
 
 def gathered(ids: jax.Array) -> NamedSharding | None:
-    """The sharding of rows gathered by ``.at[ids].get(out_sharding=...)``: that of ``ids``, with the width not split.
+    """The ``out_sharding`` of ``table.at[ids].get(...)``: the sharding of ``ids``, and an unsharded last axis.
 
-    None unless the mesh is Explicit, because JAX needs ``out_sharding`` only there.
+    None unless the mesh has Explicit axes, because JAX needs ``out_sharding`` only for them.
     """
     sharding = jax.typeof(ids).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:

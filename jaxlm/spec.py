@@ -1,9 +1,9 @@
-"""Specs: descriptions of all arrays of a model, made before any array exists.  READ THIS FIRST.
+"""Specs: descriptions of all arrays of a model, created before any array exists.  READ THIS FIRST.
 
 A family describes its parameters, and the state that it carries between calls, as a nested dict of :class:`ArraySpec`.
-Other libraries trace the model to find out shapes. Here one tree of specs gives everything: initial values, abstract
-shapes, shardings (``jaxlm.sharding``), weight-decay masks, parameter counts, checkpoint targets, and the
-operations on a named axis (``batch``) that beam search and document resets need.
+Other libraries trace the model to get the shapes. In jaxlm, the tree of specs determines initial values, abstract
+shapes, shardings (``jaxlm.sharding``), weight-decay masks, parameter counts, checkpoint targets, and
+operations on a named axis. For example, beam search and state resets need the ``batch`` axis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tree = Any
 """A pytree (nested dicts) of arrays or of specs."""
 
 # --------------------------------------------------------------------------------------------- initializers
-# Initializers are frozen dataclasses and not closures, so that a spec is hashable and compares by value.
+# Initializers are frozen dataclasses instead of closures, so that a spec is hashable and compares by value.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
 LAYERS = "layers"
-"""The dict key of the layers of a stack, and the name of the axis that :func:`stack` adds."""
+"""The dict key of the layers of a model, and the name of the axis that :func:`stack` adds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole array, summed over all devices that hold a part of it."""
+        """Bytes of the complete (unsharded) array."""
         return self.size * self.dtype.itemsize
 
 
@@ -144,7 +144,7 @@ def join_layer(name: str, layer: int) -> str:
 def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
     """A random key for ``name``, derived from ``key``; None if ``key`` is None.
 
-    The result depends only on ``key`` and the name. So a new name never changes the random numbers of other names.
+    The result depends only on ``key`` and ``name``, so a new name does not change the random numbers of other names.
     """
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
@@ -153,14 +153,14 @@ def fold_name(key: jax.Array | None, name: str) -> jax.Array | None:
 
 
 def layers(count: int, specs: Tree, *, stacked: bool) -> Tree:
-    """Specs of ``count`` equal layers, the value of a key ``layers`` in the parameters and in the state of a family.
+    """Specs of ``count`` equal layers, for the key ``layers`` of the parameters and of the state of a family.
 
-    A family has one of two layouts, by the field ``scan_layers`` of its config (``jaxlm.models.common.run_layers``):
+    The config field ``scan_layers`` selects one of two layouts (``jaxlm.models.common.run_layers``):
 
     - stacked: one tree, whose arrays have a leading ``layers`` axis of size ``count``. ``lax.scan`` runs the layers.
     - per-layer: a tuple with one tree per layer. A Python loop runs the layers.
 
-    Everything else follows the specs: initial values, shardings, optimizer states, checkpoints.
+    Initial values, shardings, optimizer states and checkpoints have the layout of the specs.
     """
     return stack(count, specs) if stacked else (specs,) * count
 
@@ -175,11 +175,11 @@ def stack(count: int, specs: Tree) -> Tree:
 def unstack(tree: Tree) -> Tree:
     """``tree`` in the per-layer layout: the value of each key ``layers`` becomes a tuple with one tree per layer.
 
-    The conversion is for files of the other layout (checkpoints, adapters) and for tools that look at single layers.
+    Use it for files in the other layout (checkpoints, adapters) and in tools that inspect single layers.
 
     Args:
-        tree: parameters, or any tree that contains them (optimizer moments, a whole ``TrainState``); arrays or specs. A
-            tree that is already per-layer is returned unchanged.
+        tree: parameters, or a tree that contains trees like them (optimizer moments, ``TrainState``); arrays or specs.
+            A tree that is already per-layer is returned unchanged.
     """
 
     def select_layer(x: Any, layer: int) -> Any:
@@ -222,9 +222,9 @@ def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 
-    Each leaf draws from ``key`` folded with its path, and each layer folds in its number as well. So the values of a
-    leaf do not depend on other leaves, on the number or layout of the layers, or (under jit with ``out_shardings``) on
-    the number of devices.
+    The key of a leaf is ``key`` folded with the path of the leaf and the number of its layer. So the values of a leaf
+    do not depend on other leaves, on the number or layout of the layers, or (under jit with ``out_shardings``) on the
+    number of devices.
 
     Raises:
         ValueError: a leaf has a random initializer and ``key`` is None.
@@ -234,7 +234,9 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
         if isinstance(spec.init, Constant):
             return spec.init(None, spec.shape, spec.dtype)
         if key is None:
-            raise ValueError(f"{path_name(path)!r} starts from {spec.init}: pass a key, e.g. jax.random.key(0)")
+            raise ValueError(
+                f"{path_name(path)!r} has the random initializer {spec.init}: pass a key, e.g. jax.random.key(0)"
+            )
         name, layer = split_layer(path_name(path))
         leaf_key = fold_name(key, name)
         assert leaf_key is not None
@@ -249,12 +251,12 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
 
 
 def abstract(specs: Tree) -> Tree:
-    """The same tree of ``jax.ShapeDtypeStruct``, as ``jax.eval_shape(init)`` would return it, but without tracing."""
+    """A tree of ``jax.ShapeDtypeStruct``, as ``jax.eval_shape(init, specs, key)`` returns it, but without tracing."""
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
 
 
 def decay_mask(specs: Tree) -> Tree:
-    """Tree of bools for ``optax.add_decayed_weights(mask=...)``."""
+    """A tree of bools: whether weight decay applies to each leaf, for ``optax.add_decayed_weights(mask=...)``."""
     return jax.tree.map(lambda spec: spec.decay, specs)
 
 
@@ -272,7 +274,7 @@ def _describe(leaf: Any) -> str:
 
 
 def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
-    """One line for each leaf that is missing, is extra, or has another shape (or dtype). Empty: the trees agree.
+    """One line for each leaf that is missing, is extra, or has another shape (or dtype); empty if the trees agree.
 
     The leaves of both trees may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`.
     """
@@ -309,7 +311,9 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 
 
 def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree, optional: bool = False) -> Tree:
-    """A tree of ``function(leaf of each tree, dimension)``; ``dimension`` is the index of ``axis`` in the leaf's spec.
+    """A tree of ``function(*leaves, dimension)``, where ``leaves`` are the corresponding leaves of ``trees``.
+
+    ``dimension`` is the index of ``axis`` in the spec of the leaf.
 
     Args:
         optional: return a leaf of the first tree unchanged if its spec has no such axis.
@@ -329,7 +333,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
 
 
 def take(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
-    """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search reorders any model state with it.
+    """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search uses it to reorder a model state.
 
     Indices must be in range. They are not checked, because a check would cost a pass over every leaf.
     """
@@ -337,7 +341,7 @@ def take(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tr
 
 
 def reset(specs: Tree, tree: Tree, rows: jax.Array, axis: str = "batch") -> Tree:
-    """``tree`` with the initial value in each row where ``rows`` (bool, one per entry of ``axis``) is True."""
+    """``tree`` with the initial values of ``specs`` in all rows whose entry in ``rows`` [size of ``axis``] is True."""
 
     def reset_leaf(leaf: jax.Array, initial: jax.Array, dim: int) -> jax.Array:
         shape = [1] * leaf.ndim

@@ -1,9 +1,9 @@
 """Copies the output of a process on file descriptor 2, and replaces JAX's report of a lost process with one line.
 
-When a process of a run is lost, JAX aborts the others from C++, after a message and a stack trace on file descriptor 2
-and before any Python code can run. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2. A
-line that begins with a zero byte is not copied: it is the line to print after such an abort. ``{lost}`` in this line is
-replaced with the indices of the lost processes.
+When a process of a run is lost, JAX aborts the other processes from C++. It prints a message and a stack trace to file
+descriptor 2, and no Python code runs. ``jaxlm.processes`` therefore starts this program with a pipe from descriptor 2.
+A line that begins with a zero byte is not copied. It sets the line to print after such an abort. ``{lost}`` in this
+line is replaced with the indices of the lost processes.
 
 This file is run by its path and imports nothing from jaxlm, so that it starts quickly.
 """
@@ -18,12 +18,16 @@ ABORT = b"Terminating process because the JAX distributed service detected fatal
 CONSEQUENCES = re.compile(
     rb"[IWE]\d{4} [\d:.]+ +\d+ (coordination_service|coordination_service_agent|preemption_\w+)\.cc:\d+\]"
 )
-"""First lines of messages about a lost process, which are not copied; their further lines match ``CONTINUED``."""
+"""Matches the first line of messages that follow the loss of a process. They are not copied. Their other lines match
+``CONTINUED``."""
 CONTINUED = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
 
 
 def lost(report: bytes) -> str:
-    """The indices of the lost processes in JAX's report; "0" if it names none, because process 0 makes the report."""
+    """The indices of the lost processes in JAX's report; "0" if it names none.
+
+    JAX names the lost processes unless process 0, which detects the loss of the others, was lost itself.
+    """
     named = re.search(rb"stopped sending heartbeats\):\s*((?:\d+\s+)+)", report)
     return ", ".join(named[1].decode().split()) if named else "0"
 
@@ -36,7 +40,7 @@ def relay(source: BinaryIO, target: BinaryIO) -> None:
             last_line = line[1:] if line[1:].strip() else b""
             continue
         if ABORT in line:
-            report = line + source.read()  # up to the end, because the process aborts
+            report = line + source.read()  # everything, because JAX aborts the process after this line
             target.write(last_line.replace(b"{lost}", lost(report).encode()))
             target.flush()
             return

@@ -1,4 +1,4 @@
-"""A strict session: eight virtual devices, silent broadcasting of ranks and warnings are errors (see pyproject)."""
+"""Pytest settings: eight virtual CPU devices; rank promotion is an error (pyproject.toml makes warnings errors)."""
 
 import gc
 import os
@@ -7,18 +7,17 @@ from pathlib import Path
 import jaxlib.version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-DEFAULTS = {
+XLA_DEFAULTS = {
     "xla_force_host_platform_device_count": "8",
-    # Most of a test's time is the compiler's. Without LLVM's optimisations a test takes half as long.
+    # Tests spend most of their time compiling. Without LLVM optimizations they take half as long.
     "xla_backend_optimization_level": "0",
-    "xla_cpu_parallel_codegen_split_count": "1",  # two processes share the cores already
+    "xla_cpu_parallel_codegen_split_count": "1",  # two pytest processes already use all cores
 }
 if jaxlib.version.__version_info__ < (0, 11):
-    # Its older way from fused operations to LLVM compiles four times as fast. Later versions have only the new one, and
-    # refuse a flag that they do not know.
-    DEFAULTS["xla_cpu_use_fusion_emitters"] = "false"
+    # The older fusion emitters compile four times as fast. Later versions do not have them and reject unknown flags.
+    XLA_DEFAULTS["xla_cpu_use_fusion_emitters"] = "false"
 flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={v}" for name, v in DEFAULTS.items() if name not in flags)])
+os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={v}" for name, v in XLA_DEFAULTS.items() if name not in flags)])
 
 import jax  # noqa: E402 (reads the environment)
 import pytest  # noqa: E402
@@ -27,7 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 MAPS = Path("/proc/self/maps")
 MAX_MAPS = Path("/proc/sys/vm/max_map_count")
-EVERY = 20
+CHECK_INTERVAL = 20
 _finished = 0
 
 
@@ -35,7 +34,7 @@ _finished = 0
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for ``--dist loadgroup``: one process runs all tests of a group and compiles its models once.
 
-    A group is a module; in the contract, the tests of one family.
+    A group is a module. In test_contract.py, a group is the tests of one variant.
     """
     for item in items:
         group = item.nodeid.split("::")[0]
@@ -45,11 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Forget compiled programs before there are too many: each maps pieces of memory, of which Linux allows a process
-    65,530, and the compiler crashes at the next one."""
+    """Clear JAX's caches before the process has too many memory maps.
+
+    Each compiled program adds memory maps. Linux allows 65,530 per process, and the compiler crashes above this limit.
+    """
     global _finished
     _finished += 1
-    if _finished % EVERY == 0 and MAPS.exists() and MAX_MAPS.exists():
+    if _finished % CHECK_INTERVAL == 0 and MAPS.exists() and MAX_MAPS.exists():
         with MAPS.open("rb") as lines:
             count = sum(1 for _ in lines)
         if count > int(MAX_MAPS.read_text()) // 2:

@@ -1,4 +1,4 @@
-"""Helper functions and constants of several test modules."""
+"""Functions and constants that several test modules use."""
 
 import dataclasses
 from typing import Any
@@ -15,13 +15,13 @@ TINY = tuple(variant for name in FAMILIES for variant in family(name).VARIANTS i
 """The tiny variants of all families. A family with several architectures has one for each of them."""
 
 
-FIRST = tuple(next(variant for variant in TINY if variant in family(name).VARIANTS) for name in FAMILIES)
+FIRST_VARIANTS = tuple(next(variant for variant in TINY if variant in family(name).VARIANTS) for name in FAMILIES)
 """The first tiny variant of each family. Only these run by default; tests of the others are marked ``thorough``."""
 
 
-def forms(names: Any = TINY) -> list[Any]:
-    """Arguments of ``pytest.mark.parametrize``: the names, with the mark ``thorough`` for those not in ``FIRST``."""
-    return [name if name in FIRST else pytest.param(name, marks=pytest.mark.thorough) for name in names]
+def variant_params(names: Any = TINY) -> list[Any]:
+    """Arguments of ``pytest.mark.parametrize``. Names that are not in ``FIRST_VARIANTS`` have the mark ``thorough``."""
+    return [name if name in FIRST_VARIANTS else pytest.param(name, marks=pytest.mark.thorough) for name in names]
 
 
 def tiny_model(name: str, **overrides: Any) -> Model:
@@ -87,7 +87,7 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     return Batch(inputs, spans, ones, input_segments, source)
 
 
-def lively(params: Any) -> Any:
+def add_noise(params: Any) -> Any:
     """The parameters plus noise. At initial values (biases 0, scales 1), a test could miss a wrong sign or term."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(99), len(leaves))

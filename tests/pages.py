@@ -1,4 +1,4 @@
-"""Pages of docs/ are code: their blocks run in order, in one namespace, and their command lines are parsed."""
+"""Functions that run the Python blocks of a page of docs/ and parse its command lines."""
 
 import importlib
 import re
@@ -15,21 +15,22 @@ from jaxlm import cli
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TASKS = sorted(path.stem for path in (ROOT / "docs/tasks").glob("*.md"))
-"""The tasks that have a page; each also has an experiment and a notebook of its name."""
+"""Tasks with a page in docs/tasks. Each also has an experiment and a notebook with the same name."""
 FOR_LOOP = re.compile(r"\bfor (\w+) in ([^;]+);")
 
 
-def run_page(name: str, least: int = 1, smaller: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run every block of a page (at least so many), from the current directory; returns the namespace.
+def run_page(name: str, min_blocks: int = 1, replacements: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run the Python blocks of a page in order, in the current directory, and return their common namespace.
 
     Args:
-        smaller: text of the blocks -> what to run instead, for a short test. Each must occur.
+        min_blocks: the number of blocks that the page must have at least.
+        replacements: text in the blocks -> replacement, to make a test short. Each text must occur in a block.
     """
     path = ROOT / name
     page = path.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(page))
-    assert len(blocks) == page.count("```python") >= least
-    replaced = dict(smaller or {})
+    assert len(blocks) == page.count("```python") >= min_blocks
+    replaced = dict(replacements or {})
     for text in replaced:
         assert any(text in block[1] for block in blocks), f"{name} has no {text!r} any more: change the test"
     namespace = {"__name__": path.stem}
@@ -37,16 +38,16 @@ def run_page(name: str, least: int = 1, smaller: Mapping[str, str] | None = None
         code = block[1]
         for text, replacement in replaced.items():
             code = code.replace(text, replacement)
-        # Blank lines in front make the line numbers of a failure those of the page.
-        above = "\n" * page.count("\n", 0, block.start(1))
-        exec(compile(above + code, str(path), "exec"), namespace)
+        # With these blank lines, a traceback shows the line numbers of the page.
+        blank_lines = "\n" * page.count("\n", 0, block.start(1))
+        exec(compile(blank_lines + code, str(path), "exec"), namespace)
     return namespace
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of each ``python -m experiments.NAME ...`` and ``jaxlm NAME ...`` among the indented lines of a page.
+    """Yield the words of each ``python -m experiments.NAME ...`` and ``jaxlm NAME ...`` in indented lines of a page.
 
-    A shell loop gives one command for each of its values. Comments, and "..." for options left out, are dropped.
+    A shell loop yields one command for each value. Comments and the word "..." are dropped.
     """
     for line in text.replace("\\\n", " ").splitlines():
         if not line.startswith("    "):
@@ -70,7 +71,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Exit status of a command line that its program parses but does not run; a wrong option raises SystemExit."""
+    """Parse a command line without running its program; returns the exit status. A wrong option raises SystemExit."""
     if words[0] == "jaxlm":
         monkeypatch.setattr(cli, "exit_status", lambda run, program, **options: 0)
         return cli.main(words[1:])
@@ -80,7 +81,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def check_links(name: str) -> None:
-    """Links within a page lead to its headings, and the files that it names exist."""
+    """Check that the internal links of a page point to its headings, and that the files it names exist."""
     page = (ROOT / name).read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,4 +1,4 @@
-"""Adaptations: what is trained, what is frozen, and that both layer layouts give the same."""
+"""Tests of Freeze and LoRA: which parameters are trained or frozen, and that both layer layouts agree."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ from jaxlm.spec import ArraySpec
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from tests.helpers import (
     TINY,
+    add_noise,
     assert_trees_close,
     assert_trees_equal,
-    lively,
     random_tokens,
     tiny_model,
     with_stacked_layers,
@@ -39,11 +39,11 @@ ADAPTATIONS = (
 
 
 def params_of(model):
-    return lively(model.init(jax.random.key(0)))
+    return add_noise(model.init(jax.random.key(0)))
 
 
-def moved(trained):
-    """A trained tree with random values, so that factors of zeros become visible."""
+def random_like(trained):
+    """A tree of random values with the shapes of ``trained``. With the initial zeros, LoRA factors have no effect."""
     return jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), trained)
 
 
@@ -52,26 +52,28 @@ def moved(trained):
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=str)
 @pytest.mark.parametrize("layout", ["stacked", "per_layer"])
-def test_split_and_merge_undo_each_other_and_have_the_specs_that_they_say(adaptation, layout):
+def test_merge_undoes_split_and_specs_match(adaptation, layout):
     assert isinstance(adaptation, Adaptation)
     assert hash(adaptation) == hash(dataclasses.replace(adaptation))
-    change = spec.unstack if layout == "per_layer" else lambda tree: tree
-    params, specs = params_of(BERT), change(BERT.specs)
-    trained, frozen = adaptation.split(specs, change(params), jax.random.key(1))
+    to_layout = spec.unstack if layout == "per_layer" else lambda tree: tree
+    params, specs = params_of(BERT), to_layout(BERT.specs)
+    trained, frozen = adaptation.split(specs, to_layout(params), jax.random.key(1))
     spec.require_same(adaptation.specs(specs), trained, "trained")
     spec.require_same(adaptation.frozen_specs(specs), frozen, "frozen")
-    assert_trees_equal(adaptation.merge(trained, frozen), change(params))
-    # The numbers do not depend on the order of splitting and changing the layout.
+    assert_trees_equal(adaptation.merge(trained, frozen), to_layout(params))
+    # Splitting before or after the change of layout gives the same values.
     stacked = adaptation.split(BERT.specs, params, jax.random.key(1))
-    assert_trees_equal((trained, frozen), tuple(map(change, stacked)))
-    merged = adaptation.merge(moved(stacked[0]), stacked[1])
-    assert_trees_close(adaptation.merge(change(moved(stacked[0])), change(stacked[1])), change(merged), 1e-6)
+    assert_trees_equal((trained, frozen), tuple(map(to_layout, stacked)))
+    merged = adaptation.merge(random_like(stacked[0]), stacked[1])
+    assert_trees_close(
+        adaptation.merge(to_layout(random_like(stacked[0])), to_layout(stacked[1])), to_layout(merged), 1e-6
+    )
 
 
 @pytest.mark.parametrize("adaptation", [ADAPTATIONS[2], ADAPTATIONS[5]], ids=["freeze", "lora"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_training_moves_what_is_trained_and_nothing_else(adaptation, name):
-    """With weight decay, which moves also what has no gradient."""
+def test_training_changes_only_the_trained_parameters(adaptation, name):
+    """Weight decay is on, because it also changes parameters without a gradient."""
     tokens = random_tokens(BERT, 2, 6)
     params = params_of(BERT)
     trained, frozen = adaptation.split(BERT.specs, params, jax.random.key(1))
@@ -93,7 +95,7 @@ def test_training_moves_what_is_trained_and_nothing_else(adaptation, name):
     for _ in range(2):
         new, state, grads = step(new, state)
     before, after = spec.flatten(params), spec.flatten(adaptation.merge(new, frozen))
-    touched = {name for name in before if not np.array_equal(before[name], after[name])}
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
     if isinstance(adaptation, Freeze):
         expected = {name for name in before if "attention/" not in name and not name.startswith("pooler/")}
         for name in expected:
@@ -105,13 +107,13 @@ def test_training_moves_what_is_trained_and_nothing_else(adaptation, name):
             name for name in before
             if name.endswith(("attention/output/weight", "mlp/up/weight")) or "norm" in name or "classifier/" in name
         }  # fmt: skip
-    assert touched <= expected
-    assert expected - touched <= {"token_type_embedding"}
+    assert changed <= expected
+    assert expected - changed <= {"token_type_embedding"}
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(grads["layers"]))
 
 
-def test_gradients_of_the_trained_tree_are_those_of_the_parameters():
-    """Freeze: equal; LoRA: those of the matrix, multiplied by the other factor."""
+def test_gradients_of_the_trained_tree_follow_from_those_of_the_parameters():
+    """Freeze: the gradients are equal. LoRA: a factor's gradient is that of the matrix times the other factor."""
     weights = params_of(BERT)
     total = lambda params: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(params))  # noqa: E731
     freeze = Freeze(("attention/",), first_layers=1)
@@ -120,20 +122,20 @@ def test_gradients_of_the_trained_tree_are_those_of_the_parameters():
     assert_trees_close(grads, freeze.split(BERT.specs, jax.grad(total)(weights))[0], 1e-6)
     lora = LoRA(2, alpha=6.0, targets=("mlp/up/weight",))
     factors, frozen = lora.split(BERT.specs, weights, jax.random.key(0))
-    factors = moved(factors)
+    factors = random_like(factors)
     grads = jax.grad(lambda factors: total(lora.merge(factors, frozen)))(factors)["layers"]["mlp"]["up"]["weight"]
-    whole = jax.grad(total)(lora.merge(factors, frozen))["layers"]["mlp"]["up"]["weight"]
+    matrix_grad = jax.grad(total)(lora.merge(factors, frozen))["layers"]["mlp"]["up"]["weight"]
     pair = factors["layers"]["mlp"]["up"]["weight"]
-    assert_trees_close(grads["lora_a"], 3.0 * jnp.einsum("lif,lrf->lir", whole, pair["lora_b"]), 1e-5)
-    assert_trees_close(grads["lora_b"], 3.0 * jnp.einsum("lif,lir->lrf", whole, pair["lora_a"]), 1e-5)
+    assert_trees_close(grads["lora_a"], 3.0 * jnp.einsum("lif,lrf->lir", matrix_grad, pair["lora_b"]), 1e-5)
+    assert_trees_close(grads["lora_b"], 3.0 * jnp.einsum("lif,lir->lrf", matrix_grad, pair["lora_a"]), 1e-5)
 
 
-def test_the_trained_tree_is_a_tree_like_any_other(tmp_path):
-    """Saved, restored, and merged into an ordinary Hugging Face directory."""
+def test_the_trained_tree_can_be_checkpointed_and_exported_after_merge(tmp_path):
+    """Save and restore the trained tree, merge it, and export it as a Hugging Face directory."""
     lora = LoRA(2, train=("^classifier/",))
     params = params_of(BERT)
     trained, frozen = lora.split(BERT.specs, params, jax.random.key(0))
-    trained = moved(trained)
+    trained = random_like(trained)
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, trained, {}, wait=True)
         restored, _ = checkpoints.restore(lora.specs(BERT.specs))
@@ -182,7 +184,7 @@ def test_the_first_layers_of_every_stack_are_frozen():
         (lambda: LoRA(2, targets=("mlp",), train=("mlp",)).specs(BERT.specs), r"mlp/down/weight.* match targets="),
     ],
 )
-def test_bad_adaptations_are_named(make, message):
+def test_errors_name_the_bad_adaptation(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
 
@@ -191,14 +193,14 @@ def test_bad_adaptations_are_named(make, message):
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny", "attention-rnn-tiny", "lstm-tiny", "resnet-tiny"])
-def test_factors_of_weights_with_any_number_of_axes_are_those_of_the_matrix(name):
+def test_lora_factors_multiply_to_the_matrix_for_any_number_of_axes(name):
     model = with_stacked_layers(tiny_model(name))
     lora = LoRA(3, alpha=5.0, targets=("weight", "embedding"))
     params = params_of(model)
     trained, frozen = lora.split(model.specs, params, jax.random.key(1))
     before = spec.flatten(params)
     assert_trees_equal(lora.merge(trained, frozen), params)
-    trained = moved(trained)
+    trained = random_like(trained)
     factors, after = spec.flatten(trained), spec.flatten(lora.merge(trained, frozen))
     for path, leaf in lora.target_paths(model.specs).items():
         layers = leaf.shape[0] if leaf.axes[0] == spec.LAYERS else 1
@@ -210,7 +212,7 @@ def test_factors_of_weights_with_any_number_of_axes_are_those_of_the_matrix(name
             np.testing.assert_allclose(changed, weight[layer] + 5 / 3 * matrix.reshape(-1), atol=1e-4)
 
 
-def test_factors_start_as_in_peft():
+def test_initial_factors_equal_those_of_peft():
     lora = LoRA(4, targets=("attention/output", "token_embedding"))
     trained, _ = lora.split(T5.specs, params_of(T5), jax.random.key(0))
     pair = trained["decoder"]["layers"]["attention"]["output"]["weight"]
@@ -220,7 +222,7 @@ def test_factors_start_as_in_peft():
     assert not bool(jnp.any(pair["lora_b"]))
     assert pair["lora_b"].shape == (3, 4, 32)
     table = trained["token_embedding"]
-    assert not bool(jnp.any(table["lora_a"]))  # the side of the vocabulary
+    assert not bool(jnp.any(table["lora_a"]))  # the factor with the vocabulary axis
     assert bool(jnp.all(table["lora_b"] != 0))
     assert LoRA(4).scale == 1.0
     assert LoRA(4, alpha=8).scale == 2.0
@@ -234,7 +236,7 @@ def test_frozen_weights_keep_their_dtype():
     assert {leaf.dtype for leaf in jax.tree.leaves(lora.merge(trained, frozen))} == {jnp.dtype("bfloat16")}
 
 
-def test_specs_of_factors_keep_the_axes_for_shardings():
+def test_specs_of_factors_keep_the_logical_axes():
     pair = LoRA(2, targets=("attention/output",)).specs(BERT.specs)["layers"]["attention"]["output"]["weight"]
     assert pair["lora_a"].axes == ("layers", "heads", "kv", None)
     assert pair["lora_b"].axes == ("layers", None, "embed")
@@ -242,7 +244,7 @@ def test_specs_of_factors_keep_the_axes_for_shardings():
     assert pair["lora_b"].decay
 
 
-def test_two_trees_with_the_same_parameter_are_refused():
+def test_merging_trees_with_the_same_parameter_raises():
     freeze = Freeze(("embedding",))
     _, frozen = freeze.split(BERT.specs, params_of(BERT))
     with pytest.raises(ValueError, match="contain the same parameter"):
@@ -253,8 +255,8 @@ def test_two_trees_with_the_same_parameter_are_refused():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_weight_of_every_family_is_a_matrix_and_nothing_else(name):
-    """By their initial values: biases and scales are constant, and of those with two or more axes all are biases."""
+def test_matrix_rows_finds_exactly_the_weights_of_every_family(name):
+    """Biases, scales and gains are not matrices, even with two or more axes. All other parameters are matrices."""
     for path, leaf in spec.flatten(tiny_model(name).specs).items():
         rows = matrix_rows(path, leaf)
         axes = leaf.axes[1:] if leaf.axes[0] == spec.LAYERS else leaf.axes
@@ -281,7 +283,7 @@ def test_every_weight_of_every_family_is_a_matrix_and_nothing_else(name):
         ("encoder/relative_bias", (32, 4), (None, "heads"), None, False),
     ],
 )
-def test_rows_of_matrices(path, shape, axes, rows, table):
+def test_matrix_rows_and_is_table(path, shape, axes, rows, table):
     leaf = ArraySpec(shape, axes)
     assert matrix_rows(path, leaf) == rows
     assert is_table(path, leaf) == table

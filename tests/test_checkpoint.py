@@ -1,4 +1,4 @@
-"""Checkpoints: bit by bit, strict, checked, and safe against a process that dies at any moment."""
+"""Tests of checkpoints: bitwise round trips, strict restores, checksums, and processes killed during a save."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def new_state(seed: int = 0) -> TrainState:
 
 
 def train_step(state: TrainState) -> TrainState:
-    """Noise from the state's own key, so that a resume with another key, or another moment, would show."""
+    """One step with noise from the state's key. A resume with a wrong key or wrong Adam moments changes the result."""
 
     def loss(params: Any) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (16, 8))
@@ -73,9 +73,9 @@ def as_bytes(leaf: jax.Array) -> bytes:
 
 def assert_same_bits(expected: Any, actual: Any) -> None:
     assert jax.tree.structure(expected) == jax.tree.structure(actual)
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert as_bytes(one) == as_bytes(other)
+    for expected_leaf, actual_leaf in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        assert (expected_leaf.dtype, expected_leaf.shape) == (actual_leaf.dtype, actual_leaf.shape)
+        assert as_bytes(expected_leaf) == as_bytes(actual_leaf)
 
 
 def target_of(tree: Any, sharding: Any = None) -> Any:
@@ -86,7 +86,7 @@ def names_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-# --------------------------------------------------------------------------------------------- there and back
+# ------------------------------------------------------------------------------------------------ round trips
 
 
 def test_round_trip_is_bitwise_with_structure_and_meta(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_round_trip_of_64_bit_types(tmp_path: Path) -> None:
         assert checksums(tree) != checksums(tree | {"i": tree["i"] + 2**33})
 
 
-def test_specs_are_a_target(tmp_path: Path) -> None:
+def test_specs_are_a_valid_restore_target(tmp_path: Path) -> None:
     specs = {
         "embed": spec.ArraySpec((4, 2), ("vocab", "embed"), spec.Normal(0.02)),
         "scale": spec.ArraySpec((2,), (None,)),
@@ -140,7 +140,7 @@ def test_specs_are_a_target(tmp_path: Path) -> None:
         assert_same_bits(params, checkpointer.restore(specs)[0])
 
 
-def test_resume_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run_bitwise(tmp_path: Path) -> None:
     state = new_state()
     for _ in range(6):
         state = jitted_step(state)
@@ -179,7 +179,7 @@ def test_buffers_may_be_donated_and_meta_changed_right_after_an_asynchronous_sav
         assert restored_meta == {"row": 7, "buffer": [1, 2]}
 
 
-def test_donated_train_state_is_saved_as_it_was(tmp_path: Path) -> None:
+def test_donating_the_state_after_a_save_does_not_change_the_checkpoint(tmp_path: Path) -> None:
     state, expected = new_state(), new_state()
     for _ in range(2):
         state, expected = donating_step(state), jitted_step(expected)
@@ -192,8 +192,8 @@ def test_donated_train_state_is_saved_as_it_was(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ other meshes
 
 
-def placements() -> dict[str, Any]:
-    """The sharding of an [16, 8] array on one device, on eight, on two by four, and on a mesh of explicit axes."""
+def shardings_by_name() -> dict[str, Any]:
+    """Shardings of a [16, 8] array: one device, eight devices, two by four, replicated, and a mesh of explicit axes."""
     explicit = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
     return {
         "one": jax.sharding.SingleDeviceSharding(jax.devices()[3]),
@@ -215,7 +215,7 @@ def placements() -> dict[str, Any]:
     ],
 )
 def test_restore_onto_another_mesh(tmp_path: Path, saved: str, restored: str) -> None:
-    before, after = placements()[saved], placements()[restored]
+    before, after = shardings_by_name()[saved], shardings_by_name()[restored]
     tree = {
         "weight": jax.device_put(jax.random.normal(jax.random.key(0), (16, 8)), before),
         "keys": jax.device_put(jax.random.split(jax.random.key(0), (16, 8)), before),
@@ -234,15 +234,15 @@ def test_restore_onto_another_mesh(tmp_path: Path, saved: str, restored: str) ->
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, count: int) -> None:
-    """Also onto a mesh, and next to arrays that have no layers."""
+    """The tree also has arrays without layers, and one target is on a mesh."""
     key = jax.random.key(3)
     layer = {
         "w": spec.ArraySpec((8, 4), ("embed", "mlp"), spec.Normal(1.0)),
         "norm": {"scale": spec.ArraySpec((8,), ("embed",))},
     }
     specs = {
-        form: {"table": layer["w"], "encoder": {"layers": spec.layers(count, layer, stacked=form)}}
-        for form in (True, False)
+        is_stacked: {"table": layer["w"], "encoder": {"layers": spec.layers(count, layer, stacked=is_stacked)}}
+        for is_stacked in (True, False)
     }
     saved, wanted = spec.init(specs[stacked], key), spec.init(specs[not stacked], key)
     with Checkpointer(tmp_path) as checkpointer:
@@ -256,15 +256,15 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, coun
         assert bool(restored["key"] == key)
         if sharding is not None:
             assert {leaf.sharding for leaf in jax.tree.leaves(restored["params"])} == {mesh}
-    fewer = spec.abstract(
+    one_more_layer = spec.abstract(
         {"table": layer["w"], "encoder": {"layers": spec.layers(count + 1, layer, stacked=not stacked)}}
     )
     with pytest.raises(ValueError, match=r"encoder/layers/"):
-        Checkpointer(tmp_path).restore({"params": fewer, "key": key})
+        Checkpointer(tmp_path).restore({"params": one_more_layer, "key": key})
 
 
-def test_what_was_on_no_device_in_particular_goes_along_with_a_mesh(tmp_path: Path) -> None:
-    """A fresh counter or key runs beside sharded parameters; restored, it still must."""
+def test_uncommitted_arrays_stay_uncommitted(tmp_path: Path) -> None:
+    """An uncommitted step or key can be used with sharded parameters, before the save and after the restore."""
     mesh = jax.make_mesh((8,), ("data",))
     weight = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, PartitionSpec("data")))
     tree = {"weight": weight, "step": jnp.int32(3), "key": jax.random.key(0)}
@@ -286,7 +286,7 @@ def test_save_and_restore_under_a_global_mesh(tmp_path: Path, kind: AxisType) ->
         assert_same_bits(tree, checkpointer.restore(tree)[0])
 
 
-def test_a_target_that_jax_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_a_target_that_jax_cannot_create_raises(tmp_path: Path) -> None:
     abstract = jax.sharding.AbstractMesh((8,), ("data",))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"x": jnp.zeros(8)}, {}, wait=True)
@@ -318,7 +318,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_checksum_sees_a_swap_and_any_flipped_bit(dtype: str) -> None:
+def test_checksum_detects_a_swap_and_every_flipped_bit(dtype: str) -> None:
     kind = jnp.dtype(dtype)
     data = np.random.default_rng(0).integers(0, 2, 24, np.uint8).astype(bool) if dtype == "bool" else np.arange(24)
     values = np.asarray(jnp.asarray(data).astype(kind)).reshape(4, 6)
@@ -326,24 +326,24 @@ def test_checksum_sees_a_swap_and_any_flipped_bit(dtype: str) -> None:
     different = np.argwhere(values.ravel() != values.ravel()[0])[0, 0]
     swapped = values.ravel().copy()
     swapped[[0, different]] = swapped[[different, 0]]
-    seen = {original, checksums({"x": jnp.asarray(swapped.reshape(4, 6))})["x"]}
+    distinct_checksums = {original, checksums({"x": jnp.asarray(swapped.reshape(4, 6))})["x"]}
     bits = 1 if dtype == "bool" else 8 * kind.itemsize
     for bit in range(bits):
         flipped = bytearray(values.tobytes())
         flipped[5 * kind.itemsize + bit // 8] ^= 1 << (bit % 8)
         array = jnp.asarray(np.frombuffer(bytes(flipped), kind).reshape(4, 6))
-        seen.add(checksums({"x": array})["x"])
-    assert len(seen) == 2 + bits
+        distinct_checksums.add(checksums({"x": array})["x"])
+    assert len(distinct_checksums) == 2 + bits
 
 
 def test_checksum_does_not_depend_on_the_sharding() -> None:
     array = jax.random.normal(jax.random.key(0), (16, 8))
-    placed = {name: jax.device_put(array, sharding) for name, sharding in placements().items()}
-    assert len(set(checksums(placed).values())) == 1
+    sharded = {name: jax.device_put(array, sharding) for name, sharding in shardings_by_name().items()}
+    assert len(set(checksums(sharded).values())) == 1
 
 
-def test_checksum_is_the_one_of_earlier_versions() -> None:
-    """If this changes, checkpoints saved before the change are refused: read the old checksums as well."""
+def test_checksum_equals_that_of_earlier_versions() -> None:
+    """If the checksum changes, ``restore`` must also accept the old one, or it rejects all earlier checkpoints."""
     values = checksums({"floats": jnp.arange(12, dtype=jnp.float32).reshape(3, 4), "scalar": jnp.bfloat16(-1.5)})
     assert values == GOLDEN
 
@@ -354,7 +354,7 @@ GOLDEN = {"floats": "78dfafae3c073165", "scalar": "4674b25ab182e459"}
 # ---------------------------------------------------------------------------------------------------- strictness
 
 
-def test_another_tree_is_refused_with_a_diff_before_an_array_is_read(tmp_path: Path) -> None:
+def test_a_different_tree_raises_with_a_diff_before_arrays_are_read(tmp_path: Path) -> None:
     tree = {"a": jnp.zeros(3), "b": {"w": jnp.zeros((2, 2)), "k": jax.random.key(0)}, "same": jnp.int32(1)}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(4, tree, {}, wait=True)
@@ -381,7 +381,7 @@ def test_another_tree_is_refused_with_a_diff_before_an_array_is_read(tmp_path: P
     assert not isinstance(caught_extra.value, CorruptCheckpointError)
 
 
-def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_name_the_problem(tmp_path: Path) -> None:
     tree = {"x": jnp.zeros(2)}
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is a file"):
@@ -392,13 +392,13 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         Checkpointer("gs://bucket/run")
     with Checkpointer(tmp_path / "run") as checkpointer:
         assert (checkpointer.steps(), checkpointer.latest, checkpointer.best) == ([], None, None)
-        for look in (
+        for read in (
             checkpointer.meta,
             lambda: checkpointer.restore(tree),
             lambda: checkpointer.restore(tree, best=True),
         ):
             with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path / 'run'}"):
-                look()
+                read()
         assert not (tmp_path / "run").exists()
         checkpointer.save(3, tree, {})
         with pytest.raises(FileExistsError, match="run/3 exists"):
@@ -430,7 +430,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Change the arrays of a checkpoint behind its back, through orbax, so that the files are whole."""
+    """Change the arrays of a checkpoint with orbax. The files stay readable, but the recorded checksums are wrong."""
     with ocp.StandardCheckpointer() as orbax:
         arrays = orbax.restore(path / "state", jax.tree.map(np.asarray, STORED))
         shutil.rmtree(path / "state")
@@ -448,7 +448,7 @@ def saved_twice(directory: Path) -> dict[str, Any]:
     return tree
 
 
-def test_changed_arrays_are_named_with_the_way_out(tmp_path: Path) -> None:
+def test_error_names_the_changed_arrays_and_an_intact_step(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     rewrite(tmp_path / "2", lambda arrays: arrays | {"a/one": arrays["a/one"][[0, 2, 1, 3, 4, 5]], "b": np.float32(2)})
     with Checkpointer(tmp_path) as checkpointer:
@@ -461,37 +461,37 @@ def test_changed_arrays_are_named_with_the_way_out(tmp_path: Path) -> None:
         assert_same_bits(tree, checkpointer.restore(tree)[0])
 
 
-def newest_is(reason: str, path: Path) -> str:
-    """The pattern of the error about the damaged step 2 of two."""
+def damaged_step_pattern(reason: str, path: Path) -> str:
+    """Pattern of the error if step 2 is damaged and step 1 is intact."""
     return f"{reason}.*; the newest intact step before it is 1: restore this step, or use on_corrupt=.previous."
 
 
-def test_no_flipped_bit_of_a_record_goes_unnoticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_record_is_detected(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     path = tmp_path / "2" / "record" / "metadata"
-    whole = path.read_bytes()
+    original = path.read_bytes()
     generator = np.random.default_rng(0)
     with Checkpointer(tmp_path) as checkpointer:
-        for at in generator.choice(len(whole), 60, replace=False):
-            changed = bytearray(whole)
-            changed[at] ^= 1 << int(generator.integers(8))
+        for index in generator.choice(len(original), 60, replace=False):
+            changed = bytearray(original)
+            changed[index] ^= 1 << int(generator.integers(8))
             path.write_bytes(changed)
             try:
-                same = json.loads(changed) == json.loads(whole)  # a flip may give other white space
+                same = json.loads(changed) == json.loads(original)  # the flipped bit may only change white space
             except ValueError:
                 same = False
             if same:
                 checkpointer.restore(tree)
                 continue
-            with pytest.raises(CorruptCheckpointError, match=newest_is("record", path)):
+            with pytest.raises(CorruptCheckpointError, match=damaged_step_pattern("record", path)):
                 checkpointer.restore(tree)
             assert checkpointer.steps() == [1]
             assert list(checkpointer.damaged()) == [2]
-        path.write_bytes(whole)
+        path.write_bytes(original)
         assert checkpointer.restore(tree)[1] == {"n": 2}
 
 
-def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_record_of_another_version_raises(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     path = tmp_path / "2" / "record" / "metadata"
     record = json.loads(path.read_text())
@@ -507,19 +507,19 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
             checkpointer.restore(tree)
 
 
-def test_the_previous_step_is_restored_only_when_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_earlier_step_is_restored_only_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree = saved_twice(tmp_path)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(3, tree, {"n": 3}, wait=True)
         rewrite(tmp_path / "2", lambda arrays: {**arrays, "b": np.float32(7)})
         (tmp_path / "3" / "record" / "metadata").write_text("{")
         with pytest.raises(CorruptCheckpointError, match="the newest intact step before it is 2"):
-            checkpointer.restore(tree)  # the arrays of 2 are not read before they are needed
+            checkpointer.restore(tree)  # the arrays of step 2 are damaged, but this call reads only its record
         restored, meta = checkpointer.restore(tree, on_corrupt="previous")
         assert_same_bits(tree, restored)
         assert meta == {}
-        kept = sorted(name.split("-")[0] for name in names_in(tmp_path))
-        assert kept == ["1", "2.corrupt", "3.corrupt"]
+        directory_names = sorted(name.split("-")[0] for name in names_in(tmp_path))
+        assert directory_names == ["1", "2.corrupt", "3.corrupt"]
         assert "wrong checksum of b; it is kept as" in caplog.text
         with pytest.raises(ValueError, match="is only for the latest step"):
             checkpointer.restore(tree, 1, on_corrupt="previous")
@@ -528,44 +528,46 @@ def test_the_previous_step_is_restored_only_when_asked_for(tmp_path: Path, caplo
             checkpointer.restore(tree, on_corrupt="previous")
 
 
-def test_older_steps_are_deleted_only_after_the_newer_is_on_the_disk(
+def test_older_steps_are_deleted_only_after_the_new_step_is_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[str] = []
-    real = integrity.sync
-    monkeypatch.setattr(integrity, "sync", lambda path: (done.append(str(path)), real(path)))
-    monkeypatch.setattr(shutil, "rmtree", lambda path: done.append(f"delete {path.name}"))
+    events: list[str] = []
+    real_sync = integrity.sync
+    monkeypatch.setattr(integrity, "sync", lambda path: (events.append(str(path)), real_sync(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: events.append(f"delete {path.name}"))
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         checkpointer.save(1, {"x": jnp.zeros(2)}, {}, wait=True)
-        done.clear()
+        events.clear()
         checkpointer.save(2, {"x": jnp.zeros(2)}, {}, wait=True)
     record, state = (str(tmp_path / "2" / name) for name in ("record", "state"))
     files = [str(path) for path in (tmp_path / "2").rglob("*") if path.is_file()]
-    assert all(done.index(path) < done.index(str(Path(path).parent)) for path in files)
-    order = [done.index(path) for path in (record, state, str(tmp_path / "2"), str(tmp_path), "delete 1.deleted")]
+    assert all(events.index(path) < events.index(str(Path(path).parent)) for path in files)
+    order = [events.index(path) for path in (record, state, str(tmp_path / "2"), str(tmp_path), "delete 1.deleted")]
     assert order[2:] == sorted(order[2:])
     assert max(order[:2]) < order[2]
 
 
-def test_no_flipped_byte_of_the_stored_arrays_goes_unnoticed(tmp_path: Path) -> None:
+def test_every_changed_byte_of_the_arrays_is_detected_or_harmless(tmp_path: Path) -> None:
     tree = {"weight": jax.random.normal(jax.random.key(0), (64, 64))}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, tree, {}, wait=True)
         path = max((path for path in (tmp_path / "1" / "state").rglob("*") if path.is_file()), key=os.path.getsize)
         original = path.read_bytes()
         assert len(original) > 64 * 64 * 3
-        for place in np.linspace(0, len(original) - 1, 40).astype(int):
-            path.write_bytes(original[:place] + bytes([original[place] ^ 16]) + original[place + 1 :])
+        for index in np.linspace(0, len(original) - 1, 40).astype(int):
+            path.write_bytes(original[:index] + bytes([original[index] ^ 16]) + original[index + 1 :])
             try:
                 restored, _ = checkpointer.restore(tree)
             except CorruptCheckpointError as error:
                 assert str(tmp_path / "1") in str(error)  # noqa: PT017
-            else:  # a byte that means nothing
+            else:  # this byte does not affect the arrays
                 assert_same_bits(tree, restored)
 
 
 def test_lost_array_files_are_reported_as_corruption(tmp_path: Path) -> None:
-    tree = {"x": jnp.zeros(4)}  # one array: when one of several fails, tensorstore trips over the rest, unraisably
+    tree = {
+        "x": jnp.zeros(4)
+    }  # one array: if one of several fails, tensorstore reports the others as unraisable exceptions
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, tree, {})
         checkpointer.save(2, tree, {}, wait=True)
@@ -585,10 +587,10 @@ def test_meta_is_read_without_arrays(tmp_path: Path) -> None:
         assert checkpointer.meta(1) == {}
 
 
-# ------------------------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------------ which steps are kept
 
 
-def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+def test_keeps_the_last_steps_and_the_best_step(tmp_path: Path) -> None:
     losses = {10: float("nan"), 20: 1.0, 30: float("nan"), 40: 2.0, 50: None, 60: 1.0}
     with Checkpointer(tmp_path, keep_last=2) as checkpointer:
         for step, loss in losses.items():
@@ -600,21 +602,21 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"20", "50", "60"}
 
 
-def test_keeps_only_the_last_when_told(tmp_path: Path) -> None:
+def test_keeps_only_the_last_step_without_keep_best(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep_last=1, keep_best=False, asynchronous=False) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, {"x": jnp.float32(step)}, {}, metric=float(step))
             assert checkpointer.steps() == [step]
 
 
-def test_a_step_before_the_latest_survives_its_own_save(tmp_path: Path) -> None:
+def test_saving_an_earlier_step_does_not_delete_it(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         checkpointer.save(9, {"x": jnp.float32(9)}, {}, wait=True)
         checkpointer.save(4, {"x": jnp.float32(4)}, {}, wait=True)
         assert checkpointer.steps() == [4, 9]
 
 
-def test_extra_steps_displace_no_other_and_a_rollback_deletes_them(tmp_path: Path) -> None:
+def test_extra_steps_do_not_count_for_keep_last_and_roll_back_deletes_them(tmp_path: Path) -> None:
     def tree(step: int) -> dict[str, Any]:
         return {"x": jnp.float32(step)}
 
@@ -635,7 +637,7 @@ def test_extra_steps_displace_no_other_and_a_rollback_deletes_them(tmp_path: Pat
         assert checkpointer.steps() == [2, 4]
 
 
-def test_a_renamed_step_is_refused(tmp_path: Path) -> None:
+def test_a_renamed_step_raises(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     (tmp_path / "2").rename(tmp_path / "3")
     renamed = pytest.raises(CorruptCheckpointError, match=r"3 is the checkpoint of step 2: it was renamed; .* is 1")
@@ -643,7 +645,7 @@ def test_a_renamed_step_is_refused(tmp_path: Path) -> None:
         checkpointer.restore(tree)
 
 
-def test_leftovers_are_passed_over_and_cleared_by_the_next_save_only(tmp_path: Path) -> None:
+def test_only_a_save_removes_leftovers(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     shutil.copytree(tmp_path / "2", tmp_path / "7.orbax-checkpoint-tmp")
     shutil.copytree(tmp_path / "2", tmp_path / "0.deleted")
@@ -671,12 +673,12 @@ def test_leftovers_are_passed_over_and_cleared_by_the_next_save_only(tmp_path: P
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         checkpointer.remove_leftovers()
         assert checkpointer.steps() == [5, 7]
-    aside = names_in(tmp_path) - {"5", "6", "7", "notes.txt"}
-    assert [name.split("-")[0] for name in aside] == ["5.corrupt"]
-    assert (tmp_path / aside.pop() / "half").exists()
+    new_names = names_in(tmp_path) - {"5", "6", "7", "notes.txt"}
+    assert [name.split("-")[0] for name in new_names] == ["5.corrupt"]
+    assert (tmp_path / new_names.pop() / "half").exists()
 
 
-def test_a_save_that_fails_is_reported_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_failed_save_raises_and_keeps_the_earlier_steps(tmp_path: Path) -> None:
     tree = {"x": jnp.arange(4.0)}
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         checkpointer.save(1, tree, {}, wait=True)
@@ -705,7 +707,7 @@ def test_a_save_that_fails_is_reported_and_loses_nothing(tmp_path: Path) -> None
         ),
     ],
 )
-def test_a_disk_that_cannot_be_written_is_named(
+def test_error_for_an_unwritable_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
 ) -> None:
     tree = saved_twice(tmp_path)
@@ -722,20 +724,20 @@ def test_a_disk_that_cannot_be_written_is_named(
         assert_same_bits(tree, checkpointer.restore(tree)[0])
 
 
-def test_errors_that_are_raised_are_not_logged_as_well(tmp_path: Path) -> None:
-    def shown(path: str, level: int, error: Exception | None, logger: str = "absl") -> bool:
+def test_raised_errors_are_not_also_logged(tmp_path: Path) -> None:
+    def is_logged(path: str, level: int, error: Exception | None, logger: str = "absl") -> bool:
         info = None if error is None else (type(error), error, None)
         record = logging.LogRecord(logger, level, path, 1, "a thread raised an exception", None, info)
         return bool(logging.getLogger(logger).filter(record))
 
     with Checkpointer(tmp_path), Checkpointer(tmp_path):
         orbax, other = ocp.__file__, optax.__file__
-    assert not shown(orbax, logging.ERROR, OSError())
-    assert shown(orbax, logging.WARNING, OSError())
-    assert shown(orbax, logging.ERROR, None)
-    assert shown(other, logging.ERROR, OSError())
-    assert not shown(other, logging.ERROR, ValueError("DATA_LOSS [tensorstore_spec='...']"), logger="asyncio")
-    assert shown(other, logging.ERROR, ValueError("DATA_LOSS"), logger="asyncio")
+    assert not is_logged(orbax, logging.ERROR, OSError())
+    assert is_logged(orbax, logging.WARNING, OSError())
+    assert is_logged(orbax, logging.ERROR, None)
+    assert is_logged(other, logging.ERROR, OSError())
+    assert not is_logged(other, logging.ERROR, ValueError("DATA_LOSS [tensorstore_spec='...']"), logger="asyncio")
+    assert is_logged(other, logging.ERROR, ValueError("DATA_LOSS"), logger="asyncio")
 
 
 # ------------------------------------------------------------------------------------------------------- kill -9
@@ -768,7 +770,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
         worker = subprocess.Popen([sys.executable, "-c", WORKER, str(directory)], env=environment)
         deadline = time.monotonic() + 180
         try:
-            while True:  # let it save two more, then catch the next one while it is being written
+            while True:  # wait for two more saves, then kill the process during the next save
                 assert worker.poll() is None
                 assert time.monotonic() < deadline
                 saving = list(directory.glob("*.orbax-checkpoint-tmp*"))

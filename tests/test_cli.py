@@ -1,4 +1,4 @@
-"""The ``jaxlm`` command as a user types it."""
+"""Tests of the ``jaxlm`` command line."""
 
 import dataclasses
 import io
@@ -35,21 +35,21 @@ def params(model):
 
 @pytest.fixture(scope="module")
 def run_directory(model, params, tmp_path_factory):
-    """As an experiment leaves it: the model is in ``model``."""
+    """A run directory like that of an experiment: its subdirectory ``model`` contains the model."""
     directory = tmp_path_factory.mktemp("run")
     jaxlm.save_pretrained(directory / "model", model, params)
     TOKENIZER.save(directory / "model")
     return directory
 
 
-def generated(capsys, directory, *options):
+def generate_output(capsys, directory, *options):
     arguments = ["generate", str(directory), "--prompt", "to be", "--max-new-tokens", "12", *options]
     assert cli.main(arguments) == 0
     return capsys.readouterr().out
 
 
-def refused(capsys, *arguments):
-    """The one line on stderr with which a command failed."""
+def error_line(capsys, *arguments):
+    """Run a command that must fail, and return its error message (one line on stderr)."""
     assert cli.main([str(argument) for argument in arguments]) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -58,38 +58,38 @@ def refused(capsys, *arguments):
     return line
 
 
-def test_generate_continues_the_prompt_and_repeats_by_seed(run_directory, capsys):
-    text = generated(capsys, run_directory)
+def test_generate_continues_the_prompt_and_depends_only_on_the_seed(run_directory, capsys):
+    text = generate_output(capsys, run_directory)
     assert text.startswith("to be")
     assert len(text) == len("to be") + 12 + 1
-    assert generated(capsys, run_directory) == text
-    assert generated(capsys, run_directory, "--seed", "1") != text
+    assert generate_output(capsys, run_directory) == text
+    assert generate_output(capsys, run_directory, "--seed", "1") != text
 
 
-def test_greedy_is_what_the_library_makes(run_directory, model, params, capsys):
+def test_greedy_output_equals_generate_text(run_directory, model, params, capsys):
     (want,) = generate_text(model, params, TOKENIZER, ["to be"], GenerationConfig(12))
     for options in (["--temperature", "0"], ["--temperature", "0", "--seed", "3"], ["--top-k", "1", "--seed", "4"]):
-        assert generated(capsys, run_directory, *options) == f"to be{want}\n"
+        assert generate_output(capsys, run_directory, *options) == f"to be{want}\n"
 
 
-def test_a_model_directory_serves_as_well_as_a_run(run_directory, capsys):
-    assert generated(capsys, run_directory / "model") == generated(capsys, run_directory)
+def test_generate_accepts_a_run_or_its_model_directory(run_directory, capsys):
+    assert generate_output(capsys, run_directory / "model") == generate_output(capsys, run_directory)
 
 
 def test_stop_strings_end_the_text(run_directory, capsys):
-    text = generated(capsys, run_directory, "--temperature", "0").removeprefix("to be")
+    text = generate_output(capsys, run_directory, "--temperature", "0").removeprefix("to be")
     want = text[: text.index(text[3])]
-    assert generated(capsys, run_directory, "--temperature", "0", "--stop", text[3]) == f"to be{want}\n"
+    assert generate_output(capsys, run_directory, "--temperature", "0", "--stop", text[3]) == f"to be{want}\n"
 
 
 def test_errors_are_one_line(run_directory, tmp_path, capsys):
     prompt = ("--prompt", "to be")
     missing = tmp_path / "nowhere"
-    assert f"{str(missing)!r} is not a directory" in refused(capsys, "generate", missing, *prompt)
-    assert "has no config.json" in refused(capsys, "generate", tmp_path, *prompt)
-    assert "character 'Z' (U+005A) at position 1" in refused(capsys, "generate", run_directory, "--prompt", "tZ")
-    assert "pass at least one character" in refused(capsys, "generate", run_directory, "--prompt", "")
-    assert "prompt 0 has 25 tokens, but max_positions=24" in refused(
+    assert f"{str(missing)!r} is not a directory" in error_line(capsys, "generate", missing, *prompt)
+    assert "has no config.json" in error_line(capsys, "generate", tmp_path, *prompt)
+    assert "character 'Z' (U+005A) at position 1" in error_line(capsys, "generate", run_directory, "--prompt", "tZ")
+    assert "pass at least one character" in error_line(capsys, "generate", run_directory, "--prompt", "")
+    assert "prompt 0 has 25 tokens, but max_positions=24" in error_line(
         capsys, "generate", run_directory, "--prompt", "t" * 25
     )
     for option, value, message in (
@@ -99,15 +99,15 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
         ("--max-new-tokens", "0", "max_new_tokens=0 must be at least 1"),
         ("--dtype", "bfloat61", "dtype='bfloat61' is unknown: choose from"),
     ):
-        assert message in refused(capsys, "generate", run_directory, *prompt, option, value)
+        assert message in error_line(capsys, "generate", run_directory, *prompt, option, value)
 
 
-def test_a_model_without_its_tokenizer_is_named(model, params, tmp_path, capsys):
+def test_error_for_a_model_without_a_tokenizer(model, params, tmp_path, capsys):
     jaxlm.save_pretrained(tmp_path, model, params)
-    assert f"no tokenizer in {tmp_path}: looked for" in refused(capsys, "generate", tmp_path, "--prompt", "to be")
+    assert f"no tokenizer in {tmp_path}: looked for" in error_line(capsys, "generate", tmp_path, "--prompt", "to be")
 
 
-def test_an_interrupt_is_no_traceback(run_directory, monkeypatch, capsys):
+def test_an_interrupt_prints_no_traceback(run_directory, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -125,17 +125,17 @@ def test_an_unknown_option_suggests_the_right_one(run_directory, capsys):
     assert "--seed" in capsys.readouterr().err
 
 
-def test_help_names_the_commands(capsys):
-    with pytest.raises(SystemExit) as leaving:
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["--help"])
-    assert leaving.value.code == 0
+    assert exit_info.value.code == 0
     text = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert name in text
     assert {"translate", "summarize", "answer", "classify", "chess", "compare"} < set(cli.COMMANDS)
 
 
-def test_runs_are_compared(tmp_path, capsys):
+def test_compare_prints_a_table_and_writes_a_plot(tmp_path, capsys):
     for name, loss in (("one", 2.0), ("two", 1.5)):
         (tmp_path / name).mkdir()
         MetricsFile(tmp_path / name / "metrics.jsonl").write(step=10, validation_loss=loss)
@@ -153,9 +153,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"jaxlm {jaxlm.__version__}\n"
 
 
-def test_doctor_prints_versions_devices_and_what_is_missing(monkeypatch, capsys):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("torch", "chess") else real(package))
+def test_doctor_prints_versions_devices_and_missing_packages(monkeypatch, capsys):
+    real_version = doctor._version
+    monkeypatch.setattr(
+        doctor, "_version", lambda package: None if package in ("torch", "chess") else real_version(package)
+    )
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line}
@@ -165,153 +167,157 @@ def test_doctor_prints_versions_devices_and_what_is_missing(monkeypatch, capsys)
     assert sum(line.startswith("device ") for line in lines) == jax.device_count()
     assert report["torch"].startswith("missing: ")
     assert "pip install 'jaxlm[reference]'" in report["torch"]
-    assert report["tokenizers"] == real("tokenizers")
-    assert report["sacrebleu"] == real("sacrebleu")
+    assert report["tokenizers"] == real_version("tokenizers")
+    assert report["sacrebleu"] == real_version("sacrebleu")
     assert report["chess"] == "missing: the rules of chess; pip install 'jaxlm[chess]'"
 
 
-# ------------------------------------------------------------------------------------- lines in, lines out
+# ------------------------------------------------------------- commands that read lines and print lines
 
 
-def printed(capsys, *arguments):
-    """The lines that a command prints."""
+def output_lines(capsys, *arguments):
+    """Run a command, and return the lines that it prints."""
     assert cli.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Directories of finished models with a byte tokenizer, by variant and task."""
-    made = {}
+def model_directory(tmp_path_factory):
+    """A function that saves a model with a byte tokenizer and returns its directory (cached)."""
+    directories = {}
 
-    def directory(name, **fields):
-        if (name, *fields.items()) not in made:
+    def get_directory(name, **fields):
+        if (name, *fields.items()) not in directories:
             path = tmp_path_factory.mktemp(name)
             model = tiny_model(name, vocab_size=264, **fields)
             jaxlm.save_pretrained(path, model, jax.jit(model.init)(jax.random.key(0)))
             ByteTokenizer().save(path)
-            made[name, *fields.items()] = path
-        return made[name, *fields.items()]
+            directories[name, *fields.items()] = path
+        return directories[name, *fields.items()]
 
-    return directory
+    return get_directory
 
 
-def test_texts_come_from_arguments_a_file_or_standard_input(finished, tmp_path, monkeypatch, capsys):
-    directory = finished("t5-tiny")
+def test_texts_come_from_arguments_a_file_or_standard_input(model_directory, tmp_path, monkeypatch, capsys):
+    directory = model_directory("t5-tiny")
     model, params = jaxlm.load_pretrained(directory)
     sources = ["guten Tag", "ja", "auf Wiedersehen"]
     config = GenerationConfig(6, num_beams=2)
     want = [cli.common.one_line(text) for text in generate_text(model, params, ByteTokenizer(), sources, config)]
     options = ["--max-new-tokens", "6", "--num-beams", "2"]
-    assert printed(capsys, "translate", directory, *sources, *options) == want
+    assert output_lines(capsys, "translate", directory, *sources, *options) == want
     file = tmp_path / "lines.txt"
     file.write_text("\n".join(sources) + "\n", encoding="utf-8")
-    assert printed(capsys, "summarize", directory, "--file", file, *options) == want
+    assert output_lines(capsys, "summarize", directory, "--file", file, *options) == want
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(sources)))
-    assert printed(capsys, "translate", directory, *options) == want
+    assert output_lines(capsys, "translate", directory, *options) == want
     prefixed = generate_text(model, params, ByteTokenizer(), [f"de: {text}" for text in sources], config)
-    assert printed(capsys, "translate", directory, *sources, "--prefix", "de: ", *options) == [
+    assert output_lines(capsys, "translate", directory, *sources, "--prefix", "de: ", *options) == [
         cli.common.one_line(text) for text in prefixed
     ]
 
 
-def test_several_prompts_are_continued_in_one_line_each(run_directory, model, params, tmp_path, capsys):
+def test_generate_prints_one_line_per_prompt(run_directory, model, params, tmp_path, capsys):
     file = tmp_path / "lines.txt"
     file.write_text("to be\nis\n", encoding="utf-8")
     want = generate_text(model, params, TOKENIZER, ["to be", "is"], GenerationConfig(12))
     options = ["--max-new-tokens", "12", "--temperature", "0"]
     lines = [cli.common.one_line(prompt + text) for prompt, text in zip(["to be", "is"], want, strict=True)]
-    assert printed(capsys, "generate", run_directory, "--file", file, *options) == lines
-    assert printed(capsys, "generate", run_directory, "to be", "is", *options) == lines
+    assert output_lines(capsys, "generate", run_directory, "--file", file, *options) == lines
+    assert output_lines(capsys, "generate", run_directory, "to be", "is", *options) == lines
 
 
-def test_outputs_are_drawn_by_seed(finished, capsys):
-    options = [finished("t5-tiny"), "guten Tag", "--max-new-tokens", "8", "--temperature", "1"]
-    one, again, other = (
-        printed(capsys, "translate", *options, "--num-beams", "1", "--seed", seed) for seed in (1, 1, 2)
+def test_sampled_outputs_depend_on_the_seed(model_directory, capsys):
+    options = [model_directory("t5-tiny"), "guten Tag", "--max-new-tokens", "8", "--temperature", "1"]
+    first, repeated, different = (
+        output_lines(capsys, "translate", *options, "--num-beams", "1", "--seed", seed) for seed in (1, 1, 2)
     )
-    assert one == again != other
-    assert "temperature=1.0 draws at random: set num_beams=1" in refused(capsys, "translate", *options)
+    assert first == repeated != different
+    assert "temperature=1.0 draws at random: set num_beams=1" in error_line(capsys, "translate", *options)
 
 
-def test_defaults_are_those_of_the_directory(finished, tmp_path, capsys):
+def test_defaults_come_from_generation_config_json(model_directory, tmp_path, capsys):
     for name, command in (("gpt2-tiny", "generate"), ("t5-tiny", "translate")):
-        shutil.copytree(finished(name), tmp_path / name)
+        shutil.copytree(model_directory(name), tmp_path / name)
         content = {"max_new_tokens": 5, "num_beams": 2, "eos_token_id": [3, 256], "length_penalty": 0.5}
         (tmp_path / name / "generation_config.json").write_text(json.dumps(content))
-        model, params = jaxlm.load_pretrained(finished(name))
+        model, params = jaxlm.load_pretrained(model_directory(name))
         config = GenerationConfig(5, num_beams=2, length_penalty=0.5, early_stopping=False, end_ids=(3, 256))
         (want,) = generate_text(model, params, ByteTokenizer(), ["ja"], config)
-        shown = cli.common.one_line(want) if command == "translate" else f"ja{want}"
+        expected = cli.common.one_line(want) if command == "translate" else f"ja{want}"
         arguments = [command, str(tmp_path / name), "ja"]
         assert cli.main(arguments) == 0
-        assert capsys.readouterr().out == f"{shown}\n"
+        assert capsys.readouterr().out == f"{expected}\n"
         greedy = dataclasses.replace(config, num_beams=1, length_penalty=None, max_new_tokens=3)
         (want,) = generate_text(model, params, ByteTokenizer(), ["ja"], greedy)
-        shown = cli.common.one_line(want) if command == "translate" else f"ja{want}"
+        expected = cli.common.one_line(want) if command == "translate" else f"ja{want}"
         assert cli.main([*arguments, "--num-beams", "1", "--temperature", "0", "--max-new-tokens", "3"]) == 0
-        assert capsys.readouterr().out == f"{shown}\n"
+        assert capsys.readouterr().out == f"{expected}\n"
         (tmp_path / name / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
-        assert "generation_config.json sets no_repeat_ngram_size=3, which jaxlm does" in refused(capsys, *arguments)
+        assert "generation_config.json sets no_repeat_ngram_size=3, which jaxlm does" in error_line(capsys, *arguments)
 
 
 def test_one_line_escapes_line_breaks():
     assert cli.common.one_line("a\nb\r\\n") == "a\\nb\\r\\\\n"
 
 
-def test_classify_prints_labels_and_probabilities(finished, capsys):
-    directory = finished("bert-tiny", task="classification", num_labels=3)
-    found = classify(*jaxlm.load_pretrained(directory), ByteTokenizer(), ["fine", "a bore"])
-    lines = printed(capsys, "classify", directory, "fine", "a bore")
-    for line, label, probabilities in zip(lines, found.labels, found.probabilities, strict=True):
+def test_classify_prints_labels_and_probabilities(model_directory, capsys):
+    directory = model_directory("bert-tiny", task="classification", num_labels=3)
+    predictions = classify(*jaxlm.load_pretrained(directory), ByteTokenizer(), ["fine", "a bore"])
+    lines = output_lines(capsys, "classify", directory, "fine", "a bore")
+    for line, label, probabilities in zip(lines, predictions.labels, predictions.probabilities, strict=True):
         assert line.split("\t") == [str(label), f"{probabilities.max():.4f}"]
-    (line,) = printed(capsys, "classify", directory, "fine", "--all")
+    (line,) = output_lines(capsys, "classify", directory, "fine", "--all")
     shown = [float(cell) for cell in line.split("\t")[1::2]]
     assert shown == sorted(shown, reverse=True)
     assert sum(shown) == pytest.approx(1.0, abs=1e-3)
-    assert printed(capsys, "classify", directory, "fine\ta bore", "a\tb")[0] != lines[0], "pairs"
+    assert output_lines(capsys, "classify", directory, "fine\ta bore", "a\tb")[0] != lines[0], "pairs"
 
 
-def test_score_prints_likelihoods(finished, capsys):
-    lines = printed(capsys, "score", finished("gpt2-tiny"), "to be", "is")
-    scores = score_texts(*jaxlm.load_pretrained(finished("gpt2-tiny")), ByteTokenizer(), ["to be", "is"])
+def test_score_prints_likelihoods(model_directory, capsys):
+    lines = output_lines(capsys, "score", model_directory("gpt2-tiny"), "to be", "is")
+    scores = score_texts(*jaxlm.load_pretrained(model_directory("gpt2-tiny")), ByteTokenizer(), ["to be", "is"])
     for line, total, count in zip(lines, scores.log_likelihoods, scores.num_tokens, strict=True):
         shown = [float(cell) for cell in line.split("\t")]
         assert shown == pytest.approx([total, count, math.exp(-total / count)], rel=1e-4)
-    (line,) = printed(capsys, "score", finished("t5-tiny"), "ja\tyes")
+    (line,) = output_lines(capsys, "score", model_directory("t5-tiny"), "ja\tyes")
     assert line.split("\t")[1] == "4", "three bytes and the end"
 
 
-def test_the_wrong_model_is_one_line(finished, capsys):
-    bert, gpt, t5 = finished("bert-tiny"), finished("gpt2-tiny"), finished("t5-tiny")
+def test_a_command_rejects_the_wrong_kind_of_model(model_directory, capsys):
+    bert, gpt, t5 = model_directory("bert-tiny"), model_directory("gpt2-tiny"), model_directory("t5-tiny")
     masked = "this is a BERT with a masked-token head: it"
     for command, directory, message in (
-        ("classify", bert, f"{masked} classifies nothing; fine-tune it with load_pretrained(directory, task="),
-        ("translate", bert, f"{masked} reads no source, so it translates nothing; load an encoder-decoder"),
+        ("classify", bert, f"{masked} does not classify texts; fine-tune it with load_pretrained(directory, task="),
+        ("translate", bert, f"{masked} reads no source, so it cannot translate; load an encoder-decoder"),
         ("generate", bert, f"{masked} generates no text; load a language model"),
-        ("score", bert, f"{masked} scores no text; load a language model"),
-        ("summarize", gpt, "this is a GPT with a next-token head: it reads no source, so it summarizes nothing"),
-        ("generate", t5, "this is a T5 with a sequence-to-sequence head: it reads a source and continues no prompt"),
-        ("score", t5, "it scores targets, give each as SOURCE<tab>TARGET"),
+        ("score", bert, f"{masked} does not score texts; load a language model"),
+        ("summarize", gpt, "this is a GPT with a next-token head: it reads no source, so it cannot summarize"),
+        (
+            "generate",
+            t5,
+            "this is a T5 with a sequence-to-sequence head: it reads a source, so it cannot continue a prompt",
+        ),
+        ("score", t5, "it scores targets, so give SOURCE<tab>TARGET"),
     ):
-        assert message in refused(capsys, command, directory, "a text")
+        assert message in error_line(capsys, command, directory, "a text")
 
 
-def test_texts_that_cannot_be_used_are_named(finished, tmp_path, monkeypatch, capsys):
-    directory, file = finished("gpt2-tiny"), tmp_path / "lines.txt"
+def test_errors_name_the_unusable_text(model_directory, tmp_path, monkeypatch, capsys):
+    directory, file = model_directory("gpt2-tiny"), tmp_path / "lines.txt"
     file.write_text("one\n\nthree\n", encoding="utf-8")
-    assert f"line 2 of {file} is empty" in refused(capsys, "score", directory, "--file", file)
-    assert "give texts or --file, not both" in refused(capsys, "score", directory, "text", "--file", file)
-    assert "only one of them" in refused(capsys, "generate", directory, "text", "--prompt", "text")
+    assert f"line 2 of {file} is empty" in error_line(capsys, "score", directory, "--file", file)
+    assert "give texts or --file, not both" in error_line(capsys, "score", directory, "text", "--file", file)
+    assert "only one of them" in error_line(capsys, "generate", directory, "text", "--prompt", "text")
     file.write_bytes("né".encode("latin-1"))
-    assert "is not UTF-8 text: byte 0xe9" in refused(capsys, "score", directory, "--file", file)
+    assert "is not UTF-8 text: byte 0xe9" in error_line(capsys, "score", directory, "--file", file)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert "standard input is empty" in refused(capsys, "score", directory)
-    assert "text 2 has 0 tabs and text 1 has 1" in refused(capsys, "score", finished("t5-tiny"), "a\tb", "c")
-    assert "text 1 has 100 tokens, but max_positions=64" in refused(capsys, "score", directory, "short", "x" * 100)
+    assert "standard input is empty" in error_line(capsys, "score", directory)
+    assert "text 2 has 0 tabs and text 1 has 1" in error_line(capsys, "score", model_directory("t5-tiny"), "a\tb", "c")
+    assert "text 1 has 100 tokens, but max_positions=64" in error_line(capsys, "score", directory, "short", "x" * 100)
 
 
-def test_python_m_jaxlm_is_the_command():
+def test_python_m_jaxlm_runs_the_command():
     run = subprocess.run(
         [sys.executable, "-m", "jaxlm", "generate", "nowhere", "--prompt", "x"],
         capture_output=True, text=True, check=False, timeout=100,

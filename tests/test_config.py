@@ -11,7 +11,7 @@ from jaxlm.models import get_model, gpt
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """A config in a config."""
+    """A config that contains another config."""
 
     model: gpt.Config = gpt.Config()
     """Inner."""
@@ -28,7 +28,7 @@ def test_json_round_trip(tmp_path):
         assert config_lib.read(Outer, tmp_path / "config.json") == config
 
 
-def test_unknown_and_missing_fields_are_named(tmp_path):
+def test_errors_name_unknown_and_missing_fields(tmp_path):
     with pytest.raises(ValueError, match=r"config.model has an unknown field 'num_layer': did you mean 'num_layers'"):
         config_lib.from_json(Outer, {"model": {"num_layer": 3}})
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist: is .* the directory of a run"):
@@ -57,19 +57,19 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG)
-def test_values_of_another_type_are_refused(values, message):
+def test_values_of_the_wrong_type_raise(values, message):
     with pytest.raises(ValueError, match=message):
         config_lib.from_json(Outer, values)
 
 
-def test_a_model_refuses_values_of_another_type():
+def test_get_model_rejects_values_of_the_wrong_type():
     for name, value in (("num_layers", 2.0), ("num_layers", True), ("num_layers", "2"), ("norm_epsilon", "small")):
         with pytest.raises(ValueError, match=f"{name}={value!r} must be"):
             get_model("gpt2-tiny", **{name: value})
     assert get_model("gpt2-tiny", num_layers=np.int64(3), norm_epsilon=0).config.num_layers == 3
 
 
-def test_numbers_of_the_command_line_are_finite_and_fit(capsys):
+def test_numbers_of_the_command_line_must_be_finite_and_in_range(capsys):
     for options, message in (
         (("--rate", "nan"), "program: rate=nan must be a finite number"),
         (("--rate", "inf"), "program: rate=inf must be a finite number"),
@@ -83,12 +83,12 @@ def test_numbers_of_the_command_line_are_finite_and_fit(capsys):
             config_lib.check_numbers(dataclasses.make_dataclass("Draws", ["seed"])(seed))
 
 
-def test_a_setting_is_given_once():
+def test_a_setting_must_not_be_given_twice():
     with pytest.raises(ValueError, match="--set has a twice: a=1 and a=2"):
         config_lib.assignments("set", ["a=1", "a=2"])
 
 
-def test_a_damaged_file_is_named_and_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
+def test_error_for_a_damaged_file_and_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     for text, message in (("{", "is damaged"), ("[]", "must hold a JSON object"), ("\xff", "is damaged")):
         path.write_bytes(text.encode("latin-1"))
@@ -122,7 +122,7 @@ def test_options_of_nested_fields_are_typed(tmp_path, capsys):
     assert "--model.num-layers" in capsys.readouterr().err
 
 
-def test_presets_and_runs_are_where_options_start_from(tmp_path):
+def test_options_override_a_preset_or_a_resumed_run(tmp_path):
     presets = {"small": Outer(rate=0.125)}
     assert parse("--preset", "small", "--model.num-layers", "2", presets=presets)[0].rate == 0.125
     config_lib.write(Outer(rate=0.75), tmp_path / "config.json")

@@ -1,4 +1,4 @@
-"""Memory that a process keeps: without it, every step has its temporaries from the system anew."""
+"""Tests of ``keep_freed_memory``. Without it, every step gets the memory of its temporaries from the system again."""
 
 import ctypes
 import subprocess
@@ -27,23 +27,23 @@ print(sum(faults[-10:]))
 """
 
 
-def faults(choice: str) -> int:
-    """Pages that the last ten of 24 equal steps had from the system: at first, blocks find their places."""
-    found = subprocess.run([sys.executable, "-c", STEPS, choice], capture_output=True, text=True, check=True)
-    return int(found.stdout)
+def page_faults(choice: str) -> int:
+    """Page faults of the last ten of 24 equal steps. The first steps are not counted, because they allocate memory."""
+    process = subprocess.run([sys.executable, "-c", STEPS, choice], capture_output=True, text=True, check=True)
+    return int(process.stdout)
 
 
-def test_kept_memory_is_used_again():
+def test_kept_memory_is_reused():
     if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         assert not host.keep_freed_memory()
         return
-    usual = faults("usual")
-    assert usual > 10 * 15_000  # an array of 64 MB, 4 KB a page
-    assert faults("keep") < usual / 4
+    usual = page_faults("usual")
+    assert usual > 10 * 15_000  # each step allocates an array of 64 MB, in pages of 4 KB
+    assert page_faults("keep") < usual / 4
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    monkeypatch.setattr(host, "_kept", False)
+    monkeypatch.setattr(host, "_enabled", False)
     assert host.keep_freed_memory() is False
     assert host.keeps_freed_memory() is False

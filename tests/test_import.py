@@ -1,4 +1,4 @@
-"""What an import brings along, each in a process of its own."""
+"""Tests of which packages an import of jaxlm loads. Each import runs in its own process."""
 
 import subprocess
 import sys
@@ -31,11 +31,11 @@ def packages_after(statement: str) -> set[str]:
     return packages(modules_after(statement))
 
 
-def test_import_jaxlm_is_light():
+def test_import_jaxlm_loads_only_jaxlm_and_safetensors():
     modules = modules_after("import jaxlm")
     assert packages(modules) == {"jaxlm", "safetensors"}
-    lazy = {f"jaxlm.{package}.{name}" for package in ("models", "interop.formats") for name in FAMILIES}
-    assert modules & lazy == set()
+    lazy_modules = {f"jaxlm.{package}.{name}" for package in ("models", "interop.formats") for name in FAMILIES}
+    assert modules & lazy_modules == set()
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_import_jaxlm_is_light():
         "interop.peft", "metrics", "tasks.predict", "tasks.text_requests", "tasks.classification", "data.games",
     ],
 )  # fmt: skip
-def test_no_part_imports_what_is_optional(name):
+def test_no_module_imports_an_optional_package(name):
     packages = packages_after(f"import jaxlm.{name}")
     assert "jaxlm" in packages
     assert packages & OPTIONAL == set()
 
 
-def test_the_experiment_draws_with_matplotlib_only_when_it_draws():
+def test_the_experiment_imports_matplotlib_only_for_a_plot():
     assert packages_after("import experiments.text_generation") & OPTIONAL == set()

@@ -1,4 +1,4 @@
-"""Checksums of exported directories: every changed byte is found, and meant changes have a way out."""
+"""Tests of the checksums of exported directories: every changed byte is detected, and users can accept a change."""
 
 import errno
 import json
@@ -39,42 +39,42 @@ def test_every_written_file_is_listed(exported):
     assert {"config.json", "model.safetensors", "jaxlm_tokenizer.json"} <= listed
 
 
-def test_no_flipped_bit_of_an_export_is_used(copy):
+def test_every_flipped_bit_of_an_export_is_detected(copy):
     generator = np.random.default_rng(0)
     for path in sorted(copy.iterdir()):
-        whole = path.read_bytes()
-        for at in generator.choice(len(whole), min(len(whole), 12), replace=False):
-            changed = bytearray(whole)
-            changed[at] ^= 1 << int(generator.integers(8))
+        original = path.read_bytes()
+        for index in generator.choice(len(original), min(len(original), 12), replace=False):
+            changed = bytearray(original)
+            changed[index] ^= 1 << int(generator.integers(8))
             path.write_bytes(changed)
             if path.name == CHECKSUMS:
                 try:
-                    harmless = json.loads(changed) == json.loads(whole)
+                    harmless = json.loads(changed) == json.loads(original)
                 except ValueError:
                     harmless = False
                 if harmless:
                     continue
             with pytest.raises(ValueError, match=r"damaged|is missing: checksums.json"):
                 jaxlm.load_pretrained(copy)
-        path.write_bytes(whole)
+        path.write_bytes(original)
     jaxlm.load_pretrained(copy)
 
 
-def test_a_changed_tokenizer_is_refused_by_load_tokenizer(copy):
+def test_load_tokenizer_rejects_a_changed_tokenizer(copy):
     path = copy / "jaxlm_tokenizer.json"
     path.write_text(path.read_text().replace("abc", "acb").replace("f", "g"))
-    with pytest.raises(ValueError, match=f"jaxlm_tokenizer.json is not as it was saved.*delete .*{CHECKSUMS}"):
+    with pytest.raises(ValueError, match=f"jaxlm_tokenizer.json has changed since it was saved.*delete .*{CHECKSUMS}"):
         load_tokenizer(copy)
 
 
-def test_meant_changes_work(copy):
+def test_a_changed_file_loads_after_checksums_are_deleted(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json is not as it was saved"):
+    with pytest.raises(ValueError, match="config.json has changed since it was saved"):
         jaxlm.load_pretrained(copy)
     (copy / CHECKSUMS).unlink()
     model, params = jaxlm.load_pretrained(copy)
-    # A tokenizer that is saved alone, and a whole save over an older one, leave no old checksums.
+    # Saving only a tokenizer, or a model over an older export, leaves no outdated checksums.
     jaxlm.save_pretrained(copy, model, params, CharTokenizer.from_text("abc def"))
     CharTokenizer.from_text("uvwxyz ").save(copy)
     assert load_tokenizer(copy).decode([0, 1]) == " u"
@@ -83,13 +83,13 @@ def test_meant_changes_work(copy):
     jaxlm.load_pretrained(copy)
 
 
-def test_a_lost_file_is_named(copy):
+def test_error_names_a_missing_file(copy):
     (copy / "generation_config.json").unlink()
     with pytest.raises(ValueError, match="generation_config.json is missing: checksums.json lists it"):
         jaxlm.load_pretrained(copy)
 
 
-def test_a_full_disk_leaves_the_old_export(copy, monkeypatch):
+def test_a_full_disk_keeps_the_old_export(copy, monkeypatch):
     model, params = jaxlm.load_pretrained(copy)
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
 
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_old_export(copy, monkeypatch):
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
-# ---------------------------------------------------------------------------------------- whole replacement
+# ------------------------------------------------------------------------------------- replacement of a set of files
 
 NAMES = ["weights", "index", "config"]
 
@@ -128,14 +128,14 @@ def replace(directory):
         install(temporary, directory, NAMES)
 
 
-def test_a_replacement_is_whole(old):
+def test_install_replaces_all_files_and_keeps_others(old):
     (old / ".saving-of-a-killed-process").mkdir()
     (old / ".saving-of-a-killed-process" / "weights").write_text("half")
     replace(old)
     verify_checksums(old)
-    kept = contents(old)
-    assert kept.pop(CHECKSUMS)
-    assert kept == {"mine.txt": "mine", **{name: f"new {name}" for name in NAMES}}
+    remaining = contents(old)
+    assert remaining.pop(CHECKSUMS)
+    assert remaining == {"mine.txt": "mine", **{name: f"new {name}" for name in NAMES}}
 
 
 KILLED = """
@@ -159,15 +159,15 @@ with integrity["staged"](directory) as temporary:
 
 
 @pytest.mark.parametrize("renames", range(5))
-def test_a_kill_never_leaves_an_undetected_mixture(old, renames):
-    ended = subprocess.run([sys.executable, "-c", KILLED, old, str(renames), integrity.__file__], check=False)
-    assert ended.returncode == (0 if renames == 4 else -signal.SIGKILL)
+def test_a_mixture_of_old_and_new_files_after_a_kill_is_detected(old, renames):
+    process = subprocess.run([sys.executable, "-c", KILLED, old, str(renames), integrity.__file__], check=False)
+    assert process.returncode == (0 if renames == 4 else -signal.SIGKILL)
     if renames in (0, 4):
         verify_checksums(old)
         age = "old" if renames == 0 else "new"
         assert all((old / name).read_text() == f"{age} {name}" for name in NAMES)
     else:
-        with pytest.raises(ValueError, match="is not as it was saved"):
+        with pytest.raises(ValueError, match="has changed since it was saved"):
             verify_checksums(old)
     replace(old)
     verify_checksums(old)
@@ -186,7 +186,7 @@ def test_a_kill_never_leaves_an_undetected_mixture(old, renames):
         (OSError(errno.EROFS, "Read-only file system"), errno.EROFS, "is not writable .*Read-only"),
     ],
 )  # fmt: skip
-def test_a_disk_that_cannot_be_written_leaves_the_old_files_and_is_named(old, error, number, message):
+def test_an_unwritable_disk_keeps_the_old_files_and_raises(old, error, number, message):
     before = contents(old)
     with pytest.raises(OSError, match=message) as caught, staged(old):
         raise error
@@ -196,7 +196,7 @@ def test_a_disk_that_cannot_be_written_leaves_the_old_files_and_is_named(old, er
     assert contents(old) == before
 
 
-def test_other_errors_pass_through(old):
+def test_other_errors_propagate(old):
     with pytest.raises(ZeroDivisionError), staged(old):
         raise ZeroDivisionError
     assert sorted(os.listdir(old)) == sorted([*NAMES, CHECKSUMS, "mine.txt"])

@@ -1,4 +1,4 @@
-"""Reading of JSON objects: what is accepted, and that each error names the file."""
+"""Tests of ``read_object``: which JSON text it accepts, and that each error names the file."""
 
 from __future__ import annotations
 

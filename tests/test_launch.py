@@ -1,5 +1,5 @@
-"""Scripts for rented machines, run here with a ``gcloud`` that writes down what it is asked for; processes of this
-machine and their restarts; and what becomes of JAX's report of a lost process."""
+"""Tests of scripts for rented machines (with fake ``gcloud``, ``ssh``, ``scp`` and ``git``), local processes and their
+restarts, and the relay of JAX's report of a lost process."""
 
 import io
 import os
@@ -19,8 +19,8 @@ from jaxlm.launch import run_local, script
 COMMAND = ["python", "-m", "benchmarks.training", "--json", "results/it's.json"]
 
 
-def executed(text: str, directory: Path, failing: str = "no such word") -> tuple[int, list[list[str]]]:
-    """Status of the script, and the arguments of every call of a program that would leave this machine."""
+def execute(text: str, directory: Path, failing: str = "no such word") -> tuple[int, list[list[str]]]:
+    """Run a script with fake network programs; returns its status and the arguments of each call to them."""
     log = directory / "log"
     for program in ("gcloud", "ssh", "scp", "git"):
         (directory / program).write_text(
@@ -35,7 +35,7 @@ def executed(text: str, directory: Path, failing: str = "no such word") -> tuple
 
 
 def test_a_tpu_is_created_used_and_deleted(tmp_path):
-    status, calls = executed(script("v5e:2x4", COMMAND, zone="us-central1-a", name="mine", spot=True), tmp_path)
+    status, calls = execute(script("v5e:2x4", COMMAND, zone="us-central1-a", name="mine", spot=True), tmp_path)
     assert status == 0
     words = [" ".join(call) for call in calls]
     assert words[0] == (
@@ -44,22 +44,22 @@ def test_a_tpu_is_created_used_and_deleted(tmp_path):
     )
     assert words[-1] == "gcloud compute tpus tpu-vm delete mine --zone=us-central1-a --quiet"
     (run,) = [call[-1] for call in calls if "results/it" in call[-1]]
-    # What arrives there is one argument, and means the command again when a shell there reads it.
+    # The remote shell gets the command as one argument and must parse it into the original words.
     assert run.startswith("cd jaxlm && mkdir -p results && PATH=$HOME/venv/bin:$PATH python -m benchmarks.training")
-    read = subprocess.run(
+    parsed = subprocess.run(
         ["bash", "-c", f"printf '%s|' {run.split('PATH ')[1]}"], capture_output=True, text=True, check=True
     )
-    assert read.stdout.split("|")[:-1] == COMMAND
+    assert parsed.stdout.split("|")[:-1] == COMMAND
 
 
-def test_a_tpu_is_deleted_also_when_something_fails(tmp_path):
-    status, calls = executed(script("v6e:2x2", COMMAND, zone="z"), tmp_path, failing="scp")
+def test_a_tpu_is_deleted_after_a_failure(tmp_path):
+    status, calls = execute(script("v6e:2x2", COMMAND, zone="z"), tmp_path, failing="scp")
     assert status != 0
     assert [call[4] for call in calls if call[0] == "gcloud"] == ["create", "scp", "delete"]
 
 
 @pytest.mark.parametrize(
-    ("topology", "type", "several"),
+    ("topology", "type", "several_hosts"),
     [
         ("v4:2x2x1", "v4-8", False),
         ("v5p:2x2x2", "v5p-16", True),
@@ -67,14 +67,14 @@ def test_a_tpu_is_deleted_also_when_something_fails(tmp_path):
         ("v6e:8x8", "v6e-64", True),
     ],
 )
-def test_slices_of_several_hosts_join_them(topology, type, several):
+def test_slices_of_several_hosts_run_jaxlm_launch(topology, type, several_hosts):
     command = ["python", "-m", "experiments.text_generation", "--mesh", "data=8"]
     text = script(topology, command, zone="z")
     assert f"--accelerator-type={type} " in text
-    assert ("python -m jaxlm.launch experiments.text_generation --mesh" in text) == several
+    assert ("python -m jaxlm.launch experiments.text_generation --mesh" in text) == several_hosts
 
 
-def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
+def test_a_slice_of_several_hosts_runs_an_experiment_by_default():
     with pytest.raises(
         ValueError, match=r"benchmarks.training measures the devices of one process, and v5e:4x4 has se"
     ):
@@ -92,8 +92,8 @@ def test_a_slice_of_several_hosts_is_measured_by_training_over_all_of_it():
     assert model.num_parameters == pytest.approx(124e6, rel=0.01)
 
 
-def test_a_gpu_node_is_only_used(tmp_path):
-    status, calls = executed(script("gpu", COMMAND, host="me@node"), tmp_path)
+def test_a_gpu_node_is_not_created_or_deleted(tmp_path):
+    status, calls = execute(script("gpu", COMMAND, host="me@node"), tmp_path)
     assert status == 0
     assert [call[0] for call in calls] == ["git", "scp", "ssh", "ssh", "scp"]
     assert all("me@node" in " ".join(call) for call in calls[1:])
@@ -110,14 +110,14 @@ def test_a_gpu_node_is_only_used(tmp_path):
         ("gpu", {"host": "h", "zone": "z"}, "no zone"),
     ],
 )
-def test_what_cannot_be_meant_is_named(topology, options, message):
+def test_errors_name_the_bad_launch_option(topology, options, message):
     with pytest.raises(ValueError, match=message):
         script(topology, COMMAND, **options)
     with pytest.raises(ValueError, match="the command must be python -m MODULE ..., got bash"):
         script("v5e:2x2", ["bash"], zone="z")
 
 
-def test_the_command_prints_and_does_not_run(capsys):
+def test_launch_prints_the_script_only_with_dry_run(capsys):
     assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z"]) == 2
     assert "jaxlm does not rent machines: add --dry-run" in capsys.readouterr().err
     assert cli.main(["launch", "--topology", "v5e:2x2", "--zone", "z", "--dry-run"]) == 0
@@ -137,13 +137,13 @@ def test_the_command_prints_and_does_not_run(capsys):
         (["--lost-after", "0", "m"], "--lost-after 0: give at least one second"),
     ],
 )
-def test_what_cannot_be_joined_is_named(arguments, message, capsys):
+def test_errors_name_the_bad_process_option(arguments, message, capsys):
     with pytest.raises(SystemExit):
         launch.main(arguments)
     assert message in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- processes of this machine
+# ------------------------------------------------------------------------------------------------ local processes
 
 PROGRAM = """
 import os, pathlib, signal, sys
@@ -174,17 +174,17 @@ def program(tmp_path, monkeypatch):
     )
 
 
-def test_a_coordinator_that_cannot_serve_is_named(capsys):
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_error_for_a_coordinator_that_cannot_serve(capsys):
+    with socket.create_server(("", 0)) as used:
+        port = used.getsockname()[1]
         for address, message in [
             (f"localhost:{port}", f"process 0 cannot serve at port {port} (Address already in use): choose another"),
             ("localhost", "coordinator 'localhost' must be HOST:PORT"),
             ("localhost:66000", "with a port from 1 to 65535"),
         ]:
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises(SystemExit) as exit_info:
                 launch.main(["--coordinator", address, "--processes", "2", "--process", "0", "m"])
-            assert ended.value.code == 2
+            assert exit_info.value.code == 2
             assert message in capsys.readouterr().err
 
 
@@ -194,14 +194,14 @@ def test_a_run_that_dies_is_restarted_from_its_checkpoint(what, program, capsys)
     first, *others = Path("calls").read_text().splitlines()
     assert first == f"{what} --preset p --steps=3 --output run"
     assert others == [f"{what} --steps=3 --resume run"] * 2
-    how = {"killed": "was ended by SIGKILL", "failed": "ended with status 1"}[what]
-    assert [f"process 0 of 1 {how}; restart {n} of 2, from the last checkpoint in run" in line
+    cause = {"killed": "was ended by SIGKILL", "failed": "ended with status 1"}[what]
+    assert [f"process 0 of 1 {cause}; restart {n} of 2, from the last checkpoint in run" in line
             for n, line in enumerate(capsys.readouterr().err.splitlines(), 1)] == [True, True]  # fmt: skip
 
 
-def test_restarts_end_when_none_is_left_or_none_can_help(program, capsys):
+def test_no_restart_after_the_last_one_or_after_a_usage_error(program, capsys):
     assert program("killed", restarts=1) == 128 + 9
-    assert "process 0 of 1 was ended by SIGKILL; no restart is left" in capsys.readouterr().err
+    assert "process 0 of 1 was ended by SIGKILL; no restarts are left" in capsys.readouterr().err
     assert len(Path("calls").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="run is not empty: choose another --output, or use --resume run"):
         program("killed", restarts=1)
@@ -211,13 +211,13 @@ def test_restarts_end_when_none_is_left_or_none_can_help(program, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_directory_that_was_not_finished_is_set_aside(program):
+def test_an_incomplete_run_directory_is_renamed(program):
     assert program("early", restarts=2) == 0
     calls = Path("calls").read_text().splitlines()
     assert calls[1] == calls[0] == "early --preset p --steps=3 --output run"
     assert calls[2] == "early --steps=3 --resume run"
-    (aside,) = Path().glob("run.incomplete-*")
-    assert [path.name for path in aside.iterdir()] == ["half"]
+    (renamed,) = Path().glob("run.incomplete-*")
+    assert [path.name for path in renamed.iterdir()] == ["half"]
 
 
 @pytest.mark.parametrize(
@@ -226,18 +226,18 @@ def test_a_run_directory_that_was_not_finished_is_set_aside(program):
         (["local:0"], "topology 'local:0' must be local:N, with a number of processes such as local:2"),
         (["local"], "must be local:N"),
         (["local:2"], "--topology local:N needs --command 'python -m MODULE ...'"),
-        (["local:2", "--command", "python -m m", "--dry-run"], "leave --dry-run, --zone, --host and --spot out"),
+        (["local:2", "--command", "python -m m", "--dry-run"], "remove --dry-run, --zone, --host and --spot"),
         (["local:2", "--command", "bash"], "the command must be python -m MODULE ..., got bash"),
         (["local:2", "--command", "python -m m", "--restarts", "1"], "add --output DIRECTORY to the command"),
         (["local:2", "--command", "python -m m", "--restarts", "-1"], "restarts=-1 must be at least 0"),
         (["local:2", "--command", "python -m m", "--lost-after", "0"], "lost_after=0 must be at least 1"),
         (
             ["v5e:2x2", "--zone", "z", "--dry-run", "--restarts", "1"],
-            "are for --topology local:N",
+            "apply only to --topology local:N",
         ),
     ],
 )
-def test_what_cannot_run_here_is_named(arguments, message, capsys):
+def test_errors_name_the_bad_local_option(arguments, message, capsys):
     assert cli.main(["launch", "--topology", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -272,7 +272,7 @@ Additional GRPC error information from remote target coordination_service while 
         ("1\nW1126 17:39:06.1 15 other.cc:1] text\n", "1\nW1126 17:39:06.1 15 other.cc:1] text\n"),
     ],
 )
-def test_the_report_of_an_abort_becomes_one_line(written, printed):
+def test_the_report_of_a_lost_process_becomes_one_line(written, printed):
     target = io.BytesIO()
     stderr_relay.relay(io.BytesIO(written.encode()), target)
     assert target.getvalue().decode() == printed

@@ -1,4 +1,4 @@
-"""Metric values, their intervals, and the errors for bad input."""
+"""Tests of metric values, their confidence intervals, and the errors for bad input."""
 
 import sys
 
@@ -9,7 +9,7 @@ from jaxlm import metrics
 from jaxlm.metrics import Score
 
 
-def test_a_score_reads_as_one_line():
+def test_a_score_prints_as_one_line():
     assert str(Score("accuracy", 0.9048, 0.8835, 0.9226, 872)) == "accuracy 0.905 [0.883, 0.923]"
     assert str(Score("BLEU", 38.214, 37.0, 39.456, 1000)) == "BLEU 38.21 [37.00, 39.46]"
     assert str(Score("perplexity", 12.5)) == "perplexity 12.50"
@@ -17,7 +17,7 @@ def test_a_score_reads_as_one_line():
         Score("accuracy", 0.5, low=0.4)
 
 
-def test_accuracy_has_the_wilson_interval():
+def test_accuracy_has_a_wilson_interval():
     # Expected ends: Wilson 1927, (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) at p = 0.9, n = 10, z = 1.96.
     score = metrics.accuracy([1] * 9 + [0], [1] * 10)
     assert (score.value, score.count) == (0.9, 10)
@@ -38,7 +38,7 @@ def test_accuracy_has_the_wilson_interval():
         (["a"], [1], TypeError, "both must be numbers or both strings"),
     ],
 )
-def test_accuracy_refuses_pairs_that_do_not_fit(predictions, labels, error, message):
+def test_accuracy_rejects_bad_predictions_and_labels(predictions, labels, error, message):
     with pytest.raises(error, match=message):
         metrics.accuracy(predictions, labels)
 
@@ -52,7 +52,7 @@ def test_confusion_counts_labels_by_row_and_predictions_by_column():
         metrics.confusion([0.5, 1.0], [0, 1], 2)
 
 
-def test_macro_f1_weighs_classes_equally():
+def test_macro_f1_weights_classes_equally():
     # a: 2 of 2 predictions are right and 2 of 3 labels are found, F1 0.8. b: 1 of 2 and 1 of 1, F1 2/3.
     score = metrics.macro_f1(["a", "b", "b", "a"] * 50, ["a", "a", "b", "a"] * 50)
     assert score.value == pytest.approx((0.8 + 2 / 3) / 2)
@@ -79,7 +79,7 @@ HYPOTHESES = ["the cat sat on the mat", "a dog barks at the red car", "it is rai
 REFERENCES = ["the cat sat on a mat", "The dog barks at the red car", "it rains"] * 4
 
 
-def test_bleu_is_that_of_sacrebleu_and_keeps_its_signature():
+def test_bleu_equals_sacrebleu_and_includes_its_signature():
     import sacrebleu
 
     score = metrics.bleu(HYPOTHESES, REFERENCES)
@@ -94,7 +94,7 @@ def test_bleu_is_that_of_sacrebleu_and_keeps_its_signature():
     assert "tok:none" in lower.detail
 
 
-def test_chrf_is_that_of_sacrebleu():
+def test_chrf_equals_sacrebleu():
     import sacrebleu
 
     score = metrics.chrf(HYPOTHESES, REFERENCES)
@@ -103,7 +103,7 @@ def test_chrf_is_that_of_sacrebleu():
     assert score.low < score.value < score.high
 
 
-def test_rouge_f_measures_by_hand():
+def test_rouge_f_measures_equal_hand_computed_values():
     # "cats"/"cat" and "runs"/"running" share their stems: 3 of 4 words in both texts, 2 of 3 bigrams.
     first, second, longest = metrics.rouge(["the cats runs home"] * 2, ["the cat running away"] * 2)
     assert (first.value, second.value, longest.value) == pytest.approx((3 / 4, 2 / 3, 3 / 4))
@@ -118,7 +118,7 @@ def test_squad_normalization_and_the_best_of_several_answers():
     exact = metrics.exact_match(predictions, answers)
     assert exact.value == 50.0
     assert exact.low == pytest.approx(15.004, abs=1e-3)
-    # F1 of the second: 1 common word, 4 predicted and 1 wanted.
+    # F1 of the second question: 1 common word, 4 predicted words and 1 word in the answer.
     assert metrics.token_f1(predictions, answers).value == pytest.approx(100 * (1 + 2 / 5 + 1 + 0) / 4)
     with pytest.raises(TypeError, match=r"answers\[0\] is a string"):
         metrics.exact_match(["1889"], ["1889"])
@@ -149,7 +149,7 @@ def test_squad_metrics_agree_with_transformers():
 
 
 @pytest.mark.parametrize("metric", [metrics.bleu, metrics.chrf, metrics.rouge])
-def test_texts_that_do_not_fit_are_refused(metric):
+def test_text_metrics_reject_bad_texts(metric):
     with pytest.raises(ValueError, match="2 .* for 1 references"):
         metric(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="0 .* for 0 references"):
@@ -160,7 +160,7 @@ def test_texts_that_do_not_fit_are_refused(metric):
         metric(["a"], "a")
 
 
-def test_an_unknown_tokenizer_of_sacrebleu_is_named():
+def test_error_for_an_unknown_sacrebleu_tokenizer():
     with pytest.raises(ValueError, match=r"tokenize='13b' must be one of none, zh, 13a"):
         metrics.bleu(["a"], ["a"], tokenize="13b")
 
@@ -168,7 +168,7 @@ def test_an_unknown_tokenizer_of_sacrebleu_is_named():
 @pytest.mark.parametrize(
     ("package", "metric"), [("sacrebleu.metrics", "bleu"), ("sacrebleu.metrics", "chrf"), ("rouge_score", "rouge")]
 )
-def test_a_missing_package_names_the_extra(monkeypatch, package, metric):
+def test_error_for_a_missing_package_names_the_extra(monkeypatch, package, metric):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'jaxlm\[metrics\]'"):
         getattr(metrics, metric)(["a"], ["a"])

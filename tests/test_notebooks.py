@@ -1,4 +1,4 @@
-"""The notebooks of docs/notebooks: their form, their command lines, and (thorough) that they run from top to bottom."""
+"""Tests of the notebooks in docs/notebooks: their structure, their command lines, and (thorough) that they run."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import pytest
 from tests.pages import ROOT, TASKS, command_lines, parse
 
 NOTEBOOKS = ROOT / "docs/notebooks"
-SECONDS = 600
-"""Limit of one cell. A whole notebook needs about half a minute of one CPU core."""
+CELL_TIMEOUT = 600
+"""Time limit of one cell, in seconds. A notebook takes about half a minute on one CPU core."""
 
 
 def read(name):
@@ -27,7 +27,7 @@ def test_each_task_has_a_notebook():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_notebook_is_small_and_stored_without_outputs(name):
-    """Outputs would be out of date after the next change, and pictures would make every change large."""
+    """Stored outputs would become out of date, and stored pictures would make every commit large."""
     notebook = read(name)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert len(notebook["cells"]) <= 10
@@ -56,10 +56,10 @@ def test_a_notebook_runs(name, tmp_path):
 
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
-    # The flags of the tests turn off optimizations of the compiler.
+    # XLA_FLAGS of the tests turn off compiler optimizations.
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     client = nbclient.NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute(env=environment)
 

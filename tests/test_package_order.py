@@ -1,4 +1,4 @@
-"""The rules on imports in CONTRIBUTING.md: they go one way between packages, and few files import certain modules."""
+"""Tests of the import rules in CONTRIBUTING.md: layers of packages, and modules that only certain files may import."""
 
 import ast
 from pathlib import Path
@@ -35,7 +35,7 @@ FILES = sorted(path for top in ("jaxlm", "experiments", "benchmarks") for path i
 
 
 def package(module: str) -> str | None:
-    """The package of a dotted module name, as in ``LAYERS``; None for what is not ours."""
+    """The package in ``LAYERS`` of a dotted module name; None for a module of another project."""
     names = module.split(".")
     if names[0] in ("experiments", "benchmarks"):
         return names[0]
@@ -43,17 +43,17 @@ def package(module: str) -> str | None:
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """Our packages that a file imports anywhere, each with its line."""
-    found = []
+    """The packages of this project that a file imports, each with the line number."""
+    modules_found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
+            modules_found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
             modules = (
                 [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "jaxlm" else [node.module]
             )
-            found += [(module, node.lineno) for module in modules]
-    return [(name, line) for module, line in found if (name := package(module)) is not None]
+            modules_found += [(module, node.lineno) for module in modules]
+    return [(name, line) for module, line in modules_found if (name := package(module)) is not None]
 
 
 def name_of(path: Path) -> str | None:
@@ -65,13 +65,13 @@ def test_every_package_has_a_layer():
     assert found == set(LEVEL)
 
 
-def test_imports_go_one_way():
+def test_packages_import_only_from_their_own_and_lower_layers():
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path in FILES
-        if (own := name_of(path)) in LEVEL
+        if (importing_package := name_of(path)) in LEVEL
         for name, line in imports(path)
-        if name in LEVEL and LEVEL[name] > LEVEL[own]
+        if name in LEVEL and LEVEL[name] > LEVEL[importing_package]
     ]
     assert wrong == []
 
@@ -81,7 +81,7 @@ def test_no_family_imports_another():
     families = {path.stem for path in (ROOT / "jaxlm/models").glob("*.py")} - shared
     assert "gpt" in families
     wrong = []
-    for family in families - {"roberta"}:  # RoBERTa is BERT with other positions and heads
+    for family in families - {"roberta"}:  # RoBERTa extends BERT with different positions and heads
         tree = ast.parse((ROOT / f"jaxlm/models/{family}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "jaxlm.models":
@@ -96,7 +96,7 @@ def test_no_family_imports_another():
     ("module", "allowed"),
     [("orbax", {"jaxlm/checkpoint.py"}), ("jax.experimental.shard_map", set())],
 )
-def test_only_these_files_import(module, allowed):
+def test_only_allowed_files_import_a_module(module, allowed):
     found = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -106,3 +106,28 @@ def test_only_these_files_import(module, allowed):
             if any(name == module or name.startswith(f"{module}.") for name in names):
                 found.add(str(path.relative_to(ROOT)))
     assert {path for path in found if path.startswith("jaxlm/")} == allowed
+
+
+def test_only_the_choices_ask_for_the_platform():
+    """Which implementation runs on which platform is decided in one module."""
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            function = node.func if isinstance(node, ast.Call) else None
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
+            if name == "platform":
+                found.add(str(path.relative_to(ROOT)))
+    assert {path for path in found if path.startswith(("jaxlm/nn/", "jaxlm/models/"))} == {"jaxlm/nn/choices.py"}
+
+
+def test_no_module_imports_private_names():
+    """A module uses only the public names of another module."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {alias.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("jaxlm")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert wrong == []

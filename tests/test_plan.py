@@ -1,4 +1,4 @@
-"""Plans: reading a schedule, counting FLOPs, the step that is compiled; and, live, the TPU compiler itself."""
+"""Tests of plans: parsing HLO, counting FLOPs and compiling steps. The live tests use the TPU compiler."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topol
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
-from tests.helpers import FIRST, decodes, random_tokens, task_of, tiny_model, with_stacked_layers
+from tests.helpers import FIRST_VARIANTS, decodes, random_tokens, task_of, tiny_model, with_stacked_layers
 
-# ------------------------------------------------------------------------------------------- reading a schedule
+# ------------------------------------------------------------------------------------------- parsing compiled HLO
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=4
@@ -118,7 +118,7 @@ ENTRY %main (x: bf16[8,128], go: s32[]) -> bf16[8,128] {
 
 def test_loops_branches_fusions_kernels_and_collectives_are_counted():
     costs = hlo.costs(hlo.parse(PROGRAM))
-    # The inner loop counts 0, 2, 4 up to a bound that comes in with its state; the outer one runs 12 times.
+    # The inner loop counts 0, 2, 4 up to a bound in its carry. The outer loop runs 12 times.
     by_name = {operation.instruction.name: (operation.times, operation.cycles) for operation in costs.operations}
     assert by_name == {"i.fusion": (36, 3600), "u.double": (1, 3), "kernel.1": (1, 0), "d.copy": (1, 50)}
     assert costs.cycles == 3653
@@ -133,9 +133,9 @@ def test_loops_branches_fusions_kernels_and_collectives_are_counted():
     ]
 
 
-def test_a_loop_whose_length_the_compiler_states():
-    stated = PROGRAM.replace('metadata={op_name="jit(step)/while"}', 'backend_config={"known_trip_count":{"n":"9"}}')
-    costs = hlo.costs(hlo.parse(stated))
+def test_known_trip_count_gives_the_length_of_a_loop():
+    text = PROGRAM.replace('metadata={op_name="jit(step)/while"}', 'backend_config={"known_trip_count":{"n":"9"}}')
+    costs = hlo.costs(hlo.parse(text))
     assert costs.unknown_loops == []
     assert costs.cycles == 3653 + 8 * 3
 
@@ -174,8 +174,8 @@ ENTRY %main (x: bf16[1,64], y: bf16[8,8], g: f32[4,64]) -> f32[1,64] {
 
 
 def test_collectives_inside_fusions_are_found_and_counted_once():
-    found = hlo.costs(hlo.parse(FUSED)).collectives
-    assert [(one.kind, one.bytes, one.group) for one in found] == [
+    collectives = hlo.costs(hlo.parse(FUSED)).collectives
+    assert [(collective.kind, collective.bytes, collective.group) for collective in collectives] == [
         ("all-gather", 4 * 64 * 2, 4), ("reduce-scatter", 4 * 64 * 4, 4),
     ]  # fmt: skip
 
@@ -191,13 +191,13 @@ def test_bytes_of_shapes(shape, size):
     assert hlo.shape_bytes(shape) == size
 
 
-def test_a_text_that_is_no_program_is_refused():
+def test_text_that_is_not_hlo_raises():
     with pytest.raises(ValueError, match="not an HLO module"):
         hlo.parse("module @jit_f {}")
 
 
-def test_what_xla_compiles_here_is_read_too():
-    """A loop in a loop, compiled for the CPU, where the compiler states how often loops run."""
+def test_trip_counts_of_a_program_compiled_on_cpu():
+    """Nested loops. The CPU compiler writes the trip counts into the program."""
 
     def function(x):
         inner = lambda _, x: jnp.sin(x @ x)  # noqa: E731
@@ -233,7 +233,7 @@ def test_bundles_are_counted_by_the_depth_of_their_loop():
     assert schedule.cycles(10) == 3 + 10 * 6
 
 
-def test_the_newest_schedule_of_a_kernel_is_found(tmp_path, monkeypatch):
+def test_the_newest_schedule_of_a_kernel_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--other=1 --xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text=true")
     for stamp, name, lines in ((9, "kernel.1", 6), (10, "kernel.1", 12), (11, "kernel.12", 6)):
         text = "\n".join(BUNDLES.splitlines()[:lines])
@@ -249,10 +249,17 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
     (tmp_path / "9-kernel.1-01-final_bundles.txt").write_text(BUNDLES)
     call = next(line for line in PROGRAM.splitlines() if "%kernel.1 =" in line)
-    again, other = call.replace("%kernel.1 ", "%kernel.2 "), call.replace("%kernel.1 = (f32[8,", "%kernel.3 = (f32[9,")
-    text = PROGRAM.replace(call, f"{call} \n}}}}\n{again}\n}}}}\n{other}")
-    found = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": 10})
-    assert [(one.name, one.cycles) for one in found] == [("kernel.1", 63), ("kernel.2", 63), ("kernel.3", None)]
+    equal_call, different_call = (
+        call.replace("%kernel.1 ", "%kernel.2 "),
+        call.replace("%kernel.1 = (f32[8,", "%kernel.3 = (f32[9,"),
+    )
+    text = PROGRAM.replace(call, f"{call} \n}}}}\n{equal_call}\n}}}}\n{different_call}")
+    estimates = planning._kernels(hlo.costs(hlo.parse(text)), {"kernel": 10})
+    assert [(kernel.name, kernel.cycles) for kernel in estimates] == [
+        ("kernel.1", 63),
+        ("kernel.2", 63),
+        ("kernel.3", None),
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- FLOPs
@@ -279,24 +286,24 @@ def test_counted_flops():
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "bert-tiny", "roberta-tiny"])
-def test_the_closed_formula_is_what_the_step_multiplies(name):
-    """Apart from the half of causal attention, biases and norms, which the formula's N counts as others do."""
+def test_the_flops_formula_agrees_with_the_counted_flops(name):
+    """They differ in the masked half of causal attention, and in biases and norms, which the formula's N includes."""
     model = tiny_model(name)
     B, T = 4, 48
-    closed = flops.training_flops(model, B, T)
+    formula = flops.training_flops(model, B, T)
     update = make_optimizer(OptimizerConfig(), model.specs, 1000)
     data = program.abstract_batch(model, B, T, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
     trainer = Trainer(model, update, objective(task_of(model)).loss)
-    counted = program._counted(trainer, trainer.abstract(), data).amount
+    counted = program._count_flops(trainer, trainer.abstract(), data).amount
     cfg = model.config
     attention = 12 * cfg.num_layers * cfg.embed_dim * T * B * T
-    if "causal half" in closed.formula:
+    if "causal half" in formula.formula:
         counted -= attention / 2
-    assert closed.amount == pytest.approx(counted, rel=0.06)
-    assert attention > 0.15 * closed.amount  # so that the attention term is tested as well
+    assert formula.amount == pytest.approx(counted, rel=0.06)
+    assert attention > 0.15 * formula.amount  # large enough for the test to detect an error in it
 
 
-def test_a_token_table_counts_where_it_is_the_head():
+def test_the_token_embedding_counts_only_as_output_head():
     tied, untied = (get_model("gpt2-tiny", tie_embeddings=tie) for tie in (True, False))
     positions, table = 64 * 32, 128 * 32
     assert flops.matmul_parameters(tied) == tied.num_parameters - positions
@@ -304,15 +311,15 @@ def test_a_token_table_counts_where_it_is_the_head():
     assert flops.decoding_flops(tied, 3).amount == 6 * flops.matmul_parameters(tied)
 
 
-# --------------------------------------------------------------------------------------------- what is compiled
+# ------------------------------------------------------------------------------------------------ compiled steps
 
 
 def shapes_of(batch):
     return jax.tree.map(lambda x: (tuple(x.shape), jnp.dtype(x.dtype).kind), batch)
 
 
-def test_batches_are_shaped_as_the_objectives_make_them():
-    rng, one = np.random.default_rng(0), Sharding(make_mesh("data=1", devices=jax.devices()[:1]))
+def test_abstract_batches_have_the_shapes_of_real_batches():
+    rng, sharding = np.random.default_rng(0), Sharding(make_mesh("data=1", devices=jax.devices()[:1]))
     gpt, bert, xlnet, t5 = (tiny_model(name) for name in ("gpt2-tiny", "bert-tiny", "xlnet-tiny", "t5-tiny"))
     tokens = random_tokens(gpt, 4, 33)
     cases = [
@@ -323,48 +330,48 @@ def test_batches_are_shaped_as_the_objectives_make_them():
             permutation.batch(tokens, rng, reuse_length=18, permutation_length=18, num_predict=6),
         ),
     ]  # fmt: skip
-    text, _ = span_corruption.text_length(32)
-    texts = np.random.default_rng(0).integers(2, 28, (4, text)).astype(np.int32)
+    text_length, _ = span_corruption.text_length(32)
+    texts = np.random.default_rng(0).integers(2, 28, (4, text_length)).astype(np.int32)
     cases.append((t5, 32, span_corruption.batch(texts, rng, first_sentinel=127)))
     for model, sequence, want in cases:
-        got = program.abstract_batch(model, 4, sequence, one)
+        got = program.abstract_batch(model, 4, sequence, sharding)
         assert shapes_of(got) == shapes_of(want), model.family
 
 
-def test_a_batch_that_does_not_divide_is_named():
+def test_error_for_an_indivisible_batch():
     sharding = Sharding(make_mesh("data=8"))
     with pytest.raises(ValueError, match="a batch: axis 'batch' of size 6 does not divide over mesh axes data=8"):
         program.abstract_batch(tiny_model("gpt"), 6, 32, sharding)
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Plans for this machine's eight virtual devices: all but the compiler's estimates."""
+def cpu_topology(monkeypatch):
+    """Make plans use the eight virtual CPU devices. These plans have no compiler estimates."""
     monkeypatch.setattr(planning.topology, "get", lambda name: topology.Topology(name, tuple(jax.devices()), None))
 
 
-def test_a_plan_compiles_the_step_that_training_runs(here):
+def test_a_plan_compiles_the_step_that_training_runs(cpu_topology):
     model, mesh = tiny_model("gpt2-tiny"), "data=2,fsdp=4"
-    made = plan(model, "here", mesh, batch=16, sequence=32, name="gpt2-tiny")
+    result = plan(model, "here", mesh, batch=16, sequence=32, name="gpt2-tiny")
     sharding = Sharding(make_mesh(mesh))
     update = make_optimizer(OptimizerConfig(), model.specs, 1000)
     state = Trainer(model, update, causal.loss, sharding=sharding).init(jax.random.key(0))
-    held = {
-        part: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-        for part, tree in (("parameters", state.params), ("optimizer", state.optimizer))
+    device_bytes = {
+        name: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        for name, tree in (("parameters", state.params), ("optimizer", state.optimizer))
     }
-    assert made.memory.parts == {**held, "batch": 16 * 32 * 12 // 8}
-    assert made.memory.gradients == held["parameters"]
-    assert made.memory.total >= made.memory.arguments + made.memory.temporaries
-    assert {traffic.kind for traffic in made.collectives} >= {"all-gather", "all-reduce"}
-    assert made.fits
-    assert made.device_kind == "cpu"
-    # Nothing is known of this device, so nothing is said.
-    assert made.cycles is made.seconds is made.mfu is made.memory.limit is None
-    assert json.loads(json.dumps(dataclasses.asdict(made)))["objective"] == "train, causal"
+    assert result.memory.parts == {**device_bytes, "batch": 16 * 32 * 12 // 8}
+    assert result.memory.gradients == device_bytes["parameters"]
+    assert result.memory.total >= result.memory.arguments + result.memory.temporaries
+    assert {traffic.kind for traffic in result.collectives} >= {"all-gather", "all-reduce"}
+    assert result.fits
+    assert result.device_kind == "cpu"
+    # The table of devices has no CPU, so these fields are None.
+    assert result.cycles is result.seconds is result.mfu is result.memory.limit is None
+    assert json.loads(json.dumps(dataclasses.asdict(result)))["objective"] == "train, causal"
 
 
-def test_plans_are_shown_side_by_side(here):
+def test_plans_are_shown_side_by_side(cpu_topology):
     model = tiny_model("gpt2-tiny")
     plans = [plan(model, "here", mesh, batch=16, decode=True, sequence=32) for mesh in ("data=8", "tensor=4,data=2")]
     console = Console(width=200, record=True, file=io.StringIO())
@@ -377,9 +384,9 @@ def test_plans_are_shown_side_by_side(here):
     assert "2*N*rows" in text
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_every_family_has_a_step_to_plan(name):
-    """Lowered for eight devices, not compiled: the live tests compile it for a TPU."""
+@pytest.mark.parametrize("name", FIRST_VARIANTS)
+def test_the_steps_of_every_family_can_be_lowered(name):
+    """Lower the steps for eight devices. The live tests also compile them for a TPU."""
     model, sharding = tiny_model(name), Sharding(make_mesh("data=4,fsdp=2"))
     step = program.training_step(model, sharding, 8, 32, optimizer=OptimizerConfig())
     assert step.flops.amount > 0
@@ -400,7 +407,7 @@ def test_every_family_has_a_step_to_plan(name):
         step.function.lower(*step.arguments)
 
 
-def test_a_family_that_cannot_decode_is_named(here):
+def test_error_for_a_family_that_cannot_decode(cpu_topology):
     with pytest.raises(TypeError, match="family 'bert' carries no state"):
         plan(tiny_model("bert"), "here", "data=8", batch=8, decode=True)
 
@@ -408,23 +415,29 @@ def test_a_family_that_cannot_decode_is_named(here):
 # ------------------------------------------------------------------------------------------------------- errors
 
 
-def refused(capsys, *options):
+def error_line(capsys, *options):
     assert cli.main(["plan", "--mesh", "data=4", "--batch", "8", "--sequence", "32", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
 def test_errors_are_one_line_and_name_the_fix(capsys, monkeypatch):
-    tiny = ("--model", "gpt2-tiny")
-    assert "no topology is called 'v5x:2x2': known are v5e:SHAPE" in refused(capsys, *tiny, "--topology", "v5x:2x2")
-    assert "a v5e has a shape such as 2x2" in refused(capsys, *tiny, "--topology", "v5e:four")
-    assert "no model is called 'gpt3'" in refused(capsys, "--model", "gpt3", "--topology", "v5e:2x2")
-    assert "cannot read --set 'remat'" in refused(capsys, *tiny, "--topology", "v5e:2x2", "--set", "remat")
-    assert "did you mean 'num_layers'" in refused(capsys, *tiny, "--topology", "v5e:2x2", "--set", "num_layer=2")
+    model_option = ("--model", "gpt2-tiny")
+    assert "no topology is called 'v5x:2x2': known are v5e:SHAPE" in error_line(
+        capsys, *model_option, "--topology", "v5x:2x2"
+    )
+    assert "a v5e has a shape such as 2x2" in error_line(capsys, *model_option, "--topology", "v5e:four")
+    assert "no model is called 'gpt3'" in error_line(capsys, "--model", "gpt3", "--topology", "v5e:2x2")
+    assert "cannot read --set 'remat'" in error_line(capsys, *model_option, "--topology", "v5e:2x2", "--set", "remat")
+    assert "did you mean 'num_layers'" in error_line(
+        capsys, *model_option, "--topology", "v5e:2x2", "--set", "num_layer=2"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'jaxlm[tpu]'" in refused(capsys, *tiny, "--topology", "v5e:2x2")
-    assert "pip install 'jaxlm[cuda13]'" in refused(capsys, *tiny, "--topology", "h100:8")
-    assert "write the number of GPUs of one host, as in h100:8" in refused(capsys, *tiny, "--topology", "h100:2x2")
+    assert "pip install 'jaxlm[tpu]'" in error_line(capsys, *model_option, "--topology", "v5e:2x2")
+    assert "pip install 'jaxlm[cuda13]'" in error_line(capsys, *model_option, "--topology", "h100:8")
+    assert "write the number of GPUs of one host, as in h100:8" in error_line(
+        capsys, *model_option, "--topology", "h100:2x2"
+    )
 
 
 def test_options_change_the_model():
@@ -432,11 +445,11 @@ def test_options_change_the_model():
     model = cli.Plan(model="gpt2", **options, set=("num_layers=3", "remat=full", "tie_embeddings=False"))._model()
     assert (model.config.num_layers, model.config.remat, model.config.tie_embeddings) == (3, "full", False)
     assert (model.config.dtype, model.config.attention_dropout) == ("bfloat16", 0.1)
-    calm = cli.Plan(model="gpt2", **options, dropout=False, set=("residual_dropout=0.2",))._model()
-    assert (calm.config.attention_dropout, calm.config.residual_dropout) == (0.0, 0.2)
+    without_dropout = cli.Plan(model="gpt2", **options, dropout=False, set=("residual_dropout=0.2",))._model()
+    assert (without_dropout.config.attention_dropout, without_dropout.config.residual_dropout) == (0.0, 0.2)
 
 
-def test_a_device_that_is_unknown_has_no_peak():
+def test_an_unknown_device_has_no_peak():
     assert devices.by_kind("TPU v5 lite").tflops == 197
     assert devices.by_name("v6e").kind == "TPU v6 lite"
     assert devices.by_kind("TFRT_CPU") is None
@@ -450,15 +463,15 @@ live = pytest.mark.live
 
 
 @functools.cache
-def compiled_cycles(name, function, *shapes):
-    """Estimated seconds of a function of arrays that every device holds whole."""
-    there = topology.get(name)
-    mesh = make_mesh({"data": len(there.devices)}, devices=there.devices)
-    everywhere = Sharding(mesh).replicated()
-    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in shapes]
+def estimated_seconds(name, function, *shapes):
+    """The compiler's estimate in seconds for a function with replicated arguments, and the device."""
+    target = topology.get(name)
+    mesh = make_mesh({"data": len(target.devices)}, devices=target.devices)
+    replicated = Sharding(mesh).replicated()
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=replicated) for shape, dtype in shapes]
     costs = hlo.costs(hlo.parse(jax.jit(function).lower(*arguments).compile().as_text()))
     assert costs.unknown_loops == []
-    return costs.cycles / there.device.clock, there.device
+    return costs.cycles / target.device.clock, target.device
 
 
 def matmul(a, b):
@@ -473,42 +486,42 @@ def twenty_one_times(a, b):
     return jax.lax.fori_loop(0, 21, lambda _, x: x @ b, a)
 
 
-def copied(x):
+def identity(x):
     return x
 
 
 TOPOLOGIES = {"v5e:2x2": 0.9, "v5p:2x2x1": 0.9, "v6e:2x2": 0.65}
-"""And which share of the peak the compiler expects of a matmul of 1024 x 4096 x 16384."""
+"""Topology -> minimum fraction of peak FLOPs that the compiler estimates for a 1024 x 4096 x 16384 matmul."""
 
 
 @live
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_the_estimate_of_a_known_matmul_and_a_known_copy(name):
+def test_compiler_estimates_of_a_matmul_and_a_copy(name):
     shapes = ((1024, 4096), jnp.bfloat16), ((4096, 16384), jnp.bfloat16)
-    seconds, device = compiled_cycles(name, matmul, *shapes)
+    seconds, device = estimated_seconds(name, matmul, *shapes)
     assert TOPOLOGIES[name] < devices.peak_share(2 * 1024 * 4096 * 16384 / seconds, device.kind) < 1.0
     square = (2048, 2048), jnp.bfloat16
-    few, many = (compiled_cycles(name, times, square, square)[0] for times in (seven_times, twenty_one_times))
+    few, many = (estimated_seconds(name, times, square, square)[0] for times in (seven_times, twenty_one_times))
     assert 2.8 < many / few < 3.1
-    # A float32 copy; one in bfloat16 is charged as if it were as many bytes again (docs/labbook.md).
-    seconds, device = compiled_cycles(name, copied, ((64, 1024, 1024), jnp.float32))
+    # The compiler estimates a bfloat16 copy as if it had twice its bytes (docs/labbook.md), so this test uses float32.
+    seconds, device = estimated_seconds(name, identity, ((64, 1024, 1024), jnp.float32))
     assert 0.65 < 2 * 4 * 64 * 2**20 / seconds / device.bandwidth < 1.0
 
 
 @live
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_training_step_is_planned(name):
-    # Wide enough for the compiler to scatter what it reduces.
+    # Wide enough for the compiler to use reduce-scatter.
     model = get_model("gpt2-tiny", dtype="bfloat16", embed_dim=256, mlp_dim=1024)
-    made = plan(model, name, "data=2,fsdp=2", batch=8, sequence=64)
-    assert made.fits
-    assert made.cycles > 0
-    assert 0.0 < made.mfu_exposed < made.mfu < 0.5
-    assert made.memory.limit == devices.by_name(name.partition(":")[0]).memory
-    assert {traffic.kind for traffic in made.collectives} >= {"all-gather", "all-reduce"}
-    assert len(made.top) == planning.NUM_TOP_OPERATIONS
-    assert made.top[0].cycles >= made.top[-1].cycles
-    assert not made.notes
+    result = plan(model, name, "data=2,fsdp=2", batch=8, sequence=64)
+    assert result.fits
+    assert result.cycles > 0
+    assert 0.0 < result.mfu_exposed < result.mfu < 0.5
+    assert result.memory.limit == devices.by_name(name.partition(":")[0]).memory
+    assert {traffic.kind for traffic in result.collectives} >= {"all-gather", "all-reduce"}
+    assert len(result.top) == planning.NUM_TOP_OPERATIONS
+    assert result.top[0].cycles >= result.top[-1].cycles
+    assert not result.notes
 
 
 @live
@@ -519,19 +532,19 @@ def test_a_training_step_is_planned(name):
         (2048, ["splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"]),
     ],
 )
-def test_a_long_step_runs_the_kernel_and_its_schedule_is_read(length, kernels):
+def test_attention_kernels_of_long_sequences_have_a_schedule(length, kernels):
     model = get_model(
         "gpt2-tiny", dtype="bfloat16", max_positions=length, num_heads=1, embed_dim=64, attention_dropout=0.0,
-        scan_layers=True,  # one kernel that is called for each layer
+        scan_layers=True,  # one kernel, called once per layer
     )  # fmt: skip
-    made = plan(model, "v5e:2x2", "data=4", batch=4, sequence=length)
-    assert [kernel.name.partition(".")[0] for kernel in made.kernels] == kernels
-    assert all(kernel.calls == 2 and kernel.cycles > 1000 for kernel in made.kernels)
-    assert made.cycles > sum(kernel.cycles for kernel in made.kernels)
+    result = plan(model, "v5e:2x2", "data=4", batch=4, sequence=length)
+    assert [kernel.name.partition(".")[0] for kernel in result.kernels] == kernels
+    assert all(kernel.calls == 2 and kernel.cycles > 1000 for kernel in result.kernels)
+    assert result.cycles > sum(kernel.cycles for kernel in result.kernels)
 
 
 @live
-def test_what_does_not_fit_is_said_before_it_is_bought(capsys):
+def test_a_plan_says_if_the_model_does_not_fit(capsys):
     sizes = ["--batch", str(2**20), "--sequence", "64", "--set", "remat=none"]
     assert cli.main(["plan", "--model", "gpt2-tiny", "--topology", "v5e:2x2", "--mesh", "data=4", *sizes]) == 0
     text = capsys.readouterr().out
@@ -543,12 +556,12 @@ def test_what_does_not_fit_is_said_before_it_is_bought(capsys):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_planned(name):
     model = tiny_model(name, dtype="bfloat16")
-    made = plan(model, "v5e:2x2", "data=4", batch=8, sequence=32)
-    assert made.mfu > 0.0
-    # How many blocks the loss of an adaptive softmax goes over is not known before it runs, and said.
-    unknown = [note for note in made.notes if note.startswith("loop of unknown length, counted once")]
-    assert made.notes == unknown
+    result = plan(model, "v5e:2x2", "data=4", batch=8, sequence=32)
+    assert result.mfu > 0.0
+    # The loss of an adaptive softmax loops over a number of blocks that depends on the data. A note says so.
+    unknown = [note for note in result.notes if note.startswith("loop of unknown length, counted once")]
+    assert result.notes == unknown
     assert bool(unknown) == hasattr(model.module, "cross_entropy")
     if decodes(model):
-        made = plan(model, "v6e:2x2", "data=4", batch=8, sequence=32, decode=True)
-        assert 0.0 < made.memory_bound < made.seconds
+        result = plan(model, "v6e:2x2", "data=4", batch=8, sequence=32, decode=True)
+        assert 0.0 < result.memory_bound < result.seconds

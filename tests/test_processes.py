@@ -1,6 +1,6 @@
-"""One run of several processes: two of them, of two devices each, against one process of four devices.
+"""Compare a run of two processes with two devices each to a run of one process with four devices.
 
-This file is also the program that they run: ``python -m jaxlm.launch ... tests.test_processes WORK DIRECTORY``.
+The processes run this file as a program: ``python -m jaxlm.launch ... tests.test_processes WORK DIRECTORY``.
 """
 
 import concurrent.futures
@@ -30,21 +30,30 @@ from jaxlm.training.report import curve, read_metrics
 from jaxlm.training.trainer import Trainer
 from tests.helpers import assert_trees_close, assert_trees_equal, tiny_model
 
-COUNT, DEVICES = 2, 4
+NUM_PROCESSES, NUM_DEVICES = 2, 4
 STEPS, LENGTH, ROWS = 6, 16, 8
 MESHES = {
     "fsdp": "data=2,fsdp=2",
-    "tensor": "tensor=2,data=2",  # processes share rows, and split heads
+    "tensor": "tensor=2,data=2",  # both processes have the same rows, and heads are split
     "stream": "data=4",
 }
-PATIENCE = 240
-"""Seconds."""
+TIMEOUT = 240
+"""Time limit of a run, in seconds."""
 
 
 def program(
-    what, directory, mesh, *, resume=False, batches=Batches, initial=None, devices=DEVICES, optimizer=None, **options
+    what,
+    directory,
+    mesh,
+    *,
+    resume=False,
+    batches=Batches,
+    initial=None,
+    devices=NUM_DEVICES,
+    optimizer=None,
+    **options,
 ):
-    """Train in every process of the run."""
+    """Train a tiny model; every process of the run calls this."""
     sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:devices]))
     model = tiny_model("lstm" if what == "stream" else "gpt")
     tokens = np.minimum(np.random.default_rng(0).geometric(0.1, 3000), 63).astype(np.int32)
@@ -73,23 +82,23 @@ def program(
     return model, train(trainer, data, evaluate, config, Run(directory, resume=resume), initial)
 
 
-def given():
+def initial_lstm_params():
     return jax.jit(tiny_model("lstm").init)(jax.random.key(3))
 
 
-class Signalled(Batches):
-    """Batches without end in sight, of which the last process interrupts the run at its fourth."""
+class InterruptedBatches(Batches):
+    """Batches whose iterator sends SIGINT to the last process at the fourth batch."""
 
     def __next__(self):
         if processes.is_first():
-            time.sleep(0.01)  # so that it falls behind
+            time.sleep(0.01)  # so that the first process is behind the last one
         elif self.state()["next"] == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return super().__next__()
 
 
 def work_together(directory):
-    """What all processes do in the first test; what they say to each other first."""
+    """The program of ``test_two_processes_train_like_one_process``: test ``from_first`` and errors, then train."""
     index = jax.process_index()
     assert processes.from_first(lambda: f"said by {index} é") == "said by 0 é"
     assert processes.from_first(lambda: "") == ""
@@ -102,86 +111,92 @@ def work_together(directory):
     embedding = result.state.params["token_embedding"]
     assert not embedding.is_fully_addressable
     jaxlm.save_pretrained(directory / "model", model, result.state.params)
-    assert (directory / "model" / "model.safetensors").exists()  # also where another process wrote it
+    assert (directory / "model" / "model.safetensors").exists()  # also in the process that did not write the file
     assert processes.on_host(embedding).shape == embedding.shape
     local = jax.numpy.arange(3) + index
-    assert processes.on_host(local).tolist() == [index, index + 1, index + 2]  # of one process: no one's business
+    assert processes.on_host(local).tolist() == [
+        index,
+        index + 1,
+        index + 2,
+    ]  # an array of one process: no communication
 
-    own = directory / f"of-{index}"
+    separate_directory = directory / f"of-{index}"
     with pytest.raises(
         ValueError, match="process 1 of 2 does not see the files of the first process in .*checkpoint_every=None"
     ):
-        program("fsdp", own, MESHES["fsdp"])
-    _, measured = program("fsdp", own, MESHES["fsdp"], steps=1, checkpoint_every=None)
-    assert int(measured.state.step) == 1
-    assert [path.name for path in own.iterdir()] == ["metrics.jsonl"] * (index == 0)
+        program("fsdp", separate_directory, MESHES["fsdp"])
+    _, one_step = program("fsdp", separate_directory, MESHES["fsdp"], steps=1, checkpoint_every=None)
+    assert int(one_step.state.step) == 1
+    assert [path.name for path in separate_directory.iterdir()] == ["metrics.jsonl"] * (index == 0)
 
     program("fsdp", directory / "parts", MESHES["fsdp"], steps=4)
     program("fsdp", directory / "parts", MESHES["fsdp"], resume=True)
     program("tensor", directory / "tensor", MESHES["tensor"])
-    program("stream", directory / "stream", MESHES["stream"], initial=given())
+    program("stream", directory / "stream", MESHES["stream"], initial=initial_lstm_params())
 
 
 def work_until_signalled(directory):
-    _, result = program("fsdp", directory, MESHES["fsdp"], steps=1_000_000, batches=Signalled)
+    _, result = program("fsdp", directory, MESHES["fsdp"], steps=1_000_000, batches=InterruptedBatches)
     print("stopped", result.interrupted, int(result.state.step), flush=True)
 
 
 def launch(work, directory):
-    """Run a program of several processes to its end; returns what each wrote to its standard output."""
+    """Run this file in all processes until they end; returns the standard output of each process."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    flags += f" --xla_force_host_platform_device_count={DEVICES // COUNT}"
-    command = [sys.executable, "-m", "jaxlm.launch", "--coordinator", coordinator, "--processes", str(COUNT)]
-    running = [
+    flags += f" --xla_force_host_platform_device_count={NUM_DEVICES // NUM_PROCESSES}"
+    command = [sys.executable, "-m", "jaxlm.launch", "--coordinator", coordinator, "--processes", str(NUM_PROCESSES)]
+    running_processes = [
         subprocess.Popen(
             [*command, "--process", str(index), "tests.test_processes", work, str(directory)],
             cwd=Path(__file__).parents[1], env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for index in range(COUNT)
+        for index in range(NUM_PROCESSES)
     ]  # fmt: skip
     try:
-        # Together: one that is not read from, and whose pipe is full, would let the other wait.
+        # Read from all processes at once: a process with a full pipe would block, and the other would wait for it.
         with concurrent.futures.ThreadPoolExecutor() as readers:
-            said = list(readers.map(lambda process: process.communicate(timeout=PATIENCE), running))
+            outputs = list(readers.map(lambda process: process.communicate(timeout=TIMEOUT), running_processes))
     finally:
-        for process in running:
+        for process in running_processes:
             process.kill()
-    assert [process.returncode for process in running] == [0] * COUNT, "\n\n".join(error for _, error in said)
-    return [out for out, _ in said]
+    assert [process.returncode for process in running_processes] == [0] * NUM_PROCESSES, "\n\n".join(
+        error for _, error in outputs
+    )
+    return [out for out, _ in outputs]
 
 
-def restored(directory, state):
-    """The last checkpoint, placed as ``state`` is in this one process."""
+def restore_last(directory, state):
+    """The last checkpoint, with the shardings of ``state`` in this process."""
     with Checkpointer(directory / "checkpoints") as checkpoints:
-        restored, meta = checkpoints.restore(state)
+        restored_state, meta = checkpoints.restore(state)
         assert checkpoints.steps() == [4, 6]
     assert meta["data"]["next"] == STEPS
-    return restored
+    return restored_state
 
 
 @pytest.mark.thorough
-def test_two_processes_train_as_one_does(tmp_path):
-    """One test, so that the processes start once, however many workers share the tests."""
+def test_two_processes_train_like_one_process(tmp_path):
+    """This is one test, so that the two processes start only once."""
     together = tmp_path / "together"
     together.mkdir()
     launch("together", together)
     for what, mesh in MESHES.items():
-        _, alone = program(what, tmp_path / what, mesh, initial=given() if what == "stream" else None)
+        _, alone = program(what, tmp_path / what, mesh, initial=initial_lstm_params() if what == "stream" else None)
         records = [read_metrics(directory / what / "metrics.jsonl") for directory in (tmp_path, together)]
-        assert len(records[0]) == len(records[1])  # each written once
+        assert len(records[0]) == len(records[1])  # only one process writes a record
         for name in ("loss", "gradient_norm", "validation_loss", "weight"):
-            (steps, want), (also, got) = (curve(record, name) for record in records)
-            assert also == steps
+            (steps, want), (got_steps, got) = (curve(record, name) for record in records)
+            assert got_steps == steps
             np.testing.assert_allclose(got, want, rtol=1e-5)
-        # Adam divides a gradient by its own size: of one that is next to nothing, rounding shows.
-        state = restored(together / what, alone.state)
+        # The tolerance is large because Adam amplifies the rounding errors of very small gradients.
+        state = restore_last(together / what, alone.state)
         assert_trees_close((state.params, state.ema), (alone.state.params, alone.state.ema), 1e-3)
         if what == "fsdp":
-            assert_trees_equal(restored(together / "parts", alone.state), state)  # in two parts: bit for bit
+            assert_trees_equal(restore_last(together / "parts", alone.state), state)  # a resumed run is equal bitwise
             assert_trees_equal(jaxlm.load_pretrained(together / "model")[1], state.params)
 
 

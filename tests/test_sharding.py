@@ -19,7 +19,7 @@ from jaxlm.sharding import (
 from jaxlm.spec import ArraySpec
 
 
-def test_tables_say_which_mesh_axes_split_what():
+def test_rules_map_logical_axes_to_mesh_axes():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     assert DEFAULT_RULES.partition(("batch", "seq", "activation_embed"), mesh) == P(("data", "fsdp"), None, None)
     assert DEFAULT_RULES.partition(("embed", None, "heads", "kv"), mesh) == P("fsdp", None, "tensor", None)
@@ -29,14 +29,14 @@ def test_tables_say_which_mesh_axes_split_what():
     assert DEFAULT_RULES.partition(("batch", "mlp"), make_mesh("data=8")) == P("data", None)
 
 
-def test_two_logical_axes_on_one_mesh_axis_are_named():
+def test_error_for_two_logical_axes_on_one_mesh_axis():
     rules = Rules.of(heads="tensor", kv="tensor")
     message = r"'heads' and 'kv' of an array with axes \('heads', 'kv'\) are both mapped to mesh axis 'tensor'"
     with pytest.raises(ValueError, match=message):
         rules.partition(("heads", "kv"), make_mesh("tensor=8"))
 
 
-def test_wrong_names_suggest_the_right_one():
+def test_errors_for_wrong_names_suggest_the_right_name():
     with pytest.raises(ValueError, match="no logical axis is called 'head': did you mean 'heads'"):
         Rules.of(head="tensor")
     with pytest.raises(ValueError, match="no logical axis is called 'emebd': did you mean 'embed'"):
@@ -45,20 +45,20 @@ def test_wrong_names_suggest_the_right_one():
         Sharding(make_mesh("tenosr=8"))
 
 
-def test_divisibility_is_a_sentence():
+def test_error_for_an_indivisible_axis_suggests_a_fix():
     sharding = Sharding(make_mesh("data=2,tensor=4"))
     with pytest.raises(
         ValueError,
-        match=r"head: axis 'vocab' of size 65 does not divide over mesh axes tensor=4 \(4 pieces\): make 'vocab' a "
+        match=r"head: axis 'vocab' of size 65 does not divide over mesh axes tensor=4 \(4 shards\): make 'vocab' a "
         r"multiple of 4 or change the mesh data=2,tensor=4 \(for vocab: vocab_multiple\)",
     ):
         sharding.tree({"head": ArraySpec((65, 32), ("vocab", "embed"))})
     with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 3 .* \(2 pieces\)"):
-        sharding.named(("batch", "seq"), (3, 8), "a batch")
+        sharding.named_sharding(("batch", "seq"), (3, 8), "a batch")
 
 
 @pytest.mark.parametrize("text", ["data", "data=", "data=0", "data=-1", "=2", "data=2,data=4", "data=2,,tensor=4", ""])
-def test_an_unreadable_mesh_is_named(text):
+def test_error_for_an_invalid_mesh_string(text):
     with pytest.raises(ValueError, match="cannot read"):
         parse_mesh(text)
 
@@ -71,7 +71,7 @@ def test_a_mesh_must_use_all_devices():
         make_mesh("data=3")
 
 
-def test_constrain_acts_only_in_a_scope():
+def test_constrain_has_an_effect_only_in_a_scope():
     x = jnp.zeros((8, 4))
     assert constrain(x, ("batch", "embed")) is x
     sharding = Sharding(make_mesh("data=8"))
@@ -100,17 +100,17 @@ def test_rules_are_hashable_and_merge():
 
 
 @pytest.mark.parametrize("mesh", ["data=4,fsdp=2", "tensor=2,data=4", "tensor=8"])
-def test_one_process_holds_all_rows_and_brings_them_to_its_devices(mesh):
+def test_one_process_has_all_rows_and_from_rows_shards_them(mesh):
     sharding = Sharding(make_mesh(mesh))
     assert sharding.rows(16) == list(range(16))
     local = np.arange(48).reshape(16, 3)
     rows = sharding.from_rows(local)
     np.testing.assert_array_equal(rows, local)
-    assert rows.sharding.is_equivalent_to(sharding.named(("batch",)), 2)
+    assert rows.sharding.is_equivalent_to(sharding.named_sharding(("batch",)), 2)
 
 
-def test_rows_that_do_not_divide_are_named():
+def test_error_for_an_indivisible_number_of_rows():
     sharding = Sharding(make_mesh("data=4,fsdp=2"))
-    for refused in (lambda: sharding.rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
-        with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 does not divide over .* \(8 pieces\)"):
-            refused()
+    for call in (lambda: sharding.rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
+        with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 does not divide over .* \(8 shards\)"):
+            call()

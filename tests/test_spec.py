@@ -8,7 +8,7 @@ from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, Normal, Uniform
 from tests.helpers import assert_trees_equal
 
 
-def test_a_spec_says_what_is_wrong_with_it():
+def test_errors_name_what_is_wrong_with_a_spec():
     with pytest.raises(ValueError, match=r"shape \(2, 3\) has 2 axes but 1 names"):
         ArraySpec((2, 3), ("embed",))
     with pytest.raises(ValueError, match="distinct"):
@@ -18,12 +18,12 @@ def test_a_spec_says_what_is_wrong_with_it():
 
 
 def test_spec_counts_and_compares_by_value():
-    one, two = (ArraySpec((3, 4), ("embed", None), Normal(0.1), jnp.bfloat16) for _ in range(2))
-    assert one == two
-    assert hash(one) == hash(two)
-    assert one != ArraySpec((3, 4), ("embed", None), Normal(0.2), jnp.bfloat16)
-    assert (one.size, one.nbytes) == (12, 24)
-    assert spec.count({"a": one, "b": {"c": one}}) == 24
+    first, second = (ArraySpec((3, 4), ("embed", None), Normal(0.1), jnp.bfloat16) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != ArraySpec((3, 4), ("embed", None), Normal(0.2), jnp.bfloat16)
+    assert (first.size, first.nbytes) == (12, 24)
+    assert spec.count({"a": first, "b": {"c": first}}) == 24
 
 
 @pytest.mark.parametrize(
@@ -36,13 +36,13 @@ def test_initial_values_have_the_stated_moments(init, mean, deviation):
     assert np.std(values) == pytest.approx(deviation, abs=3e-3)
 
 
-def test_init_without_a_key_works_for_constants_and_names_what_needs_one():
+def test_init_without_a_key_works_only_for_constants():
     assert np.all(np.asarray(spec.init({"s": ArraySpec((2,), ("batch",), ONES)})["s"]) == 1)
-    with pytest.raises(ValueError, match=r"'a/w' starts from Normal\(stddev=1.0\): pass a key"):
+    with pytest.raises(ValueError, match=r"'a/w' has the random initializer Normal\(stddev=1.0\): pass a key"):
         spec.init({"a": {"w": ArraySpec((2,), (None,), Normal(1.0))}})
 
 
-def test_layers_of_a_stack_differ_and_do_not_depend_on_their_number():
+def test_layers_of_a_stack_differ_and_do_not_depend_on_the_number_of_layers():
     layer = {"w": ArraySpec((5, 6), ("embed", "mlp"), Normal(1.0))}
     three, seven = (spec.init(spec.stack(n, layer), jax.random.key(0))["w"] for n in (3, 7))
     assert three.shape == (3, 5, 6)
@@ -53,7 +53,8 @@ def test_layers_of_a_stack_differ_and_do_not_depend_on_their_number():
 def test_layers_have_the_same_values_in_both_layouts():
     layer = {"w": ArraySpec((5, 6), ("embed", "mlp"), Normal(1.0)), "b": ArraySpec((6,), ("mlp",), ONES)}
     stacked, per_layer = (
-        {"encoder": {"layers": spec.layers(3, layer, stacked=form)}, "table": layer["w"]} for form in (True, False)
+        {"encoder": {"layers": spec.layers(3, layer, stacked=is_stacked)}, "table": layer["w"]}
+        for is_stacked in (True, False)
     )
     assert spec.unstack(stacked) == per_layer
     assert spec.restack(per_layer) == stacked
@@ -62,7 +63,7 @@ def test_layers_have_the_same_values_in_both_layouts():
     assert spec.count(stacked) == spec.count(per_layer)
 
 
-def test_a_path_with_and_without_its_layer_number():
+def test_split_layer_and_join_layer():
     for name, parts in {
         "layers/3/mlp/up": ("layers/mlp/up", 3),
         "optimizer/1/mu/encoder/layers/12/w": ("optimizer/1/mu/encoder/layers/w", 12),
@@ -74,25 +75,28 @@ def test_a_path_with_and_without_its_layer_number():
             assert spec.join_layer(*parts) == name
 
 
-def test_unstack_splits_stacks_and_leaves_the_rest():
+def test_unstack_splits_only_stacked_layers():
     stack = {"w": np.arange(12, dtype=np.float32).reshape(2, 2, 3), "b": np.ones((2, 3), np.float32)}
     tree = {"table": np.zeros((4, 2)), "encoder": {"layers": stack}}
-    apart = spec.unstack(tree)
-    np.testing.assert_array_equal(apart["encoder"]["layers"][1]["w"], [[6, 7, 8], [9, 10, 11]])
-    assert len(apart["encoder"]["layers"]) == 2
-    assert apart["table"] is tree["table"]
-    again = spec.unstack(apart)
-    assert all(one is two for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(apart), strict=True))
-    for tree_of in (lambda params: params, lambda params: (3, [params])):  # parameters, and what holds such
-        assert_trees_equal(spec.unstack(tree_of(tree)), tree_of(apart))
-        assert_trees_equal(spec.restack(tree_of(apart)), tree_of(tree))
+    per_layer = spec.unstack(tree)
+    np.testing.assert_array_equal(per_layer["encoder"]["layers"][1]["w"], [[6, 7, 8], [9, 10, 11]])
+    assert len(per_layer["encoder"]["layers"]) == 2
+    assert per_layer["table"] is tree["table"]
+    unstacked_twice = spec.unstack(per_layer)
+    assert all(
+        leaf is expected_leaf
+        for leaf, expected_leaf in zip(jax.tree.leaves(unstacked_twice), jax.tree.leaves(per_layer), strict=True)
+    )
+    for wrap in (lambda params: params, lambda params: (3, [params])):  # parameters, and a container of parameters
+        assert_trees_equal(spec.unstack(wrap(tree)), wrap(per_layer))
+        assert_trees_equal(spec.restack(wrap(per_layer)), wrap(tree))
     assert spec.restack(tree)["encoder"]["layers"] == stack
 
 
-def test_fold_name_separates_names_and_passes_none():
+def test_fold_name_gives_different_keys_and_accepts_none():
     key = jax.random.key(0)
-    one, two = (jax.random.key_data(spec.fold_name(key, name)).tolist() for name in ("a", "b"))
-    assert one != two
+    first, second = (jax.random.key_data(spec.fold_name(key, name)).tolist() for name in ("a", "b"))
+    assert first != second
     assert spec.fold_name(None, "a") is None
 
 

@@ -1,4 +1,4 @@
-"""The pages of docs/tasks: their Python blocks run, and their command lines parse."""
+"""Tests of the pages of docs/tasks: their Python blocks run, and their command lines parse."""
 
 import json
 import re
@@ -17,12 +17,12 @@ from jaxlm.data.vocabularies import train_tokenizer
 from tests.helpers import tiny_model
 from tests.pages import ROOT, TASKS, command_lines, parse, run_page
 
-OTHER_PROGRAMS = {"--no-all-versions"}  # of apt-cache
+OTHER_PROGRAMS = {"--no-all-versions"}  # option of apt-cache
 SENTENCES = [f"a {color} {thing} is here" for color in ("red", "blue") for thing in ("cup", "book", "hat", "pen")]
 
 
 def save(directory, model, tokenizer):
-    """Random weights, as a training leaves them."""
+    """Save a model with random weights and its tokenizer."""
     jaxlm.save_pretrained(directory, model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
 
 
@@ -31,7 +31,7 @@ def write_lines(path, lines):
 
 
 def random_games(count, moves=20):
-    """Legal games as python-chess objects: random moves."""
+    """Yield python-chess boards with random legal moves."""
     rng = np.random.default_rng(0)
     for _ in range(count):
         board = chess.Board()
@@ -42,7 +42,7 @@ def random_games(count, moves=20):
         yield board
 
 
-# ------------------------------------------------------------------------------------------- files of each page
+# --------------------------------------------------------- functions that create the files that each page needs
 
 
 def sentiment():
@@ -101,7 +101,7 @@ FILES = {
     "summarization": summarization, "text_generation": text_generation, "translation": translation,
 }  # fmt: skip
 
-SMALLER = {
+REPLACEMENTS = {
     "chess": {
         '"num_layers": 4, "num_heads": 4, "embed_dim": 128, "mlp_dim": 352': (
             '"num_layers": 1, "num_heads": 2, "embed_dim": 16, "mlp_dim": 16'
@@ -123,14 +123,14 @@ SMALLER = {
         "steps=2000": "steps=2", "warmup_steps=200": "warmup_steps=1", "max_new_tokens=60": "max_new_tokens=4",
     },
 }  # fmt: skip
-"""Text of each page -> what runs here instead, so that a page takes seconds."""
+"""Page -> {text in its blocks: replacement}, so that each page runs in seconds."""
 
 
 @pytest.mark.parametrize("page", TASKS)
-def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     FILES[page]()
-    namespace = run_page(f"docs/tasks/{page}.md", least=1, smaller=SMALLER[page])
+    namespace = run_page(f"docs/tasks/{page}.md", min_blocks=1, replacements=REPLACEMENTS[page])
     assert capsys.readouterr().out, "the page prints a prediction"
     if "result" in namespace:
         result = namespace["result"]
@@ -151,7 +151,7 @@ def test_the_command_lines_of_a_page_parse(page, monkeypatch, capsys):
     assert any(words[0] == "jaxlm" for words in commands)
     for words in commands:
         assert parse(words, monkeypatch) == 0, words
-    # Options that only the prose names.
+    # Check also the options in the text between the commands.
     capsys.readouterr()
     programs = {tuple(words[:2] if words[0] == "jaxlm" else words[:3]) for words in commands}
     for program in programs:
@@ -162,7 +162,7 @@ def test_the_command_lines_of_a_page_parse(page, monkeypatch, capsys):
     assert set(named) <= known
 
 
-def test_a_wrong_option_of_a_page_is_found(monkeypatch, capsys):
+def test_a_wrong_option_in_a_page_is_detected(monkeypatch, capsys):
     loop = "    for n in 1 2; do python -m experiments.sentiment --presett x --output runs/$n || break; done  # both\n"
     commands = list(command_lines(loop + "python -m experiments.sentiment\n"))
     assert commands == [
@@ -173,7 +173,7 @@ def test_a_wrong_option_of_a_page_is_found(monkeypatch, capsys):
     assert "presett" in capsys.readouterr().err
 
 
-def test_each_page_leads_to_its_notebook():
+def test_each_page_links_to_its_notebook():
     for page in TASKS:
         links = re.findall(r"\]\((\.\./[^)#]+|[\w]+\.md)", (ROOT / f"docs/tasks/{page}.md").read_text(encoding="utf-8"))
         assert f"../notebooks/{page}.ipynb" in links

@@ -9,10 +9,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 def test_every_block_of_the_tour_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_page("docs/tour.md", least=20)
+    run_page("docs/tour.md", min_blocks=20)
 
 
-def test_links_within_the_tour_lead_somewhere():
+def test_internal_links_of_the_tour_are_valid():
     check_links("docs/tour.md")
 
 

@@ -25,7 +25,7 @@ class Command(Protocol):
     """The interface of a subcommand."""
 
     def run(self) -> int:
-        """The exit status, after running the command."""
+        """Run the command and return the exit status."""
         ...
 
 
@@ -43,25 +43,25 @@ COMMANDS: dict[str, type[Command]] = {
     "launch": Launch,
     "doctor": Doctor,
 }
-"""The class of each subcommand by name.
+"""The class of each subcommand, by the name of the subcommand.
 
 To add a subcommand, write a frozen dataclass with a method ``run() -> int``. Its fields are the options, and its
 docstrings are the help texts.
 """
 
 DESCRIPTION = """Language models in JAX. Commands for a trained model (a run directory, or a directory in Hugging Face
-layout): generate, translate, summarize, answer, classify, chess, score, evaluate. For finished or running trainings:
-compare. Before training: plan, launch. For this machine: doctor. jaxlm --version prints the version. An error is
+layout): generate, translate, summarize, answer, classify, chess, score, evaluate. For finished or running training
+runs: compare. Before training: plan, launch. For this machine: doctor. jaxlm --version prints the version. An error is
 printed as one line; --debug adds the traceback."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of ``jaxlm`` (``jaxlm.command_line``), of which this is the entry point."""
-    given, debug = split_debug(arguments)
-    if given == ["--version"]:
+    """Run the ``jaxlm`` command and return the exit status, which ``jaxlm.command_line`` defines."""
+    words, debug = split_debug(arguments)
+    if words == ["--version"]:
         print(f"jaxlm {jaxlm.__version__}")
         return 0
-    kinds = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
-    union: Any = Union[kinds]  # noqa: UP007 (created at run time)
-    command: Command = parse(union, given, program="jaxlm", description=DESCRIPTION)
+    subcommands = tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())
+    union: Any = Union[subcommands]  # noqa: UP007 (created at run time)
+    command: Command = parse(union, words, program="jaxlm", description=DESCRIPTION)
     return exit_status(command.run, "jaxlm", debug=debug)

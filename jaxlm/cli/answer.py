@@ -16,19 +16,19 @@ from jaxlm.tasks.question_answering import answer
 class Answer:
     """Answer questions with spans of a text. Prints each answer and its score, separated by a tab.
 
-    The score is the difference between the logits of the answer and the logits of no answer.
+    The score is the logit of the answer minus the logit of "no answer".
     """
 
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     question: tuple[str, ...] = ()
-    """Questions about one text, for example --question "Who?" "Where?"."""
+    """One or more questions about one text, for example --question "Who?" "Where?"."""
     context: Path | None = None
     """File with the text for --question (also .gz). None: the text is read from standard input."""
     file: Path | None = None
     """Instead of --question: a file with one JSON object {"question": ..., "context": ...} per line."""
     no_answer_threshold: float | None = None
-    """Print an empty answer if the score is not above this threshold; None always prints an answer."""
+    """Print an empty answer if the score is not above this threshold; None: always print an answer."""
     max_answer_tokens: int = 30
     """Maximum tokens per answer."""
     max_length: int | None = None
@@ -41,7 +41,7 @@ class Answer:
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """The exit status, after printing one line per question."""
+        """Print one line per question and return the exit status."""
         questions, contexts = self._questions()
         model, params, tokenizer = load(self.directory, self.dtype)
         answers = answer(
@@ -62,11 +62,11 @@ class Answer:
             for number, row in enumerate(rows, start=1):
                 for name in ("question", "context"):
                     if not isinstance(row[name], str):
-                        raise ValueError(f"{self.file}: {name} {number} must be a text, got {row[name]!r}")
+                        raise ValueError(f"{self.file}: {name} {number} must be a string, got {row[name]!r}")
             return rows.column("question"), rows.column("context")
         if not self.question:
             raise ValueError("there is no question: give --question (with --context FILE), or --file FILE")
         context = sys.stdin.read() if self.context is None else read_text(self.context)
         if not context.strip():
-            raise ValueError(f"{self.context or 'standard input'} is empty: it must hold the text of the questions")
+            raise ValueError(f"{self.context or 'standard input'} is empty: it must contain the text for the questions")
         return list(self.question), [context] * len(self.question)

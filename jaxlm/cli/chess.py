@@ -22,17 +22,17 @@ class Chess:
     temperature: float = 0.0
     """Sampling temperature of the model's moves; 0 plays the most probable legal move."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed for sampling."""
     dtype: str | None = None
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """The exit status, after one game."""
+        """Play one game and return the exit status."""
         model, params, tokenizer = load(self.directory, self.dtype)
         if not isinstance(tokenizer, MoveTokenizer):
             raise ValueError(
                 f"{self.directory} has no chess model: this is {describe(model)} with a "
-                f"{type(tokenizer).__name__}; train one with python -m experiments.chess"
+                f"{type(tokenizer).__name__}; train a chess model with python -m experiments.chess"
             )
         play_on_terminal(
             model, params, tokenizer, person=self.person, temperature=self.temperature, seed=self.seed

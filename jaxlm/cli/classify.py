@@ -20,14 +20,14 @@ class Classify:
     file: Path | None = None
     """File with one text (or pair) per line."""
     all: bool = False
-    """Print all labels with their probabilities, in descending order."""
+    """Print all labels with their probabilities, in descending order of probability."""
     batch_size: int = 32
     """Texts per batch."""
     dtype: str | None = None
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """The exit status, after printing one line per text."""
+        """Print one line per text and return the exit status."""
         model, params, tokenizer = load(self.directory, self.dtype)
         texts, pairs = split_pairs(read_texts(self.texts, self.file))
         result = classify(model, params, tokenizer, texts, pairs, batch_size=self.batch_size)

@@ -30,13 +30,13 @@ def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
 
 
 def sampling_options(**options: float | None) -> dict[str, Any]:
-    """The fields of ``Sampling`` that are not None; ``top_k=0`` means no limit."""
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return {**given, "top_k": None} if given.get("top_k") == 0 else given
+    """The options that are not None, as fields of ``Sampling``; ``top_k=0`` means no limit."""
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return {**fields, "top_k": None} if fields.get("top_k") == 0 else fields
 
 
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """The texts of the command line, the lines of the file, or the lines of standard input.
+    """The texts from the command line, the lines of the file, or the lines of standard input.
 
     Raises:
         ValueError: both texts and a file are given, a line is empty, there is no line, or the input is not UTF-8.
@@ -55,10 +55,10 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
     else:
         lines = [line for _, line in read_lines(file)]
     if not lines:
-        raise ValueError(f"{name} is empty: give one text a line")
+        raise ValueError(f"{name} is empty: give one text per line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise ValueError(f"line {number} of {name} is empty: every line needs a text")
+            raise ValueError(f"line {number} of {name} is empty: every line must have a text")
     return lines
 
 
@@ -68,10 +68,10 @@ def one_line(text: str) -> str:
 
 
 def split_pairs(texts: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The texts before the tabs and the texts after them; without tabs, the texts and None.
+    """The texts before the tabs and the texts after the tabs. Without tabs: the texts and None.
 
     Raises:
-        ValueError: the texts have different numbers of tabs, or a text has more than one.
+        ValueError: the texts have different numbers of tabs, or a text has more than one tab.
     """
     rows = [text.split("\t") for text in texts]
     for number, row in enumerate(rows, start=1):

@@ -1,4 +1,4 @@
-"""``jaxlm compare``: a table of finished or running trainings, and a plot of their validation curves."""
+"""``jaxlm compare``: a table of finished or running training runs, and a plot of their validation curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxlm.training.compare import compare_runs, draw_comparison
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Print a table of runs: family, parameters, steps, minutes, validation metrics and scores."""
+    """Print a table of training runs: family, parameters, steps, minutes, validation metrics and scores."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
@@ -21,7 +21,7 @@ class Compare:
     """Plot the validation curves of all runs to this PNG file."""
 
     def run(self) -> int:
-        """The exit status, after printing the table."""
+        """Print the table and return the exit status."""
         if not self.runs:
             raise ValueError("there are no runs to compare: name at least one run directory")
         check_output_file("plot", self.plot)

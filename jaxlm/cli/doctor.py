@@ -18,9 +18,9 @@ EXTRAS = (
     ("rouge-score", "'jaxlm[metrics]'", "ROUGE of summaries"),
     ("chess", "'jaxlm[chess]'", "the rules of chess"),
     ("pytest", "'jaxlm[test]'", "running the tests"),
-    ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on one"),
-    ("torch", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
-    ("transformers", "'jaxlm[reference]'", "live comparisons with the reference implementations"),
+    ("libtpu", "'jaxlm[tpu]'", "planning for TPUs (jaxlm plan), or running on a TPU"),
+    ("torch", "'jaxlm[reference]'", "tests against the reference implementations"),
+    ("transformers", "'jaxlm[reference]'", "tests against the reference implementations"),
 )
 """Optional packages: name, pip argument, purpose."""
 
@@ -30,19 +30,19 @@ class Doctor:
     """Print versions, devices, memory, and which optional packages are missing."""
 
     def run(self) -> int:
-        """The exit status, after printing the report."""
+        """Print the report and return the exit status."""
         print(f"python {platform.python_version()} on {platform.platform()}")
         for package in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-            found = jaxlm.__version__ if package == "jaxlm" else _version(package)
-            print(f"{package:18} {found or 'MISSING'}")
+            version = jaxlm.__version__ if package == "jaxlm" else _version(package)
+            print(f"{package:18} {version or 'MISSING'}")
         print(f"\nbackend            {jax.default_backend()}, process {jax.process_index()} of {jax.process_count()}")
         for device in jax.devices():
-            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}{_peak(device)}")
+            print(f"device {device.id:<11} {device.device_kind}{_memory(device)}{_datasheet(device)}")
         print(f"host memory        {_host_memory()}")
         print()
         for package, extra, purpose in EXTRAS:
-            found = _version(package)
-            print(f"{package:18} {found or f'missing: {purpose}; pip install {extra}'}")
+            version = _version(package)
+            print(f"{package:18} {version or f'missing: {purpose}; pip install {extra}'}")
         return 0
 
 
@@ -60,7 +60,7 @@ def _memory(device: jax.Device) -> str:
     return f", {stats.get('bytes_in_use', 0) / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB in use"
 
 
-def _peak(device: jax.Device) -> str:
+def _datasheet(device: jax.Device) -> str:
     data = by_kind(device.device_kind)
     if data is None:
         return ""

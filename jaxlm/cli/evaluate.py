@@ -21,30 +21,30 @@ class Evaluate:
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     tasks: tuple[str, ...]
-    """Names of tasks or groups of the harness, or of --include-path."""
+    """Names of tasks or task groups, from the harness or from --include-path."""
     include_path: Path | None = None
-    """Directory with YAML files of further tasks."""
+    """Directory with the YAML files of additional tasks."""
     limit: int | None = None
     """Maximum documents per task; None: all documents."""
     num_fewshot: int | None = None
-    """Examples per context; None: the number that the task sets."""
+    """Few-shot examples in each context; None: the number that the task sets."""
     batch_size: int = 32
     """Requests per batch."""
     max_length: int | None = None
     """Maximum tokens that the model reads; None: the model's own limit."""
     prefix_token_id: int | None = None
-    """Token before a text without context; None: the tokenizer's beginning or end token."""
+    """Token to put before a text without context; None: the tokenizer's beginning or end token."""
     max_gen_toks: int = 256
-    """Maximum tokens to generate in tasks that do not set a limit."""
+    """Maximum tokens to generate, for tasks that do not set a limit."""
     seed: int = 0
-    """Seed of sampling in generated text."""
+    """Seed for sampling in tasks that generate text."""
     output: Path | None = None
     """JSON file for the results."""
     dtype: str | None = None
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """The exit status, after printing the table of results."""
+        """Print the table of results and return the exit status."""
         if not self.tasks:
             raise ValueError("there are no tasks: give --tasks NAME")
         if self.limit is not None and self.limit < 1:
@@ -54,7 +54,7 @@ class Evaluate:
         check_output_file("output", self.output)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"--num-fewshot {self.num_fewshot} must be at least 0")
-        from jaxlm.tasks.lm_eval import HarnessModel  # isort: skip (its error names the extra)
+        from jaxlm.tasks.lm_eval import HarnessModel  # isort: skip (imported first: its error names the extra)
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
@@ -64,7 +64,7 @@ class Evaluate:
             model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,
         )  # fmt: skip
-        # After the other checks, because the harness needs about ten seconds to read its tasks.
+        # This check comes last, because the harness needs about ten seconds to read its tasks.
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
         unknown = [name for name in self.tasks if name not in manager.all_tasks]
         if unknown:

@@ -18,7 +18,7 @@ from jaxlm.training.checks import check_beams
 class Generate:
     """Generate text from prompts. One prompt is continued token by token; several prompts are printed one per line.
 
-    If an option is not given, generation_config.json in DIR or the default in the help of the option is used.
+    An option that is not given gets its value from generation_config.json in DIR, or else its default.
     """
 
     directory: Directory
@@ -26,42 +26,42 @@ class Generate:
     texts: Texts = ()
     """Prompts. Without prompts and --file, the lines of standard input are read."""
     prompt: str | None = None
-    """Prompt, the same as a single TEXT."""
+    """One prompt; the same as a single TEXT."""
     file: Path | None = None
     """File with one prompt per line. Line breaks in the output are printed as \\n."""
     max_new_tokens: int | None = None
     """Maximum tokens to generate. Default: 500."""
     temperature: float | None = None
-    """Sampling temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy. Default: 0.8."""
+    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it; 0 is greedy. Default: 0.8."""
     top_k: int | None = None
-    """Sample only from this many most probable tokens; 0: from all tokens. Default: 0."""
+    """Number of most probable tokens to sample from; 0: all tokens. Default: 0."""
     top_p: float | None = None
-    """Sample only from the most probable tokens with this total probability. Default: 1."""
+    """Nucleus sampling: sample from the most probable tokens that together have this probability. Default: 1."""
     min_p: float | None = None
-    """Sample only from tokens with at least this fraction of the highest probability. Default: off."""
+    """Sample only from tokens whose probability is at least min_p times the highest probability. Default: off."""
     repetition_penalty: float | None = None
-    """A value above 1 makes tokens less probable that occur in the text so far. Default: 1."""
+    """A value above 1 makes tokens that already occur in the text less probable. Default: 1."""
     num_beams: int | None = None
-    """Number of beams; 1 generates token by token. Default: 1."""
+    """Number of beams; 1: no beam search. Default: 1."""
     stop: tuple[str, ...] | None = None
     """Stop at the first occurrence of one of these strings. Default: none."""
     batch_size: int = 32
     """Prompts per batch."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed for sampling."""
     dtype: str | None = None
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """The exit status, after printing each prompt and its continuation."""
+        """Print each prompt with its continuation and return the exit status."""
         if (self.prompt is not None) + bool(self.texts) + (self.file is not None) > 1:
             raise ValueError("give --prompt, texts or --file, only one of them")
-        given = self.texts if self.prompt is None else (self.prompt,)
+        arguments = self.texts if self.prompt is None else (self.prompt,)
         model, params, tokenizer = load(self.directory, self.dtype)
         if model.reads_source:
             raise ValueError(
-                f"this is {describe(model)}: it reads a source and continues no prompt; use jaxlm translate or "
-                "summarize"
+                f"this is {describe(model)}: it reads a source, so it cannot continue a prompt; use jaxlm "
+                "translate or summarize"
             )
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, stop=self.stop, batch_size=self.batch_size
@@ -74,11 +74,11 @@ class Generate:
         )  # fmt: skip
         check_beams(model, tokenizer, config)
         key = jax.random.key(self.seed)
-        prompts = list(given) if given else read_texts((), self.file)
-        if len(given) != 1 or config.num_beams != 1:
+        prompts = list(arguments) if arguments else read_texts((), self.file)
+        if len(arguments) != 1 or config.num_beams != 1:
             texts = generate_text(model, params, tokenizer, prompts, config, key=key)
             for prompt, text in zip(prompts, texts, strict=True):
-                print(one_line(prompt + text) if len(given) != 1 else prompt + text)
+                print(one_line(prompt + text) if len(arguments) != 1 else prompt + text)
             return 0
         pieces = stream_text(model, params, tokenizer, prompts[0], config, key=key)
         sys.stdout.write(prompts[0])

@@ -22,8 +22,8 @@ class Launch:
     topology: str
     """v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1; gpu, an existing GPU node; or local:N, N processes on this machine."""
     command: str | None = None
-    """Command to run, python -m MODULE ...; the files that it writes to results/ are fetched. None: the training
-    benchmark, or on several hosts the training of a GPT of the size of GPT-2. Required for local:N."""
+    """Command to run: python -m MODULE ... The script copies its files in results/ to this machine. None: the training
+    benchmark on one host, or the training of a GPT of the size of GPT-2 on several hosts. Required for local:N."""
     zone: str | None = None
     """Google Cloud zone of the TPU, for example us-central1-a."""
     name: str = "jaxlm"
@@ -35,18 +35,18 @@ class Launch:
     dry_run: bool = False
     """Required, except for local:N: jaxlm prints the script and never executes it."""
     restarts: int = 0
-    """For local:N: maximum number of restarts after a failure. All processes are ended and started again with --resume.
+    """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume.
     The command must name a run directory (--output or --resume)."""
     lost_after: int = processes.LOST_AFTER
     """For local:N: seconds without a heartbeat after which a process counts as lost."""
 
     def run(self) -> int:
-        """The exit status, after printing the script or running the processes."""
+        """Print the script or run the processes, and return the exit status."""
         kind, _, number = self.topology.partition(":")
         if kind == "local":
             return self._run_local(number)
         if self.restarts or self.lost_after != processes.LOST_AFTER:
-            raise ValueError("--restarts and --lost-after are for --topology local:N: a script runs a command once")
+            raise ValueError("--restarts and --lost-after apply only to --topology local:N: remove them for a script")
         if not self.dry_run:
             raise ValueError(
                 "jaxlm does not rent machines: add --dry-run, read the script that it prints, and run the script"
@@ -69,6 +69,6 @@ class Launch:
         if self.command is None:
             raise ValueError("--topology local:N needs --command 'python -m MODULE ...'")
         if self.dry_run or self.zone is not None or self.host is not None or self.spot:
-            raise ValueError("--topology local:N runs on this machine: leave --dry-run, --zone, --host and --spot out")
+            raise ValueError("--topology local:N runs on this machine: remove --dry-run, --zone, --host and --spot")
         command = shlex.split(self.command)
         return run_local(command, int(number), restarts=self.restarts, lost_after=self.lost_after)

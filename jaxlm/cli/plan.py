@@ -18,25 +18,25 @@ class Plan:
     model: str
     """Family or variant, for example gpt2 or t5-base."""
     topology: str
-    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (extra tpu) or h100:8 (extra cuda13)."""
+    """The devices: v5e:4x4, v5p:2x2x1, v6e:2x2, ... (needs the extra tpu) or h100:8 (needs the extra cuda13)."""
     mesh: str
     """Mesh axes over these devices, for example data=4,fsdp=4."""
     batch: int
-    """Rows per step, over all devices."""
+    """Rows per step, summed over all devices."""
     sequence: int | None = None
     """Tokens per row (for decoding: tokens before the new one); None: the model's max_positions, at most 1024."""
     decode: bool = False
     """Plan the decoding of one token instead of a training step."""
     compare: tuple[str, ...] = ()
-    """Further meshes to compare with the first."""
+    """Other meshes to compare with --mesh."""
     set: tuple[str, ...] = ()
     """Changes to fields of the model's config, for example num_layers=24 remat=full scan_layers=true."""
     dtype: str = "bfloat16"
     """Compute dtype."""
     param_dtype: str = "float32"
-    """Dtype of the parameters for decoding; training has float32 parameters."""
+    """Dtype of the parameters for --decode; training uses float32 parameters."""
     accumulate: int = 1
-    """Micro-batches per batch, whose gradients are summed."""
+    """Gradient accumulation: number of micro-batches per batch."""
     dropout: bool = True
     """Use the dropout rates of the config; --no-dropout sets all of them to 0."""
     xla: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Plan:
     """Write all results to this JSON file too."""
 
     def run(self) -> int:
-        """The exit status, after printing the plans."""
+        """Print the plans and return the exit status."""
         check_output_file("json", self.json)
         from rich.console import Console
 

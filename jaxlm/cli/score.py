@@ -13,7 +13,7 @@ from jaxlm.tasks.predict import score_texts
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Score texts. Prints log-likelihood (nats), number of tokens and perplexity of each text, separated by tabs."""
+    """Score texts. Prints for each text, separated by tabs: log-likelihood (nats), number of tokens, perplexity."""
 
     directory: Directory
     """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
@@ -27,13 +27,13 @@ class Score:
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
-        """The exit status, after printing one line per text."""
+        """Print one line per text and return the exit status."""
         model, params, tokenizer = load(self.directory, self.dtype)
         texts, sources = read_texts(self.texts, self.file), None
         if model.reads_source:
             sources, targets = split_pairs(texts)
             if targets is None:
-                raise ValueError(f"this is {describe(model)}: it scores targets, give each as SOURCE<tab>TARGET")
+                raise ValueError(f"this is {describe(model)}: it scores targets, so give SOURCE<tab>TARGET")
             texts = targets
         scores = score_texts(model, params, tokenizer, texts, sources, batch_size=self.batch_size)
         for total, count in zip(scores.log_likelihoods.tolist(), scores.num_tokens.tolist(), strict=True):

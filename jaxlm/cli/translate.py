@@ -23,35 +23,34 @@ class _SourceCommand:
     file: Path | None = None
     """File with one source per line. Line breaks in the output are printed as \\n."""
     prefix: str = ""
-    """Text before every source, for example "translate English to German: " for the published T5 models."""
+    """Text to put before every source, for example "translate English to German: " for the published T5 models."""
     num_beams: int | None = None
-    """Number of beams; 1 generates token by token. Default: 5."""
+    """Number of beams; 1: no beam search. Default: 5."""
     length_penalty: float | None = None
-    """Exponent of the length by which the score of a beam is divided: a value above 1 favours long outputs.
-    Default: 1."""
+    """The score of a beam is divided by its length to this power: a value above 1 favours long outputs. Default: 1."""
     max_new_tokens: int | None = None
     """Maximum tokens to generate per source. Default: 128."""
     temperature: float | None = None
-    """Sampling temperature. A value above 0 samples instead of searching and needs --num-beams 1. Default: 0."""
+    """Sampling temperature. A value above 0 needs --num-beams 1; 0 means no sampling. Default: 0."""
     top_k: int | None = None
-    """Sample only from this many most probable tokens; 0: from all tokens. Default: 0."""
+    """Number of most probable tokens to sample from; 0: all tokens. Default: 0."""
     top_p: float | None = None
-    """Sample only from the most probable tokens with this total probability. Default: 1."""
+    """Nucleus sampling: sample from the most probable tokens that together have this probability. Default: 1."""
     batch_size: int = 32
     """Sources per batch."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed for sampling."""
     dtype: str | None = None
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     verb: ClassVar[str]
 
     def run(self) -> int:
-        """The exit status, after printing one line per source."""
+        """Print one line per source and return the exit status."""
         model, params, tokenizer = load(self.directory, self.dtype)
         if not model.reads_source:
             raise ValueError(
-                f"this is {describe(model)}: it reads no source, so it {self.verb} nothing; load an encoder-decoder "
+                f"this is {describe(model)}: it reads no source, so it cannot {self.verb}; load an encoder-decoder "
                 "(T5, attention RNN), or continue prompts with jaxlm generate"
             )
         config = GenerationConfig(
@@ -72,17 +71,17 @@ class _SourceCommand:
 class Translate(_SourceCommand):
     """Translate texts. Prints one line per text.
 
-    If an option is not given, generation_config.json in DIR or the default in the help of the option is used.
+    An option that is not given gets its value from generation_config.json in DIR, or else its default.
     """
 
-    verb = "translates"
+    verb = "translate"
 
 
 @dataclasses.dataclass(frozen=True)
 class Summarize(_SourceCommand):
     """Summarize texts. Prints one line per text.
 
-    If an option is not given, generation_config.json in DIR or the default in the help of the option is used.
+    An option that is not given gets its value from generation_config.json in DIR, or else its default.
     """
 
-    verb = "summarizes"
+    verb = "summarize"

@@ -1,4 +1,4 @@
-"""Data: texts, tokenizers, token files and batches. The package uses only numpy, and no device."""
+"""Texts, tokenizers, token files and batches. This package computes with numpy on the host, without JAX."""
 
 from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
 from jaxlm.data.corpora import shakespeare

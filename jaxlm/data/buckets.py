@@ -1,7 +1,7 @@
-"""Length buckets: examples of similar length are in one batch, so few shapes are compiled.
+"""Length buckets: a batch has examples of similar length, so there is little padding and few shapes are compiled.
 
-Each example belongs to one bucket. All batches of a bucket have one shape, so a step is compiled once per bucket. For a
-given number of buckets, the buckets have the least padding (dynamic programming over the distinct lengths).
+Each example belongs to one bucket. All batches of a bucket have the same shape, so a step is compiled once per bucket.
+Dynamic programming over the distinct lengths finds the buckets with the least padding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.batching import _check_min, _fingerprint
+from jaxlm.data.batching import check_min, source_fingerprint
 from jaxlm.data.tokens import check_tokens
 
 Encoded = Mapping[str, Any]
@@ -22,10 +22,10 @@ Encoded = Mapping[str, Any]
 
 
 class Rows(NamedTuple):
-    """Examples of one bucket, padded to the lengths of the bucket.
+    """A batch of examples from one bucket, padded to the lengths of the bucket.
 
     Attributes:
-        fields: ``[B, T]`` for each array field (T is the bucket's length of that field), ``[B]`` for each scalar.
+        fields: ``[B, T]`` for each array field (T is its padded length in the bucket), ``[B]`` for each scalar.
         lengths: ``[B]`` int32 for each array field, the number of entries that are not padding; 0 in a row without an
             example.
         indices: ``[B]`` int64, the index of each example; -1 in a row without an example.
@@ -65,17 +65,17 @@ class Bucket:
 class Bucketed:
     """A source of :class:`Rows`. Each epoch visits every example exactly once. Each batch has examples of one bucket.
 
-    In each epoch, the examples of each bucket and the order of the batches are shuffled again.
+    Each epoch shuffles the examples within each bucket, and the order of the batches.
 
     Args:
         examples: the fields of each example. All examples have the same fields.
-        batch_size: number of rows in a batch of the longest bucket.
-        num_buckets: maximum number of buckets, and so of shapes.
+        batch_size: number of rows in a batch of the bucket with the longest examples.
+        num_buckets: maximum number of buckets, which is also the maximum number of shapes.
         seed: seed of the order.
-        equal_tokens: True: shorter buckets have more rows, so that all batches have about the same number of tokens.
-            The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
+        equal_tokens: True: buckets of shorter examples have more rows, so that all batches have about the same number
+            of tokens. The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
         shuffle: False visits the buckets in order of length, for evaluation.
-        pad_id: the id that is written into padding.
+        pad_id: the id of padding.
         multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
         max_length: maximum length of an array, for example the number of positions of the model. None: no limit.
 
@@ -96,47 +96,51 @@ class Bucketed:
     buckets: tuple[Bucket, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, multiple=self.multiple)
-        _check_min(0, seed=self.seed, pad_id=self.pad_id)
+        check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, multiple=self.multiple)
+        check_min(0, seed=self.seed, pad_id=self.pad_id)
         if self.max_length is not None:
-            _check_min(1, max_length=self.max_length)
+            check_min(1, max_length=self.max_length)
         if not len(self.examples):
             raise ValueError("no examples to batch")
         names = list(self.examples[0])
         for number, example in enumerate(self.examples):
             if list(example) != names:
-                raise ValueError(f"example {number} has the fields {list(example)}, example 0 has {names}")
-            for name in self._arrays:
+                raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
+            for name in self._array_fields:
                 if np.ndim(example[name]) != 1 or len(example[name]) == 0:
                     raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
                 _check_integers(np.asarray(example[name]), f"{name} of example {number}")
                 if self.max_length is not None and len(example[name]) > self.max_length:
                     raise ValueError(
                         f"{name} of example {number} has {len(example[name])} entries, more than "
-                        f"max_length={self.max_length}: shorten it"
+                        f"max_length={self.max_length}: truncate it"
                     )
         object.__setattr__(self, "buckets", tuple(self._make_buckets()))
 
     @property
-    def _arrays(self) -> list[str]:
+    def _array_fields(self) -> list[str]:
         """The names of the array fields."""
         return [name for name, value in self.examples[0].items() if np.ndim(value) > 0]
 
     def _make_buckets(self) -> list[Bucket]:
-        lengths = np.asarray([[len(example[name]) for name in self._arrays] for example in self.examples])
+        lengths = np.asarray([[len(example[name]) for name in self._array_fields] for example in self.examples])
         rounded = -(-lengths // self.multiple) * self.multiple
         if self.max_length is not None:
             rounded = np.minimum(rounded, self.max_length)
-        # Try both orders of the examples. Which one has less padding depends on the correlation of the field lengths.
-        by_total, by_longest = (
+        # Try both orders of the examples, because the better order depends on the correlation of the field lengths.
+        parts_by_total, parts_by_longest = (
             _partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))
         )
-        parts = min(by_total, by_longest, key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts))
-        longest = parts[-1][0].sum()
-        factors = [max(1, longest // shape.sum()) if self.equal_tokens else 1 for shape, _ in parts]
+        parts = min(
+            parts_by_total,
+            parts_by_longest,
+            key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts),
+        )
+        longest_row_entries = parts[-1][0].sum()
+        row_factors = [max(1, longest_row_entries // shape.sum()) if self.equal_tokens else 1 for shape, _ in parts]
         return [
-            Bucket(dict(zip(self._arrays, shape.tolist(), strict=True)), int(factor) * self.batch_size, members)
-            for (shape, members), factor in zip(parts, factors, strict=True)
+            Bucket(dict(zip(self._array_fields, shape.tolist(), strict=True)), int(factor) * self.batch_size, members)
+            for (shape, members), factor in zip(parts, row_factors, strict=True)
         ]
 
     @property
@@ -151,30 +155,30 @@ class Bucketed:
     @property
     def efficiency(self) -> float:
         """Fraction of the entries of an epoch that are not padding."""
-        real = sum(len(example[name]) for example in self.examples for name in self._arrays)
+        real = sum(len(example[name]) for example in self.examples for name in self._array_fields)
         padded = sum(bucket.steps * bucket.rows * sum(bucket.lengths.values()) for bucket in self.buckets)
         return real / padded
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (the source exists for the whole run)
-    def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """The batches of an epoch: the number of the bucket, and the indices [rows] of examples (-1: no example)."""
+    def _epoch_batches(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """The batches of an epoch, each as (bucket number, example indices [rows]). Index -1 means no example."""
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         for number, bucket in enumerate(self.buckets):
             members = rng.permutation(bucket.members) if self.shuffle else bucket.members
-            filled = np.full(bucket.steps * bucket.rows, -1, np.int64)
-            filled[: len(members)] = members
-            batches += [(number, indices) for indices in filled.reshape(bucket.steps, bucket.rows)]
+            padded_members = np.full(bucket.steps * bucket.rows, -1, np.int64)
+            padded_members[: len(members)] = members
+            batches += [(number, indices) for indices in padded_members.reshape(bucket.steps, bucket.rows)]
         return [batches[number] for number in rng.permutation(len(batches))] if self.shuffle else batches
 
     def batch(self, index: int, rows: Sequence[int]) -> Rows:
         """The ``Rows`` of step ``index``.
 
-        If the bucket has k times ``batch_size`` rows, entry i of ``rows`` selects the k rows from ``i * k`` on. So the
-        global batch is split over processes in contiguous blocks, like any other array of rows.
+        If a batch of the bucket has ``k * batch_size`` rows, entry i of ``rows`` selects its rows ``i * k`` to
+        ``(i + 1) * k - 1``. So a process with contiguous ``rows`` gets a contiguous block of the global batch.
         """
         epoch, step = divmod(index, self.steps_per_epoch)
-        number, indices = self._plan(epoch)[step]
+        number, indices = self._epoch_batches(epoch)[step]
         bucket = self.buckets[number]
         factor = bucket.rows // self.batch_size
         indices = indices.reshape(self.batch_size, factor)[np.asarray(rows, np.int64)].ravel()
@@ -184,7 +188,7 @@ class Bucketed:
         """The examples with these indices, padded to the lengths of the bucket. Index -1 gives an empty row."""
         fields: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
-        for name, first in self.examples[0].items():
+        for name, first_value in self.examples[0].items():
             if name in bucket.lengths:
                 padded = np.full((len(indices), bucket.lengths[name]), self.pad_id, np.int32)
                 lengths[name] = np.zeros(len(indices), np.int32)
@@ -196,12 +200,12 @@ class Bucketed:
                 fields[name] = padded
             else:
                 values = [self.examples[index][name] if index >= 0 else 0 for index in indices]
-                fields[name] = np.asarray(values, np.asarray(first).dtype)
+                fields[name] = np.asarray(values, np.asarray(first_value).dtype)
         return Rows(fields, lengths, indices)
 
     def check(self, vocab_size: int) -> None:
         for number, example in enumerate(self.examples):
-            for name in self._arrays:
+            for name in self._array_fields:
                 check_tokens(np.asarray(example[name]), vocab_size, what=f"{name} of example {number}")
 
     def fingerprint(self) -> dict[str, Any]:
@@ -209,7 +213,7 @@ class Bucketed:
         for example in self.examples:
             for value in example.values():
                 checksum = zlib.crc32(np.asarray(value).astype("<i8").tobytes(), checksum)
-        return _fingerprint(self, examples=len(self.examples), checksum=checksum)
+        return source_fingerprint(self, examples=len(self.examples), checksum=checksum)
 
     def describe(self) -> str:
         """The shapes of the buckets and the fraction of padding, in one line for the terminal."""
@@ -229,50 +233,51 @@ def _check_integers(values: np.ndarray, what: str) -> None:
 
 
 def _partition(lengths: np.ndarray, sort_keys: np.ndarray, max_parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The shape [fields] and the examples of each part of the partition with the fewest padded entries.
+    """Partition the examples with minimal padding. Returns (padded lengths [fields], example indices) of each part.
 
     A part is a contiguous range of the examples in the order of ``sort_keys``.
 
     Args:
-        lengths: [examples, fields].
-        sort_keys: [examples]; examples with equal keys are in one part.
+        lengths: [examples, fields] lengths of the array fields.
+        sort_keys: [examples]. Examples with equal keys are in the same part.
         max_parts: maximum number of parts.
     """
     groups = [np.flatnonzero(sort_keys == key) for key in np.unique(sort_keys)]
     counts = np.asarray([len(group) for group in groups])
-    largest = np.stack([lengths[group].max(axis=0) for group in groups])
+    max_lengths = np.stack([lengths[group].max(axis=0) for group in groups])
     return [
-        (largest[start:stop].max(axis=0), np.sort(np.concatenate(groups[start:stop])))
-        for start, stop in _least_padding(counts, largest, max_parts)
+        (max_lengths[start:stop].max(axis=0), np.sort(np.concatenate(groups[start:stop])))
+        for start, stop in _least_padding(counts, max_lengths, max_parts)
     ]
 
 
-def _least_padding(counts: np.ndarray, largest: np.ndarray, max_ranges: int) -> list[tuple[int, int]]:
-    """The ranges (start, stop) of groups with the fewest padded entries, found by dynamic programming.
+def _least_padding(counts: np.ndarray, max_lengths: np.ndarray, max_ranges: int) -> list[tuple[int, int]]:
+    """Cut the groups into ranges (start, stop) with the least padding, by dynamic programming.
 
     Args:
         counts: [N] number of examples in each group.
-        largest: [N, fields] the largest length of each field in each group.
+        max_lengths: [N, fields] the maximum length of each field in each group.
         max_ranges: maximum number of ranges.
     """
     N = len(counts)
-    before = np.concatenate([[0], np.cumsum(counts)])
+    num_before = np.concatenate([[0], np.cumsum(counts)])
     cost = np.full((N, N + 1), np.inf)
     for start in range(N):
-        shape = np.maximum.accumulate(largest[start:], axis=0).sum(axis=1)
-        cost[start, start + 1 :] = shape * (before[start + 1 :] - before[start])
-    best = np.full((max_ranges + 1, N + 1), np.inf)  # [ranges, stop]: the fewest padded entries of groups before stop
-    best[0, 0] = 0.0
-    choice = np.zeros((max_ranges + 1, N + 1), int)  # [ranges, stop]: the start of the last range
+        shape = np.maximum.accumulate(max_lengths[start:], axis=0).sum(axis=1)
+        cost[start, start + 1 :] = shape * (num_before[start + 1 :] - num_before[start])
+    # [ranges, stop]: the fewest entries, including padding, of the groups before stop
+    least_entries = np.full((max_ranges + 1, N + 1), np.inf)
+    least_entries[0, 0] = 0.0
+    last_start = np.zeros((max_ranges + 1, N + 1), int)  # [ranges, stop]: the start of the last range
     for ranges in range(1, max_ranges + 1):
         for stop in range(1, N + 1):
-            totals = best[ranges - 1, :stop] + cost[:stop, stop]
-            choice[ranges, stop] = int(np.argmin(totals))
-            best[ranges, stop] = totals[choice[ranges, stop]]
-    ranges = int(np.argmin(best[:, N]))
+            totals = least_entries[ranges - 1, :stop] + cost[:stop, stop]
+            last_start[ranges, stop] = int(np.argmin(totals))
+            least_entries[ranges, stop] = totals[last_start[ranges, stop]]
+    ranges = int(np.argmin(least_entries[:, N]))
     parts, stop = [], N
     while stop > 0:
-        start = int(choice[ranges, stop])
+        start = int(last_start[ranges, stop])
         parts.append((start, stop))
         stop, ranges = start, ranges - 1
     return parts[::-1]

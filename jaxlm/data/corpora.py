@@ -1,4 +1,4 @@
-"""The corpora that are part of the package."""
+"""Text corpora that are included in the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def shakespeare() -> str:
 
     ``SHAKESPEARE.md`` in this directory has the source, the licence and the normalisation.
     """
-    return _embedded("shakespeare.txt.gz")
+    return _read_embedded("shakespeare.txt.gz")
 
 
 def verses() -> Examples:
@@ -21,12 +21,12 @@ def verses() -> Examples:
 
     ``VERSES.md`` in this directory has the source and the licence.
     """
-    pairs = (line.split("\t") for line in _embedded("verses_en_es.tsv.gz").splitlines())
+    pairs = (line.split("\t") for line in _read_embedded("verses_en_es.tsv.gz").splitlines())
     return Examples([{"source": source, "target": target} for source, target in pairs], "the embedded verses")
 
 
-def _embedded(name: str) -> str:
-    """The text of a file of this package."""
+def _read_embedded(name: str) -> str:
+    """The text of a file that is included in this package."""
     with importlib.resources.as_file(importlib.resources.files(__package__).joinpath(name)) as path:
         return read_text(path)
 
@@ -37,11 +37,11 @@ PLAYS = (
     "MUCH ADO ABOUT NOTHING", "MEASURE FOR MEASURE", "THE TAMING OF THE SHREW", "TWELFTH NIGHT; OR, WHAT YOU WILL",
     "THE TWO GENTLEMEN OF VERONA",
 )  # fmt: skip
-"""The titles of the plays of :func:`shakespeare`, in their order."""
+"""The titles of the plays of :func:`shakespeare`, in the order of the text."""
 
 
 def play_passages(words: int = 60) -> Examples:
-    """Passages of about ``words`` words, each labelled with its play: ``text`` and ``label``.
+    """Examples ``{"text", "label"}``: passages of at least ``words`` words, labelled with the title of their play.
 
     A passage consists of consecutive lines. Lines with the name of a speaker are removed, because the names identify
     the play.

@@ -1,6 +1,8 @@
-"""Descriptions of Debian packages as a summarization task (description -> synopsis). Every Debian system has the data.
+"""Descriptions of Debian packages as a summarization task (description -> synopsis).
 
-apt-cache show --no-all-versions $(apt-cache pkgnames) > packages.txt
+Every Debian system has the data. This command writes the data to a file:
+
+    apt-cache show --no-all-versions $(apt-cache pkgnames) > packages.txt
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from jaxlm.data.text_files import read_lines
 
 _AFFIXES = frozenset(
     {
-        # the content of a package
+        # words for the content of a package
         "all",
         "base",
         "bin",
@@ -67,7 +69,7 @@ _AFFIXES = frozenset(
         "abi",
         "cli",
         "gui",
-        # its language, toolkit or archive
+        # programming languages, toolkits and archives
         "bioc",
         "cil",
         "com",
@@ -102,13 +104,13 @@ _AFFIXES = frozenset(
         "rust",
     }
 )
-"""Parts of package names that name a part of a project, or its language."""
+"""Parts of package names that do not identify the project."""
 
 
 def project(package: str) -> str:
-    """The project of a package: its name without versions, without "lib", and without the parts in ``_AFFIXES``.
+    """The project of a package: the package name without versions, "lib" and the parts in ``_AFFIXES``.
 
-    Most packages of one source package have the same project. If nothing of the name is left, the project is the name.
+    Most packages of one source package have the same project. If no part is left, the project is the package name.
 
     Example:
         >>> [project(name) for name in ("0ad-data", "libnss3-dev", "nss-doc", "python3-yaml")]
@@ -116,32 +118,32 @@ def project(package: str) -> str:
     """
     parts = [re.sub(r"^lib(?=..)", "", part) for part in re.split(r"[-.+_]", package.lower())]
     parts = [re.sub(r"(?<=[^\d])\d+[a-z]?$", "", part) for part in parts]
-    kept = [part for part in parts if len(part) > 1 and not part.isdigit() and part not in _AFFIXES]
-    return "-".join(kept) or package
+    remaining = [part for part in parts if len(part) > 1 and not part.isdigit() and part not in _AFFIXES]
+    return "-".join(remaining) or package
 
 
 def read_descriptions(path: str | Path) -> Examples:
-    """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions (``.gz`` too).
+    """Examples ``{"package", "project", "text", "summary"}`` from a file of package descriptions.
 
-    The file has Debian's control records, such as the output of ``apt-cache show`` or the ``Packages`` and
+    The file contains Debian's control records, such as the output of ``apt-cache show`` or the ``Packages`` and
     ``Translation-en`` files of an archive. A ``.jsonl`` file has one object per line with the keys ``package``,
-    ``text`` and ``summary``. ``rejected`` lists records without a long description and repeated packages, each with the
-    number of its first line.
+    ``text`` and ``summary``. Files may be compressed (``.gz``). ``rejected`` lists records without a long description
+    and repeated packages, each with the number of its first line.
 
     Raises:
         ValueError: no record has a description.
     """
     if ".jsonl" in Path(path).name:
-        found = read_jsonl(path, {name: name for name in ("package", "text", "summary")}, on_error="report")
-        rows = [{**row, "project": project(row["package"])} for row in found]
-        return Examples(rows, found.name, found.rejected)
+        examples = read_jsonl(path, {name: name for name in ("package", "text", "summary")}, on_error="report")
+        rows = [{**row, "project": project(row["package"])} for row in examples]
+        return Examples(rows, examples.name, examples.rejected)
     rows, rejected, seen = [], [], set()
-    for line, record in _records(path):
-        example = _example(record)
+    for line, record in _read_records(path):
+        example = _make_example(record)
         if example is None:
-            rejected.append(Rejected(line, "no package with a synopsis and a description"))
+            rejected.append(Rejected(line, "the record needs a package name, a synopsis and a description"))
         elif example["package"] in seen:
-            rejected.append(Rejected(line, f"package {example['package']} occurred before"))
+            rejected.append(Rejected(line, f"package {example['package']} is repeated"))
         else:
             seen.add(example["package"])
             rows.append(example)
@@ -153,30 +155,30 @@ def read_descriptions(path: str | Path) -> Examples:
     return Examples(rows, str(path), tuple(rejected))
 
 
-def _records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]]:
-    """The first line number and the fields of each control record.
+def _read_records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]]:
+    """The number of the first line, and the fields, of each control record.
 
-    A field is the list of its lines. Continuation lines are without their leading space.
+    The value of a field is a list of lines. The leading space of continuation lines is removed.
     """
     record: dict[str, list[str]] = {}
-    first, field = 1, ""
+    first_line, field = 1, ""
     for number, line in read_lines(path):
         if not line.strip():
             if record:
-                yield first, record
+                yield first_line, record
             record = {}
         elif line.startswith((" ", "\t")):
             record.setdefault(field, []).append(line[1:].rstrip())
         else:
-            first = first if record else number
+            first_line = first_line if record else number
             field, _, value = line.partition(":")
             record[field] = [value.strip()]
     if record:
-        yield first, record
+        yield first_line, record
 
 
-def _example(record: dict[str, list[str]]) -> Example | None:
-    """The example of a control record. None: the record has no name, synopsis or description."""
+def _make_example(record: dict[str, list[str]]) -> Example | None:
+    """The example of a control record. None: the name, the synopsis or the description is missing."""
     names = record.get("Package", [""])
     summary, *lines = record.get("Description-en") or record.get("Description") or [""]
     text = "\n".join("" if line == "." else line for line in lines).strip()

@@ -1,6 +1,6 @@
 """Docstrings of the installed Python code as a summarization task. No download is needed.
 
-The first line of a docstring summarizes the rest (PEP 257). So the rest is the text, and the first line is its summary.
+The first line of a docstring is a summary (PEP 257). So the summary is the target, and the rest is the text.
 Source files are parsed, not imported.
 """
 
@@ -19,10 +19,10 @@ from jaxlm.data.examples import Example, Examples, Rejected
 
 T = TypeVar("T")
 
-_SKIPPED = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
-"""Directories that are not read: tests, and copies of other packages."""
-_SECTIONS = "args|arguments|parameters|returns|raises|notes?|examples?"
-_FIELD = re.compile(rf"^\s*([:@]\w|({_SECTIONS})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
+_SKIPPED_DIRECTORIES = ("test", "tests", "testing", "_vendor", "vendor", "vendored", "__pycache__")
+"""Directories that are not read, because they have tests or copies of other packages."""
+_SECTION_NAMES = "args|arguments|parameters|returns|raises|notes?|examples?"
+_SECTION_START = re.compile(rf"^\s*([:@]\w|({_SECTION_NAMES})\s*:?\s*$|>>> |\.\. )", re.IGNORECASE)
 
 
 def docstrings(
@@ -39,13 +39,13 @@ def docstrings(
     ``summary`` is the first paragraph of the docstring. ``text`` has the following paragraphs up to a section such as
     ``Args:`` or a doctest. ``package`` is the top-level package, and ``name`` the qualified name. Examples are in the
     order of packages, files and lines. Repeated texts and repeated summaries are removed. Directories with tests and
-    copied packages are skipped. ``rejected`` lists the files that are not valid Python of this version: their number in
-    reading order, and the reason.
+    copied packages are skipped. ``rejected`` lists the files that this version of Python cannot parse, each with its
+    number in reading order and the reason.
 
     Args:
-        directories: each entry of a directory is a package. None: the standard library and the installed packages.
-        max_files: maximum number of files that are read in one package; they are evenly spaced.
-        max_per_package: maximum number of examples of one package; they are evenly spaced.
+        directories: directories whose entries are packages. None: the standard library and the installed packages.
+        max_files: maximum number of files that are read from one package, evenly spaced over its files.
+        max_per_package: maximum number of examples from one package, evenly spaced over its examples.
         min_words: texts with fewer words are removed.
         max_words: texts with more words are removed.
         max_summary_words: summaries with more words are removed.
@@ -64,26 +64,26 @@ def docstrings(
     rows: list[Example] = []
     seen: set[str] = set()
     numbers = itertools.count(1)
-    for package, paths in _packages(directories).items():
-        found: list[Example] = []
-        for path, number in zip(_spread(paths, max_files), numbers, strict=False):
+    for package, paths in _package_files(directories).items():
+        package_rows: list[Example] = []
+        for path, number in zip(_evenly_spaced(paths, max_files), numbers, strict=False):
             try:
                 tree = _parse(path)
             except (SyntaxError, ValueError, RecursionError) as error:
                 rejected.append(Rejected(number, f"{path}: {error}"))
                 continue
-            for name, text, summary in _pairs(tree):
+            for name, text, summary in _texts_and_summaries(tree):
                 fits = min_words <= len(text.split()) <= max_words and 3 <= len(summary.split()) <= max_summary_words
                 if fits and not seen & {text.lower(), summary.lower()}:
                     seen |= {text.lower(), summary.lower()}
-                    found.append({"text": text, "summary": summary, "package": package, "name": name})
-        rows += _spread(found, max_per_package)
+                    package_rows.append({"text": text, "summary": summary, "package": package, "name": name})
+        rows += _evenly_spaced(package_rows, max_per_package)
     if not rows:
-        raise ValueError("no docstring with a text and a first line was found: pass other directories or wider limits")
+        raise ValueError("no docstring with a summary and a text was found: pass other directories or wider limits")
     return Examples(rows, "docstrings of the installed packages", tuple(rejected))
 
 
-def _packages(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]:
+def _package_files(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]:
     """The Python files of each package, in a fixed order."""
     if directories is None:
         directories = list(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
@@ -94,24 +94,24 @@ def _packages(directories: Sequence[str | Path] | None) -> dict[str, list[Path]]
         for entry in sorted(directory.iterdir()):
             if entry.suffix == ".py":
                 packages.setdefault(entry.stem, []).append(entry)
-            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages", *_SKIPPED):
+            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages", *_SKIPPED_DIRECTORIES):
                 packages.setdefault(entry.name, []).extend(
                     path
                     for path in sorted(entry.rglob("*.py"))
-                    if not set(path.relative_to(directory).parts[:-1]) & set(_SKIPPED)
+                    if not set(path.relative_to(directory).parts[:-1]) & set(_SKIPPED_DIRECTORIES)
                 )
     return packages
 
 
 def _parse(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
+    """The syntax tree of a file, parsed without warnings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # for example, invalid escape sequences in strings
+        warnings.simplefilter("ignore")  # for example, about invalid escape sequences in strings
         return ast.parse(path.read_bytes())
 
 
-def _pairs(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
-    """The qualified name, text and summary of each docstring that has both, in the order of the file."""
+def _texts_and_summaries(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """The (qualified name, text, summary) of each docstring that has a text and a summary, in the order of the file."""
     stack: list[tuple[str, ast.AST]] = [("", tree)]
     while stack:
         prefix, node = stack.pop()
@@ -126,10 +126,11 @@ def _pairs(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """The text and the summary of a docstring. None: it has no paragraph after the first one.
+    """The text and the summary of a docstring. None: it has no text, or begins with a section or a symbol.
 
-    The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text ends before the first
-    section (``Args:``, or ``Parameters`` with a line of dashes), field list (``:param``), directive or doctest.
+    The summary is the first paragraph, joined into one line (PEP 257 requires one line). The text is the paragraphs
+    after the summary, up to the first section (``Args:``, or ``Parameters`` with a line of dashes), field list
+    (``:param``), directive or doctest.
 
     Example:
         >>> split_docstring("Return the sum.\\n\\nBoth numbers are added\\nas integers.\\n\\nArgs:\\n    x: one")
@@ -140,17 +141,17 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     for paragraph in re.split(r"\n\s*\n", rest):
         lines = paragraph.strip("\n").split("\n")
         underlined = len(lines) > 1 and re.fullmatch(r"\s*[-=~^*]{3,}\s*", lines[1])
-        if _FIELD.match(lines[0]) or underlined or any(line.lstrip().startswith(">>> ") for line in lines):
+        if _SECTION_START.match(lines[0]) or underlined or any(line.lstrip().startswith(">>> ") for line in lines):
             break
         paragraphs.append(" ".join(paragraph.split()))
     text = "\n".join(paragraph for paragraph in paragraphs if paragraph)
-    is_section = _FIELD.match(summary) or re.search(r"[-=~^*]{3,}", summary)
+    is_section = _SECTION_START.match(summary) or re.search(r"[-=~^*]{3,}", summary)
     if not text or is_section or not re.match(r"[A-Za-z`]", summary):
         return None
     return text, " ".join(summary.split())
 
 
-def _spread(values: Sequence[T], limit: int) -> list[T]:
+def _evenly_spaced(values: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` of the values, evenly spaced."""
     if len(values) <= limit:
         return list(values)

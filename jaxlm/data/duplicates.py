@@ -1,8 +1,8 @@
-"""Groups of similar texts. They keep near-duplicates in one part of a data set.
+"""Groups of similar texts. With these groups, a split of a data set can keep near-duplicates in one part.
 
 The similarity of two texts is the Jaccard similarity of their sets of word trigrams (Broder 1997), estimated with
-MinHash signatures. Only texts with an equal band of their signatures are compared (locality-sensitive hashing: Leskovec
-et al., Mining of Massive Datasets, chapter 3).
+MinHash signatures. Two texts are compared only if their signatures agree in at least one band (locality-sensitive
+hashing: Leskovec et al., Mining of Massive Datasets, chapter 3).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 HASHES = 64
-"""Number of hash functions of a signature. The standard error of an estimated similarity of 0.5 is 0.06."""
+"""Number of hash functions per signature. The standard error of an estimated similarity of 0.5 is 0.06."""
 BAND = 4
 """Number of hash values in a band. The probability that two texts agree in at least one of the 16 bands is 0.64 for a
 similarity of 0.5, and 0.99 for a similarity of 0.7."""
@@ -27,12 +27,12 @@ def group_similar(
 ) -> list[int]:
     """The group number of each text. Similar texts, and texts with the same key, are in one group.
 
-    A group is a connected component, so two of its texts may be dissimilar. The number of a group is the index of its
-    first text. The result depends only on the arguments.
+    A group is a connected component of the similarity graph, so two texts of a group may be dissimilar. The number of a
+    group is the index of its first text. The result depends only on the arguments.
 
     Args:
         keys: one key for each text, for example the name of its package. None: only the texts are compared.
-        similarity: the minimum Jaccard similarity of word trigrams of two near-duplicates.
+        similarity: the minimum Jaccard similarity of the word trigrams of two similar texts.
 
     Raises:
         ValueError: the numbers of keys and texts differ, or the similarity is not in (0, 1].
@@ -47,35 +47,35 @@ def group_similar(
         raise ValueError(f"similarity={similarity} must be above 0 and at most 1")
     parents = list(range(len(texts)))
 
-    def root(index: int) -> int:
+    def find_root(index: int) -> int:
         while parents[index] != index:
             parents[index] = parents[parents[index]]
             index = parents[index]
         return index
 
-    def join(index: int, other: int) -> None:
-        first, last = sorted((root(index), root(other)))
-        parents[last] = first
+    def merge(index: int, other: int) -> None:
+        smaller, larger = sorted((find_root(index), find_root(other)))
+        parents[larger] = smaller
 
-    first_with: dict[Hashable, int] = {}
+    first_index: dict[Hashable, int] = {}
     for index, key in enumerate(keys or ()):
-        join(first_with.setdefault(key, index), index)
+        merge(first_index.setdefault(key, index), index)
     signatures = _signatures(texts)
     for start in range(0, HASHES, BAND):
         buckets: dict[bytes, list[int]] = collections.defaultdict(list)
         for index, band in enumerate(np.ascontiguousarray(signatures[:, start : start + BAND])):
-            # A bucket has one text of each group of near-duplicates. Only this text is compared with later texts.
+            # To save comparisons, a bucket has only the first text of each set of near-duplicates.
             bucket = buckets[band.tobytes()]
             match = next((i for i in bucket if np.mean(signatures[i] == signatures[index]) >= similarity), None)
             if match is None:
                 bucket.append(index)
             else:
-                join(match, index)
-    return [root(index) for index in range(len(texts))]
+                merge(match, index)
+    return [find_root(index) for index in range(len(texts))]
 
 
 def trigrams(text: str) -> set[str]:
-    """The word trigrams of a text in lower case, without punctuation. A text with fewer than 3 words is one item."""
+    """The word trigrams of a text in lower case, without punctuation. A text with fewer than 3 words gives one item."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
 

@@ -1,6 +1,6 @@
-"""Encoded texts and pairs: ids, token types, character offsets and text numbers; truncation and windows.
+"""Encodings of texts and pairs of texts, and functions that truncate them or split them into windows.
 
-A tokenizer makes the full encoding, and the functions of this module select positions from it. They use only numpy.
+A tokenizer makes the full encoding. The functions of this module select tokens from it, and use only numpy.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ SPECIAL = -1
 
 
 class Encoding(NamedTuple):
-    """A text, or a pair of texts, with the special tokens of the tokenizer's template.
+    """The tokens of a text or a pair of texts, with the special tokens of the tokenizer's template.
 
     Attributes:
         ids: int32 [T].
         token_types: int32 [T], the token types of the template; for BERT, 0 in the first text and 1 in the second.
-        offsets: int32 [T, 2]. Token ``t`` has the characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of its
-            text; (0, 0) for special tokens.
-        sequence: int32 [T], the text of each token: 0 for the first text, 1 for the second, -1 for a special token of
-            the template.
+        offsets: int32 [T, 2]. Token ``t`` covers the characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of
+            its text. The offsets of special tokens are (0, 0).
+        sequence: int32 [T], the number of the text of each token: 0 for the first text, 1 for the second, -1 for a
+            special token of the template.
     """
 
     ids: np.ndarray
@@ -32,7 +32,7 @@ class Encoding(NamedTuple):
 
 
 def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
-    """The encoding of concatenated texts without a template.
+    """The encoding of concatenated texts, without special tokens.
 
     Args:
         parts: the ids [tokens] and the offsets [tokens, 2] of each text.
@@ -50,8 +50,8 @@ def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
 def truncated(encoding: Encoding, max_length: int) -> Encoding:
     """The encoding with at most ``max_length`` tokens.
 
-    Tokens are removed at the end of the longer text until both texts have equal length, and then from both. Special
-    tokens are never removed.
+    Tokens are removed from the end of the longer text until both texts have equal length, and then from the ends of
+    both. Special tokens are never removed.
 
     Raises:
         ValueError: ``max_length`` is too small for one token of each text.
@@ -59,23 +59,23 @@ def truncated(encoding: Encoding, max_length: int) -> Encoding:
     if len(encoding.ids) <= max_length:
         return encoding
     first, second = (int(np.sum(encoding.sequence == number)) for number in (0, 1))
-    room = max_length - (len(encoding.ids) - first - second)
-    if room < (first > 0) + (second > 0):
+    budget = max_length - (len(encoding.ids) - first - second)
+    if budget < (first > 0) + (second > 0):
         raise ValueError(
-            f"max_length={max_length} is too short: {max_length - room} special tokens leave room for {max(room, 0)} "
-            f"tokens of {'two texts' if first and second else 'the text'}"
+            f"max_length={max_length} is too short: {max_length - budget} special tokens leave room for "
+            f"{max(budget, 0)} tokens of {'two texts' if first and second else 'the text'}"
         )
-    if min(first, second) <= room // 2:
-        first, second = min(first, room - min(second, room // 2)), min(second, room - min(first, room // 2))
+    if min(first, second) <= budget // 2:
+        first, second = min(first, budget - min(second, budget // 2)), min(second, budget - min(first, budget // 2))
     else:
-        first, second = (room // 2, room - room // 2) if first <= second else (room - room // 2, room // 2)
-    return _selected(encoding, {0: (0, first), 1: (0, second)})
+        first, second = (budget // 2, budget - budget // 2) if first <= second else (budget - budget // 2, budget // 2)
+    return _select_tokens(encoding, {0: (0, first), 1: (0, second)})
 
 
 def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
     """Encodings of at most ``max_length`` tokens, each with the whole first text and a window of the second text.
 
-    Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of the text.
+    Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of this text.
 
     Raises:
         ValueError: ``max_length`` leaves at most ``stride`` tokens for the second text, or ``stride`` is negative.
@@ -83,18 +83,18 @@ def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
     if stride < 0:
         raise ValueError(f"stride={stride} must be at least 0: it is the number of tokens that two windows share")
     context = int(np.sum(encoding.sequence == 1))
-    room = max_length - (len(encoding.ids) - context)
+    budget = max_length - (len(encoding.ids) - context)
     if len(encoding.ids) <= max_length:
         return [encoding]
-    if room <= stride:
+    if budget <= stride:
         raise ValueError(
-            f"max_length={max_length} leaves {max(room, 0)} tokens for the context beside "
+            f"max_length={max_length} leaves {max(budget, 0)} tokens for the context beside "
             f"{len(encoding.ids) - context} tokens of the question and special tokens, but it must leave more than "
             f"stride={stride}: use a larger max_length, a smaller stride or a shorter question"
         )
     question = int(np.sum(encoding.sequence == 0))
-    starts = range(0, context - stride, room - stride)
-    return [_selected(encoding, {0: (0, question), 1: (start, min(start + room, context))}) for start in starts]
+    starts = range(0, context - stride, budget - stride)
+    return [_select_tokens(encoding, {0: (0, question), 1: (start, min(start + budget, context))}) for start in starts]
 
 
 def swapped(encoding: Encoding) -> Encoding:
@@ -103,11 +103,11 @@ def swapped(encoding: Encoding) -> Encoding:
     return encoding._replace(sequence=sequence.astype(np.int32))
 
 
-def _selected(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> Encoding:
-    """The encoding of the special tokens, and of the tokens in the given range of each text.
+def _select_tokens(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> Encoding:
+    """Select the special tokens, and the tokens in the given range of each text.
 
     Args:
-        ranges: text number -> (start, stop), positions within the tokens of the text.
+        ranges: text number -> (start, stop), token positions in the text.
     """
     keep = encoding.sequence == SPECIAL
     for number, (start, stop) in ranges.items():

@@ -1,11 +1,11 @@
-"""Examples: labelled or paired texts, read from the file formats of published data sets.
+"""Labelled or paired texts, read from the file formats of published data sets.
 
-    TSV, CSV             one example per row, named columns         GLUE, most classification sets
+    TSV, CSV             one example per row, named columns         GLUE, most classification data sets
     labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
-    JSONL                one JSON object per line                   SQuAD-like and summarization sets
-    pairs of files       line n of both files is one example        Multi30k, WMT
-    datasets.Dataset     a map-style data set of Hugging Face       Examples.from_datasets
-    random access        an object with a length and an index       Examples.from_random_access (grain.MapDataset)
+    JSONL                one JSON object per line                   SQuAD-like and summarization data sets
+    pairs of files       line n of both files is example n          Multi30k, WMT
+    datasets.Dataset     a map-style Hugging Face data set          Examples.from_datasets
+    random access        an object with ``len`` and ``[n]``          Examples.from_random_access (grain.MapDataset)
 
 An example is a dict with the requested fields. Files may be compressed with gzip (``.gz``). Every error names the file
 and the line. No line is dropped silently: with ``on_error="report"``, an invalid line is listed in ``rejected``.
@@ -27,7 +27,7 @@ import numpy as np
 from jaxlm.data.text_files import read_lines
 
 TEXT_COLUMNS = ("sentence", "text", "content")
-"""The names that classification tables use for the text column."""
+"""Names of the text column in classification files, in order of preference."""
 
 Example = dict[str, Any]
 OnError = Literal["raise", "report"]
@@ -43,13 +43,13 @@ class Rejected:
 
 @dataclasses.dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """A data set.
+    """A data set: a sequence of examples.
 
     Attributes:
         rows: the examples.
-        name: the name of their file or data set, for messages.
+        name: the name of the file or data set, for messages.
         rejected: the lines of the file that are not valid examples.
-        class_names: the class names of a field, in order, if the data set declares them.
+        class_names: field -> its class names in order, for fields whose class names the data set declares.
 
     Example:
         >>> Examples([{"text": "a fine film", "label": "1"}]).column("label")
@@ -63,18 +63,18 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def from_datasets(cls, dataset: Any, fields: Mapping[str, str], *, name: str | None = None) -> Examples:
-        """Examples from a map-style data set of Hugging Face (``datasets.Dataset``), read into memory.
+        """Examples from a map-style Hugging Face data set (``datasets.Dataset``), read into memory.
 
-        The class numbers of a ``ClassLabel`` column are replaced by the class names. :meth:`label_names` keeps their
-        order.
+        Class names replace the class numbers of a ``ClassLabel`` column. :meth:`label_names` keeps the order of the
+        classes.
 
         Args:
             fields: field of the example -> name of the column.
             name: the name in messages. None: the name of the data set.
 
         Raises:
-            TypeError: a streaming data set, or a dictionary of data sets.
-            ValueError: a missing column, an empty data set or text, or a number that is not a class.
+            TypeError: the data set is a streaming data set or a dictionary of data sets.
+            ValueError: a column is missing, the data set or a text is empty, or a number is not a class number.
 
         Example:
             >>> Examples.from_datasets(dataset["train"], {"text": "sentence", "label": "label"})   # doctest: +SKIP
@@ -101,7 +101,7 @@ class Examples(Sequence[Example]):
             if names is not None:
                 class_names[field] = tuple(names)
                 values[column] = [_class_name(number, names, column, n) for n, number in enumerate(values[column])]
-        rows = _Renamed(
+        rows = _RenamedExamples(
             [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)], fields, name
         )
         return cls([rows.read(number) for number in range(len(rows))], name, class_names=class_names)
@@ -110,10 +110,10 @@ class Examples(Sequence[Example]):
     def from_random_access(
         cls, source: Any, fields: Mapping[str, str] | None = None, *, name: str = "the source"
     ) -> Examples:
-        """Examples of a random-access source, for example a ``grain.MapDataset``. ``source[n]`` is read on each access.
+        """Examples from a random-access source, such as a ``grain.MapDataset``. Each access reads ``source[n]`` again.
 
         Args:
-            source: an object with ``len(source)``, for which ``source[n]`` is a mapping.
+            source: an object with ``len(source)``. ``source[n]`` must be a mapping.
             fields: field of the example -> name in the mapping. None: all names are kept.
             name: the name in messages.
 
@@ -123,7 +123,7 @@ class Examples(Sequence[Example]):
                 missing or empty field.
         """
         check_random_access(source, name)
-        rows = _Renamed(source, fields, name)
+        rows = _RenamedExamples(source, fields, name)
         rows.read(0)
         return cls(rows, name)
 
@@ -158,7 +158,7 @@ class Examples(Sequence[Example]):
         return dataclasses.replace(self, rows=[self.rows[index] for index in indices], rejected=())
 
     def split(self, *fractions: float, seed: int = 0, by: str | None = None) -> list[Examples]:
-        """Random parts: one part for each fraction, and one for the remaining examples.
+        """Split at random into one part for each fraction, and one part for the remaining examples.
 
         Args:
             fractions: fractions of the examples (with ``by``: of the groups).
@@ -194,7 +194,7 @@ class Examples(Sequence[Example]):
         ]
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
-        """The declared class names; or else the distinct labels as strings, sorted (as numbers if all are numbers)."""
+        """The declared class names, or else the distinct labels: as strings, sorted (by number if all are numbers)."""
         if field in self.class_names:
             return self.class_names[field]
         names = {str(value) for value in self.column(field)}
@@ -203,8 +203,8 @@ class Examples(Sequence[Example]):
         return tuple(sorted(names))
 
 
-class _Renamed(Sequence[Example]):
-    """The mappings of a random-access source as examples with renamed fields, read on each access."""
+class _RenamedExamples(Sequence[Example]):
+    """The examples of a random-access source with renamed fields. Each access reads the source."""
 
     def __init__(
         self, source: Any, fields: Mapping[str, str] | None, name: str = "the data set", numbers: range | None = None
@@ -221,22 +221,22 @@ class _Renamed(Sequence[Example]):
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
         if isinstance(index, slice):
-            return _Renamed(self._source, self._fields, self._name, self._numbers[index])
+            return _RenamedExamples(self._source, self._fields, self._name, self._numbers[index])
         return self.read(index)
 
     def read(self, index: int) -> Example:
         number = self._numbers[index]
         row = self._source[number]
         if not isinstance(row, Mapping):
-            raise ValueError(f"example {number} of {self._name} must be a mapping, got {_kind(row)}")
+            raise ValueError(f"example {number} of {self._name} must be a mapping, got {_describe_type(row)}")
         try:
-            return _required(row, {column: column for column in row} if self._fields is None else self._fields)
+            return _extract_fields(row, {column: column for column in row} if self._fields is None else self._fields)
         except ValueError as error:
             raise ValueError(f"example {number} of {self._name}: {error}") from error
 
 
 def check_random_access(source: Any, name: str) -> None:
-    """Raise if ``source`` has no index, no length, or an infinite length.
+    """Raise an error if ``source`` has no index or no length, or is empty or infinite.
 
     Raises:
         TypeError: the source has no length or no index.
@@ -250,9 +250,9 @@ def check_random_access(source: Any, name: str) -> None:
         raise ValueError(f"{name} is infinite: remove repeat(), because every epoch visits all examples once")
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     if value is None:
-        return "None (a grain.MapDataset returns None for a filtered element: filter the data before making it)"
+        return "None (a grain.MapDataset returns None for a filtered element: filter the data first)"
     return type(value).__name__
 
 
@@ -262,7 +262,7 @@ def _class_name(number: Any, names: Sequence[str], column: str, example: int) ->
     if not 0 <= number < len(names):
         raise ValueError(
             f"example {example} has {column}={number}, which is not the number of a class ({', '.join(names)}): the "
-            "data set may be a part without labels"
+            "data set may have no labels, like many test sets"
         )
     return names[number]
 
@@ -283,15 +283,16 @@ def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the exam
 # --------------------------------------------------------------------------------------------------- readers
 
 
-def _collect(path: str | Path, makers: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
-    """The examples that ``makers`` (line number, function) return.
+def _collect(path: str | Path, readers: Iterable[tuple[int, Callable[[], Example]]], on_error: OnError) -> Examples:
+    """Call the function of each pair (line number, function) in ``readers``, and collect the returned examples.
 
-    If a function raises a ``ValueError``, the error gets the file and the line, or the line is listed in ``rejected``.
+    If a function raises ``ValueError``, the error names the file and the line. With ``on_error="report"``, the line is
+    listed in ``rejected`` instead.
     """
     rows, rejected = [], []
-    for number, make in makers:
+    for number, read_example in readers:
         try:
-            rows.append(make())
+            rows.append(read_example())
         except ValueError as error:
             if on_error == "raise":
                 raise ValueError(f"{path}, line {number}: {error}") from error
@@ -301,8 +302,8 @@ def _collect(path: str | Path, makers: Iterable[tuple[int, Callable[[], Example]
     return Examples(rows, str(path), tuple(rejected))
 
 
-def _required(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
-    """The example with these fields, from the columns of a row. Raises ValueError for a missing or empty column."""
+def _extract_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
+    """The example with ``fields`` (field -> column) of a row. Raises ``ValueError`` for a missing or empty column."""
     example = {}
     for field, column in fields.items():
         if column not in row:
@@ -316,7 +317,7 @@ def _required(row: Mapping[str, Any], fields: Mapping[str, str]) -> Example:
     return example
 
 
-def _table(
+def _read_rows(
     path: str | Path, delimiter: Literal["\t", ","] | None, encoding: str
 ) -> Iterator[tuple[int, Callable[[], list[str]]]]:
     """For each row of a TSV or CSV file: the number of its first line, and a function that returns the row.
@@ -339,23 +340,23 @@ def _table(
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield number, functools.partial(_malformed, str(error))
+            yield number, functools.partial(_raise_malformed, str(error))
             continue
         if row is None:
             return
         yield number, functools.partial(list, row)
 
 
-def _malformed(reason: str) -> list[str]:
+def _raise_malformed(reason: str) -> list[str]:
     """Raise ``ValueError`` with the reason."""
     raise ValueError(f"not CSV: {reason}")
 
 
-def _header(path: str | Path, rows: Iterator[tuple[int, Callable[[], list[str]]]]) -> list[str]:
+def _read_header(path: str | Path, rows: Iterator[tuple[int, Callable[[], list[str]]]]) -> list[str]:
     """The column names in the first row."""
-    _, read = next(rows, (1, list[str]))
+    _, read_row = next(rows, (1, list[str]))
     try:
-        names = read()
+        names = read_row()
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
     if not names:
@@ -378,29 +379,30 @@ def read_table(
 
     Args:
         fields: field of the example -> name of the column.
-        delimiter: None: the file name decides (``.tsv`` or ``.csv``).
+        delimiter: None: it follows from the suffix of the file name (``.tsv`` or ``.csv``).
         encoding: encoding of the file.
         on_error: "report" lists invalid lines in ``rejected`` instead of raising an error.
 
     Raises:
-        ValueError: a missing column, an empty text, a line with another number of columns, or an unclosed quote.
+        ValueError: a column is missing, a text is empty, a row has the wrong number of columns, or a quote is not
+            closed.
 
     Example:
         >>> read_table("sst2_train.tsv", {"text": "sentence", "label": "label"})   # doctest: +SKIP
     """
-    rows = _table(path, delimiter, encoding)
-    header = _header(path, rows)
+    rows = _read_rows(path, delimiter, encoding)
+    header = _read_header(path, rows)
     missing = [column for column in fields.values() if column not in header]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}: its columns are {', '.join(map(repr, header))}")
 
-    def example(read: Callable[[], list[str]]) -> Example:
-        row = read()
+    def make_example(read_row: Callable[[], list[str]]) -> Example:
+        row = read_row()
         if len(row) != len(header):
             raise ValueError(f"the row has {len(row)} columns, but the first line has {len(header)}: {row}")
-        return _required(dict(zip(header, row, strict=True)), fields)
+        return _extract_fields(dict(zip(header, row, strict=True)), fields)
 
-    return _collect(path, ((number, functools.partial(example, read)) for number, read in rows), on_error)
+    return _collect(path, ((number, functools.partial(make_example, read_row)) for number, read_row in rows), on_error)
 
 
 def read_jsonl(
@@ -416,41 +418,41 @@ def read_jsonl(
         ValueError: a line is not a JSON object, a key is missing, or a text is empty.
     """
 
-    def example(line: str) -> Example:
+    def make_example(line: str) -> Example:
         try:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"the line must be a JSON object, got {type(row).__name__}")
-        return _required(row, fields)
+        return _extract_fields(row, fields)
 
-    lines = ((number, functools.partial(example, line)) for number, line in read_lines(path, encoding) if line)
+    lines = ((number, functools.partial(make_example, line)) for number, line in read_lines(path, encoding) if line)
     return _collect(path, lines, on_error)
 
 
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
-    """Examples ``{"label", "text"}`` from a file whose lines have a label, a space and the text."""
+    """Examples ``{"label", "text"}`` from a file with a label, a space and a text on each line."""
 
-    def example(line: str) -> Example:
+    def make_example(line: str) -> Example:
         label, _, text = line.partition(" ")
         if not label or not text.strip():
             raise ValueError(f"the line must have a label, a space and a text, got {line!r}")
         return {"label": label, "text": text.strip()}
 
-    lines = ((number, functools.partial(example, line)) for number, line in read_lines(path, encoding))
+    lines = ((number, functools.partial(make_example, line)) for number, line in read_lines(path, encoding))
     return _collect(path, lines, on_error)
 
 
 def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
-    """Examples ``{"label", "text"}`` from a file for classification.
+    """Examples ``{"label", "text"}`` from a classification file.
 
-    ``.tsv`` and ``.csv`` files need a column ``label`` and a text column. The text column is the first name of
-    :data:`TEXT_COLUMNS` that the file has. The lines of other files have a label, a space and the text.
+    A ``.tsv`` or ``.csv`` file needs a column ``label`` and a text column. The text column is the first name of
+    :data:`TEXT_COLUMNS` that the file has. Any other file has a label, a space and a text on each line.
     """
     if Path(path).name.removesuffix(".gz").rpartition(".")[2] not in ("tsv", "csv"):
         return read_labelled_lines(path, encoding=encoding)
-    names = _header(path, _table(path, None, encoding))
+    names = _read_header(path, _read_rows(path, None, encoding))
     column = next((name for name in TEXT_COLUMNS if name in names), TEXT_COLUMNS[0])
     return read_table(path, {"text": column, "label": "label"}, encoding=encoding)
 
@@ -458,7 +460,7 @@ def read_labelled(path: str | Path, encoding: str = "utf-8") -> Examples:
 def read_pairs(
     source: str | Path, target: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise"
 ) -> Examples:
-    """Examples ``{"source", "target"}`` from two files. Line n of each file is one side of example n.
+    """Examples ``{"source", "target"}`` from two files. Line n of both files is example n.
 
     Args:
         encoding, on_error: as in :func:`read_table`.
@@ -472,11 +474,11 @@ def read_pairs(
             f"{source} has {len(sources)} lines and {target} has {len(targets)}: line n of both must be a pair"
         )
 
-    def example(pair: tuple[str, str]) -> Example:
+    def make_example(pair: tuple[str, str]) -> Example:
         for text, path in zip(pair, (source, target), strict=True):
             if not text.strip():
                 raise ValueError(f"the line of {path} is empty")
         return {"source": pair[0].strip(), "target": pair[1].strip()}
 
     pairs = enumerate(zip(sources, targets, strict=True), start=1)
-    return _collect(source, ((number, functools.partial(example, pair)) for number, pair in pairs), on_error)
+    return _collect(source, ((number, functools.partial(make_example, pair)) for number, pair in pairs), on_error)

@@ -1,4 +1,4 @@
-"""Chess games: reading of text and PGN files, checks with the rules of chess, and splits.
+"""Read chess games from text and PGN files, check them with the rules of chess, and split them.
 
 A move is one move of one player (a ply). A game is a line of moves in one of two notations: ``uci`` (``e2e4``,
 ``e7e8q``) or ``san`` (``e4``, ``Nbxd2``, ``e8=Q``). SAN lines have no signs for check and mate, because these follow
@@ -29,17 +29,17 @@ from jaxlm.data.text_files import read_lines, read_text
 Notation = Literal["uci", "san"]
 NOTATIONS: tuple[Notation, ...] = ("uci", "san")
 RESULTS = ("1-0", "0-1", "1/2-1/2", "*")
-"""White won, black won, draw, unknown."""
+"""The results: white won, black won, draw, unknown."""
 UCI_MOVE = re.compile(r"[a-h][1-8][a-h][1-8][qrbn]?")
 SAN_MOVE = re.compile(r"(?:[KQRBN][a-h]?[1-8]?x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?)[+#]?")
-_WITHOUT_ORIGIN = re.compile(r"[KQRBN]x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?")
+_SAN_WITHOUT_ORIGIN = re.compile(r"[KQRBN]x?[a-h][1-8]|(?:[a-h]x)?[a-h][1-8](?:=[QRBN])?|O-O(?:-O)?")
 _TAG = re.compile(r'\[[A-Za-z0-9_]+ ".*"\]\s*')
 _PGN_COMMENT = re.compile(r"\{[^}]*\}|;[^\n]*|^%[^\n]*", re.MULTILINE)
 _PGN_VARIATION = re.compile(r"\([^()]*\)")
 _PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+\.+|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 GAMES_PER_PROCESS = 2000
-"""Number of games per process. The start of a process takes one or two seconds."""
+"""Number of games for each additional process. A process takes one or two seconds to start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Games:
     """The games of a file, in order.
 
     Attributes:
-        moves: one line of moves per game, separated by spaces.
-        results: one of ``RESULTS`` per game.
+        moves: one string per game, with its moves separated by spaces.
+        results: the result of each game, one of ``RESULTS``.
         notation: notation of ``moves``.
         source: name of the file, for messages.
-        rejected: the games of the file that are not in ``moves``, by line.
+        rejected: the games of the file that are not in ``moves``, each with its line and the reason.
     """
 
     moves: tuple[str, ...]
@@ -84,7 +84,7 @@ class Games:
         return [group for group in self.groups() if len(group) > 1]
 
     def report(self, most: int = 5) -> str:
-        """The numbers of games, rejected games and duplicates, and the first ``most`` rejected games, as text."""
+        """A text with the numbers of games, rejected games and duplicates, and with up to ``most`` rejected games."""
         repeated = sum(len(group) - 1 for group in self.duplicates())
         lines = [f"{self.source}: {len(self):,} games, {len(self.rejected):,} rejected, {repeated:,} duplicates"]
         lines += [f"  {self.source}, line {game.line}: {game.reason}" for game in self.rejected[:most]]
@@ -96,7 +96,7 @@ class Games:
 def chess_games(notation: Notation = "uci") -> Games:
     """The 2,000 embedded master games; public domain. ``CHESS.md`` in this directory describes their source."""
     with importlib.resources.as_file(importlib.resources.files("jaxlm.data") / "chess_games.txt.gz") as path:
-        # All games are legal SAN. Only the conversion to UCI needs the rules.
+        # The embedded games are legal SAN, so only the conversion to UCI needs the rules.
         games = read_games(path, notation, check="syntax" if notation == "san" else "rules", workers=1)
     return dataclasses.replace(games, source="chess_games.txt.gz")
 
@@ -110,17 +110,17 @@ def read_games(
 ) -> Games:
     """The games of a file, with their moves in ``notation``.
 
-    A text file (``.gz`` too) has one game per line: SAN or UCI moves, and optionally the result at the end. Of a PGN
-    file (``.pgn``, ``.pgn.gz``), only the main lines are read. ``Games.rejected`` lists the games with an illegal or
-    unreadable move, without moves, or from another initial position, each with its line and the reason.
+    A text file has one game per line: SAN or UCI moves, and optionally the result at the end. Only the main lines of a
+    PGN file (``.pgn``) are read. Files may be compressed (``.gz``). ``Games.rejected`` lists the games that have an
+    illegal or unreadable move, no moves, or a nonstandard initial position, each with its line and the reason.
 
-    Checking the rules takes about 0.9 ms per game (for 144,000 games 2 minutes on one core, 1 minute on two).
-    ``check="syntax"`` takes a few seconds. It requires that the file uses ``notation``, and checks only that every word
-    has the form of a move.
+    Checking the rules takes about 0.9 ms per game (2 minutes for 144,000 games on one core, 1 minute on two cores).
+    ``check="syntax"`` takes a few seconds for these games. It requires that the file uses ``notation``, and checks only
+    that every word has the form of a move.
 
     Args:
         check: ``rules`` replays each game. ``syntax`` checks only the form of the words.
-        workers: number of processes. None: all cores for a large file.
+        workers: number of processes. None: one process per core for a large file.
 
     Raises:
         ImportError: the package ``chess`` is not installed (``check="syntax"`` does not need it).
@@ -146,9 +146,9 @@ def read_games(
     reader = "pgn" if is_pgn else check
     if workers is None:
         workers = min(os.cpu_count() or 1, 1 + len(items) // GAMES_PER_PROCESS) if check == "rules" else 1
-    read = _read_all(reader, items, notation, workers)
-    accepted = [game for game in read if not game.reason]
-    rejected = tuple(Rejected(game.line, game.reason) for game in read if game.reason)
+    parsed_games = _read_all(reader, items, notation, workers)
+    accepted = [game for game in parsed_games if not game.reason]
+    rejected = tuple(Rejected(game.line, game.reason) for game in parsed_games if game.reason)
     games = Games(
         tuple(game.moves for game in accepted), tuple(game.result for game in accepted), notation, str(path), rejected
     )
@@ -160,7 +160,7 @@ def read_games(
 def split_games(
     games: Games, validation_fraction: float, test_fraction: float, seed: int = 0
 ) -> tuple[Games, Games, Games]:
-    """The games for training, validation and test. Games with equal moves are in one part.
+    """Split the games into (training, validation, test). Games with equal moves are in the same part.
 
     The fractions are fractions of the distinct games. The games of each part are drawn at random, and keep the order of
     ``games``.
@@ -176,15 +176,15 @@ def split_games(
     sizes = [round(fraction * len(groups)) for fraction in (validation_fraction, test_fraction)]
     for name, size, fraction in zip(("validation", "test"), sizes, (validation_fraction, test_fraction), strict=True):
         if fraction > 0.0 and size == 0:
-            raise ValueError(f"{name}_fraction={fraction} of {len(groups)} distinct games is no game: increase it")
+            raise ValueError(f"{name}_fraction={fraction} of {len(groups)} distinct games rounds to 0: increase it")
     if sum(sizes) >= len(groups):
         raise ValueError(
             f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave none of the "
             f"{len(groups)} distinct games to train on"
         )
     order = np.random.default_rng(seed).permutation(len(groups))
-    first, second = sizes[0], sum(sizes)
-    parts = (order[second:], order[:first], order[first:second])
+    num_validation, num_held_out = sizes[0], sum(sizes)
+    parts = (order[num_held_out:], order[:num_validation], order[num_validation:num_held_out])
     train, validation, test = (
         games.select(sorted(index for group in part for index in groups[group])) for part in parts
     )
@@ -236,14 +236,14 @@ def import_chess() -> ModuleType:
 # ------------------------------------------------------------------------------------------- reading one game
 
 
-class _Read(NamedTuple):
-    """The result of reading one game.
+class _ParsedGame(NamedTuple):
+    """A game that was read, or the reason why it is rejected.
 
     Attributes:
         line: the number of the game's first line.
         moves: the moves in the requested notation.
         result: one of ``RESULTS``.
-        reason: why the game is rejected; empty for an accepted game.
+        reason: why the game is rejected. It is empty for an accepted game.
     """
 
     line: int
@@ -253,7 +253,7 @@ class _Read(NamedTuple):
 
 
 def _replay(words: Sequence[str], notation: Notation) -> str:
-    """The SAN or UCI moves in ``notation``. Raises ValueError for the first word that is not a legal move."""
+    """Convert SAN or UCI moves to ``notation``. Raises ``ValueError`` for the first word that is not a legal move."""
     board = import_chess().Board()
     moves = []
     for number, word in enumerate(words):
@@ -280,45 +280,46 @@ def _move_name(index: int, word: str) -> str:
 
 def _canonical_san(board: Any, move: Any, word: str) -> str:
     """The standard SAN of a move that was parsed from ``word``."""
-    # Writing SAN takes as long as parsing it. If the word was unambiguous without an origin, it is already standard.
+    # Writing SAN takes as long as parsing it. So return the word if it is already standard: it has no origin square,
+    # and has "x" only for a capture.
     plain = word.rstrip("+#")
-    if _WITHOUT_ORIGIN.fullmatch(plain) and ("x" in plain) == board.is_capture(move):
+    if _SAN_WITHOUT_ORIGIN.fullmatch(plain) and ("x" in plain) == board.is_capture(move):
         return plain
     return plain_san(board, move)
 
 
-def _words(line: str) -> tuple[list[str], str]:
+def _split_result(line: str) -> tuple[list[str], str]:
     """The moves of a line, and its result ("*" if the line has none)."""
     words = line.split()
     result = words.pop() if words and words[-1] in RESULTS else "*"
     return words, result
 
 
-def _by_rules(line: int, text: str, notation: Notation) -> Iterator[_Read]:
-    words, result = _words(text)
+def _read_with_rules(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]:
+    words, result = _split_result(text)
     if not words:
-        yield _Read(line, reason="no moves")
+        yield _ParsedGame(line, reason="no moves")
         return
     try:
-        yield _Read(line, _replay(words, notation), result)
+        yield _ParsedGame(line, _replay(words, notation), result)
     except ValueError as error:
         hint = "; a file with move numbers or tags needs the suffix .pgn" if re.match(r"\d+\.|\[", words[0]) else ""
-        yield _Read(line, reason=f"{error}{hint}")
+        yield _ParsedGame(line, reason=f"{error}{hint}")
 
 
-def _by_syntax(line: int, text: str, notation: Notation) -> Iterator[_Read]:
-    words, result = _words(text)
+def _read_with_syntax(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]:
+    words, result = _split_result(text)
     pattern = UCI_MOVE if notation == "uci" else SAN_MOVE
     bad = next(((i, word) for i, word in enumerate(words) if not pattern.fullmatch(word)), None)
     if not words:
-        yield _Read(line, reason="no moves")
+        yield _ParsedGame(line, reason="no moves")
     elif bad is not None:
-        yield _Read(line, reason=f"{_move_name(*bad)} is not a {notation} move")
+        yield _ParsedGame(line, reason=f"{_move_name(*bad)} is not a {notation} move")
     else:
-        yield _Read(line, " ".join(word.rstrip("+#") for word in words), result)
+        yield _ParsedGame(line, " ".join(word.rstrip("+#") for word in words), result)
 
 
-def _by_pgn(line: int, text: str, notation: Notation) -> Iterator[_Read]:
+def _read_pgn(line: int, text: str, notation: Notation) -> Iterator[_ParsedGame]:
     import_chess()
     import chess.pgn
 
@@ -332,40 +333,40 @@ def _by_pgn(line: int, text: str, notation: Notation) -> Iterator[_Read]:
         def handle_error(self, error: Exception) -> None:
             self.game.errors.append(error)
 
-    unknown = _unknown_word(text)
-    if unknown is not None:  # the parser would ignore it
-        yield _Read(line, reason=f"{unknown!r} in the text of the game is not a move")
+    unknown_word = _unknown_word(text)
+    if unknown_word is not None:  # the parser ignores unknown words
+        yield _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game is not a move")
         return
     stream = io.StringIO(text)
     while (game := chess.pgn.read_game(stream, Visitor=MainLine)) is not None:
         result = game.headers.get("Result", "*")
         board = game.board()
         if game.errors:
-            yield _Read(line, reason=str(game.errors[0]))
+            yield _ParsedGame(line, reason=str(game.errors[0]))
         elif board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
-            yield _Read(line, reason="the game is not standard chess from the initial position")
+            yield _ParsedGame(line, reason="the game is not standard chess from the initial position")
         elif game.next() is None:
-            yield _Read(line, reason="no moves")
+            yield _ParsedGame(line, reason="no moves")
         else:
             try:
                 moves = _replay([move.uci() for move in game.mainline_moves()], notation)
-                yield _Read(line, moves, result if result in RESULTS else "*")
+                yield _ParsedGame(line, moves, result if result in RESULTS else "*")
             except ValueError as error:  # a null move
-                yield _Read(line, reason=str(error))
+                yield _ParsedGame(line, reason=str(error))
 
 
 def _unknown_word(text: str) -> str | None:
     """The first word of a PGN text, outside tags, comments and variations, that is neither a move nor a result."""
     moves = "\n".join(line for line in text.splitlines() if not _TAG.fullmatch(line))
     moves = _PGN_COMMENT.sub(" ", moves)
-    while (outer := _PGN_VARIATION.sub(" ", moves)) != moves:
-        moves = outer
+    while (without_innermost := _PGN_VARIATION.sub(" ", moves)) != moves:
+        moves = without_innermost
     words = (word.rstrip("+#!?") for word in _PGN_NUMBER.sub(" ", moves).split())
     return next((word for word in words if word and word not in RESULTS and not _PGN_MOVE.fullmatch(word)), None)
 
 
 def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
-    """The line number and the text of each game. A game begins at a tag that follows a line that is not a tag."""
+    """The line number and the text of each game. A game begins at the first tag after a line that is not a tag."""
     lines = text.splitlines(keepends=True)
     start, after_tag = None, False
     for number, line in enumerate(lines):
@@ -382,40 +383,42 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
         yield start + 1, "".join(lines[start:])
 
 
-_READERS: dict[str, Callable[[int, str, Notation], Iterator[_Read]]] = {
-    "rules": _by_rules, "syntax": _by_syntax, "pgn": _by_pgn,
+_READERS: dict[str, Callable[[int, str, Notation], Iterator[_ParsedGame]]] = {
+    "rules": _read_with_rules, "syntax": _read_with_syntax, "pgn": _read_pgn,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- many games
 
 
-def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, workers: int) -> list[_Read]:
+def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, workers: int) -> list[_ParsedGame]:
     if workers == 1:
         return [game for line, text in items for game in _READERS[reader](line, text, notation)]
     bounds = np.linspace(0, len(items), workers + 1).astype(int)
     with ThreadPoolExecutor(workers) as pool:
-        parts = pool.map(lambda at: _read_in_process(reader, items[at[0] : at[1]], notation), zip(bounds, bounds[1:]))
+        parts = pool.map(
+            lambda bound: _read_in_process(reader, items[bound[0] : bound[1]], notation), zip(bounds, bounds[1:])
+        )
         return [game for part in parts for game in part]
 
 
-def _read_in_process(reader: str, items: list[tuple[int, str]], notation: Notation) -> list[_Read]:
+def _read_in_process(reader: str, items: list[tuple[int, str]], notation: Notation) -> list[_ParsedGame]:
     """The games of ``items``, read in a new process."""
-    # Do not use multiprocessing: a forked process may hang because of JAX's threads, and a spawned process would run
-    # the user's script again.
+    # Do not use multiprocessing: a forked process may hang because of JAX's threads, and a spawned process runs the
+    # user's script again.
     run = subprocess.run(
-        [sys.executable, "-c", "from jaxlm.data import games; games._serve()"],
+        [sys.executable, "-c", "from jaxlm.data import games; games._read_from_stdin()"],
         input=pickle.dumps((reader, items, notation)),
         capture_output=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if run.returncode:
         raise RuntimeError(f"a process that checks chess games failed:\n{run.stderr.decode(errors='replace')}")
-    return [_Read(*game) for game in pickle.loads(run.stdout)]
+    return [_ParsedGame(*game) for game in pickle.loads(run.stdout)]
 
 
-def _serve() -> None:
-    """Read the request of :func:`_read_in_process` from the standard input. Write the games to the standard output."""
+def _read_from_stdin() -> None:
+    """Read the arguments of :func:`_read_in_process` from standard input, and write the games to standard output."""
     reader, items, notation = pickle.loads(sys.stdin.buffer.read())
     games = [tuple(game) for game in _read_all(reader, items, notation, workers=1)]
     sys.stdout.buffer.write(pickle.dumps(games))

@@ -12,7 +12,14 @@ import numpy as np
 
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
-from jaxlm.data.tokenizers import _OWN_FILE, SpecialIds, _checked, _Inputs, _without_template, _write_json
+from jaxlm.data.tokenizers import (
+    JAXLM_FILE,
+    EncodeInputsMixin,
+    SpecialIds,
+    check_ids,
+    encode_without_template,
+    write_json,
+)
 
 _SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>", "<unk>")}
 
@@ -20,7 +27,8 @@ _SPECIAL = {"uci": ("<pad>", "<bos>", "<eos>"), "san": ("<pad>", "<bos>", "<eos>
 def uci_moves() -> tuple[str, ...]:
     """The 1,968 moves of all pieces on an empty board, including promotions, in alphabetical order.
 
-    The moves of queen and knight include those of the other pieces. Castling is a king's move of two squares.
+    The moves of the queen and the knight include the moves of all other pieces, except promotions. Castling is a king's
+    move of two squares.
     """
     squares = [(file, rank) for file in range(8) for rank in range(8)]
     moves = []
@@ -34,10 +42,10 @@ def uci_moves() -> tuple[str, ...]:
     return tuple(sorted(moves))
 
 
-class MoveTokenizer(_Inputs):
+class MoveTokenizer(EncodeInputsMixin):
     """A tokenizer with one id per move. A text is a line of moves such as ``e2e4 e7e5 g1f3`` or ``e4 e5 Nf3``.
 
-    Ids 0 to 2 are padding, the beginning and the end of a game. ``encode_inputs`` adds the beginning before the moves.
+    Ids 0 to 2 are padding, the beginning and the end of a game. ``encode_inputs`` adds id 1 before the moves.
     The UCI vocabulary has all 1,968 moves. The SAN vocabulary has the moves of the training games, and id 3 for any
     other move. ``encode`` removes the signs for check and mate (``+``, ``#``): they follow from the position, and they
     would make the vocabulary two thirds larger.
@@ -47,12 +55,12 @@ class MoveTokenizer(_Inputs):
         moves: the moves in the order of their ids. None: all moves (only for ``uci``).
 
     Raises:
-        ValueError: moves are missing, repeated, or not in the notation.
+        ValueError: moves are missing (None for ``san``, or an empty list), repeated, or not in the notation.
 
     Attributes:
         notation: ``uci`` or ``san``.
         moves: the moves in the order of their ids.
-        pad_id, bos_id, eos_id: ids of padding, beginning and end.
+        pad_id, bos_id, eos_id: the ids of padding and of the beginning and end of a game.
         first_move_id: the id of ``moves[0]``. Smaller ids are special tokens.
 
     Example:
@@ -90,10 +98,10 @@ class MoveTokenizer(_Inputs):
 
     @classmethod
     def from_games(cls, lines: Iterable[str], notation: Notation = "uci", *, min_count: int = 1) -> MoveTokenizer:
-        """The tokenizer for training games.
+        """The tokenizer with a vocabulary for the training games ``lines``.
 
         For ``san``, the vocabulary has the moves that occur at least ``min_count`` times, the most frequent first. For
-        ``uci``, it always has all moves.
+        ``uci``, the vocabulary always has all moves.
 
         Raises:
             ValueError: the lines are in another notation, or no move occurs ``min_count`` times.
@@ -107,7 +115,7 @@ class MoveTokenizer(_Inputs):
         return cls("san", sorted((move for move in counts if counts[move] >= min_count), key=lambda m: (-counts[m], m)))
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of the moves, int32 [moves], without the ids of beginning and end.
+        """The ids of the moves, int32 [moves], without the ids of the beginning and the end of a game.
 
         Raises:
             ValueError: a word is not a move in the notation. Results and move numbers are not moves.
@@ -115,7 +123,7 @@ class MoveTokenizer(_Inputs):
         ids = []
         for number, word in enumerate(text.split()):
             id = self._ids.get(word)
-            ids.append(self._id(word, number) if id is None else id)
+            ids.append(self._id_of_other_word(word, number) if id is None else id)
         return np.array(ids, np.int32)
 
     def game(self, line: str) -> np.ndarray:
@@ -123,7 +131,7 @@ class MoveTokenizer(_Inputs):
         return np.concatenate([[self.bos_id], self.encode(line), [self.eos_id]]).astype(np.int32)
 
     def is_move(self, id: int) -> bool:
-        """Whether an id is the id of a move, and not of a special token."""
+        """True if ``id`` is the id of a move, False if it is the id of a special token."""
         return self.first_move_id <= id < self.vocab_size
 
     def move_id(self, move: str) -> int | None:
@@ -135,11 +143,11 @@ class MoveTokenizer(_Inputs):
         return self._texts[id]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
-        """The line of moves. By default, padding, beginning and end have no text. An unknown move is ``<unk>``."""
+        """The line of moves. By default, padding, beginning and end are skipped. An unknown move is ``<unk>``."""
         unknown = self.special_ids.unk
         return " ".join(
             self._texts[id]
-            for id in _checked(ids, self.vocab_size)
+            for id in check_ids(ids, self.vocab_size)
             if id >= self.first_move_id or id == unknown or not skip_special_tokens
         )
 
@@ -147,14 +155,14 @@ class MoveTokenizer(_Inputs):
         content: dict[str, Any] = {"type": "moves", "notation": self.notation}
         if self.notation == "san":
             content["moves"] = " ".join(self.moves)
-        _write_json(Path(directory) / _OWN_FILE, content)
+        write_json(Path(directory) / JAXLM_FILE, content)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> MoveTokenizer:
         """The tokenizer of a saved ``jaxlm_tokenizer.json`` of type ``moves``.
 
         Raises:
-            ValueError: a field is missing or wrong.
+            ValueError: a field is missing or invalid.
         """
         moves = content.get("moves")
         if moves is not None and not isinstance(moves, str):
@@ -170,8 +178,8 @@ class MoveTokenizer(_Inputs):
     def __repr__(self) -> str:
         return f"MoveTokenizer({self.notation!r}, {len(self.moves):,} moves)"
 
-    def _id(self, word: str, number: int) -> int:
-        """The id of a word that is not in the vocabulary as written. Raises ValueError if it is not a move."""
+    def _id_of_other_word(self, word: str, number: int) -> int:
+        """The id of a word that is not a key of ``_ids``. Raises ``ValueError`` if the word is not a move."""
         plain = word.rstrip("+#") if self.notation == "san" else word
         id = self._ids.get(plain, self.special_ids.unk)
         pattern = SAN_MOVE if self.notation == "san" else UCI_MOVE
@@ -183,12 +191,12 @@ class MoveTokenizer(_Inputs):
         return id
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        def part(text: str) -> tuple[np.ndarray, np.ndarray]:
+        def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
             spans = [match.span() for match in re.finditer(r"\S+", text)]
             return self.encode(text), np.array(spans, np.int32).reshape(-1, 2)
 
-        begin = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL)))
+        bos = Encoding(*(np.array([x], np.int32) for x in (self.bos_id, 0, (0, 0), SPECIAL)))
         return [
-            Encoding(*(np.concatenate(fields) for fields in zip(begin, encoding, strict=True)))
-            for encoding in _without_template(part, texts, pairs)
+            Encoding(*(np.concatenate(fields) for fields in zip(bos, encoding, strict=True)))
+            for encoding in encode_without_template(ids_and_offsets, texts, pairs)
         ]

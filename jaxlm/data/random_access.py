@@ -1,6 +1,6 @@
-"""A source of batches for random-access data: a ``grain.MapDataset``, a map-style data set, or a list.
+"""Batches from random-access data: a ``grain.MapDataset``, a map-style data set, or a list.
 
-Shapes: B batch.
+Shapes: B batch size.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.batching import _check_min, _fingerprint, _shuffled
+from jaxlm.data.batching import check_min, shuffled_items, source_fingerprint
 from jaxlm.data.examples import check_random_access
 from jaxlm.data.tokens import check_tokens
 
 SAMPLES = 16
-"""Maximum number of elements that the fingerprint reads."""
+"""Maximum number of elements that :meth:`RandomAccess.fingerprint` reads."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,16 +25,16 @@ class RandomAccess:
     """A source of batches of random-access elements. Each epoch visits every element exactly once.
 
     All elements must have the same fields and shapes. For elements of unequal length, use
-    ``Bucketed(Examples.from_random_access(source))``. A batch may have the last elements of one epoch and the first
-    elements of the next one, so no element is dropped. A batch is a function of its step, so a resumed run does not
-    read earlier elements again.
+    ``Bucketed(Examples.from_random_access(source))``. A batch may contain the last elements of one epoch and
+    the first elements of the next epoch, so no element is dropped. A batch is a function of its step, so a resumed run
+    does not read earlier elements again.
 
     Args:
-        elements: an object with ``len(elements)``, for which ``elements[n]`` is a mapping of arrays and numbers. It
-            must be the same on each access.
+        elements: an object with ``len(elements)``. ``elements[n]`` must be a mapping of arrays and numbers, and the
+            same on each access.
         batch_size: B.
-        seed: seed of the order. Each epoch has another order.
-        shuffle: False keeps the order of the elements, for example that of ``grain.MapDataset.shuffle``.
+        seed: seed of the order. Each epoch has a different order.
+        shuffle: False keeps the order of the elements, for example if ``grain.MapDataset.shuffle`` has shuffled them.
 
     Raises:
         TypeError: the elements have no length or no index.
@@ -53,8 +53,8 @@ class RandomAccess:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        _check_min(1, batch_size=self.batch_size)
-        _check_min(0, seed=self.seed)
+        check_min(1, batch_size=self.batch_size)
+        check_min(0, seed=self.seed)
         check_random_access(self.elements, "the source")
         self._read(0)
 
@@ -63,7 +63,7 @@ class RandomAccess:
         return len(self.elements)
 
     def _read(self, number: int) -> Mapping[str, np.ndarray]:
-        """The arrays of an element, after a check."""
+        """The arrays of an element. Raises ``ValueError`` if it is not a mapping of numeric arrays."""
         element = self.elements[number]
         if not isinstance(element, Mapping) or not element:
             raise ValueError(f"element {number} must be a mapping of arrays, got {type(element).__name__}")
@@ -74,13 +74,13 @@ class RandomAccess:
         return arrays
 
     def batch(self, index: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Each field of the given rows of step ``index``, ``[B, ...]``.
+        """The fields of the given rows of step ``index``, ``[B, ...]`` each.
 
         Raises:
-            ValueError: an element has other fields, shapes or dtypes than the first element of the batch.
+            ValueError: an element differs from the first element of the batch in its fields, shapes or dtypes.
         """
         if self.shuffle:
-            numbers = _shuffled(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
+            numbers = shuffled_items(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
         else:
             numbers = (index * self.batch_size + np.asarray(rows, np.int64)) % self.rows_per_epoch
         elements = [self._read(int(number)) for number in numbers]
@@ -89,7 +89,7 @@ class RandomAccess:
             if _shapes(element) != first:
                 raise ValueError(
                     f"element {number} has {_shapes(element)}, but element {numbers[0]} of the same batch has {first}: "
-                    "truncate or pad them to one shape, or use Bucketed"
+                    "truncate or pad the elements to one shape, or use Bucketed"
                 )
         return {name: np.stack([element[name] for element in elements]) for name in elements[0]}
 
@@ -104,9 +104,9 @@ class RandomAccess:
         for number in range(0, self.rows_per_epoch, -(-self.rows_per_epoch // SAMPLES)):
             for name, array in sorted(self._read(number).items()):
                 checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes(), checksum)
-        return _fingerprint(self, elements=self.rows_per_epoch, checksum=checksum)
+        return source_fingerprint(self, elements=self.rows_per_epoch, checksum=checksum)
 
 
 def _shapes(element: Mapping[str, np.ndarray]) -> str:
-    """The names, dtypes and shapes of the fields as text."""
+    """The names, dtypes and shapes of the fields as a string."""
     return ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in sorted(element.items()))

@@ -1,10 +1,10 @@
-"""SQuAD: questions about texts. The answers are spans of the text (Rajpurkar et al. 2016, 2018).
+"""SQuAD: questions about texts, with spans of the text as answers (Rajpurkar et al. 2016, 2018).
 
     official JSON   {"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}
     JSONL           one object per line: {"id", "context", "question", "answers"}, and optionally "title"
 
 ``answers`` is a list of ``{"text", "answer_start"}``, or ``{"text": [...], "answer_start": [...]}`` as in the package
-``datasets``. It is empty for a question without an answer (SQuAD 2.0). Files may be compressed (``.gz``).
+``datasets``. ``answers`` is empty for a question without an answer (SQuAD 2.0). Files may be compressed (``.gz``).
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from jaxlm.data.examples import Example, Examples, Rejected
 from jaxlm.data.text_files import text_chunks
 
 MAX_SHIFT = 2
-"""Maximum distance in characters between the start in the file and the answer. Some starts in published files are wrong
-by one character."""
+"""Maximum distance in characters between the start in the file and the actual start of the answer. Some starts in
+published files are wrong by one character."""
 
 
 def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "raise") -> Examples:
     """The questions of a SQuAD file: ``id``, ``context``, ``question``, ``answers``, ``starts`` and ``group``.
 
-    ``answers`` are the texts of all annotators, and ``starts`` their first characters in the context. Both are empty
-    for a question without an answer. ``group`` is the title of the article, or the context if the file has no titles.
-    Split by it (``examples.split(0.8, by="group")``), so that no text is in two parts.
+    ``answers`` has the answers of all annotators, and ``starts`` the positions of their first characters. Both are
+    empty for a question without an answer. ``group`` is the title of the article, or the context if the file has no
+    titles. Split the examples by ``group`` (``examples.split(0.8, by="group")``), so that no text is in two parts.
 
     Args:
-        on_error: "report" lists invalid questions in ``rejected`` (with the number of the question in the file, from 1)
-            instead of raising an error.
+        on_error: "report" lists invalid questions in ``rejected`` instead of raising an error. ``Rejected.line`` is
+            then the number of the question in the file, from 1.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file has neither format, or a question is invalid: a field is missing, a text is empty, or an
-            answer is not in the context within :data:`MAX_SHIFT` characters of its start. The message has the file and
-            the id.
+            answer is not in the context within :data:`MAX_SHIFT` characters of its start. The message names the file
+            and the id.
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
@@ -45,12 +45,12 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
     """
     rows: list[Example] = []
     rejected: list[Rejected] = []
-    for number, record in enumerate(_records(Path(path)), start=1):
+    for number, record in enumerate(_read_records(Path(path)), start=1):
         question_id = None
         try:
-            question = _parsed(record)
+            question = _parse_record(record)
             question_id = question.get("id")
-            rows.append(_example(question))
+            rows.append(_make_example(question))
         except ValueError as error:
             reason = f"question {number} (id {question_id!r}): {error}"
             if on_error == "raise":
@@ -61,8 +61,8 @@ def read_squad(path: str | Path, *, on_error: Literal["raise", "report"] = "rais
     return Examples(rows, str(path), tuple(rejected))
 
 
-def _records(path: Path) -> Iterator[Any]:
-    """The questions of the file: objects in the JSONL format for official JSON, unparsed lines for JSONL."""
+def _read_records(path: Path) -> Iterator[Any]:
+    """The questions of the file. A question is an object of the JSONL format (official JSON) or a text line (JSONL)."""
     text = "".join(text_chunks(path))
     try:
         content = json.loads(text)
@@ -88,8 +88,8 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
                 yield {**question, "context": paragraph["context"], "title": article.get("title")}
 
 
-def _parsed(record: Any) -> Mapping[str, Any]:
-    """The JSON object of a question, parsed if the record is a line."""
+def _parse_record(record: Any) -> Mapping[str, Any]:
+    """The JSON object of a question. A record that is a line is parsed."""
     if isinstance(record, str):
         try:
             record = json.loads(record)
@@ -100,8 +100,8 @@ def _parsed(record: Any) -> Mapping[str, Any]:
     return record
 
 
-def _example(record: Mapping[str, Any]) -> Example:
-    """The example of a question, after a check of its fields and answers."""
+def _make_example(record: Mapping[str, Any]) -> Example:
+    """The example of a question. Raises ``ValueError`` for invalid fields or answers."""
     for name in ("id", "context", "question", "answers"):
         if name not in record:
             raise ValueError(f"no field {name!r}: the fields are {', '.join(map(repr, record))}")
@@ -112,14 +112,14 @@ def _example(record: Mapping[str, Any]) -> Example:
     for text, start in _answers(record["answers"]):
         if not isinstance(text, str) or not text.strip() or type(start) is not int:
             raise ValueError(f"an answer needs a text and a start, got {text!r} and {start!r}")
-        found = _find(context, text, start)
-        if found is None:
+        position = _find_answer(context, text, start)
+        if position is None:
             actual = context[max(0, start) : max(0, start) + len(text)]
             raise ValueError(
                 f"the answer {text!r} is not at character {start} of the context, which has {actual!r} there"
             )
         answers.append(text)
-        starts.append(found)
+        starts.append(position)
     return {
         "id": str(record["id"]),
         "context": context,
@@ -131,7 +131,7 @@ def _example(record: Mapping[str, Any]) -> Example:
 
 
 def _answers(value: Any) -> list[tuple[Any, Any]]:
-    """The text and the start of each answer."""
+    """The (text, start) of each answer."""
     try:
         if isinstance(value, Mapping):
             return list(zip(value["text"], value["answer_start"], strict=True))
@@ -142,8 +142,8 @@ def _answers(value: Any) -> list[tuple[Any, Any]]:
         ) from error
 
 
-def _find(context: str, text: str, start: int) -> int | None:
-    """The position of the text in the context that is nearest to ``start``; None if it is not within ``MAX_SHIFT``."""
+def _find_answer(context: str, text: str, start: int) -> int | None:
+    """The position of the text in the context nearest to ``start``. None: it does not occur within ``MAX_SHIFT``."""
     for shift in sorted(range(-MAX_SHIFT, MAX_SHIFT + 1), key=abs):
         if start + shift >= 0 and context.startswith(text, start + shift):
             return start + shift

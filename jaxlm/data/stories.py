@@ -1,14 +1,16 @@
 """Generated stories with questions, similar to bAbI (Weston et al. 2015). The answers are spans of the story.
 
 People walk between rooms, and pick up, put down and give away things. Each question has one correct answer. The table
-has the kinds of questions, their answers, and the sentences that are needed:
+lists the kinds of questions, their answers, and the sentences that a reader needs:
 
     where_person   the room of a person                    the last sentence about the person
-    where_thing    the room of a thing that is carried     two sentences: who has it, and the person's room
+    where_thing    the room of a thing                     two sentences: who has or dropped it, and the person's room
     who_has        who carries a thing                     the last sentence about the thing
     when           the time of day of a walk               one sentence
-    gave_what, gave_to, who_gave     a gift                one sentence
-    where_before   the room before another room            two sentences
+    gave_what      the thing that a person gave            one sentence
+    gave_to        the person who received a thing         one sentence
+    who_gave       the person who gave a thing             one sentence
+    where_before   the previous room of a person           two sentences
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
     """``count`` questions about generated stories: ``id``, ``context``, ``question``, ``answers``, ``starts``,
     ``group`` (the story) and ``kind``.
 
-    The same arguments give the same questions. With a larger ``count``, the first questions are the same.
+    The same arguments give the same questions. A larger ``count`` only adds questions at the end.
 
     Args:
         seed: seed of the random choices.
@@ -73,11 +75,11 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
         story = _Story(rng)
         for _ in range(sentences):
             story.add_sentence()
-        found = story.questions()
-        # The kind is drawn first, so that a kind with many possible questions is not more frequent.
-        kinds = list(dict.fromkeys(kind for kind, _, _ in found))
+        candidates = story.questions()
+        # Draw the kind first, so that kinds with many possible questions are not more frequent than others.
+        kinds = list(dict.fromkeys(kind for kind, _, _ in candidates))
         for kind in rng.sample(kinds, min(questions, len(kinds))):
-            _, question, (answer, start) = rng.choice([item for item in found if item[0] == kind])
+            _, question, (answer, start) = rng.choice([item for item in candidates if item[0] == kind])
             rows.append(
                 {
                     "id": f"{seed}-{number}-{kind}", "context": story.text, "question": question, "answers": [answer],
@@ -90,7 +92,7 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
 
 @dataclasses.dataclass
 class _Gift:
-    """A gift, with the mentions of its sentence."""
+    """A gift: the mentions of its giver, thing and receiver in its sentence."""
 
     giver: _Mention
     thing: _Mention
@@ -98,7 +100,14 @@ class _Gift:
 
 
 class _Story:
-    """A story: its text, the locations of all people and things, and the mentions in the text that state them."""
+    """A story: its text, the current state of people and things, and the mentions in the text that give this state.
+
+    Attributes:
+        walks: the rooms that each person walked to, in order.
+        times: (person, room) -> the times of day of the walks to the room.
+        holder: the person who carries each thing, or None.
+        dropped_in: the room in which each thing was put down, or None.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.text = rng, ""
@@ -109,11 +118,11 @@ class _Story:
         self.walks: dict[str, list[_Mention]] = {person: [] for person in self.people}
         self.times: dict[tuple[str, str], list[_Mention]] = {}
         self.holder: dict[str, _Mention | None] = dict.fromkeys(self.things)
-        self.lies_in: dict[str, _Mention | None] = dict.fromkeys(self.things)
+        self.dropped_in: dict[str, _Mention | None] = dict.fromkeys(self.things)
         self.gifts: list[_Gift] = []
 
     def add_sentence(self) -> None:
-        """Append one possible event to the story."""
+        """Append a random event that is possible in the current state."""
         carried = [thing for thing in self.things if self.holder[thing] is not None]
         events: list[Callable[[], None]] = [self._walk] * 2
         if any(self.walks.values()) and len(carried) < len(self.things):
@@ -123,98 +132,104 @@ class _Story:
         self.rng.choice(events)()
 
     def questions(self) -> list[tuple[str, str, _Mention]]:
-        """The kind, text and answer of every question that has one correct answer."""
-        found = []
+        """The (kind, text, answer) of every question that has one correct answer."""
+        candidates = []
         for person, walks in self.walks.items():
             if walks:
-                found.append(("where_person", f"Where is {person}?", walks[-1]))
+                candidates.append(("where_person", f"Where is {person}?", walks[-1]))
             rooms = [room for room, _ in walks]
             for before, (room, _) in zip(walks, walks[1:], strict=False):
                 if rooms.count(room) == 1:
-                    found.append(("where_before", f"Where was {person} before the {room}?", before))
+                    candidates.append(("where_before", f"Where was {person} before the {room}?", before))
         for thing, holder in self.holder.items():
-            room_at = self.lies_in[thing]
+            room_mention = self.dropped_in[thing]
             if holder is not None:
-                found.append(("who_has", f"Who has the {thing}?", holder))
-                room_at = self.walks[holder[0]][-1]
-            if room_at is not None:
-                found.append(("where_thing", f"Where is the {thing}?", room_at))
+                candidates.append(("who_has", f"Who has the {thing}?", holder))
+                room_mention = self.walks[holder[0]][-1]
+            if room_mention is not None:
+                candidates.append(("where_thing", f"Where is the {thing}?", room_mention))
         for (person, room), times in self.times.items():
             if len(times) == 1 and [name for name, _ in self.walks[person]].count(room) == 1:
-                found.append(("when", f"When did {person} go to the {room}?", times[0]))
-        return found + self._questions_about_gifts()
+                candidates.append(("when", f"When did {person} go to the {room}?", times[0]))
+        return candidates + self._questions_about_gifts()
 
     def _questions_about_gifts(self) -> list[tuple[str, str, _Mention]]:
-        found = []
+        candidates = []
         triples = [(gift.giver[0], gift.thing[0], gift.receiver[0]) for gift in self.gifts]
         for gift, (giver, thing, receiver) in zip(self.gifts, triples, strict=True):
             if sum((a, c) == (giver, receiver) for a, _, c in triples) == 1:
-                found.append(("gave_what", f"What did {giver} give to {receiver}?", gift.thing))
+                candidates.append(("gave_what", f"What did {giver} give to {receiver}?", gift.thing))
             if sum((a, b) == (giver, thing) for a, b, _ in triples) == 1:
-                found.append(("gave_to", f"Who did {giver} give the {thing} to?", gift.receiver))
+                candidates.append(("gave_to", f"Who did {giver} give the {thing} to?", gift.receiver))
             if sum((b, c) == (thing, receiver) for _, b, c in triples) == 1:
-                found.append(("who_gave", f"Who gave the {thing} to {receiver}?", gift.giver))
-        return found
+                candidates.append(("who_gave", f"Who gave the {thing} to {receiver}?", gift.giver))
+        return candidates
 
     # ------------------------------------------------------------------------------------------------ events
 
     def _walk(self, person: str | None = None, room: str | None = None) -> None:
         person = person or self.rng.choice(self.people)
-        room = room or self.rng.choice([room for room in self.rooms if room != self._room(person)])
+        room = room or self.rng.choice([room for room in self.rooms if room != self._current_room(person)])
         if self.rng.random() < 0.5:
             time = self.rng.choice(TIMES)
-            time_at, room_at = self._say("In {}, {person} {verb} the {}.", time, room, person=person, verb=_WALKS)
-            self.times.setdefault((person, room), []).append(time_at)
+            time_mention, room_mention = self._append_sentence(
+                "In {}, {person} {verb} the {}.", time, room, person=person, verb=_WALKS
+            )
+            self.times.setdefault((person, room), []).append(time_mention)
         else:
-            (room_at,) = self._say("{person} {verb} the {}.", room, person=person, verb=_WALKS)
-        self.walks[person].append(room_at)
+            (room_mention,) = self._append_sentence("{person} {verb} the {}.", room, person=person, verb=_WALKS)
+        self.walks[person].append(room_mention)
 
     def _take(self) -> None:
         person = self.rng.choice([person for person in self.people if self.walks[person]])
         thing = self.rng.choice([thing for thing in self.things if self.holder[thing] is None])
-        lies = self.lies_in[thing]
-        if lies is not None and lies[0] != self._room(person):
-            self._walk(person, lies[0])
+        thing_room = self.dropped_in[thing]
+        if thing_room is not None and thing_room[0] != self._current_room(person):
+            self._walk(person, thing_room[0])
             return
-        person_at, _ = self._say("{} {verb} the {}.", person, thing, verb=_TAKES)
-        self.holder[thing], self.lies_in[thing] = person_at, None
+        person_mention, _ = self._append_sentence("{} {verb} the {}.", person, thing, verb=_TAKES)
+        self.holder[thing], self.dropped_in[thing] = person_mention, None
 
     def _drop(self) -> None:
-        thing, person = self._carried()
-        self._say("{person} {verb} the {}.", thing, person=person, verb=_DROPS)
-        # The last walk of the person is the mention of the room.
-        self.holder[thing], self.lies_in[thing] = None, self.walks[person][-1]
+        thing, person = self._random_carried_thing()
+        self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROPS)
+        # The last walk of the person mentions the room.
+        self.holder[thing], self.dropped_in[thing] = None, self.walks[person][-1]
 
     def _give(self) -> None:
-        thing, giver = self._carried()
+        thing, giver = self._random_carried_thing()
         receiver = self.rng.choice([person for person in self.people if person != giver])
-        if self._room(receiver) != self._room(giver):
-            self._walk(receiver, self._room(giver))
+        if self._current_room(receiver) != self._current_room(giver):
+            self._walk(receiver, self._current_room(giver))
             return
-        giver_at, thing_at, receiver_at = self._say("{} {verb} the {} to {}.", giver, thing, receiver, verb=_GIFTS)
-        self.gifts.append(_Gift(giver_at, thing_at, receiver_at))
-        self.holder[thing] = receiver_at
+        giver_mention, thing_mention, receiver_mention = self._append_sentence(
+            "{} {verb} the {} to {}.", giver, thing, receiver, verb=_GIFTS
+        )
+        self.gifts.append(_Gift(giver_mention, thing_mention, receiver_mention))
+        self.holder[thing] = receiver_mention
 
-    def _room(self, person: str) -> str | None:
+    def _current_room(self, person: str) -> str | None:
         """The room of a person; None before the first walk."""
         return self.walks[person][-1][0] if self.walks[person] else None
 
-    def _carried(self) -> tuple[str, str]:
-        """A random thing that is carried, and the person who carries it."""
+    def _random_carried_thing(self) -> tuple[str, str]:
+        """A random carried thing, and the person who carries it."""
         holders = {thing: holder[0] for thing, holder in self.holder.items() if holder is not None}
         thing = self.rng.choice(list(holders))
         return thing, holders[thing]
 
-    # ------------------------------------------------------------------------------------------------ words
+    # ------------------------------------------------------------------------------------------------ text
 
-    def _say(self, template: str, *mentions: str, verb: tuple[str, ...], person: str = "") -> list[_Mention]:
-        """Append a sentence; returns the mentions that replace its empty braces, with their positions."""
+    def _append_sentence(
+        self, template: str, *mentions: str, verb: tuple[str, ...], person: str = ""
+    ) -> list[_Mention]:
+        """Append a sentence. Returns the mentions that fill the empty braces of the template, with their positions."""
         parts = template.replace("{verb}", self.rng.choice(verb)).replace("{person}", person).split("{}")
         text = self.text + " " if self.text else ""
-        found = []
+        positions = []
         for part, mention in zip(parts, mentions, strict=False):
             text += part
-            found.append((mention, len(text)))
+            positions.append((mention, len(text)))
             text += mention
         self.text = text + parts[-1]
-        return found
+        return positions

@@ -1,11 +1,11 @@
-"""Text files. All readers of jaxlm open text files with this module, so all follow the same rules.
+"""Reading of text files. All readers of jaxlm use this module, so they follow the same rules:
 
-- Encoding: UTF-8, unless the caller passes another encoding. An invalid byte is an error with its offset and line.
+- Encoding: UTF-8, unless the caller passes another encoding. An invalid byte raises an error with its offset and line.
 - A byte order mark at the beginning is removed.
 - Line ends: "\\n" ends a line. Readers of lines also remove one "\\r" before it, so a CRLF file gives the same lines.
   Any other "\\r" is a character of the line. ``read_text`` keeps all characters, including "\\r".
-- ``.gz`` files are decompressed while they are read. Their decompressed size may be up to 64 MiB, or up to 50 times the
-  file size if that is more. Uncompressed files have no limit.
+- ``.gz`` files are decompressed while they are read. The limit of their decompressed size is 64 MiB or 50 times
+  the file size, whichever is larger. Uncompressed files have no limit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ALWAYS_UNPACKED = 64 * 2**20
-"""Decompressed size in bytes that any ``.gz`` file may have."""
+"""Decompressed size in bytes that is allowed for every ``.gz`` file."""
 UNPACKED_RATIO = 50
-"""Maximum ratio of decompressed size to file size of a larger ``.gz`` file. The ratio of text is 3 to 10; that of a
-decompression bomb is 1,000."""
+"""Maximum ratio of decompressed size to file size for ``.gz`` files that decompress to more than
+:data:`ALWAYS_UNPACKED`. The ratio is 3 to 10 for text, and 1,000 for a decompression bomb."""
 
 _CHUNK = 2**20
 
@@ -38,23 +38,23 @@ def text_chunks(path: str | Path, encoding: str = "utf-8") -> Iterator[str]:
     # "utf-8-sig" removes a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig" if _is_utf8(encoding) else encoding)()
     offset, line = 0, 1
-    for data in _bytes(path):
+    for data in _read_bytes(path):
         offset += len(data)
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             start = offset - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
-            raise _not_text(path, encoding, error.object[error.start], start, line) from error
-        # A UTF-16 file without a byte order mark is valid UTF-8, but has zero bytes. Text has none.
+            raise _decoding_error(path, encoding, error.object[error.start], start, line) from error
+        # Reject zero bytes: an ASCII text in UTF-16 without a byte order mark is valid UTF-8 with zero bytes.
         if _is_utf8(encoding) and (zero := data.find(0)) >= 0:
-            raise _not_text(path, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))
+            raise _decoding_error(path, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))
         line += text.count("\n")
         yield text
 
 
 def read_text(path: str | Path) -> str:
-    """The whole text of a UTF-8 file (``.gz`` too), with unchanged line ends; see ``jaxlm.data.text_files``.
+    """The whole text of a UTF-8 file or a ``.gz`` file of UTF-8 text, with unchanged line ends.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -68,7 +68,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """The lines of a file, numbered from 1, without their ends ("\\n" or "\\r\\n").
+    """The lines of a file, numbered from 1, without the line ends ("\\n" or "\\r\\n").
 
     Raises:
         FileNotFoundError, LookupError, ValueError: as in :func:`text_chunks`.
@@ -85,8 +85,8 @@ def read_lines(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[int,
         yield number, last.removesuffix("\r")
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
-    """The decompressed content of a file in pieces. The last piece is empty."""
+def _read_bytes(path: Path) -> Iterator[bytes]:
+    """The decompressed content of a file in pieces. The last piece is empty, to mark the end."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"{path} is not a file")
     if path.suffix != ".gz":
@@ -120,7 +120,7 @@ def _is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name == "utf-8"
 
 
-def _not_text(path: Path, encoding: str, value: int, offset: int, line: int) -> ValueError:
+def _decoding_error(path: Path, encoding: str, value: int, offset: int, line: int) -> ValueError:
     name = "UTF-8" if _is_utf8(encoding) else encoding
     return ValueError(
         f"{path} is not {name} text: byte 0x{value:02x} at offset {offset}, line {line}. Re-encode it, e.g. `iconv -f "

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back. Byte and character tokenizers are built in; others are loaded or trained."""
+"""Tokenizers convert text to ids and back. This module has byte, character and pretrained tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
 from jaxlm.json_files import read_object
 
-_OWN_FILE = "jaxlm_tokenizer.json"
+JAXLM_FILE = "jaxlm_tokenizer.json"
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 """The roles of special tokens: the fields of :class:`SpecialIds`."""
 _KNOWN_TOKENS = {
@@ -29,12 +29,12 @@ _KNOWN_TOKENS = {
     "mask": ("[MASK]", "<mask>"),
 }
 """The tokens that published vocabularies use for each role. They are tried in order if no file names the token."""
-_KEPT_FILES = (
+_COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
 """Files of a published tokenizer that ``save`` writes back unchanged."""
-TOKENIZER_FILES = (_OWN_FILE, "tokenizer.json", *_KEPT_FILES)
+TOKENIZER_FILES = (JAXLM_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of all files from which :func:`load_tokenizer` or transformers read a tokenizer."""
 
 
@@ -66,8 +66,8 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: ids are ``0 <= id < vocab_size``.
         special_ids: the ids of the special tokens.
-        end_id: the id that ends a document. None: the tokenizer has no such id. ``encode`` does not add it. It is
-            ``special_ids.eos``; BERT's vocabularies have no eos token, so it is the id of ``[SEP]``.
+        end_id: the id that ends a document: ``special_ids.eos``, or ``special_ids.sep`` if the vocabulary has no eos
+            token (BERT). None: the tokenizer has no such id. ``encode`` does not add ``end_id``.
     """
 
     @property
@@ -90,7 +90,7 @@ class Tokenizer(Protocol):
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """``encode_inputs`` of each text (and its pair). It is faster than single calls."""
+        """Apply ``encode_inputs`` to each text (and its pair). One call is faster than single calls."""
         ...
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
@@ -106,8 +106,8 @@ class Tokenizer(Protocol):
         ...
 
 
-class _Inputs:
-    """The ``encode_inputs`` and ``encode_windows`` methods of a tokenizer that implements ``_encodings``."""
+class EncodeInputsMixin:
+    """Mixin: ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows`` for a class with ``_encodings``."""
 
     _context_first = False
     """Whether ``encode_windows`` puts the context before the question."""
@@ -119,11 +119,11 @@ class _Inputs:
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
         """The text, or the pair, with the special tokens of the tokenizer's template.
 
-        BERT: ``[CLS] text [SEP] pair [SEP]``; T5: ``text </s>``; GPT-2, bytes and characters have none.
+        BERT: ``[CLS] text [SEP] pair [SEP]``. T5: ``text </s>``. GPT-2, bytes and characters: no special tokens.
 
         Args:
-            max_length: maximum number of tokens, including special tokens. Tokens are removed at the end of a text, in
-                a pair first from the longer text. None: the texts are not truncated.
+            max_length: maximum number of tokens, including special tokens. Tokens are removed from the end of a
+                text; in a pair, first from the longer text. None: the texts are not truncated.
 
         Raises:
             TypeError: ``text`` or ``pair`` is not a string.
@@ -134,7 +134,7 @@ class _Inputs:
     def encode_inputs_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int | None = None
     ) -> list[Encoding]:
-        """``encode_inputs`` of each text (and its pair). It is faster than single calls.
+        """Apply ``encode_inputs`` to each text (and its pair). One call is faster than single calls.
 
         Raises:
             TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
@@ -149,13 +149,14 @@ class _Inputs:
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"each text needs one pair: got {len(texts)} texts and {len(pairs)} pairs")
         encoded = self._encodings(texts, pairs)
-        return encoded if max_length is None else [encodings.truncated(one, max_length) for one in encoded]
+        return encoded if max_length is None else [encodings.truncated(encoding, max_length) for encoding in encoded]
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
         """Overlapping windows of the context, each with the whole question, as for SQuAD.
 
-        In every window, ``sequence`` is 0 for the question and 1 for the context. ``offsets`` are positions in the
-        whole context. If the classifier token of the template is last (XLNet), the context is before the question.
+        In every window, ``sequence`` is 0 for the question and 1 for the context. The ``offsets`` of context tokens are
+        positions in the whole context. If the template ends with the classifier token (XLNet), the context is before
+        the question.
 
         Args:
             max_length: maximum number of tokens of a window, including special tokens.
@@ -179,22 +180,22 @@ class _Inputs:
         return encodings.windows(encoding, max_length, stride)
 
 
-def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
     """The ids as an array [tokens], after a check of their dtype, shape and range."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"decode needs a 1-D array of integer ids, got {array.dtype}{list(array.shape)}")
-    bad = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if bad.size:
-        at = bad[0]
-        raise ValueError(f"id {array[at]} at position {at} is outside the vocabulary of {vocab_size} ids")
+    invalid = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if invalid.size:
+        index = invalid[0]
+        raise ValueError(f"id {array[index]} at position {index} is outside the vocabulary of {vocab_size} ids")
     return array
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer(_Inputs):
+class ByteTokenizer(EncodeInputsMixin):
     """A tokenizer of UTF-8 bytes: ids 0-255 are bytes, and id 256 is the end of a document.
 
     ``decode`` replaces bytes of an incomplete character by U+FFFD. Id 256 has no text.
@@ -212,25 +213,25 @@ class ByteTokenizer(_Inputs):
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        def part(text: str) -> tuple[np.ndarray, np.ndarray]:
+        def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
             sizes = [len(character.encode("utf-8")) for character in text]
             first = np.repeat(np.arange(len(text)), sizes)
             return self.encode(text), np.stack([first, first + 1], axis=-1)
 
-        return _without_template(part, texts, pairs)
+        return encode_without_template(ids_and_offsets, texts, pairs)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text. Id 256 has no text, so ``skip_special_tokens`` changes nothing."""
-        array = _checked(ids, self.vocab_size)
+        array = check_ids(ids, self.vocab_size)
         return array[array != self.end_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
-        _write_json(Path(directory) / _OWN_FILE, {"type": "byte"})
+        write_json(Path(directory) / JAXLM_FILE, {"type": "byte"})
 
 
 @dataclasses.dataclass(frozen=True)
-class CharTokenizer(_Inputs):
-    """A tokenizer of characters: id ``i`` is ``characters[i]``. It has no id for the end of a document.
+class CharTokenizer(EncodeInputsMixin):
+    """A tokenizer of characters: id ``i`` is ``characters[i]``. There is no id for the end of a document.
 
     Example:
         >>> CharTokenizer.from_text("to be").encode("bet").tolist()
@@ -245,8 +246,10 @@ class CharTokenizer(_Inputs):
         if not self.characters:
             raise ValueError("a character tokenizer needs at least one character, got an empty text")
         if len(set(self.characters)) != len(self.characters):
-            twice = next(c for i, c in enumerate(self.characters) if c in self.characters[:i])
-            raise ValueError(f"characters must be distinct, got {twice!r} more than once; try CharTokenizer.from_text")
+            repeated = next(c for i, c in enumerate(self.characters) if c in self.characters[:i])
+            raise ValueError(
+                f"characters must be distinct, got {repeated!r} more than once; try CharTokenizer.from_text"
+            )
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
@@ -258,33 +261,34 @@ class CharTokenizer(_Inputs):
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32. Raises ValueError with the first character that is not in ``characters``."""
+        """The ids of a text, int32. Raises ``ValueError`` that names the first character outside ``characters``."""
         known, points = _code_points(self.characters), _code_points(text)
         order = np.argsort(known)
         ranks = np.searchsorted(known, points, sorter=order)
         ids = order[np.minimum(ranks, len(known) - 1)]
         unknown = np.flatnonzero(known[ids] != points)
         if unknown.size:
-            at = int(unknown[0])
+            index = int(unknown[0])
             raise ValueError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the {self.vocab_size} "
-                f"characters of this tokenizer: build it from text that has it, or use ByteTokenizer"
+                f"character {text[index]!r} (U+{ord(text[index]):04X}) at position {index} is not among the "
+                f"{self.vocab_size} characters of this tokenizer: build the tokenizer from text with this character, "
+                "or use ByteTokenizer"
             )
         return ids.astype(np.int32)
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-        def part(text: str) -> tuple[np.ndarray, np.ndarray]:
+        def ids_and_offsets(text: str) -> tuple[np.ndarray, np.ndarray]:
             first = np.arange(len(text))
             return self.encode(text), np.stack([first, first + 1], axis=-1)
 
-        return _without_template(part, texts, pairs)
+        return encode_without_template(ids_and_offsets, texts, pairs)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text. There are no special tokens, so ``skip_special_tokens`` changes nothing."""
-        return "".join(self.characters[i] for i in _checked(ids, self.vocab_size))
+        return "".join(self.characters[i] for i in check_ids(ids, self.vocab_size))
 
     def save(self, directory: str | Path) -> None:
-        _write_json(Path(directory) / _OWN_FILE, {"type": "character", "characters": self.characters})
+        write_json(Path(directory) / JAXLM_FILE, {"type": "character", "characters": self.characters})
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -292,24 +296,24 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
 
 
-class PretrainedTokenizer(_Inputs):
+class PretrainedTokenizer(EncodeInputsMixin):
     """A tokenizer of the package ``tokenizers`` (extra ``tokenizers``), published with a checkpoint or trained.
 
-    ``encode`` adds no special tokens. A special token that is written in the text is encoded as its id. ``decode``
-    writes special tokens as text.
+    ``encode`` adds no special tokens, but encodes a special token in the text as its id. ``decode`` writes special
+    tokens as text.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off, and are restored in the saved
-            file.
-        special_tokens: the token of each role in ``ROLES``. None: the tokenizer has no token for the role. A role that
-            is not in the mapping gets the first token of the vocabulary that published vocabularies use for it.
-        files: the contents of further files that ``save`` writes, by name.
+        backend: the ``tokenizers.Tokenizer``. Its padding and truncation are turned off. ``save`` writes their original
+            settings.
+        special_tokens: role in ``ROLES`` -> token. None: the tokenizer has no token for the role. For a role that is
+            not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
+        files: name -> content of further files that ``save`` writes.
 
     Raises:
         ValueError: an unknown role, or a token that is not in the vocabulary.
 
     Attributes:
-        special_tokens: the text of each special token, by role, for the roles that the tokenizer has.
+        special_tokens: role -> special token, for the roles that the tokenizer has.
     """
 
     def __init__(
@@ -323,15 +327,15 @@ class PretrainedTokenizer(_Inputs):
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.special_tokens = _special_tokens(backend, special_tokens or {})
         self.special_ids = SpecialIds(**{role: backend.token_to_id(t) for role, t in self.special_tokens.items()})
-        # BERT's vocabularies have no eos token. [SEP] ends each of its texts.
+        # BERT's vocabularies have no eos token, so [SEP] ends a document.
         end_token = self.special_tokens.get("eos", self.special_tokens.get("sep"))
         self.end_id: int | None = None if end_token is None else backend.token_to_id(end_token)
         self._files = dict(files or {})
-        # Padding and truncation of tokenizer.json would change the length of every text, so they are turned off.
-        self._lengths: dict[str, Any] = {"padding": None, "truncation": None}
+        # The padding and truncation of tokenizer.json would change the number of ids, so turn them off.
+        self._padding_and_truncation: dict[str, Any] = {"padding": None, "truncation": None}
         if backend.padding is not None or backend.truncation is not None:
             content = json.loads(backend.to_str())
-            self._lengths = {name: content[name] for name in self._lengths}
+            self._padding_and_truncation = {name: content[name] for name in self._padding_and_truncation}
         backend.no_padding()
         backend.no_truncation()
         template = backend.encode("").ids
@@ -341,7 +345,7 @@ class PretrainedTokenizer(_Inputs):
     def from_directory(cls, directory: str | Path) -> PretrainedTokenizer:
         """The tokenizer of ``tokenizer.json``, or of GPT-2's ``vocab.json`` and ``merges.txt`` (byte-level BPE).
 
-        The special token of a role comes from the first of these that names it: ``tokenizer_config.json``,
+        The special token of a role comes from the first of these sources that names a token: ``tokenizer_config.json``,
         ``special_tokens_map.json``, the ids in ``config.json``, the template in ``tokenizer.json``, and the tokens that
         published vocabularies use. ``save`` writes all files of the tokenizer back unchanged.
 
@@ -351,7 +355,7 @@ class PretrainedTokenizer(_Inputs):
         """
         directory = Path(directory)
         backend = _read_backend(directory)
-        files = {name: (directory / name).read_bytes() for name in _KEPT_FILES if (directory / name).is_file()}
+        files = {name: (directory / name).read_bytes() for name in _COPIED_FILES if (directory / name).is_file()}
         return cls(backend, _declared_tokens(directory, backend), files=files)
 
     def encode(self, text: str) -> np.ndarray:
@@ -367,7 +371,7 @@ class PretrainedTokenizer(_Inputs):
         Args:
             skip_special_tokens: remove special tokens.
         """
-        return self.backend.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(check_ids(ids, self.vocab_size).tolist(), skip_special_tokens=skip_special_tokens)
 
     def save(self, directory: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` read."""
@@ -377,13 +381,13 @@ class PretrainedTokenizer(_Inputs):
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
         if "tokenizer_config.json" not in self._files:
-            _write_json(directory / "tokenizer_config.json", self._default_config())
-        content = {**json.loads(self.backend.to_str()), **self._lengths}
+            write_json(directory / "tokenizer_config.json", self._default_config())
+        content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
 
     def _default_config(self) -> dict[str, Any]:
-        """The ``tokenizer_config.json`` of a tokenizer that was loaded without one."""
+        """The content of ``tokenizer_config.json`` for a tokenizer that has no such file."""
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -437,7 +441,7 @@ def _read_backend(directory: Path) -> Any:
 
 
 def _check_distinct(vocab: Mapping[str, int], file: Path) -> None:
-    """Raise ``ValueError`` if two tokens have one id, because only one of them could be decoded."""
+    """Raise ``ValueError`` if two tokens have the same id, because decoding is then ambiguous."""
     tokens: dict[int, str] = {}
     for token, number in sorted(vocab.items()):
         if number in tokens:
@@ -448,7 +452,7 @@ def _check_distinct(vocab: Mapping[str, int], file: Path) -> None:
 
 
 def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
-    """The special tokens that the files of a directory name, by role."""
+    """Role -> special token, as declared in the files of a directory."""
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = read_object(directory / name) if (directory / name).exists() else {}
@@ -462,7 +466,7 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
     for role in ROLES:
         ids = config.get(f"{role}_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        # An id in config.json may be a default of the class, and not the id of a special token.
+        # An id in config.json may be a class default, so use it only if it is the id of a special token.
         if role not in declared and isinstance(first, int) and first in added:
             declared[role] = added[first]
         if role not in declared and processor.get("type") in ("BertProcessing", "RobertaProcessing"):
@@ -482,16 +486,16 @@ def _as_encoding(encoding: Any) -> Encoding:
     )
 
 
-def _without_template(
-    part: Callable[[str], tuple[np.ndarray, np.ndarray]], texts: Sequence[str], pairs: Sequence[str] | None
+def encode_without_template(
+    ids_and_offsets: Callable[[str], tuple[np.ndarray, np.ndarray]], texts: Sequence[str], pairs: Sequence[str] | None
 ) -> list[Encoding]:
     """The encodings of texts or pairs without special tokens.
 
     Args:
-        part: a function that returns the ids [tokens] and the offsets [tokens, 2] of a text.
+        ids_and_offsets: a function that returns the ids [tokens] and the offsets [tokens, 2] of a text.
     """
     rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
-    return [encodings.joined([part(text) for text in row]) for row in rows]
+    return [encodings.joined([ids_and_offsets(text) for text in row]) for row in rows]
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -502,7 +506,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ValueError: the file is invalid.
     """
     directory = Path(directory)
-    jaxlm_file = directory / _OWN_FILE
+    jaxlm_file = directory / JAXLM_FILE
     integrity.verify_checksums(directory, TOKENIZER_FILES)
     if jaxlm_file.exists():
         content = read_object(jaxlm_file)
@@ -512,7 +516,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             case {"type": "character", "characters": str(characters)}:
                 return CharTokenizer(characters)
             case {"type": "moves"}:
-                from jaxlm.data.moves import MoveTokenizer  # imported here, because it imports this module
+                from jaxlm.data.moves import MoveTokenizer  # imported here, because moves.py imports this module
 
                 return MoveTokenizer.from_json(content)
         raise ValueError(f'{jaxlm_file} has an unknown type of tokenizer: "type" is {content.get("type")!r}')
@@ -522,11 +526,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return PretrainedTokenizer.from_directory(directory)
     found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
     raise FileNotFoundError(
-        f"no tokenizer in {directory}: looked for {_OWN_FILE}, tokenizer.json, vocab.json + merges.txt; found {found}"
+        f"no tokenizer in {directory}: looked for {JAXLM_FILE}, tokenizer.json, vocab.json + merges.txt; found {found}"
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     integrity.forget_checksums(path.parent, (path.name,))
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

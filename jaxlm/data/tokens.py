@@ -1,4 +1,4 @@
-"""Token files: ``.npy`` files with one array of ids. They are written in chunks, and read as a memory map."""
+"""Token files: ``.npy`` files with one array of ids, written in chunks and read as a memory map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-_CHUNK = 1 << 22  # ids that are checked at a time; it limits the memory of a check
+_CHUNK = 1 << 22  # number of ids that are checked at a time, to limit the memory of a check
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -20,7 +20,7 @@ def check_row(ids: np.ndarray, needed: int = 1, what: str = "tokens") -> None:
     """Raise ``ValueError`` if ``ids`` is not a 1-D array of at least ``needed`` integers.
 
     Args:
-        what: the name of the ids, with which the message begins.
+        what: the name of the ids. The message begins with this name.
     """
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{what}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
@@ -30,7 +30,7 @@ def check_row(ids: np.ndarray, needed: int = 1, what: str = "tokens") -> None:
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, needed: int = 1, what: str = "tokens", first: int = 0) -> None:
-    """Raise ``ValueError`` if :func:`check_row` does, or if an id is outside the vocabulary.
+    """Raise ``ValueError`` if :func:`check_row` raises, or if an id is outside the vocabulary.
 
     The function reads all ids, one chunk at a time.
 
@@ -50,15 +50,15 @@ def check_tokens(ids: np.ndarray, vocab_size: int, needed: int = 1, what: str = 
 
 
 def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab_size: int) -> int:
-    """Write ids to a token file; returns the number of ids.
+    """Write ids to a token file. Returns the number of ids.
 
-    The file is created only when it is complete.
+    The function writes a temporary file and renames it at the end, so an incomplete file never has this path.
 
     Args:
-        ids: one array, or an iterable of arrays, of which only one at a time is in memory.
+        ids: one array, or an iterable of arrays. Only one of these arrays is in memory at a time.
 
     Raises:
-        ValueError: an id is outside the vocabulary, or there are no ids. Then no file is created.
+        ValueError: an id is outside the vocabulary, or there are no ids. No file is created in this case.
 
     Example:
         >>> write_tokens("train.npy", (tokenizer.encode(text) for text in texts), tokenizer.vocab_size)
@@ -68,7 +68,7 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
     dtype, total = token_dtype(vocab_size), 0
     try:
         with open(partial, "wb") as file:
-            # numpy pads the header, so a header with the final count has the same size as this one.
+            # numpy pads the header, so the header with the final count will have the same size.
             _write_header(file, dtype, 0)
             header_size = file.tell()
             for chunk in [ids] if isinstance(ids, np.ndarray) else ids:
@@ -113,7 +113,7 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
 
 
 def split(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two views of ``tokens``: the training part, and the validation part, which is the end of the tokens."""
+    """Split ``tokens`` into two views (training, validation). The validation part is the end of the tokens."""
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     boundary = int(len(tokens) * (1 - validation_fraction))
@@ -125,6 +125,6 @@ def split(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, n
 
 
 def split_documents(tokens: np.ndarray, end_id: int) -> list[np.ndarray]:
-    """Views of the documents in ``tokens``. Each document includes its ``end_id``; the last one may not have one."""
+    """Views of the documents in ``tokens``. Each document ends with ``end_id``, except possibly the last document."""
     boundaries = np.flatnonzero(tokens == end_id) + 1
     return [document for document in np.split(tokens, boundaries) if len(document)]

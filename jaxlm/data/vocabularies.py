@@ -1,10 +1,10 @@
-"""Training of tokenizers: subwords (BPE, unigram), words and characters. It needs the extra ``jaxlm[tokenizers]``.
+"""Training of tokenizers: subwords (BPE, unigram), words and characters. Training needs ``jaxlm[tokenizers]``.
 
     tokenizer = train_tokenizer(texts, "bpe", 10_000, template="eos")
     tokenizer.save("directory")             # transformers' AutoTokenizer and load_tokenizer can read it
 
 Subwords are built from the 256 bytes, so every text can be encoded, and decoding is exact. The tokenizer adds a space
-before each text, so that the first word has the same ids as in the middle of a text. Decoding removes the space.
+before each text, so that the first word has the same ids as elsewhere in a text. Decoding removes the added space.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUBWORDS = ("bpe", "unigram")
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
-    """The special tokens of a template, and their positions around a text or a pair.
+    """The special tokens of a template, and their positions in the encoding of a text or a pair.
 
     Attributes:
         tokens: the token of each role, in the order of the ids.
@@ -38,18 +38,18 @@ class _Template:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_NO_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
-# The order of the tokens is that of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs pad id 1.
+_NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
+# The tokens have the order of the published vocabularies of T5, RoBERTa, BERT and XLNet. RoBERTa needs pad id 1.
 _TEMPLATES: dict[str, _Template] = {
-    "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", _NO_TYPES),
-    "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", _NO_TYPES),
+    "none": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A", "$A $B:1", _NO_TOKEN_TYPES),
+    "eos": _Template({"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>", "$A </s> $B </s>", _NO_TOKEN_TYPES),
     "bos_eos": _Template(
         {
             "bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>",
         },
         "<s> $A </s>",
         "<s> $A </s> </s> $B </s>",
-        _NO_TYPES,
+        _NO_TOKEN_TYPES,
     ),
     "cls_sep": _Template(
         {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
@@ -89,27 +89,28 @@ def train_tokenizer(
             ``decode(encode(x)) == x``. ``"word"`` splits at white space, and decoding puts one space between words.
             ``"character"`` has one id per character, and decoding is exact. Words and characters outside the vocabulary
             are encoded as the unknown token.
-        vocab_size: maximum number of ids, including special tokens. A short text gives fewer.
+        vocab_size: maximum number of ids, including special tokens. Short training texts give fewer ids.
         template: the special tokens that ``encode_inputs`` adds to a text ``a`` or a pair ``a``, ``b``:
 
             ===========  ============================  ==================  ==============================
             ``none``     ``a b``                       language models     ids: pad 0, eos 1, unk 2
-            ``eos``      ``a </s> b </s>``             encoder-decoders    ids as above, those of T5
+            ``eos``      ``a </s> b </s>``             encoder-decoders    same ids (as in T5)
             ``bos_eos``  ``<s> a </s> </s> b </s>``    RoBERTa             bos 0, pad 1, eos 2, unk 3, mask 4
             ``cls_sep``  ``[CLS] a [SEP] b [SEP]``     BERT                pad 0, unk 1, cls 2, sep 3, mask 4
             ``sep_cls``  ``a <sep> b <sep> <cls>``     XLNet               unk 0, bos, eos, cls, sep, pad 5, mask 6
             ===========  ============================  ==================  ==============================
 
         lowercase: texts are lowercased first, in training and in ``encode``.
-        min_frequency: minimum number of occurrences in ``texts`` of a word, a character or a BPE merge. Rarer ones are
-            not in the vocabulary. Invalid for unigram.
-        extra_tokens: further special tokens, such as T5's ``<extra_id_0>``. Their ids follow those of the template.
+        min_frequency: minimum number of occurrences in ``texts`` of a word, a character or a BPE merge. The vocabulary
+            does not include rarer entries. Values above 1 are invalid for unigram.
+        extra_tokens: further special tokens, such as T5's ``<extra_id_0>``. Their ids follow the ids of the
+            template tokens.
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
         TypeError: ``texts`` is a single string, or has an element that is not a string.
-        ValueError: no texts, an unknown kind or template, or a vocabulary that is too small for its special tokens
-            (and, for subwords, the 256 bytes).
+        ValueError: there are no texts, the kind or template is unknown, or ``vocab_size`` is too small for the special
+            tokens (and, for subwords, the 256 bytes).
 
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")
@@ -125,34 +126,38 @@ def train_tokenizer(
         raise ImportError(
             "training a tokenizer needs the package `tokenizers`: pip install 'jaxlm[tokenizers]'"
         ) from error
-    build = _subwords if kind in _SUBWORDS else _symbols
+    build = _subword_backend if kind in _SUBWORDS else _symbol_backend
     backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
     backend.train_from_iterator(_checked_texts(texts), trainer)
     if kind == "unigram":
-        backend.model = _reproducible(tokenizers, backend, len(specials))
-    special = _TEMPLATES[template]
-    added = tokenizers.processors.TemplateProcessing(
-        single=special.single, pair=special.pair, special_tokens=[(t, backend.token_to_id(t)) for t in specials]
+        backend.model = _make_reproducible(tokenizers, backend, len(specials))
+    template_spec = _TEMPLATES[template]
+    add_template = tokenizers.processors.TemplateProcessing(
+        single=template_spec.single,
+        pair=template_spec.pair,
+        special_tokens=[(t, backend.token_to_id(t)) for t in specials],
     )
-    # trim_offsets removes the space before a subword from its offsets. The added space is not in the text.
-    trimmed = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
-    backend.post_processor = tokenizers.processors.Sequence([trimmed, added]) if kind in _SUBWORDS else added
+    # trim_offsets excludes the leading space of a subword from its offsets, because the added space is not in the text.
+    byte_level = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
+    backend.post_processor = (
+        tokenizers.processors.Sequence([byte_level, add_template]) if kind in _SUBWORDS else add_template
+    )
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{f"{role}_token": token for role, token in special.tokens.items()},
-        **special.config,
+        **{f"{role}_token": token for role, token in template_spec.tokens.items()},
+        **template_spec.config,
     }
     if extra_tokens:
         config["additional_special_tokens"] = list(extra_tokens)
     files = {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    return PretrainedTokenizer(backend, special.tokens, files=files)
+    return PretrainedTokenizer(backend, template_spec.tokens, files=files)
 
 
 def _check(
     texts: Iterable[str], kind: str, vocab_size: int, template: str, min_frequency: int, extra_tokens: Sequence[str]
 ) -> list[str]:
-    """The special tokens in the order of their ids, after a check of the arguments."""
+    """Check the arguments. Returns the special tokens in the order of their ids."""
     for name, value, choices in (("kind", kind, get_args(Kind)), ("template", template, tuple(_TEMPLATES))):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
@@ -165,17 +170,17 @@ def _check(
     if min_frequency > 1 and kind == "unigram":
         raise ValueError(f"min_frequency={min_frequency} has no effect for kind='unigram': do not set it")
     specials = list(dict.fromkeys([*_TEMPLATES[template].tokens.values(), *extra_tokens]))
-    symbols = 256 if kind in _SUBWORDS else 1
-    if vocab_size < len(specials) + symbols:
+    min_entries = 256 if kind in _SUBWORDS else 1
+    if vocab_size < len(specials) + min_entries:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(specials)} special tokens and at least {symbols} "
-            f"{'bytes' if symbols == 256 else 'entry'} need {len(specials) + symbols}"
+            f"vocab_size={vocab_size} is too small: {len(specials)} special tokens and at least {min_entries} "
+            f"{'bytes' if min_entries == 256 else 'entry'} need {len(specials) + min_entries}"
         )
     return specials
 
 
 def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, each after a check that it is a string. Raises ValueError if there are no texts."""
+    """Yield the texts. Raises ``TypeError`` if a text is not a string, and ``ValueError`` if there are no texts."""
     position = -1
     for position, text in enumerate(texts):
         if not isinstance(text, str):
@@ -185,11 +190,11 @@ def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
         raise ValueError("there are no texts to train a tokenizer on: pass at least one")
 
 
-def _subwords(
+def _subword_backend(
     tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
 ) -> tuple[Any, Any]:
-    """The untrained subword tokenizer, and its trainer."""
-    common = {
+    """The untrained ``tokenizers.Tokenizer`` for subwords, and its trainer."""
+    common_options = {
         "vocab_size": vocab_size,
         "special_tokens": specials,
         "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(),
@@ -197,11 +202,11 @@ def _subwords(
     }
     if kind == "bpe":
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        trainer = tokenizers.trainers.BpeTrainer(min_frequency=min_frequency, **common)
+        trainer = tokenizers.trainers.BpeTrainer(min_frequency=min_frequency, **common_options)
     else:
         backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
         unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
-        trainer = tokenizers.trainers.UnigramTrainer(unk_token=unknown, **common)
+        trainer = tokenizers.trainers.UnigramTrainer(unk_token=unknown, **common_options)
     prepend = tokenizers.normalizers.Prepend(" ")
     backend.normalizer = (
         tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), prepend]) if lowercase else prepend
@@ -213,10 +218,10 @@ def _subwords(
     return backend, trainer
 
 
-def _symbols(
+def _symbol_backend(
     tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
 ) -> tuple[Any, Any]:
-    """The untrained word or character tokenizer, and its trainer."""
+    """The untrained ``tokenizers.Tokenizer`` for words or characters, and its trainer."""
     unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({unknown: 0}, unk_token=unknown))
     if lowercase:
@@ -224,7 +229,7 @@ def _symbols(
     if kind == "word":
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     else:
-        # The pattern "." does not match a line break.
+        # [\s\S] also matches line breaks; the pattern "." does not.
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = tokenizers.decoders.Fuse()
     trainer = tokenizers.trainers.WordLevelTrainer(
@@ -233,24 +238,24 @@ def _symbols(
     return backend, trainer
 
 
-def _reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) -> Any:
-    """The trained unigram model, with scores and an order that are reproducible.
+def _make_reproducible(tokenizers: ModuleType, backend: Any, num_specials: int) -> Any:
+    """The trained unigram model with reproducible scores and order.
 
-    The trainer sums scores in the order of a hash table. In the same order, it gives bytes that do not occur in the
-    texts the lowest score plus 0, 1, 2, ... times 0.0001. This function rounds the scores, and gives all these bytes
-    the lowest score.
+    The trainer sums scores in the order of a hash table, so the last digits vary. Bytes that do not occur in the texts
+    get the lowest score plus 0, 1, 2, ... times 0.0001, in the same variable order. This function rounds the scores,
+    and gives all these bytes the lowest score.
     """
     content = json.loads(backend.to_str())["model"]
     pieces = content["vocab"][num_specials:]
     lowest = min(score for _, score in pieces)
-    steps: dict[float, list[str]] = {}
+    pieces_by_step: dict[float, list[str]] = {}
     for piece, score in pieces:
         if len(piece) == 1:
-            steps.setdefault(round((score - lowest) / 1e-4, 3), []).append(piece)
+            pieces_by_step.setdefault(round((score - lowest) / 1e-4, 3), []).append(piece)
     unseen: set[str] = set()
     step = 0.0
-    while step in steps:
-        unseen.update(steps[step])
+    while step in pieces_by_step:
+        unseen.update(pieces_by_step[step])
         step += 1
     scores = [(piece, round(lowest if piece in unseen else score, 6)) for piece, score in pieces]
     scores.sort(key=lambda entry: (-entry[1], entry[0]))

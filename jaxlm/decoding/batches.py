@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 SMALLEST_BUCKET = 16
-"""The smallest bucket length. All bucket lengths are multiples of it."""
+"""The smallest bucket length. All bucket lengths are multiples of this number."""
 
 
 def bucket_length(length: int, limit: int | None = None) -> int:
@@ -34,14 +34,14 @@ def bucket_length(length: int, limit: int | None = None) -> int:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int | None) -> Iterator[np.ndarray]:
-    """The row numbers [B] of each batch. The longest rows come first.
+    """The row numbers [B] of each batch. The longest rows are in the first batch.
 
     Every batch has ``batch_size`` rows, or all rows if there are fewer. The last batch repeats its last row until it is
     full.
 
     Args:
         lengths: the length of each row.
-        batch_size: number of rows of a batch. None: one batch has all rows.
+        batch_size: number of rows in a batch. None: one batch has all rows.
 
     Raises:
         ValueError: ``batch_size`` is below 1.
@@ -58,7 +58,7 @@ def pad_rows(rows: Sequence[np.ndarray], length: int, *, left: bool = False) -> 
     """Rows padded with id 0 to ``length``, and their segment ids (1 for tokens, 0 for padding); both [B, T] int32.
 
     Args:
-        rows: ids of each row, each with at most ``length`` tokens.
+        rows: the token ids of each row, at most ``length`` per row.
         left: pad on the left instead of on the right.
     """
     tokens, segment_ids = np.zeros((2, len(rows), length), np.int32)

@@ -1,6 +1,6 @@
 """Beam search: the best hypotheses for each prompt, with one jitted loop per cache size.
 
-The specs of a model state name its ``batch`` axis. Beam search reorders the state along this axis, for every family.
+The specs of a model state name its ``batch`` axis. Beam search reorders the state along this axis, in every family.
 Shapes: B batch, T prompt length, K beams, R rows of the model state (B * K), N new tokens, V ids that may be generated,
 C candidates of a step.
 """
@@ -22,7 +22,7 @@ from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.prompts import Array, EndId, check_prompts, end_ids_of, is_end, read_prompts, read_tokens
 from jaxlm.models import Model
-from jaxlm.nn import cache
+from jaxlm.nn.attention import cache
 from jaxlm.sharding import Sharding, active
 
 SMALLEST_CACHE = 16
@@ -63,18 +63,19 @@ def beam_search(
 ) -> Beams:
     """The best continuations of each prompt that a beam search with ``beams`` live hypotheses finds.
 
-    A hypothesis is finished by ``end_id``, or when it has ``max_new_tokens`` tokens. A finished hypothesis is kept if
-    it is among the ``beams`` best candidates of its step. The rules are those of Hugging Face's ``generate``.
+    A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis is
+    kept if it is among the ``beams`` best candidates of its step. Hugging Face's ``generate`` has the same rules.
 
     Args:
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
         max_new_tokens: maximum number of new tokens: one number for all rows, or [B] with one number per row.
-        length_penalty: exponent of the length (including the end token) that divides the sum of log-probabilities. 0
-            favours short hypotheses, 1 gives the mean, larger values favour long hypotheses. Wu et al. (2016, section
-            7) use another formula.
+        length_penalty: the score is the sum of log-probabilities divided by ``length ** length_penalty``. The length
+            includes the end token. 0 favours short hypotheses, 1 gives the mean, larger values favour long hypotheses.
+            Wu et al. (2016, section 7) use another formula.
         early_stopping: when the search of a row ends. "never": when no live hypothesis can reach a better score than
             the worst of ``beams`` finished hypotheses. False (the default of Hugging Face): when no live hypothesis
-            would have a better score if it ended now. True: as False, and also when ``beams`` hypotheses are finished.
+            would have a better score if it ended now. True: when the condition of False holds or ``beams`` hypotheses
+            are finished.
 
     Raises:
         TypeError: the family has no model state.
@@ -87,10 +88,10 @@ def beam_search(
     limits = np.asarray(max_new_tokens)
     if limits.ndim and (limits.shape != prompts.shape[:1] or limits.min() < 1):
         raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")
-    count = int(limits.max())
-    ids, slots = check_prompts(
+    largest_limit = int(limits.max())
+    num_ids, slots = check_prompts(
         model, prompts, segment_ids,
-        max_new_tokens=count, end_id=end_id, allowed_ids=allowed_ids, state=state,
+        max_new_tokens=largest_limit, end_id=end_id, allowed_ids=allowed_ids, state=state,
     )  # fmt: skip
     if beams < 1:
         raise ValueError(f"beams={beams} must be at least 1")
@@ -99,14 +100,17 @@ def beam_search(
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
-    rules = _Rules(limits_B, jnp.float32(length_penalty), beams, early_stopping, end_ids_of(end_id), ids, active())
+    rules = _Rules(limits_B, jnp.float32(length_penalty), beams, early_stopping, end_ids_of(end_id), num_ids, active())
     length = prompts.shape[1]
     sizes = _cache_sizes(model, state, length, slots)
-    search = _start(model, params, prompts, segment_ids, state, rules, count=count, slots=slots, first_slots=sizes[0])
+    search = _start_search(
+        model, params, prompts, segment_ids, state, rules,
+        max_new_tokens=largest_limit, slots=slots, first_slots=sizes[0],
+    )  # fmt: skip
     for size in sizes:
-        # During tracing the flags have no values. Then every stage is called, and its loop may end at once.
+        # During tracing the flags have no values. Then every stage is called, and its loop may run zero iterations.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
-            search = _advance(model, params, search, rules, slots=size, prompt_length=length)
+            search = _continue_search(model, params, search, rules, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
     return search.finished
 
@@ -129,14 +133,14 @@ def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> li
 
 @struct.dataclass
 class _Rules:
-    """The settings of a search. All fields but the first two are static: another value compiles again.
+    """The settings of a search. All fields except the first two are static: a new value needs a new compilation.
 
     Attributes:
         limits_B: [B] int32, maximum number of new tokens of each row.
         length_penalty, beams, early_stopping: as in :func:`beam_search`.
         end_ids: ids that finish a hypothesis.
-        ids: number of ids that may be generated, from 0.
-        sharding: the active sharding, because ``constrain`` reads it during tracing.
+        num_ids: only ids below this number are generated.
+        sharding: the active sharding; a static field, because ``constrain`` reads it during tracing.
     """
 
     limits_B: jax.Array
@@ -144,7 +148,7 @@ class _Rules:
     beams: int = struct.field(pytree_node=False)
     early_stopping: EarlyStopping = struct.field(pytree_node=False)
     end_ids: tuple[int, ...] = struct.field(pytree_node=False)
-    ids: int = struct.field(pytree_node=False)
+    num_ids: int = struct.field(pytree_node=False)
     sharding: Sharding | None = struct.field(pytree_node=False)
 
 
@@ -154,7 +158,7 @@ class _Search:
 
     Attributes:
         state: the model state of the live hypotheses, without the encoded source; R rows.
-        source: the encoded source of an encoder-decoder, B rows. All hypotheses of a row share it.
+        source: the encoded source of an encoder-decoder, B rows. All hypotheses of a row use the same source.
         parents: [R] int32, the row of ``state`` that each live hypothesis continues.
         step: int32, number of new tokens.
         live_tokens: [B, K, N] int32, the new tokens of the live hypotheses.
@@ -173,8 +177,8 @@ class _Search:
     searching: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "count", "slots", "first_slots"))
-def _start(
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "slots", "first_slots"))
+def _start_search(
     model: Model,
     params: Any,
     prompts_BT: jax.Array,
@@ -182,12 +186,16 @@ def _start(
     state: Any,
     rules: _Rules,
     *,
-    count: int,
+    max_new_tokens: int,
     slots: int,
     first_slots: int,
 ) -> _Search:
-    """The search for ``count`` tokens after the prompts and one new token, with a cache of ``first_slots`` slots."""
-    B, K, N = prompts_BT.shape[0], rules.beams, count
+    """The search after it has read the prompts and selected the first new token. Its cache has ``first_slots`` slots.
+
+    Args:
+        slots: number of cache slots for the prompts and all new tokens.
+    """
+    B, K, N = prompts_BT.shape[0], rules.beams, max_new_tokens
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     row_state, source = _split_source(model, state)
     row_specs, _ = _split_source(model, model.state_specs(B, slots))
@@ -204,12 +212,14 @@ def _start(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf), jnp.ones((B,), bool)),
         searching=jnp.ones((B,), bool),
     )
-    return _select(search, logits_BV[parents, : rules.ids], rules)
+    return _select(search, logits_BV[parents, : rules.num_ids], rules)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "prompt_length"))
-def _advance(model: Model, params: Any, search: _Search, rules: _Rules, *, slots: int, prompt_length: int) -> _Search:
-    """The search after it has ended, or after a cache of ``slots`` slots has become full."""
+def _continue_search(
+    model: Model, params: Any, search: _Search, rules: _Rules, *, slots: int, prompt_length: int
+) -> _Search:
+    """The search after it has ended or has filled a cache of ``slots`` slots."""
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
     search = dataclasses.replace(search, state=cache.resize(specs, search.state, slots))
@@ -220,24 +230,23 @@ def _advance(model: Model, params: Any, search: _Search, rules: _Rules, *, slots
     def extend(search: _Search) -> _Search:
         state = spec.take(specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
-        # The state was reordered by `parents`. Its rows are now in the order of the live hypotheses.
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)
         search = dataclasses.replace(search, state=row_state)
-        return _select(search, logits[:, : rules.ids], rules)
+        return _select(search, logits[:, : rules.num_ids], rules)
 
     return jax.lax.while_loop(unfinished, extend, search)
 
 
 def _split_source(model: Model, state: Any) -> tuple[Any, Any]:
-    """The part of a state with R rows, and the encoded source, which all hypotheses of a row share (B rows).
+    """A state in two parts: the state of the hypotheses (R rows), and the encoded source (B rows).
 
-    The second part is empty for a family without a source.
+    All hypotheses of a row use the same source. The second part is empty if the family has no source.
     """
-    shared = ("source",) if model.reads_source else ()
+    source_names = ("source",) if model.reads_source else ()
     return (
-        {name: part for name, part in state.items() if name not in shared},
-        {name: part for name, part in state.items() if name in shared},
+        {name: value for name, value in state.items() if name not in source_names},
+        {name: value for name, value in state.items() if name in source_names},
     )
 
 
@@ -275,7 +284,7 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     )
     earlier = search.finished
     finite_B = jnp.all(rows_finite(logits).reshape(B, K) | (search.live_totals == -jnp.inf), axis=1)
-    # For equal scores, top_k selects the earlier entry. So earlier hypotheses stay, and unused entries keep length 0.
+    # For equal scores, top_k selects the first entry. So earlier hypotheses are kept, and unused entries keep length 0.
     scores_BK, chosen_BK = jax.lax.top_k(jnp.concatenate([earlier.scores, scores_BC], axis=1), K)
     lengths = jnp.concatenate([earlier.lengths, jnp.broadcast_to(length, token_BC.shape)], axis=1)
     finished = Beams(
@@ -289,8 +298,8 @@ def _select(search: _Search, logits: jax.Array, rules: _Rules) -> _Search:
     parents_BK = jnp.arange(B)[:, None] * K + _pick(beam_BC, chosen_BK)
     length_B: jax.Array = length
     if rules.early_stopping == "never":
-        # A total never increases, so this is an upper bound of every score that a live hypothesis can still reach. The
-        # bound uses the maximum length for a positive penalty, and the next length for a negative one.
+        # A sum of log-probabilities never increases. So the bound for the score of a live hypothesis is its current sum
+        # with the best possible length: the maximum length for a positive penalty, otherwise the next length.
         length_B = jnp.where(rules.length_penalty > 0, rules.limits_B, length + 1)
     best_B = _score(jnp.max(live_BK, axis=1), length_B, rules.length_penalty)
     worst_B = jnp.min(finished.scores, axis=1)

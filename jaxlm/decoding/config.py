@@ -20,22 +20,23 @@ EarlyStopping = bool | Literal["never"]
 class GenerationConfig:
     """A request for generated text. Hashable.
 
-    None means that a field is not set. :meth:`resolve` sets it: to the value in ``generation_config.json``, if the
-    model was loaded from a directory with that file and the file has the field; otherwise to the default below.
+    None means that a field is not set. For such a field, :meth:`resolve` uses the value in ``generation_config.json``
+    of the directory from which the model was loaded. If there is no such value, it uses the default below.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, including the end token. Default: 128.
-        sampling: how the next token is drawn; beam search requires ``GREEDY``. Default: ``GREEDY``. If it is set, it
-            replaces all of ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``.
+        sampling: how the next token is drawn; beam search requires ``GREEDY``. Default: ``GREEDY``. If this field is
+            set, the file's ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``
+            have no effect.
         num_beams: number of live hypotheses of beam search. 1: no beam search. Default: 1.
         length_penalty: exponent of the length in the score of a hypothesis, see :func:`jaxlm.decoding.beam_search`.
             Default: 1.
         stop: the text ends before the first complete occurrence of one of these strings. Default: none.
-        batch_size: number of texts that are generated together. None: all of them.
+        batch_size: number of texts that are generated together. None: all texts.
         max_length: maximum number of tokens of a prompt and its continuation; for an encoder-decoder, of the output and
             its start token. Set it instead of ``max_new_tokens``.
         early_stopping: when a beam search ends, see :func:`jaxlm.decoding.beam_search`. Default: "never".
-        end_ids: ids, each of which ends a text. Default: the end id of the tokenizer.
+        end_ids: token ids that end a text. Default: the end id of the tokenizer.
         ignored_fields: names of fields of ``generation_config.json`` to ignore, for example
             ``("no_repeat_ngram_size",)``. A field that jaxlm does not support is an error unless it is ignored.
 
@@ -78,14 +79,14 @@ class GenerationConfig:
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty} must be finite")
         if self.num_beams == 1 and self.length_penalty not in (None, 1.0):
-            raise ValueError(f"length_penalty={self.length_penalty} ranks beams: set num_beams above 1")
+            raise ValueError(f"length_penalty={self.length_penalty} needs beam search: set num_beams above 1")
         if self.num_beams is not None and self.num_beams > 1 and self.sampling not in (None, GREEDY):
             if self.sampling.temperature > 0.0:
                 raise ValueError(
                     f"num_beams={self.num_beams} searches for likely texts, but temperature="
                     f"{self.sampling.temperature} draws at random: set num_beams=1 or temperature=0"
                 )
-            raise ValueError(f"num_beams={self.num_beams} supports no {self.sampling}: set num_beams=1 or GREEDY")
+            raise ValueError(f"num_beams={self.num_beams} does not support {self.sampling}: set num_beams=1 or GREEDY")
 
     def resolve(
         self,
@@ -97,21 +98,22 @@ class GenerationConfig:
     ) -> GenerationConfig:
         """The config with every field set, except that only one of ``max_new_tokens`` and ``max_length`` is set.
 
-        The value of a field comes from the first of these that sets it: this config, ``generation_config.json``
-        (``model.metadata.generation_config``), ``default``, the defaults of the class.
+        The value of a field comes from the first of these sources that sets the field: this config,
+        ``generation_config.json`` (``model.metadata.generation_config``), ``default``, the defaults of the class.
 
-        As in transformers, fields of a method that is not used have no effect: ``length_penalty`` and
-        ``early_stopping`` of the file without beams, ``temperature`` and the filters of the file without ``do_sample``.
+        As in transformers, fields of a method that is not used have no effect: the file's ``length_penalty`` and
+        ``early_stopping`` without beam search, the file's ``temperature`` and filters with greedy decoding.
         If the file sets ``do_sample`` or ``num_beams``, the other fields of that method have the defaults of
         transformers: ``top_k`` 50 and ``early_stopping`` False.
 
         Args:
             default: defaults of the calling program.
-            sampling: single fields of :class:`Sampling` that the caller sets, instead of a whole ``self.sampling``.
+            sampling: fields of :class:`Sampling` that override the file. They are used only if ``self.sampling`` is
+                not set.
 
         Raises:
             ValueError: the file has an unsupported field with a value that changes the text, or a value outside its
-                range (the message names each); or a name in ``ignored_fields`` is not a field.
+                range (the message names the field); or a name in ``ignored_fields`` is not a field.
 
         Example:
             >>> GenerationConfig(num_beams=4).resolve(model, tokenizer).max_new_tokens   # doctest: +SKIP
@@ -179,9 +181,9 @@ _SUPPORTED: dict[str, tuple[type, ...]] = {
 """The supported fields and the types of their values."""
 
 _NO_EFFECT = {
-    # Ids that do not occur in the text: prompts are never empty, and padding is not decoded.
+    # Ids that never occur in the text: prompts are never empty, and padding is not decoded.
     "bos_token_id", "pad_token_id",
-    # Speed, and further return values.
+    # Options for speed and for additional return values.
     "use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "prefill_chunk_size", "compile_config",
     "disable_compile", "low_memory", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "return_dict_in_generate", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
@@ -192,32 +194,34 @@ _NO_EFFECT = {
 }  # fmt: skip
 """Fields that do not change the text."""
 
-_OFF: dict[str, Any] = {
+_NEUTRAL_VALUES: dict[str, Any] = {
     "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "diversity_penalty": 0.0,
     "num_beam_groups": 1, "num_return_sequences": 1, "renormalize_logits": False, "remove_invalid_values": False,
     "token_healing": False,
 }  # fmt: skip
-"""For unsupported fields, the value that does not change the text. For any other unsupported field, it is null."""
+"""Unsupported field -> the value that does not change the text. For unsupported fields that are not listed: null."""
 
 
 def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     """The supported fields of ``generation_config.json``, after a check; empty if there is no such file."""
     metadata = getattr(model, "metadata", None)
     content = {} if metadata is None else metadata.generation_config or {}
-    unknown = sorted(set(ignored) - content.keys() - _SUPPORTED.keys() - _OFF.keys() - _NO_EFFECT)
+    unknown = sorted(set(ignored) - content.keys() - _SUPPORTED.keys() - _NEUTRAL_VALUES.keys() - _NO_EFFECT)
     if unknown:
         raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {FILE}")
     no_effect = _NO_EFFECT.union(ignored)
-    active = {name: value for name, value in content.items() if value is not None and name not in no_effect}
-    unsupported = sorted(name for name in active.keys() - _SUPPORTED.keys() if active[name] != _OFF.get(name))
+    values = {name: value for name, value in content.items() if value is not None and name not in no_effect}
+    unsupported = sorted(
+        name for name in values.keys() - _SUPPORTED.keys() if values[name] != _NEUTRAL_VALUES.get(name)
+    )
     if unsupported:
-        named = ", ".join(f"{name}={active[name]!r}" for name in unsupported)
+        settings = ", ".join(f"{name}={values[name]!r}" for name in unsupported)
         raise ValueError(
-            f"{FILE} sets {named}, which jaxlm does not support: to generate without it, remove it from the file or "
+            f"{FILE} sets {settings}, which jaxlm does not support: to generate without it, remove it from the file or "
             f"pass GenerationConfig(ignored_fields={tuple(unsupported)!r})"
         )
-    fields = {name: value for name, value in active.items() if name in _SUPPORTED}
+    fields = {name: value for name, value in values.items() if name in _SUPPORTED}
     for name, value in fields.items():
         if not isinstance(value, _SUPPORTED[name]) or (isinstance(value, bool) and bool not in _SUPPORTED[name]):
             types = " or ".join(kind.__name__ for kind in _SUPPORTED[name])
@@ -228,7 +232,7 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _file_config(file_fields: Mapping[str, Any]) -> GenerationConfig:
-    """The config that the file sets, without its sampling fields."""
+    """The fields of the file as a config, without the sampling fields."""
     end, stop, num_beams = (file_fields.get(name) for name in ("eos_token_id", "stop_strings", "num_beams"))
     max_new_tokens = file_fields.get("max_new_tokens")
     try:
@@ -250,12 +254,12 @@ _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 def _sampling(
-    file_fields: Mapping[str, Any], fallback: Sampling, given: Mapping[str, Any], num_beams: int, ids: int
+    file_fields: Mapping[str, Any], fallback: Sampling, overrides: Mapping[str, Any], num_beams: int, vocab_size: int
 ) -> Sampling:
-    """The sampling whose fields come from ``given``, then from the file, then from ``fallback``."""
+    """The sampling settings. A field comes from the first of ``overrides``, the file and ``fallback`` that sets it."""
     fields = {name: file_fields[name] for name in _SAMPLING_FIELDS if name in file_fields}
-    if "temperature" in given:
-        is_random = given["temperature"] > 0.0
+    if "temperature" in overrides:
+        is_random = overrides["temperature"] > 0.0
     elif num_beams > 1:
         is_random = file_fields.get("do_sample", False)
     else:
@@ -263,11 +267,11 @@ def _sampling(
     if is_random:
         base = Sampling(top_k=50) if file_fields.get("do_sample") else fallback
         top_k = fields.get("top_k", base.top_k)
-        # In the file, top_k 0 turns the filter off, and so does a top_k above the number of ids.
-        fields["top_k"] = top_k if top_k is not None and 0 < top_k < ids else None
+        # In the file, a top_k of 0 or of at least the number of ids turns the filter off.
+        fields["top_k"] = top_k if top_k is not None and 0 < top_k < vocab_size else None
     else:
         base, fields = GREEDY, {name: fields[name] for name in ("repetition_penalty",) if name in fields}
     try:
-        return dataclasses.replace(base, **{**fields, **given})
+        return dataclasses.replace(base, **{**fields, **overrides})
     except ValueError as error:
         raise ValueError(f"{error}{_FROM_FILE}" if fields else error) from error

@@ -46,8 +46,8 @@ def require_task(model: Model, tasks: Sequence[str], problem: str, remedy: str) 
     """Raise ``ValueError`` if the model's head is not for one of ``tasks``.
 
     Args:
-        problem: what the model cannot do, for example "it cannot classify texts".
-        remedy: what the user can load or call instead.
+        problem: a clause about the missing ability, for example "it cannot classify texts".
+        remedy: a clause that tells the user which model to load or which function to call instead.
     """
     if task_of(model) not in tasks:
         raise ValueError(f"this is {describe(model)}: {problem}; {remedy}")

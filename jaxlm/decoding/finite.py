@@ -1,4 +1,4 @@
-"""The check that logits are finite. One flag per row is computed inside ``jit`` and read by the host.
+"""The check that logits are finite. Code inside ``jit`` computes one flag per row, and the host reads the flags.
 
 If a row is not finite, the check searches the parameters for values that are not finite. Shapes: B rows, V vocabulary.
 """
@@ -18,7 +18,7 @@ from jaxlm import spec
 from jaxlm.models import Model
 
 NAMED = 3
-"""Maximum number of parameters, and of rows, that a message names. The message counts the others."""
+"""Maximum number of parameters, and of rows, that an error message names. The message counts the others."""
 
 
 class NotFiniteError(ValueError):
@@ -44,7 +44,7 @@ def check_finite(model: Model, params: Any, finite_B: jax.Array, state: Any = No
     """Raise :class:`NotFiniteError` if a flag of :func:`rows_finite` is False. During tracing nothing is checked.
 
     Args:
-        state: the model state that the caller passed. It is searched if all parameters are finite.
+        state: the model state that the caller passed. If all parameters are finite, the state is searched.
     """
     if isinstance(finite_B, jax.core.Tracer):
         return
@@ -57,7 +57,7 @@ def check_finite(model: Model, params: Any, finite_B: jax.Array, state: Any = No
 
 @contextlib.contextmanager
 def named_rows(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]:
-    """A context in which the message of a :class:`NotFiniteError` calls row n of a batch "``what`` ``numbers[n]``"."""
+    """Context manager: the message of a :class:`NotFiniteError` has "``what`` ``numbers[n]``" instead of "row n"."""
     try:
         yield
     except NotFiniteError as error:
@@ -66,12 +66,12 @@ def named_rows(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]
 
 
 def _cause(model: Model, params: Any, state: Any) -> str:
-    """The arrays that are not finite, and the fix, as text."""
+    """Text for an error message: the arrays that are not finite, and the fix."""
     found, largest = _not_finite(params)
     if found:
-        return f"{_listed(found, 'parameter')}. Load the weights again, or take an older checkpoint"
+        return f"{_not_finite_text(found, 'parameter')}. Load the weights again, or take an older checkpoint"
     if state is not None and (found := _not_finite(state)[0]):
-        return f"all parameters are finite, but {_listed(found, 'state array')}"
+        return f"all parameters are finite, but {_not_finite_text(found, 'state array')}"
     dtype = getattr(model.config, "dtype", "float32")
     fix = "" if dtype == "float32" else f"compute in float32 instead of dtype={dtype!r}, or "
     return (
@@ -80,8 +80,8 @@ def _cause(model: Model, params: Any, state: Any) -> str:
     )
 
 
-def _listed(found: Sequence[str], what: str) -> str:
-    """The names in ``found`` as the subject of a sentence."""
+def _not_finite_text(found: Sequence[str], what: str) -> str:
+    """Text that says which arrays are not finite: their number and their first names."""
     more = "" if len(found) <= NAMED else f", and {len(found) - NAMED} more"
     subject = f"1 {what} is" if len(found) == 1 else f"{len(found)} {what}s are"
     return f"{subject} not finite: {', '.join(found[:NAMED])}{more}"

@@ -1,7 +1,7 @@
-"""Checks of prompts, and the two model calls of all decoding: read the prompts, and read one more token per row.
+"""Checks of prompts, and the two model calls that decoding uses: read the prompts, and read one more token per row.
 
-Prompts of unequal length are padded on the left or on the right; each row may choose its side. ``segment_ids`` is 1 for
-prompt tokens and 0 for padding. Shapes: B batch, T prompt length with padding, D model width, V vocabulary.
+Prompts of unequal length are padded on the left or on the right. The side may differ between rows. ``segment_ids`` is 1
+for prompt tokens and 0 for padding. Shapes: B batch, T prompt length with padding, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlm.models.heads import last_token_state
 Array = jax.Array | np.ndarray
 
 EndId = int | Sequence[int] | None
-"""The id that ends a row, or several ids, each of which ends a row. None: no id ends a row."""
+"""The token id or token ids that end a row. None: no id ends a row."""
 
 
 def end_ids_of(end_id: EndId) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def check_prompts(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     batch, length = prompts_BT.shape
-    slots = length + max_new_tokens - 1  # the last token is never read
+    slots = length + max_new_tokens - 1  # the model never reads the last token
     specs = model.state_specs(batch, slots)
     if state is None and model.reads_source:
         raise ValueError(
@@ -77,14 +77,14 @@ def check_prompts(
         if not 0 <= end < ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {ids - 1}; None means no end")
     if segment_ids_BT is not None and not _traced(segment_ids_BT):
-        _check_one_run(np.asarray(segment_ids_BT))
+        _check_no_gaps(np.asarray(segment_ids_BT))
     return ids, slots
 
 
 def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
     """Raise ``ValueError`` if ``state`` has another structure than ``specs``, or another number of rows than ``batch``.
 
-    Lengths may differ.
+    The sizes of the other axes may differ.
     """
     if spec.flatten(state).keys() != spec.flatten(specs).keys():
         raise ValueError("this is not a state of the model:\n  " + "\n  ".join(spec.diff(specs, state, dtypes=False)))
@@ -98,7 +98,7 @@ def _check_state(specs: spec.Tree, state: Any, batch: int) -> None:
 
 
 def source_vocab_size(model: Model) -> int:
-    """The vocabulary size of the encoder of an encoder-decoder; for other families, that of the model."""
+    """The vocabulary size of the encoder in an encoder-decoder. In other families, the vocabulary size of the model."""
     return getattr(model.config, "source_vocab_size", None) or model.config.vocab_size
 
 
@@ -111,7 +111,7 @@ def check_ids(
 
     Args:
         what: the name of the ids in messages.
-        vocab_size: default: the vocabulary size of the model.
+        vocab_size: None: the vocabulary size of the model.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     for name, x in ((what, ids_BT), ("segment_ids", segment_ids_BT)):
@@ -130,14 +130,14 @@ def check_ids(
     host = np.asarray(ids_BT)
     bad = np.argwhere((host < 0) | (host >= vocab_size))
     if bad.size:
-        row, at = bad[0]
+        row, position = bad[0]
         raise ValueError(
-            f"{what} have id {host[row, at]} in row {row} at position {at}, outside the vocabulary of "
+            f"{what} have id {host[row, position]} in row {row} at position {position}, outside the vocabulary of "
             f"{vocab_size} ids (padding needs a valid id too, e.g. 0)"
         )
 
 
-def _check_one_run(segment_ids_BT: np.ndarray) -> None:
+def _check_no_gaps(segment_ids_BT: np.ndarray) -> None:
     """Raise ``ValueError`` if the prompt of a row is empty or has padding in its middle."""
     for row, segments in enumerate(segment_ids_BT):
         real = np.flatnonzero(segments)
@@ -145,7 +145,7 @@ def _check_one_run(segment_ids_BT: np.ndarray) -> None:
             raise ValueError(f"row {row} of the prompts is all padding: give it at least one token")
         if real.size != real[-1] - real[0] + 1 or np.any(segments[real] != 1):
             raise ValueError(
-                f"segment_ids of row {row} are {segments.tolist()}: a prompt must be one run of 1, with "
+                f"segment_ids of row {row} are {segments.tolist()}: a prompt must be consecutive 1s, with "
                 "padding (0) only before or after it"
             )
 
@@ -175,7 +175,7 @@ def read_tokens(
     """The model state after one more token in each row, and the logits [B, V] of the next token.
 
     Args:
-        real_B: bool, whether the token of the row is real; other rows read padding. Default: all are real.
+        real_B: bool, whether the row reads its token. The other rows read padding. Default: all rows read their token.
     """
     segment_ids_B1 = None if real_B is None else real_B.astype(jnp.int32)[:, None]
     hidden_B1D, state = model.apply(params, tokens_B[:, None], state=state, segment_ids=segment_ids_B1)

@@ -1,7 +1,7 @@
 """Sampling: autoregressive generation, with the whole loop inside one ``jit``.
 
 :func:`prefill` reads the prompts and draws the first token. :func:`advance` generates more tokens. :func:`generate`
-runs both in one ``jit``. Streaming calls :func:`advance` several times and gives bitwise the same tokens.
+runs both in one ``jit``. Streaming calls :func:`advance` several times and gets bitwise the same tokens.
 
 Shapes: B batch, T prompt length, N new tokens, V ids that may be generated.
 """
@@ -28,13 +28,13 @@ class Sampling:
     """How the next token is drawn. Hashable. None turns a filter off.
 
     Attributes:
-        temperature: the logits are divided by it. 0 selects the most likely token, and the filters have no effect.
+        temperature: divisor of the logits. 0 selects the most likely token, and the filters have no effect.
         top_k: keep the k most likely tokens (Fan et al. 2018).
         top_p: keep the most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020).
-        min_p: keep tokens at least ``min_p`` times as likely as the most likely one (Nguyen et al. 2024).
+        min_p: keep tokens whose probability is at least ``min_p`` times the largest probability (Nguyen et al. 2024).
         repetition_penalty: for each token that occurs in the prompt or the output, a positive logit is divided by the
-            penalty and a negative logit is multiplied by it (Keskar et al. 2019, section 4.1, with the sign rule of
-            Hugging Face). 1 has no effect.
+            penalty and a negative logit is multiplied by the penalty (Keskar et al. 2019, section 4.1, with the sign
+            rule of Hugging Face). 1 has no effect.
 
     Raises:
         ValueError: a value is outside its range.
@@ -60,15 +60,15 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
-"""Always selects the most likely token. If several tokens are equally likely, it selects the lowest id."""
+"""Always selects the most likely token. Of several equally likely tokens, the lowest id is selected."""
 
 
 def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Logits of the distribution that is sampled from, [B, V]; -inf for filtered tokens.
+    """The logits [B, V] of the distribution from which a token is drawn; -inf for removed tokens.
 
-    The order is that of Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p. Each filter
-    gets the logits that the previous one returns. If tokens tie with the last token that top-k or top-p keeps, all of
-    them are kept. With temperature 0 the logits are not divided.
+    The order is the same as in Hugging Face's ``generate``: repetition penalty, temperature, top-k, top-p, min-p. The
+    output of each step is the input of the next step. Top-k and top-p also keep all tokens with the same logit as the
+    least likely token that they keep. With temperature 0 the logits are not divided.
 
     Args:
         seen_BV: bool, whether each id occurs in the prompt or the output; required for a repetition penalty.
@@ -94,7 +94,7 @@ def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array |
     if sampling.top_p is not None:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         cumulative_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-        # Keep a token if the more likely tokens have less than p in total. Always keep the most likely token.
+        # Keep a token if the total probability of the more likely tokens is below p. Always keep the most likely token.
         keep_BV = jnp.pad(cumulative_BV[:, :-1] < sampling.top_p, ((0, 0), (1, 0)), constant_values=True)
         threshold_B1 = jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
@@ -120,18 +120,18 @@ class Progress:
     """An unfinished generation, with everything that :func:`advance` needs to continue it.
 
     Attributes:
-        state: the model state after all tokens except the newest token of each row; per-layer arrays on CPU.
-        tokens: [B, N] int32; the first ``step`` columns are filled.
+        state: the model state after all tokens except the newest token of each row.
+        tokens: [B, N] int32; the first ``step`` columns contain the generated tokens.
         log_probs: [B, N] float32, see :class:`Generation`.
         lengths: [B] int32, number of generated tokens in each row, including its end token.
         ended: [B] bool, whether the row has ended.
         step: int32, number of generated tokens in the longest row.
-        finite: [B] bool, whether all logits from which tokens of the row were drawn are finite.
+        finite: [B] bool, whether all logits that were used to draw tokens of the row are finite.
         seen: [B, V] bool, whether an id occurs in the prompt or the output; None without a repetition penalty.
         keys: one random key per row; None for greedy decoding.
         sampling: how tokens are drawn.
         end_ids: the ids that end a row.
-        ids: number of ids that may be generated; all of them are below this number.
+        ids: only ids below this number are generated.
     """
 
     state: Any
@@ -155,9 +155,9 @@ class Generation:
     Attributes:
         tokens: [B, N] int32; after the end of a row, the (first) end id is repeated.
         lengths: [B] int32, number of tokens in each row, including the end token.
-        log_probs: [B, N] float32, log-probability of each token under the model, over the ids that may be generated,
-            before penalty, temperature and filters; 0 after the end.
-        finite: [B] bool, whether all logits from which tokens of the row were drawn are finite. If not, the tokens of
+        log_probs: [B, N] float32, log-probability of each token under the model, normalised over the ids that may be
+            generated, before penalty, temperature and filters; 0 after the end.
+        finite: [B] bool, whether all logits that were used to draw tokens of the row are finite. If not, the tokens of
             the row are meaningless.
     """
 
@@ -186,16 +186,16 @@ def generate(
     and the index of the token. So padding and the other rows do not change the result of a row.
 
     Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
-    transformation no error can be raised; check ``finite`` of the result instead.
+    transformation the function cannot raise this error; check ``finite`` of the result instead.
 
     Args:
         prompts: [B, T] integer ids, padded on either side to one length.
         segment_ids: [B, T], 1 for prompt tokens and 0 for padding. Default: no padding.
         key: required unless decoding is greedy. Either one key, which is folded with the index of each row, or typed
             keys [B], one for each row. With typed keys, the draws of a row do not depend on its batch.
-        end_id: the id that ends a row, or several ids, each of which ends it.
-        allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if that is
-            smaller than the vocabulary of the model.
+        end_id: the token id or token ids that end a row.
+        allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
+            model has a larger vocabulary.
         state: the initial model state, with B rows: the state of an encoder-decoder with an encoded source
             (``model.init_decode_state``; ``prompts`` then begin with the decoder's start id), or the state of a model
             after earlier tokens. Default: an empty state.
@@ -214,10 +214,12 @@ def generate(
         >>> generate(model, params, prompts, segment_ids, max_new_tokens=4).tokens.shape
         (2, 4)
     """
-    ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    num_ids, slots = _check_arguments(
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+    )
     generation = _generate(
         model, params, prompts, segment_ids, key, state,
-        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots,
+        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), num_ids=num_ids, slots=slots,
         sharding=active(),
     )  # fmt: skip
     check_finite(model, params, generation.finite, state)
@@ -239,12 +241,14 @@ def prefill(
 ) -> Progress:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
-    Arguments and errors are those of :func:`generate`.
+    The arguments and errors are the same as in :func:`generate`.
     """
-    ids, slots = _check(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    num_ids, slots = _check_arguments(
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+    )
     progress = _prefill(
         model, params, prompts, segment_ids, key, state,
-        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), ids=ids, slots=slots,
+        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), num_ids=num_ids, slots=slots,
         sharding=active(),
     )  # fmt: skip
     check_finite(model, params, progress.finite, state)
@@ -264,7 +268,7 @@ def advance(model: Model, params: Any, progress: Progress, steps: int | jax.Arra
     return progress
 
 
-def _check(
+def _check_arguments(
     model: Model,
     prompts: Array,
     segment_ids: Array | None,
@@ -276,18 +280,18 @@ def _check(
     state: Any,
 ) -> tuple[int, int]:
     """Check all arguments. Return the number of ids that may be generated, and the number of cache slots."""
-    ids, slots = check_prompts(
+    num_ids, slots = check_prompts(
         model, prompts, segment_ids,
         max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
     )  # fmt: skip
-    check_top_k(sampling, ids)
+    check_top_k(sampling, num_ids)
     if key is None and sampling.temperature > 0.0:
         raise ValueError(
             f"temperature={sampling.temperature} draws at random: pass a key, e.g. jax.random.key(0), or temperature=0"
         )
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
-        raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one for each prompt")
-    return ids, slots
+        raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
+    return num_ids, slots
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
@@ -301,7 +305,7 @@ def _has_row_keys(key: jax.Array) -> bool:
 
 
 # `constrain` reads the active sharding during tracing, so the sharding must be part of each jit cache key.
-_STATIC = ("model", "max_new_tokens", "sampling", "end_ids", "ids", "slots", "sharding")
+_STATIC = ("model", "max_new_tokens", "sampling", "end_ids", "num_ids", "slots", "sharding")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -333,7 +337,7 @@ def _prefill(
     max_new_tokens: int,
     sampling: Sampling,
     end_ids: tuple[int, ...],
-    ids: int,
+    num_ids: int,
     slots: int,
     sharding: Sharding | None,
 ) -> Progress:
@@ -343,9 +347,9 @@ def _prefill(
     seen_BV = None
     if sampling.repetition_penalty != 1.0:
         seen_BT = prompts_BT
-        if segment_ids_BT is not None:  # padding becomes the id `ids`, which mode="drop" ignores
-            seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), ids)
-        seen_BV = jnp.zeros((B, ids), bool).at[rows_B[:, None], seen_BT].set(True, mode="drop")
+        if segment_ids_BT is not None:  # padding becomes the id `num_ids`, which mode="drop" ignores
+            seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), num_ids)
+        seen_BV = jnp.zeros((B, num_ids), bool).at[rows_B[:, None], seen_BT].set(True, mode="drop")
     keys_B = None
     if sampling.temperature > 0.0:
         assert key is not None
@@ -362,7 +366,7 @@ def _prefill(
         keys=keys_B,
         sampling=sampling,
         end_ids=end_ids,
-        ids=ids,
+        ids=num_ids,
     )
     return _draw(progress, logits_BV)
 
@@ -397,7 +401,7 @@ def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
 def _advance(
     model: Model, params: Any, progress: Progress, steps: int | jax.Array, *, sharding: Sharding | None
 ) -> Progress:
-    """The loop of :func:`advance`."""
+    """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
 
     def unfinished(progress: Progress) -> jax.Array:

@@ -29,8 +29,8 @@ class TokenScores(NamedTuple):
 
     Attributes:
         log_probs: [B, T] float32, log-probability of each token in nats; 0 for tokens that are not predicted.
-        greedy: [B, T] bool, whether each token is the most likely one (if several are equally likely, the one with the
-            lowest id); True for tokens that are not predicted.
+        greedy: [B, T] bool, whether each token is the most likely token (of several equally likely tokens, the token
+            with the lowest id); True for tokens that are not predicted.
     """
 
     log_probs: jax.Array
@@ -43,8 +43,8 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
     The value is 0 if the next token is padding or begins another document. Logits are computed in chunks, so the logits
     of all T steps are never in memory together.
 
-    Logits that are not finite raise an error. The check waits for the result. Inside ``jit`` or another transformation
-    no error is raised.
+    Logits that are not finite raise an error. This check blocks until the result is computed. Inside ``jit`` or another
+    transformation the function cannot raise this error.
 
     Args:
         tokens: [B, T] integer ids.
@@ -56,7 +56,7 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
         NotFiniteError: logits are not finite. The message names the rows and the parameters that are not finite.
 
     Example:
-        >>> log_likelihood(model, params, tokens).sum(axis=1)   # of each row   # doctest: +SKIP
+        >>> log_likelihood(model, params, tokens).sum(axis=1)   # one value per row   # doctest: +SKIP
     """
     return token_scores(model, params, tokens, segment_ids).log_probs
 
@@ -64,11 +64,11 @@ def log_likelihood(model: Model, params: Any, tokens: Array, segment_ids: Array 
 def token_scores(model: Model, params: Any, tokens: Array, segment_ids: Array | None = None) -> TokenScores:
     """The scores [B, T - 1] of ``tokens[:, t + 1]`` given ``tokens[:, :t + 1]``.
 
-    Arguments and errors are those of :func:`log_likelihood`, which returns the ``log_probs``.
+    The arguments and errors are the same as in :func:`log_likelihood`, which returns only the ``log_probs``.
     """
     check_ids(model, tokens, segment_ids, "tokens")
     if tokens.shape[1] < 2:
-        raise ValueError("tokens are 1 per row: the first token is not predicted, so at least 2 are needed")
+        raise ValueError("tokens have only 1 column: the first token is not predicted, so at least 2 are needed")
     scores, finite_B = _token_scores(model, params, tokens, segment_ids, sharding=active())
     check_finite(model, params, finite_B)
     return scores
@@ -90,8 +90,8 @@ def target_log_likelihood(
         source: [B, S] integer ids.
         targets: [B, T] integer ids, including the end token.
         start_id: the token that the decoder reads before the first target.
-        source_segment_ids, segment_ids: for the source [B, S] and the targets [B, T]: 1 for tokens, and 0 for padding
-            at the end.
+        source_segment_ids, segment_ids: segment ids of the source [B, S] and of the targets [B, T]: 1 for tokens, 0
+            for padding at the end.
 
     Raises:
         TypeError: the model is not an encoder-decoder.
@@ -116,7 +116,7 @@ def target_token_scores(
 ) -> TokenScores:
     """The scores [B, T] of ``targets[:, t]`` given ``source`` and ``targets[:, :t]``, for an encoder-decoder.
 
-    Arguments and errors are those of :func:`target_log_likelihood`, which returns the ``log_probs``.
+    The arguments and errors are the same as in :func:`target_log_likelihood`, which returns only the ``log_probs``.
     """
     if not model.reads_source:
         raise TypeError(f"family {model.family!r} reads no source: call log_likelihood")
@@ -221,7 +221,7 @@ def perplexity(
     A window begins every ``stride`` tokens, and the last window ends with the text. Each window scores only the tokens
     that no earlier window has scored. So every token except the first is scored once. After the first window, each
     token has at least ``window - stride`` tokens of context. A smaller stride gives more context and a lower
-    perplexity, at a higher cost. A text that fits into one window is scored in one piece.
+    perplexity, at a higher cost. A text that is not longer than ``window`` is scored in one window.
 
     Args:
         ids: [tokens] integer ids.
@@ -237,7 +237,7 @@ def perplexity(
     """
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
-        raise ValueError(f"ids must be a row of at least 2 integers, got {ids.dtype}{list(ids.shape)}")
+        raise ValueError(f"ids must have shape [tokens] with at least 2 integers, got {ids.dtype}{list(ids.shape)}")
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, so that every token is scored")
     if batch_size < 1:
@@ -245,7 +245,7 @@ def perplexity(
     window = min(window, ids.size)
     starts = np.append(np.arange(0, ids.size - window, stride), ids.size - window)
     ends = starts + window
-    new = np.diff(ends, prepend=1)  # number of tokens at the end of each window that no earlier window has scored
+    num_new = np.diff(ends, prepend=1)  # number of tokens at the end of each window that no earlier window has scored
     batch_size = min(batch_size, starts.size)
 
     total = 0.0
@@ -256,5 +256,5 @@ def perplexity(
         with named_rows("window", rows):
             log_probs = np.asarray(log_likelihood(model, params, windows), np.float64)
         for row, log_probs_T in zip(rows[: starts.size - first], log_probs, strict=False):
-            total -= float(log_probs_T[window - 1 - new[row] :].sum())
+            total -= float(log_probs_T[window - 1 - num_new[row] :].sum())
     return Perplexity(nats_per_token=total / (ids.size - 1), tokens=ids.size - 1)

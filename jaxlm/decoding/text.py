@@ -40,12 +40,12 @@ def generate_text(
     *,
     key: jax.Array | None = None,
 ) -> list[str]:
-    """The generated text for each of ``texts``, in order, without the end token and the stop string.
+    """The generated text for each item of ``texts``, in order, without the end token and the stop string.
 
     ``texts`` are prompts, or sources for an encoder-decoder (translation, summarization). Prompts are encoded without
     special tokens, and special tokens in their continuations are kept. Sources are encoded with
     ``tokenizer.encode_inputs``, and special tokens in the outputs are removed. To use other special tokens, pass all
-    texts as ids, int32 arrays [tokens]. An incomplete UTF-8 character at the end is decoded as U+FFFD.
+    texts as token ids (int32 arrays [tokens]). An incomplete UTF-8 character at the end is decoded as U+FFFD.
 
     Texts are sorted by length, batched, and padded to a few lengths. The loop is compiled once per length. The random
     draws for a text depend on ``key`` and the index of the text, not on its batch. A prompt and its continuation may be
@@ -67,15 +67,15 @@ def generate_text(
     Example:
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
     """
-    text = _Text(model, params, tokenizer, config, key)
-    rows = text.encode(texts)
+    generator = _TextGenerator(model, params, tokenizer, config, key)
+    rows = generator.encode(texts)
     results = [""] * len(rows)
     for numbers in length_batches([ids.size for ids in rows], config.batch_size):
         batch = [rows[number] for number in numbers]
-        if text.num_beams > 1:
-            outputs = text.beam_texts(batch, numbers)
+        if generator.num_beams > 1:
+            outputs = generator.beam_texts(batch, numbers)
         else:
-            *_, outputs = text.partial_texts(batch, numbers, CHUNK if text.stop else None)
+            *_, outputs = generator.partial_texts(batch, numbers, CHUNK if generator.stop else None)
         for number, output in zip(numbers, outputs, strict=True):
             results[number] = output
     return results
@@ -100,8 +100,8 @@ def stream_text(
         chunk: number of tokens in each call of the jitted loop.
 
     Raises:
-        The errors of :func:`generate_text`, at the call and not at the first piece. ValueError: beam search is
-        requested, or ``chunk`` is below 1.
+        The errors of :func:`generate_text`. ValueError: beam search is requested, or ``chunk`` is below 1. All errors
+        are raised by the call, before the first piece is requested.
 
     Example:
         >>> for piece in stream_text(model, params, tokenizer, "To be"):   # doctest: +SKIP
@@ -109,11 +109,11 @@ def stream_text(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    generation = _Text(model, params, tokenizer, config, key)
-    if generation.num_beams > 1:
-        raise ValueError(f"num_beams={generation.num_beams}: beam search has no text before it ends; use generate_text")
-    texts = generation.partial_texts(generation.encode([text]), np.zeros(1, np.int32), chunk)
-    first = next(texts)  # so that errors are raised at the call
+    generator = _TextGenerator(model, params, tokenizer, config, key)
+    if generator.num_beams > 1:
+        raise ValueError(f"num_beams={generator.num_beams}: beam search cannot stream text; use generate_text")
+    texts = generator.partial_texts(generator.encode([text]), np.zeros(1, np.int32), chunk)
+    first = next(texts)  # so that the call raises the errors
 
     def pieces() -> Iterator[str]:
         yielded = 0
@@ -126,7 +126,7 @@ def stream_text(
 
 
 def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
-    """The first token that the decoder reads: ``decoder_start_id`` of the config, or else the tokenizer's bos token.
+    """The first token that the decoder reads: ``decoder_start_id`` of the config, or the tokenizer's bos token if None.
 
     Raises:
         ValueError: the config has no ``decoder_start_id`` and the tokenizer has no bos token.
@@ -134,15 +134,15 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
     start = getattr(model.config, "decoder_start_id", None)
     start = tokenizer.special_ids.bos if start is None else start
     if start is None:
-        raise ValueError(f"{model.family} has no decoder_start_id and the tokenizer no beginning-of-sequence token")
+        raise ValueError(f"{model.family} has no decoder_start_id and the tokenizer has no beginning-of-sequence token")
     return start
 
 
-def _first_id(model: Model, tokenizer: Tokenizer) -> int:
+def _generation_start_id(model: Model, tokenizer: Tokenizer) -> int:
     """The first token that the decoder reads in text generation.
 
-    ``decoder_start_token_id`` of ``generation_config.json`` overrides that of ``config.json``. It does not override
-    another id that the caller passed when loading the model.
+    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``. It does not override
+    a different id that the caller passed to ``load_pretrained``.
     """
     metadata, config_id = model.metadata, getattr(model.config, "decoder_start_id", None)
     file_id = None if metadata is None else (metadata.generation_config or {}).get("decoder_start_token_id")
@@ -151,8 +151,8 @@ def _first_id(model: Model, tokenizer: Tokenizer) -> int:
     return file_id
 
 
-class _Text:
-    """A request for generated text, with its model and tokenizer."""
+class _TextGenerator:
+    """Generates the texts of a request with a model and a tokenizer."""
 
     def __init__(
         self, model: Model, params: Any, tokenizer: Tokenizer, config: GenerationConfig, key: jax.Array | None
@@ -174,11 +174,11 @@ class _Text:
             raise ValueError(f"{FILE} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY")
         self._start: np.ndarray | None = None
         if model.reads_source:
-            self._start = np.array([_first_id(model, tokenizer)], np.int32)
+            self._start = np.array([_generation_start_id(model, tokenizer)], np.int32)
         self._request = TokenRequest(
             model=model,
             params=params,
-            max_new_tokens=0,  # each batch sets its own
+            max_new_tokens=0,  # set for each batch
             sampling=resolved.sampling,
             key=key,
             end_ids=resolved.end_ids or (),
@@ -186,8 +186,8 @@ class _Text:
         )
 
     def encode(self, texts: Sequence[str] | Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The ids of each prompt or source, after a check."""
-        what = self._what
+        """The token ids of each prompt or source, after a check."""
+        what = self._input_name
         if isinstance(texts, str):
             raise TypeError(f"texts are a sequence of strings, got one string: pass [{texts!r}]")
         if not texts:
@@ -228,8 +228,8 @@ class _Text:
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
     @property
-    def _what(self) -> str:
-        """The word for a text in error messages."""
+    def _input_name(self) -> str:
+        """The word for an input text in error messages."""
         return "source" if self._model.reads_source else "prompt"
 
     def beam_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
@@ -242,7 +242,7 @@ class _Text:
         else:
             state = read_sources(request, batch, int(limits.max()))
             tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
-        with named_rows(self._what, numbers):
+        with named_rows(self._input_name, numbers):
             beams = beam_search(
                 request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self.num_beams,
                 length_penalty=self._length_penalty, early_stopping=self._early_stopping, end_id=request.end_ids,
@@ -254,17 +254,17 @@ class _Text:
         return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
 
     def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
-        """The part of the text of each row that cannot change any more, after each chunk; last, the whole texts.
+        """After each chunk, the part of each row's text that later tokens cannot change. The last texts are complete.
 
         Args:
-            batch: ids of each prompt or source.
+            batch: token ids of each prompt or source.
             numbers: [B] index of each text.
-            chunk: number of tokens between two results. None: one result, with the whole texts.
+            chunk: number of tokens between two results. None: the only result has the complete texts.
         """
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
         request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
-        with named_rows(self._what, numbers):
+        with named_rows(self._input_name, numbers):
             windows = Windows(request, prompts, numbers, None if self._start is None else batch)
         chunk = request.max_new_tokens if chunk is None else chunk
         while True:
@@ -272,24 +272,24 @@ class _Text:
             progress = windows.progress
             tokens, lengths, ended = (np.array(x) for x in (progress.tokens, progress.lengths, progress.ended))
             texts, has_stop = [], []
-            for row, earlier in enumerate(windows.rows):
-                ids = np.concatenate([earlier, tokens[row, : lengths[row]]])
+            for row, earlier_ids in enumerate(windows.rows):
+                ids = np.concatenate([earlier_ids, tokens[row, : lengths[row]]])
                 limit = prompts[row].size + limits[row]
                 ended[row] |= ids.size >= limit
                 ids = ids[:limit]
                 text = self._decode(ids, prompts[row].size)
-                text, found = _final_part(text, self.stop, is_complete=windows.over or bool(ended[row]))
+                text, stopped = _final_part(text, self.stop, is_complete=windows.over or bool(ended[row]))
                 texts.append(text)
-                has_stop.append(found)
+                has_stop.append(stopped)
             yield texts
             ended |= np.array(has_stop)
             if windows.over or ended.all():
                 return
-            with named_rows(self._what, numbers):
+            with named_rows(self._input_name, numbers):
                 windows.advance(ended, chunk)
 
     def _decode(self, ids: np.ndarray, prompt_length: int) -> str:
-        """The text of the ids after the prompt, without an end token at the end."""
+        """The text of the ids after the prompt, without the end token."""
         if ids.size > prompt_length and ids[-1] in self._request.end_ids:
             ids = ids[:-1]
         if self._start is not None:
@@ -307,14 +307,14 @@ def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
 
 
 def _final_part(text: str, stop: Sequence[str], *, is_complete: bool) -> tuple[str, bool]:
-    """The part of ``text`` that later tokens cannot change, and whether a stop string ends it.
+    """The part of ``text`` that later tokens cannot change, and whether a stop string ends the text.
 
     Args:
         is_complete: whether there are no later tokens.
     """
     if not is_complete:
         text = text.rstrip("\ufffd")
-    # The stop string that is complete first ends the text.
+    # The stop string whose last character comes first ends the text.
     found = [(start + len(string), start) for string in stop if (start := text.find(string)) >= 0]
     if found:
         return text[: min(found)[1]], True

@@ -1,4 +1,4 @@
-"""The generation loop for a batch of texts, in jitted calls of a few tokens each.
+"""The generation loop for a batch of texts. Each jitted call generates a few tokens.
 
 A prompt and its continuation may become longer than the context of the model. Generation then continues in a new
 window. Shapes: B batch, S source time, T prompt time.
@@ -31,7 +31,7 @@ class TokenRequest:
         max_new_tokens: maximum number of new tokens in each row.
         sampling: how tokens are drawn.
         key: random key; None for greedy decoding.
-        end_ids: ids, each of which ends a row.
+        end_ids: token ids that end a row.
         num_ids: only ids below this number are generated.
     """
 
@@ -45,7 +45,7 @@ class TokenRequest:
 
     @property
     def max_positions(self) -> int | None:
-        """The number of positions of the model, for the prompt and the output together. None: no limit."""
+        """The maximum number of positions for a prompt and its output together. None: the model has no limit."""
         return getattr(self.model.config, "max_positions", None)
 
 
@@ -89,13 +89,13 @@ class Windows:
 
     Args:
         request: the model and the settings that all batches share.
-        prompts: ids of each prompt; for an encoder-decoder, the start id.
-        numbers: [B] number of each row, which is folded into its random key.
-        sources: ids of each source, for an encoder-decoder.
+        prompts: token ids of each prompt; for an encoder-decoder, the start id.
+        numbers: [B] number of each row, which is folded into the random key of the row.
+        sources: token ids of each source, for an encoder-decoder.
 
     Attributes:
-        rows: ids of each row before the current window, prompt included.
-        progress: the generation of the current window.
+        rows: token ids of each row before the current window, including the prompt.
+        progress: the generation in the current window.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Windows:
         self.progress = self._open(self.rows, state)
 
     def _open(self, prompts: Sequence[np.ndarray], state: Any = None) -> Progress:
-        """The generation of a new window, after its prompts and the first new token of each row."""
+        """The generation in a new window, after it has read the prompts and drawn the first new token of each row."""
         request, limit = self._request, self._request.max_positions
         if state is None:
             tokens_BT, segment_ids_BT = pad_prompts(request, prompts, self._remaining)
@@ -121,7 +121,7 @@ class Windows:
         new_tokens = self._remaining if limit is None else min(self._remaining, limit - tokens_BT.shape[1] + 1)
         key = request.key
         if key is not None:
-            # The first window draws the same tokens as `generate`. Each later window has another key.
+            # With the key of the first window, the tokens are the same as in `generate`. Later windows have other keys.
             key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
         return prefill(
             request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=new_tokens,
@@ -139,7 +139,7 @@ class Windows:
         return self.full and self.progress.tokens.shape[1] == self._remaining
 
     def advance(self, ended: np.ndarray, chunk: int) -> None:
-        """Generate up to ``chunk`` more tokens for each row that has not ended. If the window is full, open a new one.
+        """Generate up to ``chunk`` more tokens for each row that has not ended. If the window is full, open another.
 
         Args:
             ended: bool [B], rows that need no more tokens.

@@ -1,1 +1,1 @@
-"""Exchange with other libraries."""
+"""Load, save and convert models in the formats of other libraries."""

@@ -1,9 +1,9 @@
 """Read and write ``config.json`` and ``generation_config.json`` of Hugging Face directories.
 
-``Model.metadata`` has the loaded files. When a model is saved, a loaded field that jaxlm does not set is written back
-unchanged. A field that jaxlm sets keeps its loaded value if this value still describes the model.
+``Model.metadata`` contains the loaded files. When a model is saved, a loaded field that jaxlm does not set is written
+back unchanged. A field that jaxlm sets keeps its loaded value if this value still describes the model.
 
-"Our" fields are those of jaxlm's ``Config``, "their" fields are those of ``config.json``.
+In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MODEL_TYPE_PREFIX = "jaxlm-"
 _LABEL_TASKS = ("classification", "token_classification")
 _GENERATION_TASKS = ("causal", "seq2seq", "permutation")
 _HEAD_FIELDS = {"task", "num_labels"}
-"""Overrides that select another head than the head in the files."""
+"""Overrides that may select another head than the head in the files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Description:
 
     Attributes:
         model: the model with the overrides. Its metadata has no generation config.
-        table: the format of the files, which has the names of the tensors.
+        table: the format of the files, which contains the tensor names.
         stored: the model in the files, without the overrides, if the overrides select a head. In this case, the head of
             ``model`` may be missing in the files, and the files may have another head. None: the files must have
             exactly the parameters of ``model``.
@@ -47,9 +47,10 @@ class Description:
 
 
 def format_of(model: Model) -> Format:
-    """The format for writing a model: the loaded ``model_type`` if it can represent the model, or the first that can.
+    """The format in which a model is saved.
 
-    For a family without a published format, the names of the tensors are the paths of the parameters.
+    This is the loaded format if it can represent the model, otherwise the first format that can represent the model.
+    In a family without a published format, the paths of the parameters are the tensor names.
 
     Raises:
         ValueError: no format of the family can represent the model.
@@ -76,10 +77,10 @@ def is_stacked(leaf: spec.ArraySpec) -> bool:
 
 
 def _native_format(model: Model) -> Format:
-    """The format of a family without a published format: the names of the tensors are the paths of the parameters."""
+    """jaxlm's own format, for a family without a published format. The parameter paths are the tensor names."""
 
     def name(path: str, *, is_layer: bool) -> str:
-        return ".".join(f"{part}.{{layer}}" if part == spec.LAYERS and is_layer else part for part in path.split("/"))
+        return ".".join(f"{key}.{{layer}}" if key == spec.LAYERS and is_layer else key for key in path.split("/"))
 
     names = {}
     for path, leaf in spec.flatten(model.specs).items():
@@ -95,12 +96,12 @@ def _native_format(model: Model) -> Format:
 
 
 def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Description:
-    """The model that a config and overrides describe, and its format.
+    """The model that a ``config.json`` and overrides describe, and its format.
 
     Args:
         config: the contents of ``config.json``.
-        path: the path of ``config.json`` for error messages.
-        overrides: values of our config fields.
+        path: the path of ``config.json``, for error messages.
+        overrides: fields of the family's ``Config`` that override the file.
 
     Raises:
         ValueError: the architecture or a setting is not supported.
@@ -112,7 +113,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         table = None
     else:
         name, table, implied = _find_format(config, path, overrides)
-        fields = {**table.implied, **_our_fields(config, table, family(name).Config, path)}
+        fields = {**table.implied, **_published_fields(config, table, family(name).Config, path)}
     try:
         if table is not None and table.read_fields is not None:
             fields |= table.read_fields(config)
@@ -150,7 +151,7 @@ def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
 def _find_format(
     config: dict[str, Any], path: Path, overrides: dict[str, Any]
 ) -> tuple[str, Format, Mapping[str, Any]]:
-    """The family and the format of the files, and the values of our fields that their class implies."""
+    """The family, the format of the files, and the ``Config`` fields that the architecture implies."""
     model_type = config.get("model_type")
     known = [(name, table) for name in FAMILIES for table in formats.of(name)]
     supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
@@ -158,13 +159,13 @@ def _find_format(
     if not candidates:
         raise ValueError(f"{path}: model_type={model_type!r} is not supported: {supported}")
     # A config that was saved without a model has no architectures. Then the last format of the model type is used,
-    # which is the most general one.
+    # because it is the most general format.
     architectures = config.get("architectures") or list(candidates[-1][1].architectures)
     architecture = architectures[0] if isinstance(architectures, list) else architectures
     for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
-    if "task" in overrides:  # the head of this class is not supported, but its base model is
+    if "task" in overrides:  # the head of this architecture is not supported, but its base model is supported
         return *candidates[-1], {"task": "none"}
     raise ValueError(
         f"{path}: architecture {architecture!r} is not supported; pass task=... to load its base model with a new "
@@ -172,7 +173,8 @@ def _find_format(
     )
 
 
-def _our_fields(config: dict[str, Any], table: Format, config_class: type, path: Path) -> dict[str, Any]:
+def _published_fields(config: dict[str, Any], table: Format, config_class: type, path: Path) -> dict[str, Any]:
+    """The ``Config`` fields of a family with a published format, from ``config.json``."""
     for field, value in table.required.items():
         if config.get(field, value) != value:
             raise ValueError(f"{path}: {field}={config[field]!r} is not supported: it must be {value!r}")
@@ -184,21 +186,21 @@ def _our_fields(config: dict[str, Any], table: Format, config_class: type, path:
             )
     hints = typing.get_type_hints(config_class)
     fields = {}
-    for ours, theirs in table.fields.items():
-        if theirs not in config:
+    for name, hf_name in table.fields.items():
+        if hf_name not in config:
             continue
-        value = config[theirs]
-        ours_by_theirs = table.values.get(theirs)
-        if ours_by_theirs is not None:
-            if not isinstance(value, str) or value not in ours_by_theirs:
-                choices = ", ".join(ours_by_theirs)
-                raise ValueError(f"{path}: {theirs}={value!r} is not supported: choose from {choices}")
-            value = ours_by_theirs[value]
-        elif not _has_type(value, hints[ours]):
+        value = config[hf_name]
+        value_of_hf_value = table.values.get(hf_name)
+        if value_of_hf_value is not None:
+            if not isinstance(value, str) or value not in value_of_hf_value:
+                choices = ", ".join(value_of_hf_value)
+                raise ValueError(f"{path}: {hf_name}={value!r} is not supported: choose from {choices}")
+            value = value_of_hf_value[value]
+        elif not _has_type(value, hints[name]):
             raise ValueError(
-                f"{path}: {theirs}={value!r} is not of type {getattr(hints[ours], '__name__', hints[ours])}"
+                f"{path}: {hf_name}={value!r} is not of type {getattr(hints[name], '__name__', hints[name])}"
             )
-        fields[ours] = value
+        fields[name] = value
     return fields
 
 
@@ -222,13 +224,13 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _token_ids(model: Model, table: Format, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The special token ids by role, from ``config.json``. A missing id is the default of the class."""
+    """The special token ids by role, from ``config.json``. A missing id has the default of the transformers class."""
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
     return {role.removesuffix("_token_id"): ids for role, ids in {**implied, **token_fields(config)}.items()}
 
 
 def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that have ids of special tokens.
+    """The fields of a config that contain special token ids.
 
     Raises:
         ValueError: a value is not an integer, a list of integers or null.
@@ -244,22 +246,22 @@ def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def their_config(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """The contents of ``config.json``.
+    """The contents of ``config.json`` for saving a model.
 
     Args:
         dtype: dtype of the parameters.
-        tokenizer: tokenizer whose special token ids are written. None: the ids in the loaded config are kept, or the
-            ids of the published models are written if there is no loaded config.
+        tokenizer: its special token ids are written. None: the ids of the loaded config are written, or the ids of the
+            published models if there is no loaded config.
 
     Raises:
         ValueError: the published formats of the family cannot represent the model or the special token ids.
     """
     table = format_of(model)
-    written = _model_fields(model, table)
+    model_fields = _model_fields(model, table)
     loaded = {} if model.metadata is None else model.metadata.config
     if loaded.get("model_type") != table.model_type:
         loaded = {}
-    result = _merge_loaded(model, written, loaded)
+    result = _merge_loaded(model, model_fields, loaded)
     if not loaded:
         vocabulary = model.config.vocab_size
         result |= {field: token if token < vocabulary else None for field, token in table.token_ids.items()}
@@ -273,7 +275,7 @@ def their_config(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -
 
 
 def _model_fields(model: Model, table: Format) -> dict[str, Any]:
-    """The fields that jaxlm sets from the model, without special token ids and dtype."""
+    """The fields of ``config.json`` that describe the model, without special token ids and dtype."""
     fields: dict[str, Any] = {}
     if getattr(model.config, "task", None) in _LABEL_TASKS and (formats.of(model.family) or model.labels is not None):
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
@@ -281,38 +283,37 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
     if not formats.of(model.family):
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
-    for ours, theirs in table.fields.items():
-        value = getattr(model.config, ours)
-        if theirs in table.values:
-            values = table.values[theirs]
-            their_values = [their_value for their_value, our_value in values.items() if our_value == value]
-            if not their_values:
-                raise ValueError(f"{ours}={value!r} has no counterpart in {theirs} of {table.model_type}")
-            value = their_values[0]
-        fields[theirs] = value
+    for name, hf_name in table.fields.items():
+        value = getattr(model.config, name)
+        if hf_name in table.values:
+            hf_values = [hf_value for hf_value, jaxlm_value in table.values[hf_name].items() if jaxlm_value == value]
+            if not hf_values:
+                raise ValueError(f"{name}={value!r} has no counterpart in {hf_name} of {table.model_type}")
+            value = hf_values[0]
+        fields[hf_name] = value
     if table.write_fields is not None:
         fields |= table.write_fields(model.config)
-    architecture = next(name for name, implied in table.architectures.items() if _has_values(model, implied))
+    architecture = next(key for key, implied in table.architectures.items() if _has_values(model, implied))
     return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
 
 
-def _merge_loaded(model: Model, written: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of ``config.json``: the loaded config with the fields that describe a changed model.
+def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``config.json``: the loaded config, in which the fields that changed since loading are replaced.
 
-    A loaded field that jaxlm does not set is kept. A field in ``written`` that has the same value for the loaded model
-    keeps its loaded value, and is omitted if the loaded config omits it.
+    A field is unchanged if ``_model_fields`` gives the same value for the loaded model. An unchanged field keeps its
+    loaded value, and is omitted if the loaded config omits it. Loaded fields that jaxlm does not set are kept.
     """
     if not loaded:
-        return dict(written)
-    result = {**loaded, **written}
+        return dict(model_fields)
+    result = {**loaded, **model_fields}
     try:
         description = describe(dict(loaded), Path("config.json"), {})
     except ValueError:  # the loaded class is not supported; it was loaded with task=...
         return result
     previous = _model_fields(description.model, description.table)
-    for field in previous.keys() - written.keys():  # for example the labels of a removed head
+    for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
         result.pop(field, None)
-    for field, value in written.items():
+    for field, value in model_fields.items():
         if field in previous and previous[field] == value:
             if field in loaded:
                 result[field] = loaded[field]
@@ -321,17 +322,17 @@ def _merge_loaded(model: Model, written: dict[str, Any], loaded: Mapping[str, An
     for alias, field in description.table.aliases.items():
         if alias in result:
             result[alias] = result[field]
-    if written.get("id2label") != previous.get("id2label"):  # num_labels may be stale
+    if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
         result.pop("num_labels", None)
     if model.metadata is not None and model.metadata.fresh:
-        result.pop("problem_type", None)  # it belongs to the loaded head
+        result.pop("problem_type", None)  # describes the loaded head, which is not in this model
     return result
 
 
 def _tokenizer_fields(
     model: Model, table: Format, tokenizer: Tokenizer, result: Mapping[str, Any]
 ) -> dict[str, int | None]:
-    """The fields of special token ids, from a tokenizer. A role without a token keeps its loaded id, or is null."""
+    """The fields with special token ids of a tokenizer. A role without a token keeps its loaded id, or is null."""
     check_vocabulary(model, tokenizer)
     ids = tokenizer_ids(model, tokenizer)
     loaded = {} if model.metadata is None else token_fields(model.metadata.config)
@@ -342,7 +343,7 @@ def _tokenizer_fields(
             if ids[role] not in (None, table.required[field]):
                 raise ValueError(
                     f"{table.model_type} needs {field}={table.required[field]}, but the tokenizer has {ids[role]}: "
-                    f"train one with template='bos_eos', or save without the tokenizer"
+                    f"train a tokenizer with template='bos_eos', or save without a tokenizer"
                 )
         elif role in ("pad", "bos", "eos") or field in result:
             loaded_id = loaded.get(field)
@@ -352,7 +353,9 @@ def _tokenizer_fields(
 
 
 def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The special token ids of a tokenizer by role. Without an EOS token, generation ends at the end of a document."""
+    """The special token ids of a tokenizer by role. Without an EOS token, the EOS id of generative models is
+    ``tokenizer.end_id``.
+    """
     ids = dataclasses.asdict(tokenizer.special_ids)
     if ids["eos"] is None and getattr(model.config, "task", "causal") in _GENERATION_TASKS:
         ids["eos"] = tokenizer.end_id
@@ -369,7 +372,7 @@ def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
 
 
 def their_generation_config(model: Model, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
-    """The contents of ``generation_config.json``; None if the directory does not need it.
+    """The contents of ``generation_config.json`` for saving a model; None if the directory does not need this file.
 
     Without this file, transformers uses the special token ids in ``config.json``.
     """
@@ -385,12 +388,14 @@ def their_generation_config(model: Model, tokenizer: Tokenizer | None = None) ->
             if token_id is not None and not (isinstance(loaded_id, list) and token_id in loaded_id):
                 result[field] = token_id
     start = getattr(model.config, "decoder_start_id", None)
-    if start is not None and (loaded is None or ("decoder_start_token_id" in loaded and start != _loaded_start(model))):
+    if start is not None and (
+        loaded is None or ("decoder_start_token_id" in loaded and start != _loaded_decoder_start_id(model))
+    ):
         result["decoder_start_token_id"] = start
     return result
 
 
-def _loaded_start(model: Model) -> int | None:
+def _loaded_decoder_start_id(model: Model) -> int | None:
     """The ``decoder_start_id`` that the loaded config describes."""
     loaded = {} if model.metadata is None else model.metadata.config
     try:

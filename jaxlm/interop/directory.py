@@ -1,4 +1,4 @@
-"""Paths of the files in a Hugging Face directory. Files outside of the directory are not read."""
+"""Paths of the files in a Hugging Face directory. Files outside the directory are not read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ GENERATION_CONFIG = "generation_config.json"
 def inside(directory: Path, name: str) -> Path:
     """The resolved path of the file ``name`` in ``directory``.
 
-    A link must not lead out of the directory. There is one exception: in the cache of the Hugging Face hub,
-    ``snapshots/<revision>/<name>`` is a link to a file in ``blobs/``. There, a link may lead to any file in the folder
-    of the model.
+    A link must point to a file inside the directory. There is one exception: in the cache of the Hugging Face hub,
+    ``snapshots/<revision>/<name>`` is a link to a file in ``blobs/``. So in this cache, a link may point to any file of
+    the model's folder.
 
     Raises:
-        ValueError: ``name`` is not a plain file name, or the file is a link out of the directory.
+        ValueError: ``name`` is not a plain file name, or the file is a link to a file outside the directory.
         FileNotFoundError: the file is missing or is not a regular file.
     """
     if Path(name).name != name or "\\" in name:

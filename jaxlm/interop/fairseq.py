@@ -55,10 +55,10 @@ def roberta_from_fairseq(
     """The model and the parameters of a fairseq RoBERTa checkpoint.
 
     fairseq's RoBERTa has no token types, so the embedding of the only token type is zeros. ``model.metadata.unused``
-    has the names of the tensors of the other heads, which the model does not use.
+    lists the tensors of heads that the model does not have.
 
     Args:
-        weights: the arrays of the checkpoint, by their names in fairseq.
+        weights: the arrays of the checkpoint, by fairseq's names.
         num_heads: ``encoder_attention_heads`` in the arguments of the checkpoint. It cannot be inferred from shapes.
         head: name of a classification head, such as "mnli". The task of the model is then "classification". None: the
             task is "masked".
@@ -104,24 +104,24 @@ def roberta_from_fairseq(
 
 
 def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays by their names in Hugging Face files. Arrays of classification heads keep the names of fairseq."""
+    """The arrays by their names in Hugging Face files. Arrays of classification heads keep fairseq's names."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         if _IGNORED.search(name):
             continue
         fused = re.search(r"self_attn\.in_proj_(weight|bias)$", name)  # in checkpoints before fairseq 0.9
         if fused is None:
-            parts = {name: np.asarray(array)}
+            arrays = {name: np.asarray(array)}
         else:
             thirds = np.split(np.asarray(array), 3)
-            parts = {
+            arrays = {
                 f"{name[: fused.start()]}self_attn.{x}_proj.{fused[1]}": third
                 for x, third in zip("qkv", thirds, strict=True)
             }
-        for part, value in parts.items():
+        for new_name, value in arrays.items():
             for pattern, replacement in _RENAMED:
-                part = re.sub(pattern, replacement, part)
-            if part in tensors:
-                raise ValueError(f"two tensors of the weights are both {part}: remove one of them")
-            tensors[part] = value
+                new_name = re.sub(pattern, replacement, new_name)
+            if new_name in tensors:
+                raise ValueError(f"two tensors of the weights are both {new_name}: remove one of them")
+            tensors[new_name] = value
     return tensors

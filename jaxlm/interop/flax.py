@@ -27,7 +27,8 @@ class LinenModel(linen.Module):
 
     def setup(self) -> None:
         self.tree = {
-            name: self.param(name, functools.partial(_initial, name, specs)) for name, specs in self.model.specs.items()
+            name: self.param(name, functools.partial(_init_entry, name, specs))
+            for name, specs in self.model.specs.items()
         }
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
@@ -42,8 +43,8 @@ class LinenModel(linen.Module):
         return self.model.pool(unfreeze(self.tree), hidden, key=key, **inputs)
 
 
-def _initial(name: str, specs: spec.Tree, key: jax.Array) -> spec.Tree:
-    """Initial parameters of one entry of the top level."""
+def _init_entry(name: str, specs: spec.Tree, key: jax.Array) -> spec.Tree:
+    """The initial parameters of one top-level entry of the parameter tree."""
     return spec.init({name: specs}, key)[name]
 
 
@@ -92,8 +93,8 @@ def as_nnx(model: Model, rngs: nnx.Rngs | None = None, *, params: spec.Tree | No
         params: existing parameters of the model. Pass exactly one of ``rngs`` and ``params``.
 
     Raises:
-        ValueError: both or none of ``rngs`` and ``params`` are given, or the names or shapes of ``params`` are not the
-            model's.
+        ValueError: both or none of ``rngs`` and ``params`` are given, or the names or shapes of ``params`` do not match
+            the model.
 
     Example:
         >>> module = as_nnx(model, nnx.Rngs(0))

@@ -1,12 +1,12 @@
 """Load and save models as Hugging Face directories (``config.json`` and ``*.safetensors``), without torch.
 
-The code is the same for all families. The formats of the families are tables of names (``jaxlm.interop.formats``). A
-family without a published format is saved in a format of jaxlm: ``model_type`` is ``jaxlm-<family>``, ``config`` has
-the fields of the family's config, and the name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
+All families use the same code. The formats of the families are tables of names (``jaxlm.interop.formats``). A family
+without such a table is saved in jaxlm's own format: ``model_type`` is ``jaxlm-<family>``, ``config`` contains the
+fields of the family's config, and the name of a tensor is its path, such as ``layers.3.mlp.up.weight``.
 
-Loading first checks the config, and then the name, shape and dtype of every tensor in the headers of the files. After
-these checks, it reads the tensors of one parameter at a time. It downloads nothing, and it never opens pickle files,
-because loading a pickle can run arbitrary code.
+Loading first checks the config. Then it checks the name, shape and dtype of every tensor in the file headers. Then it
+reads the tensors of one parameter at a time. Loading downloads nothing and never opens pickle files, because loading a
+pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
     >>> save_pretrained("another-directory", model, params)                            # doctest: +SKIP
@@ -73,20 +73,21 @@ def load_pretrained(
 ) -> tuple[Model, spec.Tree]:
     """The model and its parameters, loaded from a Hugging Face directory.
 
-    The overrides ``task`` and ``num_labels`` select another head than the one in the files. Parameters that are missing
-    in the files are then initialised as in ``model.init``, and tensors of other heads are not loaded.
-    ``model.metadata`` lists both as ``fresh`` and ``unused``, and the logger "jaxlm" reports them. Without these
-    overrides, the files must contain exactly the tensors of the model.
+    The overrides ``task`` and ``num_labels`` select another head than the head in the files. Then parameters that the
+    files do not contain are initialised as in ``model.init``, and tensors of other heads are not loaded.
+    ``model.metadata.fresh`` lists the initialised parameters, ``model.metadata.unused`` lists the tensors that are not
+    loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain exactly the tensors of
+    the model.
 
-    Host memory contains at most one parameter at a time, in addition to the result. A stacked parameter counts as one.
+    In addition to the result, host memory holds only one parameter at a time (all layers of a stacked parameter).
 
     Args:
-        directory: contains ``config.json``, and ``model.safetensors`` or shards with their index.
+        directory: contains ``config.json`` and either ``model.safetensors`` or shards with an index file.
         param_dtype: dtype of the loaded parameters; None: the dtype in the files.
         sharding: the shardings of the parameters; None: all parameters are on the default device.
-        seed: seed for parameters that are missing in the files.
-        overrides: fields of the family's ``Config``, such as ``task="classification"``, ``dtype="bfloat16"``
-            (activations), or ``vocab_multiple=8``, which pads the token tables with rows of zeros.
+        seed: random seed for parameters that the files do not contain.
+        overrides: fields of the family's ``Config``, such as ``task="classification"``, ``dtype="bfloat16"`` (dtype of
+            activations), or ``vocab_multiple=8``, which pads the token embedding with rows of zeros.
 
     Example:
         >>> model, params = load_pretrained("gpt2-directory", attention_dropout=0.0)    # doctest: +SKIP
@@ -97,8 +98,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: the directory, ``config.json`` or a safetensors file does not exist.
         ValueError: the architecture or a setting is not supported; a file is damaged or does not match
-            ``checksums.json``; a path leads out of the directory; or a tensor is missing, unknown, or has another shape
-            or dtype than the model.
+            ``checksums.json``; the path of a file is outside of the directory; or a tensor is missing, is not in the
+            model, or has a wrong shape or dtype.
     """
     if param_dtype not in (None, *_DTYPES.values()):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from {', '.join(_DTYPES.values())}, or None")
@@ -108,9 +109,12 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, stack), description.table, directory)
-        layers = getattr(model.config, "num_layers", 0)
-        if layers > len(tensors):  # checked first, because specs of a wrong, huge number of layers would fill memory
-            raise ValueError(f"{directory}: {layers} layers in {CONFIG}, but only {len(tensors)} tensors in its files")
+        num_layers = getattr(model.config, "num_layers", 0)
+        # Checked before the specs are built, because the specs of a wrong, huge number of layers would fill memory.
+        if num_layers > len(tensors):
+            raise ValueError(
+                f"{directory}: {num_layers} layers in {CONFIG}, but only {len(tensors)} tensors in its files"
+            )
         specs = spec.flatten(model.specs)
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
         match = _match_tensors(description, tensors, directory)
@@ -122,12 +126,12 @@ def load_pretrained(
             if path in fresh:
                 array = np.asarray(fresh.pop(path).astype(fresh_dtype))
             else:
-                array = _read(leaf, match.locations[path], tensors, dtypes[path])
+                array = _read_parameter(leaf, match.locations[path], tensors, dtypes[path])
             if shardings is None:
                 device_array = jnp.asarray(array)
             else:
                 device_array = jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
-            leaves.append(device_array.block_until_ready())  # so that the host has only one parameter at a time
+            leaves.append(device_array.block_until_ready())  # so that the host holds only one parameter at a time
     return _with_load_report(model, match, directory), jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
@@ -141,25 +145,26 @@ def save_pretrained(
 ) -> None:
     """Save a model in a directory that ``transformers`` and :func:`load_pretrained` can load.
 
-    The parameters are saved bitwise, in their dtype. A tied head and the padding of token tables are not saved. If the
-    model was loaded from a directory, config fields of this directory that jaxlm does not set are saved unchanged.
+    The saved tensors have the dtype and the exact bits of the parameters. A tied head and vocabulary padding are not
+    saved. If the model was loaded from a directory, the config fields that jaxlm does not set keep their loaded values.
 
     All files are first written to a temporary directory and then moved. Files of an earlier save that were not replaced
-    are removed last. So the directory never contains a mixture of two models that can be loaded. ``checksums.json`` has
-    the SHA-256 of all saved files, and :func:`load_pretrained` verifies them. Host memory contains at most the tensors
-    of one file and one parameter at a time.
+    are removed last. So a mixture of two models in the directory can never be loaded. ``checksums.json`` contains the
+    SHA-256 of all saved files, and :func:`load_pretrained` verifies them. Host memory holds at most the tensors of one
+    file and one parameter at a time.
 
     Args:
-        directory: it is created if it does not exist. Only configs, weights and (with ``tokenizer``) tokenizer files
-            are replaced or removed.
-        params: parameters with the shapes of :attr:`Model.specs`, float32, bfloat16 or float16. If they are sharded
-            over several processes, all processes must call this function; the first process writes the files.
-        tokenizer: it is saved, too. Its special ids are written into ``config.json`` and ``generation_config.json``.
-        max_shard_bytes: maximum size of a weight file. A tensor that is larger than this has its own file.
+        directory: created if it does not exist. Only configs, weights and (with ``tokenizer``) tokenizer files are
+            replaced or removed.
+        params: parameters with the shapes of :attr:`Model.specs`, float32, bfloat16 or float16. If the parameters are
+            sharded over several processes, all processes must call this function; the first process writes the files.
+        tokenizer: saved in the same directory. Its special token ids are written to ``config.json`` and
+            ``generation_config.json``.
+        max_shard_bytes: maximum size of a weight file. A larger tensor has its own file.
 
     Raises:
         OSError: the disk is full, or the directory is not writable. The previous files are unchanged.
-        ValueError: the format of the family cannot express the config; the parameters do not match the model; or the
+        ValueError: the format of the family cannot represent the config; the parameters do not match the model; or the
             tokenizer does not match the model.
     """
     if max_shard_bytes < 1:
@@ -189,13 +194,13 @@ def save_pretrained(
         weights = _write_weights(temporary, model, params, max_shard_bytes)
         written = [*weights, *other_files, CONFIG]
         if INDEX in weights:
-            # Shards are renamed one by one. Without an index, old and new shards cannot be loaded as one model.
+            # Shards are moved one by one. Without the index, a mixture of old and new shards cannot be loaded.
             (directory / INDEX).unlink(missing_ok=True)
         integrity.install(temporary, directory, written)
     for file in os.listdir(directory):
-        of_model = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
-        of_tokenizer = tokenizer is not None and file in TOKENIZER_FILES
-        if (of_model or of_tokenizer) and file not in written:
+        is_model_file = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
+        is_tokenizer_file = tokenizer is not None and file in TOKENIZER_FILES
+        if (is_model_file or is_tokenizer_file) and file not in written:
             (directory / file).unlink()
     integrity.sync(directory)
     if is_distributed:
@@ -203,22 +208,22 @@ def save_pretrained(
 
 
 def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_bytes: int) -> list[str]:
-    """Write ``params`` to one or several files; return the names of the files. The index, if any, is the last name."""
+    """Write ``params`` to files, and return the file names. Several files need an index, which is the last name."""
     flat = spec.flatten(params)
     sizes = [
         (name, math.prod(location.file_shape) * flat[path].dtype.itemsize)
         for path, location in _locations(model, format_of(model)).items()
         for name in location.names
     ]
-    shards = _split(sizes, max_shard_bytes)
-    last = len(shards)
-    files = [WEIGHTS] if last == 1 else [f"model-{i:05}-of-{last:05}.safetensors" for i in range(1, last + 1)]
+    shards = _split_into_shards(sizes, max_shard_bytes)
+    count = len(shards)
+    files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     tensors = named_tensors(model, params)
     for file, names in zip(files, shards, strict=True):
         # transformers rejects a file without this metadata.
         save_file(dict(itertools.islice(tensors, len(names))), directory / file, metadata={"format": "pt"})
         shutil.copymode(directory / CONFIG, directory / file)  # save_file may create files that only the owner can read
-    if last == 1:
+    if count == 1:
         return files
     index = {
         "metadata": {"total_size": sum(size for _, size in sizes)},
@@ -229,9 +234,9 @@ def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_b
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """Each leaf of ``tree`` as the tensors of Hugging Face files: pairs of a tensor's name and its value.
+    """Pairs ``(name, tensor)`` as in Hugging Face files, for all leaves of ``tree``.
 
-    ``tree`` has the structure and shapes of the parameters; it may contain gradients, for example.
+    ``tree`` has the structure and shapes of the parameters. For example, it contains parameters or gradients.
 
     Example:
         >>> model = get_model("gpt2-tiny")
@@ -247,10 +252,10 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
 
 
 def params_of_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
-    """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`. Dtypes are kept.
+    """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`. Dtypes do not change.
 
     Raises:
-        ValueError: a tensor is missing or unknown, or has another shape than in the model.
+        ValueError: a tensor is missing, is not in the model, or has a wrong shape.
     """
     specs, locations = spec.flatten(model.specs), _locations(model, format_of(model))
     shapes = {name: location.file_shape for location in locations.values() for name in location.names}
@@ -275,11 +280,11 @@ def params_of_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
 
 @dataclasses.dataclass(frozen=True)
 class _Location:
-    """The tensors of one parameter in files.
+    """The tensor names and the layout of one parameter in files.
 
     Attributes:
-        names: the name of the tensor of each layer; one name if the parameter is not stacked.
-        model_shape: shape of one layer in the model, without padding of the vocabulary.
+        names: the tensor name for each layer; a single name if the parameter is not stacked.
+        model_shape: shape of one layer in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
     """
 
@@ -293,24 +298,25 @@ class _Location:
         return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
 
     @property
-    def _order(self) -> list[int]:
+    def _file_axis_order(self) -> list[int]:
         return [axis for group in self.layout for axis in group]
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The tensor for the files from one layer of the parameter, without padding."""
+        """The tensor in files, from one layer of the parameter. Vocabulary padding is removed."""
         array = array[tuple(slice(size) for size in self.model_shape)]
-        return np.ascontiguousarray(array.transpose(self._order).reshape(self.file_shape))
+        return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.file_shape))
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
-        """One layer of the parameter from its tensor in the files, without padding."""
-        return array.reshape([self.model_shape[axis] for axis in self._order]).transpose(np.argsort(self._order))
+        """One layer of the parameter, without vocabulary padding, from its tensor in files."""
+        sizes = [self.model_shape[axis] for axis in self._file_axis_order]
+        return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
 
 
 def _locations(model: Model, table: Format, prefix: str | None = None) -> dict[str, _Location]:
-    """``{path: location}`` of every parameter of the model, in the order of the specs.
+    """The :class:`_Location` of every parameter of the model, by path, in the order of the specs.
 
     Args:
-        prefix: the prefix of the base model's tensors; None: the prefix in files of classes with a head.
+        prefix: name prefix of the base model's tensors; None: the prefix in transformers classes with a head.
     """
     prefix = table.prefix if prefix is None else prefix
     specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
@@ -331,7 +337,7 @@ def _locations(model: Model, table: Format, prefix: str | None = None) -> dict[s
 
 
 def _read_description(directory: Path, overrides: dict[str, Any]) -> Description:
-    """The model that ``config.json``, ``generation_config.json`` and the overrides describe."""
+    """The description of the model, from ``config.json``, ``generation_config.json`` and the overrides."""
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{str(directory)!r} is not a directory: nothing is downloaded, so fetch the files first, for example with "
@@ -351,7 +357,7 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> Description
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor in an open file. Only the header of the file has been read."""
+    """A tensor in an open file. Its shape and dtype come from the file header. The values have not been read."""
 
     file: Any
     name: str
@@ -361,12 +367,12 @@ class _Tensor:
     def read(self) -> np.ndarray:
         return self.file.get_tensor(self.name)
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         return self.file.get_slice(self.name)[start : min(stop, self.shape[0])]
 
 
 def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """``{name: tensor}`` of all tensors of the directory. ``stack`` closes the files."""
+    """All tensors in the directory, by name. ``stack`` closes the files."""
     tensors: dict[str, _Tensor] = {}
     file_of: dict[str, str] = {}
     index = _read_index(directory)
@@ -393,15 +399,15 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Te
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
-    """``{tensor name: file name}`` of a sharded model; None if there is a single file of weights.
+    """``{tensor name: file name}`` of a sharded model; None if all weights are in one file.
 
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: there are only pickle files, two sets of weights, or an invalid index.
+        ValueError: there are only pickle files, both a single weight file and an index, or an invalid index.
     """
     single, sharded = (directory / WEIGHTS).exists(), (directory / INDEX).exists()
     if single and sharded:
-        raise ValueError(f"{directory} has {WEIGHTS} and {INDEX}, two models: remove the stale one")
+        raise ValueError(f"{directory} has both {WEIGHTS} and {INDEX}, which are two models: remove the old one")
     if single:
         return None
     if not sharded:
@@ -424,8 +430,11 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     return index
 
 
-def _split(sizes: list[tuple[str, int]], max_bytes: int) -> list[list[str]]:
-    """The names in their order, split into groups of at most ``max_bytes``; a larger tensor is a group by itself."""
+def _split_into_shards(sizes: list[tuple[str, int]], max_bytes: int) -> list[list[str]]:
+    """The tensor names of each shard, from pairs of a name and its bytes. The order of the names does not change.
+
+    A shard has at most ``max_bytes``. A larger tensor has its own shard.
+    """
     groups: list[list[str]] = []
     free_bytes = 0
     for name, size in sizes:
@@ -441,11 +450,11 @@ def _split(sizes: list[tuple[str, int]], max_bytes: int) -> list[list[str]]:
 
 
 def _with_current_names(tensors: dict[str, _Tensor], table: Format, directory: Path) -> dict[str, _Tensor]:
-    """The tensors by their current names; old files may use older names (``Format.renamed``)."""
+    """The tensors by their current names. Old files may contain former names (``Format.renamed``)."""
 
     def current_name(name: str) -> str:
-        old = next((old for old in table.renamed if name.endswith(old)), "")
-        return name.removesuffix(old) + table.renamed.get(old, "")
+        old_suffix = next((suffix for suffix in table.renamed if name.endswith(suffix)), "")
+        return name.removesuffix(old_suffix) + table.renamed.get(old_suffix, "")
 
     renamed = {current_name(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
@@ -459,8 +468,8 @@ class _Match:
     """The correspondence between the parameters of a model and the tensors in files.
 
     Attributes:
-        locations: ``{path: location}`` of the parameters that are in the files.
-        fresh: paths of the parameters that are missing in the files.
+        locations: the locations of the parameters that the files contain, by path.
+        fresh: paths of the parameters that the files do not contain.
         unused: names of the tensors that are not parameters of the model.
     """
 
@@ -472,14 +481,16 @@ class _Match:
 def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Match the parameters of the model with the tensors in the files.
 
+    If ``description.stored`` is given, the files may lack a head of the model, and may have other heads.
+
     Raises:
-        ValueError: a tensor is missing, is unknown or has another shape than in the model, or two tensors that must be
-            equal differ. If ``description.stored`` is given, heads may be missing or unused.
+        ValueError: a tensor is missing, is not in the model, or has a wrong shape; or two tensors that must be equal
+            differ.
     """
     model, table = description.model, description.table
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
     locations = _locations(model, table, prefix)
-    stored: dict[str, _Location] = {}  # locations of the model that was saved, before the overrides
+    stored: dict[str, _Location] = {}  # the locations of the saved model, without the overrides
     if description.stored is not None:
         stored_table = table if formats.of(model.family) else format_of(description.stored)
         stored = _locations(description.stored, stored_table, prefix)
@@ -517,7 +528,8 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
         (name,) = locations[path].names
         if not _same_bytes(tensors[copy], tensors[name]):
             raise ValueError(
-                f"{directory}: {copy} must equal {name}, because {CONFIG} says that it is a copy, but they differ"
+                f"{directory}: {copy} must equal {name}, because both are the parameter {path} with this {CONFIG}, but "
+                "they differ"
             )
     return _Match(locations, tuple(fresh), tuple(unused))
 
@@ -528,10 +540,10 @@ def _fresh_paths(
     stored: dict[str, _Location],
     tensors: dict[str, _Tensor],
 ) -> list[str]:
-    """Paths of the parameters of all heads (and poolers) that must be initialised, because the files do not have them.
+    """Paths of the head and pooler parameters that must be initialised, because the files do not contain them.
 
-    A head is either initialised as a whole or loaded as a whole. If the files have only some of its parameters, it is
-    not in the list, and the check of the tensors then reports the missing parameters.
+    Either all parameters of a head are initialised, or all are loaded. If the files contain only some parameters of a
+    head, the paths of this head are not returned. The check of the tensors then reports the missing parameters.
     """
     assert description.stored is not None
     config, stored_config = description.model.config, description.stored.config
@@ -544,7 +556,7 @@ def _fresh_paths(
             paths_of_head.setdefault(head, []).append(path)
     fresh = []
     for head, paths in paths_of_head.items():
-        # The heads of two tasks may use the same tensor name. So the tensor must also belong to the same path.
+        # Heads of different tasks may use the same tensor name. So the path of the saved parameter must match, too.
         found = [
             path
             for path in paths
@@ -563,7 +575,7 @@ def _fresh_paths(
 
 
 def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
-    """The model with ``fresh`` and ``unused`` in its metadata. Both are also reported to the logger."""
+    """The model with ``fresh`` and ``unused`` in its metadata. The logger reports both."""
     assert model.metadata is not None
     metadata = dataclasses.replace(model.metadata, fresh=match.fresh, unused=match.unused)
     if any(path.partition("/")[0] in HEADS.values() for path in match.fresh):
@@ -577,18 +589,18 @@ def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
 
 
 def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
-    """Whether two tensors are bitwise equal. They are read and compared in blocks of rows."""
+    """Whether two tensors are bitwise equal. The tensors are read in blocks of rows."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     step = 4096
     return all(
-        a.rows(start, start + step).tobytes() == b.rows(start, start + step).tobytes()
+        a.read_rows(start, start + step).tobytes() == b.read_rows(start, start + step).tobytes()
         for start in range(0, a.shape[0], step)
     )
 
 
 def _dtypes(locations: dict[str, _Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """``{path: dtype}``. All layers of a parameter have the same dtype, also if they are not stacked."""
+    """The dtype of each parameter, by path. All layers of a parameter have the same dtype, even if not stacked."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
         names[spec.split_layer(path)[0]] += location.names
@@ -597,24 +609,24 @@ def _dtypes(locations: dict[str, _Location], tensors: dict[str, _Tensor], param_
 
 
 def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype: str | None) -> str:
-    """The dtype of a parameter. ``names`` are the tensors of its layers.
+    """The dtype of a parameter. ``names`` are the tensor names of its layers.
 
     Raises:
-        ValueError: the dtype is not supported, or ``param_dtype`` is needed to select one.
+        ValueError: the dtype in the files is not supported, or the files require that ``param_dtype`` is given.
     """
     found = sorted({tensors[name].dtype for name in names})
-    fact = f"{path} ({names[0]}{', ...' if len(names) > 1 else ''}) is {' and '.join(found)} in the file"
+    found_text = f"{path} ({names[0]}{', ...' if len(names) > 1 else ''}) is {' and '.join(found)} in the file"
     if not set(found) <= {*_DTYPES, "F64"}:
-        raise ValueError(f"{fact}: only {', '.join(_DTYPES)} and F64 are supported")
+        raise ValueError(f"{found_text}: only {', '.join(_DTYPES)} and F64 are supported")
     if param_dtype is not None:
         return param_dtype
     if len(found) > 1 or found == ["F64"]:
-        raise ValueError(f"{fact}: choose a dtype with param_dtype, for example param_dtype='float32'")
+        raise ValueError(f"{found_text}: choose a dtype with param_dtype, for example param_dtype='float32'")
     return _DTYPES[found[0]]
 
 
-def _read(leaf: spec.ArraySpec, location: _Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
-    """One parameter (all of its layers if it is stacked). Padding, which the files do not have, is zero."""
+def _read_parameter(leaf: spec.ArraySpec, location: _Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
+    """One parameter, with all layers if it is stacked. Vocabulary padding, which is not in the files, is zero."""
     array = np.zeros(leaf.shape, dtype)
     for name, layer in zip(location.names, array if is_stacked(leaf) else [array], strict=True):
         layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensors[name].read())

@@ -6,9 +6,9 @@ The files are ``adapter_config.json`` and ``adapter_model.safetensors``.
     >>> params = lora.merge(trained, lora.frozen(model.specs, params))                   # doctest: +SKIP
     >>> save_adapter("another", model, lora, trained)                                    # doctest: +SKIP
 
-An adapter contains the factors of ``jaxlm.adapt.LoRA``, and the parameters that are trained in full (PEFT's
-``modules_to_save``). PEFT names its tensors by the modules of the transformers class. So only families with a published
-format are supported (``jaxlm.interop.formats``).
+An adapter contains the LoRA factors (``jaxlm.adapt.LoRA``) and the parameters that are trained in full (PEFT's
+``modules_to_save``). PEFT's tensor names contain the module names of a transformers class. So only families that have
+a transformers class are supported (``jaxlm.interop.formats``).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from jaxlm.models.model import Model
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-_ROOT = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_TASKS = {
+_NAME_PREFIX = "base_model.model."
+_A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+_PEFT_TASKS = {
     "causal": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
     "classification": "SEQ_CLS",
@@ -51,7 +51,7 @@ _TASKS = {
     "none": "FEATURE_EXTRACTION",
 }
 _READ_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights")
-# Options that only describe how the adapter was trained, or that follow from the names of its tensors.
+# These options only describe how the adapter was trained, or the names of its tensors determine them.
 _IGNORED_OPTIONS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
@@ -62,10 +62,10 @@ _INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA, spec.Tree]:
-    """The adaptation and its trained parameters, loaded from a PEFT directory.
+    """The :class:`~jaxlm.adapt.LoRA` and its trained parameters, loaded from a PEFT directory.
 
-    The trained parameters are converted to float32. :class:`~jaxlm.adapt.LoRA` has no dropout, which matters only for
-    further training: if ``lora_dropout`` is above 0, the function gives a warning.
+    The trained parameters are converted to float32. :class:`~jaxlm.adapt.LoRA` has no dropout. So the function warns if
+    ``lora_dropout`` is above 0. Without further training, dropout has no effect.
 
     Args:
         directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -73,40 +73,43 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
     Raises:
         FileNotFoundError: the directory or a file does not exist.
-        ValueError: a file does not match ``checksums.json``; it is not a LoRA adapter; it has an option that is not
-            supported (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does
-            not belong to the model, or has another shape.
+        ValueError: a file does not match ``checksums.json``; the adapter is not a LoRA adapter or has an unsupported
+            option (DoRA, different ranks or scales per module, trained biases, ...); or a tensor is missing, does not
+            belong to the model, or has a wrong shape.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{str(directory)!r} is not a directory: nothing is downloaded, fetch the files first")
+        raise FileNotFoundError(
+            f"{str(directory)!r} is not a directory: nothing is downloaded, so fetch the files first"
+        )
     integrity.verify_checksums(directory)
     config_path = inside(directory, CONFIG)
-    rank, alpha = _check_config(read_object(config_path), config_path)
+    rank, alpha = _rank_and_alpha(read_object(config_path), config_path)
     try:
         tensors = load_file(inside(directory, WEIGHTS))
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS} is truncated or not a safetensors file: {error}") from error
 
-    named = {name.removeprefix(_ROOT): tensor for name, tensor in tensors.items() if name.startswith(_ROOT)}
-    if len(named) < len(tensors):
-        unknown = sorted(name for name in tensors if not name.startswith(_ROOT))
+    unknown = sorted(name for name in tensors if not name.startswith(_NAME_PREFIX))
+    if unknown:
         raise ValueError(
-            f"{directory / WEIGHTS}: {', '.join(unknown[:5])} do not begin with {_ROOT!r}, as all names of PEFT do"
+            f"{directory / WEIGHTS}: the names {', '.join(unknown[:5])} do not begin with {_NAME_PREFIX!r}, "
+            "as all tensor names in PEFT files do"
         )
+    tensors = {name.removeprefix(_NAME_PREFIX): tensor for name, tensor in tensors.items()}
     per_layer = not getattr(model.config, "scan_layers", True)
-    model = model.with_fields(scan_layers=True)  # so that each _Weight is one parameter for all layers
-    weights = _weights(model, with_prefix=_has_prefix(model, named))
+    model = model.with_fields(scan_layers=True)  # so that one _Weight describes a parameter in all layers
+    weights = _weights(model, with_prefix=_has_prefix(model, tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
-    names_and_factors = [_weight_name_and_factor(name, weight_of, directory) for name in named]
-    adapted = {weight_of[name].path for name, factor in names_and_factors if factor}
-    fully_trained = {weight_of[name].path for name, factor in names_and_factors if not factor}
-    if not adapted:
+    names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
+    lora_paths = {weight_of[name].path for name, suffix in names_and_suffixes if suffix}
+    fully_trained = {weight_of[name].path for name, suffix in names_and_suffixes if not suffix}
+    if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
-    lora = LoRA(rank, alpha, targets=_exact_patterns(adapted), train=_exact_patterns(fully_trained))
-    reader = _Reader(directory, named, rank)
-    leaves = {path: weights[path].full_to_model(reader.full(weights[path])) for path in fully_trained}
-    for path in adapted:
+    lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), train=_exact_patterns(fully_trained))
+    reader = _Reader(directory, tensors, rank)
+    leaves = {path: weights[path].full_weight_to_model(reader.full_weight(weights[path])) for path in fully_trained}
+    for path in lora_paths:
         leaves |= weights[path].factors_to_model(*reader.factors(weights[path]))
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
     return lora, jax.tree.map(jnp.asarray, spec.unstack(trained) if per_layer else trained)
@@ -118,16 +121,17 @@ def save_adapter(
     """Save an adapter in a directory that ``peft.PeftModel.from_pretrained(transformers_model, directory)`` can load.
 
     Args:
-        directory: it is created if it does not exist. Other files in it are not changed.
+        directory: created if it does not exist. Other files in it are not changed.
         model: the base model.
         lora: the adaptation.
         trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``.
-        base: directory or name of the base model, which ``peft.AutoPeftModel`` reads.
+        base: directory or name of the base model, for ``peft.AutoPeftModel``.
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
-        ValueError: ``trained`` does not match the specs; a LoRA weight is not a linear module in the transformers class
-            (token tables, the attention of XLNet); or only some parameters of a module are trained in full.
+        ValueError: ``trained`` does not match the specs; a weight with LoRA factors is not the weight of a linear
+            module in the transformers class (token embeddings, the attention of XLNet); or only some parameters of a
+            module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
@@ -136,14 +140,14 @@ def save_adapter(
     tensors: dict[str, np.ndarray] = {}
     for path in lora.target_paths(model.specs):
         tensors |= weights[path].factors_to_peft(flat[f"{path}/{LORA_A}"], flat[f"{path}/{LORA_B}"])
-    targets = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
+    targets = [name.removesuffix(_A_SUFFIX) for name in tensors if name.endswith(_A_SUFFIX)]
     fully_trained = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
     for path in fully_trained:
-        tensors |= weights[path].full_to_peft(flat[path])
-    modules_to_save = _full_modules(weights, fully_trained)
-    task = _TASKS.get(getattr(model.config, "task", ""))
-    # For these tasks, PEFT adds the head to `modules_to_save` and fails if the file has no tensors of the head. So the
-    # task is not saved if the head is not trained.
+        tensors |= weights[path].full_weight_to_peft(flat[path])
+    modules_to_save = _modules_to_save(weights, fully_trained)
+    task = _PEFT_TASKS.get(getattr(model.config, "task", ""))
+    # For these tasks, PEFT adds the head to `modules_to_save`. If the file then has no tensors of the head, PEFT fails.
+    # So the task is saved only if the head is trained.
     if not modules_to_save and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         task = None
     config = {
@@ -163,7 +167,9 @@ def save_adapter(
         return
     directory = Path(directory)
     with integrity.staged(directory) as temporary:
-        save_file({_ROOT + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {_NAME_PREFIX + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
+        )
         write_json(temporary / CONFIG, config)
         integrity.install(temporary, directory, (WEIGHTS, CONFIG))
 
@@ -173,17 +179,18 @@ def save_adapter(
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """One parameter of the model, with the conversions between the model and the files of PEFT.
+    """One parameter of the model, with the conversions between the model and PEFT's files.
 
     Attributes:
         path: path of the parameter in the model.
-        names: the name of the transformers tensor of each layer; one name if the parameter is not stacked.
+        names: the transformers tensor name for each layer; a single name if the parameter is not stacked.
         stacked: whether the parameter has a leading axis of layers.
-        shape: shape of one layer in the model, without padding of the vocabulary.
-        padded_shape: the same, with padding.
-        layout: see :data:`~jaxlm.interop.formats.Layout`.
-        row_axes: number of axes of ``shape`` that form the rows of the matrix (``matrix_rows``); None: not a matrix.
-        is_table: whether it is a token table or an output head; their rows are the vocabulary.
+        shape: shape of one layer in the model, without vocabulary padding.
+        padded_shape: shape of one layer in the model, with vocabulary padding.
+        layout: the order of the axes of ``shape`` in files, see :data:`~jaxlm.interop.formats.Layout`.
+        row_axes: number of leading axes of ``shape`` that form the rows of the weight matrix (see ``matrix_rows``);
+            None: the parameter is not a matrix.
+        is_table: whether the parameter is a token embedding or an output head, whose rows are the vocabulary.
     """
 
     path: str
@@ -202,12 +209,12 @@ class _Weight:
 
     @property
     def _rows_and_columns(self) -> Layout:
-        """The axes of ``shape`` that form the rows of the matrix, and those that form its columns."""
+        """The axes of ``shape`` that form the rows of the matrix, and the axes that form its columns."""
         assert self.row_axes is not None
         axes = tuple(range(len(self.shape)))
         return (axes[: self.row_axes], axes[self.row_axes :])
 
-    def check(self) -> None:
+    def require_linear(self) -> None:
         """Raise ``ValueError`` unless the parameter is the weight of a linear module in the transformers class."""
         is_head = self.is_table and self.path.split("/")[0] == "head"
         matrix_layouts = () if self.row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
@@ -218,7 +225,7 @@ class _Weight:
         ):
             raise ValueError(
                 f"{self.path} ({self.names[0]}) is not the weight of a linear module in the transformers class, so "
-                "its LoRA factors cannot be saved or loaded in the format of PEFT"
+                "its LoRA factors cannot be saved or loaded in PEFT's format"
             )
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -228,21 +235,21 @@ class _Weight:
         return (rank, inputs), (outputs, rank)
 
     def factors_to_peft(self, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-        """``{name: tensor}`` for PEFT from the two factors in jaxlm, which are stacked if the weight is stacked."""
-        self.check()
+        """PEFT's ``{name: tensor}``, from jaxlm's two factors, which are stacked if the weight is stacked."""
+        self.require_linear()
         tensors = {}
         for name, a_layer, b_layer in zip(self.names, self._layers(a), self._layers(b), strict=True):
             module = name.removesuffix(".weight")
             a_layer = a_layer[: self.shape[0]] if self.is_table else a_layer
             left, right = a_layer.reshape(-1, a_layer.shape[-1]), b_layer.reshape(b_layer.shape[0], -1)
-            # The rows of a head are its outputs. The rows of all other weights are their inputs.
+            # The rows of an output head are its outputs. The rows of every other weight are its inputs.
             peft_a, peft_b = (right, left) if self.is_table else (left.T, right.T)
-            tensors[module + _A] = np.ascontiguousarray(peft_a)
-            tensors[module + _B] = np.ascontiguousarray(peft_b)
+            tensors[module + _A_SUFFIX] = np.ascontiguousarray(peft_a)
+            tensors[module + _B_SUFFIX] = np.ascontiguousarray(peft_b)
         return tensors
 
     def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """``{path: factor}`` of the two factors in jaxlm, from PEFT's A and B of each layer."""
+        """jaxlm's ``{path: factor}``, from PEFT's A and B of each layer."""
         row_axes = self.row_axes
         assert row_axes is not None
         rank = peft_a[0].shape[0]
@@ -256,26 +263,26 @@ class _Weight:
         return factors if self.stacked else {path: x[0] for path, x in factors.items()}
 
     @property
-    def _order(self) -> list[int]:
+    def _file_axis_order(self) -> list[int]:
         return [axis for group in self.layout for axis in group]
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor of one layer in files."""
+        """Shape of one layer's tensor in files."""
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.layout)
 
-    def full_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """``{name: tensor}`` for PEFT from a parameter that is trained in full."""
+    def full_weight_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """PEFT's ``{name: tensor}``, from a parameter that is trained in full."""
         without_padding = tuple(slice(size) for size in self.shape)
         return {
-            name: np.ascontiguousarray(layer[without_padding].transpose(self._order).reshape(self.file_shape))
+            name: np.ascontiguousarray(layer[without_padding].transpose(self._file_axis_order).reshape(self.file_shape))
             for name, layer in zip(self.names, self._layers(x), strict=True)
         }
 
-    def full_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """A parameter that is trained in full, from the tensor of each layer."""
-        sizes = [self.shape[axis] for axis in self._order]
-        x = np.stack([tensor.reshape(sizes).transpose(np.argsort(self._order)) for tensor in tensors])
+    def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """jaxlm's parameter that is trained in full, from the tensor of each layer."""
+        sizes = [self.shape[axis] for axis in self._file_axis_order]
+        x = np.stack([tensor.reshape(sizes).transpose(np.argsort(self._file_axis_order)) for tensor in tensors])
         padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
         x = np.pad(x, [(0, 0), *padding])
         return x if self.stacked else x[0]
@@ -285,16 +292,16 @@ class _Weight:
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
-    """``{path: weight}`` of every parameter of the model.
+    """The :class:`_Weight` of every parameter of the model, by path.
 
     Args:
-        with_prefix: whether names have the prefix of the base model, as in classes with a head.
+        with_prefix: whether tensor names have the base model's prefix, as in transformers classes with a head.
 
     Raises:
-        ValueError: the family has no published format.
+        ValueError: the family has no transformers class.
     """
     if not formats.of(model.family):
-        raise ValueError(f"family {model.family!r} has no class in transformers, so PEFT has no adapters of it")
+        raise ValueError(f"family {model.family!r} has no class in transformers, so PEFT has no adapters for it")
     table = format_of(model)
     prefix = table.prefix if with_prefix else ""
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
@@ -321,55 +328,56 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def _check_config(config: dict[str, Any], path: Path) -> tuple[int, float]:
-    """The ``rank`` and ``alpha`` of :class:`~jaxlm.adapt.LoRA`, from a config whose options are all supported.
+def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
+    """The ``rank`` and ``alpha`` of :class:`~jaxlm.adapt.LoRA`, from a PEFT config.
 
     Raises:
-        ValueError: an option is not supported.
+        ValueError: an option of the config is not supported.
     """
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type={config.get('peft_type')!r} is not supported: only 'LORA' is")
+        raise ValueError(f"{path}: peft_type={config.get('peft_type')!r} is not supported: only 'LORA' is supported")
     for option, value in config.items():
         if option not in (*_READ_OPTIONS, *_IGNORED_OPTIONS) and value not in (None, False, {}, [], ""):
             raise ValueError(f"{path}: {option}={value!r} is not supported: merge the adapter with PEFT instead")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={config['bias']!r} is not supported: only 'none' is")
+        raise ValueError(f"{path}: bias={config['bias']!r} is not supported: only 'none' is supported")
     if config.get("init_lora_weights", True) not in _INITS_THAT_KEEP_BASE:
         raise ValueError(
             f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported: it changes the base "
-            "weights, too; save the adapter with PEFT's path_initial_model_for_weight_conversion"
+            "weights; save the adapter with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ValueError(f"{path}: r={rank!r} must be a positive integer and lora_alpha={alpha!r} a number")
     if config.get("lora_dropout"):
         warnings.warn(
-            f"{path}: lora_dropout={config['lora_dropout']} is not applied in further training: LoRA has no dropout",
+            f"{path}: lora_dropout={config['lora_dropout']} is not applied in further training: jaxlm's LoRA has "
+            "no dropout",
             stacklevel=3,
         )
     # With use_rslora, the scale is alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
     return rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
 
-def _has_prefix(model: Model, named: dict[str, np.ndarray]) -> bool:
-    """Whether the tensors are those of a class with a head: their names then have the prefix of the base model."""
+def _has_prefix(model: Model, tensors: dict[str, np.ndarray]) -> bool:
+    """Whether the tensor names have the prefix of the base model, as in transformers classes with a head."""
     prefix = format_of(model).prefix if formats.of(model.family) else ""
-    return any(name.startswith(prefix) for name in named)
+    return any(name.startswith(prefix) for name in tensors)
 
 
-def _weight_name_and_factor(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:
-    """The name of the weight to which a tensor belongs, and the suffix of its factor (``""`` for the full weight).
+def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:
+    """The name of a tensor's weight, and the suffix of a LoRA factor (``""`` if the tensor is the weight itself).
 
     Raises:
         ValueError: the tensor does not belong to the model, or the weight cannot have LoRA factors.
     """
-    for factor in (_A, _B):
-        weight_name = name.removesuffix(factor) + ".weight"
-        if name.endswith(factor):
+    for suffix in (_A_SUFFIX, _B_SUFFIX):
+        weight_name = name.removesuffix(suffix) + ".weight"
+        if name.endswith(suffix):
             if weight_name not in weight_of:
-                raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(factor)!r}")
-            weight_of[weight_name].check()
-            return weight_name, factor
+                raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(suffix)!r}")
+            weight_of[weight_name].require_linear()
+            return weight_name, suffix
     if name.endswith(".base_layer.weight"):
         raise ValueError(
             f"{directory / WEIGHTS}: {name!r} is a weight of the base model: save the adapter with PEFT's "
@@ -391,15 +399,15 @@ class _Reader:
 
     Attributes:
         directory: the directory of the adapter, for error messages.
-        tensors: all tensors by name.
-        rank: the rank of the factors.
+        tensors: all tensors of the adapter, by name.
+        rank: the rank of the LoRA factors.
     """
 
     directory: Path
     tensors: dict[str, np.ndarray]
     rank: int
 
-    def full(self, weight: _Weight) -> list[np.ndarray]:
+    def full_weight(self, weight: _Weight) -> list[np.ndarray]:
         """The tensor of each layer of a weight that is trained in full."""
         return [self._read(name, weight.file_shape) for name in weight.names]
 
@@ -407,9 +415,10 @@ class _Reader:
         """PEFT's A of each layer, and PEFT's B of each layer."""
         modules = [name.removesuffix(".weight") for name in weight.names]
         a_shape, b_shape = weight.factor_shapes(self.rank)
-        return [self._read(name + _A, a_shape) for name in modules], [
-            self._read(name + _B, b_shape) for name in modules
-        ]
+        return (
+            [self._read(name + _A_SUFFIX, a_shape) for name in modules],
+            [self._read(name + _B_SUFFIX, b_shape) for name in modules],
+        )
 
     def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.directory / WEIGHTS
@@ -426,11 +435,11 @@ class _Reader:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def _full_modules(weights: dict[str, _Weight], fully_trained: list[str]) -> list[str]:
-    """The names of the modules that are trained in full. PEFT saves whole modules, not single parameters.
+def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str]) -> list[str]:
+    """The names of the modules that are trained in full (PEFT's ``modules_to_save``).
 
     Raises:
-        ValueError: only some parameters of a module are trained.
+        ValueError: only some parameters of a module are trained. PEFT saves only complete modules.
     """
     trained_names = {name for path in fully_trained for name in weights[path].names}
     modules = sorted({name.rpartition(".")[0] for name in trained_names})
@@ -438,7 +447,7 @@ def _full_modules(weights: dict[str, _Weight], fully_trained: list[str]) -> list
         for name in weight.names:
             if name.rpartition(".")[0] in modules and name not in trained_names:
                 raise ValueError(
-                    f"{weight.path} ({name}) is not trained, but another parameter of its module is: PEFT saves whole "
-                    "modules, so LoRA.train must select both"
+                    f"{weight.path} ({name}) is not trained, but another parameter of its module is: PEFT saves only "
+                    "complete modules, so LoRA.train must select both"
                 )
     return modules

@@ -8,16 +8,16 @@ The number of gates G decides whether a layer is an LSTM (4) or a GRU (3). D is 
 the state. The libraries differ in the order of the gates, the layout of a weight, and the biases:
 
     jaxlm           LSTM i, f, g, o    GRU r, z, n    [D, G, H]     one bias; GRU, reset after: also bias_hidden of n
-    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases; import adds them, export makes one 0
+    torch, cuDNN         i, f, g, o        r, z, n    [G * H, D]    two biases; import adds them, export sets one to 0
     Keras                i, f, c, o        z, r, h    [D, G * H]    LSTM one bias, GRU [2, G * H] (reset_after)
     CuDNNLSTM, CuDNNGRU  i, f, c, o        z, r, h    [D, G * H]    two biases in one array, [2 * G * H]
 
-``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape [D, H], but its entries
-are in the order of [H, D], as cuDNN reads them. A gate's hidden weight is stored as [out, in]. The size of the bias
+``CuDNNLSTM`` and ``CuDNNGRU`` of Keras 1 and 2 store a gate's input weight in an array of shape [D, H], but with the
+memory layout of [H, D], which cuDNN requires. They store a gate's hidden weight as [out, in]. The size of the bias
 distinguishes these layers from the other Keras layers.
 
-Before version 2.3, Keras used ``hard_sigmoid`` gates by default. jaxlm uses sigmoid gates, so such layers give other
-results after the import.
+Before version 2.3, Keras used ``hard_sigmoid`` gates by default. jaxlm uses sigmoid gates, so the import changes the
+outputs of such layers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
         reverse: whether to read the backward direction.
 
     Raises:
-        ValueError: a weight is missing, the shapes are not those of an LSTM or GRU, or the LSTM has ``proj_size``.
+        ValueError: a weight is missing, the shapes do not fit an LSTM or GRU, or the LSTM has ``proj_size``.
     """
     suffix = _suffix(weights, layer, reverse)
     if f"weight_hr{suffix}" in weights:
@@ -51,11 +51,11 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
     missing = [name for name in (f"weight_ih{suffix}", f"weight_hh{suffix}") if name not in weights]
     if missing:
         raise ValueError(f"no {' and '.join(missing)} in the weights: they have {', '.join(weights)}")
-    weight_input, weight_hidden = (np.asarray(weights[f"weight_{part}{suffix}"]).T for part in ("ih", "hh"))
+    weight_input, weight_hidden = (np.asarray(weights[f"weight_{source}{suffix}"]).T for source in ("ih", "hh"))
     gates, width = _gates(weight_input, weight_hidden)
     zeros = np.zeros(gates * width, weight_input.dtype)
     bias, bias_hidden = (
-        np.asarray(weights.get(f"bias_{part}{suffix}", zeros)).reshape(gates, width) for part in ("ih", "hh")
+        np.asarray(weights.get(f"bias_{source}{suffix}", zeros)).reshape(gates, width) for source in ("ih", "hh")
     )
     return _params(weight_input, weight_hidden, bias, bias_hidden)
 
@@ -84,16 +84,16 @@ def to_torch(params: Mapping[str, Any], *, layer: int = 0, reverse: bool = False
 def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Params:
     """The parameters of a Keras ``LSTM``, ``GRU``, ``CuDNNLSTM`` or ``CuDNNGRU``.
 
-    ``get_weights()`` of a ``Bidirectional`` layer has the arrays of the forward layer, then those of the backward
-    layer. Call this function once for each of the two.
+    ``get_weights()`` of a ``Bidirectional`` layer returns the arrays of the forward layer, then the arrays of the
+    backward layer. Call this function once per direction.
 
     Args:
         weights: ``get_weights()`` of the layer: [kernel, recurrent_kernel], and the bias if ``use_bias`` is True.
-        reset: "after" if ``reset_after`` is True. Needed only for a GRU without a bias, because the shape of a bias
-            shows it.
+        reset: "after" if ``reset_after`` is True, otherwise "before". Required only for a GRU without a bias, because
+            the shape of a bias determines ``reset_after``.
 
     Raises:
-        ValueError: the number or the shapes of the arrays are not those of such a layer, or ``reset`` is missing.
+        ValueError: the number or the shapes of the arrays do not fit such a layer, or ``reset`` is missing.
     """
     if len(weights) not in (2, 3):
         raise ValueError(f"{len(weights)} arrays, but one LSTM or GRU has kernel, recurrent_kernel and maybe a bias")
@@ -116,20 +116,23 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
 
 
 def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
-    """The arrays for ``set_weights`` of a Keras ``LSTM`` or ``GRU``; with ``bias_hidden``, for ``reset_after=True``."""
-    ours = {name: np.asarray(x) for name, x in params.items()}
-    if ours["bias"].shape[0] == 3:
-        ours = {name: _swap_reset_and_update_gates(name, x) for name, x in ours.items()}
-    bias = ours["bias"].flatten()
-    if "bias_hidden" in ours:
-        second = np.zeros_like(ours["bias"])
-        second[2] = ours["bias_hidden"]
-        bias = np.stack([bias, second.flatten()])
-    return [_flat(ours["weight_input"]), _flat(ours["weight_hidden"]), bias]
+    """The arrays for ``set_weights`` of a Keras ``LSTM`` or ``GRU``.
+
+    If ``params`` contains ``bias_hidden``, the Keras layer must have ``reset_after=True``.
+    """
+    arrays = {name: np.asarray(x) for name, x in params.items()}
+    if arrays["bias"].shape[0] == 3:
+        arrays = {name: _swap_reset_and_update_gates(name, x) for name, x in arrays.items()}
+    bias = arrays["bias"].flatten()
+    if "bias_hidden" in arrays:
+        bias_hidden = np.zeros_like(arrays["bias"])
+        bias_hidden[2] = arrays["bias_hidden"]
+        bias = np.stack([bias, bias_hidden.flatten()])
+    return [_flat(arrays["weight_input"]), _flat(arrays["weight_hidden"]), bias]
 
 
 def _from_cudnn(matrix: np.ndarray, gates: int) -> np.ndarray:
-    """The weight [D, G * H] of a CuDNN layer, whose gates [D, H] have their entries in the order of [H, D]."""
+    """The weight [D, G * H] from a CuDNN layer, which stores each gate [D, H] with the memory layout of [H, D]."""
     gate_matrices = [gate.reshape(gate.shape[::-1]).T for gate in np.split(matrix, gates, axis=1)]
     return np.concatenate(gate_matrices, axis=1)
 
@@ -160,7 +163,7 @@ def _gates(weight_input: np.ndarray, weight_hidden: np.ndarray) -> tuple[int, in
 def _params(
     weight_input: np.ndarray, weight_hidden: np.ndarray, bias: np.ndarray, bias_hidden: np.ndarray | None
 ) -> Params:
-    """The parameters from weights [D, G * H] and biases [G, H], in the order of gates that these have."""
+    """The parameters from weights [D, G * H] and biases [G, H]. The order of the gates does not change."""
     gates, width = bias.shape
     params = {
         "weight_input": weight_input.reshape(-1, gates, width),

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs
+from jaxlm.nn.convolution.pooling import causal_max_pool, max_pool
+from jaxlm.nn.convolution.window import close_stream, fixed_length, open_stream, past_specs, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.pooling import causal_max_pool, max_pool
-from jaxlm.nn.window import close_stream, fixed_length, open_stream, past_specs, tail_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Identity, Normal, fold_name
 

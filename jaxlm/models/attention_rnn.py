@@ -35,10 +35,11 @@ import jax.numpy as jnp
 from jaxlm.models import common
 from jaxlm.nn import recurrence
 from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context, copied_tokens, mix_copied
+from jaxlm.nn.attention.weight_record import record
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.weight_record import record
+from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Constant, Uniform, fold_name
 
@@ -142,7 +143,7 @@ def apply(
         assert source is not None
         initial = _start(cfg, params, source, source_segment_ids, key)
     source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
-    reset, keep, document = recurrence.segment_boundaries(segments, initial["document"])
+    reset, keep, document = segment_boundaries(segments, initial["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if one_document else _initial_states(cfg, params, source_state, segments)
     key = fold_name(key, "decoder")
@@ -302,10 +303,10 @@ def _encode(
     x = _embed(cfg, params.get("source_embedding", params["token_embedding"]), source, key)
     segments = common.segment_ids_or_ones(source, segment_ids)
     tokens = {"tokens": jnp.asarray(source, jnp.int32)} if cfg.copy else {}
-    reset, keep, _ = recurrence.segment_boundaries(segments)
+    reset, keep, _ = segment_boundaries(segments)
     if cfg.attention == "bahdanau":
         forward = recurrence.gru(weights["forward"], x, reset_BT=reset, keep_BT=keep)[0]
-        reset = recurrence.segment_boundaries(segments, reverse=True)[0]
+        reset = segment_boundaries(segments, reverse=True)[0]
         backward = recurrence.gru(weights["backward"], x, reset_BT=reset, keep_BT=keep, reverse=True)[0]
         encoded = constrain(jnp.concatenate([forward, backward], axis=-1), ("batch", None, "activation_embed"))
         return {"encoded": encoded, "segment_ids": segments, **tokens}

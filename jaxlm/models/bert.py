@@ -19,12 +19,12 @@ from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
+from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.position import positions_in_segments
+from jaxlm.nn.segments import positions_in_segments
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 

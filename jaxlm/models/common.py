@@ -9,9 +9,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlm import sharding
-from jaxlm.nn import cache
-from jaxlm.nn.kernels import blockwise_attention
+from jaxlm.nn import choices
+from jaxlm.nn.attention import cache, tile_scores
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -105,16 +104,13 @@ def run_layers(
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
     """The block with the ``remat`` policy of :class:`TransformerConfig`."""
-    # In an unrolled loop, XLA would merge the recomputation with the original computation (CSE), so CSE is prevented.
-    # On a CPU it is not: XLA reorders an unrolled loop there, so recomputation would take time and save no memory
-    # (docs/labbook.md).
-    prevent_cse = unrolled and sharding.platform() != "cpu"
+    prevent_cse = choices.prevent_cse_in_remat(unrolled=unrolled)
     if remat == "full":
         return jax.checkpoint(block, prevent_cse=prevent_cse)
     if remat == "dots":
         policies = jax.checkpoint_policies
         policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise_attention.SAVED)
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(tile_scores.SAVED)
         )
         return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
     return block

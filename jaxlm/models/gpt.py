@@ -19,14 +19,14 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.models import common, heads
-from jaxlm.nn import cache
+from jaxlm.nn import choices
 from jaxlm.nn.activation import Activation, activation
-from jaxlm.nn.attention import Implementation, attention
+from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.sharding import constrain, platform
+from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
 NormPosition = Literal["before", "after"]
@@ -158,11 +158,10 @@ def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.A
 
 def _project_qkv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, each [B, T, H, K]."""
-    if platform() == "cpu":
+    if choices.fused_qkv():
         qkv = constrain(linear(weights, x), ("batch", "seq", None, "heads", "kv"))
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-    # Attention kernels need q, k and v as separate arrays: slicing the output of a single matmul would copy it.
     def project(index: int) -> jax.Array:
         part = {name: w[..., index, :, :] for name, w in weights.items()}
         return constrain(linear(part, x), ("batch", "seq", "heads", "kv"))

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.models import common, heads
-from jaxlm.nn import cache
-from jaxlm.nn.attention import Implementation, attention
+from jaxlm.nn.attention import Implementation, attention, cache
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
-from jaxlm.nn.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.config import check_value
+from jaxlm.nn.attention.weight_record import recorded_weights
 from jaxlm.nn.loss import chunked_cross_entropy
-from jaxlm.nn.weight_record import recorded_weights
 
 FAMILIES = (
     "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
-from jaxlm.nn.recurrence import segment_boundaries
+from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Uniform, fold_name
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.batch_norm import batch_norm, batch_norm_specs, statistics_specs
 from jaxlm.nn.convolution import convolution, convolution_specs
+from jaxlm.nn.convolution.pooling import k_max_pool, max_pool
+from jaxlm.nn.convolution.window import fixed_length
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.pooling import k_max_pool, max_pool
-from jaxlm.nn.window import fixed_length
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal
 

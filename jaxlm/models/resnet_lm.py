@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
+from jaxlm.nn.convolution.window import close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.window import close_stream, open_stream, past_specs, tail_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 

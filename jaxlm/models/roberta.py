@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxlm.models import bert, common, heads
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear
-from jaxlm.nn.position import positions_in_segments
+from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import fold_name
 
 FIRST_POSITION = 2

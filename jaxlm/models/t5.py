@@ -23,17 +23,16 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.models import common
-from jaxlm.nn import cache
 from jaxlm.nn.activation import activation
-from jaxlm.nn.attention import attention
-from jaxlm.nn.attention_bias import AttentionBias
+from jaxlm.nn.attention import attention, cache
+from jaxlm.nn.attention.bias import AttentionBias
+from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_of_positions
+from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.mask import Mask
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
-from jaxlm.nn.relative import distance_bias, distance_bias_of_positions
-from jaxlm.nn.relative_bias import distance_buckets, distance_table
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 

@@ -1,9 +1,9 @@
 """Transformer-XL (Dai et al. 2019): a causal transformer with a memory of earlier segments and relative positions.
 
-Every layer also attends to its inputs for earlier tokens, which are stored without gradients (``jaxlm.nn.memory``). So
+Every layer also attends to its inputs for earlier tokens (``jaxlm.nn.attention.memory``), without gradients to them. So
 training on the next segment of a text continues from the previous segment. The code follows the PyTorch code of the
-authors and of Hugging Face, which have one dropout rate for everything but attention. The memory starts empty, whereas
-theirs starts with zeros.
+authors and of Hugging Face, which have one dropout rate for everything but attention. Their memory starts with zeros;
+here it starts empty.
 
 Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
 the MLP, V vocabulary.
@@ -19,14 +19,15 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.models import common, heads
-from jaxlm.nn import adaptive_softmax, memory
-from jaxlm.nn.adaptive_softmax import Clusters
-from jaxlm.nn.attention import attention
-from jaxlm.nn.attention_bias import AttentionBias
+from jaxlm.nn import choices
+from jaxlm.nn.attention import attention, memory
+from jaxlm.nn.attention.bias import AttentionBias
+from jaxlm.nn.attention.distance_bias import distance_bias, sinusoids
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.loss import adaptive_softmax
+from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.relative import distance_bias, sinusoids
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -183,7 +184,7 @@ def _attention(
     def bias(table: jax.Array, q: jax.Array) -> AttentionBias:
         return distance_bias(table, S - 1, T, S, query_offset=S - T, q_BTHK=q, scale=scale)
 
-    if S > T and memory.use_absorbed_attention(q, context, dropout=cfg.attention_dropout, key=key):
+    if S > T and choices.absorbed_attention(q, context, dropout=cfg.attention_dropout, key=key):
         relative_bias = bias(r_SD[:, None], memory.absorb_weight(attention_weights["relative"]["weight"], position_q))
         absorbed_q = memory.absorb_weight(qkv[:, 1], content_q)
         attended = memory.attend(absorbed_q, context, mask, scale=scale, biases=[relative_bias])

@@ -25,21 +25,21 @@ from flax import struct
 
 from jaxlm import spec
 from jaxlm.models import common, heads
-from jaxlm.nn import memory
+from jaxlm.nn import choices
 from jaxlm.nn.activation import Activation, activation
-from jaxlm.nn.attention import attention
-from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
-from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.mask import Mask
-from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.relative import (
+from jaxlm.nn.attention import attention, memory
+from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_of_positions,
     distance_bias_of_queries,
     sinusoids,
     type_bias,
 )
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.dropout import dropout
+from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, fold_name
 
@@ -168,7 +168,7 @@ def _attention(
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
     context = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, context.shape[1]
-    use_absorbed = memory_BMD is not None and memory.use_absorbed_attention(q, context, dropout=cfg.dropout, key=key)
+    use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, context, dropout=cfg.dropout, key=key)
     if use_absorbed:
         table = inputs.sinusoids[:, None]
     else:

@@ -31,3 +31,12 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*batch, -1)[..., :length]
     threshold = round((1.0 - rate) * 2**_BITS)
     return bits < threshold if threshold < 2**_BITS else jnp.ones(shape, bool)
+
+
+def keep_rows(key: jax.Array, rows: jax.Array, length: int, rate: float) -> jax.Array:
+    """The dropout mask of some rows of a matrix with rows of ``length`` entries, [R, length]; True: keep.
+
+    Entry (row, s) depends only on the random key, the global number of the row and s.
+    """
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    return jax.vmap(lambda row_key: keep_mask(row_key, rate, (length,)))(row_keys)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.sharding import active, platform
+from jaxlm.nn import choices
 from jaxlm.spec import ZEROS, ArraySpec, Initializer
 
 
@@ -45,14 +45,13 @@ def linear(params: dict[str, Any], x: jax.Array, *, num_input_axes: int = 1) -> 
     The parameters are cast to the dtype of ``x``, so that the caller chooses the compute dtype in one place.
     """
     weight = params["weight"].astype(x.dtype)
-    use_custom_vjp = _output_is_wider(weight, num_input_axes) or _num_blocks(x, weight, num_input_axes) > 0
+    num_inputs, num_outputs = _sizes(weight, num_input_axes)
+    use_custom_vjp = num_outputs >= num_inputs or _num_blocks(x, weight, num_input_axes) > 0
     y = _product_with_custom_vjp(x, weight, num_input_axes) if use_custom_vjp else _product(x, weight, num_input_axes)
     if "bias" not in params:
         return y
     bias = params["bias"]
-    # A bias with several axes belongs to attention heads. On a TPU, an attention kernel computes the gradient of `y`.
-    # So there is no matmul into which XLA could fuse the sum over rows that the gradient of the bias needs.
-    add = _add_with_matmul_vjp if bias.ndim > 1 and platform() == "tpu" else _add
+    add = _add_with_matmul_vjp if choices.bias_gradient_by_matmul(bias) else _add
     return add(y, bias)
 
 
@@ -62,11 +61,7 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _add_with_matmul_vjp(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """``y + bias``, with the gradient of ``bias`` as a matmul with rows of ones.
-
-    The matrix unit computes this sum faster than the vector unit, which needs a separate pass (GPT-2, by the TPU
-    compiler's estimate: 0.09 instead of 0.35 M cycles; docs/labbook.md).
-    """
+    """``y + bias``, with the gradient of ``bias`` as a matmul with ones (``choices.bias_gradient_by_matmul``)."""
     return _add(y, bias)
 
 
@@ -93,25 +88,14 @@ def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
 
 
-MIN_BLOCKS = 4
-"""If there are fewer blocks of rows than this, the gradient of a weight is one matmul instead of a sum over blocks."""
-
-
-def _output_is_wider(weight: jax.Array, num_input_axes: int) -> bool:
-    return math.prod(weight.shape[num_input_axes:]) >= math.prod(weight.shape[:num_input_axes])
-
-
-def _block_rows(weight: jax.Array, num_input_axes: int) -> int:
-    """Rows per block: 2 MiB of ``dy``, but at least 1024 rows, because matmuls with fewer rows are slow."""
-    return max(1024, 2**19 // math.prod(weight.shape[num_input_axes:]))
+def _sizes(weight: jax.Array, num_input_axes: int) -> tuple[int, int]:
+    """The numbers of inputs and outputs of a weight."""
+    return math.prod(weight.shape[:num_input_axes]), math.prod(weight.shape[num_input_axes:])
 
 
 def _num_blocks(x: jax.Array, weight: jax.Array, num_input_axes: int) -> int:
-    """Number of full blocks of rows over which the gradient of the weight is summed; 0: the gradient is one matmul."""
-    if _output_is_wider(weight, num_input_axes) or platform() != "cpu" or active() is not None:
-        return 0
-    count = math.prod(x.shape[: x.ndim - num_input_axes]) // _block_rows(weight, num_input_axes)
-    return count if count >= MIN_BLOCKS else 0
+    rows = math.prod(x.shape[: x.ndim - num_input_axes])
+    return choices.weight_gradient_blocks(rows, *_sizes(weight, num_input_axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -121,10 +105,7 @@ def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: in
     - If the output is at least as wide as the input, the gradient is ``x.T @ dy``. Autodiff computes ``(dy.T @ x).T``,
       for which a CPU transposes the larger factor and also the result (GPT-2's MLP, 12 layers of 768 to 3072: 324 ms
       instead of 544 ms).
-    - Otherwise, if there are many rows, the gradient is summed over blocks of rows. Without blocks, XLA fuses the
-      transpose of ``dy`` with the computation of ``dy``, in an order of memory accesses that does not reuse cache
-      lines. The loop over blocks reads ``dy`` in the order in which it was written, and transposes a block that fits
-      into the cache (this saves a fifth of a step of VDCNN, and a twentieth of a step of BERT with 8192 rows).
+    - Otherwise, the gradient of many rows is summed over blocks of them (``choices.weight_gradient_blocks``).
     """
     return _product(x, weight, num_input_axes)
 
@@ -142,9 +123,10 @@ def _backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array
     rows = tuple(range(x.ndim - num_input_axes))
     outputs = tuple(range(len(rows), dy.ndim))
     dx = lax.dot_general(dy, weight, ((outputs, tuple(range(num_input_axes, weight.ndim))), ((), ())))
-    if _output_is_wider(weight, num_input_axes):
+    num_inputs, num_outputs = _sizes(weight, num_input_axes)
+    if num_outputs >= num_inputs:
         return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
-    count, size = _num_blocks(x, weight, num_input_axes), _block_rows(weight, num_input_axes)
+    count, size = _num_blocks(x, weight, num_input_axes), choices.weight_gradient_block_rows(num_outputs)
     x_NC, dy_ND = (a.reshape(-1, math.prod(a.shape[len(rows) :])) for a in (x, dy))
 
     def block_gradient(start: Any, size: int) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Shared parts of the objectives: the batch, and the loss of predicting a token or label at each target position.
+"""The batch of all objectives, and the loss of predicting a token or label at each target position.
 
-Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects some).
+Shapes: B batch, T time, P target positions (T, or fewer if the batch or the model selects positions).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Batch:
     Attributes:
         tokens: [B, T] integers.
         targets: integers: [B, P] for tokens and token labels, [B] for classification, [B, 2] for spans.
-        weights: float32 with the shape of the targets, [B] for spans; a target of weight 0 is ignored.
-        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents; None means one document.
-        inputs: further arrays for ``apply``, by keyword: ``token_types``, ``source``, ``source_segment_ids``, ...
-        reset: [B] bool, rows at which a new stream begins; None: no row.
-        target_positions: [B, P] integers, the position of each target in the text. Logits are computed only there.
-            None: the model returns one hidden state per target.
+        weights: float32 with the shape of the targets ([B] for spans). A target of weight 0 is ignored.
+        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. None: each row is one document.
+        inputs: further keyword arguments of ``apply``: ``token_types``, ``source``, ``source_segment_ids``, ...
+        reset: [B] bool, True for rows in which a new stream begins. None: all rows continue their streams.
+        target_positions: [B, P] integers, the position of each target in its row. Logits are computed only at these
+            positions. None: the model returns one hidden state per target.
     """
 
     tokens: Any
@@ -45,22 +45,22 @@ class Batch:
 
 
 def count(batch: Batch) -> tuple[int, int]:
-    """The number of examples and of tokens of a batch on the host.
+    """The number of examples and the number of tokens in a batch of numpy arrays.
 
-    An example is a row with at least one target of positive weight. Padding does not count as tokens; a source does.
+    An example is a row with at least one target of positive weight. Tokens of a source are counted, padding is not.
     """
     examples = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
-    texts = [(batch.tokens, batch.segment_ids)]
+    token_arrays = [(batch.tokens, batch.segment_ids)]
     if "source" in batch.inputs:
-        texts.append((batch.inputs["source"], batch.inputs.get("source_segment_ids")))
-    tokens = [np.size(ids) if segments is None else np.count_nonzero(segments) for ids, segments in texts]
+        token_arrays.append((batch.inputs["source"], batch.inputs.get("source_segment_ids")))
+    tokens = [np.size(ids) if segments is None else np.count_nonzero(segments) for ids, segments in token_arrays]
     return int(np.count_nonzero(examples)), int(sum(tokens))
 
 
 def hidden_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
     """The hidden states of a batch, [B, P, D], and the new model state.
 
-    No gradient flows into ``state``: training along a stream is truncated back-propagation (Williams and Peng 1990).
+    No gradient flows into ``state``, so training on a stream is truncated backpropagation (Williams and Peng 1990).
     """
     inputs = dict(batch.inputs) if state is None else {**batch.inputs, "state": jax.lax.stop_gradient(state)}
     return model.apply(params, batch.tokens, segment_ids=batch.segment_ids, key=key, **inputs)
@@ -85,13 +85,13 @@ def token_loss(
 
 
 def smoothed_token_loss(label_smoothing: float) -> Loss:
-    """A loss like :func:`token_loss` with label smoothing.
+    """Make a loss function like :func:`token_loss` with label smoothing.
 
     Args:
-        label_smoothing: share of the target probability that is spread over the vocabulary.
+        label_smoothing: fraction of the target probability that is spread over the vocabulary.
 
     Raises:
-        ValueError: ``label_smoothing`` outside [0, 1).
+        ValueError: ``label_smoothing`` is outside [0, 1).
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -111,7 +111,8 @@ def token_accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of targets that have the highest logit, the sum of the weights, and the new model state.
 
-    An evaluation metric with the signature of a loss. Logits are computed in chunks, so [B, P, V] is never in memory.
+    It is an evaluation metric with the signature of a loss. It computes logits in chunks, so [B, P, V] is never in
+    memory.
     """
     hidden, state = predicted_states(model, params, batch, key, state)
 

@@ -28,27 +28,27 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of tokens [B, T] with one label per row [B]; a row labelled ``IGNORED`` has weight 0.
+    """A batch of tokens [B, T] with one label per row, [B]. A row labelled ``IGNORED`` has weight 0.
 
     Args:
-        num_labels: labels are in [0, num_labels).
-        inputs: further arrays for ``apply``, such as ``token_types``.
+        num_labels: number of labels. Labels are in [0, num_labels).
+        inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: shapes that do not match, or a label out of range.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape[:1]:
-        raise ValueError(f"labels {list(labels.shape)} must be one for each row of tokens {list(tokens.shape)}")
+        raise ValueError(f"labels {list(labels.shape)} must have one label for each row of tokens {list(tokens.shape)}")
     targets, weights = counted(labels, num_labels)
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))
 
 
 def counted(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Targets int32 and weights float32 for labels; where a label is ``IGNORED``, both are 0.
+    """The targets (int32) and weights (float32) for labels. Both are 0 for the label ``IGNORED``.
 
     Raises:
-        ValueError: a label that is neither ``IGNORED`` nor in [0, num_labels).
+        ValueError: a label is neither ``IGNORED`` nor in [0, num_labels).
     """
     wrong = np.unique(labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_labels))])
     if wrong.size:
@@ -63,16 +63,16 @@ def pooled_states(model: Model, params: Any, batch: Batch, key: jax.Array | None
 
 
 def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> Loss:
-    """A loss function: the weighted sum of the labels' negative log-likelihoods in nats, and the sum of the weights.
+    """Make a loss function with label smoothing and class weights.
 
     Args:
-        label_smoothing: share of the target probability that is spread over all labels (Szegedy et al. 2016, section
-            7).
-        class_weights: weight of a row by its label, as ``weight`` of ``torch.nn.CrossEntropyLoss``; None means equal
-            weights.
+        label_smoothing: fraction of the target probability that is spread over all labels (Szegedy et al. 2016,
+            section 7).
+        class_weights: the weight of rows with each label, like ``weight`` of ``torch.nn.CrossEntropyLoss``. None:
+            equal weights.
 
     Raises:
-        ValueError: ``label_smoothing`` outside [0, 1), or weights that are not positive.
+        ValueError: ``label_smoothing`` is outside [0, 1), or a class weight is not positive.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
@@ -82,7 +82,7 @@ def make_loss(*, label_smoothing: float = 0.0, class_weights: Sequence[float] | 
     def loss(
         model: Model, params: Any, batch: Batch, *, key: jax.Array | None = None, state: Any = None
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """The weighted sum of negative log-likelihoods in nats, the sum of the weights, and the new model state."""
+        """The weighted sum of the negative log-likelihoods in nats, the sum of the weights, and the new model state."""
         pooled_B1D, state = pooled_states(model, params, batch, key, state)
         weights = batch.weights
         if class_weights is not None:
@@ -105,7 +105,7 @@ def accuracy(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted number of rows whose label has the highest logit, the sum of the weights, and the new model state.
 
-    An evaluation metric with the signature of a loss.
+    It is an evaluation metric with the signature of a loss.
     """
     pooled_B1D, state = pooled_states(model, params, batch, key, state)
     is_correct = jnp.argmax(model.logits(params, pooled_B1D)[:, 0], axis=-1) == batch.targets

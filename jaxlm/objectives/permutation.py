@@ -1,15 +1,16 @@
-"""Permutation language modelling (Yang et al. 2019): tokens at some positions are predicted in a random order.
+"""Permutation language modelling (Yang et al. 2019): some tokens of a row are predicted in a random order.
 
     row        [previous text of the stream | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
-    targets    spans of 1 to 5 tokens in each of the two parts, about one token in six; never separators
-    order      -1 for tokens that are not predicted (visible to all tokens), else a position in a random permutation
+    targets    spans of 1 to 5 tokens in each of the two parts, about one token in six, but never separators
+    order      -1 for context tokens (not predicted, visible to their whole part), else an index in a permutation
 
-The code follows the authors' ``data_utils.py``; the paper gives few details. A token attends to orders up to its own
-and is predicted from lower orders. The second part comes after all of the first part, so the first part can be stored
-in the memory: the next window of a stream begins ``reuse_length`` tokens later. The authors take a random B from
-anywhere in the stream; here it comes from another row of the batch. All functions run on the host, and their results
-depend on the tokens and the random generator only.
-Shapes: B batch, N tokens of a window, T tokens of a row or of a part of it.
+The code follows the authors' ``data_utils.py``, because the paper gives few details. A token attends to tokens of the
+same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
+than the first part, so the first part does not depend on the second part and can be stored in the memory. The next
+window of a stream begins ``reuse_length`` tokens later. The authors take a random B from anywhere in the stream; here,
+a random B comes from another row of the batch. All functions run on the host, and their results depend only on the
+tokens and the random generator.
+Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from jaxlm.objectives.batch import Batch, token_loss
 loss = token_loss
 
 PAD_ID, CLS_ID, SEP_ID = 5, 3, 4
-"""Special tokens of the published vocabulary."""
+"""Ids of special tokens in the published vocabulary."""
 FIRST, SECOND, CLS, PAD = 0, 1, 2, 4
-"""Token types: the first sentence and the second one, each with its separator, ``<cls>``, padding."""
+"""Token types of the first sentence, the second sentence (both with their separator), ``<cls>`` and padding."""
 UNORDERED = -1
-"""The order of tokens that are visible to all tokens."""
+"""The order of context tokens, which are visible to all tokens of their part."""
 
 
 def batch(
@@ -48,35 +49,36 @@ def batch(
     cls_id: int = CLS_ID,
     sep_id: int = SEP_ID,
 ) -> Batch:
-    """A batch of rows [B, N + 3] made of windows [B, N] of a text; ``num_predict`` tokens of each row are targets.
+    """A batch of rows [B, N + 3] from windows [B, N] of a text. ``num_predict`` tokens of each row are targets.
 
     Args:
-        rng: random generator; the rows draw from it one after the other.
-        word_starts: [B, N] bool, the first token of each word; predicted spans begin there. Default: every token.
-        sentences: [B, N] integers that change at the start of a sentence; A ends at such a start. Default: A ends
-            anywhere.
-        right_to_left: [B] bool, rows whose tokens are reversed, as from :func:`both_directions`.
+        rng: random generator, used for one row after the other.
+        word_starts: [B, N] bool, True for the first token of each word. Predicted spans begin at these tokens. None: at
+            any token.
+        sentences: [B, N] integers that change at the start of each sentence. A ends before the start of a sentence.
+            None: A ends at any position.
+        right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.
         reset: as in ``Batch``.
-        reuse_length: tokens of the first part.
-        permutation_length: number of tokens that are permuted together; must divide the lengths of both parts.
-        num_predict: targets per row, half of them in each part. If a span covers a separator there are fewer, and the
-            row is filled with targets of weight 0.
+        reuse_length: number of tokens in the first part.
+        permutation_length: number of tokens that are permuted together. It must divide the lengths of both parts.
+        num_predict: number of targets per row, half of them in each part. Separators in a span are not predicted;
+            targets of weight 0 replace them.
         alpha, beta: about ``beta`` of every ``alpha`` tokens are predicted.
-        longest_span: tokens of the longest predicted span.
+        longest_span: maximum number of tokens in a predicted span.
 
     Raises:
-        ValueError: shapes that do not match, parts that are too short, or not a multiple of ``permutation_length``.
+        ValueError: the shapes do not match, or a part is too short or not a multiple of ``permutation_length``.
     """
     _check(tokens, word_starts, sentences, right_to_left, reuse_length, permutation_length)
     B, N = tokens.shape
     starts = np.ones((B, N), bool) if word_starts is None else word_starts
     is_reversed = np.zeros(B, bool) if right_to_left is None else right_to_left
-    make_spans = functools.partial(span_mask, alpha=alpha, beta=beta, longest=longest_span)
+    make_mask = functools.partial(span_mask, alpha=alpha, beta=beta, longest=longest_span)
     make_order = functools.partial(local_order, length=permutation_length)
     rows: list[tuple[np.ndarray, ...]] = []
     for row in range(B):
         others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
-        a, b = _sentences(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
+        a, b = _choose_sentences(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
         text, types = pair(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
         text = np.concatenate([tokens[row, :reuse_length], text])
         types = np.concatenate([np.full(reuse_length, FIRST, np.int32), types])
@@ -87,7 +89,7 @@ def batch(
             (slice(reuse_length, N + 3), num_predict // 2),
         )
         direction = -1 if is_reversed[row] else 1
-        predicted, order = _predicted_and_order(row_starts, is_special, parts, direction, make_spans, make_order, rng)
+        predicted, order = _predicted_and_order(row_starts, is_special, parts, direction, make_mask, make_order, rng)
 
         positions, weights = np.zeros(num_predict, np.int32), np.zeros(num_predict, np.float32)
         predicted_positions = np.flatnonzero(predicted)
@@ -108,7 +110,7 @@ def _check(
     reuse_length: int,
     permutation_length: int,
 ) -> None:
-    """Raise ``ValueError`` unless the shapes match and both parts are long enough and can be permuted."""
+    """Raise ``ValueError`` if the shapes or the lengths of the two parts of a row are invalid."""
     if tokens.ndim != 2:
         raise ValueError(f"windows must be [batch, time], got {list(tokens.shape)}")
     B, N = tokens.shape
@@ -119,19 +121,19 @@ def _check(
             raise ValueError(f"{name} {list(x.shape)} must be {list(shape)} for windows {list(tokens.shape)}")
     first, second = reuse_length, N + 3 - reuse_length
     if first < 1 or second < 5:
-        raise ValueError(f"a window of {N} tokens leaves no two sentences after reuse_length={reuse_length}")
+        raise ValueError(f"a window of {N} tokens is too short for two sentences after reuse_length={reuse_length}")
     if first % permutation_length or second % permutation_length:
         raise ValueError(
-            f"permutation_length={permutation_length} must divide both parts of a row, {first} and {second} tokens"
+            f"permutation_length={permutation_length} must divide the lengths of both parts, {first} and {second}"
         )
 
 
-def _sentences(
+def _choose_sentences(
     N: int, row: int, start: int, others: np.ndarray, sentences: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
-    """Row and slice of A and of B in the windows.
+    """The (row, slice) in the windows of A and of B.
 
-    A begins at ``start``. B is the text after A or, half of the time, text from one of the ``others``.
+    A begins at ``start``. With probability 0.5, B is text from one of the rows ``others``, else the text after A.
     """
     boundaries = np.arange(start + 1, N)
     if sentences is not None and np.any(sentences[start + 1 :] != sentences[start:-1]):
@@ -149,24 +151,24 @@ def _predicted_and_order(
     is_special: np.ndarray,
     parts: tuple[tuple[slice, int], ...],
     direction: int,
-    make_spans: Callable[..., np.ndarray],
+    make_mask: Callable[..., np.ndarray],
     make_order: Callable[..., np.ndarray],
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens of a row are predicted, [T] bool, and the factorization order, [T] int32.
+    """The mask of predicted tokens of a row, [T] bool, and the factorization order, [T] int32.
 
     Args:
         parts: the slice of each part and the number of its targets.
-        direction: -1 for a reversed row, whose spans are drawn in reading order, else 1.
-        make_spans, make_order: :func:`span_mask` and :func:`local_order` with their options.
+        direction: -1 for a reversed row, else 1. The spans of a reversed row are drawn in reading order.
+        make_mask, make_order: :func:`span_mask` and :func:`local_order` with their options.
     """
     predicted, order = np.zeros(is_special.shape, bool), np.zeros(is_special.shape, np.int32)
     offset = 0
     for part, num_targets in parts:
-        in_span = make_spans(word_starts[part][::direction], num_targets, rng)[::direction]
+        in_span = make_mask(word_starts[part][::direction], num_targets, rng)[::direction]
         order[part] = offset + make_order(in_span | is_special[part], rng=rng)
         predicted[part] = in_span & ~is_special[part]
-        # + 1, because unpredicted tokens of the next part have the order offset - 1, which must be above this part.
+        # + 1, because context tokens of the next part have the order offset - 1, which must be above this part.
         offset += part.stop - part.start + 1
     return predicted, order
 
@@ -176,16 +178,17 @@ def span_mask(
 ) -> np.ndarray:
     """A mask of exactly ``goal`` tokens, [T] bool.
 
-    The mask has spans of n tokens, each in a stretch of ``n * alpha / beta`` tokens. n is drawn from 1 to ``longest``
+    The mask has spans of n tokens, each in a context of ``n * alpha / beta`` tokens. n is drawn from 1 to ``longest``
     with probability proportional to 1 / n. A span begins at the start of a word. As in the authors' code, n counts
-    tokens instead of words, and single tokens at random positions are added at the end until there are enough.
+    tokens instead of words, and single tokens at random positions are added at the end until the mask has ``goal``
+    tokens.
 
     Raises:
-        ValueError: a goal above T, or ``alpha`` below ``beta``.
+        ValueError: ``goal`` is above T, or ``beta`` is not in [1, ``alpha``].
     """
     T = len(word_starts)
     if goal > T:
-        raise ValueError(f"num_predict asks for {goal} of the {T} tokens of a part: lower it")
+        raise ValueError(f"num_predict needs {goal} targets in a part of {T} tokens: lower num_predict")
     if not 1 <= beta <= alpha:
         raise ValueError(f"beta={beta} must be between 1 and alpha={alpha}: beta of every alpha tokens are predicted")
     mask = np.zeros(T, bool)
@@ -194,18 +197,18 @@ def span_mask(
     position, missing = 0, goal
     while position < T and missing > 0:
         size = min(int(rng.choice(sizes, p=probabilities)), missing)
-        stretch = size * alpha // beta
-        before = int(rng.integers(stretch))
-        next_starts = np.flatnonzero(word_starts[position + before :])
+        context_size = size * alpha // beta
+        left_context = int(rng.integers(context_size))
+        next_starts = np.flatnonzero(word_starts[position + left_context :])
         if len(next_starts) == 0:
             break
-        begin = position + before + int(next_starts[0])
+        begin = position + left_context + int(next_starts[0])
         end = begin + size
         if end >= T:
             break
         mask[begin:end] = True
         missing -= size
-        position = end + stretch - before
+        position = end + context_size - left_context
     while missing > 0:
         index = int(rng.integers(T))
         missing -= not mask[index]
@@ -214,9 +217,9 @@ def span_mask(
 
 
 def local_order(ordered: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """The factorization order of the tokens, [T] int32; -1 where ``ordered`` is False.
+    """The factorization order of the tokens, [T] int32. It is -1 for tokens that are False in ``ordered``.
 
-    Every ``length`` consecutive tokens are permuted, all with the same permutation.
+    Each block of ``length`` consecutive tokens is permuted, all blocks with the same permutation.
     """
     index = np.arange(len(ordered), dtype=np.int32).reshape(-1, length)[:, rng.permutation(length)]
     return np.where(ordered, index.ravel(), UNORDERED).astype(np.int32)
@@ -226,9 +229,10 @@ def local_order(ordered: np.ndarray, length: int, rng: np.random.Generator) -> n
 
 
 def both_directions(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a text [B, N] followed by the same rows reversed, [2 B, N], and which are reversed, [2 B] bool.
+    """The rows of a text [B, N] followed by the same rows reversed, [2 B, N], and a mask of reversed rows, [2 B] bool.
 
-    If a memory is carried from window to window, pass whole streams: a reversed row reads its text from the end.
+    If the model carries a memory from window to window, pass whole streams, because a reversed row begins at the end of
+    its text.
     """
     return np.concatenate([tokens, tokens[:, ::-1]]), np.repeat([False, True], len(tokens))
 
@@ -236,7 +240,7 @@ def both_directions(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pair(
     first: np.ndarray, second: np.ndarray | None = None, *, cls_id: int = CLS_ID, sep_id: int = SEP_ID
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``A <sep> B <sep> <cls>`` (or ``A <sep> <cls>``) and its token types: the layout of all of XLNet's tasks.
+    """``A <sep> B <sep> <cls>`` (or ``A <sep> <cls>``) and its token types, the layout of all XLNet tasks.
 
     Example:
         >>> tokens, types = pair(np.array([20, 21]), np.array([30]))
@@ -255,11 +259,11 @@ def pad_left(
     """Tokens, token types and segment ids of a row that is padded on the left to ``length``, [length] each.
 
     Raises:
-        ValueError: more than ``length`` tokens.
+        ValueError: there are more than ``length`` tokens.
     """
     num_pads = length - len(tokens)
     if num_pads < 0:
-        raise ValueError(f"{len(tokens)} tokens do not fit a row of {length}: shorten the text")
+        raise ValueError(f"{len(tokens)} tokens do not fit a row of {length}: truncate the text")
     columns = ((tokens, pad_id), (token_types, PAD), (np.ones_like(token_types), 0))
     padded = [np.pad(column, (num_pads, 0), constant_values=value) for column, value in columns]
     return padded[0], padded[1], padded[2]

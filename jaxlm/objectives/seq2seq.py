@@ -1,4 +1,4 @@
-"""Sequence to sequence: each target token is predicted from the source and the targets before it.
+"""Sequence to sequence: each target token is predicted from the source and the previous target tokens.
 
 Shapes: B batch, S source time, T target time.
 """
@@ -22,21 +22,21 @@ def batch(
     source_segment_ids: np.ndarray | None = None,
     segment_ids: np.ndarray | None = None,
 ) -> Batch:
-    """A batch of sources [B, S] and targets [B, T], both with end tokens.
+    """A batch of sources [B, S] and targets [B, T]. Both must include their end tokens.
 
     The inputs of the decoder are the targets shifted right by one position (:func:`shift_right`). Without segment ids,
-    there is no padding and a row is one document. Document n of the targets attends to document n of the source.
+    a row is one document without padding. Document n of the targets attends to document n of the source.
 
     Args:
-        start_id: the first input of every document, such as ``decoder_start_id`` of a config.
+        start_id: the first decoder input of every document, such as ``decoder_start_id`` of a config.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: the shapes do not match.
     """
     for name, x in (("source", source), ("targets", targets)):
         if x.ndim != 2 or x.shape[1] < 1 or len(x) != len(source):
             raise ValueError(
-                f"{name} {list(x.shape)} must be [batch, time] with as many rows as source {list(source.shape)}"
+                f"{name} {list(x.shape)} must be [batch, time] with the batch size of source {list(source.shape)}"
             )
     for name, segments, x in (("source_", source_segment_ids, source), ("", segment_ids, targets)):
         if segments is not None and segments.shape != x.shape:
@@ -51,7 +51,7 @@ def batch(
 
 
 def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | None = None) -> np.ndarray:
-    """The token before each target, [B, T]; ``start_id`` before the first target of each document, and in padding.
+    """The previous token of each target, [B, T]: ``start_id`` for the first target of each document and for padding.
 
     Example:
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
@@ -66,19 +66,19 @@ def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | No
 
 
 def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, T] int32 of rows of unequal length, padded on the right, and segment ids (1, padding 0).
+    """Pad rows of unequal length on the right. Returns tokens [B, T] int32, and segment ids (1, or 0 for padding).
 
     Args:
-        length: T; None means the length of the longest row.
+        length: T. None: the length of the longest row.
 
     Raises:
-        ValueError: a row that is empty, or longer than ``length``.
+        ValueError: a row is empty, or longer than ``length``.
     """
     sizes = np.array([len(row) for row in rows])
     length = int(sizes.max()) if length is None else length
     for row, size in enumerate(sizes):
         if not 1 <= size <= length:
-            raise ValueError(f"row {row} has {size} tokens: it must have from 1 to {length}; cut it or leave it out")
+            raise ValueError(f"row {row} has {size} tokens: it must have from 1 to {length}; truncate or remove it")
     segment_ids = (np.arange(length)[None] < sizes[:, None]).astype(np.int32)
     tokens = np.full(segment_ids.shape, pad_id, np.int32)
     tokens[segment_ids > 0] = np.concatenate([np.asarray(row) for row in rows])

@@ -1,13 +1,13 @@
-"""Span corruption (Raffel et al. 2020, section 3.1.4): sentinels replace spans of a text; the target is the spans.
+"""Span corruption (Raffel et al. 2020, section 3.1.4): sentinels replace spans of a text. The target has the spans.
 
     text    Thank you for inviting me to your party last week
     source  Thank you <s0> me to your party <s1> <end>
     target  <s0> for inviting <s1> last week <end>
 
-As in the published code, a text begins with a span that is kept and ends with one that is removed. With a mask from
-elsewhere that ends with a kept span, one more sentinel ends the target, as in the figure of the paper. The numbers of
-removed tokens and spans depend on the length of the text only, so texts of equal length need no padding. The loss is
-that of ``seq2seq``. All functions run on the host, and their results depend on the texts and the random generator only.
+As in the published code, a text begins with a kept span and ends with a removed span. If a custom mask ends with a kept
+span, the target ends with one more sentinel, as in the figure of the paper. The numbers of removed tokens and spans
+depend only on the length of the text, so texts of equal length need no padding. The loss is the same as in ``seq2seq``.
+All functions run on the host, and their results depend only on the texts and the random generator.
 Shapes: B batch, N tokens of a text.
 """
 
@@ -21,7 +21,7 @@ from jaxlm.objectives.batch import Batch, token_loss
 loss = token_loss
 
 DENSITY = 0.15
-"""Share of the tokens that are removed."""
+"""Fraction of the tokens that are removed."""
 MEAN_SPAN = 3.0
 """Mean number of tokens of a removed span."""
 
@@ -37,19 +37,19 @@ def batch(
     mean_span: float = MEAN_SPAN,
     sentinels: int = 100,
 ) -> Batch:
-    """A batch of independently corrupted texts [B, N] for an encoder-decoder; :func:`text_length` helps to choose N.
+    """A batch for an encoder-decoder from texts [B, N], corrupted independently. :func:`text_length` helps to choose N.
 
     Args:
-        rng: random generator; rows use it one after the other.
-        first_sentinel: sentinel of the first span, such as 32099 in T5's vocabulary; the ids of later ones descend.
-        end_id: last token of sources and targets.
+        rng: random generator, used for one row after the other.
+        first_sentinel: id of the first sentinel, such as 32099 in T5's vocabulary. The ids of later sentinels descend.
+        end_id: id of the last token of sources and targets.
         start_id: first input of the decoder.
-        density: share of the tokens that are removed.
+        density: fraction of the tokens that are removed.
         mean_span: mean number of tokens of a removed span.
         sentinels: number of sentinels in the vocabulary.
 
     Raises:
-        ValueError: numbers out of range, or texts that are too short, need more sentinels or contain a sentinel.
+        ValueError: an argument is out of range, or a text is too short, needs more sentinels or contains a sentinel.
     """
     if tokens.ndim != 2:
         raise ValueError(f"texts must be [batch, time], got {list(tokens.shape)}")
@@ -67,33 +67,35 @@ def batch(
 def noise_mask(
     length: int, rng: np.random.Generator, *, density: float = DENSITY, mean_span: float = MEAN_SPAN
 ) -> np.ndarray:
-    """Which tokens are removed, [N] bool. All masks with the same numbers of tokens and spans are equally likely."""
-    num_removed, num_spans = _counts(length, density, mean_span)
-    removed = _partition(num_removed, num_spans, rng)
-    kept = _partition(length - num_removed, num_spans, rng)
+    """A random mask of removed tokens, [N] bool. Masks with these numbers of tokens and spans are equally likely."""
+    num_removed, num_spans = _removed_counts(length, density, mean_span)
+    removed = _random_partition(num_removed, num_spans, rng)
+    kept = _random_partition(length - num_removed, num_spans, rng)
     return np.repeat(np.arange(2 * num_spans) % 2 == 1, np.stack([kept, removed], axis=1).ravel())
 
 
 def corrupt(
     tokens: np.ndarray, mask: np.ndarray, *, first_sentinel: int, end_id: int, sentinels: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Source and target of a text [N]: sentinels replace the runs of ``mask`` in the source, other runs in the target.
+    """The source and target of a text [N].
+
+    In the source, a sentinel replaces each run of masked tokens. In the target, a sentinel replaces each other run.
 
     Raises:
-        ValueError: a mask that removes the first token, too few sentinels, or a text that contains a sentinel.
+        ValueError: the mask removes the first token, there are too few sentinels, or the text contains a sentinel.
     """
     if mask.shape != tokens.shape or mask[0]:
         raise ValueError("a mask must have the shape of its text and begin with a token that is kept")
     num_used = max(_run_starts(mask).sum(), _run_starts(~mask).sum())
     if num_used > sentinels:
         raise ValueError(
-            f"{num_used} spans need as many sentinels, there are {sentinels}: shorten the text or make spans longer"
+            f"{num_used} spans need {num_used} sentinels, but sentinels={sentinels}: use a shorter text or longer spans"
         )
     last_sentinel = first_sentinel - sentinels + 1
     if last_sentinel < 0:
-        raise ValueError(f"{sentinels} sentinels counting down from {first_sentinel} leave the vocabulary")
+        raise ValueError(f"{sentinels} sentinels with descending ids from {first_sentinel} need negative ids")
     if np.any((tokens >= last_sentinel) & (tokens <= first_sentinel)):
-        raise ValueError(f"the text holds sentinels, ids {last_sentinel} to {first_sentinel}: they must be free")
+        raise ValueError(f"the text contains sentinels, ids {last_sentinel} to {first_sentinel}: remove them")
 
     def replace_runs(masked: np.ndarray) -> np.ndarray:
         is_start = _run_starts(masked)
@@ -114,7 +116,7 @@ def text_length(source_length: int, *, density: float = DENSITY, mean_span: floa
     """
 
     def source_and_target_length(length: int) -> tuple[int, int]:
-        num_removed, num_spans = _counts(length, density, mean_span)
+        num_removed, num_spans = _removed_counts(length, density, mean_span)
         return length - num_removed + num_spans + 1, num_removed + num_spans + 1
 
     length = 2
@@ -125,8 +127,8 @@ def text_length(source_length: int, *, density: float = DENSITY, mean_span: floa
     return length, source_and_target_length(length)[1]
 
 
-def _counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
-    """The numbers of removed tokens and of removed spans: at least 1 each, with at least one kept token per span."""
+def _removed_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
+    """The numbers of removed tokens and removed spans. Both are at least 1, with at least one kept token per span."""
     if not 0.0 < density < 1.0:
         raise ValueError(f"density={density} must be between 0 and 1")
     if mean_span < 1.0:
@@ -137,8 +139,8 @@ def _counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
     return num_removed, min(max(round(num_removed / mean_span), 1), length - num_removed)
 
 
-def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """A random sequence of ``parts`` positive integers with sum ``total``; all such sequences are equally likely."""
+def _random_partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """A random sequence of ``parts`` positive integers with sum ``total``. All such sequences are equally likely."""
     is_start = np.arange(total - 1) < parts - 1
     rng.shuffle(is_start)
     return np.diff(np.flatnonzero(np.concatenate([[True], is_start, [True]])))

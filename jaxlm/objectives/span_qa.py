@@ -1,9 +1,9 @@
-"""Extractive question answering (Devlin et al. 2019, section 4.2): the first and last token of an answer in a text.
+"""Extractive question answering (Devlin et al. 2019, section 4.2): an answer is a span of a text.
 
 A row is one document that contains question and text. The model predicts two distributions over the real tokens of the
-row, one for the first and one for the last token of the answer. In ``transformers``, padding tokens are candidates,
-too. The losses are equal without padding; with padding, the loss here does not depend on its amount. The answer of a
-question without an answer is ``[CLS]`` (section 4.3).
+row: the first for the first token of the answer, the second for the last token. The loss does not depend on the amount
+of padding. In ``transformers``, padding tokens are also candidates, so its loss is equal only without padding. The
+target of a question without an answer is ``[CLS]`` (section 4.3).
 Shapes: B batch, T time, L tokens of the longest answer.
 """
 
@@ -33,25 +33,25 @@ def batch(
     only the end is truncated.
 
     Args:
-        inputs: further arrays for ``apply``, such as ``token_types``.
+        inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: shapes that do not match, several documents in a row, or an answer that ends before it begins,
-            begins before the text or is in the padding.
+        ValueError: the shapes do not match, a row has several documents, or an answer ends before it begins, begins
+            before the text or is in the padding.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)
     if spans.shape != (B, 2) or spans.dtype.kind not in "iu":
         raise ValueError(f"spans must be integers of shape [{B}, 2], got {spans.dtype}{list(spans.shape)}")
-    is_wrong = (spans[:, 0] < 0) | (spans[:, 1] < spans[:, 0])
+    is_invalid = (spans[:, 0] < 0) | (spans[:, 1] < spans[:, 0])
     is_complete = spans[:, 1] < T
     targets = np.where(is_complete[:, None], spans, 0).astype(np.int32)
     if segment_ids is not None:
         if segment_ids.max(initial=0) > 1:
             raise ValueError(f"segment_ids up to {segment_ids.max()}: a row must be one document, segment 1")
-        is_wrong |= is_complete & np.any(np.take_along_axis(segment_ids, targets, axis=1) == 0, axis=1)
-    if is_wrong.any():
-        row = int(np.flatnonzero(is_wrong)[0])
+        is_invalid |= is_complete & np.any(np.take_along_axis(segment_ids, targets, axis=1) == 0, axis=1)
+    if is_invalid.any():
+        row = int(np.flatnonzero(is_invalid)[0])
         raise ValueError(
             f"span {spans[row].tolist()} of row {row} must be (first, last) with 0 <= first <= last, among its real "
             "tokens"
@@ -64,16 +64,16 @@ def loss(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The weighted sum of the rows' losses in nats, the sum of the weights, and the new model state.
 
-    The loss of a row is the mean of the negative log-likelihoods of start and end.
+    The loss of a row is the mean of the negative log-likelihoods of the first and the last token.
 
     Raises:
         ValueError: the model has no head for spans.
     """
     hidden, state = hidden_states(model, params, batch, key, state)
     logits_BT2 = model.logits(params, hidden)
-    _check(logits_BT2)
+    _check_logits(logits_BT2)
     scores_B2T = jnp.swapaxes(logits_BT2, 1, 2)
-    if batch.segment_ids is not None:  # as in ``unembed``: the lowest float32 has probability 0 in a softmax
+    if batch.segment_ids is not None:  # as in ``unembed``, the lowest float32 gives probability 0 in a softmax
         scores_B2T = jnp.where(batch.segment_ids[:, None] > 0, scores_B2T, jnp.finfo(jnp.float32).min)
     losses_B = jnp.mean(cross_entropy(scores_B2T, batch.targets), axis=1)
     total = jnp.sum(jnp.where(batch.weights > 0, losses_B * batch.weights, 0.0))
@@ -85,16 +85,16 @@ def best_spans(
 ) -> tuple[jax.Array, jax.Array]:
     """The positions of the first and last token of each row's best answer, [B, 2] int32, and its score, [B].
 
-    The score is the sum of the two logits. Candidates are all spans of at most ``max_length`` tokens. Comparing the
-    score with that of ``[CLS]`` tells whether there is an answer.
+    The score is the sum of the two logits. Candidates are all spans of at most ``max_length`` tokens. To decide
+    whether there is an answer, compare the score with the score of ``[CLS]``.
 
     Args:
-        segment_ids_BT: only positions with an id above 0 are candidates; set the ids of the question to 0, too.
+        segment_ids_BT: only positions with an id above 0 are candidates. Set the ids of the question to 0.
 
     Raises:
-        ValueError: logits that are not those of spans, or ``max_length`` below 1.
+        ValueError: the logits do not have shape [B, T, 2], or ``max_length`` is below 1.
     """
-    _check(logits_BT2)
+    _check_logits(logits_BT2)
     if max_length < 1:
         raise ValueError(f"max_length={max_length} must be at least 1")
     T = logits_BT2.shape[1]
@@ -110,8 +110,6 @@ def best_spans(
     return jnp.stack([first_B, first_B + best_B % L], axis=1).astype(jnp.int32), jnp.max(scores_BN, axis=1)
 
 
-def _check(logits_BT2: jax.Array) -> None:
+def _check_logits(logits_BT2: jax.Array) -> None:
     if logits_BT2.ndim != 3 or logits_BT2.shape[-1] != 2:
-        raise ValueError(
-            f"logits {list(logits_BT2.shape)} are not those of spans, [batch, time, 2]: take task 'span_qa'"
-        )
+        raise ValueError(f"logits {list(logits_BT2.shape)} must be [batch, time, 2]: use a model with task='span_qa'")

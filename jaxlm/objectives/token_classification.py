@@ -1,7 +1,7 @@
 """Token classification: one label per token, as in part-of-speech tagging or named entity recognition.
 
-If words consist of several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels the first token and
-ignores the others. Shapes: B batch, T time.
+If a word has several tokens, the published recipe (Devlin et al. 2019, section 5.3) labels its first token and
+ignores its other tokens. Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of tokens and their labels, both [B, T]; labels ``IGNORED`` and labels of padding have weight 0.
+    """A batch of tokens [B, T] and their labels [B, T]. The label ``IGNORED`` and labels of padding have weight 0.
 
     Args:
-        num_labels: labels are in [0, num_labels).
-        inputs: further arrays for ``apply``, such as ``token_types``.
+        num_labels: number of labels. Labels are in [0, num_labels).
+        inputs: further keyword arguments of ``apply``, such as ``token_types``.
 
     Raises:
-        ValueError: shapes that do not match, or a label out of range.
+        ValueError: the shapes do not match, or a label is out of range.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape:

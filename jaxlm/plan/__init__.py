@@ -2,7 +2,7 @@
 
     fits or not · bytes per device · FLOPs · collectives · estimated step time and MFU · the most expensive operations
 
-Nothing is measured. The time is the sum of the compiler's own estimates over its schedule (``hlo``).
+The step does not run. The time is the sum of the compiler's estimates for the operations of its schedule (``hlo``).
 """
 
 from jaxlm.plan.planning import Plan, plan

@@ -18,12 +18,12 @@ from jaxlm.models import Model
 
 FAMILIES_WITH_FORMULA = ("gpt", "llama", "bert", "roberta")
 """Families whose FLOPs have a closed formula, because they consist of attention and matmuls only."""
-_LOOKED_UP_ONLY = ("position_embedding", "token_type_embedding")
+_LOOKED_UP_EMBEDDINGS = ("position_embedding", "token_type_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """``amount``: the number of FLOPs, summed over all devices. ``formula``: a text that says how it was counted."""
+    """``amount``: the number of FLOPs, summed over all devices. ``formula``: a text that describes the count."""
 
     amount: float
     formula: str
@@ -42,7 +42,7 @@ def training_flops(model: Model, batch: int, sequence: int) -> Flops | None:
     attention_text = "6*L*D*T*tokens (causal half of attention)" if causal else "12*L*D*T*tokens (attention)"
     return Flops(
         6.0 * weights * tokens + attention,
-        f"6*N*tokens + {attention_text}, N = {weights:,} parameters that are multiplied; no recomputation counted",
+        f"6*N*tokens + {attention_text}, N = {weights:,} parameters in matmuls; recomputation is not counted",
     )
 
 
@@ -51,14 +51,17 @@ def decoding_flops(model: Model, batch: int) -> Flops:
     weights = matmul_parameters(model)
     return Flops(
         2.0 * weights * batch,
-        f"2*N*rows, N = {weights:,} parameters that are multiplied; attention to the cache is not counted",
+        f"2*N*rows, N = {weights:,} parameters in matmuls; attention to the cache is not counted",
     )
 
 
 def matmul_parameters(model: Model) -> int:
-    """Number of parameters used in matmuls. Tables that are only looked up do not count; a tied token table does."""
+    """Number of parameters used in matmuls. A token embedding counts only if it is also the output head.
+
+    Other embeddings, which are only looked up, do not count.
+    """
     leaves = spec.flatten(model.specs)
-    looked_up = set(_LOOKED_UP_ONLY)
+    looked_up = set(_LOOKED_UP_EMBEDDINGS)
     tied = getattr(model.config, "tie_embeddings", True)
     if not tied or getattr(model.config, "task", "causal") not in ("causal", "masked", "permutation", "seq2seq"):
         looked_up.add("token_embedding")
@@ -66,15 +69,15 @@ def matmul_parameters(model: Model) -> int:
 
 
 def counted_flops(function: Any, *arguments: Any) -> Flops:
-    """FLOPs of every dot and convolution in the trace of ``function``.
+    """FLOPs of all dots and convolutions in the jaxpr of ``function``.
 
-    A multiplication with an addition counts 2. A loop body counts as often as it runs, and a conditional counts its
-    most expensive branch. Elementwise operations are not counted.
+    A multiplication with an addition counts as 2 FLOPs. A loop body counts once per iteration, and a conditional counts
+    as its most expensive branch. Elementwise operations are not counted.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     return Flops(
         _count(jaxpr.jaxpr),
-        "dots and convolutions in JAX's trace of the step without remat (causal attention not halved)",
+        "dots and convolutions in the jaxpr of the step without remat (causal attention is not halved)",
     )
 
 
@@ -91,20 +94,20 @@ def _count_equation(equation: Any) -> float:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         return 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]
+    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner, default=0.0)
-    times = 1
+    repetitions = 1
     if name == "scan":
-        times = params["length"]
+        repetitions = params["length"]
     elif name == "shard_map":
-        times = params["mesh"].size
+        repetitions = params["mesh"].size
     elif name == "pallas_call":
-        times = math.prod(params["grid_mapping"].grid)
-    return times * sum(inner)
+        repetitions = math.prod(params["grid_mapping"].grid)
+    return repetitions * sum(inner)
 
 
-def _jaxprs(params: dict[str, Any]) -> list[Any]:
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The inner jaxprs in the parameters of an equation."""
     jaxprs = []
     for value in params.values():
@@ -117,16 +120,16 @@ def _jaxprs(params: dict[str, Any]) -> list[Any]:
 
 
 def kernel_grids(jaxpr: Any) -> dict[str, int]:
-    """``{kernel name: number of grid steps}`` for each Pallas kernel in a trace."""
+    """``{kernel name: number of grid steps}`` for each Pallas kernel in a jaxpr."""
     grids: dict[str, int] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             grids[_kernel_name(equation.params)] = math.prod(equation.params["grid_mapping"].grid)
-        for inner in _jaxprs(equation.params):
+        for inner in _inner_jaxprs(equation.params):
             grids |= kernel_grids(inner)
     return grids
 
 
 def _kernel_name(params: dict[str, Any]) -> str:
-    named = params.get("name_and_src_info")
-    return str(params.get("name")) if named is None else str(named.name)
+    info = params.get("name_and_src_info")
+    return str(params.get("name")) if info is None else str(info.name)

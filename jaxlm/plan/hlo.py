@@ -1,9 +1,9 @@
 """Costs of an optimized HLO program: its loops, fusions, kernels and collectives.
 
 The text of ``compiled.as_text()`` is the compiler's schedule. XLA for TPU writes ``estimated_cycles`` next to each
-operation for which it has a cost model. This module sums these cycles, and counts a loop body as often as it runs.
-The trip count of a loop is read from ``known_trip_count`` if the backend states it. Otherwise it is computed from the
-loop counter, which must start at a constant, change by a constant and be compared with a constant.
+operation for which XLA has a cost model. This module sums these cycles, and counts a loop body once per iteration.
+The trip count of a loop is read from ``known_trip_count`` if the backend writes this field. Otherwise the trip count is
+computed from the loop counter, which must start at a constant, change by a constant and be compared with a constant.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-"""Operations between devices. An asynchronous collective is a pair of instructions; its ``-start`` is counted."""
+"""Operations between devices. Of an asynchronous collective's two instructions, only ``-start`` is counted."""
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2")
 """Custom-call targets of Pallas kernels."""
 
@@ -32,7 +32,10 @@ _REFERENCE = re.compile(r"%([\w.\-<>]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. ``rest`` is the text after the operands: attributes, metadata, backend config."""
+    """One line of a computation.
+
+    ``text`` is the text of the operands. ``rest`` is the text after the operands: attributes, metadata, backend config.
+    """
 
     name: str
     shape: str
@@ -50,7 +53,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The JAX operation of the instruction, such as ``jit(step)/dot_general``; if there is none, its own name."""
+        """The JAX operation of the instruction, such as ``jit(step)/dot_general``; if there is none, its HLO name."""
         match = _NAME.search(self.rest)
         return match[1] if match else self.name
 
@@ -62,10 +65,10 @@ class Instruction:
 
     @property
     def readable(self) -> str:
-        """``op_name`` without the parts that all operations share: the jit, and the inner functions of ``lax.scan``."""
-        parts = self.op_name.split("/")
-        parts = [part for part in parts[1:] if part not in ("closed_call", "body")] if len(parts) > 1 else parts
-        return "/".join("loop" if part == "while" else part for part in parts)
+        """``op_name`` without the name of the jitted function and the inner functions of ``lax.scan``."""
+        scopes = self.op_name.split("/")
+        scopes = [scope for scope in scopes[1:] if scope not in ("closed_call", "body")] if len(scopes) > 1 else scopes
+        return "/".join("loop" if scope == "while" else scope for scope in scopes)
 
     def called(self, *attributes: str) -> list[str]:
         """Names of the computations that these attributes refer to."""
@@ -93,7 +96,7 @@ def parse(text: str) -> Program:
     computations: dict[str, list[Instruction]] = {}
     current: list[Instruction] | None = None
     entry = ""
-    for line in _lines(text):
+    for line in _joined_lines(text):
         if current is None:
             head = _HEAD.match(line)
             if head:
@@ -102,7 +105,7 @@ def parse(text: str) -> Program:
         elif line == "}":
             current = None
         else:
-            instruction = _instruction(line)
+            instruction = _parse_instruction(line)
             if instruction is not None:
                 current.append(instruction)
     if not entry:
@@ -110,8 +113,8 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def _lines(text: str) -> Iterator[str]:
-    """Lines of the module. An attribute that spans several lines is joined with the line of its instruction."""
+def _joined_lines(text: str) -> Iterator[str]:
+    """Lines of the module. If an instruction spans several lines, they are joined into one line."""
     statement = ""
     for line in text.splitlines():
         starts = line == "}" or line.startswith(("  %", "  ROOT ", "%", "ENTRY ", "HloModule")) or not line
@@ -123,25 +126,25 @@ def _lines(text: str) -> Iterator[str]:
         yield statement
 
 
-def _instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> Instruction | None:
     line = line.strip()
     root = line.startswith("ROOT ")
     left, equals, right = line.removeprefix("ROOT ").partition(" = ")
     if not equals:
         return None
-    shape = right[: _closing(right, 0)] if right.startswith("(") else right.partition(" ")[0]
+    shape = right[: _end_of_parentheses(right, 0)] if right.startswith("(") else right.partition(" ")[0]
     call = right[len(shape) :].lstrip()
     opcode, parenthesis, _ = call.partition("(")
     if not parenthesis:
         return None
-    end = _closing(call, len(opcode))
+    end = _end_of_parentheses(call, len(opcode))
     inside = call[len(opcode) + 1 : end - 1]
     operands = tuple(_REFERENCE.findall(inside)) if opcode != "constant" else ()
     return Instruction(left.lstrip("%"), shape, opcode, operands, inside, call[end:], root)
 
 
-def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at ``start``."""
+def _end_of_parentheses(text: str, start: int) -> int:
+    """The index after the parenthesis that closes the parenthesis at ``start``."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] == "(":
@@ -154,7 +157,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape, without the padding of its layout. The bytes of a tuple are the sum over its elements."""
+    """Bytes of a shape, without layout padding. The bytes of a tuple are the sum over its elements."""
     total = 0.0
     for kind, sizes in _ARRAY.findall(shape):
         bits = re.fullmatch(r"(?:bf|f|s|u)(\d+)\w*", kind)
@@ -168,7 +171,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def trip_count(program: Program, computation: Iterable[Instruction], loop: Instruction) -> int | None:
-    """How often the body of a ``while`` runs, or None if this is known only at run time."""
+    """The number of iterations of a ``while`` loop, or None if the number is known only at run time."""
     stated = _TRIPS.search(loop.rest)
     if stated:
         return int(stated[1])
@@ -178,7 +181,7 @@ def trip_count(program: Program, computation: Iterable[Instruction], loop: Instr
     direction = re.search(r"direction=(\w+)", test.rest)
     if test.opcode != "compare" or direction is None or len(test.operands) != 2:
         return None
-    initial_of = _initial_constant(computation, loop)
+    initial_of = _initial_constants(computation, loop)
     counter, bound = (_instruction_named(condition, name) for name in test.operands)
     inclusive = {"LT": 0, "NE": 0, "LE": 1}.get(direction[1])
     if counter is None or bound is None or inclusive is None:
@@ -225,8 +228,8 @@ def _parameter_index(instruction: Instruction) -> int | None:
     return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
 
 
-def _initial_constant(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
-    """A function from the index of an element of the loop state to its initial constant, or None if there is none."""
+def _initial_constants(computation: Iterable[Instruction], loop: Instruction) -> Callable[[int], int | None]:
+    """A function that maps the index of a loop state element to its initial value; None if this is not a constant."""
     computation = list(computation)
     start = _instruction_named(computation, loop.operands[0])
 
@@ -268,7 +271,7 @@ def _counter_step(body: list[Instruction], index: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of the schedule, and how often one run of the program executes it."""
+    """An operation of the schedule. ``times`` is the number of executions in one run of the program."""
 
     instruction: Instruction
     computation: str
@@ -282,7 +285,13 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation between devices. ``bytes``: of its operands or its result in one execution, the larger number."""
+    """One operation between devices.
+
+    Attributes:
+        bytes: size of the operands or of the result in one execution; the larger of the two numbers.
+        times: number of executions in one run of the program.
+        group: number of devices in a replica group; None if unknown.
+    """
 
     kind: str
     bytes: int
@@ -298,7 +307,7 @@ class Costs:
     Attributes:
         operations: every operation with an estimate, and every kernel.
         collectives: operations between devices.
-        unknown_loops: op names of loops whose trip count is not in the program; their bodies are counted once.
+        unknown_loops: op names of loops whose trip count is unknown. Their bodies are counted once.
     """
 
     operations: list[Operation]
@@ -317,60 +326,64 @@ class Costs:
 
 
 def costs(program: Program) -> Costs:
-    """The costs of a program, from a walk over its schedule.
+    """The costs of all operations in the schedule of a program.
 
-    A loop body counts as often as it runs, a conditional counts its most expensive branch, and a call counts the
-    computation that it calls. Instructions inside a fusion are part of the fusion.
+    A loop body counts once per iteration, a conditional counts as its most expensive branch, and a call counts as the
+    called computation. Instructions inside a fusion are part of the fusion.
     """
-    found = Costs([], [], [])
-    _walk(program, program.entry, 1, found)
-    return found
+    total = Costs([], [], [])
+    _add_computation(program, program.entry, 1, total)
+    return total
 
 
-def _walk(program: Program, name: str, times: int, found: Costs) -> None:
+def _add_computation(program: Program, name: str, times: int, total: Costs) -> None:
+    """Add the operations of a computation to ``total``. The computation runs ``times`` times."""
     computation = program.computations[name]
     channels: set[str] = set()
     for i in computation:
         if i.opcode == "while":
             trips = trip_count(program, computation, i)
             if trips is None:
-                found.unknown_loops.append(i.op_name)
-            for part in i.called("body", "condition"):
-                _walk(program, part, times * (1 if trips is None else trips), found)
+                total.unknown_loops.append(i.op_name)
+            for called in i.called("body", "condition"):
+                _add_computation(program, called, times * (1 if trips is None else trips), total)
         elif i.opcode == "conditional":
             branches = []
             for branch in i.called("branch_computations", "true_computation", "false_computation"):
                 branch_costs = Costs([], [], [])
-                _walk(program, branch, times, branch_costs)
+                _add_computation(program, branch, times, branch_costs)
                 branches.append(branch_costs)
             most_expensive = max(branches, key=lambda costs: (costs.cycles, len(costs.operations)))
-            found.operations.extend(most_expensive.operations)
-            found.collectives.extend(most_expensive.collectives)
-            found.unknown_loops.extend(most_expensive.unknown_loops)
+            total.operations.extend(most_expensive.operations)
+            total.collectives.extend(most_expensive.collectives)
+            total.unknown_loops.extend(most_expensive.unknown_loops)
         elif i.opcode in ("call", "async-start"):
-            for part in i.called("to_apply", "calls"):
-                _walk(program, part, times, found)
+            for called in i.called("to_apply", "calls"):
+                _add_computation(program, called, times, total)
         elif i.opcode == "fusion":
-            _fused_collectives(program, i, times, channels, found)
+            _add_fused_collectives(program, i, times, channels, total)
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            found.collectives.append(_collective(computation, i, kind, times))
+            total.collectives.append(_collective(computation, i, kind, times))
         if i.cycles is not None or i.kernel:
-            found.operations.append(Operation(i, name, times))
+            total.operations.append(Operation(i, name, times))
 
 
-def _fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], found: Costs) -> None:
-    """Add the collectives inside a fusion to ``found``.
+def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:
+    """Add the collectives inside a fusion to ``total``.
 
-    A collective that overlaps computation is repeated, with the same channel, in every fusion that it overlaps; it is
-    counted once. A fusion of an all-reduce and the slice of its result is a reduce-scatter.
+    If a collective overlaps several fusions, each of these fusions contains the collective with the same channel id.
+    So each channel id counts once. A fusion of an all-reduce and a slice of its result is a reduce-scatter.
+
+    Args:
+        channels: channel ids that are already counted. The function adds the new ids.
     """
     for name in fusion.called("calls"):
         computation = program.computations[name]
         for i in computation:
             kind = i.opcode.removesuffix("-start")
             if i.opcode == "fusion":
-                _fused_collectives(program, i, times, channels, found)
+                _add_fused_collectives(program, i, times, channels, total)
             if kind not in COLLECTIVES:
                 continue
             channel = _CHANNEL.search(i.rest)
@@ -379,11 +392,11 @@ def _fused_collectives(program: Program, fusion: Instruction, times: int, channe
             if channel is not None:
                 channels.add(channel[1])
             kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in name else kind
-            found.collectives.append(_collective(computation, i, kind, times))
+            total.collectives.append(_collective(computation, i, kind, times))
 
 
 def _collective(computation: list[Instruction], i: Instruction, kind: str, times: int) -> Collective:
-    operands = sum(shape_bytes(found.shape) for found in computation if found.name in i.operands)
+    operands = sum(shape_bytes(other.shape) for other in computation if other.name in i.operands)
     result = shape_bytes(i.shape)
     if i.opcode.endswith("-start") and i.shape.startswith("("):
         result = max(result - operands, 0)  # the result of a ``-start`` is a tuple of its operands and its result
@@ -391,7 +404,7 @@ def _collective(computation: list[Instruction], i: Instruction, kind: str, times
 
 
 def _group_size(rest: str) -> int | None:
-    """The number of devices in one replica group, or None if the text does not state it."""
+    """The number of devices in one replica group; None if the text does not contain this number."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return len(listed[1].split(","))

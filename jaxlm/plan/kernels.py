@@ -1,9 +1,9 @@
-"""Static schedules of Pallas kernels on TPU: the number of VLIW bundles, counted in a dump of libtpu.
+"""Static schedules of Pallas kernels on TPU: the number of VLIW bundles, counted in libtpu's dump of the kernel.
 
-The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle unless it waits. The body of the loop
-over the grid contains everything that one grid step may execute. The dump marks predicated parts (``pl.when``) with
-``PF`` but does not say how often they run. So bundles times grid steps is an upper bound of the cycles, except that
-time spent waiting for memory is not included.
+The compiler gives no cycle estimate for Pallas kernels. A bundle takes one cycle, plus the time for which it waits. The
+body of the loop over the grid contains all bundles that one grid step may execute. The dump marks predicated bundles
+(``pl.when``) with ``PF`` but does not say how often they run. So bundles times grid steps is an upper bound of the
+cycles without waiting for memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Schedule:
     bundles: tuple[int, ...]
 
     def cycles(self, steps: int) -> int:
-        """Bundles of a call with ``steps`` grid steps, if all predicated parts run and inner loops run once."""
+        """Bundles of a call with ``steps`` grid steps, if all predicated bundles run and inner loops run once."""
         per_call, *per_step = self.bundles
         return per_call + steps * sum(per_step)
 
@@ -52,13 +52,15 @@ _dump_directories: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def schedule_of(kernel: str) -> Schedule | None:
-    """The schedule of the custom call with this name in the program compiled last, or None without a dump of it."""
+    """The schedule of the custom call with this name in the last compiled program; None if there is no dump."""
     flags = _DUMP.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if flags is None:
         return None
-    named = re.compile(rf"^(\d+)-{re.escape(kernel)}-\d+-final_bundles\.txt$")
+    file_name = re.compile(rf"^(\d+)-{re.escape(kernel)}-\d+-final_bundles\.txt$")
     found = [
-        (int(match[1]), path) for path in Path(flags[1]).glob("*final_bundles.txt") if (match := named.match(path.name))
+        (int(match[1]), path)
+        for path in Path(flags[1]).glob("*final_bundles.txt")
+        if (match := file_name.match(path.name))
     ]
     return parse(max(found)[1].read_text(errors="replace")) if found else None
 

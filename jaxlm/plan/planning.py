@@ -27,11 +27,12 @@ class Memory:
     Attributes:
         parts: bytes of the parameters, the optimizer state, the batch, ..., computed from their shapes.
         gradients: bytes of the gradients of all parameters, which are a part of ``temporaries``; 0 for decoding.
-        arguments: bytes of all ``parts`` together, including the padding of their layouts.
+        arguments: bytes of all ``parts`` together, including layout padding.
         temporaries: activations, gradients and all other arrays that exist only within a step.
-        code: the program.
-        total: the sum that must fit into the device's memory.
-        limit: the device's memory; None if it is unknown.
+        code: bytes of the compiled program.
+        total: the sum that must fit into the device's memory: arguments, outputs that do not reuse donated arguments,
+            temporaries and code.
+        limit: the device's memory; None if unknown.
     """
 
     parts: dict[str, int]
@@ -51,7 +52,7 @@ class CollectiveStats:
         kind: such as ``all-reduce``.
         count: number of executions in a step.
         bytes: bytes per device, summed over all executions.
-        seconds: lower bound of their time, reached if every link is used; None if the links are unknown.
+        seconds: lower bound of the total time, which assumes that all links are used; None if the links are unknown.
     """
 
     kind: str
@@ -65,10 +66,10 @@ class Fusion:
     """All operations with the same JAX name.
 
     Attributes:
-        op_name: the name without its jit prefix; the body of a scan is called ``loop``.
+        op_name: the name without the jit prefix, in which the body of a scan is ``loop``.
         cycles: estimated cycles in a step.
-        share: share of all cycles of the step, including those of kernels.
-        times: how often the operation runs in a step.
+        share: share of all cycles of the step, including kernel cycles.
+        times: number of executions in a step.
     """
 
     op_name: str
@@ -105,9 +106,9 @@ class Plan:
             None if the cycles or the clock are unknown.
         communication: seconds of the collectives, if all links are used and no collective overlaps computation.
         mfu: model FLOPs divided by the peak FLOPs of the devices in ``seconds``; None if the peak is unknown.
-        mfu_exposed: the same for the time ``seconds + communication``.
-        memory_bound: only for decoding: the seconds needed to read parameters and state once, a lower bound of the
-            step time.
+        mfu_exposed: the MFU if the step takes ``seconds + communication``.
+        memory_bound: seconds to read the parameters and the state once, a lower bound of the step time; None for
+            training or an unknown device.
         notes: costs that the numbers do not include.
     """
 
@@ -162,10 +163,10 @@ def plan(
         decode: plan a decoding step instead of a training step.
         optimizer: the optimizer of the training step.
         accumulate: number of micro-batches per training step (``Trainer.grad_accum_steps``).
-        sequence: tokens per row; None: as many as the model has positions for, at most 1024. For decoding, the number
-            of tokens before the new one.
+        sequence: tokens per row. None: the model's ``max_positions`` (512 if there is no limit), at most 1024. For
+            decoding, the number of tokens before the new token.
         param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
-        name: the model's name in the plan; default: the name of its family.
+        name: the model's name in the plan; None: the name of the family.
         xla: compiler options, such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
@@ -190,16 +191,15 @@ def plan(
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
-    first = devices.devices[0]
     common_fields: dict[str, Any] = {
         "model": name or model.family, "topology": topology_name, "mesh": mesh, "objective": step.objective,
         "dtype": str(getattr(model.config, "dtype", "float32")), "batch": batch, "sequence": sequence,
-        "tokens": step.tokens, "devices": len(devices.devices), "device_kind": first.device_kind,
+        "tokens": step.tokens, "devices": len(devices.devices), "device_kind": devices.devices[0].device_kind,
         "flops": step.flops.amount, "flops_formula": step.flops.formula,
     }  # fmt: skip
-    bound = None
+    memory_bound = None
     if decode and devices.device is not None:
-        bound = (parts["parameters"] + parts["state"]) / devices.device.bandwidth
+        memory_bound = (parts["parameters"] + parts["state"]) / devices.device.bandwidth
     try:
         compiled = traced.lower().compile(compiler_options=dict(xla or {}))
     except jax.errors.JaxRuntimeError as error:
@@ -209,31 +209,31 @@ def plan(
             raise
         unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
         return Plan(
-            **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=bound,
+            **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=memory_bound,
             collectives=[], top=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - start,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     costs = hlo.costs(hlo.parse(compiled.as_text()))
     memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    calls = _kernels(costs, grids)
+    kernel_stats = _kernels(costs, grids)
     return Plan(
         **common_fields,
-        **_estimates(costs, calls, step.flops.amount, devices),
+        **_estimates(costs, kernel_stats, step.flops.amount, devices),
         fits=fits,
         reason="" if fits else f"needs {memory.total / 2**30:.2f} of {(memory.limit or 0) / 2**30:.2f} GiB per device",
         memory=memory,
-        memory_bound=bound,
+        memory_bound=memory_bound,
         collectives=_collective_stats(costs, devices.device),
-        top=_most_expensive(costs, calls),
-        kernels=calls,
-        notes=_notes(costs, calls),
+        top=_most_expensive(costs, kernel_stats),
+        kernels=kernel_stats,
+        notes=_notes(costs, kernel_stats),
         compile_seconds=seconds,
     )
 
 
 def _reason(message: str) -> str:
-    """The line of a compiler's error message that says how much memory the program needs."""
+    """The line of the compiler's error message that states how much memory the program needs."""
     used = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+\.[^\n]*|Ran out of memory[^\n]*|Out of memory[^\n]*", message)
     return used[0].strip() if used else message.splitlines()[0]
 
@@ -253,11 +253,13 @@ def _memory(analysis: Any, parts: dict[str, int], device: Device | None, *, trai
     )
 
 
-def _estimates(costs: hlo.Costs, calls: list[Kernel], model_flops: float, devices: topology.Topology) -> dict[str, Any]:
+def _estimates(
+    costs: hlo.Costs, kernel_stats: list[Kernel], model_flops: float, devices: topology.Topology
+) -> dict[str, Any]:
     device, count = devices.device, len(devices.devices)
     seconds = mfu = exposed = None
-    known = [kernel.cycles for kernel in calls if kernel.cycles is not None]
-    cycles = costs.cycles + sum(known) if costs.cycles and len(known) == len(calls) else None
+    known = [kernel.cycles for kernel in kernel_stats if kernel.cycles is not None]
+    cycles = costs.cycles + sum(known) if costs.cycles and len(known) == len(kernel_stats) else None
     collectives = _collective_stats(costs, device)
     collective_seconds = [stats.seconds for stats in collectives if stats.seconds is not None]
     communication = sum(collective_seconds) if len(collective_seconds) == len(collectives) else None
@@ -288,39 +290,40 @@ def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[Collectiv
     ]
 
 
-def _most_expensive(costs: hlo.Costs, calls: list[Kernel]) -> list[Fusion]:
+def _most_expensive(costs: hlo.Costs, kernel_stats: list[Kernel]) -> list[Fusion]:
     totals_of_name: dict[str, list[int]] = {}
     for operation in costs.operations:
         totals = totals_of_name.setdefault(operation.instruction.readable, [0, 0])
         totals[0] += operation.cycles
         totals[1] = max(totals[1], operation.times)
-    total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in calls), 1)
+    total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in kernel_stats), 1)
     largest = sorted(totals_of_name.items(), key=lambda item: -item[1][0])[:NUM_TOP_OPERATIONS]
     return [Fusion(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
 def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[Kernel]:
-    calls: list[Kernel] = []
+    kernel_stats: list[Kernel] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
         name = operation.instruction.name
         kind = re.sub(r"(\.\d+)*$", "", name)
-        key = kind, operation.instruction.shape  # libtpu compiles equal kernels once, under the name of the first
+        # libtpu compiles equal kernels once, under the name of the first kernel.
+        key = kind, operation.instruction.shape
         schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
         grid = grids.get(kind)
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
-        calls.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
-    return calls
+        kernel_stats.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
+    return kernel_stats
 
 
-def _notes(costs: hlo.Costs, calls: list[Kernel]) -> list[str]:
+def _notes(costs: hlo.Costs, kernel_stats: list[Kernel]) -> list[str]:
     notes = [f"loop of unknown length, counted once: {name}" for name in costs.unknown_loops]
-    for kernel in calls:
+    for kernel in kernel_stats:
         if kernel.cycles is None:
             notes.append(f"kernel without a static schedule, so the time of the step is unknown: {kernel.name}")
         elif len(kernel.bundles or ()) > 2:
-            notes.append(f"kernel that contains loops, each counted once: {kernel.name}")
-    if calls and all(kernel.cycles is not None for kernel in calls):
+            notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
+    if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
             "kernel cycles are bundles times grid steps: all predicated code is counted, and waiting for memory is not"
         )

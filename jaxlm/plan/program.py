@@ -1,4 +1,4 @@
-"""The step to plan: the step that training or decoding would run, with shapes instead of arrays.
+"""The step that a plan compiles: the step of training or decoding, with shapes instead of arrays.
 
 Shapes: B batch, T tokens per row, S tokens per source, P predicted positions.
 """
@@ -35,7 +35,7 @@ class Step:
     Attributes:
         function: the jitted step; lower it with ``arguments``.
         arguments: shapes with shardings.
-        parts: the arguments as named trees; their bytes are reported separately.
+        parts: the arguments as named trees. The plan reports the bytes of each tree.
         flops: model FLOPs of the step.
         tokens: tokens that the step reads (training) or generates (decoding).
         objective: a text that says what is trained or decoded.
@@ -50,7 +50,7 @@ class Step:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of ``jax.ShapeDtypeStruct`` with shardings."""
+    """Bytes per device of a tree of ``jax.ShapeDtypeStruct`` with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
@@ -70,16 +70,16 @@ def default_sequence(model: Model) -> int:
 
 
 def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) -> Batch:
-    """Shapes of the batch that ``jaxlm.objectives`` makes from texts of ``sequence`` tokens for the model's objective.
+    """Shapes of the batch that the model's objective (``jaxlm.objectives``) makes from texts of ``sequence`` tokens.
 
-    For encoder-decoders, ``sequence`` is the length of the source, and the target has the length of span corruption.
+    For encoder-decoders, ``sequence`` is the length of the source, and span corruption determines the target length.
 
     Raises:
         ValueError: the batch is not divisible by its mesh axes, or no objective trains the task.
     """
     task = task_of(model)
     objective(task)  # raises ValueError if no objective trains the task
-    rows = sharding.named(("batch",), (batch,), "a batch")
+    rows = sharding.named_sharding(("batch",), (batch,), "a batch")
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
@@ -102,7 +102,7 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
 
 
 def stream_of(model: Model, batch: int) -> Carry | None:
-    """The :class:`Carry` (batch, state length) of training with carried state; None if the model is trained without."""
+    """The :class:`Carry` (batch, state length) of training with carried state; None if training carries no state."""
     if model.family not in STREAMED or task_of(model) != "causal":
         return None
     field = STREAMED[model.family]
@@ -133,12 +133,12 @@ def training_step(
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
     if flops is None:
-        flops = _counted(trainer, state, data)
+        flops = _count_flops(trainer, state, data)
     parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
     if stream is not None:
         parts["carried state"] = state.model_state
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
-    name = f"train, {task}" + (", along streams" if stream is not None else "") + _layout_note(model)
+    name = f"train, {task}" + (", with carried state" if stream is not None else "") + _layout_note(model)
     return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
 
 
@@ -151,8 +151,8 @@ def plain_form(model: Model) -> Model:
     return model.with_fields(remat="none", attention_implementation="reference")
 
 
-def _counted(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:
-    """FLOPs counted in the trace of the same step without recomputation."""
+def _count_flops(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:
+    """FLOPs counted in the jaxpr of the same step without recomputation."""
     plain = dataclasses.replace(trainer, model=plain_form(trainer.model), grad_accum_steps=1, sharding=None)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
     return flops_lib.counted_flops(plain.step, *unsharded)
@@ -181,7 +181,7 @@ def decoding_step(
 
     params = sharding.abstract(jax.tree.map(cast, model.specs))
     state = sharding.abstract(specs)
-    rows = sharding.named(("batch",), (batch,), "a batch")
+    rows = sharding.named_sharding(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
 
     def step(params: Any, state: Any, tokens_B: jax.Array) -> tuple[Any, jax.Array]:

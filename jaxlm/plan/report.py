@@ -1,4 +1,4 @@
-"""Plans as text, one by one or side by side."""
+"""Print plans: one plan, or several plans side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxlm.plan.planning import Memory, Plan
 
 
 def show(plans: Sequence[Plan], console: Console) -> None:
-    """Print plans as a table with one row per figure and one column per plan, then the most expensive operations."""
+    """Print plans as a table with one row per quantity and one column per plan, then the most expensive operations."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(plans[0].model)
     for plan in plans:
@@ -23,7 +23,7 @@ def show(plans: Sequence[Plan], console: Console) -> None:
     first = plans[0]
     console.print(f"{first.objective}; FLOPs: {first.flops_formula}", highlight=False, markup=False)
     for plan in plans:
-        _details(plan, console, titled=len(plans) > 1)
+        _details(plan, console, with_title=len(plans) > 1)
 
 
 def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
@@ -32,29 +32,29 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
     yield "fits", lambda p: "yes" if p.fits else "NO"
     parts = dict.fromkeys(part for plan in plans if plan.memory for part in plan.memory.parts)
     for part in parts:
-        yield f"  {part}", lambda p, part=part: _part(p, lambda m: m.parts.get(part))  # type: ignore[misc]
-    yield "  temporaries", lambda p: _part(p, lambda m: m.temporaries)
+        yield f"  {part}", lambda p, part=part: _memory_cell(p, lambda m: m.parts.get(part))  # type: ignore[misc]
+    yield "  temporaries", lambda p: _memory_cell(p, lambda m: m.temporaries)
     if any(plan.memory and plan.memory.gradients for plan in plans):
-        yield "    of these, gradients", lambda p: _part(p, lambda m: m.gradients)
-    yield "  code", lambda p: _part(p, lambda m: m.code)
-    yield "bytes a device", lambda p: _part(p, lambda m: m.total)
-    yield "FLOPs a step", lambda p: f"{p.flops:.3g}"
+        yield "    of these, gradients", lambda p: _memory_cell(p, lambda m: m.gradients)
+    yield "  code", lambda p: _memory_cell(p, lambda m: m.code)
+    yield "bytes per device", lambda p: _memory_cell(p, lambda m: m.total)
+    yield "FLOPs per step", lambda p: f"{p.flops:.3g}"
     yield "estimated cycles", lambda p: "n/a" if p.cycles is None else f"{p.cycles:,}"
     yield "estimated step", lambda p: _seconds(p.seconds)
-    yield "  MFU", lambda p: _share(p.mfu)
+    yield "  MFU", lambda p: _percent(p.mfu)
     yield "communication, at least", lambda p: _seconds(p.communication)
-    yield "  MFU, none overlapped", lambda p: _share(p.mfu_exposed)
+    yield "  MFU, no overlap", lambda p: _percent(p.mfu_exposed)
     yield "tokens/s", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
     if any(plan.memory_bound is not None for plan in plans):
-        yield "reading memory, at least", lambda p: _seconds(p.memory_bound)
+        yield "memory reads, at least", lambda p: _seconds(p.memory_bound)
     kinds = dict.fromkeys(collective.kind for plan in plans for collective in plan.collectives)
     for kind in kinds:
-        yield kind, lambda p, kind=kind: _collective(p, kind)  # type: ignore[misc]
+        yield kind, lambda p, kind=kind: _collective_cell(p, kind)  # type: ignore[misc]
     yield "compiled in", lambda p: _seconds(p.compile_seconds)
 
 
-def _details(plan: Plan, console: Console, *, titled: bool) -> None:
-    if titled:
+def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
+    if with_title:
         console.print(f"\n{plan.topology} {plan.mesh}", style="bold", highlight=False)
     if plan.reason:
         console.print(f"does not fit: {plan.reason}", highlight=False, markup=False)
@@ -68,14 +68,14 @@ def _details(plan: Plan, console: Console, *, titled: bool) -> None:
         console.print(table)
     if plan.kernels:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("calls", "grid", "bundles a grid step", "cycles"):
+        for name in ("calls", "grid", "bundles per grid step", "cycles"):
             table.add_column(name, justify="right")
         table.add_column("kernel", overflow="fold")
         for kernel in plan.kernels:
-            inside = "n/a" if kernel.bundles is None else "+".join(f"{count:,}" for count in kernel.bundles[1:])
+            bundles = "n/a" if kernel.bundles is None else "+".join(f"{count:,}" for count in kernel.bundles[1:])
             cycles = "n/a" if kernel.cycles is None else f"{kernel.cycles:,}"
             grid = "n/a" if kernel.grid is None else f"{kernel.grid:,}"
-            table.add_row(str(kernel.calls), grid, inside, cycles, _escape(kernel.name))
+            table.add_row(str(kernel.calls), grid, bundles, cycles, _escape(kernel.name))
         console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
@@ -85,7 +85,7 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _part(plan: Plan, get_bytes: Callable[[Memory], float | None]) -> str:
+def _memory_cell(plan: Plan, get_bytes: Callable[[Memory], float | None]) -> str:
     return _bytes(None if plan.memory is None else get_bytes(plan.memory))
 
 
@@ -107,9 +107,9 @@ def _seconds(seconds: float | None) -> str:
     )
 
 
-def _share(share: float | None) -> str:
+def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{share:.1%}"
 
 
-def _collective(plan: Plan, kind: str) -> str:
+def _collective_cell(plan: Plan, kind: str) -> str:
     return next((f"{stats.count} x, {_bytes(stats.bytes)}" for stats in plan.collectives if stats.kind == kind), "0")

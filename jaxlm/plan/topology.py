@@ -1,6 +1,6 @@
-"""Topologies: descriptions of devices, by the compiler, for compilation on a machine that does not have them.
+"""Topologies: the compiler's descriptions of devices, for compilation on a machine that does not have these devices.
 
-For TPUs, the extra ``tpu`` installs the compiler (libtpu), which compiles for a TPU without having one.
+The extra ``tpu`` installs the TPU compiler (libtpu), which needs no TPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jaxlm.plan import kernels
 
 TPUS = {"v5e": "2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16", "v5p": "2x2x1, 2x2x2, 4x4x4", "v6e": "2x2, 4x4, 8x8, 16x16",
         "tpu7x": "2x2x1, 2x2x2"}  # fmt: skip
-"""TPU generations that can be planned for, and their usual shapes. Other shapes with even sides work too."""
+"""TPU generations that a plan supports, and their usual shapes. Other shapes with even sides are also supported."""
 GPUS = ("h100",)
 
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries the cloud's metadata server, and waits for an answer
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu waits for an answer of the cloud's metadata server
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process uses a TPU, so several processes may plan at the same time
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for, and the peaks of each device (None: not in the table of ``jaxlm.devices``)."""
+    """Devices to compile for. ``device``: the peaks of each device; None if ``jaxlm.devices`` does not list it."""
 
     name: str
     devices: tuple[jax.Device, ...]
@@ -39,10 +39,10 @@ class Topology:
 
 
 def prepare() -> None:
-    """Set the environment variables for planning. Call it before JAX and libtpu start; a later call has no effect.
+    """Set the environment variables for planning. A call after the start of JAX and libtpu has no effect.
 
-    ``jaxlm plan`` calls it. It also selects the CPU as JAX's platform (unless ``JAX_PLATFORMS`` is set), so that the
-    process does not use the accelerators of the machine.
+    ``jaxlm plan`` calls this function. The function also selects the CPU as JAX's platform (unless ``JAX_PLATFORMS`` is
+    set), so that the process does not use the accelerators of the machine.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

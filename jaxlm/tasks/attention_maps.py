@@ -1,6 +1,6 @@
 """Attention maps of texts: the attention weights between tokens, averaged over layers and heads.
 
-Shapes: L layers, B batch, H heads (or hops of a pooling), T queries, S keys.
+Shapes: L layers, B batch, H heads (hops, for attention pooling), T queries, S keys.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WITHOUT_ATTENTION = ("lstm", "gru", "alexnet", "resnet", "resnet_lm")
 def has_attention_maps(model: Model) -> bool:
     """Whether :func:`attention_maps` supports the model.
 
-    It supports every family with attention, except ``attention_rnn_lm`` as a language model: only its pooling is
-    recorded.
+    It supports every family with attention. ``attention_rnn_lm`` is supported only as a classifier, because only the
+    weights of its attention pooling are recorded.
     """
     if model.family == "attention_rnn_lm":
         return model.config.task == "classification"
@@ -44,10 +44,10 @@ def write_maps(
     *,
     max_tokens: int | None = None,
 ) -> None:
-    """Write ``attention.json`` for the report of a run: the :func:`attention_maps` of the texts.
+    """Write the :func:`attention_maps` of the texts to ``attention.json`` of a run. The report shows them.
 
-    The function writes no file if there are no texts, or if the model has no attention (:func:`has_attention_maps`).
-    Arguments and errors are those of :func:`attention_maps`.
+    The function does nothing if there are no texts, or if :func:`has_attention_maps` is False. The arguments and errors
+    are the same as for :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
         write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, max_tokens=max_tokens))
@@ -62,34 +62,36 @@ def attention_maps(
     *,
     max_tokens: int | None = None,
 ) -> list[AttentionMap]:
-    """One map for each text: its attention weights, averaged over layers and heads.
+    """The attention map of each text: its attention weights, averaged over layers and heads.
 
     For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
     ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For other families, rows and columns
-    are the tokens of the text. If a classifier pools by attention, the rows are its hops.
+    are the tokens of the text. For a classifier with attention pooling, the rows are the hops of the pooling.
 
     Args:
-        outputs: the output for each source, for an encoder-decoder.
-        max_tokens: maximum number of tokens of a text or an output, special tokens included; longer ones are truncated
-            at the end. A limit above the model's ``max_positions`` is lowered to it. None: texts are not truncated.
+        outputs: for an encoder-decoder, the output text for each source.
+        max_tokens: maximum number of tokens of a text or an output, including special tokens. Longer texts are
+            truncated at the end. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no
+            truncation.
 
     Raises:
         TypeError: the family has no attention, or ``texts`` is a single string.
-        ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has another length
-            than ``texts``.
+        ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has a different
+            length than ``texts``.
     """
     if isinstance(texts, str):
-        raise TypeError(f"texts is a sequence of strings, got one string: pass [{texts!r}]")
+        raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
     if model.reads_source != (outputs is not None):
-        kind = "an encoder-decoder needs outputs" if model.reads_source else "only an encoder-decoder has outputs"
-        raise ValueError(f"outputs={outputs!r}: {kind}, and {model.family!r} is {'' if outputs is None else 'not '}one")
+        if model.reads_source:
+            raise ValueError(f"outputs=None: an encoder-decoder needs outputs, and {model.family!r} is such a family")
+        raise ValueError(f"outputs={outputs!r}: only an encoder-decoder has outputs, so pass none for {model.family!r}")
     if outputs is not None and len(outputs) != len(texts):
         raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
     positions = getattr(model.config, "max_positions", None)
     if max_tokens is not None and positions is not None:
         max_tokens = min(max_tokens, positions)
     encoded = tokenizer.encode_inputs_batch(list(texts), max_length=max_tokens)
-    tokens, segment_ids = _padded(encoded)
+    tokens, segment_ids = _padded_tokens(encoded)
     columns = [_token_texts(tokenizer, text, encoding) for text, encoding in zip(texts, encoded, strict=True)]
     if outputs is None:
         types = {}
@@ -102,9 +104,9 @@ def attention_maps(
         rows = [_token_texts(tokenizer, text, encoding) for text, encoding in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
-        decoder, decoder_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
+        decoder_ids, decoder_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
         inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": decoder_segments}
-        weights, kind = model.attention_weights(params, decoder, **inputs), "cross"
+        weights, kind = model.attention_weights(params, decoder_ids, **inputs), "cross"
     layers = np.stack([np.asarray(layer) for layer in weights[kind]])  # [L, B, H, T, S]
     maps = []
     for n, column_names in enumerate(columns):
@@ -113,22 +115,22 @@ def attention_maps(
             row_names, map_TS = [f"hop {hop + 1}" for hop in range(mean_HTS.shape[0])], mean_HTS[:, 0]
         else:
             row_names, map_TS = rows[n], mean_HTS.mean(axis=0)
-        # The first keys are those of the memory, if the family has one. The memory is empty here.
+        # In families with a memory, the first keys are memory keys. The memory is empty here, so drop these columns.
         map_TS = map_TS[:, map_TS.shape[1] - tokens.shape[1] :]
         map_TS = map_TS[: len(row_names), : len(column_names)]
         maps.append(AttentionMap(texts[n], row_names, column_names, np.clip(map_TS, 0.0, 1.0)))
     return maps
 
 
-def _padded(encoded: Sequence[Encoding]) -> tuple[Any, Any]:
-    """Tokens and segment ids of the texts, both [B, T]."""
+def _padded_tokens(encoded: Sequence[Encoding]) -> tuple[Any, Any]:
+    """The padded tokens of the texts and their segment ids, both [B, T]."""
     rows = [encoding.ids for encoding in encoded]
     tokens, segment_ids = pad_rows(rows, max(ids.size for ids in rows))
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
 
 
 def _token_texts(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[str]:
-    """The text of each token; for a special token, its name."""
+    """The text of each token. The text of a special token is its name, such as ``[CLS]``."""
     return [
         text[start:stop] if stop > start else tokenizer.decode([token])
         for token, (start, stop) in zip(encoding.ids.tolist(), encoding.offsets.tolist(), strict=True)

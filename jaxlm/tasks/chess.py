@@ -1,11 +1,11 @@
-"""Chess with language models: metrics of a model. The module also exports the names of the other chess modules.
+"""Metrics of language models that play chess. The module also exports the public names of the other chess modules.
 
     tokenizer = MoveTokenizer("uci")
     accuracy = next_move_accuracy(model, params, tokenizer, games)
     print(play_match(ModelPlayer(model, params, tokenizer), RandomPlayer()))
 
-A model reads a game as tokens of a ``MoveTokenizer``: the beginning, then one token per move. For an encoder-decoder,
-these are the source, and the target is the next move. A move is one move of one player.
+A model reads a game as tokens of a ``MoveTokenizer``: the BOS token, then one token per move. An encoder-decoder reads
+these tokens as its source, and its target is the next move. A move is the move of one player, not of both.
 
 Shapes: B games, T tokens of a game, V tokens of the tokenizer.
 """
@@ -60,11 +60,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class NextMoves:
-    """Scores of the predicted moves of given games. Each move is predicted from the true moves before it.
+    """Scores of next-move predictions in recorded games. The model reads the true moves before each predicted move.
 
     Attributes:
-        top_1: fraction of moves that are the most probable token.
-        top_5: fraction of moves that are among the five most probable tokens.
+        top_1: fraction of true moves that are the most probable token.
+        top_5: fraction of true moves that are among the five most probable tokens.
         legal: fraction of positions in which the most probable token is a legal move.
     """
 
@@ -76,43 +76,44 @@ class NextMoves:
 def next_move_accuracy(
     model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], *, batch_size: int = 16
 ) -> NextMoves:
-    """The accuracy of the predicted next moves in ``games``, without a mask of legal moves.
+    """The next-move accuracy of the model in ``games``. Illegal moves are not masked.
 
-    Every move of every game counts once. The end of a game does not count. A move outside the SAN vocabulary counts as
-    not predicted. Among equally probable tokens, the true move has the last rank. Intervals are percentile bootstrap
-    intervals over games.
+    Every move of every game counts once. The end token does not count. A move outside the SAN vocabulary counts as a
+    wrong prediction. If the true move and other tokens have the same probability, the true move ranks last among them.
+    The confidence intervals are percentile bootstrap intervals over games.
 
-    An encoder-decoder reads one source per move, so it is slower by a factor of about the number of moves of a game.
+    An encoder-decoder reads a separate source for each move. It is slower than a causal model by a factor of about the
+    number of moves per game.
 
     Args:
-        games: lines of legal moves in the tokenizer's notation.
+        games: one line of moves per game, in the tokenizer's notation. All moves must be legal.
 
     Raises:
-        ValueError: there are no games, a game is illegal or longer than the model's positions, or the tokenizer does
-            not fit the model.
+        ValueError: there are no games, a game has an illegal move or is longer than the model's positions, or the
+            tokenizer does not fit the model.
     """
     check_model(model, tokenizer)
     _check_games(games)
     legal_moves, hits = LegalMoves(tokenizer), np.zeros((3, len(games)), int)
-    for index, best, ranks in _predictions(model, params, tokenizer, games, batch_size):
-        board, legal = import_chess().Board(), 0
-        for word, id in zip(games[index].split(), best, strict=True):
-            legal += legal_moves.move(board, int(id)) is not None
+    for index, best_ids, ranks in _predictions(model, params, tokenizer, games, batch_size):
+        board, num_legal = import_chess().Board(), 0
+        for word, id in zip(games[index].split(), best_ids, strict=True):
+            num_legal += legal_moves.move(board, int(id)) is not None
             push(board, word)
-        known = tokenizer.encode(games[index]) >= tokenizer.first_move_id
-        hits[:, index] = np.sum(known & (ranks < 1)), np.sum(known & (ranks < 5)), legal
+        in_vocabulary = tokenizer.encode(games[index]) >= tokenizer.first_move_id
+        hits[:, index] = np.sum(in_vocabulary & (ranks < 1)), np.sum(in_vocabulary & (ranks < 5)), num_legal
     moves = np.array([len(line.split()) for line in games])
     names = ("next move", "next move in top 5", "legal best move")
-    return NextMoves(*(_share(name, row, moves) for name, row in zip(names, hits, strict=True)))
+    return NextMoves(*(_ratio_over_games(name, row, moves) for name, row in zip(names, hits, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
 class LegalMoveRate:
-    """The legality of games that a model generated.
+    """The fractions of legal moves and legal games among games that a model generated.
 
     Attributes:
-        moves: fraction of legal moves among the sampled moves. A game ends with its first illegal move, which counts.
-            0 if no move was sampled.
+        moves: fraction of sampled moves that are legal. A game ends with its first illegal move, which is one of the
+            sampled moves. 0 if no move was sampled.
         games: fraction of games without an illegal move.
         lines: the legal moves of each game, in the tokenizer's notation.
     """
@@ -132,10 +133,10 @@ def legal_move_rate(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> LegalMoveRate:
-    """The fraction of legal moves in games that the model generates, without a mask of legal moves.
+    """The fraction of legal moves in games that the model generates. Illegal moves are not masked.
 
     A game ends with its first illegal move, with the end token, or after ``max_moves`` moves. The end token does not
-    count as a move. Any move after checkmate or stalemate is illegal, and so are all other special tokens.
+    count as a move. Other special tokens count as illegal moves. Every move after checkmate or stalemate is illegal.
 
     Raises:
         ValueError: a count is below 1, ``max_moves`` exceeds the model's positions, or the tokenizer does not fit the
@@ -166,16 +167,17 @@ def legal_move_rate(
             break
     legal = np.array([len(line) for line in lines])
     return LegalMoveRate(
-        _share("legal sampled move", legal, legal + illegal),
+        _ratio_over_games("legal sampled move", legal, legal + illegal),
         proportion("game without illegal move", int(games - illegal.sum()), games),
         tuple(" ".join(line) for line in lines),
     )
 
 
 def mates_in_one(games: Sequence[str]) -> list[str]:
-    """The positions of ``games`` with a mate in one, each as the line of moves before it, in the order of the games.
+    """All positions of ``games`` in which a legal move gives checkmate, in the order of the games.
 
-    About one in a hundred master games has such a position. The search takes about 14 ms per game.
+    Each position is returned as the line of moves that leads to it. About one in a hundred master games has such a
+    position. The search takes about 14 ms per game.
     """
     found = []
     for line in games:
@@ -190,34 +192,35 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
 def mate_in_one_accuracy(
     model: Model, params: Any, tokenizer: MoveTokenizer, positions: Sequence[str], *, batch_size: int = 64
 ) -> Score:
-    """The fraction of ``positions`` in which the model's most probable legal move is mate.
+    """The fraction of ``positions`` in which the model's most probable legal move gives checkmate.
 
-    Any mate counts, not only the move of the game. The interval is a Wilson interval.
+    Every move that gives checkmate is correct, not only the move of the game. The confidence interval is a Wilson
+    interval.
 
     Args:
-        positions: positions with a mate in one, as lines of moves, from :func:`mates_in_one`.
+        positions: lines of moves, each followed by a possible mate in one, from :func:`mates_in_one`.
 
     Raises:
         ValueError: there are no positions, a position has no mate in one, or an argument is invalid for
             ``next_move_probabilities``.
     """
     if not positions:
-        raise ValueError("mate_in_one_accuracy needs at least one position: use mates_in_one of more games")
-    best = next_move_probabilities(
+        raise ValueError("mate_in_one_accuracy needs at least one position: search more games with mates_in_one")
+    best_ids = next_move_probabilities(
         model, params, tokenizer, positions, legal_only=True, batch_size=batch_size
     ).argmax(axis=1)  # fmt: skip
-    legal_moves, found = LegalMoves(tokenizer), 0
-    for line, id in zip(positions, best.tolist(), strict=True):
+    legal_moves, num_mates = LegalMoves(tokenizer), 0
+    for line, id in zip(positions, best_ids.tolist(), strict=True):
         board = board_after(line)
         if not any(mates(board, move) for move in board.legal_moves):
             raise ValueError(f"there is no mate in one after {line!r}")
         move = legal_moves.move(board, id)
-        found += move is not None and mates(board, move)
-    return proportion("mate in one", found, len(positions))
+        num_mates += move is not None and mates(board, move)
+    return proportion("mate in one", num_mates, len(positions))
 
 
-def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
-    """``sum(hits) / sum(counts)`` with the percentile bootstrap interval over games; 0 if all counts are 0.
+def _ratio_over_games(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
+    """``sum(hits) / sum(counts)`` with its percentile bootstrap interval over games. 0 if all counts are 0.
 
     Args:
         hits, counts: [games].
@@ -228,8 +231,8 @@ def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
         return dataclasses.replace(games, count=total, detail=f"Wilson interval of {len(hits)} games")
     rng, ratios = np.random.default_rng(0), []
     for _ in range(BOOTSTRAP_SAMPLES):
-        chosen = rng.integers(0, len(hits), len(hits))
-        ratios.append(hits[chosen].sum() / max(1, counts[chosen].sum()))
+        sample = rng.integers(0, len(hits), len(hits))
+        ratios.append(hits[sample].sum() / max(1, counts[sample].sum()))
     low, high = np.percentile(ratios, [2.5, 97.5])
     detail = f"bootstrap interval over {len(hits)} games, {BOOTSTRAP_SAMPLES} samples"
     return Score(name, hit / total, float(low), float(high), total, detail)
@@ -238,53 +241,53 @@ def _share(name: str, hits: np.ndarray, counts: np.ndarray) -> Score:
 def _predictions(
     model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], batch_size: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each game: its index, the most probable id for each of its moves, and the rank of each move (0 is best)."""
+    """Yield for each game: its index, the most probable id at each move, and the rank of each true move (0 is best)."""
     rows = [tokenizer.encode_inputs(line).ids for line in games]
     if model.reads_source:
         for index, row in enumerate(rows):
-            beginnings = [row[:end] for end in range(1, len(row))]
-            logits = np.concatenate(list(next_logits(model, params, tokenizer, beginnings, batch_size)))
+            prefixes = [row[:end] for end in range(1, len(row))]
+            logits = np.concatenate(list(next_logits(model, params, tokenizer, prefixes, batch_size)))
             true = np.take_along_axis(logits, row[1:, None], axis=1)
             yield index, logits.argmax(axis=1), np.sum(~(logits < true), axis=1) - 1
         return
     check_lengths(model, [row[:-1] for row in rows])
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # similar lengths share a batch
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # games of similar length share a batch
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        part = [rows[index] for index in chosen]
-        length = padded_length(model, [row[:-1] for row in part]) + 1
-        tokens, segment_ids = padded(part, batch_size, length)
-        best, ranks = _best_and_rank(
-            model, params, tokens, segment_ids, ids=tokenizer.vocab_size, sharding=active()
+        batch_rows = [rows[index] for index in chosen]
+        length = padded_length(model, [row[:-1] for row in batch_rows]) + 1
+        tokens, segment_ids = padded(batch_rows, batch_size, length)
+        best_ids, ranks = _best_id_and_rank(
+            model, params, tokens, segment_ids, vocab_size=tokenizer.vocab_size, sharding=active()
         )  # fmt: skip
-        best, ranks = np.asarray(best), np.asarray(ranks)
+        best_ids, ranks = np.asarray(best_ids), np.asarray(ranks)
         for batch_row, index in enumerate(chosen):
             moves = len(rows[index]) - 1
-            yield index, best[batch_row, :moves], ranks[batch_row, :moves]
+            yield index, best_ids[batch_row, :moves], ranks[batch_row, :moves]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "ids", "sharding"))
-def _best_and_rank(
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "sharding"))
+def _best_id_and_rank(
     model: Model,
     params: Any,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     *,
-    ids: int,
-    sharding: Sharding | None,
+    vocab_size: int,
+    sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> tuple[jax.Array, jax.Array]:
-    """For each token except the first: the most probable id at its position, and the rank of the token.
+    """The model's most probable id for each token after the first, and the token's rank; both int32 [B, T - 1].
 
-    The rank is the number of other ids that are at least as probable. Both are int32 [B, T - 1].
+    The rank is the number of other ids that are at least as probable as the token.
     """
     hidden_BTD, _ = model.apply(params, tokens_BT[:, :-1], segment_ids=segment_ids_BT[:, :-1])
-    logits_BTV = model.logits(params, hidden_BTD)[..., :ids]
+    logits_BTV = model.logits(params, hidden_BTD)[..., :vocab_size]
     true_BT1 = jnp.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)
-    # For NaN, the comparison logits >= true would be False, and the rank would be 0.
+    # The comparison `logits >= true` would give rank 0 if the logits are NaN.
     return jnp.argmax(logits_BTV, axis=-1), jnp.sum(~(logits_BTV < true_BT1), axis=-1) - 1
 
 
 def _check_games(games: Sequence[str]) -> None:
     """Raise ``ValueError`` if there are no games, or a game has no moves."""
     if isinstance(games, str) or not games or not all(line.strip() for line in games):
-        raise ValueError("games must be a sequence of lines with at least one move each")
+        raise ValueError("games must be a non-empty sequence of lines with at least one move each")

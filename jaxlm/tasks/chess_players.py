@@ -3,7 +3,7 @@
     result = play_match(ModelPlayer(model, params, tokenizer), RandomPlayer(), games=200)
     print(result)
 
-A move is one move of one player.
+A move is the move of one player, not of both.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 class Player(Protocol):
-    """The interface of a player, which selects moves for several boards in one call.
+    """The interface of a player. A player selects moves for several boards in one call.
 
     Attributes:
-        max_moves: maximum number of moves of a game after which the player can move. None: no limit.
+        max_moves: the largest number of moves on a board for which the player can select the next move. None: no limit.
     """
 
     @property
     def max_moves(self) -> int | None: ...
 
     def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
-        """One move for each board, on which it is the player's turn. None or an illegal move loses the game.
+        """The move for each board. It is the player's turn on all boards. None or an illegal move loses the game.
 
-        The boards are not changed. Random choices use ``rng``.
+        The method does not change the boards. Random choices use ``rng``.
         """
         ...
 
@@ -58,11 +58,10 @@ class RandomPlayer:
 class ModelPlayer:
     """A player that uses a language model: any causal family with a model state, or any encoder-decoder.
 
-    If no legal move of a position is in the SAN vocabulary, a masked player selects a random legal move.
-
     Args:
         temperature: the move is drawn from ``softmax(logits / temperature)``. 0 selects the most probable move.
-        masked: select among legal moves. False: any token may be selected, and an illegal move loses the game.
+        masked: select only legal moves. If the SAN vocabulary has no legal move of a position, the player selects a
+            random legal move. False: the player can select any token, and an illegal move loses the game.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -88,32 +87,33 @@ class ModelPlayer:
         if not self.masked:
             ids = choose_ids(logits, self.temperature, rng)
             return [self._legal.move(board, id) for board, id in zip(boards, ids.tolist(), strict=True)]
-        moves = [self._legal.ids(board) for board in boards]
-        legal = np.zeros(logits.shape, bool)
-        for row, ids_of_board in zip(legal, moves, strict=True):
-            row[list(ids_of_board)] = True
-        ids = choose_ids(np.where(legal, logits, -np.inf), self.temperature, rng)
+        legal_moves = [self._legal.ids(board) for board in boards]
+        legal_mask = np.zeros(logits.shape, bool)
+        for row, moves_by_id in zip(legal_mask, legal_moves, strict=True):
+            row[list(moves_by_id)] = True
+        ids = choose_ids(np.where(legal_mask, logits, -np.inf), self.temperature, rng)
         return [
             moves_by_id[id] if moves_by_id else _random_move(board, rng)
-            for board, moves_by_id, id in zip(boards, moves, ids.tolist(), strict=True)
+            for board, moves_by_id, id in zip(boards, legal_moves, ids.tolist(), strict=True)
         ]
 
 
 class EnginePlayer:
     """A player that uses a UCI engine, by default Stockfish at its lowest skill level.
 
-    Use it in a ``with`` statement, or call ``close``. At skill level n, Stockfish selects at random among the best
-    moves of a search of depth n + 1; the ``seed`` of a match does not determine this choice. So a search of few nodes
-    has the same strength as a long search.
+    Use the player in a ``with`` statement, or call ``close``. At skill level n, Stockfish selects at random among the
+    best moves of a search of depth n + 1. The ``seed`` of a match does not control this choice. At a low skill level,
+    searching more nodes does not make Stockfish stronger, because the depth is limited.
 
     Args:
-        command: the program of the engine. None: ``stockfish`` on the PATH or in /usr/games.
-        skill_level: the option "Skill Level" of the engine, 0 to 20 for Stockfish. None: full strength.
-        nodes: number of positions that are searched for each move.
+        command: the engine's executable. None: ``stockfish`` on the PATH or in /usr/games.
+        skill_level: the engine's option "Skill Level", 0 to 20 for Stockfish. None: the option is not set, so the
+            engine has full strength.
+        nodes: number of positions that the engine searches for each move.
 
     Raises:
         FileNotFoundError: the engine is not installed.
-        ValueError: the program is not a UCI engine, or does not have the skill level.
+        ValueError: the executable is not a UCI engine, or the engine does not support the skill level.
     """
 
     max_moves = None
@@ -124,29 +124,29 @@ class EnginePlayer:
 
         if nodes < 1:
             raise ValueError(f"nodes={nodes} must be at least 1")
-        program = str(command) if command is not None else shutil.which("stockfish", path=_engine_path())
-        if program is None or shutil.which(program) is None:
+        executable = str(command) if command is not None else shutil.which("stockfish", path=_engine_path())
+        if executable is None or shutil.which(executable) is None:
             raise FileNotFoundError(
-                f"no chess engine {program or 'stockfish on the PATH or in /usr/games'}: install one "
-                "(apt-get install stockfish), or pass its program as command"
+                f"no chess engine {executable or 'stockfish on the PATH or in /usr/games'}: install one "
+                "(apt-get install stockfish), or pass the path of its executable as command"
             )
         self._limit = chess.engine.Limit(nodes=nodes)
         try:
-            self._engine = chess.engine.SimpleEngine.popen_uci(program)
+            self._engine = chess.engine.SimpleEngine.popen_uci(executable)
         except (chess.engine.EngineError, OSError, TimeoutError) as error:
-            raise ValueError(f"{program} does not answer as a UCI engine: {error!r}") from error
+            raise ValueError(f"{executable} does not answer as a UCI engine: {error!r}") from error
         if skill_level is not None:
             try:
                 self._engine.configure({"Skill Level": skill_level})
             except chess.engine.EngineError as error:
                 self.close()
-                raise ValueError(f"{program} has no skill level {skill_level}: {error}") from error
+                raise ValueError(f"{executable} has no skill level {skill_level}: {error}") from error
 
     def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
         return [self._engine.play(board, self._limit).move for board in boards]
 
     def close(self) -> None:
-        """End the engine's process."""
+        """Stop the engine's process."""
         self._engine.close()
 
     def __enter__(self) -> EnginePlayer:
@@ -158,7 +158,7 @@ class EnginePlayer:
 
 @dataclasses.dataclass(frozen=True)
 class MatingPlayer:
-    """A player that selects a mate in one if there is one, and otherwise the move of ``player``."""
+    """A player that gives checkmate if a legal move does so, and otherwise plays the move of ``player``."""
 
     player: Player
 
@@ -167,17 +167,17 @@ class MatingPlayer:
         return self.player.max_moves
 
     def choose(self, boards: Sequence[chess.Board], rng: np.random.Generator) -> list[chess.Move | None]:
-        return [_mate(board) or move for board, move in zip(boards, self.player.choose(boards, rng), strict=True)]
+        return [_find_mate(board) or move for board, move in zip(boards, self.player.choose(boards, rng), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchResult:
-    """The result of a match, for its first player.
+    """The result of a match for its first player.
 
     Attributes:
-        wins, draws, losses: numbers of games.
-        unfinished: number of draws because of the maximum number of moves.
-        illegal: number of losses because of an illegal move.
+        wins, draws, losses: numbers of games that the first player won, drew and lost.
+        unfinished: number of draws because the game reached the maximum number of moves.
+        illegal: number of losses by an illegal move.
         games: the games in UCI notation. The first player has white in games 0, 2, 4, ...
     """
 
@@ -192,8 +192,7 @@ class MatchResult:
     def score(self) -> Score:
         """(wins + draws / 2) / games, with the 95 % Wilson interval of a proportion with this value.
 
-        With draws the interval is too wide, because scores of 0, 1/2 and 1 have a smaller variance than scores of 0 and
-        1.
+        If there are draws, the interval is wider than necessary, because draws reduce the variance of the score.
         """
         n = self.wins + self.draws + self.losses
         p, z = (self.wins + self.draws / 2) / n, 1.959964
@@ -218,44 +217,44 @@ def play_match(
     opening_moves: int = 0,
     seed: int = 0,
 ) -> MatchResult:
-    """The result of ``games`` games for ``player``, which has white in games 0, 2, 4, ...
+    """The result of a match of ``games`` games for ``player``, which has white in games 0, 2, 4, ...
 
     All games are played in parallel: each player is called once per turn for all boards. A game ends with checkmate,
-    stalemate, insufficient material, the third repetition, 50 moves of both sides without a capture or pawn move, an
-    illegal move, or (as a draw) after ``max_moves`` moves.
+    stalemate, insufficient material, threefold repetition, 50 moves by each player without a capture or pawn move, or
+    an illegal move. A game with ``max_moves`` moves ends as a draw.
 
     Args:
-        opening_moves: number of random moves at the beginning, which are the same in games 2k and 2k + 1. Without them,
-            deterministic players would repeat the same game.
+        opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
+            Without random openings, deterministic players repeat the same game.
         seed: seed of all random choices, except those of an engine.
 
     Raises:
         ValueError: a count is outside its range, or ``max_moves`` is too large for a player.
     """
-    for name, value, least in (("games", games, 1), ("max_moves", max_moves, 1), ("opening_moves", opening_moves, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    for name, value, minimum in (("games", games, 1), ("max_moves", max_moves, 1), ("opening_moves", opening_moves, 0)):
+        if value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
     if opening_moves >= max_moves:
         raise ValueError(f"opening_moves={opening_moves} must be less than max_moves={max_moves}")
     for side in (player, opponent):
         if side.max_moves is not None and max_moves > side.max_moves + 1:
             raise ValueError(
-                f"max_moves={max_moves} is too long for a player whose model reads games of at most {side.max_moves} "
+                f"max_moves={max_moves} is too large for a player whose model reads games of at most {side.max_moves} "
                 f"moves: use max_moves={side.max_moves + 1} or fewer"
             )
     rng = np.random.default_rng(seed)
     boards = _openings(games, opening_moves, rng)
     outcomes: list[_Outcome | None] = [_outcome(board, max_moves) for board in boards]
     while None in outcomes:
-        for side, parity in ((player, 0), (opponent, 1)):  # both may be the same object
-            turn = [
+        for side, parity in ((player, 0), (opponent, 1)):
+            to_move = [
                 game
                 for game, board in enumerate(boards)
                 if outcomes[game] is None and board.turn == (game % 2 == parity)
             ]
-            if turn:
-                moves = side.choose([boards[game] for game in turn], rng)
-                for game, move in zip(turn, moves, strict=True):
+            if to_move:
+                moves = side.choose([boards[game] for game in to_move], rng)
+                for game, move in zip(to_move, moves, strict=True):
                     outcomes[game] = _play(boards[game], move, max_moves)
     return _result(boards, [outcome for outcome in outcomes if outcome is not None])
 
@@ -270,7 +269,7 @@ class _Outcome:
 
 
 def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> _Outcome | None:
-    """Play a move; returns the outcome if the game has ended."""
+    """Play a move and return the outcome of the game. None: the game has not ended."""
     if move is None or not board.is_legal(move):
         return _Outcome("0-1" if board.turn else "1-0", illegal=True)
     board.push(move)
@@ -278,7 +277,7 @@ def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> _Outco
 
 
 def _outcome(board: chess.Board, max_moves: int) -> _Outcome | None:
-    """The outcome of a game; None if it has not ended."""
+    """The outcome of a game. None: the game has not ended."""
     outcome = board.outcome()
     if outcome is not None:
         return _Outcome(outcome.result())
@@ -290,14 +289,14 @@ def _outcome(board: chess.Board, max_moves: int) -> _Outcome | None:
 
 
 def _openings(games: int, moves: int, rng: np.random.Generator) -> list[chess.Board]:
-    """The boards after random openings. Boards 2k and 2k + 1 have the same opening."""
+    """One board per game after a random opening. Boards 2k and 2k + 1 have the same opening."""
     Board = import_chess().Board
     boards: list[chess.Board] = []
     while len(boards) < games:
         board = Board()
         while len(board.move_stack) < moves:
             if board.is_game_over():
-                board = Board()  # the game ended in the opening, so draw another opening
+                board = Board()  # the opening ended the game, so try another one
             board.push(_random_move(board, rng))
         boards += [board, board.copy()]
     return boards[:games]
@@ -325,8 +324,8 @@ def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> Matc
     )
 
 
-def _mate(board: chess.Board) -> chess.Move | None:
-    """The first legal move that is mate; None if there is none."""
+def _find_mate(board: chess.Board) -> chess.Move | None:
+    """The first legal move that gives checkmate. None: there is no such move."""
     return next((move for move in board.legal_moves if mates(board, move)), None)
 
 

@@ -1,7 +1,7 @@
-"""Chess positions for language models: legal moves as ids, and the logits of the next move for several boards.
+"""Chess positions for language models: ids of legal moves, and logits of the next move for several boards.
 
 A model reads a game as tokens of a ``MoveTokenizer``: the BOS token, then one token per move. An encoder-decoder reads
-these as its source, and its target is the next move. The first input of its decoder is
+these tokens as its source, and its target is the next move. The first token of its decoder input is
 ``jaxlm.decoding.decoder_start_id``.
 
 Shapes: B games or boards, T tokens of a game, V tokens of the tokenizer.
@@ -26,6 +26,7 @@ from jaxlm.decoding.prompts import read_prompts, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_state
 from jaxlm.sharding import Sharding, active
+from jaxlm.tasks.predict import max_positions
 
 if TYPE_CHECKING:
     import chess
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 LENGTH_MULTIPLE = 32
 """Games are padded to a multiple of this number of tokens, so that few shapes are compiled."""
 MIN_CAPACITY = 128
-"""Minimum number of tokens for which a reader's state has room."""
+"""Minimum capacity, in tokens, of the model state of a ``MoveReader``."""
 
 
 class LegalMoves:
-    """The legal moves of positions as ids of a tokenizer.
+    """Converts the legal moves of positions to ids of a tokenizer and back.
 
-    A legal move that is not in a SAN vocabulary has no id, so a model cannot select it.
+    A SAN vocabulary may lack a legal move. Such a move has no id, so a model cannot select it.
     """
 
     def __init__(self, tokenizer: MoveTokenizer) -> None:
@@ -47,19 +48,19 @@ class LegalMoves:
         self.tokenizer = tokenizer
 
     def ids(self, board: chess.Board) -> dict[int, chess.Move]:
-        """The legal moves, by id."""
+        """A dictionary from ids to the legal moves of a board."""
         moves = {self.tokenizer.move_id(self.text(board, move)): move for move in board.legal_moves}
         return {id: move for id, move in moves.items() if id is not None}
 
     def mask(self, boards: Sequence[chess.Board]) -> np.ndarray:
-        """Whether each id is a legal move; bool [B, V]."""
+        """Whether each id is a legal move of each board; bool [B, V]."""
         mask = np.zeros((len(boards), self.tokenizer.vocab_size), bool)
         for row, board in zip(mask, boards, strict=True):
             row[list(self.ids(board))] = True
         return mask
 
     def move(self, board: chess.Board, id: int) -> chess.Move | None:
-        """The legal move of an id. None: the move is illegal or ambiguous, or the id is a special token."""
+        """The legal move with this id. None: the move is illegal or ambiguous, or the id is a special token."""
         if not self.tokenizer.is_move(id):
             return None
         text = self.tokenizer.move_text(id)
@@ -69,7 +70,7 @@ class LegalMoves:
             return None
 
     def text(self, board: chess.Board, move: chess.Move) -> str:
-        """The move in the notation of the tokenizer."""
+        """The text of a move in the notation of the tokenizer."""
         return move.uci() if self.tokenizer.notation == "uci" else plain_san(board, move)
 
 
@@ -82,18 +83,19 @@ def next_move_probabilities(
     legal_only: bool = False,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """The probability of each token after each game, float32 [B, V].
+    """The probability of each next token after each game, float32 [B, V].
 
     Args:
-        games_so_far: lines of moves in the tokenizer's notation. An empty line is the initial position.
-        legal_only: illegal moves and special tokens have probability 0, and the probabilities of legal moves sum to 1.
+        games_so_far: one line of moves per game, in the tokenizer's notation. An empty line is the initial position.
+        legal_only: set the probability of illegal moves and special tokens to 0. The probabilities of the legal moves
+            then sum to 1.
         batch_size: number of games in a batch.
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``.
         ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, or a game is
-            longer than the model's positions. With ``legal_only``: a game is illegal, or a position has no legal move
-            in the vocabulary.
+            longer than the model's positions. With ``legal_only``: a game has an illegal move, or the vocabulary has no
+            legal move of a position.
     """
     check_model(model, tokenizer)
     rows = [tokenizer.encode_inputs(line).ids for line in games_so_far]
@@ -117,22 +119,22 @@ def board_after(line: str) -> chess.Board:
 
 
 def push(board: chess.Board, word: str) -> chess.Move:
-    """Play a UCI or SAN move on ``board`` and return it. Raises ValueError for an illegal move."""
+    """Play a UCI or SAN move on ``board`` and return it. Raises ``ValueError`` for an illegal move."""
     return board.push_uci(word) if UCI_MOVE.fullmatch(word) else board.push_san(word)
 
 
 def mates(board: chess.Board, move: chess.Move) -> bool:
-    """Whether a legal move is mate. The board is restored."""
+    """Whether a legal move gives checkmate. The board is unchanged on return."""
     if not board.gives_check(move):
         return False
     board.push(move)
-    mate = board.is_checkmate()
+    is_mate = board.is_checkmate()
     board.pop()
-    return mate
+    return is_mate
 
 
 def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
-    """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``; the argmax for temperature 0."""
+    """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``. Temperature 0 gives the argmax."""
     if not 0.0 <= temperature < np.inf:
         raise ValueError(f"temperature={temperature} must be finite and at least 0")
     if temperature > 0.0:
@@ -145,10 +147,11 @@ def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator)
 
 
 class MoveReader:
-    """Computes the logits of the next move for several boards. A model with a state reads each move only once.
+    """Computes the logits of the next move for several boards, and reuses the model state of the previous call.
 
-    If the boards continue those of the previous call, in the same order and possibly fewer, the model reads only the
-    new moves. Otherwise it reads the games from the beginning. An encoder-decoder always reads the whole game.
+    The model reads only the new moves if each board continues a board of the previous call, in the same order. Some
+    boards of the previous call may be missing. Otherwise the model reads all games from the beginning. An
+    encoder-decoder always reads whole games.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -161,12 +164,12 @@ class MoveReader:
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self._legal = LegalMoves(tokenizer)
         self._rows: list[_Row] = []
-        self._restart([])
+        self._reset([])
 
     @property
     def max_moves(self) -> int | None:
-        """The largest number of moves after which the model can still predict the next move. None: no limit."""
-        limit = _max_positions(self.model)
+        """The largest number of moves of a game for which the model can predict the next move. None: no limit."""
+        limit = max_positions(self.model)
         return None if limit is None else limit - 1
 
     def check_moves(self, moves: int) -> None:
@@ -181,44 +184,44 @@ class MoveReader:
         """The logits of the next token for each board, float32 [B, V].
 
         Raises:
-            ValueError: there are no boards, a board did not begin in the initial position, or a game is too long.
+            ValueError: there are no boards, a game did not start from the initial position, or a game is too long.
         """
         if not boards:
             raise ValueError("logits needs at least one board")
         self.check_moves(max(len(board.move_stack) for board in boards))
-        indices = self._find(boards)
+        indices = self._find_rows(boards)
         if indices is None:
-            self._restart(boards)
+            self._reset(boards)
             indices = list(range(len(boards)))
         try:
             return self._row_logits(indices, boards)
         except BaseException:
-            self._restart([])  # the state was donated, so it is invalid after an interruption
+            self._reset([])  # the model state is donated to the jitted function, so an interruption invalidates it
             raise
 
     def _row_logits(self, indices: list[int], boards: Sequence[chess.Board]) -> np.ndarray:
-        """Read the new moves of the boards, and return the logits of their rows.
+        """Let the model read the new moves of the boards, and return the logits of each board.
 
         Args:
-            indices: the row of each board.
+            indices: the index of each board's row.
         """
-        new: list[list[int]] = [[] for _ in self._rows]
+        new_ids: list[list[int]] = [[] for _ in self._rows]
         for index, board in zip(indices, boards, strict=True):
-            new[index] = self._extend(self._rows[index], board)
+            new_ids[index] = self._append_moves(self._rows[index], board)
         if self.model.reads_source:
             sources = [np.array(self._rows[index].ids, np.int32) for index in indices]
             return np.concatenate(list(next_logits(self.model, self.params, self.tokenizer, sources, self._batch)))
-        count = max(map(len, new))
-        if count:
-            if self._state is None or self._used + count > self._capacity:
-                chosen = set(indices)
-                new = [row.ids if index in chosen else [] for index, row in enumerate(self._rows)]
-                count = self._new_state(max(map(len, new)))
-            self._read(new, count)
+        length = max(map(len, new_ids))
+        if length:
+            if self._state is None or self._used + length > self._capacity:
+                active_rows = set(indices)
+                new_ids = [row.ids if index in active_rows else [] for index, row in enumerate(self._rows)]
+                length = self._new_state(max(map(len, new_ids)))
+            self._read(new_ids, length)
         return self._logits[indices]
 
-    def _find(self, boards: Sequence[chess.Board]) -> list[int] | None:
-        """The index of the row that each board continues. None: one of the boards continues no row."""
+    def _find_rows(self, boards: Sequence[chess.Board]) -> list[int] | None:
+        """The index of the row that each board continues. None: a board does not continue any row."""
         found: list[int] = []
         for board in boards:
             start, moves = (found[-1] + 1 if found else 0), board.move_stack
@@ -228,66 +231,69 @@ class MoveReader:
             found.append(row)
         return found
 
-    def _restart(self, boards: Sequence[chess.Board]) -> None:
-        """Start with empty rows, one for each board."""
+    def _reset(self, boards: Sequence[chess.Board]) -> None:
+        """Replace the rows by an empty row for each board, and drop the model state."""
         chess = import_chess()
         for index, board in enumerate(boards):
             if board.root().fen() != chess.STARTING_FEN:
                 raise ValueError(
-                    f"board {index} begins at {board.root().fen()!r}: models read games from the beginning"
+                    f"board {index} begins at {board.root().fen()!r}: a model needs all moves from the initial position"
                 )
         self._rows = [_Row([], []) for _ in boards]
         self._state, self._used, self._capacity = None, 0, 0
-        # The batch size is a power of two, so that matches of different sizes share compiled functions.
+        # The batch size is a power of two, so that matches of different sizes can use the same compiled function.
         self._batch = 1 << max(0, len(boards) - 1).bit_length()
         self._logits = np.zeros((self._batch, self.tokenizer.vocab_size), np.float32)
 
-    def _extend(self, row: _Row, board: chess.Board) -> list[int]:
-        """Add the new moves of ``board`` to its row, and return their ids. A new row begins with BOS."""
-        new = [] if row.ids else [self.tokenizer.bos_id]
+    def _append_moves(self, row: _Row, board: chess.Board) -> list[int]:
+        """Append the new moves of ``board`` to its row, and return their ids. The first id of an empty row is BOS."""
+        new_ids = [] if row.ids else [self.tokenizer.bos_id]
         moves = board.move_stack[len(row.moves) :]
         before = board.copy(stack=len(moves))
         for _ in moves:
             before.pop()
         for move in moves:
             id = self.tokenizer.move_id(self._legal.text(before, move))
-            new.append(self.tokenizer.special_ids.unk if id is None else id)  # type: ignore[arg-type]
+            new_ids.append(self.tokenizer.special_ids.unk if id is None else id)  # type: ignore[arg-type]
             before.push(move)
         row.moves.extend(moves)
-        row.ids.extend(new)
-        return new
+        row.ids.extend(new_ids)
+        return new_ids
 
     def _new_state(self, longest: int) -> int:
-        """Create an empty state for more than ``longest`` tokens; returns the padded length of the next read."""
-        limit = _max_positions(self.model)
-        count = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        self._capacity = max(MIN_CAPACITY, 1 << (count + LENGTH_MULTIPLE - 1).bit_length())
+        """Create an empty model state for rows of up to ``longest`` tokens, and return the padded length of the rows.
+
+        The capacity has space for further moves, unless the model has too few positions.
+        """
+        limit = max_positions(self.model)
+        length = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        self._capacity = max(MIN_CAPACITY, 1 << (length + LENGTH_MULTIPLE - 1).bit_length())
         if limit is not None and self._capacity > limit:
             self._capacity = limit
-            count = longest if count + LENGTH_MULTIPLE > limit else count
+            length = longest if length + LENGTH_MULTIPLE > limit else length
         self._state, self._used = self.model.init_state(self._batch, self._capacity), 0
-        return count
+        return length
 
-    def _read(self, new: list[list[int]], count: int) -> None:
-        """Read the new ids of each row, padded to ``count``, and update the state and the logits."""
-        tokens, segment_ids = padded([np.array(ids, np.int32) for ids in new], self._batch, count)
+    def _read(self, new_ids: list[list[int]], length: int) -> None:
+        """Let the model read the new ids of each row, padded to ``length``. Updates the model state and the logits."""
+        tokens, segment_ids = padded([np.array(ids, np.int32) for ids in new_ids], self._batch, length)
         self._state, logits = _read_moves(
             self.model, self.params, self._state, tokens, segment_ids, sharding=active()
         )  # fmt: skip
-        self._used += count
+        self._used += length
         updated = np.flatnonzero(segment_ids.any(axis=1))
         self._logits[updated] = _check_not_nan(np.asarray(logits)[updated, : self.tokenizer.vocab_size])
 
 
 @dataclasses.dataclass
 class _Row:
-    """The moves that one row of a reader has read, and their ids. The ids begin with BOS."""
+    """The moves that a ``MoveReader`` has read in one batch row, and their ids. The first id is BOS."""
 
     moves: list[chess.Move]
     ids: list[int]
 
     def is_prefix_of(self, moves: list[chess.Move]) -> bool:
-        """Whether ``moves`` begin with the moves of this row."""
+        """Whether the moves of this row are a prefix of ``moves``."""
         return moves[: len(self.moves)] == self.moves
 
 
@@ -295,7 +301,7 @@ class _Row:
 def _read_moves(
     model: Model, params: Any, state: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, *, sharding: Sharding | None
 ) -> tuple[Any, jax.Array]:
-    """The model state after the tokens, and the logits [B, V] of the next token of each row."""
+    """The model state after the tokens, and the logits [B, V] of the token that follows each row."""
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
 
 
@@ -309,7 +315,7 @@ def _last_logits(
     begin_id: int | None,
     sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> jax.Array:
-    """The logits [B, V] of the token after each row."""
+    """The logits [B, V] of the token that follows each row."""
     if model.reads_source:
         state = model.init_decode_state(params, tokens_BT, 1, segment_ids=segment_ids_BT)
         assert begin_id is not None
@@ -323,28 +329,28 @@ def _last_logits(
 def next_logits(
     model: Model, params: Any, tokenizer: MoveTokenizer, rows: Sequence[np.ndarray], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """The logits of the token after each row, [rows of a batch, V] for each batch, in the order of the rows."""
+    """Yield the logits of the token that follows each row, [rows, V] per batch, in the order of the rows."""
     check_lengths(model, rows)
     begin_id = decoder_start_id(model, tokenizer) if model.reads_source else None
     for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
-        batch = min(batch_size, 1 << (len(part) - 1).bit_length())
-        tokens, segment_ids = padded(part, batch, padded_length(model, part))
+        batch_rows = rows[first : first + batch_size]
+        batch = min(batch_size, 1 << (len(batch_rows) - 1).bit_length())
+        tokens, segment_ids = padded(batch_rows, batch, padded_length(model, batch_rows))
         logits = _last_logits(
             model, params, tokens, segment_ids, begin_id=begin_id, sharding=active()
         )  # fmt: skip
-        yield _check_not_nan(np.asarray(logits)[: len(part), : tokenizer.vocab_size])
+        yield _check_not_nan(np.asarray(logits)[: len(batch_rows), : tokenizer.vocab_size])
 
 
 def _check_not_nan(logits: np.ndarray) -> np.ndarray:
-    """The logits. Raises ValueError if they have NaN."""
+    """Return ``logits``. Raises ``ValueError`` if they contain NaN."""
     if np.isnan(logits).any():
-        raise ValueError("the model's logits are NaN: its parameters are broken, or a token is outside its vocabulary")
+        raise ValueError("the model's logits are NaN: its parameters are NaN, or a token is outside its vocabulary")
     return logits
 
 
 def padded(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded on the right, and their segment ids (1; 0 for padding and unused rows); both [batch, length]."""
+    """Rows padded on the right, and segment ids (1 for tokens, 0 for padding and unused rows); both [batch, length]."""
     tokens, segment_ids = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)], segment_ids[index, : len(row)] = row, 1
@@ -352,29 +358,25 @@ def padded(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndar
 
 
 def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
-    """The padded length of rows: a multiple of ``LENGTH_MULTIPLE``, or the model's positions if these are fewer."""
+    """The padded length of rows: a multiple of ``LENGTH_MULTIPLE``, but at most the model's ``max_positions``."""
     longest = max(map(len, rows))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    return min(length, _max_positions(model) or length)
-
-
-def _max_positions(model: Model) -> int | None:
-    return getattr(model.config, "max_positions", None)
+    return min(length, max_positions(model) or length)
 
 
 def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:
     """Raise ``ValueError`` if a row has more tokens than the model has positions."""
-    limit = _max_positions(model)
+    limit = max_positions(model)
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
     if too_long:
         raise ValueError(
             f"{len(too_long)} of {len(rows)} games are longer than the model's max_positions={limit}, first game "
-            f"{too_long[0]} with {len(rows[too_long[0]]) - 1} moves: remove or shorten them"
+            f"{too_long[0]} with {len(rows[too_long[0]]) - 1} moves: remove or shorten these games"
         )
 
 
 def check_model(model: Model, tokenizer: MoveTokenizer) -> None:
-    """Raise if the model does not predict next tokens, or does not fit the tokenizer.
+    """Check that the model predicts next tokens and has all tokens of the tokenizer.
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``.
@@ -385,7 +387,7 @@ def check_model(model: Model, tokenizer: MoveTokenizer) -> None:
             f"chess needs a MoveTokenizer, got a {type(tokenizer).__name__}: the model was not trained on moves"
         )
     require_task(
-        model, ("causal", "permutation", "seq2seq"), "it predicts no next move",
+        model, ("causal", "permutation", "seq2seq"), "it does not predict moves",
         "use a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
     )  # fmt: skip
     for size in (model.config.vocab_size, source_vocab_size(model)):

@@ -1,4 +1,4 @@
-"""Chess on a terminal: a drawing of the board, and a game of a person against a language model."""
+"""Chess on a terminal: text drawings of boards, and games of a person against a language model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELP = "a move (e4, Nf3, O-O, e7e8q), or: moves, board, undo, resign, quit"
 
 
 def draw_board(board: chess.Board, *, white_below: bool = True) -> str:
-    """The position as ten lines of text, with Unicode pieces. Brackets mark the two squares of the last move.
+    """The position as ten lines of text with Unicode pieces. Brackets mark the two squares of the last move.
 
     Example:
         >>> print(draw_board(chess.Board()).splitlines()[0])   # doctest: +SKIP
@@ -55,17 +55,18 @@ def play_on_terminal(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The result of a game of a person against a model: ``1-0``, ``0-1``, ``1/2-1/2``, or ``*`` if the person quits.
+    """Play a game of a person against a model. Returns ``1-0``, ``0-1``, ``1/2-1/2``, or ``*`` if the person quits.
 
-    The person types a SAN or UCI move, or ``moves`` (list the legal moves), ``board`` (draw the board), ``undo`` (take
-    back the last move of both players), ``resign`` or ``quit``. The reply to any other input is one line. The model
-    plays only legal moves.
+    The person types a SAN or UCI move, or one of these commands: ``moves`` lists the legal moves, ``board`` draws the
+    board, ``undo`` takes back the last move of both players, ``resign`` and ``quit`` end the game. For any other input,
+    a one-line message is shown. The model plays only legal moves.
 
     Args:
-        ask: a function that returns the person's line for a prompt. ``EOFError`` means ``quit``.
+        ask: a function that shows a prompt and returns the line that the person types. ``EOFError`` means ``quit``.
         say: a function that shows a text.
         person: the color of the person.
-        temperature, seed: as for ``ModelPlayer``.
+        temperature: the sampling temperature, as for ``ModelPlayer``.
+        seed: the seed of the model's random choices.
 
     Raises:
         ValueError: ``person`` is neither "white" nor "black", or an argument is invalid for ``ModelPlayer``.
@@ -77,36 +78,39 @@ def play_on_terminal(
     say(f"You play {person}. Type {HELP}.")
     if white:
         say(draw_board(board))
-    end = None
-    while end is None:
+    outcome = None
+    while outcome is None:
         if board.turn == white:
-            end = _person_moves(board, ask, say, white)
+            outcome = _read_line(board, ask, say, white)
         else:
-            _model_moves(board, player, rng, say, white)
-        end = end or _ended(board, player)
-    result, reason = end
+            _play_model_move(board, player, rng, say, white)
+        outcome = outcome or _result_and_reason(board, player)
+    result, reason = outcome
     say(f"Result: {result} ({reason})")
     return result
 
 
-def _ended(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
-    """The result and the reason, or None if the game has not ended. A game that is too long for the model is a draw."""
+def _result_and_reason(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
+    """The result of the game and the reason. None: the game has not ended.
+
+    A game that is too long for the model is a draw.
+    """
     outcome = board.outcome()
     if outcome is not None:
         return outcome.result(), outcome.termination.name.lower().replace("_", " ")
     if board.is_repetition(3):
         return "1/2-1/2", "third repetition"
     if board.is_fifty_moves():
-        return "1/2-1/2", "50 moves of both sides without capture or pawn move"
+        return "1/2-1/2", "50 moves by each player without a capture or pawn move"
     if player.max_moves is not None and len(board.move_stack) > player.max_moves:
         return "1/2-1/2", f"the model reads games of at most {player.max_moves} moves"
     return None
 
 
-def _model_moves(
+def _play_model_move(
     board: chess.Board, player: ModelPlayer, rng: np.random.Generator, say: Callable[[str], object], white: bool
 ) -> None:
-    """Play and show a move of the model."""
+    """Play and show the model's move."""
     move = player.choose([board], rng)[0]
     assert move is not None  # a masked player always finds a legal move
     name = board.san(move)
@@ -115,10 +119,13 @@ def _model_moves(
     say(draw_board(board, white_below=white))
 
 
-def _person_moves(
+def _read_line(
     board: chess.Board, ask: Callable[[str], str], say: Callable[[str], object], white: bool
 ) -> tuple[str, str] | None:
-    """Read and execute one line of the person; returns the result and the reason if it ends the game."""
+    """Ask the person for one line, and execute its move or command.
+
+    Returns the result and the reason if the line ends the game, and otherwise None.
+    """
     try:
         line = ask("your move: ").strip()
     except EOFError:
@@ -147,7 +154,7 @@ def _person_moves(
 
 
 def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess.Move | None:
-    """The legal move that ``line`` names. None: the line is invalid, and the reason has been shown."""
+    """The legal move that ``line`` describes. None: the line is invalid. A message then tells the person the reason."""
     chess = import_chess()
     for parse in (board.parse_san, board.parse_uci):
         try:
@@ -169,12 +176,15 @@ def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess
 
 
 def _completions(board: chess.Board, line: str) -> list[str]:
-    """The legal moves that ``line`` names without the origin of the piece, or without the piece of a promotion."""
-    plain, found = line.rstrip("+#"), []
+    """The legal moves that ``line`` describes incompletely, if there are several.
+
+    The line lacks the origin square of the piece, or the piece of a promotion.
+    """
+    incomplete, completions = line.rstrip("+#"), []
     for move in board.legal_moves:
         name = board.san(move)
         bare = name.rstrip("+#")
-        same_piece = bare[0] == plain[0] and bare[0] in "QRBN" and bare[-2:] == plain[-2:]
-        if same_piece or (move.promotion and (bare.startswith(plain) or move.uci()[:4] == plain)):
-            found.append(name)
-    return sorted(found) if len(found) > 1 else []
+        same_piece = bare[0] == incomplete[0] and bare[0] in "QRBN" and bare[-2:] == incomplete[-2:]
+        if same_piece or (move.promotion and (bare.startswith(incomplete) or move.uci()[:4] == incomplete)):
+            completions.append(name)
+    return sorted(completions) if len(completions) > 1 else []

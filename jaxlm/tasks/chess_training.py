@@ -30,21 +30,21 @@ def game_batches(
     horizon: int = 8,
     seed: int = 0,
 ) -> tuple[Source, Callable[[Any], Batch], str]:
-    """A source of batches of the games, the function that makes batches of the objective, and a description.
+    """A source of training data, a function that converts its items to batches of the objective, and a description.
 
-    A causal model reads whole games, packed into rows. An encoder-decoder reads several positions of each game: the
-    source is the game up to the position, and the target is the following tokens.
+    A causal model reads whole games, packed into rows. For an encoder-decoder, each game is cut at several positions:
+    the source is the game up to the position, and the target is the following tokens.
 
     Args:
-        games: lines of moves in the tokenizer's notation.
-        length: number of tokens of a row, or maximum number of tokens of a source. The rest of a longer game is
-            dropped, because a second piece would begin in a position that the model does not know.
+        games: one line of moves per game, in the tokenizer's notation.
+        length: number of tokens of a row; for an encoder-decoder, maximum number of tokens of a source. The rest of a
+            longer game is dropped, because a model cannot know the position in which the rest begins.
         cuts: number of positions per game for an encoder-decoder. They are drawn uniformly with replacement.
         horizon: maximum number of tokens of a target.
-        seed: seed of the order and the positions.
+        seed: seed of the order of the data and of the positions.
 
     Raises:
-        ValueError: there are no games, or a number is below 1.
+        ValueError: there are no games, or ``length``, ``cuts`` or ``horizon`` is below 1.
     """
     for name, value in (("length", length), ("cuts", cuts), ("horizon", horizon)):
         if value < 1:
@@ -63,38 +63,44 @@ def game_batches(
 
 
 def _packed_batch(window: Window) -> Batch:
-    """The batch of the causal objective for packed games."""
+    """A batch of the causal objective from packed games."""
     return causal.batch(window.tokens, window.segment_ids)
 
 
 def match_boards(name: str, match: MatchResult) -> Iterator[Board]:
-    """Boards of the first won, drawn and lost game: after the first player's most valuable capture, and at the end.
+    """Yield boards of the first won, drawn and lost game of a match for the report.
+
+    Each game has the board after the first player's most valuable capture (if there is one), and the last board.
 
     Args:
         name: name of the opponent, for the titles.
     """
-    shown = set()
+    shown_results = set()
     for number, (line, result) in enumerate(zip(match.games.moves, match.games.results, strict=True)):
         color, words = ("white", "black")[number % 2], line.split()
-        end = "drawn" if result == "1/2-1/2" else "won" if (result == "1-0") == (color == "white") else "lost"
-        if end in shown or not words:
+        outcome = "drawn" if result == "1/2-1/2" else "won" if (result == "1-0") == (color == "white") else "lost"
+        if outcome in shown_results or not words:
             continue
-        shown.add(end)
-        title = f"Against {name}, game {number + 1}: {end} in {len(words)} moves"
-        best = _best_capture(words, number % 2)
-        if best is not None:
-            text = f"The model is {color}. Its most valuable capture is move {best}."
-            yield Board(title, board_after(" ".join(words[:best])).fen(), words[best - 1], text)
+        shown_results.add(outcome)
+        title = f"Against {name}, game {number + 1}: {outcome} in {len(words)} moves"
+        capture = _best_capture(words, number % 2)
+        if capture is not None:
+            text = f"The model is {color}. Its most valuable capture is move {capture}."
+            yield Board(title, board_after(" ".join(words[:capture])).fen(), words[capture - 1], text)
         yield Board(title, board_after(line).fen(), words[-1], f"The model is {color}. The last position.")
 
 
 def _best_capture(words: Sequence[str], first: int) -> int | None:
-    """The number of moves up to the most valuable capture of the player with the moves ``first``, ``first`` + 2, ..."""
-    board, best, most = board_after(""), None, 0
+    """The number (from 1) of a player's most valuable capture. None: the player captures nothing.
+
+    Args:
+        first: index of the player's first move, 0 for white and 1 for black.
+    """
+    board, best, best_piece = board_after(""), None, 0
     for index, word in enumerate(words):
-        taken = board.piece_type_at(board.parse_uci(word).to_square) or 0
-        if index % 2 == first and taken > most and board.is_capture(board.parse_uci(word)):
-            best, most = index + 1, taken
+        captured = board.piece_type_at(board.parse_uci(word).to_square) or 0
+        if index % 2 == first and captured > best_piece and board.is_capture(board.parse_uci(word)):
+            best, best_piece = index + 1, captured
         board.push_uci(word)
     return best
 
@@ -102,10 +108,10 @@ def _best_capture(words: Sequence[str], first: int) -> int | None:
 def move_samples(
     model: Model, params: Any, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
 ) -> Iterator[dict[str, str]]:
-    """The five most probable moves at the middle of the first ``count`` games, as rows for ``write_samples``."""
-    chosen = [line.split() for line in games[:count]]
-    before = [" ".join(words[: len(words) // 2]) for words in chosen]
-    table = next_move_probabilities(model, params, tokenizer, before)
-    for words, source, row in zip(chosen, before, table, strict=True):
+    """Yield the five most probable moves in the middle of the first ``count`` games, as rows for ``write_samples``."""
+    games_words = [line.split() for line in games[:count]]
+    prefixes = [" ".join(words[: len(words) // 2]) for words in games_words]
+    probabilities = next_move_probabilities(model, params, tokenizer, prefixes)
+    for words, source, row in zip(games_words, prefixes, probabilities, strict=True):
         best = [f"{tokenizer.move_text(id)} {row[id]:.2f}" for id in np.argsort(-row)[:5].tolist()]
         yield {"source": source, "reference": words[len(words) // 2], "output": ", ".join(best)}

@@ -1,4 +1,4 @@
-"""Text classification: encoding of examples, batches, predictions, and the test of a classifier.
+"""Text classification: encoded examples, batches, predictions, and test results of a classifier.
 
 Shapes: B batch, T time.
 """
@@ -26,18 +26,19 @@ from jaxlm.training.report import write_confusion, write_samples
 def encode(
     examples: Examples, tokenizer: Tokenizer, labels: Sequence[str], model: Model, *, max_length: int | None = None
 ) -> list[Encoded]:
-    """The ids, token types and label of each example (``text``, ``label``, and ``pair`` for text pairs).
+    """The ``tokens``, ``token_types`` (if the model reads them) and ``label`` id of each example.
 
     Args:
+        examples: examples with ``text`` and ``label``, and with ``pair`` (the second text) for a task of text pairs.
         labels: the label names, in the order of the model's outputs.
-        max_length: maximum number of tokens; longer texts are truncated. None: texts are not truncated.
+        max_length: maximum number of tokens. Longer texts are truncated. None: texts are not truncated.
 
     Raises:
         ValueError: an example has an unknown label, no tokens, or more tokens than the model has positions.
     """
     texts = examples.column("text")
     pairs = examples.column("pair") if "pair" in examples[0] else None
-    numbers = label_ids(examples.column("label"), labels, examples.name)
+    label_numbers = label_ids(examples.column("label"), labels, examples.name)
     limit = getattr(model.config, "max_positions", None)
     encoded: list[Encoded] = []
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts, pairs, max_length=max_length)):
@@ -45,19 +46,19 @@ def encode(
             allowed = "at least 1" if limit is None else f"from 1 to {limit}"
             raise ValueError(
                 f"example {number} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. Truncate "
-                "it with max_length, or use a model with more positions"
+                "long texts with max_length, or use a model with more positions"
             )
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}
-        encoded.append({"tokens": encoding.ids, **types, "label": numbers[number]})
+        encoded.append({"tokens": encoding.ids, **types, "label": label_numbers[number]})
     return encoded
 
 
 def to_batch(num_labels: int) -> Callable[[Rows], Batch]:
-    """A function that makes the batch of the objective from rows of encoded examples."""
+    """A function that converts rows of encoded examples to a batch of the objective."""
 
     def make(rows: Rows) -> Batch:
         segment_ids = rows.segment_ids("tokens")
-        # A row without an example has weight 0. One real token in it keeps its loss finite.
+        # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.
         segment_ids[rows.indices < 0, 0] = 1
         labels = np.where(rows.indices < 0, classification.IGNORED, rows.fields["label"])
         inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
@@ -69,10 +70,10 @@ def to_batch(num_labels: int) -> Callable[[Rows], Batch]:
 def batches(
     encoded: Sequence[Encoded], num_labels: int, batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """The batches of an evaluation: every example once, in order of length.
+    """The batches for an evaluation. They have every example once, sorted by length.
 
     Args:
-        max_length: maximum length of a batch, such as the model's positions. None: no limit.
+        max_length: maximum number of tokens of a row, for example the model's ``max_positions``. None: no limit.
     """
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, max_length=max_length)
     make = to_batch(num_labels)
@@ -80,7 +81,7 @@ def batches(
 
 
 def predict(model: Model, params: Any, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:
-    """The label probabilities of encoded examples, [N, labels] float32."""
+    """The label probabilities of N encoded examples, float32 [N, labels]."""
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(encoded, batch_size, shuffle=False, max_length=limit)
     make = to_batch(model.config.num_labels)
@@ -100,9 +101,9 @@ def _probabilities(model: Model, params: Any, batch: Batch) -> jax.Array:
 
 
 def write_test(directory: Path, examples: Examples, labels: Sequence[str], predicted: np.ndarray) -> Score:
-    """The accuracy of predicted labels [N]. Writes the confusion matrix and the samples of the run's report.
+    """The accuracy of predicted label ids [N]. Writes the confusion matrix and the samples for the report of a run.
 
-    The samples are the first 20 wrong and the first 20 correct predictions.
+    The samples are the first 20 wrong predictions and the first 20 correct predictions.
     """
     texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
     write_confusion(directory, labels, confusion(predicted, gold, len(labels)))

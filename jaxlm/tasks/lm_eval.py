@@ -1,7 +1,7 @@
-"""A jaxlm model for EleutherAI's lm-evaluation-harness (the extra ``eval``; Gao et al. 2021,
-https://github.com/EleutherAI/lm-evaluation-harness).
+"""The interface of jaxlm models for EleutherAI's lm-evaluation-harness (Gao et al. 2021).
 
-Importing this module registers the model ``jaxlm`` with the harness.
+Importing this module registers the model type ``jaxlm`` with the harness. It needs ``pip install 'jaxlm[eval]'``.
+Source of the harness: https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ except ImportError as error:
 
 @register_model("jaxlm")
 class HarnessModel(LM):
-    """The harness's interface to a model of any generative family.
+    """The harness's ``LM`` interface for a model of any generative family.
 
     Args:
-        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. Its
-            documentation explains the truncation.
+        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. The
+            documentation of that class explains the truncation.
 
     Raises:
-        ValueError: an argument is invalid for ``TextRequests``, or a request has a chat template.
+        ValueError: an argument is invalid for ``TextRequests``, or the harness applies a chat template.
 
     Example:
         >>> lm = HarnessModel(model, params, tokenizer, batch_size=16)   # doctest: +SKIP
@@ -45,11 +45,11 @@ class HarnessModel(LM):
 
     @classmethod
     def from_pretrained(cls, pretrained: str | Path, *, dtype: str | None = None, **options: Any) -> HarnessModel:
-        """The model of a run directory, or of a directory in Hugging Face layout.
+        """The interface for the model of a run directory, or of a directory in Hugging Face layout.
 
         Args:
-            dtype: compute dtype, for example bfloat16. None: the dtype of the model.
-            options: options of ``TextRequests``.
+            dtype: compute dtype, for example bfloat16. None: the ``dtype`` field of the model's config.
+            options: the keyword arguments of ``TextRequests``.
         """
         directory = Path(pretrained)
         directory = directory / "model" if (directory / "model").is_dir() else directory
@@ -61,9 +61,9 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The model for a dictionary ``model_args``: ``pretrained`` and the options of :meth:`from_pretrained`."""
-        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        arguments = {**arg_dict, **given}
+        """The interface for ``model_args`` as a dictionary: the arguments of :meth:`from_pretrained` by name."""
+        additional = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        arguments = {**arg_dict, **additional}
         known = {"pretrained", "dtype", "batch_size", "max_length", "prefix_token_id", "max_gen_toks", "seed"}
         if "pretrained" not in arguments or not arguments.keys() <= known:
             raise ValueError(
@@ -76,7 +76,7 @@ class HarnessModel(LM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """The model for ``model_args`` as text, for example ``pretrained=DIR,dtype=bfloat16``."""
+        """The interface for ``model_args`` as text, for example ``pretrained=DIR,dtype=bfloat16``."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -84,7 +84,7 @@ class HarnessModel(LM):
         return self.requests.log_likelihoods([request.args for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """The log-likelihood of each whole text."""
+        """The log-likelihood of each text, from its first to its last token."""
         return self.requests.rolling_log_likelihoods([request.args[0] for request in requests])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -93,15 +93,15 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The class name of the tokenizer. The harness uses it in the key of its request cache."""
+        """The class name of the tokenizer, which the harness uses in the keys of its request cache."""
         return type(self.requests.tokenizer).__name__
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Raise ``ValueError``, because chat templates are not supported."""
-        raise ValueError("jaxlm applies no chat template: evaluate with apply_chat_template=False")
+        """Raise ``ValueError``, because jaxlm does not support chat templates."""
+        raise ValueError("jaxlm does not support chat templates: evaluate with apply_chat_template=False")
 
     def get_model_info(self) -> dict[str, Any]:
-        """The entries that the harness adds to ``results["config"]``: the model, and counts of truncated requests."""
+        """The model's family and size, and the truncated requests. The harness adds them to ``results["config"]``."""
         model = self.requests.model
         return {
             "model_family": model.family,

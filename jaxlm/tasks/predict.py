@@ -1,6 +1,6 @@
 """Predictions of a trained model for texts: labels of texts, labels of words, and log-likelihoods.
 
-Texts are sorted by length, split into batches and padded to a few bucket lengths, so that few shapes are compiled.
+Texts are sorted by length, split into batches and padded to bucket lengths, so that XLA compiles only a few shapes.
 Shapes: N texts, B batch rows, T time, S source time, L labels.
 """
 
@@ -41,7 +41,7 @@ class Predictions:
 
     Attributes:
         probabilities: [N, L] float32, the probability of each label.
-        names: the name of each label. None: the model has no label names.
+        names: the label names. None: the model has no label names.
     """
 
     probabilities: np.ndarray
@@ -49,12 +49,12 @@ class Predictions:
 
     @property
     def ids(self) -> np.ndarray:
-        """The index of the most probable label of each text, [N]."""
+        """The id of the most probable label of each text, int [N]."""
         return np.argmax(self.probabilities, axis=1)
 
     @property
     def labels(self) -> list[str] | list[int]:
-        """The most probable label of each text: its name, or its index if the model has no label names."""
+        """The most probable label of each text: its name, or its id if the model has no label names."""
         ids = self.ids.tolist()
         return ids if self.names is None else [self.names[i] for i in ids]
 
@@ -71,13 +71,13 @@ def classify(
     """The label probabilities of each text, for every family with task "classification".
 
     Args:
-        pairs: the second text of each pair, for a model of text pairs.
+        pairs: for a task of text pairs, the second text of each pair.
         batch_size: number of texts in a batch.
 
     Raises:
         TypeError: ``texts`` or ``pairs`` is a single string.
-        ValueError: the model has another head, or a single output (a regression score); or a text is empty or longer
-            than the model's positions.
+        ValueError: the model is not a classifier, or has a single output (a regression score); or a text is empty or
+            longer than the model's positions.
         NotFiniteError: logits are not finite. The message names the texts and the parameters that are not finite.
 
     Example:
@@ -85,14 +85,14 @@ def classify(
         ['positive', 'negative']
     """
     require_task(
-        model, ("classification",), "it classifies nothing",
+        model, ("classification",), "it does not classify texts",
         "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
     )  # fmt: skip
     if model.config.num_labels == 1:
         raise ValueError("the model has num_labels=1: its output is a regression score, not a label")
     encodings = _encode(model, tokenizer, texts, pairs)
     probabilities = np.zeros((len(encodings), model.config.num_labels), np.float32)
-    for batch in _batches(model, encodings, batch_size):
+    for batch in input_batches(model, encodings, batch_size):
         probabilities[batch.numbers] = _checked_probabilities(model, params, batch, pool=True)[:, 0]
     return Predictions(probabilities, model.labels)
 
@@ -105,8 +105,8 @@ class TokenLabel:
     """The label of a word or token.
 
     Attributes:
-        start, end: the word or token is ``text[start:end]``.
-        label: the name of the label, or its index if the model has no label names.
+        start, end: character positions. The word or token is ``text[start:end]``.
+        label: the name of the label, or its id if the model has no label names.
         probability: the probability of the label.
     """
 
@@ -125,30 +125,30 @@ def tag(
     unit: Literal["word", "token"] = "word",
     batch_size: int = BATCH_SIZE,
 ) -> list[list[TokenLabel]]:
-    """The labels of the words of each text, for every family with the task ``token_classification``.
+    """The labels of the words of each text, for every family with task "token_classification".
 
-    A word is a sequence of characters without white space. Its label is the label of its first token (Devlin et al.
-    2019, section 5.3).
+    Words are separated by white space. The label of a word is the label of its first token (Devlin et al. 2019, section
+    5.3).
 
     Args:
-        unit: "word", or "token" for the label of every token. With a character tokenizer, a token is a character.
+        unit: "word": one label per word. "token": one label per token. A token of a character tokenizer is a character.
         batch_size: number of texts in a batch.
 
     Raises:
         TypeError: ``texts`` is a single string.
-        ValueError: the model has another head, a text is empty or longer than the model's positions, or the unit is
-            unknown.
+        ValueError: the model is not a token classifier, a text is empty or longer than the model's positions, or the
+            unit is unknown.
         NotFiniteError: as in :func:`classify`.
     """
     require_task(
-        model, ("token_classification",), "it labels no words",
+        model, ("token_classification",), "it does not label words",
         "fine-tune it with load_pretrained(directory, task='token_classification'), or load a token classifier",
     )  # fmt: skip
     if unit not in ("word", "token"):
         raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
-    for batch in _batches(model, encodings, batch_size):
+    for batch in input_batches(model, encodings, batch_size):
         probabilities_BTL = _checked_probabilities(model, params, batch, pool=False)
         for number, probabilities_TL in zip(batch.numbers, probabilities_BTL, strict=True):
             encoding, text = encodings[number], texts[number]
@@ -160,20 +160,20 @@ def tag(
 
 
 def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int, int]]:
-    """For each word: the position of its first token, and its first and last character (exclusive).
+    """Yield (position of the first token, start, end) for each word ``text[start:end]``.
 
-    With unit "token", the same for each token that is not special.
+    With unit "token", yield these numbers for each token, without special tokens.
     """
-    real = np.flatnonzero(encoding.sequence != SPECIAL)
-    starts, ends = encoding.offsets[real].T
+    text_positions = np.flatnonzero(encoding.sequence != SPECIAL)
+    starts, ends = encoding.offsets[text_positions].T
     if unit == "token":
-        yield from zip(real.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        yield from zip(text_positions.tolist(), starts.tolist(), ends.tolist(), strict=True)
         return
     for word in re.finditer(r"\S+", text):
-        # The first token that overlaps the word. It may begin with the space before the word.
-        first = np.flatnonzero((ends > word.start()) & (starts < word.end()))
-        if first.size:
-            yield int(real[first[0]]), word.start(), word.end()
+        # The first token of a word can start at the space before the word, so test for overlap.
+        overlapping = np.flatnonzero((ends > word.start()) & (starts < word.end()))
+        if overlapping.size:
+            yield int(text_positions[overlapping[0]]), word.start(), word.end()
 
 
 def _token_label(probabilities_L: np.ndarray, start: int, end: int, names: tuple[str, ...] | None) -> TokenLabel:
@@ -191,7 +191,7 @@ class TextScores:
 
     Attributes:
         token_log_likelihoods: for each text, the log-likelihood of each predicted token in nats, float32 [tokens].
-        token_greedy: for each text, whether each predicted token is the most likely one, bool [tokens].
+        token_greedy: for each text, whether each predicted token is the most probable token, bool [tokens].
     """
 
     token_log_likelihoods: list[np.ndarray]
@@ -204,7 +204,7 @@ class TextScores:
 
     @property
     def greedy(self) -> np.ndarray:
-        """Whether greedy decoding generates the predicted tokens of each text, bool [N]."""
+        """Whether greedy decoding generates all predicted tokens of each text, bool [N]."""
         return np.array([bool(greedy.all()) for greedy in self.token_greedy], bool)
 
     @property
@@ -214,7 +214,7 @@ class TextScores:
 
     @property
     def nats_per_token(self) -> float:
-        """The mean negative log-likelihood of the predicted tokens of all texts, in nats."""
+        """The mean negative log-likelihood per predicted token over all texts, in nats."""
         return float(-self.log_likelihoods.sum() / self.num_tokens.sum())
 
     @property
@@ -232,20 +232,20 @@ def score_texts(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> TextScores:
-    """The log-likelihood of each text; for an encoder-decoder, of each target given its source.
+    """The log-likelihood of each text. An encoder-decoder scores each text as the target of a source.
 
-    For causal families, texts are encoded without special tokens, and the first token is not predicted. Targets are
-    encoded with ``tokenizer.encode_inputs``, and the end token is predicted.
+    For causal families, texts are encoded without special tokens, and the first token is not predicted. For an
+    encoder-decoder, texts are encoded with ``tokenizer.encode_inputs``, and the end token is predicted too.
 
     Args:
-        sources: the source of each text, for an encoder-decoder.
+        sources: for an encoder-decoder, the source of each text.
         batch_size: number of texts in a batch.
 
     Raises:
         TypeError: ``texts`` or ``sources`` is a single string.
-        ValueError: the model has another head; sources are missing for an encoder-decoder, or given for another family;
-            a text is too short, or longer than the model's positions (use :func:`jaxlm.decoding.perplexity` for long
-            texts).
+        ValueError: the model does not predict next tokens; sources are missing for an encoder-decoder, or given for
+            another family; or a text is too short, or longer than the model's positions (use
+            :func:`jaxlm.decoding.perplexity` for long texts).
         NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
@@ -260,9 +260,9 @@ def score_texts(
 
 
 def _require_scores(model: Model) -> None:
-    """Raise ``ValueError`` if the model has no head that scores texts."""
+    """Raise ``ValueError`` if the model does not predict next tokens."""
     require_task(
-        model, ("causal", "permutation", "seq2seq"), "it scores no text",
+        model, ("causal", "permutation", "seq2seq"), "it does not score texts",
         "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
     )  # fmt: skip
 
@@ -273,8 +273,8 @@ def _score_causal(model: Model, params: Any, tokenizer: Tokenizer, texts: Sequen
     for number, ids in enumerate(rows):
         if ids.size < 2:
             raise ValueError(
-                f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is not predicted, so at least "
-                "2 are needed"
+                f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is not predicted, so a text "
+                "needs at least 2 tokens"
             )
     return score_ids(model, params, [ids[:1] for ids in rows], [ids[1:] for ids in rows], batch_size=batch_size)
 
@@ -307,32 +307,33 @@ def score_ids(
     start_id: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> TextScores:
-    """The log-likelihood of each continuation given its context, both as ids [tokens].
+    """The log-likelihood of each continuation given its context. Both are arrays of ids [tokens].
 
-    A causal model reads the context and then the continuation. An encoder-decoder reads the context as its source. Only
-    the tokens of the continuation are predicted.
+    A causal model reads the context and then the continuation. An encoder-decoder reads the context as its source and
+    the continuation as its target. Only the tokens of the continuation are predicted.
 
     Args:
-        start_id: the first token that the decoder of an encoder-decoder reads, see
-            :func:`jaxlm.decoding.decoder_start_id`. Required for an encoder-decoder, and invalid for other families.
+        start_id: the first token that the decoder of an encoder-decoder reads (see
+            :func:`jaxlm.decoding.decoder_start_id`). It is required for an encoder-decoder and invalid for other
+            families.
         batch_size: number of continuations in a batch.
 
     Raises:
-        ValueError: the model has another head; the numbers of contexts and continuations differ; or a text has no ids,
-            ids outside the vocabulary, or more ids than the model has positions.
+        ValueError: the model does not predict next tokens; the numbers of contexts and continuations differ; or a
+            context or continuation has no ids, ids outside the vocabulary, or more ids than the model has positions.
         NotFiniteError: as in :func:`classify`.
     """
     _require_scores(model)
     if len(contexts) != len(continuations):
-        raise ValueError(f"each continuation needs a context: got {len(contexts)} for {len(continuations)}")
+        raise ValueError(f"there must be one context per continuation: got {len(contexts)} and {len(continuations)}")
     if model.reads_source != (start_id is not None):
-        needed = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: do not pass it"
-        raise ValueError(f"start_id={start_id}, but {model.family} {needed}")
-    limit = _max_positions(model)
+        problem = "needs a start_id: see decoder_start_id" if model.reads_source else "reads no source: pass None"
+        raise ValueError(f"start_id={start_id}, but {model.family} {problem}")
+    limit = max_positions(model)
     for number, (context, ids) in enumerate(zip(contexts, continuations, strict=True)):
         if context.size == 0 or ids.size == 0:
             raise ValueError(
-                f"text {number} has {context.size} tokens of context and {ids.size} to score: both need tokens"
+                f"text {number} has {context.size} context tokens and {ids.size} scored tokens: both must be at least 1"
             )
         check_vocabulary(context, source_vocab_size(model), f"the context of text {number}")
         check_vocabulary(ids, model.config.vocab_size, f"text {number}")
@@ -349,14 +350,13 @@ def score_ids(
     for numbers in length_batches([context.size + ids.size for context, ids in pairs], batch_size):
         batch = [pairs[number] for number in numbers]
         if start_id is None:
+            # The model does not read the last token, so only the other tokens are padded to a bucket length.
             length = 1 + bucket_length(max(context.size + ids.size for context, ids in batch) - 1, limit)
             tokens_BT, segment_ids_BT = pad_rows([np.concatenate(pair) for pair in batch], length)
             with named_rows("text", numbers):
-                scores = token_scores(
-                    model, params, tokens_BT, segment_ids_BT
-                )  # the model does not read the last token
+                scores = token_scores(model, params, tokens_BT, segment_ids_BT)
         else:
-            # Sources and targets have the same length, because all pairs of bucket lengths would be too many shapes.
+            # Sources and targets are padded to the same length, because two bucket lengths would give too many shapes.
             length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
             source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
             targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
@@ -382,7 +382,7 @@ class _InputBatch:
     """The encoded texts of one batch.
 
     Attributes:
-        numbers: [B], the index of each text.
+        numbers: [B], the index of the text of each row.
         tokens, segment_ids: [B, T] int32.
         inputs: further inputs of ``apply``, [B, T].
     """
@@ -394,7 +394,7 @@ class _InputBatch:
 
 
 def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
-    """The encodings of texts or pairs. Raises ValueError if the model cannot read one."""
+    """The encodings of texts or text pairs. Raises ``ValueError`` if the model cannot read an encoding."""
     _check_texts(texts)
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
@@ -402,23 +402,24 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
         if np.all(encoding.sequence == SPECIAL):
             raise ValueError(f"{what} is {texts[number]!r}, which has no tokens: pass at least one character")
         check_vocabulary(encoding.ids, source_vocab_size(model), what)
-        _check_length(encoding.ids.size, _max_positions(model), what)
+        _check_length(encoding.ids.size, max_positions(model), what)
     return encodings
 
 
-def _batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
-    """Batches with few shapes, padded on the right."""
+def input_batches(model: Model, encodings: Sequence[Encoding], batch_size: int) -> Iterator[_InputBatch]:
+    """Yield batches of the encodings, padded on the right to few lengths."""
     num_types = getattr(model.config, "num_token_types", None)
     for numbers in length_batches([encoding.ids.size for encoding in encodings], batch_size):
         chosen = [encodings[number] for number in numbers]
-        length = bucket_length(max(encoding.ids.size for encoding in chosen), _max_positions(model))
+        length = bucket_length(max(encoding.ids.size for encoding in chosen), max_positions(model))
         tokens, segment_ids = pad_rows([encoding.ids for encoding in chosen], length)
         inputs = {}
         if model.reads_token_types:
             types, _ = pad_rows([encoding.token_types for encoding in chosen], length)
             if num_types is not None and types.max() >= num_types:
+                largest = types.max()
                 raise ValueError(
-                    f"the tokenizer gives token type {types.max()}, but {model.family} has num_token_types={num_types}"
+                    f"the tokenizer returns token type {largest}, but {model.family} has num_token_types={num_types}"
                 )
             inputs["token_types"] = types
         yield _InputBatch(numbers, tokens, segment_ids, inputs)
@@ -428,7 +429,7 @@ def _checked_probabilities(model: Model, params: Any, batch: _InputBatch, *, poo
     """The label probabilities of each token, [B, T, L] float32; with ``pool``, of each row, [B, 1, L].
 
     Raises:
-        NotFiniteError: the logits of a real token (with ``pool``, of a row) are not finite.
+        NotFiniteError: the logits of a token that is not padding (with ``pool``, of a row) are not finite.
     """
     probabilities, finite_B = _label_probabilities(
         model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool, sharding=active()
@@ -460,16 +461,16 @@ def _label_probabilities(
     return jax.nn.softmax(logits_BTL, axis=-1), jnp.all(finite_BT, axis=1)
 
 
-def _max_positions(model: Model) -> int | None:
+def max_positions(model: Model) -> int | None:
     """The number of positions of the model. None: no limit."""
     return getattr(model.config, "max_positions", None)
 
 
 def _check_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, str):
-        raise TypeError(f"texts are a sequence of strings, got one string: pass [{texts!r}]")
+        raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
     if not texts:
-        raise ValueError("there are no texts: pass at least one")
+        raise ValueError("there are no texts: pass at least one text")
 
 
 def _check_length(size: int, limit: int | None, what: str) -> None:

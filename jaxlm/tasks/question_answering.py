@@ -1,8 +1,8 @@
 """Extractive question answering: training windows, and answers of a trained model (task "span_qa").
 
-A long context is split into overlapping windows, each with the whole question (Devlin et al. 2019, section 4.2). If a
-window does not contain the answer, its target is "no answer": the first and the last token are the classifier token,
-``[CLS]`` for BERT and ``<cls>`` for XLNet (the first token, if the tokenizer has no classifier token).
+A long context is split into overlapping windows. Each window also has the whole question (Devlin et al. 2019, section
+4.2). If a window does not contain the answer, its target is "no answer": the span that has only the classifier token
+(``[CLS]`` for BERT, ``<cls>`` for XLNet), or only the first token if the tokenizer has no classifier token.
 
 Shapes: N questions, W windows, B batch rows, T time.
 """
@@ -26,15 +26,15 @@ from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
 from jaxlm.decoding.text import check_vocabulary
-from jaxlm.metrics import Score, _questions, _word_f1, exact_match, token_f1
+from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1, word_f1
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import Sharding, active
-from jaxlm.tasks.predict import BATCH_SIZE, _batches, _max_positions
+from jaxlm.tasks.predict import BATCH_SIZE, input_batches, max_positions
 
 MAX_LENGTH = 384
-"""Default maximum number of tokens of a window, as in BERT's experiments."""
+"""Default maximum number of tokens of a window, as in Devlin et al. (2019)."""
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -50,23 +50,24 @@ def features(
 ) -> list[Encoded]:
     """The training windows of ``examples``, for :class:`jaxlm.data.buckets.Bucketed` and :func:`to_batch`.
 
-    Each window has ``tokens`` [T], ``token_types`` [T] if the model reads them, and the positions ``first`` and
-    ``last`` of the answer's tokens. If there are several answers, the target is the most frequent one.
+    Each window has ``tokens`` [T], ``token_types`` [T] (if the model reads them), and the positions ``first`` and
+    ``last`` of the answer's first and last token. If an example has several answers, the target is the most frequent
+    answer.
 
     Args:
-        examples: examples with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as
-            :func:`jaxlm.data.squad.read_squad` returns them.
+        examples: examples with ``id``, ``question``, ``context``, ``answers`` and ``starts``, as returned by
+            :func:`jaxlm.data.squad.read_squad`.
         max_length: maximum number of tokens of a window. None: 384, or the model's positions if these are fewer.
         stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
 
     Raises:
-        ValueError: the model has another head, a window is longer than its positions, an example cannot be encoded, or
-            no window has the whole answer. The message has the id of the example.
+        ValueError: the model is not for task "span_qa", a window is longer than the model's positions, an example
+            cannot be encoded, or no window has the whole answer of an example. The message has the example's id.
     """
     _check_model(model)
     max_length, stride = _window_size(model, max_length, stride)
     reads_types = model.reads_token_types
-    found: list[Encoded] = []
+    encoded: list[Encoded] = []
     for example in examples:
         what = f"question {example['id']!r}"
         windows = _windows(model, tokenizer, example["question"], example["context"], max_length, stride, what)
@@ -75,17 +76,17 @@ def features(
             if reads_types:
                 _check_token_types(model, window)
                 row["token_types"] = window.token_types
-            found.append({**row, "first": first, "last": last})
-    return found
+            encoded.append({**row, "first": first, "last": last})
+    return encoded
 
 
 def to_batch(rows: Rows) -> Batch:
     """The batch of ``jaxlm.objectives.span_qa`` for rows of :func:`features`. Rows without an example have weight 0."""
     tokens = rows.fields["tokens"]
     spans = np.stack([rows.fields["first"], rows.fields["last"]], axis=1)
-    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span after the end has no weight
+    spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span outside the row has weight 0
     segment_ids = rows.segment_ids("tokens")
-    segment_ids[rows.indices < 0, 0] = 1  # one real token in an empty row keeps its loss finite
+    segment_ids[rows.indices < 0, 0] = 1  # an empty row needs one unmasked token so that its loss is finite
     inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
     return span_qa.batch(tokens, spans, segment_ids, inputs=inputs)
 
@@ -93,11 +94,11 @@ def to_batch(rows: Rows) -> Batch:
 def batches(
     windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """The batches of an evaluation: every window of :func:`features` once, in order of length.
+    """The batches for an evaluation. They have every window of :func:`features` once, sorted by length.
 
     Args:
-        max_length: maximum length of a batch: ``max_length`` of :func:`features`, or the positions of the model. None:
-            no limit, and lengths are rounded up to a multiple of 8.
+        max_length: maximum number of tokens of a row, for example ``max_length`` of :func:`features` or the model's
+            ``max_positions``. None: no limit, and the length of a batch is rounded up to a multiple of 8.
 
     Raises:
         ValueError: a window is longer than ``max_length``.
@@ -109,13 +110,13 @@ def batches(
 def _targets(
     tokenizer: Tokenizer, windows: Sequence[Encoding], example: Mapping[str, Any], what: str
 ) -> list[tuple[int, int]]:
-    """The positions of the first and last token of the answer in each window, or those of "no answer"."""
+    """The positions of the answer's first and last token in each window, or the positions of "no answer"."""
     no_answer = [_no_answer_position(tokenizer, window) for window in windows]
     if not example["answers"]:
         return [(position, position) for position in no_answer]
     answers = zip(example["answers"], example["starts"], strict=True)
     (text, start), _ = Counter(answers).most_common(1)[0]
-    # Most vocabularies have no tokens for white space.
+    # Most vocabularies have no tokens for white space, so leave out white space around the answer.
     first, last = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     overlaps = [_overlapping(window, first, last) for window in windows]
     if not any(positions.size for positions in overlaps):
@@ -145,11 +146,12 @@ class Answer:
     """The answer to a question.
 
     Attributes:
-        text: ``context[start:end]``; empty if the model gives no answer.
-        score: the logit of the answer minus the logit of "no answer". The logit of a span is the sum of the logits of
-            its first and last token. With several windows, the logit of the answer is the maximum over windows, and the
-            logit of "no answer" is the minimum. If ``text`` is empty, it is the score of the best span.
-        start, end: the position of the answer in the context, in characters.
+        text: ``context[start:end]``. Empty if the model predicts "no answer".
+        score: the logit of the best span minus the logit of "no answer". The logit of a span is the sum of the logits
+            of its first and last token. For several windows, the logit of the best span is the maximum over windows,
+            and the logit of "no answer" is the minimum over windows. If ``text`` is empty, the score is still that of
+            the best span.
+        start, end: character positions of the answer in the context.
     """
 
     text: str
@@ -171,21 +173,21 @@ def answer(
     no_answer_threshold: float | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Answer]:
-    """The answer to each question: the best span of its context, for every family with task "span_qa".
+    """The answer to each question, the span of its context with the largest logit, for families with task "span_qa".
 
     Args:
         contexts: the context of each question, of any length.
         max_answer_tokens: maximum number of tokens of an answer.
         max_length: maximum number of tokens of a window. None: 384, or the model's positions if these are fewer.
         stride: number of context tokens that two consecutive windows share. None: a third of ``max_length``.
-        no_answer_threshold: the model gives an answer only if its score is above the threshold (Devlin et al. 2019,
-            section 4.3). :func:`best_no_answer_threshold` computes it. None: the model always gives an answer.
+        no_answer_threshold: an answer is returned only if its score is above the threshold (Devlin et al. 2019, section
+            4.3). :func:`best_no_answer_threshold` computes a threshold. None: an answer is always returned.
         batch_size: number of windows in a batch.
 
     Raises:
         TypeError: ``questions`` or ``contexts`` is a single string.
-        ValueError: the model has another head; there are no questions, or the numbers of questions and contexts differ;
-            a question or context is empty; or a window is longer than the model's positions.
+        ValueError: the model is not for task "span_qa"; there are no questions, or the numbers of questions and
+            contexts differ; a question or context is empty; or a window is longer than the model's positions.
         NotFiniteError: logits are not finite. The message names the questions and the parameters that are not finite.
 
     Example:
@@ -198,32 +200,34 @@ def answer(
         raise ValueError(f"max_answer_tokens={max_answer_tokens} must be at least 1")
     max_length, stride = _window_size(model, max_length, stride)
     windows: list[Encoding] = []
-    owners: list[int] = []
+    question_numbers: list[int] = []  # the question of each window
     for number, (question, context) in enumerate(zip(questions, contexts, strict=True)):
-        new = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
-        windows += new
-        owners += [number] * len(new)
-    with named_rows("question", owners):
+        new_windows = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
+        windows += new_windows
+        question_numbers += [number] * len(new_windows)
+    with named_rows("question", question_numbers):
         spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
-    best = np.full(len(questions), -1)
-    lowest = np.full(len(questions), np.inf)
-    for index, number in enumerate(owners):
-        lowest[number] = min(lowest[number], no_answer[index])
-        if best[number] < 0 or scores[index] > scores[best[number]]:
-            best[number] = index
+    best_windows = np.full(len(questions), -1)
+    no_answer_logits = np.full(len(questions), np.inf)
+    for index, number in enumerate(question_numbers):
+        no_answer_logits[number] = min(no_answer_logits[number], no_answer[index])
+        if best_windows[number] < 0 or scores[index] > scores[best_windows[number]]:
+            best_windows[number] = index
     return [
         _answer(windows[index], spans[index], float(scores[index] - no_answer_logit), context, no_answer_threshold)
-        for index, no_answer_logit, context in zip(best.tolist(), lowest.tolist(), contexts, strict=True)
+        for index, no_answer_logit, context in zip(
+            best_windows.tolist(), no_answer_logits.tolist(), contexts, strict=True
+        )
     ]
 
 
 def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[Score]:
-    """The exact match and the F1 of the answers, as in the official evaluation script of SQuAD.
+    """The exact match and the F1 of the answers, computed as in the official evaluation script of SQuAD.
 
     Args:
-        references: the accepted answers of each question; empty for a question without an answer.
+        references: the accepted answers to each question, empty for a question without an answer.
     """
-    texts = [found.text for found in answers]
+    texts = [item.text for item in answers]
     return [exact_match(texts, references), token_f1(texts, references)]
 
 
@@ -232,42 +236,45 @@ def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) ->
     return [
         {
             "source": example["question"], "reference": " | ".join(dict.fromkeys(example["answers"])),
-            "output": found.text, "score": f"{found.score:.2f}", "context": example["context"],
+            "output": item.text, "score": f"{item.score:.2f}", "context": example["context"],
         }
-        for example, found in zip(examples, answers, strict=True)
+        for example, item in zip(examples, answers, strict=True)
     ]  # fmt: skip
 
 
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:
-    """The ``no_answer_threshold`` with the largest F1. The candidates are the scores of ``answers``.
+    """The ``no_answer_threshold`` with the largest F1 among the scores of ``answers``.
 
-    Use a validation set, not the test set.
+    Use answers to the questions of a validation set, not of the test set.
 
     Args:
         answers: the result of ``answer(..., no_answer_threshold=None)``.
-        references: the accepted answers of each question; empty for a question without an answer.
+        references: the accepted answers to each question, empty for a question without an answer.
 
     Raises:
         ValueError: there are no answers, or the numbers of answers and references differ.
     """
-    answered, unanswered = (
+    answered_f1, unanswered_f1 = (
         np.array(
-            [max(_word_f1(text, accepted) for accepted in answers) for text, answers in _questions(texts, references)]
+            [
+                max(word_f1(text, accepted) for accepted in accepted_answers)
+                for text, accepted_answers in predictions_and_answers(texts, references)
+            ]
         )
-        for texts in ([found.text for found in answers], [""] * len(answers))
+        for texts in ([item.text for item in answers], [""] * len(answers))
     )
-    scores = np.array([found.score for found in answers])
+    scores = np.array([item.score for item in answers])
     order = np.argsort(scores, kind="stable")
-    # totals[k] is the total F1 if the k questions with the lowest scores get no answer.
-    totals = answered.sum() + np.concatenate([[0.0], np.cumsum((unanswered - answered)[order])])
-    # No threshold separates equal scores.
-    possible = np.concatenate([[True], scores[order][1:] > scores[order][:-1], [True]])
-    num_unanswered = int(np.argmax(np.where(possible, totals, -np.inf)))
+    # totals[k] is the sum of F1 if the k questions with the lowest scores get no answer.
+    totals = answered_f1.sum() + np.concatenate([[0.0], np.cumsum((unanswered_f1 - answered_f1)[order])])
+    # A threshold cannot separate questions with equal scores.
+    is_separable = np.concatenate([[True], scores[order][1:] > scores[order][:-1], [True]])
+    num_unanswered = int(np.argmax(np.where(is_separable, totals, -np.inf)))
     return float(scores[order][num_unanswered - 1]) if num_unanswered else float(np.nextafter(scores.min(), -np.inf))
 
 
 def _answer(window: Encoding, span: np.ndarray, score: float, context: str, threshold: float | None) -> Answer:
-    """The answer with this span of a window, or no answer if its score is not above the threshold."""
+    """The answer for a span [2] of a window. The answer is empty if ``score`` is not above the threshold."""
     if threshold is not None and not score > threshold:
         return Answer("", score, 0, 0)
     start, end = int(window.offsets[span[0], 0]), int(window.offsets[span[1], 1])
@@ -281,17 +288,17 @@ def _score(
     """The best span of each window [W, 2], its logit [W], and the logit of "no answer" [W]."""
     spans = np.zeros((len(windows), 2), np.int32)
     scores, no_answer = np.zeros((2, len(windows)), np.float32)
-    for batch in _batches(model, windows, batch_size):
+    for batch in input_batches(model, windows, batch_size):
         chosen = [windows[number] for number in batch.numbers]
         in_context, _ = pad_rows([(window.sequence == 1).astype(np.int32) for window in chosen], batch.tokens.shape[1])
         positions = np.array([_no_answer_position(tokenizer, window) for window in chosen], np.int32)
-        *found, finite_B = _best_spans(
+        *results, finite_B = _best_spans(
             model, params, batch.tokens, batch.segment_ids, in_context, positions, batch.inputs,
             max_answer_tokens=max_answer_tokens, sharding=active(),
         )  # fmt: skip
         with named_rows("window", batch.numbers):
             check_finite(model, params, finite_B)
-        spans[batch.numbers], scores[batch.numbers], no_answer[batch.numbers] = (np.asarray(array) for array in found)
+        spans[batch.numbers], scores[batch.numbers], no_answer[batch.numbers] = (np.asarray(array) for array in results)
     return spans, scores, no_answer
 
 
@@ -308,9 +315,9 @@ def _best_spans(
     max_answer_tokens: int,
     sharding: Sharding | None,  # part of the jit cache key: `constrain` reads it during tracing
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and whether the logits are finite.
+    """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and a flag [B] for finite logits.
 
-    The last array, bool [B], ignores the logits of padding.
+    The flag is True if all logits of the row's tokens are finite. It ignores the logits of padding.
     """
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
     logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
@@ -326,7 +333,7 @@ def _best_spans(
 def _windows(
     model: Model, tokenizer: Tokenizer, question: str, context: str, max_length: int, stride: int, what: str
 ) -> list[Encoding]:
-    """The windows of a context, after a check that the model can read them."""
+    """The windows of a context. Raises ``ValueError`` if the model cannot read a window."""
     try:
         windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
     except ValueError as error:
@@ -341,20 +348,20 @@ def _check_token_types(model: Model, window: Encoding) -> None:
     num_types, largest = getattr(model.config, "num_token_types", None), window.token_types.max()
     if num_types is not None and largest >= num_types:
         raise ValueError(
-            f"the tokenizer gives token type {largest}, but {model.family} has num_token_types={num_types}"
+            f"the tokenizer returns token type {largest}, but {model.family} has num_token_types={num_types}"
         )
 
 
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
-    """The position of the classifier token, or 0 if the tokenizer has no classifier token."""
+    """The position of the classifier token in a window, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
-    found = np.flatnonzero((window.ids == cls) & (window.sequence == SPECIAL))
-    return int(found[0]) if found.size else 0
+    positions = np.flatnonzero((window.ids == cls) & (window.sequence == SPECIAL))
+    return int(positions[0]) if positions.size else 0
 
 
 def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
-    """The maximum length and the stride of windows, with defaults and after a check."""
-    limit = _max_positions(model)
+    """The maximum length and the stride of windows. Sets defaults, and raises ``ValueError`` for invalid values."""
+    limit = max_positions(model)
     if max_length is None:
         max_length = MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
     if limit is not None and max_length > limit:
@@ -367,7 +374,7 @@ def _window_size(model: Model, max_length: int | None, stride: int | None) -> tu
 
 def _check_model(model: Model) -> None:
     require_task(
-        model, ("span_qa",), "it finds no answers",
+        model, ("span_qa",), "it does not answer questions",
         "fine-tune it with load_pretrained(directory, task='span_qa'), or load a model for question answering",
     )  # fmt: skip
 
@@ -375,7 +382,7 @@ def _check_model(model: Model) -> None:
 def _check_pairs(questions: Sequence[str], contexts: Sequence[str]) -> None:
     for name, values in (("questions", questions), ("contexts", contexts)):
         if isinstance(values, str):
-            raise TypeError(f"{name} are a sequence of strings, got one string: pass [{values[:20]!r}]")
+            raise TypeError(f"{name} must be a sequence of strings, got one string: pass [{values[:20]!r}]")
     if len(questions) != len(contexts) or not questions:
         raise ValueError(
             f"each question needs one context: got {len(questions)} questions and {len(contexts)} contexts"

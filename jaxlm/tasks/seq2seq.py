@@ -1,4 +1,4 @@
-"""Sequence-to-sequence tasks (translation, summarization): batches of text pairs for an encoder-decoder.
+"""Sequence-to-sequence tasks (translation, summarization): batches of text pairs, and test results of a run.
 
 Shapes: B batch, S source time, T target time.
 """
@@ -30,35 +30,35 @@ def encode(
     max_source: int | None = None,
     max_target: int | None = None,
 ) -> list[Encoded]:
-    """The ids of each example (``source``, ``target``), with the special tokens of the tokenizer's template.
+    """The ids of the ``source`` and ``target`` of each example, with the special tokens of the tokenizer's template.
 
-    The template must end a text with the eos token.
+    The template must add the EOS token at the end of a text.
 
     Args:
-        max_source: maximum number of tokens of a source; longer sources are truncated. None: sources are not truncated.
-        max_target: the same for targets.
+        max_source: maximum number of tokens of a source. Longer sources are truncated. None: sources are not truncated.
+        max_target: maximum number of tokens of a target, with the same rules.
 
     Raises:
-        ValueError: the tokenizer has no end token, or its template does not end a text with it.
+        ValueError: the tokenizer has no EOS token, or its template does not add the EOS token at the end of a text.
     """
-    end = tokenizer.special_ids.eos
-    if end is None:
-        raise ValueError("the tokenizer has no end token: train one with template='eos'")
+    eos_id = tokenizer.special_ids.eos
+    if eos_id is None:
+        raise ValueError("the tokenizer has no EOS token: train a tokenizer with template='eos'")
     sources = tokenizer.encode_inputs_batch(examples.column("source"), max_length=max_source)
     targets = tokenizer.encode_inputs_batch(examples.column("target"), max_length=max_target)
-    if targets[0].ids[-1] != end:
-        raise ValueError("the template of the tokenizer does not end a text: train one with template='eos'")
+    if targets[0].ids[-1] != eos_id:
+        raise ValueError("the tokenizer adds no EOS token at the end: train a tokenizer with template='eos'")
     return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
-    """A function that makes the batch of the objective from rows of encoded examples."""
+    """A function that converts rows of encoded examples to a batch of the objective."""
     start_id = decoder_start_id(model, tokenizer)
 
     def make(rows: Rows) -> Batch:
         segments = {name: rows.segment_ids(name) for name in ("source", "target")}
         for segment_ids in segments.values():
-            # A row without an example has weight 0. One real token in it keeps its loss finite.
+            # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.
             segment_ids[rows.indices < 0, 0] = 1
         batch = seq2seq.batch(
             rows.fields["source"], rows.fields["target"], start_id=start_id,
@@ -73,7 +73,7 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
 def batches(
     encoded: Sequence[Encoded], model: Model, tokenizer: Tokenizer, batch_size: int, num_buckets: int = 4
 ) -> list[Batch]:
-    """The batches of an evaluation: every example once, in order of length.
+    """The batches for an evaluation. They have every example once, sorted by length.
 
     Raises:
         ValueError: a source or a target has more tokens than the model has positions.
@@ -92,10 +92,10 @@ def write_test(
     run: Path, model: Model, params: Any, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
     outputs: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write 40 random outputs for the report of a run (``samples.jsonl``), and attention maps of four of them."""
+    """Write 40 random outputs to ``samples.jsonl`` of a run, and the attention maps of four of them."""
     chosen = np.random.default_rng(0).permutation(len(sources))[:40].tolist()
     write_samples(run, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in chosen])
-    # The map of an empty output would have no rows.
+    # An attention map needs at least one row, so skip empty outputs.
     nonempty = [n for n in chosen if outputs[n].strip()][:4]
     pairs = [sources[n] for n in nonempty], [outputs[n] for n in nonempty]
     write_maps(run, model, params, tokenizer, *pairs)

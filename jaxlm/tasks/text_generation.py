@@ -1,12 +1,13 @@
-"""Language models on one long text: its parts as ids, their batches, and scores of a whole part.
+"""Language models of one long text: the ids of its training, validation and test parts, batches, and scores.
 
     corpus = Corpus.split(text, CharTokenizer.from_text(text))
     data = Batches(corpus.source("training", length=96, batch_size=16, model=model), to_batch=to_batch)
     ...                                                                 # train
     scores(model, params, corpus, "validation", length=96)
 
-Families with a state (LSTM, GRU, Transformer-XL) read contiguous columns and carry the state from batch to batch. GPT,
-Llama and gated convolutions read windows in random order.
+For LSTM, GRU and Transformer-XL, a part is split into contiguous columns, one per batch row. Each batch continues the
+columns of the previous batch, and the model state is carried from batch to batch. GPT, Llama and gated convolutions
+read windows in random order, without a state.
 """
 
 from __future__ import annotations
@@ -31,26 +32,29 @@ from jaxlm.training.report import write_samples
 from jaxlm.training.trainer import Carry
 
 WINDOWED = ("gpt", "llama", "resnet_lm")
+"""Families that read independent windows."""
 STREAMED = ("lstm", "gru", "transformer_xl")
+"""Families that read contiguous columns with a carried state."""
 FAMILIES = WINDOWED + STREAMED
-"""Families that can be trained to continue a text: the windowed ones, and those with a state."""
+"""Families that can be trained to continue a text."""
 
 COLUMNS = 8
-"""Number of contiguous columns in which a model with a state scores a part. Only the first tokens of a column have no
-context."""
+"""Number of contiguous columns in which a model with a state scores a part.
+
+Only the first tokens of each column are scored without context."""
 
 MAP_TOKENS = 40
-"""Maximum number of tokens in an attention map of a passage."""
+"""Maximum number of tokens in the attention map of a passage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text as ids, in consecutive parts.
+    """The ids of a text, split into consecutive parts.
 
     Attributes:
         name: name of the text, for messages.
-        parts: ids [tokens] of ``training``, ``validation`` and, if there is one, ``test``.
-        tokens_per_character: number of tokens of the whole text, divided by its number of characters.
+        parts: the ids [tokens] of each part: ``training``, ``validation`` and optionally ``test``.
+        tokens_per_character: number of tokens of the text, divided by its number of characters.
     """
 
     name: str
@@ -65,25 +69,25 @@ class Corpus:
         """The corpus of a text: first the training part, then the validation part, and last the test part.
 
         Raises:
-            ValueError: the fractions leave a part empty, or the tokenizer does not have a character of the text.
+            ValueError: the fractions leave a part empty, or the tokenizer cannot encode a character of the text.
         """
         tokens = tokenizer.encode(text)
         if validation_fraction + test_fraction >= 1.0:
             raise ValueError(
                 f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave nothing to train on"
             )
-        parts, rest = {}, tokens
+        parts, remaining = {}, tokens
         if test_fraction:
-            rest, parts["test"] = split(tokens, test_fraction)
-        parts["training"], parts["validation"] = split(rest, validation_fraction * len(tokens) / len(rest))
+            remaining, parts["test"] = split(tokens, test_fraction)
+        parts["training"], parts["validation"] = split(remaining, validation_fraction * len(tokens) / len(remaining))
         return cls(name, parts, len(tokens) / len(text))
 
     def source(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0
     ) -> Columns | RandomWindows:
-        """The batches of a part: contiguous columns for a model with a state, windows in random order for others.
+        """The batches of a part: contiguous columns for a family of ``STREAMED``, else windows in random order.
 
-        A window of the training part can start at any token. The windows of the other parts do not overlap.
+        In the training part, a window can start at any token. In the other parts, windows do not overlap.
 
         Raises:
             ValueError: the part is too short, or has ids outside the vocabulary of the model.
@@ -102,7 +106,7 @@ class Corpus:
 
 
 def to_batch(window: Window) -> Batch:
-    """The batch of the causal objective for a window of tokens."""
+    """The batch of the causal objective for a window of tokens [B, T + 1]."""
     return causal.batch(window.tokens, window.segment_ids, window.reset)
 
 
@@ -117,14 +121,14 @@ def check_family(model: Model) -> None:
 
 
 def carry(model: Model, rows: int) -> Carry | None:
-    """The rows and the length of the state that is carried from batch to batch; None for families that read windows."""
+    """The batch size and the length of the carried model state. None: the family reads windows and carries no state."""
     return (rows, getattr(model.config, "memory_length", 1)) if model.family in STREAMED else None
 
 
 def whole_columns(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
     """Batches [rows, length] along contiguous columns. Every token except the first is a target exactly once.
 
-    The last column may end with padding of weight 0. If the text is short, whole columns may be padding.
+    The last column can end with padding, which has weight 0. In a short text, some columns have only padding.
     """
     steps = -(-(ids.size - 1) // (rows * length))
     width = steps * length
@@ -136,13 +140,14 @@ def whole_columns(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
 
 
 def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) -> list[Score]:
-    """Nats and bits per character, and perplexity per token, over all tokens of a part except the first.
+    """Nats per character, bits per character, and perplexity per token, over all tokens of a part except the first.
 
-    A model with a state reads the part along :data:`COLUMNS` columns and carries the state. Other models read windows
-    of ``length`` tokens that overlap by half. After the first window, each token has at least half a window of context.
+    A model of a family of ``STREAMED`` reads :data:`COLUMNS` contiguous columns and carries its state. Other models
+    read windows of ``length`` tokens that overlap by half. After the first window, each token has at least half a
+    window of context.
 
     Args:
-        length: number of tokens that the model reads at a time.
+        length: number of tokens of a row that the model reads in one call.
 
     Raises:
         ValueError: the part has fewer than 2 tokens, or the model has fewer positions than ``length``.
@@ -167,9 +172,9 @@ def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) ->
 
 
 def write_sample(run: Path, model: Model, params: Any, tokenizer: Tokenizer, prompt: str, passage: str) -> None:
-    """Write a generated passage for the report of a run: ``sample.txt``, ``samples.jsonl`` and an attention map.
+    """Write a generated passage to ``sample.txt`` and ``samples.jsonl`` of a run, and its attention map.
 
-    The attention map has the first :data:`MAP_TOKENS` tokens of the passage. A family without attention has no map.
+    The attention map has the first :data:`MAP_TOKENS` tokens of the passage. Families without attention have no map.
 
     Args:
         passage: the prompt and its continuation.

@@ -1,10 +1,12 @@
-"""The three kinds of requests of evaluation harnesses, for every generative family.
+"""Answers to the three kinds of requests of evaluation harnesses, for every generative family.
 
 The requests ask for log-likelihoods of continuations, log-likelihoods of whole texts, and generated text. Special
-tokens, truncation and windows are the same as for the model ``hf`` of EleutherAI's lm-evaluation-harness, so results
-are comparable. A causal model reads a context with the special tokens that the tokenizer's template adds before a text
-(Llama's ``<|begin_of_text|>``), without those that it adds after a text. An encoder-decoder reads the context as its
-source, with the whole template. The continuation is its target, without an end token.
+tokens, truncation and windows are the same as for the model type ``hf`` of EleutherAI's lm-evaluation-harness, so
+results are comparable.
+
+A causal model reads a context with the special tokens that the tokenizer adds before a text (for example Llama's
+``<|begin_of_text|>``), but without the special tokens that it adds after a text. An encoder-decoder reads the context
+with all special tokens as its source. The continuation is its target, without an end token.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _OPTIONS = ("until", *_LENGTHS, "do_sample", "temperature", *_FILTERS, "repetiti
 
 
 class TextRequests:
-    """A model and its tokenizer, with methods for the three kinds of requests. Batches have few shapes.
+    """A model and its tokenizer, with one method for each kind of request.
 
     Args:
         model: a language model or an encoder-decoder of any family.
@@ -42,18 +44,18 @@ class TextRequests:
         tokenizer: the tokenizer of the model.
         batch_size: number of rows in a batch.
         max_length: maximum number of tokens that the model reads. Default: the model's ``max_positions``, or no limit
-            if the family has none.
-        prefix_token_id: the context of a text without a context. Default: the tokenizer's beginning-of-sequence token,
-            or else its end token.
-        max_gen_toks: maximum number of new tokens of a request that does not set it.
-        seed: seed of random draws.
+            if the family has no maximum.
+        prefix_token_id: the token that is the context of a text without a context. Default: the tokenizer's BOS token,
+            or its end token if it has no BOS token.
+        max_gen_toks: default for the maximum number of new tokens of a request.
+        seed: seed of random sampling.
 
     Attributes:
-        truncated: for each of the three methods, the number of requests whose context was truncated
-            (``log_likelihoods``, ``generate``) or that were scored in several windows (``rolling_log_likelihoods``).
+        truncated: a count for each of the three methods. ``log_likelihoods`` and ``generate``: number of requests with
+            a truncated context. ``rolling_log_likelihoods``: number of texts that were scored in several windows.
 
     Raises:
-        ValueError: the model has no head for text, or a number is outside its range.
+        ValueError: the model does not predict next tokens, or a number is outside its range.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class TextRequests:
         seed: int = 0,
     ) -> None:
         require_task(
-            model, ("causal", "permutation", "seq2seq"), "it scores and generates no text",
+            model, ("causal", "permutation", "seq2seq"), "it does not score or generate text",
             "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
         )  # fmt: skip
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
@@ -81,7 +83,7 @@ class TextRequests:
         vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
         if prefix_token_id is not None and not 0 <= prefix_token_id < vocab_size:
             raise ValueError(
-                f"prefix_token_id={prefix_token_id} must be an id of the vocabulary, 0 to {vocab_size - 1}"
+                f"prefix_token_id={prefix_token_id} must be an id of the vocabulary, from 0 to {vocab_size - 1}"
             )
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.batch_size, self.max_gen_toks, self.seed = batch_size, max_gen_toks, seed
@@ -89,8 +91,8 @@ class TextRequests:
         if prefix_token_id is None:
             bos_id = tokenizer.special_ids.bos
             prefix_token_id = tokenizer.end_id if bos_id is None else bos_id
-        self._prefix = prefix_token_id
-        self._prefix_text = "" if self._prefix is None else tokenizer.decode([self._prefix])
+        self._prefix_id = prefix_token_id
+        self._prefix_text = "" if prefix_token_id is None else tokenizer.decode([prefix_token_id])
         self.truncated = {"log_likelihoods": 0, "rolling_log_likelihoods": 0, "generate": 0}
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -98,7 +100,8 @@ class TextRequests:
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation in nats, and whether greedy decoding generates it.
 
-        If a context and its continuation together exceed ``max_length``, the beginning of the context is removed.
+        If a context and its continuation together have more than ``max_length`` tokens, the beginning of the context is
+        removed.
 
         Args:
             pairs: (context, continuation) of each request. A context may be empty.
@@ -114,116 +117,120 @@ class TextRequests:
                     f"the continuation of request {number} has {ids.size} tokens, but the model reads {self.max_length}"
                     f": {pairs[number][1][:40]!r}..."
                 )
-            room = self.max_length
-            if room is not None and not self.model.reads_source:
-                room += 1 - ids.size  # the model does not read the last token
-            num_truncated += room is not None and context.size > room
-            contexts.append(context if room is None else context[-room:])
+            max_context = self.max_length
+            if max_context is not None and not self.model.reads_source:
+                max_context += 1 - ids.size  # 1, because the model does not read the last token
+            num_truncated += max_context is not None and context.size > max_context
+            contexts.append(context if max_context is None else context[-max_context:])
             continuations.append(ids)
-        self._report("log_likelihoods", num_truncated, len(pairs), "lost the beginning of their context")
+        self._report("log_likelihoods", num_truncated, len(pairs), "have a truncated context")
         scores = self._score(contexts, continuations)
         return list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
     def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
-        """The log-likelihood of each text in nats, given the prefix token; 0 for an empty text.
+        """The log-likelihood of each text in nats, given the prefix token. An empty text has log-likelihood 0.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
-        once, and the last window has as much context as possible. An encoder-decoder reads the context of each window
-        as its source.
+        once. The last window also reads previous tokens as context, up to ``max_length`` tokens. An encoder-decoder
+        reads the context of each window as its source.
 
         Raises:
             ValueError: there is no prefix token.
         """
-        windows, owners = [], []
+        windows: list[tuple[np.ndarray, np.ndarray]] = []
+        text_numbers: list[int] = []  # the text of each window
         for number, ids in enumerate(self._encode(texts)):
             if ids.size:
-                found = rolling_windows(ids, self._prefix_id(), self.max_length or ids.size)
-                windows += found
-                owners += [number] * len(found)
-        several = int(np.sum(np.bincount(owners, minlength=len(texts)) > 1)) if owners else 0
-        self._report("rolling_log_likelihoods", several, len(texts), "were scored in several windows")
+                text_windows = rolling_windows(ids, self._require_prefix_id(), self.max_length or ids.size)
+                windows += text_windows
+                text_numbers += [number] * len(text_windows)
+        num_split = int(np.sum(np.bincount(text_numbers, minlength=len(texts)) > 1)) if text_numbers else 0
+        self._report("rolling_log_likelihoods", num_split, len(texts), "were scored in several windows")
         scores = self._score([context for context, _ in windows], [ids for _, ids in windows])
-        return (
-            np.bincount(owners, scores.log_likelihoods, minlength=len(texts)).tolist() if owners else [0.0] * len(texts)
-        )
+        if not text_numbers:
+            return [0.0] * len(texts)
+        return np.bincount(text_numbers, scores.log_likelihoods, minlength=len(texts)).tolist()
 
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The generated text for each (context, options), up to the end token or a string of ``until``.
+        """The generated text for each (context, options). It ends before the end token or a string of ``until``.
 
         Special tokens are removed from the text after the search for ``until``.
 
-        The options have the same meaning as in transformers: ``until`` (a string or several), ``max_gen_toks`` (or
-        ``max_new_tokens``, ``max_tokens``, ``max_completion_tokens``), ``do_sample``, ``temperature``, ``top_k``,
-        ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``length_penalty`` and ``early_stopping``. Without
-        ``do_sample`` and ``temperature``, decoding is greedy. Options that are not set are read from
-        ``generation_config.json`` of the model (see :meth:`jaxlm.decoding.GenerationConfig.resolve`).
+        ``until`` is a string or a sequence of strings. ``max_gen_toks`` (or ``max_new_tokens``, ``max_tokens``,
+        ``max_completion_tokens``) is the maximum number of new tokens. The other options have the same meaning as in
+        transformers: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+        ``num_beams``, ``length_penalty`` and ``early_stopping``. Decoding is greedy if neither ``do_sample`` nor
+        ``temperature`` is set. Other options that are not set are read from the model's ``generation_config.json`` (see
+        :meth:`jaxlm.decoding.GenerationConfig.resolve`).
 
-        If a context and the new tokens together exceed ``max_length``, the beginning of the context is removed.
+        If a context and the new tokens together have more than ``max_length`` tokens, the beginning of the context is
+        removed.
 
         Raises:
-            ValueError: an option is not supported, options contradict each other, or the number of new tokens leaves
-                no room for a context. The message names the option.
+            ValueError: an option is not supported, two options are inconsistent, or the number of new tokens leaves no
+                space for a context. The message names the option.
         """
         groups: dict[GenerationConfig, list[int]] = {}
         for number, (_, options) in enumerate(requests):
             groups.setdefault(self.generation_config(options), []).append(number)
         for config in groups:
-            if self._context_room(config) < 1:
+            if self._max_context(config) < 1:
                 raise ValueError(
-                    f"max_gen_toks={config.max_new_tokens} leaves no room for the context, because the model reads "
+                    f"max_gen_toks={config.max_new_tokens} leaves no space for the context, because the model reads "
                     f"max_length={self.max_length} tokens: set a smaller max_gen_toks in the generation_kwargs of the "
                     "task (or in gen_kwargs)"
                 )
         results, num_truncated = [""] * len(requests), 0
         key = jax.random.key(self.seed)
         for group, (config, numbers) in enumerate(groups.items()):
-            room = self._context_room(config)
+            max_context = self._max_context(config)
             rows = self._encode([requests[number][0] for number in numbers])
-            rows = [ids if ids.size else np.array([self._prefix_id()], np.int32) for ids in rows]
-            num_truncated += sum(ids.size > room for ids in rows)
+            rows = [ids if ids.size else np.array([self._require_prefix_id()], np.int32) for ids in rows]
+            num_truncated += sum(ids.size > max_context for ids in rows)
             assert config.sampling is not None
             is_random = config.sampling.temperature > 0.0
+            prompts = [ids[-min(max_context, ids.size) :] for ids in rows]
             texts = generate_text(
-                self.model, self.params, self.tokenizer, [ids[-min(room, ids.size) :] for ids in rows], config,
+                self.model, self.params, self.tokenizer, prompts, config,
                 key=jax.random.fold_in(key, group) if is_random else None,
             )  # fmt: skip
             for number, text in zip(numbers, texts, strict=True):
                 results[number] = self._special_tokens.sub("", text)
-        self._report("generate", num_truncated, len(requests), "lost the beginning of their context")
+        self._report("generate", num_truncated, len(requests), "have a truncated context")
         return results
 
     def generation_config(self, options: Mapping[str, Any]) -> GenerationConfig:
         """The ``GenerationConfig`` for the options of a request of :meth:`generate`."""
         unknown = [f"{name}={value!r}" for name, value in options.items() if name not in _OPTIONS]
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: not supported, options of generation are {', '.join(_OPTIONS)}")
-        given = {name: value for name, value in options.items() if value is not None}
-        lengths = [name for name in _LENGTHS if name in given]
+            raise ValueError(f"{', '.join(unknown)}: not supported, generation options are {', '.join(_OPTIONS)}")
+        set_options = {name: value for name, value in options.items() if value is not None}
+        lengths = [name for name in _LENGTHS if name in set_options]
         if len(lengths) > 1:
             raise ValueError(f"{' and '.join(lengths)} have the same meaning: set one of them")
-        until = given.get("until", ())
+        until = set_options.get("until", ())
         until = (until,) if isinstance(until, str) else tuple(until)
-        is_random = given.get("do_sample", given.get("temperature", 0.0) > 0.0)
-        if is_random and given.get("temperature") == 0.0:
+        is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) > 0.0)
+        if is_random and set_options.get("temperature") == 0.0:
             raise ValueError("do_sample=True and temperature=0.0 contradict each other: set one of them")
-        sampling: dict[str, Any] = {"temperature": float(given.get("temperature", 1.0)) if is_random else 0.0}
+        sampling: dict[str, Any] = {"temperature": float(set_options.get("temperature", 1.0)) if is_random else 0.0}
         if is_random:  # the filters have no effect in greedy decoding
-            sampling |= {name: given[name] for name in _FILTERS if name in given}
+            sampling |= {name: set_options[name] for name in _FILTERS if name in set_options}
             if sampling.get("top_k") == 0:
-                sampling["top_k"] = None  # in transformers, 0 turns the filter off
-        if "repetition_penalty" in given:
-            sampling["repetition_penalty"] = given["repetition_penalty"]
+                sampling["top_k"] = None  # in transformers, top_k=0 disables the filter
+        if "repetition_penalty" in set_options:
+            sampling["repetition_penalty"] = set_options["repetition_penalty"]
         return GenerationConfig(
-            max_new_tokens=int(given[lengths[0]]) if lengths else self.max_gen_toks,
+            max_new_tokens=int(set_options[lengths[0]]) if lengths else self.max_gen_toks,
             # The harness passes an empty string if a task has no delimiter.
             stop=tuple(text for text in until if text),
             batch_size=self.batch_size,
-            **{name: given[name] for name in _BEAMS if name in given},
+            **{name: set_options[name] for name in _BEAMS if name in set_options},
         ).resolve(self.model, self.tokenizer, sampling=sampling)
 
     # ------------------------------------------------------------------------------------------------ internals
 
-    def _context_room(self, config: GenerationConfig) -> int:
+    def _max_context(self, config: GenerationConfig) -> int:
         """The maximum number of tokens of a context."""
         if self.max_length is None:
             return 2**31
@@ -238,79 +245,79 @@ class TextRequests:
 
     @functools.cached_property
     def _special_tokens(self) -> re.Pattern[str]:
-        """A pattern that matches the text of each special token."""
+        """A regular expression that matches the text of every special token."""
         decode, ids = self.tokenizer.decode, range(self.tokenizer.vocab_size)
         texts = {decode([i]) for i in ids if not decode([i], skip_special_tokens=True)} - {""}
         return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
     def _report(self, method: str, count: int, total: int, what: str) -> None:
-        """Add ``count`` to the truncated requests of a method, and log a warning if it is not 0."""
+        """Add ``count`` to ``truncated[method]``, and log a warning if ``count`` is not 0."""
         self.truncated[method] += count
         if count:
-            _LOG.warning("%d of %d requests %s: the model reads %d tokens", count, total, what, self.max_length)
+            _LOG.warning("%d of %d requests %s: the model reads at most %d tokens", count, total, what, self.max_length)
 
-    def _prefix_id(self) -> int:
-        """The id of the prefix token. Raises ValueError if there is none."""
-        if self._prefix is None:
+    def _require_prefix_id(self) -> int:
+        """The id of the prefix token. Raises ``ValueError`` if there is no prefix token."""
+        if self._prefix_id is None:
             raise ValueError(
-                "a text without a context needs a prefix token, and the tokenizer has no token for the beginning or "
-                "the end of a text: set prefix_token_id, for example to the id of a line break"
+                "a text without a context needs a prefix token, and the tokenizer has neither a BOS token nor an end "
+                "token: set prefix_token_id, for example to the id of a line break"
             )
-        return self._prefix
+        return self._prefix_id
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text with its special tokens. For a causal model, an empty text has no ids."""
-        return [ids for ids, _ in self._encode_counting(texts)]
+        """The ids of each text, with its special tokens. For a causal model, an empty text has no ids."""
+        return [ids for ids, _ in self._encode_with_num_special(texts)]
 
-    def _encode_counting(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
-        """The ids of each text with its special tokens, and the number of special tokens before the text."""
+    def _encode_with_num_special(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
+        """The ids of each text, with its special tokens, and the number of special tokens before the text."""
         rows: list[tuple[np.ndarray, int]] = []
         for text, encoding in zip(texts, self.tokenizer.encode_inputs_batch(texts), strict=True):
-            real = np.flatnonzero(encoding.sequence != SPECIAL)
+            text_positions = np.flatnonzero(encoding.sequence != SPECIAL)
             if self._prefix_text and text.startswith(self._prefix_text):
-                rows.append((self.tokenizer.encode(text), 0))  # the text already begins with the special token
-            elif real.size == 0:
+                rows.append((self.tokenizer.encode(text), 0))  # the text already begins with the prefix token
+            elif text_positions.size == 0:
                 rows.append((encoding.ids if self.model.reads_source else encoding.ids[:0], 0))
             else:
-                ids = encoding.ids if self.model.reads_source else encoding.ids[: real[-1] + 1]
-                rows.append((ids, int(real[0])))
+                ids = encoding.ids if self.model.reads_source else encoding.ids[: text_positions[-1] + 1]
+                rows.append((ids, int(text_positions[0])))
         return rows
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The ids of each context and of its continuation."""
+        """The ids of the context and of the continuation of each pair."""
         stripped = []
         for context, continuation in pairs:
-            # In most vocabularies, a word includes the space before it. So move the space to the continuation.
+            # In most vocabularies, a token includes the space before a word, so move the space to the continuation.
             text = context.rstrip()
             stripped.append((text, context[len(text) :] + continuation))
         contexts = self._encode([context for context, _ in stripped])
         if self.model.reads_source:
             encoded = [(self.tokenizer.encode(continuation), 0) for _, continuation in stripped]
         else:
-            encoded = self._encode_counting([context + continuation for context, continuation in stripped])
+            encoded = self._encode_with_num_special([context + continuation for context, continuation in stripped])
         rows = []
         for number, (context_ids, (ids, num_special)) in enumerate(zip(contexts, encoded, strict=True)):
             context, continuation = pairs[number]
             if context == "":  # the context is the prefix token, without other special tokens
                 ids = self.tokenizer.encode(continuation)
-                has_prefix = int(ids[:1].tolist() == [self._prefix])
+                has_prefix = int(ids[:1].tolist() == [self._prefix_id])
                 context_ids, ids = ids[:has_prefix], ids[has_prefix:]
             elif not self.model.reads_source:
                 context_ids = context_ids if stripped[number][0] else ids[:num_special]
                 ids = ids[context_ids.size :]
             if ids.size == 0:
                 raise ValueError(f"the continuation of request {number} has no tokens: {continuation!r}")
-            rows.append((context_ids if context_ids.size else np.array([self._prefix_id()], np.int32), ids))
+            rows.append((context_ids if context_ids.size else np.array([self._require_prefix_id()], np.int32), ids))
         return rows
 
 
 def rolling_windows(ids: np.ndarray, prefix: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The context and the scored tokens of each window of a text. Every token is scored once.
+    """The (context, scored tokens) of each window of a text. Every token is scored once.
 
     Args:
         ids: [tokens].
-        prefix: the token before the first token.
-        length: maximum number of tokens that the model reads in a window. It does not read the last scored token.
+        prefix: the context of the first token.
+        length: maximum number of tokens that the model reads in a window. The last scored token is not read.
 
     Example:
         >>> [(c.tolist(), t.tolist()) for c, t in rolling_windows(np.arange(1, 8), 0, 4)]

@@ -1,1 +1,1 @@
-"""Training: ``trainer`` has the pure step, ``loop`` the side effects, ``optimizer`` the Optax transformations."""
+"""Training: the pure step (``trainer``), the loop with all side effects (``loop``), the Optax chain (``optimizer``)."""

@@ -1,7 +1,8 @@
 """Checks that all experiments run before training, so that a wrong setting fails within seconds.
 
 ``experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before it reads data.
-``experiment.prepare_run`` calls the other functions directly before training. Config classes check their own ranges.
+``experiment.prepare_run`` calls the other functions directly before training. Config classes check the ranges of their
+own fields.
 """
 
 from __future__ import annotations
@@ -37,52 +38,52 @@ LEAST = {
     "stories": 1, "sentences": 1, "largest_group": 1, "cuts": 1, "horizon": 1, "folds": 2, "stride": 0, "games": 0,
     "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
-"""Minimum value of the experiments' settings, by the last part of their dotted name."""
+"""Minimum of each experiment setting. The key is the last part of the setting's dotted name."""
 
 FRACTIONS = {"validation_fraction", "test_fraction", "label_smoothing"}
 """Settings in [0, 1)."""
 
 
 def check_settings(experiment: Any, start: Any) -> None:
-    """Check the settings of an experiment that can be checked without data.
+    """Check the settings of an experiment without reading its data.
 
     Args:
-        start: the configuration before the options changed it (a preset, or the configuration of the resumed run).
+        start: the configuration before the command-line options changed it: a preset, or that of the resumed run.
 
     Raises:
         ValueError: a number is out of its range, or an option changed a setting that has no effect.
     """
     for name, value in numbers_of(experiment):
-        last = name.rpartition(".")[2]
+        field = name.rpartition(".")[2]
         if name.startswith(("training.", "optimizer.")):
             continue  # TrainingConfig and OptimizerConfig check these
-        if value < LEAST.get(last, -math.inf):
-            raise ValueError(f"{name}={value} must be at least {LEAST[last]}")
-        if last in FRACTIONS and not 0.0 <= value < 1.0:
+        if value < LEAST.get(field, -math.inf):
+            raise ValueError(f"{name}={value} must be at least {LEAST[field]}")
+        if field in FRACTIONS and not 0.0 <= value < 1.0:
             raise ValueError(f"{name}={value} must be at least 0 and less than 1")
-        if last == "similarity" and not 0.0 < value <= 1.0:
+        if field == "similarity" and not 0.0 < value <= 1.0:
             raise ValueError(f"{name}={value} must be above 0 and at most 1")
-        if last == "epochs" and not 0.0 < value <= 1e6:
+        if field == "epochs" and not 0.0 < value <= 1e6:
             raise ValueError(f"{name}={value} must be above 0 and at most a million")
-    for name, reason in _unused(experiment):
+    for name, reason in _settings_without_effect(experiment):
         value = _get(experiment, name)
         if value != _get(start, name):
-            raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{_option(name)} out")
+            raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{_option_name(name)} out")
 
 
-def _option(name: str) -> str:
+def _option_name(name: str) -> str:
     return name.replace("_", "-")
 
 
 def _get(config: Any, name: str, default: Any = None) -> Any:
-    """The setting with this dotted name, or ``default`` if the experiment has no such setting."""
+    """The value of the setting with this dotted name, or ``default`` if the experiment has no such setting."""
     for part in name.split("."):
         config = getattr(config, part, default)
     return config
 
 
-def _unused(experiment: Any) -> Iterator[tuple[str, str]]:
-    """The settings that have no effect given the other settings, as pairs of dotted name and reason."""
+def _settings_without_effect(experiment: Any) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, reason) for each setting that has no effect because of the other settings."""
 
     def get(name: str, default: Any = None) -> Any:
         return _get(experiment, name, default)
@@ -100,7 +101,7 @@ _Get = Callable[..., Any]
 
 
 def _reads_source(get: _Get) -> bool:
-    """Whether the model of the experiment is an encoder-decoder; True if this is unknown."""
+    """Whether the model of the experiment is an encoder-decoder; True if the family is unknown."""
     with contextlib.suppress(ValueError):
         return get("model.pretrained") is not None or get_model(get("model.name")).reads_source
     return True
@@ -129,15 +130,15 @@ RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     ),
     (
         "tokenizer", lambda get: get("model.pretrained") is not None,
-        "the directory of model.pretrained has the tokenizer",
+        "the directory of model.pretrained contains the tokenizer",
     ),
     (
         "template vocabulary min_frequency", lambda get: get("model.pretrained") is not None,
-        "the directory of model.pretrained has the tokenizer",
+        "the directory of model.pretrained contains the tokenizer",
     ),
     (
         "vocab_size", lambda get: get("model.pretrained") is not None and get("template") is not None,
-        "the directory of model.pretrained has the tokenizer",
+        "the directory of model.pretrained contains the tokenizer",
     ),
     ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
     (
@@ -145,16 +146,16 @@ RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "data.test or folds determines the test part",
     ),
     ("data.test", lambda get: get("folds") is not None, "folds are made of data.train"),
-    ("test_fraction", lambda get: get("test") is not None, "the test part is the file of test"),
+    ("test_fraction", lambda get: get("test") is not None, "the test part is read from the file test"),
     (
         "stories sentences", lambda get: get("stories") is not None and get("data") is not None,
         "the questions are read from data",
     ),
-    ("min_count", lambda get: get("notation") == "uci", "the vocabulary of uci has every move"),
+    ("min_count", lambda get: get("notation") == "uci", "the uci vocabulary contains every move"),
     ("cuts horizon", lambda get: get("cuts") is not None and not _reads_source(get), "only encoder-decoders use it"),
     ("tests.opening_moves", lambda get: get("tests.engine") == 0, "no game against Stockfish is played"),
 )  # fmt: skip
-"""Settings that have no effect under a condition: (dotted names, condition, reason)."""
+"""Rules (dotted names, condition, reason): the settings have no effect if the condition is True."""
 
 
 def check_output(directory: Path, *, resume: bool) -> None:
@@ -170,28 +171,28 @@ def check_output(directory: Path, *, resume: bool) -> None:
         raise FileExistsError(
             f"{directory} is not empty: choose another --output, or continue with --resume {directory}"
         )
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    new_directories = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     finally:
-        for path in missing:  # if a later check fails, no directory is left
+        for path in new_directories:  # a later check may fail, and a failed start must not leave an empty directory
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
-    """Check that a tokenizer belongs to a model. A model may have some unused ids, because vocabularies are padded.
+    """Check that a tokenizer belongs to a model. The model may have some unused ids, because vocabularies are padded.
 
     Raises:
         ValueError: the tokenizer has more ids than the model, or less than 90 % of the model's ids.
     """
-    ids, sizes = tokenizer.vocab_size, (model.config.vocab_size, source_vocab_size(model))
-    if ids > min(sizes) or ids < 0.9 * min(sizes):
+    tokenizer_ids, model_ids = tokenizer.vocab_size, min(model.config.vocab_size, source_vocab_size(model))
+    if tokenizer_ids > model_ids or tokenizer_ids < 0.9 * model_ids:
         raise ValueError(
-            f"the tokenizer has {ids:,} ids, and the model has {min(sizes):,}: this is the tokenizer of another model; "
-            "replace it with the tokenizer of the model"
+            f"the tokenizer has {tokenizer_ids:,} ids, and the model has {model_ids:,}: this is the tokenizer of "
+            "another model; replace it with the tokenizer of the model"
         )
 
 
@@ -211,7 +212,7 @@ def check_best_metric(config: TrainingConfig, evaluate: Evaluator) -> None:
 
 
 def check_request(model: Model, tokenizer: Tokenizer, request: GenerationConfig) -> GenerationConfig:
-    """``request`` with a value in every field, after checking that the model supports it.
+    """Check that the model supports ``request``, and return ``request`` with a value in every field.
 
     Raises:
         ValueError: a value is out of its range.
@@ -235,9 +236,9 @@ def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None
         checkpoints: whether the run saves checkpoints.
 
     Raises:
-        OSError: the disk has less free space (``ENOSPC``).
+        OSError: the disk does not have enough free space (``ENOSPC``).
     """
-    needed = _bytes(spec.abstract(trainer.model.specs)) + (_bytes(trainer.abstract()) if checkpoints else 0)
+    needed = _num_bytes(spec.abstract(trainer.model.specs)) + (_num_bytes(trainer.abstract()) if checkpoints else 0)
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -247,7 +248,7 @@ def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None
         )
 
 
-def _bytes(tree: Any) -> int:
+def _num_bytes(tree: Any) -> int:
     return sum(
         math.prod(leaf.shape) * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)

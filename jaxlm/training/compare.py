@@ -1,4 +1,4 @@
-"""A table and a plot that compare runs, for ``jaxlm compare RUN RUN ...``."""
+"""Compare runs in a table and a plot (``jaxlm compare RUN RUN ...``)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ MISSING = "-"
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
-    """A Markdown table with one row per run, with aligned columns for reading in a terminal.
+    """A Markdown table with one row per run. The columns are aligned, so that it is readable in a terminal.
 
     Columns: run, family, parameters, steps, minutes, the last value of each validation metric with the best value in
-    parentheses, and each score with its 95 % interval. A dash marks a value that a run does not have.
+    parentheses, and each score with its 95 % interval. A dash marks a missing value.
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        ValueError: ``runs`` is empty, a directory is not a run, or a file of a run is damaged.
+        ValueError: ``runs`` is empty, a directory is not a run directory, or a file of a run is damaged.
     """
     paths = _check_runs(runs)
-    records = [_records(path) for path in paths]
+    records = [_read_records(path) for path in paths]
     results = [report.read_results(path) if (path / report.RESULTS).exists() else {} for path in paths]
-    metrics = _metrics(records)
+    metrics = _validation_metrics(records)
     scores = list(dict.fromkeys(score.name for result in results for score in result.get("scores", [])))
-    head = ["run", "family", "parameters", "steps", "minutes"]
-    head += [f"{plots.readable(metric)} (best)" for metric in metrics] + scores
-    cells = [head]
-    for name, run, result in zip(_names(paths), records, results, strict=True):
+    header = ["run", "family", "parameters", "steps", "minutes"]
+    header += [f"{plots.readable(metric)} (best)" for metric in metrics] + scores
+    cells = [header]
+    for name, run, result in zip(_run_names(paths), records, results, strict=True):
         texts = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
-        cells.append([*_facts(name, run, result), *_values(run, metrics), *(texts.get(key, MISSING) for key in scores)])
-    widths = [max(len(line[index]) for line in cells) for index in range(len(head))]
+        score_cells = [texts.get(key, MISSING) for key in scores]
+        cells.append([*_run_cells(name, run, result), *_metric_cells(run, metrics), *score_cells])
+    widths = [max(len(line[index]) for line in cells) for index in range(len(header))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     return "\n".join(lines)
@@ -43,13 +44,13 @@ def draw_comparison(runs: Sequence[str | Path], picture: str | Path) -> None:
 
     Raises:
         FileNotFoundError: a directory does not exist.
-        ValueError: ``runs`` is empty, a directory is not a run, or no run has a validation metric.
+        ValueError: ``runs`` is empty, a directory is not a run directory, or no run has a validation metric.
         ImportError: matplotlib is not installed.
     """
     paths = _check_runs(runs)
-    records = {name: _records(path) for name, path in zip(_names(paths), paths, strict=True)}
+    records = {name: _read_records(path) for name, path in zip(_run_names(paths), paths, strict=True)}
     panels = []
-    for metric in _metrics(records.values()):
+    for metric in _validation_metrics(records.values()):
         series = []
         for index, (name, run) in enumerate(records.items()):
             steps, values = report.curve(run, metric)
@@ -65,24 +66,24 @@ def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
     return [report.check_run(run) for run in runs]
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def _run_names(paths: Sequence[Path]) -> list[str]:
     """The names of the directories, or their complete paths if two directories have the same name."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _read_records(path: Path) -> list[dict[str, Any]]:
     metrics = path / report.METRICS
     return report.read_metrics(metrics) if metrics.exists() else []
 
 
-def _metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
-    """The validation metrics of all runs, with the loss first."""
+def _validation_metrics(runs: Iterable[list[dict[str, Any]]]) -> list[str]:
+    """The names of the validation metrics of all runs, with the loss first."""
     return report.validation_metrics([record for records in runs for record in records])
 
 
-def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
-    """The cells for run, family, parameters, steps and minutes."""
+def _run_cells(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
+    """The cells of the columns run, family, parameters, steps and minutes."""
     steps = [record["step"] for record in records if "step" in record]
     family, parameters, minutes = (results.get(key) for key in ("family", "parameters", "minutes"))
     return [
@@ -94,8 +95,8 @@ def _facts(name: str, records: list[dict[str, Any]], results: dict[str, Any]) ->
     ]
 
 
-def _values(records: list[dict[str, Any]], metrics: Sequence[str]) -> list[str]:
-    """The last value of each metric, with the best value in parentheses."""
+def _metric_cells(records: list[dict[str, Any]], metrics: Sequence[str]) -> list[str]:
+    """One cell per metric: the last value, with the best value in parentheses."""
     cells = []
     for metric in metrics:
         values = report.curve(records, metric)[1]

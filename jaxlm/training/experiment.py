@@ -1,4 +1,4 @@
-"""Functions shared by experiment modules: model from options, command line, run directory and its files."""
+"""Functions shared by the experiment modules: build the model, run the command line, write the run directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jaxlm.training.trainer import Trainer
 E = TypeVar("E")
 
 STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
-"""Exit status of a run by the signal that ended it."""
+"""Exit status of a run for each signal that can end it. None: the run finished."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,9 @@ class ModelConfig:
         """The model and its initial parameters (None: random initialization).
 
         Args:
-            seed: seed of parameters that the directory does not have, such as a new head.
-            fixed: fields that follow from the data, such as ``vocab_size`` or ``num_labels``; ``set`` may not change
-                them.
+            seed: seed for initializing parameters that ``pretrained`` does not contain, such as a new head.
+            fixed: config fields that follow from the data, such as ``vocab_size`` or ``num_labels``. ``set`` may not
+                change them.
 
         Raises:
             ValueError: a name or field is unknown, or ``set`` changes a field of ``fixed``.
@@ -80,19 +80,19 @@ def command_line(
     description: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """The exit status of the experiment ``name`` (``jaxlm.command_line``).
+    """Run the experiment ``name`` and return its exit status (``jaxlm.command_line`` lists the values).
 
     The settings and the output directory are checked before ``run`` reads data (``jaxlm.training.checks``).
 
     Args:
-        run: a function that trains with a configuration, or resumes the run of a directory.
+        run: a function of a configuration and the directory of the run to resume; None starts a new run.
         description: the docstring of the module; ``--help`` shows its first line.
     """
-    given, debug = split_debug(arguments)
+    options, debug = split_debug(arguments)
 
     def command() -> int:
         experiment, start, resume = parse_experiment(
-            default, presets, given, program=f"python -m experiments.{name}", description=description.split("\n")[0]
+            default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0]
         )
         checks.check_settings(experiment, start)
         output = resume or experiment.output  # type: ignore[attr-defined]
@@ -118,13 +118,13 @@ def prepare_run(
     nothing is written if one of them fails.
 
     Args:
-        request: settings of the text that is generated after the training.
+        request: settings for generating text after the training.
 
     Raises:
         FileExistsError: the directory is not empty.
         OSError: the directory is not writable, or its disk has no space for a checkpoint and the exported model.
-        ValueError: the tokenizer does not belong to the model, the model does not support ``request``, or ``evaluate``
-            does not return ``training.best_metric``.
+        ValueError: the tokenizer does not belong to the model; the model has no next-token head for a next-token loss;
+            the model does not support ``request``; or ``evaluate`` does not return ``training.best_metric``.
     """
     checks.check_task(trainer)
     checks.check_best_metric(experiment.training, evaluate)
@@ -154,20 +154,21 @@ def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str])
     for field in fields:
         value, saved = map(operator.attrgetter(field), (experiment, saved_experiment))
         if value != saved:
-            raise ValueError(f"{field}={value} cannot change in a resumed run (it is {saved}): leave it out")
+            raise ValueError(f"{field}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
 
 
 def make_run(directory: Path, experiment: Any, resume: Path | None) -> Run:
-    """The ``Run`` of a directory. Each checkpoint has the configuration and the versions of jaxlm and JAX."""
+    """The ``Run`` of a directory. Its checkpoints contain the configuration and the versions of jaxlm and JAX."""
     meta = {"experiment": config_lib.to_json(experiment), "jaxlm": jaxlm.__version__, "jax": jax.__version__}
     return Run(directory, meta, resume=resume is not None)
 
 
 def export(directory: Path, experiment: Any, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
-    """Whether the run finished. If so, ``model/`` (Hugging Face layout) and the loss curves have been written.
+    """Write ``config.json`` and, if the run finished, ``model/`` (Hugging Face layout) and the loss curves.
 
-    The configuration is written here, also after an interruption, so that the next ``--resume`` has changed options. It
-    is not written earlier, so that a failed ``--resume`` leaves the previous configuration.
+    Returns whether the run finished. ``config.json`` is also written after an interruption, so that the next
+    ``--resume`` uses the changed options. It is not written before training, so that a failed ``--resume`` does not
+    change it.
     """
     if processes.is_first():
         config_lib.write(experiment, directory / "config.json")
@@ -182,15 +183,15 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
 def report(
     directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], result: Result, **details: Any
 ) -> Path:
-    """The path of ``report.html``. Writes it, ``results.json`` and, if there are attention maps, ``attention.png``.
+    """Write ``report.html`` and ``results.json``, print the scores, and return the path of ``report.html``.
 
-    The scores are printed.
+    If the run has attention maps, ``attention.png`` is written too.
 
     Args:
         begun: ``time.perf_counter()`` at the start of the run.
-        result: result of the training; its step, number of compilations and speed are written too.
+        result: result of the training. ``results.json`` contains its step, number of compilations and speed.
         scores: a sequence of ``jaxlm.metrics.Score``.
-        details: further values for ``results.json``.
+        details: additional values for ``results.json``.
     """
     minutes = (time.perf_counter() - begun + result.earlier_seconds) / 60
     speed = {
@@ -198,7 +199,7 @@ def report(
         "training_tokens_per_second": result.tokens_per_second,
         "seconds_to_first_loss": result.seconds_to_first_loss,
     }
-    measured = {name: round(value, 1) for name, value in speed.items() if math.isfinite(value)}  # NaN without a step
+    measured = {name: round(value, 1) for name, value in speed.items() if math.isfinite(value)}  # NaN: no step was run
     write_results(
         directory, task=task, family=model.family, parameters=model.num_parameters, minutes=minutes, scores=scores,
         steps=result.step, compilations=result.compilations, **measured, **details,

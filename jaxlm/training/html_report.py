@@ -21,7 +21,7 @@ SHOWN_SAMPLES = 20
 """Number of visible samples; further samples are in a collapsed section."""
 
 SHORT = 20
-"""A sample column is not wrapped if its longest cell has at most this many characters."""
+"""The cells of a sample column are not wrapped if the longest cell has at most this many characters."""
 
 REPORT = "report.html"
 CONFIG = "config.json"
@@ -30,14 +30,14 @@ _Section = tuple[str, str, str]  # identifier, heading, HTML
 
 
 def write_report(run: str | Path) -> Path:
-    """The path of ``report.html``, which is written to a run directory.
+    """Write ``report.html`` to a run directory and return its path.
 
-    The page has one section for each result file of the run (``jaxlm.training.report`` lists them). With several
-    processes, only the first one writes.
+    The page has one section for each result file of the run (``jaxlm.training.report`` lists these files). With several
+    processes, only the first process writes.
 
     Raises:
         FileNotFoundError: the directory does not exist.
-        ValueError: the directory is not a run, or one of its files is damaged.
+        ValueError: the directory is not a run directory, or one of its files is damaged.
         ImportError: the run has metrics and matplotlib is not installed.
     """
     run = report.check_run(run)
@@ -55,12 +55,12 @@ def _page(run: Path) -> str:
     sections = [
         section
         for section in (
-            _scores(results.get("scores", [])),
-            _curves(records),
-            _samples(run),
-            _confusion(run),
-            _attention(run),
-            _boards(run),
+            _score_section(results.get("scores", [])),
+            _curve_section(records),
+            _sample_section(run),
+            _confusion_section(run),
+            _attention_section(run),
+            _board_section(run),
         )
         if section is not None
     ]
@@ -73,7 +73,7 @@ def _page(run: Path) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f'<header><h1>{escape(title)}</h1><p class="path">{escape(run.resolve().name)}</p></header>'
-        f"{_facts(results, records)}{_configuration(run)}<nav>{links}</nav>{body}{_footer(results)}"
+        f"{_summary(results, records)}{_configuration(run)}<nav>{links}</nav>{body}{_footer(results)}"
         "</main></body></html>\n"
     )
 
@@ -81,19 +81,19 @@ def _page(run: Path) -> str:
 # --------------------------------------------------------------------------------------------- header and footer
 
 
-def _facts(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """The number of steps, and the entries of ``results.json`` except title, scores and versions."""
-    facts = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
+def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """A list of the number of steps and the entries of ``results.json``, except title, scores and versions."""
+    entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in records if "step" in record]
     if steps:
-        facts = {"steps": max(steps), **facts}
+        entries = {"steps": max(steps), **entries}
     items = "".join(
-        f"<div><dt>{escape(plots.readable(name))}</dt><dd>{_value(facts[name])}</dd></div>" for name in facts
+        f"<div><dt>{escape(plots.readable(name))}</dt><dd>{_value_html(entries[name])}</dd></div>" for name in entries
     )
-    return f'<dl class="facts">{items}</dl>' if facts else ""
+    return f'<dl class="facts">{items}</dl>' if entries else ""
 
 
-def _value(value: Any) -> str:
+def _value_html(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
@@ -118,7 +118,7 @@ def _footer(results: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------- scores and curves
 
 
-def _scores(scores: Sequence[Score]) -> _Section | None:
+def _score_section(scores: Sequence[Score]) -> _Section | None:
     if not scores:
         return None
     rows = "".join(
@@ -128,15 +128,15 @@ def _scores(scores: Sequence[Score]) -> _Section | None:
         f'<td class="detail">{escape(score.detail).replace("|", "|<wbr>")}</td></tr>'
         for score in scores
     )
-    head = "<tr><th>metric</th><th>value</th><th>95 % interval</th><th>examples</th><th>method</th></tr>"
+    header = "<tr><th>metric</th><th>value</th><th>95 % interval</th><th>examples</th><th>method</th></tr>"
     return (
         "scores",
         "Scores",
-        f'<div class="wide"><table class="scores"><thead>{head}</thead><tbody>{rows}</tbody></table></div>',
+        f'<div class="wide"><table class="scores"><thead>{header}</thead><tbody>{rows}</tbody></table></div>',
     )
 
 
-def _curves(records: list[dict[str, Any]]) -> _Section | None:
+def _curve_section(records: list[dict[str, Any]]) -> _Section | None:
     main, details = plots.training_panels(records), plots.optimization_panels(records)
     if not main and not details:
         return None
@@ -154,7 +154,7 @@ def _figures(panels: Sequence[plots.Panel], prefix: str) -> str:
 # --------------------------------------------------------------------------------------------- samples
 
 
-def _samples(run: Path) -> _Section | None:
+def _sample_section(run: Path) -> _Section | None:
     rows = report.read_samples(run) if (run / report.SAMPLES).exists() else []
     if not rows:
         return None
@@ -172,22 +172,22 @@ def _samples(run: Path) -> _Section | None:
 
 def _sample_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], short: set[str]) -> str:
     """A table of samples; the cells of the ``short`` columns are not wrapped."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    header = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(_sample_cell(row, name, short) for name in columns)}</tr>" for row in rows)
-    return f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="samples"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _sample_cell(row: Mapping[str, str], name: str, short: set[str]) -> str:
-    wrong = name == "output" and "label" in row and row.get("output") != row["label"]
-    mark = ' <span class="wrong">wrong</span>' if wrong else ""
-    kind = "short" if name in short else "text"
-    return f'<td data-name="{escape(name)}" class="{kind}" dir="auto">{escape(row.get(name, ""))}{mark}</td>'
+    is_wrong = name == "output" and "label" in row and row.get("output") != row["label"]
+    mark = ' <span class="wrong">wrong</span>' if is_wrong else ""
+    css_class = "short" if name in short else "text"
+    return f'<td data-name="{escape(name)}" class="{css_class}" dir="auto">{escape(row.get(name, ""))}{mark}</td>'
 
 
 # --------------------------------------------------------------------------------------------- heat maps
 
 
-def _confusion(run: Path) -> _Section | None:
+def _confusion_section(run: Path) -> _Section | None:
     if not (run / report.CONFUSION).exists():
         return None
     labels, counts = report.read_confusion(run)
@@ -202,17 +202,17 @@ def _confusion(run: Path) -> _Section | None:
         + f'<td class="total">{int(totals[index, 0]):,}</td></tr>'
         for index, label in enumerate(labels)
     )
-    head = f'<tr><td></td>{_column_names(labels)}<th class="total">all</th></tr>'
+    header = f'<tr><td></td>{_column_names(labels)}<th class="total">all</th></tr>'
     caption = "Rows are labels, columns are predictions. The shade shows the fraction of the examples with this label."
-    table = f'<table class="heat confusion"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    table = f'<table class="heat confusion"><thead>{header}</thead><tbody>{rows}</tbody></table>'
     return "confusion", "Confusion matrix", f'<p class="note">{caption}</p><div class="wide">{table}</div>'
 
 
-def _attention(run: Path) -> _Section | None:
+def _attention_section(run: Path) -> _Section | None:
     maps = report.read_attention(run) if (run / report.ATTENTION).exists() else []
     if not maps:
         return None
-    caption = "Each row is a token that attends to the columns; a stronger color is more weight." + _SCALE
+    caption = "Each row is a token that attends to the columns; a stronger color is a larger weight." + _SCALE
     figures = "".join(
         f'<figure class="wide"><figcaption>{escape(item.title)}</figcaption>{_attention_table(item)}</figure>'
         for item in maps
@@ -230,8 +230,8 @@ def _attention_table(item: report.AttentionMap) -> str:
         + "</tr>"
         for row, weights in zip(item.rows, np.asarray(item.weights, np.float64), strict=True)
     )
-    head = "".join(f'<th scope="col" class="upright"><span>{_token(column)}</span></th>' for column in item.columns)
-    return f'<table class="heat map"><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    header = "".join(f'<th scope="col" class="upright"><span>{_token(column)}</span></th>' for column in item.columns)
+    return f'<table class="heat map"><thead><tr><td></td>{header}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def _heat_cell(fraction: float, text: str, title: str) -> str:
@@ -242,13 +242,13 @@ def _heat_cell(fraction: float, text: str, title: str) -> str:
 
 def _column_names(names: Sequence[str]) -> str:
     """The column names as header cells; the text is vertical if there are many names or if a name is long."""
-    vertical = len(names) > 6 or max(map(len, names), default=0) > 14
-    kind = ' class="upright"' if vertical else ""
-    return "".join(f'<th scope="col"{kind}><span>{escape(name)}</span></th>' for name in names)
+    is_vertical = len(names) > 6 or max(map(len, names), default=0) > 14
+    css_class = ' class="upright"' if is_vertical else ""
+    return "".join(f'<th scope="col"{css_class}><span>{escape(name)}</span></th>' for name in names)
 
 
 def _token(token: str) -> str:
-    """A token as visible text, because a space or line break alone would look like an empty label."""
+    """A token as visible text. Without the replacements, a space or a line break would look like an empty label."""
     return escape(token.replace("\n", "⏎")) if token.strip() else "␣" * max(len(token), 1)
 
 
@@ -258,32 +258,32 @@ _SCALE = '<span class="scale" aria-hidden="true"><i>0</i><b></b><i>1</i></span>'
 # --------------------------------------------------------------------------------------------- chess
 
 
-def _boards(run: Path) -> _Section | None:
+def _board_section(run: Path) -> _Section | None:
     boards = report.read_boards(run) if (run / report.BOARDS).exists() else []
     if not boards:
         return None
     figures = "".join(
-        f"<figure><figcaption>{escape(board.title)}</figcaption>{_board(board, index)}"
+        f"<figure><figcaption>{escape(board.title)}</figcaption>{_board_html(board, index)}"
         f'<p class="note">{escape(board.text)}</p></figure>'
         for index, board in enumerate(boards)
     )
     return "boards", "Boards", f'<div class="boards">{figures}</div>'
 
 
-def _board(board: report.Board, index: int) -> str:
+def _board_html(board: report.Board, index: int) -> str:
     try:
         import chess
         import chess.svg
     except ImportError:
-        note = "pip install 'jaxlm[chess]' and write the report again to see the board."
+        note = "To see the board, run pip install 'jaxlm[chess]' and write the report again."
         return f"<p><code>{escape(board.fen)}</code></p><p class='note'>{note}</p>"
     try:
         position = chess.Board(board.fen)
         move = None if board.last_move is None else chess.Move.from_uci(board.last_move)
     except ValueError as error:
         raise ValueError(f"board {board.title!r} in {report.BOARDS}: {error}") from error
-    check = position.king(position.turn) if position.is_check() else None
-    drawing = chess.svg.board(position, lastmove=move, check=check)
+    checked_king = position.king(position.turn) if position.is_check() else None
+    drawing = chess.svg.board(position, lastmove=move, check=checked_king)
     return plots.inline(drawing, f"board-{index}", label=f"chess position {board.fen}")
 
 

@@ -31,13 +31,13 @@ from jaxlm.training.trackers import Tracker
 from jaxlm.training.trainer import Metrics, Trainer, TrainState, place_batch
 
 METRICS_LAG = 2
-"""The host reads metrics this many steps late, so that it never waits for a step that it has just started."""
+"""The host reads metrics this many steps late, so that it never waits for a step that it has just dispatched."""
 
 EARLY_STEPS = 10
-"""The metrics of this many first steps are always written, whatever ``log_every`` is."""
+"""The metrics of the first steps of a run, up to this number, are always written, regardless of ``log_every``."""
 
 Evaluate = Callable[[Any], Mapping[str, float]]
-"""Function from the model's parameters to named validation metrics with ``loss`` (``jaxlm.training.evaluation``)."""
+"""Function that computes validation metrics, including ``loss``, from parameters (``jaxlm.training.evaluation``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class TrainingConfig:
     grad_accum_steps: int = 1
     """Micro-batches per batch, computed one after the other to save memory; their gradients are summed."""
     ema_decay: float | None = None
-    """Decay of the moving average of the weights, which is evaluated and exported instead of the weights. None: no
-    average."""
+    """Decay of the exponential moving average of the weights. The average is evaluated and exported instead of the
+    weights. None: no average."""
     evaluate_every: int = 250
     """Steps between evaluations."""
     evaluation_batches: int = 20
@@ -64,7 +64,7 @@ class TrainingConfig:
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower (min) or a higher (max) value of best_metric is better."""
     restore_best: bool = False
-    """Use the weights of the best evaluation at the end instead of the last weights. Each new best evaluation saves a
+    """At the end, use the weights of the best evaluation instead of the last weights. Each new best evaluation saves a
     checkpoint."""
     patience: int | None = None
     """Stop after this many evaluations in a row without an improvement of best_metric; None never stops early."""
@@ -83,9 +83,9 @@ class TrainingConfig:
     max_skipped_in_a_row: int = 10
     """After this many skipped steps in a row, go back to a checkpoint (max_rollbacks), or stop with an error."""
     max_rollbacks: int = 0
-    """How often a run may go back to its newest checkpoint, after max_skipped_in_a_row skipped steps or after weights
-    that are not finite. Training continues from the checkpoint and leaves out the batches since then, as in PaLM
-    (Chowdhery et al. 2022, section 5.1). 0 stops with an error instead."""
+    """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
+    goes back to its newest checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al. 2022, section
+    5.1). 0 stops with an error instead."""
     seed: int = 0
     """Seed of the initial weights, dropout and the order of the data."""
 
@@ -151,11 +151,11 @@ class Result:
         state: the last state, or the state of the best evaluation (``restore_best``).
         params: the parameters of the model for evaluation and export (``Trainer.model_params``).
         step: the step of ``state``.
-        validation: metrics of the last evaluation, or of the best one (``restore_best``); None if interrupted.
+        validation: metrics of the last evaluation, or of the best evaluation (``restore_best``); None if interrupted.
         interrupted: the signal that ended the run (``SIGINT``, ``SIGTERM``), or None.
         seconds_to_first_loss: seconds from the call until the first loss is on the host, including compilation.
-        tokens_per_second: tokens that the model read per second, without the first step.
-        examples_per_second: examples per second, without the first step.
+        tokens_per_second: tokens that the model read per second, excluding the first step.
+        examples_per_second: examples per second, excluding the first step.
         compilations: number of distinct batch shapes; the step was compiled once for each shape.
         tokens: tokens that the model has read up to ``state``, including those before a resume.
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
@@ -189,24 +189,24 @@ class Result:
 def train(
     trainer: Trainer, data: Batches, evaluate: Evaluate, config: TrainingConfig, run: Run, params: Any = None
 ) -> Result:
-    """The result of a training run, which writes ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run.
+    """Train a model, write ``metrics.jsonl`` and ``checkpoints/`` to the directory of the run, and return the result.
 
-    With several processes, every process calls this function, each with its own rows in ``data``. The mesh must have
-    all devices, and all processes must share the directory (without checkpoints, each process may use a different
-    directory). The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
+    With several processes, every process calls this function with its own rows in ``data``. The mesh must contain the
+    devices of all processes. All processes must share the directory (without checkpoints, each process may use a
+    different directory). The first process writes ``metrics.jsonl``. A signal to one process ends all processes.
 
-    A resumed run that has reached its last step, or has stopped early, returns the result of its checkpoint and trains
-    no further step. Only one run at a time may train in a directory.
+    If a resumed run has reached its last step or has stopped early, it returns the result of its checkpoint without
+    further steps. Only one run at a time may train in a directory.
 
     Args:
         trainer: model, optimizer and loss (``config.trainer(...)`` creates one).
-        data: yields the batches of the objective.
-        evaluate: a function from the model's parameters to validation metrics.
+        data: iterator over the batches of the objective.
+        evaluate: a function that computes validation metrics from the model's parameters.
         params: initial parameters; None initializes them at random.
 
     Raises:
-        DivergedError: ``config.max_skipped_in_a_row`` steps in a row were skipped, or the weights were not finite, and
-            no rollback was left.
+        DivergedError: after ``config.max_rollbacks`` rollbacks, ``config.max_skipped_in_a_row`` steps in a row were
+            skipped or the weights were not finite.
         FileExistsError: the directory has checkpoints and ``run.resume`` is False.
         BlockingIOError: another process trains in the directory.
         CorruptCheckpointError: the newest checkpoint of a resumed run is damaged or inconsistent.
@@ -244,13 +244,13 @@ class _Loop:
         self._run, self._checkpoints = run, checkpoints
         self._model_params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
-        self._shapes: set[Any] = set()
+        self._batch_shapes: set[Any] = set()
         self._records = _Records(MetricsFile(run.directory / "metrics.jsonl"), run.trackers)
         self._validation: Mapping[str, float] | None = None
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
         self._without_improvement = 0
-        self._losses: list[float] = []  # of all evaluations; NT-ASGD decides from them when averaging starts
+        self._validation_losses: list[float] = []  # of all evaluations until NT-ASGD starts averaging
         self._dropped_batches = data.state()["next"]  # step i reads batch i - 1 + this number
         self._tokens = 0
         self._rollbacks = 0
@@ -294,10 +294,10 @@ class _Loop:
             )
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
-        """Check that the settings that a resumed run may not change are equal to the saved ones."""
-        progress = saved.get("evaluation", {})
+        """Check that a resumed run has the saved value of each setting that must not change."""
+        evaluation = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
-            _require_same(name, getattr(self._config, name), progress.get(name, getattr(self._config, name)))
+            _require_same(name, getattr(self._config, name), evaluation.get(name, getattr(self._config, name)))
         saved_model, model = saved.get("model", {}), self._model_metadata()
         for name in ("family", "adaptation"):
             _require_same(name, model[name], saved_model.get(name, model[name]))
@@ -319,13 +319,13 @@ class _Loop:
         }
 
     def _resume_from(self, state: TrainState, saved: Mapping[str, Any]) -> None:
-        """Set the training state and the history of evaluations to those of a checkpoint."""
-        progress, training = saved.get("evaluation", {}), saved.get("training", {})
+        """Set the training state and the evaluation history to the values in a checkpoint."""
+        evaluation, training = saved.get("evaluation", {}), saved.get("training", {})
         self.step = int(state.step)
-        self._best = progress.get("best")
-        self._without_improvement = progress.get("without_improvement", 0)
+        self._best = evaluation.get("best")
+        self._without_improvement = evaluation.get("without_improvement", 0)
         self._validation, self._evaluated_step = saved.get("validation"), self.step
-        self._losses = _none_to_nan(progress.get("losses", []))
+        self._validation_losses = _none_to_nan(evaluation.get("losses", []))
         self._tokens = training.get("tokens", 0)
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
@@ -337,14 +337,15 @@ class _Loop:
 
     @staticmethod
     def _checkpoint_state(state: TrainState) -> TrainState:
-        """The state as it is saved in a checkpoint, without ``recent_losses``.
+        """The state without ``recent_losses``, as it is saved in a checkpoint.
 
-        They are saved in the JSON metadata, so that a resumed run may switch the spike rule on or off."""
+        ``recent_losses`` are saved in the JSON metadata, so that a resumed run may enable or disable the detection of
+        spikes."""
         return dataclasses.replace(state, recent_losses=None)
 
     def run(self, bar: Bar, signals: _Signals) -> Result:
-        """The result, after all remaining steps."""
-        config, log = self._config, _MetricsReader(self._records, bar, self._config, self._trainer, self.step)
+        """Run all remaining steps and return the result."""
+        config, reader = self._config, _MetricsReader(self._records, bar, self._config, self._trainer, self.step)
         if self._schedule_notice is not None and self.step < config.steps:
             bar.say(self._schedule_notice)
         if self._run.resume and self.step == 0:
@@ -355,10 +356,10 @@ class _Loop:
             bar.say(f"step {self.step}: the training is complete, its result is read from the checkpoint")
         while self.step < config.steps and stop is None:
             try:
-                stop = self._advance(log, bar, signals)
+                stop = self._advance(reader, bar, signals)
             except DivergedError as error:
-                self._roll_back(error, log, bar)
-        log.flush()
+                self._roll_back(error, reader, bar)
+        reader.flush()
         if stop == "signal" and self.step < config.steps:
             message = "nothing is saved, because checkpoint_every=None"
             if config.checkpoint_every is not None:
@@ -367,22 +368,22 @@ class _Loop:
                     f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
                 )
             bar.say(f"{signals.caught}: {message}")
-            return self._result(log, self._checkpoint_state(self._state), None, signals.caught)
-        return self._finish(log, bar)
+            return self._result(reader, self._checkpoint_state(self._state), None, signals.caught)
+        return self._finish(reader, bar)
 
-    def _advance(self, log: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
-        """The reason to end the run after this step ("signal" or "patience"), or None.
+    def _advance(self, reader: _MetricsReader, bar: Bar, signals: _Signals) -> str | None:
+        """Run one step, and the evaluation and the checkpoint that are due after it.
 
-        Runs one step, and the evaluation and the checkpoint after it."""
+        Returns "signal" or "patience" if the run must end after this step, otherwise None."""
         config = self._config
-        self._train_step(log, bar)
-        last = self.step == config.steps
-        evaluated, improved = self.step % config.evaluate_every == 0 or last, False
+        self._train_step(reader, bar)
+        is_last = self.step == config.steps
+        evaluated, improved = self.step % config.evaluate_every == 0 or is_last, False
         if evaluated:
-            log.flush()
+            reader.flush()
             with signals.announced(bar, f"the evaluation of step {self.step}"):
                 improved = self._evaluate_now(bar)
-            log.restart_clock()
+            reader.restart_clock()
         stop = "signal" if signals.stop_after(self.step) else None
         patience = config.patience
         if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
@@ -392,17 +393,18 @@ class _Loop:
             )
         if config.checkpoint_every is not None:
             due = self._checkpoint_postponed or self.step % config.checkpoint_every == 0
-            scheduled = due or last or stop == "patience" or (config.restore_best and improved)
+            scheduled = due or is_last or stop == "patience" or (config.restore_best and improved)
             if scheduled or stop is not None:
-                log.flush()  # raises DivergedError if the weights are not finite
-                # After skipped steps, a checkpoint would have the same weights as the previous one and replace it.
-                skipping = log.skipped_in_a_row > 0
+                reader.flush()  # raises DivergedError if the weights are not finite
+                # While steps are skipped, the weights do not change, and a checkpoint with the same weights would
+                # replace an older checkpoint (keep_last).
+                skipping = reader.skipped_in_a_row > 0
                 self._checkpoint_postponed = due and skipping
-                if not skipping or last or stop is not None or (config.restore_best and improved):
-                    self._save(extra=skipping or not scheduled, wait=last or stop is not None)
+                if not skipping or is_last or stop is not None or (config.restore_best and improved):
+                    self._save(extra=skipping or not scheduled, wait=is_last or stop is not None)
         return stop
 
-    def _roll_back(self, error: DivergedError, log: _MetricsReader, bar: Bar) -> None:
+    def _roll_back(self, error: DivergedError, reader: _MetricsReader, bar: Bar) -> None:
         """Restore the newest checkpoint, and leave out the batches since then.
 
         Raises:
@@ -410,29 +412,29 @@ class _Loop:
         """
         allowed = self._config.max_rollbacks
         self._checkpoints.wait()
-        last = self._checkpoints.latest
-        hint = f"The last checkpoint is of step {last}"
-        if last is None:
+        latest = self._checkpoints.latest
+        hint = f"The last checkpoint is of step {latest}"
+        if latest is None:
             hint = "There is no checkpoint yet"
         elif allowed == 0:
             hint += "; max_rollbacks=1 would go back to it and leave out the batches since then"
         elif self._rollbacks >= allowed:
             hint += f"; the run has already gone back max_rollbacks={allowed} times"
-        if last is None or self._rollbacks >= allowed:
+        if latest is None or self._rollbacks >= allowed:
             raise DivergedError(f"{error}. {hint}", error.step) from error
         del self._state  # two states may not fit in memory
         try:
             state, saved = self._checkpoints.roll_back(self._abstract_state)
         except FileNotFoundError:
             raise DivergedError(f"{error}. There is no earlier checkpoint to go back to", error.step) from error
-        # Training continues with the batch after the failed step. `self.step` may be later, because metrics are read
-        # late. How much later depends on when the run was resumed.
-        position = self._dropped_batches + error.step
-        self._data.restore({**self._data.state(), "next": position})
+        # Training continues with the batch after the failed step, `error.step`. Metrics are read late, so `self.step`
+        # may be a later step, and the difference depends on when the run was resumed.
+        next_batch = self._dropped_batches + error.step
+        self._data.restore({**self._data.state(), "next": next_batch})
         self._resume_from(state, saved)
-        self._dropped_batches = position - self.step
+        self._dropped_batches = next_batch - self.step
         self._rollbacks += 1
-        log.forget()
+        reader.forget()
         self._records.write(
             error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks,
             batches_left_out=self._dropped_batches,
@@ -442,21 +444,21 @@ class _Loop:
             f"batches of steps {self.step + 1} to {error.step}"
         )
 
-    def _train_step(self, log: _MetricsReader, bar: Bar) -> None:
+    def _train_step(self, reader: _MetricsReader, bar: Bar) -> None:
         batch = next(self._data)
-        placed = place_batch(batch, self._trainer.sharding)
-        shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(placed))
-        if shape not in self._shapes:
-            self._shapes.add(shape)
-            if len(self._shapes) > 1:
-                bar.say(f"step {self.step + 1}: compiling for batch shape {len(self._shapes)}")
+        global_batch = place_batch(batch, self._trainer.sharding)
+        shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(global_batch))
+        if shape not in self._batch_shapes:
+            self._batch_shapes.add(shape)
+            if len(self._batch_shapes) > 1:
+                bar.say(f"step {self.step + 1}: compiling for batch shape {len(self._batch_shapes)}")
         examples, tokens = count(batch)
-        # The fraction of the rows of the global batch that this process has.
-        fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(placed)[0].shape[0]
-        self._state, metrics = self._jit_step(self._state, placed)
+        # This process has this fraction of the rows of the global batch.
+        fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(global_batch)[0].shape[0]
+        self._state, metrics = self._jit_step(self._state, global_batch)
         self.step += 1
         self._tokens += round(tokens / fraction)
-        log.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
+        reader.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
 
     def _evaluate_now(self, bar: Bar) -> bool:
         """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
@@ -469,8 +471,8 @@ class _Loop:
             )
         self._validation, self._evaluated_step = values, self.step
         self._records.write(self.step, **{f"validation_{name}": value for name, value in values.items()})
-        shown = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
-        bar.say(f"step {self.step}: validation {shown}")
+        text = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
+        bar.say(f"step {self.step}: validation {text}")
         value = self._to_minimize(values[config.best_metric])
         improved = not math.isnan(value) and (self._best is None or value < self._best)
         self._best = value if improved else self._best
@@ -479,18 +481,18 @@ class _Loop:
         return improved
 
     def _start_averaging(self, bar: Bar, loss: float) -> None:
-        """Start the averaging of NT-ASGD if validation has stopped improving."""
+        """Start the averaging of NT-ASGD if the validation loss has stopped improving."""
         optimizer = self._state.optimizer
         if not nt_asgd.has_averaging(optimizer) or nt_asgd.has_started(optimizer):
             return
-        self._losses.append(loss)
-        if nt_asgd.should_start(self._losses):
+        self._validation_losses.append(loss)
+        if nt_asgd.should_start(self._validation_losses):
             self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start(optimizer))
             self._records.write(self.step, event="averaging started")
             bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
 
     def _to_minimize(self, value: float) -> float:
-        """``value`` of ``best_metric`` with the sign for which lower is better."""
+        """``value`` of ``best_metric``, negated if higher values are better, so that lower is always better."""
         return value if self._config.best_mode == "min" else -value
 
     def _save(self, *, extra: bool, wait: bool) -> None:
@@ -514,7 +516,7 @@ class _Loop:
                 "best_mode": self._config.best_mode,
                 "best": self._best,
                 "without_improvement": self._without_improvement,
-                "losses": _nan_to_none(self._losses),
+                "losses": _nan_to_none(self._validation_losses),
             },
         }
         metric = None
@@ -524,21 +526,21 @@ class _Loop:
         state = self._checkpoint_state(self._state)
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
-    def _finish(self, log: _MetricsReader, bar: Bar) -> Result:
+    def _finish(self, reader: _MetricsReader, bar: Bar) -> Result:
         if not self._config.restore_best or self._checkpoints.best in (None, self.step):
-            return self._result(log, self._checkpoint_state(self._state), self._validation, None)
+            return self._result(reader, self._checkpoint_state(self._state), self._validation, None)
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.restore(self._abstract_state, best=True)
         bar.say(f"the weights of step {int(state.step)} are used, which has the best {self._config.best_metric}")
-        return self._result(log, state, saved["validation"], None)
+        return self._result(reader, state, saved["validation"], None)
 
     def _result(
-        self, log: _MetricsReader, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
+        self, reader: _MetricsReader, state: TrainState, validation: Mapping[str, float] | None, interrupted: str | None
     ) -> Result:
         return Result(
             state, self._model_params(state), int(state.step), validation, interrupted,
-            log.first_loss_at - self._start_time, log.tokens_per_second, log.examples_per_second, len(self._shapes),
-            self._tokens, self._earlier_seconds, self._rollbacks,
+            reader.first_loss_at - self._start_time, reader.tokens_per_second, reader.examples_per_second,
+            len(self._batch_shapes), self._tokens, self._earlier_seconds, self._rollbacks,
         )  # fmt: skip
 
 
@@ -548,7 +550,7 @@ _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|s
 
 def _require_same(name: str, value: Any, saved: Any) -> None:
     if value != saved:
-        raise ValueError(f"{name}={value} cannot change in a resumed run (it is {saved}): leave it out")
+        raise ValueError(f"{name}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
 
 
 def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:
@@ -558,20 +560,20 @@ def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: 
         CorruptCheckpointError: they do not match.
     """
     step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
-    training, position = saved.get("training"), saved["data"]["next"]
+    training, next_batch = saved.get("training"), saved["data"]["next"]
     problems = []
     if not 0 <= in_a_row <= skipped <= step:
         problems.append(f"{skipped} steps are skipped, {in_a_row} of them in a row")
     if training is not None:
         if training["step"] != step:
             problems.append(f"its metadata is from step {training['step']}")
-        if position != step + training["batches_left_out"]:
-            problems.append(f"the data are at batch {position}, with {training['batches_left_out']} batches left out")
+        if next_batch != step + training["batches_left_out"]:
+            problems.append(f"the data are at batch {next_batch}, with {training['batches_left_out']} batches left out")
         for name in ("batches_left_out", "tokens", "rollbacks", "seconds"):
             if training[name] < 0:
                 problems.append(f"{name} is {training[name]}")
-    elif position < step:
-        problems.append(f"the data are at batch {position}")
+    elif next_batch < step:
+        problems.append(f"the data are at batch {next_batch}")
     if problems:
         raise CorruptCheckpointError(
             f"the checkpoint of step {step} in {directory} is inconsistent: {'; '.join(problems)}. Move it out of the "
@@ -607,12 +609,12 @@ class _MetricsReader:
 
     def __init__(self, records: _Records, bar: Bar, config: TrainingConfig, trainer: Trainer, start: int) -> None:
         self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
-        self._waiting: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
-        self._last_loss = math.nan  # of the last step that was not skipped
-        self._clock: tuple[float, int] | None = None
+        self._unread: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
+        self._last_loss = math.nan  # the loss of the last step that was not skipped
+        self._last_read: tuple[float, int] | None = None  # time and step of the last metrics that were read
         self._seconds, self._tokens, self._examples = 0.0, 0, 0
         self.first_loss_at = math.nan
-        self.skipped_in_a_row = 0  # at the last step whose metrics were read
+        self.skipped_in_a_row = 0  # the value at the last step whose metrics were read
 
     @property
     def tokens_per_second(self) -> float:
@@ -623,39 +625,39 @@ class _MetricsReader:
         return self._examples / self._seconds if self._seconds else math.nan
 
     def add(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
-        """Add the metrics of a step that has just started, and the numbers of examples and tokens in its batch."""
-        self._waiting.append((step, metrics, examples, tokens))
-        while len(self._waiting) > (METRICS_LAG if step > self._start + 1 else 0):
-            self._read(*self._waiting.popleft())
+        """Add the metrics of a step that was just dispatched, and the numbers of examples and tokens in its batch."""
+        self._unread.append((step, metrics, examples, tokens))
+        while len(self._unread) > (METRICS_LAG if step > self._start + 1 else 0):
+            self._read(*self._unread.popleft())
 
     def flush(self) -> None:
-        while self._waiting:
-            self._read(*self._waiting.popleft())
+        while self._unread:
+            self._read(*self._unread.popleft())
 
     def forget(self) -> None:
         """Discard the metrics that have not been read, because the run goes back to a checkpoint."""
-        self._waiting.clear()
+        self._unread.clear()
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last step (an evaluation) from the training time."""
-        self._clock = None
+        """Exclude the time since the last step, for example of an evaluation, from the training time."""
+        self._last_read = None
 
     def _read(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         if math.isnan(self.first_loss_at):
             self.first_loss_at = now
-        if self._clock is not None:
-            self._seconds += now - self._clock[0]
+        if self._last_read is not None:
+            self._seconds += now - self._last_read[0]
             self._tokens += tokens
             self._examples += examples
-        self._clock = (now, step)
+        self._last_read = (now, step)
         rate = None if math.isnan(self.tokens_per_second) else self.tokens_per_second
         self.skipped_in_a_row = int(values["skipped_in_a_row"])
         is_due = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
         if is_due or self.skipped_in_a_row:
-            # JSON has no NaN, so a loss that is not finite is written as null; `skipped` counts the step.
+            # JSON has no NaN and no infinity, so a value that is not finite is written as null.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             if self._trainer.learning_rate is not None:
                 finite["learning_rate"] = float(self._trainer.learning_rate(step - 1 - int(values["skipped"])))
@@ -665,21 +667,21 @@ class _MetricsReader:
             )  # fmt: skip
         self._bar.update(step, values["loss"], rate)
         spike = self.skipped_in_a_row and math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
-        numbers = f"loss {values['loss']}, gradient norm {values['gradient_norm']}, last loss {self._last_loss:.4f}"
+        details = f"loss {values['loss']}, gradient norm {values['gradient_norm']}, last loss {self._last_loss:.4f}"
         if self.skipped_in_a_row == 1:
             reason = "a loss spike" if spike else "a loss or gradient that is not finite"
-            self._bar.say(f"step {step}: {reason} ({numbers}); the update is skipped")
+            self._bar.say(f"step {step}: {reason} ({details}); the update is skipped")
         if self.skipped_in_a_row >= self._config.max_skipped_in_a_row:
             cause = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
             raise DivergedError(
-                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {cause} ({numbers}). "
+                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {cause} ({details}). "
                 f"Their updates were skipped, so the weights are those before these steps. Lower the learning rate, "
                 f"decrease clip_norm, use more warm-up steps, or look at the data of these steps",
                 step,
             )
         if not math.isfinite(values["parameter_norm"]):
             raise DivergedError(
-                f"step {step}: the weights are not finite, although the loss and the gradient were finite ({numbers}). "
+                f"step {step}: the weights are not finite, although the loss and the gradient were finite ({details}). "
                 f"Lower the learning rate, or look for the fault in the optimizer",
                 step,
             )
@@ -690,9 +692,9 @@ class _MetricsReader:
 class _Signals:
     """Catches the first SIGINT or SIGTERM so that the loop ends after a complete step.
 
-    A second signal has its usual effect. With several processes, a signal to one process ends all of them after the
-    same step (``processes.request_end``). In processes that were not joined by ``processes.run``, JAX handles SIGTERM
-    itself, and this class catches only SIGINT.
+    A second signal has its usual effect. With several processes, a signal to one process ends all processes after the
+    same step (``processes.request_end``). If several processes were not joined by ``processes.run``, JAX handles
+    SIGTERM, and this class catches only SIGINT.
     """
 
     def __init__(self) -> None:
@@ -703,7 +705,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def announced(self, bar: Bar, task: str) -> Iterator[None]:
-        """Context manager in which a signal prints immediately that the run ends after ``task``."""
+        """A context manager. If a signal arrives inside it, a message says at once that the run ends after ``task``."""
 
         def announce(name: str) -> None:
             bar.say(f"{name}: the run ends after {task}; a second signal ends it now, without saving")
@@ -718,7 +720,7 @@ class _Signals:
             self._announce = None
 
     def stop_after(self, step: int) -> bool:
-        """Whether to end after ``step``; all processes get the same value. It must be called after every step."""
+        """Whether to end after ``step``. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
         stop = processes.end_after(step)

@@ -1,15 +1,15 @@
 """NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates after validation stops improving.
 
-``make_optimizer(OptimizerConfig("nt_asgd", ...))`` has :func:`averaging` in its chain. After each evaluation, a
-training loop calls :func:`should_start`, and :func:`start` when this is true for the first time. The loop evaluates and
-exports :func:`averaged`. The training steps continue from the parameters that are not averaged.
+The chain of ``make_optimizer(OptimizerConfig("nt_asgd", ...))`` includes :func:`averaging`. After each evaluation, the
+training loop calls :func:`should_start`. When the result is True for the first time, it calls :func:`start`. The loop
+evaluates and exports :func:`averaged`. The training steps continue from the parameters that are not averaged.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
 >>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # validation losses so far
 >>> if should_start(losses):
 ...     state = start(state)
->>> evaluated = averaged(state)                                      # before the start: the parameters
+>>> evaluated = averaged(state)                                      # before start(): the current parameters
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import optax
 
 
 class AveragingState(NamedTuple):
-    """The mean of the last ``iterates`` parameters. Before averaging starts, ``iterates`` is 0 and the mean is the last
-    iterate."""
+    """The mean of the parameters after each of the last ``iterates`` updates.
+
+    Before averaging starts, ``iterates`` is 0 and ``mean`` has the current parameters."""
 
     iterates: jax.Array
     mean: Any
@@ -50,9 +51,9 @@ def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
 def averaging() -> optax.GradientTransformation:
     """A transformation that returns updates unchanged and keeps the mean of the parameters. It must be last in a chain.
 
-    The mean includes the parameters at the time of :func:`start` and all later ones, as in the paper's algorithm 1.
-    (The authors' code uses ``torch.optim.ASGD``, whose mean begins with the second step after the start.) The state
-    needs the memory of one copy of the parameters.
+    The mean includes the parameters at the time of :func:`start` and after each later update, as in the paper's
+    algorithm 1. (The authors' code uses ``torch.optim.ASGD``, whose mean begins with the second step after the start.)
+    The state needs as much memory as one copy of the parameters.
     """
 
     def init(params: Any) -> AveragingState:
@@ -73,13 +74,13 @@ def averaging() -> optax.GradientTransformation:
 
 
 def has_averaging(state: Any) -> bool:
-    """Whether an optimizer state has :func:`averaging`."""
+    """Whether an optimizer state contains the state of :func:`averaging`."""
     return any(_is_averaging(node) for node in jax.tree.leaves(state, is_leaf=_is_averaging))
 
 
 def has_started(state: Any) -> bool:
     """Whether averaging has started in an optimizer state; False if the state has no :func:`averaging`."""
-    return has_averaging(state) and int(_find(state).iterates) > 0
+    return has_averaging(state) and int(_averaging_state(state).iterates) > 0
 
 
 def start(state: Any) -> Any:
@@ -88,7 +89,7 @@ def start(state: Any) -> Any:
     Raises:
         ValueError: the state has no :func:`averaging`, or more than one.
     """
-    _find(state)
+    _averaging_state(state)
     return jax.tree.map(
         lambda node: node._replace(iterates=jnp.maximum(node.iterates, 1)) if _is_averaging(node) else node,
         state,
@@ -97,20 +98,20 @@ def start(state: Any) -> Any:
 
 
 def averaged(state: Any) -> Any:
-    """The mean of the parameters since :func:`start`; before that, the current parameters.
+    """The mean of the parameters since :func:`start`, or the current parameters if averaging has not started.
 
     Raises:
         ValueError: the state has no :func:`averaging`, or more than one.
     """
-    return _find(state).mean
+    return _averaging_state(state).mean
 
 
 def _is_averaging(node: Any) -> bool:
     return isinstance(node, AveragingState)
 
 
-def _find(state: Any) -> AveragingState:
-    found = [node for node in jax.tree.leaves(state, is_leaf=_is_averaging) if _is_averaging(node)]
-    if len(found) != 1:
-        raise ValueError(f"the optimizer state has {len(found)} averages: put averaging() into its chain exactly once")
-    return found[0]
+def _averaging_state(state: Any) -> AveragingState:
+    states = [node for node in jax.tree.leaves(state, is_leaf=_is_averaging) if _is_averaging(node)]
+    if len(states) != 1:
+        raise ValueError(f"the optimizer state has {len(states)} averages: put averaging() into its chain exactly once")
+    return states[0]

@@ -58,8 +58,8 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Maximum global norm of the gradient; None does not clip."""
     layer_decay: float | None = None
-    """Ratio of the learning rates of each layer and the layer above it. A head has the factor 1, the top layer
-    ``layer_decay``, the embeddings the smallest factor. None: all parameters have the same learning rate."""
+    """Learning rate of each layer, as a fraction of that of the layer above. Heads have the factor 1, the top layer has
+    ``layer_decay``, and embeddings have the smallest factor. None: all parameters have the same learning rate."""
 
     def __post_init__(self) -> None:
         for name, literal in (("name", OptimizerName), ("schedule", Schedule)):
@@ -96,12 +96,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The learning-rate schedule, a function of the number of updates so far.
 
     ``inverse_square_root`` (Vaswani et al. 2017, section 5.3): let k be the number of warm-up and hold steps. At an
-    update n >= k, the learning rate is ``peak * sqrt(k / n)``. This does not depend on ``steps``, and the hold may be
-    longer than the training.
+    update n >= k, the learning rate is ``peak * sqrt(k / n)``. This does not depend on ``steps``, so the hold steps may
+    continue beyond the end of the training.
 
     Raises:
-        ValueError: the warm-up (for cosine and linear, warm-up and hold together) is as long as the training, or
-            ``inverse_square_root`` has neither warm-up nor hold.
+        ValueError: the warm-up (for cosine and linear, warm-up plus hold steps) is not shorter than the training, or
+            ``inverse_square_root`` has neither warm-up nor hold steps.
     """
     peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
     if warmup >= steps:
@@ -131,16 +131,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
 def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> optax.GradientTransformationExtraArgs:
     """The Optax chain of clipping, optimizer, weight decay and learning-rate schedule.
 
-    The updates do not depend on the layer layout (``spec.layers``): every layer has its own statistics, also if layers
-    are stacked. Weight decay applies to the parameters that ``specs`` mark for it. With ``nt_asgd``, the state has the
-    mean of the parameters; ``jaxlm.training.nt_asgd`` describes when averaging starts.
+    The updates do not depend on the layer layout (``spec.layers``): every layer has its own statistics, even if layers
+    are stacked. Weight decay applies to the parameters whose spec has ``decay=True``. With ``nt_asgd``, the state
+    contains the mean of the parameters; ``jaxlm.training.nt_asgd`` describes when averaging starts.
 
     Args:
         specs: specs of the trained parameters: ``model.specs``, or ``adaptation.specs(model.specs)``.
         steps: number of updates of the whole training.
 
     Raises:
-        ValueError: the schedule does not fit ``steps``, or ``layer_decay`` is set for a model without layers.
+        ValueError: the warm-up is too long for ``steps``, ``inverse_square_root`` has neither warm-up nor hold steps,
+            or ``layer_decay`` is set for a model without layers.
     """
     clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
     scale_layers = [] if config.layer_decay is None else [_scale_by_tree(layer_rates(specs, config.layer_decay))]
@@ -157,10 +158,10 @@ def make_optimizer(config: OptimizerConfig, specs: spec.Tree, steps: int) -> opt
 def optimizer_sharding(optimizer: optax.GradientTransformation, specs: spec.Tree, sharding: Sharding) -> Any:
     """The sharding of each array of an optimizer state, for parameters with these specs.
 
-    An array has the sharding of a parameter if its path contains the path of the parameter and its shape is equal. All
-    other arrays (counters, the row and column statistics of Adafactor) are replicated. This works for any Optax
-    optimizer, including masked and partitioned optimizers, whose state ``optax.tree.map_params`` cannot match with the
-    parameters.
+    An array has the sharding of a parameter if its path contains the path of the parameter and both have the same
+    shape. All other arrays (counters, the row and column statistics of Adafactor) are replicated. This works for any
+    Optax optimizer, including masked and partitioned optimizers, whose state ``optax.tree.map_params`` cannot match
+    with the parameters.
     """
     params, shardings = spec.flatten(specs), spec.flatten(sharding.tree(specs))
 
@@ -202,17 +203,17 @@ _ADAFACTOR = optax.chain(
 # ----------------------------------------------------------------------------------------------------- Muon
 
 MUON_RMS = 0.2
-"""Root mean square of Muon's updates. It matches AdamW's updates, so that AdamW's learning rate and weight decay can be
-reused (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2)."""
+"""Root mean square of Muon's updates. It is about the same as that of AdamW's updates, so that AdamW's learning rate
+and weight decay can be reused (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2)."""
 
 
 def muon_dimension_numbers(specs: spec.Tree) -> spec.Tree:
     """A tree of ``optax.contrib.MuonDimensionNumbers``, with None for the parameters that Muon does not update.
 
-    Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, but no embeddings, heads, biases and
-    scales. ``jaxlm.adapt.matrix_rows`` defines the axes of a matrix. The axis ``layers`` and unnamed output axes
-    (queries, keys and values of a fused projection; gates of a recurrence) index independent matrices. The tree is also
-    valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
+    Muon updates every hidden matrix (Jordan 2024): weights with two or more axes, except embeddings, heads, biases and
+    scales. ``jaxlm.adapt.matrix_rows`` defines which axes are the rows of the matrix. The axis ``layers`` and unnamed
+    output axes (queries, keys and values of a fused projection; gates of a recurrence) index independent matrices. The
+    tree is also valid for ``optax.contrib.muon(..., muon_weight_dimension_numbers=...)``.
 
     Example:
         >>> specs = {"weight": ArraySpec((2, 32, 3, 4, 8), ("layers", "embed", None, "heads", "kv"))}
@@ -234,46 +235,48 @@ def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | Non
 
 
 def _muon(name: str, leaf: ArraySpec) -> optax.GradientTransformation | None:
-    """Muon for one weight without the axis ``layers``; None for other parameters."""
+    """Muon for one weight of one layer (without the axis ``layers``); None if Muon does not update this parameter."""
     numbers = _dimension_numbers(name, leaf)
     if numbers is None:
         return None
-    size = max(math.prod(leaf.shape[axis] for axis in axes) for axes in numbers)  # the longer side of the matrix
+    longer_side = max(math.prod(leaf.shape[axis] for axis in axes) for axes in numbers)
     return optax.chain(
         scale_by_muon(weight_dimension_numbers=numbers),
-        optax.scale(MUON_RMS * math.sqrt(size)),  # the root mean square of an orthogonal matrix is 1 / sqrt(size)
+        optax.scale(MUON_RMS * math.sqrt(longer_side)),  # an orthogonal matrix has the RMS 1 / sqrt(longer side)
     )
 
 
 def _for_each_matrix(
     choose: Callable[[str, ArraySpec], optax.GradientTransformation], specs: spec.Tree, *, flatten: bool
 ) -> optax.GradientTransformation:
-    """A transformation that applies ``choose(path, spec of one layer)`` to each leaf.
+    """A transformation that updates each leaf with its own transformation ``choose(path, spec)``.
 
-    Each layer of a stacked leaf is transformed separately. The state is a tree with the structure of the parameters,
-    whose leaves are the states of the transformations.
+    Each layer of a stacked leaf is updated separately. The state is a tree with the structure of the parameters, whose
+    leaves are the states of the transformations.
 
     Args:
-        choose: a function from a path without a layer number, and the spec of one layer, to a transformation.
-        flatten: whether to reshape a leaf to its matrix [rows, columns] (a leaf that is not a matrix: to a vector).
+        choose: a function of a path without layer number and the spec of one layer; it returns a transformation.
+        flatten: whether to reshape matrices to [rows, columns] and all other leaves to vectors.
     """
     leaves = {spec.split_layer(path)[0]: leaf for path, leaf in spec.flatten(specs).items()}
     stacked_names = {name for name, leaf in leaves.items() if leaf.axes[:1] == (LAYERS,)}
-    per_layer = {}
+    layer_specs = {}
     for name, leaf in leaves.items():
         if name in stacked_names:
             leaf = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:])
-        per_layer[name] = leaf
-    transforms = {name: choose(name, leaf) for name, leaf in per_layer.items()}
+        layer_specs[name] = leaf
+    transforms = {name: choose(name, leaf) for name, leaf in layer_specs.items()}
 
     def reshape(name: str, x: Any) -> Any:
-        rows = matrix_rows(name, per_layer[name])
+        rows = matrix_rows(name, layer_specs[name])
         if not flatten:
             return x
         return x.reshape(-1) if rows is None else x.reshape(math.prod(x.shape[:rows]), -1)
 
     def map_layers(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
-        """``function(path, leaf of each tree)`` for each leaf of ``like``; vmap over the layers of stacked leaves."""
+        """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over the layers of stacked leaves.
+
+        ``leaves`` are the leaves of ``like`` and ``trees`` at the path."""
         leaves = jax.tree_util.tree_leaves_with_path(like)
         structure: Any = jax.tree.structure(like)
         others = [structure.flatten_up_to(tree) for tree in trees]
@@ -290,12 +293,12 @@ def _for_each_matrix(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def update_leaf(name: str, update: Any, state: Any, param: Any) -> Any:
-            new, state = transforms[name].update(reshape(name, update), state, reshape(name, param))
-            return new.reshape(update.shape), state
+            new_update, state = transforms[name].update(reshape(name, update), state, reshape(name, param))
+            return new_update.reshape(update.shape), state
 
         results = map_layers(update_leaf, updates, state, params)
         structure = jax.tree.structure(updates)
-        return tuple(jax.tree.unflatten(structure, part) for part in zip(*results, strict=True))
+        return tuple(jax.tree.unflatten(structure, leaves) for leaves in zip(*results, strict=True))
 
     return optax.GradientTransformation(init, update)
 
@@ -309,16 +312,16 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     The rule is the same as in BEiT's code (Bao et al. 2021). With L layers, layer i (from 0) has ``decay ** (L - i)``,
     embeddings have ``decay ** (L + 1)``, and all other parameters (heads, poolers, final norms) have 1. The layers of
     an encoder and of a decoder are counted separately. Layers are stacked (``layers``) or numbered (``layers/0``,
-    ``layer_0``). Embeddings are the paths outside of layers that contain ``embedding`` or ``relative_bias``. Other
-    implementations differ: ELECTRA's code has one more factor below the head; XLNet's code gives the factor 1 to the
-    top layer and to embeddings.
+    ``layer_0``). A parameter outside of the layers is an embedding if its path contains ``embedding`` or
+    ``relative_bias``. Other implementations differ: in ELECTRA's code, everything below the head has one more factor
+    ``decay``; in XLNet's code, the top layer and the embeddings have the factor 1.
 
     Raises:
         ValueError: the model has no layers.
     """
-    names = spec.flatten(specs)
-    numbered = {name: match for name in names if (match := re.search(rf"(^|.*/)(?:layer_|{LAYERS}/)(\d+)/", name))}
-    counts = {name: leaf.shape[0] for name, leaf in names.items() if leaf.axes[:1] == (LAYERS,)}
+    leaves = spec.flatten(specs)
+    numbered = {name: match for name in leaves if (match := re.search(rf"(^|.*/)(?:layer_|{LAYERS}/)(\d+)/", name))}
+    counts = {name: leaf.shape[0] for name, leaf in leaves.items() if leaf.axes[:1] == (LAYERS,)}
     for name, match in numbered.items():
         numbers = [int(other[2]) for other in numbered.values() if other[1] == match[1]]
         counts[name] = max(numbers) + 1
@@ -354,16 +357,16 @@ def _scale_by_tree(factors: spec.Tree) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """``optax.clip_by_global_norm``, as a multiplication by one scalar (Pascanu et al. 2013, algorithm 1).
+    """``optax.clip_by_global_norm`` that multiplies all entries by one scalar (Pascanu et al. 2013, algorithm 1).
 
     Optax divides each entry. XLA writes the quotients to memory before Adam reads them, which costs an extra pass over
     all gradients. If the caller passes ``gradient_norm``, as ``Trainer.step`` does, the norm is not computed again.
     """
 
     def clip(
-        updates: optax.Updates, state: Any, params: Any = None, *, gradient_norm: Any = None, **others: Any
+        updates: optax.Updates, state: Any, params: Any = None, *, gradient_norm: Any = None, **unused: Any
     ) -> tuple[optax.Updates, Any]:
-        del params, others
+        del params, unused
         norm = optax.tree.norm(updates) if gradient_norm is None else gradient_norm
         factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state

@@ -1,4 +1,4 @@
-"""Plots of metrics over steps, as PNG files and as inline SVG. The functions import matplotlib."""
+"""Plots of metrics over steps, as PNG files and as inline SVG. matplotlib is imported when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxlm.training import report
 
 SMOOTH_FROM = 60
-"""Minimum number of training losses for which a running mean is plotted too."""
+"""Minimum number of training losses for which their running mean is plotted too."""
 
 BOOKKEEPING = ("step", "time", "weight", "skipped", "skipped_in_a_row")
 """Entries of training records that are not plotted."""
@@ -45,7 +45,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One plot: the label of its y axis, and its lines."""
+    """One plot, with the label of its y axis and its lines."""
 
     ylabel: str
     series: tuple[Series, ...]
@@ -60,7 +60,7 @@ class Theme:
     palette: tuple[str, ...]
 
 
-# The palette of Okabe and Ito, which color-blind readers can distinguish, without the light yellow.
+# The palette of Okabe and Ito for color-blind readers, without its light yellow.
 PNG = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
 
 # `svg` replaces these colors with CSS variables, so that one figure works in the light and the dark theme of a page.
@@ -73,7 +73,7 @@ SVG = Theme("#010101", "#020202", tuple(color for color in _CSS if color.startsw
 
 
 def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
-    """One panel for the loss (training and validation) and one per other validation metric; empty without records."""
+    """One panel for training and validation loss, and one for each other validation metric; empty without records."""
     lines: list[Series] = []
     steps, values = report.curve(records, "loss")
     if steps:
@@ -102,8 +102,8 @@ def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
         if name == "loss" or name in BOOKKEEPING or name.startswith("validation_"):
             continue
         steps, values = report.curve(records, name)
-        numbers = all(isinstance(value, int | float) for value in values)
-        if numbers and np.any(np.isfinite(np.asarray(values, np.float64))):
+        is_numeric = all(isinstance(value, int | float) for value in values)
+        if is_numeric and np.any(np.isfinite(np.asarray(values, np.float64))):
             panels.append(Panel(readable(name), (Series("", steps, values),)))
     return panels
 
@@ -114,11 +114,11 @@ def readable(name: str) -> str:
 
 
 def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
-    """The training losses, and their running mean if there are at least :data:`SMOOTH_FROM`."""
+    """The line of the training losses, and their running mean if there are at least :data:`SMOOTH_FROM` losses."""
     label = f"training (last {values[-1]:.3f})"
     if len(values) < SMOOTH_FROM:
         return [Series(label, steps, values)]
-    width = max(5, len(values) // 40 | 1)  # an odd width has a center
+    width = max(5, len(values) // 40 | 1)  # odd, so that the window has a center
     array = np.asarray(values, np.float64)
     means = []
     for index, value in enumerate(array):
@@ -169,19 +169,19 @@ def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> 
         axes.tick_params(length=0, labelsize=9)
         axes.spines[:].set_color(PNG.grid)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # drawn as an empty box
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # matplotlib draws a box instead
         figure.savefig(picture, format="png", dpi=110)
 
 
 def _token_label(token: str) -> str:
-    """The text of a token on an axis: on one line, and with dollar signs that do not start a formula."""
+    """The axis label of a token: on one line, and with escaped dollar signs, which would start a formula."""
     return token.replace("\n", "\\n").replace("$", r"\$")
 
 
 def svg(panel: Panel, identifier: str) -> str:
     """One panel as an ``<svg>`` element without fixed size.
 
-    Its colors are the CSS variables ``--text``, ``--line`` and ``--series-0`` to ``--series-6``. Its text has the font
+    Its colors are the CSS variables ``--text``, ``--line`` and ``--series-0`` to ``--series-6``. Its text uses the font
     of the page.
 
     Args:
@@ -198,13 +198,13 @@ def svg(panel: Panel, identifier: str) -> str:
 def inline(text: str, identifier: str, *, label: str) -> str:
     """An SVG file as an HTML element, without XML header and fixed size, and with unique ids and an ARIA label."""
     text = text[text.index("<svg") :].strip()
-    head, rest = text.split(">", 1)
-    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    start_tag, rest = text.split(">", 1)
+    start_tag = re.sub(r' (?:width|height)="[^"]*"', "", start_tag)
     rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
     rest = re.sub(r'\bid="', f'id="{identifier}-', rest)
     rest = re.sub(r'href="#', f'href="#{identifier}-', rest)
     rest = re.sub(r"url\(#", f"url(#{identifier}-", rest)
-    return f'{head} role="img" aria-label="{escape(label)}">{rest}'
+    return f'{start_tag} role="img" aria-label="{escape(label)}">{rest}'
 
 
 def _save(

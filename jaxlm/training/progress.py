@@ -1,4 +1,4 @@
-"""Progress of a run: a live bar on a terminal, plain lines in a log file."""
+"""Show the progress of a run: a progress bar on a terminal, or plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def device_name(count: int) -> str:
-    """Number and kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
+    """The number and kind of the devices of a run, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
     kind = jax.devices()[0].device_kind
     return kind if count == 1 else f"{count} x {kind}"
 
@@ -29,13 +29,13 @@ class Bar:
     Args:
         steps: number of steps of the run.
         start: number of steps that are already done.
-        devices: number of devices.
+        devices: number of devices of the run.
     """
 
     def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=not processes.is_first())
         self._steps, self._device = steps, device_name(devices)
-        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
+        self._first_update: tuple[int, float] | None = None  # step and time of the first update, after compilation
         self._last_print = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -61,18 +61,18 @@ class Bar:
         self._progress.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
-        """Show the state after ``step`` steps."""
+        """Show the progress after ``step`` steps."""
         rate = "-" if tokens_per_second is None else f"{tokens_per_second:,.0f} tok/s"
         self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
         now = time.perf_counter()
-        first_step, first_time = self._first = self._first or (step, now)
+        first_step, first_time = self._first_update = self._first_update or (step, now)
         is_due = now - self._last_print >= SECONDS_BETWEEN_LINES or step in (1, self._steps)
         if is_due and not self.console.is_terminal:
             self._last_print = now
-            left = ""
+            remaining = ""
             if step > first_step:
-                left = f" · {(now - first_time) / (step - first_step) * (self._steps - step):.0f} s left"
-            self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{left}")
+                remaining = f" · {(now - first_time) / (step - first_step) * (self._steps - step):.0f} s left"
+            self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{remaining}")
 
     def say(self, text: Any) -> None:
         """Print a line above the bar."""

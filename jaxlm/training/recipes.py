@@ -3,10 +3,10 @@
     >>> recipe("t5", steps=3000).name
     'adafactor'
 
-A recipe has the values of the paper, for its model size, batch size and number of updates. :func:`recipe` scales the
-warm-up to the length of a training and changes no other value. Learning rates often do not transfer. Small models need
-larger learning rates (the best peak of a Transformer is about proportional to the inverse of its width), and small
-batches need smaller ones. ``Recipe.transfer`` has notes on this.
+A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates.
+:func:`recipe` scales the warm-up to the length of a training and changes no other value. Learning rates often do not
+transfer. Small models need larger learning rates (the best peak learning rate of a Transformer is roughly proportional
+to the inverse of its width), and small batches need smaller learning rates. ``Recipe.transfer`` has notes on this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Recipe:
     optimizer: OptimizerConfig
     """The published optimizer settings."""
     steps: int | None
-    """Updates of the published training; None: not published, or determined by early stopping."""
+    """Number of updates of the published training; None: not published, or determined by early stopping."""
     batch: str
     """The published batch size."""
     source: str
@@ -40,8 +40,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         600_000, "0.5 M tokens",
         "Brown et al. 2020 (GPT-3), table 2.1 (125 M parameters) and appendix B",
-        "GPT-2's paper names no optimizer, so this is GPT-3's recipe for a model of GPT-2's size. Their cosine ends "
-        "after 260 of 300 billion tokens, ours at the last step. GPT-1: 2.5e-4, 2,000 steps of warm-up, cosine to 0.",
+        "GPT-2's paper names no optimizer, so this is GPT-3's recipe for a model of GPT-2's size. GPT-3's cosine decay "
+        "ends after 260 of 300 billion tokens; this one ends at the last step. GPT-1: learning rate 2.5e-4, 2,000 "
+        "steps of warm-up, cosine decay to 0.",
     ),
     "llama": Recipe(
         OptimizerConfig(
@@ -59,8 +60,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         1_000_000, "256 rows of 128, then 512 tokens",
         "Devlin et al. 2018, appendix A.2; epsilon, clipping and no bias correction from the authors' optimization.py",
-        "Our Adam has bias correction. Fine-tuning (appendix A.3): 2e-5 to 5e-5, batch 16 or 32, 2 to 4 epochs, with "
-        "10 % of the steps as warm-up.",
+        "jaxlm's Adam has bias correction. Fine-tuning (appendix A.3): learning rate 2e-5 to 5e-5, batch size 16 or "
+        "32, 2 to 4 epochs, with 10 % of the steps as warm-up.",
     ),
     "roberta": Recipe(
         OptimizerConfig(
@@ -78,8 +79,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         524_288, "128 rows of 512 tokens",
         "Raffel et al. 2020, sections 3.1.2 and 3.1.3: 1 / sqrt(max(n, 10^4)), relative to the size of each parameter",
-        "The learning rate is relative, so it transfers between sizes. Below 10,000 steps it is the constant 0.01. "
-        "Fine-tuning (section 3.1.3): constant 0.001.",
+        "The learning rate is relative to the size of each parameter, so it transfers between model sizes. It is "
+        "constant at 0.01 for the first 10,000 steps. Fine-tuning (section 3.1.3): constant 0.001.",
     ),
     "xlnet": Recipe(
         OptimizerConfig(
@@ -88,8 +89,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         500_000, "8,192 rows of 512 tokens",
         "Yang et al. 2019, appendix A.4.1 (large); clipping and last learning rate from the defaults of train.py",
-        "The learning rate is for batches of 8,192 rows. Fine-tuning (appendix A.4.2): 1e-5 to 3e-5, with layer "
-        "decay 0.75 on SQuAD and 1.0 elsewhere.",
+        "The learning rate is for batches of 8,192 rows. Fine-tuning (appendix A.4.2): learning rate 1e-5 to 3e-5, "
+        "with layer decay 0.75 on SQuAD and 1.0 on the other tasks.",
     ),
     "transformer_xl": Recipe(
         OptimizerConfig(
@@ -118,8 +119,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "64 phrase pairs",
         "Cho et al. 2014, section 4.1",
-        "Their GRU is an encoder-decoder for phrases. No published GRU language model has a reproducible recipe: Chung "
-        "et al. 2014 sample the learning rate of RMSProp for each run.",
+        "The paper's GRU is an encoder-decoder for phrases. No published GRU language model has a reproducible recipe: "
+        "Chung et al. 2014 sample the learning rate of RMSProp for each run.",
     ),
     "attention_rnn": Recipe(
         OptimizerConfig(
@@ -129,7 +130,8 @@ RECIPES: dict[str, Recipe] = {
         288_000, "80 sentence pairs of similar length",
         "Bahdanau et al. 2015, appendix B.2 and table 2 (RNNsearch-50)",
         "Adadelta needs many updates before its steps are large, so trainings of some thousand steps learn faster with "
-        "AdamW. Luong et al. 2015: SGD at 1.0, halved after each epoch from the fifth, clipping at 5, batch 128.",
+        "AdamW. Luong et al. 2015: SGD with learning rate 1.0, halved after each epoch from the fifth, clipping at "
+        "norm 5, batch size 128.",
     ),
     "attention_rnn_lm": Recipe(
         OptimizerConfig(
@@ -157,7 +159,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "750 rows of 20 tokens (Google Billion Word)",
         "Dauphin et al. 2017 (GCNN), section 4.2: learning rate from [1, 2]",
-        "The learning rate is for weight normalisation, and decays when validation stops improving.",
+        "The learning rate is for models with weight normalisation. In the paper, it decays when validation stops "
+        "improving.",
     ),
     "alexnet": Recipe(
         OptimizerConfig(
@@ -166,18 +169,18 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "128 texts",
         "Zhang et al. 2015, section 2.1",
-        "They halve the learning rate every 3 epochs, 10 times; the number of samples in an epoch depends on the data "
-        "set. The causal model is not published, so its recipe is not either.",
+        "The paper halves the learning rate every 3 epochs, 10 times; the number of samples in an epoch depends on the "
+        "data set. The causal model is not published, so it has no published recipe.",
     ),
 }  # fmt: skip
 """The published recipe of each family."""
 
 
 def recipe(family: str, steps: int) -> OptimizerConfig:
-    """The published optimizer of a family for a training of ``steps`` updates.
+    """The published optimizer settings of a family, for a training of ``steps`` updates.
 
-    The warm-up is the same fraction of the training as in the paper; all other values are as published. Change values
-    with ``dataclasses.replace(recipe(...), learning_rate=...)``.
+    The warm-up is the same fraction of the training as in the paper; all other values are those of the paper. Use
+    ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
 
     Raises:
         ValueError: the family is unknown, or ``steps`` is less than 1.

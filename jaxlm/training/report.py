@@ -7,8 +7,8 @@
     attention.json   attention weights with the tokens of both axes               write_attention, read_attention
     boards.json      chess positions                                              write_boards, read_boards
 
-``jaxlm.training.html_report.write_report`` writes a page from them, ``jaxlm.training.compare`` a table of several runs.
-With several processes, only the first one writes.
+``jaxlm.training.html_report.write_report`` makes a page from these files, and ``jaxlm.training.compare`` makes a table
+of several runs. With several processes, only the first process writes.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ ATTENTION = "attention.json"
 BOARDS = "boards.json"
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits", "nats", "error")
-"""Parts of the names of metrics for which lower is better. For all other metrics, higher is better."""
+"""Lower values are better for metrics whose name contains one of these words. For all others, higher is better."""
 
 # --------------------------------------------------------------------------------------------- metrics.jsonl
 
 
 class MetricsFile:
-    """Appends records to a JSONL file. Each line is completely written when the call returns.
+    """Appends records to a JSONL file. When :meth:`write` returns, the line is completely written.
 
-    With several processes, only the first one writes.
+    With several processes, only the first process writes.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._checked = False
+        self._checked_last_line = False
 
     def write(self, **record: Any) -> None:
         """Append one record."""
         if not processes.is_first():
             return
-        if not self._checked:
+        if not self._checked_last_line:
             _remove_incomplete_line(self.path)
-            self._checked = True
+            self._checked_last_line = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def _remove_incomplete_line(path: Path) -> None:
-    """Remove a last line without a line break, which a killed run leaves: appending to it would give invalid JSON."""
+    """Remove a last line without a line break. A killed run may leave one; appending to it would give invalid JSON."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -76,19 +76,19 @@ def _remove_incomplete_line(path: Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a metrics file, without an incomplete last line of a killed run.
+    """All records of a metrics file. An incomplete last line of a killed run is ignored.
 
-    After a resume, steps that were run again have two records, of which the later one is valid.
+    After a resume, a step that was run again has two records. The later record is valid.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: another line is not a JSON object.
+        ValueError: a complete line is not a JSON object.
     """
     return _read_lines(Path(path))
 
 
 def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, from the last record of each step. A value that was not finite is NaN."""
+    """The steps and values of one metric, from the last record of each step. A value that was not finite is NaN."""
     points = {record["step"]: record[name] for record in records if name in record and "step" in record}
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
 
@@ -100,7 +100,7 @@ def validation_metrics(records: list[dict[str, Any]]) -> list[str]:
 
 
 def best(name: str, values: Sequence[float]) -> float:
-    """The best finite value of a metric, the lowest or the highest (:data:`LOWER_IS_BETTER`); NaN if none is finite."""
+    """The lowest or highest finite value of a metric (:data:`LOWER_IS_BETTER` decides); NaN if no value is finite."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return math.nan
@@ -108,7 +108,7 @@ def best(name: str, values: Sequence[float]) -> float:
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Plot training and validation loss over steps to a PNG file, and each other validation metric in its own panel.
+    """Plot the training loss and all validation metrics over steps to a PNG file. Both losses share one panel.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -139,8 +139,8 @@ def write_results(
         parameters: number of trained and frozen parameters.
         minutes: duration of training in minutes.
         scores: metrics of the final model.
-        details: further JSON values, such as ``data`` (the examples that were scored). ``processor`` and ``versions``
-            replace the values of this machine.
+        details: additional JSON values, such as ``data`` (the examples that were scored). If ``processor`` or
+            ``versions`` is given, it replaces the value of this machine.
 
     Raises:
         ValueError: a value is not JSON, for example NaN.
@@ -152,7 +152,7 @@ def write_results(
         "minutes": round(minutes, 2),
         "scores": [dataclasses.asdict(score) for score in scores],
     }
-    _write_json(Path(run) / RESULTS, {**content, **_machine(), **details})
+    _write_json(Path(run) / RESULTS, {**content, **_machine_info(), **details})
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
@@ -164,18 +164,18 @@ def read_results(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / RESULTS
     content = _read_json(path)
-    return {**content, "scores": _entries(Score, content.get("scores", []), path)}
+    return {**content, "scores": _make_entries(Score, content.get("scores", []), path)}
 
 
-def _machine() -> dict[str, Any]:
+def _machine_info() -> dict[str, Any]:
     """The processor and the package versions of this machine."""
     import jaxlm
 
     versions = {"jaxlm": jaxlm.__version__, "jax": jax.__version__, "python": platform.python_version()}
-    return {"processor": _processor(), "versions": versions}
+    return {"processor": _processor_name(), "versions": versions}
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"
@@ -192,11 +192,12 @@ def _processor() -> str:
 
 
 def write_samples(run: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write ``samples.jsonl``, with one object per line.
+    """Write ``samples.jsonl``, with one JSON object per line.
 
     Args:
-        rows: strings by name. The report shows ``source``, ``reference``, ``output``, ``label`` and ``score`` in this
-            order, then other names. An output that differs from its ``label`` is marked as wrong.
+        rows: one dict of strings per sample. The report shows the columns ``source``, ``reference``, ``output``,
+            ``label`` and ``score`` in this order, and then all other columns. An output that differs from its ``label``
+            is marked as wrong.
 
     Raises:
         TypeError: a value is not a string.
@@ -229,7 +230,7 @@ def write_confusion(run: str | Path, labels: Sequence[str], counts: npt.ArrayLik
     Raises:
         ValueError: ``counts`` are not non-negative integers [L, L].
     """
-    _write_json(Path(run) / CONFUSION, {"labels": list(labels), "counts": _counts(labels, counts).tolist()})
+    _write_json(Path(run) / CONFUSION, {"labels": list(labels), "counts": _check_counts(labels, counts).tolist()})
 
 
 def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
@@ -243,10 +244,10 @@ def read_confusion(run: str | Path) -> tuple[list[str], np.ndarray]:
     content = _read_json(path)
     if set(content) != {"labels", "counts"}:
         raise ValueError(f"{path}: its keys must be labels and counts, got {', '.join(content)}")
-    return content["labels"], _counts(content["labels"], content["counts"])
+    return content["labels"], _check_counts(content["labels"], content["counts"])
 
 
-def _counts(labels: Sequence[str], counts: npt.ArrayLike) -> np.ndarray:
+def _check_counts(labels: Sequence[str], counts: npt.ArrayLike) -> np.ndarray:
     array = np.asarray(counts)
     if array.shape != (len(labels), len(labels)) or array.dtype.kind not in "iu" or np.any(array < 0):
         raise ValueError(
@@ -308,7 +309,7 @@ def read_attention(run: str | Path) -> list[AttentionMap]:
         ValueError: the weights of a map do not have the shape of its tokens.
     """
     path = Path(run) / ATTENTION
-    return _entries(AttentionMap, _read_json(path), path)
+    return _make_entries(AttentionMap, _read_json(path), path)
 
 
 # --------------------------------------------------------------------------------------------- boards.json
@@ -321,8 +322,8 @@ class Board:
     Attributes:
         title: heading in the report.
         fen: the position in Forsyth-Edwards notation.
-        last_move: the move that led to it in UCI notation, ``e2e4``; the report highlights it.
-        text: a line below the board.
+        last_move: the move that led to this position, in UCI notation such as ``e2e4``. The report highlights it.
+        text: the line below the board.
     """
 
     title: str
@@ -344,14 +345,14 @@ def read_boards(run: str | Path) -> list[Board]:
         ValueError: the file is not JSON.
     """
     path = Path(run) / BOARDS
-    return _entries(Board, _read_json(path), path)
+    return _make_entries(Board, _read_json(path), path)
 
 
 # --------------------------------------------------------------------------------------------- common functions
 
 
 def check_run(run: str | Path) -> Path:
-    """``run`` as a path, if it is a run directory.
+    """Check that ``run`` is a run directory, and return it as a path.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -388,9 +389,9 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-def _entries(kind: Callable[..., T], items: Sequence[Mapping[str, Any]], path: Path) -> list[T]:
+def _make_entries(entry_class: Callable[..., T], items: Sequence[Mapping[str, Any]], path: Path) -> list[T]:
     try:
-        return [kind(**item) for item in items]
+        return [entry_class(**item) for item in items]
     except TypeError as error:  # unknown or missing fields
         raise ValueError(f"{path}: {error}") from error
 
@@ -404,7 +405,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Replace a file atomically, so that a killed process leaves either the old file or the new one."""
+    """Replace a file atomically, so that a killed process leaves either the old file or the new file."""
     if not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

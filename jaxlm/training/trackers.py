@@ -1,7 +1,8 @@
 """A protocol for experiment trackers, and adapters for TensorBoard, Weights & Biases and Trackio.
 
 A tracker receives the same values as ``metrics.jsonl``. With several processes, only the first one should create a
-tracker. Any object with ``log`` and ``close`` is a tracker, so an adapter for another service needs no base class.
+tracker. Any object with the methods ``log`` and ``close`` is a tracker; an adapter for another service needs no base
+class.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ class Tracker(Protocol):
     """An object that receives the metrics of training."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metrics of a step. Steps never decrease; a second call for a step has metrics with other names."""
+        """Record metrics of a step. Steps never decrease. Calls for the same step have metrics of different names."""
 
     def close(self) -> None:
-        """Write buffered values and end the record."""
+        """Write buffered values and release the resources of the tracker."""
 
 
 class TensorBoardTracker:
@@ -45,7 +46,7 @@ class TensorBoardTracker:
 
 
 class _RunTracker:
-    """Base class for Weights & Biases and Trackio, whose ``init`` returns a run with ``log`` and ``finish``."""
+    """Base class for Weights & Biases and Trackio: ``init`` of both returns a run with ``log`` and ``finish``."""
 
     def __init__(self, service: Any, project: str, name: str | None, config: Mapping[str, Any] | None) -> None:
         self._run = service.init(project=project, name=name, config=dict(config or {}))
@@ -65,7 +66,7 @@ class WandbTracker(_RunTracker):
     Args:
         project: name of the project.
         name: name of the run; None lets the service choose one.
-        config: the run's configuration, JSON values.
+        config: the configuration of the run, as JSON values.
 
     Raises:
         ImportError: wandb is not installed.
@@ -85,7 +86,7 @@ class TrackioTracker(_RunTracker):
     Args:
         project: name of the project.
         name: name of the run; None lets the service choose one.
-        config: the run's configuration, JSON values.
+        config: the configuration of the run, as JSON values.
 
     Raises:
         ImportError: trackio is not installed.

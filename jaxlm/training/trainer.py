@@ -24,7 +24,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
 Carry = tuple[int, int]
-"""Size of the model state that is carried from batch to batch: the arguments (rows, tokens) of ``Model.init_state``."""
+"""Size (rows, tokens) of the model state that is carried from batch to batch, as arguments of ``Model.init_state``."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
@@ -34,7 +34,7 @@ SPIKE_WINDOW = 128
 
 @struct.dataclass
 class TrainState:
-    """The complete state of training between two steps. A resumed run depends on nothing else.
+    """The complete state of training between two steps. The next steps depend only on this state and their batches.
 
     Attributes:
         step: number of steps, including skipped steps; the random key of a step is derived from it.
@@ -50,7 +50,7 @@ class TrainState:
             entries; None without ``Trainer.spike_deviations``.
 
     The leaves are arrays. ``Trainer.abstract`` returns the same tree with shapes as leaves, and ``Trainer.shardings``
-    with shardings.
+    returns it with shardings as leaves.
     """
 
     step: Any
@@ -67,7 +67,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A model, an optimizer and a loss, with the functions that a training loop needs.
+    """A model, an optimizer and a loss, with the methods that a training loop needs.
 
     Attributes:
         model: the model.
@@ -77,10 +77,10 @@ class Trainer:
             gradients are summed. This saves memory and gives the same gradient.
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
-            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies once half of these
-            losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the same rule
-            with 6 deviations. None skips no finite loss.
-        carry: (rows, tokens) of the model state that is carried from batch to batch; None carries no state.
+            of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
+            of these losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the
+            same rule with 6 deviations. None never skips a step because of a finite loss.
+        carry: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no state.
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
         learning_rate: the schedule, a function of the number of updates; used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
@@ -110,7 +110,7 @@ class Trainer:
         return self.model.specs if self.adaptation is None else self.adaptation.specs(self.model.specs)
 
     def init(self, key: jax.Array, params: Any = None) -> TrainState:
-        """The initial state, created on its devices. The values do not depend on the number of devices.
+        """The initial state, created with its shardings. The values do not depend on the number of devices.
 
         Args:
             key: root key of all random numbers of the training.
@@ -155,10 +155,10 @@ class Trainer:
 
         Args:
             params: the parameters passed to ``init``; only their shapes and dtypes are used. Frozen parameters may have
-                another dtype than float32.
+                a dtype other than float32.
         """
-        given = spec.abstract(self.model.specs) if params is None else params
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        params = spec.abstract(self.model.specs) if params is None else params
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         shapes = jax.eval_shape(self._init, jax.random.key(0), params)
         if self.sharding is None:
             return shapes
@@ -216,9 +216,9 @@ class Trainer:
         ``skipped_in_a_row``.
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
-        parameters. ``parameter_norm`` is then not finite; it is finite only if all new parameters are finite.
+        parameters. ``parameter_norm`` shows this case: it is finite only if all new parameters are finite.
 
-        If no model state is carried, the state that the loss returns replaces the parameters of the same names after
+        If no model state is carried, the state that the loss returns replaces the parameters with the same names after
         the update. Models with batch normalisation update their running statistics in this way.
 
         Args:
@@ -237,15 +237,15 @@ class Trainer:
             sums = jax.lax.psum(sums, axis_name)
             if model_state is None:
                 new_model_state = jax.lax.pmean(new_model_state, axis_name)
-        grads, total, weight = sums
-        mean, scale = total / weight, 1.0 / weight
+        grads, total_loss, weight = sums
+        loss, scale = total_loss / weight, 1.0 / weight
         norm = optax.tree.norm(grads) * scale
-        accepted = jnp.isfinite(mean) & jnp.isfinite(norm)
+        accepted = jnp.isfinite(loss) & jnp.isfinite(norm)
         if state.recent_losses is not None:
-            accepted &= ~self._is_spike(mean, state.recent_losses)
+            accepted &= ~self._is_spike(loss, state.recent_losses)
 
-        # A branch instead of a select: XLA then updates parameters and moments in place. With selects, it first copies
-        # the old moments (docs/labbook.md).
+        # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, it would first copy the old
+        # moments (docs/labbook.md).
         trees = (state.params, state.optimizer, state.ema, model_state, state.frozen)
         trees = jax.lax.cond(
             accepted, lambda trees: self._update(trees, grads, scale, norm, new_model_state), lambda trees: trees, trees
@@ -253,7 +253,7 @@ class Trainer:
         skipped = state.skipped + jnp.where(accepted, 0, 1)
         in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
         metrics = {
-            "loss": mean,
+            "loss": loss,
             "gradient_norm": norm,
             "parameter_norm": optax.tree.norm(trees[0]),
             "weight": weight,
@@ -263,30 +263,31 @@ class Trainer:
         params, optimizer, ema, model_state, frozen = trees
         losses = state.recent_losses
         if losses is not None:
-            losses = jnp.where(accepted, losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(mean), losses)
-        new = TrainState(
+            losses = jnp.where(accepted, losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(loss), losses)
+        new_state = TrainState(
             state.step + 1, params, optimizer, state.key, ema, skipped, in_a_row, model_state, frozen, losses
         )  # fmt: skip
-        return new, metrics
+        return new_state, metrics
 
     def _is_spike(self, loss: jax.Array, losses: jax.Array) -> jax.Array:
         """Whether ``loss`` is a spike compared with ``losses`` [:data:`SPIKE_WINDOW`], whose unused entries are NaN."""
         assert self.spike_deviations is not None
-        known = jnp.isfinite(losses)
-        count = jnp.sum(known)
-        mean = jnp.sum(losses, where=known) / jnp.maximum(count, 1)
-        variance = jnp.sum((losses - mean) ** 2, where=known) / jnp.maximum(count - 1, 1)
+        is_used = jnp.isfinite(losses)
+        count = jnp.sum(is_used)
+        mean = jnp.sum(losses, where=is_used) / jnp.maximum(count, 1)
+        variance = jnp.sum((losses - mean) ** 2, where=is_used) / jnp.maximum(count - 1, 1)
         return (count >= SPIKE_WINDOW // 2) & (loss > mean + self.spike_deviations * jnp.sqrt(variance))
 
     def _gradients(self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any) -> tuple[Any, Any]:
-        """Sums (gradient, loss, weight) over the batch, and the state that the loss returns."""
+        """The sums (gradient, loss, weight) over the batch, and the state that the loss returns."""
 
-        def total_loss(params: Any) -> tuple[jax.Array, Any]:
-            total, weight, new = self.loss(self.model, self._merge(params, frozen), batch, key=key, state=model_state)
-            return total, (weight, new)
+        def loss_and_state(params: Any) -> tuple[jax.Array, Any]:
+            model_params = self._merge(params, frozen)
+            total, weight, new_state = self.loss(self.model, model_params, batch, key=key, state=model_state)
+            return total, (weight, new_state)
 
-        (total, (weight, new)), grads = jax.value_and_grad(total_loss, has_aux=True)(params)
-        return (grads, total, weight), new
+        (total, (weight, new_state)), grads = jax.value_and_grad(loss_and_state, has_aux=True)(params)
+        return (grads, total, weight), new_state
 
     def _accumulated_gradients(
         self, params: Any, frozen: Any, batch: Any, key: jax.Array, model_state: Any
@@ -297,21 +298,21 @@ class Trainer:
                 f"grad_accum_steps={self.grad_accum_steps} cannot split a batch whose rows carry state: set it to 1"
             )
 
-        def add(sums: Any, number_and_rows: Any) -> tuple[Any, Any]:
-            number, rows = number_and_rows
-            added, new = self._gradients(params, frozen, rows, jax.random.fold_in(key, number), None)
-            return jax.tree.map(jnp.add, sums, added), new
+        def add_micro_batch(sums: Any, indexed_micro_batch: Any) -> tuple[Any, Any]:
+            index, micro_batch = indexed_micro_batch
+            new_sums, new_state = self._gradients(params, frozen, micro_batch, jax.random.fold_in(key, index), None)
+            return jax.tree.map(jnp.add, sums, new_sums), new_state
 
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-        numbers_and_rows = (jnp.arange(self.grad_accum_steps), _micro_batches(batch, self.grad_accum_steps))
-        sums, new = jax.lax.scan(add, zeros, numbers_and_rows)
-        return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new)
+        indexed_micro_batches = (jnp.arange(self.grad_accum_steps), _micro_batches(batch, self.grad_accum_steps))
+        sums, new_states = jax.lax.scan(add_micro_batch, zeros, indexed_micro_batches)
+        return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new_states)
 
     def _update(self, trees: Any, grads: Any, scale: jax.Array, norm: jax.Array, new_model_state: Any) -> Any:
         params, optimizer_state, ema, model_state, frozen = trees
-        # The division by the weight is here so that XLA fuses it into the optimizer: no extra pass over the gradients.
+        # XLA fuses this division by the weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        # Clipping reuses this norm. Optax drops the argument for optimizers that do not accept it.
+        # Clipping reuses `gradient_norm`. Optax drops this argument for optimizers that do not accept it.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
         updates, optimizer_state = apply_optimizer(grads, optimizer_state, params, gradient_norm=norm)
         params = optax.apply_updates(params, updates)
@@ -339,7 +340,7 @@ class Trainer:
         state = self.shardings()
         return jax.jit(
             step,
-            in_shardings=(state, sharding.named(("batch",))),
+            in_shardings=(state, sharding.named_sharding(("batch",))),
             out_shardings=(state, sharding.replicated()),
             donate_argnums=0,
         )
@@ -364,16 +365,16 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
 
 
 def _to_host_if_distributed(x: Any) -> Any:
-    """``x``; a NumPy array if there are several processes and ``x`` is local.
+    """``x`` as a NumPy array if there are several processes and ``x`` is local to this process, otherwise ``x``.
 
-    jit copies a NumPy array to all processes, but not a ``jax.Array`` of one process.
+    With several processes, jit accepts NumPy arrays as inputs, but no ``jax.Array`` that is local to one process.
     """
-    local = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return np.asarray(x) if jax.process_count() > 1 and local else x
+    is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
+    return np.asarray(x) if jax.process_count() > 1 and is_local else x
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """The batch [B, ...] as [A, B / A, ...]. Micro-batch a has rows a, a + A, ..., so rows stay on their devices."""
+    """The batch [B, ...] as [A, B / A, ...]. Micro-batch a has rows a, a + A, ..., so no row moves between devices."""
 
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:
@@ -386,9 +387,9 @@ def _micro_batches(batch: Any, count: int) -> Any:
 
 
 def place_batch(batch: Any, sharding: Sharding | None) -> Any:
-    """The batch as global arrays [B, ...], sharded by rows over the mesh; ``batch`` itself without ``sharding``.
+    """The global batch [B, ...], with its rows sharded over the mesh; ``batch`` itself if ``sharding`` is None.
 
     Args:
-        batch: this process's rows of the global batch (``sharding.rows``).
+        batch: the rows of the global batch that this process loads (``sharding.rows``).
     """
     return batch if sharding is None else jax.tree.map(sharding.from_rows, batch)

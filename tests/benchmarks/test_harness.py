@@ -17,13 +17,13 @@ import pytest
 
 from benchmarks import attention, decoding, fidelity, harness, recurrence, shapes, training
 from benchmarks.harness import Failure, Row, Worker
-from benchmarks.worker import Peer
+from benchmarks.worker import Implementation
 from jaxlm import get_model
 from jaxlm.plan import flops
 
 
-class Dummy(Peer):
-    """A peer that counts its repetitions."""
+class Dummy(Implementation):
+    """An implementation that counts its repetitions."""
 
     def __init__(self, start: int, trouble: str = "") -> None:
         print("a library greets")
@@ -79,15 +79,15 @@ def diary() -> list[str]:
 @pytest.fixture
 def rows(diary: list[str]) -> list[Row]:
     """Two warm-up repetitions and three rounds; every first repetition after a pause is slow, and the last round is."""
-    peers: dict[str, Any] = {
+    implementations: dict[str, Any] = {
         "jaxlm": Scripted("jaxlm", diary, [5.0, 2.0, 9.0, 1.0, 9.0, 2.0, 9.0, 20.0], 1.0),
         "torch": Scripted("torch", diary, [4.0, 4.0, 9.0, 3.0, 9.0, 4.0, 9.0, 40.0], 1.0),
     }
     machine: Any = Scripted("machine", diary, [1.0] * 6, {"FLOP": 12e12, "B": 1e9})
-    return harness.measure("op", "B1", WORK, machine, peers, warm_up=2, rounds=3, check=lambda values: None)
+    return harness.measure("op", "B1", WORK, machine, implementations, warm_up=2, rounds=3, check=lambda values: None)
 
 
-def test_peers_take_turns_and_each_round_begins_with_another(rows: list[Row], diary: list[str]) -> None:
+def test_implementations_take_turns_and_each_round_begins_with_another(rows: list[Row], diary: list[str]) -> None:
     assert diary[:4] == ["jaxlm", "jaxlm", "torch", "torch"]
     assert diary[4::2] == diary[5::2]  # one to warm up, one that counts
     assert diary[4::2] == ["machine", "jaxlm", "torch", "machine", "torch", "jaxlm", "machine", "jaxlm", "torch"]
@@ -116,31 +116,33 @@ def test_ratios_are_paired_by_round(rows: list[Row]) -> None:
 
 
 def test_the_check_sees_all_of_the_warm_up_and_stops_before_any_round(diary: list[str]) -> None:
-    peers: dict[str, Any] = {"jaxlm": Scripted("jaxlm", diary, [1.0] * 9, 7)}
+    implementations: dict[str, Any] = {"jaxlm": Scripted("jaxlm", diary, [1.0] * 9, 7)}
 
     def check(values: dict[str, list[Any]]) -> None:
         raise Failure(f"saw {values}")
 
     machine: Any = Scripted("machine", diary, [1.0], {})
     with pytest.raises(Failure, match=r"saw \{'jaxlm': \[7, 7, 7\]\}"):
-        harness.measure("op", "B1", WORK, machine, peers, warm_up=3, rounds=3, check=check)
+        harness.measure("op", "B1", WORK, machine, implementations, warm_up=3, rounds=3, check=check)
     assert diary == ["jaxlm"] * 3
     with pytest.raises(Failure, match="--rounds 0"):
-        harness.measure("op", "B1", WORK, machine, peers, warm_up=3, rounds=0, check=check)
+        harness.measure("op", "B1", WORK, machine, implementations, warm_up=3, rounds=0, check=check)
 
 
-def test_peers_on_different_devices_are_not_compared(diary: list[str]) -> None:
-    peers: dict[str, Any] = {name: Scripted(name, diary, [1.0] * 9, 7) for name in ("jaxlm", "torch")}
-    peers["jaxlm"].platform = "gpu"
+def test_implementations_on_different_devices_are_not_compared(diary: list[str]) -> None:
+    implementations: dict[str, Any] = {name: Scripted(name, diary, [1.0] * 9, 7) for name in ("jaxlm", "torch")}
+    implementations["jaxlm"].platform = "gpu"
     with pytest.raises(Failure, match="different devices, {'jaxlm': 'gpu', 'torch': 'cpu'}"):
-        harness.measure("op", "B1", WORK, peers["jaxlm"], peers, warm_up=2, rounds=1, check=lambda values: None)
+        harness.measure(
+            "op", "B1", WORK, implementations["jaxlm"], implementations, warm_up=2, rounds=1, check=lambda values: None
+        )
     assert diary == []
 
 
 def test_speed_table(rows: list[Row]) -> None:
     lines = harness.speed_table(rows).splitlines()
     assert lines[0] == "op, float32, B1, 3 rounds"
-    assert lines[1].split("  ")[0] == "peer"
+    assert lines[1].split("  ")[0] == "implementation"
     assert lines[2].split() == ["jaxlm", "2", "1.2", "16.4", "50.0", "3", "25.0", "3.0", "n/a", "2.50", "n/a"]
     assert len({len(line) for line in lines[1:4]}) == 1
     assert WORK.formula in lines[4]
@@ -148,7 +150,7 @@ def test_speed_table(rows: list[Row]) -> None:
 
 
 def test_bytes_are_shown_as_such(rows: list[Row]) -> None:
-    row = dataclasses.replace(rows[0], work=shapes.Work(1, 4e9, "B", "bytes"), roof=8e9)
+    row = dataclasses.replace(rows[0], work=shapes.Work(1, 4e9, "B", "bytes"), peak=8e9)
     assert "GB/s" in harness.speed_table([row])
     assert harness.speed_table([row]).splitlines()[2].split()[5:7] == ["2", "25.0"]
 
@@ -194,19 +196,19 @@ def test_tokens_must_be_the_same() -> None:
         harness.check_same({"jaxlm": [[[1]]], "torch": [[[1, 2]]]})
 
 
-def test_choosing_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(harness.choose("", training.PEERS)) == ["jaxlm"]
-    with pytest.raises(Failure, match=r"unknown peer 'tensorflow': choose from .*torch-compile"):
-        harness.choose("tensorflow", training.PEERS)
+def test_choosing_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(harness.choose("", training.IMPLEMENTATIONS)) == ["jaxlm"]
+    with pytest.raises(Failure, match=r"unknown baseline 'tensorflow': choose from .*torch-compile"):
+        harness.choose("tensorflow", training.IMPLEMENTATIONS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
-    assert list(harness.choose("flax, jaxlm", decoding.PEERS)) == ["jaxlm", "flax"]
+    assert list(harness.choose("flax, jaxlm", decoding.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
     with pytest.raises(Failure, match=r"torch needs torch: pip install 'jaxlm\[reference\]'"):
-        harness.choose("torch", decoding.PEERS)
+        harness.choose("torch", decoding.IMPLEMENTATIONS)
 
 
 def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert training.main(["--against", "nobody"]) == 2
-    assert capsys.readouterr().err.startswith("benchmarks.training: unknown peer 'nobody'")
+    assert capsys.readouterr().err.startswith("benchmarks.training: unknown baseline 'nobody'")
     assert fidelity.main(["--batch", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
 
@@ -294,7 +296,7 @@ def test_recurrences_are_compared_by_time_and_step(rows: list[Row]) -> None:
     assert lines[3].split()[-3:] == ["0.50", "0.37", "0.50"]  # of 1/3, 2/4 and 20/40
 
 
-def test_quick_recurrences_run_without_a_peer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_quick_recurrences_run_without_a_baseline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     arguments = ["--quick", "--against", "", "--layers", "gru-before", "--rounds", "1", "--json", str(path)]
     assert recurrence.main(arguments) == 0
@@ -351,7 +353,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         yield worker
 
 
-def test_a_worker_answers_whatever_its_peer_prints(worker: Worker) -> None:
+def test_a_worker_answers_whatever_its_implementation_prints(worker: Worker) -> None:
     begun = worker.facts()["count"]
     runs = [worker.run() for _ in range(3)]
     assert [value for _, value in runs] == [begun + 1, begun + 2, begun + 3]
@@ -361,12 +363,12 @@ def test_a_worker_answers_whatever_its_peer_prints(worker: Worker) -> None:
     assert facts["peak_process_bytes"] > 1_000_000
 
 
-def test_a_peer_that_cannot_be_set_up(tmp_path: Path) -> None:
+def test_an_implementation_that_cannot_be_set_up(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="dummy: ValueError: no such size"):
         start(tmp_path, start=0, trouble="setup")
 
 
-def test_a_peer_that_fails_goes_on_answering(tmp_path: Path) -> None:
+def test_an_implementation_that_fails_goes_on_answering(tmp_path: Path) -> None:
     with start(tmp_path, start=0, trouble="run") as worker:
         with pytest.raises(Failure, match="dummy: RuntimeError: out of luck"):
             worker.run()
@@ -374,7 +376,7 @@ def test_a_peer_that_fails_goes_on_answering(tmp_path: Path) -> None:
     assert "Traceback" in (tmp_path / "log").read_text()
 
 
-def test_a_peer_that_dies(tmp_path: Path) -> None:
+def test_an_implementation_that_dies(tmp_path: Path) -> None:
     with start(tmp_path, start=0, trouble="death") as worker:
         with pytest.raises(Failure, match=r"dummy ended unexpectedly \(exit status 3\): the last words"):
             worker.run()

@@ -32,13 +32,13 @@ def test_where_we_lose_is_what_the_rows_say(tmp_path, capsys):
     assert report.main([str(written(tmp_path, ROWS)), "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out
     page = output.read_text()
-    lost = page[page.index("Where we lose") : page.index("Share of the roof")]
-    assert re.findall(r"<td class=lost>([\d.]+)</td>", lost) == ["0.10", "0.80"]  # the worst first
-    assert re.findall(r"<td class=lost>", page[: page.index("Where we lose")]) == ["<td class=lost>"] * 2
+    lost = page[page.index("Where jaxlm is slower") : page.index("Share of the peak")]
+    assert re.findall(r"<td class=slower>([\d.]+)</td>", lost) == ["0.10", "0.80"]  # the worst first
+    assert re.findall(r"<td class=slower>", page[: page.index("Where jaxlm is slower")]) == ["<td class=slower>"] * 2
     assert "2.00" not in lost
     assert "&lt;some&gt; CPU" in page
     assert "<script" not in page
-    assert page.count("<svg") == 2  # the roof, and time over T
+    assert page.count("<svg") == 2  # the peak, and time over T
 
 
 def test_no_loss_is_said_too(tmp_path):
@@ -49,7 +49,7 @@ def test_curves_are_of_rows_that_differ_in_one_size():
     found = report.growth([{**one, "file": "a.json"} for one in ROWS])
     assert list(found) == [("a.json", "lstm forward, T ... B32 H512", "T")]
     (lines,) = found.values()
-    assert {peer: [size for size, _ in line] for peer, line in lines.items()} == {
+    assert {implementation: [size for size, _ in line] for implementation, line in lines.items()} == {
         "jaxlm": [128, 512],
         "torch": [128, 512],
     }

@@ -1,4 +1,4 @@
-"""Batches of whole models as jaxlm and its peers read them; live: the peers compute the same."""
+"""Batches of complete models as jaxlm and its baselines read them; live: all implementations compute the same."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture
         wholes.sizes(wholes.build("gpt2", quick=True), True, 0, None)
     targets = {"jaxlm": "a", "torch": "b", "flax": "c"}
     assert harness.with_class(targets, "xlnet", wholes.CLASSES, wholes.SIZES) == {"jaxlm": "a", "torch": "b"}
-    assert "flax: left out, because it has no model of the family xlnet" in capsys.readouterr().out
+    assert "flax: not measured, because it has no model of the family xlnet" in capsys.readouterr().out
     with pytest.raises(Failure, match="family 'gru' is not measured here: choose a model of gpt, llama"):
         harness.with_class(targets, "gru", wholes.CLASSES, wholes.SIZES)
     assert training.main(["--against", "", "--passes", "backward"]) == 2
@@ -106,7 +106,7 @@ def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.thorough
-def test_whole_models_are_measured_without_a_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_models_are_measured_without_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, common = tmp_path / "rows.json", ["--quick", "--against", "", "--rounds", "1", "--device", "cpu"]
     common += ["--model", "lstm-zaremba-medium", "--json", str(path)]
     assert training.main([*common, "--passes", "forward"]) == 0
@@ -122,24 +122,24 @@ def test_whole_models_are_measured_without_a_peer(tmp_path: Path, capsys: pytest
 
 @pytest.mark.live
 @pytest.mark.parametrize("family", NAMES)
-def test_peers_compute_the_same_losses_and_tokens(family: str, tmp_path: Path) -> None:
-    from benchmarks import decoding_peers, peers, training_peers
+def test_implementations_compute_the_same_losses_and_tokens(family: str, tmp_path: Path) -> None:
+    from benchmarks import baselines, decoding_baselines, training_baselines
 
     directory = str(tmp_path / "model")
-    peers.Machine(directory, NAMES[family], quick=True)
+    baselines.Machine(directory, NAMES[family], quick=True)
     names = ["Jaxlm", "Torch", *(["Flax"] if family in wholes.FLAX else [])]
 
     def run(module: ModuleType, name: str, times: int, **arguments: Any) -> list[Any]:
         # The Flax classes broadcast as this library never does.
         with jax.numpy_rank_promotion("allow" if name == "Flax" else "raise"):
-            peer = getattr(module, name)(directory, family, **arguments)
-            return [peer.run() for _ in range(times)]
+            implementation = getattr(module, name)(directory, family, **arguments)
+            return [implementation.run() for _ in range(times)]
 
     for passes in ("forward", "step"):
-        losses = {name.lower(): run(training_peers, name, training.UPDATES + 1, passes=passes) for name in names}
+        losses = {name.lower(): run(training_baselines, name, training.UPDATES + 1, passes=passes) for name in names}
         tolerances = training.LOOSE.get(family, training.TOLERANCES) if passes == "step" else training.TOLERANCES
         harness.check_losses(losses, tolerances)
     if family in wholes.DECODES:
         quick = shapes.QUICK_DECODING
         sizes = {"batch": int(quick.batch), "prompt": int(quick.prompt), "tokens": quick.tokens}
-        harness.check_same({name.lower(): run(decoding_peers, name, 1, **sizes) for name in names})
+        harness.check_same({name.lower(): run(decoding_baselines, name, 1, **sizes) for name in names})

@@ -50,8 +50,8 @@ def test_control_records(tmp_path, suffix):
         },
     ]  # fmt: skip
     assert [(rejected.line, rejected.reason) for rejected in examples.rejected] == [
-        (12, "no package with a synopsis and a description"),
-        (21, "package table occurred before"),
+        (12, "the record needs a package name, a synopsis and a description"),
+        (21, "package table is repeated"),
     ]
 
 

@@ -79,7 +79,7 @@ def test_limits(site):
     assert {row["name"] for row in docstrings([site], max_words=19)} == {"Box"}
     assert {row["name"] for row in docstrings([site], max_summary_words=4)} == {"module"}
     assert {row["package"] for row in docstrings([site], max_files=1)} == {"box", "single"}
-    with pytest.raises(ValueError, match="no docstring with a text and a first line was found"):
+    with pytest.raises(ValueError, match="no docstring with a summary and a text was found"):
         docstrings([site], min_words=1000, max_words=2000)
     with pytest.raises(ValueError, match="max_files=0 must be at least 1"):
         docstrings([site], max_files=0)

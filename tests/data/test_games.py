@@ -214,7 +214,7 @@ def test_split_keeps_duplicates_together() -> None:
         ((0.5, 0.5), "leave none of the 10 distinct games"),
         ((-0.1, 0.0), "validation_fraction=-0.1 must be at least 0"),
         ((0.2, 1.0), "test_fraction=1.0 must be"),
-        ((0.01, 0.2), "validation_fraction=0.01 of 10 distinct games is no game"),
+        ((0.01, 0.2), "validation_fraction=0.01 of 10 distinct games rounds to 0"),
     ],
 )
 def test_split_refuses_fractions_that_leave_nothing(fractions: tuple[float, float], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Two families for decoding: the real GPT-2, and a toy whose state is nothing like a key-value cache.
+"""Fixtures of the decoding tests: GPT-2, and a small recurrent model whose state is not a KV cache.
 
 Shapes: B batch, T time, D width, V vocabulary.
 """
@@ -27,7 +27,7 @@ class RecurrentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent:
-    """``h = tanh(h U + E[x])``, padding skipped. Its state has the batch second, and no slots."""
+    """A model with ``h = tanh(h U + E[x])`` that skips padding. Its state [D, B] has no time axis."""
 
     config: RecurrentConfig = RecurrentConfig()
     reads_source = False
@@ -70,7 +70,7 @@ class Recurrent:
         return jnp.einsum("BTD,VD->BTV", hidden, params["head"])
 
 
-def decisive(model: Any, seed: int = 0) -> Any:
+def context_sensitive_params(model: Any, seed: int = 0) -> Any:
     """Random parameters whose weights are large enough that the most likely token depends on the context."""
     params = jax.jit(model.init)(jax.random.key(seed))
     return jax.tree.map(lambda x, weight: 20 * x if weight else x, params, spec.decay_mask(model.specs))
@@ -79,30 +79,30 @@ def decisive(model: Any, seed: int = 0) -> Any:
 @pytest.fixture(scope="session")
 def gpt() -> tuple[Any, Any]:
     model = jaxlm.get_model("gpt2-tiny")
-    return model, decisive(model)
+    return model, context_sensitive_params(model)
 
 
 @pytest.fixture(scope="session", params=["gpt", "recurrent"])
 def pair(request: pytest.FixtureRequest, gpt: tuple[Any, Any]) -> tuple[Any, Any]:
-    """A model and its parameters: what holds for decoding holds for both."""
-    return gpt if request.param == "gpt" else (Recurrent(), decisive(Recurrent()))
+    """A model and its parameters. A test with this fixture runs with both models."""
+    return gpt if request.param == "gpt" else (Recurrent(), context_sensitive_params(Recurrent()))
 
 
 @pytest.fixture(scope="session", params=["gpt", "recurrent"])
 def tiny_pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """The same with 5 ids, few enough to try every continuation."""
+    """Like ``pair``, but with only 5 token ids, so that a test can try every continuation."""
     if request.param == "gpt":
         model = jaxlm.get_model("gpt2-tiny", vocab_size=5, num_layers=1)
     else:
         model = Recurrent(RecurrentConfig(vocab_size=5))
-    return model, decisive(model, seed=3)
+    return model, context_sensitive_params(model, seed=3)
 
 
 @pytest.fixture(scope="session")
 def next_log_probs() -> Callable[..., np.ndarray]:
     """``(model, params, rows) -> [B, 24, V]``: log-probabilities after each token, by one plain forward pass.
 
-    Rows, of whatever lengths, are filled up behind their end, which a causal model cannot see.
+    Rows of different lengths are padded at their end, which has no effect in a causal model.
     """
     compiled: dict[Any, Any] = {}
 
@@ -111,21 +111,21 @@ def next_log_probs() -> Callable[..., np.ndarray]:
             compiled[model] = jax.jit(
                 lambda params, tokens: jax.nn.log_softmax(model.logits(params, model.apply(params, tokens)[0]), axis=-1)
             )
-        filled = np.zeros((len(rows), 24), np.int32)
-        for to, row in zip(filled, rows, strict=True):
-            to[: len(row)] = row
-        return np.asarray(compiled[model](params, filled))
+        padded_rows = np.zeros((len(rows), 24), np.int32)
+        for padded_row, row in zip(padded_rows, rows, strict=True):
+            padded_row[: len(row)] = row
+        return np.asarray(compiled[model](params, padded_rows))
 
     return run
 
 
 def padded(prompts: list[list[int]], sides: str) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of unequal length as one array and its segment ids; ``sides[row]`` is where padding goes: l or r."""
+    """Pad prompts to one array; returns it and its segment ids. ``sides[row]`` is the side of the padding: l or r."""
     longest = max(map(len, prompts))
     tokens, segment_ids = np.full((len(prompts), longest), 1), np.zeros((len(prompts), longest), np.int32)
     for row, (prompt, side) in enumerate(zip(prompts, sides, strict=True)):
-        place = slice(longest - len(prompt), None) if side == "l" else slice(0, len(prompt))
-        tokens[row, place], segment_ids[row, place] = prompt, 1
+        positions = slice(longest - len(prompt), None) if side == "l" else slice(0, len(prompt))
+        tokens[row, positions], segment_ids[row, positions] = prompt, 1
     return tokens, segment_ids
 
 

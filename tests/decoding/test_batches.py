@@ -1,4 +1,4 @@
-"""Batches of few shapes."""
+"""Tests of length buckets, batches of similar length, and padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
 
 
-def test_buckets_are_few_and_waste_little() -> None:
+def test_buckets_are_few_and_need_little_padding() -> None:
     lengths = np.arange(1, 2049)
     buckets = np.array([bucket_length(int(n)) for n in lengths])
     assert (buckets >= lengths).all()
@@ -27,7 +27,7 @@ def test_the_limit_is_the_last_bucket() -> None:
         bucket_length(0)
 
 
-def test_batches_hold_every_row_once_by_length() -> None:
+def test_batches_contain_every_row_once_sorted_by_length() -> None:
     lengths = [3, 9, 1, 4, 9, 2, 7]
     batches = [batch.tolist() for batch in length_batches(lengths, 3)]
     assert batches == [[1, 4, 6], [3, 0, 5], [2, 2, 2]], "the last batch repeats its row"

@@ -1,4 +1,4 @@
-"""Beam search: against every continuation of a tiny vocabulary, and against a plain search without early stop."""
+"""Tests of beam search against all continuations of a tiny vocabulary, and against a search without early stopping."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ Pad = Callable[[list[list[int]], str], tuple[np.ndarray, np.ndarray]]
 Forward = Callable[..., np.ndarray]
 
 PROMPTS = [[1, 2, 3], [4], [0, 3]]
-NEW = 4
+NUM_NEW = 4
 
 
-def every_hypothesis(pair: Pair, forward: Forward, prompt: list[int], end_id: int | None, penalty: float) -> Any:
+def all_hypotheses(pair: Pair, forward: Forward, prompt: list[int], end_id: int | None, penalty: float) -> Any:
     """``(score, tokens)`` of all continuations of a prompt, best first."""
     V = pair[0].config.vocab_size
-    continuations = list(itertools.product(range(V), repeat=NEW))
+    continuations = list(itertools.product(range(V), repeat=NUM_NEW))
     log_probs = forward(*pair, [prompt + list(tokens) for tokens in continuations])
     scores = {}
     for tokens, after in zip(continuations, log_probs, strict=True):
-        length = tokens.index(end_id) + 1 if end_id in tokens else NEW
+        length = tokens.index(end_id) + 1 if end_id in tokens else NUM_NEW
         total = sum(after[len(prompt) - 1 + i, tokens[i]] for i in range(length))
         scores[tokens[:length]] = total / length**penalty
     return sorted(((score, tokens) for tokens, score in scores.items()), reverse=True)
 
 
 @pytest.mark.parametrize("end_id", [None, 2])
-def test_wide_beams_find_what_brute_force_finds(
+def test_wide_beam_search_equals_brute_force(
     tiny_pair: Pair, end_id: int | None, pad: Pad, next_log_probs: Forward
 ) -> None:
     V = tiny_pair[0].config.vocab_size
-    beams = V ** (NEW - 1)  # as many as there are live hypotheses before the last step: nothing is ever lost
+    beams = V ** (NUM_NEW - 1)  # the number of live hypotheses before the last step, so none is dropped
     prompts = pad(PROMPTS, "lrr")
     for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
         out = beam_search(
-            *tiny_pair, *prompts, max_new_tokens=NEW, beams=beams, length_penalty=penalty, end_id=end_id
+            *tiny_pair, *prompts, max_new_tokens=NUM_NEW, beams=beams, length_penalty=penalty, end_id=end_id
         )  # fmt: skip
         for row, prompt in enumerate(PROMPTS):
-            expected = every_hypothesis(tiny_pair, next_log_probs, prompt, end_id, penalty)
+            expected = all_hypotheses(tiny_pair, next_log_probs, prompt, end_id, penalty)
             np.testing.assert_allclose(out.scores[row], [score for score, _ in expected[:beams]], rtol=1e-4, atol=1e-5)
             for k, (score, tokens) in enumerate(expected[:20]):
-                near = [abs(score - expected[k + step][0]) for step in (-1, 1) if k + step >= 0]
-                if min(near) > 1e-4:  # equal scores may come in either order
-                    filled = [*tokens, *[end_id] * (NEW - len(tokens))]
-                    assert out.tokens[row, k].tolist() == filled
+                score_gaps = [abs(score - expected[k + step][0]) for step in (-1, 1) if k + step >= 0]
+                if min(score_gaps) > 1e-4:  # hypotheses with equal scores can have any order
+                    padded_tokens = [*tokens, *[end_id] * (NUM_NEW - len(tokens))]
+                    assert out.tokens[row, k].tolist() == padded_tokens
                     assert out.lengths[row, k] == len(tokens)
     assert len({len(tokens) for _, tokens in expected[:20]}) == (1 if end_id is None else 4)
 
 
-def plain_search(
+def reference_search(
     pair: Pair, forward: Forward, prompt: list[int], new: int, beams: int, end_id: int, penalty: float
 ) -> list[tuple[float, list[int]]]:
-    """Beam search over Python lists, by full forward passes, that always runs to the end."""
+    """Beam search with Python lists and full forward passes. It does not stop early."""
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     finished: list[tuple[float, list[int]]] = []
     for length in range(1, new + 1):
@@ -85,13 +85,15 @@ def plain_search(
     return sorted(finished, key=lambda hypothesis: -hypothesis[0])[:beams]
 
 
-def test_narrow_beams_with_early_stop_equal_a_plain_search(tiny_pair: Pair, pad: Pad, next_log_probs: Forward) -> None:
+def test_narrow_beams_with_early_stop_equal_the_reference_search(
+    tiny_pair: Pair, pad: Pad, next_log_probs: Forward
+) -> None:
     for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
         out = beam_search(
             *tiny_pair, *pad(PROMPTS, "rll"), max_new_tokens=10, beams=3, length_penalty=penalty, end_id=2
         )  # fmt: skip
         for row, prompt in enumerate(PROMPTS):
-            expected = plain_search(tiny_pair, next_log_probs, prompt, 10, 3, 2, penalty)
+            expected = reference_search(tiny_pair, next_log_probs, prompt, 10, 3, 2, penalty)
             assert [
                 tokens[:length] for tokens, length in zip(out.tokens[row].tolist(), out.lengths[row], strict=True)
             ] == [tokens for _, tokens in expected]
@@ -102,8 +104,8 @@ CALLS: list[int] = []
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
-    """A model that notes every time it runs, not every time it is traced."""
+class CountedModel:
+    """A model that counts its executions (not its traces)."""
 
     model: Any
 
@@ -125,14 +127,20 @@ def test_the_loop_stops_when_nothing_can_improve(tiny_pair: Pair, next_log_probs
     runs = {}
     for penalty in (0.0, 20.0):
         out = beam_search(
-            Counted(model), params, np.array([[4]]), max_new_tokens=16, beams=1, end_id=end_id, length_penalty=penalty
+            CountedModel(model),
+            params,
+            np.array([[4]]),
+            max_new_tokens=16,
+            beams=1,
+            end_id=end_id,
+            length_penalty=penalty,
         )
         jax.block_until_ready(out)
         jax.effects_barrier()
         runs[penalty] = len(CALLS)
         CALLS.clear()
-    # The end is the most likely first token, so by its sum of log-probabilities it is best for good. A large penalty
-    # makes the longest output the best, however unlikely: the search must go on to the last token.
+    # The end id is the most likely first token. Without a penalty, no longer hypothesis can have a larger sum. With a
+    # large penalty, the longest output is the best, so the search must run to the last token.
     assert runs == {0.0: 1, 20.0: 16}
 
 
@@ -144,23 +152,23 @@ def test_one_beam_without_an_end_is_greedy(pair: Pair, pad: Pad) -> None:
     np.testing.assert_allclose(out.scores[:, 0], greedy.log_probs.mean(axis=1), rtol=1e-4)
 
 
-def test_a_cache_that_grows_changes_nothing(pair: Pair, pad: Pad, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_growing_cache_does_not_change_results(pair: Pair, pad: Pad, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
-    found = []
+    results = []
     for smallest in (2, 100):
         monkeypatch.setattr("jaxlm.decoding.beam.SMALLEST_CACHE", smallest)
-        found.append(beam_search(*pair, *prompts, max_new_tokens=14, beams=3, early_stopping="never", end_id=2))
-    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
-    np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-5)
+        results.append(beam_search(*pair, *prompts, max_new_tokens=14, beams=3, early_stopping="never", end_id=2))
+    np.testing.assert_array_equal(results[0].tokens, results[1].tokens)
+    np.testing.assert_allclose(results[0].scores, results[1].scores, rtol=1e-5)
 
 
-def test_a_given_state_keeps_what_it_holds(gpt: Pair) -> None:
+def test_a_given_state_keeps_its_tokens(gpt: Pair) -> None:
     model, params = gpt
     text = np.array([[5, 6, 7, 8], [11, 3, 20, 4]], np.int32)
     _, state = model.apply(params, text[:, :2], state=model.init_state(2, 48))
-    whole = beam_search(model, params, text, max_new_tokens=30, beams=2)
-    rest = beam_search(model, params, text[:, 2:], max_new_tokens=30, beams=2, state=state)
-    np.testing.assert_array_equal(whole.tokens, rest.tokens)
+    want = beam_search(model, params, text, max_new_tokens=30, beams=2)
+    got = beam_search(model, params, text[:, 2:], max_new_tokens=30, beams=2, state=state)
+    np.testing.assert_array_equal(want.tokens, got.tokens)
 
 
 def test_fewer_hypotheses_than_beams(tiny_pair: Pair) -> None:
@@ -173,7 +181,7 @@ def test_fewer_hypotheses_than_beams(tiny_pair: Pair) -> None:
 
 def test_a_state_without_a_batch_axis_is_an_error(tiny_pair: Pair) -> None:
     @dataclasses.dataclass(frozen=True)
-    class Nameless(Counted):
+    class WithoutBatchAxis(CountedModel):
         def state_specs(self, batch: int, length: int) -> Any:
             specs = self.model.state_specs(batch, length)
             return jax.tree.map(lambda leaf: dataclasses.replace(leaf, axes=(None,) * len(leaf.axes)), specs)
@@ -182,7 +190,7 @@ def test_a_state_without_a_batch_axis_is_an_error(tiny_pair: Pair) -> None:
             return spec.init(self.model.state_specs(batch, length))
 
     with pytest.raises(ValueError, match=r"has axes .* none of them is 'batch'"):
-        beam_search(Nameless(tiny_pair[0]), tiny_pair[1], np.array([[1]]), max_new_tokens=2, beams=2)
+        beam_search(WithoutBatchAxis(tiny_pair[0]), tiny_pair[1], np.array([[1]]), max_new_tokens=2, beams=2)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +203,7 @@ def test_a_state_without_a_batch_axis_is_an_error(tiny_pair: Pair) -> None:
         ({"segment_ids": np.zeros((1, 2), int)}, r"row 0 of the prompts is all padding"),
     ],
 )
-def test_bad_input(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
+def test_errors_name_bad_input(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
     given = {"prompts": np.array([[5, 6]]), "max_new_tokens": 4, "beams": 2, **arguments}
     with pytest.raises(ValueError, match=message):
         beam_search(*gpt, **given)

@@ -1,4 +1,4 @@
-"""Beam search stops with an error when logits are not finite."""
+"""Tests that beam search raises if logits are not finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import GenerationConfig, NotFiniteError, beam_search, generate_text
-from tests.decoding.conftest import Recurrent, decisive
+from tests.decoding.conftest import Recurrent, context_sensitive_params
 from tests.helpers import tiny_model
 
 MODEL = Recurrent()
@@ -17,8 +17,8 @@ PROMPTS = np.array([[5, 6, 7], [11, 9, 3], [3, 20, 4]], np.int32)
 OPTIONS = {"max_new_tokens": 6, "beams": 3, "allowed_ids": 9}
 
 
-def test_the_row_and_the_parameter_are_named() -> None:
-    params = decisive(MODEL)
+def test_error_names_the_row_and_the_parameter() -> None:
+    params = context_sensitive_params(MODEL)
     out = beam_search(MODEL, params, PROMPTS, **OPTIONS)
     assert out.finite.all()
     bad = {**params, "table": params["table"].at[9].set(jnp.nan)}
@@ -28,15 +28,15 @@ def test_the_row_and_the_parameter_are_named() -> None:
     assert flags.tolist() == [True, False, True]
 
 
-def test_a_late_fault_is_found_although_hypotheses_have_finished() -> None:
-    params = decisive(MODEL)
+def test_a_late_nan_is_detected_after_other_hypotheses_finished() -> None:
+    params = context_sensitive_params(MODEL)
     out = beam_search(MODEL, params, PROMPTS[:1], **OPTIONS)
-    late = {**params, "table": params["table"].at[int(out.tokens[0, 0, 2])].set(jnp.nan)}
+    bad = {**params, "table": params["table"].at[int(out.tokens[0, 0, 2])].set(jnp.nan)}
     with pytest.raises(NotFiniteError):
-        beam_search(MODEL, late, PROMPTS[:1], **OPTIONS, end_id=int(out.tokens[0, 1, 1]))
+        beam_search(MODEL, bad, PROMPTS[:1], **OPTIONS, end_id=int(out.tokens[0, 1, 1]))
 
 
-def test_the_source_is_named() -> None:
+def test_error_names_the_source() -> None:
     model = tiny_model("t5-tiny", vocab_size=264)
     params = jax.jit(model.init)(jax.random.key(0))
     bad = {**params, "token_embedding": params["token_embedding"].at[ord("*"), 0].set(jnp.inf)}

@@ -1,4 +1,4 @@
-"""Logits that are not finite stop generation and scoring, with the rows and the parameters that are to blame."""
+"""Tests that generation and scoring raise if logits are not finite, and that the error names rows and parameters."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from jaxlm.decoding import (
     target_log_likelihood,
 )
 from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
-from tests.decoding.conftest import Recurrent, RecurrentConfig, decisive
+from tests.decoding.conftest import Recurrent, RecurrentConfig, context_sensitive_params
 from tests.helpers import tiny_model
 
 MODEL = Recurrent()
 PROMPTS = np.array([[5, 6, 7], [11, 9, 3], [3, 20, 4]], np.int32)
-NEW = 6
+NUM_NEW = 6
 
 
 def with_values(params: Any, name: str, at: Any, value: float) -> Any:
@@ -41,21 +41,26 @@ def with_values(params: Any, name: str, at: Any, value: float) -> Any:
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return decisive(MODEL)
+    return context_sensitive_params(MODEL)
 
 
-def test_every_value_that_is_not_finite_counts() -> None:
-    lowest = float(np.finfo(np.float32).min)  # what vocabulary padding has
+def test_rows_finite_detects_every_value_that_is_not_finite() -> None:
+    lowest = float(np.finfo(np.float32).min)  # the logit of vocabulary padding
     rows = jnp.array([[0.0, lowest], [0.0, np.nan], [np.inf, 0.0], [0.0, -np.inf]])
     assert rows_finite(rows).tolist() == [True, False, False, False]
 
 
-def test_rows_and_parameters_are_named(params: Any) -> None:
-    assert generate(MODEL, params, PROMPTS, max_new_tokens=NEW).finite.tolist() == [True] * 3
+def test_error_names_rows_and_parameters(params: Any) -> None:
+    assert generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW).finite.tolist() == [True] * 3
     bad = with_values(params, "table", 9, np.nan)
     message = r"the logits of row 1 are not finite: 1 parameter is not finite: table \(16 of 512 values\)\. Load the"
     for sampling, key in ((Sampling(temperature=0.0), None), (Sampling(0.9, top_k=5, top_p=0.9), jax.random.key(0))):
-        options = {"max_new_tokens": NEW, "sampling": sampling, "key": key, "allowed_ids": 9}  # a 9 is only read
+        options = {
+            "max_new_tokens": NUM_NEW,
+            "sampling": sampling,
+            "key": key,
+            "allowed_ids": 9,
+        }  # 9 occurs only in a prompt
         with pytest.raises(NotFiniteError, match=message) as caught:
             generate(MODEL, bad, PROMPTS, **options)
         assert caught.value.rows == [1]
@@ -65,35 +70,35 @@ def test_rows_and_parameters_are_named(params: Any) -> None:
     with pytest.raises(
         NotFiniteError, match=r"row 0, 1, 2 .*: 2 parameters .*: head \(1 of 512 values\), recurrent \(3 "
     ):
-        generate(MODEL, bad, PROMPTS, max_new_tokens=NEW)
+        generate(MODEL, bad, PROMPTS, max_new_tokens=NUM_NEW)
 
 
-def test_a_row_counts_until_it_ends(params: Any) -> None:
-    tokens = np.asarray(generate(MODEL, params, PROMPTS, max_new_tokens=NEW).tokens)
+def test_logits_of_a_row_count_until_it_ends(params: Any) -> None:
+    tokens = np.asarray(generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW).tokens)
     token = int(next(t for t in tokens[0, 1:-1] if t not in tokens[1:] and t not in PROMPTS and t != tokens[0, 0]))
-    bad = with_values(params, "table", token, np.nan)  # read after it was drawn
+    bad = with_values(params, "table", token, np.nan)  # the model reads this token after generating it
     with pytest.raises(NotFiniteError, match="row 0 are"):
-        generate(MODEL, bad, PROMPTS, max_new_tokens=NEW)
-    progress = prefill(MODEL, bad, PROMPTS, max_new_tokens=NEW)
+        generate(MODEL, bad, PROMPTS, max_new_tokens=NUM_NEW)
+    progress = prefill(MODEL, bad, PROMPTS, max_new_tokens=NUM_NEW)
     with pytest.raises(NotFiniteError, match="row 0 are"):
-        advance(MODEL, bad, progress, NEW)
-    out = generate(MODEL, bad, PROMPTS, max_new_tokens=NEW, end_id=token)
+        advance(MODEL, bad, progress, NUM_NEW)
+    out = generate(MODEL, bad, PROMPTS, max_new_tokens=NUM_NEW, end_id=token)
     assert out.finite.tolist() == [True] * 3, "the token ends the row and is never read"
     np.testing.assert_array_equal(out.tokens[1:], tokens[1:])
 
 
-def test_other_causes_are_named(params: Any) -> None:
+def test_error_names_other_causes(params: Any) -> None:
     large = {**params, "head": 3e38 / jnp.abs(params["head"]).max() * params["head"]}
     with pytest.raises(
         NotFiniteError, match=r"all parameters are finite, so an activation overflows.*3e\+38 in head: check"
     ):
-        generate(MODEL, large, PROMPTS, max_new_tokens=NEW)
+        generate(MODEL, large, PROMPTS, max_new_tokens=NUM_NEW)
     state = {"h": jnp.zeros((16, 3)).at[:, 2].set(jnp.nan)}
     with pytest.raises(NotFiniteError, match=r"row 2 .* finite, but 1 state array is not finite: h \(16 of 48"):
-        generate(MODEL, params, PROMPTS, max_new_tokens=NEW, state=state)
+        generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW, state=state)
 
 
-def test_long_lists_are_cut_and_low_precision_is_named() -> None:
+def test_error_shortens_long_lists_and_names_low_precision() -> None:
     model = tiny_model("gpt2-tiny", dtype="bfloat16")
     good = jax.tree.map(jnp.zeros_like, jax.eval_shape(model.init, jax.random.key(0)))
     flags = jnp.zeros((5,), bool)
@@ -111,14 +116,14 @@ def test_long_lists_are_cut_and_low_precision_is_named() -> None:
 
 def test_parameters_are_searched_only_after_an_error(params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finite, "_not_finite", None)
-    generate(MODEL, params, PROMPTS, max_new_tokens=NEW)
+    generate(MODEL, params, PROMPTS, max_new_tokens=NUM_NEW)
     log_likelihood(MODEL, params, PROMPTS)
 
 
-def test_inside_jit_nothing_is_raised_and_the_flag_tells(params: Any) -> None:
+def test_inside_jit_only_the_flags_report_rows_that_are_not_finite(params: Any) -> None:
     @jax.jit
     def run(params: Any, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = generate(MODEL, params, prompts, max_new_tokens=NEW)
+        out = generate(MODEL, params, prompts, max_new_tokens=NUM_NEW)
         return out.finite, log_likelihood(MODEL, params, prompts)
 
     flags, scores = run(with_values(params, "table", 9, jnp.nan), PROMPTS)
@@ -126,21 +131,21 @@ def test_inside_jit_nothing_is_raised_and_the_flag_tells(params: Any) -> None:
     assert np.isfinite(scores).all(axis=1).tolist() == [True, False, True]
 
 
-def test_scores(params: Any) -> None:
+def test_errors_of_scores(params: Any) -> None:
     bad = with_values(params, "table", 9, np.nan)
     with pytest.raises(NotFiniteError, match=r"row 1 .*table \(16 of 512 values\)"):
         log_likelihood(MODEL, bad, PROMPTS)
     segments = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], np.int32)  # the 9 is padding
     assert np.isfinite(log_likelihood(MODEL, bad, PROMPTS, segments)).all()
-    never = with_values(params, "head", (9, 0), -np.inf)  # no target is 9, so its scores alone would be finite
+    bad_head = with_values(params, "head", (9, 0), -np.inf)  # no target is 9, so the scores of the targets are finite
     with pytest.raises(NotFiniteError, match=r"head \(1 of 512 values\)"):
-        log_likelihood(MODEL, never, PROMPTS[[0, 2]])
+        log_likelihood(MODEL, bad_head, PROMPTS[[0, 2]])
     ids = np.array([5, 6, 7, 8, 10, 11, 9, 12, 13], np.int32)
     with pytest.raises(NotFiniteError, match="the logits of window 2, 3 are not finite"):
         perplexity(MODEL, bad, ids, window=4, stride=2, batch_size=2)
 
 
-def test_scores_of_targets() -> None:
+def test_errors_of_target_scores() -> None:
     model = tiny_model("t5-tiny")
     params = jax.jit(model.init)(jax.random.key(0))
     bad = {**params, "token_embedding": params["token_embedding"].at[9].set(jnp.nan)}
@@ -149,19 +154,19 @@ def test_scores_of_targets() -> None:
 
 
 @pytest.fixture(scope="module")
-def writer() -> tuple[Any, Any]:
-    """A model of bytes, in which a "z" is not finite."""
+def byte_model() -> tuple[Any, Any]:
+    """A model of bytes. The embedding of "z" is not finite."""
     model = Recurrent(RecurrentConfig(vocab_size=257))
-    return model, with_values(decisive(model), "table", ord("z"), np.nan)
+    return model, with_values(context_sensitive_params(model), "table", ord("z"), np.nan)
 
 
-def test_texts_are_named(writer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxlm.decoding.text.require_task", lambda *_: None)  # the model is a toy without a task
-    model, tokenizer = writer[0], ByteTokenizer()
+def test_error_names_the_texts(byte_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxlm.decoding.text.require_task", lambda *_: None)  # this model has no task
+    model, tokenizer = byte_model[0], ByteTokenizer()
     object.__setattr__(model, "metadata", None)
 
     def run(texts: list[str], function: Callable[..., Any] = generate_text, **fields: Any) -> Any:
-        return function(*writer, tokenizer, texts, GenerationConfig(3, **fields))
+        return function(*byte_model, tokenizer, texts, GenerationConfig(3, **fields))
 
     texts = ["ab", "abcdef", "zz", "abc", "zabcd"]
     for fields in ({"batch_size": 2}, {"batch_size": 1, "stop": ("#",)}):

@@ -1,4 +1,4 @@
-"""The defaults of a request: what is given, then ``generation_config.json``, then the library."""
+"""Tests of generation defaults: given fields override ``generation_config.json``, which overrides the library."""
 
 from __future__ import annotations
 
@@ -18,63 +18,67 @@ from jaxlm.models.model import Metadata
 TOKENIZER = ByteTokenizer()
 
 
-def saying(model: jaxlm.Model, **fields: Any) -> jaxlm.Model:
-    """The model, as if its directory had a file with these fields."""
+def with_file_fields(model: jaxlm.Model, **fields: Any) -> jaxlm.Model:
+    """The model with these fields in its ``generation_config.json``."""
     return dataclasses.replace(model, metadata=Metadata(generation_config=fields))
 
 
-NOTHING = GenerationConfig()
+NO_FIELDS = GenerationConfig()
 
 
-def resolved(given: GenerationConfig = NOTHING, /, **fields: Any) -> GenerationConfig:
-    return given.resolve(saying(jaxlm.get_model("gpt2-tiny", vocab_size=257), **fields), TOKENIZER)
+def resolve(given: GenerationConfig = NO_FIELDS, /, **fields: Any) -> GenerationConfig:
+    return given.resolve(with_file_fields(jaxlm.get_model("gpt2-tiny", vocab_size=257), **fields), TOKENIZER)
 
 
 def test_without_a_file_the_defaults_are_those_of_the_library() -> None:
     expected = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never", end_ids=(256,))
-    assert resolved() == expected
+    assert resolve() == expected
     assert GenerationConfig().resolve(jaxlm.get_model("gpt2-tiny", vocab_size=257), TOKENIZER) == expected
 
 
-def test_what_is_given_comes_before_the_file_and_the_file_before_the_library() -> None:
+def test_given_fields_override_the_file_and_the_file_overrides_the_library() -> None:
     fields = {"max_length": 40, "num_beams": 3, "length_penalty": 0.5, "eos_token_id": [7, 9], "stop_strings": "."}
-    assert resolved(**fields) == GenerationConfig(
+    assert resolve(**fields) == GenerationConfig(
         None, GREEDY, 3, 0.5, (".",), max_length=40, early_stopping=False, end_ids=(7, 9)
     )
     given = GenerationConfig(5, num_beams=2, length_penalty=2.0, stop=(), early_stopping=True, end_ids=(3,))
-    assert resolved(given, **fields) == dataclasses.replace(given, sampling=GREEDY)
-    assert resolved(GenerationConfig(max_length=9), max_new_tokens=3).max_length == 9
-    both = resolved(max_new_tokens=3, max_length=99)
-    assert (both.max_new_tokens, both.max_length) == (3, None)
-    assert resolved(GenerationConfig(num_beams=1), **fields).length_penalty == 1.0, "has no effect without beams"
-    assert resolved(num_beams=4, early_stopping=True).early_stopping is True
-    assert resolved(eos_token_id=7).end_ids == (7,)
+    assert resolve(given, **fields) == dataclasses.replace(given, sampling=GREEDY)
+    assert resolve(GenerationConfig(max_length=9), max_new_tokens=3).max_length == 9
+    config = resolve(max_new_tokens=3, max_length=99)
+    assert (config.max_new_tokens, config.max_length) == (3, None)
+    assert resolve(GenerationConfig(num_beams=1), **fields).length_penalty == 1.0, "has no effect without beams"
+    assert resolve(num_beams=4, early_stopping=True).early_stopping is True
+    assert resolve(eos_token_id=7).end_ids == (7,)
 
 
 def test_a_program_may_have_other_defaults() -> None:
     model, default = jaxlm.get_model("gpt2-tiny", vocab_size=257), GenerationConfig(500, Sampling(0.8), stop=("!",))
 
-    def drawn(given: dict[str, Any], **fields: Any) -> Sampling | None:
-        return GenerationConfig().resolve(saying(model, **fields), TOKENIZER, default=default, sampling=given).sampling
+    def sampling_of(given: dict[str, Any], **fields: Any) -> Sampling | None:
+        return (
+            GenerationConfig()
+            .resolve(with_file_fields(model, **fields), TOKENIZER, default=default, sampling=given)
+            .sampling
+        )
 
-    found = GenerationConfig().resolve(model, TOKENIZER, default=default)
-    assert (found.max_new_tokens, found.sampling, found.stop) == (500, Sampling(0.8), ("!",))
-    assert drawn({}, temperature=0.5, top_p=0.9) == Sampling(0.5, top_p=0.9)
-    assert drawn({"top_p": 0.3}, temperature=0.5, top_p=0.9) == Sampling(0.5, top_p=0.3)
-    assert drawn({"temperature": 0.0}, do_sample=True, top_p=0.9) == GREEDY
-    assert drawn({"temperature": 0.7}, do_sample=False) == Sampling(0.7)
-    assert drawn({}, do_sample=False) == GREEDY
-    assert drawn({}, num_beams=4) == GREEDY, "beams of the file search"
+    config = GenerationConfig().resolve(model, TOKENIZER, default=default)
+    assert (config.max_new_tokens, config.sampling, config.stop) == (500, Sampling(0.8), ("!",))
+    assert sampling_of({}, temperature=0.5, top_p=0.9) == Sampling(0.5, top_p=0.9)
+    assert sampling_of({"top_p": 0.3}, temperature=0.5, top_p=0.9) == Sampling(0.5, top_p=0.3)
+    assert sampling_of({"temperature": 0.0}, do_sample=True, top_p=0.9) == GREEDY
+    assert sampling_of({"temperature": 0.7}, do_sample=False) == Sampling(0.7)
+    assert sampling_of({}, do_sample=False) == GREEDY
+    assert sampling_of({}, num_beams=4) == GREEDY, "beams of the file search"
 
 
-def test_sampling_of_the_file() -> None:
+def test_sampling_fields_of_the_file() -> None:
     fields = {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5}
-    assert resolved(do_sample=True, **fields).sampling == Sampling(0.6, None, 0.9, 0.1, 1.5)
-    assert resolved(**fields).sampling == Sampling(0.0, repetition_penalty=1.5), "as in transformers"
-    assert resolved(do_sample=True).sampling == Sampling(top_k=50), "the default of transformers"
-    assert resolved(do_sample=True, top_k=400).sampling == Sampling(), "more than there are ids"
-    assert resolved(GenerationConfig(sampling=Sampling(0.9)), do_sample=True, **fields).sampling == Sampling(0.9)
-    model = saying(jaxlm.get_model("gpt2-tiny", vocab_size=257), do_sample=True)
+    assert resolve(do_sample=True, **fields).sampling == Sampling(0.6, None, 0.9, 0.1, 1.5)
+    assert resolve(**fields).sampling == Sampling(0.0, repetition_penalty=1.5), "as in transformers"
+    assert resolve(do_sample=True).sampling == Sampling(top_k=50), "the default of transformers"
+    assert resolve(do_sample=True, top_k=400).sampling == Sampling(), "more than there are ids"
+    assert resolve(GenerationConfig(sampling=Sampling(0.9)), do_sample=True, **fields).sampling == Sampling(0.9)
+    model = with_file_fields(jaxlm.get_model("gpt2-tiny", vocab_size=257), do_sample=True)
     with pytest.raises(
         ValueError, match=r"generation_config.json sets do_sample=True: pass key, .* or sampling=GREEDY"
     ):
@@ -97,34 +101,34 @@ def test_sampling_of_the_file() -> None:
         ({"num_beams": 0}, r"generation_config.json: num_beams=0 must be at least 1"),
         ({"do_sample": True, "top_p": 2}, r"top_p=2 must be in \(0, 1\].*generation_config.json"),
         ({"do_sample": True, "num_beams": 2}, r"num_beams=2 searches for .*temperature=1.0 draws .*generation_config"),
-        ({"repetition_penalty": 1.2, "num_beams": 2}, r"num_beams=2 supports no .*repetition_penalty=1.2"),
+        ({"repetition_penalty": 1.2, "num_beams": 2}, r"num_beams=2 does not support .*repetition_penalty=1.2"),
     ],
 )
-def test_what_the_file_says_and_jaxlm_cannot_do_is_named(fields: dict[str, Any], message: str) -> None:
+def test_error_names_unsupported_fields_of_the_file(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolved(**fields)
+        resolve(**fields)
 
 
-def test_values_that_change_nothing_are_accepted() -> None:
-    nothing = {
+def test_unsupported_fields_with_neutral_values_are_accepted() -> None:
+    neutral = {
         "no_repeat_ngram_size": 0, "typical_p": 1.0, "forced_eos_token_id": None, "num_return_sequences": 1,
         "use_cache": False, "pad_token_id": 3, "bos_token_id": 2, "transformers_version": "4.57.6",
     }  # fmt: skip
-    assert resolved(**nothing) == resolved()
+    assert resolve(**neutral) == resolve()
 
 
 def test_fields_of_the_file_can_be_ignored() -> None:
     fields = {"no_repeat_ngram_size": 3, "min_length": 5, "max_new_tokens": 7, "temperature": "hot"}
     given = GenerationConfig(ignored_fields=["no_repeat_ngram_size", "min_length", "temperature"])  # type: ignore[arg-type]
-    found = resolved(given, **fields)
-    assert (found.max_new_tokens, found.sampling) == (7, GREEDY)
-    assert found.ignored_fields == ("no_repeat_ngram_size", "min_length", "temperature")
-    assert resolved(found, **fields) == found
+    config = resolve(given, **fields)
+    assert (config.max_new_tokens, config.sampling) == (7, GREEDY)
+    assert config.ignored_fields == ("no_repeat_ngram_size", "min_length", "temperature")
+    assert resolve(config, **fields) == config
     with pytest.raises(ValueError, match=r"sets min_length=5, which jaxlm does not support"):
-        resolved(GenerationConfig(ignored_fields=("no_repeat_ngram_size", "temperature")), **fields)
+        resolve(GenerationConfig(ignored_fields=("no_repeat_ngram_size", "temperature")), **fields)
     with pytest.raises(ValueError, match=r"ignored_fields has 'min_lenght', which is not a field of generation_config"):
-        resolved(GenerationConfig(ignored_fields=("min_lenght",)), **fields)
-    assert resolved(GenerationConfig(ignored_fields=("new_idea",)), new_idea=1).max_new_tokens == 128
+        resolve(GenerationConfig(ignored_fields=("min_lenght",)), **fields)
+    assert resolve(GenerationConfig(ignored_fields=("new_idea",)), new_idea=1).max_new_tokens == 128
 
 
 LETTERS = CharTokenizer("abcdefghij")
@@ -132,19 +136,19 @@ LETTERS = CharTokenizer("abcdefghij")
 
 
 @pytest.fixture(scope="module")
-def writer() -> tuple[jaxlm.Model, Any]:
+def letter_model() -> tuple[jaxlm.Model, Any]:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=10, num_layers=1)
     return model, jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
 
 
-def test_max_length_counts_the_prompt_of_each_row(writer: Any) -> None:
-    (model, params), texts = writer, ["abcdefg", "jih"]
-    limited = saying(model, max_length=12)
-    whole = generate_text(model, params, LETTERS, texts, GenerationConfig(9))
-    assert generate_text(limited, params, LETTERS, texts) == [whole[0][:5], whole[1]]
-    assert "".join(stream_text(limited, params, LETTERS, texts[1], chunk=4)) == whole[1]
-    both = generate_text(limited, params, LETTERS, texts, GenerationConfig(num_beams=3))
-    assert both == [
+def test_max_length_counts_the_prompt_of_each_row(letter_model: Any) -> None:
+    (model, params), texts = letter_model, ["abcdefg", "jih"]
+    limited = with_file_fields(model, max_length=12)
+    full_texts = generate_text(model, params, LETTERS, texts, GenerationConfig(9))
+    assert generate_text(limited, params, LETTERS, texts) == [full_texts[0][:5], full_texts[1]]
+    assert "".join(stream_text(limited, params, LETTERS, texts[1], chunk=4)) == full_texts[1]
+    beam_texts = generate_text(limited, params, LETTERS, texts, GenerationConfig(num_beams=3))
+    assert beam_texts == [
         generate_text(model, params, LETTERS, [text], GenerationConfig(12 - len(text), num_beams=3))[0]
         for text in texts
     ]
@@ -152,51 +156,51 @@ def test_max_length_counts_the_prompt_of_each_row(writer: Any) -> None:
         generate_text(model, params, LETTERS, texts, GenerationConfig(max_length=7))
 
 
-def test_each_of_several_ends_ends_a_row(gpt: Any) -> None:
+def test_a_row_ends_at_any_of_several_end_ids(gpt: Any) -> None:
     model, params = gpt
     prompts = np.array([[5, 6, 7], [11, 3, 9], [40, 22, 1], [8, 8, 2]], np.int32)
-    free = np.asarray(generate(model, params, prompts, max_new_tokens=10).tokens)
-    ends = tuple(dict.fromkeys([int(free[0, 4]), int(free[1, 2])]))
+    without_end = np.asarray(generate(model, params, prompts, max_new_tokens=10).tokens)
+    ends = tuple(dict.fromkeys([int(without_end[0, 4]), int(without_end[1, 2])]))
     assert len(ends) == 2
     out = generate(model, params, prompts, max_new_tokens=10, end_id=ends)
     for row, length in zip(range(4), out.lengths.tolist(), strict=True):
-        at = np.flatnonzero(np.isin(free[row], ends))
-        assert length == (at[0] + 1 if at.size else 10)
-        assert out.tokens[row].tolist() == free[row, :length].tolist() + [ends[0]] * (10 - length)
+        indices = np.flatnonzero(np.isin(without_end[row], ends))
+        assert length == (indices[0] + 1 if indices.size else 10)
+        assert out.tokens[row].tolist() == without_end[row, :length].tolist() + [ends[0]] * (10 - length)
     assert {int(out.tokens[row, length - 1]) for row, length in enumerate(out.lengths.tolist()[:2])} <= set(ends)
     key = jax.random.key(0)
     options: dict[str, Any] = {"max_new_tokens": 10, "sampling": Sampling(2.0), "key": key}
-    drawn = np.asarray(generate(model, params, prompts, **options).tokens)
-    ends = (int(drawn[0, 3]), int(drawn[1, 5]))
+    sampled = np.asarray(generate(model, params, prompts, **options).tokens)
+    ends = (int(sampled[0, 3]), int(sampled[1, 5]))
     lengths = generate(model, params, prompts, **options, end_id=ends).lengths.tolist()
-    assert lengths == [int(np.flatnonzero(np.isin([*row, ends[0]], ends))[0]) + 1 for row in drawn[:, :9]]
+    assert lengths == [int(np.flatnonzero(np.isin([*row, ends[0]], ends))[0]) + 1 for row in sampled[:, :9]]
 
 
-def test_beams_end_at_each_of_several_ids(gpt: Any) -> None:
+def test_beams_end_at_any_of_several_end_ids(gpt: Any) -> None:
     model, params = gpt
     prompts = np.array([[5, 6, 7], [11, 3, 9]], np.int32)
-    # Without a penalty a hypothesis that ends early has the larger total, so that both ends are found.
-    free = beam_search(model, params, prompts, max_new_tokens=8, beams=2, length_penalty=0.0)
-    ends = (int(free.tokens[0, 0, 1]), int(free.tokens[1, 0, 2]))
+    # Without a length penalty, hypotheses that end early have larger sums, so the search finds both ends.
+    without_end = beam_search(model, params, prompts, max_new_tokens=8, beams=2, length_penalty=0.0)
+    ends = (int(without_end.tokens[0, 0, 1]), int(without_end.tokens[1, 0, 2]))
     out = beam_search(model, params, prompts, max_new_tokens=8, beams=2, end_id=ends, length_penalty=0.0)
-    seen = set()
+    last_tokens = set()
     for row in range(2):
         for tokens, length in zip(np.asarray(out.tokens)[row], np.asarray(out.lengths)[row], strict=True):
             assert not np.isin(tokens[: length - 1], ends).any()
             assert length == 8 or tokens[length - 1] in ends
             assert tokens[length:].tolist() == [ends[0]] * (8 - length)
-            seen.add(int(tokens[length - 1]))
-    assert set(ends) <= seen
+            last_tokens.add(int(tokens[length - 1]))
+    assert set(ends) <= last_tokens
 
 
-def test_beams_of_unequal_limits_are_those_of_each_row(gpt: Any) -> None:
+def test_beams_with_a_limit_per_row_equal_separate_searches(gpt: Any) -> None:
     model, params = gpt
     prompts, limits = np.array([[5, 6, 7], [11, 3, 9]], np.int32), [3, 7]
-    both = beam_search(model, params, prompts, max_new_tokens=np.array(limits), beams=3, end_id=5)
+    together = beam_search(model, params, prompts, max_new_tokens=np.array(limits), beams=3, end_id=5)
     for row, limit in enumerate(limits):
-        alone = beam_search(model, params, prompts[row : row + 1], max_new_tokens=limit, beams=3, end_id=5)
-        np.testing.assert_array_equal(both.tokens[row, :, :limit], alone.tokens[0])
-        np.testing.assert_array_equal(both.lengths[row], alone.lengths[0])
+        separate = beam_search(model, params, prompts[row : row + 1], max_new_tokens=limit, beams=3, end_id=5)
+        np.testing.assert_array_equal(together.tokens[row, :, :limit], separate.tokens[0])
+        np.testing.assert_array_equal(together.lengths[row], separate.lengths[0])
     for bad in (np.array([3]), np.array([3, 0])):
         with pytest.raises(ValueError, match=r"must be one number of at least 1 for each prompt"):
             beam_search(model, params, prompts, max_new_tokens=bad, beams=3)
@@ -204,26 +208,28 @@ def test_beams_of_unequal_limits_are_those_of_each_row(gpt: Any) -> None:
         beam_search(model, params, prompts, max_new_tokens=3, beams=3, early_stopping="soon")  # type: ignore[arg-type]
 
 
-def test_text_ends_at_each_of_several_ids_of_a_loaded_directory(writer: Any, tmp_path: Path) -> None:
-    (model, params), texts = writer, ["abcdefg", "jih"]
-    whole = generate_text(model, params, LETTERS, texts, GenerationConfig(9))
-    ends = list(dict.fromkeys(LETTERS.encode(whole[0])[2:].tolist() + LETTERS.encode(whole[1]).tolist()))[:2]
+def test_text_ends_at_any_of_several_end_ids_of_a_loaded_directory(letter_model: Any, tmp_path: Path) -> None:
+    (model, params), texts = letter_model, ["abcdefg", "jih"]
+    full_texts = generate_text(model, params, LETTERS, texts, GenerationConfig(9))
+    ends = list(dict.fromkeys(LETTERS.encode(full_texts[0])[2:].tolist() + LETTERS.encode(full_texts[1]).tolist()))[:2]
     stops = LETTERS.decode(ends)
-    cut = [text[: min([text.find(c) for c in stops if c in text], default=9)] for text in whole]
-    assert cut != whole
-    jaxlm.save_pretrained(tmp_path, saying(model, eos_token_id=ends, max_new_tokens=9), params)
+    expected = [text[: min([text.find(c) for c in stops if c in text], default=9)] for text in full_texts]
+    assert expected != full_texts
+    jaxlm.save_pretrained(tmp_path, with_file_fields(model, eos_token_id=ends, max_new_tokens=9), params)
     loaded, params = jaxlm.load_pretrained(tmp_path)
-    assert generate_text(loaded, params, LETTERS, texts) == cut
-    assert generate_text(loaded, params, LETTERS, texts, GenerationConfig(end_ids=())) == whole
+    assert generate_text(loaded, params, LETTERS, texts) == expected
+    assert generate_text(loaded, params, LETTERS, texts, GenerationConfig(end_ids=())) == full_texts
 
 
-def test_the_start_of_the_file_comes_before_that_of_the_config() -> None:
+def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None:
     model = jaxlm.get_model("t5-tiny", vocab_size=257)
     params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(1)))
     config = GenerationConfig(6)
     other = jaxlm.get_model("t5-tiny", vocab_size=257, decoder_start_id=9)
     (expected,) = generate_text(other, params, TOKENIZER, ["ab"], config)
-    assert generate_text(saying(model, decoder_start_token_id=9), params, TOKENIZER, ["ab"], config) == [expected]
+    assert generate_text(with_file_fields(model, decoder_start_token_id=9), params, TOKENIZER, ["ab"], config) == [
+        expected
+    ]
     assert generate_text(model, params, TOKENIZER, ["ab"], config) != [expected]
 
 
@@ -236,6 +242,6 @@ def test_the_start_of_the_file_comes_before_that_of_the_config() -> None:
         ({"end_ids": 3}, TypeError, r"end_ids is a sequence of ids, got one id: pass \(3,\)"),
     ],
 )
-def test_bad_config(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_bad_fields(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GenerationConfig(**fields)

@@ -1,4 +1,4 @@
-"""Scoring: against plain log-softmax, documents against themselves alone, windows against each token's own context."""
+"""Tests of scores: against log-softmax, packed against separate documents, and windows against single contexts."""
 
 from __future__ import annotations
 
@@ -19,52 +19,54 @@ Pair = tuple[Any, Any]
 RNG = np.random.default_rng(0)
 
 
-def picked(log_probs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def target_log_probs(log_probs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.take_along_axis(log_probs[:, : tokens.shape[1] - 1], tokens[:, 1:, None], axis=-1)[..., 0]
 
 
-def test_against_log_softmax(pair: Pair, next_log_probs: Callable[..., np.ndarray]) -> None:
+def test_scores_equal_log_softmax(pair: Pair, next_log_probs: Callable[..., np.ndarray]) -> None:
     tokens = RNG.integers(0, 32, (3, 17))
-    expected = picked(next_log_probs(*pair, tokens), tokens)
+    expected = target_log_probs(next_log_probs(*pair, tokens), tokens)
     out = log_likelihood(*pair, tokens)
     assert out.shape == (3, 16)
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-def test_packed_documents_and_padding(gpt: Pair, next_log_probs: Callable[..., np.ndarray]) -> None:
+def test_packed_documents_are_scored_like_separate_documents(
+    gpt: Pair, next_log_probs: Callable[..., np.ndarray]
+) -> None:
     tokens = RNG.integers(0, 128, (1, 12))
     segment_ids = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]])
     out = np.asarray(log_likelihood(*gpt, tokens, segment_ids))[0]
-    alone = [tokens[:, 2:6], tokens[:, 6:10]]
-    first, second = (picked(next_log_probs(*gpt, document), document)[0] for document in alone)
+    separate = [tokens[:, 2:6], tokens[:, 6:10]]
+    first, second = (target_log_probs(next_log_probs(*gpt, document), document)[0] for document in separate)
     np.testing.assert_allclose(out[2:5], first, atol=1e-4)
     np.testing.assert_allclose(out[6:9], second, atol=1e-4)
     assert out[[0, 1, 5, 9, 10]].tolist() == [0.0] * 5, "padding, and the first token of a document"
 
 
-def largest(jaxpr: Any) -> Iterator[int]:
-    """Sizes of all float32 arrays of a jaxpr, inner ones included."""
+def float32_sizes(jaxpr: Any) -> Iterator[int]:
+    """Yield the size of each float32 array of a jaxpr and its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield from (var.aval.size for var in equation.outvars if var.aval.dtype == jnp.float32)
         for inner in jaxprs_in_params(equation.params):
-            yield from largest(inner)
+            yield from float32_sizes(inner)
 
 
-def test_logits_exist_in_chunks_only(gpt: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_in_chunks(gpt: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = gpt
     tokens = jnp.asarray(RNG.integers(0, 128, (2, 20)))
-    whole = log_likelihood(model, params, tokens[:, :14])
+    expected = log_likelihood(model, params, tokens[:, :14])
     score._token_scores.clear_cache()
-    monkeypatch.setattr(score, "CHUNK_LOGITS", 2 * 5 * 128)  # 5 of 13 steps at a time, 3 at the end
-    np.testing.assert_allclose(log_likelihood(model, params, tokens[:, :14]), whole, atol=1e-5)
-    # A narrow model, whose own activations are smaller than the logits.
+    monkeypatch.setattr(score, "CHUNK_LOGITS", 2 * 5 * 128)  # chunks of 5, 5 and 3 steps
+    np.testing.assert_allclose(log_likelihood(model, params, tokens[:, :14]), expected, atol=1e-5)
+    # In this narrow model, all other activations are smaller than the logits.
     narrow = jaxlm.get_model("gpt2-tiny", embed_dim=4, num_heads=1, mlp_dim=4, max_positions=20)
     jaxpr = jax.make_jaxpr(lambda p, t: log_likelihood(narrow, p, t))(spec.abstract(narrow.specs), tokens)
-    assert max(largest(jaxpr.jaxpr)) == 2 * 5 * 128
+    assert max(float32_sizes(jaxpr.jaxpr)) == 2 * 5 * 128
     score._token_scores.clear_cache()
 
 
-def test_one_window_is_the_plain_mean(pair: Pair) -> None:
+def test_one_window_gives_the_mean_of_all_scores(pair: Pair) -> None:
     ids = RNG.integers(0, 32, 20)
     out = perplexity(*pair, ids, window=50, stride=10)
     expected = -np.asarray(log_likelihood(*pair, ids[None]), np.float64).mean()
@@ -75,7 +77,7 @@ def test_one_window_is_the_plain_mean(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("count", "window", "stride"), [(50, 12, 4), (45, 12, 11), (37, 12, 1), (13, 12, 5)])
-def test_each_token_counts_once_in_the_first_window_that_holds_it(
+def test_each_token_counts_once_in_the_first_window_that_contains_it(
     gpt: Pair, next_log_probs: Callable[..., np.ndarray], count: int, window: int, stride: int
 ) -> None:
     ids = RNG.integers(0, 128, count)
@@ -87,14 +89,16 @@ def test_each_token_counts_once_in_the_first_window_that_holds_it(
         rows.append(ids[start:token])
         ends.append(ids[token])
     log_probs = next_log_probs(*gpt, rows)
-    expected = [-after[len(row) - 1, end] for row, end, after in zip(rows, ends, log_probs, strict=True)]
+    expected = [
+        -row_log_probs[len(row) - 1, end] for row, end, row_log_probs in zip(rows, ends, log_probs, strict=True)
+    ]
     for batch_size in (1, 4):
         out = perplexity(*gpt, ids, window=window, stride=stride, batch_size=batch_size)
         assert out.tokens == count - 1
         np.testing.assert_allclose(out.nats_per_token, np.mean(expected), rtol=1e-5)
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(gpt: Pair) -> None:
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_size(gpt: Pair) -> None:
     model, params = gpt
     out = perplexity(model, jax.tree.map(jnp.zeros_like, params), np.arange(40, dtype=np.uint16), window=12, stride=6)
     np.testing.assert_allclose(out.perplexity, 128, rtol=1e-5)
@@ -103,14 +107,14 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(gpt: Pa
 @pytest.mark.parametrize(
     ("tokens", "segment_ids", "message"),
     [
-        (np.array([[5]]), None, r"tokens are 1 per row"),
+        (np.array([[5]]), None, r"tokens have only 1 column"),
         (np.array([5, 6]), None, r"tokens must be integers of shape \[batch, time\], got int64\[2\]"),
         (np.array([[5, 128]]), None, r"tokens have id 128 in row 0 at position 1"),
         (np.array([[5, 6]]), np.array([[1]]), r"segment_ids \[1, 1\] must have the shape of tokens \[1, 2\]"),
         (np.ones((1, 66), int), None, r"65 tokens exceed max_positions=64"),
     ],
 )
-def test_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, message: str) -> None:
+def test_errors_name_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         log_likelihood(*gpt, tokens, segment_ids)
 
@@ -118,7 +122,7 @@ def test_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, message: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ids": np.array([5])}, r"ids must be a row of at least 2 integers, got int64\[1\]"),
+        ({"ids": np.array([5])}, r"ids must have shape \[tokens\] with at least 2 integers, got int64\[1\]"),
         ({"ids": np.array([[5, 6]])}, r"got int64\[1, 2\]"),
         ({"ids": np.array([0.5, 0.5])}, r"got float64\[2\]"),
         ({"stride": 8}, r"stride=8 must be from 1 to window - 1 = 7"),
@@ -128,6 +132,6 @@ def test_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, message: str) -> N
         ({"ids": np.ones(99, int), "window": 90}, r"89 tokens exceed max_positions=64"),
     ],
 )
-def test_bad_windows(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
+def test_errors_name_bad_windows(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         perplexity(*gpt, **{"ids": np.arange(20), "window": 8, "stride": 4, **arguments})

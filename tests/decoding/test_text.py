@@ -1,4 +1,4 @@
-"""Text: stop strings, characters of several bytes, streaming, by a model that recites."""
+"""Tests of stop strings, multi-byte characters and streaming with a model that recites a given text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReciterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Reciter:
-    """After n tokens it is sure that the next is ``params[n]``: it counts, and does not listen."""
+    """A model that predicts ``params[n]`` after n tokens. It only counts the tokens and ignores their ids."""
 
     config: ReciterConfig = ReciterConfig()
     reads_source = False
@@ -45,7 +45,7 @@ class Reciter:
         return jax.nn.one_hot(params[read_BT], self.config.vocab_size), {"read": read_BT[:, -1]}
 
     def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
-        # The ids that the tokenizer lacks are likelier than anything.
+        # The most likely ids are those that the tokenizer does not have.
         return 50.0 * hidden + jnp.where(jnp.arange(self.config.vocab_size) > 256, 100.0, 0.0)[None, None, :]
 
 
@@ -61,7 +61,7 @@ LINE = "The naïve € costs 😀😀 and 日本. And more"
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("stop", [(), ("😀 and",), (". A", "xyz"), ("never",), ("日本",)])
-def test_pieces_are_final_and_make_up_the_whole(stop: tuple[str, ...], chunk: int) -> None:
+def test_streamed_pieces_join_to_the_whole_text(stop: tuple[str, ...], chunk: int) -> None:
     model, params = recite(LINE.encode())
     pieces = list(stream_text(model, params, BYTES, "The", GenerationConfig(90, stop=stop), chunk=chunk))
     expected = min((LINE[3:].split(string)[0] for string in stop), key=len, default=LINE[3:])
@@ -73,25 +73,25 @@ def test_pieces_are_final_and_make_up_the_whole(stop: tuple[str, ...], chunk: in
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 50])
-def test_the_first_stop_string_to_be_complete_counts(chunk: int) -> None:
+def test_the_first_complete_stop_string_ends_the_text(chunk: int) -> None:
     model, params = recite(b"0123abcdef")
     for stop, expected in [
         (["abcd", "bc"], "123a"),  # bc is complete before abcd
         (["abcd", "cde"], "123"),
-        (["bc", "abc"], "123"),  # complete together: the longer one
-        (["fe", "f0"], "123abcdef"),  # the end may look like the beginning of one
+        (["bc", "abc"], "123"),  # both are complete at the same token: the longer string ends the text
+        (["fe", "f0"], "123abcdef"),  # the text ends with the beginning of a stop string
     ]:
         assert "".join(stream_text(model, params, BYTES, "0", GenerationConfig(30, stop=stop), chunk=chunk)) == expected
         assert generate_text(model, params, BYTES, ["0"], GenerationConfig(30, stop=stop)) == [expected]
 
 
-def test_what_could_begin_a_stop_string_is_held_back() -> None:
+def test_a_possible_beginning_of_a_stop_string_is_not_streamed_yet() -> None:
     model, params = recite(b"x one st st stop two")
     pieces = list(stream_text(model, params, BYTES, "x", GenerationConfig(30, stop=("stop",)), chunk=1))
     assert pieces == [" ", "o", "n", "e", " ", "st ", "st "]
 
 
-def test_an_incomplete_character_waits_and_is_shown_at_the_end() -> None:
+def test_an_incomplete_character_is_streamed_only_at_the_end() -> None:
     model, params = recite("x é€".encode())
     assert list(stream_text(model, params, BYTES, "x", GenerationConfig(6), chunk=1)) == [" ", "é", "€"]
     assert list(stream_text(model, params, BYTES, "x", GenerationConfig(5), chunk=1)) == [" ", "é", "\ufffd"]
@@ -102,11 +102,11 @@ def test_batched_prompts_of_unequal_length() -> None:
     model, params = recite(b"0123456789abc")
     prompts = ["0", "01234", "0123456789ab"]
     assert generate_text(model, params, BYTES, prompts, GenerationConfig(4)) == ["1234", "5678", "c"]
-    # A row that met its stop string waits for the others and gets nothing more.
+    # After its stop string, a row gets no more text while the other rows continue.
     assert generate_text(model, params, BYTES, prompts, GenerationConfig(12, stop=("45", "9a"))) == ["123", "5678", "c"]
 
 
-def test_nothing_is_generated_beyond_the_chunk_that_holds_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_generated_after_the_chunk_that_contains_the_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(windows, "advance", lambda *given: calls.append(given[-1]) or ADVANCE(*given))
     model, params = recite(b"0123456789" * 15)
@@ -123,9 +123,9 @@ def test_nothing_is_generated_beyond_the_chunk_that_holds_the_stop(monkeypatch: 
 ADVANCE = windows.advance
 
 
-def test_a_tokenizer_that_treats_the_beginning_differently() -> None:
+def test_a_tokenizer_that_decodes_the_first_word_differently() -> None:
     class Words:
-        """Ids are letters; a space stands before every word but the first of a text."""
+        """A tokenizer of one-letter words. ``decode`` puts a space before every word except the first."""
 
         vocab_size, end_id = 26, None
 
@@ -146,9 +146,9 @@ def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=257)
     params = jax.jit(model.init)(jax.random.key(0))
     config, key = GenerationConfig(30, Sampling(top_k=100)), jax.random.key(3)
-    (whole,) = generate_text(model, params, BYTES, ["To be"], config, key=key)
-    assert len(whole) > 5
-    assert "".join(stream_text(model, params, BYTES, "To be", config, key=key, chunk=chunk)) == whole
+    (expected,) = generate_text(model, params, BYTES, ["To be"], config, key=key)
+    assert len(expected) > 5
+    assert "".join(stream_text(model, params, BYTES, "To be", config, key=key, chunk=chunk)) == expected
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
         ("ab", TypeError, r"texts are a sequence of strings, got one string: pass \['ab'\]"),
     ],
 )
-def test_bad_texts(texts: Any, error: type[Exception], message: str) -> None:
+def test_errors_name_bad_texts(texts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         generate_text(*recite(b"ab"), BYTES, texts, GenerationConfig(3))
 
@@ -177,11 +177,11 @@ def test_bad_texts(texts: Any, error: type[Exception], message: str) -> None:
             ValueError,
             r"num_beams=2 searches for likely texts, but temperature=1.0 draws at random: set num_beams=1",
         ),
-        ({"length_penalty": 2.0, "num_beams": 1}, ValueError, r"length_penalty=2.0 ranks beams: set num_beams above 1"),
+        ({"length_penalty": 2.0, "num_beams": 1}, ValueError, r"length_penalty=2.0 needs beam search: set num_beams"),
         ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be finite"),
     ],
 )
-def test_bad_config(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_bad_fields(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GenerationConfig(**fields)
 
@@ -191,64 +191,64 @@ def test_random_sampling_needs_a_key() -> None:
         generate_text(*recite(b"ab"), BYTES, ["a"], GenerationConfig(3, Sampling()))
 
 
-def test_streaming_refuses_at_the_call() -> None:
+def test_stream_text_raises_before_iteration() -> None:
     with pytest.raises(ValueError, match=r"prompt 0 is ''"):
         stream_text(*recite(b"ab"), BYTES, "", GenerationConfig(3))
     with pytest.raises(ValueError, match=r"chunk=0 must be at least 1"):
         stream_text(*recite(b"ab"), BYTES, "a", GenerationConfig(3), chunk=0)
 
 
-def test_ids_that_the_model_lacks() -> None:
+def test_error_for_ids_outside_the_vocabulary_of_the_model() -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=2)
     with pytest.raises(ValueError, match=r"prompt 0 has id 2, outside the model's 2 ids: is this the tokenizer"):
         generate_text(model, {}, CharTokenizer("abc"), ["abc"], GenerationConfig(3))
 
 
-def by_hand(model: jaxlm.Model, params: Any, prompt: np.ndarray, count: int) -> list[int]:
-    """Greedy continuation by full forward passes; a full context is cut to its last half."""
-    limit, context, made = model.config.max_positions, list(prompt), []
+def greedy_by_forward_passes(model: jaxlm.Model, params: Any, prompt: np.ndarray, count: int) -> list[int]:
+    """Greedy continuation with full forward passes. If the context is full, only its second half is kept."""
+    limit, context, output = model.config.max_positions, list(prompt), []
 
     @jax.jit
     def logits(tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
         return model.logits(params, model.apply(params, tokens, segment_ids=segment_ids)[0])[0, :, : len(LETTERS)]
 
-    while len(made) < count:
+    while len(output) < count:
         if len(context) == limit + 1:
             context = context[-(limit // 2) :]
         padding = [0] * (limit - len(context))
         row = logits(jnp.asarray([context + padding]), jnp.asarray([[1] * len(context) + padding]))[len(context) - 1]
-        made.append(int(jnp.argmax(row)))
-        context.append(made[-1])
-    return made
+        output.append(int(jnp.argmax(row)))
+        context.append(output[-1])
+    return output
 
 
 LETTERS = "abcdefghij"
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
-def test_text_outgrows_the_context(chunk: int) -> None:
+def test_text_can_be_longer_than_the_context(chunk: int) -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
     params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
     tokenizer = CharTokenizer(LETTERS)
-    want = tokenizer.decode(by_hand(model, params, tokenizer.encode("abc"), 40))
+    want = tokenizer.decode(greedy_by_forward_passes(model, params, tokenizer.encode("abc"), 40))
     assert len(set(want)) > 1
     pieces = list(stream_text(model, params, tokenizer, "abc", GenerationConfig(40), chunk=chunk))
     assert "".join(pieces) == want
-    # A stop string that lies across the border of two windows (after 10 tokens) is found.
-    border = want[8:12]
-    cut = want[: want.find(border)]
-    assert generate_text(model, params, tokenizer, ["abc"], GenerationConfig(40, stop=(border,))) == [cut]
+    # A stop string across the boundary of two windows (after 10 tokens) is found.
+    stop = want[8:12]
+    expected = want[: want.find(stop)]
+    assert generate_text(model, params, tokenizer, ["abc"], GenerationConfig(40, stop=(stop,))) == [expected]
     with pytest.raises(ValueError, match="prompt 0 has 13 tokens, but max_positions=12: shorten it"):
         stream_text(model, params, tokenizer, "abcdefghijabc", GenerationConfig(3))
 
 
-def test_rows_that_end_early_stay_ended_in_later_windows() -> None:
+def test_rows_that_end_early_get_no_text_in_later_windows() -> None:
     model = jaxlm.get_model("gpt2-tiny", max_positions=12, num_layers=1)
     params = jax.tree.map(lambda x: 8.0 * x, jax.jit(model.init)(jax.random.key(3)))
     tokenizer = CharTokenizer(LETTERS)
-    alone = [generate_text(model, params, tokenizer, [prompt], GenerationConfig(40))[0] for prompt in ("abc", "jih")]
-    stop = alone[0][2:4]
-    both = generate_text(model, params, tokenizer, ["abc", "jih"], GenerationConfig(40, stop=(stop,)))
-    assert both[0] == alone[0][: alone[0].find(stop)]
-    at = alone[1].find(stop)
-    assert both[1] == (alone[1] if at < 0 else alone[1][:at])
+    separate = [generate_text(model, params, tokenizer, [prompt], GenerationConfig(40))[0] for prompt in ("abc", "jih")]
+    stop = separate[0][2:4]
+    together = generate_text(model, params, tokenizer, ["abc", "jih"], GenerationConfig(40, stop=(stop,)))
+    assert together[0] == separate[0][: separate[0].find(stop)]
+    index = separate[1].find(stop)
+    assert together[1] == (separate[1] if index < 0 else separate[1][:index])

@@ -1,4 +1,4 @@
-"""Text of every kind of family: equal to array-level results, whatever the batches and the padding are."""
+"""Tests of text generation with several families: it equals generation on arrays for all batch sizes and padding."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from jaxlm.decoding import (
     text,
     windows,
 )
-from tests.helpers import lively, tiny_model
+from tests.helpers import add_noise, tiny_model
 
 BYTES = ByteTokenizer()
-NEW = 6
+NUM_NEW = 6
 CAUSAL, SOURCE = ("gpt2-tiny", "lstm-tiny"), ("t5-tiny", "attention-rnn-tiny")
 TEXTS = ["a man", "o", "two dogs are running", "the sea is", "a", "snow on a hill", "men"]
 every_family = pytest.mark.parametrize("name", [*CAUSAL, *SOURCE])
@@ -40,22 +40,22 @@ every_family = pytest.mark.parametrize("name", [*CAUSAL, *SOURCE])
 def pair(name: str) -> tuple[Any, Any]:
     start = {"decoder_start_id": BYTES.end_id} if name == "attention-rnn-tiny" else {}
     model = tiny_model(name, vocab_size=264, **start)
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def config_of(**fields: Any) -> GenerationConfig:
-    return GenerationConfig(**{"max_new_tokens": NEW, **fields})
+    return GenerationConfig(**{"max_new_tokens": NUM_NEW, **fields})
 
 
-def array_level(name: str, source: str, num_beams: int) -> str:
-    """The text of one prompt or source by the functions on arrays, without padding."""
+def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
+    """Generate the text of one prompt or source with the functions on arrays, without padding."""
     model, params = pair(name)
     ids, state = BYTES.encode(source)[None], None
     if model.reads_source:
-        state = model.init_decode_state(params, ids, NEW)
+        state = model.init_decode_state(params, ids, NUM_NEW)
         ids = np.array([[model.config.decoder_start_id]], np.int32)
     options: dict[str, Any] = {
-        "max_new_tokens": NEW, "end_id": BYTES.end_id, "allowed_ids": BYTES.vocab_size, "state": state,
+        "max_new_tokens": NUM_NEW, "end_id": BYTES.end_id, "allowed_ids": BYTES.vocab_size, "state": state,
     }  # fmt: skip
     if num_beams == 1:
         out = generate(model, params, ids, **options)
@@ -66,29 +66,29 @@ def array_level(name: str, source: str, num_beams: int) -> str:
 
 @every_family
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_batches_of_padded_texts_equal_each_text_alone_on_arrays(name: str, num_beams: int) -> None:
+def test_batches_of_padded_texts_equal_separate_texts_on_arrays(name: str, num_beams: int) -> None:
     texts = ["a man", "snow on a hill in May", "o sea"]
     out = generate_text(*pair(name), BYTES, texts, config_of(num_beams=num_beams, batch_size=2))
-    assert out == [array_level(name, source, num_beams) for source in texts]
+    assert out == [generate_on_arrays(name, source, num_beams) for source in texts]
     assert len(set(out)) > 1, "this model ignores its inputs"
 
 
 @every_family
-def test_order_batches_and_buckets_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_batch_size_and_buckets_do_not_change_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = pair(name)
-    whole = generate_text(model, params, BYTES, TEXTS, config_of(batch_size=None))
-    assert generate_text(model, params, BYTES, TEXTS, config_of(batch_size=2)) == whole
-    assert generate_text(model, params, BYTES, TEXTS[::-1], config_of()) == whole[::-1]
+    expected = generate_text(model, params, BYTES, TEXTS, config_of(batch_size=None))
+    assert generate_text(model, params, BYTES, TEXTS, config_of(batch_size=2)) == expected
+    assert generate_text(model, params, BYTES, TEXTS[::-1], config_of()) == expected[::-1]
     monkeypatch.setattr(windows, "bucket_length", lambda length, limit=None: length)
-    assert generate_text(model, params, BYTES, TEXTS, config_of()) == whole, "padding to buckets changes texts"
+    assert generate_text(model, params, BYTES, TEXTS, config_of()) == expected, "padding to buckets changes texts"
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
-def test_draws_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
+def test_samples_depend_on_the_index_of_a_text_and_not_on_its_batch(name: str) -> None:
     model, params = pair(name)
     sampling, key = Sampling(top_k=50), jax.random.key(3)
-    whole = generate_text(model, params, BYTES, TEXTS, config_of(sampling=sampling, batch_size=None), key=key)
-    assert generate_text(model, params, BYTES, TEXTS, config_of(sampling=sampling, batch_size=3), key=key) == whole
+    expected = generate_text(model, params, BYTES, TEXTS, config_of(sampling=sampling, batch_size=None), key=key)
+    assert generate_text(model, params, BYTES, TEXTS, config_of(sampling=sampling, batch_size=3), key=key) == expected
     assert len(set(generate_text(model, params, BYTES, ["a"] * 4, config_of(sampling=sampling), key=key))) == 4
 
 
@@ -114,23 +114,25 @@ def test_streaming_equals_generating_from_a_source(name: str, chunk: int) -> Non
     model, params = pair(name)
     sampling, key = Sampling(top_k=50), jax.random.key(1)
     config = config_of(sampling=sampling, max_new_tokens=12)
-    (whole,) = generate_text(model, params, BYTES, ["a man"], config, key=key)
+    (expected,) = generate_text(model, params, BYTES, ["a man"], config, key=key)
     pieces = list(stream_text(model, params, BYTES, "a man", config, key=key, chunk=chunk))
-    assert "".join(pieces) == whole
+    assert "".join(pieces) == expected
     assert len(pieces) > 1
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_stop_strings_end_outputs(num_beams: int) -> None:
     model, params = pair("t5-tiny")
-    (whole,) = generate_text(model, params, BYTES, ["a man"], config_of(num_beams=num_beams))
-    stop = whole[3]
+    (text_without_stop,) = generate_text(model, params, BYTES, ["a man"], config_of(num_beams=num_beams))
+    stop = text_without_stop[3]
     config = config_of(num_beams=num_beams, stop=(stop,))
-    assert generate_text(model, params, BYTES, ["a man"], config) == [whole[: whole.index(stop)]]
+    assert generate_text(model, params, BYTES, ["a man"], config) == [
+        text_without_stop[: text_without_stop.index(stop)]
+    ]
 
 
-def trained_tokenizer() -> Any:
-    """Words with special tokens and T5's template ``text </s>``."""
+def word_tokenizer() -> Any:
+    """A word tokenizer with special tokens and T5's template ``text </s>``."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, processors
 
@@ -144,8 +146,8 @@ def trained_tokenizer() -> Any:
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> None:
-    tokenizer, model = trained_tokenizer(), tiny_model("t5-tiny", vocab_size=63)
-    params = lively(jax.jit(model.init)(jax.random.key(5)))
+    tokenizer, model = word_tokenizer(), tiny_model("t5-tiny", vocab_size=63)
+    params = add_noise(jax.jit(model.init)(jax.random.key(5)))
     ids = tokenizer.encode_inputs("w3 w9").ids
     assert ids[-1] == tokenizer.special_ids.eos == 1
     config = GenerationConfig(20, num_beams=num_beams)
@@ -154,33 +156,33 @@ def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> No
         model, params, np.zeros((1, 1), np.int32), max_new_tokens=20, beams=num_beams, end_id=1, state=state
     )
     tokens = np.asarray(out.tokens)[0, 0, : int(out.lengths[0, 0])].tolist()
-    (found,) = generate_text(model, params, tokenizer, ["w3 w9"], config)
-    assert found == tokenizer.decode(tokens, skip_special_tokens=True)
-    assert "<" not in found
+    (output_text,) = generate_text(model, params, tokenizer, ["w3 w9"], config)
+    assert output_text == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "<" not in output_text
 
 
-def test_the_start_token_is_the_models_or_else_the_tokenizers() -> None:
-    tokenizer = trained_tokenizer()
+def test_the_start_token_comes_from_the_model_or_else_the_tokenizer() -> None:
+    tokenizer = word_tokenizer()
     assert decoder_start_id(tiny_model("t5-tiny", decoder_start_id=9), tokenizer) == 9
     other: Any = SimpleNamespace(family="other", config=object())
     assert decoder_start_id(other, PretrainedTokenizer(tokenizer.backend, {"bos": "w7"})) == tokenizer.encode("w7")[0]
-    with pytest.raises(ValueError, match="other has no decoder_start_id and the tokenizer no beginning-of-sequence"):
+    with pytest.raises(ValueError, match="no decoder_start_id and the tokenizer has no beginning-of-sequence"):
         decoder_start_id(other, BYTES)
 
 
-def test_bad_sources() -> None:
+def test_errors_name_the_bad_source() -> None:
     model, params = pair("t5-tiny")
     with pytest.raises(ValueError, match=r"source 1 is '', which has no tokens"):
         generate_text(model, params, BYTES, ["a", ""])
     with pytest.raises(ValueError, match=r"source 0 is '', which has no tokens"):
-        generate_text(tiny_model("t5-tiny"), {}, trained_tokenizer(), [""])
+        generate_text(tiny_model("t5-tiny"), {}, word_tokenizer(), [""])
     with pytest.raises(ValueError, match=r"source 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
         generate_text(tiny_model("t5-tiny", vocab_size=100), {}, BYTES, ["xa"])
-    with pytest.raises(ValueError, match=r"num_beams=2: beam search has no text before it ends; use generate_text"):
+    with pytest.raises(ValueError, match=r"num_beams=2: beam search cannot stream text; use generate_text"):
         stream_text(model, params, BYTES, "a", GenerationConfig(num_beams=2))
 
 
-def test_a_source_longer_than_the_positions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_for_a_source_longer_than_max_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = pair("t5-tiny")
     monkeypatch.setattr(text.TokenRequest, "max_positions", 6)
     with pytest.raises(ValueError, match=r"source 1 has 7 tokens, but max_positions=6: shorten it"):
@@ -188,43 +190,43 @@ def test_a_source_longer_than_the_positions_is_named(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "said"),
+    ("name", "fields", "message"),
     [
         ("bert-tiny", {}, "this is a BERT with a masked-token head: it generates no text; load a language model"),
         ("gpt2-tiny", {"task": "classification"}, "this is a GPT with a classification head: it generates no text"),
         ("t5-tiny", {"task": "none"}, "this is a T5 with no head: it generates no text"),
     ],
 )
-def test_a_model_without_a_head_for_text_is_described(name: str, fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_error_for_a_model_without_a_text_head(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         generate_text(jaxlm.get_model(name, **fields), {}, BYTES, ["a"])
 
 
-def test_generate_tells_what_an_encoder_decoder_needs_and_that_works() -> None:
+def test_error_of_generate_shows_the_call_for_an_encoder_decoder() -> None:
     model, params = pair("t5-tiny")
     start = np.zeros((1, 1), np.int32)
     with pytest.raises(
         ValueError, match=r"generate_text\(model, params, tokenizer, sources\).*state=model.init_decode_state\("
     ):
-        generate(model, params, start, max_new_tokens=NEW)
+        generate(model, params, start, max_new_tokens=NUM_NEW)
     out = generate(
         model,
         params,
         start,
-        max_new_tokens=NEW,
-        state=model.init_decode_state(params, BYTES.encode("a man")[None], NEW),
+        max_new_tokens=NUM_NEW,
+        state=model.init_decode_state(params, BYTES.encode("a man")[None], NUM_NEW),
     )
-    assert out.tokens.shape == (1, NEW)
+    assert out.tokens.shape == (1, NUM_NEW)
 
 
-def test_a_key_for_each_row() -> None:
+def test_one_key_per_row_is_accepted() -> None:
     model, params = pair("gpt2-tiny")
     prompts, key = np.array([[5, 6], [5, 6]], np.int32), jax.random.key(0)
-    options: dict[str, Any] = {"max_new_tokens": NEW, "sampling": Sampling()}
+    options: dict[str, Any] = {"max_new_tokens": NUM_NEW, "sampling": Sampling()}
     folded = generate(model, params, prompts, key=key, **options).tokens
     given = generate(model, params, prompts, key=sample.row_keys(key, np.array([1, 0])), **options).tokens
     np.testing.assert_array_equal(given, folded[::-1])
-    with pytest.raises(ValueError, match="3 keys for 2 prompts: pass one key, or one for each prompt"):
+    with pytest.raises(ValueError, match="3 keys for 2 prompts: pass one key, or one key per prompt"):
         generate(model, params, prompts, key=jax.random.split(key, 3), **options)
 
 

@@ -82,7 +82,7 @@ def test_resume_is_the_same_as_without_a_break(finished: Path, file: Path, tmp_p
 
 def test_a_resumed_run_keeps_its_games(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--resume", finished, "--notation", "san") == 2
-    assert "notation=san cannot change in a resumed run (it is uci)" in capsys.readouterr().err
+    assert "notation=san cannot change in a resumed run (saved value: uci)" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

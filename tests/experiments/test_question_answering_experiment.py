@@ -132,7 +132,7 @@ def test_the_command_answers_from_files_and_standard_input(
     [
         ((), "there is no question: give --question (with --context FILE), or --file FILE"),
         (("--question", "Who?", "--file", "rows.jsonl"), "give --question with --context, or --file, not both"),
-        (("--question", "Who?"), "standard input is empty: it must hold the text of the questions"),
+        (("--question", "Who?"), "standard input is empty: it must contain the text for the questions"),
     ],
 )
 def test_commands_that_cannot_be_run(

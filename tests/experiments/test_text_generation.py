@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_more_steps(copied, finished):
             ("--training.steps", "5", "--optimizer.warmup-steps", "1"),
             "the checkpoint is of step 12, beyond training.steps=5: set training.steps to at least 12",
         ),
-        (("--tokenizer", "byte"), "tokenizer=byte cannot change in a resumed run (it is character)"),
+        (("--tokenizer", "byte"), "tokenizer=byte cannot change in a resumed run (saved value: character)"),
         (("--validation-fraction", "0.2"), "validation_fraction=0.2 cannot change"),
     ],
 )

@@ -25,7 +25,7 @@ from jaxlm.data import Batches
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.report import curve, read_metrics
 from tests.helpers import assert_trees_close
-from tests.test_processes import MESHES, given, program
+from tests.test_processes import MESHES, initial_lstm_params, program
 
 pytestmark = pytest.mark.thorough
 
@@ -55,7 +55,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-LOST = r"was lost \(killed, stopped, or not heard of for 6 s\)"
+LOST = r"was lost \(killed, stopped, or without a heartbeat for 6 s\)"
 # Name -> what one process does at its third batch, the status of the others (None: they are aborted by JAX), seconds
 # after which all have ended, and the cause in their lines. Signals come 1.5 and 3 seconds after the third batch.
 FAULTS = {
@@ -199,7 +199,7 @@ def work_elastic(phase, directory):
 def elastic(what, directory, phase, devices, mesh, *, steps=None):
     steps = steps or 2 * (phase + 1)
     options = {"resume": phase > 0, "devices": devices, "optimizer": PLAIN, "steps": steps, "evaluate_every": 2}
-    return program(what, directory, mesh, initial=given() if what == "stream" else None, **options)[1]
+    return program(what, directory, mesh, initial=initial_lstm_params() if what == "stream" else None, **options)[1]
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):

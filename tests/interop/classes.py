@@ -1,4 +1,4 @@
-"""The Hugging Face classes that the published formats name, and a small model of each."""
+"""The Hugging Face classes of all published formats, and a small model for each class."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ CLASSES = [
 ]
 
 
-def tiny(name: str, table: Format, architecture: str) -> Model:
-    """A small model that this class holds, with its own number of labels."""
+def model_of_class(name: str, table: Format, architecture: str) -> Model:
+    """A small model for this class. A classifier has 3 labels."""
     model = tiny_model(name)
-    fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
-    config = dataclasses.replace(model.config, **{**fixed, **table.architectures[architecture]})
+    implied_fields = {field: value for field, value in table.implied.items() if field not in table.fields}
+    config = dataclasses.replace(model.config, **{**implied_fields, **table.architectures[architecture]})
     if table.model_type == "mistral":
         config = dataclasses.replace(config, window=4)
     if getattr(config, "task", "") in ("classification", "token_classification"):
         config = dataclasses.replace(config, num_labels=3)
-    # Some types can express the same models: the loaded one is kept.
-    loaded: dict[str, Any] = {"model_type": table.model_type}
-    if name == "t5":  # a loaded config without it is saved without it, and then transformers generates nothing
-        loaded["decoder_start_token_id"] = config.decoder_start_id
-    return Model(name, config, Metadata(config=loaded))
+    # Several model types can describe the same config. The metadata says which type to write.
+    loaded_config: dict[str, Any] = {"model_type": table.model_type}
+    if (
+        name == "t5"
+    ):  # a field that a loaded config lacks is not written, and without this field transformers cannot generate
+        loaded_config["decoder_start_token_id"] = config.decoder_start_id
+    return Model(name, config, Metadata(config=loaded_config))

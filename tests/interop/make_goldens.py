@@ -1,9 +1,9 @@
-"""Write the goldens of ``test_huggingface.py``: what torch and transformers say about small random GPT-2s.
+"""Write the goldens of ``test_huggingface.py``: the outputs of small random GPT-2 models of transformers.
 
     python tests/interop/make_goldens.py
 
-Needs the ``reference`` extra. Rerun when a case changes, not when a test fails. Each case is a directory as
-transformers saves it, and in it ``reference.npz``: tokens and mask in; hidden states, logits, loss and gradients out.
+Needs the ``reference`` extra. Run it only if a case changes, not because a test fails. Each case is a directory that
+transformers saved. Its ``reference.npz`` has the tokens, the mask, hidden states, logits, the loss and gradients.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def make(name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**SHAPE, **CASES[name])).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the initial values, where biases are 0 and scales 1
+        for parameter in model.parameters():  # so that biases are not 0 and scales are not 1
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     tokens = torch.randint(model.config.vocab_size, (3, 14), generator=generator)
     mask = torch.ones_like(tokens)
     if name == "padded":
         mask[0, :5] = mask[2, :1] = 0
-    # As generation has them: from 0 at the first real token.
+    # As in ``generate``, the first real token has position 0.
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # A pad predicts nothing and is not predicted, nor is the first token after pads.
+    # Pads and the first token after pads have no label.
     labels = tokens.masked_fill(mask * torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0, -100)
     output = model(tokens, attention_mask=mask, position_ids=positions, labels=labels, output_hidden_states=True)
     output.loss.backward()

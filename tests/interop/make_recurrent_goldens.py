@@ -1,9 +1,9 @@
-"""Write ``recurrent_goldens.npz`` of ``test_recurrent.py``: what torch and Keras make of random recurrent layers.
+"""Write ``recurrent_goldens.npz`` of ``test_recurrent.py``: the outputs of random recurrent layers of torch and Keras.
 
     KERAS_BACKEND=jax python tests/interop/make_recurrent_goldens.py
 
-Needs torch and Keras 3. Rerun when a case changes, not when a test fails. Each case has the layer's weights as the
-library gives them, an input [2, 5, 3], and the outputs.
+Needs torch and Keras 3. Run it only if a case changes, not because a test fails. Each case has the layer's weights in
+the library's layout and the outputs for the common input [2, 5, 3].
 """
 
 from __future__ import annotations

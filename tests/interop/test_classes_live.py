@@ -1,4 +1,4 @@
-"""Every Hugging Face class in both directions: run with ``-m live`` and the ``reference`` extra.
+"""Save and load every Hugging Face class in both directions: run with ``-m live`` and the ``reference`` extra.
 
 python -m tests.interop.test_classes_live      prints the matrix
 """
@@ -15,8 +15,8 @@ import pytest
 
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
-from tests.helpers import assert_trees_equal, lively
-from tests.interop.classes import CLASSES, tiny
+from tests.helpers import add_noise, assert_trees_equal
+from tests.interop.classes import CLASSES, model_of_class
 
 pytestmark = pytest.mark.live
 
@@ -33,28 +33,28 @@ def torch_class(architecture: str) -> Any:
 
 
 def check(name: str, table: Format, architecture: str, directory: Path) -> None:
-    """Ours opens in torch with nothing missing or left over; what torch then saves, we open, every byte as it was."""
+    """Load a saved model in torch without missing or unexpected tensors, save it there, and load equal parameters."""
     import torch
 
-    model = tiny(name, table, architecture)
-    params = jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+    model = model_of_class(name, table, architecture)
+    params = jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
     save_pretrained(directory / "ours", model, params)
-    theirs, info = torch_class(architecture).from_pretrained(directory / "ours", output_loading_info=True)
-    left = {kind: [name for name in names if not name.endswith("inv_freq")] for kind, names in info.items()}
-    assert not any(left.values()), left  # (frequencies are no parameter: torch computes them)
-    state = theirs.state_dict()
+    torch_model, info = torch_class(architecture).from_pretrained(directory / "ours", output_loading_info=True)
+    problems = {kind: [name for name in names if not name.endswith("inv_freq")] for kind, names in info.items()}
+    assert not any(problems.values()), problems  # inv_freq is not a parameter: torch computes it
+    state = torch_model.state_dict()
     for tensor, array in named_tensors(model, params):
-        own = tensor if tensor in state else tensor.removeprefix(table.prefix)  # a base class calls itself nothing
-        assert torch.equal(state[own], torch.from_numpy(np.array(array))), tensor
-    theirs.save_pretrained(directory / "theirs")
-    again, loaded = load_pretrained(directory / "theirs")
-    assert again.specs == model.specs
-    assert_trees_equal(loaded, params)
+        torch_name = tensor if tensor in state else tensor.removeprefix(table.prefix)  # a base class has no prefix
+        assert torch.equal(state[torch_name], torch.from_numpy(np.array(array))), tensor
+    torch_model.save_pretrained(directory / "theirs")
+    reloaded_model, reloaded_params = load_pretrained(directory / "theirs")
+    assert reloaded_model.specs == model.specs
+    assert_trees_equal(reloaded_params, params)
 
 
 @pytest.mark.filterwarnings("ignore:The output of TransfoXL will be updated:DeprecationWarning")
 @pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
-def test_a_class_opens_what_we_save_and_we_open_what_it_saves(
+def test_a_model_round_trips_through_the_torch_class(
     name: str, table: Format, architecture: str, tmp_path: Path
 ) -> None:
     check(name, table, architecture, tmp_path)

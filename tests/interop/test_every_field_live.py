@@ -1,8 +1,7 @@
-"""Every field of every reference configuration, changed alone: jaxlm computes what transformers computes, or refuses
-the field by name. Run with ``-m live``.
+"""Change each field of each transformers config: jaxlm gives the same output, or an error that names the field.
 
-The fields are those of the configuration class, those that its model reads beside them, and their aliases. Each is set
-to several values of its type in ``config.json``.
+Run with ``-m live``. The fields are those of the config class, further fields that its model reads, and aliases. Each
+test sets one field in ``config.json`` to several values of its type.
 """
 
 from __future__ import annotations
@@ -37,15 +36,18 @@ pytestmark = [
 
 B, T, P = 2, 24, 5
 LOWEST, HIGHEST = 7, 18
-"""Tokens are above the special ids and below the smallest vocabulary."""
+"""Tokens are above the special ids and inside the smallest vocabulary."""
 
 TOKENS = np.random.default_rng(0).integers(LOWEST, HIGHEST, (B, T)).astype(np.int32)
 ORDER = np.stack([np.random.default_rng(row).permutation(T) for row in range(B)]).astype(np.int32)
 TARGETS = np.argsort(ORDER, axis=1)[:, -P:].astype(np.int32)
-"""A factorization order and the last of it, for XLNet's query stream: a query that sees nothing differs (see docs)."""
+"""A factorization order and its last positions, for XLNet's query stream.
+
+The first positions are not targets, because a query without visible tokens differs from transformers (see docs).
+"""
 
 TABLES = {table.model_type: table for name in FAMILIES for table in formats.of(name)}
-"""``model_type`` -> its last format, which has the general classes."""
+"""``model_type`` -> its last format, which has the default classes."""
 
 _GPT: dict[str, Any] = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4}
 _LLAMA: dict[str, Any] = {
@@ -131,22 +133,22 @@ _WORDS: dict[str, list[Any]] = {
     "mem_len": [3, 0, None],
     "sliding_window": [3, None, 100],
 }
-"""Values of fields whose words or structure a type does not tell."""
+"""Values of fields whose valid values do not follow from their type."""
 
 _DERIVED_FROM = (
     "feed_forward_proj", "num_hidden_layers", "num_layers", "use_sliding_window", "sliding_window", "max_window_layers",
     "cutoffs", "proj_share_all_but_first", "n_head", "d_model", "num_attention_heads", "hidden_size",
 )  # fmt: skip
-"""Fields from which transformers derives others: they are changed without and beside those."""
+"""Fields from which transformers derives other fields. They are changed with and without the derived fields."""
 
-BESIDE: dict[str, tuple[str, ...]] = {
+UNDECLARED: dict[str, tuple[str, ...]] = {
     "gpt2": ("classifier_dropout", "hidden_dropout", "summary_last_dropout", "n_ctx"),
     "llama": ("partial_rotary_factor",),
     "mistral": ("rope_scaling", "partial_rotary_factor", "layer_types"),
     "qwen2": ("head_dim", "partial_rotary_factor"),
     "xlnet": ("d_head", "summary_proj_to_labels", "summary_first_dropout", "use_cache"),
 }
-"""Fields that a model reads though its configuration class does not declare them, or that published files have."""
+"""Fields that the config class does not declare, but that the model reads or published files have."""
 
 _BASE = (
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "num_labels",
@@ -154,32 +156,32 @@ _BASE = (
 """Fields of the base class that ``to_dict`` may leave out."""
 
 _UNREAD = {
-    "what is returned beside the output":
+    "additional outputs":
         "return_dict output_hidden_states output_attentions torchscript use_cache use_mems_eval",
-    "how or in which dtype it is computed, or nothing at all":
+    "details or the dtype of the computation, or no effect":
         "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp use_bfloat16 dtype torch_dtype n_ctx",
-    "training: fresh weights, the loss, or dropout of heads that have none here":
+    "training: initial weights, the loss, or dropout of heads that have no dropout in jaxlm":
         "initializer_factor init init_range problem_type tf_legacy_loss use_mems_train trainer_compatible "
         "summary_first_dropout summary_last_dropout classifier_dropout hidden_dropout",
-    "metadata, which is kept, and read by whoever tokenizes or generates":
+    "metadata for tokenization or generation, which jaxlm keeps":
         "is_encoder_decoder pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id prefix "
         "task_specific_params tokenizer_class finetuning_task label2id",
-    "read by other classes of transformers, but not by the one whose case it is":
+    "read by other classes of transformers, but not by the tested class":
         "id2label num_labels is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
         "pruned_heads summary_type summary_use_proj summary_activation summary_proj_to_labels start_n_top end_n_top "
         "layer_types partial_rotary_factor",
-    "the length of the memory, which is an argument of init_state, and how much of it is reused": "mem_len reuse_len",
+    "the length of the memory (an argument of init_state), and the number of reused tokens": "mem_len reuse_len",
 }  # fmt: skip
 EXPLAINED = {field: reason for reason, fields in _UNREAD.items() for field in fields.split()}
-"""Fields that jaxlm does not read, and what they are: the outputs must agree all the same."""
+"""Fields that jaxlm does not read -> the reason. The outputs must still agree."""
 
 
-# ------------------------------------------------------------------------------------------------ the two sides
+# ------------------------------------------------------------------------------- outputs of transformers and jaxlm
 
 
 @functools.cache
 def _class(architecture: str) -> Any:
-    """The class of transformers, in a form that runs."""
+    """The class of transformers. ``benchmarks.torch_models`` corrects a cast in the class of Transformer-XL."""
     if architecture.startswith("TransfoXL"):
         from benchmarks.torch_models import transformer_xl_module  # imports torch
 
@@ -188,15 +190,15 @@ def _class(architecture: str) -> Any:
 
 
 class Reference:
-    """A random reference model of one ``config.json`` and its output for the same tokens in every case."""
+    """A random transformers model for one ``config.json``, and its output for ``TOKENS``."""
 
     def __init__(self, architecture: str, content: dict[str, Any]) -> None:
         import torch
 
-        kind = _class(architecture)
-        config = kind.config_class.from_dict(dict(content))
+        model_class = _class(architecture)
+        config = model_class.config_class.from_dict(dict(content))
         torch.manual_seed(0)
-        self.model = model = kind(config).eval()
+        self.model = model = model_class(config).eval()
         noise = torch.Generator().manual_seed(0)
         is_t5 = config.model_type in ("t5", "mt5", "umt5")
         with torch.no_grad():
@@ -205,42 +207,47 @@ class Reference:
                 # Attention scores of T5 are not scaled: larger weights make rounding errors large.
                 scale = 0.05 if is_t5 and matrix else 0.2
                 parameter.copy_(matrix * parameter + scale * torch.randn(parameter.shape, generator=noise))
-        model.tie_weights()  # with torchscript, copies
-        if config.model_type == "transfo-xl" and not config.untie_r:  # it does not know that its layers share u and v
+        model.tie_weights()  # with torchscript, this copies the weights
+        if (
+            config.model_type == "transfo-xl" and not config.untie_r
+        ):  # transformers must know that the layers share u and v
             layers = range(config.n_layer)
             model._dynamic_tied_weights_keys = [f"transformer.layers.{i}.dec_attn.r_[wr]_bias" for i in layers]
         ids = torch.from_numpy(TOKENS).long()
-        given: dict[str, Any] = {"input_ids": ids}
-        if config.model_type == "transfo-xl":  # it attends to zeros where no memory is given
-            given["mems"] = [torch.zeros(0, B, config.d_model) for _ in range(config.n_layer)]
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if config.model_type == "transfo-xl":  # without a given memory, the model attends to zeros
+            inputs["mems"] = [torch.zeros(0, B, config.d_model) for _ in range(config.n_layer)]
         elif is_t5 and not architecture.endswith("EncoderModel"):
-            given |= {"decoder_input_ids": ids.flip(1), "use_cache": False}
+            inputs |= {"decoder_input_ids": ids.flip(1), "use_cache": False}
         elif architecture == "XLNetLMHeadModel":
-            given["perm_mask"] = torch.from_numpy(perm_mask(ORDER, TARGETS))
-            given["target_mapping"] = torch.from_numpy(target_mapping(TARGETS, T))
+            inputs["perm_mask"] = torch.from_numpy(perm_mask(ORDER, TARGETS))
+            inputs["target_mapping"] = torch.from_numpy(target_mapping(TARGETS, T))
         with torch.no_grad():
-            output = model(**given, return_dict=True)
+            output = model(**inputs, return_dict=True)
         names = ("prediction_scores", "logits", "last_hidden_state")
         self.output = next(getattr(output, name) for name in names if getattr(output, name, None) is not None).numpy()
         if not np.isfinite(self.output).all():
             raise ValueError("not finite")
 
     def same_as(self, other: Reference) -> bool:
-        """Whether weights (by name) and output are those of another one, bit for bit."""
-        one, two = self.model.state_dict(), other.model.state_dict()
+        """Whether the weights (by name) and the output equal those of ``other`` bitwise."""
+        own_weights, other_weights = self.model.state_dict(), other.model.state_dict()
         return (
-            one.keys() == two.keys()
-            and all(x.shape == two[name].shape and bool((x == two[name]).all()) for name, x in one.items())
+            own_weights.keys() == other_weights.keys()
+            and all(
+                x.shape == other_weights[name].shape and bool((x == other_weights[name]).all())
+                for name, x in own_weights.items()
+            )
             and np.array_equal(self.output, other.output)
         )
 
 
-def ours(model: Model, params: Any) -> np.ndarray:
+def jaxlm_output(model: Model, params: Any) -> np.ndarray:
     """The output of jaxlm."""
-    # What no output depends on shall not be compiled again.
+    # Without fields that do not affect the output, more configs are equal and use the same compiled function.
     fields = [field.name for field in dataclasses.fields(model.config)]
     rates = dict.fromkeys([name for name in fields if name.endswith(("dropout", "init_stddev"))], 0.0)
-    return np.asarray(_ours(Model(model.family, dataclasses.replace(model.config, **rates)), params))
+    return np.asarray(_jit_output(Model(model.family, dataclasses.replace(model.config, **rates)), params))
 
 
 def _apply(model: Model, params: Any) -> jax.Array:
@@ -258,15 +265,15 @@ def _apply(model: Model, params: Any) -> jax.Array:
 
 
 # Compiling takes most of the time.
-_ours = jax.jit(_apply, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+_jit_output = jax.jit(_apply, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 # ---------------------------------------------------------------------------------------------------- the cases
 
 
 def fields_of(model_type: str, config: Any) -> list[str]:
-    """Every field of the reference class, what its model reads beside it, and aliases."""
-    listed = [*signature(config), *config.to_dict(), *BESIDE.get(model_type, ()), *config.attribute_map, *_BASE]
+    """Every field of the config class, undeclared fields, and aliases."""
+    listed = [*signature(config), *config.to_dict(), *UNDECLARED.get(model_type, ()), *config.attribute_map, *_BASE]
     names = [name for name in dict.fromkeys(listed) if not name.startswith("_")]
     return [name for name in names if name not in ("transformers_version", "model_type", "architectures")]
 
@@ -284,62 +291,62 @@ def signature(config: Any) -> list[str]:
 def values_of(model_type: str, field: str, value: Any) -> list[Any]:
     """Values other than ``value``, by its type."""
     if field in _generation_fields():
-        return ["something else"]  # no output of one call depends on them
-    if field == "rope_scaling" and model_type != "llama":  # all Llamas share its reader
-        found = _SCALINGS[::4]
+        return ["something else"]  # the output of one forward pass does not depend on them
+    if field == "rope_scaling" and model_type != "llama":  # a few values are enough: all Llama formats share this code
+        values = _SCALINGS[::4]
     elif field in _WORDS:
-        found = _WORDS[field]
+        values = _WORDS[field]
     elif field in _ACTIVATION_FIELDS:
-        found = _ACTIVATIONS
+        values = _ACTIVATIONS
     elif isinstance(value, bool):
-        found = [not value]
+        values = [not value]
     elif isinstance(value, int):
-        found = [2 * value, None]
+        values = [2 * value, None]
     elif isinstance(value, float):
-        found = [0.5 * value + 0.01, None]
+        values = [0.5 * value + 0.01, None]
     elif value is None:
-        found = [2, "gelu"]
+        values = [2, "gelu"]
     else:
-        found = ["something else"]
-    return [one for one in found if one != value or type(one) is not type(value)]
+        values = ["something else"]
+    return [candidate for candidate in values if candidate != value or type(candidate) is not type(value)]
 
 
 def cases_of(model_type: str, architecture: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(field, value, the whole of ``config.json``): of what transformers writes, and of the least that it reads."""
-    config, least = base_config(model_type, architecture)
-    whole = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [architecture]}
-    whole = {name: value for name, value in whole.items() if name not in ("transformers_version", "dtype")}
+    """Yield (field, value, ``config.json``) for a full config of transformers and for a minimal config."""
+    config, minimal = base_config(model_type, architecture)
+    full = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [architecture]}
+    full = {name: value for name, value in full.items() if name not in ("transformers_version", "dtype")}
     for field in fields_of(model_type, config):
         before = getattr(config, field, None)
         for value in values_of(model_type, field, before):
             if field in (*signature(config), "num_labels"):
-                yield field, value, {**least, field: value}
+                yield field, value, {**minimal, field: value}
             if field not in signature(config) or field in _DERIVED_FROM:
-                yield field, value, {**whole, field: value}
+                yield field, value, {**full, field: value}
         default = type(config)().to_dict().get(field)
-        small = not isinstance(default, int) or default <= 32
-        if field in least and small:
-            yield field, "missing", {name: value for name, value in least.items() if name != field}
-            yield field, "missing", {name: value for name, value in whole.items() if name != field}
+        has_small_default = not isinstance(default, int) or default <= 32
+        if field in minimal and has_small_default:
+            yield field, "missing", {name: value for name, value in minimal.items() if name != field}
+            yield field, "missing", {name: value for name, value in full.items() if name != field}
 
 
 def base_config(model_type: str, architecture: str) -> tuple[Any, dict[str, Any]]:
-    """The configuration of a tiny model, and the least ``config.json`` of it."""
+    """The config of a tiny model, and its minimal ``config.json``."""
     fields = dict(TINY[model_type])
     if architecture.endswith("ForSequenceClassification") and model_type != "roberta":
-        fields["pad_token_id"] = 0  # without one, batches are refused
-    least = {"model_type": model_type, "architectures": [architecture], **fields}
-    return torch_class(architecture).config_class(**fields), least
+        fields["pad_token_id"] = 0  # without a padding id, transformers rejects batches
+    minimal = {"model_type": model_type, "architectures": [architecture], **fields}
+    return torch_class(architecture).config_class(**fields), minimal
 
 
-class Search:
-    """The cases of one class: ``judge`` says of each what jaxlm makes of it."""
+class ConfigComparison:
+    """Compares jaxlm with one class of transformers; ``judge`` returns the verdict for one ``config.json``."""
 
-    def __init__(self, architecture: str, least: dict[str, Any], directory: Path) -> None:
+    def __init__(self, architecture: str, minimal: dict[str, Any], directory: Path) -> None:
         self.architecture, self.directory = architecture, directory
-        self.plain = Reference(architecture, least)
-        model, params = self._load(self.plain, least)
-        assert relative_error(ours(model, params), self.plain.output) < 1e-5
+        self.plain = Reference(architecture, minimal)
+        model, params = self._load(self.plain, minimal)
+        assert relative_error(jaxlm_output(model, params), self.plain.output) < 1e-5
         self.config = model.config
 
     def _load(self, reference: Reference, content: dict[str, Any]) -> tuple[Model, Any]:
@@ -349,7 +356,11 @@ class Search:
         return load_pretrained(self.directory)
 
     def judge(self, field: str, content: dict[str, Any]) -> str:
-        """ "refused" by name; "invalid" for transformers; "read" or "unread"; or what is wrong."""
+        """The verdict for one ``config.json``, which differs from the default in ``field``.
+
+        "refused": jaxlm raises an error that names the field. "invalid": transformers raises. "read" and "unread": the
+        outputs are equal, and the field changes the config of jaxlm or does not. Other texts describe a problem.
+        """
         try:
             described = config_json.describe(content, Path("config.json"), {}).model
         except ValueError as error:
@@ -358,29 +369,29 @@ class Search:
             described = None
         try:
             reference = Reference(self.architecture, content)
-        except Exception:  # of any kind: transformers checks little
+        except Exception:  # transformers checks few fields, so any exception is possible
             return "invalid"
         if described is not None and described.config == self.config and reference.same_as(self.plain):
             return "unread"
         try:
             model, params = self._load(reference, content)
-            found = ours(model, params)
+            output = jaxlm_output(model, params)
         except ValueError as error:
             table = TABLES[content["model_type"]]
-            names = [field, *(ours for ours, theirs in table.fields.items() if theirs == field)]
+            names = [field, *(jaxlm_output for jaxlm_output, theirs in table.fields.items() if theirs == field)]
             return "refused" if any(name in str(error) for name in names) else f"refused without its name: {error}"
-        if found.shape != reference.output.shape:
-            return f"has shape {found.shape}, but {reference.output.shape} in transformers"
-        error = relative_error(found, reference.output)
+        if output.shape != reference.output.shape:
+            return f"has shape {output.shape}, but {reference.output.shape} in transformers"
+        error = relative_error(output, reference.output)
         if not error < 1e-5:
             return f"differs by {error:.1e}"
         return "unread" if model.config == self.config else "read"
 
 
 HEAD = ("label", "problem", "summary", "classifier", "pad_token", "finetuning", "n_top", "dropout")
-"""Parts of the names of fields that heads read: the others are searched with the first class of a ``model_type``."""
+"""Parts of names of fields that heads read. All other fields are tested only with the first class of a type."""
 
-SEARCHED = [
+TESTED_CLASSES = [
     (table.model_type, architecture)
     for _, table, architecture in CLASSES
     if architecture == next(iter(TABLES[table.model_type].architectures))
@@ -388,25 +399,27 @@ SEARCHED = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "architecture"), SEARCHED, ids=[case[1] for case in SEARCHED])
-def test_each_field_is_obeyed_or_refused_by_name(model_type: str, architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "architecture"), TESTED_CLASSES, ids=[case[1] for case in TESTED_CLASSES])
+def test_each_field_gives_equal_outputs_or_an_error_that_names_it(
+    model_type: str, architecture: str, tmp_path: Path
+) -> None:
     import torch
     import transformers
 
     transformers.logging.set_verbosity(logging.CRITICAL)
     torch.set_num_threads(1)
-    _, least = base_config(model_type, architecture)
-    search = Search(architecture, least, tmp_path / "model")
-    first = architecture == next(iter(TABLES[model_type].architectures))
+    _, minimal = base_config(model_type, architecture)
+    comparison = ConfigComparison(architecture, minimal, tmp_path / "model")
+    is_first_class = architecture == next(iter(TABLES[model_type].architectures))
     verdicts: dict[str, set[str]] = {}
-    wrong = []
+    problems = []
     for field, value, content in cases_of(model_type, architecture):
-        if first or any(part in field for part in HEAD):
-            verdict = search.judge(field, content)
+        if is_first_class or any(part in field for part in HEAD):
+            verdict = comparison.judge(field, content)
             verdicts.setdefault(field, set()).add(verdict)
             if verdict not in ("refused", "invalid", "read", "unread"):
-                wrong.append(f"{field}={value!r} {verdict}")
-    unread = {field for field, found in verdicts.items() if not found & {"read", "refused"}}
+                problems.append(f"{field}={value!r} {verdict}")
+    unread = {field for field, field_verdicts in verdicts.items() if not field_verdicts & {"read", "refused"}}
     explained = {field for field in (*EXPLAINED, *_generation_fields()) if field in verdicts}
-    wrong += [f"{field} is neither read nor explained" for field in sorted(unread - explained)]
-    assert not wrong, "\n".join(wrong)
+    problems += [f"{field} is neither read nor explained" for field in sorted(unread - explained)]
+    assert not problems, "\n".join(problems)

@@ -1,4 +1,4 @@
-"""RoBERTa checkpoints of fairseq: a file in its layout, made by hand, against the equations of the model in numpy."""
+"""Tests of RoBERTa checkpoints of fairseq: random weights in its layout, against the model's equations in NumPy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = np.random.default_rng(1).integers(4, V, (2, 9)).astype(np.int32)
 
 
 def checkpoint() -> dict[str, np.ndarray]:
-    """Names and shapes of fairseq's ``RobertaModel`` with one classification head."""
+    """Random weights with names and shapes of fairseq's ``RobertaModel`` with one classification head."""
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (V, D), "embed_positions.weight": (ROWS, D)}
 
@@ -48,7 +48,7 @@ def checkpoint() -> dict[str, np.ndarray]:
 
 
 def reference(weights: dict[str, np.ndarray], head: str | None) -> np.ndarray:
-    """The logits of post-norm layers over learned positions that begin at row 2."""
+    """The logits, in NumPy: post-norm layers, and learned positions that start at row 2 of the table."""
     w = {name.removeprefix("encoder.").removeprefix("sentence_encoder."): x for name, x in weights.items()}
     gelu = np.vectorize(lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))))
 
@@ -100,7 +100,7 @@ def logits(model: Any, params: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("names", ["new", "old"])
 @pytest.mark.parametrize("head", [None, "mnli"])
-def test_logits_are_those_of_the_equations(names: str, head: str | None, tmp_path: Any) -> None:
+def test_logits_equal_the_equations(names: str, head: str | None, tmp_path: Any) -> None:
     weights = checkpoint()
     model, params = roberta_from_fairseq(
         weights if names == "new" else old_names(weights), num_heads=H, head=head, hidden_dropout=0.0
@@ -108,15 +108,15 @@ def test_logits_are_those_of_the_equations(names: str, head: str | None, tmp_pat
     assert (model.config.num_layers, model.config.max_positions, model.config.mlp_dim) == (LAYERS, ROWS - 2, F)
     expected = reference(weights, head)
     assert relative_error(logits(model, params), expected) < 1e-5
-    left = "classification_heads.mnli.dense.bias" if head is None else "lm_head.bias"
+    unused_name = "classification_heads.mnli.dense.bias" if head is None else "lm_head.bias"
     assert model.metadata is not None
-    assert left in model.metadata.unused
-    if names == "new":  # and in Hugging Face's files
+    assert unused_name in model.metadata.unused
+    if names == "new":  # also after saving and loading Hugging Face files
         save_pretrained(tmp_path, model, params)
         np.testing.assert_array_equal(logits(*load_pretrained(tmp_path)), logits(model, params))
 
 
-def test_what_cannot_be_read_is_named() -> None:
+def test_errors_name_the_bad_weights() -> None:
     weights = checkpoint()
     with pytest.raises(ValueError, match=r"no classification head 'rte' in the weights: they have \['mnli'\]"):
         roberta_from_fairseq(weights, num_heads=H, head="rte")

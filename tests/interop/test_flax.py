@@ -1,4 +1,4 @@
-"""Modules of flax compute what the functional form computes, and train as it does."""
+"""Tests that Flax modules have the outputs, gradients and training of the functional API."""
 
 import functools
 
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxlm import spec
 from jaxlm.interop.flax import as_linen, as_nnx
 from jaxlm.nn.loss import cross_entropy
-from tests.helpers import assert_trees_close, assert_trees_equal, lively, random_tokens, tiny_model
+from tests.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
 
 SHAPE = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "remat": "none"}
 MODEL = tiny_model("gpt2-tiny", **SHAPE)
@@ -22,7 +22,7 @@ TOKENS = random_tokens(MODEL, 2, 8)
 
 @functools.cache
 def params():
-    return lively(jax.jit(MODEL.init)(jax.random.key(0)))
+    return add_noise(jax.jit(MODEL.init)(jax.random.key(0)))
 
 
 def mean_loss(logits):
@@ -30,7 +30,7 @@ def mean_loss(logits):
 
 
 @functools.cache
-def functional():
+def functional_results():
     """Hidden states, loss and gradient without flax."""
 
     def loss(params):
@@ -41,19 +41,19 @@ def functional():
     return hidden, value, gradient
 
 
-def test_linen_holds_the_parameters_of_the_model_as_they_are():
+def test_linen_has_the_parameter_tree_of_the_model():
     variables = jax.jit(as_linen(MODEL).init)(jax.random.key(0), TOKENS)
     assert variables.keys() == {"params"}
     assert spec.diff(MODEL.specs, variables["params"]) == []
     assert jax.tree.structure(variables["params"]) == jax.tree.structure(params())
-    drawn = {name: leaf for name, leaf in spec.flatten(variables["params"]).items() if leaf.size > 100}
-    assert {name for name in drawn if abs(np.std(drawn[name]) / 0.02 - 1) < 0.35} >= {
+    large_leaves = {name: leaf for name, leaf in spec.flatten(variables["params"]).items() if leaf.size > 100}
+    assert {name for name in large_leaves if abs(np.std(large_leaves[name]) / 0.02 - 1) < 0.35} >= {
         "token_embedding", "position_embedding", "layers/0/attention/qkv/weight", "layers/0/mlp/up/weight",
     }  # fmt: skip
     np.testing.assert_array_equal(variables["params"]["final_norm"]["scale"], 1.0)
 
 
-def test_linen_gives_and_trains_what_the_functional_form_does():
+def test_linen_outputs_and_gradients_equal_the_functional_api():
     module, optimizer = as_linen(MODEL), optax.adam(1e-2)
 
     def loss(variables):
@@ -64,8 +64,8 @@ def test_linen_gives_and_trains_what_the_functional_form_does():
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     variables = {"params": params()}
     (value, hidden), gradient = step(variables)
-    assert_trees_equal(hidden, functional()[0])
-    assert_trees_close((value, gradient["params"]), functional()[1:], 1e-6)
+    assert_trees_equal(hidden, functional_results()[0])
+    assert_trees_close((value, gradient["params"]), functional_results()[1:], 1e-6)
     moments, losses = optimizer.init(variables), []
     for _ in range(5):
         (value, _), gradient = step(variables)
@@ -76,7 +76,7 @@ def test_linen_gives_and_trains_what_the_functional_form_does():
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_nnx_draws_the_parameters_of_the_model_and_gives_them_back():
+def test_nnx_initializes_and_returns_the_parameters_of_the_model():
     module = as_nnx(MODEL, nnx.Rngs(params=3))
     assert_trees_equal(module.parameters(), MODEL.init(nnx.Rngs(params=3).params()))
     assert_trees_equal(as_nnx(MODEL, params=params()).parameters(), params())
@@ -85,7 +85,7 @@ def test_nnx_draws_the_parameters_of_the_model_and_gives_them_back():
     assert spec.diff(MODEL.specs, state["params"]) == []
 
 
-def test_nnx_gives_and_trains_what_the_functional_form_does():
+def test_nnx_outputs_and_gradients_equal_the_functional_api():
     module = as_nnx(MODEL, params=params())
     optimizer = nnx.Optimizer(module, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -96,8 +96,8 @@ def test_nnx_gives_and_trains_what_the_functional_form_does():
 
     gradients = nnx.jit(nnx.value_and_grad(loss, has_aux=True))
     (value, hidden), gradient = gradients(module)
-    assert_trees_equal(hidden, functional()[0])
-    assert_trees_close((value, nnx.to_pure_dict(gradient)["params"]), functional()[1:], 1e-6)
+    assert_trees_equal(hidden, functional_results()[0])
+    assert_trees_close((value, nnx.to_pure_dict(gradient)["params"]), functional_results()[1:], 1e-6)
 
     @nnx.jit
     def step(module, optimizer):
@@ -111,43 +111,43 @@ def test_nnx_gives_and_trains_what_the_functional_form_does():
     assert spec.diff(MODEL.specs, module.parameters()) == []
 
 
-def test_dropout_acts_where_flax_is_given_a_key_for_it():
+def test_dropout_acts_only_with_a_dropout_key():
     model = tiny_model("gpt2-tiny", **SHAPE, embedding_dropout=0.5)
     key = jax.random.key(1)
     linen, module = as_linen(model), as_nnx(model, params=params())
-    noisy = jax.jit(lambda key: linen.apply({"params": params()}, TOKENS, rngs={"dropout": key})[0])
-    one, same, other = noisy(key), noisy(key), noisy(jax.random.key(2))
-    assert_trees_equal(one, same)
-    assert not np.allclose(one, other)
-    assert not np.allclose(one, functional()[0])
+    apply_with_dropout = jax.jit(lambda key: linen.apply({"params": params()}, TOKENS, rngs={"dropout": key})[0])
+    first, repeated, different = apply_with_dropout(key), apply_with_dropout(key), apply_with_dropout(jax.random.key(2))
+    assert_trees_equal(first, repeated)
+    assert not np.allclose(first, different)
+    assert not np.allclose(first, functional_results()[0])
     call = nnx.jit(lambda module, rngs: module(TOKENS, rngs=rngs)[0])
     expected = jax.jit(lambda key: model.apply(params(), TOKENS, key=key)[0])(nnx.Rngs(dropout=1).dropout())
     assert_trees_equal(call(module, nnx.Rngs(dropout=1)), expected)
 
 
-def test_state_and_summary_pass_through():
+def test_modules_support_state_and_pool():
     model = tiny_model("gpt2-tiny", **SHAPE, task="classification")
-    weights = lively(jax.jit(model.init)(jax.random.key(0)))
+    weights = add_noise(jax.jit(model.init)(jax.random.key(0)))
     linen, module = as_linen(model), as_nnx(model, params=weights)
 
     @jax.jit
-    def ours(weights, state):
+    def functional_outputs(weights, state):
         hidden, state = model.apply(weights, TOKENS, state=state)
         return hidden, state, model.pool(weights, hidden)
 
     @jax.jit
-    def theirs(weights, state):
+    def linen_outputs(weights, state):
         hidden, state = linen.apply({"params": weights}, TOKENS, state=state)
         return hidden, state, linen.apply({"params": weights}, hidden, method="pool")
 
     empty = model.init_state(2, 10)
-    want = ours(weights, empty)
-    assert_trees_close(theirs(weights, empty), want, 1e-6)
+    want = functional_outputs(weights, empty)
+    assert_trees_close(linen_outputs(weights, empty), want, 1e-6)
     hidden, state = nnx.jit(lambda module, state: module(TOKENS, state=state))(module, empty)
     assert_trees_close((hidden, state, module.pool(hidden)), want, 1e-6)
 
 
-def test_parameters_of_another_shape_are_named():
+def test_error_names_parameters_of_the_wrong_shape():
     wrong = {**params(), "token_embedding": jnp.zeros((5, 16))}
     with pytest.raises(ValueError, match=r"differs: token_embedding expected float32\[128, 16\], got float32\[5, 16\]"):
         as_nnx(MODEL, params=wrong)

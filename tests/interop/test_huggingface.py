@@ -1,4 +1,4 @@
-"""Hugging Face directories without torch: against goldens that torch wrote (``make_goldens.py``), and every refusal."""
+"""Tests of Hugging Face directories without torch: golden outputs of torch (``make_goldens.py``), and all errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = ("tied", "untied", "padded", "base")
 
 
 def weights(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a directory, read by the safetensors library."""
+    """All tensors of a directory, read with the safetensors library."""
     return {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
 
 
@@ -47,12 +47,12 @@ def zeros(model: Model) -> Any:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A copy of a golden that a test may damage."""
+    """A copy of a golden directory that a test can change."""
     return Path(shutil.copytree(GOLDENS / "tied", tmp_path / "model"))
 
 
 def edit_config(directory: Path, **fields: Any) -> None:
-    """Set fields of ``config.json``; ``...`` removes one."""
+    """Set fields of ``config.json``. The value ``...`` removes a field."""
     path = directory / "config.json"
     config = {**json.loads(path.read_text()), **fields}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
@@ -67,8 +67,8 @@ def edit_weights(directory: Path, change: Callable[[dict[str, np.ndarray]], dict
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hidden_states_logits_loss_and_all_gradients_are_those_of_torch(case: str) -> None:
-    head = {"task": "causal", "tie_embeddings": True} if case == "base" else {}  # its files know of no head
+def test_hidden_states_logits_loss_and_all_gradients_equal_torch(case: str) -> None:
+    head = {"task": "causal", "tie_embeddings": True} if case == "base" else {}  # its files have no head
     model, params = load_pretrained(GOLDENS / case, **head)
     with np.load(GOLDENS / case / "reference.npz") as file:
         golden = dict(file)
@@ -76,7 +76,7 @@ def test_hidden_states_logits_loss_and_all_gradients_are_those_of_torch(case: st
     assert (case == "padded") == (not real.all())
 
     @jax.jit
-    def ours_of(params: Any, tokens: Any, segment_ids: Any, batch: causal.Batch) -> Any:
+    def compute(params: Any, tokens: Any, segment_ids: Any, batch: causal.Batch) -> Any:
         hidden, _ = model.apply(params, tokens, segment_ids=segment_ids)
 
         def mean_loss(params: Any) -> Any:
@@ -86,17 +86,17 @@ def test_hidden_states_logits_loss_and_all_gradients_are_those_of_torch(case: st
         return hidden, model.logits(params, hidden), *jax.value_and_grad(mean_loss)(params)
 
     batch = causal.batch(tokens, segment_ids)
-    hidden, logits, loss, gradients = ours_of(params, tokens, segment_ids, batch)
+    hidden, logits, loss, gradients = compute(params, tokens, segment_ids, batch)
     assert relative_error(hidden[real], golden["hidden"][real]) < 1e-5
     assert relative_error(logits[real], golden["logits"][real]) < 1e-5
     assert relative_error(loss, golden["loss"]) < 1e-6
-    theirs = {key.removeprefix("gradient of "): value for key, value in golden.items() if key.startswith("gradient")}
-    ours = dict(named_tensors(model, gradients))
-    assert ours.keys() == theirs.keys()
-    assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 2e-5
+    expected = {key.removeprefix("gradient of "): value for key, value in golden.items() if key.startswith("gradient")}
+    got = dict(named_tensors(model, gradients))
+    assert got.keys() == expected.keys()
+    assert max(relative_error(got[name], expected[name]) for name in expected) < 2e-5
 
 
-def test_what_the_goldens_cover() -> None:
+def test_goldens_cover_different_configs() -> None:
     configs = {case: load_pretrained(GOLDENS / case)[0].config for case in CASES}
     assert [config.tie_embeddings for config in configs.values()] == [True, False, True, True]
     assert [config.activation for config in configs.values()] == ["gelu_tanh", "gelu", "gelu_tanh", "relu"]
@@ -133,17 +133,17 @@ def test_a_round_trip_keeps_every_byte(case: str, dtype: str, tmp_path: Path) ->
     if case == "base":
         source = {f"transformer.{name}": array for name, array in source.items()}
     assert raw(weights(tmp_path / "out")) == raw(source)
-    again, _ = load_pretrained(tmp_path / "out")
-    assert again == model
+    reloaded_model, _ = load_pretrained(tmp_path / "out")
+    assert reloaded_model == model
 
 
 @pytest.mark.parametrize(
     ("name", "variant"),
     [(name, variant) for name in FAMILIES for variant in family(name).VARIANTS if variant.endswith("tiny")],
 )
-def test_every_family_comes_back_equal(name: str, variant: str, tmp_path: Path) -> None:
+def test_every_family_round_trips(name: str, variant: str, tmp_path: Path) -> None:
     model = get_model(variant)
-    # Every entry its own number, so that a swapped axis or layer cannot go unseen.
+    # All entries are different, so that a swapped axis or layer changes the result.
     flat = spec.flatten(model.specs)
     ends = np.cumsum([leaf.size for leaf in flat.values()])
     params = jax.tree.unflatten(
@@ -157,11 +157,11 @@ def test_every_family_comes_back_equal(name: str, variant: str, tmp_path: Path) 
     assert sorted(np.concatenate([array.ravel() for array in tensors.values()])) == list(range(ends[-1]))
     save_pretrained(tmp_path, model, params)
     assert raw(weights(tmp_path)) == raw(tensors)
-    again, loaded = load_pretrained(tmp_path)
-    assert again.specs == model.specs
-    # A None that stands for a number comes back as the number.
-    assert config_json.their_config(again, "float32") == config_json.their_config(model, "float32")
-    assert_trees_equal(loaded, params)
+    reloaded_model, reloaded_params = load_pretrained(tmp_path)
+    assert reloaded_model.specs == model.specs
+    # A field that is None in the model can have an explicit value after loading.
+    assert config_json.their_config(reloaded_model, "float32") == config_json.their_config(model, "float32")
+    assert_trees_equal(reloaded_params, params)
     fields = {field.name for field in dataclasses.fields(model.config)}
     for table in formats.of(name):
         assert set(table.layouts) <= {*table.tensors, *table.head}
@@ -179,24 +179,24 @@ def test_formats_are_found_by_family() -> None:
 def test_one_layer_of_qkv_has_the_layout_of_the_file() -> None:
     _, params = load_pretrained(GOLDENS / "tied")
     file = weights(GOLDENS / "tied")
-    ours = [layer["attention"]["qkv"]["weight"] for layer in params["layers"]]
-    assert [weight.shape for weight in ours] == [(24, 3, 3, 8)] * 2
-    np.testing.assert_array_equal(ours[1].reshape(24, 72), file["transformer.h.1.attn.c_attn.weight"])
-    np.testing.assert_array_equal(  # the second head's queries, in the columns that torch splits them into
-        ours[1][:, 0, 1], file["transformer.h.1.attn.c_attn.weight"][:, 8:16]
+    layer_weights = [layer["attention"]["qkv"]["weight"] for layer in params["layers"]]
+    assert [weight.shape for weight in layer_weights] == [(24, 3, 3, 8)] * 2
+    np.testing.assert_array_equal(layer_weights[1].reshape(24, 72), file["transformer.h.1.attn.c_attn.weight"])
+    np.testing.assert_array_equal(  # the queries of the second head
+        layer_weights[1][:, 0, 1], file["transformer.h.1.attn.c_attn.weight"][:, 8:16]
     )
 
 
 def test_layouts_transpose_and_merge() -> None:
-    ours = np.arange(24).reshape(2, 3, 4)  # [D, H, K]
+    weight = np.arange(24).reshape(2, 3, 4)  # [D, H, K]
     merged = huggingface._Location(("a",), (2, 3, 4), ((0,), (1, 2)))
-    turned = huggingface._Location(("a",), (2, 3, 4), ((1, 2), (0,)))
+    transposed = huggingface._Location(("a",), (2, 3, 4), ((1, 2), (0,)))
     assert merged.file_shape == (2, 12)
-    assert turned.file_shape == (12, 2)
-    np.testing.assert_array_equal(merged.to_file(ours), ours.reshape(2, 12))
-    np.testing.assert_array_equal(turned.to_file(ours), ours.reshape(2, 12).T)
-    for location in (merged, turned):
-        np.testing.assert_array_equal(location.to_model(location.to_file(ours)), ours)
+    assert transposed.file_shape == (12, 2)
+    np.testing.assert_array_equal(merged.to_file(weight), weight.reshape(2, 12))
+    np.testing.assert_array_equal(transposed.to_file(weight), weight.reshape(2, 12).T)
+    for location in (merged, transposed):
+        np.testing.assert_array_equal(location.to_model(location.to_file(weight)), weight)
 
 
 # ----------------------------------------------------------------------------------------------- options of loading
@@ -204,8 +204,10 @@ def test_layouts_transpose_and_merge() -> None:
 
 def test_param_dtype_casts_and_the_default_does_not(directory: Path) -> None:
     _, params = load_pretrained(directory, param_dtype="bfloat16")
-    _, kept = load_pretrained(directory)
-    jax.tree.map(lambda cast, full: np.testing.assert_array_equal(cast, full.astype(jnp.bfloat16)), params, kept)
+    _, original_params = load_pretrained(directory)
+    jax.tree.map(
+        lambda cast, full: np.testing.assert_array_equal(cast, full.astype(jnp.bfloat16)), params, original_params
+    )
     with pytest.raises(ValueError, match="param_dtype='int8' is unknown"):
         load_pretrained(directory, param_dtype="int8")  # type: ignore[arg-type]
 
@@ -253,15 +255,15 @@ def test_overrides_change_the_config_and_pad_tables_with_zeros(tmp_path: Path) -
         load_pretrained(GOLDENS / "tied", embed_dim=12)
 
 
-def test_parameters_land_sharded(tmp_path: Path) -> None:
+def test_parameters_are_loaded_with_their_shardings(tmp_path: Path) -> None:
     sharding = Sharding(make_mesh("data=4,tensor=2"), Rules.of(vocab="tensor", embed="data", mlp="tensor"))
     model, params = load_pretrained(GOLDENS / "tied", sharding=sharding, vocab_multiple=8)
-    _, whole = load_pretrained(GOLDENS / "tied", vocab_multiple=8)
-    assert_trees_equal(params, whole)
+    _, unsharded = load_pretrained(GOLDENS / "tied", vocab_multiple=8)
+    assert_trees_equal(params, unsharded)
     expected = sharding.tree(model.specs)
-    assert jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted, params, expected) == jax.tree.map(
-        lambda _: True, params
-    )
+    assert jax.tree.map(
+        lambda leaf, expected_sharding: leaf.sharding == expected_sharding, params, expected
+    ) == jax.tree.map(lambda _: True, params)
     assert params["token_embedding"].addressable_shards[0].data.shape == (32, 6)
     save_pretrained(tmp_path, model, params)
     assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "tied"))
@@ -269,7 +271,7 @@ def test_parameters_land_sharded(tmp_path: Path) -> None:
         load_pretrained(GOLDENS / "tied", sharding=sharding)
 
 
-def test_at_most_one_parameter_is_held_beyond_the_result(tmp_path: Path) -> None:
+def test_loading_needs_memory_for_at_most_one_extra_parameter(tmp_path: Path) -> None:
     model = get_model("gpt2-tiny", num_layers=12, embed_dim=128, scan_layers=True)
     save_pretrained(tmp_path, model, zeros(model), max_shard_bytes=1_000_000)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(model.specs))
@@ -279,7 +281,7 @@ def test_at_most_one_parameter_is_held_beyond_the_result(tmp_path: Path) -> None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert spec.count(params) == model.num_parameters
-    # Numpy's memory is traced, that of XLA is not: all but what is in flight has left numpy.
+    # tracemalloc traces the memory of NumPy and not that of XLA. NumPy holds only the parameter that is being copied.
     assert largest <= peak < 1.5 * largest < 0.5 * total
 
 
@@ -287,25 +289,25 @@ def test_at_most_one_parameter_is_held_beyond_the_result(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_the_names_decide_about_the_prefix_and_old_buffers_are_passed_over(directory: Path, prefix: str) -> None:
-    def old(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def test_tensor_names_may_have_no_prefix_and_old_buffers_are_ignored(directory: Path, prefix: str) -> None:
+    def to_old_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = {prefix + name.removeprefix("transformer."): array for name, array in tensors.items()}
         buffers = {f"{prefix}h.{layer}.attn.bias": np.tri(20, dtype=np.bool_)[None, None] for layer in range(2)}
         scalars = {f"{prefix}h.{layer}.attn.masked_bias": np.full((), -1e4, np.float32) for layer in range(2)}
         return tensors | buffers | scalars | {"lm_head.weight": tensors[f"{prefix}wte.weight"]}
 
-    edit_weights(directory, old)
+    edit_weights(directory, to_old_names)
     _, params = load_pretrained(directory)
     assert_trees_equal(params, load_pretrained(GOLDENS / "tied")[1])
 
 
 def test_a_tied_head_must_equal_the_token_table(directory: Path) -> None:
-    def head(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def add_changed_head(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         table = tensors["transformer.wte.weight"].copy()
         table[60, 23] += 1
         return tensors | {"lm_head.weight": table}
 
-    edit_weights(directory, head)
+    edit_weights(directory, add_changed_head)
     with pytest.raises(ValueError, match=r"lm_head.weight must equal transformer.wte.weight.*differ"):
         load_pretrained(directory)
     _, params = load_pretrained(directory, tie_embeddings=False)
@@ -315,7 +317,7 @@ def test_a_tied_head_must_equal_the_token_table(directory: Path) -> None:
         load_pretrained(directory)
 
 
-def test_fields_that_a_config_lacks_and_words_it_may_use(directory: Path) -> None:
+def test_missing_fields_have_defaults_and_unknown_fields_are_ignored(directory: Path) -> None:
     edit_config(directory, tie_word_embeddings=..., n_inner=..., scale_attn_weights=..., architectures=...)
     model, _ = load_pretrained(directory)
     assert model == load_pretrained(GOLDENS / "tied")[0]
@@ -326,7 +328,7 @@ def test_fields_that_a_config_lacks_and_words_it_may_use(directory: Path) -> Non
 # -------------------------------------------------------------------------------------------------------- saving
 
 
-def test_the_saved_config(tmp_path: Path) -> None:
+def test_contents_of_a_saved_config(tmp_path: Path) -> None:
     model = get_model("gpt2-tiny", activation="gelu", mlp_dim=48, attention_dropout=0.25)
     save_pretrained(tmp_path, model, zeros(model))
     assert json.loads((tmp_path / "config.json").read_text()) == {
@@ -376,33 +378,33 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
         assert sum(array.nbytes for array in tensors.values()) <= 20_000
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "tied"))
-    again, loaded = load_pretrained(tmp_path)
-    assert again == model
-    assert_trees_equal(loaded, params)
+    reloaded_model, reloaded_params = load_pretrained(tmp_path)
+    assert reloaded_model == model
+    assert_trees_equal(reloaded_params, params)
 
 
-def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
-    assert huggingface._split([("a", 3), ("b", 9), ("c", 2), ("d", 3)], 5) == [["a"], ["b"], ["c", "d"]]
+def test_a_tensor_larger_than_a_shard_gets_its_own_shard(tmp_path: Path) -> None:
+    assert huggingface._split_into_shards([("a", 3), ("b", 9), ("c", 2), ("d", 3)], 5) == [["a"], ["b"], ["c", "d"]]
     model, params = load_pretrained(GOLDENS / "tied")
     with pytest.raises(ValueError, match="max_shard_bytes=0"):
         save_pretrained(tmp_path, model, params, max_shard_bytes=0)
 
 
-def test_a_later_save_replaces_an_earlier_one_and_leaves_other_files_alone(tmp_path: Path) -> None:
+def test_a_save_replaces_an_earlier_save_and_keeps_other_files(tmp_path: Path) -> None:
     model, params = load_pretrained(GOLDENS / "tied")
-    other, others = load_pretrained(GOLDENS / "padded")
+    other_model, other_params = load_pretrained(GOLDENS / "padded")
     (tmp_path / "tokenizer.json").write_text("{}")
-    for most in (20_000, 10**9, 12_000, 20_000):
-        save_pretrained(tmp_path, other, others, max_shard_bytes=10_000)
-        save_pretrained(tmp_path, model, params, max_shard_bytes=most)
-        assert (tmp_path / "model.safetensors").exists() == (most == 10**9)
+    for max_bytes in (20_000, 10**9, 12_000, 20_000):
+        save_pretrained(tmp_path, other_model, other_params, max_shard_bytes=10_000)
+        save_pretrained(tmp_path, model, params, max_shard_bytes=max_bytes)
+        assert (tmp_path / "model.safetensors").exists() == (max_bytes == 10**9)
         assert raw(weights(tmp_path)) == raw(weights(GOLDENS / "tied"))
         assert load_pretrained(tmp_path)[0] == model
         assert (tmp_path / "tokenizer.json").exists()
         assert not list(tmp_path.glob(".*"))
 
 
-def test_a_save_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_earlier_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = load_pretrained(GOLDENS / "tied")
     save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -418,7 +420,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(tmp_path: Path, monkeypatch: p
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_shards_half_renamed_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_of_shards_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = load_pretrained(GOLDENS / "tied")
     save_pretrained(tmp_path, model, params, max_shard_bytes=20_000)
 
@@ -434,7 +436,7 @@ def test_shards_half_renamed_are_no_model(tmp_path: Path, monkeypatch: pytest.Mo
         load_pretrained(tmp_path)
 
 
-def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:
+def test_parameters_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
     model, params = load_pretrained(GOLDENS / "tied")
     with pytest.raises(ValueError, match=r"parameters of gpt .*\n.*missing: token_embedding"):
         save_pretrained(tmp_path / "a", model, {key: leaf for key, leaf in params.items() if key != "token_embedding"})
@@ -447,7 +449,7 @@ def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -474,7 +476,7 @@ def test_only_what_can_be_loaded_is_saved(tmp_path: Path) -> None:
         ({"n_layer": 3}, r"12 differences\)\S\n.*missing: transformer.h.2.attn.c_attn.bias"),
     ],
 )
-def test_configs_that_are_not_supported(directory: Path, fields: dict[str, Any], message: str) -> None:
+def test_errors_name_unsupported_config_fields(directory: Path, fields: dict[str, Any], message: str) -> None:
     edit_config(directory, **fields)
     with pytest.raises(ValueError, match=message):
         load_pretrained(directory)
@@ -500,14 +502,14 @@ def without(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray
         ),
     ],
 )  # fmt: skip
-def test_missing_extra_and_misshapen_tensors_are_named(directory: Path, change: Any, message: str) -> None:
+def test_errors_name_missing_extra_and_misshapen_tensors(directory: Path, change: Any, message: str) -> None:
     edit_weights(directory, change)
     with pytest.raises(ValueError, match=message):
         load_pretrained(directory)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 60_000, -1])
-def test_truncated_weights(directory: Path, keep: int) -> None:
+def test_error_for_truncated_weights(directory: Path, keep: int) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model.safetensors is truncated or not a safetensors file"):
@@ -516,7 +518,7 @@ def test_truncated_weights(directory: Path, keep: int) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("content", [b"", b'{"n_layer": 2,', b"[1]", b"\xff\xfe"])
-def test_damaged_json(tmp_path: Path, name: str, content: bytes) -> None:
+def test_error_for_damaged_json(tmp_path: Path, name: str, content: bytes) -> None:
     save_pretrained(tmp_path, *load_pretrained(GOLDENS / "tied"), max_shard_bytes=20_000)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} (is not JSON or is damaged|must hold a JSON object)"):
@@ -527,11 +529,11 @@ def test_damaged_json(tmp_path: Path, name: str, content: bytes) -> None:
     "name",
     ["../elsewhere/model.safetensors", "{outside}/model.safetensors", "sub/model.safetensors", "..\\x.safetensors"],
 )
-def test_an_index_leads_nowhere_else(directory: Path, name: str) -> None:
+def test_error_for_an_index_with_a_path_out_of_the_directory(directory: Path, name: str) -> None:
     outside = directory.parent / "elsewhere"
-    for place in (outside, directory / "sub"):
-        place.mkdir()
-        shutil.copy(directory / "model.safetensors", place)
+    for folder in (outside, directory / "sub"):
+        folder.mkdir()
+        shutil.copy(directory / "model.safetensors", folder)
     (directory / "model.safetensors").unlink()
     name = name.format(outside=outside)
     index = {"weight_map": dict.fromkeys(weights(outside), name)}
@@ -542,7 +544,7 @@ def test_an_index_leads_nowhere_else(directory: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_links_stay_in_the_directory_or_in_the_cache_of_the_hub(directory: Path, name: str) -> None:
+def test_links_must_stay_in_the_directory_or_in_the_hub_cache(directory: Path, name: str) -> None:
     blobs = directory.parent / "blobs"
     blobs.mkdir()
     (directory / name).rename(blobs / "0123")
@@ -556,33 +558,41 @@ def test_links_stay_in_the_directory_or_in_the_cache_of_the_hub(directory: Path,
     assert model == load_pretrained(GOLDENS / "tied")[0]
 
 
-def test_an_index_must_match_its_files(tmp_path: Path) -> None:
+def test_errors_for_an_index_that_does_not_match_its_files(tmp_path: Path) -> None:
     save_pretrained(tmp_path, *load_pretrained(GOLDENS / "tied"), max_shard_bytes=20_000)
     path = tmp_path / "model.safetensors.index.json"
-    good = path.read_text()
-    index = json.loads(good)
+    valid_text = path.read_text()
+    index = json.loads(valid_text)
     first, last = index["weight_map"]["transformer.h.0.ln_1.bias"], index["weight_map"]["transformer.wte.weight"]
     assert first != last
 
-    def fails(weight_map: Any, error: type[Exception], message: str) -> None:
+    def check_error(weight_map: Any, error: type[Exception], message: str) -> None:
         path.write_text(json.dumps({**index, "weight_map": weight_map}))
         with pytest.raises(error, match=message):
             load_pretrained(tmp_path)
 
-    fails(index["weight_map"] | {"transformer.wte.weight": first}, ValueError, f"wte.weight: in {last}, index says")
-    fails(index["weight_map"] | {"new.weight": first}, ValueError, "new.weight: in no file, index says")
-    fails({k: v for k, v in index["weight_map"].items() if k != "transformer.wte.weight"}, ValueError, "says nothing")
-    fails(index["weight_map"] | {"new.weight": "gone.safetensors"}, FileNotFoundError, r"gone.safetensors is missing")
-    fails(index["weight_map"] | {"new.weight": "pytorch_model.bin"}, ValueError, r"names 'pytorch_model.bin': only")
-    fails([], ValueError, "weight_map must name the file")
-    fails({"new.weight": 3}, ValueError, "weight_map must name the file")
-    path.write_text(good)
+    check_error(
+        index["weight_map"] | {"transformer.wte.weight": first}, ValueError, f"wte.weight: in {last}, index says"
+    )
+    check_error(index["weight_map"] | {"new.weight": first}, ValueError, "new.weight: in no file, index says")
+    check_error(
+        {k: v for k, v in index["weight_map"].items() if k != "transformer.wte.weight"}, ValueError, "says nothing"
+    )
+    check_error(
+        index["weight_map"] | {"new.weight": "gone.safetensors"}, FileNotFoundError, r"gone.safetensors is missing"
+    )
+    check_error(
+        index["weight_map"] | {"new.weight": "pytorch_model.bin"}, ValueError, r"names 'pytorch_model.bin': only"
+    )
+    check_error([], ValueError, "weight_map must name the file")
+    check_error({"new.weight": 3}, ValueError, "weight_map must name the file")
+    path.write_text(valid_text)
     (tmp_path / last).unlink()
     with pytest.raises(FileNotFoundError, match=f"{last} is missing"):
         load_pretrained(tmp_path)
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+def test_error_for_a_tensor_in_two_shards(tmp_path: Path) -> None:
     save_pretrained(tmp_path, *load_pretrained(GOLDENS / "tied"), max_shard_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     file = tmp_path / index["weight_map"]["transformer.h.0.ln_1.bias"]
@@ -594,19 +604,19 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
 def test_pickles_are_never_read(directory: Path, name: str, tmp_path: Path) -> None:
     (directory / name).write_bytes(f"cos\nmkdir\n(V{tmp_path}/opened\ntR.".encode())  # makes a directory when unpickled
-    load_pretrained(directory)  # safetensors beside it: those are read
+    load_pretrained(directory)  # with a safetensors file in the same directory, loading works
     (directory / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"only pickle files \({name}\).*arbitrary code.*safe_serialization=True"):
         load_pretrained(directory)
-    shutil.copy(directory / name, directory / "model.safetensors")  # under a false name
+    shutil.copy(directory / name, directory / "model.safetensors")  # a pickle file with the wrong name
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_pretrained(directory)
     assert not (tmp_path / "opened").exists()
 
 
-def test_directories_without_a_model(directory: Path) -> None:
+def test_errors_for_directories_without_a_model(directory: Path) -> None:
     shutil.copy(directory / "model.safetensors", directory / "model.safetensors.index.json")
-    with pytest.raises(ValueError, match="two models: remove the stale one"):
+    with pytest.raises(ValueError, match="two models: remove the old one"):
         load_pretrained(directory)
     os.remove(directory / "model.safetensors.index.json")
     os.rename(directory / "model.safetensors", directory / "weights.safetensors")

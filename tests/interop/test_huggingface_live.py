@@ -1,4 +1,4 @@
-"""Hugging Face directories against torch and transformers: run with ``-m live`` and the ``reference`` extra."""
+"""Compare Hugging Face directories with transformers: run with ``-m live`` and the ``reference`` extra."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretr
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.model import family
 from jaxlm.objectives import causal
-from tests.helpers import lively, relative_error
+from tests.helpers import add_noise, relative_error
 
 pytestmark = pytest.mark.live
 
@@ -43,7 +43,7 @@ def forward(model: Model, params: Any, tokens: np.ndarray, segment_ids: Any = No
 
 @pytest.fixture(scope="module", params=range(len(SHAPES)), ids=lambda number: f"shape{number}")
 def torch_model(request: pytest.FixtureRequest) -> Any:
-    """A random GPT-2 of torch, with biases and scales unlike their initial 0 and 1."""
+    """A random GPT-2 of transformers. Its biases are not 0 and its scales are not 1."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -60,18 +60,20 @@ def tokens(torch_model: Any) -> np.ndarray:
     return np.random.default_rng(0).integers(0, torch_model.config.vocab_size, (3, 20)).astype(np.int32)
 
 
-def test_hidden_states_logits_loss_and_all_gradients(torch_model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_hidden_states_logits_loss_and_all_gradients_equal_torch(
+    torch_model: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
     import torch
 
     torch_model.save_pretrained(tmp_path)
     model, params = load_pretrained(tmp_path)
     ids = torch.from_numpy(tokens).long()
     torch_model.zero_grad()
-    theirs = torch_model(ids, labels=ids, output_hidden_states=True)
-    theirs.loss.backward()
+    torch_output = torch_model(ids, labels=ids, output_hidden_states=True)
+    torch_output.loss.backward()
 
     @jax.jit
-    def ours(params: Any, batch: causal.Batch) -> Any:
+    def compute(params: Any, batch: causal.Batch) -> Any:
         hidden, _ = model.apply(params, tokens)
 
         def mean_loss(params: Any) -> Any:
@@ -80,17 +82,17 @@ def test_hidden_states_logits_loss_and_all_gradients(torch_model: Any, tokens: n
 
         return hidden, model.logits(params, hidden), *jax.value_and_grad(mean_loss)(params)
 
-    hidden, logits, loss, gradients = ours(params, causal.batch(tokens))
-    assert relative_error(hidden, theirs.hidden_states[-1].detach()) < 1e-5
-    assert relative_error(logits, theirs.logits.detach()) < 1e-5
-    assert relative_error(loss, theirs.loss.detach()) < 1e-6
+    hidden, logits, loss, gradients = compute(params, causal.batch(tokens))
+    assert relative_error(hidden, torch_output.hidden_states[-1].detach()) < 1e-5
+    assert relative_error(logits, torch_output.logits.detach()) < 1e-5
+    assert relative_error(loss, torch_output.loss.detach()) < 1e-6
     expected = {name: parameter.grad for name, parameter in torch_model.named_parameters()}
     actual = dict(named_tensors(model, gradients))
     assert actual.keys() == expected.keys()
     assert max(relative_error(actual[name], expected[name]) for name in expected) < 3e-5
 
 
-def test_cached_decoding(torch_model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_cached_decoding_equals_torch(torch_model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     import torch
 
     torch_model.save_pretrained(tmp_path)
@@ -102,16 +104,20 @@ def test_cached_decoding(torch_model: Any, tokens: np.ndarray, tmp_path: Path) -
         return model.logits(params, hidden), state
 
     past, state = None, model.init_state(len(tokens), 20)
-    for start, stop in [(0, 9), *((at, at + 1) for at in range(9, 20))]:
+    for start, stop in [(0, 9), *((index, index + 1) for index in range(9, 20))]:
         with torch.no_grad():
-            theirs = torch_model(torch.from_numpy(tokens[:, start:stop]).long(), past_key_values=past, use_cache=True)
-        past = theirs.past_key_values
+            torch_output = torch_model(
+                torch.from_numpy(tokens[:, start:stop]).long(), past_key_values=past, use_cache=True
+            )
+        past = torch_output.past_key_values
         logits, state = step(tokens[:, start:stop], state)
-        assert relative_error(logits, theirs.logits) < 1e-5
+        assert relative_error(logits, torch_output.logits) < 1e-5
 
 
 @pytest.mark.parametrize("mask_kind", ["left", "right"])
-def test_padded_rows(torch_model: Any, tokens: np.ndarray, tmp_path: Path, mask_kind: str) -> None:
+def test_logits_of_padded_rows_equal_torch(
+    torch_model: Any, tokens: np.ndarray, tmp_path: Path, mask_kind: str
+) -> None:
     import torch
 
     torch_model.save_pretrained(tmp_path)
@@ -121,20 +127,18 @@ def test_padded_rows(torch_model: Any, tokens: np.ndarray, tmp_path: Path, mask_
     mask = mask if mask_kind == "left" else mask[:, ::-1].copy()
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     with torch.no_grad():
-        theirs = torch_model(
+        torch_output = torch_model(
             torch.from_numpy(tokens).long(),
             attention_mask=torch.from_numpy(mask),
             position_ids=torch.from_numpy(positions).long(),
         )
     _, logits = forward(model, params, tokens, mask)
     real = mask == 1
-    assert relative_error(logits[real], theirs.logits.numpy()[real]) < 1e-5
+    assert relative_error(logits[real], torch_output.logits.numpy()[real]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_from_torch_and_back_is_the_same_model(
-    torch_model: Any, tokens: np.ndarray, tmp_path: Path, dtype: str
-) -> None:
+def test_a_torch_model_round_trips(torch_model: Any, tokens: np.ndarray, tmp_path: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,67 +147,74 @@ def test_from_torch_and_back_is_the_same_model(
     assert (tmp_path / "theirs" / huggingface.INDEX).exists()
     model, params = load_pretrained(tmp_path / "theirs")
     save_pretrained(tmp_path / "ours", model, params, max_shard_bytes=1500)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", torch_dtype="auto").eval()
-    assert type(again) is type(torch_model)
-    assert again.dtype == getattr(torch, dtype)
-    before, after = torch_model.state_dict(), again.state_dict()
+    reloaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", torch_dtype="auto").eval()
+    assert type(reloaded_model) is type(torch_model)
+    assert reloaded_model.dtype == getattr(torch, dtype)
+    before, after = torch_model.state_dict(), reloaded_model.state_dict()
     assert before.keys() == after.keys()
     for name in before:
         assert before[name].dtype == after[name].dtype
         assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
     ids = torch.from_numpy(tokens).long()
     with torch.no_grad():
-        assert torch.equal(torch_model(ids).logits, again(ids).logits)
-    assert {**again.config.to_dict(), "_name_or_path": ""} == {**torch_model.config.to_dict(), "_name_or_path": ""}
+        assert torch.equal(torch_model(ids).logits, reloaded_model(ids).logits)
+    assert {**reloaded_model.config.to_dict(), "_name_or_path": ""} == {
+        **torch_model.config.to_dict(),
+        "_name_or_path": "",
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_of_ours_opens_in_transformers(tied: bool, tmp_path: Path) -> None:
+def test_transformers_loads_a_saved_model(tied: bool, tmp_path: Path) -> None:
     import torch
     from transformers import GPT2LMHeadModel, GPT2Model
 
     model = get_model("gpt2-tiny", tie_embeddings=tied, vocab_size=100, vocab_multiple=16)
-    params = jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+    params = jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
     save_pretrained(tmp_path, model, params)
     tokens = np.random.default_rng(0).integers(0, 100, (2, 15)).astype(np.int32)
     ids = torch.from_numpy(tokens).long()
     hidden, logits = forward(model, params, tokens)
     with torch.no_grad():
-        theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-        base, base_info = GPT2Model.from_pretrained(tmp_path, output_loading_info=True)
-        assert relative_error(logits[:, :, :100], theirs.eval()(ids).logits) < 1e-5
-        assert relative_error(hidden, base.eval()(ids).last_hidden_state) < 1e-5
+        torch_model, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+        base_model, base_info = GPT2Model.from_pretrained(tmp_path, output_loading_info=True)
+        assert relative_error(logits[:, :, :100], torch_model.eval()(ids).logits) < 1e-5
+        assert relative_error(hidden, base_model.eval()(ids).last_hidden_state) < 1e-5
     assert not any(info.values()), info
     assert not base_info["missing_keys"]
-    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (None, None)
+    assert (torch_model.config.bos_token_id, torch_model.config.eos_token_id) == (None, None)
 
 
-def test_the_base_class_of_torch(torch_model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_a_saved_base_class_can_be_loaded(torch_model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     import torch
 
     torch_model.transformer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["GPT2Model"]
     model, params = load_pretrained(tmp_path, task="causal", tie_embeddings=True)
     with torch.no_grad():
-        theirs = torch_model.transformer(torch.from_numpy(tokens).long()).last_hidden_state
-    assert relative_error(forward(model, params, tokens)[0], theirs) < 1e-5
+        expected = torch_model.transformer(torch.from_numpy(tokens).long()).last_hidden_state
+    assert relative_error(forward(model, params, tokens)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name in FAMILIES for n in range(len(formats.of(name)))])
-def test_our_defaults_are_theirs(name: str, number: int) -> None:
-    """What a field that ``config.json`` lacks means: the config class of each table has the defaults of theirs."""
+def test_defaults_of_missing_fields_equal_transformers(name: str, number: int) -> None:
+    """For a field that ``config.json`` lacks, each format has the default of the transformers config class."""
     from transformers import AutoConfig
 
     table = formats.of(name)[number]
-    theirs = AutoConfig.for_model(table.model_type).to_dict()
+    expected = AutoConfig.for_model(table.model_type).to_dict()
     defaults = dataclasses.replace(
         family(name).Config(), **{**table.implied, **next(iter(table.architectures.values()))}
     )
-    for ours, theirs_name in table.fields.items():
-        value, words = getattr(defaults, ours), table.values.get(theirs_name)
-        if value is None or theirs_name == "decoder_start_token_id":
-            continue  # follows another field, in both; or is left to whoever generates
-        allowed = [value] if words is None else [word for word, meaning in words.items() if meaning == value]
-        assert theirs.get(theirs_name, allowed[0]) in allowed, theirs_name
+    for field_name, file_name in table.fields.items():
+        value, value_names = getattr(defaults, field_name), table.values.get(file_name)
+        if value is None or file_name == "decoder_start_token_id":
+            continue  # its default follows from another field, or generation sets it
+        allowed = (
+            [value]
+            if value_names is None
+            else [value_name for value_name, meaning in value_names.items() if meaning == value]
+        )
+        assert expected.get(file_name, allowed[0]) in allowed, file_name
     for field, value in table.required.items():
-        assert theirs.get(field, value) == value
+        assert expected.get(field, value) == value

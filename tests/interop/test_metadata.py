@@ -1,4 +1,4 @@
-"""What a directory says survives load and save; tokenizers and labels are written; fresh heads are what they claim."""
+"""Tests of metadata: other fields survive load and save, tokenizers and labels are saved, new heads are reported."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
 from tests.helpers import tiny_model
-from tests.interop.classes import CLASSES, tiny
+from tests.interop.classes import CLASSES, model_of_class
 
 PARAMETERS = pytest.mark.parametrize(
     ("name", "table", "architecture"), CLASSES, ids=lambda value: value if isinstance(value, str) else ""
 )
-KEPT: dict[str, Any] = {
+EXTRA_FIELDS: dict[str, Any] = {
     "pad_token_id": 9, "bos_token_id": None, "eos_token_id": [17, 5], "sep_token_id": 3, "mem_len": 7,
     "use_cache": False, "problem_type": "single_label_classification",
     "task_specific_params": {"a": [1, {"b": None}]}, "transformers_version": "4.8.2", "_name_or_path": "somewhere",
@@ -36,7 +36,7 @@ KEPT: dict[str, Any] = {
 WORDS = ["to be or not to be that is the question whether tis nobler"]
 
 
-def numbered(model: Model) -> Any:
+def params_with_distinct_entries(model: Model) -> Any:
     """Parameters whose entries all differ."""
     flat = spec.flatten(model.specs)
     ends = np.cumsum([leaf.size for leaf in flat.values()])
@@ -52,14 +52,14 @@ def read(directory: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def edit(directory: Path, **fields: Any) -> dict[str, Any]:
-    """Set fields of ``config.json``, and give the whole of it."""
+    """Set fields of ``config.json``; returns its new content."""
     config = {**read(directory), **fields}
     (directory / "config.json").write_text(json.dumps(config))
     return config
 
 
-def saved(directory: Path, model: Model, **arguments: Any) -> Path:
-    save_pretrained(directory, model, numbered(model), **arguments)
+def save_model(directory: Path, model: Model, **arguments: Any) -> Path:
+    save_pretrained(directory, model, params_with_distinct_entries(model), **arguments)
     return directory
 
 
@@ -67,19 +67,19 @@ def saved(directory: Path, model: Model, **arguments: Any) -> Path:
 
 
 @PARAMETERS
-def test_every_field_survives(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
-    saved(tmp_path / "a", tiny(name, table, architecture))
-    kept = {field: value for field, value in KEPT.items() if field not in table.required}
+def test_every_field_survives_load_and_save(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "a", model_of_class(name, table, architecture))
+    extra_fields = {field: value for field, value in EXTRA_FIELDS.items() if field not in table.required}
     if name == "transformer_xl":
-        kept.pop("mem_len")  # a field of its own
+        extra_fields.pop("mem_len")  # jaxlm has this config field
     config = read(tmp_path / "a")
     if "id2label" in config:
-        kept |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"good": 2}}
-    words = {"gelu_new": "gelu_pytorch_tanh"}  # another word for the same function
+        extra_fields |= {"id2label": {"0": "bad", "1": "so so", "2": "good"}, "label2id": {"good": 2}}
+    synonyms = {"gelu_new": "gelu_pytorch_tanh"}  # another name of the same function
     for field in ("activation_function", "hidden_act"):
-        if field in config and words.get(config[field]) in table.values.get(field, {}):
-            kept[field] = words[config[field]]
-    before = edit(tmp_path / "a", **kept)
+        if field in config and synonyms.get(config[field]) in table.values.get(field, {}):
+            extra_fields[field] = synonyms[config[field]]
+    before = edit(tmp_path / "a", **extra_fields)
     generation = {
         "eos_token_id": 17,
         "pad_token_id": 9,
@@ -103,30 +103,30 @@ def test_every_field_survives(name: str, table: Format, architecture: str, tmp_p
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not formats.of(name)])
-def test_families_without_published_files_keep_fields_and_labels_too(name: str, tmp_path: Path) -> None:
+def test_families_without_published_formats_keep_fields_and_labels(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    labelled = getattr(model.config, "task", None) == "classification"
-    if labelled:
+    has_labels = getattr(model.config, "task", None) == "classification"
+    if has_labels:
         model = model.with_labels([f"label {number}" for number in range(model.config.num_labels)])
-    saved(tmp_path / "a", model)
-    assert ("id2label" in read(tmp_path / "a")) == labelled
+    save_model(tmp_path / "a", model)
+    assert ("id2label" in read(tmp_path / "a")) == has_labels
     before = edit(tmp_path / "a", eos_token_id=5, note="kept")
-    again, params = load_pretrained(tmp_path / "a")
-    assert again.labels == model.labels
-    assert again == model
-    save_pretrained(tmp_path / "b", again, params)
+    loaded_model, params = load_pretrained(tmp_path / "a")
+    assert loaded_model.labels == model.labels
+    assert loaded_model == model
+    save_pretrained(tmp_path / "b", loaded_model, params)
     assert read(tmp_path / "b") == before
 
 
-def test_a_field_that_the_user_changes_is_written(tmp_path: Path) -> None:
-    directory = saved(tmp_path / "a", get_model("gpt2-tiny", activation="gelu_tanh"))
+def test_an_overridden_field_is_written(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "a", get_model("gpt2-tiny", activation="gelu_tanh"))
     edit(directory, activation_function="gelu_pytorch_tanh", attn_pdrop=0.25)
     model, params = load_pretrained(directory, activation="relu")
     save_pretrained(tmp_path / "b", model, params)
     assert read(tmp_path / "b")["activation_function"] == "relu"
     assert read(tmp_path / "b")["attn_pdrop"] == 0.25
-    # A field that the loaded configuration needs and the new one does not.
-    directory = saved(tmp_path / "c", get_model("llama-tiny"))
+    # The loaded config needs this field, but the overridden config does not.
+    directory = save_model(tmp_path / "c", get_model("llama-tiny"))
     edit(directory, rope_scaling={"rope_type": "linear", "factor": 2.0})
     model, params = load_pretrained(directory)
     assert config_json.their_config(model, "float32")["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
@@ -134,20 +134,20 @@ def test_a_field_that_the_user_changes_is_written(tmp_path: Path) -> None:
     assert "rope_scaling" not in config_json.their_config(model, "float32")
 
 
-def test_the_model_type_survives_where_another_table_could_express_the_model(tmp_path: Path) -> None:
+def test_the_model_type_survives_if_another_format_also_fits(tmp_path: Path) -> None:
     table = next(table for table in formats.of("llama") if table.model_type == "mistral")
-    directory = saved(tmp_path / "a", tiny("llama", table, "MistralForCausalLM"))
-    before = edit(directory, sliding_window=None)  # as Mistral since version 0.2: computes what a Llama computes
+    directory = save_model(tmp_path / "a", model_of_class("llama", table, "MistralForCausalLM"))
+    before = edit(directory, sliding_window=None)  # like Mistral since version 0.2, which computes the same as Llama
     model, params = load_pretrained(directory)
     save_pretrained(tmp_path / "b", model, params)
     assert read(tmp_path / "b") == before
-    other = dataclasses.replace(model, config=dataclasses.replace(model.config, qkv_bias=True))
-    config = config_json.their_config(other, "float32")  # which no Mistral has
+    qkv_bias_model = dataclasses.replace(model, config=dataclasses.replace(model.config, qkv_bias=True))
+    config = config_json.their_config(qkv_bias_model, "float32")  # the Mistral format does not support qkv_bias
     assert (config["model_type"], "sliding_window" in config) == ("qwen2", False)
 
 
-def test_the_start_of_a_target_that_the_user_changes_is_written_into_both_files(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("t5-tiny"))
+def test_an_overridden_decoder_start_id_is_written_into_both_files(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("t5-tiny"))
     (directory / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, "eos_token_id": 5}))
     model, _ = load_pretrained(directory)
     assert config_json.their_generation_config(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
@@ -161,8 +161,8 @@ def test_the_start_of_a_target_that_the_user_changes_is_written_into_both_files(
     assert config_json.their_config(model, "float32")["decoder_start_token_id"] is None
 
 
-def test_an_alias_is_accepted_beside_its_field_and_follows_it(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("gpt2-tiny"))
+def test_an_alias_must_equal_its_field_and_is_updated_with_it(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("gpt2-tiny"))
     edit(directory, num_attention_heads=4)
     model, _ = load_pretrained(directory)
     assert config_json.their_config(model, "float32")["num_attention_heads"] == 4
@@ -192,7 +192,7 @@ def test_an_alias_is_accepted_beside_its_field_and_follows_it(tmp_path: Path) ->
         ({"feed_forward_proj": "gated-silu"}, None),
     ],
 )
-def test_the_activation_of_t5_is_that_of_all_its_fields(fields: dict[str, Any], mlp: str | None) -> None:
+def test_the_mlp_of_t5_follows_from_all_its_fields(fields: dict[str, Any], mlp: str | None) -> None:
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **fields}
     if mlp is None:
         with pytest.raises(ValueError, match=r"feed_forward_proj=.* is not supported"):
@@ -203,25 +203,25 @@ def test_the_activation_of_t5_is_that_of_all_its_fields(fields: dict[str, Any], 
         assert config_json.their_config(model, "float32") == {**config, "torch_dtype": "float32"}
 
 
-def test_a_field_that_the_file_lacks_is_not_added(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("bert-tiny"))
+def test_a_missing_field_is_not_added(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("bert-tiny"))
     config = {name: value for name, value in read(directory).items() if name not in ("is_decoder", "pruned_heads")}
     (directory / "config.json").write_text(json.dumps(config))
     model, _ = load_pretrained(directory)
     assert config_json.their_config(model, "float32") == config
 
 
-def test_a_window_that_the_user_removes_is_gone(tmp_path: Path) -> None:
+def test_a_removed_window_is_not_written(tmp_path: Path) -> None:
     table = [table for table in formats.of("llama") if table.model_type == "qwen2"][-1]
-    directory = saved(tmp_path, tiny("llama", table, "Qwen2ForCausalLM"))
+    directory = save_model(tmp_path, model_of_class("llama", table, "Qwen2ForCausalLM"))
     edit(directory, use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 2)
     assert load_pretrained(directory)[0].config.window == 3
     config = config_json.their_config(load_pretrained(directory, window=None)[0], "float32")
     assert (config["use_sliding_window"], set(config["layer_types"])) == (False, {"full_attention"})
 
 
-def test_the_start_of_a_target_is_the_padding_id_where_a_config_does_not_say_it(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("t5-tiny"))
+def test_a_missing_decoder_start_id_is_the_padding_id(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("t5-tiny"))
     edit(directory, pad_token_id=7)
     assert load_pretrained(directory)[0].config.decoder_start_id == 0
     config = read(directory)
@@ -230,8 +230,8 @@ def test_the_start_of_a_target_is_the_padding_id_where_a_config_does_not_say_it(
     assert load_pretrained(directory)[0].config.decoder_start_id == 7
 
 
-def test_metadata_is_no_part_of_equality_and_survives_replace(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("gpt2-tiny"))
+def test_metadata_does_not_affect_equality_and_survives_replace(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("gpt2-tiny"))
     model, _ = load_pretrained(directory)
     bare = Model(model.family, model.config)
     assert (bare, hash(bare)) == (model, hash(model))
@@ -242,9 +242,9 @@ def test_metadata_is_no_part_of_equality_and_survives_replace(tmp_path: Path) ->
 
 
 def test_a_generation_config_of_an_earlier_save_is_removed(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("gpt2-tiny"))
+    directory = save_model(tmp_path, get_model("gpt2-tiny"))
     (directory / "generation_config.json").write_text('{"eos_token_id": 3}')
-    saved(directory, get_model("gpt2-tiny"))
+    save_model(directory, get_model("gpt2-tiny"))
     assert not (directory / "generation_config.json").exists()
 
 
@@ -254,12 +254,12 @@ def test_a_generation_config_of_an_earlier_save_is_removed(tmp_path: Path) -> No
 def test_labels_are_set_saved_and_loaded(tmp_path: Path) -> None:
     model = get_model("bert-tiny", task="classification", num_labels=2)
     assert model.labels is None
-    saved(tmp_path, model.with_labels(["bad", "good"]))
+    save_model(tmp_path, model.with_labels(["bad", "good"]))
     assert read(tmp_path)["id2label"] == {"0": "bad", "1": "good"}
     assert read(tmp_path)["label2id"] == {"bad": 0, "good": 1}
-    again, _ = load_pretrained(tmp_path)
-    assert again.labels == ("bad", "good")
-    assert again.with_labels(["-", "+"]).labels == ("-", "+")
+    loaded_model, _ = load_pretrained(tmp_path)
+    assert loaded_model.labels == ("bad", "good")
+    assert loaded_model.with_labels(["-", "+"]).labels == ("-", "+")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_labels_are_set_saved_and_loaded(tmp_path: Path) -> None:
         (["a", "a"], ValueError, "labels must be distinct"),
     ],
 )
-def test_wrong_labels_are_refused(labels: Any, error: type[Exception], message: str) -> None:
+def test_wrong_labels_raise(labels: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         get_model("bert-tiny", task="classification", num_labels=2).with_labels(labels)
     with pytest.raises(ValueError, match="task='masked' has no labels"):
@@ -279,8 +279,8 @@ def test_wrong_labels_are_refused(labels: Any, error: type[Exception], message: 
 
 
 @pytest.mark.parametrize("labels", [{"0": "a", "2": "b"}, ["a", "b"], {"one": "a"}])
-def test_label_tables_with_gaps_are_refused(labels: Any, tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("bert-tiny", task="classification", num_labels=2))
+def test_label_tables_with_gaps_raise(labels: Any, tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("bert-tiny", task="classification", num_labels=2))
     edit(directory, id2label=labels)
     with pytest.raises(ValueError, match="config.json.*id2label=.* without a gap"):
         load_pretrained(directory)
@@ -301,31 +301,31 @@ def test_label_tables_with_gaps_are_refused(labels: Any, tmp_path: Path) -> None
         ("lstm-tiny", "none", {"pad": 0, "bos": None, "eos": 1}),
     ],
 )
-def test_special_ids_are_those_of_the_tokenizer(variant: str, template: Any, expected: Any, tmp_path: Path) -> None:
+def test_special_ids_come_from_the_tokenizer(variant: str, template: Any, expected: Any, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(WORDS, "word", 30, template=template)
     model = tiny_model(variant, vocab_size=40)
-    saved(tmp_path, model, tokenizer=tokenizer)
+    save_model(tmp_path, model, tokenizer=tokenizer)
     assert {role: read(tmp_path)[f"{role}_token_id"] for role in expected} == expected
     assert load_tokenizer(tmp_path).special_ids == tokenizer.special_ids
     if getattr(model.config, "task", "causal") in ("causal", "seq2seq", "permutation"):
         generation = read(tmp_path, "generation_config.json")
-        found = {role: generation.get(f"{role}_token_id") for role in expected}
-        assert found == expected
+        special_ids = {role: generation.get(f"{role}_token_id") for role in expected}
+        assert special_ids == expected
         assert generation.get("decoder_start_token_id") == (0 if variant == "t5-tiny" else None)
     else:
         assert not (tmp_path / "generation_config.json").exists()
-    again, _ = load_pretrained(tmp_path)
-    assert again.metadata is not None
-    assert again.metadata.token_ids["pad"] == expected["pad"]
+    loaded_model, _ = load_pretrained(tmp_path)
+    assert loaded_model.metadata is not None
+    assert loaded_model.metadata.token_ids["pad"] == expected["pad"]
 
 
-def test_a_tokenizer_updates_what_was_loaded_but_not_what_it_does_not_know(tmp_path: Path) -> None:
-    directory = saved(tmp_path / "a", get_model("gpt2-tiny"))
+def test_a_tokenizer_updates_only_the_special_ids_that_it_has(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "a", get_model("gpt2-tiny"))
     edit(directory, pad_token_id=7, bos_token_id=8, eos_token_id=[3, 256], n_note="kept")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, "temperature": 0.5}))
     model, params = load_pretrained(directory, vocab_size=128)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=257))
-    save_pretrained(tmp_path / "b", model, numbered(model), ByteTokenizer())
+    save_pretrained(tmp_path / "b", model, params_with_distinct_entries(model), ByteTokenizer())
     config = read(tmp_path / "b")
     assert (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]) == (7, 8, [3, 256])
     assert config["n_note"] == "kept"
@@ -335,12 +335,12 @@ def test_a_tokenizer_updates_what_was_loaded_but_not_what_it_does_not_know(tmp_p
 
 def test_tokenizer_files_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
     model = get_model("gpt2-tiny", vocab_size=300)
-    saved(tmp_path, model, tokenizer=ByteTokenizer())
+    save_model(tmp_path, model, tokenizer=ByteTokenizer())
     trained = train_tokenizer(WORDS, "word", 30)
-    saved(tmp_path, model, tokenizer=trained)
+    save_model(tmp_path, model, tokenizer=trained)
     assert load_tokenizer(tmp_path).vocab_size == trained.vocab_size
     (tmp_path / "README.md").write_text("kept")
-    saved(tmp_path, model, tokenizer=ByteTokenizer())
+    save_model(tmp_path, model, tokenizer=ByteTokenizer())
     assert load_tokenizer(tmp_path) == ByteTokenizer()
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
@@ -349,15 +349,15 @@ def test_tokenizer_files_of_an_earlier_save_are_removed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_fit_the_model_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the tokenizer has 257 ids but the model has vocab_size=128"):
-        saved(tmp_path / "a", get_model("gpt2-tiny"), tokenizer=ByteTokenizer())
+        save_model(tmp_path / "a", get_model("gpt2-tiny"), tokenizer=ByteTokenizer())
     with pytest.raises(ValueError, match=r"roberta needs pad_token_id=1, but the tokenizer has 0: .*'bos_eos'"):
-        saved(tmp_path / "a", get_model("roberta-tiny"), tokenizer=train_tokenizer(WORDS, "word", 30))
+        save_model(tmp_path / "a", get_model("roberta-tiny"), tokenizer=train_tokenizer(WORDS, "word", 30))
     assert not (tmp_path / "a").exists()
 
 
-# ------------------------------------------------------------------------------------------- fresh heads
+# ------------------------------------------------------------------------------------- newly initialized heads
 
 
 def tasks(table: Format) -> list[str]:
@@ -366,49 +366,49 @@ def tasks(table: Format) -> list[str]:
 
 @PARAMETERS
 def test_every_class_loads_for_every_task(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
-    model = tiny(name, table, architecture)
-    saved(tmp_path, model)
-    held = spec.flatten(numbered(model))
-    every = dict.fromkeys(task for other in formats.of(name) for task in tasks(other))
-    for task in every:
+    model = model_of_class(name, table, architecture)
+    save_model(tmp_path, model)
+    saved_params = spec.flatten(params_with_distinct_entries(model))
+    all_tasks = dict.fromkeys(task for other in formats.of(name) for task in tasks(other))
+    for task in all_tasks:
         if name == "t5" and architecture.endswith("EncoderModel") and task == "seq2seq":
             continue  # has no decoder
         overrides = {"num_labels": 5} if task in ("classification", "token_classification") else {}
         loaded, params = load_pretrained(tmp_path, task=task, seed=3, **overrides)
-        fresh = loaded.init(jax.random.key(3))
+        initial_params = loaded.init(jax.random.key(3))
         assert loaded.metadata is not None
         expected = {
             path
             for path in spec.flatten(loaded.specs)
-            if path not in held or (path.partition("/")[0] in ("classifier", "token_classifier"))
+            if path not in saved_params or (path.partition("/")[0] in ("classifier", "token_classifier"))
         }
         assert set(loaded.metadata.fresh) == expected
         for path, leaf in spec.flatten(params).items():
-            reference = spec.flatten(fresh)[path] if path in expected else held[path]
+            reference = spec.flatten(initial_params)[path] if path in expected else saved_params[path]
             np.testing.assert_array_equal(leaf, reference, err_msg=path)
-        dropped = set(held) - set(spec.flatten(loaded.specs)) | (set(held) & expected)
-        places = huggingface._locations(model, config_json.format_of(model))
-        assert set(loaded.metadata.unused) == {name for path in dropped for name in places[path].names}
+        dropped = set(saved_params) - set(spec.flatten(loaded.specs)) | (set(saved_params) & expected)
+        locations = huggingface._locations(model, config_json.format_of(model))
+        assert set(loaded.metadata.unused) == {name for path in dropped for name in locations[path].names}
         assert loaded.labels is None
 
 
 @pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny", "xlnet-tiny", "gpt2-tiny", "llama-tiny"])
-def test_a_base_without_head_classifies(variant: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_base_model_loads_as_a_classifier(variant: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = tiny_model(variant, task="none")
-    saved(tmp_path, base)
+    save_model(tmp_path, base)
     with caplog.at_level(logging.INFO, logger="jaxlm"):
         model, params = load_pretrained(tmp_path, task="classification", num_labels=4)
     assert "freshly initialised: classifier" in caplog.text
     tokens = np.ones((2, 5), np.int32)
     hidden, _ = model.apply(model.init(jax.random.key(0)), tokens)
     assert model.logits(params, model.pool(params, hidden)).shape == (2, 1, 4)
-    other, others = load_pretrained(tmp_path, task="classification", num_labels=4, seed=1)
-    assert other == model
-    assert not np.array_equal(others["classifier"]["weight"], params["classifier"]["weight"])
+    other_model, other_params = load_pretrained(tmp_path, task="classification", num_labels=4, seed=1)
+    assert other_model == model
+    assert not np.array_equal(other_params["classifier"]["weight"], params["classifier"]["weight"])
 
 
-def test_families_without_published_files_get_fresh_heads(tmp_path: Path) -> None:
-    saved(tmp_path, tiny_model("lstm-encoder-tiny", task="classification", num_labels=2))
+def test_families_without_published_formats_get_new_heads(tmp_path: Path) -> None:
+    save_model(tmp_path, tiny_model("lstm-encoder-tiny", task="classification", num_labels=2))
     model, _ = load_pretrained(tmp_path, num_labels=3)
     assert model.metadata is not None
     assert {path.partition("/")[0] for path in model.metadata.fresh} == {"classifier"}
@@ -418,14 +418,16 @@ def test_families_without_published_files_get_fresh_heads(tmp_path: Path) -> Non
     assert {name.partition(".")[0] for name in model.metadata.unused} == {"classifier"}
 
 
-def test_a_head_of_the_same_task_and_size_is_read(tmp_path: Path) -> None:
+def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
     model = get_model("bert-tiny", task="classification", num_labels=2).with_labels(["a", "b"])
-    saved(tmp_path, model)
+    save_model(tmp_path, model)
     loaded, params = load_pretrained(tmp_path, task="classification", num_labels=2)
     assert loaded.metadata is not None
     assert (loaded.labels, loaded.metadata.fresh, loaded.metadata.unused) == (("a", "b"), (), ())
-    np.testing.assert_array_equal(params["classifier"]["weight"], numbered(model)["classifier"]["weight"])
-    # Another number of labels: the table of the file names other labels.
+    np.testing.assert_array_equal(
+        params["classifier"]["weight"], params_with_distinct_entries(model)["classifier"]["weight"]
+    )
+    # With another number of labels, the label names of the file do not apply.
     edit(tmp_path, problem_type="multi_label_classification")
     loaded, params = load_pretrained(tmp_path, num_labels=3)
     assert loaded.metadata is not None
@@ -435,8 +437,8 @@ def test_a_head_of_the_same_task_and_size_is_read(tmp_path: Path) -> None:
     assert "problem_type" not in config
 
 
-def test_a_class_that_is_not_listed_gives_its_base(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("bert-tiny", task="classification", num_labels=1))
+def test_an_unsupported_class_loads_as_its_base_model(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("bert-tiny", task="classification", num_labels=1))
     edit(directory, architectures=["BertForMultipleChoice"])
     message = r"'BertForMultipleChoice' is not supported; pass task=\.\.\. to load its base model"
     with pytest.raises(ValueError, match=message):
@@ -447,29 +449,29 @@ def test_a_class_that_is_not_listed_gives_its_base(tmp_path: Path) -> None:
     assert config_json.their_config(model, "float32")["architectures"] == ["BertForSequenceClassification"]
 
 
-def test_only_heads_may_be_missing_or_left_over(tmp_path: Path) -> None:
-    directory = saved(tmp_path, get_model("bert-tiny", task="masked"))
+def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, get_model("bert-tiny", task="masked"))
     edit(directory, architectures=["BertForSequenceClassification"])
     with pytest.raises(ValueError, match=r"missing: classifier\.weight"):
         load_pretrained(directory)
     edit(directory, architectures=["BertForMaskedLM"])
-    whole = load_file(directory / "model.safetensors")
+    all_tensors = load_file(directory / "model.safetensors")
 
-    def refused(tensors: dict[str, np.ndarray], message: str, **overrides: Any) -> None:
+    def check_error(tensors: dict[str, np.ndarray], message: str, **overrides: Any) -> None:
         save_file(tensors, directory / "model.safetensors")
         with pytest.raises(ValueError, match=message):
             load_pretrained(directory, **{"task": "classification", **overrides})
 
     base = "bert.encoder.layer.1.output.dense.weight"
-    refused({name: array for name, array in whole.items() if name != base}, f"missing: {base}")
-    refused({**whole, "bert.new": np.ones(2, np.float32)}, "extra: bert.new")
-    refused({**whole, base: np.ones((2, 2), np.float32)}, f"differs: {base}")
-    # Half of a head is a damaged file.
-    half = {name: array for name, array in whole.items() if name != "cls.predictions.bias"}
-    refused(half, "missing: cls.predictions.bias", task="masked")
-    refused(whole, r"missing: bert\.encoder\.layer\.2\.", num_layers=3)
-    refused(whole, "task='captions'", task="captions")
-    headless = {name: array for name, array in whole.items() if not name.startswith("cls.")}
+    check_error({name: array for name, array in all_tensors.items() if name != base}, f"missing: {base}")
+    check_error({**all_tensors, "bert.new": np.ones(2, np.float32)}, "extra: bert.new")
+    check_error({**all_tensors, base: np.ones((2, 2), np.float32)}, f"differs: {base}")
+    # A file with only a part of a head is damaged.
+    partial = {name: array for name, array in all_tensors.items() if name != "cls.predictions.bias"}
+    check_error(partial, "missing: cls.predictions.bias", task="masked")
+    check_error(all_tensors, r"missing: bert\.encoder\.layer\.2\.", num_layers=3)
+    check_error(all_tensors, "task='captions'", task="captions")
+    headless = {name: array for name, array in all_tensors.items() if not name.startswith("cls.")}
     save_file(headless, directory / "model.safetensors")
     with pytest.raises(ValueError, match="missing: cls.predictions.bias"):
         load_pretrained(directory)
@@ -479,15 +481,17 @@ def test_only_heads_may_be_missing_or_left_over(tmp_path: Path) -> None:
     assert len(model.metadata.fresh) == 5
 
 
-def test_fresh_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
+def test_new_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:
     model = get_model("gpt2-tiny", task="none")
-    save_pretrained(tmp_path, model, jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), numbered(model)))
+    save_pretrained(
+        tmp_path, model, jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params_with_distinct_entries(model))
+    )
     _, params = load_pretrained(tmp_path, task="classification")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     _, params = load_pretrained(tmp_path, task="classification", param_dtype="float32")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
-def test_what_metadata_holds_by_default() -> None:
+def test_defaults_of_metadata() -> None:
     assert Metadata() == Metadata(None, {}, {}, None, (), ())
     assert set(HEADS.values()) == {"classifier", "token_classifier", "span"}

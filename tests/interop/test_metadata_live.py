@@ -1,4 +1,4 @@
-"""Configurations and generation through load and save, as transformers sees them: run with ``-m live``."""
+"""Tests that configs and generation settings survive load and save, checked with transformers: run with ``-m live``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxlm.interop import config_json
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
-from tests.helpers import lively, relative_error, tiny_model
-from tests.interop.classes import CLASSES, tiny
+from tests.helpers import add_noise, relative_error, tiny_model
+from tests.interop.classes import CLASSES, model_of_class
 from tests.interop.test_classes_live import torch_class
 from tests.interop.test_every_field_live import cases_of
 
@@ -31,74 +31,76 @@ GENERATORS = [
     for case in CLASSES
     if case[2].endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) and case[0] != "transformer_xl"
 ]
-"""The classes that generate: that of Transformer-XL does not any more."""
+"""The classes that can generate. The class of Transformer-XL cannot generate in this version."""
 TEXTS = ["to be or not to be that is the question", "whether tis nobler in the mind to suffer", "the slings and arrows"]
 
 
-def lively_params(model: Model) -> Any:
-    return jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+def noisy_params(model: Model) -> Any:
+    return jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
 
 
-def described(config: Any) -> dict[str, Any]:
+def config_fields(config: Any) -> dict[str, Any]:
     return {**config.to_dict(), "_name_or_path": ""}
 
 
 @pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
-def test_transformers_reads_the_same_configuration(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
-    model = tiny(name, table, architecture)
-    save_pretrained(tmp_path / "a", model, lively_params(model))
-    theirs = torch_class(architecture).from_pretrained(tmp_path / "a")
+def test_transformers_reads_the_same_config_after_load_and_save(
+    name: str, table: Format, architecture: str, tmp_path: Path
+) -> None:
+    model = model_of_class(name, table, architecture)
+    save_pretrained(tmp_path / "a", model, noisy_params(model))
+    torch_model = torch_class(architecture).from_pretrained(tmp_path / "a")
     special = {"pad": 9, "bos": None, "eos": 17, "decoder_start": 4}
     for role, token in special.items():
         if f"{role}_token_id" not in table.required:
-            setattr(theirs.config, f"{role}_token_id", token)
-    theirs.config.task_specific_params = {"a": {"num_beams": 3}}
-    theirs.config.my_field = {"kept": [1, None]}
-    if theirs.can_generate():
-        theirs.generation_config.eos_token_id = 17
-        theirs.generation_config.max_length = 11
+            setattr(torch_model.config, f"{role}_token_id", token)
+    torch_model.config.task_specific_params = {"a": {"num_beams": 3}}
+    torch_model.config.my_field = {"kept": [1, None]}
+    if torch_model.can_generate():
+        torch_model.generation_config.eos_token_id = 17
+        torch_model.generation_config.max_length = 11
     if "id2label" in (tmp_path / "a" / "config.json").read_text():
-        theirs.config.id2label = {0: "bad", 1: "so so", 2: "good"}
-        theirs.config.label2id = {"bad": 0, "so so": 1, "good": 2}
-    theirs.save_pretrained(tmp_path / "b")
+        torch_model.config.id2label = {0: "bad", 1: "so so", 2: "good"}
+        torch_model.config.label2id = {"bad": 0, "so so": 1, "good": 2}
+    torch_model.save_pretrained(tmp_path / "b")
     save_pretrained(tmp_path / "c", *load_pretrained(tmp_path / "b"))
     before, after = (torch_class(architecture).from_pretrained(tmp_path / part) for part in "bc")
-    assert described(after.config) == described(before.config)
+    assert config_fields(after.config) == config_fields(before.config)
     assert after.config.eos_token_id == 17
-    if theirs.can_generate():
+    if torch_model.can_generate():
         assert after.generation_config.to_dict() == before.generation_config.to_dict()
         assert after.generation_config.eos_token_id == 17
 
 
 @pytest.mark.parametrize(("name", "table", "architecture"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
 def test_every_field_of_transformers_survives_every_value(name: str, table: Format, architecture: str) -> None:
-    """Each field of the reference class alone is changed: what is written is what was read, field by field."""
-    refused, lost = 0, []
+    """Change each field of the config class, one at a time. The written config must equal the config that was read."""
+    num_unsupported, problems = 0, []
     for field, value, content in cases_of(table.model_type, architecture):
         try:
             model = config_json.describe(content, Path("config.json"), {}).model
         except ValueError:
-            refused += 1  # test_every_field_live checks that the error names the field
+            num_unsupported += 1  # test_every_field_live checks that the error names the field
             continue
         written = config_json.their_config(model, "float32")
         if field != "torch_dtype":
             written.pop("torch_dtype", None)
-        if field in ("dtype", "torch_dtype"):  # of the parameters
+        if field in ("dtype", "torch_dtype"):  # the dtype of the saved parameters is written
             content = {**content, field: "float32"}
         if written != content:
             names = {name for name in {*written, *content} if written.get(name, "-") != content.get(name, "-")}
-            lost.append(f"{field}={value!r}: {sorted(names)}")
-    assert not lost, "\n".join(lost)
-    assert refused
+            problems.append(f"{field}={value!r}: {sorted(names)}")
+    assert not problems, "\n".join(problems)
+    assert num_unsupported
 
 
 @pytest.mark.parametrize(("name", "table", "architecture"), GENERATORS, ids=lambda x: x if isinstance(x, str) else "")
 def test_generation_ends_at_an_unusual_token(name: str, table: Format, architecture: str, tmp_path: Path) -> None:
     import torch
 
-    model = tiny(name, table, architecture)
-    save_pretrained(tmp_path / "a", model, lively_params(model))
-    theirs = torch_class(architecture).from_pretrained(tmp_path / "a").eval()
+    model = model_of_class(name, table, architecture)
+    save_pretrained(tmp_path / "a", model, noisy_params(model))
+    torch_model = torch_class(architecture).from_pretrained(tmp_path / "a").eval()
     prompts = torch.tensor([[5, 9, 11, 12], [7, 3, 30, 8]])
 
     def generate(model: Any) -> np.ndarray:
@@ -106,90 +108,98 @@ def test_generation_ends_at_an_unusual_token(name: str, table: Format, architect
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=9, do_sample=False
         ).numpy()
 
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 9
-    free = generate(theirs)
-    new = free[0, 1:] if theirs.config.is_encoder_decoder else free[0, prompts.shape[1] :]
-    end = int(new[3])
-    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = end
-    theirs.config.pad_token_id = 9
-    expected = generate(theirs)
-    assert (expected[0] == 9).any() or expected.shape[1] < free.shape[1]
-    theirs.save_pretrained(tmp_path / "b")
+    torch_model.generation_config.eos_token_id = None
+    torch_model.generation_config.pad_token_id = 9
+    without_end = generate(torch_model)
+    new_tokens = without_end[0, 1:] if torch_model.config.is_encoder_decoder else without_end[0, prompts.shape[1] :]
+    end = int(new_tokens[3])
+    torch_model.config.eos_token_id = torch_model.generation_config.eos_token_id = end
+    torch_model.config.pad_token_id = 9
+    expected = generate(torch_model)
+    assert (expected[0] == 9).any() or expected.shape[1] < without_end.shape[1]
+    torch_model.save_pretrained(tmp_path / "b")
     loaded, params = load_pretrained(tmp_path / "b")
     assert loaded.metadata is not None
     assert (loaded.metadata.token_ids["eos"], loaded.metadata.token_ids["pad"]) == (end, 9)
     save_pretrained(tmp_path / "c", loaded, params)
     np.testing.assert_array_equal(generate(torch_class(architecture).from_pretrained(tmp_path / "c").eval()), expected)
     if name == "xlnet":
-        return  # transformers puts a token between the prompt and what is generated (docs/families.md)
+        return  # transformers inserts a token between the prompt and the generated tokens (docs/families.md)
     source, state = prompts.numpy().astype(np.int32), None
     if loaded.reads_source:
         state = loaded.init_decode_state(params, source, 10)
         source = np.full((2, 1), loaded.config.decoder_start_id, np.int32)
-    ours = jaxlm_generate(loaded, params, source, max_new_tokens=9, end_id=end, state=state)
-    for row, length, tokens in zip(expected[:, source.shape[1] :], ours.lengths, ours.tokens, strict=True):
+    output = jaxlm_generate(loaded, params, source, max_new_tokens=9, end_id=end, state=state)
+    for row, length, tokens in zip(expected[:, source.shape[1] :], output.lengths, output.tokens, strict=True):
         np.testing.assert_array_equal(tokens[:length], row[:length])
         assert set(row[length:]) <= {9}
 
 
 @pytest.mark.parametrize("variant", ["gpt2-tiny", "llama-tiny", "t5-tiny"])
-def test_a_fresh_model_generates_to_the_end_token_of_its_tokenizer(variant: str, tmp_path: Path) -> None:
+def test_a_new_model_stops_at_the_end_token_of_its_tokenizer(variant: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer = train_tokenizer(TEXTS, "bpe", 300, template="eos" if variant == "t5-tiny" else "none")
     model = tiny_model(variant, vocab_size=300)
-    params = lively_params(model)
+    params = noisy_params(model)
     save_pretrained(tmp_path, model, params, tokenizer)
-    kind = AutoModelForSeq2SeqLM if variant == "t5-tiny" else AutoModelForCausalLM
-    theirs, names = kind.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    auto_class = AutoModelForSeq2SeqLM if variant == "t5-tiny" else AutoModelForCausalLM
+    torch_model, tokenizer_in_torch = (
+        auto_class.from_pretrained(tmp_path).eval(),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     ids = tokenizer.special_ids
-    assert (names.eos_token_id, names.pad_token_id) == (ids.eos, ids.pad)
-    assert (theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id) == (ids.eos, ids.pad)
-    with torch.no_grad():  # the end token has the highest logit: both must stop at once
-        head = theirs.get_output_embeddings().weight
+    assert (tokenizer_in_torch.eos_token_id, tokenizer_in_torch.pad_token_id) == (ids.eos, ids.pad)
+    assert (torch_model.generation_config.eos_token_id, torch_model.generation_config.pad_token_id) == (
+        ids.eos,
+        ids.pad,
+    )
+    with torch.no_grad():  # the end token has a large logit, so generation must stop
+        head = torch_model.get_output_embeddings().weight
         head[ids.eos] = 50 * head[ids.eos].sign() * head.abs().max()
-    batch = names(["to be", "the question whether"], return_tensors="pt", padding=True)
-    made = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
-    assert made.shape[1] <= (1 if variant == "t5-tiny" else batch["input_ids"].shape[1]) + 5
+    batch = tokenizer_in_torch(["to be", "the question whether"], return_tensors="pt", padding=True)
+    generated = torch_model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] <= (1 if variant == "t5-tiny" else batch["input_ids"].shape[1]) + 5
 
 
 @pytest.mark.parametrize("variant", ["gpt2-tiny", "llama-tiny"])
-def test_a_classifier_takes_padded_batches(variant: str, tmp_path: Path) -> None:
+def test_a_classifier_accepts_padded_batches_in_transformers(variant: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = train_tokenizer(TEXTS, "word", 40)
     save_pretrained(
-        tmp_path / "base", tiny_model(variant, vocab_size=40), lively_params(tiny_model(variant, vocab_size=40))
+        tmp_path / "base", tiny_model(variant, vocab_size=40), noisy_params(tiny_model(variant, vocab_size=40))
     )
     model, params = load_pretrained(tmp_path / "base", task="classification", num_labels=3)
     model = model.with_labels(["a", "b", "c"])
     params = jax.tree.map(lambda leaf: 3 * leaf, params)
     save_pretrained(tmp_path / "out", model, params, tokenizer)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    torch_model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert torch_model.config.id2label == {0: "a", 1: "b", 2: "c"}
     texts = ["to be or not to be", "the question"]
     batch = AutoTokenizer.from_pretrained(tmp_path / "out")(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
-        expected = theirs(**batch).logits.numpy()
+        expected = torch_model(**batch).logits.numpy()
     for text, logits in zip(texts, expected, strict=True):
         tokens = tokenizer.encode_inputs(text).ids[None]
         hidden, _ = model.apply(params, tokens)
-        ours = model.logits(params, model.pool(params, hidden))[0, 0]
-        assert relative_error(ours, logits) < 2e-5  # of three logits of weights that are multiplied by 3
+        got = model.logits(params, model.pool(params, hidden))[0, 0]
+        assert (
+            relative_error(got, logits) < 2e-5
+        )  # the parameters are multiplied by 3, which increases the rounding error
 
 
 @pytest.mark.parametrize("variant", ["bert-tiny", "roberta-tiny", "xlnet-tiny", "gpt2-tiny", "llama-tiny"])
-def test_a_fresh_head_opens_in_transformers(variant: str, tmp_path: Path) -> None:
+def test_transformers_loads_a_new_head(variant: str, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    base = dataclasses.replace(get_model(variant).config, task="none")
-    model = Model(get_model(variant).family, base)
-    save_pretrained(tmp_path / "base", model, lively_params(model))
+    base_config = dataclasses.replace(get_model(variant).config, task="none")
+    model = Model(get_model(variant).family, base_config)
+    save_pretrained(tmp_path / "base", model, noisy_params(model))
     loaded, params = load_pretrained(tmp_path / "base", task="classification", num_labels=4)
     save_pretrained(tmp_path / "out", loaded, params)
-    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    torch_model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
-    assert theirs.config.num_labels == 4
+    assert torch_model.config.num_labels == 4

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout: names, shapes, round trips and errors. ``test_peft_live.py`` compares with PEFT."""
+"""Tests of LoRA adapters in PEFT's layout: names, shapes, round trips, errors. ``test_peft_live.py`` runs PEFT."""
 
 import json
 
@@ -24,8 +24,8 @@ def random_adapter(model, lora, seed=3):
     return jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), specs)
 
 
-def saved(directory, model=GPT, lora=QKV):
-    """A directory with an adapter, its config and its tensors."""
+def save_random_adapter(directory, model=GPT, lora=QKV):
+    """Save a random adapter to a directory; returns its config and its tensors."""
     save_adapter(directory, model, lora, random_adapter(model, lora))
     return json.loads((directory / "adapter_config.json").read_text()), load_file(
         directory / "adapter_model.safetensors"
@@ -48,22 +48,22 @@ def rewrite(directory, config, tensors):
         ("roberta", {"task": "token_classification", "num_labels": 5}, LoRA(2, train=("^token_classifier/",))),
     ],
 )
-def test_what_is_saved_is_loaded(name, overrides, lora, tmp_path):
+def test_adapters_round_trip(name, overrides, lora, tmp_path):
     model = tiny_model(name, **overrides)
     trained = random_adapter(model, lora)
     save_adapter(tmp_path, model, lora, trained)
-    again, loaded = load_adapter(tmp_path, model)
-    assert again.rank == lora.rank
-    assert again.scale == lora.scale
-    assert again.specs(model.specs) == lora.specs(model.specs)
+    loaded_lora, loaded_params = load_adapter(tmp_path, model)
+    assert loaded_lora.rank == lora.rank
+    assert loaded_lora.scale == lora.scale
+    assert loaded_lora.specs(model.specs) == lora.specs(model.specs)
     if "vocab_multiple" in overrides:  # the padding of the vocabulary is not in files
-        assert not jnp.any(loaded["head"]["lora_a"][61:])
+        assert not jnp.any(loaded_params["head"]["lora_a"][61:])
         trained["head"]["lora_a"] = trained["head"]["lora_a"].at[61:].set(0)
-    assert_trees_equal(loaded, trained)
+    assert_trees_equal(loaded_params, trained)
 
 
-def test_names_and_layouts_are_those_of_peft(tmp_path):
-    config, tensors = saved(tmp_path)
+def test_names_and_layouts_equal_those_of_peft(tmp_path):
+    config, tensors = save_random_adapter(tmp_path)
     name = "base_model.model.transformer.h.{}.attn.c_attn.lora_{}.weight"
     assert set(tensors) == {name.format(layer, factor) for layer in (0, 1) for factor in "AB"}
     assert tensors[name.format(0, "A")].shape == (4, 32)
@@ -80,34 +80,34 @@ def test_names_and_layouts_are_those_of_peft(tmp_path):
     assert config["modules_to_save"] is None
 
 
-def test_modules_that_are_trained_in_full(tmp_path):
+def test_fully_trained_modules_are_saved(tmp_path):
     model = tiny_model("bert", task="classification")
     lora = LoRA(2, train=("^classifier/",))
-    config, tensors = saved(tmp_path, model, lora)
+    config, tensors = save_random_adapter(tmp_path, model, lora)
     assert config["modules_to_save"] == ["classifier"]
     assert config["task_type"] == "SEQ_CLS"
     assert tensors["base_model.model.classifier.weight"].shape == (2, 32)
-    half = LoRA(2, train=("classifier/weight",))
-    trained = random_adapter(model, half)
+    partial_lora = LoRA(2, train=("classifier/weight",))
+    trained = random_adapter(model, partial_lora)
     with pytest.raises(ValueError, match=r"classifier/bias \(classifier.bias\) is not trained, but another parameter"):
-        save_adapter(tmp_path, model, half, trained)
+        save_adapter(tmp_path, model, partial_lora, trained)
 
 
-def test_the_scale_of_rank_stabilised_adapters(tmp_path):
-    config, tensors = saved(tmp_path)
+def test_the_scale_of_rank_stabilized_adapters(tmp_path):
+    config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config | {"use_rslora": True}, tensors)
     assert load_adapter(tmp_path, GPT)[0].scale == pytest.approx(8 / 4**0.5)
 
 
-def test_dropout_is_mentioned(tmp_path):
-    config, tensors = saved(tmp_path)
+def test_dropout_of_an_adapter_gives_a_warning(tmp_path):
+    config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config | {"lora_dropout": 0.1}, tensors)
     with pytest.warns(UserWarning, match="lora_dropout=0.1 is not applied in further training"):
         load_adapter(tmp_path, GPT)
 
 
 def test_factors_in_half_precision_become_float32(tmp_path):
-    config, tensors = saved(tmp_path)
+    config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config, {name: x.astype(np.float16) for name, x in tensors.items()})
     _, trained = load_adapter(tmp_path, GPT)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
@@ -126,8 +126,8 @@ def test_factors_in_half_precision_become_float32(tmp_path):
         ({"r": 8}, r"c_attn.lora_A.weight' has shape \[4, 32\], but r=8 .* require \[8, 32\]"),
     ],
 )
-def test_configs_that_are_not_supported(change, message, tmp_path):
-    config, tensors = saved(tmp_path)
+def test_errors_name_unsupported_config_fields(change, message, tmp_path):
+    config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config | change, tensors)
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path, GPT)
@@ -146,8 +146,8 @@ def test_configs_that_are_not_supported(change, message, tmp_path):
         ({"lm_head.base_layer.weight": (4, 4)}, "is a weight of the base model: save the adapter with"),
     ],
 )
-def test_tensors_that_do_not_fit(change, message, tmp_path):
-    config, tensors = saved(tmp_path)
+def test_errors_name_tensors_that_do_not_fit(change, message, tmp_path):
+    config, tensors = save_random_adapter(tmp_path)
     for name, shape in change.items():
         full = f"base_model.model.{name}"
         tensors = {key: x for key, x in tensors.items() if key != full}
@@ -158,12 +158,12 @@ def test_tensors_that_do_not_fit(change, message, tmp_path):
         load_adapter(tmp_path, GPT)
 
 
-def test_files_that_are_missing_or_damaged(tmp_path):
+def test_errors_for_missing_or_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a directory: nothing is downloaded"):
         load_adapter(tmp_path / "nothing", GPT)
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         load_adapter(tmp_path, GPT)
-    config, tensors = saved(tmp_path)
+    config, tensors = save_random_adapter(tmp_path)
     rewrite(tmp_path, config, {name.removeprefix("base_model."): x for name, x in tensors.items()})
     with pytest.raises(ValueError, match="do not begin with 'base_model.model.'"):
         load_adapter(tmp_path, GPT)
@@ -172,7 +172,7 @@ def test_files_that_are_missing_or_damaged(tmp_path):
         load_adapter(tmp_path, GPT)
 
 
-def test_models_and_weights_without_a_form_in_peft(tmp_path):
+def test_errors_for_models_and_weights_that_peft_does_not_support(tmp_path):
     lstm, lora = tiny_model("lstm"), LoRA(2, targets=("weight_input",))
     with pytest.raises(ValueError, match="family 'lstm' has no class in transformers"):
         save_adapter(tmp_path, lstm, lora, random_adapter(lstm, lora))

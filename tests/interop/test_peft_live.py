@@ -1,4 +1,4 @@
-"""LoRA adapters against ``peft`` on torch: run with ``-m live`` and the extras ``reference`` and ``adapters``."""
+"""Compare LoRA adapters with ``peft`` on torch: run with ``-m live`` and the extras ``reference`` and ``adapters``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 def peft_model(case: str, directory: Path) -> Any:
-    """A random base model of transformers, saved, with random adapters on it, saved beside it."""
+    """Save a random base model and random adapters for it in ``directory``; returns the adapted model."""
     import peft
     import torch
     import transformers
@@ -69,13 +69,13 @@ def peft_model(case: str, directory: Path) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
-    # Else PEFT writes the whole table of a head that has factors, too.
+    # By default, PEFT also writes the full weight of a head that has LoRA factors.
     model.save_pretrained(directory / "adapter", save_embedding_layers=False)
     return model
 
 
-def outputs(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """What the torch model says: logits, or hidden states of a base class."""
+def torch_outputs(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """The logits of a torch model, or the hidden states of a base class."""
     import torch
 
     ids = torch.from_numpy(tokens.astype(np.int64))
@@ -85,7 +85,7 @@ def outputs(model: Any, tokens: np.ndarray) -> np.ndarray:
     return (result.logits if hasattr(result, "logits") else result.last_hidden_state).numpy()
 
 
-def our_outputs(model: Model, params: Any, tokens: np.ndarray) -> Any:
+def jaxlm_outputs(model: Model, params: Any, tokens: np.ndarray) -> Any:
     if model.reads_source:
         hidden, _ = model.apply(params, tokens[:, ::-1], source=tokens)
     elif model.config.task == "classification":
@@ -97,35 +97,37 @@ def our_outputs(model: Model, params: Any, tokens: np.ndarray) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adapters_of_peft_give_its_outputs_and_go_back(case: str, tmp_path: Path) -> None:
+def test_adapters_of_peft_give_the_same_outputs_and_round_trip(case: str, tmp_path: Path) -> None:
     import peft
     import transformers
 
-    theirs = peft_model(case, tmp_path)
+    adapted_model = peft_model(case, tmp_path)
     tokens = np.random.default_rng(0).integers(1, 50, (2, 7)).astype(np.int32)
-    expected = outputs(theirs, tokens)
+    expected = torch_outputs(adapted_model, tokens)
     model, params = load_pretrained(tmp_path / "base")
     lora, trained = load_adapter(tmp_path / "adapter", model)
     merged = lora.merge(trained, lora.frozen(model.specs, params))
-    run = jax.jit(lambda params: our_outputs(model, params, tokens))
+    run = jax.jit(lambda params: jaxlm_outputs(model, params, tokens))
     assert relative_error(run(merged), expected) < 1e-5
-    assert relative_error(run(params), expected) > 1e-2  # the adapters matter
+    assert relative_error(run(params), expected) > 1e-2  # the adapters change the outputs
 
     save_adapter(tmp_path / "back", model, lora, trained, base=str(tmp_path / "base"))
     architecture = getattr(transformers, CASES[case][0])
     base = architecture.from_pretrained(tmp_path / "base").eval()
-    again = peft.PeftModel.from_pretrained(base, tmp_path / "back").eval()
-    assert relative_error(outputs(again, tokens), expected) < 1e-5
-    lora_again, trained_again = load_adapter(tmp_path / "back", model)
-    assert lora_again == lora
-    assert all(map(np.array_equal, jax.tree.leaves(trained_again), jax.tree.leaves(trained)))
+    reloaded_model = peft.PeftModel.from_pretrained(base, tmp_path / "back").eval()
+    assert relative_error(torch_outputs(reloaded_model, tokens), expected) < 1e-5
+    reloaded_lora, reloaded_trained = load_adapter(tmp_path / "back", model)
+    assert reloaded_lora == lora
+    assert all(map(np.array_equal, jax.tree.leaves(reloaded_trained), jax.tree.leaves(trained)))
 
     save_pretrained(tmp_path / "merged", model, merged)
-    assert relative_error(outputs(architecture.from_pretrained(tmp_path / "merged").eval(), tokens), expected) < 1e-5
+    assert (
+        relative_error(torch_outputs(architecture.from_pretrained(tmp_path / "merged").eval(), tokens), expected) < 1e-5
+    )
 
 
-def test_peft_trains_on_what_we_save_without_a_head(tmp_path: Path) -> None:
-    """A classifier whose head is not trained is opened without a task: PEFT would look for tensors of the head."""
+def test_peft_loads_an_adapter_without_a_trained_head(tmp_path: Path) -> None:
+    """If the head is not trained, the file has no task type. With one, PEFT would require tensors of the head."""
     import peft
     import transformers
 
@@ -137,9 +139,9 @@ def test_peft_trains_on_what_we_save_without_a_head(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())["task_type"] is None
     base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
     tokens = np.random.default_rng(0).integers(1, 50, (2, 7)).astype(np.int32)
-    expected = outputs(base, tokens)
-    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter2").eval()
-    assert relative_error(outputs(again, tokens), expected) < 1e-6
+    expected = torch_outputs(base, tokens)
+    reloaded_model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter2").eval()
+    assert relative_error(torch_outputs(reloaded_model, tokens), expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_peft_trains_on_what_we_save_without_a_head(tmp_path: Path) -> None:
         ({"target_modules": ["word_embeddings"]}, "lora_embedding_A"),
     ],
 )
-def test_options_of_peft_that_are_not_supported(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_errors_name_unsupported_options_of_peft(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     import peft
     import transformers
 

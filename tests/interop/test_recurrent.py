@@ -1,4 +1,4 @@
-"""Weights of torch's and Keras' recurrent layers: against goldens that those wrote (``make_recurrent_goldens.py``)."""
+"""Tests of weights of torch and Keras recurrent layers, against golden outputs (``make_recurrent_goldens.py``)."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def run(case, params, x, reverse=False):
 
 
 @pytest.mark.parametrize("case", TORCH)
-def test_two_bidirectional_torch_layers(case):
+def test_two_bidirectional_layers_with_torch_weights_equal_torch(case):
     x, weights, output = golden(f"torch_{case}")
     for layer in (0, 1):
         directions = [
@@ -45,7 +45,7 @@ def test_two_bidirectional_torch_layers(case):
 
 
 @pytest.mark.parametrize("case", KERAS)
-def test_keras_layers(case):
+def test_layers_with_keras_weights_equal_keras(case):
     x, weights, output = golden(f"keras_{case}")
     reset = "after" if case == "gru_after_no_bias" else None
     params = from_keras([weights[str(number)] for number in range(len(weights))], reset=reset)
@@ -53,23 +53,23 @@ def test_keras_layers(case):
 
 
 def cudnn_layer(weights, suffix, order):
-    """The arrays of a CuDNNLSTM or CuDNNGRU of Keras, from torch's, whose matrices are laid out as cuDNN's.
+    """The arrays of a Keras CuDNNLSTM or CuDNNGRU, made from torch's arrays, which have cuDNN's matrix layout.
 
     Args:
-        order: the torch gates in Keras' order.
+        order: the indices of the torch gates in the order of Keras.
     """
     gates = len(order)
 
-    def of_gates(name):
+    def reordered_gates(name):
         return [np.split(weights[f"{name}_{suffix}"], gates)[gate] for gate in order]
 
-    kernel = np.concatenate([gate.ravel().reshape(gate.shape[::-1]) for gate in of_gates("weight_ih")], axis=1)
-    recurrent = np.concatenate(of_gates("weight_hh"), axis=1)
-    return [kernel, recurrent, np.concatenate(of_gates("bias_ih") + of_gates("bias_hh"))]
+    kernel = np.concatenate([gate.ravel().reshape(gate.shape[::-1]) for gate in reordered_gates("weight_ih")], axis=1)
+    recurrent = np.concatenate(reordered_gates("weight_hh"), axis=1)
+    return [kernel, recurrent, np.concatenate(reordered_gates("bias_ih") + reordered_gates("bias_hh"))]
 
 
 @pytest.mark.parametrize(("case", "order"), [("lstm", (0, 1, 2, 3)), ("gru", (1, 0, 2))])
-def test_keras_cudnn_layers(case, order):
+def test_keras_cudnn_weights_give_the_same_layer(case, order):
     x, weights, output = golden(f"torch_{case}")
     for layer in (0, 1):
         directions = []
@@ -83,8 +83,8 @@ def test_keras_cudnn_layers(case, order):
     assert relative_error(x, output) < 1e-6
 
 
-def test_the_kernel_of_a_cudnn_gate_is_turned_as_keras_turns_it():
-    # The example of Keras' own conversion of such kernels, for each of the four gates of width 3.
+def test_cudnn_kernels_are_transposed_as_in_keras():
+    # The example from the conversion code of Keras, repeated for the four gates of width 3.
     kernel = np.tile(np.array([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]), (1, 4))
     params = from_keras([kernel, np.zeros((3, 12)), np.arange(24.0)])
     assert params["weight_input"][:, 3].tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
@@ -117,7 +117,7 @@ def test_export_to_keras_and_back(case):
     assert_trees_equal(from_keras(exported), params)
 
 
-def test_what_cannot_be_is_named():
+def test_errors_name_unsupported_weights():
     _, lstm, _ = golden("torch_lstm")
     with pytest.raises(ValueError, match="no weight_ih_l2 and weight_hh_l2 in the weights: they have weight_ih_l0"):
         from_torch(lstm, layer=2)

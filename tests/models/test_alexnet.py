@@ -10,13 +10,13 @@ import pytest
 from jaxlm import spec
 from jaxlm.models import alexnet, get_model
 from jaxlm.nn.convolution import convolution
-from jaxlm.nn.pooling import max_pool
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from jaxlm.nn.convolution.pooling import max_pool
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def setup(variant, length, **overrides):
     model = tiny_model(variant, **overrides)
-    return model, lively(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_the_input_is_one_hot_and_not_trained():
     assert not model.specs["token_embedding"].decay
     tiny, params, tokens = setup("alexnet-tiny", 40)
     for embedding, trained in (("one_hot", False), ("learned", True)):
-        form = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, embedding=embedding))
-        grads = jax.jit(jax.grad(lambda p: jnp.sum(form.apply(p, tokens)[0] ** 2)))(params)  # noqa: B023
+        variant = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, embedding=embedding))
+        grads = jax.jit(jax.grad(lambda p: jnp.sum(variant.apply(p, tokens)[0] ** 2)))(params)  # noqa: B023
         assert bool(np.any(grads["token_embedding"])) == trained
 
 
@@ -54,12 +54,12 @@ def test_texts_are_read_backwards_and_padding_has_no_effect():
     apply = jax.jit(lambda t, i: model.apply(params, t, segment_ids=i)[0])
     ids = np.ones((2, 40), np.int32)
     want = apply(tokens, ids)
-    turned = jax.jit(lambda t: forward.apply(params, t)[0])(tokens[:, ::-1])
-    np.testing.assert_array_equal(want, turned)
+    reversed_tokens_hidden = jax.jit(lambda t: forward.apply(params, t)[0])(tokens[:, ::-1])
+    np.testing.assert_array_equal(want, reversed_tokens_hidden)
     padded, ids = np.full((2, 60), 3, np.int32), np.zeros((2, 60), np.int32)
     padded[0, 20:], ids[0, 20:] = tokens[0], 1
-    place = np.delete(np.arange(60), slice(30, 50))
-    padded[1, place], ids[1, place] = tokens[1], 1
+    positions = np.delete(np.arange(60), slice(30, 50))
+    padded[1, positions], ids[1, positions] = tokens[1], 1
     assert relative_error(jax.jit(apply)(padded, ids), want) < 1e-6
     ids[1, 55:] = 2
     hidden = np.asarray(apply(padded, ids))
@@ -69,13 +69,15 @@ def test_texts_are_read_backwards_and_padding_has_no_effect():
 
 def test_dropout_of_hidden_layers_needs_a_key():
     model = get_model("alexnet-tiny", dropout=0.5)
-    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     hidden = jnp.abs(jax.random.normal(jax.random.key(1), (2, 9, 32)))
-    summary = jax.jit(lambda key: model.pool(params, hidden, key=key))
-    calm, one, same, other = (summary(key) for key in (None, *(jax.random.key(seed) for seed in (1, 1, 2))))
-    np.testing.assert_array_equal(one, same)
-    assert np.mean(np.asarray(one) == 0) > np.mean(np.asarray(calm) == 0) + 0.2
-    assert relative_error(one, other) > 1e-2
+    pool = jax.jit(lambda key: model.pool(params, hidden, key=key))
+    without_key, first, repeated, different = (
+        pool(key) for key in (None, *(jax.random.key(seed) for seed in (1, 1, 2)))
+    )
+    np.testing.assert_array_equal(first, repeated)
+    assert np.mean(np.asarray(first) == 0) > np.mean(np.asarray(without_key) == 0) + 0.2
+    assert relative_error(first, different) > 1e-2
 
 
 def test_the_language_model_has_the_features_of_the_strided_stack():
@@ -93,10 +95,10 @@ def test_the_language_model_has_the_features_of_the_strided_stack():
         return x
 
     # 18 tokens: 15 after a kernel of 4, 5 after pooling, 3 after a kernel of 3, 1 after pooling.
-    for place in (17, 20, 29):
-        want = strided(tokens[:, place - 17 : place + 1])
+    for position in (17, 20, 29):
+        want = strided(tokens[:, position - 17 : position + 1])
         assert want.shape == (2, 1, 32)
-        assert relative_error(hidden[:, place], want[:, 0]) < 1e-6
+        assert relative_error(hidden[:, position], want[:, 0]) < 1e-6
 
 
 def test_the_context_of_the_published_stack_is_122_tokens():
@@ -104,12 +106,12 @@ def test_the_context_of_the_published_stack_is_122_tokens():
     model = get_model("alexnet-small", task="causal", embedding="learned")
     specs = model.state_specs(2, 5)
     assert specs == model.state_specs(2, 5000)
-    reaches = {name: leaf.shape[1] for name, leaf in specs.items() if name != "segment_ids"}
-    assert reaches == {
+    state_lengths = {name: leaf.shape[1] for name, leaf in specs.items() if name != "segment_ids"}
+    assert state_lengths == {
         "layer_0": 6, "pool_0": 2, "layer_1": 18, "pool_1": 6, "layer_2": 18, "layer_3": 18, "layer_4": 18,
         "layer_5": 18, "pool_5": 18,
     }  # fmt: skip
-    assert sum(reaches.values()) == 122
+    assert sum(state_lengths.values()) == 122
     hidden, state = jax.eval_shape(
         lambda p, t, s: model.apply(p, t, state=s),
         *spec.abstract((model.specs,)), jax.ShapeDtypeStruct((2, 7), jnp.int32), spec.abstract(specs),

@@ -1,4 +1,4 @@
-"""Recurrent encoder-decoders: what tests/oracles/attention_rnn.py and the contract test do not cover."""
+"""Tests of recurrent encoder-decoders in addition to tests/oracles/attention_rnn.py and the contract."""
 
 import functools
 import itertools
@@ -13,18 +13,18 @@ import pytest
 from jaxlm import spec
 from jaxlm.decoding import beam_search
 from jaxlm.models import attention_rnn, get_model
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
-FORMS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
+VARIANTS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
 COPY = "attention-rnn-copy-tiny"
 TOLERANCE = 2e-5
-every_form = pytest.mark.parametrize("name", FORMS)
+every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 @functools.cache
 def small(name, **overrides):
     model = tiny_model(name, embed_dim=8, hidden_dim=10, output_dim=6, **overrides)
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -33,7 +33,7 @@ def hidden_of(model, params, tokens, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def started(model, params, source, segment_ids=None):
+def init_decode_state(model, params, source, segment_ids=None):
     return model.init_decode_state(params, source, 1, segment_ids=segment_ids)
 
 
@@ -50,38 +50,40 @@ def test_published_sizes():
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [(FORMS[0], {}), (FORMS[1], {"score": "dot", "window": 2}), (COPY, {}), (FORMS[1], {"copy": True})],
+    [(VARIANTS[0], {}), (VARIANTS[1], {"score": "dot", "window": 2}), (COPY, {}), (VARIANTS[1], {"copy": True})],
 )
 def test_beam_search_finds_all_continuations(name, overrides):
     """With as many beams as hypotheses, the result has the probabilities of all continuations, best first."""
-    V, new = 4, 3
+    V, num_new = 4, 3
     model, params = small(name, vocab_size=V, **overrides)
     params = jax.tree.map(lambda x, weight: 2.5 * x if weight else x, params, spec.decay_mask(model.specs))
     source = np.array([[1, 2, 3, 0, 1], [0, 3, 1, 2, 2]], np.int32)
     segments = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], np.int32)
     prompts = np.array([[1], [2]], np.int32)
     out = beam_search(
-        model, params, prompts, max_new_tokens=new, beams=V ** (new - 1), length_penalty=0.0,
-        state=started(model, params, source, segments),
+        model, params, prompts, max_new_tokens=num_new, beams=V ** (num_new - 1), length_penalty=0.0,
+        state=init_decode_state(model, params, source, segments),
     )  # fmt: skip
-    continuations = np.array(list(itertools.product(range(V), repeat=new)), np.int32)
+    continuations = np.array(list(itertools.product(range(V), repeat=num_new)), np.int32)
     for row in range(2):
-        read = np.concatenate([np.repeat(prompts[row : row + 1], V**new, axis=0), continuations[:, :-1]], axis=1)
-        inputs = {"source": np.repeat(source[row : row + 1], V**new, axis=0)}
-        inputs["source_segment_ids"] = np.repeat(segments[row : row + 1], V**new, axis=0)
-        log_probs = jax.nn.log_softmax(model.logits(params, hidden_of(model, params, read, inputs)[0]))
+        decoder_input = np.concatenate(
+            [np.repeat(prompts[row : row + 1], V**num_new, axis=0), continuations[:, :-1]], axis=1
+        )
+        inputs = {"source": np.repeat(source[row : row + 1], V**num_new, axis=0)}
+        inputs["source_segment_ids"] = np.repeat(segments[row : row + 1], V**num_new, axis=0)
+        log_probs = jax.nn.log_softmax(model.logits(params, hidden_of(model, params, decoder_input, inputs)[0]))
         scores = np.take_along_axis(np.asarray(log_probs), continuations[:, :, None], axis=2).sum((1, 2))
-        order = np.argsort(-scores)[: V ** (new - 1)]
+        order = np.argsort(-scores)[: V ** (num_new - 1)]
         np.testing.assert_allclose(out.scores[row], scores[order], rtol=1e-4)
-        clear = np.diff(scores[order], append=-np.inf) < -1e-3
-        clear &= np.diff(scores[order], prepend=np.inf) < -1e-3
-        assert clear.sum() > 5
-        np.testing.assert_array_equal(out.tokens[row][clear], continuations[order][clear])
+        has_distinct_score = np.diff(scores[order], append=-np.inf) < -1e-3
+        has_distinct_score &= np.diff(scores[order], prepend=np.inf) < -1e-3
+        assert has_distinct_score.sum() > 5
+        np.testing.assert_array_equal(out.tokens[row][has_distinct_score], continuations[order][has_distinct_score])
 
 
-@pytest.mark.parametrize("name", [*FORMS, COPY])
+@pytest.mark.parametrize("name", [*VARIANTS, COPY])
 def test_packed_rows_decode_in_several_calls(name):
-    """Each document starts with its own source, for all splits into calls."""
+    """Each document uses its own source, for two ways to split the row into calls."""
     model, params = small(name)
     tokens, source = random_tokens(model, 2, 14), random_tokens(model, 2, 11, seed=1)
     segments = np.array([[1] * 4 + [2] * 7 + [3] * 3, [0, 0] + [1] * 5 + [0] + [3] * 5 + [0]], np.int32)
@@ -89,44 +91,47 @@ def test_packed_rows_decode_in_several_calls(name):
     inputs = {"source": source, "source_segment_ids": source_segments, "segment_ids": segments}
     want, _ = hidden_of(model, params, tokens, inputs)
     for cuts in ((4, 5, 8), (1, 2, 3, 9, 13)):
-        state, pieces = started(model, params, source, source_segments), []
-        for a, b in zip((0, *cuts), (*cuts, 14), strict=True):
+        state, outputs = init_decode_state(model, params, source, source_segments), []
+        for start, stop in zip((0, *cuts), (*cuts, 14), strict=True):
             hidden, state = hidden_of(
-                model, params, tokens[:, a:b], {"state": state, "segment_ids": segments[:, a:b]}
+                model, params, tokens[:, start:stop], {"state": state, "segment_ids": segments[:, start:stop]}
             )  # fmt: skip
-            pieces.append(hidden)
-        got = jnp.concatenate(pieces, axis=1)
+            outputs.append(hidden)
+        got = jnp.concatenate(outputs, axis=1)
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [*FORMS, COPY])
+@pytest.mark.parametrize("name", [*VARIANTS, COPY])
 def test_a_document_without_source_has_no_context(name):
     model, params = small(name)
     tokens = random_tokens(model, 1, 6)
     segments = np.array([[1, 1, 1, 2, 2, 2]], np.int32)
     sources = [random_tokens(model, 1, 5, seed=seed) for seed in (1, 2)]
-    one, other = (hidden_of(model, params, tokens, {"source": s, "segment_ids": segments})[0] for s in sources)
-    assert np.isfinite(np.asarray(one)).all()
-    np.testing.assert_array_equal(one[:, 3:], other[:, 3:])
-    assert relative_error(one[:, :3], other[:, :3]) > 1e-3
+    first, second = (hidden_of(model, params, tokens, {"source": s, "segment_ids": segments})[0] for s in sources)
+    assert np.isfinite(np.asarray(first)).all()
+    np.testing.assert_array_equal(first[:, 3:], second[:, 3:])
+    assert relative_error(first[:, :3], second[:, :3]) > 1e-3
 
 
 def test_the_encoder_of_luong_equals_flax():
-    model, params = small(FORMS[1])
+    model, params = small(VARIANTS[1])
     source = random_tokens(model, 2, 9)
     x = np.asarray(params["token_embedding"])[source]
     for name in ("layer_0", "layer_1"):
-        own = params["encoder"][name]
+        layer_params = params["encoder"][name]
         weights = {}
         for index, gate in enumerate("ifgo"):
-            weights[f"i{gate}"] = {"kernel": own["weight_input"][:, index]}
-            weights[f"h{gate}"] = {"kernel": own["weight_hidden"][:, index], "bias": own["bias"][index]}
+            weights[f"i{gate}"] = {"kernel": layer_params["weight_input"][:, index]}
+            weights[f"h{gate}"] = {
+                "kernel": layer_params["weight_hidden"][:, index],
+                "bias": layer_params["bias"][index],
+            }
         layer = flax.linen.RNN(flax.linen.OptimizedLSTMCell(10))
         x = layer.apply({"params": {"cell": weights}}, x)
     assert relative_error(model.encode(params, source), x) < TOLERANCE
 
 
-@every_form
+@every_variant
 def test_separate_source_and_target_vocabularies(name):
     model, params = small(name, vocab_size=9, source_vocab_size=30)
     tokens, source = random_tokens(model, 2, 4), np.array([[29, 3], [1, 28]], np.int32)
@@ -159,8 +164,8 @@ def test_errors_name_bad_fields(fields, message):
         attention_rnn.Config(**fields)
 
 
-@every_form
-def test_bad_input(name):
+@every_variant
+def test_errors_name_bad_input(name):
     model, params = small(name)
     tokens, source = np.zeros((2, 3), np.int32), np.zeros((2, 4), np.int32)
     state = model.init_decode_state(params, source, 3)
@@ -199,10 +204,10 @@ def test_copy_probabilities_are_attention_weights_of_source_tokens():
     np.testing.assert_allclose(copied.sum(-1), 1.0, rtol=1e-6)
     for row, ids in enumerate(source):
         assert set(np.flatnonzero(copied[row, 0])) == set(ids)
-    # Two positions have the same token: their weights are summed.
-    other = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32)
-    other[0, 2] = 5
-    assert relative_error(hidden_of(model, params, tokens, {"source": other})[0][0, :, -20:], copied[0]) > 1e-2
+    # If two positions have the same token, its probability is the sum of their weights.
+    changed_source = np.array([[3, 5, 3, 7], [11, 2, 2, 2]], np.int32)
+    changed_source[0, 2] = 5
+    assert relative_error(hidden_of(model, params, tokens, {"source": changed_source})[0][0, :, -20:], copied[0]) > 1e-2
     probabilities = jax.nn.softmax(model.logits(with_gate(params, -40.0), hidden_of(
         model, with_gate(params, -40.0), tokens, {"source": source}
     )[0]))  # fmt: skip
@@ -211,17 +216,19 @@ def test_copy_probabilities_are_attention_weights_of_source_tokens():
 
 def test_generation_without_copying_equals_the_plain_model():
     copying, params = small(COPY)
-    plain, _ = small(FORMS[0])
+    plain, _ = small(VARIANTS[0])
     tokens, source = random_tokens(plain, 2, 6), random_tokens(plain, 2, 5, seed=1)
-    own = {name: tree for name, tree in params.items() if name != "copy"}
-    assert spec.diff(plain.specs, own) == []
-    want = jax.nn.log_softmax(plain.logits(own, hidden_of(plain, own, tokens, {"source": source})[0]))
+    params_without_copy = {name: tree for name, tree in params.items() if name != "copy"}
+    assert spec.diff(plain.specs, params_without_copy) == []
+    want = jax.nn.log_softmax(
+        plain.logits(params_without_copy, hidden_of(plain, params_without_copy, tokens, {"source": source})[0])
+    )
     params = with_gate(params, 40.0)
     got = copying.logits(params, hidden_of(copying, params, tokens, {"source": source})[0])
     assert relative_error(got, want) < TOLERANCE
 
 
-def test_the_mixture_is_normalised_with_finite_gradients_at_probability_zero():
+def test_the_mixture_is_normalized_with_finite_gradients_at_probability_zero():
     model, params = small(COPY, vocab_size=20)
     params = {**params, "head": jax.tree.map(lambda x: 1e4 * x, params["head"])}  # probabilities that underflow
     tokens, source = random_tokens(model, 2, 6), random_tokens(model, 2, 5, seed=1)
@@ -244,8 +251,8 @@ def test_copying_learns_unseen_words():
     params = jax.jit(model.init)(jax.random.key(0))
 
     def loss(params, source):
-        read = jnp.concatenate([jnp.zeros_like(source[:, :1]), source[:, :-1]], axis=1)
-        hidden, _ = model.apply(params, read, source=source)
+        decoder_input = jnp.concatenate([jnp.zeros_like(source[:, :1]), source[:, :-1]], axis=1)
+        hidden, _ = model.apply(params, decoder_input, source=source)
         return model.cross_entropy(params, hidden, source, jnp.ones(source.shape)) / source.size
 
     optimizer = optax.adam(1e-2)

@@ -1,4 +1,4 @@
-"""LSTMs with self-attention: what tests/oracles/attention_rnn_lm.py and the contract test do not cover."""
+"""Tests of LSTMs with self-attention in addition to tests/oracles/attention_rnn_lm.py and the contract."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import attention_rnn_lm
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 LM, CLASSIFIER = "attention-rnn-lm-tiny", "attention-rnn-classifier-tiny"
 TOLERANCE = 2e-5
@@ -17,7 +17,7 @@ TOLERANCE = 2e-5
 @functools.cache
 def small(name, **overrides):
     model = tiny_model(name, **{"num_layers": 1, "embed_dim": 8, "hidden_dim": 12, **overrides})
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,13 +25,13 @@ def hidden_of(model, params, tokens, inputs):
     return model.apply(params, tokens, **inputs)
 
 
-def streamed(model, params, tokens, state, size, segment_ids=None):
-    pieces = []
-    for at in range(0, tokens.shape[1], size):
-        inputs = {} if segment_ids is None else {"segment_ids": segment_ids[:, at : at + size]}
-        hidden, state = hidden_of(model, params, tokens[:, at : at + size], {"state": state, **inputs})
-        pieces.append(hidden)
-    return jnp.concatenate(pieces, axis=1)
+def hidden_in_chunks(model, params, tokens, state, size, segment_ids=None):
+    outputs = []
+    for start in range(0, tokens.shape[1], size):
+        inputs = {} if segment_ids is None else {"segment_ids": segment_ids[:, start : start + size]}
+        hidden, state = hidden_of(model, params, tokens[:, start : start + size], {"state": state, **inputs})
+        outputs.append(hidden)
+    return jnp.concatenate(outputs, axis=1)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -44,7 +44,7 @@ def test_a_memory_of_the_window_is_enough(parts):
     state = model.init_state(2, 100)
     assert state["memory"]["hidden"].shape == (2, 3, 2 * 12 // parts)
     for size in (1, 2, 5):
-        got = streamed(model, params, tokens, state, size, segments)
+        got = hidden_in_chunks(model, params, tokens, state, size, segments)
         assert relative_error(got[segments > 0], want[segments > 0]) < TOLERANCE
 
 
@@ -52,23 +52,26 @@ def test_a_memory_without_window_keeps_the_last_tokens():
     model, params = small(LM)
     tokens = random_tokens(model, 2, 9)
     want, _ = hidden_of(model, params, tokens, {})
-    assert relative_error(streamed(model, params, tokens, model.init_state(2, 9), 3), want) < TOLERANCE
-    forgetful = streamed(model, params, tokens, model.init_state(2, 4), 1)
-    assert relative_error(forgetful[:, :5], want[:, :5]) < TOLERANCE
-    assert relative_error(forgetful[:, 5:], want[:, 5:]) > 1e-4
+    assert relative_error(hidden_in_chunks(model, params, tokens, model.init_state(2, 9), 3), want) < TOLERANCE
+    short_memory_hidden = hidden_in_chunks(model, params, tokens, model.init_state(2, 4), 1)
+    assert relative_error(short_memory_hidden[:, :5], want[:, :5]) < TOLERANCE
+    assert relative_error(short_memory_hidden[:, 5:], want[:, 5:]) > 1e-4
     window, _ = small(LM, window=4)
-    assert relative_error(forgetful, hidden_of(window, params, tokens, {})[0]) < TOLERANCE
+    assert relative_error(short_memory_hidden, hidden_of(window, params, tokens, {})[0]) < TOLERANCE
 
 
 def test_tokens_attend_only_to_the_window():
     model, params = small(LM, window=2)
     # Without recurrence, only attention depends on earlier tokens.
-    silent = {**params["layer_0"], "weight_hidden": jnp.zeros_like(params["layer_0"]["weight_hidden"])}
-    silent["bias"] = silent["bias"].at[1].set(-100.0)  # closes the forget gates
+    layer_without_recurrence = {
+        **params["layer_0"],
+        "weight_hidden": jnp.zeros_like(params["layer_0"]["weight_hidden"]),
+    }
+    layer_without_recurrence["bias"] = layer_without_recurrence["bias"].at[1].set(-100.0)  # closes the forget gates
     tokens = np.arange(8, dtype=np.int32)[None]
 
     def hidden(table):
-        return model.apply({**params, "layer_0": silent, "token_embedding": table}, tokens)[0][0]
+        return model.apply({**params, "layer_0": layer_without_recurrence, "token_embedding": table}, tokens)[0][0]
 
     jacobian = np.abs(np.asarray(jax.jit(jax.jacrev(hidden))(params["token_embedding"])))
     influence_TS = jacobian[:, :, :8].max(axis=(1, 3)) > 1e-20
@@ -85,18 +88,18 @@ def test_hops_have_weights_only_on_real_tokens():
     assert weights.shape == (2, 3, 6)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     assert np.all(np.asarray(weights)[1][:, segments[1] == 0] == 0.0)
-    summary = model.pool(params, hidden, segment_ids=segments)
-    assert relative_error(summary, np.einsum("brt,btd->brd", weights, hidden).reshape(2, 1, -1)) < 1e-5
+    pooled = model.pool(params, hidden, segment_ids=segments)
+    assert relative_error(pooled, np.einsum("brt,btd->brd", weights, hidden).reshape(2, 1, -1)) < 1e-5
 
 
 def test_redundancy_of_disjoint_hops_is_zero():
-    apart = jnp.eye(4)[None, :2]
-    same = jnp.full((1, 2, 4), 0.25)  # A A' is 1/4 everywhere
-    np.testing.assert_allclose(attention_rnn_lm.redundancy(apart), [0.0])
-    np.testing.assert_allclose(attention_rnn_lm.redundancy(same), [2 * 0.75**2 + 2 * 0.25**2])
+    disjoint = jnp.eye(4)[None, :2]
+    uniform = jnp.full((1, 2, 4), 0.25)  # every entry of A A^T is 1/4
+    np.testing.assert_allclose(attention_rnn_lm.redundancy(disjoint), [0.0])
+    np.testing.assert_allclose(attention_rnn_lm.redundancy(uniform), [2 * 0.75**2 + 2 * 0.25**2])
 
 
-def test_bad_input():
+def test_errors_name_bad_input():
     with pytest.raises(ValueError, match="parts=4 is unknown"):
         attention_rnn_lm.Config(parts=4)
     with pytest.raises(ValueError, match="parts=3 does not divide hidden_dim=10"):

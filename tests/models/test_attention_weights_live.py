@@ -9,7 +9,7 @@ import jaxlm
 pytestmark = pytest.mark.live
 
 
-def test_bert(tmp_path):
+def test_bert_attention_weights_equal_transformers(tmp_path):
     import torch
     from transformers import BertConfig, BertModel
 
@@ -33,7 +33,7 @@ def test_bert(tmp_path):
         np.testing.assert_allclose(ours[1, :, :6], theirs[1, :, :6].numpy(), atol=1e-6)
 
 
-def test_t5(tmp_path):
+def test_t5_attention_weights_equal_transformers(tmp_path):
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -44,11 +44,11 @@ def test_t5(tmp_path):
     )  # fmt: skip
     reference = T5ForConditionalGeneration(config).eval()
     reference.save_pretrained(tmp_path)
-    source, read = torch.randint(1, 40, (2, 9)), torch.randint(1, 40, (2, 6))
+    source, decoder_tokens = torch.randint(1, 40, (2, 9)), torch.randint(1, 40, (2, 6))
     with torch.no_grad():
-        output = reference(input_ids=source, decoder_input_ids=read, output_attentions=True)
+        output = reference(input_ids=source, decoder_input_ids=decoder_tokens, output_attentions=True)
     model, params = jaxlm.load_pretrained(tmp_path)
-    weights = model.attention_weights(params, jnp.asarray(read.numpy()), source=jnp.asarray(source.numpy()))
+    weights = model.attention_weights(params, jnp.asarray(decoder_tokens.numpy()), source=jnp.asarray(source.numpy()))
     for kind in ("encoder", "decoder", "cross"):
         expected = output[f"{kind}_attentions"]
         assert len(weights[kind]) == len(expected)

@@ -1,4 +1,4 @@
-"""BERT: what the contract and oracle tests do not cover, such as classes, token types, pretraining losses and files."""
+"""Tests of BERT in addition to the contract and oracle tests: heads, token types, pretraining losses and files."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def hidden_of(model, params, tokens, **inputs):
     ("name", "overrides", "count"),
     [
         ("bert-base-uncased", {"task": "none"}, 109_482_240),  # encoder and pooler, as most tables count
-        ("bert-base-uncased", {"next_sentence": True}, 110_106_428),  # with both heads of pretraining
+        ("bert-base-uncased", {"next_sentence": True}, 110_106_428),  # with both pretraining heads
         ("bert-base-cased", {"task": "none"}, 108_310_272),
         ("bert-large-uncased", {"task": "none"}, 335_141_888),
         ("all-minilm-l6-v2", {}, 22_713_216),
@@ -92,28 +92,28 @@ def test_tokens_attend_to_all_tokens_of_their_document_only():
     assert (influence[1:8][~same[1:8]] == 0).all()
 
 
-def test_summary_reads_the_first_real_token():
+def test_pool_reads_the_first_real_token():
     model, params, tokens = setup(task="none")
-    alone = model.pool(params, hidden_of(model, params, tokens[:1, :6]))
-    assert alone.shape == (1, 1, 32)
+    unpadded = model.pool(params, hidden_of(model, params, tokens[:1, :6]))
+    assert unpadded.shape == (1, 1, 32)
     padded, segments = np.full((3, 10), 7, np.int32), np.zeros((3, 10), np.int32)
     for row, start in enumerate((4, 0, 1)):
         padded[row, start : start + 6], segments[row, start : start + 6] = tokens[0, :6], 1
     segments[2, 7:] = 2  # another document
     pooled = model.pool(params, hidden_of(model, params, padded, segment_ids=segments), segment_ids=segments)
-    assert relative_error(pooled, jnp.repeat(alone, 3, axis=0)) < TOLERANCE
+    assert relative_error(pooled, jnp.repeat(unpadded, 3, axis=0)) < TOLERANCE
 
 
 def test_logits_of_selected_positions_equal_all_logits():
     model, params, tokens = setup(vocab_multiple=48)
     hidden = hidden_of(model, params, tokens)
     logits = jax.jit(model.logits)
-    every = logits(params, hidden)
-    assert every.shape == (2, 10, 144)
-    assert (np.asarray(every[..., 128:]) < -1e38).all()  # the padding rows of the table
-    places = np.array([[7, 2], [0, 9]])[:, :, None]
-    some = logits(params, jnp.take_along_axis(hidden, places, axis=1))
-    assert relative_error(some, jnp.take_along_axis(every, places, axis=1)) < TOLERANCE
+    all_logits = logits(params, hidden)
+    assert all_logits.shape == (2, 10, 144)
+    assert (np.asarray(all_logits[..., 128:]) < -1e38).all()  # vocabulary entries that are padding
+    positions = np.array([[7, 2], [0, 9]])[:, :, None]
+    selected_logits = logits(params, jnp.take_along_axis(hidden, positions, axis=1))
+    assert relative_error(selected_logits, jnp.take_along_axis(all_logits, positions, axis=1)) < TOLERANCE
 
 
 def test_the_default_token_type_is_0():
@@ -122,15 +122,15 @@ def test_the_default_token_type_is_0():
     hidden = hidden_of(model, params, tokens)
     assert relative_error(hidden_of(model, params, tokens, token_types=types), hidden) < TOLERANCE
     table = params["token_type_embedding"]
-    moved = {**params, "token_type_embedding": table.at[0].add(jnp.arange(32) / 32)}
-    assert relative_error(hidden_of(model, moved, tokens), hidden) > 1e-2
+    changed_params = {**params, "token_type_embedding": table.at[0].add(jnp.arange(32) / 32)}
+    assert relative_error(hidden_of(model, changed_params, tokens), hidden) > 1e-2
     types[:, 6:] = 1
     assert relative_error(hidden_of(model, params, tokens, token_types=types), hidden) > 1e-2
     types[1, 3] = 2
     assert np.isnan(np.asarray(hidden_of(model, params, tokens, token_types=types)[1])).any()
 
 
-def test_classifier_dropout_acts_before_the_classifier_and_the_tagger():
+def test_classifier_dropout_acts_before_both_classification_heads():
     key = jax.random.key(1)
     model, params, tokens = setup(task="token_classification", classifier_dropout=0.5)  # the only rate that is not 0
     assert relative_error(hidden_of(model, params, tokens, key=key), hidden_of(model, params, tokens)) > 0.1
@@ -169,7 +169,7 @@ def test_errors_name_bad_input():
 
 
 def compare_pretraining(directory, reference):
-    """Pooled [CLS], both heads and the gradient of the sum of both losses, against those of ``BertForPreTraining``."""
+    """Compare pooled output, logits of both heads, loss and gradients with those of ``BertForPreTraining``."""
     model, params = load_pretrained(directory)
     assert (model.config.task, model.config.next_sentence) == ("masked", True)
     inputs = {name: reference[name] for name in ("tokens", "segment_ids", "token_types")}
@@ -192,9 +192,9 @@ def compare_pretraining(directory, reference):
     assert relative_error(masked[real], reference["masked_logits"][real]) < TOLERANCE
     assert relative_error(following, reference["following_logits"]) < TOLERANCE
     assert relative_error(loss, reference["loss"]) < TOLERANCE
-    for name, ours in named_tensors(model, gradient):
+    for name, got in named_tensors(model, gradient):
         if not name.endswith("key.bias"):  # only rounding errors: softmax is invariant to a bias on all keys
-            assert relative_error(ours, reference[f"gradient of {name}"]) < GRADIENT_TOLERANCE, name
+            assert relative_error(got, reference[f"gradient of {name}"]) < GRADIENT_TOLERANCE, name
 
 
 def test_pretraining_equals_torch():
@@ -206,7 +206,7 @@ def test_pretraining_equals_torch():
 
 @pytest.fixture
 def old_file(tmp_path):
-    """A directory in the old format with duplicate tensors: the tied head, its bias, the positions."""
+    """A directory in the old format, with duplicate tensors of the tied head and its bias, and with position ids."""
     model, params, _ = setup()
     save_pretrained(tmp_path, model, params)
     tensors = load_file(tmp_path / "model.safetensors")

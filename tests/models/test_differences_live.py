@@ -1,4 +1,4 @@
-"""Deliberate differences from transformers (table in docs/families.md): run with ``-m live``."""
+"""Tests of the intended differences from transformers (table in docs/families.md): run with ``-m live``."""
 
 from __future__ import annotations
 
@@ -23,99 +23,99 @@ BERT = {
 XLNET = {"vocab_size": 20, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 12}
 
 
-def built(kind: str, directory: Path, **fields: Any) -> tuple[Any, Any, Any]:
+def build(kind: str, directory: Path, **fields: Any) -> tuple[Any, Any, Any]:
     """A random model of transformers, and the same model loaded by jaxlm."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    theirs = getattr(transformers, kind)(getattr(transformers, kind).config_class(**fields)).eval()
+    torch_model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**fields)).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in torch_model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
-    theirs.save_pretrained(directory)
-    return theirs, *load_pretrained(directory)
+    torch_model.save_pretrained(directory)
+    return torch_model, *load_pretrained(directory)
 
 
-def test_roberta_without_a_mask(tmp_path: Path) -> None:
+def test_roberta_treats_pads_as_tokens_without_a_mask(tmp_path: Path) -> None:
     import torch
 
-    theirs, model, params = built("RobertaModel", tmp_path, **BERT, type_vocab_size=1)
+    torch_model, model, params = build("RobertaModel", tmp_path, **BERT, type_vocab_size=1)
     tokens = np.array([[0, 5, 6, 1, 1], [0, 7, 8, 9, 2]], np.int32)  # 1 is the padding id
     real = tokens != 1
     ids = torch.from_numpy(tokens).long()
     hidden, _ = model.apply(params, tokens)
     masked, _ = model.apply(params, tokens, segment_ids=real.astype(np.int32))
     with torch.no_grad():
-        expected = theirs(ids).last_hidden_state.numpy()
-        expected_masked = theirs(ids, attention_mask=torch.from_numpy(real)).last_hidden_state.numpy()
+        expected = torch_model(ids).last_hidden_state.numpy()
+        expected_masked = torch_model(ids, attention_mask=torch.from_numpy(real)).last_hidden_state.numpy()
     assert relative_error(hidden[1], expected[1]) < 1e-5  # equal without padding
     assert relative_error(hidden[0], expected[0]) > 1e-2
     assert relative_error(masked[real], expected_masked[real]) < 1e-5
 
 
-def test_the_gradient_of_the_pad_row_of_bert(tmp_path: Path) -> None:
+def test_the_pad_row_of_bert_has_a_gradient(tmp_path: Path) -> None:
     import torch
 
-    theirs, model, params = built("BertModel", tmp_path, **BERT)
+    torch_model, model, params = build("BertModel", tmp_path, **BERT)
     tokens = np.array([[3, 0, 4, 0, 5]], np.int32)  # the padding id 0 as a token
     weights = np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)
-    (theirs(torch.from_numpy(tokens).long()).last_hidden_state * torch.from_numpy(weights)).sum().backward()
-    expected = theirs.embeddings.word_embeddings.weight.grad.numpy()
+    (torch_model(torch.from_numpy(tokens).long()).last_hidden_state * torch.from_numpy(weights)).sum().backward()
+    expected = torch_model.embeddings.word_embeddings.weight.grad.numpy()
     gradient = jax.grad(lambda params: jnp.sum(model.apply(params, tokens)[0] * weights))(params)
-    found = dict(named_tensors(model, gradient))["bert.embeddings.word_embeddings.weight"]
-    assert relative_error(found[1:], expected[1:]) < 1e-5
+    token_gradient = dict(named_tensors(model, gradient))["bert.embeddings.word_embeddings.weight"]
+    assert relative_error(token_gradient[1:], expected[1:]) < 1e-5
     assert not expected[0].any()
-    assert found[0].any()
+    assert token_gradient[0].any()
 
 
-def test_a_query_of_xlnet_that_sees_no_token(tmp_path: Path) -> None:
+def test_a_query_of_xlnet_without_visible_tokens_depends_on_no_token(tmp_path: Path) -> None:
     import torch
 
-    theirs, model, params = built("XLNetLMHeadModel", tmp_path, **XLNET)
+    torch_model, model, params = build("XLNetLMHeadModel", tmp_path, **XLNET)
     order = np.array([[2, 0, 3, 1]], np.int32)
     targets = np.array([[1, 3, 0]], np.int32)  # the first target is first in the order
 
-    def both(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run_both(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hidden, _ = model.apply(params, tokens, order=order, targets=targets)
         with torch.no_grad():
-            expected = theirs.transformer(
+            expected = torch_model.transformer(
                 torch.from_numpy(tokens).long(),
                 perm_mask=torch.from_numpy(perm_mask(order, targets)),
                 target_mapping=torch.from_numpy(target_mapping(targets, 4)),
             ).last_hidden_state
         return np.asarray(hidden), expected.numpy()
 
-    ours_one, theirs_one = both(np.array([[7, 8, 9, 10]], np.int32))
-    ours_two, theirs_two = both(np.array([[11, 12, 13, 14]], np.int32))
-    assert relative_error(ours_one[:, 1:], theirs_one[:, 1:]) < 1e-5
-    assert relative_error(ours_two[:, 1:], theirs_two[:, 1:]) < 1e-5
-    assert relative_error(ours_one[:, 0], ours_two[:, 0]) < 1e-6  # depends on no token
-    assert relative_error(theirs_one[:, 0], theirs_two[:, 0]) > 1e-2
+    hidden_1, expected_1 = run_both(np.array([[7, 8, 9, 10]], np.int32))
+    hidden_2, expected_2 = run_both(np.array([[11, 12, 13, 14]], np.int32))
+    assert relative_error(hidden_1[:, 1:], expected_1[:, 1:]) < 1e-5
+    assert relative_error(hidden_2[:, 1:], expected_2[:, 1:]) < 1e-5
+    assert relative_error(hidden_1[:, 0], hidden_2[:, 0]) < 1e-6  # depends on no token
+    assert relative_error(expected_1[:, 0], expected_2[:, 0]) > 1e-2
 
 
-def test_token_types_in_the_memory_of_xlnet(tmp_path: Path) -> None:
+def test_the_memory_of_xlnet_keeps_token_types(tmp_path: Path) -> None:
     import torch
 
-    theirs, model, params = built("XLNetLMHeadModel", tmp_path, **XLNET)
+    torch_model, model, params = build("XLNetLMHeadModel", tmp_path, **XLNET)
     tokens = np.random.default_rng(0).integers(3, 20, (1, 8)).astype(np.int32)
     order = np.array([[0, 1, 2, 3]], np.int32)
     ids = torch.from_numpy(tokens).long()
 
-    def second(remembered: int) -> tuple[Any, np.ndarray]:
-        """The second four tokens, of type 1, after four of another type."""
-        types = np.array([[remembered] * 4, [1] * 4], np.int32)
+    def run_second_segment(memory_type: int) -> tuple[Any, np.ndarray]:
+        """Outputs for the second four tokens (type 1) after four tokens of type ``memory_type``."""
+        types = np.array([[memory_type] * 4, [1] * 4], np.int32)
         state = model.init_state(1, 4)
         memory = None
-        for part in (0, 1):
-            at = slice(4 * part, 4 * part + 4)
-            inputs = {"order": order, "targets": order, "token_types": types[part : part + 1]}
-            hidden, state = model.apply(params, tokens[:, at], state=state, **inputs)
+        for segment in (0, 1):
+            positions = slice(4 * segment, 4 * segment + 4)
+            inputs = {"order": order, "targets": order, "token_types": types[segment : segment + 1]}
+            hidden, state = model.apply(params, tokens[:, positions], state=state, **inputs)
             with torch.no_grad():
-                output = theirs.transformer(
-                    ids[:, at],
+                output = torch_model.transformer(
+                    ids[:, positions],
                     mems=memory,
-                    token_type_ids=torch.from_numpy(types[part : part + 1]).long(),
+                    token_type_ids=torch.from_numpy(types[segment : segment + 1]).long(),
                     perm_mask=torch.from_numpy(perm_mask(order, order)),
                     target_mapping=torch.from_numpy(target_mapping(order, 4)),
                     use_mems=True,
@@ -123,5 +123,5 @@ def test_token_types_in_the_memory_of_xlnet(tmp_path: Path) -> None:
             memory = output.mems
         return hidden, output.last_hidden_state.numpy()
 
-    assert relative_error(*second(0)) < 1e-5
-    assert relative_error(*second(1)) > 1e-3
+    assert relative_error(*run_second_segment(0)) < 1e-5
+    assert relative_error(*run_second_segment(1)) > 1e-3

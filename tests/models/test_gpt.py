@@ -8,7 +8,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model, gpt
-from tests.helpers import assert_trees_close, assert_trees_equal, lively, random_tokens, tiny_model
+from tests.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,14 @@ def test_only_gpt_2_has_smaller_initial_residual_projections():
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_labelling_heads(name, task, outputs):
     model = tiny_model(name, task=task, num_labels=3, tie_embeddings=False)
-    params, tokens = lively(model.init(jax.random.key(0))), random_tokens(model, 2, 8)
+    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 2, 8)
     segments = np.ones_like(tokens)
     segments[1, :3], segments[0, 6:] = 0, 0
     hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
     if task == "classification":
-        last = model.module.pool(model.config, params, hidden, segments)
-        assert np.array_equal(last[:, 0], np.stack([hidden[0, 5], hidden[1, 7]]))
-        hidden = last
+        pooled = model.module.pool(model.config, params, hidden, segments)
+        assert np.array_equal(pooled[:, 0], np.stack([hidden[0, 5], hidden[1, 7]]))
+        hidden = pooled
     logits = model.logits(params, hidden)
     assert logits.shape == (*hidden.shape[:2], outputs)
     assert logits.dtype == jnp.float32
@@ -69,11 +69,11 @@ def test_task_none_has_no_head():
 @pytest.mark.parametrize("task", ["causal", "none", "classification"])
 def test_files_round_trip(name, task, tmp_path):
     model = tiny_model(name, task=task, num_labels=5 if task == "classification" else 2)
-    params = lively(model.init(jax.random.key(0)))
+    params = add_noise(model.init(jax.random.key(0)))
     save_pretrained(tmp_path, model, params)
-    again, read = load_pretrained(tmp_path)
-    assert again == model
-    assert_trees_equal(read, params)
+    loaded_model, loaded_params = load_pretrained(tmp_path)
+    assert loaded_model == model
+    assert_trees_equal(loaded_params, params)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_writing_unsupported_gpt_1_fields_raises(tmp_path):
 
 def test_accelerators_project_queries_keys_and_values_separately(monkeypatch):
     model = tiny_model("gpt2-tiny")
-    params, tokens = lively(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
+    params, tokens = add_noise(model.init(jax.random.key(0))), random_tokens(model, 2, 9)
 
     def loss(params):
         return jnp.sum(jnp.sin(model.apply(params, tokens)[0]))
 
-    together = jax.jit(jax.value_and_grad(loss))(params)
+    fused = jax.jit(jax.value_and_grad(loss))(params)
     monkeypatch.setattr(gpt, "platform", lambda: "tpu")
-    one_by_one = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
-    assert_trees_close(one_by_one, together, 1e-5, floor=1e-4)
+    separate = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
+    assert_trees_close(separate, fused, 1e-5, floor=1e-4)

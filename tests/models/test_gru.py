@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def test_reset_before_the_product_has_no_hidden_bias():
@@ -22,14 +22,14 @@ def test_both_resets_decode_step_by_step_and_differ():
     for reset in ("after", "before"):
         model = tiny_model("gru", reset=reset)
         tokens = random_tokens(model, 2, 6)
-        params = lively(jax.jit(model.init)(jax.random.key(0)))
+        params = add_noise(jax.jit(model.init)(jax.random.key(0)))
         hidden[reset] = model.apply(params, tokens)[0]
         step = jax.jit(lambda t, s, model=model, params=params: model.apply(params, t, state=s))
-        state, pieces = model.init_state(2, 6), []
-        for at in range(6):
-            piece, state = step(tokens[:, at : at + 1], state)
-            pieces.append(piece)
-        assert relative_error(jnp.concatenate(pieces, axis=1), hidden[reset]) < 2e-6
+        state, outputs = model.init_state(2, 6), []
+        for position in range(6):
+            output, state = step(tokens[:, position : position + 1], state)
+            outputs.append(output)
+        assert relative_error(jnp.concatenate(outputs, axis=1), hidden[reset]) < 2e-6
     assert relative_error(hidden["after"], hidden["before"]) > 1e-2
 
 

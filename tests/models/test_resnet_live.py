@@ -1,4 +1,4 @@
-"""Training of VDCNN against torch: batch statistics, updated running statistics and all gradients."""
+"""Compare training of VDCNN with torch: batch statistics, updated running statistics and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def test_training_equals_torch(downsample):
     tensors = _native.parameters(model, 5)
     tokens = np.random.default_rng(5).integers(0, 64, (3, 28)).astype(np.int32)
     ids = _native.padding("left", tokens.shape)
-    want, moved = oracle.features(model.config, tensors, tokens, ids, training=True)
+    want, new_statistics = oracle.features(model.config, tensors, tokens, ids, training=True)
     want.sin().sum().backward()
 
     params = jax.tree.unflatten(
@@ -37,11 +37,11 @@ def test_training_equals_torch(downsample):
 
     gradients, (hidden, state) = train(params)
     assert relative_error(hidden, want.detach()) < 1e-5
-    assert_trees_close(spec.flatten(state), {path: x.numpy() for path, x in moved.items()}, 1e-5)
-    read = {path: leaf for path, leaf in spec.flatten(gradients).items() if tensors[path].grad is not None}
-    assert set(spec.flatten(model.specs)) - set(read) >= set(moved)
-    largest = max(float(tensors[path].grad.abs().max()) for path in read)
-    for path, leaf in read.items():
+    assert_trees_close(spec.flatten(state), {path: x.numpy() for path, x in new_statistics.items()}, 1e-5)
+    checked_gradients = {path: leaf for path, leaf in spec.flatten(gradients).items() if tensors[path].grad is not None}
+    assert set(spec.flatten(model.specs)) - set(checked_gradients) >= set(new_statistics)
+    largest = max(float(tensors[path].grad.abs().max()) for path in checked_gradients)
+    for path, leaf in checked_gradients.items():
         expected = tensors[path].grad.numpy()
         error = np.abs(leaf - expected).max() / max(np.abs(expected).max(), 1e-3 * largest)
         assert error < 1e-4, (path, error)

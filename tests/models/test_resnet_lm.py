@@ -7,27 +7,27 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet_lm
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def setup(length=20, **overrides):
     model = tiny_model("resnet-lm-tiny", **overrides)
-    return model, lively(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, 2, length)
 
 
 def test_size_of_the_published_model_of_wikitext_103():
     """229 M in fairseq's table of models, with its adaptive softmax (cutoffs 10,000, 20,000, 200,000) as head."""
     model = get_model("gcnn-14")
-    width, borders = 2048, (10000, 20000, 200000, 267744)
-    adaptive = width * (borders[0] + 3)
-    for cluster, (start, stop) in enumerate(zip(borders, borders[1:], strict=False), start=1):
+    width, boundaries = 2048, (10000, 20000, 200000, 267744)
+    adaptive = width * (boundaries[0] + 3)
+    for cluster, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False), start=1):
         adaptive += width // 4**cluster * (width + stop - start)
     body = model.num_parameters - spec.flatten(model.specs)["head"].size
     assert round((body + adaptive) / 1e6) == 229
 
 
 @pytest.mark.parametrize(("variant", "context"), [("gcnn-14", 47), ("gcnn-13", 40), ("gcnn-8b", 25), ("gcnn-14b", 57)])
-def test_reach_of_the_published_stacks(variant, context):
+def test_context_length_of_the_published_stacks(variant, context):
     """The context of gated convolutions is 1 + the sum of (kernel - 1) tokens."""
     config = get_model(variant).config
     assert 1 + sum(kernel - 1 for _, kernel, _ in config.blocks) == context
@@ -39,10 +39,10 @@ def test_the_context_is_nine_tokens():
     model, params, tokens = setup()
     apply = jax.jit(lambda tokens: model.apply(params, tokens)[0])
     hidden = apply(tokens)
-    for distance, seen in ((8, True), (9, False)):
-        other = tokens.copy()
-        other[:, 15 - distance] = (other[:, 15 - distance] + 1) % 128
-        assert np.any(np.asarray(apply(other))[:, 15] != np.asarray(hidden)[:, 15]) == seen
+    for distance, visible in ((8, True), (9, False)):
+        changed = tokens.copy()
+        changed[:, 15 - distance] = (changed[:, 15 - distance] + 1) % 128
+        assert np.any(np.asarray(apply(changed))[:, 15] != np.asarray(hidden)[:, 15]) == visible
 
 
 def test_initial_activations_keep_their_size_through_deep_stacks():
@@ -60,17 +60,17 @@ def test_documents_over_several_calls():
     model, params, tokens = setup(length=18)
     ids = np.array([[1] * 4 + [2] * 9 + [3] * 5, [0, 0] + [1] * 6 + [0] * 2 + [1] * 8], np.int32)
     step = jax.jit(lambda t, i, s: model.apply(params, t, state=s, segment_ids=i))
-    state, pieces = model.init_state(2, 1), []
-    for start, stop in [(0, 6), *((at, at + 1) for at in range(6, 18))]:
+    state, outputs = model.init_state(2, 1), []
+    for start, stop in [(0, 6), *((position, position + 1) for position in range(6, 18))]:
         hidden, state = step(tokens[:, start:stop], ids[:, start:stop], state)
-        pieces.append(hidden)
-    got = np.concatenate(pieces, axis=1)
-    whole = jax.jit(lambda t: model.apply(params, t)[0])
+        outputs.append(hidden)
+    got = np.concatenate(outputs, axis=1)
+    run_alone = jax.jit(lambda t: model.apply(params, t)[0])
     for row, document in ((0, 1), (0, 2), (0, 3), (1, 1)):
-        place = np.nonzero(ids[row] == document)[0]
+        positions = np.nonzero(ids[row] == document)[0]
         text = np.zeros((1, 18), np.int32)  # one shape, so that it compiles once; later tokens have no effect
-        text[:, : len(place)] = tokens[row, place]
-        assert relative_error(got[row, place], whole(text)[0, : len(place)]) < 1e-5
+        text[:, : len(positions)] = tokens[row, positions]
+        assert relative_error(got[row, positions], run_alone(text)[0, : len(positions)]) < 1e-5
 
 
 def test_errors_name_bad_input():

@@ -1,4 +1,4 @@
-"""RoBERTa: what the contract and oracle tests do not cover: the first position, the classifier, files."""
+"""Tests of RoBERTa in addition to the contract and oracle tests: the first position, the classifier, files."""
 
 import functools
 import json
@@ -60,15 +60,17 @@ def test_the_classifier_has_a_dense_layer_between_two_dropouts():
     assert {"classifier_dense", "classifier"} <= set(params)
     assert "pooler" not in params
     hidden = jax.random.normal(jax.random.key(1), (2, 10, 32))
-    calm = model.pool(params, hidden)
-    assert model.logits(params, calm).shape == (2, 1, 3)
+    pooled = model.pool(params, hidden)
+    assert model.logits(params, pooled).shape == (2, 1, 3)
     want = np.tanh(hidden[:, 0] @ params["classifier_dense"]["weight"] + params["classifier_dense"]["bias"][None])
-    assert relative_error(calm[:, 0], want) < 1e-5
+    assert relative_error(pooled[:, 0], want) < 1e-5
     cfg = roberta.Config(**{**vars(model.config), "classifier_dropout": 0.5})
-    shaken = np.asarray(roberta.pool(cfg, params, hidden, key=jax.random.key(0)))
-    assert 0.2 < (shaken == 0).mean() < 0.8  # after it
-    kept = shaken[shaken != 0] / 2
-    assert np.isclose(kept, np.asarray(calm)[shaken != 0], rtol=1e-3).mean() < 0.1  # and before it
+    dropped = np.asarray(roberta.pool(cfg, params, hidden, key=jax.random.key(0)))
+    assert 0.2 < (dropped == 0).mean() < 0.8  # dropout after the dense layer
+    remaining = dropped[dropped != 0] / 2
+    assert (
+        np.isclose(remaining, np.asarray(pooled)[dropped != 0], rtol=1e-3).mean() < 0.1
+    )  # dropout before the dense layer
 
 
 def test_roberta_has_no_next_sentence_head_and_no_state():
@@ -88,9 +90,9 @@ def test_max_positions_in_files_is_the_number_of_table_rows(tmp_path, task):
     save_pretrained(tmp_path, model, params)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["max_position_embeddings"], config["pad_token_id"], config["type_vocab_size"]) == (66, 1, 1)
-    again, same = load_pretrained(tmp_path)
-    assert (again.config.max_positions, again.config.task) == (64, task)
-    assert_trees_equal(same, params)
+    loaded_model, loaded_params = load_pretrained(tmp_path)
+    assert (loaded_model.config.max_positions, loaded_model.config.task) == (64, task)
+    assert_trees_equal(loaded_params, params)
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,19 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import t5
-from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "t5_generate.npz"  # made by test_t5_live.py
 TOLERANCE = 1e-5
 
-# Buckets that differ within a few tokens, so that a wrong distance shows.
+# With these small buckets, a wrong distance changes the bucket.
 SMALL = {"num_layers": 1, "embed_dim": 16, "head_dim": 6, "mlp_dim": 20, "num_buckets": 8, "max_distance": 7}
 
 
 @functools.cache
 def small(**overrides):
     model = tiny_model("t5", **{**SMALL, **overrides})
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -32,7 +32,7 @@ def apply(model, params, tokens, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def start(model, params, source, length, segment_ids=None):
+def init_decode_state(model, params, source, length, segment_ids=None):
     return t5.init_decode_state(model.config, params, source, length, segment_ids=segment_ids)
 
 
@@ -66,14 +66,14 @@ def test_cached_decoding_equals_transformers():
     source, segments, tokens = golden["source"], golden["segments"], golden["tokens"]
     encoded = jax.jit(functools.partial(t5.encode, config))(params, source, segment_ids=segments)
     assert relative_error(encoded[segments > 0], golden["encoded"][segments > 0]) < TOLERANCE
-    state, pieces = start(model, params, source, tokens.shape[1], segments), []
-    newest = np.full((3, 1), config.decoder_start_id, np.int32)
-    for at in range(tokens.shape[1] - 1):
-        hidden, state = apply(model, params, newest, {"state": state})
-        pieces.append(model.logits(params, hidden)[:, 0])
-        newest = np.argmax(pieces[-1], axis=-1).astype(np.int32)[:, None]
-        np.testing.assert_array_equal(newest[:, 0], tokens[:, at + 1])
-    assert relative_error(np.stack(pieces, axis=1), golden["logits"]) < TOLERANCE
+    state, logits = init_decode_state(model, params, source, tokens.shape[1], segments), []
+    next_tokens = np.full((3, 1), config.decoder_start_id, np.int32)
+    for step in range(tokens.shape[1] - 1):
+        hidden, state = apply(model, params, next_tokens, {"state": state})
+        logits.append(model.logits(params, hidden)[:, 0])
+        next_tokens = np.argmax(logits[-1], axis=-1).astype(np.int32)[:, None]
+        np.testing.assert_array_equal(next_tokens[:, 0], tokens[:, step + 1])
+    assert relative_error(np.stack(logits, axis=1), golden["logits"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("bias_per_layer", [False, True])
@@ -83,7 +83,7 @@ def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     source, tokens = random_tokens(model, 2, 7), random_tokens(model, 2, 9, seed=1)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], np.int32)
     full, _ = apply(model, params, tokens, {"source": source, "source_segment_ids": segments})
-    state = start(model, params, source, 12, segments)
+    state = init_decode_state(model, params, source, 12, segments)
     assert [layer["key"].shape for layer in state["source"]["layers"]] == [(2, 7, 4 * 6)]
     assert spec.diff(t5.state_specs(model.config, 2, 12, 7), state) == []
     prompt, real = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.int32)
@@ -92,8 +92,8 @@ def test_decoding_from_a_state_equals_apply_with_a_source(bias_per_layer):
     hidden, state = apply(model, params, prompt, {"state": state, "segment_ids": real})
     assert relative_error(hidden[0, :2], full[0, :2]) < TOLERANCE
     for i in range(4):
-        following = np.stack([tokens[0, 2 + i], tokens[1, 5 + i]])[:, None]
-        hidden, state = apply(model, params, following, {"state": state})
+        next_tokens = np.stack([tokens[0, 2 + i], tokens[1, 5 + i]])[:, None]
+        hidden, state = apply(model, params, next_tokens, {"state": state})
         assert relative_error(hidden[:, 0], jnp.stack([full[0, 2 + i], full[1, 5 + i]])) < TOLERANCE
 
 
@@ -104,41 +104,43 @@ def test_a_target_document_attends_to_the_source_document_of_the_same_number():
     inputs = {"source": source, "source_segment_ids": source_segments, "segment_ids": segments}
     packed, _ = apply(model, params, tokens, inputs)
     assert np.isfinite(np.asarray(packed)).all()
-    for of_target, of_source in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(5, 8))):
-        alone, _ = apply(model, params, tokens[:, of_target], {"source": source[:, of_source]})
-        assert relative_error(packed[:, of_target], alone) < TOLERANCE
-    state = start(model, params, source, 8, source_segments)
+    for target_slice, source_slice in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(5, 8))):
+        separate, _ = apply(model, params, tokens[:, target_slice], {"source": source[:, source_slice]})
+        assert relative_error(packed[:, target_slice], separate) < TOLERANCE
+    state = init_decode_state(model, params, source, 8, source_segments)
     cached, _ = apply(model, params, tokens, {"state": state, "segment_ids": segments})
     assert relative_error(cached[:, :7], packed[:, :7]) < TOLERANCE
-    first, _ = apply(model, params, tokens, {"state": state})  # a row without segments is document 1
-    assert relative_error(first[:, :3], packed[:, :3]) < TOLERANCE
+    without_segments, _ = apply(
+        model, params, tokens, {"state": state}
+    )  # without segment_ids, all tokens belong to document 1
+    assert relative_error(without_segments[:, :3], packed[:, :3]) < TOLERANCE
 
 
 def test_only_distances_between_positions_matter():
     model, params = small()
-    source, tokens, place = random_tokens(model, 2, 4), random_tokens(model, 2, 6, seed=1), np.arange(6)[None]
-    plain, _ = apply(model, params, tokens, {"source": source})
-    moved = np.asarray(place + np.array([[0], [100]]), np.int32)
-    assert relative_error(apply(model, params, tokens, {"source": source, "positions": moved})[0], plain) < 1e-6
-    stretched = apply(model, params, tokens, {"source": source, "positions": np.repeat(2 * place, 2, axis=0)})[0]
-    assert relative_error(stretched[:, :1], plain[:, :1]) < 1e-6
-    assert relative_error(stretched, plain) > 1e-3
+    source, tokens, positions = random_tokens(model, 2, 4), random_tokens(model, 2, 6, seed=1), np.arange(6)[None]
+    want, _ = apply(model, params, tokens, {"source": source})
+    shifted = np.asarray(positions + np.array([[0], [100]]), np.int32)
+    assert relative_error(apply(model, params, tokens, {"source": source, "positions": shifted})[0], want) < 1e-6
+    stretched = apply(model, params, tokens, {"source": source, "positions": np.repeat(2 * positions, 2, axis=0)})[0]
+    assert relative_error(stretched[:, :1], want[:, :1]) < 1e-6
+    assert relative_error(stretched, want) > 1e-3
 
 
 def test_equal_tables_per_layer_equal_a_shared_table():
     model, params = small(num_layers=2)
-    own = small(num_layers=2, bias_per_layer=True)[0]
-    same = {**params}
+    per_layer_model = small(num_layers=2, bias_per_layer=True)[0]
+    per_layer_params = {**params}
     for stack in ("encoder", "decoder"):
         table = params[stack]["relative_bias"]
         layers = tuple({**layer, "relative_bias": table} for layer in params[stack]["layers"])
-        same[stack] = {"layers": layers, "final_norm": params[stack]["final_norm"]}
-    spec.require_same(own.specs, same, "parameters")
+        per_layer_params[stack] = {"layers": layers, "final_norm": params[stack]["final_norm"]}
+    spec.require_same(per_layer_model.specs, per_layer_params, "parameters")
     tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
     want = apply(model, params, tokens, inputs)[0]
-    assert relative_error(apply(own, same, tokens, inputs)[0], want) < 1e-6
-    same["decoder"]["layers"][1]["relative_bias"] = -table
-    assert relative_error(apply(own, same, tokens, inputs)[0], want) > 1e-3
+    assert relative_error(apply(per_layer_model, per_layer_params, tokens, inputs)[0], want) < 1e-6
+    per_layer_params["decoder"]["layers"][1]["relative_bias"] = -table
+    assert relative_error(apply(per_layer_model, per_layer_params, tokens, inputs)[0], want) > 1e-3
 
 
 def test_float16_residual_sums_do_not_overflow():
@@ -146,9 +148,9 @@ def test_float16_residual_sums_do_not_overflow():
     for stack in ("encoder", "decoder"):
         for layer in params[stack]["layers"]:
             layer["mlp"]["down"]["weight"] *= 3e5  # sums of more than 65504, the largest float16
-    low = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="float16"))
+    float16_model = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="float16"))
     tokens, inputs = random_tokens(model, 2, 9), {"source": random_tokens(model, 2, 12, seed=1)}
-    hidden, _ = apply(low, params, tokens, inputs)
+    hidden, _ = apply(float16_model, params, tokens, inputs)
     assert hidden.dtype == jnp.float16
     assert relative_error(hidden, apply(model, params, tokens, inputs)[0]) < 0.02
 
@@ -166,20 +168,20 @@ def test_initial_scores_and_logits_have_variance_1(form):
     assert 0.9 < float(jnp.std(logits)) < 1.1
 
 
-def test_an_encoder_alone():
+def test_an_encoder_without_decoder():
     model, params = small()
-    alone = dataclasses.replace(model.config, num_decoder_layers=0, task="none")
-    assert set(t5.specs(alone)) == {"token_embedding", "encoder"}
-    own = {name: params[name] for name in t5.specs(alone)}
+    encoder_config = dataclasses.replace(model.config, num_decoder_layers=0, task="none")
+    assert set(t5.specs(encoder_config)) == {"token_embedding", "encoder"}
+    encoder_params = {name: params[name] for name in t5.specs(encoder_config)}
     source = random_tokens(model, 2, 5)
     encode = jax.jit(t5.encode, static_argnums=0)
-    assert_trees_equal(encode(alone, own, source), encode(model.config, params, source))
-    for refused in (
-        lambda: t5.apply(alone, own, source, source=source),
-        lambda: t5.init_decode_state(alone, own, source, 3),
+    assert_trees_equal(encode(encoder_config, encoder_params, source), encode(model.config, params, source))
+    for call in (
+        lambda: t5.apply(encoder_config, encoder_params, source, source=source),
+        lambda: t5.init_decode_state(encoder_config, encoder_params, source, 3),
     ):
         with pytest.raises(ValueError, match="num_decoder_layers=0 decodes nothing: call encode"):
-            refused()
+            call()
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,9 @@ def test_files_round_trip(change, model_type, architecture, tmp_path):
     text = (tmp_path / "config.json").read_text()
     assert f'"{model_type}"' in text
     assert f'"{architecture}"' in text
-    again, read = load_pretrained(tmp_path)
-    assert again == model
-    assert_trees_equal(read, params)
+    loaded_model, loaded_params = load_pretrained(tmp_path)
+    assert loaded_model == model
+    assert_trees_equal(loaded_params, params)
 
 
 def test_duplicate_and_unused_tensors_of_published_files_are_ignored(tmp_path):

@@ -1,7 +1,7 @@
-"""T5 against ``transformers``: what the oracle tests do not cover: generation, the encoder alone, buckets.
+"""Compare T5 with ``transformers`` in addition to the oracle tests: generation, encoder-only models and buckets.
 
-``python -m tests.models.test_t5_live`` remakes ``goldens/t5_generate.npz``; do so when its case changes, never because
-a test fails.
+``python -m tests.models.test_t5_live`` writes ``goldens/t5_generate.npz``. Run it only when its case changes, not
+because a test fails.
 """
 
 import tempfile
@@ -14,7 +14,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import t5
-from jaxlm.nn.relative_bias import distance_buckets
+from jaxlm.nn.attention.bucket_bias import distance_buckets
 from tests.helpers import relative_error
 from tests.oracles import t5 as oracle
 
@@ -26,7 +26,7 @@ SEGMENTS = np.array([[1] * 9, [0] * 4 + [1] * 5, [1] * 6 + [0] * 3], np.int32)
 SOURCE = np.random.default_rng(7).integers(2, 30, SEGMENTS.shape).astype(np.int32)
 
 
-def generated(case: str) -> dict[str, np.ndarray]:
+def generate_reference(case: str) -> dict[str, np.ndarray]:
     """Cached greedy decoding of transformers for padded sources: encoder output, ids, logits of each step."""
     import torch
 
@@ -49,22 +49,22 @@ def make_golden() -> None:
         oracle.build("left").save_pretrained(directory)
         _, params = load_pretrained(directory, scan_layers=True)
     weights = {f"params/{path}": np.asarray(leaf) for path, leaf in spec.flatten(params).items()}
-    np.savez_compressed(GOLDEN, source=SOURCE, segments=SEGMENTS, **generated("left"), **weights)
+    np.savez_compressed(GOLDEN, source=SOURCE, segments=SEGMENTS, **generate_reference("left"), **weights)
 
 
 @pytest.mark.parametrize("case", ["base", "umt5"])
 def test_cached_decoding_equals_generate(case, tmp_path):
     oracle.build(case).save_pretrained(tmp_path)
     model, params = load_pretrained(tmp_path)
-    want = generated(case)
+    want = generate_reference(case)
     state = t5.init_decode_state(model.config, params, SOURCE, STEPS, segment_ids=SEGMENTS)
     step = jax.jit(lambda tokens, state: model.apply(params, tokens, state=state))
-    for at in range(STEPS):
-        hidden, state = step(want["tokens"][:, at : at + 1], state)
-        assert relative_error(model.logits(params, hidden)[:, 0], want["logits"][:, at]) < 1e-5
+    for position in range(STEPS):
+        hidden, state = step(want["tokens"][:, position : position + 1], state)
+        assert relative_error(model.logits(params, hidden)[:, 0], want["logits"][:, position]) < 1e-5
 
 
-def test_an_encoder_alone_is_read_and_written(tmp_path):
+def test_an_encoder_only_model_is_read_and_written(tmp_path):
     import torch
     import transformers
 
@@ -74,9 +74,9 @@ def test_an_encoder_alone_is_read_and_written(tmp_path):
     model, params = load_pretrained(tmp_path / "theirs")
     assert set(params) == {"token_embedding", "encoder"}
     save_pretrained(tmp_path / "ours", model, params)
-    again = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours").eval()
+    reloaded_model = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
-        want = again(input_ids=torch.tensor(SOURCE, dtype=torch.long), attention_mask=torch.tensor(SEGMENTS))
+        want = reloaded_model(input_ids=torch.tensor(SOURCE, dtype=torch.long), attention_mask=torch.tensor(SEGMENTS))
     encoded = np.asarray(model.encode(params, SOURCE, segment_ids=SEGMENTS))
     real = SEGMENTS > 0
     assert relative_error(encoded[real], want.last_hidden_state.numpy()[real]) < 1e-5

@@ -1,4 +1,4 @@
-"""Transformer-XL: what the contract test does not cover, such as the memory over several segments."""
+"""Tests of Transformer-XL in addition to the contract, such as the memory over several segments."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.transformer_xl import Config
-from tests.helpers import assert_trees_equal, lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 from tests.oracles import GOLDENS
 
 TOLERANCE = 1e-5  # float32, with different orders of summation
@@ -28,7 +28,7 @@ def apply(model, params, tokens, **inputs):
 
 def setup(batch=2, length=12, **overrides):
     model = tiny_model("transformer_xl", **overrides)
-    params = jax.jit(lambda key: lively(model.init(key)))(jax.random.key(0))
+    params = jax.jit(lambda key: add_noise(model.init(key)))(jax.random.key(0))
     return model, params, random_tokens(model, batch, length)
 
 
@@ -57,11 +57,11 @@ def test_a_short_memory_drops_old_tokens():
         changed = tokens.copy()
         changed[0, 0] = first
         state = model.init_state(1, 3)
-        for at in range(9):
-            out, state = apply(model, params, changed[:, at : at + 1], state=state)
-            hidden.append(out[0, 0])
+        for position in range(9):
+            output, state = apply(model, params, changed[:, position : position + 1], state=state)
+            hidden.append(output[0, 0])
     differs = [bool(np.any(np.asarray(a) != np.asarray(b))) for a, b in zip(hidden[:9], hidden[9:])]
-    assert differs == [at <= 2 * 3 for at in range(9)]
+    assert differs == [position <= 2 * 3 for position in range(9)]
 
 
 @pytest.mark.parametrize("calls", [1, 3])
@@ -71,14 +71,14 @@ def test_same_length_gives_every_token_the_same_number_of_keys(calls):
 
     def last_hidden(tokens):
         state = model.init_state(1, 4)
-        for piece in np.split(tokens, calls, axis=1):
-            hidden, state = apply(model, params, piece, state=state)
+        for chunk in np.split(tokens, calls, axis=1):
+            hidden, state = apply(model, params, chunk, state=state)
         return np.asarray(hidden[0, -1])
 
-    for at in range(9):
+    for position in range(9):
         changed = tokens.copy()
-        changed[0, at] = (changed[0, at] + 1) % 64
-        assert np.array_equal(last_hidden(changed), last_hidden(tokens)) == (at <= 4), at
+        changed[0, position] = (changed[0, position] + 1) % 64
+        assert np.array_equal(last_hidden(changed), last_hidden(tokens)) == (position <= 4), position
 
 
 def test_distances_beyond_the_clamp_are_equal():
@@ -101,10 +101,10 @@ def test_documents_in_several_calls_with_padding_equal_separate_documents(fields
     ]
     tokens = random_tokens(model, 3, 18)
     state, hidden = model.init_state(3, 18), []
-    for number, segments in enumerate(calls):
-        piece = tokens[:, 6 * number : 6 * number + 6]
-        out, state = apply(model, params, piece, state=state, segment_ids=np.array(segments, np.int32))
-        hidden.append(out)
+    for call, segments in enumerate(calls):
+        chunk = tokens[:, 6 * call : 6 * call + 6]
+        output, state = apply(model, params, chunk, state=state, segment_ids=np.array(segments, np.int32))
+        hidden.append(output)
     hidden, segments = np.concatenate(hidden, axis=1), np.concatenate(calls, axis=1)
     for row in range(3):
         for document in range(1, segments[row].max() + 1):
@@ -123,8 +123,8 @@ def test_padding_does_not_displace_tokens_in_the_memory(side):
     padded[1], segments[1] = tokens[0, :9], 1
     _, state = apply(model, params, padded, state=model.init_state(2, 4), segment_ids=segments)
     hidden, _ = apply(model, params, np.tile(tokens[:, 6:7], (2, 1)), state=state)
-    _, alone = apply(model, params, tokens[:, :6], state=model.init_state(1, 4))
-    want, _ = apply(model, params, tokens[:, 6:7], state=alone)
+    _, unpadded_state = apply(model, params, tokens[:, :6], state=model.init_state(1, 4))
+    want, _ = apply(model, params, tokens[:, 6:7], state=unpadded_state)
     assert relative_error(hidden[0], want[0]) < TOLERANCE
 
 
@@ -134,18 +134,18 @@ def test_no_gradient_flows_into_the_memory():
     def loss(params, state):
         return jnp.sum(jnp.square(model.apply(params, tokens[:, 6:], state=state)[0]))
 
-    def through(params):
+    def loss_through_memory(params):
         return loss(params, model.apply(params, tokens[:, :6], state=model.init_state(2, 8))[1])
 
     _, state = apply(model, params, tokens[:, :6], state=model.init_state(2, 8))
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(params, state)
     assert not any(np.asarray(layer["hidden"]).any() for layer in gradients[1]["layers"])
-    through = jax.jit(jax.grad(through))(params)
-    for path, gradient in spec.flatten(through).items():
+    loss_through_memory = jax.jit(jax.grad(loss_through_memory))(params)
+    for path, gradient in spec.flatten(loss_through_memory).items():
         assert relative_error(gradient, spec.flatten(gradients[0])[path]) < TOLERANCE, path
 
 
-def test_log_probabilities_are_normalised():
+def test_log_probabilities_are_normalized():
     model, params, tokens = setup()
     log_p = model.logits(params, apply(model, params, tokens)[0])
     assert log_p.shape == (2, 12, 64)
@@ -156,9 +156,9 @@ def test_a_classifier_reads_the_last_real_token():
     model, params, tokens = setup(task="classification", num_labels=3)
     segments = np.array([[1] * 12, [0] * 2 + [1] * 7 + [0] * 3], np.int32)
     hidden, _ = apply(model, params, tokens, segment_ids=segments)
-    summary = model.pool(params, hidden, segment_ids=segments)
-    assert_trees_equal(summary[:, 0], jnp.stack([hidden[0, 11], hidden[1, 8]]))
-    assert model.logits(params, summary).shape == (2, 1, 3)
+    pooled = model.pool(params, hidden, segment_ids=segments)
+    assert_trees_equal(pooled[:, 0], jnp.stack([hidden[0, 11], hidden[1, 8]]))
+    assert model.logits(params, pooled).shape == (2, 1, 3)
 
 
 def test_a_model_without_head_has_no_logits():

@@ -1,4 +1,4 @@
-"""Transformer-XL against transformers: memory over several segments, files written and read, published sizes.
+"""Compare Transformer-XL with transformers: memory over several segments, written files, and published sizes.
 
 python -m tests.models.test_transformer_xl_live     make the golden files of test_transformer_xl.py
 """
@@ -43,7 +43,7 @@ def segments(case):
 
 
 def _load(model, directory):
-    """Load without ``from_pretrained``, which initialises u and v again if all layers share them."""
+    """Load without ``from_pretrained``, which initializes u and v again if all layers share them."""
     from safetensors.torch import load_file
 
     missing, unknown = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
@@ -67,10 +67,10 @@ def test_transformers_reads_written_files(case, tmp_path):
     (tmp_path / "theirs").mkdir()
     golden = reference(case, tmp_path / "theirs")
     save_pretrained(tmp_path / "ours", *load_pretrained(tmp_path / "theirs"))
-    kind = getattr(transformer_xl_module(), type(random_model(case)).__name__)
+    model_class = getattr(transformer_xl_module(), type(random_model(case)).__name__)
     config = transformer_xl_module().TransfoXLConfig.from_pretrained(tmp_path / "ours")
     config.trainer_compatible, config.pad_token_id = True, 0  # avoids a warning, and an error of the classifier
-    model = kind.from_pretrained(tmp_path / "ours", config=config).eval()
+    model = model_class.from_pretrained(tmp_path / "ours", config=config).eval()
     ids = torch.tensor(golden["input/tokens"], dtype=torch.long)
     with torch.no_grad():
         output = model(ids, mems=no_memory(model, 2))

@@ -11,14 +11,14 @@ from jaxlm import spec
 from jaxlm.decoding import beam_search, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "xlnet_memory"
 
 
 @functools.cache
 def parameters(model):
-    return lively(jax.jit(model.init)(jax.random.key(0)))
+    return add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def setup(batch=2, length=9, **overrides):
@@ -34,7 +34,7 @@ def hidden_of(model, params, tokens, **inputs):
 @pytest.mark.parametrize(("name", "count"), [("xlnet-base-cased", 116_718_336), ("xlnet-large-cased", 360_268_800)])
 def test_published_sizes(name, count):
     model = get_model(name)
-    assert spec.count(model.specs) == count + 32_000  # and the head's bias
+    assert spec.count(model.specs) == count + 32_000  # plus the bias of the head
     assert get_model(name, task="none").num_parameters == count
 
 
@@ -42,7 +42,7 @@ def test_published_sizes(name, count):
 
 
 def check_memory(model, params, golden):
-    """Compare consecutive segments with transformers: with a given order, and from left to right."""
+    """Compare consecutive segments with transformers, with a given order and from left to right."""
     segments, batch, _ = golden["tokens"].shape
     step = jax.jit(model.apply)
     permuted = causal = model.init_state(batch, int(golden["slots"]))
@@ -89,11 +89,11 @@ def test_steps_with_token_types_continue_the_prefix():
     model, params, tokens = setup(length=11)
     types = np.random.default_rng(0).integers(0, 3, (2, 11)).astype(np.int32)
     full = hidden_of(model, params, tokens, token_types=types)
-    step, state, pieces = jax.jit(model.apply), model.init_state(2, 12), []
+    step, state, outputs = jax.jit(model.apply), model.init_state(2, 12), []
     for start, stop in ((0, 4), (4, 9), (9, 10), (10, 11)):
         hidden, state = step(params, tokens[:, start:stop], state=state, token_types=types[:, start:stop])
-        pieces.append(hidden)
-    assert relative_error(np.concatenate(pieces, axis=1), full) < 1e-5
+        outputs.append(hidden)
+    assert relative_error(np.concatenate(outputs, axis=1), full) < 1e-5
     assert relative_error(full, hidden_of(model, params, tokens)) > 1e-3
     assert relative_error(hidden_of(model, params, tokens, token_types=types * 5 + 2), full) < 1e-6
 
@@ -125,11 +125,11 @@ def test_no_gradient_flows_into_the_memory():
 
 def test_beam_scores_equal_scores_of_whole_texts():
     model, params, tokens = setup(batch=2, length=5)
-    found = beam_search(model, params, tokens, max_new_tokens=4, beams=3, length_penalty=0.0)
+    beams = beam_search(model, params, tokens, max_new_tokens=4, beams=3, length_penalty=0.0)
     for row in range(2):
-        texts = np.concatenate([np.tile(tokens[row], (3, 1)), found.tokens[row]], axis=1)
+        texts = np.concatenate([np.tile(tokens[row], (3, 1)), beams.tokens[row]], axis=1)
         scores = np.asarray(log_likelihood(model, params, texts))[:, -4:].sum(axis=1)
-        assert relative_error(found.scores[row], scores) < 1e-5
+        assert relative_error(beams.scores[row], scores) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ content stream
@@ -154,18 +154,20 @@ def test_tokens_attend_to_all_tokens_of_their_document_and_to_no_padding():
 def test_reversed_tokens_with_right_to_left_equal_the_original_order():
     model, params, tokens = setup(task="none")
     left_to_right, right_to_left = np.zeros(2, bool), np.ones(2, bool)
-    plain = hidden_of(model, params, tokens)
-    assert relative_error(hidden_of(model, params, tokens, right_to_left=left_to_right), plain) < 1e-5
+    want = hidden_of(model, params, tokens)
+    assert relative_error(hidden_of(model, params, tokens, right_to_left=left_to_right), want) < 1e-5
     reversed_hidden = hidden_of(model, params, tokens[:, ::-1], right_to_left=right_to_left)
-    assert relative_error(reversed_hidden[:, ::-1], plain) < 1e-5
-    assert relative_error(hidden_of(model, params, tokens[:, ::-1])[:, ::-1], plain) > 1e-2
+    assert relative_error(reversed_hidden[:, ::-1], want) < 1e-5
+    assert relative_error(hidden_of(model, params, tokens[:, ::-1])[:, ::-1], want) > 1e-2
 
 
 def test_distances_beyond_the_clamp_are_equal():
     def effect_of_exchange(clamp):
         model, params, tokens = setup(batch=1, length=12, task="none", clamp_length=clamp, num_layers=1)
-        moved = tokens[:, [1, 0, *range(2, 12)]]  # the first two tokens are exchanged; both are far from the last token
-        return relative_error(hidden_of(model, params, moved)[:, -1], hidden_of(model, params, tokens)[:, -1])
+        exchanged = tokens[
+            :, [1, 0, *range(2, 12)]
+        ]  # the first two tokens are exchanged; both are far from the last token
+        return relative_error(hidden_of(model, params, exchanged)[:, -1], hidden_of(model, params, tokens)[:, -1])
 
     assert effect_of_exchange(5) < 1e-6
     assert effect_of_exchange(None) > 1e-4
@@ -184,10 +186,10 @@ def test_the_classifier_reads_the_last_real_token(side):
         hidden = hidden_of(model, params, tokens, segment_ids=segments)
         return model.logits(params, model.pool(params, hidden, segment_ids=segments))
 
-    together = labels(padded, segments)
-    assert together.shape == (3, 1, 5)
+    batch_labels = labels(padded, segments)
+    assert batch_labels.shape == (3, 1, 5)
     for row, n in enumerate(lengths):
-        assert relative_error(together[row], labels(tokens[row : row + 1, :n])[0]) < 1e-5
+        assert relative_error(batch_labels[row], labels(tokens[row : row + 1, :n])[0]) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

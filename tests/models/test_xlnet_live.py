@@ -1,4 +1,4 @@
-"""Memory and right-to-left rows against transformers: these need several calls, whereas ``tests.oracles`` makes one.
+"""Compare XLNet's memory and right-to-left rows with transformers. These need several calls; an oracle makes one call.
 
 python -m tests.models.test_xlnet_live      make the golden file of ``test_xlnet.py``
 """
@@ -44,7 +44,7 @@ def reference(directory: Path) -> dict[str, np.ndarray]:
     types = rng.integers(0, 2, (SEGMENTS, B, T)).astype(np.int32)
     types[:, :, :REUSED] = 0  # transformers assumes type 0 for the memory, as in pretraining
 
-    model.transformer.bi_data = True  # a config field there, an argument per call here
+    model.transformer.bi_data = True  # a config field in transformers, an argument of the call in jaxlm
     permuted, memory = [], None
     for segment in range(SEGMENTS):
         output = model.transformer(
@@ -102,12 +102,12 @@ def test_transformers_reads_written_files(tmp_path):
 
     model, params = load_pretrained(GOLDEN)
     save_pretrained(tmp_path, model, params)
-    theirs = transformers.XLNetLMHeadModel.from_pretrained(tmp_path)
-    assert theirs.config.clamp_len == 9
+    torch_model = transformers.XLNetLMHeadModel.from_pretrained(tmp_path)
+    assert torch_model.config.clamp_len == 9
     with torch.no_grad():
-        changed = transformers.XLNetLMHeadModel.from_pretrained(GOLDEN)
-        for one, two in zip(theirs.parameters(), changed.parameters(), strict=True):
-            assert torch.equal(one, two)
+        original_model = transformers.XLNetLMHeadModel.from_pretrained(GOLDEN)
+        for parameter, original in zip(torch_model.parameters(), original_model.parameters(), strict=True):
+            assert torch.equal(parameter, original)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ QUERY = RNG.standard_normal((B, Q)).astype(np.float32)
 KEEP = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]], bool)
 
 
-def case(score, local=False):
+def make_case(score, local=False):
     source = np.random.default_rng(1).standard_normal((B, S, Q if score == "dot" else C)).astype(np.float32)
     specs = alignment_specs(score, Q, source.shape[-1], A, Uniform(1.0), local=local)
     return jax.tree.map(np.asarray, spec.init(specs, jax.random.key(0))), source
@@ -46,7 +46,7 @@ def weights_of(params, query, source, keep, window=None):
 @pytest.mark.parametrize("score", ["dot", "general", "concat"])
 @pytest.mark.parametrize("window", [None, 2])
 def test_weights_equal_the_formula_over_the_kept_positions(score, window):
-    params, source = case(score, local=window is not None)
+    params, source = make_case(score, local=window is not None)
     got = weights_of(params, QUERY, source, KEEP, window)
     assert got.dtype == jnp.float32
     for row in range(B):
@@ -67,15 +67,15 @@ def test_weights_equal_the_formula_over_the_kept_positions(score, window):
     assert relative_error(context(got, source), np.einsum("bs,bsc->bc", got, source)) < 1e-5
 
 
-def test_no_mask_is_a_mask_that_keeps_everything():
+def test_no_mask_equals_a_mask_that_keeps_everything():
     for score, window in (("concat", None), ("general", 3)):
-        params, source = case(score, local=window is not None)
+        params, source = make_case(score, local=window is not None)
         want = weights_of(params, QUERY, source, np.ones((B, S), bool), window)
         assert relative_error(weights_of(params, QUERY, source, None, window), want) < 1e-6
 
 
 def test_a_fully_masked_row_gives_zeros_and_has_no_gradient():
-    params, source = case("concat")
+    params, source = make_case("concat")
     keep = KEEP.copy()
     keep[1] = False
 
@@ -104,7 +104,7 @@ def test_pooling_weights_of_each_row_and_hop():
     assert relative_error(got, np.swapaxes(weights / weights.sum(1, keepdims=True), 1, 2)) < 1e-5
 
 
-def test_bad_input():
+def test_errors_name_bad_input():
     with pytest.raises(ValueError, match="score='cosine' is unknown: choose from 'dot', 'general', 'concat'"):
         alignment_specs("cosine", 4, 4, 4, Uniform(1.0))
     with pytest.raises(ValueError, match="score='dot' needs queries as wide as the source, got 4 and 6"):

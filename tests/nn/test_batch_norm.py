@@ -1,4 +1,4 @@
-"""Batch normalisation and its running statistics."""
+"""Tests of batch normalization and its running statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def expected(x, mean, variance):
     return (x - mean) / np.sqrt(variance + 1e-5) * np.asarray(PARAMS["scale"]) + np.asarray(PARAMS["bias"])
 
 
-def test_training_normalises_by_the_batch_and_updates_the_running_statistics():
+def test_training_normalizes_by_the_batch_and_updates_the_running_statistics():
     y, updated = batch_norm(PARAMS, RUNNING, X, 1e-5, training=True, momentum=0.25)
     flat = np.asarray(X, np.float64).reshape(-1, 5)
     want = expected(flat, flat.mean(0), flat.var(0))

@@ -3,14 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import linear as linear_module
+from jaxlm import sharding
+from jaxlm.nn import choices
 from jaxlm.nn.activation import activation
-from jaxlm.nn.cache import append
+from jaxlm.nn.attention.cache import append
 from jaxlm.nn.dropout import dropout, keep_mask
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
-from jaxlm.nn.position import positions_in_segments
+from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import ZEROS
 from tests.helpers import assert_trees_close, assert_trees_equal, relative_error
 
@@ -30,7 +31,7 @@ def test_gradients_over_blocks_of_rows_equal_those_of_one_matmul(monkeypatch, ro
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
 
     def gradients(blocks):
-        monkeypatch.setattr(linear_module, "MIN_BLOCKS", blocks)
+        monkeypatch.setattr(choices, "MIN_WEIGHT_GRADIENT_BLOCKS", blocks)
 
         def loss(params, x):
             y = linear(params, jnp.sin(x), num_input_axes=inputs)
@@ -41,7 +42,7 @@ def test_gradients_over_blocks_of_rows_equal_those_of_one_matmul(monkeypatch, ro
         loops = "while" in trace or "scan" in trace
         return loops, jax.jit(gradient)(params, x)
 
-    monkeypatch.setattr(linear_module, "_block_rows", lambda weight, inputs: 5)
+    monkeypatch.setattr(choices, "weight_gradient_block_rows", lambda num_outputs: 5)
     (with_blocks, got), (without_blocks, want) = gradients(4), gradients(100)
     assert (with_blocks, without_blocks) == (True, False)
     assert_trees_close(got, want, 1e-5)
@@ -67,9 +68,9 @@ def test_gradients_of_heads_on_a_tpu_equal_those_on_other_platforms(monkeypatch,
     params = {"weight": draw(6, 3, 4), "bias": draw(3, 4)}
 
     def results(platform):
-        monkeypatch.setattr(linear_module, "platform", lambda: platform)
-        out, pull = jax.vjp(linear, params, x)
-        return out, pull(dy)
+        monkeypatch.setattr(sharding, "platform", lambda: platform)
+        out, vjp_fn = jax.vjp(linear, params, x)
+        return out, vjp_fn(dy)
 
     (out, (got, dx)), (want_out, (want, want_dx)) = results("tpu"), results("gpu")
     assert_trees_equal((out, got["weight"], dx), (want_out, want["weight"], want_dx))

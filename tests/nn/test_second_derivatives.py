@@ -1,6 +1,6 @@
-"""Custom gradients (``jax.custom_vjp``) are differentiable.
+"""Tests that functions with custom gradients (``jax.custom_vjp``) have correct second derivatives.
 
-Hessian-vector products (forward over reverse) equal those of the plain definition.
+Their Hessian-vector products (forward over reverse) equal those of the plain definition.
 """
 
 import jax
@@ -9,13 +9,12 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.attention import attention
+from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.convolution import depthwise_convolution
 from jaxlm.nn.linear import linear
-from jaxlm.nn.linear_attention import linear_attention
-from jaxlm.nn.linear_scan import linear_scan
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
-from jaxlm.nn.mask import Mask
 from jaxlm.nn.recurrence import gru, gru_cell, gru_specs, lstm, lstm_cell, lstm_specs, project
+from jaxlm.nn.scan import linear_attention, linear_scan
 from tests.helpers import assert_trees_close
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import loss
+from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
 from jaxlm.objectives.batch import count, smoothed_token_loss, token_accuracy
@@ -58,7 +58,7 @@ def test_accuracy_in_chunks_of_time_is_that_of_all_logits(monkeypatch, chunk_log
     hidden, _ = model.apply(params, batch.tokens, segment_ids=batch.segment_ids)
     best = np.argmax(np.asarray(model.logits(params, hidden))[..., :101], axis=-1)
     batch = batch.replace(targets=np.where(np.arange(11) % 3 == 0, best, batch.targets))
-    monkeypatch.setattr(loss, "_max_live_logits", lambda: chunk_logits)
+    monkeypatch.setattr(choices, "max_logits", lambda: chunk_logits)
     np.testing.assert_array_equal(chunked_argmax(model.logits, params, hidden), best)
     right, weight, _ = jax.jit(lambda params: token_accuracy(model, params, batch))(params)
     assert (float(right), float(weight)) == (float(np.sum(best == batch.targets)), 22.0)
@@ -66,7 +66,7 @@ def test_accuracy_in_chunks_of_time_is_that_of_all_logits(monkeypatch, chunk_log
 
 
 def test_accuracy_never_holds_all_logits(monkeypatch):
-    monkeypatch.setattr(loss, "_max_live_logits", lambda: 3 * 2 * VOCAB)
+    monkeypatch.setattr(choices, "max_logits", lambda: 3 * 2 * VOCAB)
     batch = causal.batch(TOKENS)
     jaxpr = str(jax.make_jaxpr(lambda params: token_accuracy(MODEL, params, batch)[0])(MODEL.init()))
     assert f"[3,2,{VOCAB}]" in jaxpr

@@ -50,7 +50,7 @@ def test_summary_and_model_draw_their_dropout_from_the_key():
     [
         ([0, 1, 2, 5], r"label 5 is not in \[0, num_labels=5\); use -100 for ignored targets"),
         ([0, -1, 2, 3], r"label -1 is not in \[0, num_labels=5\)"),
-        ([0, 1, 2], r"labels \[3\] must be one for each row of tokens \[4, 7\]"),
+        ([0, 1, 2], r"labels \[3\] must have one label for each row of tokens \[4, 7\]"),
     ],
 )
 def test_bad_labels_are_named(labels, message):

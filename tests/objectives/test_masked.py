@@ -203,9 +203,9 @@ def test_loss_at_places_is_that_of_all_places_with_the_same_weights():
         ({"rate": 0.0}, r"rate=0.0 must be in \(0, 1\]"),
         ({"num_predict": 0}, "num_predict=0 must be from 1 to the 8 tokens of a row"),
         ({"num_predict": 9}, "num_predict=9 must be from 1 to the 8 tokens of a row"),
-        ({"num_predict": 3, "rate": 0.2}, "num_predict=3 is a number and rate=0.2 a share"),
-        ({"masked": 0.95}, "masked=0.95 and random=0.1 are shares"),
-        ({"random": -0.1}, "masked=0.8 and random=-0.1 are shares"),
+        ({"num_predict": 3, "rate": 0.2}, "num_predict=3 and rate=0.2 exclude each other"),
+        ({"masked": 0.95}, "masked=0.95 and random=0.1 must be at least 0, and their sum at most 1"),
+        ({"random": -0.1}, "masked=0.8 and random=-0.1 must be at least 0"),
     ],
 )
 def test_bad_input_is_named(change, message):

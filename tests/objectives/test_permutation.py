@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.nn.mask import Mask, keep
+from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.objectives import permutation
-from tests.helpers import lively, relative_error, tiny_model
+from tests.helpers import add_noise, relative_error, tiny_model
 from tests.objectives.permutation_oracle import CLS, SEP, dense_masks, join_parts, local_perm, sample_mask
 
 SMALL = {"reuse_length": 12, "permutation_length": 6, "num_predict": 8}
@@ -179,9 +179,9 @@ def test_bad_numbers_are_named():
         permutation.batch(np.zeros(5, np.int32), rng)
     with pytest.raises(ValueError, match="reuse_length=256"):
         permutation.batch(windows(), rng)
-    with pytest.raises(ValueError, match="permutation_length=7 must divide both parts of a row, 12 and 24"):
+    with pytest.raises(ValueError, match="permutation_length=7 must divide the lengths of both parts, 12 and 24"):
         permutation.batch(windows(), rng, **{**SMALL, "permutation_length": 7})
-    with pytest.raises(ValueError, match="num_predict asks for 15 of the 12 tokens"):
+    with pytest.raises(ValueError, match="num_predict needs 15 targets in a part of 12 tokens"):
         permutation.batch(windows(), rng, **{**SMALL, "num_predict": 30})
     with pytest.raises(ValueError, match="beta=7 must be between 1 and alpha=6"):
         permutation.batch(windows(), rng, **SMALL, beta=7)
@@ -191,7 +191,7 @@ def test_bad_numbers_are_named():
 
 def test_the_loss_is_that_of_the_predicted_places():
     model = tiny_model("xlnet")
-    params = lively(model.init(jax.random.key(0)))
+    params = add_noise(model.init(jax.random.key(0)))
     tokens, right_to_left = permutation.both_directions(windows(2))
     batch = permutation.batch(tokens, np.random.default_rng(0), right_to_left=right_to_left, **SMALL)
     total, weight, state = jax.jit(lambda p, b: permutation.loss(model, p, b))(params, batch)

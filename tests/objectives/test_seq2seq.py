@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import seq2seq
-from tests.helpers import lively, random_tokens, relative_error, tiny_model
+from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def test_the_decoder_reads_the_target_before():
@@ -32,7 +32,7 @@ def test_every_document_begins_with_the_start_id_and_padding_does_not_count():
 
 def test_packed_pairs_have_the_loss_of_the_pairs():
     model = tiny_model("t5")
-    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     source, targets = random_tokens(model, 1, 9), random_tokens(model, 1, 9, seed=1)
     segments = {
         "source_segment_ids": np.array([[1] * 4 + [2] * 4 + [0]]),
@@ -65,7 +65,7 @@ def test_rows_are_padded_on_the_right():
 def test_bad_input_is_named():
     source, targets = np.zeros((2, 4), np.int32), np.zeros((2, 3), np.int32)
     with pytest.raises(
-        ValueError, match=r"targets \[3, 3\] must be \[batch, time\] with as many rows as source \[2, 4\]"
+        ValueError, match=r"targets \[3, 3\] must be \[batch, time\] with the batch size of source \[2, 4\]"
     ):
         seq2seq.batch(source, np.zeros((3, 3), np.int32), start_id=0)
     with pytest.raises(ValueError, match=r"source \[4\] must be"):

@@ -120,11 +120,11 @@ def test_bad_input_is_named():
         noise_mask(10, rng, mean_span=0.5)
     with pytest.raises(ValueError, match="a text of 1 tokens cannot be corrupted"):
         noise_mask(1, rng)
-    with pytest.raises(ValueError, match="20 spans need as many sentinels, there are 5"):
+    with pytest.raises(ValueError, match="20 spans need 20 sentinels, but sentinels=5"):
         corrupt(text, np.arange(40) % 2 == 1, first_sentinel=99, end_id=1, sentinels=5)
-    with pytest.raises(ValueError, match="100 sentinels counting down from 60 leave the vocabulary"):
+    with pytest.raises(ValueError, match="100 sentinels with descending ids from 60 need negative ids"):
         corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1)
-    with pytest.raises(ValueError, match="the text holds sentinels, ids 45 to 60"):
+    with pytest.raises(ValueError, match="the text contains sentinels, ids 45 to 60"):
         corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1, sentinels=16)
     with pytest.raises(ValueError, match="begin with a token that is kept"):
         corrupt(text, np.arange(40) == 0, first_sentinel=99, end_id=1)

@@ -98,7 +98,7 @@ def test_bad_spans_are_named(spans, segments, message):
 
 def test_a_head_of_another_task_is_named():
     batch = span_qa.batch(np.zeros((1, 5), np.int32), np.array([[0, 1]]))
-    with pytest.raises(ValueError, match=r"logits \[1, 5, 3\] are not those of spans"):
+    with pytest.raises(ValueError, match=r"logits \[1, 5, 3\] must be \[batch, time, 2\]"):
         span_qa.loss(Bag(3), Bag(3).init(), batch)
     with pytest.raises(ValueError, match="max_length=0 must be at least 1"):
         span_qa.best_spans(jnp.zeros((1, 5, 2)), max_length=0)

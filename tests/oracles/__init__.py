@@ -1,4 +1,4 @@
-"""Comparison of each family with a reference implementation. Each family has a module; :func:`compare` serves all.
+"""Comparison of each family with a reference implementation. Each family has a module; all use :func:`compare`.
 
 A module has these names:
 
@@ -96,13 +96,17 @@ def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, floa
 
         loss, gradients = loss_and_gradients(params, batch)
         errors["loss"] = relative_error(loss, reference["loss"])
-        ours = dict(named_tensors(model, gradients))
-        theirs = {key.removeprefix("gradient/"): x for key, x in reference.items() if key.startswith("gradient/")}
-        assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
+        got_gradients = dict(named_tensors(model, gradients))
+        want_gradients = {
+            key.removeprefix("gradient/"): x for key, x in reference.items() if key.startswith("gradient/")
+        }
+        assert got_gradients.keys() == want_gradients.keys(), sorted(got_gradients.keys() ^ want_gradients.keys())
         # Some gradients are only rounding errors (for example, of a key bias). So each error is divided by at least 1 %
         # of the largest gradient.
-        largest = max(np.abs(x).max() for x in theirs.values())
+        largest = max(np.abs(x).max() for x in want_gradients.values())
         errors["gradient"] = max(
-            np.abs(ours[name] - theirs[name]).max() / max(np.abs(theirs[name]).max(), 1e-2 * largest) for name in ours
+            np.abs(got_gradients[name] - want_gradients[name]).max()
+            / max(np.abs(want_gradients[name]).max(), 1e-2 * largest)
+            for name in got_gradients
         )
     return errors

@@ -54,7 +54,7 @@ def padding(segments: str, shape: tuple[int, int]) -> np.ndarray | None:
 def each_text(
     run: Callable[[np.ndarray], Any], tokens: np.ndarray, segment_ids: np.ndarray | None
 ) -> tuple[Any, np.ndarray]:
-    """The outputs of ``run`` for each text alone, at the text's positions [B, T, C], and a mask of real positions."""
+    """Run each text separately; returns the outputs at the texts' positions [B, T, C], and a mask of real positions."""
     import torch
 
     ids = np.ones_like(tokens) if segment_ids is None else segment_ids

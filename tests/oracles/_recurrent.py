@@ -1,4 +1,4 @@
-"""Functions of the oracles of lstm and gru: stacked torch layers, which read each text of a row alone, without pads."""
+"""Functions of the oracles of lstm and gru: stacked torch layers, which run separately on each text, without pads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reference(
     tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (3, 11)).astype(np.int32)
     segment_ids = _native.padding(segments, tokens.shape)
 
-    def read(text: np.ndarray) -> Any:
+    def hidden_of_text(text: np.ndarray) -> Any:
         x = tensors["token_embedding"][torch.from_numpy(text).long()]
         for index in range(cfg.num_layers):
             name = f"layer_{index}/"
@@ -43,7 +43,7 @@ def reference(
             x = torch.cat([layer(forward, x), layer(backward, x.flip(0)).flip(0)], dim=-1)
         return x
 
-    hidden, real = _native.each_text(read, tokens, segment_ids)
+    hidden, real = _native.each_text(hidden_of_text, tokens, segment_ids)
     if cfg.task == "causal":
         table = tensors["token_embedding"] if cfg.tie_embeddings else tensors["head/weight"]
         logits = hidden @ table.mT + tensors["head/bias"]

@@ -39,10 +39,10 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     if cfg.embedding == "one_hot":
         tensors["token_embedding"].requires_grad_(False)
     if cfg.task == "causal":
-        hidden, real = _native.each_text(lambda text: read_stream(cfg, tensors, text), tokens, segment_ids)
+        hidden, real = _native.each_text(lambda text: hidden_of_text(cfg, tensors, text), tokens, segment_ids)
         logits = hidden @ tensors["head"].mT
     else:
-        hidden = read_texts(cfg, tensors, tokens, segment_ids)
+        hidden = features_of_texts(cfg, tensors, tokens, segment_ids)
         real, logits = np.ones(hidden.shape[:2], bool), None
         if cfg.task == "classification":
             x = hidden_layers(tensors, hidden.flatten(1))
@@ -50,7 +50,7 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     return _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
 
 
-def read_texts(cfg: Any, tensors: dict[str, Any], tokens: np.ndarray, segment_ids: np.ndarray | None) -> Any:
+def features_of_texts(cfg: Any, tensors: dict[str, Any], tokens: np.ndarray, segment_ids: np.ndarray | None) -> Any:
     """Features [B, S, C] of complete texts. As in the paper, texts are reversed, and short texts end with zeros."""
     import torch
     from torch.nn import functional
@@ -67,7 +67,7 @@ def read_texts(cfg: Any, tensors: dict[str, Any], tokens: np.ndarray, segment_id
     return x.mT
 
 
-def read_stream(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
+def hidden_of_text(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
     """Hidden states [T, fc_dim] of one text."""
     import torch
     from torch.nn import functional

@@ -122,8 +122,8 @@ def bahdanau(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.n
         backward.insert(0, state)
     annotations = [torch.cat(pair) for pair in zip(forward, backward, strict=True)]
 
-    begin = "decoder/begin"
-    s = torch.tanh(backward[0] @ tensors[f"{begin}/weight"] + tensors[f"{begin}/bias"])
+    init_name = "decoder/begin"
+    s = torch.tanh(backward[0] @ tensors[f"{init_name}/weight"] + tensors[f"{init_name}/bias"])
     W, U, v = (tensors[f"alignment/{name}"] for name in ("query/weight", "key/weight", "score"))
     outputs = []
     for e in _embedded(tensors, target, source=False):
@@ -182,8 +182,10 @@ def luong(cfg: Any, tensors: dict[str, Any], source: np.ndarray, target: np.ndar
             D, S = cfg.window, len(memory)
             W_p, v_p = tensors["alignment/place/hidden/weight"], tensors["alignment/place/score"]
             p = S * torch.sigmoid(v_p @ torch.tanh(x @ W_p))
-            inside = [s for s in range(S) if p.item() - D <= s <= p.item() + D]
-            weights = torch.zeros(S).index_copy(0, torch.tensor(inside), torch.softmax(scores[inside], 0))
+            window_positions = [s for s in range(S) if p.item() - D <= s <= p.item() + D]
+            weights = torch.zeros(S).index_copy(
+                0, torch.tensor(window_positions), torch.softmax(scores[window_positions], 0)
+            )
             weights = weights * torch.exp(-((torch.arange(S) - p) ** 2) / (2 * (D / 2) ** 2))
         c = sum(weight * h for weight, h in zip(weights, memory, strict=True))
         W_c = torch.cat([tensors["output/context/weight"], tensors["output/state/weight"]])

@@ -31,8 +31,8 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     import transformers
 
     name, shape, padding = _CASES[case]
-    kind = transformers.OpenAIGPTConfig if name.startswith("OpenAI") else transformers.GPT2Config
-    config = kind(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config_class = transformers.OpenAIGPTConfig if name.startswith("OpenAI") else transformers.GPT2Config
+    config = config_class(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     return reference_results(name, config, padding, list(_CASES).index(case), directory)
 
 

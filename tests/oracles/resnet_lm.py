@@ -32,12 +32,12 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     cfg, tensors = model.config, _native.parameters(model, seed)
     tokens = np.random.default_rng(seed).integers(0, cfg.vocab_size, (3, 13)).astype(np.int32)
     segment_ids = _native.padding(segments, tokens.shape)
-    hidden, real = _native.each_text(lambda text: read(cfg, tensors, text), tokens, segment_ids)
+    hidden, real = _native.each_text(lambda text: hidden_of_text(cfg, tensors, text), tokens, segment_ids)
     logits = hidden @ tensors["head"].mT if cfg.task == "causal" else None
     return _native.results(model, tensors, tokens, segment_ids, hidden, logits, real, seed, directory)
 
 
-def read(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
+def hidden_of_text(cfg: Any, tensors: dict[str, Any], text: np.ndarray) -> Any:
     """Hidden states [T, C] of one text."""
     import torch
     from torch.nn import functional

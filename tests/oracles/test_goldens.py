@@ -18,7 +18,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hidden_states_logits_loss_and_all_gradients_are_those_of_the_reference(case: str) -> None:
+def test_hidden_states_logits_loss_and_all_gradients_equal_the_reference(case: str) -> None:
     directory: Path = GOLDENS / case
     with np.load(directory / REFERENCE) as file:
         errors = compare(directory, dict(file))

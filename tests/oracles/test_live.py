@@ -15,7 +15,7 @@ pytestmark = pytest.mark.live
     ("family", "case"),
     [(family, case) for family in FAMILIES for case in (*oracle(family).CASES, *oracle(family).LIVE)],
 )
-def test_hidden_states_logits_loss_and_all_gradients_are_those_of_the_reference(
+def test_hidden_states_logits_loss_and_all_gradients_equal_the_reference(
     family: str, case: str, tmp_path: Path
 ) -> None:
     errors = compare(tmp_path, oracle(family).reference(case, tmp_path))

@@ -1,6 +1,6 @@
 """Reference of transformer_xl: the deprecated class of transformers, with memories of length 0.
 
-Without this, the class would create memories of zeros and attend to them.
+By default, the class would create memories of zeros and attend to them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def random_model(case: str) -> Any:
     from benchmarks.torch_models import transformer_xl_module
 
     module = transformer_xl_module()
-    kind = module.TransfoXLForSequenceClassification if case == "classifier" else module.TransfoXLLMHeadModel
+    model_class = module.TransfoXLForSequenceClassification if case == "classifier" else module.TransfoXLLMHeadModel
     torch.manual_seed(sum(case.encode()))
-    model = kind(module.TransfoXLConfig(**{**SHAPE, **CHANGES[case]})).eval()
+    model = model_class(module.TransfoXLConfig(**{**SHAPE, **CHANGES[case]})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

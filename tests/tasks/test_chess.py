@@ -25,7 +25,7 @@ from jaxlm.tasks.chess import (
     next_move_probabilities,
 )
 from jaxlm.tasks.chess_reading import choose_ids
-from tests.helpers import lively, tiny_model
+from tests.helpers import add_noise, tiny_model
 from tests.tasks.oracle import Oracle, oracle
 
 UCI = MoveTokenizer("uci")
@@ -44,7 +44,7 @@ def games(notation: str = "uci") -> tuple[str, ...]:
 def pair(name: str, vocab_size: int = UCI.vocab_size) -> tuple[Any, Any]:
     sizes = {"max_positions": 64} if name == "gpt2-tiny" else {}
     model = tiny_model(name, vocab_size=vocab_size, **sizes)
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def prefixes(count: int, longest: int = 40) -> list[str]:
@@ -196,7 +196,7 @@ def test_a_move_that_a_san_vocabulary_lacks_is_read_as_unknown() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: MoveReader(*pair("bert-tiny"), UCI), ValueError, "it predicts no next move; use a language model"),
+        (lambda: MoveReader(*pair("bert-tiny"), UCI), ValueError, "it does not predict moves; use a language model"),
         (lambda: MoveReader(*pair("gpt2-tiny", 100), UCI), ValueError, "1971 tokens, but the model has vocab_size=100"),
         (lambda: MoveReader(*pair("gpt2-tiny"), "uci"), TypeError, "needs a MoveTokenizer, got a str"),
         (lambda: MoveReader(*pair("lstm-tiny"), UCI).logits([]), ValueError, "at least one board"),

@@ -15,7 +15,7 @@ from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import read_confusion, read_samples
-from tests.helpers import FIRST, tiny_model
+from tests.helpers import FIRST_VARIANTS, tiny_model
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 LABELS = ("colour", "number")
@@ -70,7 +70,7 @@ def classifies(name):
     return hasattr(model.module, "pool")
 
 
-@pytest.mark.parametrize("name", [name for name in FIRST if classifies(name)])
+@pytest.mark.parametrize("name", [name for name in FIRST_VARIANTS if classifies(name)])
 def test_rows_without_an_example_change_nothing(name):
     """An incomplete batch has the loss and the gradient of its examples alone, and both are finite."""
     model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)

@@ -13,7 +13,7 @@ import pytest
 import jaxlm
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer
-from tests.helpers import lively, tiny_model
+from tests.helpers import add_noise, tiny_model
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]  # warnings of the harness and its libraries
 
@@ -177,7 +177,7 @@ def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     start = {"decoder_start_id": 7} if request.param == "attention-rnn-tiny" else {}
     model = tiny_model(request.param, vocab_size=264, **start)
     folder = tmp_path_factory.mktemp(request.param)
-    jaxlm.save_pretrained(folder, model, lively(jax.jit(model.init)(jax.random.key(0))), ByteTokenizer())
+    jaxlm.save_pretrained(folder, model, add_noise(jax.jit(model.init)(jax.random.key(0))), ByteTokenizer())
     return folder
 
 
@@ -224,5 +224,5 @@ def test_wrong_arguments_of_the_model_are_named(own: Path) -> None:
 
     with pytest.raises(ValueError, match="the model jaxlm needs pretrained=DIR and takes batch_size.*got device, pret"):
         HarnessModel.create_from_arg_string(f"pretrained={own}", {"device": "cuda"})
-    with pytest.raises(ValueError, match="jaxlm applies no chat template"):
+    with pytest.raises(ValueError, match="jaxlm does not support chat templates"):
         HarnessModel.from_pretrained(own).apply_chat_template([])

@@ -15,17 +15,17 @@ from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.tasks import predict
 from jaxlm.tasks.predict import Predictions, classify, score_texts, tag
-from tests.helpers import FIRST, lively, tiny_model
+from tests.helpers import FIRST_VARIANTS, add_noise, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
-CLASSIFIERS = tuple(name for name in FIRST if hasattr(tiny_model(name).module, "pool"))
+CLASSIFIERS = tuple(name for name in FIRST_VARIANTS if hasattr(tiny_model(name).module, "pool"))
 
 
 @functools.cache
 def pair(name: str, **fields: Any) -> tuple[Any, Any]:
     model = tiny_model(name, vocab_size=264, **fields)
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def classifier(name: str = "bert-tiny") -> tuple[Any, Any]:
@@ -118,13 +118,13 @@ def test_texts_that_cannot_be_classified() -> None:
         classify(*classifier(), BYTES, ["a", "a" * 65])
     with pytest.raises(ValueError, match=r"text 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
         classify(tiny_model("bert-tiny", vocab_size=100, task="classification"), {}, BYTES, ["xa"])
-    with pytest.raises(ValueError, match="the tokenizer gives token type 1, but roberta has num_token_types=1"):
+    with pytest.raises(ValueError, match="the tokenizer returns token type 1, but roberta has num_token_types=1"):
         classify(*classifier("roberta-tiny"), BYTES, ["a"], ["b"])
     with pytest.raises(TypeError, match=r"one string: pass \['a'\]"):
         classify(*classifier(), BYTES, "a")
     with pytest.raises(ValueError, match="there are no texts"):
         classify(*classifier(), BYTES, [])
-    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it classifies nothing"):
+    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it does not classify texts"):
         classify(jaxlm.get_model("bert-tiny"), {}, BYTES, ["a"])
     with pytest.raises(ValueError, match="num_labels=1: its output is a regression score"):
         classify(jaxlm.get_model("bert-tiny", task="classification", num_labels=1), {}, BYTES, ["a"])
@@ -177,7 +177,7 @@ def test_a_byte_tokenizer_labels_words_of_several_bytes() -> None:
     assert [(one.start, one.end) for one in labels] == [(0, 2), (3, 5)]
     with pytest.raises(ValueError, match="unit='byte' is unknown: choose from 'word', 'token'"):
         tag(model, params, BYTES, ["a"], unit="byte")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="this is a BERT with a classification head: it labels no words"):
+    with pytest.raises(ValueError, match="this is a BERT with a classification head: it does not label words"):
         tag(*classifier(), BYTES, ["a"])
 
 
@@ -250,5 +250,5 @@ def test_texts_that_cannot_be_scored() -> None:
         score_texts(*t5, BYTES, ["ab", "c"])
     with pytest.raises(ValueError, match="text 0 is '', which has no tokens"):
         score_texts(*t5, BYTES, ["ab"], [""])
-    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it scores no text"):
+    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it does not score texts"):
         score_texts(jaxlm.get_model("bert-tiny"), {}, BYTES, ["ab"])

@@ -16,7 +16,7 @@ from jaxlm.data.encodings import Encoding
 from jaxlm.decoding import NotFiniteError
 from jaxlm.tasks import question_answering
 from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, features, to_batch
-from tests.helpers import lively, tiny_model
+from tests.helpers import add_noise, tiny_model
 
 BYTES = ByteTokenizer()
 CONTEXTS = (
@@ -69,7 +69,7 @@ READER = tiny_model("bert-tiny", vocab_size=400, task="span_qa", max_positions=2
 @functools.cache
 def pair(name: str, **fields: Any) -> tuple[Any, Any]:
     model = tiny_model(name, vocab_size=400, task="span_qa", **fields)
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def windows_of(name: str, example: dict[str, Any], max_length: int, stride: int) -> list[Encoding]:
@@ -179,9 +179,9 @@ def test_examples_that_have_no_target() -> None:
         features(model, BYTES, [{**EXAMPLES[0], "id": "q", "context": ""}])
     with pytest.raises(ValueError, match="question 'q' has id 226, outside the model's 100 ids"):
         features(tiny_model("bert-tiny", vocab_size=100, task="span_qa"), BYTES, [{**EXAMPLES[0], "id": "q"}])
-    with pytest.raises(ValueError, match="a masked-token head: it finds no answers"):
+    with pytest.raises(ValueError, match="a masked-token head: it does not answer questions"):
         features(tiny_model("bert-tiny"), BYTES, EXAMPLES)
-    with pytest.raises(ValueError, match="the tokenizer gives token type 1, but roberta has num_token_types=1"):
+    with pytest.raises(ValueError, match="the tokenizer returns token type 1, but roberta has num_token_types=1"):
         features(tiny_model("roberta-tiny", vocab_size=400, task="span_qa"), tokenizer("bpe cls_sep"), EXAMPLES)
     with pytest.raises(ValueError, match="max_length=65 must be at most 64, the model's max_positions"):
         features(model, BYTES, EXAMPLES, max_length=65)
@@ -288,9 +288,9 @@ def test_the_best_threshold_is_the_best_of_all() -> None:
 
 def test_questions_that_cannot_be_answered() -> None:
     model, params = pair("bert-tiny")
-    with pytest.raises(TypeError, match=r"questions are a sequence of strings, got one string: pass \['Who\?'\]"):
+    with pytest.raises(TypeError, match=r"questions must be a sequence of strings, got one string: pass \['Who\?'\]"):
         answer(model, params, BYTES, "Who?", ["Mary"])
-    with pytest.raises(TypeError, match="contexts are a sequence of strings"):
+    with pytest.raises(TypeError, match="contexts must be a sequence of strings"):
         answer(model, params, BYTES, ["Who?"], "Mary")
     with pytest.raises(ValueError, match="each question needs one context: got 2 questions and 1 contexts"):
         answer(model, params, BYTES, ["Who?", "What?"], ["Mary"])
@@ -304,7 +304,7 @@ def test_questions_that_cannot_be_answered() -> None:
         answer(model, params, BYTES, ["Who?"], ["Mary"], max_length=384)
     with pytest.raises(ValueError, match="max_answer_tokens=0 must be at least 1"):
         answer(model, params, BYTES, ["Who?"], ["Mary"], max_answer_tokens=0)
-    with pytest.raises(ValueError, match="a masked-token head: it finds no answers"):
+    with pytest.raises(ValueError, match="a masked-token head: it does not answer questions"):
         answer(tiny_model("bert-tiny"), params, BYTES, ["Who?"], ["Mary"])
 
 

@@ -63,7 +63,7 @@ def test_no_batch_is_longer_than_the_positions_of_the_model():
 
 
 def test_a_tokenizer_without_an_end_is_refused():
-    with pytest.raises(ValueError, match="the template of the tokenizer does not end a text: train one with"):
+    with pytest.raises(ValueError, match="the tokenizer adds no EOS token at the end: train a tokenizer with"):
         seq2seq.encode(PAIRS, tokenizer("none"))
-    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
         seq2seq.encode(PAIRS, tokenizer("cls_sep"))

@@ -16,13 +16,13 @@ from jaxlm.data.tokenizers import PretrainedTokenizer
 from jaxlm.decoding import GREEDY, GenerationConfig, generate_text, score
 from jaxlm.decoding.batches import bucket_length
 from jaxlm.tasks.text_requests import TextRequests, rolling_windows
-from tests.helpers import FIRST, decodes, lively, task_of, tiny_model
+from tests.helpers import FIRST_VARIANTS, add_noise, decodes, task_of, tiny_model
 
 BYTES = ByteTokenizer()
 PREFIX = BYTES.end_id
 NAMES = [
     name
-    for name in FIRST
+    for name in FIRST_VARIANTS
     if decodes(tiny_model(name)) and task_of(tiny_model(name)) in ("causal", "permutation", "seq2seq")
 ]
 LENGTH = 64
@@ -33,7 +33,7 @@ PAIRS = [("a man is ", "here"), ("the sea", " is"), ("", "o sea"), ("a man is he
 def pair(name: str) -> tuple[Any, Any]:
     start = {"decoder_start_id": 7} if tiny_model(name).reads_source else {}
     model = tiny_model(name, vocab_size=264, **start)
-    return model, lively(jax.jit(model.init)(jax.random.key(0)))
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def test_contexts_lose_their_beginning_and_texts_are_scored_in_windows(
     assert value == pytest.approx(plain_score(name, kept, continuation)[0], abs=1e-3)
     assert short == pytest.approx(plain_score(name, list(b"the sea is"), list(b" near"))[0], abs=1e-3)
     assert answers.truncated == {"log_likelihoods": 1, "rolling_log_likelihoods": 0, "generate": 0}
-    assert "1 of 2 requests lost the beginning of their context: the model reads 16 tokens" in caplog.text
+    assert "1 of 2 requests have a truncated context: the model reads at most 16 tokens" in caplog.text
 
     ids = list(b"it is the east, and the sea is far away")
     assert len(ids) == 39
@@ -200,10 +200,10 @@ def test_generation_options() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"typical_p": 0.5, "until": "x"}, "typical_p=0.5: not supported, options of generation are until, max_gen"),
+        ({"typical_p": 0.5, "until": "x"}, "typical_p=0.5: not supported, generation options are until, max_gen"),
         ({"max_gen_toks": 3, "max_tokens": 3}, "max_gen_toks and max_tokens have the same meaning: set one of them"),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True and temperature=0.0 contradict each other"),
-        ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no room for the context, because the model reads max_length=64"),
+        ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no space for the context, because the model reads max_length"),
         ({"temperature": 0.5, "num_beams": 2}, "num_beams=2 searches for likely texts, but temperature=0.5 draws"),
     ],
 )
@@ -219,12 +219,12 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="the continuation of request 0 has 65 tokens, but the model reads 64: 'xxx"):
         answers.log_likelihoods([("a", "x" * 65)])
     assert answers.log_likelihoods([]) == answers.rolling_log_likelihoods([]) == answers.generate([]) == []
-    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it scores and generates no text"):
+    with pytest.raises(ValueError, match="this is a BERT with a masked-token head: it does not score or generate text"):
         TextRequests(jaxlm.get_model("bert-tiny"), {}, BYTES)
     for options, said in (
         ({"batch_size": "auto"}, "batch_size='auto' must be an integer of at least 1"),
         ({"max_length": 65}, "max_length=65 exceeds the model's max_positions=64"),
-        ({"prefix_token_id": 257}, "prefix_token_id=257 must be an id of the vocabulary, 0 to 256"),
+        ({"prefix_token_id": 257}, "prefix_token_id=257 must be an id of the vocabulary, from 0 to 256"),
     ):
         with pytest.raises(ValueError, match=said):
             TextRequests(*pair("gpt2-tiny"), BYTES, **options)

@@ -26,7 +26,7 @@ from jaxlm.training.optimizer import (
     optimizer_sharding,
 )
 from jaxlm.training.recipes import RECIPES, recipe
-from tests.helpers import assert_trees_close, assert_trees_equal, lively, tiny_model, with_stacked_layers
+from tests.helpers import add_noise, assert_trees_close, assert_trees_equal, tiny_model, with_stacked_layers
 
 NAMES = ("adamw", "adafactor", "muon", "sgd", "nt_asgd", "adadelta")
 T5 = tiny_model("t5", num_layers=2, num_decoder_layers=3, scan_layers=True)
@@ -35,7 +35,7 @@ PLAIN = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weigh
 
 def trees(model, count=2):
     """Parameters, and gradients of some steps."""
-    params = lively(model.init(jax.random.key(0)))
+    params = add_noise(model.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(7), count)
     return params, [jax.tree.map(lambda x, k=k: jax.random.normal(k, x.shape) * (1 + x.size % 3), params) for k in keys]
 

@@ -20,15 +20,15 @@ from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
 from tests.helpers import (
     TINY,
+    add_noise,
     assert_trees_close,
     assert_trees_equal,
     decodes,
-    forms,
-    lively,
     random_tokens,
     relative_error,
     task_of,
     tiny_model,
+    variant_params,
 )
 
 ROWS, LENGTH, MEMORY = 8, 6, 24
@@ -41,10 +41,10 @@ def loss_of(model: Any, params: Any, batch: Any, state: Any) -> Any:
     return objective(task_of(model)).loss(model, params, batch, state=state)
 
 
-@pytest.mark.parametrize("name", forms(READERS))
+@pytest.mark.parametrize("name", variant_params(READERS))
 def test_a_text_in_pieces_costs_what_it_costs_whole(name: str) -> None:
     model = tiny_model(name)
-    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     tokens = random_tokens(model, 2, 19)
     whole, _, _ = loss_of(model, params, causal.batch(tokens), model.init_state(2, MEMORY))
     pieces, state = [], model.init_state(2, MEMORY)
@@ -56,7 +56,7 @@ def test_a_text_in_pieces_costs_what_it_costs_whole(name: str) -> None:
 
 def test_no_gradient_flows_into_the_past() -> None:
     model = tiny_model("lstm-tiny")
-    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     batch = causal.batch(random_tokens(model, 2, 7))
     state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), model.init_state(2, 1))
     floats, tree = jax.tree.flatten(state)
@@ -146,7 +146,7 @@ def test_a_batch_of_streams_cannot_be_cut_into_parts() -> None:
 
 def test_an_evaluation_carries_the_state_too() -> None:
     model, _, batches = setup("lstm-tiny")
-    params = lively(jax.jit(model.init)(jax.random.key(0)))
+    params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     whole = causal.batch(
         np.concatenate([batches[0].tokens, batches[1].tokens, batches[1].targets[:, -1:]], axis=1)
     )  # fmt: skip

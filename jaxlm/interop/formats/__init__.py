@@ -1,7 +1,7 @@
-"""The published formats of the families: what their parameters and config fields are called in Hugging Face files.
+"""The published formats of the families: the names of parameters and config fields in Hugging Face files.
 
-The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME as a tuple ``FORMATS``. A family without
-such a module has no published format: ``save_pretrained`` writes it with our own names.
+The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
+such a module has no published format, and ``save_pretrained`` writes jaxlm's own names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["TRANSPOSED", "Format", "Layout", "of"]
 
 @functools.cache
 def of(family: str) -> tuple[Format, ...]:
-    """The published formats of a family, in the order in which they are tried; empty if it has none.
+    """The published formats of a family, in the order in which they are tried; empty if the family has no format.
 
     Example:
         >>> [table.model_type for table in of("gpt")]

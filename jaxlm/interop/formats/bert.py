@@ -37,7 +37,7 @@ BERT = Format(
     values={
         "hidden_act": {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"},
     },
-    # Behaviour that this family does not have: any other value is an error.
+    # The family supports only these values. Any other value is an error.
     required={
         "position_embedding_type": "absolute",
         "is_decoder": False,
@@ -104,7 +104,7 @@ BERT = Format(
         "token_classifier/weight": TRANSPOSED,
         "span/weight": TRANSPOSED,
     },
-    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # the first published files
+    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # in the first published files
     ignored=(r"embeddings\.position_ids",),  # 0, 1, 2, ... in old files
 )
 

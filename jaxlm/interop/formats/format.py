@@ -1,6 +1,6 @@
 """``Format``: the names of a family's parameters and config fields in Hugging Face files.
 
-In this package, "our" names and axes are those of jaxlm, "their" names and axes are those of Hugging Face.
+Abbreviation in this package: HF is Hugging Face.
 """
 
 from __future__ import annotations
@@ -10,48 +10,50 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Layout = tuple[tuple[int, ...], ...]
-"""For each axis of their tensor, in order, the axes of our parameter that are merged into it.
+"""For each axis of an HF tensor, in order, the axes of the jaxlm parameter that are merged into this axis.
 
-For example, our weight of one layer is [D, H, K]. Then the layout is ((0,), (1, 2)) if their tensor is [D, H * K], and
-((1, 2), (0,)) if it is [H * K, D].
+Example: a jaxlm weight of one layer has the shape [D, H, K]. The layout is ((0,), (1, 2)) if the HF tensor has the
+shape [D, H * K], and ((1, 2), (0,)) if the HF tensor has the shape [H * K, D].
 """
 
 TRANSPOSED: Layout = ((1,), (0,))
-"""The layout of a matrix that their files store as [out, in]."""
+"""The layout of a jaxlm matrix [in, out] that HF files store as [out, in]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The published names of one ``model_type``. A family has a tuple of formats.
+    """The names of one HF ``model_type``. A family has a tuple of formats.
 
-    If their ``config.json`` lacks a field, its value is that in ``implied``, or the default of our ``Config``. So these
-    values must be equal to their defaults.
+    A field that ``config.json`` lacks has its value in ``implied``, or else the default of jaxlm's ``Config``. So
+    these values must be equal to the HF defaults.
 
     Attributes:
-        architectures: class in ``config.json`` -> values of our config fields that this class implies, ``task`` in
-            particular. A model is written with the first class whose values it has. Other classes are not supported.
+        architectures: class name in ``config.json`` -> the jaxlm config fields that this class implies, such as
+            ``task``. A model is saved with the first class whose fields have the values of the model. Other classes
+            are not supported.
         model_type: ``model_type`` in ``config.json``.
-        prefix: the prefix of all tensors of the base model in files of classes with a head.
-        fields: our config field -> their config field, if both have the same value, or a value in ``values``.
-        implied: values of our config fields for all models of this ``model_type``, unless ``config.json`` has another
-            value (through ``fields``). Those that are not in ``fields`` also select the format to write a model with:
-            the first format of the family whose implied values the model has.
-        read_fields: a function from their ``config.json`` to values of our config fields, for fields that need a
-            computation. The caller adds the path of the file to a ``ValueError`` that it raises.
-        write_fields: the inverse: from our config to their fields.
-        tensors: path of our parameter -> name of their tensor. ``{layer}`` is the number of the layer.
-            If a config has no parameter with a path, its files do not contain the tensor.
-        values: their config field -> {their value: our value}, for values that differ.
-        required: their config fields and the only value that the family implements. A missing field has this value.
-        aliases: other names of their fields -> the names that are read and written. An alias is accepted only together
-            with the field and with the same value, because transformers applies it after it has derived other values
-            from the field.
-        token_ids: their fields for special tokens. A field is written as null if the id is outside the vocabulary.
-        head: as ``tensors``, but without ``prefix`` in all files.
-        layouts: path of our parameter -> :data:`Layout` of one layer, if their tensor has another shape.
-        copies: name of a tensor (without ``prefix``) that a file may also contain -> path of our parameter that it
-            must be equal to.
-        renamed: end of a name in old files -> end of the current name.
+        prefix: the name prefix of all tensors of the base model, in files of classes with a head.
+        fields: jaxlm config field -> HF config field. Both have the same value, except for the fields in ``values``.
+        implied: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set it
+            (through ``fields``). Fields that are not in ``fields`` also select the format in which a model is saved:
+            the first format of the family whose implied fields have the values of the model.
+        read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. If the
+            function raises a ``ValueError``, the caller adds the path of the file to the message.
+        write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
+        tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the number of the layer. If a model
+            has no parameter with this path, its files do not contain the tensor.
+        values: HF config field -> {HF value: jaxlm value} of all supported values, for fields whose values differ.
+        required: HF config field -> the only value that the family supports. A missing field has this value.
+        aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if
+            the field is also present with the same value, because transformers applies the alias after it has derived
+            other values from the field.
+        token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
+            vocabulary.
+        head: as ``tensors``, for tensors whose names never have the ``prefix``.
+        layouts: path of a jaxlm parameter -> :data:`Layout` of one layer, if the HF tensor has another shape.
+        copies: name of a tensor (without ``prefix``) that a file may additionally contain -> path of the jaxlm
+            parameter that must be equal to the tensor.
+        renamed: suffix of a tensor name in old files -> suffix of the current name.
         ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.
     """
 

@@ -40,7 +40,7 @@ _GPT2 = Format(
             "relu": "relu",
         }
     },
-    # Behaviour that this family does not have: any other value is an error.
+    # The family supports only these values. Any other value is an error.
     required={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -80,8 +80,8 @@ _GPT2 = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    copies={"lm_head.weight": "token_embedding"},  # when tied
-    # Their Conv1D stores weights as [in, out]. So the weights of blocks are not transposed; axes are only merged.
+    copies={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    # GPT-2's Conv1D stores weights as [in, out]. So the weights in layers are not transposed; only axes are merged.
     layouts={
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
         "layers/attention/qkv/bias": ((0, 1, 2),),
@@ -100,10 +100,10 @@ _GPT1 = dataclasses.replace(
     model_type="openai-gpt",
     implied={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},
     fields={
-        **{ours: theirs for ours, theirs in _GPT2.fields.items() if ours not in ("mlp_dim", "activation")},
+        **{name: hf_name for name, hf_name in _GPT2.fields.items() if name not in ("mlp_dim", "activation")},
         "activation": "afn",
     },
-    values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # their "gelu" is the tanh form
+    values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # GPT-1's "gelu" is the tanh approximation
     required={"pruned_heads": {}},
     token_ids={},
     tensors={

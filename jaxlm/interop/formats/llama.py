@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format
 from jaxlm.models.llama import Config, head_sizes
-from jaxlm.nn.rotary import Kind, RotaryScaling
+from jaxlm.nn.attention.rotary import Kind, RotaryScaling
 
 _SCALING = {
     "factor": ("factor", get_args(Kind)),
@@ -20,7 +20,7 @@ _SCALING = {
     "truncate": ("truncate", ("yarn",)),
     "attention_factor": ("attention_factor", ("yarn",)),
 }
-"""Field of ``RotaryScaling`` -> its name in their files, and the kinds of scaling that have it."""
+"""Field of ``RotaryScaling`` -> its name in Hugging Face files, and the kinds of scaling that have this field."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,27 +32,30 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": _integer(config, "head_dim"),
     }
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    theirs = config.get(name) or {}
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{name}={theirs!r} must be a JSON object or null")
-    theirs = dict(theirs)
-    if "rope_theta" in theirs:  # where transformers 5 writes it
-        fields["rotary_base"] = theirs.pop("rope_theta")
-    older = theirs.pop("type", "default")
-    kind = theirs.pop("rope_type", older)
+    hf_scaling = config.get(name) or {}
+    if not isinstance(hf_scaling, dict):
+        raise ValueError(f"{name}={hf_scaling!r} must be a JSON object or null")
+    hf_scaling = dict(hf_scaling)
+    if "rope_theta" in hf_scaling:  # transformers 5 writes the field here
+        fields["rotary_base"] = hf_scaling.pop("rope_theta")
+    old_kind = hf_scaling.pop("type", "default")
+    kind = hf_scaling.pop("rope_type", old_kind)
     if kind == "default":
         return fields
     if kind == "dynamic":
-        theirs.pop("original_max_position_embeddings", None)  # their code does not read it
+        hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read it
     if kind not in get_args(Kind):
         raise ValueError(
             f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"
         )
-    ours = {name: field for field, (name, kinds) in _SCALING.items() if kind in kinds}
-    for name, value in theirs.items():
-        if name not in ours or isinstance(value, str):
-            raise ValueError(f"{name}={value!r} of {kind} rope_scaling is not supported: it may hold {', '.join(ours)}")
-    scaling = {ours[name]: value for name, value in theirs.items() if value is not None}
+    field_of = {name: field for field, (name, kinds) in _SCALING.items() if kind in kinds}
+    for name, value in hf_scaling.items():
+        if name not in field_of or isinstance(value, str):
+            raise ValueError(
+                f"{name}={value!r} of {kind} rope_scaling is not supported: the supported fields are "
+                f"{', '.join(field_of)}; their values must not be strings"
+            )
+    scaling = {field_of[name]: value for name, value in hf_scaling.items() if value is not None}
     if "factor" not in scaling:
         raise ValueError(f"rope_scaling of type {kind} lacks its factor")
     if kind in ("dynamic", "yarn"):
@@ -70,15 +73,15 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     if scaling.kind == "dynamic" and scaling.original_positions != cfg.max_positions:
         raise ValueError(
             f"dynamic rotary scaling from {scaling.original_positions} to max_positions={cfg.max_positions} has no "
-            "counterpart in files, whose readers choose the base anew for each text"
+            "counterpart in Hugging Face files, because transformers computes the base from the length of each text"
         )
-    theirs = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
-    theirs = {name: value for name, value in theirs.items() if value is not None}
-    return {**fields, "rope_scaling": {"rope_type": scaling.kind, **theirs}}
+    hf_scaling = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
+    hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
+    return {**fields, "rope_scaling": {"rope_type": scaling.kind, **hf_scaling}}
 
 
 def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    config = {"num_key_value_heads": 8, "sliding_window": 4096, **config}  # their defaults, unlike Llama's
+    config = {"num_key_value_heads": 8, "sliding_window": 4096, **config}  # Mistral's defaults
     return {**_read_fields(config), "window": _integer(config, "sliding_window")}
 
 
@@ -87,23 +90,23 @@ def _write_mistral(cfg: Config) -> dict[str, Any]:
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    config = {"num_key_value_heads": 32, **config}  # their default, unlike Llama's
+    config = {"num_key_value_heads": 32, **config}  # Qwen2's default
     window, layers = None, _integer(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
         first = _integer(config, "max_window_layers", 28)
         kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
-        windowed = kinds.count("sliding_attention")
-        if 0 < windowed < layers:
+        num_windowed = kinds.count("sliding_attention")
+        if 0 < num_windowed < layers:
             raise ValueError(
-                f"a sliding window in {windowed} of {layers} layers is not supported: all or none "
+                f"a sliding window in {num_windowed} of {layers} layers is not supported: use it in all layers or none "
                 f"(max_window_layers={first}, layer_types={config.get('layer_types')!r})"
             )
-        window = _integer(config, "sliding_window", 4096) if windowed else None
+        window = _integer(config, "sliding_window", 4096) if num_windowed else None
     return {**_read_fields(config), "window": window}
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
-    # Written with and without a window: these fields replace those of a loaded config, which may have another window.
+    # These fields are also written without a window, so that they replace the window of a loaded config.
     kind = "full_attention" if cfg.window is None else "sliding_attention"
     fields = {
         **_write_fields(cfg),
@@ -116,7 +119,7 @@ def _write_qwen2(cfg: Config) -> dict[str, Any]:
 def _integer(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:
     value = config.get(name, default)
     if value is not None and type(value) is not int:
-        raise ValueError(f"{name}={value!r} is no whole number")
+        raise ValueError(f"{name}={value!r} is not an integer")
     return value
 
 
@@ -171,7 +174,7 @@ _LLAMA = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    copies={"lm_head.weight": "token_embedding"},  # when tied
+    copies={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
     layouts={
         **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
         **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
@@ -214,7 +217,7 @@ _QWEN2 = dataclasses.replace(
 
 
 def _span_qa(table: Format, architecture: str) -> Format:
-    """The format of a question-answering class. Its base model has another prefix than in the other classes."""
+    """The format of a question-answering class, in which the base model has another prefix than in other classes."""
     return dataclasses.replace(
         table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
         implied={**table.implied, "task": "span_qa"},

@@ -34,12 +34,12 @@ _ROBERTA = dataclasses.replace(
     },
     model_type="roberta",
     prefix="roberta.",
-    fields={ours: theirs for ours, theirs in BERT.fields.items() if ours != "max_positions"},
-    # Defaults of their config class. No published model has these values.
+    fields={name: hf_name for name, hf_name in BERT.fields.items() if name != "max_positions"},
+    # Defaults of transformers' config class. No published model has these values.
     implied={**BERT.implied, "norm_epsilon": 1e-12, "num_token_types": 2},
     read_fields=_read_fields,
     write_fields=_write_fields,
-    values={"hidden_act": {"gelu": "gelu"}},  # their head always has this one
+    values={"hidden_act": {"gelu": "gelu"}},  # the head in transformers always uses gelu
     required={**BERT.required, "pad_token_id": FIRST_POSITION - 1},
     token_ids={"bos_token_id": 0, "eos_token_id": 2},
     head={

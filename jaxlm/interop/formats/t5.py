@@ -10,20 +10,20 @@ from jaxlm.models.t5 import Config
 
 
 def _stack_names(stack: str, mlp: int) -> dict[str, str]:
-    """Path of our parameter -> name of their tensor, for one stack whose MLP is the sublayer with index ``mlp``."""
+    """``{jaxlm path: HF tensor name}`` for one stack, whose MLP is the sublayer with index ``mlp``."""
     block, norms = f"{stack}.block.{{layer}}.layer.", {"attention": 0, "cross": 1, "mlp": mlp}
     names = {
         f"{stack}/relative_bias": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         f"{stack}/layers/relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
         f"{stack}/final_norm/scale": f"{stack}.final_layer_norm.weight",
     }
-    for ours, number in norms.items():
-        names[f"{stack}/layers/{ours}_norm/scale"] = f"{block}{number}.layer_norm.weight"
-    for ours, theirs in (("attention", "0.SelfAttention"), ("cross_attention", "1.EncDecAttention")):
-        for name in ("query", "key", "value", "output"):
-            names[f"{stack}/layers/{ours}/{name}/weight"] = f"{block}{theirs}.{name[0]}.weight"
-    for ours, theirs in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
-        names[f"{stack}/layers/mlp/{ours}/weight"] = f"{block}{mlp}.DenseReluDense.{theirs}.weight"
+    for name, number in norms.items():
+        names[f"{stack}/layers/{name}_norm/scale"] = f"{block}{number}.layer_norm.weight"
+    for name, hf_name in (("attention", "0.SelfAttention"), ("cross_attention", "1.EncDecAttention")):
+        for projection in ("query", "key", "value", "output"):
+            names[f"{stack}/layers/{name}/{projection}/weight"] = f"{block}{hf_name}.{projection[0]}.weight"
+    for name, hf_name in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
+        names[f"{stack}/layers/mlp/{name}/weight"] = f"{block}{mlp}.DenseReluDense.{hf_name}.weight"
     return names
 
 
@@ -33,46 +33,48 @@ def _layout(path: str) -> Layout:
     return ((2,), (0, 1)) if "/output/" in path else ((1, 2), (0,))
 
 
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # the last when tied
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # lm_head: if tied
 _TENSORS = {"token_embedding": "shared.weight", **_stack_names("encoder", 1), **_stack_names("decoder", 2)}
 
 _MLPS: dict[str, tuple[str, str, bool]] = {
     "relu": ("relu", "relu", False),
     "gated_gelu": ("gated-gelu", "gelu_new", True),
 }
-"""Our ``mlp`` -> their ``feed_forward_proj``, ``dense_act_fn`` and ``is_gated_act``."""
+"""jaxlm's ``mlp`` -> HF's ``feed_forward_proj``, ``dense_act_fn`` and ``is_gated_act``."""
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:
-    form, act, gated = _MLPS[cfg.mlp]
+    projection, activation, is_gated = _MLPS[cfg.mlp]
     return {
-        "feed_forward_proj": form, "dense_act_fn": act, "is_gated_act": gated,
+        "feed_forward_proj": projection, "dense_act_fn": activation, "is_gated_act": is_gated,
         "decoder_start_token_id": cfg.decoder_start_id,
     }  # fmt: skip
 
 
 def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """``read_fields`` of a ``model_type``. ``default`` is the value of a missing ``feed_forward_proj``."""
+    """The function ``read_fields`` of a format. ``default`` is the value of a missing ``feed_forward_proj``."""
 
     def read(config: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        form = config.get("feed_forward_proj", default)
-        derived = {theirs: (act, gated) for theirs, act, gated in _MLPS.values()}
-        if form not in list(derived):
-            raise ValueError(f"feed_forward_proj={form!r} is not supported: choose from {', '.join(derived)}")
-        # Transformers derives both from feed_forward_proj, but values in the config take precedence.
-        act, gated = config.get("dense_act_fn", derived[form][0]), config.get("is_gated_act", derived[form][1])
-        same = "gelu_new" if act == "gelu_pytorch_tanh" else act
-        mlp = [ours for ours, (_, *others) in _MLPS.items() if others == [same, gated]]
+        projection = config.get("feed_forward_proj", default)
+        defaults = {name: (activation, is_gated) for name, activation, is_gated in _MLPS.values()}
+        if projection not in list(defaults):
+            raise ValueError(f"feed_forward_proj={projection!r} is not supported: choose from {', '.join(defaults)}")
+        # transformers derives these two fields from feed_forward_proj, but values in the config take precedence.
+        default_activation, default_is_gated = defaults[projection]
+        activation = config.get("dense_act_fn", default_activation)
+        is_gated = config.get("is_gated_act", default_is_gated)
+        same_activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
+        mlp = [name for name, (_, *values) in _MLPS.items() if values == [same_activation, is_gated]]
         if not mlp:
             raise ValueError(
-                f"feed_forward_proj={form!r} with dense_act_fn={act!r} and is_gated_act={gated!r} is not supported: "
-                "only 'relu' that is not gated and 'gelu_new' that is gated are"
+                f"feed_forward_proj={projection!r} with dense_act_fn={activation!r} and is_gated_act={is_gated!r} is "
+                "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
             )
         fields["mlp"] = mlp[0]
         buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
         if type(buckets) is int and (buckets < 4 or buckets % 2):
-            raise ValueError(f"relative_attention_num_buckets={buckets} must be an even number from 4 on")
+            raise ValueError(f"relative_attention_num_buckets={buckets} must be even and at least 4")
         # Without decoder_start_token_id, a target starts with the padding id.
         start, pad = config.get("decoder_start_token_id"), config.get("pad_token_id")
         if start is not None and type(start) is not int:
@@ -113,7 +115,7 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
         head={"head": "lm_head.weight"},
         copies=dict.fromkeys(_COPIES, "token_embedding"),
         layouts={path: _layout(path) for path in _TENSORS if path.endswith("/weight")},
-        # An unused table in files of v1.0.
+        # An unused embedding in files of v1.0.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ _MULTILINGUAL = {
     "mlp": "gated_gelu", "tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6,
     "vocab_size": 250112,
 }  # fmt: skip
-"""The defaults of mT5's config class. Those of umT5 differ in ``tie_embeddings``."""
+"""The defaults of mT5's config class. The defaults of umT5 differ in ``tie_embeddings``."""
 
 FORMATS = (
     _format("t5", "T5", {"bias_per_layer": False}),

@@ -116,7 +116,7 @@ FORMATS = (
             **{f"head/tails/cluster_{i}/projection": f"crit.out_projs.{i}" for i in _CLUSTERS},
             "classifier/weight": "score.weight",
         },
-        copies={  # when tied
+        copies={  # in files of tied models
             "crit.out_layers.0.weight": "token_embedding",
             **{f"crit.out_layers.{i}.weight": f"tails/cluster_{i}/embedding" for i in _CLUSTERS},
             **{f"crit.out_projs.{i}": f"tails/cluster_{i}/projection" for i in _CLUSTERS},

@@ -54,8 +54,8 @@ FORMATS = (
         read_fields=_read_fields,
         write_fields=_write_fields,
         values={"ff_activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
-        # Behaviour that this family does not have: any other value is an error. For bi_data, see ``right_to_left`` of
-        # ``xlnet.apply``.
+        # The family supports only these values. Any other value is an error. For bi_data, see the argument
+        # ``right_to_left`` of ``xlnet.apply``.
         required={
             "attn_type": "bi",
             "bi_data": False,

@@ -1,0 +1,117 @@
+"""jaxlm and its baseline for ``benchmarks.attention``. Shapes: T queries, S keys, H heads, K head width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.baselines import JaxSampled, jax_exact, torch_device, torch_facts, torch_samples
+from benchmarks.worker import Implementation
+
+MAX_DISTANCE = 128
+"""Maximum distance of T5's relative position buckets."""
+
+
+class Jaxlm(JaxSampled):
+    """``jaxlm.nn.attention`` with its default arguments, compiled with jit."""
+
+    def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
+        jax = jax_exact()
+        import jax.numpy as jnp
+
+        from jaxlm.nn.attention import attention
+        from jaxlm.nn.attention.bucket_bias import distance_table
+        from jaxlm.nn.attention.distance_bias import distance_bias
+        from jaxlm.nn.attention.mask import Mask
+
+        shape = shapes.Attention(**sizes)
+        arrays = jax.device_put(shapes.attention_arrays(shape))
+        dout, T, S = arrays.pop("dout"), shape.queries, shape.keys
+        mask = Mask(causal=True)
+        if shape.form == "decode":
+            slot_1S = jnp.arange(S)[None]
+            segments = (slot_1S < shape.length).astype(jnp.int32)
+            mask = Mask(
+                causal=True, query_order=jnp.full((1, 1), shape.length - 1), key_order=slot_1S,
+                query_segments=jnp.ones((1, 1), jnp.int32), key_segments=segments,
+            )  # fmt: skip
+
+        def forward(arrays: Any, mask: Any) -> Any:
+            bias = None
+            if shape.form == "bias":
+                table = distance_table(arrays["table"], MAX_DISTANCE, bidirectional=False)
+                bias = distance_bias(table, MAX_DISTANCE, T, S, query_offset=0)
+            if shape.form == "relative":
+                bias = distance_bias(
+                    arrays["table"], S - 1, T, S, query_offset=0, q_BTHK=arrays["query"], scale=K**-0.5
+                )
+            return attention(arrays["query"], arrays["key"], arrays["value"], mask, bias=bias)
+
+        K = shape.width
+
+        def both(arrays: Any, mask: Any, dout: Any) -> Any:
+            out, vjp = jax.vjp(lambda arrays: forward(arrays, mask), arrays)
+            return out, vjp(dout)[0]
+
+        self.arguments = (arrays, mask) if passes == "forward" else (arrays, mask, dout)
+        self.jitted = jax.jit(forward if passes == "forward" else both)
+        self.passes = passes
+
+    def name_results(self, results: Any) -> dict[str, Any]:
+        return {"out": results} if self.passes == "forward" else {"out": results[0], **results[1]}
+
+
+class Torch(Implementation):
+    """``scaled_dot_product_attention``, with a dense bias array for the variants with a bias."""
+
+    def __init__(self, directory: str, passes: str, **sizes: Any) -> None:
+        import torch
+
+        self.shape, self.passes = shapes.Attention(**sizes), passes
+        arrays = {
+            name: torch.from_numpy(x).to(torch_device()) for name, x in shapes.attention_arrays(self.shape).items()
+        }
+        self.dout = arrays.pop("dout")
+        self.arrays = {name: x.requires_grad_(passes == "both") for name, x in arrays.items()}
+        T, S = self.shape.queries, self.shape.keys
+        self.is_future = torch.ones(T, S, dtype=torch.bool, device=torch_device()).triu(1)
+        if self.shape.form == "bias":
+            from transformers.models.t5.modeling_t5 import T5Attention
+
+            distance = torch.arange(S)[None] - torch.arange(T)[:, None]
+            bucket = T5Attention._relative_position_bucket(
+                distance, bidirectional=False, num_buckets=32, max_distance=MAX_DISTANCE
+            )
+            self.bucket = bucket.to(torch_device())
+
+    def _forward(self) -> Any:
+        import torch
+
+        q, k, v = (self.arrays[name].transpose(1, 2) for name in ("query", "key", "value"))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        if self.shape.form == "plain":
+            return sdpa(q, k, v, is_causal=True).transpose(1, 2)
+        if self.shape.form == "decode":
+            n = self.shape.length
+            return sdpa(q, k[:, :, :n], v[:, :, :n]).transpose(1, 2)
+        if self.shape.form == "bias":
+            bias = self.arrays["table"][self.bucket].permute(2, 0, 1)[None]
+        else:
+            scores = torch.einsum("bhtk,rhk->bhtr", q, self.arrays["table"]) * self.shape.width**-0.5
+            B, H, T, R = scores.shape
+            # The relative shift of Transformer-XL, as in the code of its authors.
+            bias = torch.nn.functional.pad(scores, (1, 0)).view(B, H, R + 1, T)[:, :, 1:].reshape(B, H, T, R)
+        return sdpa(q, k, v, attn_mask=bias.masked_fill(self.is_future, float("-inf"))).transpose(1, 2)
+
+    def run(self) -> dict[str, list[float]]:
+        import torch
+
+        with torch.set_grad_enabled(self.passes == "both"):
+            results = {"out": self._forward()}
+        if self.passes == "both":
+            gradients = torch.autograd.grad(results["out"], list(self.arrays.values()), self.dout)
+            results |= dict(zip(self.arrays, gradients, strict=True))
+        return {name: torch_samples(x) for name, x in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()

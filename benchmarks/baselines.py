@@ -1,0 +1,167 @@
+"""Functions for all compared implementations, and the worker that measures the peak performance of the machine.
+
+An implementation (``worker.Implementation``) is set up as the documentation of its framework recommends, in float32. It
+imports only its own framework. ``training_baselines`` and ``decoding_baselines`` read the checkpoint that
+:class:`Machine` writes. All implementations of one layer or operation create the same random arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import shapes, wholes
+from benchmarks.shapes import COPY_BYTES, GEMM_SIZE, READ_ROWS, READ_WIDTH
+from benchmarks.worker import Implementation
+
+# All implementations share one GPU, so JAX must not preallocate most of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def jax_exact() -> Any:
+    """The module ``jax`` with float32 matmul precision, as in torch. The default precision on accelerators is lower."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "float32")
+    return jax
+
+
+def jax_facts() -> dict[str, Any]:
+    return {"platform": jax_exact().default_backend()}
+
+
+class Machine(Implementation):
+    """Writes the checkpoint and the batch of a model, and measures the peak performance of the machine with JAX.
+
+    It measures the FLOP/s of a matrix product, and the memory bandwidth of a copy and of a read. The read is a sum or a
+    matrix-vector product, whichever is faster.
+
+    Args:
+        model: name of the model; None writes no checkpoint.
+        quick: whether to use the smallest variant of the family and few tokens.
+        batch, length: rows and tokens per row of the training batch; None: the default of the family.
+    """
+
+    num_repetitions = 8
+
+    def __init__(
+        self,
+        directory: str,
+        model: str | None,
+        quick: bool = False,
+        batch: int | None = None,
+        length: int | None = None,
+    ) -> None:
+        jax = jax_exact()
+        import jax.numpy as jnp
+
+        self.properties = {"device": jax.devices()[0].device_kind}
+        if model is not None:
+            self.properties |= self._write(directory, model, quick, batch, length)
+        self.x = jax.random.normal(jax.random.key(2), (GEMM_SIZE, GEMM_SIZE))
+        self.matmul = jax.jit(jnp.matmul)
+        self.memory = jnp.zeros(COPY_BYTES // 4, jnp.float32)
+        self.add = jax.jit(lambda memory: memory + 1.0, donate_argnums=0)
+        self.reads = (jax.jit(jnp.sum), jax.jit(lambda memory: memory.reshape(READ_ROWS, -1) @ jnp.ones(READ_WIDTH)))
+        self.run()
+
+    def _write(self, directory: str, name: str, quick: bool, batch: int | None, length: int | None) -> dict[str, Any]:
+        jax = jax_exact()
+        import jaxlm
+        from jaxlm.plan import flops
+
+        model = wholes.build(name, quick=quick)
+
+        def add_noise(leaf: Any, key: Any) -> Any:
+            # Noise makes biases differ from 0 and scales from 1. Without noise, greedy decoding repeats the last token.
+            return leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+        leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        params = jax.tree.unflatten(tree, map(add_noise, leaves, keys))
+        jaxlm.save_pretrained(directory, model, params)
+        properties = {
+            "family": model.family,
+            "parameters": model.num_parameters,
+            "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
+            "decoded_bytes": 4 * wholes.decoded_parameters(model),
+            "vocab_size": model.config.vocab_size,
+        }
+        if model.family in wholes.SIZES:
+            data = wholes.example(model, *wholes.sizes(model, quick, batch, length))
+            wholes.save(data, directory)
+            flop_count = flops.training_flops(model, *data.tokens.shape) if data.target_positions is None else None
+            flop_count = flop_count or wholes.counted_flops(model, data)
+            properties |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
+            properties |= {"training_flops": flop_count.amount, "formula": flop_count.formula}
+        return properties
+
+    def run(self) -> dict[str, float]:
+        return {
+            "FLOP": 2 * GEMM_SIZE**3 / self._fastest(lambda: self.matmul(self.x, self.x)),
+            "B": 2 * COPY_BYTES / self._fastest(self._copy),
+            "B read": COPY_BYTES / min(self._fastest(functools.partial(read, self.memory)) for read in self.reads),
+        }
+
+    def _copy(self) -> Any:
+        self.memory = self.add(self.memory)
+        return self.memory
+
+    def _fastest(self, function: Callable[[], Any]) -> float:
+        """Seconds of the fastest repetition, because a peak is the best value and the first repetition is slower."""
+        seconds = []
+        for _ in range(self.num_repetitions):
+            start = time.perf_counter()
+            jax_exact().block_until_ready(function())
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    def facts(self) -> dict[str, Any]:
+        return self.properties
+
+
+class JaxSampled(Implementation):
+    """Base class: a jitted function, compiled in the first repetition. A repetition returns samples of its results."""
+
+    jitted: Any
+    arguments: tuple[Any, ...]
+    compiled: Any = None
+
+    def name_results(self, results: Any) -> dict[str, Any]:
+        """The arrays that the function returned, by name."""
+        raise NotImplementedError
+
+    def run(self) -> dict[str, list[float]]:
+        import numpy as np
+
+        if self.compiled is None:
+            self.compiled = self.jitted.lower(*self.arguments).compile()
+        results = self.name_results(jax_exact().block_until_ready(self.compiled(*self.arguments)))
+        return {name: np.asarray(leaf).ravel()[shapes.samples(leaf.size)].tolist() for name, leaf in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        memory = None if self.compiled is None else self.compiled.memory_analysis()
+        return {**jax_facts(), **({} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes})}
+
+
+def torch_samples(x: Any) -> list[float]:
+    import numpy as np
+
+    indices = np.unravel_index(shapes.samples(x.numel()), tuple(x.shape))
+    return x.detach()[indices].tolist()  # waits until the computation has ended
+
+
+def torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_facts() -> dict[str, Any]:
+    import torch
+
+    return {"platform": {"cuda": "gpu"}.get(torch_device(), "cpu"), "threads": torch.get_num_threads()}

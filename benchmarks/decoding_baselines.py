@@ -1,0 +1,127 @@
+"""jaxlm and its baselines for ``benchmarks.decoding``: greedy generation with one checkpoint and random prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks import wholes
+from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.shapes import random_tokens
+from benchmarks.training_baselines import flax_model, torch_model
+from benchmarks.worker import Implementation
+
+
+class Jaxlm(Implementation):
+    """``jaxlm.decoding.generate``: one compiled function for prompt and new tokens, another function for a source."""
+
+    def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
+        jax = jax_exact()
+        import jaxlm
+
+        self.model, self.params = jaxlm.load_pretrained(directory)
+        self.prompts, self.tokens = random_tokens(self.model.config.vocab_size, batch, prompt), tokens
+        self.source: np.ndarray | None = None
+        if self.model.reads_source:
+            self.source = self.prompts
+            self.prompts = np.full((batch, 1), self.model.config.decoder_start_id, np.int32)
+            self.init_state = jax.jit(lambda params, source: self.model.init_decode_state(params, source, tokens + 1))
+
+    def run(self) -> list[list[int]]:
+        from jaxlm.decoding import generate
+
+        state = None if self.source is None else self.init_state(self.params, self.source)
+        generated = generate(self.model, self.params, self.prompts, max_new_tokens=self.tokens, state=state)
+        return jax_exact().device_get(generated.tokens).tolist()
+
+    def facts(self) -> dict[str, Any]:
+        return jax_facts()
+
+
+class Flax(Implementation):
+    """``generate`` of the Flax class of transformers, in one compiled function."""
+
+    def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
+        jax = jax_exact()
+
+        model = flax_model(directory, family)
+        self.params = jax.device_put(model.params)
+        self.prompts, self.tokens = random_tokens(model.config.vocab_size, batch, prompt), tokens
+        # No end token, as for the other implementations. This generate() does not accept None, so use an id
+        # that does not exist.
+        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        options["eos_token_id"] = model.config.vocab_size
+        self.generate = jax.jit(lambda params, prompts: model.generate(prompts, params=params, **options).sequences)
+
+    def run(self) -> list[list[int]]:
+        sequences = self.generate(self.params, self.prompts)
+        return jax_exact().device_get(sequences)[:, -self.tokens :].tolist()
+
+    def facts(self) -> dict[str, Any]:
+        return jax_facts()
+
+
+class Torch(Implementation):
+    """``generate`` of transformers with its key-value cache; a loop over tokens for LSTM and XLNet.
+
+    For XLNet, ``generate`` of transformers lets all tokens attend to all other tokens. This differs from jaxlm and
+    makes a cache impossible. The loop computes the same function as jaxlm with the class of transformers. It reads the
+    complete text again for each token.
+    """
+
+    def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
+        import torch
+
+        device = torch_device()
+        self.model, self.family, self.count = torch_model(directory, family).eval().to(device), family, tokens
+        vocab_size = self.model.embedding.num_embeddings if family == "lstm" else self.model.config.vocab_size
+        self.prompts = torch.from_numpy(random_tokens(vocab_size, batch, prompt)).long().to(device)
+        self.options: dict[str, Any] = {
+            "max_new_tokens": tokens,
+            "do_sample": False,
+            "use_cache": True,
+            "pad_token_id": 0,
+        }
+        self.options["attention_mask"] = torch.ones_like(self.prompts)
+        if family not in ("lstm", "xlnet"):
+            self.model.generation_config.eos_token_id = None  # no end token, as for the other implementations
+
+    def run(self) -> list[list[int]]:
+        import torch
+
+        with torch.inference_mode():
+            generate = {"lstm": self._generate_lstm, "xlnet": self._generate_xlnet}.get(self.family, self._generate)
+            tokens = generate()
+        return tokens[:, -self.count :].tolist()
+
+    def _generate(self) -> Any:
+        return self.model.generate(self.prompts, **self.options)
+
+    def _generate_lstm(self) -> Any:
+        import torch
+
+        logits, state = self.model(self.prompts)
+        tokens = [logits[:, -1].argmax(-1)]
+        while len(tokens) < self.count:
+            logits, state = self.model(tokens[-1][:, None], state)
+            tokens.append(logits[:, -1].argmax(-1))
+        return torch.stack(tokens, dim=1)
+
+    def _generate_xlnet(self) -> Any:
+        import torch
+
+        text = self.prompts
+        for _ in range(self.count):
+            B, T = text.shape
+            # Append one position for the next token. It attends to all earlier tokens; the other positions are causal.
+            order, target = np.tile(np.arange(T + 1), (B, 1)), np.full((B, 1), T)
+            masks = wholes.perm_mask(order, target), wholes.target_mapping(target, T + 1)
+            perm_mask, target_mapping = (torch.from_numpy(mask).to(text.device) for mask in masks)
+            padded = torch.nn.functional.pad(text, (0, 1))
+            logits = self.model(padded, perm_mask=perm_mask, target_mapping=target_mapping, use_mems=False).logits
+            text = torch.cat([text, logits[:, 0].argmax(-1)[:, None]], dim=1)
+        return text
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()

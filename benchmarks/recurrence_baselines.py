@@ -1,0 +1,83 @@
+"""jaxlm and its baseline for ``benchmarks.recurrence``: one layer with the same random arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.baselines import JaxSampled, jax_exact, torch_device, torch_facts, torch_samples
+from benchmarks.worker import Implementation
+
+
+class JaxlmRecurrence(JaxSampled):
+    """``jaxlm.nn.recurrence.lstm`` or ``gru``, compiled with jit: output, last state and, optionally, gradients.
+
+    The process keeps freed memory, as in the experiments.
+    """
+
+    keeps_memory = True
+
+    def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
+        jax = jax_exact()
+        from jaxlm.nn import recurrence
+
+        arrays = jax.device_put(shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer))
+        x, doutput = arrays.pop("input"), arrays.pop("doutput")
+        apply = recurrence.lstm if layer == "lstm" else recurrence.gru
+
+        def forward(params: Any, x: Any) -> Any:
+            return apply(params, x)
+
+        def both(params: Any, x: Any, doutput: Any) -> Any:
+            output, vjp, state = jax.vjp(apply, params, x, has_aux=True)
+            dparams, dx = vjp(doutput)
+            return output, state, {**dparams, "input": dx}
+
+        self.arguments = (arrays, x) if passes == "forward" else (arrays, x, doutput)
+        self.jitted = jax.jit(forward if passes == "forward" else both)
+
+    def name_results(self, results: Any) -> dict[str, Any]:
+        output, state, *gradients = results
+        return {"output": output, **state, **(gradients[0] if gradients else {})}
+
+
+class TorchRecurrence(Implementation):
+    """``torch.nn.LSTM`` or ``torch.nn.GRU``, which applies the reset gate after the matrix product."""
+
+    def __init__(self, directory: str, layer: str, passes: str, **sizes: int) -> None:
+        import torch
+
+        device, H = torch_device(), sizes["width"]
+        arrays = shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer)
+        self.x, self.doutput = (torch.from_numpy(arrays.pop(name)).to(device) for name in ("input", "doutput"))
+        self.gradients, self.layer = passes != "forward", layer
+        self.apply = (torch.nn.LSTM if layer == "lstm" else torch.nn.GRU)(H, H, batch_first=True)
+        self.apply.to(device).requires_grad_(self.gradients)
+        self.parameters = list(self.apply.parameters())  # weights of input and state, then biases of input and state
+        weight_input, weight_hidden, bias, bias_hidden = self.parameters
+        with torch.no_grad():
+            for name, weight in (("weight_input", weight_input), ("weight_hidden", weight_hidden)):
+                weight.copy_(torch.from_numpy(arrays[name].reshape(H, -1).T))
+            bias.copy_(torch.from_numpy(arrays["bias"].ravel()))
+            bias_hidden.zero_()
+            if layer == "gru":
+                bias_hidden[2 * H :] = torch.from_numpy(arrays["bias_hidden"])
+        self.x.requires_grad_(self.gradients)
+
+    def run(self) -> dict[str, list[float]]:
+        import torch
+
+        with torch.set_grad_enabled(self.gradients):
+            output, state = self.apply(self.x)
+        hidden, *cell = state if self.layer == "lstm" else (state,)
+        results = {"output": output, "hidden": hidden, **({"cell": cell[0]} if cell else {})}
+        if self.gradients:
+            gradients = torch.autograd.grad(output, [*self.parameters, self.x], self.doutput)
+            dinput, dhidden, dbias, dbias_hidden, dx = gradients
+            results |= {"weight_input": dinput.T, "weight_hidden": dhidden.T, "bias": dbias, "input": dx}
+            if self.layer == "gru":
+                results["bias_hidden"] = dbias_hidden[2 * output.shape[-1] :]
+        return {name: torch_samples(leaf) for name, leaf in results.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()

@@ -1,0 +1,148 @@
+"""jaxlm and its baselines for ``benchmarks.scans``: single operations with the same random inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.worker import Implementation
+
+SAMPLED = 4096
+"""Number of evenly spaced elements of each result that are compared."""
+
+
+def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The inputs of an operation, and the gradient of its output."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    B, T = sizes["B"], sizes["T"]
+    if op == "linear_scan":
+        shape = (B, T, sizes["D"])
+        return [1.0 / (1.0 + np.exp(-normal(*shape))), normal(*shape)], normal(*shape)
+    if op == "linear_attention":
+        shape_BTHK, decays = (B, T, sizes["H"], sizes["K"]), sizes["decays"]
+        log_decay = -0.1 * np.exp(normal(*(shape_BTHK[:3] if decays == 1 else shape_BTHK)))
+        return [normal(*shape_BTHK), normal(*shape_BTHK), normal(*shape_BTHK), log_decay], normal(*shape_BTHK)
+    assert op == "depthwise_convolution", op
+    return [normal(sizes["taps"], sizes["C"]), normal(B, T, sizes["C"])], normal(B, T, sizes["C"])
+
+
+def sample(result: np.ndarray) -> list[float]:
+    """Evenly spaced elements of a result."""
+    flat = result.ravel()
+    return flat[:: max(1, flat.size // SAMPLED)].astype(float).tolist()
+
+
+class Case(Implementation):
+    """Base class: the first repetition returns samples of the results, and later repetitions return None."""
+
+    is_first_run = True
+
+    def compute(self) -> list[Any]:
+        """Run one repetition, wait until it has ended, and return the output, or all gradients (backward)."""
+        raise NotImplementedError
+
+    def read(self, result: Any) -> np.ndarray:
+        """A result as a NumPy array."""
+        return np.asarray(result)
+
+    def run(self) -> Any:
+        results = self.compute()
+        if not self.is_first_run:
+            return None
+        self.is_first_run = False
+        return {f"result {number}": sample(self.read(result)) for number, result in enumerate(results)}
+
+
+class JaxCase(Case):
+    """jaxlm's default implementation, its reference implementation, or ``lax.associative_scan``."""
+
+    def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
+        jax = jax_exact()
+        from jax import lax
+
+        from jaxlm.nn.convolution import depthwise_convolution
+        from jaxlm.nn.scan import linear_attention, linear_scan
+
+        implementation: Any = None if form == "jaxlm" else "reference"
+
+        def forward(*inputs: Any) -> Any:
+            if form == "associative_scan":
+                return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
+            if op == "linear_scan":
+                return linear_scan(*inputs, implementation=implementation)[0]
+            if op == "linear_attention":
+                return linear_attention(*inputs, implementation=implementation)[0]
+            weight, x = inputs
+            return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=implementation)
+
+        def both(*arguments: Any) -> Any:
+            # JAX assigns donated buffers to results in order. The gradient of the input is the last result, so it
+            # reuses the buffer of ``dout``. XLA does the same inside a model.
+            _, vjp = jax.vjp(forward, *arguments[:-1])
+            return vjp(arguments[-1])
+
+        inputs, dout = inputs_of(op, sizes)
+        self.inputs, self.dout = jax.device_put(inputs), jax.device_put(dout)
+        self.donated = [1] if op == "linear_scan" else []
+        self.backward = backward
+        if backward:
+            self.compiled = jax.jit(both, donate_argnums=[*self.donated, len(inputs)], keep_unused=True)
+        else:
+            self.compiled = jax.jit(lambda *inputs: [forward(*inputs)], donate_argnums=self.donated)
+        self.copy = jax.jit(lambda x: x + 0.0)
+        self.arguments: list[Any] = []
+
+    def prepare(self) -> None:
+        inputs = [self.copy(x) if index in self.donated else x for index, x in enumerate(self.inputs)]
+        self.arguments = [*inputs, self.copy(self.dout)] if self.backward else inputs
+        jax_exact().block_until_ready(self.arguments)
+
+    def compute(self) -> list[Any]:
+        arguments, self.arguments = self.arguments, []
+        return jax_exact().block_until_ready(self.compiled(*arguments))
+
+    def facts(self) -> dict[str, Any]:
+        return jax_facts()
+
+
+class TorchCase(Case):
+    """``torch.nn.functional.conv1d`` with one group per channel, in torch's layout [batch, channels, time]."""
+
+    def __init__(self, directory: str, op: str, form: str, sizes: dict[str, int], backward: bool) -> None:
+        import torch
+
+        (weight, x), dy = inputs_of(op, sizes)
+        device = torch_device()
+
+        def tensor(array: np.ndarray) -> Any:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self.weight = tensor(weight.T[:, None]).requires_grad_(backward)
+        self.x = tensor(np.swapaxes(x, 1, 2)).requires_grad_(backward)
+        self.dy, self.backward = tensor(np.swapaxes(dy, 1, 2)), backward
+
+    def compute(self) -> list[Any]:
+        import torch
+
+        taps = self.weight.shape[-1]
+        y = torch.nn.functional.conv1d(self.x, self.weight, padding=taps - 1, groups=len(self.weight))
+        y = y[:, :, : self.x.shape[-1]]
+        results = torch.autograd.grad(y, (self.weight, self.x), self.dy) if self.backward else [y]
+        if y.is_cuda:
+            torch.cuda.synchronize()
+        return list(results)
+
+    def read(self, result: Any) -> np.ndarray:
+        array = result.detach().cpu().numpy()
+        if result.shape == self.weight.shape:
+            return array[:, 0].T
+        return np.swapaxes(array, 1, 2)
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()

@@ -1,0 +1,126 @@
+"""jaxlm and its baseline for ``benchmarks.texts``: functions from texts to translations or labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.worker import Implementation
+
+
+class _Texts(Implementation):
+    """Base class with the texts of a file and the batch size."""
+
+    def __init__(self, file: str, batch: int) -> None:
+        self.texts = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        self.batch = batch
+
+    def sorted_batches(self) -> list[list[int]]:
+        """The indices of the texts in each batch. Texts of similar length are in the same batch."""
+        order = sorted(range(len(self.texts)), key=lambda number: len(self.texts[number]))
+        return [order[first : first + self.batch] for first in range(0, len(order), self.batch)]
+
+
+class _Jaxlm(_Texts):
+    def __init__(self, directory: str, file: str, batch: int) -> None:
+        super().__init__(file, batch)
+        jax = jax_exact()
+        import jaxlm
+        from jaxlm.data import load_tokenizer
+
+        self.model, params = jaxlm.load_pretrained(directory)
+        self.params, self.tokenizer = jax.device_put(params), load_tokenizer(directory)
+
+    def facts(self) -> dict[str, Any]:
+        return jax_facts()
+
+
+class JaxlmTranslator(_Jaxlm):
+    """``jaxlm.decoding.generate_text``."""
+
+    def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
+        super().__init__(directory, file, batch)
+        from jaxlm.decoding import GenerationConfig
+
+        self.config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=1.0,
+            early_stopping=False,
+            batch_size=batch,
+        )
+
+    def run(self) -> list[str]:
+        from jaxlm.decoding import generate_text
+
+        return generate_text(self.model, self.params, self.tokenizer, self.texts, self.config)
+
+
+class JaxlmClassifier(_Jaxlm):
+    """``jaxlm.tasks.predict.classify``."""
+
+    def run(self) -> list[str] | list[int]:
+        from jaxlm.tasks.predict import classify
+
+        return classify(self.model, self.params, self.tokenizer, self.texts, batch_size=self.batch).labels
+
+
+class _Torch(_Texts):
+    def __init__(self, directory: str, file: str, batch: int, kind: str) -> None:
+        super().__init__(file, batch)
+        import transformers
+
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        self.model = getattr(transformers, kind).from_pretrained(directory).eval().to(torch_device())
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()
+
+    def encode(self, numbers: list[int]) -> Any:
+        """The texts with these indices as a padded batch."""
+        texts = [self.texts[number] for number in numbers]
+        return self.tokenizer(texts, padding=True, return_tensors="pt").to(torch_device())
+
+
+class TorchTranslator(_Torch):
+    """``generate`` of transformers, one batch after the other."""
+
+    def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
+        super().__init__(directory, file, batch, "AutoModelForSeq2SeqLM")
+        self.options = {
+            "num_beams": num_beams,
+            "max_new_tokens": max_new_tokens,
+            "length_penalty": 1.0,
+            "early_stopping": False,
+        }
+
+    def run(self) -> list[str]:
+        import torch
+
+        outputs = [""] * len(self.texts)
+        with torch.inference_mode():
+            for numbers in self.sorted_batches():
+                tokens = self.model.generate(**self.encode(numbers), do_sample=False, **self.options)
+                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                for number, text in zip(numbers, texts, strict=True):
+                    outputs[number] = text
+        return outputs
+
+
+class TorchClassifier(_Torch):
+    """Forward passes of transformers, one batch after the other."""
+
+    def __init__(self, directory: str, file: str, batch: int) -> None:
+        super().__init__(directory, file, batch, "AutoModelForSequenceClassification")
+
+    def run(self) -> list[str]:
+        import torch
+
+        labels = [""] * len(self.texts)
+        with torch.inference_mode():
+            for numbers in self.sorted_batches():
+                label_ids = self.model(**self.encode(numbers)).logits.argmax(-1).tolist()
+                for number, label_id in zip(numbers, label_ids, strict=True):
+                    labels[number] = self.model.config.id2label[label_id]
+        return labels

@@ -1,0 +1,221 @@
+"""jaxlm and its baselines for ``benchmarks.training``: loss or optimizer step with the same checkpoint and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import wholes
+from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
+from benchmarks.shapes import ADAMW
+from benchmarks.worker import Implementation
+
+
+class JaxTraining(Implementation):
+    """A jitted function of a state and a batch, compiled in the first repetition.
+
+    The function is a step ``(state, batch) -> (state, {"loss": ...})`` or a loss ``(state, batch) -> loss``.
+    """
+
+    function: Any
+    state: Any
+    batch: Any
+    compiled: Any = None
+    updates = True
+
+    def run(self) -> float:
+        if self.compiled is None:
+            self.compiled = self.function.lower(self.state, self.batch).compile()
+        result = jax_exact().block_until_ready(self.compiled(self.state, self.batch))
+        if not self.updates:
+            return float(result)
+        self.state, metrics = result
+        return float(metrics["loss"])
+
+    def facts(self) -> dict[str, Any]:
+        memory = None if self.compiled is None else self.compiled.memory_analysis()
+        if memory is None:
+            return jax_facts()
+        arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return {**jax_facts(), "step_bytes": arrays + memory.temp_size_in_bytes}
+
+
+class Jaxlm(JaxTraining):
+    """``Trainer.jit_step``, or only the loss.
+
+    As in the experiments, the layers are not stacked, and the process keeps freed memory.
+    """
+
+    keeps_memory = True
+
+    def __init__(self, directory: str, family: str, passes: str) -> None:
+        jax = jax_exact()
+        import jaxlm
+        from jaxlm.objectives import objective
+        from jaxlm.plan.program import task_of
+        from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+        from jaxlm.training.trainer import Trainer
+
+        model, params = jaxlm.load_pretrained(directory)
+        self.updates = passes == "step"
+        self.batch = jax.device_put(wholes.batch_of(wholes.load(directory)))
+        loss = objective(task_of(model)).loss
+        if not self.updates:
+
+            def mean_loss(params: Any, batch: Any) -> Any:
+                total, weight, _ = loss(model, params, batch)
+                return total / weight
+
+            self.state, self.function = jax.device_put(params), jax.jit(mean_loss)
+            return
+        settings = OptimizerConfig(schedule="constant", warmup_steps=0, **ADAMW)
+        optimizer = make_optimizer(settings, model.specs, steps=1_000_000)
+        trainer = Trainer(model, optimizer, loss)
+        self.state = trainer.init(jax.random.key(0), params)
+        self.function = trainer.jit_step()
+
+
+class Flax(JaxTraining):
+    """The Flax class of transformers, in a jitted step with donated state."""
+
+    def __init__(self, directory: str, family: str, passes: str) -> None:
+        jax = jax_exact()
+        import jax.numpy as jnp
+        import optax
+
+        model = flax_model(directory, family)
+        arrays = wholes.load(directory)
+        self.updates = passes == "step"
+        self.batch = jax.device_put((wholes.inputs(family, arrays), wholes.labels(arrays)))
+
+        def mean_loss(params: Any, batch: Any) -> Any:
+            inputs, labels = batch
+            logits = model(**inputs, params=params, train=self.updates).logits
+            mask = labels != wholes.IGNORED
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(mask, labels, 0))
+            return jnp.sum(losses * mask) / jnp.sum(mask)
+
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(ADAMW["clip_norm"]),
+            optax.adamw(
+                ADAMW["learning_rate"], ADAMW["beta1"], ADAMW["beta2"], ADAMW["epsilon"],
+                weight_decay=ADAMW["weight_decay"], mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
+            ),
+        )  # fmt: skip
+
+        def step(state: Any, batch: Any) -> Any:
+            params, optimizer_state = state
+            loss, gradients = jax.value_and_grad(mean_loss)(params, batch)
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), {"loss": loss}
+
+        params = jax.device_put(model.params)
+        self.state, self.function = params, jax.jit(mean_loss)
+        if self.updates:
+            self.state = params, jax.device_put(optimizer.init(params))
+            self.function = jax.jit(step, donate_argnums=0)
+
+
+def flax_model(directory: str, family: str) -> Any:
+    """The Flax class of a family with the weights of a checkpoint."""
+    import inspect
+
+    import jax.numpy as jnp
+    import transformers
+
+    clip = jnp.clip
+    if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 passes a_max, which JAX renamed to max
+        vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **options: clip(x, a_min, a_max, **options)
+    return getattr(transformers, wholes.FLAX[family]).from_pretrained(directory)
+
+
+class Torch(Implementation):
+    """The class of transformers (or of ``torch_models``) with default attention and fused AdamW, in eager mode."""
+
+    compile = False
+
+    def __init__(self, directory: str, family: str, passes: str) -> None:
+        import torch
+
+        self.updates, self.device = passes == "step", torch_device()
+        model, loss = torch_loss(directory, family)
+        model.to(self.device).train(self.updates)
+        self.parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": ADAMW["weight_decay"]},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        betas = (ADAMW["beta1"], ADAMW["beta2"])
+        self.optimizer = torch.optim.AdamW(groups, ADAMW["learning_rate"], betas, ADAMW["epsilon"], fused=True)
+        self.loss = torch.compile(loss) if self.compile else loss
+
+    def run(self) -> float:
+        import torch
+
+        if not self.updates:
+            with torch.no_grad():
+                return self.loss().item()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, ADAMW["clip_norm"])
+        self.optimizer.step()
+        return loss.item()  # waits until the computation has ended
+
+    def facts(self) -> dict[str, Any]:
+        return torch_facts()
+
+
+class TorchCompiled(Torch):
+    """:class:`Torch` with forward and backward compiled by ``torch.compile``."""
+
+    compile = True
+
+
+def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
+    """The model of a directory, and a function that computes its mean loss on the batch in the directory."""
+    import torch
+
+    device, arrays = torch_device(), wholes.load(directory)
+
+    def tensor(x: Any) -> Any:
+        result = torch.from_numpy(x).to(device)
+        return result if result.is_floating_point() else result.long()
+
+    labels = tensor(wholes.labels(arrays))
+    model = torch_model(directory, family)
+    if family == "transformer_xl":
+        tokens = tensor(arrays["tokens"])
+        return model, lambda: model.loss(tokens, labels)
+    if wholes.TORCH[family]:
+        inputs = {name: tensor(x) for name, x in wholes.inputs(family, arrays).items()}
+        options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})
+
+        def logits() -> Any:
+            return model(**inputs, **options).logits
+
+    else:
+        tokens = tensor(arrays["tokens"])
+
+        def logits() -> Any:
+            output = model(tokens)
+            return output[0] if family == "lstm" else output
+
+    def loss() -> Any:
+        scores = logits()
+        return torch.nn.functional.cross_entropy(
+            scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), ignore_index=wholes.IGNORED
+        )
+
+    return model, loss
+
+
+def torch_model(directory: str, family: str) -> Any:
+    """The torch model of a checkpoint, from transformers or ``torch_models``."""
+    if not wholes.TORCH[family]:
+        from benchmarks import torch_models
+
+        return torch_models.read(directory, family)
+    import transformers
+
+    return getattr(transformers, wholes.TORCH[family]).from_pretrained(directory)

@@ -1,0 +1,5 @@
+"""Attention: one function with several implementations, masks, biases, caches and memories."""
+
+from jaxlm.nn.attention.api import Implementation, attention
+
+__all__ = ["Implementation", "attention"]

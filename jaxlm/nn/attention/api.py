@@ -1,0 +1,132 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations.
+
+Shapes: B batch, T query time, S key time, H query heads, G key and value heads (each is read by H / G query heads), K
+head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+
+from jaxlm.nn import choices
+from jaxlm.nn.attention import blockwise, cudnn, decode, pallas, reference, splash
+from jaxlm.nn.attention.bias import AttentionBias, check, dense
+from jaxlm.nn.attention.cache import CacheView
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.weight_record import is_recording
+
+Implementation = choices.AttentionImplementation
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array | CacheView,
+    v_BSGK: jax.Array | CacheView,
+    mask: Mask = Mask(),  # noqa: B008 (frozen)
+    *,
+    scale: float | None = None,
+    bias: jax.Array | AttentionBias | Sequence[AttentionBias] | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, K] in ``v``'s dtype.
+
+    The softmax is computed in float32. A query that may not attend to any key gives zeros. Dropout is applied to the
+    probabilities. Its mask depends only on the random key and on the indices of an entry, so that all implementations
+    drop the same entries.
+
+    Args:
+        k_BSGK, v_BSGK: arrays, or the view of a cache (``jaxlm.nn.attention.cache``). G divides H. G = H is multi-head
+            attention, G = 1 multi-query attention, and any other G grouped-query attention (Ainslie et al. 2023). Query
+            head h reads key head ``h // (H / G)``.
+        scale: default ``1 / sqrt(K)``.
+        bias: added to the scaled scores. One or several attention biases (``jaxlm.nn.attention.bias``,
+            ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile; or a dense array
+            [1 or B, 1 or H, T, S], which only ``reference`` supports.
+        dropout: dropout rate; used only with a ``key``.
+        implementation: None chooses the fastest known for the device, the shape and the mask. The choices are
+
+            - ``reference``: the plain definition, O(T*S) memory.
+            - ``blockwise``: O(T) memory, custom gradient.
+            - ``decode``: for few queries; reads only the filled part of a cache.
+            - ``splash``: a TPU kernel without bias, dropout and orders.
+            - ``pallas``: a TPU kernel (v5 and later) that works on whole rows, with biases and orders, up to 4096 keys,
+              without dropout.
+            - ``cudnn``: NVIDIA GPUs, half precision, without bias, dropout, orders and segments.
+
+    Raises:
+        ValueError: shapes that do not match, an unknown implementation, or one that does not support a requested
+            feature or the platform.
+    """
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
+        raise ValueError(
+            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the heads of k "
+            "and v must divide those of q"
+        )
+    array, biases = _split_bias(bias)
+    if array is not None and not all(
+        size in allowed for size, allowed in zip(array.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
+    ):
+        raise ValueError(f"bias {array.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+    for attention_bias in biases:
+        check(attention_bias, B, H)
+    if mask.causal and mask.query_order is None and T != S:
+        raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
+    if scale is None:
+        scale = 1.0 / math.sqrt(K)
+    key = key if dropout > 0.0 else None
+    any_bias = array if array is not None else biases or None
+    reasons = {
+        "blockwise": None if array is None else "takes no dense bias",
+        "decode": decode.unsupported_reason(array, key),
+        "splash": splash.unsupported_reason(mask, any_bias, key),
+        "pallas": pallas.unsupported_reason(T, S, biases, array, key),
+        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
+    }
+    if is_recording():
+        implementation = "reference"
+    elif implementation is None:
+        implementation = choices.attention(T, S, dense_bias=array is not None, biases=bool(biases), reasons=reasons)
+    elif reasons.get(implementation) is None:
+        reasons[implementation] = choices.wrong_platform(implementation)
+    if reasons.get(implementation) is not None:
+        raise ValueError(
+            f"attention implementation {implementation!r} {reasons[implementation]}: leave the implementation out"
+        )
+    if implementation == "decode":
+        return decode.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
+    k_BSGK, v_BSGK = (x.read(S) if isinstance(x, CacheView) else x for x in (k_BSGK, v_BSGK))
+    if implementation == "splash":
+        return splash.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
+    if implementation == "pallas":
+        return pallas.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
+    if implementation == "cudnn":
+        return cudnn.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
+    if implementation == "reference":
+        for attention_bias in biases:
+            array = dense(attention_bias, T, S) if array is None else array + dense(attention_bias, T, S)
+        return reference.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, bias=array, dropout=dropout, key=key)
+    if implementation == "blockwise":
+        return blockwise.attention(
+            q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key,
+            sequential=choices.loop_over_heads(),
+        )  # fmt: skip
+    raise ValueError(
+        f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
+    )
+
+
+def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[AttentionBias, ...]]:
+    """The dense array and the biases in the argument ``bias``."""
+    if isinstance(bias, AttentionBias):
+        return None, (bias,)
+    if bias is None or hasattr(bias, "shape"):
+        return bias, ()
+    return None, tuple(bias)

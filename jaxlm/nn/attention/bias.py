@@ -1,0 +1,185 @@
+"""Attention biases (position biases, relative encodings) that are computed tile by tile, never as one dense array.
+
+An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
+attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
+bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs, so that a tile does
+not read the whole arrays.
+Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxlm.nn import choices
+
+
+class Tile(NamedTuple):
+    """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
+
+    ``row`` and ``column`` may be traced. A ``bias_fn`` must slice, multiply and gather with these methods, because
+    kernels override them.
+    """
+
+    row: Any
+    rows: int
+    column: Any
+    columns: int
+
+    def slice_queries(self, x_T: jax.Array) -> jax.Array:
+        """The entries of ``x`` for the queries of the tile, [R, ...]."""
+        return lax.dynamic_slice_in_dim(x_T, self.row, self.rows)
+
+    def slice_keys(self, x_S: jax.Array) -> jax.Array:
+        """The entries of ``x`` for the keys of the tile, [E, ...]."""
+        return lax.dynamic_slice_in_dim(x_S, self.column, self.columns)
+
+    def indices(self) -> tuple[jax.Array, jax.Array]:
+        """The indices of the queries, [R, 1], and of the keys, [1, E]."""
+        rows, columns = (jnp.arange(size, dtype=jnp.int32) for size in (self.rows, self.columns))
+        return (self.row + rows)[:, None], (self.column + columns)[None, :]
+
+    def query_column(self, x_T: jax.Array) -> jax.Array:
+        """An integer array with one entry per query, sliced to the tile, as a column [R, 1]."""
+        return self.slice_queries(x_T)[:, None]
+
+    def key_row(self, x_S: jax.Array) -> jax.Array:
+        """An integer array with one entry per key, sliced to the tile, as a row [1, E]."""
+        return self.slice_keys(x_S)[None, :]
+
+    def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
+        """``scale * q @ strip`` [R, P = R + E] with its diagonals moved into columns, [R, E] float32.
+
+        Entry (i, j) of the result is entry (i, R - i + j) of the product. Without queries, the strip is one row [1, P]
+        for all queries, and it is not scaled.
+        """
+        if q_RK is None:
+            return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
+        return _diagonals_to_columns(self.product(q_RK, strip_KP, scale))
+
+    def product(self, q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
+        """``scale * q @ table``, [R, N] float32."""
+        return jnp.dot(q_RK, table_KN, preferred_element_type=jnp.float32) * scale
+
+    def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+        """Entry (i, first[i] + s) of ``x`` for query i of the tile and key s, [R, E]. The indices must be in range."""
+        index_RE = first_R1 + self.indices()[1]
+        return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
+
+
+def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
+    """An array [R, E] whose entry (i, j) is entry (i, R - i + j) of ``x`` [R, R + E]."""
+    R, P = x_RP.shape
+    if not choices.shift_rows_by_reshape():
+        flat, width = x_RP.reshape(R * P), P - R
+        return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
+    # A reshape from rows of P to rows of P - 1 entries shifts each row relative to the row before (Dai et al. 2019,
+    # appendix B). The slice starts at entry R instead of R - 1, because R is usually a multiple of the vector width.
+    return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
+
+
+class BiasFn(Protocol):
+    """A function from arrays to the bias of a tile. It must be hashable, because it is a key of JAX's compile cache."""
+
+    def required_slices(self, tile: Tile) -> Mapping[str, tuple[Any, int, int]]:
+        """``{name: (start, size, axis)}``: the slice of an array that the tile needs. Other arrays are passed whole."""
+
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        """The bias that is added to the scaled scores of the tile, [R, E] float32."""
+
+
+@runtime_checkable
+class PaddableBiasFn(BiasFn, Protocol):
+    """A bias function that TPU kernels support: it does not gather single entries."""
+
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        """A function and arrays for an input that is padded at the end by ``queries`` queries and ``keys`` keys.
+
+        The bias of the padding may have any value.
+        """
+
+
+@struct.dataclass
+class AttentionBias:
+    """An attention bias: it is added to the scaled scores.
+
+    Attributes:
+        bias_fn: computes the bias of a tile. It gets the arrays of one row of the batch and one head, without these two
+            axes.
+        floats: the differentiable arrays by name, each [1 or B, 1 or H, ...].
+        integers: None, or arrays by name: ``query`` [1 or B, T] and ``key`` [1 or B, S].
+    """
+
+    bias_fn: BiasFn = struct.field(pytree_node=False)
+    floats: dict[str, Any]
+    integers: Any = None
+
+
+def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile) -> dict[str, jax.Array]:
+    """The arrays of one row and one head, sliced for the tile (``required_slices``)."""
+    slices = bias_fn.required_slices(tile)
+    return {name: lax.dynamic_slice_in_dim(x, *slices[name]) if name in slices else x for name, x in floats.items()}
+
+
+def add_slices(
+    bias_fn: BiasFn, total: Mapping[str, jax.Array], added: Mapping[str, jax.Array], tile: Tile
+) -> dict[str, jax.Array]:
+    """The sum of ``total`` and ``added``, the gradients of whole arrays and of the slices of one tile."""
+    slices = bias_fn.required_slices(tile)
+
+    def sum_of(name: str) -> jax.Array:
+        if name not in slices:
+            return total[name] + added[name]
+        start, size, axis = slices[name]
+        sums = lax.dynamic_slice_in_dim(total[name], start, size, axis) + added[name]
+        return lax.dynamic_update_slice_in_dim(total[name], sums, start, axis)
+
+    return {name: sum_of(name) for name in total}
+
+
+def check(bias: AttentionBias, batch: int, heads: int) -> None:
+    """Check that the arrays of a bias match the batch and the heads of the queries.
+
+    Raises:
+        ValueError: the first two axes of an array are neither 1 nor the batch size and the number of heads.
+    """
+    for x in jax.tree.leaves(bias.floats):
+        if x.ndim < 2 or x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads):
+            raise ValueError(f"an array {x.shape} of an attention bias must be [1 or {batch}, 1 or {heads}, ...]")
+    for x in jax.tree.leaves(bias.integers):
+        if x.ndim < 1 or x.shape[0] not in (1, batch):
+            raise ValueError(f"an integer array {x.shape} of an attention bias must be [1 or {batch}, ...]")
+
+
+def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
+    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; for few queries and for the reference."""
+    tile = Tile(0, queries, 0, keys)
+    sizes = [x.shape[:2] for x in jax.tree.leaves(bias.floats)]
+    B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(bias.integers)), 1)
+    H = max(h for _, h in sizes)
+
+    # Axes of size 1 are removed and not mapped over, so that a bias shared by all heads or rows is computed only once.
+    def head_bias(floats: Any, integers: Any) -> jax.Array:
+        return bias.bias_fn(slice_for_tile(bias.bias_fn, floats, tile), integers, tile)
+
+    row_bias = head_bias if H == 1 else jax.vmap(head_bias, in_axes=(vmap_axes(bias.floats, 1), None))
+    arrays = bias.floats, bias.integers
+    batch_bias = row_bias if B == 1 else jax.vmap(row_bias, in_axes=vmap_axes(arrays, 0))
+    out = batch_bias(drop_unit_axes(bias.floats), drop_unit_axes(bias.integers, 1))
+    return out.reshape(B, H, queries, keys)
+
+
+def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
+    """The arrays after axes of size 1 are removed from their first ``axes`` axes."""
+    return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
+
+
+def vmap_axes(tree: Any, axis: int) -> Any:
+    """``in_axes`` of ``jax.vmap`` for arrays after :func:`drop_unit_axes`: 0, or None where ``axis`` had size 1."""
+    return jax.tree.map(lambda x: None if x.shape[axis] == 1 else 0, tree)

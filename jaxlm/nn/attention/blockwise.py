@@ -1,0 +1,418 @@
+"""Attention in blocks of queries: O(T) memory, scores recomputed in the backward pass (after Dao et al. 2022).
+
+For each head, a block of queries is multiplied with all keys that it may attend to, in one matmul. For a causal mask in
+index order, these are the keys up to the diagonal (and within the window), which are known at trace time. For other
+masks over many keys, it is the range of keys that the integers of the block allow, rounded up to one of a few lengths.
+Only the output and the log-sum-exp of each row are saved.
+Shapes as in ``jaxlm.nn.attention``; R rows of a block, E keys of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm import sharding
+from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile, add_slices, drop_unit_axes, slice_for_tile, vmap_axes
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, dot, products, scores
+from jaxlm.nn.dropout import keep_rows
+
+BLOCK_ROWS = (256, 512)
+"""Queries per block, for fewer than ``LONG_SEQUENCE`` queries and for more. Small blocks give small matmuls; large
+blocks compute more scores that are masked."""
+LONG_SEQUENCE = 4096
+MAX_SECTIONS = 8
+"""Maximum number of sections of the queries, for a causal mask in index order. Each section uses the keys up to its own
+end. The number is limited because each section is compiled separately, and because a CPU runs several sections at the
+same time. The blocks of a section are computed in a loop."""
+ALIGN = 128
+"""The start and the end of a range of keys are multiples of this number."""
+MIN_KEYS_FOR_RANGES = 1024
+"""Minimum number of keys for which it is faster to find the range of visible keys at run time and to branch on it."""
+BATCH_AXIS = "attention_rows"
+"""Name of the batch axis in ``jax.vmap``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static(ScoreConfig):
+    """The static (trace-time) arguments of attention."""
+
+    dropout: float
+    sequential: bool
+    shared: tuple[bool, ...]
+    """For each bias, whether all rows of the batch share it and are computed together (not ``sequential``)."""
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    biases: tuple[AttentionBias, ...],
+    dropout: float,
+    key: jax.Array | None,
+    sequential: bool,
+) -> jax.Array:
+    """See ``jaxlm.nn.attention.attention``. ``sequential``: loop over heads instead of computing them together."""
+    bias_arrays = [jax.tree.leaves((bias.floats, bias.integers)) for bias in biases]
+    shared = tuple(not sequential and all(x.shape[0] == 1 for x in arrays) for arrays in bias_arrays)
+    static = _Static(
+        mask.causal, mask.window, scale, tuple(bias.bias_fn for bias in biases), dropout, sequential, shared
+    )
+    if not sequential and k_BSGK.shape[2] != q_BTHK.shape[2]:
+        k_BSGK, v_BSGK = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], axis=2) for x in (k_BSGK, v_BSGK))
+    floats = (q_BTHK, k_BSGK, v_BSGK, tuple(bias.floats for bias in biases))
+    integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
+    return _attention(static, floats, integers, key)
+
+
+# ------------------------------------------------------------------------------------------------ one block
+
+
+def _dropout_mask(static: _Static, key: Any, head: Any, queries: int, keys: int, tile: Tile) -> jax.Array | None:
+    if key is None:
+        return None
+    rows = (head * queries + tile.row + jnp.arange(tile.rows)).astype(jnp.uint32)
+    if isinstance(tile.column, int):
+        return keep_rows(key, rows, tile.column + tile.columns, static.dropout)[:, tile.column :]
+    return lax.dynamic_slice_in_dim(keep_rows(key, rows, keys, static.dropout), tile.column, tile.columns, axis=1)
+
+
+def _forward_block(
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile,
+    keep: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    scores_RE = scores(static, q_RK, k_EK, bias_arrays, integers, tile)
+    top_R = jnp.max(scores_RE, axis=1)
+    top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # -inf for a query that may not attend to any key
+    weights = jnp.exp(scores_RE - top_R[:, None])
+    total_R = jnp.sum(weights, axis=1)
+    if keep is not None:
+        weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
+    out = dot(weights.astype(v_EK.dtype), v_EK, 1, 0)
+    visible_R = total_R > 0.0
+    total_R = jnp.where(visible_R, total_R, 1.0)
+    # For a query without visible keys, lse = +inf makes exp(score - lse) zero in the backward pass.
+    lse_R = jnp.where(visible_R, top_R + jnp.log(total_R), jnp.inf)
+    return (out / total_R[:, None]).astype(v_EK.dtype), lse_R
+
+
+def _backward_block(
+    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile,
+    keep: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
+    """The gradients of a block, float32: dq [R, K], and its contributions to dk and dv [K, E] and to the slices of the
+    biases."""
+    weights = jnp.exp(scores(static, q_RK, k_EK, bias_arrays, integers, tile) - lse_R[:, None])
+    dweights = dot(dout_RK, v_EK, 1, 1)
+    kept = weights
+    if keep is not None:
+        kept = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
+        dweights = jnp.where(keep, dweights / (1.0 - static.dropout), 0.0)
+    delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
+    dscores = weights * (dweights - delta_R[:, None])
+    dq_RK, dk_KE, dv_KE = products(static, q_RK, k_EK, v_EK, dout_RK, kept, dscores)
+    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, bias_arrays, integers[1], tile, dscores)
+
+
+def _all_bias_gradients(
+    static: _Static, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
+) -> tuple[Any, ...]:
+    """The contributions of a block to the gradients of the slices of each bias."""
+
+    def gradients_of_bias(bias_fn: BiasFn, shared: bool, bias_arrays: Any, integers: Any) -> Any:
+        # The gradient is linear in dscores. So for a shared bias, dscores are summed over the batch first, and the
+        # gradient is computed once instead of once per row.
+        return bias_gradients(
+            bias_fn, bias_arrays, integers, tile, lax.psum(dscores, BATCH_AXIS) if shared else dscores
+        )
+
+    return tuple(map(gradients_of_bias, static.bias_fns, static.shared, bias_arrays, integers))
+
+
+# ------------------------------------------------------------------------------------------- blocks of a head
+
+
+def _loop_over_blocks(
+    static: _Static, queries: int, keys: int, integers: Any, carry: Any, visit: Callable[[Any, Tile], Any]
+) -> Any:
+    """The final carry of ``carry = visit(carry, tile)`` over all blocks of queries and the keys visible to each."""
+    order, _, segments, _ = integers[0]
+    block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
+    diagonal = static.causal and order is None
+    # Only for one head at a time: heads computed together may need different keys, and under vmap all branches run.
+    ranges = static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
+    if diagonal and not ranges:
+        rows = -(-max(queries // MAX_SECTIONS, 1) // block) * block
+        for row in range(0, queries, rows):
+            end = min(row + rows, queries)
+            first = 0 if static.window is None else max(row - static.window + 1, 0) // ALIGN * ALIGN
+            carry = _loop_over_section(row, end, block, carry, functools.partial(_visit_with_keys, visit, first, end))
+        return carry
+
+    def choose(carry: Any, row: Any, rows: int) -> Any:
+        if not ranges:
+            return visit(carry, Tile(row, rows, 0, keys))
+        lengths = sorted({min(-(-keys // (divisor * ALIGN)) * ALIGN, keys) for divisor in (16, 8, 4, 2, 1)})
+        first, end = _visible_range(static, row, rows, queries, keys, integers[0])
+        first = first // ALIGN * ALIGN
+
+        def branch(length: int) -> Callable[[Any], Any]:
+            return lambda carry: visit(carry, Tile(row, rows, jnp.minimum(first, keys - length), length))
+
+        index = sum((end - first > length).astype(jnp.int32) for length in lengths[:-1])
+        return lax.switch(index, [branch(length) for length in lengths], carry)
+
+    return _loop_over_section(0, queries, block, carry, choose)
+
+
+def _visit_with_keys(visit: Callable[[Any, Tile], Any], first: int, end: int, carry: Any, row: Any, rows: int) -> Any:
+    return visit(carry, Tile(row, rows, first, end - first))
+
+
+def _loop_over_section(start: int, end: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
+    """The final carry of ``carry = visit(carry, row, rows)`` over the blocks in rows [start, end)."""
+    full_blocks = (end - start) // block
+    if full_blocks == 1:
+        carry = visit(carry, start, block)
+    elif full_blocks > 1:
+        carry = lax.fori_loop(0, full_blocks, lambda i, c: visit(c, start + i * block, block), carry)
+    if rest := (end - start) % block:
+        carry = visit(carry, end - rest, rest)
+    return carry
+
+
+def _visible_range(static: _Static, row: Any, rows: int, queries: int, keys: int, integers: Any) -> tuple[Any, Any]:
+    """The range [first, end) of keys that contains all keys visible to a block."""
+    query_order, key_order, query_segments, key_segments = integers
+    tile = Tile(row, rows, 0, keys)
+    visible_S = jnp.ones((keys,), bool)
+    if static.causal:
+        if query_order is None:
+            query_order, key_order = jnp.arange(queries), jnp.arange(keys)
+        order_R = tile.slice_queries(query_order)
+        visible_S &= key_order <= jnp.max(order_R)
+        if static.window is not None:
+            visible_S &= key_order > jnp.min(order_R) - static.window
+    if query_segments is not None:
+        segments_R = tile.slice_queries(query_segments)
+        visible_S &= (key_segments >= jnp.min(segments_R)) & (key_segments <= jnp.max(segments_R))
+    first = jnp.argmax(visible_S).astype(jnp.int32)
+    return first, jnp.where(jnp.any(visible_S), keys - jnp.argmax(visible_S[::-1]).astype(jnp.int32), first)
+
+
+def _write_rows(x: jax.Array, value: jax.Array, row: Any) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), row, 0)
+
+
+def _add_columns(x_KS: jax.Array, value_KE: jax.Array, tile: Tile) -> jax.Array:
+    sums_KE = lax.dynamic_slice_in_dim(x_KS, tile.column, tile.columns, 1) + value_KE
+    return lax.dynamic_update_slice_in_dim(x_KS, sums_KE, tile.column, 1)
+
+
+def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
+    q, k, v, bias_floats = floats
+    T, S = q.shape[0], k.shape[0]
+
+    def visit(carry: Any, tile: Tile) -> Any:
+        keep = _dropout_mask(static, key, head, T, S, tile)
+        bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
+        out, lse = _forward_block(
+            static, tile.slice_queries(q), tile.slice_keys(k), tile.slice_keys(v), bias_arrays, integers, tile, keep
+        )
+        return _write_rows(carry[0], out, tile.row), _write_rows(carry[1], lse, tile.row)
+
+    start = jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)
+    return _loop_over_blocks(static, T, S, integers, start, visit)
+
+
+def _head_backward(
+    static: _Static, key: Any, head: Any, floats: Any, integers: Any, out: Any, lse: Any, dout: Any
+) -> Any:
+    q, k, v, bias_floats = floats
+    T, S = q.shape[0], k.shape[0]
+
+    def visit(carry: Any, tile: Tile) -> Any:
+        dq, dk, dv, dbias = carry
+        keep = _dropout_mask(static, key, head, T, S, tile)
+        bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
+        rows = (tile.slice_queries(x) for x in (out, lse, dout))
+        block = _backward_block(
+            static,
+            tile.slice_queries(q),
+            tile.slice_keys(k),
+            tile.slice_keys(v),
+            bias_arrays,
+            integers,
+            tile,
+            keep,
+            *rows,
+        )
+        dbias = tuple(
+            add_slices(bias_fn, old, new, tile) for bias_fn, old, new in zip(static.bias_fns, dbias, block[3])
+        )
+        return (
+            _write_rows(dq, block[0], tile.row),
+            _add_columns(dk, block[1], tile),
+            _add_columns(dv, block[2], tile),
+            dbias,
+        )
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k.T, v.T, bias_floats))
+    dq, dk, dv, dbias = _loop_over_blocks(static, T, S, integers, start, visit)
+    return dq, dk.T, dv.T, dbias
+
+
+# ------------------------------------------------------------------------------------------------ all heads
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, floats: Any, integers: Any, key: Any) -> jax.Array:
+    """The output [B, T, H, V] of attention.
+
+    Args:
+        floats: q [B, T, H, K], k and v [B, S, G, K], and for each bias its arrays [1 or B, 1 or H, ...].
+    """
+    return _forward(static, floats, integers, key)[0]
+
+
+def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax.Array, Any]:
+    head_fn = functools.partial(_head_forward, static, key)
+    (B, T, H, _), v = floats[0].shape, floats[2]
+    if static.sequential:
+
+        def add_head(number: Any, carry: Any) -> Any:
+            out, lse = head_fn(number, *_select_head(number, H, floats, _HEAD_AXES, integers))
+            return _write_head(carry[0], out, number, H, 2), _write_head(carry[1], lse, number, H, 1)
+
+        start = jnp.zeros((B, T, H, v.shape[3]), v.dtype), jnp.zeros((B, H, T), jnp.float32)
+        out_BTHK, lse_BHT = lax.fori_loop(0, B * H, add_head, start)
+    else:
+        out_BHTK, lse_BHT = _map_all_heads(head_fn, _swap_heads_and_time(floats), integers)
+        out_BTHK = jnp.swapaxes(out_BHTK, 1, 2)
+    # Named, so that a remat policy can save them. To recompute them would need a second forward pass.
+    out_BTHK, lse_BHT = checkpoint_name(out_BTHK, SAVED), checkpoint_name(lse_BHT, SAVED)
+    return out_BTHK, (floats, integers, key, out_BTHK, lse_BHT)
+
+
+def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
+    floats, integers, key, out, lse = saved
+
+    def head_fn(number: Any, arrays: Any, integers: Any) -> Any:
+        head_floats, (out, lse, dout) = arrays
+        return _head_backward(static, key, number, head_floats, integers, out, lse, dout)
+
+    if static.sequential:
+        B, _, H, _ = floats[0].shape
+
+        def add_head(number: Any, gradients: Any) -> Any:
+            arrays = (floats, (out, lse, dout))
+            new = head_fn(number, *_select_head(number, H, arrays, (_HEAD_AXES, (2, 1, 2)), integers))
+
+            def add(total: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+                return _write_head(total, _read_head(total, number, H, axis) + x, number, H, axis)
+
+            return _map_with_axes(add, gradients, new, axes=_HEAD_AXES)
+
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), floats)
+        gradients = lax.fori_loop(0, B * H, add_head, start)
+        return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, floats), None, None
+
+    heads_first = _swap_heads_and_time(floats)
+    arrays = heads_first, (jnp.swapaxes(out, 1, 2), lse, jnp.swapaxes(dout, 1, 2))
+
+    def sum_over_shared(gradient: jax.Array, x: jax.Array) -> jax.Array:
+        """The gradient of ``x``, summed over the rows and heads that share it."""
+        B, H = gradient.shape[:2]
+        shape = (x.shape[0], B // x.shape[0], x.shape[1], H // x.shape[1], *x.shape[2:])
+        return gradient.reshape(shape).sum(axis=(1, 3)).astype(x.dtype)
+
+    # For a bias that all rows share, dscores are summed over the rows of each device before the gradient is computed.
+    active = sharding.active()
+    B = lse.shape[0]
+    devices = 1 if active is None or not any(static.shared) else math.gcd(B, active.num_shards(("batch",)))
+    *dqkv, bias_floats = _map_all_heads(head_fn, arrays, integers, devices)
+    # All rows of a device have the same sum; take it once.
+    first_row = lambda x: x.reshape(devices, B // devices, *x.shape[1:])[:, 0]  # noqa: E731
+    bias_floats = tuple(
+        jax.tree.map(first_row, x) if shared else x for x, shared in zip(bias_floats, static.shared, strict=True)
+    )
+    gradients = jax.tree.map(sum_over_shared, (*dqkv, bias_floats), heads_first)
+    return _swap_heads_and_time(gradients), None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+_HEAD_AXES = (2, 2, 2, 1)
+"""The axis of heads in q, k, v and in all arrays of biases."""
+
+
+def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
+    """A tree of ``function(leaf of each tree, axis of heads)``; one entry of ``axes`` may be for a whole subtree."""
+    if isinstance(axes, int):
+        return jax.tree.map(lambda *x: function(*x, axes), *trees)
+    return tuple(_map_with_axes(function, *subtrees, axes=axis) for *subtrees, axis in zip(*trees, axes, strict=True))
+
+
+def _select_head(number: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
+    """The arrays and the integers of head ``number``, counted over all rows. Only these slices are copied."""
+    row = number // heads
+    head_floats = _map_with_axes(lambda x, axis: _read_head(x, number, heads, axis), floats, axes=axes)
+    return head_floats, jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
+
+
+def _head_start(x: jax.Array, number: Any, heads: int, axis: int) -> list[Any]:
+    """The start indices of head ``number`` (counted over all rows) in an array that rows and heads may share."""
+    starts = [number // heads if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
+    starts[axis] = number % heads // (heads // x.shape[axis])
+    return starts
+
+
+def _read_head(x: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
+    sizes = [1 if dim in (0, axis) else size for dim, size in enumerate(x.shape)]
+    return lax.squeeze(lax.dynamic_slice(x, _head_start(x, number, heads, axis), sizes), (0, axis))
+
+
+def _write_head(x: jax.Array, value: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice(x, jnp.expand_dims(value, (0, axis)), _head_start(x, number, heads, axis))
+
+
+def _swap_heads_and_time(floats: Any) -> Any:
+    """q, k and v with the axes of heads and time swapped. Arrays of biases already have heads first."""
+    q, k, v, bias_floats = floats
+    return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias_floats
+
+
+def _map_all_heads(function: Callable[..., Any], floats: Any, integers: Any, parts_of_batch: int = 1) -> Any:
+    """``function(head number, arrays of the head, integers of its row)`` for all heads together, [B, H, ...].
+
+    The arrays may have size 1 instead of B or H, and the integers size 1 instead of B.
+
+    Args:
+        parts_of_batch: the batch is split into this number of parts, and a ``psum`` over :data:`BATCH_AXIS` in the
+            function sums over the rows of one part.
+    """
+    B, H = jax.tree.leaves(floats)[0].shape[:2]
+    over_heads = jax.vmap(function, in_axes=(0, vmap_axes(floats, 1), None))
+    axes = 0, vmap_axes(floats, 0), vmap_axes(integers, 0)
+    over_rows = jax.vmap(over_heads, in_axes=axes, axis_name=BATCH_AXIS)
+    arguments = jnp.arange(B * H).reshape(B, H), drop_unit_axes(floats), drop_unit_axes(integers, 1)
+    if parts_of_batch == 1:
+        return over_rows(*arguments)
+
+    def split_batch(axis: int | None, x: Any) -> Any:
+        return x if axis is None else x.reshape(parts_of_batch, -1, *x.shape[1:])
+
+    arguments = jax.tree.map(split_batch, axes, arguments, is_leaf=lambda axis: axis is None)
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), jax.vmap(over_rows, in_axes=axes)(*arguments))

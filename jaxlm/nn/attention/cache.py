@@ -1,0 +1,212 @@
+"""The key-value cache: the keys and values that an attention layer keeps from one call to the next.
+
+Every leaf has a ``batch`` axis, so that beam search, resets and shardings find it by name. Each row appends at its own
+``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one token; padding is
+stored too, with segment id 0, and real tokens do not attend to it. The last axis holds all heads of a slot (G * K): a
+last axis of one head's width would leave half of a TPU's vector lanes empty.
+Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxlm import spec
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.segments import positions_in_segments
+from jaxlm.spec import ArraySpec
+
+
+def cache_specs(
+    layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any, *, stacked: bool
+) -> dict[str, Any]:
+    """Specs of an empty cache for ``slots`` tokens per row and ``layers`` layers (``stacked``: see ``spec.layers``)."""
+    keys = ArraySpec((batch, slots, heads * kv), ("batch", "slots", "heads"), dtype=dtype)
+    slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
+    return {
+        spec.LAYERS: spec.layers(layers, {"key": keys, "value": keys}, stacked=stacked),
+        "segment_ids": slot,
+        "positions": slot,
+        "length": ArraySpec((batch,), ("batch",), dtype=jnp.int32),
+    }
+
+
+@struct.dataclass
+class CacheView:
+    """A view of one layer's slots [B, S, G * K] in the array of all layers, for reads and writes in place.
+
+    A loop over layers that slices each layer's slots out of the array and writes them back would copy the whole cache
+    for every token.
+
+    Attributes:
+        stack: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K], as in the per-layer
+            layout (``spec.layers``).
+        layer: index of the layer.
+        heads: G, to read the slots as [B, S, G, K]; None: as [B, S, G * K].
+    """
+
+    stack: jax.Array
+    layer: Any = None
+    heads: int | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, S, G * K]; with ``heads``, [B, S, G, K]."""
+        *rest, width = self.stack.shape[-3:]
+        return (*rest, width) if self.heads is None else (*rest, self.heads, width // self.heads)
+
+    def read(self, length: int) -> jax.Array:
+        """The first ``length`` slots of each row, [B, length, ...]."""
+        if self.layer is None:
+            slots = self.stack[:, :length]
+        else:
+            sizes = (1, self.stack.shape[1], length, self.stack.shape[3])
+            slots = lax.dynamic_slice(self.stack, (self.layer, 0, 0, 0), sizes)
+        return slots.reshape(self.shape[0], length, *self.shape[2:])
+
+    def append(self, new_BT: jax.Array, length_B: jax.Array) -> CacheView:
+        """The view after ``new`` is written behind the first ``length`` slots of each row; see :func:`append`."""
+        B, T = new_BT.shape[:2]
+        slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
+        rows = jnp.arange(B)[:, None]
+        new = new_BT.reshape(B, T, self.stack.shape[-1]).astype(self.stack.dtype)
+        index = (rows, slot_BT) if self.layer is None else (self.layer, rows, slot_BT)
+        return dataclasses.replace(self, stack=self.stack.at[index].set(new, unique_indices=True))
+
+
+def updates_in_place(state: Any, new: int) -> bool:
+    """Whether a loop over layers should update the cache in place, because it has many more slots than new tokens."""
+    return state is not None and _is_small_update(new, state["segment_ids"].shape[1])
+
+
+def _is_small_update(num_new: int, slots: int) -> bool:
+    return 8 * num_new <= slots
+
+
+def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
+    """``slots`` [B, S, ...] with ``new`` [B, T, ...] written into each row, starting at the row's ``length``."""
+    if isinstance(slots_BS, CacheView):
+        return slots_BS.append(new_BT, length_B)
+    if slots_BS.ndim == 3 and _is_small_update(new_BT.shape[1], slots_BS.shape[1]):
+        # On a TPU, the update below becomes a scatter in float32 if there are several rows (docs/labbook.md).
+        return CacheView(slots_BS).append(new_BT, length_B).stack
+    new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
+    write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
+    return jax.vmap(write)(slots_BS, new_BT, length_B)
+
+
+def split_heads(kv: Any, heads: int) -> tuple[Any, Any]:
+    """A layer's cached keys and values as attention reads them: views [B, S, G, K], where G is ``heads``."""
+
+    # The array of a single layer becomes a view as well. If it were reshaped here, XLA would write the new tokens into
+    # two arrays, one of each shape.
+    key, value = (x if isinstance(x, CacheView) else CacheView(x) for x in (kv["key"], kv["value"]))
+    return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
+
+
+def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context) -> tuple[Any, tuple[Any, Any]]:
+    """A layer's cache with ``new`` keys and values appended, and the keys and values that attention reads.
+
+    Args:
+        kv: ``key`` and ``value`` of the layer; None: no cache, attention reads only the new keys and values.
+        new: keys and values of the new tokens, each [B, T, G, K].
+
+    Returns:
+        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K].
+    """
+    if kv is None:
+        return None, new
+    assert context.start_B is not None
+    kv = {name: append(kv[name], x, context.start_B) for name, x in zip(("key", "value"), new, strict=True)}
+    return kv, split_heads(kv, new[0].shape[2])
+
+
+def num_slots(specs: spec.Tree, state: Any) -> int | None:
+    """The number of slots of the cache in ``state`` (arrays or specs); None if there is no cache in it."""
+    sizes = spec.map_axis(specs, "slots", lambda leaf, at: leaf.shape[at], state, optional=True)
+    return next((size for size in jax.tree.leaves(sizes) if isinstance(size, int)), None)
+
+
+def resize(specs: spec.Tree, state: Any, slots: int) -> Any:
+    """The state with ``slots`` slots in each cache.
+
+    If a cache has more slots, only its first ``slots`` are kept. If it has fewer, empty slots are added at its end.
+    State that is not part of a cache has no axis ``slots`` and is returned unchanged.
+    """
+
+    def resize_leaf(leaf: jax.Array, dim: int) -> jax.Array:
+        if leaf.shape[dim] >= slots:
+            return lax.slice_in_dim(leaf, 0, slots, axis=dim)
+        widths = [(0, slots - leaf.shape[dim] if axis == dim else 0) for axis in range(leaf.ndim)]
+        return jnp.pad(leaf, widths)
+
+    return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
+
+
+@struct.dataclass
+class Context:
+    """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
+
+    Attributes:
+        segment_ids: [B, T] of the new tokens; None if there is no state and the caller gave no segment ids.
+        positions: [B, T] of the new tokens.
+        mask: which keys (cached and new) each new token may attend to.
+        start_B: the slot of each row's first new token; None without a state.
+        valid_B: False for a row whose cache is too short for the new tokens; None without a state.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+    mask: Mask
+    start_B: jax.Array | None
+    valid_B: jax.Array | None
+
+
+def make_context(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> tuple[Context, Any]:
+    """The :class:`Context` of new tokens, and the state updated for them, except for the keys and values.
+
+    Args:
+        segment_ids: [B, T]; None: all new tokens belong to document 1.
+        positions: [B, T]; None: positions within the document, continued from the tokens in the state.
+
+    Raises:
+        ValueError: there are more new tokens than the state has slots.
+    """
+    B, T = tokens_BT.shape
+    if state is None:
+        mask = Mask(causal=True, query_segments=segment_ids, key_segments=segment_ids)
+        if positions is None:
+            ones = jnp.ones((B, T), jnp.int32)
+            positions = positions_in_segments(ones if segment_ids is None else segment_ids)
+        return Context(segment_ids, positions, mask, None, None), None
+    S = state["segment_ids"].shape[1]
+    if T > S:
+        raise ValueError(f"{T} new tokens do not fit a state of {S} slots: make it with state_specs(cfg, batch, {T})")
+    segments = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    length_B = state["length"]
+    if positions is None:
+        slot_S = jnp.arange(S, dtype=jnp.int32)
+        last_B1 = jnp.argmax(jnp.where(state["segment_ids"] > 0, slot_S[None, :], -1), axis=1, keepdims=True)
+        last_segment_B = jnp.take_along_axis(state["segment_ids"], last_B1, axis=1)[:, 0]
+        next_position_B = jnp.take_along_axis(state["positions"], last_B1, axis=1)[:, 0] + 1
+        positions = positions_in_segments(segments, jnp.where(last_segment_B > 0, last_segment_B, -1), next_position_B)
+    state = {
+        **state,
+        "segment_ids": append(state["segment_ids"], segments, length_B),
+        "positions": append(state["positions"], positions, length_B),
+        "length": length_B + T,
+    }
+    mask = Mask(
+        causal=True,
+        query_order=length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :],
+        key_order=jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (B, S)),
+        query_segments=segments,
+        key_segments=state["segment_ids"],
+    )
+    return Context(segments, positions, mask, length_B, length_B + T <= S), state

@@ -1,0 +1,211 @@
+"""Relative attention biases: they depend on the distance between query and key.
+
+    T5 (Raffel et al. 2020, section 2.1):             a number for each head and distance
+    Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], with a vector r for each head and distance;
+                                                      XLNet uses the same
+
+distance = query position - key position. The numbers or vectors are the rows of a table, in the order of descending
+distances. ``attention`` gets them as an ``AttentionBias``; its implementations compute only one tile of the bias at a
+time.
+
+Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model width, R rows and E
+columns of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.devices import LANES
+from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile
+
+
+def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
+    """``[sin | cos]`` (concatenated, not interleaved) of each distance at ``width / 2`` frequencies, [R, D] float32.
+
+    Raises:
+        ValueError: an odd width.
+    """
+    if width % 2:
+        raise ValueError(f"sinusoids come in pairs: width={width} must be even")
+    frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = frequency[:, None] * distance_R.astype(jnp.float32)[None, :]
+    # Built in the layout that ``_table_arrays`` uses. Otherwise XLA would transpose it again in every layer.
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
+
+
+def distance_bias(
+    table: jax.Array,
+    longest: int,
+    queries: int,
+    keys: int,
+    *,
+    query_offset: int,
+    q_BTHK: jax.Array | None = None,
+    scale: float = 1.0,
+) -> AttentionBias:
+    """The bias for positions given by the index: query t has position ``query_offset + t`` and key s has position s.
+
+    Args:
+        table: [N, H] numbers, or [N, H, K] vectors with ``q_BTHK``. Row n is for distance ``longest - n``. For
+            distances outside the table, the nearest row is used.
+        longest: the distance of row 0.
+        queries, keys: T and S.
+        query_offset: position of query 0 relative to key 0, in every row of the batch: 0 if queries and keys start at
+            the same position, ``keys - queries`` if they end at the same position.
+        q_BTHK: the queries that are multiplied with the vectors of the table.
+        scale: factor of these products. Numbers are not scaled.
+    """
+    # Rows of the padded table: row 0 is not used for any score, but ``Tile.diagonals`` needs it. Row 1 is for the last
+    # query and the first key, which have the largest distance.
+    first, rows = longest - (query_offset + queries), queries + keys
+    low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
+    before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
+    floats = _table_arrays(table, q_BTHK)
+    used_rows = floats["table"][..., low : high + 1]
+    floats["table"] = jnp.pad(used_rows, (*[(0, 0)] * (used_rows.ndim - 1), (before, after)), mode="edge")
+    return AttentionBias(_ByDistance(queries, scale), floats)
+
+
+def distance_bias_of_queries(
+    table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
+) -> AttentionBias:
+    """:func:`distance_bias` for queries at any positions; the position of a key is its index.
+
+    The table must have a row for every distance that occurs: ``longest - N < query position - key index <= longest``
+    for all queries and keys. Otherwise the bias is undefined.
+
+    Args:
+        query_BT: [1 or B, T] integers, the position of each query relative to key 0.
+        keys: S, the number of keys.
+
+    Raises:
+        ValueError: the table has fewer rows than there are keys.
+    """
+    if table.shape[0] < keys:
+        raise ValueError(
+            f"a table of {table.shape[0]} distances is too short for {keys} keys: it needs at least {keys} rows"
+        )
+    return AttentionBias(_ByQueryPosition(longest, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
+
+
+def distance_bias_of_positions(
+    table: jax.Array,
+    longest: int,
+    query_BT: jax.Array,
+    key_BS: jax.Array,
+    *,
+    q_BTHK: jax.Array | None = None,
+    scale: float = 1.0,
+) -> AttentionBias:
+    """:func:`distance_bias` for any positions of queries [1 or B, T] and keys [1 or B, S], integers.
+
+    It gathers single entries, whereas :func:`distance_bias` shifts whole rows, which is faster.
+    """
+    return AttentionBias(_ByPositions(longest, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS})
+
+
+def type_bias(
+    q_BTHK: jax.Array, table_2HK: jax.Array, query_types_BT: jax.Array, key_types_BS: jax.Array, *, scale: float
+) -> AttentionBias:
+    """The bias ``scale * q . table[0 if the token types are equal else 1]`` (XLNet; Yang et al. 2019, section 2.5)."""
+    biases_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
+    return AttentionBias(_ByTokenTypes(), {"biases": biases_BHT2}, {"query": query_types_BT, "key": key_types_BS})
+
+
+def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
+    """The arrays of a bias. Distances are the last axis, so that the matmul with queries and its gradient are fast on
+    CPU."""
+    if q_BTHK is None:
+        return {"table": jnp.moveaxis(table.astype(jnp.float32)[..., None], 0, -1)[None]}
+    return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 0, -1)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByDistance:
+    """Bias function that uses row ``offset - t + s`` of the table for query t and key s."""
+
+    offset: int
+    scale: float
+
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        first = self.offset - tile.row - tile.rows + tile.column
+        return {"table": (first, tile.rows + tile.columns, -1), "query": (tile.row, tile.rows, 0)}
+
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        return tile.diagonals(arrays["table"], arrays.get("query"), self.scale)
+
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        padded_floats = {"table": _pad_axis(floats["table"], queries, keys, axis=-1)}
+        if "query" in floats:
+            padded_floats["query"] = _pad_axis(floats["query"], 0, queries, axis=-2)
+        return dataclasses.replace(self, offset=self.offset + queries), padded_floats
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByQueryPosition:
+    """Bias function that uses row ``longest - query position + s`` of the table for key s."""
+
+    longest: int
+    keys: int
+    scale: float
+
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"query": (tile.row, tile.rows, 0)}
+
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        product_RN = tile.product(arrays["query"], arrays["table"], self.scale)
+        return tile.gather_shifted(product_RN, self.longest - tile.query_column(integers["query"]))
+
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        table, query = floats["table"], _pad_axis(floats["query"], 0, queries, axis=-2)
+        rows = max(table.shape[-1], self.keys + keys)
+        return self, {"table": _pad_axis(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByPositions:
+    """Bias function that uses row ``longest - distance`` of the table, or the nearest row."""
+
+    longest: int
+    scale: float
+
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"query": (tile.row, tile.rows, 0)}
+
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        query_R1, key_1E = tile.query_column(integers["query"]), tile.key_row(integers["key"])
+        table = arrays["table"]
+        row_RE = jnp.clip(self.longest - (query_R1 - key_1E), 0, table.shape[-1] - 1)
+        if "query" not in arrays:
+            return table[0].at[row_RE].get(mode="promise_in_bounds")
+        product_RN = tile.product(arrays["query"], table, self.scale)
+        return jnp.take_along_axis(product_RN, row_RE, axis=1, mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByTokenTypes:
+    """Bias function that selects one of two biases of a query: for a key of the same token type, or of another type."""
+
+    def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
+        return {"biases": (tile.row, tile.rows, 0)}
+
+    def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
+        query_R1, key_1E = tile.query_column(integers["query"]), tile.key_row(integers["key"])
+        biases_R2 = arrays["biases"]
+        return jnp.where(query_R1 == key_1E, biases_R2[:, :1], biases_R2[:, 1:])
+
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        return self, {name: _pad_axis(x, 0, queries, axis=-2) for name, x in floats.items()}
+
+
+def _pad_axis(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:
+    """``x`` padded with zeros along one axis."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (before, after)
+    return jnp.pad(x, pads)

@@ -1,0 +1,152 @@
+"""The rolling memory of models with segment recurrence (Transformer-XL, XLNet): the last inputs of every layer.
+
+The memory starts empty, as in the authors' code; Hugging Face attends to zeros instead. Every leaf has a ``batch``
+axis, so that beam search, resets and shardings find it by name. The newest token is last, and the oldest tokens are
+dropped. Padding never displaces a token.
+
+Shapes: B batch, M memory slots, T new tokens, S = M + T keys, D model width, H heads, K head width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm import spec
+from jaxlm.nn.attention import decode
+from jaxlm.nn.attention.bias import AttentionBias
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.spec import ArraySpec
+
+
+def memory_specs(
+    layers: int | None, batch: int, slots: int, width: int, dtype: Any, *, stacked: bool = True
+) -> dict[str, Any]:
+    """Specs of an empty memory for ``slots`` tokens per row.
+
+    It contains ``hidden`` [B, M, D] for each of the ``layers`` (``stacked``: see ``spec.layers``; None: one ``hidden``
+    without a key ``layers``), and ``segment_ids`` [B, M] with 0 for an empty slot.
+
+    Raises:
+        ValueError: ``slots`` is less than 1.
+    """
+    if slots < 1:
+        raise ValueError(
+            f"a memory needs at least 1 slot, got slots={slots}: enlarge it, or call the model without a state"
+        )
+    hidden = {"hidden": ArraySpec((batch, slots, width), ("batch", None, "activation_embed"), dtype=dtype)}
+    return {
+        **(hidden if layers is None else {spec.LAYERS: spec.layers(layers, hidden, stacked=stacked)}),
+        "segment_ids": ArraySpec((batch, slots), ("batch", None), dtype=jnp.int32),
+    }
+
+
+@struct.dataclass
+class Context:
+    """The positions and the mask of the new tokens of a call, relative to the tokens in the memory.
+
+    Attributes:
+        query_positions: [1 or B, T]. Padding is not counted. So the distance ``query - key`` of two tokens of a
+            document depends neither on padding nor on how the text is split into calls.
+        key_positions: [1 or B, S] of the memory and the new tokens.
+        mask: which of the S keys each of the T queries may attend to.
+        kept_indices: [B, M] indices of the keys that the next memory contains, for :func:`append`; None: the last M.
+    """
+
+    query_positions: jax.Array
+    key_positions: jax.Array
+    mask: Mask
+    kept_indices: jax.Array | None
+
+
+def make_context(
+    tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
+) -> tuple[Context, Any]:
+    """The :class:`Context` of new tokens, and the state with their segment ids.
+
+    ``hidden`` of the returned state is not updated yet. The caller does this with :func:`append` or
+    :func:`append_layers`.
+
+    Args:
+        state: a state as in :func:`memory_specs`; None: there is no memory, and S = T.
+        segment_ids: [B, T], 0 for padding (anywhere in a row), 1, 2, ... for documents. Default: one document (1).
+        causal: whether later keys are masked.
+        window: the number of tokens that a query may attend to, itself included; None: no limit.
+    """
+    B, T = tokens_BT.shape
+    if state is None and segment_ids is None:
+        positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
+        return Context(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
+    segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    segments_BS = segments_BT
+    if state is not None:
+        segments_BS = jnp.concatenate([state["segment_ids"], segments_BT], axis=1)
+    positions_BS = jnp.cumsum(segments_BS > 0, axis=1, dtype=jnp.int32)
+    positions_BT = positions_BS[:, -T:]
+    mask = Mask(
+        causal=causal,
+        window=window,
+        query_order=positions_BT,
+        key_order=positions_BS,
+        query_segments=segments_BT,
+        key_segments=segments_BS,
+    )
+    kept_BM = None
+    if state is not None:
+        if segment_ids is not None:
+            # Padding and empty slots are sorted first, so that they are dropped before tokens.
+            kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
+        state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_BM)}
+    return Context(positions_BT, positions_BS, mask, kept_BM), state
+
+
+def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
+    """The next memory, [B, M, ...]: M of the entries of ``memory`` and ``new``. No gradient flows through it.
+
+    Args:
+        memory_BM, new_BT: [B, M, ...] and [B, T, ...]; they are concatenated to S entries.
+        kept_BM: indices of the S entries that the next memory contains; None: the last M.
+    """
+    both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
+    if kept_BM is None:
+        return both_BS[:, new_BT.shape[1] :]
+    index = kept_BM.reshape(kept_BM.shape + (1,) * (both_BS.ndim - 2))
+    return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")
+
+
+def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
+    """:func:`append` for all layers of a state, stacked or per layer.
+
+    It runs once after the loop over layers, because a loop that carried the memories would copy them in every layer.
+    """
+    if isinstance(memory, tuple):
+        return jax.tree.map(lambda old, x: append(old, x, kept_BM), memory, new)
+    return jax.tree.map(lambda old, x: jax.vmap(append, in_axes=(0, 0, None))(old, x, kept_BM), memory, new)
+
+
+def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
+    """``weight @ q`` for each head, [B, T, H, D]: the queries of absorbed attention.
+
+    For an input h with the key ``W h``, ``q . (W h) = (q W) . h``. So these queries attend to the inputs themselves,
+    and their weighted mean is then multiplied with the value weights (:func:`project_heads`). The inputs in the memory
+    are not projected again for every new token, and the memory needs half the space of keys and values.
+    ``jaxlm.nn.choices.absorbed_attention`` says when this is cheaper.
+    """
+    return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
+
+
+def attend(
+    q_BTHD: jax.Array, context_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
+) -> jax.Array:
+    """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D]."""
+    context_BS1D = context_BSD[:, :, None]
+    return decode.attend(q_BTHD, context_BS1D, context_BS1D, mask, scale, biases)
+
+
+def project_heads(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
+    """``x @ weight`` for each head, [B, T, H, K]: turns weighted means of inputs into weighted means of values."""
+    return jnp.einsum("BTHD,DHK->BTHK", x_BTHD, weight_DHK.astype(x_BTHD.dtype))

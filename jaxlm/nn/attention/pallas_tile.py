@@ -1,0 +1,186 @@
+"""A tile of attention scores in the VMEM of a TPU: the operations of biases on it, and their gradients.
+
+Relative biases move diagonals into columns. Rotations in the vector unit do this; the gradients here are custom,
+because JAX has no gradient for these rotations.
+Shapes: R queries of a block, E keys, P = R + E entries of a strip, N rows of a table, K head width, Y any width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.devices import LANES
+from jaxlm.nn.attention.bias import Tile
+from jaxlm.nn.attention.tile_scores import dot
+
+SUBLANES = 8
+"""Rows of a vector register, in float32."""
+SUBLANE_BITS, LANE_BITS = 3, 7
+
+
+class Block(Tile):
+    """A tile in VMEM. The integers of queries are already a column in it, and those of keys a row."""
+
+    def indices(self) -> tuple[jax.Array, jax.Array]:
+        shape = self.rows, self.columns
+        return self.row + lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def query_column(self, x_T: jax.Array) -> jax.Array:
+        return x_T
+
+    def key_row(self, x_S: jax.Array) -> jax.Array:
+        return x_S
+
+    def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
+        if q_RK is None:
+            return _row_diagonals(self.rows, strip_KP)
+        return _diagonals(scale, q_RK, strip_KP)
+
+    def product(self, q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
+        return _product(scale, q_RK, table_KN)
+
+    def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+        return _gather_shifted(self.columns, x_RN.shape[1] - self.columns, x_RN, first_R1)
+
+
+def _rotate_progressively(x_RP: jax.Array, shift: int) -> jax.Array:
+    """``x`` with row i rotated to the right by ``shift + i``."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.roll(x_RP, shift, 1, stride=1, stride_axis=0)
+
+
+def _rotate_rows_by(x_RP: jax.Array, shift_R1: jax.Array, bits: int) -> jax.Array:
+    """``x`` with row i rotated to the right by ``shift[i]`` < 2^bits, with one rotation for each bit."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    for bit in range(bits):
+        x_RP = jnp.where(_bit(shift_R1, bit), pltpu.roll(x_RP, 1 << bit, 1), x_RP)
+    return x_RP
+
+
+def _bit(x: jax.Array, bit: int) -> jax.Array:
+    return (x >> bit) & 1 > 0
+
+
+def _append_zero_columns(dout_RE: jax.Array, more: int) -> jax.Array:
+    """The array with ``more`` columns of zeros added on the right."""
+    return jnp.concatenate([dout_RE, jnp.zeros((dout_RE.shape[0], more), dout_RE.dtype)], axis=1) if more else dout_RE
+
+
+def _reverse_rows(x_RY: jax.Array) -> jax.Array:
+    """The rows of ``x`` in reverse order, float32.
+
+    It is a matmul with a permutation matrix, because the vector unit cannot reverse rows. Each sum has one nonzero
+    summand, so the result is exact.
+    """
+    row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    permutation = (row + column == LANES - 1).astype(x_RY.dtype)
+    precision = lax.Precision.HIGHEST if x_RY.dtype == jnp.float32 else None
+    reverse = functools.partial(jnp.dot, permutation, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.concatenate([reverse(x_RY[end - LANES : end]) for end in range(x_RY.shape[0], 0, -LANES)])
+
+
+def _factor_gradients(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of q and of the table, from the gradient of their product; all have the same dtype."""
+    dq_RK, dtable_KN = dot(dproduct_RN, table_KN, 1, 1), dot(q_RK, dproduct_RN, 0, 0)
+    return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(scale: float, q_RK: jax.Array, table_KN: jax.Array) -> jax.Array:
+    return dot(q_RK, table_KN, 1, 0) * scale
+
+
+_product.defvjp(
+    lambda scale, q, table: (_product(scale, q, table), (q, table)),
+    lambda scale, saved, dproduct: _factor_gradients((dproduct * scale).astype(saved[0].dtype), *saved),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_shifted(columns: int, more: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+    """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + more].
+
+    ``first`` is at most ``more``. The shift by multiples of LANES columns comes first, because fewer columns are then
+    left to rotate.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    for bit in reversed(range(_vector_shift_bits(more))):
+        size = LANES << bit
+        x_RN = _append_zero_columns(x_RN, max(columns + 2 * size - x_RN.shape[1], 0))
+        x_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), x_RN[:, size : columns + 2 * size], x_RN[:, : columns + size])
+    for bit in range(LANE_BITS):
+        x_RN = jnp.where(_bit(first_R1, bit), pltpu.roll(x_RN, x_RN.shape[1] - (1 << bit), 1), x_RN)
+    return x_RN[:, :columns]
+
+
+def _gather_shifted_backward(
+    columns: int, more: int, first_R1: jax.Array, dout_RE: jax.Array
+) -> tuple[jax.Array, None]:
+    dx_RN = _rotate_rows_by(_append_zero_columns(dout_RE, LANES), first_R1, LANE_BITS)
+    for bit in range(_vector_shift_bits(more)):
+        zeros = jnp.zeros((dx_RN.shape[0], LANES << bit), dx_RN.dtype)
+        shifted, unshifted = (jnp.concatenate(both, axis=1) for both in ((zeros, dx_RN), (dx_RN, zeros)))
+        dx_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), shifted, unshifted)
+    return _append_zero_columns(dx_RN, max(columns + more - dx_RN.shape[1], 0))[:, : columns + more], None
+
+
+def _vector_shift_bits(more: int) -> int:
+    """Number of bits of the largest shift, counted in multiples of LANES columns."""
+    return (more // LANES).bit_length()
+
+
+_gather_shifted.defvjp(
+    lambda columns, more, x, first: (_gather_shifted(columns, more, x, first), first), _gather_shifted_backward
+)
+
+
+def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
+    """An array [R, E] whose entry (i, j) is entry (i, R - i + j) of ``x``."""
+    R, P = x_RP.shape
+    return _rotate_progressively(x_RP, P - R)[:, : P - R]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
+    return _diagonals_to_columns(_product(scale, q_RK, strip_KP))
+
+
+def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of q and of the strip. The rows are reversed, because a rotation can only grow from row to row."""
+    q_RK, strip_KP = saved
+    R, dtype = q_RK.shape[0], q_RK.dtype
+    dproduct_RP = _rotate_progressively(
+        _append_zero_columns(_reverse_rows((dout_RE * scale).astype(dtype)), R), 1
+    ).astype(dtype)
+    dq_RK, dstrip_KP = _factor_gradients(dproduct_RP, _reverse_rows(q_RK).astype(dtype), strip_KP)
+    return _reverse_rows(dq_RK).astype(dtype), dstrip_KP
+
+
+_diagonals.defvjp(lambda scale, q, strip: (_diagonals(scale, q, strip), (q, strip)), _diagonals_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
+    return _diagonals_to_columns(jnp.broadcast_to(strip_1P, (R, strip_1P.shape[1])))
+
+
+def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
+    """The sums along the diagonals: first groups of rows are aligned and added, then the rows of this sum."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    padded_RP = _append_zero_columns(dout_RE, R)
+    groups = (pltpu.roll(padded_RP[row : row + SUBLANES], R - row, 1) for row in range(0, R, SUBLANES))
+    total = functools.reduce(jnp.add, groups)
+    total = _rotate_rows_by(total, SUBLANES - 1 - lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0), SUBLANE_BITS)
+    return (pltpu.roll(jnp.sum(total, axis=0, keepdims=True), total.shape[1] - SUBLANES + 1, 1),)
+
+
+_row_diagonals.defvjp(lambda R, strip: (_row_diagonals(R, strip), None), _row_diagonals_backward)

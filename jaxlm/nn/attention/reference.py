@@ -1,0 +1,41 @@
+"""Scaled dot-product attention by its definition (Vaswani et al. 2017, eq. 1), with O(T * S) memory.
+
+Shapes as in ``jaxlm.nn.attention.api``; R query heads of each key head.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.attention.mask import Mask, keep, softmax
+from jaxlm.nn.attention.weight_record import record
+from jaxlm.nn.dropout import keep_rows
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    bias: jax.Array | None,
+    dropout: float,
+    key: jax.Array | None,
+) -> jax.Array:
+    """See ``jaxlm.nn.attention.attention``. ``bias`` is a dense array."""
+    (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
+    grouped = q_BTHK.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("BTGRK,BSGK->BGRTS", grouped, k_BSGK, preferred_element_type=jnp.float32)
+    scores_BHTS = scores.reshape(B, H, T, S) * scale
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias.astype(jnp.float32)
+    probabilities = softmax(scores_BHTS, keep(mask, T, S))
+    record(probabilities, "causal" if mask.causal else "bidirectional")
+    if key is not None:
+        rows = jnp.arange(B * H * T, dtype=jnp.uint32)
+        kept_rows = keep_rows(key, rows, S, dropout).reshape(B, H, T, S)
+        probabilities = jnp.where(kept_rows, probabilities / (1.0 - dropout), 0.0)
+    mixed = jnp.einsum("BGRTS,BSGK->BTGRK", probabilities.astype(v_BSGK.dtype).reshape(B, G, H // G, T, S), v_BSGK)
+    return mixed.reshape(B, T, H, v_BSGK.shape[-1])

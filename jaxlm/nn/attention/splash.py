@@ -1,0 +1,127 @@
+"""Splash attention on TPU: JAX's Pallas kernel that skips fully masked blocks, for masks of ``jaxlm.nn.attention``.
+
+``jax.experimental.pallas.ops.tpu.splash_attention`` has O(T) memory and a custom gradient, with one kernel in the
+forward pass and one or two in the backward pass. Its default blocks of 128 leave a TPU partly idle; the blocks here are
+as large as VMEM allows. Queries and keys are padded to multiples of ``LANES``. Pallas kernels have no partitioning
+rule, so on a mesh each device runs the kernel on its own rows and heads (``shard_map``).
+Shapes as in ``jaxlm.nn.attention``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.devices import LANES
+from jaxlm.nn.attention import split, tile_scores
+from jaxlm.nn.attention.mask import Mask, keep
+
+MAX_BLOCK = 1024
+"""Maximum number of queries, and of keys, of a block."""
+_PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding: no query of another id attends to it
+
+
+def unsupported_reason(mask: Mask, bias: Any, key: Any) -> str | None:
+    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
+    if bias is not None:
+        return "takes no bias"
+    if key is not None:
+        return "has no dropout: set the rate to 0"
+    if mask.query_order is not None:
+        return "takes no query_order and key_order: its causal mask compares indices only"
+    return split.unsupported_reason()
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel in Pallas's interpreter, on any device."""
+    if math.frexp(scale)[0] == 0.5:
+        q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # exact for a power of two; fused with the projection
+    else:
+        q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
+    run = functools.partial(_rows, mask.causal, mask.window, interpret)
+    out_BTHK = split.over_devices(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
+    return _zero_fully_masked(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
+
+
+def _zero_fully_masked(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
+    """The output with zeros for queries without a visible key; the kernel would average masked values for them."""
+    if mask.query_segments is None or mask.query_segments is mask.key_segments:
+        return out_BTHK  # each query can attend at least to itself
+    kept = keep(mask, out_BTHK.shape[1], keys)
+    assert kept is not None
+    return jnp.where(jnp.any(kept, axis=-1)[:, :, None, None], out_BTHK, 0)  # XLA fuses the mask with the reduction
+
+
+def _rows(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
+    """Attention for the rows and heads of one device, [B, T, H, K]; the queries are already scaled."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    (q, k, v), (query, key) = qkv, segments
+    (B, T, H), S = q.shape[:3], k.shape[1]
+    pads = [-T % LANES, -S % LANES]
+    if pads[1] and query is None and not causal:  # a causal mask hides padding keys anyway
+        query, key = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    q, k, v = (
+        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
+        for x, pad in ((q, pads[0]), (k, pads[1]), (v, pads[1]))
+    )
+    # Named in the layout that the kernel reads: if remat saves them, neither projection nor transpose is recomputed.
+    q, k, v = (checkpoint_name(x, tile_scores.SAVED) for x in (q, k, v))
+    blocks = _block_size(T + pads[0]), _block_size(S + pads[1])
+    kernel = _kernel(causal, window, T + pads[0], S + pads[1], blocks, H, interpret)
+    if query is None:
+        out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
+    else:
+        query = jnp.pad(query, ((0, 0), (0, pads[0])), constant_values=_PADDED_QUERY)
+        key = jnp.pad(key, ((0, 0), (0, pads[1])), constant_values=_PADDED_KEY)
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=query, kv=key))
+    return jnp.swapaxes(out, 1, 2)[:, :T]
+
+
+@functools.cache
+def _kernel(
+    causal: bool, window: int | None, queries: int, keys: int, blocks: tuple[int, int], heads: int, interpret: bool
+) -> Any:
+    """The kernel for a mask and a shape. It lists the blocks that are not fully masked once, on the host."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape = (queries, keys)
+    mask: masks.Mask
+    if window is not None:
+        mask = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    else:
+        mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    q_block, k_block = blocks
+    sizes = splash.BlockSizes(
+        block_q=q_block, block_kv=k_block, block_kv_compute=k_block,
+        block_q_dkv=q_block, block_kv_dkv=k_block, block_kv_dkv_compute=k_block,
+        use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha_single_device(
+            masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret,
+            residual_checkpoint_name=tile_scores.SAVED,
+        )  # fmt: skip
+        return jax.tree.map(
+            np.asarray, kernel
+        )  # NumPy arrays belong to no device; they become constants of each compiled program
+
+
+def _block_size(length: int) -> int:
+    """The largest block that divides a length, both multiples of :data:`LANES`."""
+    return max(block for block in range(LANES, min(length, MAX_BLOCK) + 1, LANES) if length % block == 0)

@@ -1,0 +1,77 @@
+"""The scores of a tile of queries and keys, and their gradients: used by the blockwise and the pallas implementation.
+
+Shapes as in ``jaxlm.nn.attention.api``; R queries and E keys of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.nn.attention.bias import BiasFn, Tile
+from jaxlm.nn.attention.mask import Mask, keep_pairs
+
+SAVED = "attention"
+"""Name (``jax.ad_checkpoint.checkpoint_name``) of the arrays that the forward pass saves for the backward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """The static (trace-time) arguments of the scores."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    bias_fns: tuple[BiasFn, ...]
+
+
+def scores(
+    config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile
+) -> jax.Array:
+    """The masked scores of a block, [R, E] float32, with biases.
+
+    Args:
+        bias_arrays: for each bias, the slices of its arrays that the tile needs.
+        integers: (orders of queries, of keys, segments of queries, of keys), each may be None; and the integers of each
+            bias.
+    """
+    scores_RE = dot(q_RK, k_EK, 1, 1) * config.scale
+    mask_integers, bias_integers = integers
+    for bias_fn, arrays, fn_integers in zip(config.bias_fns, bias_arrays, bias_integers, strict=True):
+        scores_RE = scores_RE + bias_fn(arrays, fn_integers, tile)
+    query_order, key_order, query_segments, key_segments = mask_integers
+    orders = tile.indices() if query_order is None else (tile.query_column(query_order), tile.key_row(key_order))
+    segments = None if query_segments is None else (tile.query_column(query_segments), tile.key_row(key_segments))
+    kept = keep_pairs(Mask(config.causal, config.window), orders, segments)
+    return scores_RE if kept is None else jnp.where(kept, scores_RE, -jnp.inf)
+
+
+def products(
+    config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, dout_RK: jax.Array, kept: jax.Array,
+    dscores: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradients of a block: dq [R, K], and its contributions to dk and dv [K, E], all float32.
+
+    The keys are the last axis of dk and dv. A matmul with a result [E, K] takes four times as long on a CPU, and on a
+    TPU it would have to transpose the larger factor.
+
+    Args:
+        kept: [R, E], the probabilities (after dropout) that were multiplied with the values.
+        dscores: [R, E], the gradient of the scores.
+    """
+    scaled = (dscores * config.scale).astype(q_RK.dtype)
+    return dot(scaled, k_EK, 1, 0), dot(q_RK, scaled, 0, 0), dot(dout_RK, kept.astype(v_EK.dtype), 0, 0)
+
+
+def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    """The product of two matrices, contracted over axis ``x_axis`` of x and ``y_axis`` of y, float32."""
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def bias_gradients(bias_fn: BiasFn, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array) -> Any:
+    """The gradients of a bias's slices of arrays, from the gradient of the scores of the tile."""
+    return jax.vjp(lambda bias_arrays: bias_fn(bias_arrays, integers, tile), bias_arrays)[1](dscores)[0]

@@ -1,0 +1,205 @@
+"""Depthwise convolution over time, for complete texts and for streams.
+
+Shapes: B batch, T time, K taps, C channels, L steps of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.nn import choices
+from jaxlm.nn.convolution.window import Padding, Stream, padding_and_count, prepend_tail
+from jaxlm.nn.linear import linear_specs
+from jaxlm.spec import ArraySpec, Initializer
+
+DepthwiseImplementation = Literal["reference", "shifts"]
+
+
+BLOCK = 32
+"""Steps in one block of the gradient of depthwise weights on a CPU."""
+
+
+def depthwise_convolution_specs(
+    shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, bias: bool = True
+) -> dict[str, ArraySpec]:
+    """Specs of ``weight`` [K, C] and ``bias`` [C]; ``axes`` names C.
+
+    Example:
+        >>> depthwise_convolution_specs((4, 64), ("mlp",), Normal(0.02))["weight"].axes
+        (None, 'mlp')
+    """
+    return linear_specs(shape, (None, *axes), init, bias=bias)
+
+
+def depthwise_convolution(
+    params: dict[str, Any],
+    x_BTC: jax.Array,
+    *,
+    padding: Padding,
+    dilation: int = 1,
+    segment_ids: jax.Array | None = None,
+    implementation: DepthwiseImplementation | None = None,
+) -> jax.Array:
+    """``y_t = bias + sum_k weight_k * x_{t + k * dilation - before}`` for each channel separately, [B, T', C].
+
+    ``before`` is the padding at the start. See :func:`jaxlm.nn.convolution.window.windows` for the options.
+
+    Args:
+        segment_ids: [B, T]; an output reads only its own segment, and inputs beyond a segment boundary count as zeros.
+        implementation: ``reference`` (``lax.conv_general_dilated``, which does not support segments), ``shifts`` (for
+            each tap, the whole input is shifted and multiplied, and the products are summed in one pass; its custom
+            gradient saves only the input), or None for the fastest known: ``shifts`` on a CPU and for segments,
+            ``reference`` otherwise.
+
+    Raises:
+        ValueError: weights that do not match the input, an input that is shorter than one window, segments for
+            ``reference``, or an unknown implementation.
+    """
+    if implementation is None:
+        implementation = choices.depthwise_convolution(segment_ids)
+    if implementation not in get_args(DepthwiseImplementation):
+        choice = ", ".join(map(repr, get_args(DepthwiseImplementation)))
+        raise ValueError(f"no depthwise_convolution implementation {implementation!r}: choose from {choice}")
+    if implementation == "reference" and segment_ids is not None:
+        raise ValueError(
+            "depthwise_convolution implementation 'reference' does not support segment_ids: leave implementation out"
+        )
+    weight_KC = params["weight"].astype(x_BTC.dtype)
+    kernel, channels = weight_KC.shape
+    if x_BTC.ndim != 3 or x_BTC.shape[-1] != channels:
+        raise ValueError(f"the input {list(x_BTC.shape)} must be [batch, time, channels] with {channels} channels")
+    before, after, count = padding_and_count(x_BTC.shape[1], kernel, padding=padding, dilation=dilation)
+    if implementation == "reference":
+        y_BTC = lax.conv_general_dilated(
+            x_BTC,
+            weight_KC[:, None],
+            (1,),
+            [(before, after)],
+            rhs_dilation=(dilation,),
+            dimension_numbers=("NTC", "TIO", "NTC"),
+            feature_group_count=channels,
+        )
+    else:
+        offsets = tuple(tap * dilation - before for tap in range(kernel))
+        segment_offset = offsets[-1] if padding == "valid" else 0
+        y_BTC = _shifted_products(_Taps(offsets, segment_offset, count), weight_KC, x_BTC, segment_ids)
+    return y_BTC if "bias" not in params else y_BTC + params["bias"].astype(x_BTC.dtype)[None, None, :]
+
+
+def causal_depthwise_convolution(
+    params: dict[str, Any], stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
+) -> tuple[jax.Array, jax.Array | None]:
+    """The causal depthwise convolution over the real tokens of a stream, [B, T, C], and the tail for the next call."""
+    if tail_BWC is None:
+        ids = stream.segment_ids
+        return depthwise_convolution(params, x_BTC, padding="causal", dilation=dilation, segment_ids=ids), None
+    x_BSC, ids_BS, tail_BWC = prepend_tail(stream, x_BTC, tail_BWC)
+    return depthwise_convolution(params, x_BSC, padding="valid", dilation=dilation, segment_ids=ids_BS), tail_BWC
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taps:
+    """The taps of each output.
+
+    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. Its segment id is the one
+    of ``x[t + segment_offset]``.
+    """
+
+    offsets: tuple[int, ...]
+    segment_offset: int
+    count: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shifted_products(taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return _shifted_products_forward(taps, weight_KC, x_BTC, segment_ids)[0]
+
+
+def _shifted_products_forward(
+    taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, segment_ids: jax.Array | None
+) -> Any:
+    total_BTC = jnp.zeros((), jnp.float32)
+    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, _same_segment(taps, segment_ids), strict=True):
+        tap_BTC = _masked(same_BT, _shifted(x_BTC, offset, taps.count))
+        total_BTC = total_BTC + tap_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
+    return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, segment_ids)
+
+
+def _shifted_products_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> Any:
+    weight_KC, x_BTC, segment_ids = saved
+    same_segment = _same_segment(taps, segment_ids)
+    total_BTC = jnp.zeros((), jnp.float32)
+    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_segment, strict=True):
+        tap_BTC = _shifted(_masked(same_BT, dy_BTC), -offset, x_BTC.shape[1])
+        total_BTC = total_BTC + tap_BTC.astype(jnp.float32) * weight_C.astype(jnp.float32)[None, None]
+    dweight_KC = _weight_gradient(taps, x_BTC, dy_BTC, same_segment)
+    return dweight_KC.astype(weight_KC.dtype), total_BTC.astype(x_BTC.dtype), None
+
+
+_shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
+
+
+def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segment: Sequence[Any]) -> jax.Array:
+    """For each tap, the sum over rows and time of its inputs times the output gradients, [K, C] float32.
+
+    On a CPU it is computed in blocks of time, because one sum per tap over the whole input would read the input once
+    per tap, which is slow. The steps at both ends that do not fill a block are summed directly.
+    """
+    low, high = min(taps.offsets), max(taps.offsets)
+    begin = min(max(0, -low), taps.count)
+    blocks = max(0, min(taps.count, x_BTC.shape[1] - high) - begin) // BLOCK
+    if not choices.sum_depthwise_gradient_in_blocks(blocks):
+        blocks = 0
+    end = begin + blocks * BLOCK
+
+    def products(tap: int, start: int, stop: int) -> jax.Array:
+        x_BLC = _shifted(x_BTC, taps.offsets[tap], taps.count)[:, start:stop].astype(jnp.float32)
+        same_BL = None if same_segment[tap] is None else same_segment[tap][:, start:stop]
+        return _masked(same_BL, x_BLC * dy_BTC[:, start:stop])
+
+    def sum_directly(start: int, stop: int) -> jax.Array:
+        return jnp.stack([jnp.sum(products(tap, start, stop), axis=(0, 1)) for tap in range(len(taps.offsets))])
+
+    if not blocks:
+        return sum_directly(0, taps.count)
+
+    def add_block(i: jax.Array, sums: Any) -> Any:
+        start = begin + i * BLOCK
+        x_BSC = lax.dynamic_slice_in_dim(x_BTC, start + low, BLOCK + high - low, axis=1)
+        dy_BLC = lax.dynamic_slice_in_dim(dy_BTC, start, BLOCK, axis=1).astype(jnp.float32)
+        new_sums = []
+        for sum_BLC, offset, same_BT in zip(sums, taps.offsets, same_segment, strict=True):
+            x_BLC = x_BSC[:, offset - low : offset - low + BLOCK].astype(jnp.float32)
+            same_BL = None if same_BT is None else lax.dynamic_slice_in_dim(same_BT, start, BLOCK, axis=1)
+            new_sums.append(sum_BLC + _masked(same_BL, x_BLC * dy_BLC))
+        return tuple(new_sums)
+
+    zeros_BLC = jnp.zeros((x_BTC.shape[0], BLOCK, x_BTC.shape[2]), jnp.float32)
+    sums = lax.fori_loop(0, blocks, add_block, (zeros_BLC,) * len(taps.offsets))
+    dweight_KC = jnp.stack([jnp.sum(sum_BLC, axis=(0, 1)) for sum_BLC in sums])
+    return dweight_KC + sum_directly(0, begin) + sum_directly(end, taps.count)
+
+
+def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
+    """``x[:, t + offset]`` for t in [0, count), with zeros beyond the ends of ``x``."""
+    widths = [(0, 0, 0), (-offset, count + offset - x_BT.shape[1], 0)] + [(0, 0, 0)] * (x_BT.ndim - 2)
+    return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
+
+
+def _same_segment(taps: _Taps, segment_ids: jax.Array | None) -> list[Any]:
+    """For each tap, whether the tap's input is in the segment of the output, [B, T']; None: there are no segments."""
+    if segment_ids is None:
+        return [None] * len(taps.offsets)
+    output_ids_BT = _shifted(segment_ids, taps.segment_offset, taps.count)
+    return [_shifted(segment_ids, offset, taps.count) == output_ids_BT for offset in taps.offsets]
+
+
+def _masked(same_BT: jax.Array | None, x_BTC: jax.Array) -> jax.Array:
+    return x_BTC if same_BT is None else jnp.where(same_BT[:, :, None], x_BTC, 0)

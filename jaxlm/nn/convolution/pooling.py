@@ -1,0 +1,47 @@
+"""Pooling over time.
+
+Legend: B batch, T time, C channels, K entries to keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.nn.convolution.window import Padding, Stream, causal_windows, windows
+
+
+def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1, dilation: int = 1) -> jax.Array:
+    """The maximum of each window, for each channel, [B, T', C].
+
+    See ``convolution.window.windows`` for the options. Padding counts as minus infinity. If several entries are
+    equal to the maximum, they share the gradient.
+    """
+    taps = windows(x_BTC, window, padding=padding, stride=stride, dilation=dilation, fill=-jnp.inf)
+    return jnp.max(taps, axis=2)
+
+
+def causal_max_pool(
+    stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, window: int, *, dilation: int = 1
+) -> tuple[jax.Array, Any]:
+    """The maximum of each causal window over the real tokens of a stream, [B, T, C], and the tail for the next call."""
+    taps, tail = causal_windows(stream, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
+    return jnp.max(taps, axis=2), tail
+
+
+def k_max_pool(x_BTC: jax.Array, k: int) -> jax.Array:
+    """The ``k`` largest entries of each channel, in the order of time, [B, K, C].
+
+    See Kalchbrenner et al. 2014, section 3.3. Among equal entries, the earliest are kept.
+
+    Raises:
+        ValueError: the input has fewer than ``k`` steps.
+    """
+    if x_BTC.shape[1] < k:
+        raise ValueError(f"{x_BTC.shape[1]} steps are too few for the {k} largest: lengthen the input or lower k")
+    _, indices_BCK = lax.top_k(jnp.swapaxes(x_BTC, 1, 2), k)
+    indices_BKC = jnp.swapaxes(jnp.sort(indices_BCK, axis=-1), 1, 2)
+    return jnp.take_along_axis(x_BTC, indices_BKC, axis=1)

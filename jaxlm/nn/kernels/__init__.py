@@ -1,1 +1,0 @@
-"""Implementations of attention that are faster, or need less memory, than its reference definition."""

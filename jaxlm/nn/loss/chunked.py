@@ -1,0 +1,146 @@
+"""Cross entropy and argmax in chunks of time, so that the logits of all positions never exist at once.
+
+Shapes: B batch, T time, D model width, V vocabulary, C time steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn import choices
+from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients
+
+
+def chunked_cross_entropy(
+    head: Head,
+    params: Any,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    chunk_logits: int | None = None,
+) -> jax.Array:
+    """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
+
+    The time axis is split into chunks, so that at most ``chunk_logits`` logits exist at once (None: the number in
+    ``choices.MAX_LOGITS`` on each device). The forward pass also computes the gradient of each chunk. This is possible
+    because the loss is a sum: its gradient is known except for a factor, the cotangent. So nothing is recomputed.
+    Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads; not in ``weights``.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    if hidden_BTD.size == 0:
+        return jnp.zeros(())  # the sum over no target
+    if chunk_logits is None:
+        chunk_logits = choices.max_logits()
+    leaves, tree = jax.tree.flatten(params)
+    used = _leaves_read(head, params, hidden_BTD)
+
+    def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
+        # Leaves that the head does not read are left out. Otherwise the loop would carry their zero gradients.
+        all_leaves: list[Any] = [None] * len(leaves)
+        for index, leaf in zip(used, used_leaves, strict=True):
+            all_leaves[index] = leaf
+        return head(jax.tree.unflatten(tree, all_leaves), hidden)
+
+    used_leaves = [leaves[index] for index in used]
+    weights_BT = weights_BT.astype(jnp.float32)
+    return _chunked(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
+
+
+def chunked_argmax(head: Head, params: Any, hidden_BTD: jax.Array, *, chunk_logits: int | None = None) -> jax.Array:
+    """The id with the largest logit at each position, [B, T] int32, without an array [B, T, V].
+
+    Among equal logits, the lowest id is chosen. The time axis is split as in :func:`chunked_cross_entropy`. Not
+    differentiable.
+    """
+    B, T, _ = hidden_BTD.shape
+    if hidden_BTD.size == 0:
+        return jnp.zeros((B, T), jnp.int32)
+    C = _chunk_length(head, choices.max_logits() if chunk_logits is None else chunk_logits, params, hidden_BTD)
+    best = jax.lax.map(lambda hidden: jnp.argmax(head(params, hidden), axis=-1), _split_time(hidden_BTD, C))
+    return jnp.moveaxis(best, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
+
+
+def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
+    """The indices of the leaves of ``params`` that ``head`` uses, found in its jaxpr."""
+    jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
+    used = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used]
+
+
+def _split_time(x: jax.Array, C: int) -> jax.Array:
+    """``x`` [B, T, ...] in chunks of time, [chunks, B, C, ...]; T is padded with zeros to chunks * C."""
+    B, T = x.shape[:2]
+    chunks = -(-T // C)
+    x = jnp.pad(x, ((0, 0), (0, chunks * C - T)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
+
+
+def _chunk_length(head: Head, chunk_logits: int, params: Any, hidden_BTD: jax.Array) -> int:
+    """C, the number of steps per chunk, so that a chunk has at most ``chunk_logits`` logits."""
+    B, T, _ = hidden_BTD.shape
+    V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
+    return choices.loss_chunk(T, max(1, chunk_logits // (B * V)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(
+    head: Head,
+    chunk_logits: int,
+    label_smoothing: float,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+) -> Any:
+    def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        hidden, targets, weights = chunk
+        losses = cross_entropy(head(params, hidden), targets, label_smoothing)
+        return total + jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), None
+
+    C = _chunk_length(head, chunk_logits, params, hidden)
+    return jax.lax.scan(add_chunk, jnp.zeros(()), tuple(_split_time(x, C) for x in (hidden, targets, weights)))[0]
+
+
+def _forward(
+    head: Head,
+    chunk_logits: int,
+    label_smoothing: float,
+    params: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+) -> Any:
+    def add_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
+        loss, dparams, dhidden = loss_and_gradients(head, label_smoothing, params, *chunk)
+        sums = (loss, dparams)
+        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
+
+    C = _chunk_length(head, chunk_logits, params, hidden)
+    chunks = tuple(_split_time(x, C) for x in (hidden, targets, weights))
+    # The first chunk is computed before the loop, so that its sums initialize the carry instead of zeros.
+    carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
+    dhidden = dhidden[None]
+    if hidden.shape[1] > C:
+        carry, others = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
+        dhidden = jnp.concatenate([dhidden, others])
+    total, dparams = carry
+    B, T, D = hidden.shape
+    return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])
+
+
+def _backward(
+    head: Head, chunk_logits: int, label_smoothing: float, gradients: Any, cotangent: jax.Array
+) -> tuple[Any, ...]:
+    dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    return dparams, dhidden, None, None
+
+
+_chunked.defvjp(_forward, _backward)

@@ -1,0 +1,102 @@
+"""Cross entropy at the positions with nonzero weight, for losses that predict few of the tokens.
+
+Shapes: B batch, T time, D model width, V vocabulary, N all positions, R positions of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import sharding
+from jaxlm.nn import choices
+from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients
+
+
+def selected_cross_entropy(
+    head: Head, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
+    """:func:`chunked_cross_entropy` for inputs with many zero weights: positions of weight 0 cost almost nothing.
+
+    Positions with nonzero weight are moved to the front, and a loop computes the loss of one block of them at a time.
+    The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``; the head must read all
+    leaves of ``params``.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    if hidden_BTD.size == 0:
+        return jnp.zeros(())
+    return _selected(head, params, hidden_BTD, targets_BT, weights_BT.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _selected(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def add_block(total: jax.Array, _: Any, block: Any) -> jax.Array:
+        hidden, targets, weights = block
+        return total + jnp.sum(jnp.where(weights > 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
+
+    return _fold_weighted_blocks(head, params, (hidden, targets, weights), add_block, 0.0)[0]
+
+
+def _fold_weighted_blocks(
+    head: Head, params: Any, position_arrays: Any, body: Callable[[Any, Any, Any], Any], init: Any
+) -> tuple[Any, jax.Array]:
+    """Run a loop over blocks of R positions with nonzero weight.
+
+    Each iteration computes ``carry = body(carry, index of the block's first position, block)``. The arrays of a block
+    are [B', R / B', ...], where B' is the number of devices over which the batch is split.
+
+    Args:
+        position_arrays: hidden states, targets and weights, [B, T, ...] each.
+        init: the first carry.
+
+    Returns:
+        The last carry, and the order of the positions in the loop: indices [B * T], those of nonzero weight first.
+    """
+    hidden, targets, weights = (jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in position_arrays)
+    N = len(targets)
+    V = jax.eval_shape(head, params, hidden[None]).shape[-1]
+    R, shards = choices.loss_block_rows(N, V), sharding.num_shards(("batch",))
+    is_weighted = weights > 0
+    order = jnp.argsort(~is_weighted, stable=True)
+    # The last block is filled up with copies of position 0 that have weight 0.
+    padded_order = jnp.pad(order, (0, -N % R))
+    sorted_weights = jnp.pad(weights[order], (0, -N % R))
+
+    def block(i: Any) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(padded_order, i * R, R)
+        block_weights = jax.lax.dynamic_slice_in_dim(sorted_weights, i * R, R)
+        arrays = (x.reshape(shards, R // shards, *x.shape[1:]) for x in (hidden[rows], targets[rows], block_weights))
+        return tuple(sharding.constrain(x, ("batch", *[None] * (x.ndim - 1))) for x in arrays)
+
+    blocks = -(-jnp.sum(is_weighted) // R)
+    return jax.lax.fori_loop(0, blocks, lambda i, carry: body(carry, i * R, block(i)), init), order
+
+
+def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    def add_block(carry: Any, first: Any, block: Any) -> Any:
+        total, dparams, dhidden = carry
+        loss, block_dparams, block_dhidden = loss_and_gradients(head, 0.0, params, *block)
+        dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, block_dhidden.reshape(-1, D), first, 0)
+        return total + loss, jax.tree.map(jnp.add, dparams, block_dparams), dhidden
+
+    N, D = targets.size, hidden.shape[-1]
+    # 2 N rows, because the last block may extend beyond row N.
+    init = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), jnp.zeros((2 * N, D), hidden.dtype)
+    arrays = (hidden, targets, weights)
+    (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)
+    dhidden = jnp.zeros((N, D), hidden.dtype).at[order].set(sorted_ND[:N])
+    return total, (dparams, dhidden.reshape(hidden.shape))
+
+
+def _selected_backward(head: Head, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    return dparams, dhidden, None, None
+
+
+_selected.defvjp(_selected_forward, _selected_backward)

@@ -1,0 +1,114 @@
+"""The cells of an LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and a GRU (Cho et al. 2014), and their specs.
+
+A layer first computes the contribution of the inputs to all gates (``project``), then loops over a cell, which adds the
+contribution of the state. The cells can also be used in other loops, such as a decoder with attention. The conventions
+are those of torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with ``h' = (1 - z) * n + z * h``.
+
+The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width (K
+for the second hidden axis).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.linear import linear
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
+
+GRUReset = Literal["after", "before"]
+"""Where the reset gate acts: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that one
+product serves all gates; or ``before`` it, on the state itself (Cho et al. 2014)."""
+
+
+def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
+    """The specs of one LSTM layer. The default ``init`` is torch's: uniform with the bound ``1 / sqrt(width)``."""
+    return _specs(4, inputs, width, init)
+
+
+def gru_specs(
+    inputs: int, width: int, init: Initializer | None = None, *, reset: GRUReset = "after"
+) -> dict[str, ArraySpec]:
+    """The specs of one GRU layer: gates r, z, n. ``bias_hidden`` [H] of gate n exists only if ``reset`` is "after"."""
+    _check_reset(reset)
+    specs = _specs(3, inputs, width, init)
+    return specs | ({"bias_hidden": ArraySpec((width,), ("norm",), ZEROS)} if reset == "after" else {})
+
+
+def _specs(gates: int, inputs: int, width: int, init: Initializer | None) -> dict[str, ArraySpec]:
+    init = Uniform(width**-0.5) if init is None else init
+    return {
+        "weight_input": ArraySpec((inputs, gates, width), ("embed", None, "mlp"), init, decay=True),
+        "weight_hidden": ArraySpec((width, gates, width), ("embed", None, "mlp"), init, decay=True),
+        "bias": ArraySpec((gates, width), (None, "mlp"), ZEROS),
+    }
+
+
+def _check_reset(reset: str) -> None:
+    if reset not in get_args(GRUReset):
+        raise ValueError(f"reset={reset!r} is unknown: choose from {', '.join(map(repr, get_args(GRUReset)))}")
+
+
+def lstm_state_specs(batch: int, width: int) -> dict[str, ArraySpec]:
+    """The specs of the state of an LSTM layer: ``hidden`` and ``cell``, [B, H] float32, initially zeros."""
+    return {**gru_state_specs(batch, width), "cell": ArraySpec((batch, width), ("batch", "activation_embed"))}
+
+
+def gru_state_specs(batch: int, width: int) -> dict[str, ArraySpec]:
+    """The specs of the state of a GRU layer: ``hidden``, [B, H] float32, initially zeros."""
+    return {"hidden": ArraySpec((batch, width), ("batch", "activation_embed"))}
+
+
+def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The contribution of the inputs ``x`` [..., D] to all gates, with bias: [..., G, H] in the dtype of ``x``.
+
+    Raises:
+        ValueError: the last axis of ``x`` does not match the weights.
+    """
+    check_width(params, x)
+    return linear({"weight": params["weight_input"], "bias": params["bias"]}, x)
+
+
+def check_width(params: dict[str, Any], x: jax.Array) -> None:
+    """Check that the last axis of ``x`` matches ``weight_input``."""
+    width = params["weight_input"].shape[0]
+    if x.shape[-1] != width:
+        raise ValueError(f"the input has width {x.shape[-1]}, but weight_input needs width {width}")
+
+
+def lstm_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
+    """The state {"hidden", "cell"} after one token; its ``hidden`` is the output.
+
+    Args:
+        projected_BGH: the result of :func:`project` for the token.
+        state: the state before the token.
+    """
+    weight = params["weight_hidden"].astype(projected_BGH.dtype)
+    total_BGH = projected_BGH.astype(jnp.float32) + _hidden_product(state["hidden"], weight)
+    i, f, o = (jax.nn.sigmoid(total_BGH[:, gate]) for gate in (0, 1, 3))
+    cell_BH = f * state["cell"] + i * jnp.tanh(total_BGH[:, 2])
+    return {"hidden": o * jnp.tanh(cell_BH), "cell": cell_BH}
+
+
+def gru_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
+    """The state {"hidden"} after one token, whose ``projected`` is the result of :func:`project`.
+
+    The reset gate acts after the product if the parameters contain ``bias_hidden``, otherwise before it.
+    """
+    weight, hidden_BH = params["weight_hidden"].astype(projected_BGH.dtype), state["hidden"]
+    projected_BGH = projected_BGH.astype(jnp.float32)
+    gates_BGH = jax.nn.sigmoid(projected_BGH[:, :2] + _hidden_product(hidden_BH, weight[:, :2]))
+    r, z = gates_BGH[:, 0], gates_BGH[:, 1]
+    if "bias_hidden" in params:
+        bias_H = params["bias_hidden"].astype(jnp.float32)
+        product_BH = r * (_hidden_product(hidden_BH, weight[:, 2:])[:, 0] + bias_H[None, :])
+    else:
+        product_BH = _hidden_product(r * hidden_BH, weight[:, 2:])[:, 0]
+    n = jnp.tanh(projected_BGH[:, 2] + product_BH)
+    return {"hidden": (1.0 - z) * n + z * hidden_BH}
+
+
+def _hidden_product(hidden_BH: jax.Array, weight_HGK: jax.Array) -> jax.Array:
+    return jnp.einsum("BH,HGK->BGK", hidden_BH.astype(weight_HGK.dtype), weight_HGK, preferred_element_type=jnp.float32)

@@ -1,0 +1,63 @@
+"""The LSTM of cuDNN, through ``jax.experimental.rnn``. Shapes as in ``jaxlm.nn.recurrence.cells``; T time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn import choices
+
+
+def lstm(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+    reverse: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See ``jaxlm.nn.recurrence.lstm``.
+
+    Raises:
+        ValueError: the platform is not an NVIDIA GPU, the input is not float32, or there are resets.
+    """
+    reason = choices.wrong_platform("cudnn")
+    if reason is not None:
+        raise ValueError(f"implementation='cudnn' {reason}: leave it out")
+    if x_BTD.dtype != jnp.float32:
+        raise ValueError(f"implementation='cudnn' computes in float32, not in {x_BTD.dtype}: choose 'chunked'")
+    if reset_BT is not None:
+        raise ValueError("implementation='cudnn' cannot reset the state at segment boundaries: choose 'chunked'")
+    from jax.experimental import rnn
+
+    (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
+    lengths_B = jnp.full((B,), T, jnp.int32)
+    if keep_BT is not None:
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens becomes NaN below
+    time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    real_BT = time_BT < lengths_B[:, None]
+    # cuDNN reads only forward. To read backward, reverse the tokens of each row and leave its padding at the end.
+    order_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
+    if reverse:
+        x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
+    # One flat array: input weights, hidden weights, and two biases, each in the order (gates, outputs, inputs).
+    matrices = [params[name].astype(jnp.float32) for name in ("weight_input", "weight_hidden")]
+    bias = params["bias"].astype(jnp.float32).ravel()
+    weights = jnp.concatenate(
+        [*(jnp.moveaxis(matrix, 0, 2).ravel() for matrix in matrices), bias, jnp.zeros_like(bias)]
+    )
+    initial = [jnp.zeros((1, B, H)) if state is None else state[name][None] for name in ("hidden", "cell")]
+    hidden_BTH, *last = rnn.lstm(x_BTD, *initial, weights, lengths_B, D, H, 1, 0.0, False)
+    if reverse:
+        hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
+    hidden_BH, cell_BH = (x[0] for x in last)
+    if keep_BT is not None:
+        # The output at padding is the unchanged state. A reverse layer reads the padding first, in the initial state.
+        pad_BH = initial[0][0] if reverse else hidden_BH
+        hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
+        invalid_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
+        hidden_BTH = jnp.where(invalid_B1[:, :, None], jnp.nan, hidden_BTH)
+        hidden_BH, cell_BH = (jnp.where(invalid_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))
+    return hidden_BTH, {"hidden": hidden_BH, "cell": cell_BH}

@@ -1,0 +1,179 @@
+"""Layers of LSTM and GRU cells. The cells and their conventions are in ``jaxlm.nn.recurrence.cells``.
+
+The state is reset to zeros before the first token of a document, and padding does not change it. Shapes: B batch, T
+time, D input width, G gates (LSTM 4, GRU 3), H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.nn import choices
+from jaxlm.nn.recurrence import chunked, cudnn
+from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project
+from jaxlm.nn.segments import both_masks, check_masks
+from jaxlm.sharding import constrain
+
+Implementation = Literal["reference", "chunked", "cudnn"]
+"""``reference`` is a loop over ``lstm_cell`` or ``gru_cell``, ``chunked`` is ``jaxlm.nn.recurrence.chunked``, ``cudnn``
+is the LSTM of cuDNN."""
+
+
+# ---------------------------------------------------------------------------------------------------------- LSTM
+
+
+def lstm(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    reverse: bool = False,
+    implementation: Implementation | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The hidden state of an LSTM layer after each token, [B, T, H] in the dtype of ``x``, and the last state.
+
+    Args:
+        params: parameters as in :func:`lstm_specs`. For DropConnect, apply dropout to ``weight_hidden`` first.
+        state: {"hidden", "cell"}, [B, H] float32 each; None: zeros.
+        reset_BT: True where the state is reset to zeros before the token (:func:`segment_boundaries`). None: no resets.
+        keep_BT: False for padding: the state does not change, and the output is the unchanged state. None: no padding.
+        reverse: read from the last token to the first; each output keeps the index of its token.
+        implementation: ``reference`` (short, gradient by autodiff); ``chunked`` (custom gradient); ``cudnn`` (float32
+            on an NVIDIA GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None for
+            the fastest one, which is ``chunked``.
+        remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
+
+    Raises:
+        ValueError: the shapes do not match, or the implementation does not support the arguments.
+    """
+    _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
+    if implementation == "cudnn":
+        return cudnn.lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
+    masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
+    return _layer(_LSTM, params, x_BTD, state, masks, reverse, implementation, remat)
+
+
+# ----------------------------------------------------------------------------------------------------------- GRU
+
+
+def gru(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    reverse: bool = False,
+    implementation: Implementation | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The hidden state of a GRU layer after each token, [B, T, H] in the dtype of ``x``, and the last state {"hidden"}.
+
+    The arguments are those of :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. The reset gate
+    acts after the product if the parameters contain ``bias_hidden``, otherwise before it.
+    """
+    _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
+    if implementation == "cudnn":
+        raise ValueError("implementation='cudnn' supports only an LSTM: for a GRU, choose reference or chunked")
+    masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
+    cell = _GRU_AFTER if "bias_hidden" in params else _GRU_BEFORE
+    return _layer(cell, params, x_BTD, state, masks, reverse, implementation, remat)
+
+
+# -------------------------------------------------------------------------------------------------------- shared
+
+
+def _check(
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+    implementation: str | None,
+    remat: bool,
+) -> None:
+    check_width(params, x_BTD)
+    check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"no recurrent implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
+        )
+    if remat and implementation not in (None, "chunked"):
+        raise ValueError(f"implementation={implementation!r} does not support remat: use implementation='chunked'")
+
+
+class _Cell(NamedTuple):
+    """A kind of cell.
+
+    Attributes:
+        state: the names of the arrays of its state.
+        step: one step of the reference.
+        chunked: its functions for the chunked implementation.
+    """
+
+    state: tuple[str, ...]
+    step: Callable[..., dict[str, jax.Array]]
+    chunked: chunked.Cell
+
+
+_LSTM = _Cell(("hidden", "cell"), lstm_cell, chunked.LSTM)
+_GRU_AFTER = _Cell(("hidden",), gru_cell, chunked.GRU_AFTER)
+_GRU_BEFORE = _Cell(("hidden",), gru_cell, chunked.GRU_BEFORE)
+
+
+def _layer(
+    cell: _Cell,
+    params: dict[str, Any],
+    x_BTD: jax.Array,
+    state: dict[str, Any] | None,
+    masks: tuple[jax.Array, jax.Array] | None,
+    reverse: bool,
+    implementation: Implementation | None,
+    remat: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    B, T, _ = x_BTD.shape
+    x_BTD = constrain(x_BTD, ("batch", None, None))  # the time axis is not sharded: steps are sequential
+    # Fully sharded weights are gathered once before the loop instead of in every step.
+    weights = {
+        name: constrain(params[name].astype(x_BTD.dtype), ("activation_embed", None, "mlp"))
+        for name in ("weight_input", "weight_hidden")
+    }
+    params = {**params, **weights}
+    if state is None:
+        like_BH = project(params, x_BTD[:, 0])[:, 0]  # has the sharding of the state
+        state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in cell.state}
+    masks_BT1 = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], masks)
+    if implementation == "reference":
+        return _reference(cell.step, params, x_BTD, state, masks_BT1, reverse)
+    hidden_BTH, last = chunked.layer(
+        cell.chunked, params, x_BTD, tuple(state[name] for name in cell.state), masks_BT1,
+        chunk=choices.recurrence_chunk(B, T), reverse=reverse, remat=remat,
+    )  # fmt: skip
+    return hidden_BTH, dict(zip(cell.state, last, strict=True))
+
+
+def _reference(
+    step: Any, params: dict[str, Any], x_BTD: jax.Array, state: dict[str, Any], masks: Any, reverse: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A ``lax.scan`` over the cell; its gradient comes from autodiff."""
+
+    def scan_step(state: dict[str, Any], inputs: Any) -> Any:
+        projected_BGH, mask = inputs
+        if mask is not None:
+            state = {name: jnp.where(mask[0], 0.0, old) for name, old in state.items()}
+        new = step(params, projected_BGH, state)
+        if mask is not None:
+            new = {name: jnp.where(mask[1], new[name], old) for name, old in state.items()}
+        return new, new["hidden"].astype(x_BTD.dtype)
+
+    projected_BTGH = constrain(project(params, x_BTD), ("batch", None, None, "mlp"))
+    by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))
+    last, hidden_TBH = lax.scan(scan_step, state, by_time, reverse=reverse)
+    return jnp.swapaxes(hidden_TBH, 0, 1), last

@@ -1,0 +1,290 @@
+"""Linear attention with decay: a matrix as memory, ``S = decay * S + k v.T``, read as ``out = q @ S``.
+
+(Katharopoulos et al. 2020, eq. 18 to 20, without their normaliser.)
+
+Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
+attention (Yang et al. 2024) uses one decay per channel of the keys. To get the normaliser, add a channel to the values
+that is always 1.
+
+Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, E = 1 or
+K decays per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.nn import choices
+from jaxlm.nn.segments import check_masks
+
+Implementation = Literal["reference", "chunked"]
+
+
+def linear_attention(
+    query_BTHK: jax.Array,
+    key_BTHK: jax.Array,
+    value_BTHV: jax.Array,
+    log_decay: jax.Array,
+    state_BHKV: jax.Array | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    chunk: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``out_t = q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + k_t v_t.T``, and the last state.
+
+    The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. No scale is applied.
+    Matmul inputs have the dtype of the values; everything else is float32.
+
+    Args:
+        log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf sets the
+            state to zeros).
+        state_BHKV: the state before the first step; None: zeros.
+        reset_BT: True where the state is set to zeros before the step (``segments.segment_boundaries``). None: no
+            resets.
+        keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
+        chunk: L of ``chunked``, a power of two; None: a default for the platform.
+        implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with matmuls for all steps
+            of a chunk; exact for all decays), or None for the fastest known.
+
+    Raises:
+        ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
+
+    Example:
+        >>> ones = jnp.ones((1, 3, 1, 1))
+        >>> out, state = linear_attention(ones, ones, ones, jnp.log(0.5 * ones[..., 0]))
+        >>> out.ravel().tolist(), state.ravel().tolist()
+        ([1.0, 1.5, 1.75], [1.75])
+    """
+    _check(query_BTHK, key_BTHK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
+    if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
+        raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
+    T = query_BTHK.shape[1]
+    if implementation is None:
+        implementation = choices.linear_attention(T)
+    if implementation not in get_args(Implementation):
+        choice = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"no linear_attention implementation {implementation!r}: choose from {choice}")
+    # Time must not be split over devices here, because the steps are computed one after the other.
+    axes = ("batch", None, "heads", None)
+    query_BTHK, key_BTHK, value_BTHV = (sharding.constrain(x, axes) for x in (query_BTHK, key_BTHK, value_BTHV))
+    log_BTHE = log_decay.astype(jnp.float32)
+    log_BTHE = sharding.constrain(log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE, axes)
+    if reset_BT is not None:
+        log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
+    if keep_BT is not None:
+        keep_BT11 = keep_BT[:, :, None, None]
+        query_BTHK, key_BTHK, value_BTHV, log_BTHE = (
+            jnp.where(keep_BT11, x, 0) for x in (query_BTHK, key_BTHK, value_BTHV, log_BTHE)
+        )
+    if state_BHKV is None:
+        state_BHKV = jnp.zeros_like(key_BTHK[:, 0, :, :, None] * value_BTHV[:, 0, :, None, :], jnp.float32)
+    inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTHE)
+    if implementation == "reference":
+        return _reference(inputs, state_BHKV.astype(jnp.float32))
+    if chunk is None:
+        chunk = choices.linear_attention_chunk()
+    return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
+
+
+def _check(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: Any, reset: Any, keep: Any
+) -> None:
+    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
+            f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
+        )
+    if log_decay.shape not in (query.shape[:-1], query.shape):
+        raise ValueError(
+            f"log_decay {list(log_decay.shape)} must be {list(query.shape[:-1])}, one for each head, or "
+            f"{list(query.shape)}, one for each channel of the keys"
+        )
+    (B, T, H, K), V = query.shape, value.shape[-1]
+    if state is not None and state.shape != (B, H, K, V):
+        raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
+    check_masks(reset, keep, (B, T), "query")
+
+
+def linear_attention_step(
+    query_BHK: jax.Array, key_BHK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The output of one step [B, H, V], and the new state [B, H, K, V] float32; for a custom loop, such as a decoder's.
+
+    ``log_decay`` is [B, H] or [B, H, K].
+    """
+    log_BHE = log_decay.astype(jnp.float32)
+    return _step(state_BHKV, query_BHK, key_BHK, value_BHV, log_BHE[..., None] if log_decay.ndim == 2 else log_BHE)
+
+
+def _step(state_BHKV: jax.Array, q_BHK: jax.Array, k_BHK: jax.Array, v_BHV: jax.Array, log_BHE: jax.Array) -> Any:
+    q, k, v = (x.astype(jnp.float32) for x in (q_BHK, k_BHK, v_BHV))
+    state_BHKV = jnp.exp(log_BHE)[..., None] * state_BHKV + k[..., None] * v[:, :, None, :]
+    return jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype), state_BHKV
+
+
+def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(state_BHKV: jax.Array, inputs: Any) -> Any:
+        out_BHV, state_BHKV = _step(state_BHKV, *inputs)
+        return state_BHKV, out_BHV
+
+    state_BHKV, out_TBHV = lax.scan(step, state_BHKV, [jnp.swapaxes(x, 0, 1) for x in inputs])
+    return jnp.swapaxes(out_TBHV, 0, 1), state_BHKV
+
+
+# ------------------------------------------------------------------------------------------------------ chunked
+
+
+def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
+    B, T, H, _ = inputs[0].shape
+
+    def chunks(x_BTHX: jax.Array) -> jax.Array:
+        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))  # padding steps do not change the state
+        return x_BTHX.reshape(B, -1, L, H, x_BTHX.shape[-1]).transpose(1, 0, 3, 2, 4)
+
+    out_CBHLV, state_BHKV = _scan(tuple(map(chunks, inputs)), state_BHKV)
+    out_BTHV = out_CBHLV.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, out_CBHLV.shape[-1])
+    return out_BTHV[:, :T], state_BHKV
+
+
+@jax.custom_vjp
+def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: _chunk(state, *inputs), state_BHKV, inputs)
+    return out_CBHLV, state_BHKV
+
+
+def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
+    """The outputs of :func:`_scan`; only the inputs and the state before each chunk are saved for the backward pass."""
+
+    def step(state_BHKV: jax.Array, inputs: Any) -> Any:
+        after_BHKV, out_BHLV = _chunk(state_BHKV, *inputs)
+        return after_BHKV, (out_BHLV, state_BHKV)
+
+    last_BHKV, (out_CBHLV, states_CBHKV) = lax.scan(step, state_BHKV, inputs)
+    return (out_CBHLV, last_BHKV), (inputs, states_CBHKV)
+
+
+def _scan_backward(saved: Any, cotangents: Any) -> Any:
+    def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
+        (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
+        # In float32, because the gradient of the decays is a difference of the gradients of q and k.
+        q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
+        chunk = lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE)  # noqa: E731
+        (after_BHKV, _), pull = jax.vjp(chunk, state_BHKV, q32, k32, v)
+        dstate_BHKV, dq, dk, dv = pull((dafter_BHKV, dout_BHLV))
+        dlog_BHLE = _log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
+        return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv, dlog_BHLE)
+
+    dout_CBHLV, dlast_BHKV = cotangents
+    dstate_BHKV, dinputs = lax.scan(step, dlast_BHKV, (*saved, dout_CBHLV), reverse=True)
+    return dinputs, dstate_BHKV
+
+
+def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
+    """The gradient of the log decays of a chunk, without differentiating the products of decays.
+
+    See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
+    on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of step t is a summand of b_s
+    for all steps s >= t, so its gradient is the sum of their gradients.
+
+    Args:
+        dsum_BHLK: ``q * dq - k * dk``.
+        state_dstate_BHKV: the state after the chunk times its gradient.
+    """
+    dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(state_dstate_BHKV, axis=-1)
+    if log_BHLE.shape[-1] == 1:
+        dsum_BHLE, dlast_BHE = (jnp.sum(x, axis=-1, keepdims=True) for x in (dsum_BHLE, dlast_BHE))
+    later_LM = jnp.triu(jnp.ones((log_BHLE.shape[2],) * 2, jnp.float32))
+    dlog_BHLE = jnp.einsum("LM,BHME->BHLE", later_LM, dsum_BHLE, precision=lax.Precision.HIGHEST)
+    return jnp.where(log_BHLE == -jnp.inf, 0.0, dlog_BHLE + dlast_BHE[:, :, None])
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _chunk(
+    state_BHKV: jax.Array, q_BHLK: jax.Array, k_BHLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The state after a chunk, and the outputs of its steps.
+
+    Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
+    the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
+    is the same sum for t = L. Decays are multiplied and never divided, so that every product stays in [0, 1].
+    """
+    dtype, decay_BHLE = v_BHLV.dtype, jnp.exp(log_BHLE)
+
+    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
+
+    if decay_BHLE.shape[-1] == 1:  # one decay per head is a factor of the scores
+
+        def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
+            return later * jnp.swapaxes(earlier, -1, -2)
+
+        diagonal_BHL = jnp.ones(decay_BHLE.shape[:3], jnp.float32)
+        decay_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
+        scores_BHLM = product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM
+    else:
+
+        def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
+            size = later.shape[3]
+            q_BHPSK, k_BHPSK = _block_pairs(q_BHLK, size)[1], _block_pairs(k_BHLK, size)[0]
+            return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)
+
+        diagonal_BHL = jnp.sum(q_BHLK.astype(jnp.float32) * k_BHLK.astype(jnp.float32), axis=-1)
+        scores_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
+    out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV)
+    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLE, state_BHKV)
+    total_BHE1 = jnp.swapaxes(prefix_BHLE[:, :, -1:], 2, 3)
+    state_BHKV = total_BHE1 * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLE, v_BHLV)
+    return state_BHKV, out_BHLV.astype(dtype)
+
+
+def _pair_scores_and_decays(
+    decay_BHLE: jax.Array, diagonal_BHL: jax.Array, pair_scores: Callable[[jax.Array, jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scores of all pairs of steps of a chunk, and the products of decays before and after each step.
+
+    Blocks of 1, 2, 4, ... steps are joined in pairs. The decay between a step of the later block and a step of the
+    earlier block is the product of two factors: the decays of the later block up to its step (``later``), and the
+    decays of the earlier block after its step (``earlier``). So no quotient of two products is needed, which could
+    overflow.
+
+    Args:
+        diagonal_BHL: the score of each step with itself.
+        pair_scores: function from ``later`` and ``earlier`` [B, H, P pairs, S, E] to the scores between the steps of
+            the later and of the earlier block of each pair, [B, H, P, S, S].
+
+    Returns:
+        Scores [B, H, L, L], 0 for later steps. For each step, the product of all decays up to and including its own,
+        [B, H, L, E]. For each step, the product of all decays after it, [B, H, L, E].
+    """
+    B, H, L, E = decay_BHLE.shape
+    prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
+    suffix = jnp.ones_like(prefix)
+    for size in (1 << power for power in range(L.bit_length() - 1)):
+        prefix_pairs, suffix_pairs = (x.reshape(B, H, -1, 2, size, E) for x in (prefix, suffix))
+        lower = pair_scores(prefix_pairs[:, :, :, 1], suffix_pairs[:, :, :, 0])
+        upper = jnp.zeros_like(lower)
+        rows = [jnp.concatenate(row, axis=-1) for row in ((scores[:, :, 0::2], upper), (lower, scores[:, :, 1::2]))]
+        scores = jnp.concatenate(rows, axis=-2)
+        (first, second), (first_suffix, second_suffix) = (
+            (x[:, :, :, 0], x[:, :, :, 1]) for x in (prefix_pairs, suffix_pairs)
+        )
+        prefix = jnp.concatenate([first, first[..., -1:, :] * second], axis=-2)
+        suffix = jnp.concatenate([second[..., -1:, :] * first_suffix, second_suffix], axis=-2)
+    return scores[:, :, 0], prefix[:, :, 0], suffix[:, :, 0]
+
+
+def _block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The earlier and the later block of each pair of blocks of ``size`` steps, [B, H, P, S, K] each."""
+    pairs = x_BHLK.reshape(*x_BHLK.shape[:2], -1, 2, size, x_BHLK.shape[-1])
+    return pairs[:, :, :, 0], pairs[:, :, :, 1]

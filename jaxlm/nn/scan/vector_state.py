@@ -1,0 +1,332 @@
+"""The elementwise linear recurrence ``h = decay * h + input``.
+
+RG-LRU (De et al. 2024, eq. 4), minGRU (Feng et al. 2024), QRNN (Bradbury et al. 2017) and SRU (Lei et al. 2018) use
+this recurrence. They differ in how they compute the decay and the input.
+
+The recurrence needs two operations for three memory accesses, so it is bound by memory bandwidth. ``sequential`` loops
+over time and overwrites the input with the state in the same buffer. It writes nothing else, and it allocates no new
+memory if the input is not used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk
+together in log2(CHUNK) rounds; this is better for accelerators, where the number of rounds matters more than their
+size. Both have a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). It
+saves only the decay and the states.
+
+Shapes: B batch, T time, D channels, L steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.nn import choices
+from jaxlm.nn.segments import both_masks, check_masks
+
+Implementation = Literal["reference", "sequential", "chunked"]
+
+CHUNK = 256
+"""Steps in a chunk of ``chunked``."""
+
+
+def linear_scan(
+    decay_BTD: jax.Array,
+    input_BTD: jax.Array,
+    state_BD: jax.Array | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    reverse: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The state after each step, [B, T, D] in the dtype of the input, and the last state, [B, D] float32.
+
+    The state is computed in float32 for all dtypes.
+
+    Args:
+        decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` multiplies decays with each
+            other, so decays above 1 may overflow there.
+        state_BD: the state before the first step; None: zeros.
+        reset_BT: True where the state is set to zeros before the step (``segments.segment_boundaries``). None: no
+            resets.
+        keep_BT: False where the step is padding; the state does not change and the output repeats it. None: no padding.
+        reverse: go from the last step to the first. Output t still belongs to input t, and the last state is that of
+            step 0.
+        implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked`` (see above), or None for the
+            fastest known: ``sequential`` on a CPU, ``chunked`` otherwise. The latter two support forward-over-reverse
+            second derivatives; reverse over reverse needs ``reference``.
+
+    Raises:
+        ValueError: shapes that do not match, an input without steps, or an unknown implementation.
+
+    Example:
+        >>> states, last = linear_scan(jnp.full((1, 3, 1), 0.5), jnp.ones((1, 3, 1)))
+        >>> states[0, :, 0].tolist(), last.tolist()
+        ([1.0, 1.5, 1.75], [[1.75]])
+    """
+    masks = _check(decay_BTD, input_BTD, state_BD, reset_BT, keep_BT)
+    if implementation is None:
+        implementation = choices.linear_scan()
+    if implementation not in get_args(Implementation):
+        choice = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"no linear_scan implementation {implementation!r}: choose from {choice}")
+    # Time must not be split over devices here, because the steps are computed one after the other.
+    decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))
+    state_BD = jnp.zeros_like(input_BTD[:, 0], jnp.float32) if state_BD is None else state_BD.astype(jnp.float32)
+    if implementation == "reference":
+        return _reference(decay_BTD, input_BTD, state_BD, masks, reverse)
+    return _scan(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)
+
+
+def _check(
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: Any, keep_BT: Any
+) -> tuple[jax.Array, jax.Array] | None:
+    """The masks ``(reset_BT, keep_BT)``, or None if both are None. Checks the shapes."""
+    if input_BTD.ndim != 3 or decay_BTD.shape != input_BTD.shape or not input_BTD.shape[1]:
+        raise ValueError(
+            f"decay {list(decay_BTD.shape)} and input {list(input_BTD.shape)} must both be [batch, time, channels], "
+            "with at least one step"
+        )
+    B, T, D = input_BTD.shape
+    if state_BD is not None and state_BD.shape != (B, D):
+        raise ValueError(f"state_BD {list(state_BD.shape)} must be [batch, channels] of the input, {[B, D]}")
+    check_masks(reset_BT, keep_BT, (B, T))
+    return both_masks(reset_BT, keep_BT, (B, T))
+
+
+def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Any) -> jax.Array:
+    """The state after one step of all rows, [B, D] float32. Padding inputs are ignored, even if they are NaN."""
+    decay, new = decay.astype(jnp.float32), new.astype(jnp.float32)
+    if mask is not None:
+        reset_B1, keep_B1 = mask
+        decay, new = jnp.where(keep_B1, decay, 1.0), jnp.where(keep_B1, new, 0.0)
+        state = jnp.where(reset_B1, 0.0, state)
+    return decay * state + new
+
+
+def _reference(
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    def step(state: jax.Array, inputs: Any) -> Any:
+        decay, new, mask = inputs
+        state = _step(state, decay, new, mask)
+        return state, state.astype(input_BTD.dtype)
+
+    masks_TB1 = jax.tree.map(lambda mask: mask.T[:, :, None], masks)
+    steps = (jnp.swapaxes(decay_BTD, 0, 1), jnp.swapaxes(input_BTD, 0, 1), masks_TB1)
+    last_BD, hidden_TBD = lax.scan(step, state_BD, steps, reverse=reverse)
+    return jnp.swapaxes(hidden_TBD, 0, 1), last_BD
+
+
+# ---------------------------------------------------------------------------------------------- custom gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(
+    implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)[0]
+
+
+def _forward(
+    implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
+) -> Any:
+    forward = _sequential if implementation == "sequential" else _chunked
+    hidden_BTD, last_BD = forward(decay_BTD, input_BTD, state_BD, masks, reverse)
+    return (hidden_BTD, last_BD), (decay_BTD, hidden_BTD, state_BD, masks)
+
+
+def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    """The gradients of decay, input and initial state.
+
+    The total gradient g of a state follows the recurrence ``g = dhidden + decay_next * g_next``. The gradient of the
+    input is g, and the gradient of the decay is ``g * state_before``.
+    """
+    masks = saved[-1]
+    backward: Any = _sequential_backward if implementation == "sequential" else _chunked_backward
+    ddecay_BTD, dinput_BTD, dstate_BD = backward(*saved, *cotangents, reverse)
+    if masks is not None:
+        dinput_BTD = jnp.where(masks[1][:, :, None], dinput_BTD, 0.0)
+    return ddecay_BTD, dinput_BTD, dstate_BD, None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+# --------------------------------------------------------------------------------------------------- sequential
+
+
+def _sequential(
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    time_of = _step_to_time(input_BTD, reverse)
+
+    def step(states: Any, i: Any, buffers: Any) -> Any:
+        decay_BD, new_BD = _read(decay_BTD, time_of(i)), _read(buffers[0], time_of(i))
+        return (_step(states[0], decay_BD, new_BD, _masks_at(masks, time_of(i))),)
+
+    (hidden_BTD,), (last_BD,) = _replace((input_BTD,), step((state_BD,), 0, (input_BTD,)), step, time_of)
+    return hidden_BTD, last_BD
+
+
+def _sequential_backward(
+    decay_BTD: jax.Array,
+    hidden_BTD: jax.Array,
+    state_BD: jax.Array,
+    masks: Any,
+    dhidden_BTD: jax.Array,
+    dlast_BD: jax.Array,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of decay, input and initial state, computed in place.
+
+    The gradient of the input overwrites the gradient of the states, and the gradient of the decay overwrites the
+    states.
+    """
+    end = hidden_BTD.shape[1] - 1
+    time_of = _step_to_time(hidden_BTD, not reverse)
+
+    def through(gradient_BD: jax.Array, i: Any) -> jax.Array:
+        """The gradient of the state before step i, from that of the state after it."""
+        decayed_BD = _read(decay_BTD, time_of(i)).astype(jnp.float32) * gradient_BD
+        mask = _masks_at(masks, time_of(i))
+        return decayed_BD if mask is None else jnp.where(mask[1], jnp.where(mask[0], 0.0, decayed_BD), gradient_BD)
+
+    def values(incoming_BD: jax.Array, i: Any, buffers: Any) -> Any:
+        gradient_BD = _read(buffers[0], time_of(i)).astype(jnp.float32) + incoming_BD
+        before_BD = jnp.where(
+            i == end, state_BD, _read(buffers[1], time_of(jnp.minimum(i + 1, end))).astype(jnp.float32)
+        )
+        ddecay_BD, mask = gradient_BD * before_BD, _masks_at(masks, time_of(i))
+        return gradient_BD, ddecay_BD if mask is None else jnp.where(mask[1] & ~mask[0], ddecay_BD, 0.0)
+
+    def step(gradients: Any, i: Any, buffers: Any) -> Any:
+        return values(through(gradients[0], i - 1), i, buffers)
+
+    buffers = (dhidden_BTD, hidden_BTD.astype(decay_BTD.dtype))
+    (dinput_BTD, ddecay_BTD), (gradient_BD, _) = _replace(buffers, values(dlast_BD, 0, buffers), step, time_of)
+    return ddecay_BTD, dinput_BTD, through(gradient_BD, end)
+
+
+def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
+    """A function from loop iteration i to its time step, an unsigned integer, so that it cannot count from the end."""
+    last = x_BTD.shape[1] - 1
+    return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
+
+
+def _replace(
+    buffers: tuple[jax.Array, ...], values: Any, step: Callable[..., Any], time_of: Callable[[Any], jax.Array]
+) -> tuple[Any, Any]:
+    """The buffers [B, T, D], overwritten with the values [B, D] of each step, and the last values.
+
+    Each iteration first writes the values of its step and then reads from the new buffer for the next step. So the old
+    buffer is never read after a write, and XLA does not copy it. If an iteration read before it wrote, fusion would
+    decide whether XLA copies the buffer, and one copy per iteration makes the scan quadratic in time.
+
+    Args:
+        values: the values of step 0.
+        step: ``step(values of step i - 1, i, buffers)`` returns the values of step i. The buffers then contain new
+            values before step i, and old values from step i on.
+    """
+
+    def write(buffers: Any, values: Any, i: Any) -> Any:
+        return tuple(_write(buffer, value, time_of(i)) for buffer, value in zip(buffers, values, strict=True))
+
+    def iteration(i: jax.Array, carry: Any) -> Any:
+        values, buffers = carry
+        buffers = write(buffers, values, i)
+        return step(values, i + 1, buffers), buffers
+
+    end = buffers[0].shape[1] - 1
+    values, buffers = lax.fori_loop(0, end, iteration, (values, buffers))
+    return write(buffers, values, end), values
+
+
+def _read(x_BTD: jax.Array, time: jax.Array) -> jax.Array:
+    zero = jnp.zeros_like(time)
+    return lax.dynamic_slice(x_BTD, (zero, time, zero), (x_BTD.shape[0], 1, x_BTD.shape[2]))[:, 0]
+
+
+def _write(x_BTD: jax.Array, value_BD: jax.Array, time: jax.Array) -> jax.Array:
+    zero = jnp.zeros_like(time)
+    return lax.dynamic_update_slice(x_BTD, value_BD[:, None].astype(x_BTD.dtype), (zero, time, zero))
+
+
+def _masks_at(masks: Any, time: jax.Array) -> Any:
+    zero = jnp.zeros_like(time)
+    return jax.tree.map(lambda mask: lax.dynamic_slice(mask, (zero, time), (mask.shape[0], 1)), masks)
+
+
+# ------------------------------------------------------------------------------------------------------ chunked
+
+
+def _chunked(
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+) -> tuple[jax.Array, jax.Array]:
+    if masks is not None:
+        input_BTD = jnp.where(masks[1][:, :, None], input_BTD, 0.0)
+    decay_BTD = _masked_decay(decay_BTD, masks)
+    hidden_BTD = _by_chunks(decay_BTD, input_BTD, state_BD, reverse)
+    return hidden_BTD.astype(input_BTD.dtype), hidden_BTD[:, 0 if reverse else -1]
+
+
+def _chunked_backward(
+    decay_BTD: jax.Array,
+    hidden_BTD: jax.Array,
+    state_BD: jax.Array,
+    masks: Any,
+    dhidden_BTD: jax.Array,
+    dlast_BD: jax.Array,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
+    # The gradient of a step uses the decay of the next step and the state before the step.
+    following_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
+    gradient_BTD = _by_chunks(following_BTD, dhidden_BTD, dlast_BD, not reverse)
+    ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
+    if masks is not None:
+        ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
+    last = -1 if reverse else 0
+    dstate_BD = decay_BTD[:, last].astype(jnp.float32) * gradient_BTD[:, last]
+    return ddecay_BTD.astype(dtype), gradient_BTD.astype(dhidden_BTD.dtype), dstate_BD
+
+
+def _shifted(x_BTD: jax.Array, first_BD: jax.Array, reverse: bool) -> jax.Array:
+    """``x`` shifted by one step, so that each step gets the entry of the step before it; the first gets ``first``."""
+    first_B1D = first_BD[:, None].astype(x_BTD.dtype)
+    return jnp.concatenate((x_BTD[:, 1:], first_B1D) if reverse else (first_B1D, x_BTD[:, :-1]), axis=1)
+
+
+def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:
+    if masks is None:
+        return decay_BTD
+    reset_BT1, keep_BT1 = (mask[:, :, None] for mask in masks)
+    return jnp.where(keep_BT1, jnp.where(reset_BT1, 0.0, decay_BTD), 1.0)
+
+
+def _by_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, reverse: bool) -> jax.Array:
+    """The states after each step, [B, T, D] float32."""
+    B, T, D = input_BTD.shape
+    L = min(CHUNK, T)
+    missing = -T % L
+    padding = ((0, 0), (missing, 0) if reverse else (0, missing), (0, 0))  # after the last step in reading order
+
+    def chunks(x_BTD: jax.Array) -> jax.Array:
+        return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, -1, L, D), 0, 1)
+
+    def combine(earlier: Any, later: Any) -> Any:
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    def chunk(state_BD: jax.Array, inputs: Any) -> Any:
+        decay_BLD, new_BLD = (x.astype(jnp.float32) for x in inputs)
+        decay_BLD, hidden_BLD = lax.associative_scan(combine, (decay_BLD, new_BLD), axis=1, reverse=reverse)
+        hidden_BLD = decay_BLD * state_BD[:, None] + hidden_BLD
+        return hidden_BLD[:, 0 if reverse else -1], hidden_BLD
+
+    _, hidden_NBLD = lax.scan(chunk, state_BD, (chunks(decay_BTD), chunks(input_BTD)), reverse=reverse)
+    hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, -1, D)
+    return hidden_BTD[:, missing:] if reverse else hidden_BTD[:, :T]

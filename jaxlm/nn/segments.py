@@ -1,0 +1,91 @@
+"""Positions and segments. A position is the index of a token in its document; a segment id says which document it is.
+
+In all of jaxlm, segment 0 is padding, and segments 1, 2, ... are documents. Shapes: B batch, T new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def positions_in_segments(
+    segment_ids_BT: jax.Array, last_segment_B: jax.Array | None = None, next_position_B: jax.Array | None = None
+) -> jax.Array:
+    """The position of each token in its run of equal segment ids, [B, T] int32, starting at 0; padding gets 0.
+
+    The last two arguments continue a document from an earlier call. Tokens of segment ``last_segment_B`` count from
+    ``next_position_B`` on. So a prompt that is padded on either side, or read in several chunks, gets the positions
+    that it would have without padding in a single call.
+
+    Args:
+        last_segment_B: the segment of each row's last token in the earlier call.
+        next_position_B: the position that follows that token.
+
+    Example:
+        >>> positions_in_segments(jnp.array([[0, 0, 1, 1, 1, 2]])).tolist()
+        [[0, 0, 0, 1, 2, 0]]
+    """
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    previous_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    is_first_BT = segment_ids_BT != previous_BT
+    start_BT = lax.cummax(jnp.where(is_first_BT, index_T[None, :], 0), axis=1)
+    positions_BT = index_T[None, :] - start_BT
+    if last_segment_B is not None and next_position_B is not None:
+        continues_BT = segment_ids_BT == last_segment_B[:, None]
+        positions_BT = positions_BT + jnp.where(continues_BT, next_position_B[:, None], 0)
+    return jnp.where(segment_ids_BT > 0, positions_BT, 0)
+
+
+def segment_boundaries(
+    segment_ids_BT: jax.Array, last_segment_B: jax.Array | None = None, *, reverse: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
+
+    A document continues after padding. It also continues in the next call, if that call gets the last segment.
+
+    Args:
+        segment_ids_BT: 0 for padding, 1, 2, ... for documents.
+        last_segment_B: the last segment of the previous call, 0 for none.
+        reverse: the layer reads from the last token to the first.
+
+    Example:
+        >>> reset, keep, last = segment_boundaries(jnp.array([[0, 1, 1, 2, 0, 2]]))
+        >>> reset.astype(int).tolist(), keep.astype(int).tolist(), last.tolist()
+        ([[0, 0, 0, 1, 0, 0]], [[0, 1, 1, 1, 0, 1]], [2])
+    """
+    if reverse:
+        segment_ids_BT = jnp.flip(segment_ids_BT, axis=1)
+    T = segment_ids_BT.shape[1]
+    previous_B = jnp.zeros_like(segment_ids_BT[:, 0]) if last_segment_B is None else last_segment_B
+    all_BT = jnp.concatenate([previous_B[:, None], segment_ids_BT], axis=1)  # [B, T + 1]
+    index_BT = jnp.where(all_BT > 0, jnp.arange(T + 1, dtype=jnp.int32)[None, :], 0)
+    last_real_BT = jnp.take_along_axis(all_BT, lax.cummax(index_BT, axis=1), axis=1)
+    keep_BT = segment_ids_BT > 0
+    reset_BT = keep_BT & (last_real_BT[:, :-1] > 0) & (last_real_BT[:, :-1] != segment_ids_BT)
+    if reverse:
+        reset_BT, keep_BT = jnp.flip(reset_BT, axis=1), jnp.flip(keep_BT, axis=1)
+    return reset_BT, keep_BT, last_real_BT[:, -1]
+
+
+def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
+    """Check that the masks have the ``shape`` [B, T].
+
+    Raises:
+        ValueError: a mask has another shape. The message calls the array with this shape ``what``.
+    """
+    for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
+        if mask is not None and mask.shape != tuple(shape):
+            raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
+
+
+def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
+    """``(reset_BT, keep_BT)`` without resets at padding; None if both are None."""
+    if reset_BT is None and keep_BT is None:
+        return None
+    keep_BT = jnp.ones(shape, bool) if keep_BT is None else keep_BT
+    return jnp.zeros_like(keep_BT) if reset_BT is None else reset_BT & keep_BT, keep_BT

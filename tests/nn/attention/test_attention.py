@@ -1,0 +1,440 @@
+"""Tests of each implementation of attention against a definition in float64: values and all gradients."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import sharding
+from jaxlm.nn.attention import attention, blockwise, cudnn, pallas, splash
+from jaxlm.nn.attention.cache import CacheView, Context, append, append_and_read
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_of_positions
+from jaxlm.nn.attention.mask import Mask, keep
+from jaxlm.nn.dropout import keep_rows
+from jaxlm.sharding import Sharding, make_mesh
+from tests.helpers import assert_trees_close, relative_error
+
+SHAPES = [(2, 40, 40, 3, 8), (1, 300, 300, 2, 16), (2, 131, 257, 2, 8)]  # B, T, S, H, K
+
+
+def inputs(B, T, S, H, K, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.normal(size=(B, n, H, K)).astype(dtype)  # noqa: E731
+    return draw(T), draw(S), draw(S), draw(T)
+
+
+def dense(q, k, v, allowed, scale):
+    """softmax(scale q k^T) v with a dense mask [B, T, S], computed row by row."""
+    out = np.zeros((*q.shape[:3], v.shape[3]), np.float64)
+    for b, t, h in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
+        visible = np.flatnonzero(allowed[b, t])
+        if visible.size:
+            scores = scale * k[b, visible, h].astype(np.float64) @ q[b, t, h]
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ v[b, visible, h]
+    return out
+
+
+def masks(B, T, S):
+    """Yield a name, a mask, and the dense mask computed by loops from the definition."""
+    rng = np.random.default_rng(1)
+    segments_T, segments_S = (np.sort(rng.integers(0, 4, (B, n)), axis=1).astype(np.int32) for n in (T, S))
+    order_T, order_S = (rng.integers(0, 50, (B, n)).astype(np.int32) for n in (T, S))
+    same = np.array([[[segments_T[b, t] == segments_S[b, s] for s in range(S)] for t in range(T)] for b in range(B)])
+    before = np.array([[[order_S[b, s] <= order_T[b, t] for s in range(S)] for t in range(T)] for b in range(B)])
+    near = np.array([[[order_T[b, t] - order_S[b, s] < 9 for s in range(S)] for t in range(T)] for b in range(B)])
+    everything = np.ones((B, T, S), bool)
+    segments = {"query_segments": segments_T, "key_segments": segments_S}
+    order = {"query_order": order_T, "key_order": order_S}
+    yield "all", Mask(), everything
+    yield "segments", Mask(**segments), same
+    yield "order", Mask(causal=True, **order), before
+    yield "order, window", Mask(causal=True, window=9, **order), before & near
+    yield "order, segments", Mask(causal=True, **order, **segments), before & same
+    if T == S:
+        triangle = np.tril(everything)
+        band = triangle & ~np.tril(everything, -9)
+        yield "causal", Mask(causal=True), triangle
+        yield "causal, window", Mask(causal=True, window=9), band
+        yield "causal, segments", Mask(causal=True, **segments), triangle & same
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_of_every_mask(shape):
+    q, k, v, cotangent = inputs(*shape)
+    for name, mask, allowed in masks(*shape[:3]):
+        results = {}
+        for implementation in ("reference", "blockwise"):
+
+            def value_and_gradients(q, k, v, mask, implementation=implementation):
+                out, vjp_fn = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation=implementation), q, k, v)
+                return out, vjp_fn(jnp.asarray(cotangent))
+
+            results[implementation] = jax.jit(value_and_gradients)(q, k, v, mask)
+        expected = dense(q, k, v, allowed, shape[-1] ** -0.5)
+        assert relative_error(results["reference"][0], expected) < 3e-6, name
+        assert_trees_close(results["blockwise"], results["reference"], 3e-6)
+        grads = results["reference"][1]
+        assert all(np.isfinite(g).all() for g in grads), name
+
+
+def test_reference_gradient_against_differences_in_float64():
+    with jax.enable_x64(True):
+        q, k, v, cotangent = inputs(1, 6, 6, 1, 4, np.float64)
+        mask = Mask(
+            causal=True, query_segments=np.array([[1, 1, 1, 2, 2, 0]]), key_segments=np.array([[1, 1, 1, 2, 2, 0]])
+        )
+        allowed = np.asarray(keep(mask, 6, 6))
+
+        def scalar(q, k, v):
+            return float(np.sum(dense(q, k, v, allowed, 0.5) * cotangent))
+
+        grads = jax.grad(lambda *a: jnp.sum(attention(*a, mask, scale=0.5) * cotangent), argnums=(0, 1, 2))(q, k, v)
+        for which, grad in enumerate(grads):
+            for index in [(0, 1, 0, 2), (0, 4, 0, 0), (0, 5, 0, 3)]:
+                arrays = [x.copy() for x in (q, k, v)]
+                arrays[which][index] += 1e-5
+                up = scalar(*arrays)
+                arrays[which][index] -= 2e-5
+                # The reference computes its softmax in float32.
+                assert (up - scalar(*arrays)) / 2e-5 == pytest.approx(float(grad[index]), abs=2e-5)
+
+
+def test_a_query_without_visible_keys_gives_zeros_and_no_gradient():
+    q, k, v, _ = inputs(1, 4, 4, 1, 4)
+    mask = Mask(query_segments=np.array([[1, 2, 1, 1]]), key_segments=np.array([[1, 1, 1, 1]]))
+    for implementation in ("reference", "blockwise"):
+        out, grads = jax.value_and_grad(
+            lambda *a, i=implementation: jnp.sum(attention(*a, mask, implementation=i)), argnums=(0, 1, 2)
+        )(q, k, v)
+        assert np.isfinite(float(out))
+        assert np.all(np.asarray(attention(q, k, v, mask, implementation=implementation))[0, 1] == 0)
+        assert all(np.isfinite(g).all() for g in grads)
+        assert np.all(np.asarray(grads[0])[0, 1] == 0)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=True)])
+def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask):
+    q, k, v, cotangent = inputs(2, 300, 300, 2, 8)
+
+    def run(implementation, key):
+        out, vjp_fn = jax.vjp(
+            lambda *a: attention(*a, mask, dropout=0.3, key=key, implementation=implementation), q, k, v
+        )
+        return out, vjp_fn(jnp.asarray(cotangent))
+
+    want, got = (jax.jit(run, static_argnums=0)(name, jax.random.key(7)) for name in ("reference", "blockwise"))
+    assert_trees_close(got, want, 3e-6)
+    other_key = jax.jit(run, static_argnums=0)("blockwise", jax.random.key(8))
+    assert relative_error(other_key[0], want[0]) > 0.1
+    # If all values are 1, the output is the sum of the kept probabilities. Its mean is 1.
+    ones = attention(q, k, np.ones_like(v), dropout=0.3, key=jax.random.key(7), implementation="blockwise")
+    assert float(jnp.mean(ones)) == pytest.approx(1.0, abs=0.01)
+    kept = keep_rows(jax.random.key(0), jnp.arange(500, dtype=jnp.uint32), 200, 0.3)
+    assert float(jnp.mean(kept)) == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("sections", [1, 4])
+def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections):
+    """The code for thousands of queries, tested on a short sequence whose last block is not full."""
+    monkeypatch.setattr(blockwise, "BLOCK_ROWS", (24, 24))
+    monkeypatch.setattr(blockwise, "MAX_SECTIONS", sections)
+    monkeypatch.setattr(blockwise, "ALIGN", 8)
+    monkeypatch.setattr(blockwise, "MIN_KEYS_FOR_RANGES", 16)
+    shape = (1, 200, 200, 2, 8)
+    q, k, v, cotangent = inputs(*shape)
+    for name, mask, _ in masks(*shape[:3]):
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(implementation, mask=mask):
+            out, vjp_fn = jax.vjp(functools.partial(attention, mask=mask, implementation=implementation), q, k, v)
+            return out, vjp_fn(jnp.asarray(cotangent))
+
+        want = run("reference")
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(want)), name
+        assert_trees_close(run("blockwise"), want, 3e-6)
+
+
+def test_memory_is_linear_in_time():
+    """The temporary memory of the gradient doubles with twice the length; for a dense matrix it would be four times."""
+
+    def temporaries(T):
+        x = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
+        grad = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, Mask(causal=True))), argnums=(0, 1, 2))
+        return jax.jit(grad).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(8192), temporaries(16384)
+    assert long < 2.2 * short
+    assert long < 16384 * 16384 * 4 / 4
+
+
+def test_all_heads_together_equal_a_loop_over_heads():
+    q, k, v, _ = inputs(2, 150, 150, 2, 8)
+    run = lambda sequential: blockwise.attention(  # noqa: E731
+        q, k, v, Mask(causal=True), scale=0.3, biases=(), dropout=0.2, key=jax.random.key(0), sequential=sequential
+    )
+    assert relative_error(run(False), run(True)) < 3e-6
+
+
+def test_the_gradient_of_a_shared_bias_is_summed_over_devices():
+    """The devices communicate the sums of the gradients of the table, and no tiles of scores."""
+    B, T, H = 8, 300, 2
+    q, k, v, cotangent = inputs(B, T, T, H, 8)
+    table = np.random.default_rng(2).normal(size=(33, H)).astype(np.float32)
+
+    def gradients(sequential):
+        def value(table, q):
+            bias = distance_bias(table, 16, T, T, query_offset=0)
+            out = blockwise.attention(
+                q, k, v, Mask(causal=True), scale=0.3, biases=(bias,), dropout=0.0, key=None, sequential=sequential
+            )
+            return jnp.sum(out * cotangent)
+
+        return jax.grad(value, argnums=(0, 1))
+
+    want = jax.jit(gradients(True))(table, q)
+    assert_trees_close(jax.jit(gradients(False))(table, q), want, 1e-5)
+    mesh_sharding = Sharding(make_mesh("data=4,tensor=2"))
+
+    def sharded_gradients(table, q):
+        with mesh_sharding.scope():
+            return gradients(False)(table, sharding.constrain(q, ("batch", None, None, None)))
+
+    compiled = jax.jit(sharded_gradients).lower(table, q).compile()
+    assert_trees_close(compiled(table, q), want, 1e-5)
+    summed = re.findall(r"= \(?f32\[([\d,]*)\][^=]* all-reduce(?:-start)?\(", compiled.as_text())
+    assert summed
+    assert all(np.prod([int(size) for size in shape.split(",")]) <= 2 * T * H for shape in summed)
+
+
+def test_errors_name_bad_input():
+    q, k, v, _ = inputs(1, 4, 6, 2, 4)
+    with pytest.raises(ValueError, match="a causal mask over 4 queries and 6 keys needs query_order"):
+        attention(q, k, v, Mask(causal=True))
+    with pytest.raises(ValueError, match="must agree in batch and width"):
+        attention(q, k[:, :, :1], v)
+    with pytest.raises(ValueError, match=r"bias \(1, 2, 4, 5\) must be \[1 or 1, 1 or 2, 4, 6\]"):
+        attention(q, k, v, bias=np.zeros((1, 2, 4, 5)))
+    with pytest.raises(ValueError, match="'blockwise' takes no dense bias"):
+        attention(q, k, v, bias=np.zeros((1, 2, 4, 6)), implementation="blockwise")
+    with pytest.raises(
+        ValueError,
+        match="no attention implementation 'flash': choose from reference, blockwise, decode, splash, pallas, cudnn",
+    ):
+        attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="takes query_order and key_order together"):
+        Mask(causal=True, query_order=np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="window=3 needs causal=True"):
+        Mask(window=3)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_grouped_queries_read_the_key_head_of_their_group(monkeypatch, sequential):
+    monkeypatch.setattr(sharding, "platform", lambda: "cpu" if sequential else "gpu")
+    q, k, v, _ = inputs(2, 5, 7, 6, 4)
+    grouped = k[:, :, :2], v[:, :, :2]
+
+    def repeat_heads(k, v):
+        return [jnp.stack([x[:, :, head // 3] for head in range(6)], axis=2) for x in (k, v)]
+
+    def run(attend):
+        out, vjp_fn = jax.vjp(attend, q, *grouped)
+        return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    want = run(lambda q, k, v: attention(q, *repeat_heads(k, v), implementation="reference"))
+    for implementation in ("reference", "blockwise"):
+        got = run(lambda q, k, v, i=implementation: attention(q, k, v, implementation=i))
+        assert_trees_close(got, want, 2e-6)
+
+
+def test_a_bias_is_added_to_the_scaled_scores_and_has_a_gradient():
+    q, k, v, _ = inputs(2, 4, 4, 3, 8)
+    bias = jax.random.normal(jax.random.key(8), (1, 3, 4, 4))
+    mask = Mask(causal=True)
+
+    def plain(bias):
+        scores = jnp.einsum("BTHK,BSHK->BHTS", q, k) * 0.5 + bias
+        scores = jnp.where(jnp.tril(jnp.ones((4, 4), bool))[None, None], scores, -jnp.inf)
+        return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(scores, axis=-1), v)
+
+    assert relative_error(attention(q, k, v, mask, scale=0.5, bias=bias), plain(bias)) < 1e-6
+    got, want = (
+        jax.grad(lambda bias, f=f: jnp.sum(jnp.sin(f(bias))))(bias)
+        for f in (lambda bias: attention(q, k, v, mask, scale=0.5, bias=bias), plain)
+    )
+    assert relative_error(got, want) < 1e-5
+
+
+def cached_inputs(filled, S=700, G=2):
+    """Queries (the last tokens of the ``filled`` slots of each row), keys, values and the mask."""
+    B, T, H, K = len(filled), 2, 4, 8
+    shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K)
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    slot_1S, filled_B1 = jnp.arange(S)[None], jnp.asarray(filled)[:, None]
+    segments = jnp.where(slot_1S < filled_B1, 1, 0)
+    mask = Mask(
+        causal=True, query_order=filled_B1 - T + jnp.arange(T)[None], key_order=jnp.broadcast_to(slot_1S, (B, S)),
+        query_segments=jnp.ones((B, T), jnp.int32), key_segments=segments,
+    )  # fmt: skip
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("filled", [(3, 90), (170, 4), (300, 350), (700, 20)])
+def test_few_queries_over_a_cache(monkeypatch, filled, kind):
+    monkeypatch.setattr(sharding, "platform", lambda: kind)
+    q, k, v, mask = cached_inputs(filled)
+    table = jax.random.normal(jax.random.key(9), (9, 4))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, mask):
+        def attend(q, k, v, table):
+            bias = distance_bias_of_positions(table, 5, mask.query_order, mask.key_order)
+            return attention(q, k, v, mask, bias=bias, implementation=implementation)
+
+        out, vjp_fn = jax.vjp(attend, q, k, v, table)
+        return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    assert_trees_close(run("decode", mask), run("reference", mask), 3e-6)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=1,tensor=4"])
+def test_decode_with_heads_split_over_devices(monkeypatch, kind, mesh):
+    """There are two key heads: one for each of two devices, or fewer than the four devices."""
+    q, k, v, mask = cached_inputs((3, 300))
+    want = attention(q, k, v, mask, implementation="reference")
+    monkeypatch.setattr(sharding, "platform", lambda: kind)
+    mesh_sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:4]))
+
+    @jax.jit
+    def run(q, k, v):
+        with mesh_sharding.scope():
+            q = sharding.constrain(q, ("batch", None, "heads", None))
+            if mesh.endswith("2"):
+                k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (k, v))
+            return attention(q, k, v, mask, implementation="decode")
+
+    assert relative_error(run(q, k, v), want) < 3e-6
+
+
+@pytest.mark.parametrize(("filled", "read"), [((3, 90), 175), ((170, 4), 175), ((300, 350), 350), ((20, 351), 700)])
+def test_only_the_filled_part_of_a_cache_is_read(filled, read):
+    """Masked slots that are read are multiplied with 0, so a NaN in them makes the output NaN."""
+    q, k, v, mask = cached_inputs(filled)
+    out = jax.jit(attention)(q, k, v.at[:, read:].set(jnp.nan), mask)
+    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
+    assert np.isnan(jax.jit(attention)(q, k, v.at[:, read - 1 :].set(jnp.nan), mask)).any()
+
+
+def test_few_queries_over_a_source_read_only_its_real_tokens():
+    """Cross attention to an encoder has no orders; it uses the same branches."""
+    q, k, v, _ = cached_inputs((0, 0))
+    segments = jnp.where(jnp.arange(700)[None] < jnp.array([[300], [20]]), 1, 0)
+    mask = Mask(query_segments=jnp.ones((2, 2), jnp.int32), key_segments=segments)
+    want = attention(q, k, v, mask, implementation="reference")
+    got = jax.jit(attention)(q, k, v.at[:, 350:].set(jnp.nan), mask)
+    assert relative_error(got, want) < 3e-6
+
+
+def context_from(start_B):
+    return Context(None, None, Mask(), start_B, None)
+
+
+def test_a_view_writes_and_reads_one_layer_of_the_stack():
+    q, k, v, mask = cached_inputs((6, 90))
+    new = jax.random.normal(jax.random.key(5), (2, 3, 2, 8))
+    start = jnp.array([3, 87])
+    heads_shape, stack = k.shape, jnp.stack([k - 1.0, k, k + 1.0])
+    stack = stack.reshape(3, *heads_shape[:2], -1)
+    view = CacheView(stack, jnp.int32(1))
+    kv, (keys, _) = append_and_read({"key": view, "value": view}, (new, new), context_from(start))
+    written = kv["key"]
+    want = append(k, new, start)
+    assert written.shape == stack.shape[1:]
+    assert keys.shape == heads_shape
+    np.testing.assert_array_equal(written.read(120), want[:, :120].reshape(2, 120, -1))
+    np.testing.assert_array_equal(keys.read(120), want[:, :120])
+    per_layer, (per_layer_keys, _) = append_and_read(
+        {"key": stack[1], "value": stack[1]}, (new, new), context_from(start)
+    )
+    np.testing.assert_array_equal(per_layer["key"], written.read(heads_shape[1]))
+    assert per_layer_keys.shape == heads_shape
+    np.testing.assert_array_equal(per_layer_keys.read(heads_shape[1]), want)
+    np.testing.assert_array_equal(per_layer_keys.read(7), want[:, :7])
+    np.testing.assert_array_equal(written.stack[jnp.array([0, 2])], stack[jnp.array([0, 2])])
+    for implementation in ("decode", "reference", None):
+        values = CacheView(v.reshape(1, *heads_shape[:2], -1), 0, heads_shape[2])
+        got = attention(q, keys, values, mask, implementation=implementation)
+        assert relative_error(got, attention(q, want, v, mask, implementation="reference")) < 3e-6
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+def test_the_call_of_cudnn_computes_attention(causal, window):
+    """The call with ``implementation="xla"``, which needs no GPU."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(2, 9, 9, 4, 8)[:3])
+    grouped, mask = (k[:, :, :2], v[:, :, :2]), Mask(causal=causal, window=window)
+    got = cudnn.attention(q, *grouped, mask, scale=0.3, implementation="xla")
+    want = attention(q, *grouped, mask, scale=0.3, implementation="reference")
+    assert got.dtype == want.dtype
+    assert relative_error(got, want) < 1e-2  # bfloat16 probabilities
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "options", "message"),
+    [
+        ("cudnn", "float32", {}, "'cudnn' takes bfloat16 and float16, not float32: leave the implementation out"),
+        ("cudnn", "bfloat16", {"dropout": 0.1, "key": jax.random.key(0)}, "'cudnn' has no dropout"),
+        ("cudnn", "bfloat16", {"bias": np.zeros((1, 1, 4, 4))}, "'cudnn' takes no bias"),
+        ("cudnn", "bfloat16", {"mask": Mask(query_segments=np.ones((1, 4)), key_segments=np.ones((1, 4)))}, "segments"),
+        ("cudnn", "bfloat16", {}, "'cudnn' is for a gpu, and this is compiled for a cpu"),
+        ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' has no dropout"),
+        ("decode", "float32", {"bias": np.zeros((1, 1, 4, 4))}, "'decode' takes no dense bias"),
+    ],
+)
+def test_unsupported_arguments_give_the_reason(implementation, dtype, options, message):
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs(1, 4, 4, 2, 4)[:3])
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, implementation=implementation, **options)
+
+
+def test_default_implementation_on_a_tpu(monkeypatch):
+    """``pallas`` for short rows or if ``splash`` does not support the mask; ``blockwise`` if no kernel supports it."""
+    called = []
+
+    def record_call(name):
+        def attend(q, k, v, mask, **_):
+            called.append(name)
+            return q
+
+        return attend
+
+    modules = {"pallas": pallas, "splash": splash, "blockwise": blockwise}
+    for name, module in modules.items():
+        monkeypatch.setattr(module, "attention", record_call(name))
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+    def default(T, S, mask=Mask(causal=True), **options):  # noqa: B008 (frozen)
+        q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, S, 2, 8))
+        called.clear()
+        jax.eval_shape(lambda q, k: attention(q, k, k, mask, **options), q, k)
+        return called[0] if called else "reference"
+
+    bias = distance_bias(jnp.zeros((9, 2)), 4, 100, 100, query_offset=0)
+    long_bias = distance_bias(jnp.zeros((9, 2)), 4, 5000, 5000, query_offset=0)
+    order = {f"{side}_order": jnp.zeros((1, 2048), jnp.int32) for side in ("query", "key")}
+    assert default(1024, 1024) == "pallas"
+    assert default(1024, 1024, dropout=0.1, key=jax.random.key(0)) == "blockwise"
+    assert default(2048, 2048) == "splash"
+    assert default(2048, 2048, Mask(causal=True, **order)) == "pallas"
+    assert default(100, 100) == "reference"
+    assert default(100, 100, bias=bias) == "pallas"
+    assert default(5000, 5000, bias=long_bias) == "blockwise"
+    monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v4")
+    assert default(1024, 1024) == "splash"
+    with pytest.raises(ValueError, match="'pallas' needs a TPU v5 or newer"):
+        default(1024, 1024, implementation="pallas")

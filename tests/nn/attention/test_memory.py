@@ -1,0 +1,97 @@
+"""Tests of the memory of the last hidden states against Python lists of tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn.attention import memory
+from jaxlm.nn.attention.mask import keep
+
+# Three calls with three rows each: padding on the left, on the right and in the middle; documents continue and start.
+CALLS = [
+    [[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 2]],
+    [[1, 1, 2, 2], [1, 0, 0, 0], [2, 2, 0, 0]],
+    [[2, 3, 0, 3], [0, 0, 0, 0], [0, 2, 2, 3]],
+]
+
+
+def run(slots, calls=CALLS):
+    """Yield (segments, tokens, context, state) of each call. The hidden state of a token is its number."""
+    state = spec.init(memory.memory_specs(None, 3, slots, 1, jnp.float32))
+    for call, segments in enumerate(calls):
+        segments = np.array(segments, np.int32)
+        tokens = 1 + 100 * call + np.arange(segments.size, dtype=np.float32).reshape(segments.shape)
+        context, state = memory.make_context(jnp.asarray(tokens), state, segments)
+        hidden = memory.append(state["hidden"], jnp.asarray(tokens)[..., None], context.kept_indices)
+        state = {**state, "hidden": hidden}
+        yield segments, tokens, context, state
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 12])
+def test_the_memory_contains_the_last_real_tokens_in_order(slots):
+    histories = [[], [], []]
+    for segments, tokens, _, state in run(slots):
+        for row, history in enumerate(histories):
+            history += [(token, s) for token, s in zip(tokens[row], segments[row]) if s > 0]
+            remembered = [
+                (token, s)
+                for token, s in zip(state["hidden"][row, :, 0].tolist(), state["segment_ids"][row].tolist())
+                if s > 0
+            ]
+            assert remembered == history[-slots:]
+            assert np.all(np.diff(np.asarray(state["segment_ids"][row]) > 0) >= 0)  # empty slots come first
+    assert spec.diff(memory.memory_specs(None, 3, slots, 1, jnp.float32), state) == []
+
+
+def test_mask_and_distances_equal_those_of_single_documents():
+    histories = [[], [], []]
+    slots = 12
+    for segments, _, context, _ in run(slots):
+        visible = np.asarray(keep(context.mask, 4, slots + 4))
+        distance = np.asarray(context.query_positions)[:, :, None] - np.asarray(context.key_positions)[:, None, :]
+        for row, history in enumerate(histories):
+            past = [None] * (slots - len(history)) + [(s, n) for n, s in enumerate(history)]
+            new_tokens = []
+            for s in segments[row]:
+                new_tokens.append((s, len(history)) if s > 0 else None)
+                history += [s] if s > 0 else []
+            for q, query in enumerate(new_tokens):
+                if query is None:
+                    continue
+                for k, key in enumerate(past + new_tokens):
+                    is_visible = key is not None and key[0] == query[0] and key[1] <= query[1]
+                    assert visible[row, q, k] == is_visible
+                    if is_visible:
+                        assert distance[row, q, k] == query[1] - key[1]
+
+
+def test_positions_without_segments():
+    state = spec.init(memory.memory_specs(1, 2, 3, 1, jnp.float32))
+    for _ in range(3):
+        context, state = memory.make_context(jnp.zeros((2, 2), int), state, None)
+        assert context.kept_indices is None
+    distance = context.query_positions[:, :, None] - context.key_positions[:, None, :]
+    assert np.array_equal(distance[0], [[3, 2, 1, 0, -1], [4, 3, 2, 1, 0]])
+    context, state = memory.make_context(jnp.zeros((2, 4), int), None, None, window=2)
+    assert state is None
+    assert np.array_equal(keep(context.mask, 4, 4)[0], np.tri(4, dtype=bool) & ~np.tri(4, k=-2, dtype=bool))
+
+
+def test_a_window_counts_tokens_and_not_padding():
+    segments = jnp.array([[1, 0, 0, 1, 1]])
+    context, _ = memory.make_context(jnp.zeros((1, 5), int), None, segments, window=2)
+    assert np.array_equal(keep(context.mask, 5, 5)[0, 3], [True, False, False, True, False])
+
+
+@pytest.mark.parametrize("kept", [None, jnp.array([[1, 2], [0, 2]])])
+def test_the_memory_has_no_gradient(kept):
+    old, new = jnp.ones((2, 2, 3)), jnp.ones((2, 1, 3))
+    gradients = jax.grad(lambda old, new: jnp.sum(memory.append(old, new, kept)), argnums=(0, 1))(old, new)
+    assert all(np.all(np.asarray(gradient) == 0.0) for gradient in gradients)
+
+
+def test_a_memory_without_slots_raises():
+    with pytest.raises(ValueError, match="a memory needs at least 1 slot, got slots=0"):
+        memory.memory_specs(1, 2, 0, 4, jnp.float32)

@@ -1,0 +1,63 @@
+"""Tests of max pooling over time."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn.convolution.pooling import causal_max_pool, k_max_pool, max_pool
+from jaxlm.nn.convolution.window import close_stream, open_stream, past_specs, tail_specs
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 5)) - 3.0, jnp.float32)  # all below 0
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "pads", "dilation"),
+    [("valid", 3, (0, 0), 1), ("same", 2, (1, 1), 1), ("causal", 1, (4, 0), 2), ("valid", 1, (0, 0), 4)],
+)
+def test_max_pool_equals_that_of_xla(padding, stride, pads, dilation):
+    want = jax.lax.reduce_window(
+        X, -jnp.inf, jax.lax.max, (1, 3, 1), (1, stride, 1), [(0, 0), pads, (0, 0)], window_dilation=(1, dilation, 1)
+    )
+    np.testing.assert_array_equal(max_pool(X, 3, padding=padding, stride=stride, dilation=dilation), want)
+
+
+@jax.jit
+def run_call(indices, ids, past, tail):
+    reordered, stream = open_stream(indices, ids, past)
+    y, tail = causal_max_pool(stream, jnp.take_along_axis(X, reordered[:, :, None], axis=1), tail, 3, dilation=2)
+    return *close_stream(stream, y), tail
+
+
+def test_causal_max_pool_in_several_calls_with_padding_and_documents():
+    ids = jnp.array([[0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0, 3, 3, 3, 0]])
+    indices = jnp.broadcast_to(jnp.arange(13)[None], (2, 13))
+    for cuts in ((), (5,), tuple(range(1, 13))):
+        past, tail = spec.init(
+            (past_specs(2, 9), tail_specs(2, 4, 5, jnp.float32))
+        )  # P = 9: another layer has a longer tail
+        outputs = []
+        for start, stop in itertools.pairwise((0, *cuts, 13)):
+            y, past, tail = run_call(indices[:, start:stop], ids[:, start:stop], past, tail)
+            outputs.append(y)
+        got = np.concatenate(outputs, axis=1)
+        assert np.isfinite(got).all()
+        for row, document in ((0, 1), (1, 1), (1, 2), (1, 3)):
+            index = np.nonzero(np.asarray(ids[row]) == document)[0]
+            document_x = np.asarray(X)[row, index]
+            for t in range(len(index)):
+                np.testing.assert_array_equal(got[row, index[t]], document_x[t::-2][:3].max(axis=0))
+
+
+def test_k_max_pool_keeps_the_order_and_the_first_of_equal_entries():
+    x = jnp.array([0.0, 5.0, 0.0, 3.0, 0.0, 7.0])[None, :, None]
+    assert k_max_pool(x, 2)[0, :, 0].tolist() == [5.0, 7.0]
+    assert k_max_pool(x, 4)[0, :, 0].tolist() == [0.0, 5.0, 3.0, 7.0]
+    assert k_max_pool(x, 6)[0, :, 0].tolist() == x[0, :, 0].tolist()
+    gradient = jax.grad(lambda x: jnp.sum(k_max_pool(x, 4) * jnp.arange(1.0, 5.0)[None, :, None]))(x)
+    assert gradient[0, :, 0].tolist() == [1.0, 2.0, 0.0, 3.0, 0.0, 4.0]
+    with pytest.raises(ValueError, match="6 steps are too few for the 7 largest"):
+        k_max_pool(x, 7)

@@ -1,0 +1,167 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import host, sharding
+from jaxlm.nn import choices
+from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.sharding import Sharding, make_mesh
+from tests.helpers import assert_trees_close, relative_error
+
+B, T, D, V = 2, 13, 8, 31
+
+
+def make_arrays():
+    rng = np.random.default_rng(0)
+    params = {"table": rng.normal(size=(V, D)).astype(np.float32), "unused": np.ones((3, 3), np.float32)}
+    hidden = rng.normal(size=(B, T, D)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = rng.integers(0, 2, (B, T)).astype(np.float32) * 1.5
+    return params, hidden, targets, weights
+
+
+def head(params, hidden):
+    return jnp.einsum("BTD,VD->BTV", hidden, params["table"])
+
+
+def unchunked_loss(params, hidden, targets, weights):
+    return jnp.sum(cross_entropy(head(params, hidden), targets) * weights)
+
+
+def test_cross_entropy_against_float64():
+    params, hidden, targets, _ = make_arrays()
+    logits = hidden.astype(np.float64) @ params["table"].astype(np.float64).T
+    want = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert relative_error(cross_entropy(jnp.asarray(logits, jnp.float32), targets), want) < 1e-6
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 2 * 5 * V, 2 * 12 * V, 10**9])
+def test_chunked_equals_unchunked_in_value_and_all_gradients(chunk_logits):
+    params, hidden, targets, weights = make_arrays()
+
+    def chunked(params, hidden):
+        return 2.5 * chunked_cross_entropy(head, params, hidden, targets, weights, chunk_logits=chunk_logits)
+
+    want = jax.value_and_grad(lambda p, h: 2.5 * unchunked_loss(p, h, targets, weights), argnums=(0, 1))(params, hidden)
+    got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden)
+    assert_trees_close(got, want, 3e-6)
+    assert relative_error(jax.jit(chunked)(params, hidden), want[0]) < 1e-6
+    assert np.all(np.asarray(got[1][0]["unused"]) == 0)
+
+
+def test_the_logits_of_all_positions_never_exist():
+    """The largest temporary array of the compiled gradient is a chunk of logits, or the table."""
+    rows, width, vocabulary = 4096, 16, 4096
+    params = {"table": jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)}
+    hidden = jax.ShapeDtypeStruct((1, rows, width), jnp.float32)
+    ints = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+    weights = jax.ShapeDtypeStruct((1, rows), jnp.float32)
+
+    def temporaries(chunk_logits):
+        grad = jax.grad(
+            lambda p, h, t, w: chunked_cross_entropy(head, p, h, t, w, chunk_logits=chunk_logits), argnums=(0, 1)
+        )
+        return jax.jit(grad).lower(params, hidden, ints, weights).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2**18) < rows * vocabulary * 4 / 8
+    assert temporaries(2**30) > rows * vocabulary * 4
+
+
+def test_positions_of_weight_zero_are_ignored():
+    params, hidden, targets, weights = make_arrays()
+    weights[0, :4] = 0.0
+    want = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
+    targets[0, :4] = -7
+    got = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
+    assert_trees_close(got, want, 0.0)
+
+
+def test_a_target_outside_the_vocabulary_gives_nan():
+    params, hidden, targets, weights = make_arrays()
+    weights[0, 0] = 1.0
+    for bad in (V, V + 5, -1):
+        targets[0, 0] = bad
+        assert np.isnan(chunked_cross_entropy(head, params, hidden, targets, weights))
+
+
+def test_bfloat16_keeps_its_statistics_in_float32():
+    params, hidden, targets, weights = make_arrays()
+    got = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(
+        hidden.astype(jnp.bfloat16)
+    )
+    want = jax.value_and_grad(lambda h: chunked_cross_entropy(head, params, h, targets, weights))(hidden)
+    assert got[0].dtype == jnp.float32
+    assert got[1].dtype == jnp.bfloat16
+    assert relative_error(got[0], want[0]) < 1e-2
+
+
+def test_chunks_are_as_large_as_the_limit_per_device_allows(monkeypatch):
+    def loss_of(hidden):
+        head = lambda table, hidden: hidden @ table  # noqa: E731
+        return chunked_cross_entropy(head, jnp.ones((4, V)), hidden, targets, jnp.ones((8, 16)))
+
+    def chunks():
+        trace = jax.make_jaxpr(jax.grad(loss_of))(jnp.ones((8, 16, 4)))
+        lengths = [equation.params["length"] for equation in _scans(trace.jaxpr)]
+        return 1 + sum(lengths)  # the first chunk is computed before the loop
+
+    targets = jnp.zeros((8, 16), int)
+    monkeypatch.setitem(choices.MAX_LOGITS, "cpu", 8 * V)
+    assert chunks() == 16
+    with Sharding(make_mesh("data=4,tensor=2")).scope():
+        assert chunks() == 2
+    monkeypatch.setattr(host, "keeps_freed_memory", lambda: True)
+    assert chunks() == 8
+
+
+@pytest.mark.parametrize(("limit", "chunks"), [(147, 3), (128, 3), (127, 5), (97, 5), (63, 10), (1, 300)])
+def test_chunks_on_accelerators_are_multiples_of_lanes_or_powers_of_two(monkeypatch, limit, chunks):
+    params, *_ = make_arrays()
+    rng = np.random.default_rng(1)
+    hidden, targets = rng.normal(size=(1, 300, D)).astype(np.float32), rng.integers(0, V, (1, 300))
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+    def chunked(params, hidden):
+        return chunked_cross_entropy(head, params, hidden, targets, np.ones((1, 300)), chunk_logits=limit * V)
+
+    gradient = jax.grad(chunked, argnums=(0, 1))
+    assert 1 + sum(scan.params["length"] for scan in _scans(jax.make_jaxpr(gradient)(params, hidden).jaxpr)) == chunks
+    want = jax.grad(lambda p, h: unchunked_loss(p, h, targets, np.ones((1, 300))), argnums=(0, 1))(params, hidden)
+    assert_trees_close(jax.jit(gradient)(params, hidden), want, 3e-6)
+
+
+def _scans(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", None)
+            if inner is not None:
+                yield from _scans(inner)
+
+
+@pytest.mark.parametrize("chunk_logits", [2 * 5 * V, 10**9])
+def test_label_smoothing_in_value_and_all_gradients(chunk_logits):
+    """Against the cross entropy with an explicit target distribution; two padding ids get no probability."""
+    params, hidden, targets, weights = make_arrays()
+    targets, smoothing, real = np.minimum(targets, V - 3), 0.2, np.arange(V) < V - 2
+
+    def padded_head(params, hidden):
+        return jnp.where(real[None, None], head(params, hidden), jnp.finfo(jnp.float32).min)
+
+    def explicit_loss(params, hidden):
+        log_probs = jax.nn.log_softmax(head(params, hidden)[..., : V - 2])
+        distribution = (1 - smoothing) * jax.nn.one_hot(targets, V - 2) + smoothing / (V - 2)
+        return -jnp.sum(weights * jnp.sum(distribution * log_probs, axis=-1))
+
+    def chunked(params, hidden):
+        return chunked_cross_entropy(
+            padded_head, params, hidden, targets, weights, label_smoothing=smoothing, chunk_logits=chunk_logits
+        )
+
+    want = jax.value_and_grad(explicit_loss, argnums=(0, 1))(params, hidden)
+    assert_trees_close(jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(params, hidden), want, 5e-6)
+    assert relative_error(jax.jit(chunked)(params, hidden), want[0]) < 2e-6
+    plain_loss = jnp.sum(weights * cross_entropy(padded_head(params, hidden), targets, smoothing))
+    assert relative_error(plain_loss, want[0]) < 2e-6

@@ -1,0 +1,305 @@
+"""Tests of LSTM and GRU layers: values and gradients against a loop over steps that JAX differentiates."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from jaxlm import sharding, spec
+from jaxlm.nn import choices, recurrence
+from jaxlm.nn.segments import segment_boundaries
+from tests.helpers import add_noise, assert_trees_close, relative_error
+
+B, T, D, H = 3, 7, 5, 4
+KINDS = ("lstm", "gru_after", "gru_before")
+
+
+def layer_of(kind):
+    return recurrence.lstm if kind == "lstm" else recurrence.gru
+
+
+@functools.cache
+def setup(kind, dtype="float32"):
+    if kind == "lstm":
+        specs, state_specs = recurrence.lstm_specs(D, H), recurrence.lstm_state_specs(B, H)
+    else:
+        specs = recurrence.gru_specs(D, H, reset=kind.removeprefix("gru_"))
+        state_specs = recurrence.gru_state_specs(B, H)
+    params = add_noise(add_noise(spec.init(specs, jax.random.key(0))))
+    state = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.ndim), x.shape), spec.init(state_specs))
+    return params, jax.random.normal(jax.random.key(1), (B, T, D)).astype(dtype), state
+
+
+def reference_loop(kind, params, x, state=None, reset_BT=None, keep_BT=None, reverse=False):
+    """The equations as a loop over steps, in the dtype of the parameters."""
+    w, u, b = (params[name] for name in ("weight_input", "weight_hidden", "bias"))
+
+    def product(x, weight, gate):
+        return x @ weight[:, gate]
+
+    def lstm_step(x, h, c):
+        i, f, g, o = (product(x, w, gate) + product(h, u, gate) + b[gate][None] for gate in range(4))
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+    def gru_step(x, h):
+        r, z = (jax.nn.sigmoid(product(x, w, gate) + product(h, u, gate) + b[gate][None]) for gate in range(2))
+        after = kind == "gru_after"
+        inner = r * (product(h, u, 2) + params["bias_hidden"][None]) if after else product(r * h, u, 2)
+        n = jnp.tanh(product(x, w, 2) + b[2][None] + inner)
+        return ((1 - z) * n + z * h,)
+
+    names = ("hidden", "cell") if kind == "lstm" else ("hidden",)
+    carry = tuple(jnp.zeros((x.shape[0], H)) if state is None else state[name] for name in names)
+    outputs = {}
+    for t in range(x.shape[1])[:: -1 if reverse else 1]:
+        real = True if keep_BT is None else keep_BT[:, t, None]
+        if reset_BT is not None:
+            carry = tuple(jnp.where(reset_BT[:, t, None] & real, 0.0, leaf) for leaf in carry)
+        new_carry = (lstm_step if kind == "lstm" else gru_step)(x[:, t], *carry)
+        carry = tuple(jnp.where(real, new, old) for new, old in zip(new_carry, carry))
+        outputs[t] = carry[0]
+    return jnp.stack([outputs[t] for t in range(x.shape[1])], axis=1), dict(zip(names, carry))
+
+
+def masks():
+    rng = np.random.default_rng(4)
+    return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.3), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.7)}
+
+
+CASES = {
+    "reference": ({"implementation": "reference"}, 512),
+    "one chunk": ({"implementation": "chunked"}, 512),
+    "chunks of 3, 3 and 1": ({}, 3 * B),  # the default implementation is chunked
+    "chunks of 2 with remat": ({"remat": True}, 2 * B),
+}
+"""(Arguments of the layer, CHUNK_ROWS)."""
+
+
+@pytest.fixture(params=CASES)
+def options(request, monkeypatch):
+    arguments, rows = CASES[request.param]
+    monkeypatch.setattr(choices, "CHUNK_ROWS", rows)
+    return arguments
+
+
+def value_and_gradients(layer, params, x, state, **inputs):
+    def weighted(params, x, state):
+        hidden, last = layer(params, x, state, **inputs)
+        leaves = [hidden, *jax.tree.leaves(last)]  # the last state is part of the loss, so that its gradient is tested
+        loss = sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves)
+        return loss, (hidden, last)
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(params, x, state)
+    return outputs, gradients
+
+
+@functools.cache
+def reference_results(kind, masked, reverse):
+    return value_and_gradients(
+        functools.partial(reference_loop, kind), *setup(kind), **(masks() if masked else {}), reverse=reverse
+    )
+
+
+@pytest.mark.parametrize(("masked", "reverse"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_all_gradients_equal_those_of_the_loop(kind, masked, reverse, options):
+    inputs = {**(masks() if masked else {}), "reverse": reverse}
+    outputs, gradients = value_and_gradients(layer_of(kind), *setup(kind), **inputs, **options)
+    want, want_gradients = reference_results(kind, masked, reverse)
+    assert_trees_close(outputs, want, 1e-6)
+    assert_trees_close(gradients, want_gradients, 2e-6)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_one_row_equals_the_loop(kind):
+    """For one row, the weights are read in the layout in which they are stored."""
+    params, x, state = setup(kind)
+    arguments = params, x[:1], jax.tree.map(lambda leaf: leaf[:1], state)
+    outputs, gradients = value_and_gradients(layer_of(kind), *arguments, implementation="chunked")
+    want, want_gradients = value_and_gradients(functools.partial(reference_loop, kind), *arguments)
+    assert_trees_close(outputs, want, 1e-6)
+    assert_trees_close(gradients, want_gradients, 2e-6)
+
+
+def loops_of(jaxpr):
+    """Yield each loop of a jaxpr, and whether it contains another loop."""
+    for eqn in jaxpr.eqns:
+        inner = [loop for sub in jaxprs_in_params(eqn.params) for loop in loops_of(sub)]
+        yield from inner
+        if eqn.primitive.name == "scan":
+            yield eqn, bool(inner)
+
+
+@pytest.mark.parametrize("rows", [512, 3 * B])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_loop_over_steps_carries_a_weight_gradient(kind, rows, monkeypatch):
+    monkeypatch.setattr(choices, "CHUNK_ROWS", rows)
+    params, x, _ = setup(kind)
+
+    def loops_with_weight_gradient(implementation):
+        layer = functools.partial(layer_of(kind), implementation=implementation)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(layer(p, x)[0])))(params).jaxpr
+        steps = [loop for loop, has_inner in loops_of(jaxpr) if not has_inner]
+        assert len(steps) >= 2
+        return [loop for loop in steps for var in loop.outvars if var.aval.shape == params["weight_hidden"].shape]
+
+    assert not loops_with_weight_gradient("chunked")
+    assert loops_with_weight_gradient("reference")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_remat_saves_no_gates(kind):
+    params, x, _ = setup(kind)
+
+    def saved_size(remat):
+        vjp_fn = jax.vjp(functools.partial(layer_of(kind), remat=remat), params, x)[1]
+        return sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
+
+    gates = {"lstm": 4, "gru_after": 4, "gru_before": 3}[kind]  # gru_after: also the product of the candidate
+    assert saved_size(False) - saved_size(True) == gates * B * T * H
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_over_the_cell_equals_the_layer(kind):
+    params, x, state = setup(kind)
+    want, last = layer_of(kind)(params, x, state)
+    cell = recurrence.lstm_cell if kind == "lstm" else recurrence.gru_cell
+    outputs = []
+    for t in range(T):
+        state = cell(params, recurrence.project(params, x[:, t]), state)
+        outputs.append(state["hidden"])
+    assert relative_error(jnp.stack(outputs, axis=1), want) < 1e-6
+    assert_trees_close(state, last, 1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_padded_document_equals_a_separate_document(kind, reverse):
+    """Each row contains two documents and padding. A separate call without padding for each document gives the same."""
+    params, x, _ = setup(kind)
+    segments = jnp.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 2, 0, 0, 0], [0, 1, 1, 1, 1, 2, 0]], jnp.int32)
+    reset_BT, keep_BT, _ = segment_boundaries(segments, reverse=reverse)
+    x = jnp.where(keep_BT[:, :, None], x, 100.0)
+    hidden, last = layer_of(kind)(params, x, reset_BT=reset_BT, keep_BT=keep_BT, reverse=reverse)
+    assert np.isfinite(np.asarray(hidden)).all()
+    for row in range(B):
+        for document in (1, 2):
+            index = np.flatnonzero(np.asarray(segments)[row] == document)
+            separate, separate_last = layer_of(kind)(params, x[row : row + 1, index], reverse=reverse)
+            assert relative_error(hidden[row, index], separate[0]) < 1e-6
+            if document == (1 if reverse else 2):  # the document that is read last
+                assert_trees_close(jax.tree.map(lambda leaf: leaf[row : row + 1], last), separate_last, 1e-6)  # noqa: B023
+
+
+def test_boundaries_of_documents_that_continue_across_padding_and_calls():
+    segments = jnp.array([[1, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 3, 3, 0, 1, 1]], jnp.int32)
+    reset_BT, keep_BT, last_B = segment_boundaries(segments, jnp.array([1, 2, 2]))
+    assert reset_BT.astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
+    assert keep_BT.tolist() == (segments > 0).tolist()
+    assert last_B.tolist() == [2, 2, 1]
+    assert segment_boundaries(segments)[0].astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
+    reset_BT, _, last_B = segment_boundaries(segments, reverse=True)
+    assert reset_BT.astype(int).tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
+    assert last_B.tolist() == [1, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(B, "reference"), (B, "chunks of 2 with remat"), (1, "one chunk")], indirect=["options"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_keeps_a_float32_state_and_float32_gradients(kind, rows, options):
+    params, x, state = setup(kind)
+    x, state = x[:rows], jax.tree.map(lambda leaf: leaf[:rows], state)
+    layer = functools.partial(layer_of(kind), **options)
+
+    def gradients(x):
+        def loss(p, s):
+            hidden, last = layer(p, x, s)
+            return jnp.sum(hidden.astype(jnp.float32) ** 2), (hidden, last)
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, state)
+
+    (got, (hidden, last)), (want, _) = gradients(x.astype(jnp.bfloat16)), gradients(x)
+    assert hidden.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((last, got)))
+    assert_trees_close(got, want, 0.05)
+
+
+def test_the_cell_state_accumulates_in_float32_for_bfloat16_inputs():
+    """A cell that adds a small number in each of 2000 steps; a bfloat16 cell state would stop growing at 2."""
+    params = spec.init(recurrence.lstm_specs(1, 1, spec.ZEROS), None)
+    bias = jnp.array([[-5.0], [50.0], [50.0], [50.0]])  # input gate 0.0067, forget and output gates 1, candidate 1
+    _, state = recurrence.lstm({**params, "bias": bias}, jnp.zeros((1, 2000, 1), jnp.bfloat16))
+    assert float(state["cell"][0, 0]) == pytest.approx(2000 / (1 + np.exp(5.0)), rel=1e-3)
+
+
+def test_bad_inputs_raise():
+    params, x, _ = setup("lstm")
+    with pytest.raises(ValueError, match="the input has width 3, but weight_input needs width 5"):
+        recurrence.lstm(params, x[..., :3])
+    with pytest.raises(ValueError, match=r"keep_BT \[3, 2\] must be \[batch, time\] of the input, \[3, 7\]"):
+        recurrence.lstm(params, x, keep_BT=jnp.ones((3, 2), bool))
+    with pytest.raises(ValueError, match="reset='never' is unknown: choose from 'after', 'before'"):
+        recurrence.gru_specs(D, H, reset="never")
+    with pytest.raises(ValueError, match="no recurrent implementation 'fast': choose from reference, chunked, cudnn"):
+        recurrence.lstm(params, x, implementation="fast")
+    with pytest.raises(
+        ValueError, match="implementation='reference' does not support remat: use implementation='chunked'"
+    ):
+        recurrence.lstm(params, x, implementation="reference", remat=True)
+
+
+# --------------------------------------------------------------------------------------------------------- cuDNN
+
+
+def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
+    params, x, _ = setup("lstm")
+    with pytest.raises(ValueError, match="is for a gpu, and this is compiled for a cpu: leave it out"):
+        recurrence.lstm(params, x, implementation="cudnn")
+    with pytest.raises(ValueError, match="supports only an LSTM: for a GRU, choose reference or chunked"):
+        recurrence.gru(setup("gru_after")[0], x, implementation="cudnn")
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match="computes in float32, not in bfloat16: choose 'chunked'"):
+        recurrence.lstm(params, x.astype(jnp.bfloat16), implementation="cudnn")
+    with pytest.raises(ValueError, match="cannot reset the state at segment boundaries: choose 'chunked'"):
+        recurrence.lstm(params, x, implementation="cudnn", reset_BT=jnp.ones((B, T), bool))
+
+
+@pytest.fixture
+def cudnn_by_reference(monkeypatch):
+    """Replace JAX's cuDNN call by JAX's reference implementation, because the tests have no GPU."""
+    from jax.experimental import rnn
+
+    def lstm(x, h_0, c_0, weights, lengths, *sizes):
+        unpacked = rnn.unpack_lstm_weights(weights, sizes[0], sizes[1], sizes[2], sizes[4])
+        return rnn.lstm_ref(x, h_0, c_0, *unpacked, lengths, *sizes)
+
+    monkeypatch.setattr(rnn, "lstm", lstm)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [None, (7, 3, 1)])
+def test_the_call_of_cudnn_computes_the_layer(lengths, reverse, cudnn_by_reference):
+    inputs = {"reverse": reverse}
+    if lengths is not None:
+        inputs["keep_BT"] = jnp.arange(T)[None, :] < jnp.array(lengths)[:, None]
+    got = value_and_gradients(recurrence.lstm, *setup("lstm"), **inputs, implementation="cudnn")
+    want = value_and_gradients(functools.partial(reference_loop, "lstm"), *setup("lstm"), **inputs)
+    assert_trees_close(got[0], want[0], 1e-6)
+    assert_trees_close(got[1], want[1], 2e-6)
+
+
+def test_cudnn_gives_nan_if_padding_is_not_only_at_the_end(cudnn_by_reference):
+    params, x, _ = setup("lstm")
+    keep_BT = jnp.array([[1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]], bool)
+    hidden, last = recurrence.lstm(params, x, keep_BT=keep_BT, implementation="cudnn")
+    for leaf in (hidden, *last.values()):
+        finite = np.isfinite(np.asarray(leaf)).reshape(B, -1)
+        assert finite.all(axis=1).tolist() == [True, False, False]
+        assert not finite[1:].any()

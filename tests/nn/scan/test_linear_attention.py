@@ -1,0 +1,172 @@
+"""Tests of linear attention with decay against a loop over steps in float64: gradients, state, documents, padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.scan import linear_attention, linear_attention_step
+from jaxlm.nn.segments import segment_boundaries
+from tests.helpers import assert_trees_close, relative_error
+
+B, T, H, K, V = 2, 13, 2, 3, 4
+DECAYS = ("head", "channel")
+
+
+def arrays(decay, strength=1.0, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)[: 3 if decay == "head" else 4], (B, H, K, V)]
+    q, k, v, g, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return q, k, v, -strength * jnp.exp(g), state
+
+
+def masks():
+    rng = np.random.default_rng(4)
+    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
+    return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
+
+
+def reference_loop(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
+    """The equations as a loop over steps."""
+    steps = []
+    for t in range(T):
+        factor = jnp.exp(log_decay[:, t])
+        factor = factor[..., None, None] if factor.ndim == 2 else factor[..., None]
+        before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
+        new = factor * before + k[:, t, :, :, None] * v[:, t, :, None, :]
+        out = jnp.sum(q[:, t, :, :, None] * new, axis=2)
+        real = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
+        state = jnp.where(real[:, None, None, None], new, state)
+        steps.append(jnp.where(real[:, None, None], out, 0.0))
+    return jnp.stack(steps, axis=1), state
+
+
+def results(attend, arguments, **options):
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
+
+    def weighted(*arguments):
+        outputs = attend(*arguments, **options)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2, 3, 4), has_aux=True))(*arguments)
+    return outputs, gradients
+
+
+def float64_results(arguments, **options):
+    with jax.enable_x64(True):
+        return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):
+    arguments, options = arrays(decay), masks() if masked else {}
+    want = float64_results(arguments, **options)
+    assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
+    assert_trees_close(results(linear_attention, arguments, **options, implementation="reference"), want, 2e-6)
+    for chunk in (4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
+        got = results(linear_attention, arguments, **options, chunk=chunk, implementation="chunked")
+        assert_trees_close(got, want, 2e-6)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_strong_and_weak_decays(decay):
+    """One chunk has log decays whose sum is -1e4 (``exp(-sum)`` would overflow), weak decays, and decays of 0."""
+    q, k, v, log_decay, state = arrays(decay)
+    strength = jnp.asarray(np.random.default_rng(1).choice([0.0, 1e-3, 1.0, 1e3], log_decay.shape))
+    log_decay = log_decay * strength
+    arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), state)
+    want = float64_results(arguments)
+    for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
+        got = results(linear_attention, arguments, **options)
+        assert_trees_close(got, want, 2e-6)
+        assert (got[1][3][:, 5] == 0.0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
+    q, k, v, log_decay, state = arrays(decay)
+    attend = functools.partial(linear_attention, implementation=implementation)
+    want, want_last = attend(q, k, v, log_decay, state)
+    carry, outputs = state, []
+    for chunk in (slice(0, 1), slice(1, 8), slice(8, T)):
+        out, carry = attend(q[:, chunk], k[:, chunk], v[:, chunk], log_decay[:, chunk], carry)
+        outputs.append(out)
+    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(carry, want_last) < 1e-6
+    steps = []
+    for t in range(T):
+        out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
+        steps.append(out)
+    assert relative_error(jnp.stack(steps, axis=1), want) < 1e-6
+    assert relative_error(state, want_last) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(decay, implementation):
+    segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
+    reset_BT, keep_BT, _ = segment_boundaries(segments)
+    without_nan = arrays(decay)[:4]
+    with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in without_nan]
+    attend = functools.partial(linear_attention, implementation=implementation, chunk=4)
+
+    def loss(*arguments):
+        out, last = attend(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
+        return jnp.sum(jnp.sin(out)), (out, last)
+
+    gradients, (out, last) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*with_nan)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
+    assert all((np.asarray(leaf)[~np.asarray(keep_BT)] == 0.0).all() for leaf in (out, *gradients))
+    for row in range(B):
+        for document in (1, 2):
+            index = np.flatnonzero(segments[row] == document)
+            separate, separate_last = attend(*(x[row : row + 1, index] for x in without_nan))
+            assert relative_error(out[row, index], separate[0]) < 1e-6
+        assert relative_error(last[row], separate_last[0]) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_bfloat16_keeps_a_float32_state(implementation):
+    arguments = arrays("channel")
+    bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
+    (out, last), gradients = results(linear_attention, bfloat16_arguments, implementation=implementation, chunk=4)
+    assert out.dtype == jnp.bfloat16
+    assert last.dtype == jnp.float32
+    assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
+    assert_trees_close(((out, last), gradients), float64_results(arguments), 0.03)
+    ones = jnp.ones((1, 3000, 1, 1), jnp.bfloat16)
+    _, last = linear_attention(ones, ones, ones / 256, jnp.zeros((1, 3000, 1)), implementation=implementation)
+    assert float(last[0, 0, 0, 0]) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
+
+
+def test_only_inputs_and_one_state_per_chunk_are_saved():
+    q, k, v, log_decay, state = arrays("channel")
+    attend = functools.partial(linear_attention, implementation="chunked", chunk=4)
+    _, vjp_fn = jax.vjp(attend, q, k, v, log_decay, state)
+    padded = B * 16 * H
+    saved = sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
+    assert saved <= padded * (2 * K + V + K) + 4 * state.size + 2 * log_decay.size + B * T
+
+
+def test_bad_inputs_raise():
+    q, k, v, log_decay, state = arrays("head")
+    with pytest.raises(ValueError, match=r"query \[2, 13, 2, 3\] and key \[2, 13, 2, 2\] must both be"):
+        linear_attention(q, k[..., :2], v, log_decay)
+    with pytest.raises(ValueError, match="at least one step"):
+        linear_attention(q[:, :0], k[:, :0], v[:, :0], log_decay[:, :0])
+    with pytest.raises(ValueError, match=r"log_decay \[2, 13, 2, 1\] must be \[2, 13, 2\], one for each head, or"):
+        linear_attention(q, k, v, log_decay[..., None])
+    with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
+        linear_attention(q, k, v, log_decay, state[..., :3])
+    with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
+        linear_attention(q, k, v, log_decay, reset_BT=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
+        linear_attention(q, k, v, log_decay, chunk=24)
+    with pytest.raises(
+        ValueError, match="no linear_attention implementation 'fast': choose from 'reference', 'chunked'"
+    ):
+        linear_attention(q, k, v, log_decay, implementation="fast")

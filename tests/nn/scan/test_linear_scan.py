@@ -1,0 +1,170 @@
+"""Tests of the elementwise linear recurrence: all implementations against a loop, with all gradients; memory use."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.scan import linear_scan, vector_state
+from jaxlm.nn.segments import segment_boundaries
+from tests.helpers import assert_trees_close, relative_error
+
+B, T, D = 3, 11, 4
+IMPLEMENTATIONS = ("reference", "sequential", "chunked")
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(vector_state, "CHUNK", 4)  # two full chunks and a partial chunk
+
+
+def arrays(dtype=jnp.float32):
+    a, b, h = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(B, T, D), (B, T, D), (B, D)]))
+    return jax.nn.sigmoid(a).astype(dtype), b.astype(dtype), h
+
+
+def masks():
+    rng = np.random.default_rng(4)
+    return {"reset_BT": jnp.asarray(rng.random((B, T)) < 0.3), "keep_BT": jnp.asarray(rng.random((B, T)) < 0.7)}
+
+
+def reference_loop(decay, new, state, reset_BT=None, keep_BT=None, reverse=False):
+    states = {}
+    for t in range(T)[:: -1 if reverse else 1]:
+        real = True if keep_BT is None else keep_BT[:, t, None]
+        before = state if reset_BT is None else jnp.where(reset_BT[:, t, None], 0.0, state)
+        state = jnp.where(real, decay[:, t] * before + new[:, t], state)
+        states[t] = state
+    return jnp.stack([states[t] for t in range(T)], axis=1), state
+
+
+def results(scan, arguments, **options):
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
+
+    def weighted(*arguments):
+        outputs = scan(*arguments, **options)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(*arguments)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("masked", ["none", "reset", "keep", "both"])
+def test_values_and_all_gradients_equal_those_of_the_loop(masked, reverse):
+    used_masks = {name: mask for name, mask in masks().items() if masked == "both" or name.startswith(masked)}
+    want = results(reference_loop, arrays(), **used_masks, reverse=reverse)
+    assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
+    for implementation in IMPLEMENTATIONS:
+        got = results(linear_scan, arrays(), **used_masks, reverse=reverse, implementation=implementation)
+        assert_trees_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_several_calls_equal_one_call(implementation):
+    decay, new, state = arrays()
+    scan = functools.partial(linear_scan, implementation=implementation)
+    want, want_last = scan(decay, new, state)
+    outputs = []
+    for chunk in (slice(0, 1), slice(1, 6), slice(6, T)):
+        hidden, state = scan(decay[:, chunk], new[:, chunk], state)
+        outputs.append(hidden)
+    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(state, want_last) < 1e-6
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation, reverse):
+    segments = jnp.array(
+        [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0], [0, 1, 1, 0, 1, 0, 2, 0, 2, 2, 0]]
+    )
+    reset_BT, keep_BT, _ = segment_boundaries(segments, reverse=reverse)
+    decay, new, _ = (jnp.where(keep_BT[:, :, None], x, jnp.nan) for x in (*arrays()[:2], jnp.zeros((B, T, D))))
+    options = {"reverse": reverse, "implementation": implementation}
+
+    def loss(decay, new):
+        hidden, last = linear_scan(decay, new, reset_BT=reset_BT, keep_BT=keep_BT, **options)
+        return jnp.sum(jnp.where(keep_BT[:, :, None], jnp.sin(hidden), 0.0)), (hidden, last)
+
+    gradients, (hidden, last) = jax.grad(loss, (0, 1), has_aux=True)(decay, new)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, hidden, last)))
+    assert all((np.asarray(leaf)[~keep_BT] == 0.0).all() for leaf in gradients)
+    for row in range(B):
+        for document in (1, 2):
+            index = np.flatnonzero(segments[row] == document)
+            separate, separate_last = linear_scan(decay[row : row + 1, index], new[row : row + 1, index], **options)
+            assert relative_error(hidden[row, index], separate[0]) < 1e-6
+            if document == (1 if reverse else 2):  # the document that is read last
+                assert relative_error(last[row], separate_last[0]) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_keeps_a_float32_state(implementation):
+    def total(size, dtype):
+        decay, new = jnp.ones((1, 3000, 1), dtype), jnp.full((1, 3000, 1), size, dtype)
+        return linear_scan(decay, new, implementation=implementation)
+
+    hidden, last = total(2.0**-8, jnp.bfloat16)
+    assert hidden.dtype == jnp.bfloat16
+    assert last.dtype == jnp.float32
+    assert float(last[0, 0]) == 3000 / 256  # a sum in bfloat16 would stop growing at 1
+    got = results(functools.partial(linear_scan, implementation=implementation), arrays(jnp.bfloat16))
+    assert [leaf.dtype for leaf in got[1]] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    assert_trees_close(got, results(reference_loop, arrays()), 0.03)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_iteration_copies_the_buffer(masked):
+    """One copy in each of T iterations would make the scan quadratic in T."""
+    decay, new, state = arrays()
+    options = {**(masks() if masked else {}), "implementation": "sequential"}
+
+    def gradients(decay, new, state, dhidden, dlast):
+        _, vjp_fn = jax.vjp(lambda *x: linear_scan(*x, **options), decay, new, state)
+        return vjp_fn((dhidden, dlast))
+
+    forward = jax.jit(lambda *x: linear_scan(*x, **options), donate_argnums=1).lower(decay, new, state)
+    for lowered, max_copies in ((forward, 0), (jax.jit(gradients).lower(decay, new, state, new, state), 2)):
+        lines = lowered.compile().as_text().splitlines()
+        copies = [line for line in lines if " copy(" in line and f"f32[{B},{T},{D}]" in line]
+        loops = [line for line in lines if " while(" in line]
+        assert len(loops) == (1 if max_copies == 0 else 2)
+        assert (
+            len(copies) <= max_copies
+        )  # copies before a loop are allowed if the loop overwrites an array that it does not own
+        assert not any("while/body" in line for line in copies)
+
+
+def test_only_decay_and_states_are_saved_for_the_gradient():
+    decay, new, state = arrays()
+    for implementation in ("sequential", "chunked"):
+        _, vjp_fn = jax.vjp(functools.partial(linear_scan, implementation=implementation), decay, new, state)
+        saved = [leaf for leaf in jax.tree.leaves(vjp_fn) if leaf.size >= new.size]
+        assert len(saved) == 2
+        assert not any(np.array_equal(leaf, new) for leaf in saved)
+
+
+def test_vmap_over_an_ensemble():
+    decay, new, state = (jnp.stack([x, x[::-1]]) for x in arrays())
+    got = jax.jit(jax.vmap(functools.partial(linear_scan, implementation="sequential")))(decay, new, state)
+    want = [reference_loop(*(x[i] for x in (decay, new, state))) for i in range(2)]
+    assert_trees_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want), 1e-6)
+
+
+def test_bad_inputs_raise():
+    decay, new, state = arrays()
+    with pytest.raises(ValueError, match=r"decay \[3, 11, 3\] and input \[3, 11, 4\] must both be"):
+        linear_scan(decay[..., :3], new)
+    with pytest.raises(ValueError, match="at least one step"):
+        linear_scan(decay[:, :0], new[:, :0])
+    with pytest.raises(ValueError, match=r"state_BD \[3, 2\] must be \[batch, channels\] of the input, \[3, 4\]"):
+        linear_scan(decay, new, state[:, :2])
+    with pytest.raises(ValueError, match=r"keep_BT \[3, 2\] must be \[batch, time\] of the input, \[3, 11\]"):
+        linear_scan(decay, new, keep_BT=jnp.ones((3, 2), bool))
+    with pytest.raises(
+        ValueError, match="no linear_scan implementation 'fast': choose from 'reference', 'sequential', 'chunked'"
+    ):
+        linear_scan(decay, new, implementation="fast")
