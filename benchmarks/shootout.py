@@ -131,9 +131,9 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     B, T = options.batch, options.length
 
     def make_recipe(name: str) -> Any:
-        stream = RECIPES[name].stream
+        stream = RECIPES[name].state_length
         return dataclasses.replace(
-            RECIPES[name], batch_size=B, length=T, stream=T if stream is not None and stream > 1 else stream
+            RECIPES[name], batch_size=B, length=T, state_length=T if stream is not None and stream > 1 else stream
         )
 
     def make_builder(name: str) -> Callable[[int], Any]:
@@ -149,7 +149,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
     def make_step(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
         recipe = make_recipe(name)
-        stream = None if recipe.stream is None else (B, recipe.stream)
+        stream = None if recipe.state_length is None else (B, recipe.state_length)
         config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
         return recipe, stream, make_optimizer(config, model.specs, steps), causal.loss
 
@@ -158,7 +158,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
             changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
             without_remat = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
             _, stream, optimizer, loss = make_step(name, without_remat)
-            trainer = Trainer(without_remat, optimizer, loss, carry=stream)
+            trainer = Trainer(without_remat, optimizer, loss, carry_size=stream)
             window = jax.ShapeDtypeStruct((B, T), "int32")
             weights = jax.ShapeDtypeStruct((B, T), "float32")
             reset = None if stream is None else jax.ShapeDtypeStruct((B,), "bool")
@@ -175,7 +175,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
         model = sized(make_builder(family), flops(family), flops("gpt")(build_at_equal_parameters("gpt")))
     recipe, stream, optimizer, loss = make_step(family, model)
     data, convert = Data.load(), to_batch(recipe)
-    trainer = Trainer(model, optimizer, loss, carry=stream)
+    trainer = Trainer(model, optimizer, loss, carry_size=stream)
     state = trainer.init(jax.random.key(0))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
@@ -198,7 +198,8 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     decoded, state_bytes = _decode(model, state.params, contexts)
     return {
         "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops(family)(model),
-        "tokens": steps * B * T, "loss": Evaluator(model, loss, validation_batches, carry=stream)(state.params)["loss"],
+        "tokens": steps * B * T,
+        "loss": Evaluator(model, loss, validation_batches, carry_size=stream)(state.params)["loss"],
         "losses": losses, "tokens_per_second": B * T / statistics.median(seconds), "compile_seconds": compile_seconds,
         "step_bytes": arrays + memory.temp_size_in_bytes, "parameter_bytes": parameter_bytes,
         "state_bytes": state_bytes, "decode_seconds": decoded,

@@ -38,7 +38,7 @@ QUICK: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet":
 def build(name: str, *, quick: bool = False) -> Any:
     """The jaxlm model (``quick``: its tiny variant) without dropout, because libraries sample dropout differently."""
     import jaxlm
-    from jaxlm.models.model import family
+    from jaxlm.models.registry import family
 
     model = jaxlm.get_model(name)
     fields: dict[str, Any] = {}

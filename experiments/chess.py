@@ -37,7 +37,7 @@ from jaxlm.training.report import Board, write_boards, write_samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Tests:
+class TestSizes:
     """Sizes of the tests after training. 0 skips a test. In matches, the model plays its most probable legal move."""
 
     games: int = 500
@@ -54,7 +54,7 @@ class Tests:
     """Random moves at the start of a game against Stockfish, so that games differ."""
     max_moves: int = 256
     """Maximum number of moves of a game, counting the moves of both players. A longer game is a draw."""
-    look_for_mate: bool = False
+    search_mate_in_one: bool = False
     """In matches, search for a mate in one and play it. Some moves are then not predicted by the model."""
 
 
@@ -68,7 +68,7 @@ class Experiment:
     """The training. Games are packed into rows of sequence_length tokens. The rest of a longer game is not used."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
-    tests: Tests = Tests()
+    tests: TestSizes = TestSizes()
     """The tests."""
     data: Path | None = None
     """File of games: .txt (one game per line) or .pgn, also with .gz; None: the embedded games."""
@@ -82,9 +82,9 @@ class Experiment:
     """Fraction of the games for validation."""
     test_fraction: float = 0.05
     """Fraction of the games for the tests."""
-    cuts: int = 4
+    positions_per_game: int = 4
     """Encoder-decoders: training positions per game. The source is the game up to the position."""
-    horizon: int = 8
+    target_length: int = 8
     """Encoder-decoders: maximum number of tokens of a target, which has the moves after the position."""
     output: Path | None = None
     """Run directory; None: runs/chess-<time>."""
@@ -97,30 +97,30 @@ ADAMW = OptimizerConfig(learning_rate=5e-3, warmup_steps=30, final_fraction=0.02
 def preset(name: str, *changes: str, optimizer: OptimizerConfig = MUON, **options: Any) -> Experiment:
     """An experiment with a small, randomly initialized model."""
     training = TrainingConfig(300, 8, sequence_length=256, evaluate_every=100, checkpoint_every=100)
-    small = Experiment(lib.ModelConfig(name, changes), training, optimizer, Tests(50, 1000, 50, 20, 10))
+    small = Experiment(lib.ModelConfig(name, changes), training, optimizer, TestSizes(50, 1000, 50, 20, 10))
     return dataclasses.replace(small, **options)
 
 
-WIDE = ("num_layers=4", "num_heads=4", "embed_dim=128", "remat=none")
+SMALL_TRANSFORMER = ("num_layers=4", "num_heads=4", "embed_dim=128", "remat=none")
 PRESETS = {
-    "llama": preset("llama", *WIDE, "mlp_dim=352"),
-    "gpt": preset("gpt2", *WIDE, "embedding_dropout=0.0", "attention_dropout=0.0", "residual_dropout=0.0"),
+    "llama": preset("llama", *SMALL_TRANSFORMER, "mlp_dim=352"),
+    "gpt": preset("gpt2", *SMALL_TRANSFORMER, "embedding_dropout=0.0", "attention_dropout=0.0", "residual_dropout=0.0"),
     "lstm": preset(
         "lstm", "num_layers=2", "embed_dim=128", "hidden_dim=256", "weight_dropout=0.0", "input_dropout=0.0",
         "hidden_dropout=0.0", "output_dropout=0.0", optimizer=ADAMW,
     ),
     "transformer_xl": preset(
-        "transformer-xl-base", *WIDE, "head_dim=32", "token_dim=128", "mlp_dim=512", "cutoffs=()",
+        "transformer-xl-base", *SMALL_TRANSFORMER, "head_dim=32", "token_dim=128", "mlp_dim=512", "cutoffs=()",
         "memory_length=256", "embedding_divisor=1", "dropout=0.0",
     ),
     "attention_rnn_lm": preset("attention_rnn_lm", "embed_dim=128", "hidden_dim=256", "dropout=0.0", optimizer=ADAMW),
     "t5": preset(
         "t5", "num_layers=2", "num_heads=4", "embed_dim=128", "head_dim=32", "mlp_dim=512", "dropout=0.0",
-        optimizer=recipe("t5", 300), tests=Tests(10, 1000, 20, 10, 4),
+        optimizer=recipe("t5", 300), tests=TestSizes(10, 1000, 20, 10, 4),
     ),
     "full": preset(
         "llama", "num_layers=6", "num_heads=6", "embed_dim=192", "mlp_dim=512", "remat=none",
-        training=TrainingConfig(4500, 8, 256, evaluate_every=500, checkpoint_every=500), tests=Tests(),
+        training=TrainingConfig(4500, 8, 256, evaluate_every=500, checkpoint_every=500), tests=TestSizes(),
         optimizer=dataclasses.replace(MUON, warmup_steps=200), validation_fraction=0.005, test_fraction=0.02,
     ),
 }  # fmt: skip
@@ -128,13 +128,13 @@ PRESETS = {
 
 def read(experiment: Experiment) -> Games:
     """The games of the file, or the embedded games."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     if experiment.data is None:
         games = chess_games(experiment.notation)
     else:
-        lib.say(f"reading {experiment.data}: about 1 ms per game on one core")
+        lib.print_once(f"reading {experiment.data}: about 1 ms per game on one core")
         games = read_games(experiment.data, experiment.notation)
-    lib.say(f"{games.report()}, read in {time.perf_counter() - begun:.0f} s")
+    lib.print_once(f"{games.report()}, read in {time.perf_counter() - start_time:.0f} s")
     count = len(games) if experiment.max_games is None else experiment.max_games
     if not 1 <= count <= len(games):
         raise ValueError(f"max_games={count} must be from 1 to the {len(games):,} games of the file")
@@ -154,7 +154,7 @@ def build(experiment: Experiment, games: Games, resume: Path | None) -> tuple[Mo
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
-    begun, config = time.perf_counter(), experiment.training
+    start_time, config = time.perf_counter(), experiment.training
     fixed = ["output", "data", "notation", "max_games", "min_count", "validation_fraction", "test_fraction"]
     lib.check_unchanged(experiment, resume, fixed)
     games = read(experiment)
@@ -162,8 +162,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     model, params, tokenizer = build(experiment, training, resume)
     (source, to_batch, description), (validation_source, _, _) = (
         game_batches(
-            model, tokenizer, part.moves, config.batch_size, config.sequence_length, cuts=experiment.cuts,
-            horizon=experiment.horizon, seed=config.seed,
+            model, tokenizer, part.moves, config.batch_size, config.sequence_length,
+            positions_per_game=experiment.positions_per_game, target_length=experiment.target_length, seed=config.seed,
         )
         for part in (training, validation)
     )  # fmt: skip
@@ -177,7 +177,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         [to_batch(validation_source.batch(index, range(config.batch_size))) for index in range(num_batches)],
     )  # fmt: skip
     directory = lib.prepare_run("chess", experiment, resume, trainer, tokenizer, evaluate)
-    lib.say(
+    lib.print_once(
         f"{model.num_parameters:,} parameters · {tokenizer.vocab_size:,} tokens · {len(training):,} games, "
         f"{len(validation):,} for validation, {len(test):,} for the tests · {description} · {config.steps:,} steps of "
         f"{source.rows_per_epoch / source.batch_size:,.0f} per epoch · {directory}"
@@ -185,20 +185,20 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
-        _report(directory, experiment, model, result, tokenizer, test, begun)
+        _report(directory, experiment, model, result, tokenizer, test, start_time)
     return result
 
 
 def _report(
     directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: MoveTokenizer, test: Games,
-    begun: float,
+    start_time: float,
 ) -> None:  # fmt: skip
     """Run the tests and write the report."""
     tests, scores, boards = experiment.tests, list[metrics.Score](), list[Board]()
     trained_model, limit = (model, result.params, tokenizer), getattr(model.config, "max_positions", None)
     short_games = [line for line in test.moves if limit is None or len(line.split()) < limit]
     if len(short_games) < len(test):
-        lib.say(f"{len(test) - len(short_games)} test games are skipped: they have {limit} or more moves")
+        lib.print_once(f"{len(test) - len(short_games)} test games are skipped: they have {limit} or more moves")
     if lines := short_games[: tests.games]:
         moves = chess.next_move_accuracy(*trained_model, lines)
         scores += [moves.top_1, moves.top_5, moves.legal]
@@ -206,28 +206,28 @@ def _report(
     if positions := chess.mates_in_one(short_games[: tests.mates]):
         scores.append(chess.mate_in_one_accuracy(*trained_model, positions))
     elif tests.mates:
-        lib.say("no test game has a mate in one: this test is skipped")
+        lib.print_once("no test game has a mate in one: this test is skipped")
     max_moves = tests.max_moves if limit is None else min(tests.max_moves, limit)
     if tests.sampled:
         sampled = chess.legal_move_rate(*trained_model, games=tests.sampled, max_moves=max_moves)
         scores += [sampled.moves, sampled.games]
     model_player = chess.ModelPlayer(*trained_model)
-    player: chess.Player = chess.MatingPlayer(model_player) if tests.look_for_mate else model_player
+    player: chess.Player = chess.MatingPlayer(model_player) if tests.search_mate_in_one else model_player
     for name, opponent, games, opening in _opponents(tests):
         match = chess.play_match(player, opponent, games, max_moves=max_moves, opening_moves=opening)
-        name += " with search for mates" * tests.look_for_mate
-        lib.say(f"against {name}: {match}")
+        name += " with search for mates" * tests.search_mate_in_one
+        lib.print_once(f"against {name}: {match}")
         scores.append(metrics.proportion(f"wins against {name}", match.wins, games))
         scores.append(dataclasses.replace(match.score, name=f"score against {name}"))
         boards += match_boards(name, match)
     write_boards(directory, boards)
     lib.report(
-        directory, task="chess", model=model, begun=begun, scores=scores, result=result,
+        directory, task="chess", model=model, start_time=start_time, scores=scores, result=result,
         data=str(experiment.data or "embedded games"), notation=experiment.notation,
     )  # fmt: skip
 
 
-def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
+def _opponents(tests: TestSizes) -> Iterator[tuple[str, chess.Player, int, int]]:
     """Yield the name, player, number of games and number of random opening moves of each match."""
     if tests.random:
         yield "random moves", chess.RandomPlayer(), tests.random, 0
@@ -236,7 +236,7 @@ def _opponents(tests: Tests) -> Iterator[tuple[str, chess.Player, int, int]]:
             with chess.EnginePlayer() as engine:
                 yield "Stockfish level 0", engine, tests.engine, tests.opening_moves
         except FileNotFoundError as error:
-            lib.say(f"{error}: this test is skipped")
+            lib.print_once(f"{error}: this test is skipped")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ from jaxlm import host
 from jaxlm.command_line import Parser, exit_status, split_debug
 from jaxlm.data import Batches, CharTokenizer, Columns, RandomWindows, Source, Window, shakespeare
 from jaxlm.data.corpora import PLAYS
-from jaxlm.models import FAMILIES, Model, get_model
+from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
 from jaxlm.training.checks import check_output
@@ -48,7 +48,7 @@ from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.recipes import recipe
-from jaxlm.training.report import curve, read_metrics
+from jaxlm.training.report import metric_curve, read_metrics
 
 VOCABULARY = 128
 """Vocabulary size. The first ids are the characters of the text. The last ids are special tokens and sentinels."""
@@ -57,7 +57,7 @@ SENTINELS = 30
 """Number of sentinels. Their ids descend from :data:`FIRST_SENTINEL`."""
 VALIDATION = 0.1
 """Fraction of the text for validation."""
-PART = 16
+XLNET_PART_LENGTH = 16
 """Number of positions in each of the two parts of an XLNet row. The positions of a part are permuted together."""
 
 
@@ -77,9 +77,9 @@ class Recipe:
     """Rows per batch."""
     length: int = 96
     """Characters per row."""
-    stream: int | None = None
+    state_length: int | None = None
     """Length in tokens of the state carried along contiguous columns. None: random windows without a state."""
-    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Changes to fields of the published optimizer."""
 
     def build(self) -> Model:
@@ -89,12 +89,12 @@ class Recipe:
         return get_model(self.variant, **{"vocab_size": VOCABULARY, **dropout, **self.model})
 
     def optimizer(self, steps: int) -> OptimizerConfig:
-        """The published optimizer of the family with ``changes``."""
-        optimizer = dataclasses.replace(recipe(get_model(self.variant).family, steps), **self.changes)
+        """The published optimizer of the family with ``optimizer_changes``."""
+        optimizer = dataclasses.replace(recipe(get_model(self.variant).family, steps), **self.optimizer_changes)
         return dataclasses.replace(optimizer, warmup_steps=min(optimizer.warmup_steps, steps - 1))
 
 
-WIDE = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
+SMALL_TRANSFORMER = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
 # Few positions and large initial weights: a bidirectional model then learns within a minute to attend to neighbours.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
@@ -109,60 +109,74 @@ def adamw(learning_rate: float) -> dict[str, Any]:
 
 
 RECIPES = {
-    "gpt": Recipe("gpt2", {**WIDE, "max_positions": 96}, "causal", 900, changes=SMALL),
+    "gpt": Recipe("gpt2", {**SMALL_TRANSFORMER, "max_positions": 96}, "causal", 900, optimizer_changes=SMALL),
     "llama": Recipe(
-        "llama", {**WIDE, "num_kv_heads": 2, "mlp_dim": 352, "max_positions": 96}, "causal", 900,
-        changes=SMALL,
+        "llama", {**SMALL_TRANSFORMER, "num_kv_heads": 2, "mlp_dim": 352, "max_positions": 96}, "causal", 900,
+        optimizer_changes=SMALL,
     ),
-    "bert": Recipe("bert", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32, changes=SMALL),
+    "bert": Recipe(
+        "bert", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32, optimizer_changes=SMALL
+    ),
     "roberta": Recipe(
-        "roberta", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32, changes=SMALL
+        "roberta", {**SHALLOW, "max_positions": 32}, "masked", 1300, batch_size=48, length=32, optimizer_changes=SMALL
     ),
     "t5": Recipe(
         "t5",
-        {**WIDE, "num_layers": 2, "head_dim": 32, "mlp_dim": 512, "decoder_start_id": START},
+        {**SMALL_TRANSFORMER, "num_layers": 2, "head_dim": 32, "mlp_dim": 512, "decoder_start_id": START},
         "span_corruption", 1200,
     ),
     "xlnet": Recipe(
-        "xlnet", {**SHALLOW, "mlp_dim": 512}, "permutation", 1000, batch_size=48, length=2 * PART - 3, changes=SMALL
+        "xlnet", {**SHALLOW, "mlp_dim": 512}, "permutation", 1000, batch_size=48, length=2 * XLNET_PART_LENGTH - 3,
+        optimizer_changes=SMALL,
     ),
     "transformer_xl": Recipe(
         "transformer-xl-base",
         {
-            **WIDE, "head_dim": 32, "token_dim": 128, "mlp_dim": 512, "cutoffs": (), "memory_length": 64,
+            **SMALL_TRANSFORMER, "head_dim": 32, "token_dim": 128, "mlp_dim": 512, "cutoffs": (), "memory_length": 64,
             "embedding_divisor": 1,
         },
-        "causal", 850, length=64, stream=64, changes=SMALL,
+        "causal", 850, length=64, state_length=64, optimizer_changes=SMALL,
     ),
-    "lstm": Recipe("lstm", RECURRENT, "causal", 1500, stream=1, changes=adamw(1e-2)),
-    "gru": Recipe("gru", RECURRENT, "causal", 1500, stream=1, changes=adamw(1e-2)),
+    "lstm": Recipe("lstm", RECURRENT, "causal", 1500, state_length=1, optimizer_changes=adamw(1e-2)),
+    "gru": Recipe("gru", RECURRENT, "causal", 1500, state_length=1, optimizer_changes=adamw(1e-2)),
     "attention_rnn": Recipe(
         "attention_rnn",
         {
             "source_vocab_size": VOCABULARY, "embed_dim": 96, "hidden_dim": 192, "output_dim": 96, "init_bound": 0.3,
         },
-        "span_corruption", 900, changes=adamw(5e-3),
+        "span_corruption", 900, optimizer_changes=adamw(5e-3),
     ),
     "attention_rnn_lm": Recipe(
         "attention_rnn_lm",
         {"embed_dim": 128, "hidden_dim": 256, "attention_dim": 128, "init_bound": 0.3},
-        "causal", 700, changes={**SMALL, "learning_rate": 5e-3, "schedule": "cosine"},
+        "causal", 700, optimizer_changes={**SMALL, "learning_rate": 5e-3, "schedule": "cosine"},
     ),
     "resnet": Recipe(
         "vdcnn-9",
         {"num_labels": len(PLAYS), "max_positions": 256, "channels": 32, "fc_dim": 128, "shortcut": True},
-        "classification", 1500, length=256, changes=adamw(1e-3),
+        "classification", 1500, length=256, optimizer_changes=adamw(1e-3),
     ),
     "resnet_lm": Recipe(
-        "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 1400, changes=adamw(3e-3),
+        "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 1400, optimizer_changes=adamw(3e-3),
     ),
     "alexnet": Recipe(
         "alexnet-lm-tiny",
         {"embed_dim": 64, "channels": 128, "kernels": (7, 7, 3, 3), "pools": (3, 1, 1, 1), "fc_dim": 256,
          "init_stddev": 0.05},
-        "causal", 2600, changes=adamw(1e-3),
+        "causal", 2600, optimizer_changes=adamw(1e-3),
     ),
 }  # fmt: skip
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a family. A registered family has no own recipe: its first tiny variant is trained with AdamW."""
+    if name in RECIPES:
+        return RECIPES[name]
+    variant = next((variant for variant, family in variant_names().items() if family == name), name)
+    model = get_model(variant)
+    if getattr(model.config, "task", "causal") != "causal" or model.reads_source:
+        raise ValueError(f"family {name!r} has no recipe in experiments.families: only a causal family needs none")
+    return Recipe(variant, {}, "causal", 1000, state_length=model.carried_state_length, optimizer_changes=adamw(3e-3))
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -200,13 +214,13 @@ class Data:
 
 
 def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
-    """The windows of the training or validation part for the objective of a recipe."""
+    """The windows of the training or validation split for the objective of a recipe."""
     length, rows = recipe.length, recipe.batch_size
     if recipe.objective == "classification":
         stride = length // 4 if part == "training" else length
         return RandomWindows(data.passages(part, length, stride), length, rows, seed=seed, stride=length + 1)
     text = getattr(data, part)
-    if recipe.stream is not None:
+    if recipe.state_length is not None:
         return Columns(text, length, rows)
     return RandomWindows(text, length, rows, seed=seed, stride=1 if part == "training" else length)
 
@@ -226,7 +240,8 @@ def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
 
     def permuted_batch(window: Window) -> Batch:
         return permutation.batch(
-            window.tokens[:, :-1], rng(window), reuse_length=PART, permutation_length=PART, num_predict=PART // 3,
+            window.tokens[:, :-1], rng(window), reuse_length=XLNET_PART_LENGTH, permutation_length=XLNET_PART_LENGTH,
+            num_predict=XLNET_PART_LENGTH // 3,
             cls_id=CLS, sep_id=SEP,
         )  # fmt: skip
 
@@ -282,7 +297,7 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     Args:
         steps: number of updates. None: the ``steps`` of the recipe.
     """
-    recipe = RECIPES[name]
+    recipe = recipe_of(name)
     model, make_batch = recipe.build(), to_batch(recipe)
     training = TrainingConfig(
         steps=steps or recipe.steps, batch_size=recipe.batch_size, sequence_length=recipe.length,
@@ -293,20 +308,20 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     validation = Batches(source(data, recipe, "validation", 0))
     held_out = [make_batch(next(validation)) for _ in range(training.evaluation_batches)]
     loss = objective(recipe.objective).loss
-    carry = None if recipe.stream is None else (recipe.batch_size, recipe.stream)
-    begun = time.perf_counter()
+    carry = None if recipe.state_length is None else (recipe.batch_size, recipe.state_length)
+    start_time = time.perf_counter()
     meta = {"family": name, "config": config_lib.to_json(model.config), "jaxlm": jaxlm.__version__}
     result = train(
-        training.trainer(model, optimizer, loss, carry=carry),
+        training.trainer(model, optimizer, loss, carry_size=carry),
         Batches(source(data, recipe, "training", training.seed), to_batch=make_batch),
-        Evaluator(model, loss, held_out, carry=carry), training, Run(directory, meta),
+        Evaluator(model, loss, held_out, carry_size=carry), training, Run(directory, meta),
     )  # fmt: skip
     if result.validation_loss is None:
         raise KeyboardInterrupt
     jaxlm.save_pretrained(directory / "model", model, result.params)
     return Row(
         name, recipe.variant, recipe.objective + (", streamed" if carry else ""), config.name, model.num_parameters,
-        training.steps, time.perf_counter() - begun, result.tokens_per_second, result.validation_loss,
+        training.steps, time.perf_counter() - start_time, result.tokens_per_second, result.validation_loss,
         entropy(held_out),
     )  # fmt: skip
 
@@ -335,7 +350,7 @@ def draw(rows: list[Row], directory: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
-        steps, losses = curve(read_metrics(directory / row.family / "metrics.jsonl"), "loss")
+        steps, losses = metric_curve(read_metrics(directory / row.family / "metrics.jsonl"), "loss")
         smooth = np.convolve(np.pad(losses, (2, 2), mode="edge"), np.full(5, 0.2), mode="valid") / row.entropy
         axes.plot(
             np.asarray(steps) / row.steps, smooth, color=colormaps["tab20"](number % 20),
@@ -357,7 +372,9 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
     check_output(directory, resume=False)
     data, rows = Data.load(), []
     for name in families:
-        print(f"\n{name}: {RECIPES[name].objective}, {RECIPES[name].build().num_parameters:,} parameters", flush=True)
+        print(
+            f"\n{name}: {recipe_of(name).objective}, {recipe_of(name).build().num_parameters:,} parameters", flush=True
+        )
         rows.append(train_family(name, data, directory / name, steps))
         (directory / "table.md").write_text(table(rows), encoding="utf-8")
         results = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
@@ -373,7 +390,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m experiments.families", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families (default: all)")
+    parser.add_argument(
+        "--family", nargs="+", choices=family_names(), default=list(FAMILIES), help="families (default: those of jaxlm)"
+    )
     parser.add_argument("--steps", type=int, help="updates per family (default: about a minute of training)")
     parser.add_argument("--output", type=Path, help="run directory (default: runs/families-<time>)")
     parsed = parser.parse_args(arguments)

@@ -4,13 +4,13 @@
     python -m experiments.question_answering --preset xlnet     the same with XLNet
 
 Fine-tuning of MiniLM (pretrained BERT weights, 6 layers of width 384) on the SQuAD v1.1 development file (48 articles,
-10,570 questions). Its articles are split into training, validation and test parts. The expected F1 is at least 60.
+10,570 questions). Its articles are split into training, validation and test splits. The expected F1 is at least 60.
 
     python -m experiments.question_answering --preset minilm --model.pretrained DIR --data dev-v1.1.json
-        --shifted new_wiki_v1.0.json nyt_v1.0.json
+        --extra-tests new_wiki_v1.0.json nyt_v1.0.json
 
-The files of ``--shifted`` are additional test sets, to measure transfer to other kinds of text. The test part is used
-once, after training. docs/tasks/question_answering.md has the measured results.
+The files of ``--extra-tests`` are additional test sets, to measure transfer to other kinds of text. The test split is
+used once, after training. docs/tasks/question_answering.md has the measured results.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from jaxlm.tasks.question_answering import (
     answer,
     batches,
     best_no_answer_threshold,
-    features,
     samples,
     scores,
     to_batch,
+    training_windows,
 )  # fmt: skip
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
@@ -74,19 +74,19 @@ class Experiment:
     data: Path | None = None
     """SQuAD file, v1.1 or v2.0, official JSON or JSONL (also .gz); None: generated stories."""
     test: Path | None = None
-    """File of the test part; None: test_fraction of the articles."""
-    shifted: tuple[Path, ...] = ()
+    """File of the test split; None: test_fraction of the articles."""
+    extra_tests: tuple[Path, ...] = ()
     """Additional test files, with other kinds of text."""
     validation_fraction: float = 0.05
     """Fraction of the articles (contexts, if there are no titles) for validation, which selects the best weights."""
     test_fraction: float = 0.1
-    """Fraction of the articles for the test part."""
+    """Fraction of the articles for the test split."""
     stories: int = 24_000
     """Number of generated questions, if there is no data file."""
     sentences: int = 4
     """Sentences per generated story."""
     epochs: float | None = None
-    """Number of passes over the training part. None: training.steps is the length of the training."""
+    """Number of passes over the training split. None: training.steps is the length of the training."""
     template: TemplateName = "cls_sep"
     """Special tokens around question and context, for models from scratch."""
     vocab_size: int = 8000
@@ -128,7 +128,7 @@ PRESETS = {
 
 
 def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test parts. Each article, context or story is in only one part."""
+    """The training, validation and test splits. Each article, context or story is in only one split."""
     if experiment.data is None:
         examples = make_stories(experiment.stories, sentences=experiment.sentences)
     else:
@@ -182,29 +182,31 @@ class Scorer:
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a model, and write the report. Returns the result of training."""
-    begun, config = time.perf_counter(), experiment.training
+    start_time, config = time.perf_counter(), experiment.training
     data_fields = ["data", "test", "validation_fraction", "test_fraction", "stories", "sentences"]
     lib.check_unchanged(experiment, resume, ["output", "windows", "template", "vocab_size", *data_fields])
     training, validation, test = parts(experiment)
-    shifted = {path.name: read_squad(path) for path in experiment.shifted}
+    extra_tests = {path.name: read_squad(path) for path in experiment.extra_tests}
     model, params, tokenizer = build(experiment, training, resume)
     window_size = {"max_length": experiment.windows.max_length, "stride": experiment.windows.stride}
-    windows = features(model, tokenizer, training, **window_size)
+    windows = training_windows(model, tokenizer, training, **window_size)
     limit = getattr(model.config, "max_positions", None)
     source = Bucketed(windows, config.batch_size, experiment.buckets, seed=config.seed, max_length=limit)
     if experiment.epochs is not None:
         config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
     scorer = Scorer(experiment, model, tokenizer)
-    held_out = batches(features(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit)
+    held_out = batches(
+        training_windows(model, tokenizer, validation, **window_size), config.batch_size, max_length=limit
+    )
     evaluate = Evaluator(
-        model, span_qa.loss, held_out, further=lambda params: scorer.validate(params, validation),
-        further_names=("f1", "exact_match"),
+        model, span_qa.loss, held_out, extra_metrics=lambda params: scorer.validate(params, validation),
+        extra_metric_names=("f1", "exact_match"),
     )  # fmt: skip
     optimizer = make_optimizer(experiment.optimizer, model.specs, config.steps)
     schedule = learning_rate(experiment.optimizer, config.steps)
     trainer = config.trainer(model, optimizer, span_qa.loss, learning_rate=schedule)
     directory = lib.prepare_run("question_answering", experiment, resume, trainer, tokenizer, evaluate)
-    lib.say(
+    lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training):,} questions in {len(windows):,} windows, "
         f"{len(validation):,} questions for validation, {len(test):,} for the test · {source.describe()} · "
         f"{config.steps:,} steps · {directory}"
@@ -212,15 +214,15 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     data = Batches(source, to_batch=to_batch, prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
-        report(directory, scorer, result, validation, test, shifted, begun)
+        report(directory, scorer, result, validation, test, extra_tests, start_time)
     return result
 
 
 def report(
-    directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples, shifted: dict[str, Examples],
-    begun: float,
+    directory: Path, scorer: Scorer, result: Result, validation: Examples, test: Examples,
+    extra_tests: dict[str, Examples], start_time: float,
 ) -> None:  # fmt: skip
-    """Answer the questions of the test part and of the ``--shifted`` files, and write the report."""
+    """Answer the questions of the test split and of the ``--extra-tests`` files, and write the report."""
     experiment, threshold = scorer.experiment, None
     if not all(validation.column("answers")):
         threshold = best_no_answer_threshold(scorer.answers(result.params, validation), validation.column("answers"))
@@ -228,12 +230,12 @@ def report(
     answers = scorer.answers(result.params, test, threshold)
     rate = len(test) / (time.perf_counter() - started)
     test_scores = scores(answers, test.column("answers"))
-    for name, examples in shifted.items():
-        shifted_scores = scorer.scores(result.params, examples, threshold)
-        test_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in shifted_scores]
+    for name, examples in extra_tests.items():
+        extra_scores = scorer.scores(result.params, examples, threshold)
+        test_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in extra_scores]
     write_samples(directory, samples(test[:40], answers[:40]))
     lib.report(
-        directory, task="question_answering", model=scorer.model, begun=begun, scores=test_scores,
+        directory, task="question_answering", model=scorer.model, start_time=start_time, scores=test_scores,
         data=str(experiment.data or "generated stories"), result=result, no_answer_threshold=threshold,
         test_questions_per_second=round(rate, 1),
     )  # fmt: skip

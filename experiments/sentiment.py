@@ -13,7 +13,7 @@ replicates the paper's model CNN-rand with these accuracies: MR 75.9, Subj 89.2,
     python -m experiments.sentiment --preset cnn --data.train rt-polarity.all --data.encoding latin-1 --folds 10
     python -m experiments.sentiment --preset cnn --data.train TREC.train.all --data.test TREC.test.all
 
-The test part is used once, after training. docs/tasks/sentiment.md has the measured results.
+The test split is used once, after training. docs/tasks/sentiment.md has the measured results.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Data:
     train: Path | None = None
     """.tsv or .csv with a header, or lines "label sentence" (also .gz); None: passages of the embedded plays."""
     test: Path | None = None
-    """File of the test part; None: test_fraction of the training file."""
+    """File of the test split; None: test_fraction of the training file."""
     encoding: str = "utf-8"
     """Character encoding of the files."""
     validation_fraction: float = 0.02
     """Fraction of the training file for validation, which selects the best weights."""
     test_fraction: float = 0.1
-    """Fraction of the training file for the test part, if neither test nor folds is set."""
+    """Fraction of the training file for the test split, if neither test nor folds is set."""
     max_length: int | None = None
     """Maximum number of tokens. Longer sentences are truncated. None: sentences are not truncated."""
 
@@ -73,13 +73,13 @@ class Experiment:
     data: Data = Data()
     """The data."""
     epochs: float | None = None
-    """Number of passes over the training part. None: training.steps is the length of the training."""
+    """Number of passes over the training split. None: training.steps is the length of the training."""
     vocabulary: Literal["word", "bpe"] = "word"
     """Type of vocabulary for models from scratch. Pretrained weights have their own tokenizer."""
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Words that occur fewer than min_frequency times in the training part become unknown tokens."""
+    """Words that occur fewer than min_frequency times in the training split become unknown tokens."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
@@ -87,7 +87,7 @@ class Experiment:
     label_smoothing: float = 0.0
     """Fraction of the target probability that is spread uniformly over all labels."""
     folds: int | None = None
-    """Number of cross-validation folds. The score is the mean over the folds. None: one test part."""
+    """Number of cross-validation folds. The score is the mean over the folds. None: one test split."""
     output: Path | None = None
     """Run directory; None: runs/sentiment-<time>."""
 
@@ -136,7 +136,7 @@ def read_all(data: Data) -> Examples:
 
 
 def parts(data: Data) -> tuple[Examples, Examples]:
-    """The training part (including validation) and the test part."""
+    """The training split (including validation) and the test split."""
     examples = read_all(data)
     if data.test is not None:
         return examples, read_labelled(data.test, data.encoding)
@@ -174,14 +174,14 @@ def build(
     return model.with_labels(labels), params, tokenizer
 
 
-def run_one(
+def train_and_test(
     experiment: Experiment, training: Examples, test: Examples, resume: Path | None
 ) -> tuple[Result, metrics.Score | None]:
-    """Train on one part and test on another. Returns the result of training and the test score.
+    """Train on one split and test on another. Returns the result of training and the test score.
 
     The score is None if the training was interrupted.
     """
-    begun, config, labels = time.perf_counter(), experiment.training, training.label_names()
+    start_time, config, labels = time.perf_counter(), experiment.training, training.label_names()
     model, params, tokenizer = build(experiment, training, test, resume)
     validation_part, training_part = training.split(experiment.data.validation_fraction, seed=0)
     encoded_training, encoded_validation, encoded_test = (
@@ -200,7 +200,7 @@ def run_one(
     )  # fmt: skip
     evaluate = Evaluator(model, classification.METRICS, validation_batches)
     directory = lib.prepare_run("sentiment", experiment, resume, trainer, tokenizer, evaluate)
-    lib.say(
+    lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training_part):,} examples, "
         f"{len(validation_part):,} for validation, {len(test):,} for the test · "
         f"{source.describe()} · {config.steps:,} steps · {directory}"
@@ -213,9 +213,11 @@ def run_one(
     predicted = np.argmax(classification.predict(model, result.params, encoded_test), axis=1)
     rate = len(test) / (time.perf_counter() - started)
     score = classification.write_test(directory, test, labels, predicted)
-    attention_maps.write_maps(directory, model, result.params, tokenizer, test.column("text")[:4], max_tokens=40)
+    attention_maps.write_attention_maps(
+        directory, model, result.params, tokenizer, test.column("text")[:4], max_tokens=40
+    )
     lib.report(
-        directory, task="sentiment", model=model, begun=begun, scores=[score],
+        directory, task="sentiment", model=model, start_time=start_time, scores=[score],
         data=str(experiment.data.train or "passages of the embedded plays"), result=result,
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip
@@ -226,19 +228,19 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and test a classifier, and write the report. Returns the result of training (of the last fold)."""
     lib.check_unchanged(experiment, resume, ["output", "data", "vocabulary", "vocab_size", "template", "folds"])
     if experiment.folds is None:
-        return run_one(experiment, *parts(experiment.data), resume)[0]
+        return train_and_test(experiment, *parts(experiment.data), resume)[0]
     if resume is not None:
         raise ValueError("--resume does not support folds: start the run again")
     examples = read_all(experiment.data)
     output, scores = experiment.output or Path("runs") / f"sentiment-{time.strftime('%Y%m%d-%H%M%S')}", []
     for fold, (training, test) in enumerate(examples.folds(experiment.folds)):
         fold_experiment = dataclasses.replace(experiment, output=output / f"fold-{fold}", folds=None)
-        result, score = run_one(fold_experiment, training, test, None)
+        result, score = train_and_test(fold_experiment, training, test, None)
         if score is None:
             return result
         scores.append(score.value)
     mean = metrics.mean(f"accuracy over {experiment.folds} folds", scores)
-    lib.say(f"{mean} · standard deviation over folds {np.std(scores, ddof=1):.4f}")
+    lib.print_once(f"{mean} · standard deviation over folds {np.std(scores, ddof=1):.4f}")
     config_lib.write(experiment, output / "config.json")
     return result
 

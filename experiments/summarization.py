@@ -9,7 +9,7 @@ Debian package descriptions to their synopses (docs/tasks/summarization.md descr
 
 The expected ROUGE-1 on held-out packages is at least 0.40 after 50 minutes (t5: 100 minutes) on two CPU cores. A
 baseline, the first sentence of the description, has 0.32. Packages of one project and packages with similar
-descriptions form a group. All packages of a group are in the same part (training, validation or test).
+descriptions form a group. All packages of a group are in the same split (training, validation or test).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from jaxlm.training.recipes import RECIPES
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The file of texts with summaries, and its split into parts. A group is a set of similar texts."""
+    """The file of texts with summaries, and its splits. A group is a set of similar texts."""
 
     file: Path | None = None
     """Output of apt-cache show, or .jsonl with the keys package, text and summary (also .gz); None: docstrings of the
@@ -53,9 +53,9 @@ class Data:
     validation_fraction: float = 0.03
     """Fraction of the groups for validation, which selects the best weights."""
     test_fraction: float = 0.04
-    """Fraction of the groups for the test part."""
+    """Fraction of the groups for the test split."""
     largest_group: int = 100
-    """Larger groups are in the training part, because their similar texts would dominate a validation or test score."""
+    """Larger groups are in the training split, because their similar texts would dominate the other scores."""
     similarity: float = 0.5
     """Two texts are similar if the Jaccard similarity of their word trigrams is at least this number."""
 
@@ -73,7 +73,7 @@ class Experiment:
     data: Data = Data()
     """The data."""
     epochs: float = 6.0
-    """Number of passes over the training part."""
+    """Number of passes over the training split."""
     vocab_size: int = 8000
     """Size of the BPE vocabulary that texts and summaries share."""
     max_source: int = 128
@@ -136,7 +136,7 @@ def read(data: Data) -> Examples:
 
 
 def parts(data: Data, examples: Examples) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test parts. All examples of a group are in the same part."""
+    """The training, validation and test splits. All examples of a group are in the same split."""
     sizes = collections.Counter(examples.column("group"))
     is_large = [sizes[group] > data.largest_group for group in examples.column("group")]
     large, small = (examples.select(np.flatnonzero(np.equal(is_large, flag)).tolist()) for flag in (True, False))
@@ -173,15 +173,15 @@ def build(experiment: Experiment, training: Examples, resume: Path | None) -> tu
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train a summarizer, summarize the test part and write the report. Returns the result of training."""
-    begun, config = time.perf_counter(), experiment.training
+    """Train a summarizer, summarize the test split and write the report. Returns the result of training."""
+    start_time, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size", "max_source"])
     examples = read(experiment.data)
     training, validation, test = parts(experiment.data, examples)
     model, params, tokenizer = build(experiment, training, resume)
     shortened = [shorten(part, tokenizer, experiment.max_source) for part in (training, validation, test)]
     training, validation, test = (part for part, _ in shortened)
-    facts = {"rejected lines": len(examples.rejected), "texts cut": [number for _, number in shortened]}
+    facts = {"rejected lines": len(examples.rejected), "truncated texts": [number for _, number in shortened]}
     source = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True
     )
@@ -194,21 +194,21 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     )  # fmt: skip
     evaluate = Evaluator(model, seq2seq.METRICS, held_out)
     directory = lib.prepare_run(
-        "summarization", experiment, resume, trainer, tokenizer, evaluate, request(experiment)
+        "summarization", experiment, resume, trainer, tokenizer, evaluate, generation_config(experiment)
     )  # fmt: skip
-    lib.say(
+    lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
-        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {facts['texts cut']}) · "
+        f"{len(test):,} for the test (truncated to {experiment.max_source} tokens: {facts['truncated texts']}) · "
         f"{source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
-        summarize(directory, experiment, model, result, tokenizer, test, begun, facts)
+        summarize(directory, experiment, model, result, tokenizer, test, start_time, facts)
     return result
 
 
-def request(experiment: Experiment) -> GenerationConfig:
+def generation_config(experiment: Experiment) -> GenerationConfig:
     """The generation settings of summaries."""
     length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
     return GenerationConfig(experiment.max_summary, num_beams=experiment.num_beams, length_penalty=length_penalty)
@@ -216,12 +216,12 @@ def request(experiment: Experiment) -> GenerationConfig:
 
 def summarize(
     directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
-    begun: float, facts: dict[str, Any],
+    start_time: float, facts: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Summarize the test part and write the report."""
+    """Summarize the test split and write the report."""
     sources, references = test.column("source"), test.column("target")
     started = time.perf_counter()
-    outputs = generate_text(model, result.params, tokenizer, sources, request(experiment))
+    outputs = generate_text(model, result.params, tokenizer, sources, generation_config(experiment))
     rate = len(sources) / (time.perf_counter() - started)
     lead = metrics.rouge([first_sentence(text) for text in test.column("text")], references)
     scores = [
@@ -230,7 +230,7 @@ def summarize(
     ]
     seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
-        directory, task="summarization", model=model, begun=begun, scores=scores,
+        directory, task="summarization", model=model, start_time=start_time, scores=scores,
         data=str(experiment.data.file or "docstrings of the installed packages"), result=result,
         beams=experiment.num_beams,
         test_examples_per_second=round(rate, 1), **facts,

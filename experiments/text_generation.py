@@ -13,14 +13,14 @@ models that train for 40 minutes (target: at most 1.50 nats; the GPU configurati
     python -m experiments.text_generation --preset gpt_large --data tinyshakespeare.txt
 
 On War and Peace, as in Karpathy et al. (2015): models with 1 to 3 layers of width 128, 5 to 15 minutes each. The
-training, validation and test parts have 80 %, 10 % and 10 % of the text.
+training, validation and test splits have 80 %, 10 % and 10 % of the text.
 
     for name in lstm_1 lstm_2 lstm_3 gru_1 gru_2 gru_3; do python -m experiments.text_generation \\
         --preset war_and_peace_$name --data war_and_peace.txt --output runs/peace_$name || break; done
 
-The scores are means over all tokens of the validation part (and of the test part, if there is one). For recurrent
-families and Transformer-XL, a part is split into eight contiguous columns, and the state is carried along them. Other
-families read windows that overlap by half. docs/tasks/text_generation.md has the measured results.
+The scores are means over all tokens of the validation split (and of the test split, if there is one). For recurrent
+families and Transformer-XL, a split is divided into eight contiguous columns, and the state is carried along them.
+Other families read windows that overlap by half. docs/tasks/text_generation.md has the measured results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jaxlm.decoding import GenerationConfig, Sampling, stream_text
 from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.tasks.text_generation import Corpus, carry, check_family, scores, to_batch, write_sample
+from jaxlm.tasks.text_generation import Corpus, carry_shape, check_family, scores, to_batch, write_sample
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
@@ -62,7 +62,7 @@ class Experiment:
     tokenizer: Literal["character", "byte"] = "character"
     """Type of tokens: the characters of the text, or bytes."""
     validation_fraction: float = 0.1
-    """Fraction of the text for validation: the end of the text, or the text before the test part."""
+    """Fraction of the text for validation: the end of the text, or the text before the test split."""
     test_fraction: float = 0.0
     """Fraction of the text for the test: the end of the text."""
     mesh: str | None = None
@@ -70,7 +70,7 @@ class Experiment:
     output: Path | None = None
     """Run directory; None: runs/text_generation-<time>."""
     prompt: str | None = None
-    """Prompt of the passage; None: "ROMEO:" for the embedded plays, else the start of the validation part."""
+    """Prompt of the passage; None: "ROMEO:" for the embedded plays, else the start of the validation split."""
     sample_tokens: int = 600
     """Length of the generated passage in tokens."""
     temperature: float = 0.8
@@ -88,19 +88,19 @@ def preset(family: str, changes: str, steps: int, rows: int, length: int, rate: 
     return Experiment(lib.ModelConfig(family, tuple(changes.split())), training, optimizer, **options)
 
 
-WIDE = "num_layers=4 num_heads=4 embed_dim=128 "
+SMALL_TRANSFORMER = "num_layers=4 num_heads=4 embed_dim=128 "
 NO_DROPOUT = "embedding_dropout=0.0 attention_dropout=0.0 residual_dropout=0.0 "
 RNN = "embedding_dropout=0.0 weight_dropout=0.0 hidden_dropout=0.0 input_dropout=0.0 output_dropout=0.0 "
-XL = "cutoffs=() embedding_divisor=1 "
-LARGE: dict[str, Any] = {
+TRANSFORMER_XL = "cutoffs=() embedding_divisor=1 "
+LONG_RUN: dict[str, Any] = {
     "prompt": "ROMEO:", "ema_decay": 0.998, "restore_best": True, "evaluation_batches": 100, "final_fraction": 0.0,
 }  # fmt: skip
 PRESETS = {
-    "gpt": preset("gpt", WIDE + NO_DROPOUT + "vocab_multiple=8", 1500, 12, 96, 3e-3),
+    "gpt": preset("gpt", SMALL_TRANSFORMER + NO_DROPOUT + "vocab_multiple=8", 1500, 12, 96, 3e-3),
     "nanogpt": preset(
-        "gpt", WIDE + NO_DROPOUT, 2000, 12, 64, 1e-3, evaluation_batches=140, beta2=0.99, prompt="ROMEO:"
+        "gpt", SMALL_TRANSFORMER + NO_DROPOUT, 2000, 12, 64, 1e-3, evaluation_batches=140, beta2=0.99, prompt="ROMEO:"
     ),
-    "llama": preset("llama", WIDE + "num_kv_heads=2 mlp_dim=352", 1000, 16, 96, 3e-3),
+    "llama": preset("llama", SMALL_TRANSFORMER + "num_kv_heads=2 mlp_dim=352", 1000, 16, 96, 3e-3),
     **{
         name: preset(
             name, "num_layers=2 embed_dim=128 hidden_dim=256 init_bound=0.5 " + RNN, 1500, 16, 96, 1e-2
@@ -108,7 +108,8 @@ PRESETS = {
         for name in ("lstm", "gru")
     },
     "transformer_xl": preset(
-        "transformer_xl", WIDE + XL + "head_dim=32 token_dim=128 mlp_dim=512 memory_length=64 dropout=0.0",
+        "transformer_xl",
+        SMALL_TRANSFORMER + TRANSFORMER_XL + "head_dim=32 token_dim=128 mlp_dim=512 memory_length=64 dropout=0.0",
         1200, 16, 64, 3e-3,
     ),
     "gated_convolutions": preset(
@@ -118,18 +119,18 @@ PRESETS = {
     "lstm_large": preset(
         "lstm", "num_layers=2 embed_dim=512 hidden_dim=512 embedding_dropout=0.0 input_dropout=0.1 hidden_dropout=0.25 "
         "output_dropout=0.25 weight_dropout=0.3",
-        3500, 32, 100, 3e-3, evaluate_every=500, checkpoint_every=500, weight_decay=0.01, **LARGE,
+        3500, 32, 100, 3e-3, evaluate_every=500, checkpoint_every=500, weight_decay=0.01, **LONG_RUN,
     ),
     "transformer_xl_large": preset(
         "transformer_xl",
-        XL + "num_layers=4 num_heads=4 head_dim=64 embed_dim=256 token_dim=256 mlp_dim=1024 memory_length=128 "
-        "pre_norm=True dropout=0.1 remat=none",
-        2500, 32, 128, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LARGE,
+        TRANSFORMER_XL + "num_layers=4 num_heads=4 head_dim=64 embed_dim=256 token_dim=256 mlp_dim=1024 "
+        "memory_length=128 pre_norm=True dropout=0.1 remat=none",
+        2500, 32, 128, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LONG_RUN,
     ),
     "gpt_large": preset(
         "gpt", "num_layers=4 num_heads=4 embed_dim=256 embedding_dropout=0.1 attention_dropout=0.0 "
         "residual_dropout=0.1 remat=none",
-        2500, 16, 256, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LARGE,
+        2500, 16, 256, 2e-3, evaluate_every=250, name="muon", beta2=0.95, **LONG_RUN,
     ),
     **{
         f"war_and_peace_{family}_{layers}": preset(
@@ -175,38 +176,40 @@ def passage_prompt(experiment: Experiment, corpus: Corpus, tokenizer: Tokenizer,
     return prompt
 
 
-def request(experiment: Experiment) -> GenerationConfig:
+def generation_config(experiment: Experiment) -> GenerationConfig:
     """The generation settings of the passage: its length and the sampling."""
     return GenerationConfig(experiment.sample_tokens, Sampling(temperature=experiment.temperature))
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
     """Train and export a model, and write a passage and the report. Returns the result of training."""
-    begun, config = time.perf_counter(), experiment.training
+    start_time, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "tokenizer", "validation_fraction", "test_fraction"])
     corpus, tokenizer, model, params = build(experiment, resume)
     prompt = passage_prompt(experiment, corpus, tokenizer, model)
     sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))
-    length, rows, state = config.sequence_length, config.batch_size, carry(model, config.batch_size)
+    length, rows, state = config.sequence_length, config.batch_size, carry_shape(model, config.batch_size)
 
     def batches(part: str, seed: int) -> Batches:
-        source = corpus.source(part, length=length, batch_size=rows, model=model, seed=seed)
+        source = corpus.batches(part, length=length, batch_size=rows, model=model, seed=seed)
         return Batches(source, None if sharding is None else sharding.rows(rows), to_batch=to_batch)
 
     validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
     if state is not None:  # the carried state is valid only until the end of the columns
         count = min(count, len(corpus.parts["validation"]) // (rows * length))
     held_out = [next(validation) for _ in range(count)]
-    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=state)
+    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry_size=state)
     trainer = config.trainer(
-        model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss, carry=state,
+        model, make_optimizer(experiment.optimizer, model.specs, config.steps), causal.loss, carry_size=state,
         sharding=sharding, learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
     directory = lib.prepare_run(
-        "text_generation", experiment, resume, trainer, tokenizer, evaluate, request(experiment)
+        "text_generation", experiment, resume, trainer, tokenizer, evaluate, generation_config(experiment)
     )  # fmt: skip
     sizes = ", ".join(f"{len(ids):,} for {part}" for part, ids in corpus.parts.items())
-    lib.say(f"{model.num_parameters:,} parameters · {tokenizer.vocab_size} token ids · tokens {sizes} · {directory}")
+    lib.print_once(
+        f"{model.num_parameters:,} parameters · {tokenizer.vocab_size} token ids · tokens {sizes} · {directory}"
+    )
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if not lib.export(directory, experiment, model, result, tokenizer):
         return result
@@ -217,11 +220,11 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         write_sample(directory, model, final_params, tokenizer, prompt, passage)
         parts = [part for part in ("validation", "test") if part in corpus.parts]
         lib.report(
-            directory, task="text_generation", model=model, begun=begun, data=corpus.name, result=result,
+            directory, task="text_generation", model=model, start_time=start_time, data=corpus.name, result=result,
             scores=[score for part in parts for score in scores(model, final_params, corpus, part, length)],
             validation_loss=result.validation_loss,
         )  # fmt: skip
-        lib.say(f"to generate more text: jaxlm generate {directory} --prompt {prompt!r}")
+        lib.print_once(f"to generate more text: jaxlm generate {directory} --prompt {prompt!r}")
     return result
 
 
@@ -230,7 +233,7 @@ def write_passage(experiment: Experiment, model: Model, params: Any, tokenizer: 
     passage = prompt
     sys.stdout.write(f"\n{prompt}")
     key = jax.random.key(experiment.training.seed)
-    for piece in stream_text(model, params, tokenizer, prompt, request(experiment), key=key):
+    for piece in stream_text(model, params, tokenizer, prompt, generation_config(experiment), key=key):
         sys.stdout.write(piece)
         sys.stdout.flush()
         passage += piece

@@ -41,13 +41,13 @@ class Data:
     """Parallel texts: line n of the target file is the translation of line n of the source file."""
 
     directory: Path | None = None
-    """Directory with two files per part, such as train.en and train.de (also .gz). None: the embedded verses."""
+    """Directory with two files per split, such as train.en and train.de (also .gz). None: the embedded verses."""
     train: str = "train"
-    """Name of the training part."""
+    """Name of the training split."""
     validation: str = "val"
-    """Name of the validation part, which selects the best weights."""
+    """Name of the validation split, which selects the best weights."""
     test: str = "test_2016_flickr"
-    """Name of the test part."""
+    """Name of the test split."""
     source: str = "en"
     """File name extension of the source language."""
     target: str = "de"
@@ -67,7 +67,7 @@ class Experiment:
     data: Data = Data()
     """The data."""
     epochs: float = 10.0
-    """Number of passes over the training part."""
+    """Number of passes over the training split."""
     vocab_size: int = 6000
     """Size of the BPE vocabulary that both languages share."""
     buckets: int = 6
@@ -124,7 +124,7 @@ PRESETS = {
 
 
 def parts(data: Data) -> tuple[Examples, Examples, Examples]:
-    """The training, validation and test parts."""
+    """The training, validation and test splits."""
     if data.directory is None:
         test, validation, training = verses().split(0.05, 0.05, seed=0)
         return training, validation, test
@@ -154,8 +154,8 @@ def build(experiment: Experiment, training: Examples, resume: Path | None) -> tu
 
 
 def run(experiment: Experiment, resume: Path | None = None) -> Result:
-    """Train a translator, translate the test part and write the report. Returns the result of training."""
-    begun, config = time.perf_counter(), experiment.training
+    """Train a translator, translate the test split and write the report. Returns the result of training."""
+    start_time, config = time.perf_counter(), experiment.training
     lib.check_unchanged(experiment, resume, ["output", "data", "vocab_size"])
     training, validation, test = parts(experiment.data)
     model, params, tokenizer = build(experiment, training, resume)
@@ -171,20 +171,20 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
         learning_rate=learning_rate(experiment.optimizer, config.steps),
     )  # fmt: skip
     evaluate = Evaluator(model, seq2seq.METRICS, held_out)
-    generation = request(experiment, tokenizer, test)
+    generation = generation_config(experiment, tokenizer, test)
     directory = lib.prepare_run("translation", experiment, resume, trainer, tokenizer, evaluate, generation)
-    lib.say(
+    lib.print_once(
         f"{model.num_parameters:,} parameters · {len(training):,} pairs, {len(validation):,} for validation, "
         f"{len(test):,} for the test · {source.describe()} · {config.steps:,} steps · {directory}"
     )
     data = Batches(source, to_batch=seq2seq.to_batch(model, tokenizer), prefetch=2)
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if lib.export(directory, experiment, model, result, tokenizer):
-        translate(directory, experiment, model, result, tokenizer, test, begun)
+        translate(directory, experiment, model, result, tokenizer, test, start_time)
     return result
 
 
-def request(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> GenerationConfig:
+def generation_config(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> GenerationConfig:
     """The generation settings. A translation has at most twice as many tokens as the longest reference."""
     longest = max(encoding.ids.size for encoding in tokenizer.encode_inputs_batch(test.column("target")))
     length_penalty = experiment.length_penalty if experiment.num_beams > 1 else 1.0
@@ -193,12 +193,12 @@ def request(experiment: Experiment, tokenizer: Tokenizer, test: Examples) -> Gen
 
 def translate(
     directory: Path, experiment: Experiment, model: Model, result: Result, tokenizer: Tokenizer, test: Examples,
-    begun: float,
+    start_time: float,
 ) -> None:  # fmt: skip
-    """Translate the test part and write the report."""
+    """Translate the test split and write the report."""
     sources, references = test.column("source"), test.column("target")
     started = time.perf_counter()
-    outputs = generate_text(model, result.params, tokenizer, sources, request(experiment, tokenizer, test))
+    outputs = generate_text(model, result.params, tokenizer, sources, generation_config(experiment, tokenizer, test))
     rate = len(sources) / (time.perf_counter() - started)
     (directory / "translations.txt").write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
     scores = [
@@ -207,7 +207,7 @@ def translate(
     ]  # fmt: skip
     seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
-        directory, task="translation", model=model, begun=begun, scores=scores,
+        directory, task="translation", model=model, start_time=start_time, scores=scores,
         data=str(experiment.data.directory or "embedded verses"), result=result, beams=experiment.num_beams,
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip

@@ -22,6 +22,8 @@ os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={v}" for name, v in XLA_
 import jax  # noqa: E402 (reads the environment)
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("jaxlm.testing")  # shows the values of failed assertions
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 MAPS = Path("/proc/self/maps")

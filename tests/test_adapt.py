@@ -13,8 +13,7 @@ from jaxlm.adapt import Adaptation, Freeze, LoRA, is_table, matrix_rows
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.spec import ArraySpec
-from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from tests.helpers import (
+from jaxlm.testing.helpers import (
     TINY,
     add_noise,
     assert_trees_close,
@@ -23,6 +22,7 @@ from tests.helpers import (
     tiny_model,
     with_stacked_layers,
 )
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 
 BERT = tiny_model("bert", task="classification", scan_layers=True)
 T5 = tiny_model("t5", num_decoder_layers=3, scan_layers=True)

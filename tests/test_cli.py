@@ -17,8 +17,8 @@ from jaxlm.cli import doctor
 from jaxlm.data import ByteTokenizer, CharTokenizer
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.tasks.predict import classify, score_texts
+from jaxlm.testing.helpers import tiny_model
 from jaxlm.training.report import MetricsFile
-from tests.helpers import tiny_model
 
 TOKENIZER = CharTokenizer.from_text("To be, or not to be: that is the question.\n")
 

@@ -27,6 +27,7 @@ LAYERS = [
     {"tasks"},
     {"plan"},
     {"cli", "launch"},
+    {"testing"},
     {"experiments", "benchmarks"},
 ]
 """Packages from the bottom to the top. A file imports from its own layer and from the layers below it."""

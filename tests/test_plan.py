@@ -18,9 +18,9 @@ from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
 from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topology
 from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import FIRST_VARIANTS, decodes, random_tokens, task_of, tiny_model, with_stacked_layers
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
-from tests.helpers import FIRST_VARIANTS, decodes, random_tokens, task_of, tiny_model, with_stacked_layers
 
 # ------------------------------------------------------------------------------------------- parsing compiled HLO
 

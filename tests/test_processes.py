@@ -23,12 +23,12 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches, Columns, Packed, RandomWindows
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, tiny_model
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.report import curve, read_metrics
+from jaxlm.training.report import metric_curve, read_metrics
 from jaxlm.training.trainer import Trainer
-from tests.helpers import assert_trees_close, assert_trees_equal, tiny_model
 
 NUM_PROCESSES, NUM_DEVICES = 2, 4
 STEPS, LENGTH, ROWS = 6, 16, 8
@@ -75,9 +75,9 @@ def program(
         return causal.batch(window.tokens, reset=window.reset, segment_ids=window.segment_ids)
 
     held_out = [to_batch(next(held_out)) for _ in range(2)]
-    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry=stream)
+    evaluate = Evaluator(model, causal.loss, held_out, sharding=sharding, carry_size=stream)
     transformation = make_optimizer(optimizer, model.specs, STEPS)
-    trainer = config.trainer(model, transformation, causal.loss, sharding=sharding, carry=stream)
+    trainer = config.trainer(model, transformation, causal.loss, sharding=sharding, carry_size=stream)
     data = batches(source, rows, to_batch=to_batch)
     return model, train(trainer, data, evaluate, config, Run(directory, resume=resume), initial)
 
@@ -189,7 +189,7 @@ def test_two_processes_train_like_one_process(tmp_path):
         records = [read_metrics(directory / what / "metrics.jsonl") for directory in (tmp_path, together)]
         assert len(records[0]) == len(records[1])  # only one process writes a record
         for name in ("loss", "gradient_norm", "validation_loss", "weight"):
-            (steps, want), (got_steps, got) = (curve(record, name) for record in records)
+            (steps, want), (got_steps, got) = (metric_curve(record, name) for record in records)
             assert got_steps == steps
             np.testing.assert_allclose(got, want, rtol=1e-5)
         # The tolerance is large because Adam amplifies the rounding errors of very small gradients.

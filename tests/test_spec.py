@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, Normal, Uniform
-from tests.helpers import assert_trees_equal
+from jaxlm.testing.helpers import assert_trees_equal
 
 
 def test_errors_name_what_is_wrong_with_a_spec():

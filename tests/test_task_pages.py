@@ -14,7 +14,7 @@ import jaxlm
 from jaxlm.data import CharTokenizer, MoveTokenizer, read_games
 from jaxlm.data.stories import make_stories
 from jaxlm.data.vocabularies import train_tokenizer
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 from tests.pages import ROOT, TASKS, command_lines, parse, run_page
 
 OTHER_PROGRAMS = {"--no-all-versions"}  # option of apt-cache

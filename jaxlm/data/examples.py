@@ -183,7 +183,7 @@ class Examples(Sequence[Example]):
         return [self.select(part) for part in parts]
 
     def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
-        """``count`` pairs (training, test) for cross-validation. Each example is in exactly one test part."""
+        """``count`` pairs (training, test) for cross-validation. Each example is in exactly one test split."""
         if not 2 <= count <= len(self):
             raise ValueError(f"{count} folds of {len(self)} examples: choose from 2 to the number of examples")
         order = np.random.default_rng(seed).permutation(len(self))

@@ -160,10 +160,10 @@ def read_games(
 def split_games(
     games: Games, validation_fraction: float, test_fraction: float, seed: int = 0
 ) -> tuple[Games, Games, Games]:
-    """Split the games into (training, validation, test). Games with equal moves are in the same part.
+    """Split the games into (training, validation, test). Games with equal moves are in the same split.
 
-    The fractions are fractions of the distinct games. The games of each part are drawn at random, and keep the order of
-    ``games``.
+    The fractions are fractions of the distinct games. The games of each split are drawn at random, and keep the order
+    of ``games``.
 
     Raises:
         ValueError: a fraction is negative, the fractions leave no games for training, or a positive fraction gives no

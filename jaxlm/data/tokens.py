@@ -113,7 +113,7 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
 
 
 def split(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``tokens`` into two views (training, validation). The validation part is the end of the tokens."""
+    """Split ``tokens`` into two views (training, validation). The validation split is the end of the tokens."""
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     boundary = int(len(tokens) * (1 - validation_fraction))

@@ -20,7 +20,8 @@ from jaxlm import spec
 from jaxlm.data.tokenizers import ROLES, Tokenizer
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
-from jaxlm.models.model import FAMILIES, Metadata, Model, family, get_model
+from jaxlm.models.model import Metadata, Model, get_model
+from jaxlm.models.registry import family, family_names
 
 _MODEL_TYPE_PREFIX = "jaxlm-"
 _LABEL_TASKS = ("classification", "token_classification")
@@ -107,7 +108,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         ValueError: the architecture or a setting is not supported.
     """
     model_type = config.get("model_type")
-    if model_type in [_MODEL_TYPE_PREFIX + name for name in FAMILIES if not formats.of(name)]:
+    if isinstance(model_type, str) and model_type.startswith(_MODEL_TYPE_PREFIX):
         name, fields = model_type.removeprefix(_MODEL_TYPE_PREFIX), _native_fields(config, path)
         implied: Mapping[str, Any] = {}
         table = None
@@ -153,7 +154,7 @@ def _find_format(
 ) -> tuple[str, Format, Mapping[str, Any]]:
     """The family, the format of the files, and the ``Config`` fields that the architecture implies."""
     model_type = config.get("model_type")
-    known = [(name, table) for name in FAMILIES for table in formats.of(name)]
+    known = [(name, table) for name in family_names() for table in formats.of(name)]
     supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
     candidates = [(name, table) for name, table in known if table.model_type == model_type]
     if not candidates:

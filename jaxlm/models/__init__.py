@@ -1,9 +1,10 @@
 """The families, one module each, and ``get_model``, which finds them by name.
 
 A family is a module with ``Config``, ``specs``, ``apply``, ``logits``, ``VARIANTS`` and, if it carries state between
-calls, ``state_specs``. To add a family, write its module and add its name to :data:`FAMILIES`.
+calls, ``state_specs``. ``register_family`` adds a family of another package.
 """
 
-from jaxlm.models.model import FAMILIES, Model, get_model, variant_names
+from jaxlm.models.model import Model, get_model
+from jaxlm.models.registry import FAMILIES, family_names, register_family, variant_names
 
-__all__ = ["FAMILIES", "Model", "get_model", "variant_names"]
+__all__ = ["FAMILIES", "Model", "family_names", "get_model", "register_family", "variant_names"]

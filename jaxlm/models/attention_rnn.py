@@ -4,19 +4,21 @@
               s[t-1]; the context is an input of the GRU. A maxout layer of s[t-1], embedding and context feeds the
               head. The initial state is tanh(W h), where h is the backward encoder's state at the first source token.
     luong     Stacked LSTMs; the decoder starts with the final states of the encoder. It attends with the state *after*
-              the token, h[t]; h~[t] = tanh(W [c; h]) feeds the head and the first layer at the next token (input
-              feeding).
+              the token, h[t]. The attentional state h~[t] = tanh(W [c; h]) feeds the head and the first layer at the
+              next token (input feeding).
 
 Bahdanau's maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code
-(GroundHog). The GRU's reset gate is applied before the product, as in the paper; its update gate has the convention of
-``recurrence`` (z keeps the old state). Initial values are uniform in both forms, as in Luong et al. Layers and heads
-have biases; scores have none. Luong's best models read the source backwards: reverse it before calling the model.
+(GroundHog). The GRU's reset gate is applied before the recurrent matmul, as in the paper. Its update gate z is the
+weight of the old state, as in ``recurrence``. Initial weights are uniform in both forms, as in Luong et al. Layers and
+heads have biases; attention scores have none. Luong's best models read the source backwards. To reproduce this, reverse
+the source before the call.
 
 With ``copy``, both forms can copy source tokens (See et al. 2017, eq. 8 and 9, with all source ids in the shared
 vocabulary; Gulcehre et al. 2016 and Gu et al. 2016 describe variants). The next token is generated with probability
-sigmoid(w_s s + w_x x + w_c c + b) of decoder state, embedding and context; otherwise it is copied from source position
-i, with the attention weight of i as probability. ``apply`` then returns [features D; gate 1; copied V]: the features,
-the logit of generating, and the distribution of copied tokens. ``logits`` computes the mixture from them.
+sigmoid(w_s s + w_x x + w_c c + b), for the decoder state s, the embedding x and the context c. Otherwise it is copied
+from source position i, with the attention weight of i as the probability. ``apply`` then returns the concatenation
+[features D; gate 1; copied V]: the features, the logit of the generation probability, and the distribution of copied
+tokens. ``logits`` computes the mixture from it.
 
 Shapes: B batch, T target time, S source time, E embedding, C encoder width (bahdanau 2H, luong H), G gates, H hidden
 width, D width of the head's input, V vocabulary.
@@ -63,7 +65,8 @@ class Config(common.ModelConfig):
     score: Score = "concat"
     """Attention score: dot, general or concat; bahdanau needs concat (its additive score)."""
     window: int | None = None
-    """Attend only this far from a predicted source position (local-p of Luong et al. 2015); None means everywhere."""
+    """Maximum distance of attended source positions from a predicted centre (local-p of Luong et al. 2015); None means
+    no limit."""
     num_layers: int = 1
     """Number of layers of encoder and of decoder; bahdanau has one."""
     embed_dim: int = 620
@@ -75,15 +78,15 @@ class Config(common.ModelConfig):
     output_dim: int = 500
     """Width of the head's input: maxout units (bahdanau) or the attentional state h~ (luong)."""
     copy: bool = False
-    """Mix the distribution of generated tokens with the attended source tokens (See et al. 2017); needs shared ids."""
+    """Mix the distributions of generated and of copied tokens (See et al. 2017); needs source_vocab_size=None."""
     dropout: float = 0.0
     """Dropout rate on embeddings, between layers, and on the head's input."""
     init_bound: float = 0.1
     """Initial weights are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """As init_bound, for the recurrent layers; None means 1 / sqrt(hidden_dim)."""
+    """The same bound for the recurrent layers; None means 1 / sqrt(hidden_dim)."""
     decoder_start_id: int = 0
-    """The token before the first target."""
+    """Id of the first input of the decoder, before the first target."""
     task: Task = "seq2seq"
     """Output head: target tokens (seq2seq) or none."""
 
@@ -122,17 +125,17 @@ def apply(
 ) -> tuple[jax.Array, Any]:
     """The head's input at each target token, [B, T, D], and the new state (None without a state).
 
-    Exactly one of ``source`` (training: it is encoded, then decoded) and ``state`` (decoding) must be given.
+    Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
 
     Args:
         tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
-            targets without the last one. An id outside the vocabulary gives NaN at its position and all later ones.
+            targets without the last target. An id outside the vocabulary gives NaN at its position and at later ones.
         source: [B, S] integer ids.
-        source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
+        source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
-        state: from :func:`init_decode_state`; the tokens continue the tokens in it. Rows may share sources
-            (``common.group_rows_by_source``).
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: from :func:`init_decode_state`, or the state after earlier tokens, continued by ``tokens``. Several rows
+            may share a source (``common.group_rows_by_source``).
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
@@ -141,13 +144,13 @@ def apply(
     initial = state
     if state is None:
         assert source is not None
-        initial = _start(cfg, params, source, source_segment_ids, key)
+        initial = _init_state(cfg, params, source, source_segment_ids, key)
     source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, document = segment_boundaries(segments, initial["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
     initial_states = None if one_document else _initial_states(cfg, params, source_state, segments)
     key = fold_name(key, "decoder")
-    x = _embed(cfg, params["token_embedding"], tokens, key)
+    x = _embed(cfg, params["token_embedding"], tokens, cfg.vocab_size, key)
     steps_key = fold_name(key, "steps")
     step_keys = None if steps_key is None else jax.random.split(steps_key, tokens.shape[1])
 
@@ -180,9 +183,9 @@ def _attend(
     """Context vectors [B, C] and attention weights [B, S] of one query per row, over the row's current document.
 
     Args:
-        source: as from :func:`_encode`, with the ``key`` of the score. Rows may share sources
+        source: the source state from :func:`_init_state`. Several rows may share a source
             (``common.group_rows_by_source``).
-        segment_B: the document of each row.
+        segment_B: the current document of each row.
     """
 
     def attend(query_BH: jax.Array, segment_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -253,7 +256,7 @@ def _with_copied(
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the next target token, [B, T, V] float32 (V padded to ``vocab_multiple``).
+    """The logits of the next target token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
 
     With ``copy``, these are log-probabilities of the mixture of generated and copied tokens.
 
@@ -285,7 +288,7 @@ def encode(
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN.
-        segment_ids: [B, S] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     return _encode(cfg, params, source, segment_ids, key)["encoded"]
@@ -300,7 +303,10 @@ def _encode(
     """
     common.check_tokens(source, segment_ids, None, None, what="source")
     key, weights = fold_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
-    x = _embed(cfg, params.get("source_embedding", params["token_embedding"]), source, key)
+    table, size = params["token_embedding"], cfg.vocab_size
+    if cfg.source_vocab_size is not None:
+        table, size = params["source_embedding"], cfg.source_vocab_size
+    x = _embed(cfg, table, source, size, key)
     segments = common.segment_ids_or_ones(source, segment_ids)
     tokens = {"tokens": jnp.asarray(source, jnp.int32)} if cfg.copy else {}
     reset, keep, _ = segment_boundaries(segments)
@@ -322,7 +328,7 @@ def _encode(
 def _lstm_states(
     params: dict[str, Any], x_BSE: jax.Array, reset_BS: jax.Array, keep_BS: jax.Array
 ) -> dict[str, jax.Array]:
-    """Hidden state and cell after each token, [B, S, H] float32. ``recurrence.lstm`` returns only the last cell."""
+    """Hidden and cell state after each token, [B, S, H] float32; ``recurrence.lstm`` returns only the last cell."""
 
     def step(state: Any, inputs: Any) -> Any:
         projected_BGH, reset_B, keep_B = inputs
@@ -346,12 +352,13 @@ def init_decode_state(
 
     Target tokens without segment ids are document 1 and attend to document 1 of the source.
     """
-    return _start(cfg, params, source, segment_ids, None)
+    return _init_state(cfg, params, source, segment_ids, None)
 
 
-def _start(
+def _init_state(
     cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: Any, key: jax.Array | None
 ) -> dict[str, Any]:
+    """The decode state after the source is encoded, before the first target token."""
     source_state = _encode(cfg, params, source, segment_ids, key)
     segments = source_state["segment_ids"]
     if cfg.score != "dot":
@@ -366,9 +373,8 @@ def _initial_states(
 ) -> dict[str, Any]:
     """The decoder's state before the first token of each given document, [B, T, ...].
 
-    It is zero for a document that the source does not contain.
-
-    Rows may share sources (``common.group_rows_by_source``).
+    The state is zero for a document that the source does not contain. Several rows may share a source
+    (``common.group_rows_by_source``).
     """
     shape, documents_BT = documents_BT.shape, common.group_rows_by_source(documents_BT, source["segment_ids"].shape[0])
     in_document_BTS = source["segment_ids"][:, None, :] == documents_BT[:, :, None]
@@ -442,7 +448,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             name: linear_specs((width, 1), ("embed", None), uniform, bias=False)
             for name, width in (("state", H), ("embedding", E), ("context", C))
         }
-        # Mostly generate at first: copying with untrained attention makes the targets less likely.
+        # The initial bias favours generation, because copying with untrained attention gives targets low probability.
         tree["copy"]["bias"] = ArraySpec((1,), (None,), Constant(1.0))
     if cfg.task == "seq2seq":
         weight = ArraySpec((V, D), ("vocab", "embed"), uniform, decay=True)
@@ -494,29 +500,30 @@ def _layer_names(cfg: Config) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, key: jax.Array | None) -> jax.Array:
-    x = dropout(embed(table_VE, ids, jnp.dtype(cfg.dtype)), cfg.dropout, fold_name(key, "embedding"))
+def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax.Array | None) -> jax.Array:
+    x = embed(table_VE, ids, jnp.dtype(cfg.dtype), size=size)
+    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     return constrain(x, ("batch", "seq", "activation_embed"))
 
 
 def _gather_weights(cfg: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters; weights that loops over time use are all-gathered, so that they are not sharded over ``fsdp``.
+    """The parameters, with all-gathered weights for the loops over time, so that these are not sharded over ``fsdp``.
 
-    They are gathered once, instead of in each step of a loop. This is also needed for correctness: with weights that
-    are sharded over ``fsdp`` inside a loop, XLA gives wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU;
+    So the weights are gathered once, instead of in each step of a loop. This is also needed for correctness: if weights
+    in a loop are sharded over ``fsdp``, XLA computes wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU;
     the contract test of the sharded step shows it).
     """
 
     def gather(leaf: ArraySpec, x: jax.Array) -> jax.Array:
         return constrain(x, tuple("activation_embed" if axis == "embed" else axis for axis in leaf.axes))
 
-    in_loops = ("encoder", "decoder", "alignment", "output")
-    loop_specs = {name: tree for name, tree in specs(cfg).items() if name in in_loops}
+    names_in_loops = ("encoder", "decoder", "alignment", "output")
+    loop_specs = {name: tree for name, tree in specs(cfg).items() if name in names_in_loops}
     return {**params, **jax.tree.map(gather, loop_specs, {name: params[name] for name in loop_specs})}
 
 
 def _project_time_major(params: dict[str, Any], x_BTE: jax.Array) -> jax.Array:
-    """The input's contribution to the gates, [T, B, G, H]. Time is no longer sharded, because steps are sequential."""
+    """The input's contribution to the gates, [T, B, G, H]. Time is not sharded, because steps are sequential."""
     return constrain(recurrence.project(params, jnp.swapaxes(x_BTE, 0, 1)), (None, "batch", None, "mlp"))
 
 
@@ -529,7 +536,7 @@ _LUONG = Config(
     vocab_size=50000, source_vocab_size=50000, attention="luong", score="dot", num_layers=4, embed_dim=1000,
     output_dim=1000, dropout=0.2, recurrent_init_bound=0.1,
 )  # fmt: skip
-# Large initial values: with smaller ones, the gradients of such a small model are too small to learn in a few steps.
+# With smaller initial values, the gradients of such a small model would be too small to learn in a few steps.
 _TINY = Config(
     vocab_size=128, source_vocab_size=None, embed_dim=24, hidden_dim=32, output_dim=24, dropout=0.1, init_bound=0.4,
     recurrent_init_bound=0.5,

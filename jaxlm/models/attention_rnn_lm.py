@@ -1,14 +1,15 @@
 """LSTMs with self-attention: a language model (Daniluk et al. 2017) and a classifier (Lin et al. 2017).
 
     causal          "Frustratingly Short Attention Spans", section 2. Each output h[t] attends to the previous
-                    ``window`` outputs of its document: a = softmax(v . tanh(Y k[s] + W k[t])), r = sum a v[s]. The head
-                    reads tanh(R r + X p[t]). Key k, value v and prediction p are all h (``parts`` 1), halves of h with
-                    p = v (2, key-value attention), or thirds of h (3, key-value-predict attention).
+                    ``window`` outputs of its document: a = softmax(w . tanh(Y k[s] + W k[t])), r = sum a v[s]. The head
+                    reads tanh(R r + X p[t]). With ``parts=1``, key k, value v and prediction p are all h. With
+                    ``parts=2`` (key-value attention), k and v are halves of h, and p is v. With ``parts=3``
+                    (key-value-predict attention), k, v and p are thirds of h.
     classification  "A Structured Self-attentive Sentence Embedding". Bidirectional LSTMs, pooled by ``hops`` parallel
-                    attentions without a query. One hop is the attention of Yang et al. 2016 (who used GRUs). The
-                    classifier has one layer; that of Lin et al. has two.
+                    attentions without a query. One hop is the attention of Yang et al. 2016, who used GRUs. The
+                    classifier has one layer; Lin et al. use two.
 
-The first token of a document has nothing to attend to: r is 0. None of the sizes here is a published one.
+The first token of a document has no previous output, so its r is 0. The default sizes are not those of the papers.
 
 Shapes: B batch, T time, S key time, M slots of the memory, H hidden width, K width of a part, D width of hidden states
 (causal K, classification 2H), A attention width, R hops, V vocabulary.
@@ -58,9 +59,10 @@ class Config(common.ModelConfig):
     hidden_dim: int = 600
     """Width of each LSTM layer (of each direction if the task is classification)."""
     parts: int = 1
-    """For task causal, number of parts of an output: 1 (for everything), 2 (key, value), 3 (key, value, prediction)."""
+    """For task causal, number of parts of an output: 1 (used as key, value and prediction), 2 (key, value), or 3 (key,
+    value, prediction)."""
     window: int | None = 5
-    """For task causal, how many previous outputs a token attends to; None means all of its document."""
+    """For task causal, number of previous outputs that a token attends to; None means all outputs of its document."""
     attention_dim: int = 350
     """For task classification, hidden width of the pooling attention."""
     hops: int = 1
@@ -68,9 +70,9 @@ class Config(common.ModelConfig):
     dropout: float = 0.2
     """Dropout rate on embeddings, between layers, and on the hidden states that ``apply`` returns."""
     init_bound: float = 0.1
-    """Initial embeddings, attention and heads are uniform in [-init_bound, init_bound]."""
+    """Initial weights of embeddings, attention and heads are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """As init_bound, for the LSTM layers; None means 1 / sqrt(hidden_dim)."""
+    """The same bound for the LSTM layers; None means 1 / sqrt(hidden_dim)."""
     task: Task = "causal"
     """Type of the model: causal (unidirectional, predicts tokens) or classification (bidirectional)."""
     num_labels: int = 2
@@ -101,18 +103,18 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens continue the tokens in it.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if state is not None and cfg.task != "causal":
-        raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state out")
+        raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state=None")
     segments = common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
     backward_reset = segment_boundaries(segments, reverse=True)[0]
     new_state: dict[str, Any] = {"last_segment": last_segment}
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     for index in range(cfg.num_layers):
         name = f"layer_{index}"
         x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -139,9 +141,9 @@ def _attend(
     old_memory: Any,
     segments_BT: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """The outputs combined with their contexts, tanh(R r + X p), [B, T, K], and the new memory.
+    """The inputs of the head, tanh(R r + X p), [B, T, K], and the new memory.
 
-    The memory holds the projected keys and the values of the previous outputs, concatenated.
+    The memory contains the projected keys and the values of previous outputs, concatenated.
     """
     parts = jnp.split(x_BTH, cfg.parts, axis=-1)
     key_BTK, value_BTK, prediction_BTK = parts[0], parts[min(1, cfg.parts - 1)], parts[-1]
@@ -172,7 +174,7 @@ def _attend(
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     Those of the labels have shape [B, 1, num_labels], for ``hidden`` from :func:`pool`.
     """
@@ -189,7 +191,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The input of the classifier, [B, 1, R * 2H]: the concatenated outputs of the hops over each row's real tokens."""
+    """The pooled output, [B, 1, R * 2H]: for each hop the weighted mean of a row's hidden states, concatenated."""
     weights_BRT = attention_weights(cfg, params, hidden, segment_ids)
     record(weights_BRT[:, :, None], "pool")
     pooled_BRD = jnp.einsum("BRT,BTD->BRD", weights_BRT.astype(hidden.dtype), hidden)
@@ -199,13 +201,13 @@ def pool(
 def attention_weights(
     cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """The pooling weights of each hop for each token, [B, R, T] float32; they sum to 1 over the real tokens.
+    """The pooling weights of each hop for each token, [B, R, T] float32; they are 0 for padding and sum to 1.
 
     Raises:
-        ValueError: the model does not pool.
+        ValueError: the task is not classification.
     """
     if cfg.task != "classification":
-        raise ValueError(f"task={cfg.task!r} pools nothing: take task='classification'")
+        raise ValueError(f"task={cfg.task!r} has no pooling attention: use task='classification'")
     return pooling_weights(params["pooling"], hidden, None if segment_ids is None else segment_ids > 0)
 
 
@@ -244,12 +246,12 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
-    """The specs of each layer's state, each row's last document, and a memory of keys and values.
+    """The specs of each layer's state, each row's last segment id, and a memory of keys and values.
 
-    The memory holds the last ``window`` outputs, or the last ``length`` if that is less or if there is no window.
+    The memory has ``min(window, length)`` slots, or ``length`` slots without a window.
 
     Raises:
-        TypeError: the model is bidirectional.
+        TypeError: the task is not causal.
     """
     if cfg.task != "causal":
         raise TypeError(f"task={cfg.task!r} reads the whole sequence at once: only task='causal' carries a state")
@@ -261,7 +263,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     }
 
 
-# Large initial values: with smaller ones, the gradients of such a small model are too small to learn in a few steps.
+# With smaller initial values, the gradients of such a small model would be too small to learn in a few steps.
 _TINY = Config(
     vocab_size=128, num_layers=2, embed_dim=24, hidden_dim=48, attention_dim=16, init_bound=0.5,
     recurrent_init_bound=0.5,

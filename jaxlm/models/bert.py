@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2018): a bidirectional transformer encoder with post-norm blocks and a tied masked-token head.
 
 The code follows the published weights: erf-GELU, epsilon 1e-12, learned positions, a layer norm after the embeddings,
-and token type 0 if none is given. The layers are those of Vaswani et al. 2017: ``x = norm(x + sublayer(x))``.
+and token type 0 by default. The layers are as in Vaswani et al. 2017: ``x = norm(x + sublayer(x))``.
 
 Shapes: B batch, T time, P predicted positions (T or fewer), D model width, H heads, K head width (D / H), F hidden
 width of the MLP, V vocabulary.
@@ -38,7 +38,7 @@ class Config(common.TransformerConfig):
     vocab_size: int = 30522
     """Number of token ids."""
     max_positions: int = 512
-    """Longest sequence."""
+    """Maximum length of a sequence."""
     num_token_types: int = 2
     """Number of token types: 0 for the first sentence, 1 for the second."""
     num_layers: int = 12
@@ -65,11 +65,11 @@ class Config(common.TransformerConfig):
     """Output head: masked, classification, token_classification (label of each token), span_qa (answer span), or
     none."""
     next_sentence: bool = False
-    """Add a head that predicts whether the second sentence follows the first (with task masked or none)."""
+    """Add a head that predicts whether the second sentence follows the first; only for task masked or none."""
     num_labels: int = 2
     """Number of labels if the task is classification or token_classification."""
     attention_implementation: Implementation | None = None
-    """Attention implementation by name; None chooses the best one for the device and shape."""
+    """Name of the attention implementation; None selects one for the device and the shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ class Config(common.TransformerConfig):
         )  # fmt: skip
         common.check_divides(self, "num_heads", "embed_dim")
         if self.next_sentence and self.task not in ("masked", "none"):
-            raise ValueError(f"next_sentence=True goes with task 'masked' or 'none', not with task={self.task!r}")
+            raise ValueError(f"next_sentence=True needs task='masked' or task='none', got task={self.task!r}")
 
 
 def apply(
@@ -103,17 +103,18 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
-        token_types: [B, T] integers, the sentence within the document of each token. Default: 0. Unlike documents
-            (``segment_ids``), the sentences of a document attend to each other.
+        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. The sentences of
+            a document attend to each other.
 
     Raises:
-        ValueError: a state, inputs that are not integers of one shape, or more tokens than ``max_positions``.
+        ValueError: ``state`` is not None, the inputs are not integers of the same shape, or there are more tokens than
+            ``max_positions``.
     """
     if state is not None:
-        raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state out")
+        raise ValueError("an encoder reads the whole sequence at once and carries no state: leave state=None")
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     if token_types is not None and token_types.shape != tokens.shape:
         raise ValueError(f"token_types {list(token_types.shape)} must have the shape of tokens {list(tokens.shape)}")
@@ -129,7 +130,7 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
     x, _ = common.run_layers(block, x, params["layers"], None, key, remat=cfg.remat)
-    if cfg.task == "token_classification":  # here because logits() has no random key
+    if cfg.task == "token_classification":  # the dropout before the head is here, because logits() gets no random key
         x = dropout(x, classifier_dropout(cfg), fold_name(key, "token_classifier"))
     return x, None
 
@@ -143,13 +144,13 @@ def _embed(
     token_types: jax.Array | None,
     key: jax.Array | None,
 ) -> jax.Array:
-    """The sum of token, position and token type embeddings after norm and dropout, [B, T, D]."""
+    """The sum of token, position and token type embeddings after layer norm and dropout, [B, T, D]."""
     dtype, types = jnp.dtype(cfg.dtype), params["token_type_embedding"]
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
-    x = embed(params["token_embedding"], tokens, dtype)
+    x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     x = x + embed(params["position_embedding"], positions, dtype, rows="positions")
-    if token_types is None:  # broadcast row 0: its gradient is then a sum instead of a scatter
+    if token_types is None:  # row 0 is broadcast, so that its gradient is a sum instead of a scatter
         x = x + constrain(jnp.asarray(types), (None, "activation_embed"))[None, :1].astype(dtype)
     else:
         x = x + embed(types, token_types, dtype, rows=None)
@@ -178,13 +179,13 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | No
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head for hidden states [B, P, D]: [B, P, V] or [B, P, labels] float32.
+    """The logits of the task's head for hidden states [B, P, D]: [B, P, V] or [B, P, num_labels] float32.
 
-    For task masked, V is padded to ``vocab_multiple``; pass only the masked positions. For task classification,
-    ``hidden`` comes from :func:`pool`.
+    For task masked, V is padded (``vocab_multiple``); pass only the masked positions. For task classification,
+    ``hidden`` is the output of :func:`pool`.
 
     Raises:
-        ValueError: task none has no head.
+        ValueError: the task is none.
     """
     if cfg.task != "masked":
         return heads.head_logits(cfg.task, params, hidden)
@@ -202,16 +203,16 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output ``tanh(dense(.))`` of each row's first token, [CLS]: [B, 1, D].
+    """The pooled output [B, 1, D]: ``tanh(dense(h))``, where h is the hidden state of each row's first token, [CLS].
 
-    In a packed row, it is that of the first document.
+    A row with several documents gives the pooled output of the first document.
 
     Raises:
         ValueError: the model has no pooler.
     """
     if "pooler" not in params:
         raise ValueError(
-            f"a model with task={cfg.task!r} has no pooler: take task 'classification' or 'none', or next_sentence=True"
+            f"a model with task={cfg.task!r} has no pooler: use task 'classification' or 'none', or next_sentence=True"
         )
     pooled = jnp.tanh(linear(params["pooler"], heads.first_token_state(hidden, segment_ids)))
     if cfg.task == "classification":
@@ -222,13 +223,13 @@ def pool(
 def next_sentence_logits(
     cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """The logits of the second sentence following the first (index 0) or not (index 1), [B, 2] float32.
+    """The logits of the next-sentence head, [B, 2] float32: the second sentence follows the first (0), or not (1).
 
     Raises:
-        ValueError: the model has no such head.
+        ValueError: the model has no next-sentence head.
     """
     if not cfg.next_sentence:
-        raise ValueError("the model has no next-sentence head: take next_sentence=True")
+        raise ValueError("the model has no next-sentence head: use next_sentence=True")
     pooled = pool(cfg, params, hidden, segment_ids)
     return linear(params["next_sentence"], pooled)[:, 0].astype(jnp.float32)
 
@@ -244,7 +245,7 @@ def mlp_dim(cfg: Config) -> int:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters. As in the published classes, only heads that read the first token have a pooler."""
+    """The specs of all parameters. As in Hugging Face, only some tasks and ``next_sentence`` add a pooler."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, mlp_dim(cfg)
     V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)

@@ -1,4 +1,4 @@
-"""Shared parts of the families: base configs, checks of configs and inputs, and the loop over layers."""
+"""Code that the model families share: base configs, checks of configs and inputs, and the loop over layers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Base class of a family's ``Config``: the fields that every family has."""
+    """Base class for the ``Config`` of a family, with the fields that the families share."""
 
     vocab_multiple: int = 1
-    """Pad the token tables to a multiple of this many rows, so that they can be split over devices."""
+    """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
     dtype: ComputeDtype = "float32"
     """Compute dtype of activations; parameters keep their own dtype, and recurrent state is float32."""
 
@@ -32,13 +32,15 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
-    """Base class of the ``Config`` of families whose layers are identical and run in :func:`run_layers`."""
+    """Base class for the ``Config`` of a family with identical layers, which :func:`run_layers` runs."""
 
     remat: Remat = "dots"
-    """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
+    """Activations that the backward pass recomputes: none, all except outputs of matmuls and attention (dots), or all
+    inside a block (full)."""
     scan_layers: bool = False
-    """Stack the parameters of the layers and run them with ``lax.scan``, which compiles one layer only. False: one tree
-    of parameters per layer and a Python loop; steps are faster, and compilation takes longer (docs/labbook.md)."""
+    """True: stack the parameters of the layers and run the layers with ``lax.scan``, which compiles only one layer.
+    False: one tree of parameters per layer and a Python loop. Steps are faster, but compilation takes longer
+    (docs/labbook.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,35 +57,37 @@ def run_layers(
     remat: Remat,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """The activations after all layers and the new state: ``x, state[i] = block(x, (weights[i], state[i], key[i]))``.
+    """The activations after all layers, and the new state of the layers.
+
+    Layer i computes ``x, state[i] = block(x, (weights[i], state[i], key[i]))``.
 
     Args:
-        block: one layer.
-        x: activations of the first layer.
-        weights: parameters of all layers (``spec.layers``). Stacked: the loop is a ``lax.scan``; a tuple with one tree
-            per layer: the loop is a Python loop.
+        block: the function of one layer.
+        x: the input of the first layer.
+        weights: parameters of all layers (``spec.layers``): stacked for a ``lax.scan``, or a tuple with one tree per
+            layer for a Python loop.
         state: state of all layers, in the same layout as ``weights``; None: the layers have no state.
-        key: layer i gets ``key`` folded with i; None: the layers get None.
+        key: random key; layer i gets ``jax.random.fold_in(key, i)``. None: every layer gets None.
         remat: see :class:`TransformerConfig`.
-        in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``), so that
-            the state of a layer is not copied.
+        in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``) instead of
+            slices, so that the state of a layer is not copied.
 
     Raises:
         ValueError: the state and the parameters have different layouts.
     """
     per_layer = isinstance(weights, tuple)
     if state is not None and isinstance(state, tuple) != per_layer:
-        names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
+        layout_names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
         raise ValueError(
-            f"the parameters have {names[per_layer]}, but the state has {names[not per_layer]}: make both with the "
-            "same config"
+            f"the parameters have {layout_names[per_layer]}, but the state has {layout_names[not per_layer]}: "
+            "make both with the same config"
         )
     block = _with_remat(block, remat, unrolled=per_layer)
-    count = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
-    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    num_layers = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
+    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
     if per_layer:
         new_states = []
-        for i in range(count):
+        for i in range(num_layers):
             layer = weights[i], None if state is None else state[i], None if keys is None else keys[i]
             x, new_state = block(x, layer)
             new_states.append(new_state)
@@ -92,18 +96,18 @@ def run_layers(
         return jax.lax.scan(block, x, (weights, state, keys))
 
     def block_in_place(carry: Any, layer: Any) -> tuple[Any, None]:
-        """One layer that updates its part of the state of all layers."""
+        """Run one layer, which updates its slice of the stacked state in place."""
         x, state = carry
         layer_weights, index, layer_key = layer
         views = jax.tree.map(lambda stack: cache.CacheView(stack, index), state)
         x, views = block(x, (layer_weights, views, layer_key))
         return (x, jax.tree.map(lambda _, view: view.stack, state, views)), None
 
-    return jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(count), keys))[0]
+    return jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(num_layers), keys))[0]
 
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
-    """The block with the ``remat`` policy of :class:`TransformerConfig`."""
+    """The block with the rematerialization that ``remat`` selects (:class:`TransformerConfig`)."""
     prevent_cse = choices.prevent_cse_in_remat(unrolled=unrolled)
     if remat == "full":
         return jax.checkpoint(block, prevent_cse=prevent_cse)
@@ -117,9 +121,9 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
 
 
 def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: Any) -> tuple[jax.Array, Any]:
-    """The outputs of ``apply``: hidden states, and the state with the new ``kv`` of the layers (None without a state).
+    """The outputs of ``apply``: the hidden states, and the state with the new caches ``kv`` (None without a state).
 
-    A row whose tokens do not fit its cache gives NaN.
+    If the tokens of a row do not fit into its cache, the hidden states of the row are NaN.
     """
     if state is None:
         return x_BTD, None
@@ -128,17 +132,17 @@ def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: An
 
 
 def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
-    """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...], so that rows with the same source are together.
+    """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...]: one row per source.
 
-    Row r has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. In the new shape,
-    all of them are queries of one attention, which reads the keys of the source once.
+    Row r of ``x`` has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. With the
+    new shape, attention reads the keys of a source once for all rows of the source.
     """
     return x.reshape(sources, -1, *x.shape[2:])
 
 
 def segment_ids_or_ones(ids: jax.Array, segment_ids: Any) -> jax.Array:
-    """``segment_ids`` as int32, [B, T]; 1 everywhere (one document) if they are None."""
-    # ones_like instead of ones: the result has the sharding of the ids.
+    """``segment_ids`` as int32, [B, T]; all ones (one document per row) if ``segment_ids`` is None."""
+    # ``ones_like`` keeps the sharding of the ids.
     return jnp.ones_like(ids, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
 
 
@@ -160,7 +164,7 @@ def check_rates(cfg: Any, *names: str) -> None:
 
 
 def check_choices(cfg: Any, **choices: tuple[Any, ...]) -> None:
-    """Raise ``ValueError`` unless every named field is one of its choices."""
+    """Raise ``ValueError`` unless every named field has one of the given values."""
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
@@ -186,23 +190,22 @@ def check_start_id(cfg: Any) -> None:
 def check_tokens(
     tokens: Any, segment_ids: Any, positions: Any, max_positions: int | None, *, what: str = "tokens"
 ) -> None:
-    """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of one shape [B, T].
+    """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
     Args:
         segment_ids, positions: may be None.
-        max_positions: the longest sequence of the model; None: no limit.
-        what: name of the tokens in messages. If it is ``source``, the segment ids are called ``source_segment_ids``.
+        max_positions: the maximum length of a sequence; None: no limit.
+        what: the name of ``tokens`` in messages. For ``source``, messages call the segment ids ``source_segment_ids``.
     """
-    segments = "segment_ids" if what == "tokens" else f"{what}_segment_ids"
-    for name, x in ((what, tokens), (segments, segment_ids), ("positions", positions)):
+    segment_ids_name = "segment_ids" if what == "tokens" else f"{what}_segment_ids"
+    for name, x in ((what, tokens), (segment_ids_name, segment_ids), ("positions", positions)):
         if x is None:
             continue
         if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
         if x.shape != tokens.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of {what} {list(tokens.shape)}")
-    # Not checked with segment ids, because a row may be longer than each of its documents, and not with positions,
-    # because they may be smaller than the length of the row.
+    # With segment ids or positions, a row may be longer than max_positions although every position is below it.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(
             f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
@@ -210,7 +213,7 @@ def check_tokens(
 
 
 def check_state_length(cfg: Any, length: int) -> None:
-    """Raise ``ValueError`` if ``length``, the number of tokens of a state, exceeds the model's ``max_positions``."""
+    """Raise ``ValueError`` if a state for ``length`` tokens exceeds the model's ``max_positions``."""
     if length > cfg.max_positions:
         raise ValueError(
             f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
@@ -218,14 +221,16 @@ def check_state_length(cfg: Any, length: int) -> None:
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: Any) -> None:
-    """Raise ``ValueError`` unless an encoder-decoder gets either a source, or a state with an encoded source."""
+    """Raise ``ValueError`` unless exactly one of ``source`` and ``state`` is given and the other inputs match it."""
     if (source is None) == (state is None):
         got = "neither" if source is None else "both"
         raise ValueError(f"apply takes source (to train) or state (to decode, from init_decode_state), got {got}")
     if source is None:
         if source_segment_ids is not None:
             raise ValueError(
-                "pass source_segment_ids to init_decode_state: a state already contains those of its source"
+                "source_segment_ids cannot be given with a state: pass them to init_decode_state as segment_ids"
             )
     elif source.shape[0] != tokens.shape[0]:
-        raise ValueError(f"source {list(source.shape)} must have as many rows as tokens {list(tokens.shape)}")
+        raise ValueError(
+            f"source {list(source.shape)} and tokens {list(tokens.shape)} must have the same number of rows"
+        )

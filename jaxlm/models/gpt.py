@@ -3,8 +3,8 @@
 GPT-1 (Radford et al. 2018) is the same model with post-norm blocks, and therefore without a final norm. The field
 ``norm_position`` selects between the two.
 
-The code follows the published weights where the paper differs: tanh-GELU, epsilon 1e-5, no scale on the embeddings, and
-residual projections of GPT-2 that are initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
+The code follows the published weights: tanh-GELU, epsilon 1e-5, no scale on the embeddings. The projections of GPT-2
+into the residual stream are initialised with standard deviation ``0.02 / sqrt(2 * layers)``.
 
 Shapes: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
 """
@@ -40,7 +40,7 @@ class Config(common.TransformerConfig):
     vocab_size: int = 50257
     """Number of token ids."""
     max_positions: int = 1024
-    """Longest sequence: number of rows of the learned position table."""
+    """Maximum length of a sequence: the number of rows of the learned position table."""
     num_layers: int = 12
     """Number of blocks."""
     num_heads: int = 12
@@ -52,13 +52,13 @@ class Config(common.TransformerConfig):
     activation: Activation = "gelu_tanh"
     """Nonlinearity of the MLP."""
     norm_position: NormPosition = "before"
-    """Pre-norm (before, GPT-2): norm of each sublayer's input. Post-norm (after, GPT-1): norm of each residual sum."""
+    """Pre-norm (before, GPT-2): norm each sublayer's input. Post-norm (after, GPT-1): norm each residual sum."""
     norm_epsilon: float = 1e-5
     """Added to the variance in layer norms."""
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     tie_embeddings: bool = True
-    """Use the token table as output head."""
+    """Use the token table as the output head."""
     task: Task = "causal"
     """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
     answer span (span_qa), or none."""
@@ -71,7 +71,7 @@ class Config(common.TransformerConfig):
     residual_dropout: float = 0.1
     """Dropout rate on the output of each sublayer."""
     attention_implementation: Implementation | None = None
-    """Attention implementation by name; None chooses the best one for the device and shape."""
+    """Name of the attention implementation; None selects one for the device and the shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,8 +98,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens continue the tokens in it. A row that exceeds its cache gives NaN.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: cache of earlier tokens (``state_specs``), continued by ``tokens``. Rows that exceed the cache give NaN.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
     """
@@ -107,7 +107,7 @@ def apply(
     dtype = jnp.dtype(cfg.dtype)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
 
-    x = embed(params["token_embedding"], tokens, dtype)
+    x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     x = x + embed(params["position_embedding"], context.positions, dtype, rows="positions")
     x = dropout(x, cfg.embedding_dropout, fold_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -152,7 +152,7 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | No
 
 
 def _norm(cfg: Config, position: NormPosition, weights: dict[str, Any], x: jax.Array) -> jax.Array:
-    """The layer norm of ``x`` if the config has its norms at this position, else ``x``."""
+    """The layer norm of ``x`` if ``position`` is the ``norm_position`` of the config, else ``x``."""
     return layer_norm(weights, x, cfg.norm_epsilon) if cfg.norm_position == position else x
 
 
@@ -163,16 +163,16 @@ def _project_qkv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
     def project(index: int) -> jax.Array:
-        part = {name: w[..., index, :, :] for name, w in weights.items()}
-        return constrain(linear(part, x), ("batch", "seq", "heads", "kv"))
+        projection = {name: w[..., index, :, :] for name, w in weights.items()}
+        return constrain(linear(projection, x), ("batch", "seq", "heads", "kv"))
 
     return project(0), project(1), project(2)
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
+    See ``heads.head_logits`` for labels. For task classification, ``hidden`` is the output of :func:`pool`.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
@@ -187,7 +187,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
+    """The pooled output: the hidden state of each row's last token that is not padding, [B, 1, D]."""
     return heads.last_token_state(hidden, segment_ids)
 
 

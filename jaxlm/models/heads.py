@@ -1,7 +1,7 @@
-"""Output heads that all families share, selected by the ``task`` of a config.
+"""Output heads for labels, which all families share. The config field ``task`` selects the head of a model.
 
-A task is the name of an objective in ``jaxlm.objectives``. Each family defines its own head over the vocabulary. The
-heads for labels are linear layers, which this module defines for all families:
+A task is the name of an objective in ``jaxlm.objectives``, or "none". Each family defines its own head over the
+vocabulary. The heads for labels are linear layers:
 
     classification        ``classifier``: one label per row, from the pooled output (``pool``) [B, 1, D]
     token_classification  ``token_classifier``: one label per token
@@ -25,7 +25,7 @@ Task = Literal[
 ]
 
 HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
-"""Task -> name of its head in the parameters."""
+"""The name of each task's head in the parameters."""
 
 
 def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
@@ -35,14 +35,14 @@ def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Arr
         ValueError: the task has no head for labels.
     """
     if task not in HEADS:
-        raise ValueError(f"a model with task={task!r} has no labelling head: choose a task from {', '.join(HEADS)}")
+        raise ValueError(f"a model with task={task!r} has no head for labels: choose a task from {', '.join(HEADS)}")
     return linear(params[HEADS[task]], hidden).astype(jnp.float32)
 
 
 def head_specs(
     task: str, width: int, num_labels: int, init: Initializer, *, bias: bool = True
 ) -> dict[str, dict[str, ArraySpec]]:
-    """The specs of a task's head for labels, such as ``{"classifier": {"weight", "bias"}}``; empty for other tasks."""
+    """The specs of the task's head, such as ``{"classifier": {"weight", "bias"}}``; empty if it is not in ``HEADS``."""
     if task not in HEADS:
         return {}
     outputs = 2 if task == "span_qa" else num_labels

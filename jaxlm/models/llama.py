@@ -32,18 +32,19 @@ Task = Literal["causal", "classification", "token_classification", "span_qa", "n
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.TransformerConfig):
-    """Shape and behaviour of a Llama. The defaults are those of the first version with 6.7B parameters."""
+    """Shape and behaviour of a Llama. The defaults are the first published version with 6.7B parameters."""
 
     vocab_size: int = 32000
     """Number of token ids."""
     max_positions: int = 2048
-    """Longest sequence. No parameter depends on it, so it may be raised; the model was not trained on longer texts."""
+    """Maximum length of a sequence. No parameter depends on it, so it may be raised, but published models were not
+    trained on longer sequences."""
     num_layers: int = 32
     """Number of blocks."""
     num_heads: int = 32
     """Query heads of each block."""
     num_kv_heads: int | None = None
-    """Key-value heads, each used by num_heads / num_kv_heads query heads; None means num_heads."""
+    """Key-value heads, each shared by num_heads / num_kv_heads query heads; None means num_heads."""
     head_dim: int | None = None
     """Width of a head; None means embed_dim / num_heads."""
     embed_dim: int = 4096
@@ -57,13 +58,13 @@ class Config(common.TransformerConfig):
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
-    """Scaling of rotary positions for sequences longer than those of the first training; None means no scaling."""
+    """Scaling of rotary positions for sequences that are longer than in pretraining; None means no scaling."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     tie_embeddings: bool = False
-    """Use the token table as output head."""
+    """Use the token table as the output head."""
     task: Task = "causal"
     """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
     answer span (span_qa), or none."""
@@ -72,15 +73,15 @@ class Config(common.TransformerConfig):
     attention_dropout: float = 0.0
     """Dropout rate on attention probabilities."""
     attention_implementation: Implementation | None = None
-    """Attention implementation by name; None chooses the best one for the device and shape."""
+    """Name of the attention implementation; None selects one for the device and the shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(
             self, "vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels"
         )
-        optional = [name for name in ("num_kv_heads", "head_dim", "window") if getattr(self, name) is not None]
-        common.check_positive(self, *optional)
+        optional_fields = [name for name in ("num_kv_heads", "head_dim", "window") if getattr(self, name) is not None]
+        common.check_positive(self, *optional_fields)
         common.check_rates(self, "attention_dropout")
         common.check_choices(
             self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation))
@@ -90,11 +91,13 @@ class Config(common.TransformerConfig):
                 f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: change one of them, or set "
                 "head_dim"
             )
-        _, kv_heads, width = head_sizes(self)
+        _, kv_heads, head_dim = head_sizes(self)
         if self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}: change one of them")
-        if width % 2:
-            raise ValueError(f"a head width of {width} is odd, but rotary positions rotate pairs: change head_dim")
+        if head_dim % 2:
+            raise ValueError(
+                f"a head width of {head_dim} is odd, but rotary positions need an even width: change head_dim"
+            )
 
 
 def apply(
@@ -111,20 +114,20 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens continue the tokens in it. A row that exceeds its cache gives NaN.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: cache of earlier tokens (``state_specs``), continued by ``tokens``. Rows that exceed the cache give NaN.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     if cfg.window is not None:
-        context = dataclasses.replace(context, mask=_windowed(context.mask, cfg.window, state))
+        context = dataclasses.replace(context, mask=_with_window(context.mask, cfg.window, state))
     angles = rotary_angles(
         context.positions, head_sizes(cfg)[2], cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions
     )
 
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -171,8 +174,11 @@ def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(weights["down"], jax.nn.silu(gate) * up)
 
 
-def _windowed(mask: Mask, window: int, state: Any) -> Mask:
-    """The mask with a window of real tokens. With a cache, the order is recounted without the cached padding."""
+def _with_window(mask: Mask, window: int, state: Any) -> Mask:
+    """The mask with a sliding window.
+
+    With a cache, the order of a token counts only real tokens, because cached padding must not count in the window.
+    """
     if state is None:
         return dataclasses.replace(mask, window=window)
     count_BS = jnp.cumsum(state["segment_ids"] > 0, axis=1, dtype=jnp.int32)
@@ -181,9 +187,9 @@ def _windowed(mask: Mask, window: int, state: Any) -> Mask:
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded to ``vocab_multiple``), or labels.
+    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
-    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
+    See ``heads.head_logits`` for labels. For task classification, ``hidden`` is the output of :func:`pool`.
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
@@ -198,7 +204,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The input of the classifier: the hidden state of each row's last real token, [B, 1, D]."""
+    """The pooled output: the hidden state of each row's last token that is not padding, [B, 1, D]."""
     return heads.last_token_state(hidden, segment_ids)
 
 
@@ -242,9 +248,9 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     """The specs of the key-value cache of ``batch`` rows of at most ``length`` tokens each, padding included."""
     common.check_state_length(cfg, length)
-    _, kv_heads, width = head_sizes(cfg)
+    _, kv_heads, head_dim = head_sizes(cfg)
     return cache.cache_specs(
-        cfg.num_layers, batch, length, kv_heads, width, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
+        cfg.num_layers, batch, length, kv_heads, head_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
     )
 
 

@@ -1,14 +1,12 @@
-"""``Model``: a family and a config; its methods are the family's functions with this config."""
+"""``Model``: a model family and a config. Its methods call the functions of the family with the config."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,29 +14,14 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.config import check_value
+from jaxlm.models.registry import family, family_names, variant_names
 from jaxlm.nn.attention.weight_record import recorded_weights
 from jaxlm.nn.loss import chunked_cross_entropy
-
-FAMILIES = (
-    "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
-    "attention_rnn_lm", "resnet", "resnet_lm", "alexnet",
-)  # fmt: skip
-"""Names of the families, each of which is a module of this package."""
-
-
-def family(name: str) -> ModuleType:
-    """The module of a family."""
-    return importlib.import_module(f"jaxlm.models.{name}")
-
-
-def variant_names() -> dict[str, str]:
-    """A dict from the name of every published or tiny variant to its family."""
-    return {variant: name for name in FAMILIES for variant in family(name).VARIANTS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """Facts about a loaded model that its functions do not need: the contents of its files, and how they were loaded.
+    """Information about a loaded model that its functions do not use: contents of its files, and missing parameters.
 
     Attributes:
         labels: names of the labels of a (token) classifier, in the order of the logits; None: the labels have no names.
@@ -46,7 +29,7 @@ class Metadata:
             None, or a list if several tokens end a text.
         config: the whole ``config.json``; ``save_pretrained`` keeps the fields that jaxlm does not set.
         generation_config: the whole ``generation_config.json``; None if there is no such file.
-        fresh: paths of the parameters that are missing in the files and were initialised.
+        fresh: paths of the parameters that the files do not contain; they have initial values.
         unused: names of the tensors in the files that the model does not use.
     """
 
@@ -60,9 +43,9 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A family's functions with a config. Hashable: may be a static argument of ``jax.jit``.
+    """A family and a config. Hashable, so a model may be a static argument of ``jax.jit``.
 
-    Equality and hash ignore ``metadata``, so models that differ only in it share compiled functions.
+    Equality and hash ignore ``metadata``, so models that differ only in their metadata share compiled functions.
 
     Example:
         >>> model = get_model("gpt2-tiny")
@@ -77,7 +60,7 @@ class Model:
     metadata: Metadata | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
-    def module(self) -> ModuleType:
+    def module(self) -> Any:
         """The family's module."""
         return family(self.family)
 
@@ -87,22 +70,22 @@ class Model:
         return None if self.metadata is None else self.metadata.labels
 
     def with_labels(self, names: Sequence[str]) -> Model:
-        """The model with names for its labels, which ``save_pretrained`` writes to the files.
+        """The model with these names for its labels. ``save_pretrained`` writes the names to the files.
 
         Example:
             >>> get_model("bert-tiny", task="classification", num_labels=2).with_labels(["bad", "good"]).labels
             ('bad', 'good')
 
         Raises:
-            TypeError: one string, or names that are not strings.
-            ValueError: the model has no labels; the numbers of names and labels differ; a name occurs twice.
+            TypeError: ``names`` is one string, or a name is not a string.
+            ValueError: the model has no labels, the number of names is not ``num_labels``, or a name occurs twice.
         """
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"labels must be a sequence of strings, got {names!r}")
         task = getattr(self.config, "task", None)
         if task not in ("classification", "token_classification"):
             raise ValueError(
-                f"a model with task={task!r} has no labels: take task='classification' or 'token_classification'"
+                f"a model with task={task!r} has no labels: use task='classification' or 'token_classification'"
             )
         if len(names) != self.config.num_labels:
             raise ValueError(f"got {len(names)} labels {list(names)} for num_labels={self.config.num_labels}")
@@ -122,7 +105,7 @@ class Model:
         return spec.count(self.specs)
 
     def with_fields(self, **values: Any) -> Model:
-        """The model with these values of config fields. Fields that its config does not have are left out."""
+        """The model with these values of config fields. Fields that its config does not have are ignored."""
         names = {field.name for field in dataclasses.fields(self.config)}
         changes = {name: value for name, value in values.items() if name in names}
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
@@ -138,8 +121,8 @@ class Model:
         unchanged.
 
         Raises:
-            ValueError: an input that the family does not accept; an empty source with tokens that are not empty; T = 0
-                for a family that makes one representation of a whole text.
+            ValueError: the family does not accept an input; the source is empty but the tokens are not; or T is 0 and
+                the family computes features of whole texts instead of tokens.
         """
         if 0 in jnp.shape(tokens):
             return self._apply_to_empty_batch(params, tokens, inputs)
@@ -149,24 +132,24 @@ class Model:
     def _apply_to_empty_batch(
         self, params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]
     ) -> tuple[jax.Array, Any]:
-        """The outputs of ``apply`` for an empty batch. Nothing is computed."""
-        hidden, new = self._shapes(self.module.apply, params, tokens, inputs)
+        """The outputs of ``apply`` for an empty batch, from the shapes of the inputs."""
+        hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
         if T == 0 and hidden.shape[1] != 1:
             raise ValueError(
-                f"tokens {[B, T]} have no position, but {self.family} makes one representation of a whole text: give "
-                "each row at least one token"
+                f"tokens {[B, T]} are empty, but {self.family} computes features of whole texts: give each row at "
+                "least one token"
             )
         shape = (B if B == 0 else hidden.shape[0], T if T == 0 else hidden.shape[1], *hidden.shape[2:])
         state = inputs.get("state")
-        if state is None and new is not None:
-            state = {name: params[name] for name in new}  # an empty batch does not change batch statistics
+        if state is None and new_state is not None:
+            state = {name: params[name] for name in new_state}  # an empty batch does not change the running statistics
         return jnp.zeros(shape, hidden.dtype), state
 
-    def _shapes(self, function: Callable[..., Any], params: spec.Tree, x: jax.Array, inputs: dict[str, Any]) -> Any:
-        """The shapes of ``function(config, params, x, **inputs)``, with every size of 0 replaced by 1.
+    def _eval_shape(self, function: Callable[..., Any], params: spec.Tree, x: jax.Array, inputs: dict[str, Any]) -> Any:
+        """The output shapes of ``function(config, params, x, **inputs)``, with every input size of 0 replaced by 1.
 
-        The function checks its inputs, but computes nothing.
+        The function is only traced, so that it checks its inputs without any computation.
         """
 
         def is_array(value: Any) -> bool:
@@ -175,10 +158,10 @@ class Model:
         arrays = {name: value for name, value in inputs.items() if is_array(value)}
         options = {name: value for name, value in inputs.items() if not is_array(value)}
 
-        def run(params: spec.Tree, x: jax.Array, arrays: dict[str, Any]) -> Any:
+        def call_function(params: spec.Tree, x: jax.Array, arrays: dict[str, Any]) -> Any:
             return function(self.config, params, x, **arrays, **options)
 
-        return jax.eval_shape(run, params, *jax.tree.map(_with_nonzero_sizes, (x, arrays)))
+        return jax.eval_shape(call_function, params, *jax.tree.map(_with_nonzero_sizes, (x, arrays)))
 
     def _check_source(self, source: Any) -> None:
         if source is not None and 0 in jnp.shape(source):
@@ -199,20 +182,20 @@ class Model:
     ) -> jax.Array:
         """The loss ``sum(weights * -log p(target))`` in nats, float32, for hidden states [B, T, D].
 
-        Logits are computed in chunks, so [B, T, V] is never in memory. A family that can compute its loss without all
-        logits has its own ``cross_entropy``. As in torch, the sum over no target is 0 (``reduction="sum"``), and a mean
-        over no target is 0 / 0 = NaN.
+        Logits are computed in chunks, so that no array [B, T, V] is stored. A family that can compute its loss without
+        all logits has its own ``cross_entropy``. Without targets the loss is 0, as in torch with ``reduction="sum"``;
+        the mean over targets is then 0 / 0 = NaN.
 
         Args:
-            label_smoothing: share of the target probability that is spread over the vocabulary.
+            label_smoothing: fraction of the target probability that is spread over the vocabulary.
 
         Raises:
-            ValueError: ``label_smoothing`` for a family that has its own ``cross_entropy``.
+            ValueError: ``label_smoothing`` is not 0 and the family has its own ``cross_entropy``.
         """
         if hasattr(self.module, "cross_entropy"):
             if label_smoothing:
                 raise ValueError(
-                    f"label_smoothing={label_smoothing}: the loss of {self.family!r} has none, leave it at 0"
+                    f"label_smoothing={label_smoothing}: the loss of {self.family!r} does not support it, set it to 0"
                 )
             if hidden.size == 0:
                 return jnp.zeros(())
@@ -220,28 +203,28 @@ class Model:
         return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
     def pool(self, params: spec.Tree, hidden: jax.Array, **inputs: Any) -> jax.Array:
-        """The input of the classifier for each row, [B, 1, D']; its ``logits`` are those of the labels.
+        """The pooled output of each row, [B, 1, D']; pass it to :meth:`logits` for the logits of the labels.
 
         Raises:
-            TypeError: the family does not classify.
-            ValueError: hidden states with T = 0.
+            TypeError: the family has no classifier.
+            ValueError: the hidden states have T = 0.
         """
         if not hasattr(self.module, "pool"):
             raise TypeError(f"family {self.family!r} has no pooled output, so it cannot classify")
         if hidden.shape[1] == 0:
             raise ValueError(f"hidden states {list(hidden.shape)} have no position to classify: give each row a token")
         if hidden.shape[0] == 0:
-            pooled = self._shapes(self.module.pool, params, hidden, inputs)
+            pooled = self._eval_shape(self.module.pool, params, hidden, inputs)
             return jnp.zeros((0, *pooled.shape[1:]), pooled.dtype)
         return self.module.pool(self.config, params, hidden, **inputs)
 
     def attention_weights(self, params: spec.Tree, tokens: jax.Array, **inputs: Any) -> dict[str, list[jax.Array]]:
         """The attention weights of each layer, [B, H, T, S] float32; the weights of each query sum to 1.
 
-        The keys of the result are "self"; for an encoder-decoder "encoder", "decoder" and "cross" (as far as the family
-        has them); and "pool" if a classifier pools by attention (H is the number of hops, T is 1). XLNet has two
-        entries per layer, for its content stream and its query stream. Dropout is off. A query without visible keys has
-        weights of 0.
+        The result has the key "self", or, for an encoder-decoder, the keys "encoder", "decoder" and "cross" for each
+        type of attention that the family has. If a classifier pools by attention, there is also a key "pool" (H is the
+        number of hops, T is 1). XLNet has two entries per layer, for its content stream and its query stream. Dropout
+        is off. The weights of a query without visible keys are 0.
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
@@ -249,11 +232,11 @@ class Model:
         Raises:
             TypeError: the family has no attention that can be recorded.
         """
-        # Records cannot leave a scan or a recomputed block.
+        # Recorded weights are tracers, which may not leave a scan or a rematerialized block.
         model = self.with_fields(remat="none", scan_layers=False)
 
         @jax.jit
-        def run(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
+        def compute_weights(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
             with recorded_weights() as records:
                 hidden, _ = model.apply(spec.unstack(params), tokens, **inputs)
                 if getattr(self.config, "task", None) == "classification" and hasattr(self.module, "pool"):
@@ -269,9 +252,9 @@ class Model:
                 weights.setdefault(name, []).append(layer_weights)
             return weights
 
-        weights = run(params, tokens, inputs)
+        weights = compute_weights(params, tokens, inputs)
         if not weights:
-            raise TypeError(f"family {self.family!r} has no attention weights to show")
+            raise TypeError(f"family {self.family!r} has no attention weights that can be recorded")
         return weights
 
     @property
@@ -298,7 +281,7 @@ class Model:
 
     def _require_encoder(self) -> None:
         if not self.reads_source:
-            raise TypeError(f"family {self.family!r} has no encoder: give it a text with apply")
+            raise TypeError(f"family {self.family!r} has no encoder: call apply instead")
 
     def state_specs(self, batch: int, length: int, **sizes: int) -> spec.Tree:
         """The specs of the model state that is carried between calls. Encoder-decoders also take ``source_length``.
@@ -309,6 +292,13 @@ class Model:
         if not hasattr(self.module, "state_specs"):
             raise TypeError(f"family {self.family!r} carries no state between calls, so it cannot decode or stream")
         return self.module.state_specs(self.config, batch, length, **sizes)
+
+    @property
+    def carried_state_length(self) -> int | None:
+        """The length of the state that training carries along a text; None: training reads independent windows."""
+        function = getattr(self.module, "carried_state_length", None)
+        causal = getattr(self.config, "task", "causal") == "causal"
+        return function(self.config) if function is not None and causal else None
 
     def init_state(self, batch: int, length: int) -> spec.Tree:
         """The initial state for ``batch`` rows of at most ``length`` tokens."""
@@ -321,22 +311,22 @@ def _with_nonzero_sizes(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def get_model(name: str, **overrides: Any) -> Model:
-    """The model of a family or variant by name, with changed fields of its config.
+    """The model of the family or variant ``name``, with the config fields in ``overrides`` changed.
 
     Example:
         >>> get_model("gpt2", num_layers=2).num_parameters
         53561088
 
     Raises:
-        ValueError: an unknown name or field (the message suggests the nearest one), or a value of a wrong type.
+        ValueError: the name or a field is unknown (the message suggests a similar one), or a value has the wrong type.
     """
-    variants = variant_names()
-    if name in FAMILIES:
+    variants = {} if name in family_names() else variant_names()
+    if name in family_names():
         family_name, config = name, family(name).Config()
     elif name in variants:
         family_name, config = variants[name], family(variants[name]).VARIANTS[name]
     else:
-        known = sorted({*FAMILIES, *variants})
+        known = sorted({*family_names(), *variants})
         raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(config)]
     hints = typing.get_type_hints(type(config))

@@ -1,4 +1,6 @@
-"""Shared parts of the LSTM and GRU families: stacked layers in one or both directions, with the dropout of AWD-LSTM.
+"""The model of the LSTM and GRU families: layers in one or both directions, with the dropout of AWD-LSTM.
+
+``lstm.py`` and ``gru.py`` have the configs and the variants. A config chooses the cell (:meth:`RecurrentConfig.cell`).
 
 Merity et al. 2017 ("Regularizing and Optimizing LSTM Language Models") drop recurrent weights (``weight_dropout``,
 DropConnect), whole word types (``embedding_dropout``), and activations with one mask for all steps of a row
@@ -9,9 +11,10 @@ Shapes: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +30,23 @@ Direction = Literal["forward", "both"]
 DropoutMask = Literal["locked", "fresh"]
 RATES = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 
-Layer = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-"""``recurrence.lstm`` or ``recurrence.gru``."""
+
+class Cell(NamedTuple):
+    """A kind of recurrent layer.
+
+    Attributes:
+        layer: ``recurrence.lstm`` or ``recurrence.gru``.
+        specs: the specs of its parameters: ``specs(inputs, width, init)``.
+        state_specs: the specs of its state: ``state_specs(batch, width)``.
+    """
+
+    layer: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    specs: Callable[[int, int, Initializer | None], dict[str, ArraySpec]]
+    state_specs: Callable[[int, int], dict[str, ArraySpec]]
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentConfig(common.ModelConfig):
+class RecurrentConfig(common.ModelConfig, abc.ABC):
     """Base class of the ``Config`` of both families. The defaults are AWD-LSTM on the Penn Treebank."""
 
     vocab_size: int = 10000
@@ -79,21 +93,51 @@ class RecurrentConfig(common.ModelConfig):
         if self.direction == "both" and self.task == "causal":
             raise ValueError("direction='both' reads the tokens that task='causal' predicts: use direction='forward'")
 
+    @property
+    @abc.abstractmethod
+    def cell(self) -> Cell:
+        """The kind of the layers."""
+
 
 def apply(
     cfg: RecurrentConfig,
-    layer: Layer,
     params: dict[str, Any],
     tokens: jax.Array,
-    state: Any,
-    segment_ids: jax.Array | None,
-    key: jax.Array | None,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The outputs of the last layer after dropout, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for this token and all later ones.
+        state: from ``state_specs``; the tokens continue the tokens in it.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
+    """
+    dropped, _, state = apply_with_outputs(cfg, params, tokens, state=state, segment_ids=segment_ids, key=key)
+    return dropped, state
+
+
+def apply_with_outputs(
+    cfg: RecurrentConfig,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The outputs of the last layer after and before dropout, both [B, T, D], and the new state."""
+    """The outputs of the last layer after and before dropout, both [B, T, D], and the new state; see :func:`apply`.
+
+    :func:`regularization` needs both outputs.
+    """
     common.check_tokens(tokens, segment_ids, None, None)
     if state is not None and cfg.direction == "both":
         raise ValueError("direction='both' needs the whole sequence at once and carries no state: leave state out")
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
+    layer = cfg.cell.layer
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     if key is not None and cfg.embedding_dropout > 0.0:
         # All occurrences of a word in the batch share one entry of the mask.
         ones_V1 = jnp.ones((params["token_embedding"].shape[0], 1))
@@ -142,7 +186,13 @@ def _drop_connect(cfg: RecurrentConfig, params: dict[str, Any], key: jax.Array |
 
 
 def logits(cfg: RecurrentConfig, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head for hidden states [B, T, D]."""
+    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
+
+    Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
+
+    Raises:
+        ValueError: the task is none, so there is no head.
+    """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]["weight"]
@@ -150,12 +200,21 @@ def logits(cfg: RecurrentConfig, params: dict[str, Any], hidden: jax.Array) -> j
     return constrain(scores, ("batch", None, "vocab"))
 
 
-def largest(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """The maximum of each feature over the real tokens of each row, [B, 1, D]; zeros for a row without real tokens."""
-    if segment_ids_BT is None:
-        return jnp.max(hidden_BTD, axis=1, keepdims=True)
-    real_BT1 = (segment_ids_BT > 0)[:, :, None]
-    top_B1D = jnp.max(jnp.where(real_BT1, hidden_BTD, -jnp.inf), axis=1, keepdims=True)
+def pool(
+    cfg: RecurrentConfig,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The pooled output: the maximum of each feature over the real tokens, [B, 1, D]; zeros for a row without tokens.
+
+    Conneau et al. 2017 ("InferSent") find max pooling better than mean pooling for bidirectional encoders.
+    """
+    if segment_ids is None:
+        return jnp.max(hidden, axis=1, keepdims=True)
+    real_BT1 = (segment_ids > 0)[:, :, None]
+    top_B1D = jnp.max(jnp.where(real_BT1, hidden, -jnp.inf), axis=1, keepdims=True)
     return jnp.where(jnp.any(real_BT1, axis=1, keepdims=True), top_B1D, 0.0)
 
 
@@ -199,9 +258,7 @@ def widths(cfg: RecurrentConfig) -> list[int]:
     return [cfg.hidden_dim] * (cfg.num_layers - 1) + [last]
 
 
-def specs(
-    cfg: RecurrentConfig, layer_specs: Callable[[int, int, Initializer | None], dict[str, ArraySpec]]
-) -> dict[str, Any]:
+def specs(cfg: RecurrentConfig) -> dict[str, Any]:
     """The specs of all parameters. Layers are separate (``layer_0``, ``layer_1``, ...), because their widths differ."""
     V, directions = round_up(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
     uniform = Uniform(cfg.init_bound)
@@ -209,7 +266,7 @@ def specs(
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}
     inputs = cfg.embed_dim
     for index, width in enumerate(widths(cfg)):
-        layer = layer_specs(inputs, width, recurrent)
+        layer = cfg.cell.specs(inputs, width, recurrent)
         tree[f"layer_{index}"] = {"forward": layer, "backward": layer} if cfg.direction == "both" else layer
         inputs = directions * width
     if cfg.task == "causal":
@@ -219,15 +276,18 @@ def specs(
     return tree | heads.head_specs(cfg.task, inputs, cfg.num_labels, uniform)
 
 
-def state_specs(
-    cfg: RecurrentConfig, batch: int, layer_state_specs: Callable[[int, int], dict[str, ArraySpec]]
-) -> dict[str, Any]:
-    """The specs of the state, of constant size: the state of each layer, and the last document (segment) of each row.
+def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the state for any ``length``: the state of each layer, and the last document of each row.
 
     Raises:
         TypeError: the model reads in both directions.
     """
     if cfg.direction == "both":
         raise TypeError("direction='both' needs the whole sequence at once: only direction='forward' carries a state")
-    layers = {f"layer_{index}": layer_state_specs(batch, width) for index, width in enumerate(widths(cfg))}
+    layers = {f"layer_{index}": cfg.cell.state_specs(batch, width) for index, width in enumerate(widths(cfg))}
     return {**layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
+
+
+def carried_state_length(cfg: RecurrentConfig) -> int:
+    """The ``length`` of :func:`state_specs` for training along a text. The state has the same size for any length."""
+    return 1

@@ -1,16 +1,17 @@
-"""VDCNN (Conneau et al. 2017): a very deep convolutional classifier of texts as characters.
+"""VDCNN (Conneau et al. 2017): a very deep convolutional network over characters that classifies texts.
 
-An embedding and one convolution; blocks of two convolutions with batch normalisation; the length is halved three times,
-and each time the number of channels doubles; k-max pooling, which keeps the 8 largest entries of each channel in their
-order; two hidden layers. Convolutions before a batch norm have no bias, because the norm would subtract it.
+The layers are: an embedding and one convolution; blocks of two convolutions with batch normalisation; k-max pooling,
+which keeps the 8 largest entries of each channel in their order; two hidden layers. The blocks form groups. From one
+group to the next, the length is halved and the number of channels is doubled, three times in all. Convolutions before a
+batch norm have no bias, because the norm would subtract it.
 
-The published model reads texts of exactly 1024 characters; shorter ones are padded with a symbol whose embedding is
-zero. Here, padding tokens (segment 0), at any position, are moved to the end, and rows are padded to ``max_positions``.
-The padding is part of the text: it is zero for the first convolution but not for later ones, and it counts in batch
-statistics. So a text gives the published result, however its row is padded. A row holds one text; a row with several
-documents gives NaN.
+The published model reads texts of exactly 1024 characters. Shorter texts are padded with a symbol whose embedding is
+zero. Here, the padding tokens of a row (segment 0) are moved to its end, and the row is padded to ``max_positions``. So
+the positions of padding in a row do not change the result. As in the published model, the padding counts as part of the
+text: later convolutions read values that are not zero there, and batch statistics include them. A row must contain only
+one text; a row with several documents gives NaN.
 
-Shapes: B batch, T time, S time after the halvings, C channels, V vocabulary.
+Shapes: B batch, T time, S length after all halvings, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ class Config(common.ModelConfig):
     """Shape and behaviour of a VDCNN. The defaults are the published model with 29 layers."""
 
     vocab_size: int = 69
-    """Number of characters, padding and unknown included."""
+    """Number of character ids, including padding and unknown."""
     max_positions: int = 1024
     """Length to which every text is padded; longer texts are an error."""
     embed_dim: int = 16
     """Width of the character embeddings."""
     channels: int = 64
-    """Channels of the first convolution and blocks; they double each time the length is halved."""
+    """Channels of the first convolution and the first group of blocks; doubled each time the length is halved."""
     blocks: tuple[int, ...] = (5, 5, 2, 2)
-    """Number of blocks (of two convolutions) at each length."""
+    """Number of blocks in each group; the length is halved between groups."""
     shortcut: bool = False
-    """Add a block's input to its output (projected where the channels double), as in a ResNet."""
+    """Add a block's input to its output, as in a ResNet; the input is projected if the number of channels changes."""
     downsample: Downsample = "max_pool"
-    """How the length is halved: max_pool (window 3, stride 2), k_max_pool (larger half) or a strided convolution."""
+    """How to halve the length: max_pool (window 3, stride 2), k_max_pool (larger half) or convolution (stride 2)."""
     k_max: int = 8
-    """Number of entries of each channel that the hidden layers read."""
+    """Number of largest entries of each channel that the last pooling keeps."""
     fc_dim: int = 2048
     """Width of the two hidden layers."""
     norm_epsilon: float = 1e-5
@@ -73,7 +74,7 @@ class Config(common.ModelConfig):
         )
         common.check_choices(self, downsample=get_args(Downsample), task=get_args(Task))
         if not self.blocks or min(self.blocks) < 1:
-            raise ValueError(f"blocks={self.blocks} must give at least one block for each length")
+            raise ValueError(f"blocks={self.blocks} must give at least one block for each group")
         if not 0.0 < self.norm_momentum <= 1.0:
             raise ValueError(f"norm_momentum={self.norm_momentum} must be in (0, 1]")
         halvings = 2 ** (len(self.blocks) - 1)
@@ -93,25 +94,25 @@ def apply(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The features of the text, [B, S, C], and new batch statistics in training, else None.
+    """The features of the text, [B, S, C], and the new running statistics in training, else None.
 
-    S is ``max_positions`` halved once between consecutive groups of blocks; it does not depend on T.
+    S is ``max_positions / 2 ** (len(blocks) - 1)``, for every T.
 
     Args:
         tokens: [B, T] integer ids, T at most ``max_positions``. An id outside the vocabulary gives NaN.
         state: None; the model has no state.
         segment_ids: [B, T] int32, 0 for padding. Default: no padding.
-        key: None: evaluation with the running statistics. Any key: training, where norms use the statistics of the
-            batch, and the second output ``{"statistics": ...}`` holds the updated running statistics, which replace
-            those in ``params``.
+        key: None: evaluation, in which norms use the running statistics. Any key: training, in which norms use the
+            statistics of the batch. The second output ``{"statistics": ...}`` then contains the updated running
+            statistics, which the caller writes into ``params``.
     """
     if state is not None:
         raise ValueError("a classifier of whole texts carries no state: leave state=None")
     common.check_tokens(tokens, segment_ids, None, None)
     dtype, training = jnp.dtype(cfg.dtype), key is not None
-    tokens, real_BT, single_B = fixed_length(tokens, segment_ids, cfg.max_positions)
-    x = jnp.where(real_BT[:, :, None], embed(params["token_embedding"], tokens, dtype), 0.0)
-    x = jnp.where(single_B[:, None, None], x, jnp.nan)
+    tokens, is_real_BT, is_one_text_B = fixed_length(tokens, segment_ids, cfg.max_positions)
+    x = jnp.where(is_real_BT[:, :, None], embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size), 0.0)
+    x = jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
     x = constrain(x, ("batch", "seq", "activation_embed"))
     x = convolution(params["input"], x, padding="same")
     statistics = {}
@@ -125,10 +126,10 @@ def apply(
 def _block(
     cfg: Config, weights: dict[str, Any], statistics: dict[str, Any], x: jax.Array, halve: bool, training: bool
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """The output of a block (two convolutions; figure 2 of the paper), and its new statistics.
+    """The output of a block (two convolutions; figure 2 of the paper), and its new running statistics.
 
     Args:
-        halve: halve the length first.
+        halve: whether the block halves the length first.
     """
     stride, new_statistics = 1, {}
     if halve and cfg.downsample == "convolution":
@@ -140,9 +141,9 @@ def _block(
     residual = x
     if "shortcut" in weights:
         residual = convolution(weights["shortcut"], x, padding="same", stride=stride)
-    for number, step in ((1, stride), (2, 1)):
+    for number, conv_stride in ((1, stride), (2, 1)):
         name = f"norm_{number}"
-        x = convolution(weights[f"convolution_{number}"], x, padding="same", stride=step)
+        x = convolution(weights[f"convolution_{number}"], x, padding="same", stride=conv_stride)
         x, new_statistics[name] = batch_norm(
             weights[name], statistics[name], x, cfg.norm_epsilon, training=training, momentum=cfg.norm_momentum
         )
@@ -159,9 +160,9 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The input of the classifier, [B, 1, fc_dim]: hidden layers over the ``k_max`` largest entries of each channel.
+    """The pooled output, [B, 1, fc_dim]: hidden layers applied to the ``k_max`` largest entries of each channel.
 
-    ``segment_ids`` and ``key`` have no effect: padding is part of the text, and there is no dropout.
+    ``segment_ids`` and ``key`` have no effect, because padding counts as part of the text and there is no dropout.
     """
     x = k_max_pool(hidden, cfg.k_max)
     x = x.reshape(x.shape[0], 1, -1)
@@ -209,12 +210,15 @@ def specs(cfg: Config) -> dict[str, Any]:
         }
         tree["statistics"][f"layer_{layer}"] = {name: statistics_specs(outputs) for name in ("norm_1", "norm_2")}
     if cfg.task == "classification":
-        features = cfg.k_max * cfg.channels * 2 ** (len(cfg.blocks) - 1)
-        for name, width in (("fc_1", features), ("fc_2", cfg.fc_dim)):
+        num_features = cfg.k_max * cfg.channels * 2 ** (len(cfg.blocks) - 1)
+        for name, width in (("fc_1", num_features), ("fc_2", cfg.fc_dim)):
             tree[name] = linear_specs((width, cfg.fc_dim), ("embed", "mlp"), Normal((2 / width) ** 0.5))
         tree |= heads.head_specs(cfg.task, cfg.fc_dim, cfg.num_labels, Normal(0.01))
     return tree
 
+
+LIMITED_CONTEXT = True
+"""The output at a position depends only on the inputs in its receptive field."""
 
 VARIANTS = {
     "vdcnn-9": Config(blocks=(1, 1, 1, 1)),

@@ -1,10 +1,10 @@
-"""GCNN (Dauphin et al. 2017): a causal language model of gated convolutions with residual connections.
+"""GCNN (Dauphin et al. 2017): a causal language model with gated convolutions and residual connections.
 
-Each block pads on the left, convolves to twice its channels, and multiplies the first half by the sigmoid of the second
-half (GLU). The output of an earlier block is added, and the sum is scaled by sqrt(0.5). Every convolution and linear
-map is weight-normalised. There are no position embeddings: the output for a token depends on the last tokens of its
-document only, however the row is padded. The code follows fairseq's ``fconv_lm``, except that the head is a plain table
-instead of an adaptive softmax.
+Each block applies a causal convolution with twice its channels, and multiplies the first half of the output by the
+sigmoid of the second half (GLU). Then it adds a residual: its own input or the input of an earlier block. The sum is
+scaled by sqrt(0.5). Every convolution and linear layer is weight-normalised. There are no position embeddings. The
+output for a token depends only on the last tokens of its document; padding in the row does not change it. The code
+follows fairseq's ``fconv_lm``, except that the head is a linear layer instead of an adaptive softmax.
 
 Shapes: B batch, T time, C channels, V vocabulary.
 """
@@ -28,27 +28,28 @@ from jaxlm.spec import ArraySpec, Normal, fold_name
 
 Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
-"""Channels, kernel, and how many blocks back the residual starts (1: the input of this block; 0: no residual)."""
+"""Channels, kernel size and residual of a block. Residual 0 adds nothing, 1 adds the input of the block itself, and n
+adds the input of the block n - 1 blocks earlier."""
 
 
-def _wikitext_103() -> tuple[Block, ...]:
+def _wikitext_103_blocks() -> tuple[Block, ...]:
     groups = (((850, 6, 1),) * 3, ((850, 1, 1),), ((850, 5, 1),) * 4, ((850, 1, 1),), ((850, 4, 1),) * 3)
     return (*(block for group in groups for block in group), (1024, 4, 1), (2048, 4, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.ModelConfig):
-    """Shape and behaviour of a GCNN. The defaults are the published model of WikiText-103."""
+    """Shape and behaviour of a GCNN. The defaults are the published model for WikiText-103."""
 
     vocab_size: int = 267744
     """Number of token ids."""
     embed_dim: int = 280
     """Width of the token embeddings."""
-    blocks: tuple[Block, ...] = _wikitext_103()
-    """For each block its channels, its kernel, and how many blocks back its residual starts: 1 adds the block's input,
-    0 adds nothing, 3 on the last block of a bottleneck adds the input of its first block."""
+    blocks: tuple[Block, ...] = _wikitext_103_blocks()
+    """Channels, kernel size and residual of each block (``Block``). For example, residual 3 in the last of the three
+    blocks of a bottleneck adds the input of the first."""
     dropout: float = 0.1
-    """Dropout rate on embeddings and on the input of each block; the initial weights compensate for it."""
+    """Dropout rate on embeddings and on the input of each block; the scale of the initial weights depends on it."""
     task: Task = "causal"
     """Output head: next token (causal) or none."""
 
@@ -58,12 +59,12 @@ class Config(common.ModelConfig):
         common.check_rates(self, "dropout")
         common.check_choices(self, task=get_args(Task))
         if not self.blocks:
-            raise ValueError("blocks=() must name at least one block")
+            raise ValueError("blocks=() must contain at least one block")
         for number, (channels, kernel, residual) in enumerate(self.blocks):
             if channels < 1 or kernel < 1 or not 0 <= residual <= number + 1:
                 raise ValueError(
-                    f"block {number} of blocks is {(channels, kernel, residual)}: it needs at least 1 channel, a "
-                    f"kernel of at least 1, and a residual from 0 to {number + 1} blocks back"
+                    f"blocks[{number}]={(channels, kernel, residual)} must have at least 1 channel, a kernel size of "
+                    f"at least 1, and a residual from 0 to {number + 1}"
                 )
 
 
@@ -80,16 +81,16 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens continue the tokens in it.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     tokens, stream = open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
-    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype))
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = linear(weight_norm(params["input"], num_input_axes=1), x)
-    outputs, new_state = [x], {}  # outputs[n] is the input of block n
+    block_inputs, new_state = [x], {}
     for number, (_, _, residual) in enumerate(cfg.blocks):
         name = f"layer_{number}"
         weights, tail = params[name], None if state is None else state.get(name)
@@ -97,20 +98,20 @@ def apply(
         x, tail = causal_convolution(weight_norm(weights["convolution"], num_input_axes=2), stream, x, tail)
         x = x[:, :, 0] * jax.nn.sigmoid(x[:, :, 1])
         if residual:
-            earlier = outputs[-residual]
+            residual_input = block_inputs[-residual]
             if "residual" in weights:
-                earlier = linear(weight_norm(weights["residual"], num_input_axes=1), earlier)
-            x = (x + earlier) * 0.5**0.5
+                residual_input = linear(weight_norm(weights["residual"], num_input_axes=1), residual_input)
+            x = (x + residual_input) * 0.5**0.5
         x = constrain(x, ("batch", "seq", "activation_embed"))
-        outputs.append(x)
+        block_inputs.append(x)
         if tail is not None:
             new_state[name] = tail
-    hidden, past = close_stream(stream, x)
-    return hidden, None if state is None else {"segment_ids": past, **new_state}
+    hidden, past_segment_ids = close_stream(stream, x)
+    return hidden, None if state is None else {"segment_ids": past_segment_ids, **new_state}
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``)."""
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
@@ -122,24 +123,24 @@ def _widths(cfg: Config) -> list[int]:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters. Initial scales keep the variance through GLU and dropout (Gehring et al. 2017)."""
+    """The specs of all parameters. Initial scales preserve variance through GLU and dropout (Gehring et al. 2017)."""
     V, keep_rate, widths = round_up(cfg.vocab_size, cfg.vocab_multiple), 1.0 - cfg.dropout, _widths(cfg)
 
-    def linear_map(inputs: int, outputs: int) -> dict[str, ArraySpec]:
-        plain = linear_specs((inputs, outputs), ("embed", "mlp"), Normal((keep_rate / inputs) ** 0.5))
-        return weight_norm_specs(plain, num_input_axes=1)
+    def normed_linear_specs(inputs: int, outputs: int) -> dict[str, ArraySpec]:
+        unnormed = linear_specs((inputs, outputs), ("embed", "mlp"), Normal((keep_rate / inputs) ** 0.5))
+        return weight_norm_specs(unnormed, num_input_axes=1)
 
     tree: dict[str, Any] = {
         "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(0.1), decay=True),
-        "input": linear_map(cfg.embed_dim, widths[0]),
+        "input": normed_linear_specs(cfg.embed_dim, widths[0]),
     }
     for number, (channels, kernel, residual) in enumerate(cfg.blocks):
         init = Normal((4 * keep_rate / (kernel * widths[number])) ** 0.5)
-        # The two halves of the GLU have an axis of their own, so that sharding the channels shards both halves alike.
+        # The two halves of the GLU are a separate axis, so that both halves have the same sharding over channels.
         gated = convolution_specs((kernel, widths[number], 2, channels), ("embed", None, "mlp"), init)
         block = {"convolution": weight_norm_specs(gated, num_input_axes=2)}
         if residual and widths[number + 1 - residual] != channels:
-            block["residual"] = linear_map(widths[number + 1 - residual], channels)
+            block["residual"] = normed_linear_specs(widths[number + 1 - residual], channels)
         tree[f"layer_{number}"] = block
     if cfg.task == "causal":
         init = Normal((keep_rate / widths[-1]) ** 0.5)
@@ -148,18 +149,18 @@ def specs(cfg: Config) -> dict[str, Any]:
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
-    """The specs of the last inputs of each block, and of the segment ids of the last tokens.
+    """The specs of the state: the last inputs of each block, and the last segment ids.
 
-    The size does not depend on ``length``.
+    The state has the same size for every ``length``.
     """
     widths, dtype = _widths(cfg), jnp.dtype(cfg.dtype)
-    reaches = [kernel - 1 for _, kernel, _ in cfg.blocks]
+    tail_lengths = [kernel - 1 for _, kernel, _ in cfg.blocks]
     tails = {
-        f"layer_{number}": tail_specs(batch, reach, widths[number], dtype)
-        for number, reach in enumerate(reaches)
-        if reach
+        f"layer_{number}": tail_specs(batch, tail_length, widths[number], dtype)
+        for number, tail_length in enumerate(tail_lengths)
+        if tail_length
     }
-    return {"segment_ids": past_specs(batch, max(reaches)), **tails}
+    return {"segment_ids": past_specs(batch, max(tail_lengths)), **tails}
 
 
 def _bottleneck(narrow: int, wide: int) -> tuple[Block, ...]:
@@ -175,9 +176,12 @@ _14_BOTTLENECK = (
     *(*_bottleneck(1024, 2048) * 6, *_bottleneck(1024, 4096)),
 )
 
+LIMITED_CONTEXT = True
+"""The output at a position depends only on the inputs in its receptive field."""
+
 VARIANTS = {
     "gcnn-14": Config(),
-    # The Google Billion Word benchmark.
+    # Published models for the Google Billion Word benchmark.
     "gcnn-13": Config(vocab_size=793471, embed_dim=128, blocks=((1268, 4, 1),) * 13),
     "gcnn-8b": Config(vocab_size=793471, embed_dim=128, blocks=_8_BOTTLENECK),
     "gcnn-14b": Config(vocab_size=793471, embed_dim=128, blocks=_14_BOTTLENECK),

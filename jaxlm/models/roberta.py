@@ -1,8 +1,8 @@
 """RoBERTa (Liu et al. 2019): BERT trained longer on more text, with new masks in each epoch and no next-sentence head.
 
-The encoder is that of :mod:`jaxlm.models.bert`. The differences are: one token type; epsilon 1e-5; the first token of a
-document uses row 2 of the position table (the authors counted from the padding id, 1, so rows 0 and 1 are unused); the
-classifier has a dense layer of its own instead of the pooler.
+The encoder is the same as in :mod:`jaxlm.models.bert`, with these differences: one token type; epsilon 1e-5; the first
+token of a document uses row 2 of the position table (the authors counted from the padding id, 1, so rows 0 and 1 are
+unused); the classifier has its own dense layer instead of the pooler.
 
 Shapes: as in ``bert``.
 """
@@ -39,7 +39,7 @@ class Config(bert.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.next_sentence:
-            raise ValueError("next_sentence=True: RoBERTa has no next-sentence head, take family 'bert'")
+            raise ValueError("next_sentence=True: RoBERTa has no next-sentence head, use family 'bert'")
 
 
 def apply(
@@ -53,7 +53,7 @@ def apply(
     key: jax.Array | None = None,
     token_types: jax.Array | None = None,
 ) -> tuple[jax.Array, None]:
-    """The outputs of :func:`bert.apply` with shifted positions. ``positions`` count from 0, as in every family."""
+    """The outputs of :func:`bert.apply`. ``positions`` start at 0, as in every family, and are shifted here."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     if positions is None:
         positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
@@ -73,16 +73,16 @@ def pool(
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The pooled output of each row's first token, <s>: [B, 1, D].
+    """The pooled output [B, 1, D], from the hidden state h of each row's first token, <s>.
 
-    For task classification, ``tanh(dense(.))`` with the classifier's own dense layer, and dropout before and after it;
-    otherwise that of :func:`bert.pool`.
+    For task classification, it is ``tanh(dense(h))`` with the classifier's own dense layer, and dropout before and
+    after. For other tasks, see :func:`bert.pool`.
     """
     if cfg.task != "classification":
         return bert.pool(cfg, params, hidden, segment_ids, key)
     rate = bert.classifier_dropout(cfg)
-    first = dropout(heads.first_token_state(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
-    return dropout(jnp.tanh(linear(params["classifier_dense"], first)), rate, fold_name(key, "classifier"))
+    first_token = dropout(heads.first_token_state(hidden, segment_ids), rate, fold_name(key, "classifier_dense"))
+    return dropout(jnp.tanh(linear(params["classifier_dense"], first_token)), rate, fold_name(key, "classifier"))
 
 
 def specs(cfg: Config) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""T5 (Raffel et al. 2020): an encoder and a decoder with RMS norms, relative position biases and no other biases.
+"""T5 (Raffel et al. 2020): an encoder-decoder with RMS norms and relative position biases. Linear layers have no bias.
 
 There are two published versions. v1.0 has a ReLU MLP, and its output head is the token table, applied to hidden states
 scaled by ``1 / sqrt(D)``. v1.1 has a gated tanh-GELU MLP (Shazeer 2020) and a separate head without a scale; mT5 and
-FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases in every layer instead of one per
-stack. Attention scores are not scaled by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
+FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases in every layer. In the other versions,
+the layers of the encoder share one table, and the layers of the decoder share another. Attention scores are not scaled
+by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
 
-The code follows Mesh TensorFlow and t5x where Hugging Face differs: the head of v1.1 is initialised with standard
-deviation ``1 / sqrt(D)``. This matters only for training from scratch.
+The head of v1.1 is initialised with standard deviation ``1 / sqrt(D)``, as in Mesh TensorFlow and t5x. Hugging Face
+uses another value. The difference matters only for training from scratch.
 
 Shapes: B batch, T target time, S source time, D model width, H heads, K head width (H * K may differ from D), F hidden
 width of the MLP, V vocabulary.
@@ -61,19 +62,21 @@ class Config(common.TransformerConfig):
     mlp: Mlp = "relu"
     """Type of the MLP: relu for v1.0, gated_gelu for v1.1, mT5, FLAN-T5 and umT5."""
     tie_embeddings: bool = True
-    """Use the token table as output head, on hidden states scaled by 1 / sqrt(embed_dim), as v1.0 does."""
+    """Use the token table as the output head, and scale its inputs by 1 / sqrt(embed_dim), as in v1.0."""
     num_buckets: int = 32
-    """Rows of a table of relative position biases."""
+    """Number of distance buckets: the rows of a table of relative position biases."""
     max_distance: int = 128
     """All distances of at least this length share a bucket."""
     bias_per_layer: bool = False
-    """Whether every layer has its own table of position biases (umT5), or the layers of a stack share one."""
+    """True: every layer has its own table of position biases (umT5). False: the encoder layers share one table, and the
+    decoder layers share another."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, attention probabilities, hidden layers of MLPs, sublayers and outputs of stacks."""
+    """Dropout rate on embeddings, attention probabilities, hidden layers of MLPs, outputs of sublayers, and the final
+    outputs of encoder and decoder."""
     decoder_start_id: int = 0
-    """The token before the first target; T5 uses its padding id."""
+    """Id of the first input of the decoder, before the first target; T5 uses its padding id."""
     task: Task = "seq2seq"
     """Output head: target tokens (seq2seq) or none."""
 
@@ -82,14 +85,14 @@ class Config(common.TransformerConfig):
         common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "head_dim", "mlp_dim")
         common.check_rates(self, "dropout")
         common.check_choices(self, mlp=get_args(Mlp), task=get_args(Task))
-        if _decoder_layers(self) < 0:
+        if _num_decoder_layers(self) < 0:
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} must be at least 0")
-        if _decoder_layers(self) == 0 and self.task != "none":
+        if _num_decoder_layers(self) == 0 and self.task != "none":
             raise ValueError(
                 f"task={self.task!r} needs a decoder: set num_decoder_layers to at least 1, or task='none'"
             )
         common.check_start_id(self)
-        for bidirectional in (True, False):  # raises if num_buckets and max_distance do not fit together
+        for bidirectional in (True, False):  # raises if num_buckets and max_distance are inconsistent
             distance_buckets(self.num_buckets, self.max_distance, bidirectional=bidirectional)
 
 
@@ -105,13 +108,13 @@ def encode(
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN.
-        segment_ids: [B, S] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(source, segment_ids, None, None, what="source")
     key = fold_name(key, "encoder")
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids)
-    # Indices in the row serve as positions: within a document, both have the same differences.
+    # Indices in the row are used as positions, because the distance between two tokens of a document is the same.
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
@@ -142,16 +145,16 @@ def apply(
 ) -> tuple[jax.Array, Any]:
     """The hidden states of the decoder after its final norm, [B, T, D], and the new state (None without a state).
 
-    Exactly one of ``source`` (training: it is encoded, then decoded) and ``state`` (decoding) must be given.
+    Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
 
     Args:
         tokens: [B, T] integer ids; the first is ``decoder_start_id``. An id outside the vocabulary gives NaN.
         source: [B, S] integer ids.
-        source_segment_ids: [B, S] int32, as ``segment_ids``; document n of the target attends to document n of the
+        source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
-        state: from :func:`init_decode_state`; the tokens continue the tokens in it. A row that exceeds its cache gives
-            NaN. Rows may share sources (``common.group_rows_by_source``).
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: from :func:`init_decode_state`, with the cache of earlier tokens, continued by ``tokens``. Rows that
+            exceed the cache give NaN. Several rows may share a source (``common.group_rows_by_source``).
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
     """
@@ -162,11 +165,11 @@ def apply(
     if state is None:
         assert source is not None
         position_pair = None if positions is None else (positions, positions)
-        layers, source_kv = _encoded_source(cfg, params, source, source_segment_ids, key)
+        layers, source_kv = _source_kv_from_encoder(cfg, params, source, source_segment_ids, key)
         source_segments = common.segment_ids_or_ones(source, source_segment_ids)
     else:
         position_pair = context.positions, state["positions"]
-        layers, source_kv = _cached_source(cfg, params, state["source"]["layers"])
+        layers, source_kv = _source_kv_from_state(cfg, params, state["source"]["layers"])
         source_segments = state["source"]["segment_ids"]
     num_sources = source_segments.shape[0]
     segments = common.group_rows_by_source(common.segment_ids_or_ones(tokens, segment_ids), num_sources)
@@ -227,7 +230,7 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, residual_dtype: Any
     else:
         x = activation("gelu_tanh")(linear(weights["gate"], x)) * linear(weights["gated"], x)
     x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_name(key, "mlp_hidden"))
-    # In the dtype of the residual stream, because this product is the first one to overflow float16.
+    # This matmul has the dtype of the residual stream, because in float16 it is the first one to overflow.
     return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_name(key, "mlp_output"))
 
 
@@ -236,20 +239,23 @@ def _norm(cfg: Config, params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Array | None) -> jax.Array:
-    # With the published weights, the sum of the sublayers overflows float16: the residual stream is then float32.
+    # The residual stream is float32 instead of float16, in which it would overflow with the published weights.
     dtype = jnp.float32 if cfg.dtype == "float16" else jnp.dtype(cfg.dtype)
-    x = dropout(embed(params["token_embedding"], tokens, dtype), cfg.dropout, fold_name(key, "embedding"))
+    x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
+    x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     return constrain(x, ("batch", "seq", "activation_embed"))
 
 
 def _bias_fn(
     cfg: Config, params: dict[str, Any], length: int, position_pair: Any, *, bidirectional: bool
 ) -> Callable[[Any], AttentionBias]:
-    """A function from the weights of a layer to its position bias, computed per layer or once for the stack.
+    """A function that takes the weights of a layer and returns the position bias of the layer.
+
+    If the layers share a table, the bias is computed only once, here.
 
     Args:
-        params: the parameters of the stack.
-        position_pair: positions of queries and of keys; None: 0, 1, ... ``length - 1`` for both.
+        params: the parameters of the encoder or of the decoder.
+        position_pair: (positions of queries, positions of keys); None: 0, 1, ... ``length - 1`` for both.
     """
 
     def layer_bias(weights: Any) -> AttentionBias:
@@ -260,12 +266,12 @@ def _bias_fn(
 
     if cfg.bias_per_layer:
         return layer_bias
-    shared = layer_bias(params)
-    return lambda weights: shared
+    shared_bias = layer_bias(params)
+    return lambda weights: shared_bias
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the next target token, [B, T, V] float32 (V padded to ``vocab_multiple``).
+    """The logits of the next target token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
 
     Raises:
         ValueError: the model has no head.
@@ -306,32 +312,37 @@ def init_decode_state(
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
     """The specs of the decode state: a cache of ``length`` target tokens per row, and keys and values of the source.
 
-    The initial values stand for a row without a source; :func:`init_decode_state` returns a state with one.
+    The initial values are the state of a row without a source; :func:`init_decode_state` returns a state with a source.
     """
 
-    def cache_of(slots: int) -> dict[str, Any]:
+    def decoder_cache_specs(slots: int) -> dict[str, Any]:
         return cache.cache_specs(
-            _decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype),
+            _num_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype),
             stacked=cfg.scan_layers,
         )  # fmt: skip
 
-    source = cache_of(source_length)
-    return {**cache_of(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
+    source = decoder_cache_specs(source_length)
+    return {**decoder_cache_specs(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
 
 
-def _encoded_source(
+def _source_kv_from_encoder(
     cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: jax.Array | None, key: jax.Array | None
 ) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """The weights of the decoder's layers, and a function from them to the keys and values of a new source."""
+    """The weights of the decoder layers, and a function from one layer's weights to the keys and values of the source.
+
+    The function projects the output of the encoder.
+    """
     encoded = encode(cfg, params, source, segment_ids=segment_ids, key=key)
     return params["decoder"]["layers"], lambda weights: _project_kv(weights["cross_attention"], encoded)
 
 
-def _cached_source(cfg: Config, params: dict[str, Any], source_kv: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """The weights of the decoder's layers, and a function from them to the keys and values in the state.
+def _source_kv_from_state(
+    cfg: Config, params: dict[str, Any], source_kv: Any
+) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """The same as :func:`_source_kv_from_encoder`, for keys and values that are already in the state.
 
-    The weights of a layer get a further entry: its ``source_kv``, or, for stacked layers, the ``index`` of the layer.
-    With the index, a layer reads its part in place; a scan over the stack would copy it.
+    The weights of a layer get an additional entry: its ``source_kv``, or, for stacked layers, the ``index`` of the
+    layer. With the index, a layer reads its slice of the stack in place; a scan over the stack would copy the slice.
     """
     layers = params["decoder"]["layers"]
     if not cfg.scan_layers:
@@ -342,15 +353,15 @@ def _cached_source(cfg: Config, params: dict[str, Any], source_kv: Any) -> tuple
         views = jax.tree.map(lambda stack: cache.CacheView(stack, weights["index"]), source_kv)
         return cache.split_heads(views, cfg.num_heads)
 
-    return {**layers, "index": jnp.arange(_decoder_layers(cfg))}, read_in_place
+    return {**layers, "index": jnp.arange(_num_decoder_layers(cfg))}, read_in_place
 
 
 def _require_decoder(cfg: Config) -> None:
-    if _decoder_layers(cfg) == 0:
-        raise ValueError("a T5 with num_decoder_layers=0 decodes nothing: call encode")
+    if _num_decoder_layers(cfg) == 0:
+        raise ValueError("a T5 with num_decoder_layers=0 has no decoder: call encode instead")
 
 
-def _decoder_layers(cfg: Config) -> int:
+def _num_decoder_layers(cfg: Config) -> int:
     return cfg.num_layers if cfg.num_decoder_layers is None else cfg.num_decoder_layers
 
 
@@ -375,13 +386,13 @@ def specs(cfg: Config) -> dict[str, Any]:
         ),
     }
     bias = ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)
-    hidden_layers = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]
+    up_projections = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]
     encoder_layer = {
         "attention_norm": rms_norm_specs(D),
         "attention": attention_specs,
         "mlp_norm": rms_norm_specs(D),
         "mlp": {
-            **{name: linear_specs((D, F), ("embed", "mlp"), normal, bias=False) for name in hidden_layers},
+            **{name: linear_specs((D, F), ("embed", "mlp"), normal, bias=False) for name in up_projections},
             "down": linear_specs((F, D), ("mlp", "embed"), Normal(F**-0.5), bias=False),
         },
     }
@@ -396,8 +407,8 @@ def specs(cfg: Config) -> dict[str, Any]:
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True),
         "encoder": stack(cfg.num_layers, encoder_layer),
     }
-    if _decoder_layers(cfg) > 0:
-        tree["decoder"] = stack(_decoder_layers(cfg), decoder_layer)
+    if _num_decoder_layers(cfg) > 0:
+        tree["decoder"] = stack(_num_decoder_layers(cfg), decoder_layer)
     if cfg.task == "seq2seq" and not cfg.tie_embeddings:
         tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
     return tree

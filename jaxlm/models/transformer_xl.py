@@ -12,7 +12,7 @@ the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jaxlm.spec import ArraySpec, Normal, fold_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.TransformerConfig):
     """Shape and behaviour of a Transformer-XL. The defaults are the published model on WikiText-103."""
 
     vocab_size: int = 267735
@@ -78,28 +78,19 @@ class Config:
     """Dropout rate on embeddings, relative positions, hidden layers of MLPs, outputs of sublayers and the output."""
     attention_dropout: float = 0.0
     """Dropout rate on attention probabilities."""
-    dtype: common.ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own dtype."""
-    remat: common.Remat = "dots"
-    """Recomputation in the backward pass: none, all but matmuls and attention (dots), or every block (full)."""
-    scan_layers: bool = False
-    """Stack the parameters of the layers and run them with ``lax.scan``, which compiles one layer only. False: one tree
-    of parameters per layer and a Python loop; steps are faster, and compilation takes longer (docs/labbook.md)."""
     task: Literal["causal", "classification", "none"] = "causal"
     """Output head: next token (causal), label of the text (classification), or none."""
     num_labels: int = 2
     """Number of labels if the task is classification."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         common.check_positive(
             self, "vocab_size", "embedding_divisor", "num_layers", "num_heads", "head_dim", "embed_dim", "token_dim",
             "mlp_dim", "memory_length", "num_labels",
         )  # fmt: skip
         common.check_rates(self, "dropout", "attention_dropout")
-        common.check_choices(
-            self, dtype=get_args(common.ComputeDtype), remat=get_args(common.Remat),
-            task=("causal", "classification", "none"),
-        )  # fmt: skip
+        common.check_choices(self, task=("causal", "classification", "none"))
         if self.embed_dim % 2:
             raise ValueError(
                 f"embed_dim={self.embed_dim} must be even: distances are encoded as pairs of sine and cosine"
@@ -243,7 +234,9 @@ def pool(
 
 
 def _clusters(cfg: Config) -> Clusters:
-    return Clusters(cfg.vocab_size, cfg.cutoffs, cfg.token_dim, cfg.embed_dim, cfg.embedding_divisor)
+    return Clusters(
+        cfg.vocab_size, cfg.cutoffs, cfg.token_dim, cfg.embed_dim, cfg.embedding_divisor, cfg.vocab_multiple
+    )
 
 
 def specs(cfg: Config) -> dict[str, Any]:
@@ -288,6 +281,11 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     return memory.memory_specs(
         cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
     )
+
+
+def carried_state_length(cfg: Config) -> int:
+    """The ``length`` of :func:`state_specs` for training along a text."""
+    return cfg.memory_length
 
 
 VARIANTS = {

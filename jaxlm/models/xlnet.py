@@ -1,13 +1,14 @@
 """XLNet (Yang et al. 2019): a transformer with relative positions that predicts tokens in any order, with two streams.
 
-The content stream has the token of each position. The query stream starts from one learned vector and does not see the
-token of its own position, so the head predicts this token from it. Both streams share all weights, and only the content
-stream (and the memory) provides keys and values. So a block processes the concatenated streams, except that attention
-runs once per stream. Each position has an integer, its order. The content stream attends to positions of the same or a
-lower order, the query stream only to those of a lower order.
+The input of the content stream is the token of each position. The input of the query stream is one learned vector at
+all positions. The query stream does not attend to the token of its own position, so that the head can predict this
+token from the query stream. Both streams share all weights, and only the content stream (and the memory) provides keys
+and values. So a block processes the concatenated streams, except that attention runs once per stream. Each position has
+an integer, its order. The content stream attends to positions of the same or a lower order; the query stream attends
+only to positions of a lower order.
 
-The code follows the authors' code and the weights of Hugging Face. Hugging Face computes ``gelu`` exactly, and so do
-models loaded from its files; the published weights were trained with the tanh approximation (``VARIANTS``).
+The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
+approximation of GELU, which ``VARIANTS`` use. Hugging Face uses the exact GELU, as do models loaded from its files.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T (+ P) queries, M memory slots, S = M + T keys, D model
 width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V vocabulary.
@@ -65,15 +66,15 @@ class Config(common.TransformerConfig):
     init_stddev: float = 0.02
     """Standard deviation of initial weights."""
     clamp_length: int | None = None
-    """All distances of at least this length have the same encoding; None: no limit."""
+    """All distances of at least this length have the same encoding; None means no limit."""
     reuse_length: int | None = None
-    """A call with an order adds only its first reuse_length tokens to the memory; None: all of them."""
+    """Number of first tokens that a call with an order adds to the memory; None means all tokens."""
     task: heads.Task = "permutation"
     """Output head: permutation (language model), classification, token_classification, span_qa or none."""
     num_labels: int = 2
     """Number of labels if the task is classification or token_classification."""
     dropout: float = 0.1
-    """Dropout rate on embeddings, distances, attention probabilities, MLPs, outputs of sublayers and the output."""
+    """Dropout rate on embeddings, distance encodings, attention probabilities, MLPs, sublayer outputs and output."""
     pool_dropout: float | None = None
     """Dropout rate on the input of the classifier; None means dropout."""
 
@@ -105,33 +106,33 @@ def apply(
 ) -> tuple[jax.Array, Any]:
     """The hidden states, and the new state (None without a state).
 
-    The task ``permutation`` returns the query stream. With an ``order``, it is [B, P, D] at the positions ``targets``.
-    Without an order, it is a left-to-right language model [B, T, D]: query t has the position after token t, and
-    attends to the tokens up to t. The other tasks return the content stream [B, T, D], in which every token attends to
-    all tokens of its document.
+    For the task ``permutation``, the hidden states are the query stream. With an ``order``, it is [B, P, D] at the
+    positions ``targets``. Without an order, the model is a left-to-right language model, and the query stream is
+    [B, T, D]: query t has the position after token t, and attends to the tokens up to t. For other tasks, the hidden
+    states are the content stream [B, T, D], in which every token attends to all tokens of its document.
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``; the tokens continue the tokens in it. The oldest tokens are dropped.
-        segment_ids: [B, T] int32, 0 for padding, 1, 2, ... for documents, which do not interact. Default: one document.
+        state: memory of earlier tokens (``state_specs``), continued by ``tokens``. The oldest tokens are dropped.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
-        token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. Only the equality of two types has
-            an effect. Default: no bias for token types, which is not the same as equal types for all tokens.
-        right_to_left: [B] bool, True for rows whose tokens are in reverse order; the sign of their distances changes.
+        token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
+            depends on whether their types are equal. Default: no such bias, unlike equal types for all tokens.
+        right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3). The content stream attends to positions
-            of the same or a lower order, the query stream only to those of a lower order.
+            of the same or a lower order; the query stream attends only to positions of a lower order.
         targets: [B, P] int32, the positions to predict. A position outside the row gives NaN.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    _check(cfg, tokens, token_types, right_to_left, order, targets)
+    _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
     dtype = jnp.dtype(cfg.dtype)
     T = tokens.shape[1]
     inputs, state = _attention_inputs(cfg, tokens, state, segment_ids, key, token_types, right_to_left, order, targets)
 
-    x = embed(params["token_embedding"], tokens, dtype)
+    x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
     if cfg.task == "permutation":
-        inside_BP = jnp.ones_like(tokens, bool) if targets is None else (targets >= 0) & (targets < T)
-        query_BPD = jnp.where(inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
+        is_inside_BP = jnp.ones_like(tokens, bool) if targets is None else (targets >= 0) & (targets < T)
+        query_BPD = jnp.where(is_inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
         x = jnp.concatenate([x, query_BPD], axis=1)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
@@ -147,11 +148,11 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), new_inputs
 
     memories = None if state is None else state["layers"]
-    x, new = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
+    x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
     hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
     return hidden, None if state is None else {
         **state,
-        "layers": memory.append_layers(memories, new, inputs.kept_indices),
+        "layers": memory.append_layers(memories, new_inputs, inputs.kept_indices),
     }
 
 
@@ -164,7 +165,11 @@ def _attention(
     inputs: _AttentionInputs,
     key: jax.Array | None,
 ) -> jax.Array:
-    """The output of attention for the concatenated streams ``x``, [B, Q, D]. ``memory`` has its older inputs."""
+    """The output of attention for the concatenated streams ``x``, [B, Q, D].
+
+    Args:
+        memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
+    """
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
     context = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, context.shape[1]
@@ -176,7 +181,7 @@ def _attention(
         table = linear(weights["relative"], inputs.sinusoids)
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
-        """The queries times the named weights if attention is absorbed, else the queries."""
+        """The queries multiplied with the named weight if attention is absorbed, else the unchanged queries."""
         return memory.absorb_weight(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
 
     outputs = []
@@ -221,7 +226,7 @@ def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, key: jax.Array | No
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: tokens [B, P, V] (V padded to ``vocab_multiple``), or labels.
+    """The logits of the task's head, float32: tokens [B, P, V] (V padded, see ``vocab_multiple``), or labels.
 
     Labels are described in ``heads.head_logits``; for classification, ``hidden`` comes from :func:`pool`.
     """
@@ -249,19 +254,19 @@ def pool_dropout(cfg: Config) -> float:
 
 
 _MEMORY_ORDER = -(2**30)
-"""The order of the memory: lower than all orders, but not so low that differences overflow int32."""
+"""The order of all memory slots: lower than the order of any token. Differences from it do not overflow int32."""
 
 
 @struct.dataclass
 class _StreamInputs:
-    """The inputs of attention that depend on the stream. Positions are relative to the first of the S keys.
+    """The inputs of attention for one stream. Positions are relative to the first of the S keys.
 
     Attributes:
         mask: which keys each query may attend to.
         query_offset: the position of the first query, if the positions of the queries are consecutive.
-        query_indices: [1 or B, P] positions of the queries; None: they are consecutive.
+        query_indices: [1 or B, P] positions of the queries; None: the positions are consecutive.
         positions: positions of queries [1 or B, T or P] and keys [1 or B, S]; None: the position of a key is its index.
-        token_types: [B, T or P] of the queries, or None.
+        token_types: [B, T or P] token types of the queries, or None.
     """
 
     mask: Mask
@@ -299,7 +304,7 @@ def _attention_inputs(
     order: Any,
     targets: Any,
 ) -> tuple[_AttentionInputs, Any]:
-    """The inputs of attention, and the state updated for the new tokens, except for ``hidden``."""
+    """The inputs of attention, and the state with the new tokens; its ``hidden`` is not updated yet."""
     B, T = tokens.shape
     two_streams = cfg.task == "permutation"
     memory_context, _ = memory.make_context(tokens, state, segment_ids, causal=two_streams)
@@ -311,18 +316,19 @@ def _attention_inputs(
     sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
 
     def at_targets(x_BT: Any) -> Any:
-        """A per-position array at the target positions, [B, P]; unchanged if there are no targets."""
+        """The entries of a per-position array at the target positions, [B, P]; all entries if there are no targets."""
         if x_BT is None or targets is None:
             return x_BT
         return jnp.take_along_axis(jnp.broadcast_to(x_BT, (B, T)), targets, axis=1, mode="clip")
 
-    def stream(select: Callable[[Any], Any], offset: int, order_BT: Any, consecutive: bool) -> _StreamInputs:
+    def stream_inputs(select: Callable[[Any], Any], offset: int, order_BT: Any, consecutive: bool) -> _StreamInputs:
         """The inputs of a stream.
 
         Args:
-            select: a function that selects the entries of the queries from an array with one entry per new token.
-            offset: added to the positions of the selected tokens.
-            order_BT: the highest order that each query may attend to; None: causal by index.
+            select: a function that gets an array with one entry per new token and returns the entries of the queries.
+            offset: position of a query minus position of its token.
+            order_BT: the highest order that each query may attend to; None: its index if the mask is causal, else no
+                limit.
             consecutive: whether the positions of the queries are consecutive.
         """
         mask = Mask(
@@ -344,55 +350,58 @@ def _attention_inputs(
     key_order = None
     if order is not None:
         key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_MEMORY_ORDER)
-        content = stream(identity, 0, order, consecutive=True)
-        streams = [content, stream(at_targets, 0, at_targets(order) - 1, consecutive=False)]
+        content = stream_inputs(identity, 0, order, consecutive=True)
+        streams = [content, stream_inputs(at_targets, 0, at_targets(order) - 1, consecutive=False)]
     elif two_streams:
         key_order = memory_context.key_positions
         order_BT = None if state is None and segment_ids is None else memory_context.query_positions
-        # The query stream has the positions after those of the content stream: it predicts the next tokens.
-        streams = [stream(identity, offset, order_BT, consecutive=True) for offset in (0, 1)]
+        # A query has the position after its token, because it predicts the next token.
+        streams = [stream_inputs(identity, offset, order_BT, consecutive=True) for offset in (0, 1)]
     else:
-        streams = [stream(identity, 0, None, consecutive=True)]
+        streams = [stream_inputs(identity, 0, None, consecutive=True)]
 
-    lowest = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
-    distance_R = jnp.arange(S, lowest - 1, -1)
+    lowest_distance = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
+    distance_R = jnp.arange(S, lowest_distance - 1, -1)
     if cfg.clamp_length is not None:
         distance_R = jnp.clip(distance_R, -cfg.clamp_length, cfg.clamp_length)
-    # All rows share one dropout mask; the authors' code draws one for each row.
+    # The authors' code draws a dropout mask for each row; here all rows share one mask.
     encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
 
     kept_indices = None
     if state is not None:
-        count = _num_remembered(cfg, T, order)
-        remembered_segments = None if segment_ids is None else segment_ids[:, :count]
-        memory_span, state = memory.make_context(tokens[:, :count], state, remembered_segments)
-        kept_indices = memory_span.kept_indices
+        num_remembered = _num_remembered(cfg, T, order)
+        remembered_segments = None if segment_ids is None else segment_ids[:, :num_remembered]
+        remembered_context, state = memory.make_context(tokens[:, :num_remembered], state, remembered_segments)
+        kept_indices = remembered_context.kept_indices
         types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
-        state = {**state, "token_types": memory.append(state["token_types"], types_BT[:, :count], kept_indices)}
+        new_types = memory.append(state["token_types"], types_BT[:, :num_remembered], kept_indices)
+        state = {**state, "token_types": new_types}
     return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept_indices), state
 
 
 def _num_remembered(cfg: Config, T: int, order: Any) -> int:
-    """How many tokens of a call, counted from the first, are added to the memory."""
+    """The number of first tokens of a call that are added to the memory."""
     return T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
 
 
-def _check(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
+def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
     B, T = tokens.shape
     expected = {"token_types": (token_types, (B, T)), "right_to_left": (right_to_left, (B,)), "order": (order, (B, T))}
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} {list(x.shape)} must be {list(shape)} for tokens {list(tokens.shape)}")
+            raise ValueError(f"{name} {list(x.shape)} must have shape {list(shape)} for tokens {list(tokens.shape)}")
     if (order is None) != (targets is None):
         raise ValueError(
-            "order and targets must be given together (prediction order, positions to predict), got only one of them"
+            "order and targets must be given together (prediction order and positions to predict), got only one of them"
         )
     if targets is None:
         return
     if cfg.task != "permutation":
         raise ValueError(f"task={cfg.task!r} predicts no tokens: order and targets are for task='permutation'")
     if targets.ndim != 2 or targets.shape[0] != B:
-        raise ValueError(f"targets {list(targets.shape)} must be [{B}, positions] for tokens {list(tokens.shape)}")
+        raise ValueError(
+            f"targets {list(targets.shape)} must have shape [{B}, positions] for tokens {list(tokens.shape)}"
+        )
 
 
 def specs(cfg: Config) -> dict[str, Any]:
@@ -409,7 +418,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "value": projection,
             "relative": projection,
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
-            # Added to the queries before the product with keys, encodings of distances, and token types.
+            # Added to the queries before the products with keys, distance encodings and token type embeddings.
             "content_bias": score_bias,
             "position_bias": score_bias,
             "type_bias": score_bias,
@@ -441,7 +450,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     It contains the inputs of all blocks, segment ids and token types.
 
     Raises:
-        TypeError: the task reads whole texts.
+        TypeError: the task is not permutation.
     """
     if cfg.task != "permutation":
         raise TypeError(
@@ -458,6 +467,6 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
 VARIANTS = {
     "xlnet-base-cased": Config(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=3072, activation="gelu_tanh"),
     "xlnet-large-cased": Config(activation="gelu_tanh"),
-    # Larger initial weights: with 0.02, vectors of this width would learn slowly.
+    # With init_stddev=0.02, a model of this width would learn slowly.
     "xlnet-tiny": Config(vocab_size=128, num_layers=2, num_heads=4, embed_dim=32, mlp_dim=64, init_stddev=0.1),
 }

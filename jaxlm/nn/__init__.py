@@ -1,1 +1,1 @@
-"""Primitives: pure functions of arrays, one concept per file. Import the file: ``from jaxlm.nn import attention``."""
+"""The building blocks of models, as pure functions of arrays. Import a module: ``from jaxlm.nn import attention``."""

@@ -31,7 +31,7 @@ def alignment_specs(
 
     Args:
         width: A, for the concat score.
-        local: add the parameters of local attention, which predict the centre of its window.
+        local: add the parameters of local attention, which predict the centre of the window.
 
     Raises:
         ValueError: an unknown score, or a dot product of vectors with different widths.
@@ -56,7 +56,7 @@ def alignment_specs(
 
 
 def alignment_keys(params: dict[str, Any], source_BSC: jax.Array) -> jax.Array:
-    """The part of the score that depends on the source only, for all queries.
+    """The part of the score that depends only on the source and is the same for all queries.
 
     The shape is [B, S, A] (concat), [B, S, Q] (general) or that of the source (dot).
     """
@@ -81,8 +81,8 @@ def align(
         keys_BSA: from :func:`alignment_keys`.
         keep_BS: False where a position is masked (padding, other documents). None: no position is masked.
         window: D of local-p attention (Luong et al. 2015, eq. 9 and 10). The query predicts a source position p. Only
-            positions within D of p get a weight, multiplied by a Gaussian around p with standard deviation D / 2, so
-            that rows no longer sum to 1.
+            positions within D of p get a nonzero weight. The weights are multiplied by a Gaussian around p with
+            standard deviation D / 2, so the weights of a row no longer sum to 1.
     """
     if "score" in params:
         scores_BS = additive_scores(linear(params["query"], query_BQ), keys_BSA, params["score"])
@@ -92,9 +92,9 @@ def align(
         return masked_softmax(scores_BS, keep_BS)
     if keep_BS is None:
         keep_BS = jnp.ones(scores_BS.shape, bool)
-    centre = params["place"]
-    hidden_BQ = jnp.tanh(linear(centre["hidden"], query_BQ))
-    centre_B = jax.nn.sigmoid(linear({"weight": centre["score"][:, None]}, hidden_BQ)[:, 0].astype(jnp.float32))
+    centre_params = params["place"]
+    hidden_BQ = jnp.tanh(linear(centre_params["hidden"], query_BQ))
+    centre_B = jax.nn.sigmoid(linear({"weight": centre_params["score"][:, None]}, hidden_BQ)[:, 0].astype(jnp.float32))
     centre_B = centre_B * jnp.sum(keep_BS, axis=1)
     distance_BS = jnp.cumsum(keep_BS, axis=1) - 1 - centre_B[:, None]  # positions count from 0 within the document
     weights_BS = masked_softmax(scores_BS, keep_BS & (jnp.abs(distance_BS) <= window))
@@ -105,7 +105,7 @@ def align(
 def additive_scores(query_BA: jax.Array, keys_BSA: jax.Array, score_A: jax.Array) -> jax.Array:
     """``v . tanh(query + keys)`` for queries that are already projected, [B, S] float32.
 
-    The backward pass recomputes the tanh. Otherwise, a loop over queries would save [queries, B, S, A] for it.
+    The backward pass recomputes the tanh. Otherwise, a loop over queries would save an array [queries, B, S, A].
     """
     hidden_BSA = jnp.tanh(query_BA[:, None, :] + keys_BSA)
     return jnp.einsum("BSA,A->BS", hidden_BSA, score_A.astype(keys_BSA.dtype), preferred_element_type=jnp.float32)
@@ -119,33 +119,33 @@ def context(weights_BS: jax.Array, source_BSC: jax.Array) -> jax.Array:
 def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int) -> jax.Array:
     """The copy distribution: for each token id, the sum of the attention weights on its source positions.
 
-    It is [B, T, V] float32 (See et al. 2017, eq. 9). An id outside the vocabulary adds nothing.
+    The result is [B, T, V] float32 (See et al. 2017, eq. 9). Source ids outside the vocabulary are ignored.
 
     Example:
         >>> copied_tokens(jnp.array([[[0.5, 0.25, 0.25]]]), jnp.array([[2, 0, 2]]), 4).tolist()
         [[[0.25, 0.0, 0.75, 0.0]]]
     """
-    inside_BS = (source_BS >= 0) & (source_BS < vocab_size)
-    weights_BTS = jnp.where(inside_BS[:, None, :], weights_BTS.astype(jnp.float32), 0.0)
-    ids_BS = jnp.where(inside_BS, source_BS, 0)
+    in_vocabulary_BS = (source_BS >= 0) & (source_BS < vocab_size)
+    weights_BTS = jnp.where(in_vocabulary_BS[:, None, :], weights_BTS.astype(jnp.float32), 0.0)
+    ids_BS = jnp.where(in_vocabulary_BS, source_BS, 0)
 
-    def one_row(weights_TS: jax.Array, ids_S: jax.Array) -> jax.Array:
+    def sum_weights_by_id(weights_TS: jax.Array, ids_S: jax.Array) -> jax.Array:
         # On a CPU this is six times as fast as a scatter with an index for each (t, s).
         return jnp.zeros((weights_TS.shape[0], vocab_size)).at[:, ids_S].add(weights_TS)
 
-    return jax.vmap(one_row)(weights_BTS, ids_BS)
+    return jax.vmap(sum_weights_by_id)(weights_BTS, ids_BS)
 
 
 def mix_copied(logits_BTV: jax.Array, gate_BT1: jax.Array, copied_BTV: jax.Array) -> jax.Array:
     """Log-probabilities ``log(p softmax(logits) + (1 - p) copied)`` with p = sigmoid(gate), [B, T, V] float32.
 
-    See et al. 2017, eq. 9. The sum is computed from logarithms (``logaddexp``), so it is finite even for an unlikely
-    token that is not in the source.
+    See et al. 2017, eq. 9. The sum is computed from logarithms (``logaddexp``), so the result is finite even for an
+    unlikely token that is not in the source.
     """
     gate_BT1, copied_BTV = gate_BT1.astype(jnp.float32), copied_BTV.astype(jnp.float32)
     generated_BTV = jax.nn.log_sigmoid(gate_BT1) + jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     is_copied_BTV = copied_BTV > 0
-    # Two ``where``: the gradient of log at 0 is infinite, and infinity times 0 is NaN.
+    # The inner ``where`` avoids log(0), whose infinite gradient times 0 would be NaN.
     log_copied_BTV = jax.nn.log_sigmoid(-gate_BT1) + jnp.log(jnp.where(is_copied_BTV, copied_BTV, 1.0))
     return jnp.where(is_copied_BTV, jnp.logaddexp(generated_BTV, log_copied_BTV), generated_BTV)
 

@@ -1,8 +1,8 @@
 """Batch normalisation (Ioffe and Szegedy 2015); the running statistics are passed in and returned.
 
-The running statistics are part of a family's parameters, under the key ``statistics``. They get no gradient and no
-weight decay. While training, ``apply`` returns the updated statistics, and the training step writes them into the
-parameters.
+The running statistics are part of a model's parameters, under the key ``statistics``. They get no gradient and no
+weight decay. During training, ``apply`` of the model returns the updated statistics, and the training step writes them
+into the parameters.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def batch_norm(
         ValueError: training with one entry per channel, which has no variance.
     """
     x32 = x.astype(jnp.float32)
-    rest = tuple(range(x.ndim - 1))
+    reduced_axes = tuple(range(x.ndim - 1))
     statistics = lax.stop_gradient(statistics)
 
-    def wide(leaf: jax.Array) -> jax.Array:
+    def broadcast(leaf: jax.Array) -> jax.Array:
         return lax.broadcast_in_dim(leaf, x.shape, (x.ndim - 1,))
 
     mean, variance = statistics["mean"], statistics["variance"]
@@ -61,9 +61,9 @@ def batch_norm(
             raise ValueError(
                 f"batch normalisation of {list(x.shape)} has one entry per channel: train with a larger batch"
             )
-        mean = jnp.mean(x32, axis=rest)
-        variance = jnp.mean(jnp.square(x32 - wide(mean)), axis=rest)
+        mean = jnp.mean(x32, axis=reduced_axes)
+        variance = jnp.mean(jnp.square(x32 - broadcast(mean)), axis=reduced_axes)
         new = lax.stop_gradient({"mean": mean, "variance": variance * (count / (count - 1))})
         statistics = jax.tree.map(lambda old, new: (1.0 - momentum) * old + momentum * new, statistics, new)
     scale = params["scale"] * lax.rsqrt(variance + epsilon)
-    return ((x32 - wide(mean)) * wide(scale) + wide(params["bias"])).astype(x.dtype), statistics
+    return ((x32 - broadcast(mean)) * broadcast(scale) + broadcast(params["bias"])).astype(x.dtype), statistics

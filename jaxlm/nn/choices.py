@@ -1,8 +1,8 @@
-"""All choices that depend on the platform, the sharding or the shape, with the measurements behind them.
+"""Choices of implementations and block sizes by platform, sharding and shape, with the measurements that justify them.
 
-Each primitive has a reference and faster implementations. The functions of this module say which one runs if the caller
-does not choose. No other module of ``jaxlm.nn`` and ``jaxlm.models`` asks for the platform. Estimates of the TPU
-compiler are in docs/labbook.md.
+Most functions of ``jaxlm.nn`` have a reference implementation and faster implementations. This module chooses the
+implementation if the caller does not. No other module of ``jaxlm.nn`` and ``jaxlm.models`` makes choices by platform.
+Estimates of the TPU compiler are in docs/labbook.md.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 
 
 def wrong_platform(implementation: str | None) -> str | None:
-    """Why the implementation cannot run on the platform, as the end of a sentence; None if it can."""
+    """Why the implementation cannot run on the platform (the predicate of an error message); None if it can run."""
     platform = sharding.platform()
     needed = PLATFORM.get(implementation or "", platform)
-    return None if needed == platform else f"is for a {needed}, and this is compiled for a {platform}"
+    return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"
 
 
 def _is_single_cpu() -> bool:
@@ -34,16 +34,19 @@ def _is_single_cpu() -> bool:
 # ------------------------------------------------------------------------------------------------------ attention
 
 MIN_BLOCKWISE_QUERIES = 256
-"""From this number of queries on, ``blockwise`` is faster. jaxlm also requires O(T) memory from T = 1024 on."""
+"""Minimum number of queries for ``blockwise``: with fewer, ``reference`` is faster. The value must be at most 1024,
+because jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_BIASED_PALLAS_QUERIES = 64
-"""From this number of queries on, biases are computed by ``pallas`` on a TPU. Its smallest block has 128 queries."""
+"""Minimum number of queries for which a TPU computes biases with ``pallas``. The kernel pads queries to a multiple of
+128."""
 MAX_WHOLE_ROW_KEYS = 1024
-"""Up to this number of keys, a TPU is fastest with whole rows, by its compiler's estimate: ``splash`` makes one block
-of so few keys, so that it does not skip anything that a causal mask hides."""
+"""Maximum number of keys for which ``pallas``, which computes whole rows of scores, is faster than ``splash`` (TPU
+compiler's estimate). With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
 MAX_DECODE_QUERIES = 8
 """Maximum number of queries for ``decode``."""
 MIN_DECODE_SLOTS = 128
-"""The minimum number of slots of a cache that ``decode`` reads. Each further branch reads twice as many."""
+"""``decode`` reads at least this number of cache slots. It compiles several branches, each of which reads twice as many
+slots as the branch before it."""
 
 AttentionImplementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
@@ -51,14 +54,14 @@ AttentionImplementation = Literal["reference", "blockwise", "decode", "splash", 
 def attention(
     queries: int, keys: int, *, dense_bias: bool, biases: bool, reasons: dict[str, str | None]
 ) -> AttentionImplementation:
-    """The fastest implementation of attention that is known for the arguments.
+    """The fastest known implementation of attention for the arguments.
 
     Args:
         dense_bias: whether there is a bias as a dense array.
         biases: whether there are biases that are computed tile by tile.
-        reasons: why an implementation does not support the arguments; None if it supports them.
+        reasons: for each implementation, why it does not support the arguments; None if it supports them.
     """
-    # Few queries and many keys: a decoder over its cache or over a source.
+    # Few queries and many keys occur when a decoder attends to its cache or to a source text.
     is_decoding = queries <= MAX_DECODE_QUERIES and keys > 2 * MIN_DECODE_SLOTS
     if is_decoding and reasons["decode"] is None:
         return "decode"
@@ -84,21 +87,21 @@ def loop_over_heads() -> bool:
 
 
 def merge_heads_for_decoding(key_heads: int, num_shards: int) -> bool:
-    """Whether ``decode`` computes all heads of a device in one matmul. The key heads must divide over the devices."""
+    """Whether ``decode`` computes all heads of a device in one matmul. ``num_shards`` must divide ``key_heads``."""
     return sharding.platform() in ("cpu", "tpu") and key_heads % num_shards == 0
 
 
 def lane_padding(width: int) -> int:
-    """The padding of an axis of a cache to a multiple of LANES on a TPU; 0 on other platforms.
+    """The number of entries that pad an axis of a cache to a multiple of LANES on a TPU; 0 on other platforms.
 
-    Without padding, the TPU compiler transposes the whole cache in every layer, so that the slots are the last axis
-    instead of the heads.
+    Without padding, the TPU compiler transposes the whole cache in every layer, to make the slots the last axis instead
+    of the heads.
     """
     return -width % LANES if sharding.platform() == "tpu" else 0
 
 
 def shift_rows_by_reshape() -> bool:
-    """Whether each row is shifted by a reshape. On a CPU, the gradient of the reshape takes three times as long."""
+    """Whether a reshape moves diagonals into columns. On a CPU, its gradient is 3 times as slow as that of slices."""
     return sharding.platform() != "cpu"
 
 
@@ -111,12 +114,12 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
     """Whether attending to the cached inputs directly is cheaper than projecting keys and values.
 
     Absorbed attention (``jaxlm.nn.attention.memory``) computes scores, the weighted mean and the distance bias, with
-    ``B T S H D`` multiplications each. Otherwise, keys, values and the table of distances are projected, with about
-    ``B S D H K`` each.
+    ``B T S H D`` multiplications each. Otherwise, the layer projects keys, values and the table of distances, with
+    about ``B S D H K`` multiplications each.
 
     Args:
         q_BTHK, context_BSD: the queries, and the inputs of keys and values.
-        dropout, key: of the attention probabilities. Absorbed attention does not support dropout.
+        dropout, key: dropout rate and random key. Absorbed attention does not support dropout.
     """
     if key is not None and dropout > 0.0:
         return False
@@ -125,9 +128,9 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
 
 
 def fused_qkv() -> bool:
-    """Whether queries, keys and values are one matmul.
+    """Whether one matmul computes queries, keys and values.
 
-    Attention kernels of accelerators need them as separate arrays: slicing the output of a single matmul would copy it.
+    Attention kernels of accelerators need separate arrays, so slicing the output of a single matmul would copy it.
     """
     return sharding.platform() == "cpu"
 
@@ -135,7 +138,7 @@ def fused_qkv() -> bool:
 # ---------------------------------------------------------------------------------- recurrence, scans, convolutions
 
 CHUNK_ROWS = 512
-"""The number of rows of the matmuls of a recurrent chunk on a CPU, steps times B.
+"""Number of rows (steps times batch size) of the matmuls in a chunk of a recurrent layer on a CPU.
 
 CPU time in ms of an LSTM, forward / forward and backward (jaxlib 0.10.2, AMD Zen 5):
 
@@ -154,7 +157,7 @@ def recurrence_chunk(batch: int, steps: int) -> int:
 
 
 def linear_scan() -> Literal["sequential", "chunked"]:
-    """The implementation of ``linear_scan``: in place on a CPU; in chunks on accelerators, where rounds are slow."""
+    """``sequential`` on a CPU; ``chunked`` on accelerators, which are slow if there are many sequential steps."""
     return "sequential" if sharding.platform() == "cpu" else "chunked"
 
 
@@ -194,29 +197,30 @@ def sum_depthwise_gradient_in_blocks(blocks: int) -> bool:
 def bias_gradient_by_matmul(bias: jax.Array) -> bool:
     """Whether the gradient of a bias is a matmul with rows of ones.
 
-    A bias with several axes belongs to attention heads. On a TPU, an attention kernel computes the gradient of the
-    output. So there is no matmul into which XLA could fuse the sum over rows that the gradient of the bias needs. The
-    matrix unit computes this sum faster than the vector unit, which needs a separate pass (GPT-2, by the TPU compiler's
-    estimate: 0.09 instead of 0.35 M cycles).
+    A bias with several axes belongs to a projection to attention heads. On a TPU, an attention kernel computes the
+    gradient of the output. XLA cannot fuse the gradient of the bias, a sum over rows, into this kernel. The matrix unit
+    computes the sum faster than the vector unit, which needs a separate pass (GPT-2, by the TPU compiler's estimate:
+    0.09 instead of 0.35 M cycles).
     """
     return bias.ndim > 1 and sharding.platform() == "tpu"
 
 
 MIN_WEIGHT_GRADIENT_BLOCKS = 4
-"""If there are fewer blocks of rows than this, the gradient of a weight is one matmul instead of a sum over blocks."""
+"""Minimum number of blocks for a weight gradient that is a sum over blocks of rows. With fewer, it is one matmul."""
 
 
 def weight_gradient_block_rows(num_outputs: int) -> int:
-    """Rows of a block: 2 MiB of the output gradient, but at least 1024, because matmuls with fewer rows are slow."""
+    """The number of rows with 2 MiB of output gradient, but at least 1024, because matmuls with fewer rows are slow."""
     return max(1024, 2**19 // num_outputs)
 
 
 def weight_gradient_blocks(rows: int, num_inputs: int, num_outputs: int) -> int:
     """Number of full blocks of rows over which the gradient of a weight is summed; 0: the gradient is one matmul.
 
-    On a CPU, if the output is narrower than the input, XLA fuses the transpose of the output gradient with its
-    computation, in an order of memory accesses that does not reuse cache lines. A loop over blocks transposes a block
-    that fits into the cache. This saves a fifth of a step of VDCNN, and a twentieth of a step of BERT with 8192 rows.
+    On a CPU, if the output is narrower than the input, XLA fuses the transpose of the output gradient with the
+    computation of this gradient. The order of memory accesses then does not reuse cache lines. A loop over blocks
+    transposes blocks that fit into the cache. This saves 20 % of the time of a training step of VDCNN, and 5 % for BERT
+    with 8192 rows.
     """
     if num_outputs >= num_inputs or not _is_single_cpu():
         return 0
@@ -225,16 +229,16 @@ def weight_gradient_blocks(rows: int, num_inputs: int, num_outputs: int) -> int:
 
 
 MAX_LOGITS = {"cpu": 2**24}
-"""Number of logits that exist at a time on a CPU device: 64 MiB in float32. With fewer logits the matmuls have too few
-rows; with more, allocating new memory is slow. The number is doubled if the process keeps its freed memory
-(``host.keep_freed_memory``)."""
+"""Maximum number of logits that exist at the same time on a CPU device: 64 MiB in float32. With fewer logits the
+matmuls have too few rows; with more, allocating new memory is slow. The number is doubled if the process keeps its
+freed memory (``host.keep_freed_memory``)."""
 MAX_LOGITS_ACCELERATOR = 2**27
-"""The same number on accelerators, 512 MiB. Each chunk reads and writes the gradient of the whole head, so many chunks
-are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long as the rest of the step."""
+"""The same number on accelerators, 512 MiB. Each chunk reads and writes the gradient of all output weights, so many
+chunks are slow: with 2**24 logits, the 98 chunks of a GPT-2 step took as long as the rest of the step."""
 
 
 def max_logits() -> int:
-    """The number of logits that may exist at a time, on all devices together."""
+    """The maximum number of logits that exist at the same time, on all devices together."""
     platform = sharding.platform()
     keeps_memory = platform == "cpu" and host.keeps_freed_memory()
     per_device = MAX_LOGITS.get(platform, MAX_LOGITS_ACCELERATOR) * (2 if keeps_memory else 1)
@@ -244,8 +248,9 @@ def max_logits() -> int:
 def loss_chunk(steps: int, longest: int) -> int:
     """The number of steps of a chunk of a loss, at most ``longest``; all steps if one chunk is enough.
 
-    On a CPU, all chunks have about the same length. On an accelerator the length is a multiple of ``LANES`` or, below
-    that, a power of two: by the TPU compiler's estimate, chunks of 147 steps take a sixth more time than chunks of 128.
+    On a CPU, all chunks have about the same length. On an accelerator, the length is a multiple of ``LANES`` or a power
+    of two less than ``LANES``: by the TPU compiler's estimate, chunks of 147 steps take a sixth more time than chunks
+    of 128.
     """
     if longest >= steps:
         return steps
@@ -255,10 +260,10 @@ def loss_chunk(steps: int, longest: int) -> int:
 
 
 MIN_LOSS_BLOCKS = 16
-"""``selected_cross_entropy`` has at least this many blocks if all weights are nonzero. The last block is padded, and
-the smaller the blocks are, the less work the padding takes."""
+"""Minimum number of blocks of ``selected_cross_entropy`` if all weights are nonzero. The last block is padded, so small
+blocks waste less work on padding."""
 MIN_LOSS_BLOCK_ROWS = {"cpu": 32}
-"""Minimum number of rows of such a block on a device, by platform. Matmuls with fewer rows are slow."""
+"""Minimum number of rows per device of such a block, by platform. Matmuls with fewer rows are slow."""
 MIN_LOSS_BLOCK_ROWS_ACCELERATOR = LANES
 
 
@@ -274,9 +279,10 @@ def loss_block_rows(rows: int, num_logits: int) -> int:
 
 
 def prevent_cse_in_remat(*, unrolled: bool) -> bool:
-    """Whether rematerialization prevents that XLA merges the recomputation with the original computation (CSE).
+    """The argument ``prevent_cse`` of ``jax.checkpoint`` for the layers of a model.
 
-    That happens only in an unrolled loop over layers. On a CPU, CSE is not prevented: XLA reorders an unrolled loop
-    there, so recomputation would take time and save no memory (docs/labbook.md).
+    In an unrolled loop over layers, XLA may merge the recomputation with the original computation (common subexpression
+    elimination, CSE). On a CPU, CSE is not prevented: XLA reorders an unrolled loop there, so recomputation would take
+    time and save no memory (docs/labbook.md).
     """
     return unrolled and sharding.platform() != "cpu"

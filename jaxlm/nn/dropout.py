@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _BITS = 16
-"""Random bits per entry. Threefry generates 32 bits at a time, and it is most of the cost of dropout on a CPU."""
+"""Random bits per mask entry. Threefry generates 32 bits at a time, which is most of the cost of dropout on a CPU."""
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -34,9 +34,12 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
 
 
 def keep_rows(key: jax.Array, rows: jax.Array, length: int, rate: float) -> jax.Array:
-    """The dropout mask of some rows of a matrix with rows of ``length`` entries, [R, length]; True: keep.
+    """The dropout mask of some rows of a matrix, [R, length]; True: keep.
 
-    Entry (row, s) depends only on the random key, the global number of the row and s.
+    Entry (row, s) depends only on the random key, the index of the row in the matrix and s.
+
+    Args:
+        rows: [R], the indices of the rows.
     """
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     return jax.vmap(lambda row_key: keep_mask(row_key, rate, (length,)))(row_keys)

@@ -14,15 +14,20 @@ from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain, gathered
 
 
-def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str | None = "vocab") -> jax.Array:
-    """The rows of the table for the ids, [B, T, D] in ``dtype``. An id outside the table gives NaN, never another row.
+def embed(
+    table_VD: jax.Array, ids_BT: jax.Array, dtype: Any, *, rows: str | None = "vocab", size: int | None = None
+) -> jax.Array:
+    """The rows of the table for the ids, [B, T, D] in ``dtype``. An id outside the table gives NaN.
 
     Args:
         rows: logical name of the table's first axis.
+        size: number of ids. The rows of the table after ``size`` are padding, and their ids give NaN. None: all rows.
     """
-    # Fully sharded parameters split the width, but activations split the batch. So all-gather the width first.
+    # All-gather the width: fully sharded parameters split the width over devices, but activations split the batch.
     table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
     ids_BT = jnp.asarray(ids_BT)
+    if size is not None and size < table_VD.shape[0]:
+        ids_BT = jnp.where(ids_BT < size, ids_BT, table_VD.shape[0])
     rows_BTD = table_VD.at[ids_BT].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=gathered(ids_BT)
     )

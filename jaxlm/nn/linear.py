@@ -40,12 +40,10 @@ def linear_specs(
 def linear(params: dict[str, Any], x: jax.Array, *, num_input_axes: int = 1) -> jax.Array:
     """``x @ weight + bias`` over the last ``num_input_axes`` axes of ``x`` [..., in...], as [..., out...].
 
-    The result has the dtype of ``x``.
-
-    The parameters are cast to the dtype of ``x``, so that the caller chooses the compute dtype in one place.
+    The parameters are cast to the dtype of ``x``, which is also the dtype of the result.
     """
     weight = params["weight"].astype(x.dtype)
-    num_inputs, num_outputs = _sizes(weight, num_input_axes)
+    num_inputs, num_outputs = _num_inputs_and_outputs(weight, num_input_axes)
     use_custom_vjp = num_outputs >= num_inputs or _num_blocks(x, weight, num_input_axes) > 0
     y = _product_with_custom_vjp(x, weight, num_input_axes) if use_custom_vjp else _product(x, weight, num_input_axes)
     if "bias" not in params:
@@ -79,23 +77,23 @@ def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]
 _add_with_matmul_vjp.defvjp(_add_forward, _add_backward)
 
 SUBLANES = 8
-"""Number of rows of ones in ``_add_backward``. With one row, the TPU compiler would replace the matmul by a sum."""
+"""Number of rows of ones in ``_add_backward``. The TPU compiler would replace a matmul with one row by a sum."""
 
 
 def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:
-    # No reshape to 2-D, so that the sharding of `heads` is kept. XLA merges the axes without cost.
+    # No reshape to two axes, because it would lose the sharding of `heads`. XLA merges the axes without cost.
     x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ())))
 
 
-def _sizes(weight: jax.Array, num_input_axes: int) -> tuple[int, int]:
+def _num_inputs_and_outputs(weight: jax.Array, num_input_axes: int) -> tuple[int, int]:
     """The numbers of inputs and outputs of a weight."""
     return math.prod(weight.shape[:num_input_axes]), math.prod(weight.shape[num_input_axes:])
 
 
 def _num_blocks(x: jax.Array, weight: jax.Array, num_input_axes: int) -> int:
     rows = math.prod(x.shape[: x.ndim - num_input_axes])
-    return choices.weight_gradient_blocks(rows, *_sizes(weight, num_input_axes))
+    return choices.weight_gradient_blocks(rows, *_num_inputs_and_outputs(weight, num_input_axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -103,18 +101,19 @@ def _product_with_custom_vjp(x: jax.Array, weight: jax.Array, num_input_axes: in
     """The product, with a weight gradient that is fast on CPU (docs/labbook.md).
 
     - If the output is at least as wide as the input, the gradient is ``x.T @ dy``. Autodiff computes ``(dy.T @ x).T``,
-      for which a CPU transposes the larger factor and also the result (GPT-2's MLP, 12 layers of 768 to 3072: 324 ms
+      for which a CPU transposes the larger factor and the result (GPT-2's MLP, 12 layers of 768 to 3072: 324 ms
       instead of 544 ms).
-    - Otherwise, the gradient of many rows is summed over blocks of them (``choices.weight_gradient_blocks``).
+    - Otherwise, if there are many rows, the gradient is summed over blocks of rows
+    (``choices.weight_gradient_blocks``).
     """
     return _product(x, weight, num_input_axes)
 
 
-def _forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
+def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
     return _product(x, weight, num_input_axes), (x, weight)
 
 
-def _backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of ``x`` and ``weight``.
 
     Shapes: N rows, L rows of a block, C all inputs as one axis, D all outputs as one axis.
@@ -123,7 +122,7 @@ def _backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array
     rows = tuple(range(x.ndim - num_input_axes))
     outputs = tuple(range(len(rows), dy.ndim))
     dx = lax.dot_general(dy, weight, ((outputs, tuple(range(num_input_axes, weight.ndim))), ((), ())))
-    num_inputs, num_outputs = _sizes(weight, num_input_axes)
+    num_inputs, num_outputs = _num_inputs_and_outputs(weight, num_input_axes)
     if num_outputs >= num_inputs:
         return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
     count, size = _num_blocks(x, weight, num_input_axes), choices.weight_gradient_block_rows(num_outputs)
@@ -138,4 +137,4 @@ def _backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[jax.Array
     return dx, total_DC.T.reshape(weight.shape)
 
 
-_product_with_custom_vjp.defvjp(_forward, _backward)
+_product_with_custom_vjp.defvjp(_product_forward, _product_backward)

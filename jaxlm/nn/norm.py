@@ -25,14 +25,14 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     centred = x32 - mean
     if jnp.finfo(x.dtype).bits < 32:
         # Compute both sums in one pass, which a TPU fuses with the computation of x. The error by cancellation is
-        # smaller than that of rounding x to half precision, unless the mean is thousands of standard deviations; then
-        # x itself has no significant digits left.
+        # smaller than that of rounding x to half precision, unless the mean is thousands of standard deviations. In
+        # that case, x itself has no significant digits.
         variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    normal = centred * lax.rsqrt(variance + epsilon)
+    normalised = centred * lax.rsqrt(variance + epsilon)
     scale, bias = (lax.broadcast_in_dim(params[name], x.shape, (x.ndim - 1,)) for name in ("scale", "bias"))
-    return (normal * scale + bias).astype(x.dtype)
+    return (normalised * scale + bias).astype(x.dtype)
 
 
 def rms_norm_specs(width: int) -> dict[str, ArraySpec]:
@@ -44,5 +44,5 @@ def rms_norm_specs(width: int) -> dict[str, ArraySpec]:
 def rms_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``."""
     x32 = x.astype(jnp.float32)
-    normal = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (normal * lax.broadcast_in_dim(params["scale"], x.shape, (x.ndim - 1,))).astype(x.dtype)
+    normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (normalised * lax.broadcast_in_dim(params["scale"], x.shape, (x.ndim - 1,))).astype(x.dtype)

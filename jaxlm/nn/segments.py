@@ -1,6 +1,6 @@
-"""Positions and segments. A position is the index of a token in its document; a segment id says which document it is.
+"""Positions and segments. A position is the index of a token in its document; a segment id identifies the document.
 
-In all of jaxlm, segment 0 is padding, and segments 1, 2, ... are documents. Shapes: B batch, T new tokens.
+In all modules, segment 0 is padding, and segments 1, 2, ... are documents. Shapes: B batch, T new tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def positions_in_segments(
     """The position of each token in its run of equal segment ids, [B, T] int32, starting at 0; padding gets 0.
 
     The last two arguments continue a document from an earlier call. Tokens of segment ``last_segment_B`` count from
-    ``next_position_B`` on. So a prompt that is padded on either side, or read in several chunks, gets the positions
-    that it would have without padding in a single call.
+    ``next_position_B`` on. So the positions of a prompt do not depend on padding, nor on the number of calls in which
+    the model reads the prompt.
 
     Args:
         last_segment_B: the segment of each row's last token in the earlier call.
@@ -46,12 +46,13 @@ def segment_boundaries(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
 
-    A document continues after padding. It also continues in the next call, if that call gets the last segment.
+    ``reset_BT`` is True at the first token of a document that follows another document. ``keep_BT`` is True at real
+    tokens. A document continues after padding, and in the next call if that call gets the last segment.
 
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
         last_segment_B: the last segment of the previous call, 0 for none.
-        reverse: the layer reads from the last token to the first.
+        reverse: for a layer that reads from the last token to the first.
 
     Example:
         >>> reset, keep, last = segment_boundaries(jnp.array([[0, 1, 1, 2, 0, 2]]))
@@ -76,7 +77,7 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
     """Check that the masks have the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask has another shape. The message calls the array with this shape ``what``.
+        ValueError: a mask has another shape. The message names the array of this shape by ``what``.
     """
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):
@@ -84,7 +85,7 @@ def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "
 
 
 def both_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
-    """``(reset_BT, keep_BT)`` without resets at padding; None if both are None."""
+    """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None."""
     if reset_BT is None and keep_BT is None:
         return None
     keep_BT = jnp.ones(shape, bool) if keep_BT is None else keep_BT

@@ -23,10 +23,6 @@ from jaxlm.sharding import Sharding
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Carry, Trainer
 
-STREAMED = {"transformer_xl": "memory_length", "lstm": None, "gru": None}
-"""Families whose language models carry state from one training batch to the next, and the config field with the length
-of that state (None: fixed size)."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -103,10 +99,8 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
 
 def stream_of(model: Model, batch: int) -> Carry | None:
     """The :class:`Carry` (batch, state length) of training with carried state; None if training carries no state."""
-    if model.family not in STREAMED or task_of(model) != "causal":
-        return None
-    field = STREAMED[model.family]
-    return batch, 1 if field is None else getattr(model.config, field)
+    length = model.carried_state_length
+    return None if length is None else (batch, length)
 
 
 def training_step(
@@ -128,7 +122,7 @@ def training_step(
     stream = stream_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(
-        model, update, objective(task).loss, grad_accum_steps=accumulate, carry=stream, sharding=sharding
+        model, update, objective(task).loss, grad_accum_steps=accumulate, carry_size=stream, sharding=sharding
     )  # fmt: skip
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)

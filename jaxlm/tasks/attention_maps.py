@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import spec
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
@@ -19,22 +21,19 @@ from jaxlm.decoding.batches import pad_rows
 from jaxlm.models import Model
 from jaxlm.training.report import AttentionMap, write_attention
 
-WITHOUT_ATTENTION = ("lstm", "gru", "alexnet", "resnet", "resnet_lm")
-"""Families without attention."""
-
 
 def has_attention_maps(model: Model) -> bool:
-    """Whether :func:`attention_maps` supports the model.
+    """Whether :func:`attention_maps` supports the model: whether it records attention weights."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    source = {"source": tokens} if model.reads_source else {}
+    try:
+        jax.eval_shape(lambda params: model.attention_weights(params, tokens, **source), spec.abstract(model.specs))
+    except TypeError:
+        return False
+    return True
 
-    It supports every family with attention. ``attention_rnn_lm`` is supported only as a classifier, because only the
-    weights of its attention pooling are recorded.
-    """
-    if model.family == "attention_rnn_lm":
-        return model.config.task == "classification"
-    return model.family not in WITHOUT_ATTENTION
 
-
-def write_maps(
+def write_attention_maps(
     run: str | Path,
     model: Model,
     params: Any,

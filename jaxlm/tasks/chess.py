@@ -42,12 +42,12 @@ from jaxlm.tasks.chess_reading import (
     check_lengths,
     check_model,
     choose_ids,
-    mates,
+    gives_checkmate,
     next_logits,
     next_move_probabilities,
-    padded,
+    pad_games,
     padded_length,
-    push,
+    push_move,
 )
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
 
@@ -99,7 +99,7 @@ def next_move_accuracy(
         board, num_legal = import_chess().Board(), 0
         for word, id in zip(games[index].split(), best_ids, strict=True):
             num_legal += legal_moves.move(board, int(id)) is not None
-            push(board, word)
+            push_move(board, word)
         in_vocabulary = tokenizer.encode(games[index]) >= tokenizer.first_move_id
         hits[:, index] = np.sum(in_vocabulary & (ranks < 1)), np.sum(in_vocabulary & (ranks < 5)), num_legal
     moves = np.array([len(line.split()) for line in games])
@@ -183,9 +183,9 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
     for line in games:
         board, words = import_chess().Board(), line.split()
         for index, word in enumerate(words):
-            if any(mates(board, move) for move in board.legal_moves):
+            if any(gives_checkmate(board, move) for move in board.legal_moves):
                 found.append(" ".join(words[:index]))
-            push(board, word)
+            push_move(board, word)
     return found
 
 
@@ -212,10 +212,10 @@ def mate_in_one_accuracy(
     legal_moves, num_mates = LegalMoves(tokenizer), 0
     for line, id in zip(positions, best_ids.tolist(), strict=True):
         board = board_after(line)
-        if not any(mates(board, move) for move in board.legal_moves):
+        if not any(gives_checkmate(board, move) for move in board.legal_moves):
             raise ValueError(f"there is no mate in one after {line!r}")
         move = legal_moves.move(board, id)
-        num_mates += move is not None and mates(board, move)
+        num_mates += move is not None and gives_checkmate(board, move)
     return proportion("mate in one", num_mates, len(positions))
 
 
@@ -256,7 +256,7 @@ def _predictions(
         chosen = order[first : first + batch_size]
         batch_rows = [rows[index] for index in chosen]
         length = padded_length(model, [row[:-1] for row in batch_rows]) + 1
-        tokens, segment_ids = padded(batch_rows, batch_size, length)
+        tokens, segment_ids = pad_games(batch_rows, batch_size, length)
         best_ids, ranks = _best_id_and_rank(
             model, params, tokens, segment_ids, vocab_size=tokenizer.vocab_size, sharding=active()
         )  # fmt: skip

@@ -22,7 +22,7 @@ from jaxlm.data.games import Games, import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import Score
 from jaxlm.models import Model
-from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, mates
+from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, gives_checkmate
 
 if TYPE_CHECKING:
     import chess
@@ -326,7 +326,7 @@ def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> Matc
 
 def _find_mate(board: chess.Board) -> chess.Move | None:
     """The first legal move that gives checkmate. None: there is no such move."""
-    return next((move for move in board.legal_moves if mates(board, move)), None)
+    return next((move for move in board.legal_moves if gives_checkmate(board, move)), None)
 
 
 def _engine_path() -> str:

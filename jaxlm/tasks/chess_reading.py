@@ -114,16 +114,16 @@ def board_after(line: str) -> chess.Board:
     """The board after a line of UCI or SAN moves. Raises ``ValueError`` for an illegal move."""
     board = import_chess().Board()
     for word in line.split():
-        push(board, word)
+        push_move(board, word)
     return board
 
 
-def push(board: chess.Board, word: str) -> chess.Move:
+def push_move(board: chess.Board, word: str) -> chess.Move:
     """Play a UCI or SAN move on ``board`` and return it. Raises ``ValueError`` for an illegal move."""
     return board.push_uci(word) if UCI_MOVE.fullmatch(word) else board.push_san(word)
 
 
-def mates(board: chess.Board, move: chess.Move) -> bool:
+def gives_checkmate(board: chess.Board, move: chess.Move) -> bool:
     """Whether a legal move gives checkmate. The board is unchanged on return."""
     if not board.gives_check(move):
         return False
@@ -276,7 +276,7 @@ class MoveReader:
 
     def _read(self, new_ids: list[list[int]], length: int) -> None:
         """Let the model read the new ids of each row, padded to ``length``. Updates the model state and the logits."""
-        tokens, segment_ids = padded([np.array(ids, np.int32) for ids in new_ids], self._batch, length)
+        tokens, segment_ids = pad_games([np.array(ids, np.int32) for ids in new_ids], self._batch, length)
         self._state, logits = _read_moves(
             self.model, self.params, self._state, tokens, segment_ids, sharding=active()
         )  # fmt: skip
@@ -335,7 +335,7 @@ def next_logits(
     for first in range(0, len(rows), batch_size):
         batch_rows = rows[first : first + batch_size]
         batch = min(batch_size, 1 << (len(batch_rows) - 1).bit_length())
-        tokens, segment_ids = padded(batch_rows, batch, padded_length(model, batch_rows))
+        tokens, segment_ids = pad_games(batch_rows, batch, padded_length(model, batch_rows))
         logits = _last_logits(
             model, params, tokens, segment_ids, begin_id=begin_id, sharding=active()
         )  # fmt: skip
@@ -349,7 +349,7 @@ def _check_not_nan(logits: np.ndarray) -> np.ndarray:
     return logits
 
 
-def padded(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_games(rows: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded on the right, and segment ids (1 for tokens, 0 for padding and unused rows); both [batch, length]."""
     tokens, segment_ids = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
     for index, row in enumerate(rows):

@@ -26,8 +26,8 @@ def game_batches(
     batch_size: int,
     length: int,
     *,
-    cuts: int = 4,
-    horizon: int = 8,
+    positions_per_game: int = 4,
+    target_length: int = 8,
     seed: int = 0,
 ) -> tuple[Source, Callable[[Any], Batch], str]:
     """A source of training data, a function that converts its items to batches of the objective, and a description.
@@ -39,14 +39,19 @@ def game_batches(
         games: one line of moves per game, in the tokenizer's notation.
         length: number of tokens of a row; for an encoder-decoder, maximum number of tokens of a source. The rest of a
             longer game is dropped, because a model cannot know the position in which the rest begins.
-        cuts: number of positions per game for an encoder-decoder. They are drawn uniformly with replacement.
-        horizon: maximum number of tokens of a target.
+        positions_per_game: for an encoder-decoder, number of positions of each game, drawn uniformly with
+            replacement.
+        target_length: maximum number of tokens of a target.
         seed: seed of the order of the data and of the positions.
 
     Raises:
-        ValueError: there are no games, or ``length``, ``cuts`` or ``horizon`` is below 1.
+        ValueError: there are no games, or ``length``, ``positions_per_game`` or ``target_length`` is below 1.
     """
-    for name, value in (("length", length), ("cuts", cuts), ("horizon", horizon)):
+    for name, value in (
+        ("length", length),
+        ("positions_per_game", positions_per_game),
+        ("target_length", target_length),
+    ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     encoded = [tokenizer.game(line) for line in games]
@@ -54,8 +59,8 @@ def game_batches(
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()
         for game in encoded:
-            for cut in rng.integers(1, min(len(game), length + 1), cuts).tolist():
-                rows.append({"source": game[:cut], "target": game[cut : cut + horizon]})
+            for cut in rng.integers(1, min(len(game), length + 1), positions_per_game).tolist():
+                rows.append({"source": game[:cut], "target": game[cut : cut + target_length]})
         bucketed = Bucketed(rows, batch_size, seed=seed, equal_tokens=True)
         return bucketed, seq2seq.to_batch(model, tokenizer), f"{bucketed.describe()}, {truncated}"
     packed = Packed([game[: length + 1] for game in encoded], length, batch_size, seed)

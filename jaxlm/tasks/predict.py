@@ -116,7 +116,7 @@ class TokenLabel:
     probability: float
 
 
-def tag(
+def label_words(
     model: Model,
     params: Any,
     tokenizer: Tokenizer,

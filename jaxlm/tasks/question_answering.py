@@ -40,7 +40,7 @@ MAX_LENGTH = 384
 # ------------------------------------------------------------------------------------------------- training
 
 
-def features(
+def training_windows(
     model: Model,
     tokenizer: Tokenizer,
     examples: Iterable[Mapping[str, Any]],
@@ -81,7 +81,10 @@ def features(
 
 
 def to_batch(rows: Rows) -> Batch:
-    """The batch of ``jaxlm.objectives.span_qa`` for rows of :func:`features`. Rows without an example have weight 0."""
+    """The batch of ``jaxlm.objectives.span_qa`` for rows of :func:`training_windows`.
+
+    Rows without an example have weight 0.
+    """
     tokens = rows.fields["tokens"]
     spans = np.stack([rows.fields["first"], rows.fields["last"]], axis=1)
     spans = np.where(rows.indices[:, None] < 0, tokens.shape[1], spans)  # a span outside the row has weight 0
@@ -94,11 +97,11 @@ def to_batch(rows: Rows) -> Batch:
 def batches(
     windows: Sequence[Encoded], batch_size: int, num_buckets: int = 4, *, max_length: int | None = None
 ) -> list[Batch]:
-    """The batches for an evaluation. They have every window of :func:`features` once, sorted by length.
+    """The batches for an evaluation. They have every window of :func:`training_windows` once, sorted by length.
 
     Args:
-        max_length: maximum number of tokens of a row, for example ``max_length`` of :func:`features` or the model's
-            ``max_positions``. None: no limit, and the length of a batch is rounded up to a multiple of 8.
+        max_length: maximum number of tokens of a row, for example ``max_length`` of :func:`training_windows` or
+            the model's ``max_positions``. None: no limit, and the length of a batch is rounded up to a multiple of 8.
 
     Raises:
         ValueError: a window is longer than ``max_length``.

@@ -19,7 +19,7 @@ from jaxlm.decoding import decoder_start_id
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
-from jaxlm.tasks.attention_maps import write_maps
+from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.training.report import write_samples
 
 
@@ -98,4 +98,4 @@ def write_test(
     # An attention map needs at least one row, so skip empty outputs.
     nonempty = [n for n in chosen if outputs[n].strip()][:4]
     pairs = [sources[n] for n in nonempty], [outputs[n] for n in nonempty]
-    write_maps(run, model, params, tokenizer, *pairs)
+    write_attention_maps(run, model, params, tokenizer, *pairs)

@@ -1,12 +1,12 @@
-"""Language models of one long text: the ids of its training, validation and test parts, batches, and scores.
+"""Language models of one long text: the ids of its training, validation and test splits, batches, and scores.
 
     corpus = Corpus.split(text, CharTokenizer.from_text(text))
-    data = Batches(corpus.source("training", length=96, batch_size=16, model=model), to_batch=to_batch)
+    data = Batches(corpus.batches("training", length=96, batch_size=16, model=model), to_batch=to_batch)
     ...                                                                 # train
     scores(model, params, corpus, "validation", length=96)
 
-For LSTM, GRU and Transformer-XL, a part is split into contiguous columns, one per batch row. Each batch continues the
-columns of the previous batch, and the model state is carried from batch to batch. GPT, Llama and gated convolutions
+For LSTM, GRU and Transformer-XL, a split is divided into contiguous columns, one per batch row. Each batch continues
+the columns of the previous batch, and the model state is carried from batch to batch. GPT, Llama and gated convolutions
 read windows in random order, without a state.
 """
 
@@ -21,25 +21,19 @@ import numpy as np
 
 from jaxlm.data import Columns, RandomWindows, Tokenizer, Window
 from jaxlm.data.tokens import split
+from jaxlm.decoding.describe import describe, require_task
 from jaxlm.decoding.score import perplexity
 from jaxlm.metrics import Score
 from jaxlm.models import Model
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
-from jaxlm.tasks.attention_maps import write_maps
+from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.report import write_samples
 from jaxlm.training.trainer import Carry
 
-WINDOWED = ("gpt", "llama", "resnet_lm")
-"""Families that read independent windows."""
-STREAMED = ("lstm", "gru", "transformer_xl")
-"""Families that read contiguous columns with a carried state."""
-FAMILIES = WINDOWED + STREAMED
-"""Families that can be trained to continue a text."""
-
-COLUMNS = 8
-"""Number of contiguous columns in which a model with a state scores a part.
+NUM_COLUMNS = 8
+"""Number of contiguous columns in which a model with a state scores a split.
 
 Only the first tokens of each column are scored without context."""
 
@@ -53,7 +47,7 @@ class Corpus:
 
     Attributes:
         name: name of the text, for messages.
-        parts: the ids [tokens] of each part: ``training``, ``validation`` and optionally ``test``.
+        parts: the ids [tokens] of each split: ``training``, ``validation`` and optionally ``test``.
         tokens_per_character: number of tokens of the text, divided by its number of characters.
     """
 
@@ -66,7 +60,7 @@ class Corpus:
         cls, text: str, tokenizer: Tokenizer, validation_fraction: float = 0.1, test_fraction: float = 0.0,
         name: str = "the text",
     ) -> Corpus:  # fmt: skip
-        """The corpus of a text: first the training part, then the validation part, and last the test part.
+        """The corpus of a text: first the training split, then the validation split, and last the test split.
 
         Raises:
             ValueError: the fractions leave a part empty, or the tokenizer cannot encode a character of the text.
@@ -82,25 +76,25 @@ class Corpus:
         parts["training"], parts["validation"] = split(remaining, validation_fraction * len(tokens) / len(remaining))
         return cls(name, parts, len(tokens) / len(text))
 
-    def source(
+    def batches(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0
     ) -> Columns | RandomWindows:
-        """The batches of a part: contiguous columns for a family of ``STREAMED``, else windows in random order.
+        """The batches of a split: contiguous columns if training carries a state, else windows in random order.
 
-        In the training part, a window can start at any token. In the other parts, windows do not overlap.
+        In the training split, a window can start at any token. In the other splits, windows do not overlap.
 
         Raises:
-            ValueError: the part is too short, or has ids outside the vocabulary of the model.
+            ValueError: the split is too short, or has ids outside the vocabulary of the model.
         """
         source: Columns | RandomWindows
         stride = 1 if part == "training" else length
         try:
-            if model.family in STREAMED:
+            if model.carried_state_length is not None:
                 source = Columns(self.parts[part], length, batch_size)
             else:
                 source = RandomWindows(self.parts[part], length, batch_size, seed=seed, stride=stride)
         except ValueError as error:
-            raise ValueError(f"{part} part of {self.name}: {error}") from error
+            raise ValueError(f"{part} split of {self.name}: {error}") from error
         source.check(model.config.vocab_size)
         return source
 
@@ -112,20 +106,19 @@ def to_batch(window: Window) -> Batch:
 
 def check_family(model: Model) -> None:
     """Raise ``ValueError`` if the model cannot be trained to continue a text."""
-    task = getattr(model.config, "task", "causal")
-    if model.family not in FAMILIES or task != "causal":
-        raise ValueError(
-            f"a model of family {model.family!r} with task {task!r} does not continue texts: choose one of the "
-            f"families {', '.join(FAMILIES)}, with task 'causal'"
-        )
+    require_task(model, ("causal",), "it does not continue texts", "choose a causal family, such as gpt or lstm")
+    if model.reads_source:
+        raise ValueError(f"this is {describe(model)}: it reads a source; choose a causal family, such as gpt or lstm")
+    model.state_specs(1, 1)  # raises TypeError if the family cannot decode
 
 
-def carry(model: Model, rows: int) -> Carry | None:
+def carry_shape(model: Model, rows: int) -> Carry | None:
     """The batch size and the length of the carried model state. None: the family reads windows and carries no state."""
-    return (rows, getattr(model.config, "memory_length", 1)) if model.family in STREAMED else None
+    length = model.carried_state_length
+    return None if length is None else (rows, length)
 
 
-def whole_columns(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
+def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
     """Batches [rows, length] along contiguous columns. Every token except the first is a target exactly once.
 
     The last column can end with padding, which has weight 0. In a short text, some columns have only padding.
@@ -140,22 +133,24 @@ def whole_columns(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
 
 
 def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) -> list[Score]:
-    """Nats per character, bits per character, and perplexity per token, over all tokens of a part except the first.
+    """Nats per character, bits per character, and perplexity per token, over all tokens of a split except the first.
 
-    A model of a family of ``STREAMED`` reads :data:`COLUMNS` contiguous columns and carries its state. Other models
-    read windows of ``length`` tokens that overlap by half. After the first window, each token has at least half a
-    window of context.
+    A model whose training carries a state reads :data:`NUM_COLUMNS` contiguous columns and carries its state. Other
+    models read windows of ``length`` tokens that overlap by half. After the first window, each token has at least half
+    a window of context.
 
     Args:
         length: number of tokens of a row that the model reads in one call.
 
     Raises:
-        ValueError: the part has fewer than 2 tokens, or the model has fewer positions than ``length``.
+        ValueError: the split has fewer than 2 tokens, or the model has fewer positions than ``length``.
     """
     ids = corpus.parts[part]
-    if model.family in STREAMED:
-        evaluate = Evaluator(model, causal.loss, whole_columns(ids, COLUMNS, length), carry=carry(model, COLUMNS))
-        nats, how = evaluate(params)["loss"], f"state carried along {COLUMNS} columns"
+    if model.carried_state_length is not None:
+        evaluate = Evaluator(
+            model, causal.loss, column_batches(ids, NUM_COLUMNS, length), carry_size=carry_shape(model, NUM_COLUMNS)
+        )
+        nats, how = evaluate(params)["loss"], f"state carried along {NUM_COLUMNS} columns"
     else:
         stride = -(-length // 2)
         nats = perplexity(model, params, ids, window=length + 1, stride=stride, batch_size=32).nats_per_token
@@ -166,7 +161,7 @@ def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) ->
         "perplexity per token": math.exp(nats),
     }
     return [
-        Score(f"{part} {name}", value, count=ids.size - 1, detail=f"whole {part} part, {how}")
+        Score(f"{part} {name}", value, count=ids.size - 1, detail=f"whole {part} split, {how}")
         for name, value in values.items()
     ]
 
@@ -181,4 +176,4 @@ def write_sample(run: Path, model: Model, params: Any, tokenizer: Tokenizer, pro
     """
     (run / "sample.txt").write_text(passage, encoding="utf-8")
     write_samples(run, [{"source": prompt, "output": passage[len(prompt) :]}])
-    write_maps(run, model, params, tokenizer, [passage], max_tokens=MAP_TOKENS)
+    write_attention_maps(run, model, params, tokenizer, [passage], max_tokens=MAP_TOKENS)

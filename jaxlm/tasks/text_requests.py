@@ -311,19 +311,19 @@ class TextRequests:
         return rows
 
 
-def rolling_windows(ids: np.ndarray, prefix: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def rolling_windows(ids: np.ndarray, prefix_id: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The (context, scored tokens) of each window of a text. Every token is scored once.
 
     Args:
         ids: [tokens].
-        prefix: the context of the first token.
+        prefix_id: the context of the first token.
         length: maximum number of tokens that the model reads in a window. The last scored token is not read.
 
     Example:
         >>> [(c.tolist(), t.tolist()) for c, t in rolling_windows(np.arange(1, 8), 0, 4)]
         [([0], [1, 2, 3, 4]), ([3, 4], [5, 6, 7])]
     """
-    row = np.concatenate([np.array([prefix], ids.dtype), ids])
+    row = np.concatenate([np.array([prefix_id], ids.dtype), ids])
     windows = []
     for start in range(0, ids.size, length):
         end = min(start + length, ids.size)

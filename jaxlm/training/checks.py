@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from jaxlm.training.loop import TrainingConfig
     from jaxlm.training.trainer import Trainer
 
-LEAST = {
+MINIMUMS = {
     "vocab_size": 1, "buckets": 1, "num_beams": 1, "sample_tokens": 1, "max_source": 2, "max_summary": 1,
     "max_length": 1, "max_answer_tokens": 1, "max_moves": 1, "max_games": 1, "min_count": 1, "min_frequency": 1,
-    "stories": 1, "sentences": 1, "largest_group": 1, "cuts": 1, "horizon": 1, "folds": 2, "stride": 0, "games": 0,
-    "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
+    "stories": 1, "sentences": 1, "largest_group": 1, "positions_per_game": 1, "target_length": 1, "folds": 2,
+    "stride": 0, "games": 0, "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
 """Minimum of each experiment setting. The key is the last part of the setting's dotted name."""
 
-FRACTIONS = {"validation_fraction", "test_fraction", "label_smoothing"}
+FRACTION_SETTINGS = {"validation_fraction", "test_fraction", "label_smoothing"}
 """Settings in [0, 1)."""
 
 
-def check_settings(experiment: Any, start: Any) -> None:
+def check_settings(experiment: Any, initial: Any) -> None:
     """Check the settings of an experiment without reading its data.
 
     Args:
-        start: the configuration before the command-line options changed it: a preset, or that of the resumed run.
+        initial: the configuration before the command-line options changed it: a preset, or that of the resumed run.
 
     Raises:
         ValueError: a number is out of its range, or an option changed a setting that has no effect.
@@ -57,9 +57,9 @@ def check_settings(experiment: Any, start: Any) -> None:
         field = name.rpartition(".")[2]
         if name.startswith(("training.", "optimizer.")):
             continue  # TrainingConfig and OptimizerConfig check these
-        if value < LEAST.get(field, -math.inf):
-            raise ValueError(f"{name}={value} must be at least {LEAST[field]}")
-        if field in FRACTIONS and not 0.0 <= value < 1.0:
+        if value < MINIMUMS.get(field, -math.inf):
+            raise ValueError(f"{name}={value} must be at least {MINIMUMS[field]}")
+        if field in FRACTION_SETTINGS and not 0.0 <= value < 1.0:
             raise ValueError(f"{name}={value} must be at least 0 and less than 1")
         if field == "similarity" and not 0.0 < value <= 1.0:
             raise ValueError(f"{name}={value} must be above 0 and at most 1")
@@ -67,7 +67,7 @@ def check_settings(experiment: Any, start: Any) -> None:
             raise ValueError(f"{name}={value} must be above 0 and at most a million")
     for name, reason in _settings_without_effect(experiment):
         value = _get(experiment, name)
-        if value != _get(start, name):
+        if value != _get(initial, name):
             raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{_option_name(name)} out")
 
 
@@ -88,7 +88,7 @@ def _settings_without_effect(experiment: Any) -> Iterator[tuple[str, str]]:
     def get(name: str, default: Any = None) -> Any:
         return _get(experiment, name, default)
 
-    for names, has_no_effect, reason in RULES:
+    for names, has_no_effect, reason in NO_EFFECT_RULES:
         if has_no_effect(get):
             for name in names.split():
                 if _get(experiment, name, _MISSING) is not _MISSING:
@@ -107,12 +107,12 @@ def _reads_source(get: _Get) -> bool:
     return True
 
 
-RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
+NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     ("model.name", lambda get: get("model.pretrained") is not None, "model.pretrained determines the model"),
     ("training.steps", lambda get: get("epochs") is not None, "epochs determines the number of steps"),
     (
         "training.sequence_length training.evaluation_batches", lambda get: get("buckets") is not None,
-        "batches are made of complete texts, and evaluations use the complete validation part",
+        "batches are made of complete texts, and evaluations use the complete validation split",
     ),
     ("training.keep_last", lambda get: get("training.checkpoint_every") is None, "no checkpoints are saved"),
     (
@@ -143,16 +143,19 @@ RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     ("length_penalty", lambda get: get("num_beams") == 1, "it ranks the results of beam search, and num_beams is 1"),
     (
         "data.test_fraction", lambda get: get("data.test") is not None or get("folds") is not None,
-        "data.test or folds determines the test part",
+        "data.test or folds determines the test split",
     ),
     ("data.test", lambda get: get("folds") is not None, "folds are made of data.train"),
-    ("test_fraction", lambda get: get("test") is not None, "the test part is read from the file test"),
+    ("test_fraction", lambda get: get("test") is not None, "the test split is read from the file test"),
     (
         "stories sentences", lambda get: get("stories") is not None and get("data") is not None,
         "the questions are read from data",
     ),
     ("min_count", lambda get: get("notation") == "uci", "the uci vocabulary contains every move"),
-    ("cuts horizon", lambda get: get("cuts") is not None and not _reads_source(get), "only encoder-decoders use it"),
+    (
+        "positions_per_game target_length",
+        lambda get: get("positions_per_game") is not None and not _reads_source(get), "only encoder-decoders use it",
+    ),
     ("tests.opening_moves", lambda get: get("tests.engine") == 0, "no game against Stockfish is played"),
 )  # fmt: skip
 """Rules (dotted names, condition, reason): the settings have no effect if the condition is True."""

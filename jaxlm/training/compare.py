@@ -27,7 +27,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     metrics = _validation_metrics(records)
     scores = list(dict.fromkeys(score.name for result in results for score in result.get("scores", [])))
     header = ["run", "family", "parameters", "steps", "minutes"]
-    header += [f"{plots.readable(metric)} (best)" for metric in metrics] + scores
+    header += [f"{plots.readable_name(metric)} (best)" for metric in metrics] + scores
     cells = [header]
     for name, run, result in zip(_run_names(paths), records, results, strict=True):
         texts = {score.name: f"{score.number} {score.interval}".strip() for score in result.get("scores", [])}
@@ -39,7 +39,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     return "\n".join(lines)
 
 
-def draw_comparison(runs: Sequence[str | Path], picture: str | Path) -> None:
+def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
     """Plot the validation curves of runs to a PNG file, with one panel per metric and one line per run.
 
     Raises:
@@ -48,16 +48,16 @@ def draw_comparison(runs: Sequence[str | Path], picture: str | Path) -> None:
         ImportError: matplotlib is not installed.
     """
     paths = _check_runs(runs)
-    records = {name: _read_records(path) for name, path in zip(_run_names(paths), paths, strict=True)}
+    records = {name: _read_records(run) for name, run in zip(_run_names(paths), paths, strict=True)}
     panels = []
     for metric in _validation_metrics(records.values()):
         series = []
         for index, (name, run) in enumerate(records.items()):
-            steps, values = report.curve(run, metric)
+            steps, values = report.metric_curve(run, metric)
             if steps:
                 series.append(plots.Series(name, steps, values, color=index, markers=True))
-        panels.append(plots.Panel(plots.readable(metric), tuple(series)))
-    plots.save_png(panels, picture)
+        panels.append(plots.Panel(plots.readable_name(metric), tuple(series)))
+    plots.save_png(panels, path)
 
 
 def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
@@ -99,6 +99,6 @@ def _metric_cells(records: list[dict[str, Any]], metrics: Sequence[str]) -> list
     """One cell per metric: the last value, with the best value in parentheses."""
     cells = []
     for metric in metrics:
-        values = report.curve(records, metric)[1]
-        cells.append(f"{values[-1]:.4g} ({report.best(metric, values):.4g})" if values else MISSING)
+        values = report.metric_curve(records, metric)[1]
+        cells.append(f"{values[-1]:.4g} ({report.best_value(metric, values):.4g})" if values else MISSING)
     return cells

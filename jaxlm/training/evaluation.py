@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
-from jaxlm.training.trainer import Carry, place_batch
+from jaxlm.training.trainer import Carry, to_global_batch
 
 
 class Evaluator:
@@ -25,11 +25,11 @@ class Evaluator:
         losses: the ``loss`` function of an objective, whose mean is reported as ``loss``. Or a dict from metric names
             to such functions, for example ``{"loss": classification.loss, "accuracy": classification.accuracy}``.
         sharding: how batches are distributed over devices; None uses one device.
-        carry: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch starts
-            from an empty state. None carries no state.
-        further: a function that computes additional metrics from the parameters, such as BLEU. These metrics are not
-            means over batches.
-        further_names: the names of the additional metrics.
+        carry_size: (rows, tokens), the size of the model state that is carried from batch to batch. The first batch
+            starts from an empty state. None carries no state.
+        extra_metrics: a function that computes additional metrics from the parameters, such as BLEU. These metrics
+            are not means over batches.
+        extra_metric_names: the names of the additional metrics.
 
     Raises:
         ValueError: ``batches`` is empty.
@@ -47,14 +47,14 @@ class Evaluator:
         batches: Iterable[Any],
         *,
         sharding: Sharding | None = None,
-        carry: Carry | None = None,
-        further: Callable[[Any], Mapping[str, float]] | None = None,
-        further_names: tuple[str, ...] = (),
+        carry_size: Carry | None = None,
+        extra_metrics: Callable[[Any], Mapping[str, float]] | None = None,
+        extra_metric_names: tuple[str, ...] = (),
     ) -> None:
-        self._initial_state = None if carry is None else model.init_state(*carry)
-        self._further, self._further_names = further, further_names
+        self._initial_state = None if carry_size is None else model.init_state(*carry_size)
+        self._extra_metrics, self._extra_metric_names = extra_metrics, extra_metric_names
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
-        self.batches = [place_batch(batch, sharding) for batch in batches]
+        self.batches = [to_global_batch(batch, sharding) for batch in batches]
         if not self.batches:
             raise ValueError("an evaluation needs at least one batch, got none")
 
@@ -71,9 +71,9 @@ class Evaluator:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Names of the metrics; None if ``further`` is given without ``further_names``."""
-        known = self._further is None or self._further_names
-        return (*self._losses, *self._further_names) if known else None
+        """Names of the metrics; None if ``extra_metrics`` is given without ``extra_metric_names``."""
+        known = self._extra_metrics is None or self._extra_metric_names
+        return (*self._losses, *self._extra_metric_names) if known else None
 
     def __call__(self, params: Any) -> dict[str, float]:
         """A dict of the metrics of a model with these parameters.
@@ -91,7 +91,7 @@ class Evaluator:
             if weight == 0.0:
                 raise ValueError("all targets of the evaluation batches have weight 0: the batches are only padding")
             values[name] = float(total) / float(weight)
-        return values if self._further is None else {**values, **self._further(params)}
+        return values if self._extra_metrics is None else {**values, **self._extra_metrics(params)}
 
 
 def bits_per_character(nats_per_token: float, tokens: int, characters: int) -> float:

@@ -30,7 +30,7 @@ from jaxlm.training.trainer import Trainer
 
 E = TypeVar("E")
 
-STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
+EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
 
 
@@ -65,7 +65,7 @@ class ModelConfig:
         return get_model(self.name, **fixed, **changes), None
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line and flush; with several processes, only the first one prints."""
     if processes.is_first():
         print(text, flush=True)
@@ -91,10 +91,10 @@ def command_line(
     options, debug = split_debug(arguments)
 
     def command() -> int:
-        experiment, start, resume = parse_experiment(
+        experiment, initial, resume = parse_experiment(
             default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0]
         )
-        checks.check_settings(experiment, start)
+        checks.check_settings(experiment, initial)
         output = resume or experiment.output  # type: ignore[attr-defined]
 
         def check_output() -> str:
@@ -103,7 +103,7 @@ def command_line(
             return ""
 
         processes.from_first(check_output)
-        return STATUS[run(experiment, resume).interrupted]
+        return EXIT_STATUS[run(experiment, resume).interrupted]
 
     return exit_status(command, f"experiments.{name}", debug=debug)
 
@@ -181,19 +181,26 @@ def export(directory: Path, experiment: Any, model: Model, result: Result, token
 
 
 def report(
-    directory: Path, *, task: str, model: Model, begun: float, scores: Sequence[Any], result: Result, **details: Any
+    directory: Path,
+    *,
+    task: str,
+    model: Model,
+    start_time: float,
+    scores: Sequence[Any],
+    result: Result,
+    **details: Any,
 ) -> Path:
     """Write ``report.html`` and ``results.json``, print the scores, and return the path of ``report.html``.
 
     If the run has attention maps, ``attention.png`` is written too.
 
     Args:
-        begun: ``time.perf_counter()`` at the start of the run.
+        start_time: ``time.perf_counter()`` at the start of the run.
         result: result of the training. ``results.json`` contains its step, number of compilations and speed.
         scores: a sequence of ``jaxlm.metrics.Score``.
         details: additional values for ``results.json``.
     """
-    minutes = (time.perf_counter() - begun + result.earlier_seconds) / 60
+    minutes = (time.perf_counter() - start_time + result.earlier_seconds) / 60
     speed = {
         "training_examples_per_second": result.examples_per_second,
         "training_tokens_per_second": result.tokens_per_second,
@@ -208,6 +215,6 @@ def report(
         save_attention(read_attention(directory)[:2], directory / "attention.png")
     page = write_report(directory)
     for score in scores:
-        say(str(score))
-    say(f"{minutes:.1f} minutes in total · {page}")
+        print_once(str(score))
+    print_once(f"{minutes:.1f} minutes in total · {page}")
     return page

@@ -20,7 +20,7 @@ from jaxlm.training import plots, report
 SHOWN_SAMPLES = 20
 """Number of visible samples; further samples are in a collapsed section."""
 
-SHORT = 20
+MAX_UNWRAPPED_LENGTH = 20
 """The cells of a sample column are not wrapped if the longest cell has at most this many characters."""
 
 REPORT = "report.html"
@@ -50,7 +50,7 @@ def write_report(run: str | Path) -> Path:
 def _page(run: Path) -> str:
     results = report.read_results(run) if (run / report.RESULTS).exists() else {}
     records = report.read_metrics(run / report.METRICS) if (run / report.METRICS).exists() else []
-    names = [plots.readable(results[name]) for name in ("task", "family") if name in results]
+    names = [plots.readable_name(results[name]) for name in ("task", "family") if name in results]
     title = " · ".join(names) or run.resolve().name
     sections = [
         section
@@ -88,7 +88,8 @@ def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     if steps:
         entries = {"steps": max(steps), **entries}
     items = "".join(
-        f"<div><dt>{escape(plots.readable(name))}</dt><dd>{_value_html(entries[name])}</dd></div>" for name in entries
+        f"<div><dt>{escape(plots.readable_name(name))}</dt><dd>{_value_html(entries[name])}</dd></div>"
+        for name in entries
     )
     return f'<dl class="facts">{items}</dl>' if entries else ""
 
@@ -161,7 +162,7 @@ def _sample_section(run: Path) -> _Section | None:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in _FIRST_COLUMNS if name in names]
     columns += [name for name in names if name not in columns]
-    short = {name for name in columns if max(len(row.get(name, "")) for row in rows) <= SHORT}
+    short = {name for name in columns if max(len(row.get(name, "")) for row in rows) <= MAX_UNWRAPPED_LENGTH}
     html = _sample_table(rows[:SHOWN_SAMPLES], columns, short)
     if len(rows) > SHOWN_SAMPLES:
         more = len(rows) - SHOWN_SAMPLES
@@ -284,7 +285,7 @@ def _board_html(board: report.Board, index: int) -> str:
         raise ValueError(f"board {board.title!r} in {report.BOARDS}: {error}") from error
     checked_king = position.king(position.turn) if position.is_check() else None
     drawing = chess.svg.board(position, lastmove=move, check=checked_king)
-    return plots.inline(drawing, f"board-{index}", label=f"chess position {board.fen}")
+    return plots.inline_svg(drawing, f"board-{index}", label=f"chess position {board.fen}")
 
 
 _STYLE = """

@@ -28,7 +28,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.progress import Bar
 from jaxlm.training.report import MetricsFile
 from jaxlm.training.trackers import Tracker
-from jaxlm.training.trainer import Metrics, Trainer, TrainState, place_batch
+from jaxlm.training.trainer import Metrics, Trainer, TrainState, to_global_batch
 
 METRICS_LAG = 2
 """The host reads metrics this many steps late, so that it never waits for a step that it has just dispatched."""
@@ -331,7 +331,9 @@ class _Loop:
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
         if self._trainer.spike_deviations is not None:
             losses = training.get("recent_losses")
-            recent = self._trainer.no_losses() if losses is None else np.array(_none_to_nan(losses), np.float32)
+            recent = (
+                self._trainer.initial_recent_losses() if losses is None else np.array(_none_to_nan(losses), np.float32)
+            )
             state = dataclasses.replace(state, recent_losses=np.asarray(recent))
         self._state = state
 
@@ -446,7 +448,7 @@ class _Loop:
 
     def _train_step(self, reader: _MetricsReader, bar: Bar) -> None:
         batch = next(self._data)
-        global_batch = place_batch(batch, self._trainer.sharding)
+        global_batch = to_global_batch(batch, self._trainer.sharding)
         shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(global_batch))
         if shape not in self._batch_shapes:
             self._batch_shapes.add(shape)
@@ -486,8 +488,8 @@ class _Loop:
         if not nt_asgd.has_averaging(optimizer) or nt_asgd.has_started(optimizer):
             return
         self._validation_losses.append(loss)
-        if nt_asgd.should_start(self._validation_losses):
-            self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start(optimizer))
+        if nt_asgd.should_start_averaging(self._validation_losses):
+            self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start_averaging(optimizer))
             self._records.write(self.step, event="averaging started")
             bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
 

@@ -1,15 +1,16 @@
 """NT-ASGD (Merity et al. 2017, algorithm 1): SGD that averages its iterates after validation stops improving.
 
 The chain of ``make_optimizer(OptimizerConfig("nt_asgd", ...))`` includes :func:`averaging`. After each evaluation, the
-training loop calls :func:`should_start`. When the result is True for the first time, it calls :func:`start`. The loop
-evaluates and exports :func:`averaged`. The training steps continue from the parameters that are not averaged.
+training loop calls :func:`should_start_averaging`. When the result is True for the first time, it calls
+:func:`start_averaging`. The loop evaluates and exports :func:`mean_params`. The training steps continue from the
+parameters that are not averaged.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
 >>> losses = [5.0, 4.0, 3.0, 3.5, 3.4, 3.3, 3.2, 3.1]                # validation losses so far
->>> if should_start(losses):
-...     state = start(state)
->>> evaluated = averaged(state)                                      # before start(): the current parameters
+>>> if should_start_averaging(losses):
+...     state = start_averaging(state)
+>>> evaluated = mean_params(state)                                   # before averaging: the current parameters
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class AveragingState(NamedTuple):
     mean: Any
 
 
-def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
+def should_start_averaging(losses: Sequence[float], nonmono: int = 5) -> bool:
     """Whether the newest validation loss is worse than the best loss of more than ``nonmono`` evaluations ago.
 
     Args:
@@ -51,9 +52,9 @@ def should_start(losses: Sequence[float], nonmono: int = 5) -> bool:
 def averaging() -> optax.GradientTransformation:
     """A transformation that returns updates unchanged and keeps the mean of the parameters. It must be last in a chain.
 
-    The mean includes the parameters at the time of :func:`start` and after each later update, as in the paper's
-    algorithm 1. (The authors' code uses ``torch.optim.ASGD``, whose mean begins with the second step after the start.)
-    The state needs as much memory as one copy of the parameters.
+    The mean includes the parameters at the time of :func:`start_averaging` and after each later update, as in the
+    paper's algorithm 1. (The authors' code uses ``torch.optim.ASGD``, whose mean begins with the second step after the
+    start.) The state needs as much memory as one copy of the parameters.
     """
 
     def init(params: Any) -> AveragingState:
@@ -83,7 +84,7 @@ def has_started(state: Any) -> bool:
     return has_averaging(state) and int(_averaging_state(state).iterates) > 0
 
 
-def start(state: Any) -> Any:
+def start_averaging(state: Any) -> Any:
     """The optimizer state with averaging started; the same state if averaging has already started.
 
     Raises:
@@ -97,8 +98,8 @@ def start(state: Any) -> Any:
     )
 
 
-def averaged(state: Any) -> Any:
-    """The mean of the parameters since :func:`start`, or the current parameters if averaging has not started.
+def mean_params(state: Any) -> Any:
+    """The mean of the parameters since :func:`start_averaging`, or the current parameters if averaging has not started.
 
     Raises:
         ValueError: the state has no :func:`averaging`, or more than one.

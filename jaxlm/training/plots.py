@@ -15,10 +15,10 @@ import numpy as np
 
 from jaxlm.training import report
 
-SMOOTH_FROM = 60
+MIN_SMOOTHED_LOSSES = 60
 """Minimum number of training losses for which their running mean is plotted too."""
 
-BOOKKEEPING = ("step", "time", "weight", "skipped", "skipped_in_a_row")
+UNPLOTTED_METRICS = ("step", "time", "weight", "skipped", "skipped_in_a_row")
 """Entries of training records that are not plotted."""
 
 
@@ -75,48 +75,48 @@ SVG = Theme("#010101", "#020202", tuple(color for color in _CSS if color.startsw
 def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
     """One panel for training and validation loss, and one for each other validation metric; empty without records."""
     lines: list[Series] = []
-    steps, values = report.curve(records, "loss")
+    steps, values = report.metric_curve(records, "loss")
     if steps:
         lines += _training_loss(steps, values)
-    steps, values = report.curve(records, "validation_loss")
+    steps, values = report.metric_curve(records, "validation_loss")
     if steps:
-        label = f"validation (last {values[-1]:.3f}, best {report.best('validation_loss', values):.3f})"
+        label = f"validation (last {values[-1]:.3f}, best {report.best_value('validation_loss', values):.3f})"
         lines.append(Series(label, steps, values, color=1, markers=True))
     panels = [Panel("loss (nats)", tuple(lines))] if lines else []
     for name in report.validation_metrics(records):
         if name != "validation_loss":
-            steps, values = report.curve(records, name)
-            label = f"last {values[-1]:.4g}, best {report.best(name, values):.4g}"
-            panels.append(Panel(readable(name), (Series(label, steps, values, color=1, markers=True),)))
+            steps, values = report.metric_curve(records, name)
+            label = f"last {values[-1]:.4g}, best {report.best_value(name, values):.4g}"
+            panels.append(Panel(readable_name(name), (Series(label, steps, values, color=1, markers=True),)))
     return panels
 
 
 def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:
     """One panel per metric of a training step except the loss: learning rate, gradient norm, ...
 
-    Metrics without a finite value and the entries of :data:`BOOKKEEPING` are left out.
+    Metrics without a finite value and the entries of :data:`UNPLOTTED_METRICS` are left out.
     """
     names = dict.fromkeys(name for record in records if "step" in record for name in record)
     panels = []
     for name in names:
-        if name == "loss" or name in BOOKKEEPING or name.startswith("validation_"):
+        if name == "loss" or name in UNPLOTTED_METRICS or name.startswith("validation_"):
             continue
-        steps, values = report.curve(records, name)
+        steps, values = report.metric_curve(records, name)
         is_numeric = all(isinstance(value, int | float) for value in values)
         if is_numeric and np.any(np.isfinite(np.asarray(values, np.float64))):
-            panels.append(Panel(readable(name), (Series("", steps, values),)))
+            panels.append(Panel(readable_name(name), (Series("", steps, values),)))
     return panels
 
 
-def readable(name: str) -> str:
+def readable_name(name: str) -> str:
     """The name of a metric with spaces: ``validation_accuracy`` becomes ``validation accuracy``."""
     return name.replace("_", " ")
 
 
 def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
-    """The line of the training losses, and their running mean if there are at least :data:`SMOOTH_FROM` losses."""
+    """The line of the training losses, and from :data:`MIN_SMOOTHED_LOSSES` losses on their running mean."""
     label = f"training (last {values[-1]:.3f})"
-    if len(values) < SMOOTH_FROM:
+    if len(values) < MIN_SMOOTHED_LOSSES:
         return [Series(label, steps, values)]
     width = max(5, len(values) // 40 | 1)  # odd, so that the window has a center
     array = np.asarray(values, np.float64)
@@ -127,7 +127,7 @@ def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
     return [Series("", steps, values, faint=True), Series(f"training (mean of {width} records)", steps, means)]
 
 
-def save_png(panels: Sequence[Panel], picture: str | Path, columns: int = 2) -> None:
+def save_png(panels: Sequence[Panel], path: str | Path, columns: int = 2) -> None:
     """Plot panels to a PNG file, in rows of ``columns`` panels.
 
     Raises:
@@ -135,14 +135,14 @@ def save_png(panels: Sequence[Panel], picture: str | Path, columns: int = 2) -> 
         ImportError: matplotlib is not installed.
     """
     if not panels:
-        raise ValueError(f"{picture}: there are no metrics to draw")
+        raise ValueError(f"{path}: there are no metrics to draw")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     size = (7.0, 4.2) if len(panels) == 1 else (5.2 * columns, 3.6 * rows)
-    _save(panels, PNG, size, (rows, columns), picture, format="png", dpi=130)
+    _save(panels, PNG, size, (rows, columns), path, format="png", dpi=130)
 
 
-def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> None:
+def save_attention(maps: Sequence[report.AttentionMap], path: str | Path) -> None:
     """Plot attention maps side by side to a PNG file. Rows are queries and columns are keys; a dark cell has weight 1.
 
     Raises:
@@ -150,7 +150,7 @@ def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> 
         ImportError: matplotlib is not installed.
     """
     if not maps:
-        raise ValueError(f"{picture}: there are no attention maps to draw")
+        raise ValueError(f"{path}: there are no attention maps to draw")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -170,7 +170,7 @@ def save_attention(maps: Sequence[report.AttentionMap], picture: str | Path) -> 
         axes.spines[:].set_color(PNG.grid)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # matplotlib draws a box instead
-        figure.savefig(picture, format="png", dpi=110)
+        figure.savefig(path, format="png", dpi=110)
 
 
 def _token_label(token: str) -> str:
@@ -192,10 +192,10 @@ def svg(panel: Panel, identifier: str) -> str:
     text = buffer.getvalue().decode()
     for color, variable in _CSS.items():
         text = text.replace(color, variable)
-    return inline(text, identifier, label=f"{panel.ylabel} over steps")
+    return inline_svg(text, identifier, label=f"{panel.ylabel} over steps")
 
 
-def inline(text: str, identifier: str, *, label: str) -> str:
+def inline_svg(text: str, identifier: str, *, label: str) -> str:
     """An SVG file as an HTML element, without XML header and fixed size, and with unique ids and an ARIA label."""
     text = text[text.index("<svg") :].strip()
     start_tag, rest = text.split(">", 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxlm.models.registry import family_names
 from jaxlm.training.optimizer import OptimizerConfig
 
 
@@ -177,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe(family: str, steps: int) -> OptimizerConfig:
-    """The published optimizer settings of a family, for a training of ``steps`` updates.
+    """The published optimizer settings of a family, for a training of ``steps`` updates; AdamW for a registered family.
 
     The warm-up is the same fraction of the training as in the paper; all other values are those of the paper. Use
     ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
@@ -185,10 +186,13 @@ def recipe(family: str, steps: int) -> OptimizerConfig:
     Raises:
         ValueError: the family is unknown, or ``steps`` is less than 1.
     """
-    if family not in RECIPES:
+    if family not in family_names():
         raise ValueError(f"no recipe for family {family!r}: choose from {', '.join(RECIPES)}")
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
+    if family not in RECIPES:
+        default = OptimizerConfig()
+        return dataclasses.replace(default, warmup_steps=min(default.warmup_steps, steps - 1))
     published = RECIPES[family]
     warmup = published.optimizer.warmup_steps
     if published.steps is not None:

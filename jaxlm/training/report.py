@@ -87,7 +87,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return _read_lines(Path(path))
 
 
-def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def metric_curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """The steps and values of one metric, from the last record of each step. A value that was not finite is NaN."""
     points = {record["step"]: record[name] for record in records if name in record and "step" in record}
     return sorted(points), [math.nan if points[step] is None else points[step] for step in sorted(points)]
@@ -99,7 +99,7 @@ def validation_metrics(records: list[dict[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: name != "validation_loss")
 
 
-def best(name: str, values: Sequence[float]) -> float:
+def best_value(name: str, values: Sequence[float]) -> float:
     """The lowest or highest finite value of a metric (:data:`LOWER_IS_BETTER` decides); NaN if no value is finite."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -107,7 +107,7 @@ def best(name: str, values: Sequence[float]) -> float:
     return min(finite) if any(part in name for part in LOWER_IS_BETTER) else max(finite)
 
 
-def draw_losses(metrics: str | Path, picture: str | Path) -> None:
+def draw_losses(metrics: str | Path, path: str | Path) -> None:
     """Plot the training loss and all validation metrics over steps to a PNG file. Both losses share one panel.
 
     Raises:
@@ -115,7 +115,7 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
     """
     from jaxlm.training import plots
 
-    plots.save_png(plots.training_panels(read_metrics(metrics)), picture)
+    plots.save_png(plots.training_panels(read_metrics(metrics)), path)
 
 
 # --------------------------------------------------------------------------------------------- results.json

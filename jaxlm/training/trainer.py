@@ -80,7 +80,8 @@ class Trainer:
             of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies when at least half
             of these losses exist. The skip-step optimizers of OLMo-core (``optim/skip_step_optimizer.py``) have the
             same rule with 6 deviations. None never skips a step because of a finite loss.
-        carry: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no state.
+        carry_size: (rows, tokens), the size of the model state that is carried from batch to batch; None carries no
+            state.
         adaptation: selects the trained parameters (``jaxlm.adapt``); None trains all of them.
         learning_rate: the schedule, a function of the number of updates; used only for logging.
         sharding: how arrays are distributed over devices; None uses one device.
@@ -96,7 +97,7 @@ class Trainer:
     loss: Loss
     grad_accum_steps: int = 1
     ema_decay: float | None = None
-    carry: Carry | None = None
+    carry_size: Carry | None = None
     adaptation: Adaptation | None = None
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None
@@ -140,13 +141,13 @@ class Trainer:
         # No buffer may be donated twice, so the moving average is a copy and each counter is a separate array.
         ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-        model_state = None if self.carry is None else self.model.init_state(*self.carry)
+        model_state = None if self.carry_size is None else self.model.init_state(*self.carry_size)
         return TrainState(
             step, params, self.optimizer.init(params), train_key, ema, skipped, in_a_row, model_state, frozen,
-            self.no_losses(),
+            self.initial_recent_losses(),
         )  # fmt: skip
 
-    def no_losses(self) -> jax.Array | None:
+    def initial_recent_losses(self) -> jax.Array | None:
         """``TrainState.recent_losses`` before the first step."""
         return None if self.spike_deviations is None else jnp.full(SPIKE_WINDOW, jnp.nan)
 
@@ -179,8 +180,8 @@ class Trainer:
         params = self.sharding.tree(self.specs)
         optimizer = optimizer_sharding(self.optimizer, self.specs, self.sharding)
         model_state = frozen = None
-        if self.carry is not None:
-            model_state = self.sharding.tree(self.model.state_specs(*self.carry))
+        if self.carry_size is not None:
+            model_state = self.sharding.tree(self.model.state_specs(*self.carry_size))
         if self.adaptation is not None:
             frozen = self.sharding.tree(self.adaptation.frozen_specs(self.model.specs))
         ema = None if self.ema_decay is None else params
@@ -198,7 +199,7 @@ class Trainer:
         """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):
-            trained = nt_asgd.averaged(state.optimizer)
+            trained = nt_asgd.mean_params(state.optimizer)
         return self._merge(trained, state.frozen)
 
     def _merge(self, params: Any, frozen: Any) -> Any:
@@ -229,8 +230,8 @@ class Trainer:
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         model_state = state.model_state
-        if self.carry is not None and batch.reset is not None:
-            model_state = spec.reset(self.model.state_specs(*self.carry), model_state, batch.reset)
+        if self.carry_size is not None and batch.reset is not None:
+            model_state = spec.reset(self.model.state_specs(*self.carry_size), model_state, batch.reset)
         gradients = self._gradients if self.grad_accum_steps == 1 else self._accumulated_gradients
         sums, new_model_state = gradients(state.params, state.frozen, batch, key, model_state)
         if axis_name is not None:
@@ -386,7 +387,7 @@ def _micro_batches(batch: Any, count: int) -> Any:
     return jax.tree.map(split, batch)
 
 
-def place_batch(batch: Any, sharding: Sharding | None) -> Any:
+def to_global_batch(batch: Any, sharding: Sharding | None) -> Any:
     """The global batch [B, ...], with its rows sharded over the mesh; ``batch`` itself if ``sharding`` is None.
 
     Args:

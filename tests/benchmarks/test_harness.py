@@ -1,4 +1,4 @@
-"""What the benchmarks do with numbers, and how they talk to their workers; no framework is measured here."""
+"""The benchmark harness: statistics, checks, tables and worker processes. No framework is measured here."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from jaxlm.plan import flops
 
 
 class Dummy(Implementation):
-    """An implementation that counts its repetitions."""
+    """An implementation that counts its repetitions, or has a fault: "setup", "run" or "death"."""
 
-    def __init__(self, start: int, trouble: str = "") -> None:
+    def __init__(self, start: int, fault: str = "") -> None:
         print("a library greets")
-        self.count, self.trouble = start, trouble
-        if trouble == "setup":
+        self.count, self.fault = start, fault
+        if fault == "setup":
             raise ValueError("no such size")
 
     def run(self) -> Any:
         print("a library talks\n{}")
-        if self.trouble == "run":
+        if self.fault == "run":
             raise RuntimeError("out of luck")
-        if self.trouble == "death":
+        if self.fault == "death":
             print("the last words", file=sys.stderr, flush=True)
             os._exit(3)
         self.count += 1
@@ -52,16 +52,16 @@ def start(directory: Path, **arguments: Any) -> contextlib.closing[Worker]:
     return contextlib.closing(Worker("dummy", DUMMY, directory / "log", **arguments))
 
 
-class Scripted:
-    """In place of a worker: answers from a list, and a diary of whose turn it was."""
+class FakeWorker:
+    """A fake worker. It returns times from a list and appends its name to ``calls`` at each run."""
 
     platform = "cpu"
 
-    def __init__(self, name: str, diary: list[str], seconds: list[float], value: Any) -> None:
-        self.name, self.diary, self.seconds, self.value = name, diary, iter(seconds), value
+    def __init__(self, name: str, calls: list[str], seconds: list[float], value: Any) -> None:
+        self.name, self.calls, self.seconds, self.value = name, calls, iter(seconds), value
 
     def run(self) -> tuple[float, Any]:
-        self.diary.append(self.name)
+        self.calls.append(self.name)
         return next(self.seconds), self.value
 
     def facts(self) -> dict[str, Any]:
@@ -72,33 +72,33 @@ WORK = shapes.Work(tokens=100, amount=6e12, unit="FLOP", formula="6*N*tokens")
 
 
 @pytest.fixture
-def diary() -> list[str]:
+def calls() -> list[str]:
     return []
 
 
 @pytest.fixture
-def rows(diary: list[str]) -> list[Row]:
-    """Two warm-up repetitions and three rounds; every first repetition after a pause is slow, and the last round is."""
+def rows(calls: list[str]) -> list[Row]:
+    """Measure two warm-up repetitions and three rounds. The first repetition of each round, and round 3, are slow."""
     implementations: dict[str, Any] = {
-        "jaxlm": Scripted("jaxlm", diary, [5.0, 2.0, 9.0, 1.0, 9.0, 2.0, 9.0, 20.0], 1.0),
-        "torch": Scripted("torch", diary, [4.0, 4.0, 9.0, 3.0, 9.0, 4.0, 9.0, 40.0], 1.0),
+        "jaxlm": FakeWorker("jaxlm", calls, [5.0, 2.0, 9.0, 1.0, 9.0, 2.0, 9.0, 20.0], 1.0),
+        "torch": FakeWorker("torch", calls, [4.0, 4.0, 9.0, 3.0, 9.0, 4.0, 9.0, 40.0], 1.0),
     }
-    machine: Any = Scripted("machine", diary, [1.0] * 6, {"FLOP": 12e12, "B": 1e9})
+    machine: Any = FakeWorker("machine", calls, [1.0] * 6, {"FLOP": 12e12, "B": 1e9})
     return harness.measure("op", "B1", WORK, machine, implementations, warm_up=2, rounds=3, check=lambda values: None)
 
 
-def test_implementations_take_turns_and_each_round_begins_with_another(rows: list[Row], diary: list[str]) -> None:
-    assert diary[:4] == ["jaxlm", "jaxlm", "torch", "torch"]
-    assert diary[4::2] == diary[5::2]  # one to warm up, one that counts
-    assert diary[4::2] == ["machine", "jaxlm", "torch", "machine", "torch", "jaxlm", "machine", "jaxlm", "torch"]
+def test_implementations_alternate_and_each_round_starts_with_another(rows: list[Row], calls: list[str]) -> None:
+    assert calls[:4] == ["jaxlm", "jaxlm", "torch", "torch"]
+    assert calls[4::2] == calls[5::2]  # one repetition for warm-up and one that is measured
+    assert calls[4::2] == ["machine", "jaxlm", "torch", "machine", "torch", "jaxlm", "machine", "jaxlm", "torch"]
 
 
-def test_what_is_quick_runs_more_often_before_it_counts(diary: list[str]) -> None:
-    worker: Any = Scripted("jaxlm", diary, [0.2, 0.05, 0.1, 7.0], 1.0)
+def test_fast_runs_have_more_warm_up_repetitions(calls: list[str]) -> None:
+    worker: Any = FakeWorker("jaxlm", calls, [0.2, 0.05, 0.1, 7.0], 1.0)
     assert harness.warm_run(worker) == (7.0, 1.0)
 
 
-def test_a_row_holds_statistics_of_its_rounds(rows: list[Row]) -> None:
+def test_a_row_has_statistics_of_its_rounds(rows: list[Row]) -> None:
     record = rows[0].record()
     assert (record["n"], record["median"], record["tokens_per_second"]) == (3, 2.0, 50.0)
     assert (record["p10"], record["p90"]) == pytest.approx((1.2, 16.4))
@@ -108,38 +108,38 @@ def test_a_row_holds_statistics_of_its_rounds(rows: list[Row]) -> None:
     assert rows[1].record()["compile_seconds"] == 0.0
 
 
-def test_ratios_are_paired_by_round(rows: list[Row]) -> None:
+def test_ratios_are_computed_per_round(rows: list[Row]) -> None:
     assert [row.ratio for row in rows] == [1.0, 2.0]
     assert harness.paired_ratio([3.0, 1.0, 20.0], [1.0, 1.0, 10.0]) == 2.0
     with pytest.raises(ValueError, match="zip"):
         harness.paired_ratio([1.0], [1.0, 2.0])
 
 
-def test_the_check_sees_all_of_the_warm_up_and_stops_before_any_round(diary: list[str]) -> None:
-    implementations: dict[str, Any] = {"jaxlm": Scripted("jaxlm", diary, [1.0] * 9, 7)}
+def test_the_check_receives_all_warm_up_values_and_runs_before_the_rounds(calls: list[str]) -> None:
+    implementations: dict[str, Any] = {"jaxlm": FakeWorker("jaxlm", calls, [1.0] * 9, 7)}
 
     def check(values: dict[str, list[Any]]) -> None:
         raise Failure(f"saw {values}")
 
-    machine: Any = Scripted("machine", diary, [1.0], {})
+    machine: Any = FakeWorker("machine", calls, [1.0], {})
     with pytest.raises(Failure, match=r"saw \{'jaxlm': \[7, 7, 7\]\}"):
         harness.measure("op", "B1", WORK, machine, implementations, warm_up=3, rounds=3, check=check)
-    assert diary == ["jaxlm"] * 3
+    assert calls == ["jaxlm"] * 3
     with pytest.raises(Failure, match="--rounds 0"):
         harness.measure("op", "B1", WORK, machine, implementations, warm_up=3, rounds=0, check=check)
 
 
-def test_implementations_on_different_devices_are_not_compared(diary: list[str]) -> None:
-    implementations: dict[str, Any] = {name: Scripted(name, diary, [1.0] * 9, 7) for name in ("jaxlm", "torch")}
+def test_implementations_on_different_devices_are_not_compared(calls: list[str]) -> None:
+    implementations: dict[str, Any] = {name: FakeWorker(name, calls, [1.0] * 9, 7) for name in ("jaxlm", "torch")}
     implementations["jaxlm"].platform = "gpu"
     with pytest.raises(Failure, match="different devices, {'jaxlm': 'gpu', 'torch': 'cpu'}"):
         harness.measure(
             "op", "B1", WORK, implementations["jaxlm"], implementations, warm_up=2, rounds=1, check=lambda values: None
         )
-    assert diary == []
+    assert calls == []
 
 
-def test_speed_table(rows: list[Row]) -> None:
+def test_speed_table_has_statistics_and_ratio(rows: list[Row]) -> None:
     lines = harness.speed_table(rows).splitlines()
     assert lines[0] == "op, float32, B1, 3 rounds"
     assert lines[1].split("  ")[0] == "implementation"
@@ -149,27 +149,27 @@ def test_speed_table(rows: list[Row]) -> None:
     assert lines[-1] == "jaxlm is 2.00x of torch"
 
 
-def test_bytes_are_shown_as_such(rows: list[Row]) -> None:
+def test_bytes_are_shown_as_gb_per_second(rows: list[Row]) -> None:
     row = dataclasses.replace(rows[0], work=shapes.Work(1, 4e9, "B", "bytes"), peak=8e9)
     assert "GB/s" in harness.speed_table([row])
     assert harness.speed_table([row]).splitlines()[2].split()[5:7] == ["2", "25.0"]
 
 
-def test_json_holds_everything(rows: list[Row], tmp_path: Path) -> None:
+def test_write_json_writes_arguments_machine_and_rows(rows: list[Row], tmp_path: Path) -> None:
     options = training.Training(length=512, json=tmp_path / "out.json")
     harness.write_json(options.json, "training", options, {"device": "cpu"}, [row.record() for row in rows])
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["arguments"]["length"] == 512
-    assert found["machine"] == {"device": "cpu"}
-    assert found["rows"][1]["seconds"] == [3.0, 4.0, 40.0]
-    assert found["rows"][1]["work"]["formula"] == WORK.formula
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["arguments"]["length"] == 512
+    assert record["machine"] == {"device": "cpu"}
+    assert record["rows"][1]["seconds"] == [3.0, 4.0, 40.0]
+    assert record["rows"][1]["work"]["formula"] == WORK.formula
 
 
-def test_machine_description() -> None:
-    found = harness.describe_machine()
-    assert "jax " in found["versions"]
-    assert found["cores"] >= 1
-    assert "xla_force_host_platform_device_count=8" in found["flags"]
+def test_describe_machine_has_versions_cores_and_flags() -> None:
+    description = harness.describe_machine()
+    assert "jax " in description["versions"]
+    assert description["cores"] >= 1
+    assert "xla_force_host_platform_device_count=8" in description["flags"]
 
 
 # ---------------------------------------------------------------------------------------------------- checks
@@ -188,15 +188,15 @@ def test_losses_must_agree() -> None:
 
 
 def test_tokens_must_be_the_same() -> None:
-    ours = [[1, 2], [3, 4]]
-    harness.check_same({"jaxlm": [ours, ours], "torch": [ours, ours]})
+    tokens = [[1, 2], [3, 4]]
+    harness.check_same({"jaxlm": [tokens, tokens], "torch": [tokens, tokens]})
     with pytest.raises(Failure, match="torch and jaxlm generated different tokens, starting at token 1 of row 1"):
-        harness.check_same({"jaxlm": [ours], "torch": [ours, [[1, 2], [3, 5]]]})
+        harness.check_same({"jaxlm": [tokens], "torch": [tokens, [[1, 2], [3, 5]]]})
     with pytest.raises(Failure, match="starting at token 1 of row 0"):
         harness.check_same({"jaxlm": [[[1]]], "torch": [[[1, 2]]]})
 
 
-def test_choosing_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_selects_implementations_and_reports_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(harness.choose("", training.IMPLEMENTATIONS)) == ["jaxlm"]
     with pytest.raises(Failure, match=r"unknown baseline 'tensorflow': choose from .*torch-compile"):
         harness.choose("tensorflow", training.IMPLEMENTATIONS)
@@ -206,7 +206,7 @@ def test_choosing_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
         harness.choose("torch", decoding.IMPLEMENTATIONS)
 
 
-def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_prints_one_line_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert training.main(["--against", "nobody"]) == 2
     assert capsys.readouterr().err.startswith("benchmarks.training: unknown baseline 'nobody'")
     assert fidelity.main(["--batch", "1"]) == 2
@@ -220,29 +220,31 @@ def test_differences_are_relative_to_the_largest_value() -> None:
         fidelity.difference(np.ones(2), np.ones((2, 1)))
 
 
-def test_the_worst_gradient_is_named() -> None:
+def test_the_gradient_with_the_largest_difference_is_listed() -> None:
     exact = {name: np.ones(2) for name in ("hidden", "logits", "loss", "a.weight", "b.weight")}
-    ours = {**exact, "b.weight": np.array([1.0, 1.5])}
-    rows = fidelity.compare("case", ours, exact, exact)
+    jaxlm_results = {**exact, "b.weight": np.array([1.0, 1.5])}
+    rows = fidelity.compare("case", jaxlm_results, exact, exact)
     assert [row["result"] for row in rows] == ["hidden", "logits", "loss", "b.weight"]
     assert (rows[-1]["jaxlm_torch"], rows[-1]["torch_float64"]) == (0.5, 0.0)
     with pytest.raises(Failure, match=r"\['c.weight'\]"):
-        fidelity.compare("case", {**ours, "c.weight": np.ones(1)}, exact, exact)
+        fidelity.compare("case", {**jaxlm_results, "c.weight": np.ones(1)}, exact, exact)
 
 
 def test_sampled_results_must_agree() -> None:
-    ours = {"output": [1.0, -4.0], "bias": [2.0, 0.0]}
-    harness.check_samples({"jaxlm": [ours, ours], "torch": [ours, None, {**ours, "output": [1.0001, -4.0]}]}, 1e-4)
+    results = {"output": [1.0, -4.0], "bias": [2.0, 0.0]}
+    harness.check_samples(
+        {"jaxlm": [results, results], "torch": [results, None, {**results, "output": [1.0001, -4.0]}]}, 1e-4
+    )
     with pytest.raises(Failure, match="output of torch differs by 2.5e-03 of its largest element"):
-        harness.check_samples({"jaxlm": [ours], "torch": [ours, {**ours, "output": [1.01, -4.0]}]}, 1e-4)
+        harness.check_samples({"jaxlm": [results], "torch": [results, {**results, "output": [1.01, -4.0]}]}, 1e-4)
     with pytest.raises(Failure, match="bias of torch differs by nan"):
-        harness.check_samples({"jaxlm": [ours], "torch": [{**ours, "bias": [float("nan"), 0.0]}]}, 1e-4)
+        harness.check_samples({"jaxlm": [results], "torch": [{**results, "bias": [float("nan"), 0.0]}]}, 1e-4)
     with pytest.raises(Failure, match=r"torch computes \['output'\], jaxlm \['bias', 'output'\]"):
-        harness.check_samples({"jaxlm": [ours], "torch": [{"output": [1.0, -4.0]}]}, 1e-4)
+        harness.check_samples({"jaxlm": [results], "torch": [{"output": [1.0, -4.0]}]}, 1e-4)
 
 
 @pytest.mark.thorough
-def test_attention_is_measured_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_is_measured_in_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     arguments = [
         "--quick",
@@ -267,7 +269,7 @@ def test_attention_is_measured_in_every_form(tmp_path: Path, capsys: pytest.Capt
     assert "--lengths '1k' must be whole numbers" in capsys.readouterr().err
 
 
-def test_bad_choices_of_recurrences_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_recurrence_options_print_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--layers", "lstm,rnn"], "--layers 'rnn' is unknown: choose from lstm, gru, gru-before"),
         (["--passes", "backward"], "--passes 'backward' is unknown: choose from forward, both"),
@@ -277,9 +279,9 @@ def test_bad_choices_of_recurrences_are_named(capsys: pytest.CaptureFixture[str]
         assert message in capsys.readouterr().err
 
 
-def test_recurrences_are_compared_by_time_and_step(rows: list[Row]) -> None:
-    timed = [dataclasses.replace(row, op="lstm forward", shape="T100 B1 H8") for row in rows]
-    lines = recurrence.recurrence_table(timed).splitlines()
+def test_the_recurrence_table_has_times_per_step(rows: list[Row]) -> None:
+    lstm_rows = [dataclasses.replace(row, op="lstm forward", shape="T100 B1 H8") for row in rows]
+    lines = recurrence.recurrence_table(lstm_rows).splitlines()
     assert lines[2].split() == [
         "lstm",
         "forward",
@@ -293,7 +295,7 @@ def test_recurrences_are_compared_by_time_and_step(rows: list[Row]) -> None:
         "2e+04",
         "25.0",
     ]
-    assert lines[3].split()[-3:] == ["0.50", "0.37", "0.50"]  # of 1/3, 2/4 and 20/40
+    assert lines[3].split()[-3:] == ["0.50", "0.37", "0.50"]  # statistics of 1/3, 2/4 and 20/40
 
 
 def test_quick_recurrences_run_without_a_baseline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_quick_recurrences_run_without_a_baseline(capsys: pytest.CaptureFixture[
 # ------------------------------------------------------------------------------------------------------ work
 
 
-def test_recurrent_work_is_that_of_the_products() -> None:
+def test_recurrence_work_counts_the_matrix_products() -> None:
     work = shapes.recurrence_work(shapes.Recurrence(10, 2, 8), "gru", "forward")
     assert (work.tokens, work.amount) == (20, 20 * 2 * (8 * 24 + 8 * 24))
     assert shapes.recurrence_work(shapes.Recurrence(10, 2, 8), "gru", "both").amount == 3 * work.amount
@@ -320,14 +322,16 @@ def test_training_work_of_gpt2_124m() -> None:
     work = shapes.training_work("step", known)
     assert (work.tokens, shapes.training_work("forward", known).amount) == (1024, work.amount / 3)
     matmul = 6 * (12 * 12 * 768**2 + 50257 * 768) * 1024
-    attention = 3 * 2 * 12 * 4 * 12 * 512**2 * 64 / 2  # forward and twice that backward, rows, layers ... half
+    attention = (
+        3 * 2 * 12 * 4 * 12 * 512**2 * 64 / 2
+    )  # 3 passes, rows, layers, 2 products of 2 FLOPs, heads, T**2, head size, causal half
     assert work.amount == pytest.approx(matmul + attention, rel=2e-3)  # biases and norms count in the formula
 
 
 def test_decoding_work_does_not_grow_with_rows() -> None:
-    one, eight = (shapes.decoding_work(B, 64, {"decoded_bytes": 400}) for B in (1, 8))
-    assert (one.amount, eight.amount) == (400 * 64, 400 * 64)
-    assert (one.tokens, eight.tokens) == (64, 512)
+    one_row, eight_rows = (shapes.decoding_work(B, 64, {"decoded_bytes": 400}) for B in (1, 8))
+    assert (one_row.amount, eight_rows.amount) == (400 * 64, 400 * 64)
+    assert (one_row.tokens, eight_rows.tokens) == (64, 512)
 
 
 def test_scan_work_counts_each_array_once() -> None:
@@ -353,38 +357,38 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         yield worker
 
 
-def test_a_worker_answers_whatever_its_implementation_prints(worker: Worker) -> None:
-    begun = worker.facts()["count"]
+def test_a_worker_works_although_its_implementation_prints(worker: Worker) -> None:
+    initial_count = worker.facts()["count"]
     runs = [worker.run() for _ in range(3)]
-    assert [value for _, value in runs] == [begun + 1, begun + 2, begun + 3]
+    assert [value for _, value in runs] == [initial_count + 1, initial_count + 2, initial_count + 3]
     assert all(0.0 < seconds < 10.0 for seconds, _ in runs)
     facts = worker.facts()
-    assert facts["count"] == begun + 3
+    assert facts["count"] == initial_count + 3
     assert facts["peak_process_bytes"] > 1_000_000
 
 
-def test_an_implementation_that_cannot_be_set_up(tmp_path: Path) -> None:
+def test_a_setup_error_is_reported(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="dummy: ValueError: no such size"):
-        start(tmp_path, start=0, trouble="setup")
+        start(tmp_path, start=0, fault="setup")
 
 
-def test_an_implementation_that_fails_goes_on_answering(tmp_path: Path) -> None:
-    with start(tmp_path, start=0, trouble="run") as worker:
+def test_a_worker_continues_after_a_failed_run(tmp_path: Path) -> None:
+    with start(tmp_path, start=0, fault="run") as worker:
         with pytest.raises(Failure, match="dummy: RuntimeError: out of luck"):
             worker.run()
         assert worker.facts()["count"] == 0
     assert "Traceback" in (tmp_path / "log").read_text()
 
 
-def test_an_implementation_that_dies(tmp_path: Path) -> None:
-    with start(tmp_path, start=0, trouble="death") as worker:
+def test_a_dead_worker_is_reported(tmp_path: Path) -> None:
+    with start(tmp_path, start=0, fault="death") as worker:
         with pytest.raises(Failure, match=r"dummy ended unexpectedly \(exit status 3\): the last words"):
             worker.run()
         with pytest.raises(Failure, match="dummy ended unexpectedly"):
             worker.run()
 
 
-def test_a_device_is_chosen_by_the_environment_of_the_workers(tmp_path: Path) -> None:
+def test_workers_receive_the_environment_of_the_device(tmp_path: Path) -> None:
     assert harness.DEVICES["any"] == {}
     environment = {"JAX_PLATFORMS": "cpu", "JAXLM_TEST": "here"}
     with contextlib.closing(Worker("dummy", DUMMY, tmp_path / "log", environment, start=0)) as worker:
@@ -397,11 +401,13 @@ def test_closing_ends_the_process(tmp_path: Path) -> None:
     assert worker.process.poll() is not None
 
 
-def test_the_parent_imports_no_framework() -> None:
+def test_the_parent_process_imports_no_framework() -> None:
     code = (
         "import sys, benchmarks.attention, benchmarks.decoding, benchmarks.fidelity, benchmarks.recurrence\n"
         "import benchmarks.scans, benchmarks.training\n"
         "sys.exit(' '.join({'jax', 'torch', 'transformers', 'flax'} & set(sys.modules)) or 0)"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""The page that result files make."""
+"""The HTML page that is generated from result files."""
 
 import json
 import re
@@ -14,7 +14,7 @@ def row(op="lstm forward", shape="T128 B32 H512", peer="jaxlm", median=0.1, rati
     }  # fmt: skip
 
 
-def written(directory, rows, name="a.json", **record):
+def write_results(directory, rows, name="a.json", **record):
     path = directory / name
     path.write_text(json.dumps({"program": "recurrence", "machine": {"cpu": "<some> CPU"}, "rows": rows, **record}))
     return path
@@ -27,28 +27,28 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_where_we_lose_is_what_the_rows_say(tmp_path, capsys):
+def test_the_page_lists_the_rows_where_jaxlm_is_slower(tmp_path, capsys):
     output = tmp_path / "page.html"
-    assert report.main([str(written(tmp_path, ROWS)), "--output", str(output)]) == 0
+    assert report.main([str(write_results(tmp_path, ROWS)), "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out
     page = output.read_text()
-    lost = page[page.index("Where jaxlm is slower") : page.index("Share of the peak")]
-    assert re.findall(r"<td class=slower>([\d.]+)</td>", lost) == ["0.10", "0.80"]  # the worst first
+    slower_section = page[page.index("Where jaxlm is slower") : page.index("Share of the peak")]
+    assert re.findall(r"<td class=slower>([\d.]+)</td>", slower_section) == ["0.10", "0.80"]  # the lowest ratio first
     assert re.findall(r"<td class=slower>", page[: page.index("Where jaxlm is slower")]) == ["<td class=slower>"] * 2
-    assert "2.00" not in lost
+    assert "2.00" not in slower_section
     assert "&lt;some&gt; CPU" in page
     assert "<script" not in page
-    assert page.count("<svg") == 2  # the peak, and time over T
+    assert page.count("<svg") == 2  # the fraction of the peak, and the time as a function of T
 
 
-def test_no_loss_is_said_too(tmp_path):
-    assert "In none of these rows" in report.page(report.read([written(tmp_path, ROWS[:2])]))
+def test_the_page_says_if_no_row_is_slower(tmp_path):
+    assert "In none of these rows" in report.page(report.read([write_results(tmp_path, ROWS[:2])]))
 
 
-def test_curves_are_of_rows_that_differ_in_one_size():
-    found = report.growth([{**one, "file": "a.json"} for one in ROWS])
-    assert list(found) == [("a.json", "lstm forward, T ... B32 H512", "T")]
-    (lines,) = found.values()
+def test_each_curve_has_rows_that_differ_in_one_size():
+    curves = report.growth([{**result, "file": "a.json"} for result in ROWS])
+    assert list(curves) == [("a.json", "lstm forward, T ... B32 H512", "T")]
+    (lines,) = curves.values()
     assert {implementation: [size for size, _ in line] for implementation, line in lines.items()} == {
         "jaxlm": [128, 512],
         "torch": [128, 512],
@@ -56,13 +56,13 @@ def test_curves_are_of_rows_that_differ_in_one_size():
     assert report.sizes("gpt2 B2 T512 heads=8") == {"B": 2, "T": 512, "heads": 8}
 
 
-def test_files_of_something_else_are_named(tmp_path, capsys):
+def test_other_files_print_an_error(tmp_path, capsys):
     assert report.main([str(tmp_path / "none.json")]) == 2
     assert "none.json is not a file that a benchmark wrote" in capsys.readouterr().err
     (tmp_path / "b.json").write_text("[1]")
     assert report.main([str(tmp_path / "b.json")]) == 2
     assert "b.json is not a file that a benchmark wrote" in capsys.readouterr().err
-    assert report.main([str(written(tmp_path, [{"quantity": "loss"}]))]) == 2
+    assert report.main([str(write_results(tmp_path, [{"quantity": "loss"}]))]) == 2
     assert "the files have no timed rows" in capsys.readouterr().err
     assert report.main([]) == 2
     assert "there are no result files" in capsys.readouterr().err

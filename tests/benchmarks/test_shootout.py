@@ -1,4 +1,4 @@
-"""The comparison of causal families, on two of them and a few steps."""
+"""The comparison of causal families, for two families and a few steps."""
 
 import json
 import math
@@ -26,17 +26,17 @@ def test_two_families_are_compared_at_equal_parameters_and_flops(tmp_path):
     assert (output / "shootout.png").stat().st_size > 10_000
 
 
-def test_the_width_is_the_nearest():
+def test_sized_selects_the_nearest_width():
     def build(width):
         return SimpleNamespace(size=width**2)
 
-    def at(target):
+    def size_for(target):
         return shootout.sized(build, lambda model: model.size, target).size
 
-    assert [at(target) for target in (1, 5, 7, 100, 10**6)] == [1, 4, 9, 100, 64**2]
+    assert [size_for(target) for target in (1, 5, 7, 100, 10**6)] == [1, 4, 9, 100, 64**2]
 
 
-def test_options_that_cannot_be_meant_are_named(tmp_path, capsys):
+def test_invalid_options_print_an_error(tmp_path, capsys):
     for arguments, message in (
         (["--families", "bert"], "--families 'bert' is unknown: choose from gpt, llama"),
         (["--equal", "speed"], "--equal 'speed' is unknown: choose from parameters, flops"),

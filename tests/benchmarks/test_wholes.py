@@ -1,4 +1,7 @@
-"""Batches of complete models as jaxlm and its baselines read them; live: all implementations compute the same."""
+"""Benchmarks of complete models: batches for jaxlm and its baselines.
+
+Live tests check that all implementations compute the same results.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from benchmarks.harness import Failure
 from jaxlm import spec
 from jaxlm.objectives import objective
 from jaxlm.plan import flops
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 NAMES = {
     "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
@@ -24,14 +27,14 @@ NAMES = {
 }  # fmt: skip
 
 
-def test_every_family_that_is_measured_has_its_classes() -> None:
+def test_every_measured_family_has_baseline_classes() -> None:
     assert wholes.SIZES.keys() == wholes.TORCH.keys() == NAMES.keys()
     assert set(wholes.FLAX) < set(wholes.TORCH)
     assert set(wholes.DECODES) < set(wholes.TORCH)
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_a_batch_survives_its_file_and_has_a_loss(family: str, tmp_path: Path) -> None:
+def test_a_saved_batch_is_loaded_and_has_a_loss(family: str, tmp_path: Path) -> None:
     model = wholes.build(NAMES[family], quick=True)
     assert model.family == family
     rates = [value for name, value in vars(model.config).items() if name.endswith("dropout")]
@@ -39,13 +42,13 @@ def test_a_batch_survives_its_file_and_has_a_loss(family: str, tmp_path: Path) -
     batch = wholes.example(model, *wholes.sizes(model, True, 3, None))
     wholes.save(batch, str(tmp_path))
     arrays = wholes.load(str(tmp_path))
-    again = wholes.batch_of(arrays)
-    assert jax.tree.structure(again) == jax.tree.structure(batch)
-    for ours, read in zip(jax.tree.leaves(batch), jax.tree.leaves(again), strict=True):
-        assert np.array_equal(ours, read)
+    loaded = wholes.batch_of(arrays)
+    assert jax.tree.structure(loaded) == jax.tree.structure(batch)
+    for expected, actual in zip(jax.tree.leaves(batch), jax.tree.leaves(loaded), strict=True):
+        assert np.array_equal(expected, actual)
     params = spec.abstract(model.specs)
     loss = objective(getattr(model.config, "task", "causal")).loss
-    total, weight, _ = jax.eval_shape(lambda params: loss(model, params, again), params)
+    total, weight, _ = jax.eval_shape(lambda params: loss(model, params, loaded), params)
     assert (total.shape, weight.shape) == ((), ())
     labels = wholes.labels(arrays)
     assert np.sum(labels != wholes.IGNORED) == np.sum(arrays["weights"] > 0) > 0
@@ -54,7 +57,7 @@ def test_a_batch_survives_its_file_and_has_a_loss(family: str, tmp_path: Path) -
     assert wholes.counted_flops(model, batch).amount > 0
 
 
-def test_labels_stand_at_their_places() -> None:
+def test_labels_are_at_the_target_positions() -> None:
     arrays = {
         "tokens": np.zeros((1, 4), np.int32), "labels": np.array([[7, 8, 9]]), "weights": np.array([[1.0, 1.0, 0.0]]),
         "target_positions": np.array([[3, 1, 0]]),
@@ -62,34 +65,36 @@ def test_labels_stand_at_their_places() -> None:
     assert wholes.labels(arrays).tolist() == [[-100, 8, -100, 7]]
 
 
-def test_counted_flops_are_the_closed_formula_but_for_the_causal_half() -> None:
+def test_counted_flops_equal_the_formula_plus_the_causal_half() -> None:
     model = wholes.build("gpt2", quick=True)
     batch = wholes.example(model, 2, 32)
     closed, counted = flops.training_flops(model, 2, 32), wholes.counted_flops(model, batch)
     assert closed is not None
     cfg = model.config
-    half = 6 * cfg.num_layers * cfg.embed_dim * 32 * 64
-    assert relative_error(counted.amount, closed.amount + half) < 0.03  # biases and norms count in the formula
+    causal_half = 6 * cfg.num_layers * cfg.embed_dim * 32 * 64
+    assert relative_error(counted.amount, closed.amount + causal_half) < 0.03  # biases and norms count in the formula
 
 
-def test_a_new_token_reads_what_it_is_multiplied_with() -> None:
+def test_decoded_parameters_are_the_weights_multiplied_per_token() -> None:
     t5, lstm = (wholes.build(name, quick=True) for name in ("t5-small", "lstm-zaremba-medium"))
     leaves = spec.flatten(t5.specs)
     encoder = sum(leaf.size for name, leaf in leaves.items() if name.startswith("encoder/"))
     assert 0 < encoder < t5.num_parameters
     assert wholes.decoded_parameters(t5) == t5.num_parameters - encoder
-    table = lstm.config.vocab_size * lstm.config.embed_dim  # looked up; the head is another
+    table = (
+        lstm.config.vocab_size * lstm.config.embed_dim
+    )  # the input embedding is only looked up, and the output head has separate weights
     assert wholes.decoded_parameters(lstm) == lstm.num_parameters - table
 
 
-def test_masks_of_xlnet() -> None:
-    # Place 0 is seen by all, 2 comes before 1; 1 and 2 are predicted, so neither sees itself.
+def test_xlnet_masks_for_transformers() -> None:
+    # All queries attend to position 0. Position 2 is before 1 in the order. Targets 1 and 2 cannot see themselves.
     mask = wholes.perm_mask(np.array([[-1, 1, 0]]), np.array([[1, 2]]))
     assert mask.tolist() == [[[0, 1, 1], [0, 1, 0], [0, 1, 1]]]
     assert wholes.target_mapping(np.array([[2]]), 3).tolist() == [[[0, 0, 1]]]
 
 
-def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="--length 32: a VDCNN reads texts of max_positions=64"):
         wholes.sizes(wholes.build("vdcnn-9", quick=True), True, None, 32)
     with pytest.raises(ValueError, match="--batch 0 must be at least 1"):
@@ -106,7 +111,7 @@ def test_choices_that_cannot_be_measured_are_named(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.thorough
-def test_whole_models_are_measured_without_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_models_are_measured_without_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, common = tmp_path / "rows.json", ["--quick", "--against", "", "--rounds", "1", "--device", "cpu"]
     common += ["--model", "lstm-zaremba-medium", "--json", str(path)]
     assert training.main([*common, "--passes", "forward"]) == 0
@@ -130,7 +135,7 @@ def test_implementations_compute_the_same_losses_and_tokens(family: str, tmp_pat
     names = ["Jaxlm", "Torch", *(["Flax"] if family in wholes.FLAX else [])]
 
     def run(module: ModuleType, name: str, times: int, **arguments: Any) -> list[Any]:
-        # The Flax classes broadcast as this library never does.
+        # The Flax classes use implicit rank promotion, which jaxlm never does.
         with jax.numpy_rank_promotion("allow" if name == "Flax" else "raise"):
             implementation = getattr(module, name)(directory, family, **arguments)
             return [implementation.run() for _ in range(times)]

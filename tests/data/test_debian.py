@@ -1,4 +1,4 @@
-"""Package descriptions and the projects of packages."""
+"""Descriptions of Debian packages, and the project of a package."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ Description: flat board on legs
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
-def test_control_records(tmp_path, suffix):
+def test_control_records_are_read(tmp_path, suffix):
     path = tmp_path / f"packages{suffix}"
     path.write_bytes(gzip.compress(RECORDS.encode()) if suffix.endswith("gz") else RECORDS.encode())
     examples = read_descriptions(path)
@@ -55,7 +55,7 @@ def test_control_records(tmp_path, suffix):
     ]
 
 
-def test_json_lines(tmp_path):
+def test_json_lines_are_read(tmp_path):
     path = tmp_path / "synopses.jsonl"
     rows = [
         {"package": "libbox-dev", "text": "A box.", "summary": "box"},
@@ -67,7 +67,7 @@ def test_json_lines(tmp_path):
     assert [rejected.line for rejected in examples.rejected] == [2]
 
 
-def test_a_file_without_long_descriptions_says_how_to_get_them(tmp_path):
+def test_the_error_for_a_file_without_long_descriptions_has_a_command(tmp_path):
     path = tmp_path / "packages.txt"
     path.write_text("Package: shelf\nDescription: board for boxes\n")
     with pytest.raises(ValueError, match="make the file with apt-cache show"):
@@ -82,10 +82,10 @@ def test_a_file_without_long_descriptions_says_how_to_get_them(tmp_path):
         ("python3-yaml", "libyaml-perl"),
     ],
 )
-def test_packages_of_one_project(packages):
+def test_packages_of_one_project_have_equal_project_names(packages):
     assert len({project(name) for name in packages}) == 1
 
 
-def test_packages_of_different_projects():
+def test_packages_of_different_projects_have_different_names():
     names = ("libreoffice-calc", "libreoffice-writer", "gcc-doc", "r-cran-abc", "r-cran-ggplot2", "python3", "perl-doc")
     assert len({project(name) for name in names}) == len(names)

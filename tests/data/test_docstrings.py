@@ -1,4 +1,4 @@
-"""Docstrings of installed packages as a task of summarization."""
+"""Docstrings of installed packages as examples for summarization."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def site(tmp_path):
     return tmp_path
 
 
-def test_examples_have_text_first_line_package_and_name(site):
+def test_examples_have_text_summary_package_and_name(site):
     examples = docstrings([site])
     assert [(row["package"], row["name"], row["summary"]) for row in examples] == [
         ("box", "module", "Reads and writes boxes."),
@@ -62,7 +62,7 @@ def test_examples_have_text_first_line_package_and_name(site):
         ("box", "Box.read", "Return the next record of the open box."),
         ("single", "module", "Reads and writes trunkes."),
         ("single", "Box", "An open trunk with its items."),
-    ]  # the other texts occur before
+    ]  # the other texts are duplicates
     assert examples[1]["text"] == (
         "The records are read when they are asked for, never before, so that large boxes need little memory."
     )
@@ -74,7 +74,7 @@ def test_files_that_are_not_python_are_reported(site):
     assert "old.py" in rejected.reason
 
 
-def test_limits(site):
+def test_limits_of_numbers_and_lengths(site):
     assert len(docstrings([site], max_per_package=1)) == 2
     assert {row["name"] for row in docstrings([site], max_words=19)} == {"Box"}
     assert {row["name"] for row in docstrings([site], max_summary_words=4)} == {"module"}
@@ -89,8 +89,8 @@ def test_limits(site):
 
 def test_the_order_does_not_depend_on_the_process(site):
     code = f"from jaxlm.data.docstrings import docstrings; print(list(docstrings([{str(site)!r}])))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == str(list(docstrings([site])))
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == str(list(docstrings([site])))
 
 
 @pytest.mark.parametrize(
@@ -105,5 +105,5 @@ def test_the_order_does_not_depend_on_the_process(site):
         ("Returns\n-------\ndict\n\nText.", None),
     ],
 )
-def test_parts_of_a_docstring(docstring, expected):
+def test_split_docstring_returns_text_and_summary(docstring, expected):
     assert split_docstring(docstring) == expected

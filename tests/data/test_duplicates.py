@@ -13,7 +13,7 @@ def random_text(words=40):
     return " ".join(RNG.choice(WORDS, words))
 
 
-def test_texts_are_in_one_group_exactly_if_they_share_most_trigrams():
+def test_texts_are_in_one_group_if_they_share_most_trigrams():
     first, second = random_text(), random_text()
     longer = f"{first} and one more paragraph here"
     assert group_similar([first, second, longer, first.upper() + "!", random_text()]) == [0, 1, 0, 0, 4]
@@ -21,7 +21,7 @@ def test_texts_are_in_one_group_exactly_if_they_share_most_trigrams():
     assert group_similar([first, half]) == [0, 1]
 
 
-def test_similarity_is_jaccard_of_trigrams():
+def test_similarity_is_the_jaccard_index_of_trigrams():
     first = random_text(60)
     changed = " ".join([*first.split()[:48], *random_text(12).split()])
     jaccard = len(trigrams(first) & trigrams(changed)) / len(trigrams(first) | trigrams(changed))
@@ -30,13 +30,13 @@ def test_similarity_is_jaccard_of_trigrams():
     assert group_similar([first, changed], similarity=0.9) == [0, 1]
 
 
-def test_keys_and_similar_texts_join_groups():
+def test_equal_keys_or_similar_texts_merge_groups():
     texts = [random_text() for _ in range(5)]
     texts[3] = texts[0] + " again"
     assert group_similar(texts, keys=["a", "b", "b", "c", "c"]) == [0, 1, 1, 0, 0]
 
 
-def test_many_copies_with_small_changes_are_one_group():
+def test_many_copies_with_small_changes_are_in_one_group():
     template = random_text(30)
     texts = [f"{template} for {number}" for number in range(300)] + [random_text(30) for _ in range(300)]
     groups = group_similar(texts)
@@ -44,7 +44,7 @@ def test_many_copies_with_small_changes_are_one_group():
     assert groups[300:] == list(range(300, 600))
 
 
-def test_edge_cases_and_bad_input():
+def test_edge_cases_and_invalid_input():
     assert group_similar([]) == []
     assert group_similar(["", "", "one"]) == [0, 0, 2]
     with pytest.raises(ValueError, match="1 keys for 2 texts"):

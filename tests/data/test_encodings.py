@@ -1,4 +1,4 @@
-"""Inputs of a model: templates, truncation, windows; what they select is checked against the text by offsets."""
+"""Inputs of a model: templates, truncation and windows. Offsets must select the right substrings of the texts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ TEXT = "It was the best of times, it was the worst of times."
 WORDS = TEXT.replace(",", "").replace(".", "").split()
 
 
-def words(template: str = "cls_sep") -> PretrainedTokenizer:
+def word_tokenizer(template: str = "cls_sep") -> PretrainedTokenizer:
     return train_tokenizer([" ".join(WORDS), "who is it"], "word", 50, template=template)  # type: ignore[arg-type]
 
 
-def pieces(encoding, texts) -> list[list[str]]:
-    """The piece of each text that each of its tokens comes from."""
+def token_texts(encoding, texts) -> list[list[str]]:
+    """Return a list for each text: the substring of each of its tokens."""
     return [
-        [text[start:stop] for (start, stop), one in zip(encoding.offsets, encoding.sequence, strict=True) if one == n]
-        for n, text in enumerate(texts)
+        [
+            text[start:stop]
+            for (start, stop), text_index in zip(encoding.offsets, encoding.sequence, strict=True)
+            if text_index == number
+        ]
+        for number, text in enumerate(texts)
     ]
 
 
-def test_bytes_and_characters_have_no_special_tokens():
+def test_byte_and_char_encodings_have_no_special_tokens():
     encoding = ByteTokenizer().encode_inputs("aé", "b")
     assert encoding.ids.tolist() == [97, 195, 169, 98]
     assert encoding.sequence.tolist() == encoding.token_types.tolist() == [0, 0, 0, 1]
@@ -49,21 +53,21 @@ def test_bytes_and_characters_have_no_special_tokens():
         ("sep_cls", "who is it <sep> it was <sep> <cls>", [0, 0, 0, 0, 1, 1, 1, 2]),
     ],
 )
-def test_templates(template, expected, types):
-    tokenizer = words(template)
+def test_templates_add_special_tokens_and_token_types(template, expected, types):
+    tokenizer = word_tokenizer(template)
     encoding = tokenizer.encode_inputs("who is it", "it was")
     assert tokenizer.decode(encoding.ids) == expected
     assert encoding.token_types.tolist() == types
-    assert pieces(encoding, ["who is it", "it was"]) == [["who", "is", "it"], ["it", "was"]]
+    assert token_texts(encoding, ["who is it", "it was"]) == [["who", "is", "it"], ["it", "was"]]
     assert not encoding.offsets[encoding.sequence == -1].any()
     assert all(field.dtype == np.int32 for field in encoding)
     (batched,) = tokenizer.encode_inputs_batch(["who is it"], ["it was"])
-    for one, other in zip(encoding, batched, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for expected_field, field in zip(encoding, batched, strict=True):
+        np.testing.assert_array_equal(expected_field, field)
 
 
-def test_max_length_shortens_the_longer_text_first():
-    tokenizer = words()
+def test_max_length_truncates_the_longer_text_first():
+    tokenizer = word_tokenizer()
     lengths = {}
     for max_length in range(5, 16):
         encoding = tokenizer.encode_inputs("who is it", "it was the best of times it was", max_length=max_length)
@@ -72,8 +76,8 @@ def test_max_length_shortens_the_longer_text_first():
         lengths[max_length] = (first, second)
     assert lengths[15] == lengths[14] == (3, 8)
     assert [lengths[n] for n in (10, 9, 8, 7, 5)] == [(3, 4), (3, 3), (2, 3), (2, 2), (1, 1)]
-    swapped = tokenizer.encode_inputs("it was the best of times it was", "who is it", max_length=8)
-    assert [int(np.sum(swapped.sequence == number)) for number in (0, 1)] == [3, 2]
+    swapped_texts = tokenizer.encode_inputs("it was the best of times it was", "who is it", max_length=8)
+    assert [int(np.sum(swapped_texts.sequence == number)) for number in (0, 1)] == [3, 2]
     assert tokenizer.decode(tokenizer.encode_inputs("who is it", max_length=4).ids) == "[CLS] who is [SEP]"
     with pytest.raises(ValueError, match="max_length=4 is too short: 3 special tokens leave room for 1 tokens of two"):
         tokenizer.encode_inputs("who is it", "it was", max_length=4)
@@ -81,8 +85,8 @@ def test_max_length_shortens_the_longer_text_first():
         ByteTokenizer().encode_inputs("a", max_length=0)
 
 
-def test_truncation_is_that_of_the_tokenizers_package():
-    tokenizer = words()
+def test_truncation_equals_that_of_the_tokenizers_package():
+    tokenizer = word_tokenizer()
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     for first, second in [(1, 9), (4, 5), (5, 4), (9, 1), (6, 6), (3, 8)]:
         texts = (" ".join(WORDS[:first]), " ".join(WORDS[:second]))
@@ -96,25 +100,29 @@ def test_truncation_is_that_of_the_tokenizers_package():
 @pytest.mark.parametrize("template", ["none", "eos", "bos_eos", "cls_sep", "sep_cls"])
 @pytest.mark.parametrize("stride", [0, 2])
 def test_windows_cover_the_context_and_overlap_by_stride(template, stride):
-    tokenizer = words(template)
+    tokenizer = word_tokenizer(template)
     question, context = "who is it", " ".join(WORDS)
-    whole = tokenizer.encode_inputs(question, context)
-    max_length = len(whole.ids) - len(WORDS) + 5
+    untruncated = tokenizer.encode_inputs(question, context)
+    max_length = len(untruncated.ids) - len(WORDS) + 5
     windows = tokenizer.encode_windows(question, context, max_length=max_length, stride=stride)
-    found = [pieces(window, [question, context]) for window in windows]
-    assert all(asked == question.split() for asked, _ in found)
-    assert [len(read) for _, read in found[:-1]] == [5] * (len(windows) - 1)
-    for (_, before), (_, after) in zip(found[:-1], found[1:], strict=True):
-        assert before[5 - stride :] == after[:stride]
-        assert len(after) > stride
-    assert found[0][1] + [word for _, read in found[1:] for word in read[stride:]] == WORDS
-    (one,) = tokenizer.encode_windows(question, context, max_length=len(whole.ids), stride=stride)
-    assert len(one.ids) == len(whole.ids)
+    texts_of_windows = [token_texts(window, [question, context]) for window in windows]
+    assert all(question_tokens == question.split() for question_tokens, _ in texts_of_windows)
+    assert [len(context_tokens) for _, context_tokens in texts_of_windows[:-1]] == [5] * (len(windows) - 1)
+    for (_, context_tokens), (_, next_tokens) in zip(texts_of_windows[:-1], texts_of_windows[1:], strict=True):
+        assert context_tokens[5 - stride :] == next_tokens[:stride]
+        assert len(next_tokens) > stride
+    assert (
+        texts_of_windows[0][1]
+        + [word for _, context_tokens in texts_of_windows[1:] for word in context_tokens[stride:]]
+        == WORDS
+    )
+    (single_window,) = tokenizer.encode_windows(question, context, max_length=len(untruncated.ids), stride=stride)
+    assert len(single_window.ids) == len(untruncated.ids)
 
 
-def test_the_context_comes_first_where_the_classifier_token_comes_last():
-    windows = words("sep_cls").encode_windows("who is it", "it was the best", max_length=8, stride=1)
-    assert [words("sep_cls").decode(window.ids) for window in windows] == [
+def test_the_context_is_first_if_the_cls_token_is_last():
+    windows = word_tokenizer("sep_cls").encode_windows("who is it", "it was the best", max_length=8, stride=1)
+    assert [word_tokenizer("sep_cls").decode(window.ids) for window in windows] == [
         "it was <sep> who is it <sep> <cls>",
         "was the <sep> who is it <sep> <cls>",
         "the best <sep> who is it <sep> <cls>",
@@ -123,8 +131,8 @@ def test_the_context_comes_first_where_the_classifier_token_comes_last():
     assert windows[0].token_types.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
 
 
-def test_windows_that_cannot_be_made_are_refused():
-    tokenizer = words()
+def test_impossible_windows_raise_errors():
+    tokenizer = word_tokenizer()
     with pytest.raises(ValueError, match="leaves 2 tokens for the context beside 6 tokens .* more than stride=2"):
         tokenizer.encode_windows("who is it", TEXT, max_length=8, stride=2)
     with pytest.raises(ValueError, match="stride=-1 must be at least 0"):
@@ -135,7 +143,7 @@ def test_windows_that_cannot_be_made_are_refused():
         tokenizer.encode_windows("who", "", max_length=9, stride=1)
 
 
-def test_batches_of_wrong_form_are_refused():
+def test_invalid_batches_of_texts_raise_errors():
     tokenizer = ByteTokenizer()
     with pytest.raises(TypeError, match=r"texts must be a sequence of strings, got one string: pass \['ab'\]"):
         tokenizer.encode_inputs_batch("ab")
@@ -146,8 +154,8 @@ def test_batches_of_wrong_form_are_refused():
     assert tokenizer.encode_inputs_batch([]) == []
 
 
-def published(directory: Path, **files: dict) -> PretrainedTokenizer:
-    """A tokenizer.json of words with RoBERTa's template, and further files."""
+def save_tokenizer(directory: Path, **files: dict) -> PretrainedTokenizer:
+    """Write a tokenizer.json of words with RoBERTa's template, and further files. Return the loaded tokenizer."""
     vocabulary = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<x>", "to", "be"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<x>"])
@@ -159,22 +167,22 @@ def published(directory: Path, **files: dict) -> PretrainedTokenizer:
     return PretrainedTokenizer.from_directory(directory)
 
 
-def test_special_ids_come_from_the_files_in_this_order(tmp_path):
-    # The template and well-known names.
-    assert published(tmp_path).special_ids == SpecialIds(pad=1, unk=3, bos=0, eos=2, cls=0, sep=2, mask=4)
-    # Ids of config.json; 6 is no special token, 900 is not in the vocabulary: class defaults.
+def test_special_ids_are_read_from_template_config_and_tokenizer_files(tmp_path):
+    # First the template and well-known token names.
+    assert save_tokenizer(tmp_path).special_ids == SpecialIds(pad=1, unk=3, bos=0, eos=2, cls=0, sep=2, mask=4)
+    # Then config.json. It is ignored for 6, which is not a special token, and 900, which is not in the vocabulary.
     config = {"bos_token_id": 5, "eos_token_id": [5, 2], "pad_token_id": 6, "mask_token_id": 900}
-    assert published(tmp_path, config=config).special_ids == SpecialIds(1, 3, bos=5, eos=5, cls=0, sep=2, mask=4)
+    assert save_tokenizer(tmp_path, config=config).special_ids == SpecialIds(1, 3, bos=5, eos=5, cls=0, sep=2, mask=4)
     names = {"bos_token": "</s>", "mask_token": {"content": "<x>"}}
-    ids = published(tmp_path, special_tokens_map=names).special_ids
+    ids = save_tokenizer(tmp_path, special_tokens_map=names).special_ids
     assert ids == SpecialIds(1, 3, bos=2, eos=5, cls=0, sep=2, mask=5)
-    tokenizer = published(tmp_path, tokenizer_config={"bos_token": "<unk>", "pad_token": None, "extra": [1]})
+    tokenizer = save_tokenizer(tmp_path, tokenizer_config={"bos_token": "<unk>", "pad_token": None, "extra": [1]})
     assert tokenizer.special_ids == SpecialIds(None, 3, bos=3, eos=5, cls=0, sep=2, mask=5)
     assert tokenizer.end_id == 5
 
 
-def test_all_files_of_a_tokenizer_are_saved_as_they_were(tmp_path):
-    published(tmp_path, tokenizer_config={"bos_token": {"content": "<s>", "lstrip": True}, "model_max_length": 5})
+def test_all_files_of_a_tokenizer_are_copied_unchanged(tmp_path):
+    save_tokenizer(tmp_path, tokenizer_config={"bos_token": {"content": "<s>", "lstrip": True}, "model_max_length": 5})
     (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens":   ["<x>"]}')
     (tmp_path / "merges.txt").write_text("x")
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -185,15 +193,17 @@ def test_all_files_of_a_tokenizer_are_saved_as_they_were(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.save(tmp_path / "out")
     tokenizer.save(tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "weights"}
-    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert json.loads(after.pop("tokenizer.json")) == json.loads(before.pop("tokenizer.json"))
-    assert after == before
+    original_files = {
+        path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "weights"
+    }
+    saved_files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert json.loads(saved_files.pop("tokenizer.json")) == json.loads(original_files.pop("tokenizer.json"))
+    assert saved_files == original_files
     assert tokenizer.encode_inputs("to be to be to").ids.tolist() == [0, 6, 7, 6, 7, 6, 2]
 
 
-def test_special_tokens_are_checked():
-    backend = words().backend
+def test_invalid_special_tokens_are_rejected():
+    backend = word_tokenizer().backend
     with pytest.raises(ValueError, match="'start' is not a role of special tokens: choose from pad, unk, "):
         PretrainedTokenizer(backend, {"start": "[CLS]"})
     with pytest.raises(ValueError, match="pad token '<none>' is not in the vocabulary"):
@@ -201,9 +211,9 @@ def test_special_tokens_are_checked():
     assert PretrainedTokenizer(backend, {"pad": None}).special_ids.pad is None
 
 
-def test_decoding_may_skip_special_tokens():
-    ids = words().encode_inputs("it was").ids
-    assert words().decode(ids) == "[CLS] it was [SEP]"
-    assert words().decode(ids, skip_special_tokens=True) == "it was"
+def test_decode_can_skip_special_tokens():
+    ids = word_tokenizer().encode_inputs("it was").ids
+    assert word_tokenizer().decode(ids) == "[CLS] it was [SEP]"
+    assert word_tokenizer().decode(ids, skip_special_tokens=True) == "it was"
     assert ByteTokenizer().decode([97, 256], skip_special_tokens=True) == "a"
     assert CharTokenizer("ab").decode([0, 1], skip_special_tokens=True) == "ab"

@@ -1,4 +1,4 @@
-"""Readers of labelled and paired texts: what they give, and what they say of a bad file."""
+"""Readers of labelled and paired texts, and their errors for bad files."""
 
 import gzip
 import json
@@ -21,51 +21,51 @@ from jaxlm.data.examples import (
 FIELDS = {"text": "sentence", "label": "label"}
 
 
-def written(path, text, encoding="utf-8"):
+def write(path, text, encoding="utf-8"):
     data = text.encode(encoding)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
-def test_tsv_has_no_quotes_and_csv_has(tmp_path, name):
-    tsv = written(tmp_path / name, '\ufefflabel\tsentence\n1\t"a" fine, film\r\n0\t" bad\n')
+def test_quotes_are_special_in_csv_but_not_in_tsv(tmp_path, name):
+    tsv = write(tmp_path / name, '\ufefflabel\tsentence\n1\t"a" fine, film\r\n0\t" bad\n')
     assert read_table(tsv, FIELDS).rows == [{"text": '"a" fine, film', "label": "1"}, {"text": '" bad', "label": "0"}]
-    csv = written(tmp_path / "a.csv", 'sentence,label\n"a ""fine"", film",1\n')
+    csv = write(tmp_path / "a.csv", 'sentence,label\n"a ""fine"", film",1\n')
     assert read_table(csv, FIELDS).rows == [{"text": 'a "fine", film', "label": "1"}]
 
 
-def test_quoted_fields_may_hold_line_ends_and_lines_are_counted_from_the_file(tmp_path):
+def test_quoted_fields_can_contain_line_ends_and_errors_have_line_numbers_of_the_file(tmp_path):
     fields = {"text": "text", "label": "label"}
-    path = written(tmp_path / "a.csv", 'text,label\r\n"a\r\n\r\nb",1\r\nc,2,3\r\n"d\ne\n",\r\nf,4')
+    path = write(tmp_path / "a.csv", 'text,label\r\n"a\r\n\r\nb",1\r\nc,2,3\r\n"d\ne\n",\r\nf,4')
     examples = read_table(path, fields, on_error="report")
     assert examples.rows == [{"text": "a\n\nb", "label": "1"}, {"text": "f", "label": "4"}]
     assert [line.line for line in examples.rejected] == [5, 6]
     with pytest.raises(ValueError, match="c.csv, line 3: not CSV: unexpected end of data"):
-        read_table(written(tmp_path / "c.csv", 'label,text\n1,a\n2,"b\n3,c\n4,d\n'), fields)
+        read_table(write(tmp_path / "c.csv", 'label,text\n1,a\n2,"b\n3,c\n4,d\n'), fields)
     with pytest.raises(ValueError, match="h.csv, line 1: not CSV"):
-        read_labelled(written(tmp_path / "h.csv", '"text"x,label\na,1\n'))
+        read_labelled(write(tmp_path / "h.csv", '"text"x,label\na,1\n'))
     with pytest.raises(ValueError, match="r.csv, line 2: not CSV: new-line character"):
-        read_table(written(tmp_path / "r.csv", "text,label\na\rb,1\n"), fields)
-    tsv = written(tmp_path / "r.tsv", "text\tlabel\na\rb\t1")
+        read_table(write(tmp_path / "r.csv", "text,label\na\rb,1\n"), fields)
+    tsv = write(tmp_path / "r.tsv", "text\tlabel\na\rb\t1")
     assert read_table(tsv, fields).rows == [{"text": "a\rb", "label": "1"}]
 
 
 def test_other_formats(tmp_path):
-    lines = written(tmp_path / "a.all", "0 caf\xe9 noir \n1 b\n", "latin-1")
+    lines = write(tmp_path / "a.all", "0 caf\xe9 noir \n1 b\n", "latin-1")
     assert read_labelled_lines(lines, encoding="latin-1").rows[0] == {"label": "0", "text": "caf\xe9 noir"}
-    jsonl = written(tmp_path / "a.jsonl", json.dumps({"t": "x", "s": ["y"]}) + "\n\n" + json.dumps({"t": "z", "s": []}))
+    jsonl = write(tmp_path / "a.jsonl", json.dumps({"t": "x", "s": ["y"]}) + "\n\n" + json.dumps({"t": "z", "s": []}))
     assert read_jsonl(jsonl, {"source": "t", "target": "s"}).column("source") == ["x", "z"]
-    source, target = written(tmp_path / "a.en", "one\ntwo\n"), written(tmp_path / "a.de.gz", "eins\nzwei\n")
+    source, target = write(tmp_path / "a.en", "one\ntwo\n"), write(tmp_path / "a.de.gz", "eins\nzwei\n")
     assert read_pairs(source, target)[1] == {"source": "two", "target": "zwei"}
 
 
-def test_the_column_of_the_text_is_found(tmp_path):
-    assert read_labelled(written(tmp_path / "a.tsv", "label\tcontent\n1\tx\n")).rows == [{"text": "x", "label": "1"}]
-    # A column whose name only begins like one of the text is not the text.
-    named = written(tmp_path / "b.tsv", "sentence_id\ttext\tlabel\n7\tx\t1\n")
-    assert read_labelled(named).rows == [{"text": "x", "label": "1"}]
-    assert read_labelled(written(tmp_path / "a.all", "1 x\n")).rows == [{"label": "1", "text": "x"}]
+def test_read_labelled_finds_the_text_column(tmp_path):
+    assert read_labelled(write(tmp_path / "a.tsv", "label\tcontent\n1\tx\n")).rows == [{"text": "x", "label": "1"}]
+    # The name `sentence_id` only begins with the name of a text column.
+    path = write(tmp_path / "b.tsv", "sentence_id\ttext\tlabel\n7\tx\t1\n")
+    assert read_labelled(path).rows == [{"text": "x", "label": "1"}]
+    assert read_labelled(write(tmp_path / "a.all", "1 x\n")).rows == [{"label": "1", "text": "x"}]
 
 
 @pytest.mark.parametrize(
@@ -78,64 +78,66 @@ def test_the_column_of_the_text_is_found(tmp_path):
         ("", "is empty: the first line must name the columns"),
     ],
 )
-def test_a_bad_table_is_named_with_file_and_line(tmp_path, text, message):
-    path = written(tmp_path / "bad.tsv", text)
-    with pytest.raises(ValueError, match=message) as caught:
+def test_errors_name_the_file_and_line_of_a_bad_table(tmp_path, text, message):
+    path = write(tmp_path / "bad.tsv", text)
+    with pytest.raises(ValueError, match=message) as error:
         read_table(path, FIELDS)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(error.value)
 
 
-def test_other_bad_files(tmp_path):
+def test_errors_for_other_bad_files(tmp_path):
     with pytest.raises(ValueError, match="line 2: not JSON"):
-        read_jsonl(written(tmp_path / "a.jsonl", '{"a": "x"}\n{"a": \n'), {"text": "a"})
+        read_jsonl(write(tmp_path / "a.jsonl", '{"a": "x"}\n{"a": \n'), {"text": "a"})
     with pytest.raises(ValueError, match="line 1: 'b' is null"):
-        read_jsonl(written(tmp_path / "n.jsonl", '{"b": null}\n'), {"text": "b"})
+        read_jsonl(write(tmp_path / "n.jsonl", '{"b": null}\n'), {"text": "b"})
     with pytest.raises(ValueError, match="line 1: no column 'b': the columns are 'a'"):
-        read_jsonl(written(tmp_path / "b.jsonl", '{"a": "x"}\n'), {"text": "b"})
+        read_jsonl(write(tmp_path / "b.jsonl", '{"a": "x"}\n'), {"text": "b"})
     with pytest.raises(ValueError, match="has 2 lines and .* has 1: line n of both must be a pair"):
-        read_pairs(written(tmp_path / "a", "x\ny\n"), written(tmp_path / "b", "x\n"))
+        read_pairs(write(tmp_path / "a", "x\ny\n"), write(tmp_path / "b", "x\n"))
     with pytest.raises(ValueError, match=r"c is not UTF-8 text: byte 0xe9 at offset 5, line 1\..*latin-1"):
-        read_labelled_lines(written(tmp_path / "c", "1 caf\xe9\n", "latin-1"))
-    whole = gzip.compress("".join(f"1 line {n} {n * n}\n" for n in range(2000)).encode())
-    (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
+        read_labelled_lines(write(tmp_path / "c", "1 caf\xe9\n", "latin-1"))
+    compressed = gzip.compress("".join(f"1 line {n} {n * n}\n" for n in range(2000)).encode())
+    (tmp_path / "cut.gz").write_bytes(compressed[: len(compressed) // 2])
     with pytest.raises(ValueError, match="the gzip file is truncated or damaged"):
         read_labelled_lines(tmp_path / "cut.gz")
     with pytest.raises(ValueError, match=r"a.txt is neither a .tsv nor a .csv file: pass the delimiter"):
-        read_table(written(tmp_path / "a.txt", "x"), FIELDS)
+        read_table(write(tmp_path / "a.txt", "x"), FIELDS)
     with pytest.raises(FileNotFoundError, match="none.tsv is not a file"):
         read_table(tmp_path / "none.tsv", FIELDS)
 
 
-def test_dirty_lines_are_reported(tmp_path):
-    path = written(tmp_path / "a.tsv", "label\tsentence\n1\tx\n1\n0\ty\n")
+def test_bad_lines_are_reported(tmp_path):
+    path = write(tmp_path / "a.tsv", "label\tsentence\n1\tx\n1\n0\ty\n")
     examples = read_table(path, FIELDS, on_error="report")
     assert len(examples) == 2
     assert examples.rejected == (Rejected(3, "the row has 1 columns, but the first line has 2: ['1']"),)
 
 
-def test_parts_keep_groups_together_and_lose_nothing():
+def test_splits_keep_groups_together_and_all_examples():
     rows = [{"text": str(n), "group": n // 4} for n in range(80)]
-    parts = Examples(rows).split(0.1, 0.2, seed=3, by="group")
-    assert sorted(int(text) for part in parts for text in part.column("text")) == list(range(80))
-    groups = [set(part.column("group")) for part in parts]
+    splits = Examples(rows).split(0.1, 0.2, seed=3, by="group")
+    assert sorted(int(text) for subset in splits for text in subset.column("text")) == list(range(80))
+    groups = [set(subset.column("group")) for subset in splits]
     assert [len(group) for group in groups] == [2, 4, 14]
     assert not groups[0] & groups[1]
     assert not groups[0] & groups[2]
-    assert [part.rows for part in Examples(rows).split(0.1, 0.2, seed=3, by="group")] == [part.rows for part in parts]
+    assert [subset.rows for subset in Examples(rows).split(0.1, 0.2, seed=3, by="group")] == [
+        subset.rows for subset in splits
+    ]
     with pytest.raises(ValueError, match="their sum must be below 1"):
         Examples(rows).split(0.5, 0.5)
     with pytest.raises(ValueError, match="too few for parts"):
         Examples(rows[:3]).split(0.01)
 
 
-def test_every_example_is_tested_in_one_fold():
+def test_every_example_is_in_one_test_fold():
     folds = Examples([{"n": n} for n in range(23)]).folds(5, seed=1)
     assert sorted(n for _, test in folds for n in test.column("n")) == list(range(23))
     assert all(set(training.column("n")).isdisjoint(test.column("n")) for training, test in folds)
     assert all(len(training) + len(test) == 23 for training, test in folds)
 
 
-def test_labels():
+def test_labels_are_sorted_numerically():
     examples = Examples([{"label": label} for label in (10, 9, "2")])
     assert examples.label_names() == ("2", "9", "10")
     assert label_ids(examples.column("label"), examples.label_names()).tolist() == [2, 1, 0]
@@ -146,7 +148,7 @@ def test_labels():
         Examples([{"label": 1}, {}]).column("label")
 
 
-def test_embedded_examples():
+def test_included_examples():
     pairs = corpora.verses()
     assert len(pairs) == 5833
     assert pairs[0] == {

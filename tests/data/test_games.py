@@ -1,4 +1,4 @@
-"""Chess games: the embedded file, reading of each format, rejected games with line and reason, duplicates, splits."""
+"""Chess games: the included file, readers of each format, rejected games, duplicates and splits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Qh4# 0-1
 
 
 @functools.cache
-def embedded(notation: str) -> Games:
+def included(notation: str) -> Games:
     return chess_games(notation)  # type: ignore[arg-type]
 
 
@@ -59,11 +59,11 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_embedded_games_are_what_their_note_describes() -> None:
+def test_included_games_match_their_description() -> None:
     folder = importlib.resources.files("jaxlm.data")
     data = gzip.decompress(folder.joinpath("chess_games.txt.gz").read_bytes())
     note = folder.joinpath("CHESS.md").read_text(encoding="utf-8")
-    games = embedded("san")
+    games = included("san")
     assert hashlib.sha256(data).hexdigest() in note
     assert f"{len(data):,}".replace(",", " ") + " bytes" in note
     assert (len(games), games.rejected, games.duplicates()) == (2000, (), [])
@@ -72,13 +72,13 @@ def test_embedded_games_are_what_their_note_describes() -> None:
     assert [games.results.count(result) for result in ("1-0", "0-1", "1/2-1/2")] == [715, 486, 799]
 
 
-def test_notations_convert_into_each_other_on_all_embedded_games() -> None:
-    uci, san = embedded("uci"), embedded("san")
+def test_to_san_and_to_uci_convert_included_games() -> None:
+    uci, san = included("uci"), included("san")
     assert uci.results == san.results
     for line, expected in zip(uci.moves[::20], san.moves[::20], strict=True):
         assert to_san(line) == expected
         assert to_uci(expected) == line
-    for line, expected in zip(uci.moves[::100], san.moves[::100], strict=True):  # by the functions of chess itself
+    for line, expected in zip(uci.moves[::100], san.moves[::100], strict=True):  # compare with python-chess
         board = chess.Board()
         for move, name in zip(line.split(), expected.split(), strict=True):
             assert board.san(chess.Move.from_uci(move)).rstrip("+#") == name
@@ -88,7 +88,7 @@ def test_notations_convert_into_each_other_on_all_embedded_games() -> None:
     assert list(san.moves) == stripped
 
 
-def test_lines_of_both_notations_are_read_and_bad_ones_reported(tmp_path: Path) -> None:
+def test_lines_in_both_notations_are_read_and_bad_lines_are_reported(tmp_path: Path) -> None:
     lines = [
         "e4 e5 Nf3 1-0",
         "",
@@ -122,7 +122,7 @@ def test_lines_of_both_notations_are_read_and_bad_ones_reported(tmp_path: Path) 
     assert report[-1] == "  and 5 more rejected games"
 
 
-def test_pgn_keeps_main_lines(tmp_path: Path) -> None:
+def test_pgn_readers_keep_only_main_lines(tmp_path: Path) -> None:
     for name in ("games.pgn", "games.pgn.gz"):
         games = read_games(write(tmp_path / name, PGN), "uci")
         assert games.moves == ("e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7", "f2f3 e7e5 g2g4 d8h4")
@@ -153,22 +153,22 @@ def test_pgn_without_tags_and_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("1. e4 e5 2. N", "N"),
     ],
 )
-def test_words_that_a_pgn_parser_would_skip_are_found(text: str, unknown: str | None) -> None:
+def test_unknown_words_in_pgn_are_found(text: str, unknown: str | None) -> None:
     assert games_module._unknown_word(f'[Event "garbage in a tag"]\n\n{text}') == unknown
 
 
-def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
-    lines = [*embedded("san").moves[:9], "e4 e4"]
+def test_several_workers_return_the_same_games_as_one(tmp_path: Path) -> None:
+    lines = [*included("san").moves[:9], "e4 e4"]
     file = write(tmp_path / "games.txt.gz", "\n".join(lines))
     assert read_games(file, workers=2) == read_games(file, workers=1)
 
 
-def test_syntax_check_looks_at_words_only(tmp_path: Path) -> None:
+def test_the_syntax_check_accepts_illegal_moves(tmp_path: Path) -> None:
     file = write(tmp_path / "games.txt", "e4 Qxh7# 1-0\ne4 e2e4\n")
     games = read_games(file, "san", check="syntax")
     assert games.moves == ("e4 Qxh7",)
     assert games.rejected == (Rejected(2, "move 1 of black, 'e2e4', is not a san move"),)
-    syntax = [games_module.SAN_MOVE.fullmatch(move) for line in embedded("san").moves for move in set(line.split())]
+    syntax = [games_module.SAN_MOVE.fullmatch(move) for line in included("san").moves for move in set(line.split())]
     assert all(syntax)
 
 
@@ -183,29 +183,31 @@ def test_syntax_check_looks_at_words_only(tmp_path: Path) -> None:
         ("a.txt", "e4", {"notation": "lan"}, "notation='lan' must be one of uci, san"),
     ],
 )
-def test_bad_files_and_arguments_are_named(tmp_path: Path, name: str, text: str, options: dict, message: str) -> None:
+def test_bad_files_and_arguments_raise_errors(
+    tmp_path: Path, name: str, text: str, options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         read_games(write(tmp_path / name, text), **options)
 
 
-def test_conversion_names_the_bad_move() -> None:
+def test_conversion_errors_name_the_illegal_move() -> None:
     with pytest.raises(ValueError, match="move 2 of white, 'e2e4', is illegal"):
         to_san("e2e4 e7e5 e2e4")
 
 
-def test_split_keeps_duplicates_together() -> None:
-    base = embedded("uci").moves[:90]
+def test_splits_keep_duplicates_together() -> None:
+    base = included("uci").moves[:90]
     games = Games((*base, *base[:60]), ("*",) * 150, "uci")
     train, validation, test = split_games(games, 0.2, 0.1, seed=3)
-    parts = [set(part.moves) for part in (train, validation, test)]
-    assert [len(part) for part in parts] == [63, 18, 9]
-    assert set.union(*parts) == set(base)
-    assert sum(len(part) for part in (train, validation, test)) == 150
+    splits = [set(split.moves) for split in (train, validation, test)]
+    assert [len(split) for split in splits] == [63, 18, 9]
+    assert set.union(*splits) == set(base)
+    assert sum(len(split) for split in (train, validation, test)) == 150
     assert split_games(games, 0.2, 0.1, seed=3)[1] == validation
     assert split_games(games, 0.2, 0.1, seed=4)[1] != validation
     positions = [games.moves.index(line) for line in dict.fromkeys(train.moves)]
     assert len(split_games(games, 0.0, 0.1)[1]) == 0
-    assert positions == sorted(positions), "a part keeps the order of the games"
+    assert positions == sorted(positions), "a split keeps the order of the games"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,6 @@ def test_split_keeps_duplicates_together() -> None:
         ((0.01, 0.2), "validation_fraction=0.01 of 10 distinct games rounds to 0"),
     ],
 )
-def test_split_refuses_fractions_that_leave_nothing(fractions: tuple[float, float], message: str) -> None:
+def test_split_games_rejects_fractions_that_leave_an_empty_split(fractions: tuple[float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        split_games(embedded("uci").select(range(10)), *fractions)
+        split_games(included("uci").select(range(10)), *fractions)

@@ -1,4 +1,4 @@
-"""Moves as tokens: the fixed UCI vocabulary, SAN vocabularies of games, round trips and files."""
+"""Chess moves as tokens: the fixed UCI vocabulary, SAN vocabularies, decoding and files."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from jaxlm.data.moves import MoveTokenizer, uci_moves
 from jaxlm.data.tokenizers import SpecialIds, load_tokenizer
 
 
-def test_uci_moves_are_those_of_pieces_on_an_empty_board() -> None:
+def test_uci_moves_are_all_moves_of_pieces_on_an_empty_board() -> None:
     expected = set()
     for square in chess.SQUARES:
         for piece in (chess.QUEEN, chess.KNIGHT):
             board = chess.BaseBoard.empty()
             board.set_piece_at(square, chess.Piece(piece, chess.WHITE))
-            expected |= {chess.Move(square, to).uci() for to in board.attacks(square)}
+            expected |= {chess.Move(square, target).uci() for target in board.attacks(square)}
     for color, rank in ((chess.WHITE, 6), (chess.BLACK, 1)):
         for file in range(8):
-            square, ahead = chess.square(file, rank), chess.square(file, 7 if color else 0)
-            for to in [ahead, *chess.SquareSet(chess.BB_PAWN_ATTACKS[color][square])]:
-                expected |= {chess.Move(square, to, piece).uci() for piece in (2, 3, 4, 5)}
+            square, promotion_square = chess.square(file, rank), chess.square(file, 7 if color else 0)
+            for target in [promotion_square, *chess.SquareSet(chess.BB_PAWN_ATTACKS[color][square])]:
+                expected |= {chess.Move(square, target, piece).uci() for piece in (2, 3, 4, 5)}
     assert len(expected) == 1968
     assert set(uci_moves()) == expected
-    assert list(uci_moves()) == sorted(expected), "ids must not depend on the session"
+    assert list(uci_moves()) == sorted(expected), "ids must be reproducible"
 
 
 @pytest.mark.parametrize("notation", ["uci", "san"])
-def test_all_embedded_games_come_back(notation: str) -> None:
+def test_decoding_returns_all_included_games(notation: str) -> None:
     games = chess_games(notation)
     tokenizer = MoveTokenizer.from_games(games.moves, notation)
     for line in games.moves:
@@ -43,7 +43,7 @@ def test_all_embedded_games_come_back(notation: str) -> None:
     assert tokenizer.vocab_size == {"uci": 1971, "san": 1595}[notation]
 
 
-def test_san_vocabulary_has_the_frequent_moves_first_and_unknown_ones() -> None:
+def test_san_vocabulary_is_sorted_by_frequency_and_has_an_unknown_token() -> None:
     tokenizer = MoveTokenizer.from_games(["e4 e5 Nf3", "e4 c5+ Nf3", "e4 Qxf7#"], "san", min_count=1)
     assert tokenizer.moves == ("e4", "Nf3", "Qxf7", "c5", "e5")
     assert tokenizer.encode("e4 Qxf7# Qxf7+ d4").tolist() == [4, 6, 6, 3]
@@ -54,7 +54,7 @@ def test_san_vocabulary_has_the_frequent_moves_first_and_unknown_ones() -> None:
     assert tokenizer.end_id == 2
 
 
-def test_a_game_begins_and_ends() -> None:
+def test_a_game_has_bos_and_eos_tokens() -> None:
     tokenizer = MoveTokenizer("uci")
     first, second = tokenizer.encode("e2e4 e7e5").tolist()
     assert tokenizer.game("e2e4 e7e5").tolist() == [1, first, second, 2]
@@ -65,7 +65,7 @@ def test_a_game_begins_and_ends() -> None:
     assert tokenizer.encode("").shape == (0,)
 
 
-def test_encodings_have_the_characters_of_each_move() -> None:
+def test_encodings_have_the_character_offsets_of_each_move() -> None:
     tokenizer = MoveTokenizer("uci")
     encoding = tokenizer.encode_inputs("e2e4  e7e5")
     assert encoding.ids.tolist() == tokenizer.game("e2e4 e7e5")[:-1].tolist()
@@ -76,7 +76,7 @@ def test_encodings_have_the_characters_of_each_move() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [MoveTokenizer("uci"), MoveTokenizer("san", ["e4", "O-O", "e8=Q"])])
-def test_a_saved_tokenizer_is_loaded(tmp_path: Path, tokenizer: MoveTokenizer) -> None:
+def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path: Path, tokenizer: MoveTokenizer) -> None:
     tokenizer.save(tmp_path / "run")
     content = json.loads((tmp_path / "run" / "jaxlm_tokenizer.json").read_text())
     assert content["type"] == "moves"
@@ -102,12 +102,12 @@ def test_a_saved_tokenizer_is_loaded(tmp_path: Path, tokenizer: MoveTokenizer) -
         (lambda: MoveTokenizer("uci").decode([3, 1971]), "id 1971 at position 1 is outside"),
     ],
 )
-def test_bad_input_is_named(make, message: str) -> None:
+def test_invalid_input_raises_an_error(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_load_tokenizer_finds_the_moves_of_a_directory(tmp_path: Path) -> None:
+def test_load_tokenizer_loads_a_move_tokenizer(tmp_path: Path) -> None:
     tokenizer = MoveTokenizer.from_games(["e4 e5 Nf3"], "san")
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer

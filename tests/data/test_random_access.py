@@ -1,4 +1,4 @@
-"""Data sets that other libraries hold: read by column or by index, without those libraries."""
+"""Data sets of other libraries, read by column or by index. Fake classes replace these libraries."""
 
 import itertools
 import json
@@ -13,8 +13,8 @@ from jaxlm.data.buckets import Bucketed
 from jaxlm.data.examples import Examples
 
 
-class Table:
-    """What ``from_datasets`` uses of a ``datasets.Dataset``."""
+class FakeDataset:
+    """A fake ``datasets.Dataset`` with the attributes that ``from_datasets`` uses."""
 
     def __init__(self, classes=("positive", "negative"), **columns):
         self.columns, self.column_names = columns, list(columns)
@@ -29,8 +29,8 @@ class Table:
         return iter(self.columns[column])
 
 
-class Indexed:
-    """Elements that are made when they are read; records which were."""
+class LazyElements:
+    """A random-access source that creates elements when they are read, and records their indices."""
 
     def __init__(self, count, make):
         self.count, self.make, self.read = count, make, []
@@ -44,18 +44,18 @@ class Indexed:
 
 
 FIELDS = {"text": "sentence", "label": "label"}
-FILMS = Table(sentence=["fine", "dull", "good", "bad"], label=[0, 1, 0, 1], other=[None] * 4)
+FILMS = FakeDataset(sentence=["fine", "dull", "good", "bad"], label=[0, 1, 0, 1], other=[None] * 4)
 
 
 def test_columns_are_renamed_and_classes_keep_their_names_and_order():
-    found = Examples.from_datasets(FILMS, FIELDS)
-    assert list(found)[:2] == [{"text": "fine", "label": "positive"}, {"text": "dull", "label": "negative"}]
-    assert found.name == "films"
-    assert found.label_names() == ("positive", "negative"), "not sorted"
-    assert all(part.label_names() == ("positive", "negative") for part in (found[:1], *found.split(0.5)))
-    assert "label" in found.class_names
-    plain = Examples.from_datasets(FILMS, {"source": "sentence"}, name="x")
-    assert (plain.column("source"), plain.name, plain.class_names) == (["fine", "dull", "good", "bad"], "x", {})
+    examples = Examples.from_datasets(FILMS, FIELDS)
+    assert list(examples)[:2] == [{"text": "fine", "label": "positive"}, {"text": "dull", "label": "negative"}]
+    assert examples.name == "films"
+    assert examples.label_names() == ("positive", "negative"), "class names are not sorted"
+    assert all(subset.label_names() == ("positive", "negative") for subset in (examples[:1], *examples.split(0.5)))
+    assert "label" in examples.class_names
+    renamed = Examples.from_datasets(FILMS, {"source": "sentence"}, name="x")
+    assert (renamed.column("source"), renamed.name, renamed.class_names) == (["fine", "dull", "good", "bad"], "x", {})
 
 
 @pytest.mark.parametrize(
@@ -63,31 +63,39 @@ def test_columns_are_renamed_and_classes_keep_their_names_and_order():
     [
         ({"train": FILMS, "test": FILMS}, TypeError, "a dictionary of data sets: pass one of 'train', 'test'"),
         (iter(()), TypeError, r"has no length and no index: load it with streaming=False, or .*dataset.take"),
-        (Table(text=["a"], label=[0]), ValueError, "films has no column 'sentence': its columns are 'text', 'label'"),
-        (Table(sentence=[], label=[]), ValueError, "films has no examples"),
-        (Table(sentence=["a"], label=[-1]), ValueError, "example 0 has label=-1, which is not the number of a class"),
-        (Table(sentence=["a", " "], label=[0, 1]), ValueError, "example 1 of films: 'sentence' is empty"),
-        (Table(sentence=["a"], label=[None]), ValueError, "example 0 of films: 'label' is null"),
+        (
+            FakeDataset(text=["a"], label=[0]),
+            ValueError,
+            "films has no column 'sentence': its columns are 'text', 'label'",
+        ),
+        (FakeDataset(sentence=[], label=[]), ValueError, "films has no examples"),
+        (
+            FakeDataset(sentence=["a"], label=[-1]),
+            ValueError,
+            "example 0 has label=-1, which is not the number of a class",
+        ),
+        (FakeDataset(sentence=["a", " "], label=[0, 1]), ValueError, "example 1 of films: 'sentence' is empty"),
+        (FakeDataset(sentence=["a"], label=[None]), ValueError, "example 0 of films: 'label' is null"),
     ],
 )
-def test_what_is_no_data_set_of_examples_is_named(dataset, error, message):
+def test_invalid_datasets_raise_errors(dataset, error, message):
     with pytest.raises(error, match=message):
         Examples.from_datasets(dataset, FIELDS)
 
 
-def test_examples_are_read_when_they_are_used():
-    source = Indexed(10, lambda n: {"sentence": f"text {n}", "label": n, "other": None})
-    found = Examples.from_random_access(source, FIELDS)
+def test_examples_are_read_on_access():
+    source = LazyElements(10, lambda n: {"sentence": f"text {n}", "label": n, "other": None})
+    examples = Examples.from_random_access(source, FIELDS)
     assert source.read == [0]
-    assert found[-1] == {"text": "text 9", "label": 9}
-    part = found[2:8:2]
+    assert examples[-1] == {"text": "text 9", "label": 9}
+    subset = examples[2:8:2]
     assert source.read == [0, 9]
-    assert part.column("label") == [2, 4, 6]
-    assert part[1:].column("text") == ["text 4", "text 6"]
-    assert [row["label"] for row in found] == list(range(10))
+    assert subset.column("label") == [2, 4, 6]
+    assert subset[1:].column("text") == ["text 4", "text 6"]
+    assert [row["label"] for row in examples] == list(range(10))
     with pytest.raises(IndexError):
-        found[10]
-    assert Examples.from_random_access(Indexed(2, lambda n: {"x": n}))[1] == {"x": 1}
+        examples[10]
+    assert Examples.from_random_access(LazyElements(2, lambda n: {"x": n}))[1] == {"x": 1}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_examples_are_read_when_they_are_used():
         (iter(()), TypeError, "here is a .*iterator: it needs a length and an index, like grain.MapDataset"),
         ([], ValueError, "here has no examples"),
         (
-            Indexed(sys.maxsize, lambda n: {"sentence": "a", "label": 0}),
+            LazyElements(sys.maxsize, lambda n: {"sentence": "a", "label": 0}),
             ValueError,
             "here is infinite: remove repeat",
         ),
@@ -104,7 +112,7 @@ def test_examples_are_read_when_they_are_used():
         ([None], ValueError, r"example 0 of here must be a mapping, got None \(a grain.MapDataset returns None for"),
     ],
 )
-def test_bad_random_access(source, error, message):
+def test_invalid_random_access_sources_raise_errors(source, error, message):
     with pytest.raises(error, match=message):
         Examples.from_random_access(source, FIELDS, name="here")
 
@@ -114,8 +122,8 @@ def element(number):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_every_element_is_in_an_epoch_once(shuffle):
-    source = RandomAccess(Indexed(12, element), 4, seed=1, shuffle=shuffle)
+def test_every_element_occurs_once_per_epoch(shuffle):
+    source = RandomAccess(LazyElements(12, element), 4, seed=1, shuffle=shuffle)
     epochs = []
     for epoch in range(2):
         batches = [source.batch(3 * epoch + step, range(4)) for step in range(3)]
@@ -129,23 +137,23 @@ def test_every_element_is_in_an_epoch_once(shuffle):
     )
 
 
-def test_a_run_goes_on_without_reading_what_it_has_read():
-    batches = Batches(RandomAccess(Indexed(100, element), 4))
-    saved = [next(batches) for _ in range(7)] and json.loads(json.dumps(batches.state()))
-    rest = [next(batches)["tokens"].tolist() for _ in range(2)]
-    elements = Indexed(100, element)
-    again = Batches(RandomAccess(elements, 4))
+def test_a_restored_iterator_does_not_read_earlier_elements():
+    batches = Batches(RandomAccess(LazyElements(100, element), 4))
+    saved_state = [next(batches) for _ in range(7)] and json.loads(json.dumps(batches.state()))
+    next_batches = [next(batches)["tokens"].tolist() for _ in range(2)]
+    elements = LazyElements(100, element)
+    restored = Batches(RandomAccess(elements, 4))
     elements.read.clear()
-    again.restore(saved)
-    assert [next(again)["tokens"].tolist() for _ in range(2)] == rest
+    restored.restore(saved_state)
+    assert [next(restored)["tokens"].tolist() for _ in range(2)] == next_batches
     assert len(elements.read) == 8
-    other = Batches(RandomAccess(Indexed(100, lambda n: element(n + 1)), 4))
+    other_data = Batches(RandomAccess(LazyElements(100, lambda n: element(n + 1)), 4))
     with pytest.raises(ValueError, match="the saved iterator read other data:\n  checksum"):
-        other.restore(saved)
+        other_data.restore(saved_state)
 
 
-def test_elements_of_unequal_length_go_into_buckets():
-    source = Indexed(9, lambda n: {"ids": np.arange(1, n + 2), "label": n})
+def test_elements_of_different_lengths_need_buckets():
+    source = LazyElements(9, lambda n: {"ids": np.arange(1, n + 2), "label": n})
     bucketed = Bucketed(Examples.from_random_access(source, {"tokens": "ids", "label": "label"}), 3, 2, multiple=1)
     rows = [bucketed.batch(step, range(3)) for step in range(bucketed.steps_per_epoch)]
     seen = itertools.chain.from_iterable(batch.indices.tolist() for batch in rows)
@@ -165,12 +173,12 @@ def test_elements_of_unequal_length_go_into_buckets():
         ([{"text": "a"}], {}, ValueError, "text of element 0 has dtype <U1: it must hold numbers"),
     ],
 )
-def test_bad_elements(elements, options, error, message):
+def test_invalid_elements_raise_errors(elements, options, error, message):
     with pytest.raises(error, match=message):
         RandomAccess(elements, **{"batch_size": 2, **options})
 
 
-def test_ids_outside_the_vocabulary_are_named():
+def test_errors_name_ids_outside_the_vocabulary():
     source = RandomAccess([element(0), element(9)], 2)
     source.check(14)
     with pytest.raises(ValueError, match="tokens of element 1"):

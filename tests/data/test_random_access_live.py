@@ -1,4 +1,4 @@
-"""The real packages ``datasets`` and ``grain``, where the other tests have objects of the same form."""
+"""Examples and random access with the real packages ``datasets`` and ``grain``."""
 
 import numpy as np
 import pytest
@@ -22,13 +22,13 @@ def films():
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def test_a_data_set_of_hugging_face():
+def test_hugging_face_datasets_as_examples():
     import datasets
 
-    found = Examples.from_datasets(films(), FIELDS)
-    assert len(found) == 20
-    assert found[3] == {"text": "film 3", "label": "negative"}
-    assert found.label_names() == ("positive", "negative")
+    examples = Examples.from_datasets(films(), FIELDS)
+    assert len(examples) == 20
+    assert examples[3] == {"text": "film 3", "label": "negative"}
+    assert examples.label_names() == ("positive", "negative")
     chosen = films().shuffle(seed=1).select(range(5))
     assert Examples.from_datasets(chosen, {"text": "sentence"}).column("text") == list(chosen["sentence"])
     with pytest.raises(TypeError, match="IterableDataset has no length and no index: load it with streaming=False"):
@@ -39,36 +39,36 @@ def test_a_data_set_of_hugging_face():
         Examples.from_datasets(films(), {"text": "text"})
 
 
-def test_a_data_set_of_hugging_face_is_random_access_too():
+def test_hugging_face_datasets_as_random_access():
     rows = films().map(lambda row: {"tokens": [ord(c) for c in row["sentence"][:6]]}, remove_columns=["sentence"])
     batch = RandomAccess(rows, 4).batch(2, range(4))
     assert batch["tokens"].shape == (4, 6)
     assert Examples.from_random_access(films(), FIELDS)[5] == {"text": "film 5", "label": 1}
 
 
-def test_a_grain_data_set():
+def test_grain_datasets_as_examples_and_random_access():
     import grain
 
     def element(number):
         return {"ids": np.arange(1, number + 2), "label": number}
 
     data = grain.MapDataset.range(12).shuffle(seed=3).map(element)
-    found = Examples.from_random_access(data, {"tokens": "ids", "label": "label"})
-    assert sorted(found.column("label")) == list(range(12))
-    assert found[2]["label"] == data[2]["label"]
-    members = np.concatenate([bucket.members for bucket in Bucketed(found, 4, 2).buckets])
+    examples = Examples.from_random_access(data, {"tokens": "ids", "label": "label"})
+    assert sorted(examples.column("label")) == list(range(12))
+    assert examples[2]["label"] == data[2]["label"]
+    members = np.concatenate([bucket.members for bucket in Bucketed(examples, 4, 2).buckets])
     assert sorted(members.tolist()) == list(range(12))
-    fixed = data.map(lambda row: {"tokens": np.full(3, row["label"])})
-    batches = Batches(RandomAccess(fixed, 4, shuffle=False))
-    seen = np.concatenate([next(batches)["tokens"][:, 0] for _ in range(3)])
-    assert seen.tolist() == [int(fixed[n]["tokens"][0]) for n in range(12)]
-    saved, rest = batches.state(), next(batches)["tokens"]
-    again = Batches(RandomAccess(fixed, 4, shuffle=False))
-    again.restore(saved)
-    np.testing.assert_array_equal(next(again)["tokens"], rest)
+    fixed_length = data.map(lambda row: {"tokens": np.full(3, row["label"])})
+    batches = Batches(RandomAccess(fixed_length, 4, shuffle=False))
+    numbers = np.concatenate([next(batches)["tokens"][:, 0] for _ in range(3)])
+    assert numbers.tolist() == [int(fixed_length[n]["tokens"][0]) for n in range(12)]
+    saved_state, next_tokens = batches.state(), next(batches)["tokens"]
+    restored = Batches(RandomAccess(fixed_length, 4, shuffle=False))
+    restored.restore(saved_state)
+    np.testing.assert_array_equal(next(restored)["tokens"], next_tokens)
 
 
-def test_grain_data_sets_that_cannot_be_indexed_once():
+def test_infinite_filtered_and_iterable_grain_datasets_are_rejected():
     import grain
 
     data = grain.MapDataset.range(4).map(lambda number: {"x": number})

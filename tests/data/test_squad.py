@@ -1,4 +1,4 @@
-"""SQuAD files in both formats, and bad questions."""
+"""SQuAD files in both formats, and errors for bad questions and files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def question(**changes: Any) -> dict[str, Any]:
     return {"id": "q1", "question": "When did it open?", "answers": answers, **changes}
 
 
-def official(*articles: tuple[str, list[dict[str, Any]]]) -> str:
+def squad_json(*articles: tuple[str, list[dict[str, Any]]]) -> str:
     data = [{"title": title, "paragraphs": [{"context": CONTEXT, "qas": qas}]} for title, qas in articles]
     return json.dumps({"version": "v2.0", "data": data}, ensure_ascii=False)
 
@@ -31,43 +31,44 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["dev.json", "dev.json.gz"])
-def test_official_files_have_titles_and_questions_without_an_answer(tmp_path: Path, name: str) -> None:
+def test_official_files_have_titles_and_unanswerable_questions(tmp_path: Path, name: str) -> None:
     impossible = question(id="q2", answers=[], is_impossible=True, plausible_answers=[{"text": "x", "answer_start": 0}])
-    found = read_squad(
-        write(tmp_path / name, official(("Café", [question(), impossible]), ("Bar", [question(id="q3")])))
+    examples = read_squad(
+        write(tmp_path / name, squad_json(("Café", [question(), impossible]), ("Bar", [question(id="q3")])))
     )
-    assert found.column("id") == ["q1", "q2", "q3"]
-    assert found.column("group") == ["Café", "Café", "Bar"]
-    assert found[0]["answers"] == ["1998", "in 1998"]
-    assert found[0]["starts"] == [28, 34]
+    assert examples.column("id") == ["q1", "q2", "q3"]
+    assert examples.column("group") == ["Café", "Café", "Bar"]
+    assert examples[0]["answers"] == ["1998", "in 1998"]
+    assert examples[0]["starts"] == [28, 34]
     assert [
-        CONTEXT[start:].startswith(text) for text, start in zip(found[0]["answers"], found[0]["starts"], strict=True)
+        CONTEXT[start:].startswith(text)
+        for text, start in zip(examples[0]["answers"], examples[0]["starts"], strict=True)
     ]
-    assert (found[1]["answers"], found[1]["starts"]) == ([], [])
-    first, rest = found.split(0.5, by="group")
+    assert (examples[1]["answers"], examples[1]["starts"]) == ([], [])
+    first, rest = examples.split(0.5, by="group")
     assert not {*first.column("group")} & {*rest.column("group")}
 
 
 @pytest.mark.parametrize("name", ["dev.jsonl", "dev.jsonl.gz"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_lines_are_grouped_by_context(tmp_path: Path, name: str, count: int) -> None:
+def test_json_lines_are_grouped_by_context(tmp_path: Path, name: str, count: int) -> None:
     rows = [question(id=f"q{n}", context=CONTEXT) for n in range(count)]
-    found = read_squad(write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows)))
-    assert found.column("id") == [f"q{n}" for n in range(count)]
-    assert found.column("group") == [CONTEXT] * count
+    examples = read_squad(write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows)))
+    assert examples.column("id") == [f"q{n}" for n in range(count)]
+    assert examples.column("group") == [CONTEXT] * count
 
 
-def test_lists_of_texts_and_starts_as_in_the_datasets_package(tmp_path: Path) -> None:
+def test_answers_can_be_lists_as_in_the_datasets_package(tmp_path: Path) -> None:
     answers = {"text": ["1998"], "answer_start": [28]}
-    found = read_squad(write(tmp_path / "f", json.dumps(question(context=CONTEXT, title="Café", answers=answers))))
-    assert (found[0]["answers"], found[0]["starts"], found[0]["group"]) == (["1998"], [28], "Café")
+    examples = read_squad(write(tmp_path / "f", json.dumps(question(context=CONTEXT, title="Café", answers=answers))))
+    assert (examples[0]["answers"], examples[0]["starts"], examples[0]["group"]) == (["1998"], [28], "Café")
 
 
 @pytest.mark.parametrize("shift", [-2, -1, 1, 2])
-def test_starts_that_are_wrong_by_two_characters_are_corrected(tmp_path: Path, shift: int) -> None:
+def test_answer_starts_are_corrected_by_up_to_two_characters(tmp_path: Path, shift: int) -> None:
     answers = [{"text": "1998", "answer_start": 28 + shift}]
-    found = read_squad(write(tmp_path / "f", official(("Café", [question(answers=answers)]))))
-    assert found[0]["starts"] == [28]
+    examples = read_squad(write(tmp_path / "f", squad_json(("Café", [question(answers=answers)]))))
+    assert examples[0]["starts"] == [28]
 
 
 @pytest.mark.parametrize(
@@ -88,14 +89,14 @@ def test_starts_that_are_wrong_by_two_characters_are_corrected(tmp_path: Path, s
         ({"question": " "}, "'question' must be a text, got ' '"),
     ],
 )
-def test_bad_questions_are_named_or_reported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = write(tmp_path / "dev.json", official(("Café", [question(), question(id="bad", **changes)])))
-    with pytest.raises(ValueError, match=message) as caught:
+def test_bad_questions_raise_an_error_or_are_reported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "dev.json", squad_json(("Café", [question(), question(id="bad", **changes)])))
+    with pytest.raises(ValueError, match=message) as error:
         read_squad(path)
-    assert str(caught.value).startswith(f"{path}, question 2 (id 'bad'): ")
-    found = read_squad(path, on_error="report")
-    assert found.column("id") == ["q1"]
-    (rejected,) = found.rejected
+    assert str(error.value).startswith(f"{path}, question 2 (id 'bad'): ")
+    examples = read_squad(path, on_error="report")
+    assert examples.column("id") == ["q1"]
+    (rejected,) = examples.rejected
     assert rejected.line == 2
     assert "(id 'bad')" in rejected.reason
 
@@ -113,14 +114,14 @@ def test_bad_questions_are_named_or_reported(tmp_path: Path, changes: dict[str, 
         ("3\n4", r"question 1 \(id None\): the line must be a JSON object, got int"),
     ],
 )
-def test_files_in_neither_format(tmp_path: Path, text: str, message: str) -> None:
+def test_files_in_neither_format_raise_errors(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_squad(write(tmp_path / "f", text))
 
 
-def test_damaged_files(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole.gz", official(("Café", [question()]))).read_bytes()
-    (tmp_path / "half.gz").write_bytes(whole[: len(whole) // 2])
+def test_damaged_files_raise_errors(tmp_path: Path) -> None:
+    compressed = write(tmp_path / "whole.gz", squad_json(("Café", [question()]))).read_bytes()
+    (tmp_path / "half.gz").write_bytes(compressed[: len(compressed) // 2])
     with pytest.raises(ValueError, match="half.gz: the gzip file is truncated or damaged"):
         read_squad(tmp_path / "half.gz")
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))

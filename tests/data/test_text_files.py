@@ -1,4 +1,4 @@
-"""Text files are read by one set of rules: byte order marks, line ends, encodings, gzip files and their size."""
+"""All readers treat byte order marks, line ends, encodings, gzip files and their size in the same way."""
 
 import gzip
 import json
@@ -43,22 +43,22 @@ def small_chunks(monkeypatch):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_whole_texts_keep_every_character_but_the_byte_order_mark(tmp_path, name, mark):
-    text = "né\r\nŝ\t☃ 𝄞\r\r\n\n \ufeffx\n"  # the second one is a character
+def test_read_text_keeps_every_character_except_the_byte_order_mark(tmp_path, name, mark):
+    text = "né\r\nŝ\t☃ 𝄞\r\r\n\n \ufeffx\n"  # the byte order mark inside the text is a character
     assert read_text(write(tmp_path / name, mark + text)) == text
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
-def test_lines_are_those_of_both_line_ends(tmp_path, name, end):
+def test_lines_end_with_lf_or_crlf(tmp_path, name, end):
     path = write(tmp_path / name, "\ufeffé one\r\n\nb\rc\r\r\nlonger than a chunk\u2028" + end)
     assert list(read_lines(path)) == [
         (1, "é one"), (2, ""), (3, "b\rc\r"), (4, "longer than a chunk\u2028"),
     ]  # fmt: skip
 
 
-def test_an_empty_file_has_no_lines_and_is_no_text(tmp_path):
+def test_an_empty_file_has_no_lines_and_read_text_rejects_it(tmp_path):
     for data in (b"", "\ufeff".encode()):
         path = write(tmp_path / "a.txt", data)
         assert list(read_lines(path)) == []
@@ -88,13 +88,13 @@ def test_other_encodings(tmp_path):
         ("é".encode() * 9 + b"\xc3\n", None, r"byte 0xc3 at offset 18, line 1\."),
     ],
 )
-def test_the_first_byte_that_is_no_text_is_named_with_its_line(tmp_path, name, text, encoding, message):
+def test_the_error_names_the_first_invalid_byte_and_its_line(tmp_path, name, text, encoding, message):
     path = write(tmp_path / name, text, encoding)
     with pytest.raises(ValueError, match=re.escape(str(path)) + r" .*" + message):
         read_text(path)
 
 
-def packed(text="1 line\n"):
+def compressed_lines(text="1 line\n"):
     return gzip.compress("".join(f"{n} {text}" for n in range(3000)).encode())
 
 
@@ -102,26 +102,26 @@ def packed(text="1 line\n"):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (packed()[:-9], "the gzip file is truncated or damaged after"),
-        (packed()[:5], "the gzip file is truncated or damaged after 0 bytes"),
+        (compressed_lines()[:-9], "the gzip file is truncated or damaged after"),
+        (compressed_lines()[:5], "the gzip file is truncated or damaged after 0 bytes"),
         (b"plain", "the gzip file is truncated or damaged after 0 bytes: Not a gzipped file"),
-        (packed()[:200] + b"\x00" * 50 + packed()[250:], "the gzip file is truncated or damaged"),
+        (compressed_lines()[:200] + b"\x00" * 50 + compressed_lines()[250:], "the gzip file is truncated or damaged"),
         (gzip.compress(b"1 caf\xe9"), "is not UTF-8 text: byte 0xe9 at offset 5, line 1"),
         (None, "is not a file"),
     ],
     ids=["truncated", "header", "plain", "damaged", "latin-1", "missing"],
 )
-def test_every_reader_names_a_bad_file(tmp_path, reader, data, message):
+def test_every_reader_raises_an_error_with_the_path_of_a_bad_file(tmp_path, reader, data, message):
     path = tmp_path / "bad.gz"
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(FileNotFoundError if data is None else ValueError, match=message) as caught:
+    with pytest.raises(FileNotFoundError if data is None else ValueError, match=message) as error:
         reader(path)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(error.value)
 
 
 @every_reader
-def test_every_reader_refuses_a_decompression_bomb(tmp_path, reader, monkeypatch):
+def test_every_reader_rejects_a_decompression_bomb(tmp_path, reader, monkeypatch):
     monkeypatch.setattr(text_files, "ALWAYS_UNPACKED", 2**20)
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(b"1" * (2**20 + 1)))
@@ -129,7 +129,7 @@ def test_every_reader_refuses_a_decompression_bomb(tmp_path, reader, monkeypatch
         reader(path)
 
 
-def test_the_limit_of_gzip_files_is_a_ratio_and_unpacked_files_have_none(tmp_path, monkeypatch):
+def test_the_size_limit_of_gzip_files_is_a_ratio(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "ALWAYS_UNPACKED", 100)
     for ratio, allowed in ((50, False), (2000, True)):
         monkeypatch.setattr(text_files, "UNPACKED_RATIO", ratio)
@@ -142,8 +142,8 @@ def test_the_limit_of_gzip_files_is_a_ratio_and_unpacked_files_have_none(tmp_pat
     assert len(read_text(write(tmp_path / "a.txt", "1" * 100_000))) == 100_000
 
 
-def test_a_bomb_is_refused_in_bounded_memory(tmp_path):
-    """Not more than a piece is unpacked beyond the limit."""
+def test_a_decompression_bomb_is_rejected_with_limited_memory(tmp_path):
+    """Reading stops at the limit, and each chunk has at most 1 MiB."""
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(b"1" * 2**20) * 80)  # 80 members of 1 MiB
     sizes = []
@@ -153,22 +153,22 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path):
     assert sum(sizes) == text_files.ALWAYS_UNPACKED
 
 
-def test_one_function_opens_the_text_files_of_the_package():
+def test_only_text_files_opens_text_files_of_the_package():
     folder = Path(jaxlm.data.__file__).parent
-    opening = re.compile(r"\.read_text\(|(?<!\w)open\(|gzip\.|\.read_bytes\(|TextIOWrapper")
-    found = {
-        path.name: opening.findall(path.read_text(encoding="utf-8"))
+    open_call = re.compile(r"\.read_text\(|(?<!\w)open\(|gzip\.|\.read_bytes\(|TextIOWrapper")
+    calls = {
+        path.name: open_call.findall(path.read_text(encoding="utf-8"))
         for path in folder.glob("*.py")
-        if path.name != "text_files.py" and opening.search(path.read_text(encoding="utf-8"))
+        if path.name != "text_files.py" and open_call.search(path.read_text(encoding="utf-8"))
     }
-    assert found == {
-        "tokens.py": ["open("],  # binary
+    assert calls == {
+        "tokens.py": ["open("],  # reads binary files
         "docstrings.py": [".read_bytes("],  # Python source, which declares its own encoding
-        "tokenizers.py": [".read_bytes("],  # kept as they are, unread
+        "tokenizers.py": [".read_bytes("],  # copies files without decoding them
     }
 
 
-def test_json_of_a_tokenizer_may_have_a_byte_order_mark(tmp_path):
+def test_tokenizer_json_can_have_a_byte_order_mark(tmp_path):
     content = json.dumps({"type": "character", "characters": "ab"})
     write(tmp_path / "jaxlm_tokenizer.json", "\ufeff" + content)
     assert load_tokenizer(tmp_path).encode("ba").tolist() == [1, 0]
@@ -182,14 +182,14 @@ def test_json_of_a_tokenizer_may_have_a_byte_order_mark(tmp_path):
         ('{"a": 0, ', r"vocab\.json is not JSON"),
     ],
 )
-def test_a_vocabulary_with_duplicates_is_refused(tmp_path, vocab, message):
+def test_a_vocabulary_with_duplicates_is_rejected(tmp_path, vocab, message):
     write(tmp_path / "vocab.json", vocab)
     write(tmp_path / "merges.txt", "#version: 0.2\n")
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_file_with_duplicate_ids_is_refused(tmp_path):
+def test_a_tokenizer_file_with_duplicate_ids_is_rejected(tmp_path):
     model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "to": 1, "be": 1}, "unk_token": "[UNK]"}
     write(tmp_path / "tokenizer.json", json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     with pytest.raises(ValueError, match=r"tokenizer\.json: the tokens 'be' and 'to' have the same id 1"):

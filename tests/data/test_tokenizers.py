@@ -1,4 +1,4 @@
-"""Round trips, what is saved is what is loaded, and the errors name the character, the id, the fix."""
+"""Tokenizers: encoding and decoding, saving and loading, and errors."""
 
 import json
 import sys
@@ -13,14 +13,14 @@ END = "<|endoftext|>"
 
 
 def random_texts(count=50):
-    """Texts of any characters but surrogates, which no encoding can hold."""
+    """Return texts of random characters except surrogates, which UTF-8 cannot encode."""
     rng = np.random.default_rng(0)
     points = rng.integers(0, 0x110000 - 0x800, (count, 40))
     return ["".join(chr(p if p < 0xD800 else p + 0x800) for p in row) for row in points]
 
 
 def byte_level_files(directory):
-    """A GPT-2 style vocab.json and merges.txt: the 256 bytes, two merges, the end of a document."""
+    """Write GPT-2 style vocab.json and merges.txt with 256 bytes, two merges and an end token. Return the tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, "he", "Ġhe", END]
     (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
@@ -29,7 +29,7 @@ def byte_level_files(directory):
 
 
 def words_file(directory, **special):
-    """A tokenizer.json with one id per word."""
+    """Write a tokenizer.json with one id per word. Return the backend."""
     vocabulary = {"[UNK]": 0, "to": 1, "be": 2, **special}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -37,7 +37,7 @@ def words_file(directory, **special):
     return backend
 
 
-def test_bytes_round_trip_on_any_text():
+def test_byte_tokenizer_decodes_any_text():
     tokenizer = ByteTokenizer()
     for text in ["", "To be", *random_texts()]:
         ids = tokenizer.encode(text)
@@ -46,14 +46,14 @@ def test_bytes_round_trip_on_any_text():
         assert tokenizer.decode(ids) == text
 
 
-def test_bytes_decode_shows_a_cut_character_and_not_the_end_of_document():
+def test_byte_decode_replaces_incomplete_characters_and_removes_end_ids():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode([0x61, 0xC3]) == "a\ufffd"
     assert tokenizer.decode([0x61, tokenizer.end_id, 0x62]) == "ab"
     assert tokenizer.vocab_size == tokenizer.end_id + 1 == 257
 
 
-def test_characters_round_trip_on_any_text():
+def test_char_tokenizer_decodes_any_text():
     for text in ["To be", *random_texts()]:
         tokenizer = CharTokenizer.from_text(text)
         ids = tokenizer.encode(text)
@@ -70,14 +70,14 @@ def test_the_order_of_characters_is_the_order_of_ids():
     assert tokenizer.decode([0, 1, 2]) == "zax"
 
 
-@pytest.mark.parametrize("unknown", ["b", "~", "\0", "☃"])  # between, above and below the known ones
-def test_an_unknown_character_is_named(unknown):
-    with pytest.raises(ValueError, match=r"\(U\+[0-9A-F]{4}\) at position 2 is not among the 2 characters") as caught:
+@pytest.mark.parametrize("unknown", ["b", "~", "\0", "☃"])  # between, above and below the known characters
+def test_an_unknown_character_raises_an_error(unknown):
+    with pytest.raises(ValueError, match=r"\(U\+[0-9A-F]{4}\) at position 2 is not among the 2 characters") as error:
         CharTokenizer("ac").encode("ac" + unknown)
-    assert repr(unknown) in str(caught.value)
+    assert repr(unknown) in str(error.value)
 
 
-def test_bad_character_sets_are_refused():
+def test_invalid_character_sets_are_rejected():
     with pytest.raises(ValueError, match="at least one character"):
         CharTokenizer.from_text("")
     with pytest.raises(ValueError, match="'a' more than once"):
@@ -85,14 +85,14 @@ def test_bad_character_sets_are_refused():
 
 
 @pytest.mark.parametrize("bad", [-1, 257, 70000])
-def test_decode_names_an_id_outside_the_vocabulary(bad):
+def test_decode_rejects_an_id_outside_the_vocabulary(bad):
     with pytest.raises(ValueError, match=f"id {bad} at position 1 is outside the vocabulary of 257 ids"):
         ByteTokenizer().decode([0, bad])
     with pytest.raises(ValueError, match=f"id {bad} at position 0 is outside the vocabulary of 2 ids"):
         CharTokenizer("ab").decode(np.asarray([bad]))
 
 
-def test_decode_takes_one_row_of_integers():
+def test_decode_accepts_only_1d_integers():
     with pytest.raises(ValueError, match=r"float64\[2\]"):
         ByteTokenizer().decode([0.5, 1.0])
     with pytest.raises(ValueError, match=r"int64\[1, 2\]"):
@@ -101,12 +101,12 @@ def test_decode_takes_one_row_of_integers():
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer('a"\\☃\n')])
-def test_built_in_tokenizers_are_loaded_as_saved(tmp_path, tokenizer):
+def test_loaded_built_in_tokenizers_equal_the_saved_ones(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "new")
     assert load_tokenizer(tmp_path / "new") == tokenizer
 
 
-def test_vocab_and_merges_are_byte_level_bpe(tmp_path):
+def test_vocab_and_merges_are_loaded_as_byte_level_bpe(tmp_path):
     tokens = byte_level_files(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.vocab_size == len(tokens)
@@ -120,7 +120,7 @@ def test_vocab_and_merges_are_byte_level_bpe(tmp_path):
         tokenizer.decode([len(tokens)])
 
 
-def test_tokenizer_json(tmp_path):
+def test_a_tokenizer_json_is_loaded(tmp_path):
     words_file(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.end_id) == (3, None)
@@ -132,7 +132,7 @@ def test_the_vocabulary_size_covers_gaps_between_ids(tmp_path):
     assert load_tokenizer(tmp_path).vocab_size == 10
 
 
-def test_padding_and_truncation_in_tokenizer_json_change_no_text(tmp_path):
+def test_padding_and_truncation_in_tokenizer_json_are_ignored(tmp_path):
     backend = words_file(tmp_path)
     backend.enable_padding(length=4)
     backend.enable_truncation(2)
@@ -142,7 +142,7 @@ def test_padding_and_truncation_in_tokenizer_json_change_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("eos", ["be", {"content": "be"}])
-def test_the_end_of_document_is_what_the_configuration_says(tmp_path, eos):
+def test_the_end_token_is_read_from_tokenizer_config(tmp_path, eos):
     words_file(tmp_path, **{END: 3})
     assert load_tokenizer(tmp_path).end_id == 3
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
@@ -152,23 +152,23 @@ def test_the_end_of_document_is_what_the_configuration_says(tmp_path, eos):
         load_tokenizer(tmp_path)
 
 
-def test_pretrained_tokenizers_are_loaded_as_saved(tmp_path):
+def test_loaded_pretrained_tokenizers_equal_the_saved_ones(tmp_path):
     byte_level_files(tmp_path)
     tokenizer = PretrainedTokenizer(PretrainedTokenizer.from_directory(tmp_path).backend, {"eos": "he"})
     tokenizer.save(tmp_path / "new")
-    again = load_tokenizer(tmp_path / "new")
-    assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
-    assert again.encode(" he is é").tolist() == tokenizer.encode(" he is é").tolist()
+    loaded = load_tokenizer(tmp_path / "new")
+    assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+    assert loaded.encode(" he is é").tolist() == tokenizer.encode(" he is é").tolist()
 
 
-def test_the_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+def test_a_missing_package_raises_an_error_with_the_install_command(tmp_path, monkeypatch):
     words_file(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxlm\[tokenizers\]'"):
         load_tokenizer(tmp_path)
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path):
+def test_unreadable_tokenizer_directories_raise_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"found no such directory"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "vocab.json").write_text("{}")

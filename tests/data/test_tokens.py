@@ -1,4 +1,4 @@
-"""Token files: what is written is what is mapped, and nothing bad gets in or out."""
+"""Token files: writing, memory-mapped reading, and errors for invalid files and ids."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from jaxlm.data import ByteTokenizer, check_tokens, open_tokens, split, split_do
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
-def test_the_file_is_a_memory_map_of_the_smallest_type(tmp_path, vocab_size, dtype):
+def test_open_tokens_returns_a_memory_map_of_the_smallest_dtype(tmp_path, vocab_size, dtype):
     ids = np.asarray([0, 5, vocab_size - 1], np.int32)
     assert write_tokens(tmp_path / "a.npy", ids, vocab_size) == 3
     mapped = open_tokens(tmp_path / "a.npy", vocab_size)
@@ -18,46 +18,46 @@ def test_the_file_is_a_memory_map_of_the_smallest_type(tmp_path, vocab_size, dty
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), ids)
 
 
-def test_a_stream_is_written_one_array_at_a_time(tmp_path):
-    alive = []
+def test_an_iterable_of_arrays_is_written(tmp_path):
+    yielded = []
 
-    def stream():
+    def arrays():
         for i in range(300):
-            alive.append(i)
+            yielded.append(i)
             yield np.full(1000, i, np.int64)
         yield np.zeros(0, np.int32)
         yield ByteTokenizer().encode("end")
 
-    assert write_tokens(tmp_path / "a.npy", stream(), 300) == 300_003
+    assert write_tokens(tmp_path / "a.npy", arrays(), 300) == 300_003
     mapped = open_tokens(tmp_path / "a.npy", 300)
     np.testing.assert_array_equal(mapped[:-3], np.repeat(np.arange(300), 1000))
     assert bytes(mapped[-3:].astype(np.uint8)) == b"end"
-    assert alive == list(range(300))
+    assert yielded == list(range(300))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.npy"
     write_tokens(path, np.arange(4), 10)
-    before = path.read_bytes()
+    original_bytes = path.read_bytes()
     with pytest.raises(ValueError, match=r"id 10 at position 5 is outside the vocabulary of 10 ids"):
         write_tokens(path, iter([np.arange(4), np.asarray([1, 10])]), 10)
     with pytest.raises(ValueError, match="no tokens"):
         write_tokens(path, [], 10)
     with pytest.raises(ValueError, match="iterable of arrays, got int"):
         write_tokens(path, [1, 2], 10)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == original_bytes
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]
 
 
-def test_a_file_of_another_vocabulary_is_refused_when_opened(tmp_path):
+def test_a_file_of_a_larger_vocabulary_is_rejected(tmp_path):
     path = tmp_path / "a.npy"
     write_tokens(path, np.asarray([3, 1, 80, 90]), 100)
     with pytest.raises(ValueError, match=r"a\.npy: id 80 at position 2 is outside the vocabulary of 77 ids; use"):
         open_tokens(path, 77)
 
 
-def test_files_that_are_no_token_files_are_refused(tmp_path):
+def test_invalid_token_files_are_rejected(tmp_path):
     path = tmp_path / "a.npy"
     write_tokens(path, np.arange(100), 100)
     path.write_bytes(path.read_bytes()[:-50])
@@ -75,25 +75,25 @@ def test_files_that_are_no_token_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
-@pytest.mark.parametrize("at", [0, 7, 8, 20])
-def test_the_first_bad_id_is_named_in_any_chunk(monkeypatch, bad, at):
+@pytest.mark.parametrize("position", [0, 7, 8, 20])
+def test_the_error_names_the_first_invalid_id_in_any_chunk(monkeypatch, bad, position):
     monkeypatch.setattr(tokens, "_CHUNK", 8)
     ids = np.arange(21)
     check_tokens(ids, 50)
-    ids[at] = bad
+    ids[position] = bad
     ids[-1] = bad
-    with pytest.raises(ValueError, match=f"train: id {bad} at position {at} is outside the vocabulary of 50 ids"):
+    with pytest.raises(ValueError, match=f"train: id {bad} at position {position} is outside the vocabulary of 50 ids"):
         check_tokens(ids, 50, what="train")
 
 
-def test_too_few_tokens_are_counted():
+def test_the_error_for_too_few_tokens_has_the_minimum():
     with pytest.raises(ValueError, match="train: no tokens, at least 1 needed"):
         check_tokens(np.zeros(0, np.int32), 50, what="train")
     with pytest.raises(ValueError, match="train: 3 tokens, at least 5 needed; use more data"):
         check_tokens(np.zeros(3, np.int32), 50, needed=5, what="train")
 
 
-def test_split_takes_the_last_part_for_validation():
+def test_the_last_tokens_are_the_validation_split():
     ids = np.arange(1000)
     train, validation = split(ids, 0.1)
     np.testing.assert_array_equal(train, ids[:900])
@@ -106,7 +106,7 @@ def test_split_takes_the_last_part_for_validation():
         split(ids[:1], 0.5)
 
 
-def test_documents_end_with_their_end_id():
+def test_split_documents_cuts_after_each_end_id():
     ids = np.asarray([1, 2, 9, 3, 9, 9, 4])
     assert [d.tolist() for d in split_documents(ids, 9)] == [[1, 2, 9], [3, 9], [9], [4]]
     assert [d.tolist() for d in split_documents(ids[:3], 9)] == [[1, 2, 9]]

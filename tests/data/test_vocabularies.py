@@ -1,4 +1,4 @@
-"""Trained tokenizers: exact decoding, equal vocabularies from equal texts, and transformers reads them alike."""
+"""Trained tokenizers: exact decoding, reproducible vocabularies, and equal results in transformers (live)."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from jaxlm.data.vocabularies import Kind, TemplateName
 TEXTS = shakespeare()[:60_000].split("\n")
 KINDS: tuple[Any, ...] = get_args(Kind)
 TEMPLATES: tuple[Any, ...] = get_args(TemplateName)
-STRANGE = ["", " ", "  two  spaces\n\n", "é\n\nü ☃ 日本", " a ", "\ttab", "don't", "\x00\u200b", "</ s>"]
+UNUSUAL_TEXTS = ["", " ", "  two  spaces\n\n", "é\n\nü ☃ 日本", " a ", "\ttab", "don't", "\x00\u200b", "</ s>"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_subwords_decode_exactly_whatever_the_text(kind):
+def test_subwords_decode_any_text_exactly(kind):
     tokenizer = train_tokenizer(TEXTS, kind, 500)
     assert tokenizer.vocab_size == 500
-    for text in [*TEXTS[:50], *STRANGE]:
+    for text in [*TEXTS[:50], *UNUSUAL_TEXTS]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    first, later = tokenizer.encode("all"), tokenizer.encode("for all")
-    assert later.tolist()[-len(first) :] == first.tolist()
+    word, text_with_word = tokenizer.encode("all"), tokenizer.encode("for all")
+    assert text_with_word.tolist()[-len(word) :] == word.tolist()
     assert len(tokenizer.encode(" ".join(TEXTS))) < 0.6 * len(" ".join(TEXTS))
 
 
-def test_offsets_of_subwords_are_those_of_the_text_without_the_added_space():
+def test_offsets_of_subwords_refer_to_the_original_text():
     tokenizer = train_tokenizer(TEXTS, "bpe", 500)
     text, pair = "FirstCitizen", "éspeak"
     encoding = tokenizer.encode_inputs(text, pair)
-    for number, read in enumerate((text, pair)):
+    for number, original in enumerate((text, pair)):
         spans = encoding.offsets[encoding.sequence == number]
         assert spans[0, 0] == 0
-        covered = {at for start, stop in spans for at in range(start, stop)}
-        assert covered == set(range(len(read)))
-    whole = train_tokenizer(["Citizen of"] * 9, "bpe", 300)
-    assert whole.encode_inputs("Citizen of").offsets.tolist() == [[0, 7], [8, 10]]  # without the space between
+        covered = {position for start, stop in spans for position in range(start, stop)}
+        assert covered == set(range(len(original)))
+    word_tokenizer = train_tokenizer(["Citizen of"] * 9, "bpe", 300)
+    # The second offset does not include the space.
+    assert word_tokenizer.encode_inputs("Citizen of").offsets.tolist() == [[0, 7], [8, 10]]
 
 
-def test_lowercase_is_the_only_change_of_a_text():
+def test_lowercase_changes_only_the_case():
     for kind in ("bpe", "unigram"):
         tokenizer = train_tokenizer(TEXTS, kind, 400, lowercase=True)
         assert tokenizer.decode(tokenizer.encode("  First CITIZEN\n")) == "  first citizen\n"
 
 
-def test_words():
+def test_word_tokenizer():
     tokenizer = train_tokenizer(["to be or not to be", "to  be\nTo rare"], "word", 100, min_frequency=2)
     assert tokenizer.vocab_size == 3 + 2
     assert tokenizer.decode(tokenizer.encode(" to\nbe   rare To")) == "to be <unk> <unk>"
@@ -55,7 +56,7 @@ def test_words():
     assert lower.encode("rare").tolist() == [lower.special_ids.unk]
 
 
-def test_characters():
+def test_character_tokenizer():
     tokenizer = train_tokenizer(["ab\n a", "b c"], "character", 7)
     assert tokenizer.decode(tokenizer.encode("b a\na ab")) == "b a\na ab"
     assert tokenizer.vocab_size == 7
@@ -64,32 +65,32 @@ def test_characters():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_texts_give_equal_vocabularies(kind):
+def test_training_twice_gives_equal_vocabularies(kind):
     first, second = (train_tokenizer(iter(TEXTS[:800]), kind, 400, template="eos") for _ in range(2))
     assert first.backend.to_str() == second.backend.to_str()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_special_tokens_have_the_first_ids_and_extra_tokens_the_next(template):
+def test_special_tokens_have_the_first_ids_followed_by_extra_tokens(template):
     tokenizer = train_tokenizer(TEXTS[:100], "word", 60, template=template, extra_tokens=["<extra_id_0>", "<b>"])
     ids = {i for i in vars(tokenizer.special_ids).values() if i is not None}
     assert ids == set(range(len(ids)))
     assert tokenizer.encode("<extra_id_0> <b>").tolist() == [len(ids), len(ids) + 1]
-    # RoBERTa's positions need pad 1; T5's first token of a target is 0.
+    # RoBERTa's position ids need pad_id=1. T5 starts targets with id 0.
     assert tokenizer.special_ids.pad == {"none": 0, "eos": 0, "bos_eos": 1, "cls_sep": 0, "sep_cls": 5}[template]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_is_loaded(kind, tmp_path):
+def test_a_loaded_tokenizer_equals_the_saved_one(kind, tmp_path):
     tokenizer = train_tokenizer(TEXTS[:500], kind, 300, template="cls_sep", lowercase=True, extra_tokens=["<b>"])
     tokenizer.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert again.special_ids == tokenizer.special_ids
-    assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
-    for text in [*TEXTS[:20], *STRANGE, "a <b> [SEP]"]:
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.special_ids == tokenizer.special_ids
+    assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+    for text in [*TEXTS[:20], *UNUSUAL_TEXTS, "a <b> [SEP]"]:
         ids = tokenizer.encode_inputs(text, "to be").ids
-        assert again.encode_inputs(text, "to be").ids.tolist() == ids.tolist()
-        assert again.decode(ids) == tokenizer.decode(ids)
+        assert loaded.encode_inputs(text, "to be").ids.tolist() == ids.tolist()
+        assert loaded.decode(ids) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +108,13 @@ def test_what_is_saved_is_loaded(kind, tmp_path):
         ({"min_frequency": 2, "kind": "unigram"}, ValueError, "min_frequency=2 has no effect for kind='unigram'"),
     ],
 )
-def test_bad_requests_are_refused(changes, error, message):
+def test_invalid_arguments_raise_errors(changes, error, message):
     request = {"texts": ["to be"], "kind": "bpe", "vocab_size": 300, **changes}
     with pytest.raises(error, match=message):
         train_tokenizer(request.pop("texts"), request.pop("kind"), request.pop("vocab_size"), **request)
 
 
-def test_the_missing_package_is_named_with_its_extra(monkeypatch):
+def test_a_missing_package_raises_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxlm\[tokenizers\]'"):
         train_tokenizer(["a"], "word", 10)
@@ -122,23 +123,27 @@ def test_the_missing_package_is_named_with_its_extra(monkeypatch):
 @pytest.mark.live
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_transformers_reads_the_same_tokenizer(kind, template, tmp_path):
+def test_transformers_loads_an_equal_tokenizer(kind, template, tmp_path):
     from transformers import AutoTokenizer
 
-    ours = train_tokenizer(TEXTS[:1000], kind, 300, template=template, lowercase=kind == "word", extra_tokens=["<b>"])
-    ours.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(theirs).__name__ == "PreTrainedTokenizerFast"
-    assert len(theirs) == ours.vocab_size
-    assert {role: getattr(theirs, f"{role}_token_id") for role in vars(ours.special_ids)} == vars(ours.special_ids)
+    tokenizer = train_tokenizer(
+        TEXTS[:1000], kind, 300, template=template, lowercase=kind == "word", extra_tokens=["<b>"]
+    )
+    tokenizer.save(tmp_path)
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(hf_tokenizer).__name__ == "PreTrainedTokenizerFast"
+    assert len(hf_tokenizer) == tokenizer.vocab_size
+    assert {role: getattr(hf_tokenizer, f"{role}_token_id") for role in vars(tokenizer.special_ids)} == vars(
+        tokenizer.special_ids
+    )
     for texts in [("Before we <b> proceed  any\nfurther é",), ("hear me</s> speak .", "[MASK] n't")]:
-        encoding, reference = ours.encode_inputs(*texts), theirs(*texts, return_offsets_mapping=True)
+        encoding, reference = tokenizer.encode_inputs(*texts), hf_tokenizer(*texts, return_offsets_mapping=True)
         assert encoding.ids.tolist() == reference["input_ids"]
         assert encoding.offsets.tolist() == [list(span) for span in reference["offset_mapping"]]
         if template.startswith(("cls", "sep")):
             assert encoding.token_types.tolist() == reference["token_type_ids"]
-        else:  # T5 and Llama take no token types
+        else:  # T5 and Llama have no token types
             assert "token_type_ids" not in reference
         for skip in (False, True):
-            expected = theirs.decode(reference["input_ids"], skip_special_tokens=skip)
-            assert ours.decode(encoding.ids, skip_special_tokens=skip) == expected
+            expected = hf_tokenizer.decode(reference["input_ids"], skip_special_tokens=skip)
+            assert tokenizer.decode(encoding.ids, skip_special_tokens=skip) == expected

@@ -9,8 +9,8 @@ import pytest
 
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import GenerationConfig, NotFiniteError, beam_search, generate_text
+from jaxlm.testing.helpers import tiny_model
 from tests.decoding.conftest import Recurrent, context_sensitive_params
-from tests.helpers import tiny_model
 
 MODEL = Recurrent()
 PROMPTS = np.array([[5, 6, 7], [11, 9, 3], [3, 20, 4]], np.int32)

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from jaxlm.decoding import beam_search, generate
-from tests.helpers import TINY, add_noise, decodes, random_tokens, relative_error, source_of, tiny_model, variant_params
+from jaxlm.testing.helpers import (
+    TINY,
+    add_noise,
+    decodes,
+    random_tokens,
+    relative_error,
+    source_of,
+    tiny_model,
+    variant_params,
+)
 
 IDS, NUM_NEW = 4, 3
 PROMPTS, SEGMENTS = np.array([[9, 10, 11], [0, 12, 13]], np.int32), np.array([[1, 1, 1], [0, 1, 1]], np.int32)

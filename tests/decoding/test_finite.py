@@ -26,8 +26,8 @@ from jaxlm.decoding import (
     target_log_likelihood,
 )
 from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
+from jaxlm.testing.helpers import tiny_model
 from tests.decoding.conftest import Recurrent, RecurrentConfig, context_sensitive_params
-from tests.helpers import tiny_model
 
 MODEL = Recurrent()
 PROMPTS = np.array([[5, 6, 7], [11, 9, 3], [3, 20, 4]], np.int32)

@@ -27,7 +27,7 @@ from jaxlm.decoding import (
     text,
     windows,
 )
-from tests.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, tiny_model
 
 BYTES = ByteTokenizer()
 NUM_NEW = 6

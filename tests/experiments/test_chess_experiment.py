@@ -1,4 +1,4 @@
-"""The experiment, small: what a run leaves, resuming, an encoder-decoder, errors; and the command."""
+"""Small runs of the chess experiment: files of a run, resuming, presets, errors, and the command ``jaxlm chess``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import jaxlm
 from experiments import chess
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer, MoveTokenizer, chess_games, load_tokenizer
+from jaxlm.testing.helpers import tiny_model
 from jaxlm.training.report import read_boards, read_results, read_samples
-from tests.helpers import tiny_model
 
 SMALL = (
     "--training.evaluate-every", "2", "--training.checkpoint-every", "2", "--training.batch-size", "2",
@@ -32,7 +32,7 @@ def main(*arguments: Any) -> int:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Games in SAN, one of which ends with a mate that is repeated with other first moves; and one illegal game."""
+    """Write games in SAN. Six games end with the same mate after different first moves; one game is illegal."""
     path: Path = tmp_path_factory.mktemp("games") / "games.txt"
     mates = [f"{pawn} e5 e4 Nc6 Qh5 Nf6 Bc4 d6 Qxf7" for pawn in ("a3", "b3", "h3", "a4", "h4", "c3")]
     path.write_text("\n".join([*chess_games("san").moves[:30], *mates, "e4 e4"]) + "\n")
@@ -40,55 +40,67 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 steps. Not to be changed."""
+def finished_run(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 4 steps. Tests must not change it."""
     run: Path = tmp_path_factory.mktemp("chess") / "run"
     assert main(*SMALL, *LLAMA, "--notation", "uci", "--data", file, "--training.steps", "4", "--output", run) == 0
     return run
 
 
-def test_what_a_run_leaves(finished: Path) -> None:
-    results = read_results(finished)
+def test_files_of_a_run(finished_run: Path) -> None:
+    results = read_results(finished_run)
     names = [score.name for score in results["scores"]]
     assert names == [
         "next move", "next move in top 5", "legal best move", "mate in one", "legal sampled move",
         "game without illegal move", "wins against random moves", "score against random moves",
     ]  # fmt: skip
     assert (results["task"], results["notation"], results["steps"]) == ("chess", "uci", 4)
-    assert load_tokenizer(finished / "model") == MoveTokenizer("uci")
-    samples = read_samples(finished)
+    assert load_tokenizer(finished_run / "model") == MoveTokenizer("uci")
+    samples = read_samples(finished_run)
     assert len(samples) == 3
     assert all(sample["output"].count(",") == 4 and len(sample["reference"]) in (4, 5) for sample in samples)
 
 
-def test_the_report_draws_the_boards(finished: Path) -> None:
-    boards = read_boards(finished)
+def test_the_report_has_the_boards(finished_run: Path) -> None:
+    boards = read_boards(finished_run)
     assert boards[0].title.startswith("Against random moves, game 1: ")
-    page = (finished / "report.html").read_text()
+    page = (finished_run / "report.html").read_text()
     for board in boards:
         assert f"chess position {board.fen}" in page
 
 
-def test_resume_is_the_same_as_without_a_break(finished: Path, file: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(finished_run: Path, file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    shutil.copytree(finished_run, run)
     for step in (run / "checkpoints").iterdir():
         if step.name.lstrip("0") == "4":
             shutil.rmtree(step)
     assert main("--resume", run) == 0
-    assert (run / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
-    assert read_results(run)["scores"] == read_results(finished)["scores"]
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        finished_run / "model" / "model.safetensors"
+    ).read_bytes()
+    assert read_results(run)["scores"] == read_results(finished_run)["scores"]
 
 
-def test_a_resumed_run_keeps_its_games(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("--resume", finished, "--notation", "san") == 2
+def test_a_resumed_run_rejects_another_notation(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("--resume", finished_run, "--notation", "san") == 2
     assert "notation=san cannot change in a resumed run (saved value: uci)" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
-def test_an_encoder_decoder_on_san_with_a_search_for_mates(file: Path, tmp_path: Path) -> None:
+def test_an_encoder_decoder_on_san_with_a_mate_search(file: Path, tmp_path: Path) -> None:
     sizes = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16", "head_dim=8", "mlp_dim=32")
-    options = ("--notation", "san", "--tests.look-for-mate", "--training.steps", "2", "--cuts", "2", "--horizon", "3")
+    options = (
+        "--notation",
+        "san",
+        "--tests.search-mate-in-one",
+        "--training.steps",
+        "2",
+        "--positions-per-game",
+        "2",
+        "--target-length",
+        "3",
+    )
     command = ("--preset", "t5", *SMALL, *sizes, *options, "--data", file, "--max-games", "34")
     assert main(*command, "--tests.mates", "0", "--tests.games", "1", "--output", tmp_path / "run") == 0
     names = [score.name for score in read_results(tmp_path / "run")["scores"]]
@@ -105,7 +117,7 @@ def test_every_preset_trains_and_plays(preset: str, file: Path, tmp_path: Path) 
     assert read_boards(tmp_path / "run")
 
 
-def test_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_data_options_print_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("--data", file, "--max-games", "100") == 2
     assert "max_games=100 must be from 1 to the 36 games of the file" in capsys.readouterr().err
     assert main("--data", file.parent / "missing.txt") == 2
@@ -115,16 +127,18 @@ def test_errors(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # --------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_plays(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_plays_a_game(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("e4\nresign\n"))
-    assert cli.main(["chess", str(finished)]) == 0
+    assert cli.main(["chess", str(finished_run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("You play white.")
     assert any("The model plays" in line for line in lines)
     assert lines[-1].endswith("Result: 0-1 (you resign)")
 
 
-def test_the_command_refuses_what_is_no_chess_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_rejects_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("gpt2-tiny", vocab_size=257)
     jaxlm.save_pretrained(tmp_path / "bytes", model, jax.jit(model.init)(jax.random.key(0)))
     ByteTokenizer().save(tmp_path / "bytes")

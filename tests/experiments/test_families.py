@@ -1,4 +1,4 @@
-"""The experiment that trains every family: its data, and what a short run leaves."""
+"""The experiment that trains every family: its recipes and data, and the files of a short run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_family_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_optimizer_is_published_or_adamw(name: str) -> None:
+def test_the_optimizer_is_the_published_one_or_adamw(name: str) -> None:
     config, published = families.RECIPES[name].optimizer(1000), recipe(name, 1000)
     assert config.name in (published.name, "adamw")
     if config.name == published.name:
@@ -35,33 +35,33 @@ def test_the_optimizer_is_published_or_adamw(name: str) -> None:
             published.beta2,
             published.weight_decay,
         )
-    assert families.RECIPES[name].optimizer(2).warmup_steps <= 1, "a training of two steps has no long warm-up"
+    assert families.RECIPES[name].optimizer(2).warmup_steps <= 1, "the warm-up is shorter than a run of two steps"
 
 
-def test_t5_learns_with_adafactor_as_published() -> None:
+def test_t5_uses_the_published_adafactor_recipe() -> None:
     assert families.RECIPES["t5"].optimizer(1200) == recipe("t5", 1200)
     assert recipe("t5", 1200).name == "adafactor"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_batch_fits_the_model_and_is_the_same_each_time(name: str, data: families.Data) -> None:
+def test_a_batch_fits_the_model_and_is_reproducible(name: str, data: families.Data) -> None:
     recipe = families.RECIPES[name]
-    model, make = recipe.build(), families.to_batch(recipe)
+    model, make_batch = recipe.build(), families.to_batch(recipe)
     source = families.source(data, recipe, "training", 0)
     window = source.batch(3, range(recipe.batch_size))
-    batch, again = make(window), make(source.batch(3, range(recipe.batch_size)))
-    assert all(map(np.array_equal, jax.tree.leaves(batch), jax.tree.leaves(again)))
+    batch, repeated = make_batch(window), make_batch(source.batch(3, range(recipe.batch_size)))
+    assert all(map(np.array_equal, jax.tree.leaves(batch), jax.tree.leaves(repeated)))
     assert batch.tokens.max() < model.config.vocab_size
     assert batch.weights.sum() > 0
     inputs = {**batch.inputs, "segment_ids": batch.segment_ids}
-    if recipe.stream is not None:
-        inputs["state"] = jax.tree.map(np.zeros_like, model.init_state(recipe.batch_size, recipe.stream))
+    if recipe.state_length is not None:
+        inputs["state"] = jax.tree.map(np.zeros_like, model.init_state(recipe.batch_size, recipe.state_length))
     params = jax.eval_shape(model.init, jax.random.key(0))
     hidden = jax.eval_shape(lambda params: model.apply(params, batch.tokens, **inputs)[0], params)
     assert hidden.shape[0] == recipe.batch_size
 
 
-def test_passages_are_from_the_play_that_follows_them(data: families.Data) -> None:
+def test_the_label_of_a_passage_is_its_play(data: families.Data) -> None:
     rows = data.passages("validation", 50, 50).reshape(-1, 51)
     assert sorted(set(rows[:, -1])) == list(range(13))
     for row in rows[::97]:
@@ -70,12 +70,12 @@ def test_passages_are_from_the_play_that_follows_them(data: families.Data) -> No
         assert (windows == row[:-1]).all(axis=1).any()
 
 
-def test_entropy_is_that_of_the_targets_that_count() -> None:
+def test_entropy_ignores_targets_with_weight_0() -> None:
     batch = Batch(None, np.array([[0, 1, 2, 2]]), np.array([[1.0, 1.0, 0.0, 0.0]]))
     assert families.entropy([batch, batch]) == pytest.approx(np.log(2))
 
 
-def test_a_run_leaves_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert families.main(["--family", "lstm", "resnet_lm", "--steps", "3", "--output", str(run)]) == 0
     assert (run / "losses.png").stat().st_size > 10_000

@@ -1,4 +1,7 @@
-"""The experiment, small: from scratch on stories, then on SQuAD files from its own weights; and the command."""
+"""Small runs of the question answering experiment: on stories, then on SQuAD files from these weights.
+
+Also the command ``jaxlm answer``.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ def main(*arguments: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on stories. Not to be changed."""
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on stories. Tests must not change it."""
     run: Path = tmp_path_factory.mktemp("qa") / "run"
     sizes = ("--stories", "60", "--sentences", "3", "--epochs", "1", "--validation-fraction", "0.1")
     assert main(*TINY, *SMALL_MODEL, *sizes, "--output", run) == 0
@@ -39,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def squad_file(path: Path, articles: int, *, unanswerable: bool) -> Path:
-    """Official JSON: an article with two stories each, and a question without an answer in each."""
+    """Write a file in the official format. Each article has two stories. Stories can have an unanswerable question."""
     stories = list(make_stories(2 * articles, seed=5, questions=1, sentences=3))
     data = []
     for number in range(articles):
@@ -55,45 +58,47 @@ def squad_file(path: Path, articles: int, *, unanswerable: bool) -> Path:
     return path
 
 
-def test_what_a_run_leaves(finished: Path) -> None:
-    results = read_results(finished)
+def test_files_of_a_run(finished_run: Path) -> None:
+    results = read_results(finished_run)
     assert [score.name for score in results["scores"]] == ["exact match", "F1"]
     assert results["no_answer_threshold"] is None
     assert results["compilations"] == 1
-    samples = read_samples(finished)
+    samples = read_samples(finished_run)
     assert all(sample["output"] in sample["context"] for sample in samples)
     assert all(sample["reference"] in sample["context"] for sample in samples)
-    assert (finished / "report.html").stat().st_size > 1000
-    config = json.loads((finished / "model" / "config.json").read_text())
+    assert (finished_run / "report.html").stat().st_size > 1000
+    config = json.loads((finished_run / "model" / "config.json").read_text())
     assert config["architectures"] == ["BertForQuestionAnswering"]
 
 
-def test_squad_files_from_pretrained_weights(finished: Path, tmp_path: Path) -> None:
+def test_training_on_squad_files_from_pretrained_weights(finished_run: Path, tmp_path: Path) -> None:
     data = squad_file(tmp_path / "train.json", 12, unanswerable=True)
     shifted = squad_file(tmp_path / "shifted.json", 2, unanswerable=False)
     command = [
-        "--preset", "minilm", *TINY, "--epochs", "1", "--model.pretrained", finished / "model", "--data", data,
-        "--shifted", shifted, "--windows.max-length", "40", "--windows.stride", "8", "--test-fraction", "0.2",
+        "--preset", "minilm", *TINY, "--epochs", "1", "--model.pretrained", finished_run / "model", "--data", data,
+        "--extra-tests", shifted, "--windows.max-length", "40", "--windows.stride", "8", "--test-fraction", "0.2",
         "--validation-fraction", "0.2", "--output", tmp_path / "run",
     ]  # fmt: skip
     assert main(*command) == 0
     results = read_results(tmp_path / "run")
     names = ["exact match", "F1", "exact match on shifted.json", "F1 on shifted.json"]
     assert [score.name for score in results["scores"]] == names
-    assert [score.count for score in results["scores"]] == [12, 12, 4, 4], "3 articles and 2"
+    assert [score.count for score in results["scores"]] == [12, 12, 4, 4], (
+        "3 articles of the test split and 2 of the other file"
+    )
     assert isinstance(results["no_answer_threshold"], float)
     assert main(*command) == 2, "the directory is not empty"
 
 
-def test_parts_share_no_article(tmp_path: Path) -> None:
+def test_splits_share_no_article(tmp_path: Path) -> None:
     data = squad_file(tmp_path / "a.json", 20, unanswerable=False)
     experiment = Experiment(data=data, validation_fraction=0.1, test_fraction=0.1)
-    groups = [set(part.column("group")) for part in parts(experiment)]
+    groups = [set(split.column("group")) for split in parts(experiment)]
     assert [len(group) for group in groups] == [16, 2, 2]
     assert len(set().union(*groups)) == 20
     test = squad_file(tmp_path / "b.json", 3, unanswerable=False)
-    training, validation, tested = parts(Experiment(data=data, test=test, validation_fraction=0.1))
-    assert (len(training), len(validation), len(tested)) == (36, 4, 6)
+    training, validation, test_split = parts(Experiment(data=data, test=test, validation_fraction=0.1))
+    assert (len(training), len(validation), len(test_split)) == (36, 4, 6)
 
 
 # --------------------------------------------------------------------------------------------- the command
@@ -103,28 +108,32 @@ STORY = "Mary went to the garden. Mary took the red ball."
 QUESTIONS = ["Where is Mary?", "Who has the red ball?"]
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[str]:
+def printed_lines(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[str]:
     capsys.readouterr()
     assert cli.main(["answer", *map(str, arguments)]) == 0
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_command_answers_from_files_and_standard_input(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_command_reads_files_and_standard_input(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, params = jaxlm.load_pretrained(finished / "model")
-    tokenizer = load_tokenizer(finished / "model")
-    found = answer(model, params, tokenizer, QUESTIONS, [STORY] * 2)
-    want = [f"{one.text}\t{one.score:.4f}" for one in found]
+    model, params = jaxlm.load_pretrained(finished_run / "model")
+    tokenizer = load_tokenizer(finished_run / "model")
+    answers = answer(model, params, tokenizer, QUESTIONS, [STORY] * 2)
+    expected = [f"{item.text}\t{item.score:.4f}" for item in answers]
     (tmp_path / "story.txt").write_text(STORY)
-    assert printed(capsys, finished, "--question", *QUESTIONS, "--context", tmp_path / "story.txt") == want
+    assert (
+        printed_lines(capsys, finished_run, "--question", *QUESTIONS, "--context", tmp_path / "story.txt") == expected
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO(STORY))
-    assert printed(capsys, finished / "model", "--question", *QUESTIONS) == want
+    assert printed_lines(capsys, finished_run / "model", "--question", *QUESTIONS) == expected
     rows = [{"question": question, "context": STORY, "id": 3} for question in QUESTIONS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert printed(capsys, finished, "--file", tmp_path / "rows.jsonl") == want
-    refused = printed(capsys, finished, "--file", tmp_path / "rows.jsonl", "--no-answer-threshold", "1000")
-    assert refused == [f"\t{one.score:.4f}" for one in found]
+    assert printed_lines(capsys, finished_run, "--file", tmp_path / "rows.jsonl") == expected
+    empty_answers = printed_lines(
+        capsys, finished_run, "--file", tmp_path / "rows.jsonl", "--no-answer-threshold", "1000"
+    )
+    assert empty_answers == [f"\t{item.score:.4f}" for item in answers]
 
 
 @pytest.mark.parametrize(
@@ -135,10 +144,10 @@ def test_the_command_answers_from_files_and_standard_input(
         (("--question", "Who?"), "standard input is empty: it must contain the text for the questions"),
     ],
 )
-def test_commands_that_cannot_be_run(
-    finished: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str],
+def test_invalid_commands_print_an_error(
+    finished_run: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert cli.main(["answer", str(finished), *arguments]) == 2
+    assert cli.main(["answer", str(finished_run), *arguments]) == 2
     assert message in capsys.readouterr().err

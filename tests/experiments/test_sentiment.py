@@ -1,4 +1,4 @@
-"""The sentiment experiment, small: what it leaves, resuming, folds, bad input."""
+"""Small runs of the sentiment experiment: files of a run, resuming, folds and invalid input."""
 
 import json
 
@@ -33,37 +33,37 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
+def finished_run(files, tmp_path_factory):
     run = tmp_path_factory.mktemp("sentiment") / "run"
     arguments = ("--data.train", files / "train.tsv", "--data.test", files / "dev.tsv", "--output", run)
     assert main(*TINY, *arguments) == 0
     return run
 
 
-def test_what_a_run_leaves(finished, capsys):
-    results = read_results(finished)
+def test_files_of_a_run(finished_run, capsys):
+    results = read_results(finished_run)
     assert results["scores"][0].name == "accuracy"
     assert results["scores"][0].value == 1.0
     assert results["compilations"] == 1
-    assert {"source": "it is dull and bad", "label": "0", "output": "0"} in read_samples(finished)
-    assert json.loads((finished / "confusion.json").read_text())["counts"] == [[1, 0], [0, 1]]
-    page = (finished / "report.html").read_text()
+    assert {"source": "it is dull and bad", "label": "0", "output": "0"} in read_samples(finished_run)
+    assert json.loads((finished_run / "confusion.json").read_text())["counts"] == [[1, 0], [0, 1]]
+    page = (finished_run / "report.html").read_text()
     assert "it is great and fine" in page
-    assert not (finished / "attention.json").exists()  # an LSTM has no attention
-    model, _ = jaxlm.load_pretrained(finished / "model")
+    assert not (finished_run / "attention.json").exists()  # an LSTM has no attention
+    model, _ = jaxlm.load_pretrained(finished_run / "model")
     assert model.labels == ("0", "1")
-    assert cli.main(["classify", str(finished), "it is warm and great"]) == 0
+    assert cli.main(["classify", str(finished_run), "it is warm and great"]) == 0
     assert capsys.readouterr().out.split()[0] == "1"
 
 
-def test_a_finished_run_is_exported_again_and_does_not_go_on_with_other_data(finished, files, capsys):
-    (finished / "report.html").unlink()
-    (finished / "model" / "model.safetensors").unlink()
-    assert main("--resume", finished) == 0
+def test_resuming_a_finished_run_exports_it_again_and_rejects_other_data(finished_run, files, capsys):
+    (finished_run / "report.html").unlink()
+    (finished_run / "model" / "model.safetensors").unlink()
+    assert main("--resume", finished_run) == 0
     assert "the training is complete" in capsys.readouterr().err
-    assert (finished / "report.html").exists()
-    jaxlm.load_pretrained(finished / "model")
-    assert main("--resume", finished, "--data.train", files / "dev.tsv") == 2
+    assert (finished_run / "report.html").exists()
+    jaxlm.load_pretrained(finished_run / "model")
+    assert main("--resume", finished_run, "--data.train", files / "dev.tsv") == 2
     assert "cannot change in a resumed run" in capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_a_transformer_has_attention_maps_of_four_test_texts(files, tmp_path):
     assert maps[0].columns[1:3] == ["it", "is"]
 
 
-def test_folds_test_every_example_once(files, tmp_path, capsys):
+def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
     lines = [f"{label} it is {word}\n" for label, words in WORDS.items() for word in words.split()] * 4
     (tmp_path / "lines.all").write_text("".join(lines))
     arguments = ("--data.train", tmp_path / "lines.all", "--folds", "2", "--output", tmp_path / "run")
@@ -98,11 +98,11 @@ def test_folds_test_every_example_once(files, tmp_path, capsys):
         (("--optimizer.warmup-steps", "999"), "warmup_steps=999 must be fewer than the"),
     ],
 )
-def test_mistakes_get_one_line_before_a_directory_is_made(files, tmp_path, capsys, change, message):
+def test_invalid_options_print_one_line_and_create_no_directory(files, tmp_path, capsys, change, message):
     arguments = ("--data.train", files / "train.tsv", "--output", tmp_path / "run")
     assert main(*TINY, *arguments, *change) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert message in said
+    message_line = capsys.readouterr().err.splitlines()[-1]
+    assert message in message_line
     assert not (tmp_path / "run").exists()
 
 

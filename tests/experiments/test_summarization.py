@@ -1,4 +1,4 @@
-"""The experiment, small: on docstrings of a directory, on package descriptions, and the finished model."""
+"""Small runs of the summarization experiment, its data, and the exported model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(*arguments: Any) -> int:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Descriptions of 40 projects with two packages each, and one line without a text."""
+    """Write descriptions of 40 projects with two packages each, and one line without a text."""
     rng = np.random.default_rng(0)
     rows = [{"package": "empty", "text": "", "summary": "nothing"}]
     for number in range(40):
@@ -53,81 +53,81 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with copying. Not to be changed."""
+def finished_run(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with the copy mechanism. Tests must not change it."""
     run: Path = tmp_path_factory.mktemp("summarization") / "run"
     model = ("--model.set", *SIZES, "attention=luong", "score=general", "copy=True")
     assert main("--preset", "copy", *TINY, *model, "--data.file", file, "--output", run) == 0
     return run
 
 
-def test_what_a_run_leaves(finished: Path) -> None:
-    results = read_results(finished)
+def test_files_of_a_run(finished_run: Path) -> None:
+    results = read_results(finished_run)
     names = [f"ROUGE-{kind}{of}" for of in ("", " of the first sentence") for kind in ("1", "2", "L")]
     assert [score.name for score in results["scores"]] == names
     assert all(0.0 <= score.value <= 1.0 for score in results["scores"])
     assert results["rejected lines"] == 1
-    assert sum(results["texts cut"]) > 0
-    assert set(read_samples(finished)[0]) == {"source", "reference", "output"}
-    assert "ROUGE-1" in (finished / "report.html").read_text()
-    assert read_metrics(finished / "metrics.jsonl")
+    assert sum(results["truncated texts"]) > 0
+    assert set(read_samples(finished_run)[0]) == {"source", "reference", "output"}
+    assert "ROUGE-1" in (finished_run / "report.html").read_text()
+    assert read_metrics(finished_run / "metrics.jsonl")
 
 
-def test_the_finished_model_summarizes(finished: Path) -> None:
-    model, params = jaxlm.load_pretrained(finished / "model")
-    tokenizer = load_tokenizer(finished / "model")
+def test_the_exported_model_generates_summaries(finished_run: Path) -> None:
+    model, params = jaxlm.load_pretrained(finished_run / "model")
+    tokenizer = load_tokenizer(finished_run / "model")
     assert model.config.copy
     outputs = generate_text(model, params, tokenizer, ["A box of number 7."], GenerationConfig(max_new_tokens=4))
     assert len(outputs) == 1
 
 
-def test_a_t5_of_the_same_data(file: Path, tmp_path: Path) -> None:
+def test_t5_trains_on_the_same_data(file: Path, tmp_path: Path) -> None:
     model = ("--model.set", "num_layers=1", "num_heads=2", "head_dim=4", "embed_dim=8", "mlp_dim=16")
     assert main("--preset", "t5", *TINY, *model, "--data.file", file, "--output", tmp_path / "run") == 0
     assert read_results(tmp_path / "run")["family"] == "t5"
 
 
-def test_packages_of_a_project_and_similar_texts_are_in_one_part(file: Path) -> None:
+def test_packages_of_a_project_and_similar_texts_are_in_one_split(file: Path) -> None:
     data = Data(file=file, test_fraction=0.2, validation_fraction=0.1)
-    split = parts(data, read(data))
-    assert sum(map(len, split)) == 80
-    groups = [set(part.column("group")) for part in split]
+    splits = parts(data, read(data))
+    assert sum(map(len, splits)) == 80
+    groups = [set(subset.column("group")) for subset in splits]
     assert [len(numbers) for numbers in groups] == [28, 4, 8]
     assert not groups[0] & groups[1] | groups[1] & groups[2] | groups[0] & groups[2]
-    assert all(len(part) == 2 * len(numbers) for part, numbers in zip(split, groups, strict=True))
+    assert all(len(subset) == 2 * len(numbers) for subset, numbers in zip(splits, groups, strict=True))
 
 
-def test_large_groups_belong_to_the_training_part() -> None:
+def test_large_groups_are_in_the_training_split() -> None:
     rows = [{"group": number if number > 30 else 0} for number in range(100)]
     training, validation, test = parts(Data(largest_group=5, test_fraction=0.3), Examples(rows))
     assert len(training) + len(validation) + len(test) == 100
     assert 0 not in set(test.column("group")) | set(validation.column("group"))
 
 
-def test_docstrings_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_docstrings_are_the_default_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "box.py").write_text(
         '"""Boxes and lids.\n\nA box has a lid. The lid has a handle, and a box a floor."""\n'
     )
-    found = summarization.docstrings([tmp_path])
-    monkeypatch.setattr(summarization, "docstrings", lambda: found)
+    examples = summarization.docstrings([tmp_path])
+    monkeypatch.setattr(summarization, "docstrings", lambda: examples)
     (example,) = read(Experiment().data)
     text = "A box has a lid. The lid has a handle, and a box a floor."
     assert example == {"source": f"module: {text}", "target": "Boxes and lids.", "text": text, "group": 0}
 
 
-def test_long_sources_are_cut_and_counted() -> None:
+def test_long_sources_are_truncated_and_counted() -> None:
     texts = ["one two three four", "one two three four five six"]
     tokenizer = train_tokenizer(texts, "word", 50, template="eos")
-    examples, cut = shorten(Examples([{"source": text} for text in texts]), tokenizer, 5)
-    assert (examples.column("source"), cut) == ([texts[0], "one two three four"], 1)
+    examples, num_truncated = shorten(Examples([{"source": text} for text in texts]), tokenizer, 5)
+    assert (examples.column("source"), num_truncated) == ([texts[0], "one two three four"], 1)
 
 
-def test_the_first_sentence() -> None:
+def test_first_sentence() -> None:
     assert first_sentence(" A box, e.g.\nmade of wood. It has a lid.") == "A box, e.g."
     assert first_sentence("Version 1.2 of a box\n\nIt has a lid.") == "Version 1.2 of a box"
 
 
-def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
+def test_invalid_input_prints_one_line(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (("--data.file", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
         (

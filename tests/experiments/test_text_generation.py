@@ -1,4 +1,4 @@
-"""The first thing a newcomer runs, small: what it leaves behind, and what can be done with that."""
+"""Small runs of the text generation experiment: files of a run, the exported model, resuming and errors."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from jaxlm.data import load_tokenizer, read_text
 from jaxlm.objectives import causal
 from jaxlm.training.loop import Result
 from jaxlm.training.optimizer import make_optimizer
-from jaxlm.training.report import curve, read_attention, read_metrics, read_results, read_samples
+from jaxlm.training.report import metric_curve, read_attention, read_metrics, read_results, read_samples
 from jaxlm.training.trainer import Trainer
 
 TINY = (
@@ -32,101 +32,103 @@ def main(*arguments):
     return text_generation.main([str(argument) for argument in arguments])
 
 
-def refused(capsys, *arguments):
-    """The one line in which a command line that cannot be run says why."""
+def error_line(capsys, *arguments):
+    """Run an invalid command. Return the last line of its error output."""
     capsys.readouterr()
     assert main(*arguments) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("experiments.text_generation: ")
-    return said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("experiments.text_generation: ")
+    return line
 
 
 def losses(run):
-    return curve(read_metrics(run / "metrics.jsonl"), "loss")[1]
+    return metric_curve(read_metrics(run / "metrics.jsonl"), "loss")[1]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run on the embedded plays. Not to be changed."""
+def finished_run(tmp_path_factory):
+    """A finished run on the included plays. Tests must not change it."""
     run = tmp_path_factory.mktemp("text") / "run"
     assert main(*TINY, "--output", run) == 0
     return run
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
+def copied_run(finished_run, tmp_path):
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
 
 
-def test_what_a_run_leaves(finished):
-    names = {path.name for path in finished.iterdir()}
+def test_files_of_a_run(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "loss.png", "checkpoints", "model", "sample.txt", "samples.jsonl",
         "results.json", "report.html", "attention.json", "attention.png",
     }  # fmt: skip
-    assert {path.name for path in (finished / "model").iterdir()} == {
+    assert {path.name for path in (finished_run / "model").iterdir()} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
         "checksums.json",
         "jaxlm_tokenizer.json",
     }
-    experiment = config_lib.read(text_generation.Experiment, finished / "config.json")
+    experiment = config_lib.read(text_generation.Experiment, finished_run / "config.json")
     assert "embed_dim=32" in experiment.model.set
-    assert (experiment.training.steps, experiment.output) == (12, finished)
-    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len(losses(finished)) == 12
-    assert losses(finished)[-1] < losses(finished)[0] - 0.2
-    records = read_metrics(finished / "metrics.jsonl")
-    assert curve(records, "validation_loss")[0] == [12]
-    passage = read_text(finished / "sample.txt")
+    assert (experiment.training.steps, experiment.output) == (12, finished_run)
+    assert (finished_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(losses(finished_run)) == 12
+    assert losses(finished_run)[-1] < losses(finished_run)[0] - 0.2
+    records = read_metrics(finished_run / "metrics.jsonl")
+    assert metric_curve(records, "validation_loss")[0] == [12]
+    passage = read_text(finished_run / "sample.txt")
     assert passage.startswith("ROMEO:")
     assert len(passage) == len("ROMEO:") + 24
-    assert "".join(read_attention(finished)[0].columns) == passage
+    assert "".join(read_attention(finished_run)[0].columns) == passage
 
 
-def test_the_exported_model_is_that_of_the_last_checkpoint(finished):
-    model, params = jaxlm.load_pretrained(finished / "model")
-    tokenizer = load_tokenizer(finished / "model")
+def test_the_exported_model_equals_the_last_checkpoint(finished_run):
+    model, params = jaxlm.load_pretrained(finished_run / "model")
+    tokenizer = load_tokenizer(finished_run / "model")
     assert model.config.vocab_size == tokenizer.vocab_size
-    with Checkpointer(finished / "checkpoints") as checkpoints:
+    with Checkpointer(finished_run / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [12]
-        state, meta = checkpoints.restore(_target(finished))
-    assert meta["experiment"] == json.loads((finished / "config.json").read_text(encoding="utf-8"))
+        state, meta = checkpoints.restore(_abstract_state(finished_run))
+    assert meta["experiment"] == json.loads((finished_run / "config.json").read_text(encoding="utf-8"))
     assert meta["data"]["next"] == 12
     trained = spec.flatten(state.params)
-    trained["token_embedding"] = trained["token_embedding"][: tokenizer.vocab_size]  # the file has no padding
+    trained["token_embedding"] = trained["token_embedding"][
+        : tokenizer.vocab_size
+    ]  # the exported table has no padding rows
     for path, leaf in spec.flatten(params).items():
         assert np.array_equal(leaf, trained[path]), path
 
 
-def _target(run):
+def _abstract_state(run):
     experiment = config_lib.read(text_generation.Experiment, run / "config.json")
     model, _ = jaxlm.load_pretrained(run / "model", vocab_multiple=8)
     optimizer = make_optimizer(experiment.optimizer, model.specs, experiment.training.steps)
     return Trainer(model, optimizer, causal.loss).abstract()
 
 
-def test_jaxlm_generate_writes_the_passage_of_the_run_again(finished, capsys):
-    arguments = ["generate", str(finished), "--prompt", "ROMEO:", "--max-new-tokens", "24"]
+def test_jaxlm_generate_prints_the_sample_of_the_run(finished_run, capsys):
+    arguments = ["generate", str(finished_run), "--prompt", "ROMEO:", "--max-new-tokens", "24"]
     assert cli.main(arguments) == 0
-    assert capsys.readouterr().out == read_text(finished / "sample.txt") + "\n"
+    assert capsys.readouterr().out == read_text(finished_run / "sample.txt") + "\n"
 
 
-def test_split_over_a_mesh_the_losses_are_the_same(finished, tmp_path):
+def test_losses_on_a_mesh_are_the_same(finished_run, tmp_path):
     assert main(*TINY, "--mesh", "data=4,tensor=2", "--output", tmp_path / "run") == 0
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished_run), rtol=1e-4)
     assert read_text(tmp_path / "run" / "sample.txt").startswith("ROMEO:")
 
 
-def test_a_run_goes_on_with_more_steps(copied, finished):
-    assert main("--resume", copied, "--training.steps", "16") == 0
-    records = read_metrics(copied / "metrics.jsonl")
+def test_a_run_can_be_resumed_with_more_steps(copied_run, finished_run):
+    assert main("--resume", copied_run, "--training.steps", "16") == 0
+    records = read_metrics(copied_run / "metrics.jsonl")
     assert {"event": "resumed", "step": 12} in records
-    assert curve(records, "loss")[0] == list(range(1, 17))
-    assert losses(copied)[:12] == losses(finished)
-    assert config_lib.read(text_generation.Experiment, copied / "config.json").training.steps == 16
-    with Checkpointer(copied / "checkpoints") as checkpoints:
+    assert metric_curve(records, "loss")[0] == list(range(1, 17))
+    assert losses(copied_run)[:12] == losses(finished_run)
+    assert config_lib.read(text_generation.Experiment, copied_run / "config.json").training.steps == 16
+    with Checkpointer(copied_run / "checkpoints") as checkpoints:
         assert checkpoints.latest == 16
 
 
@@ -141,37 +143,37 @@ def test_a_run_goes_on_with_more_steps(copied, finished):
         (("--validation-fraction", "0.2"), "validation_fraction=0.2 cannot change"),
     ],
 )
-def test_a_run_that_cannot_go_on_says_why_and_keeps_its_configuration(copied, capsys, change, message):
-    before = (copied / "config.json").read_bytes()
-    assert message in refused(capsys, "--resume", copied, *change)
-    assert (copied / "config.json").read_bytes() == before
+def test_a_rejected_resume_keeps_the_configuration(copied_run, capsys, change, message):
+    config_bytes = (copied_run / "config.json").read_bytes()
+    assert message in error_line(capsys, "--resume", copied_run, *change)
+    assert (copied_run / "config.json").read_bytes() == config_bytes
 
 
-ANOTHER = ("--model.set", "num_layers=1", "num_heads=4", "embed_dim=64", "vocab_multiple=8")
+OTHER_MODEL = ("--model.set", "num_layers=1", "num_heads=4", "embed_dim=64", "vocab_multiple=8")
 
 
-def test_another_model_cannot_take_over_a_run(copied, capsys):
-    before = (copied / "config.json").read_bytes()
-    assert main("--resume", copied, "--training.steps", "16", *ANOTHER) == 2
+def test_a_run_cannot_be_resumed_with_another_model(copied_run, capsys):
+    config_bytes = (copied_run / "config.json").read_bytes()
+    assert main("--resume", copied_run, "--training.steps", "16", *OTHER_MODEL) == 2
     assert "expected float32[64], got float32[32]" in capsys.readouterr().err
-    assert (copied / "config.json").read_bytes() == before
+    assert (copied_run / "config.json").read_bytes() == config_bytes
 
 
-def test_a_prompt_that_cannot_be_read_is_found_before_the_training(tmp_path, capsys):
+def test_an_invalid_prompt_is_rejected_before_the_training(tmp_path, capsys):
     for prompt, message in (
         ("Ωmega", "character 'Ω'"),
         ("", "--prompt has 0 tokens: the model reads from 1 to 32 tokens"),
         ("x" * 33, "--prompt has 33 tokens: the model reads from 1 to 32 tokens"),
     ):
-        assert message in refused(capsys, *TINY, "--prompt", prompt, "--output", tmp_path / "run")
+        assert message in error_line(capsys, *TINY, "--prompt", prompt, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_text_of_ones_own(tmp_path, monkeypatch):
+def test_training_on_a_text_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("Été: l'œuvre est née.\n" * 60, encoding="utf-8")
     assert main(*TINY, "--data", "mine.txt", "--prompt", "née", "--training.steps", "4") == 0
-    (run,) = Path("runs").iterdir()  # where a run goes that was told nothing
+    (run,) = Path("runs").iterdir()  # the default output directory
     assert run.name.startswith("text_generation-")
     tokenizer = load_tokenizer(run / "model")
     assert tokenizer.characters == "".join(sorted(set("Été: l'œuvre est née.\n")))
@@ -181,33 +183,36 @@ def test_a_text_of_ones_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"To be, or not", r"validation part of .*mine.txt: random windows of length 32 .* tokens, at least 33 needed"),
+        (
+            b"To be, or not",
+            r"validation split of .*mine.txt: random windows of length 32 .* tokens, at least 33 needed",
+        ),
         (b"", r"mine.txt is empty: nothing to train on"),
         ("né".encode("latin-1") * 500, r"mine.txt is not UTF-8 text: byte 0xe9 at offset 1"),
         (None, r"mine.txt is not a file"),
     ],
 )
-def test_texts_that_cannot_be_used(tmp_path, capsys, content, message):
+def test_unusable_texts_are_rejected(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "mine.txt").write_bytes(content)
-    assert re.search(message, refused(capsys, *TINY, "--data", tmp_path / "mine.txt", "--output", tmp_path / "run"))
+    assert re.search(message, error_line(capsys, *TINY, "--data", tmp_path / "mine.txt", "--output", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_that_holds_something_is_refused(finished, capsys):
-    before = (finished / "config.json").read_bytes()
-    said = refused(capsys, *TINY, "--training.seed", "5", "--output", finished)
-    assert "is not empty: choose another --output, or continue with --resume" in said
-    assert (finished / "config.json").read_bytes() == before
+def test_a_nonempty_output_directory_is_rejected(finished_run, capsys):
+    config_bytes = (finished_run / "config.json").read_bytes()
+    message = error_line(capsys, *TINY, "--training.seed", "5", "--output", finished_run)
+    assert "is not empty: choose another --output, or continue with --resume" in message
+    assert (finished_run / "config.json").read_bytes() == config_bytes
 
 
-def test_a_mesh_that_does_not_fit_is_refused(tmp_path, capsys):
+def test_an_invalid_mesh_is_rejected(tmp_path, capsys):
     for mesh, message in (
         ("data=3", "mesh data=3 needs 3 devices, there are 8"),
         ("date=8", "mesh axis 'date' is named by no rule, so it would split nothing: did you mean 'data'"),
         ("data", "cannot read 'data' in mesh 'data'"),
     ):
-        assert message in refused(capsys, *TINY, "--mesh", mesh, "--output", tmp_path / "run")
+        assert message in error_line(capsys, *TINY, "--mesh", mesh, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -217,20 +222,20 @@ def test_an_unknown_option_suggests_the_right_one(capsys):
     assert "--training.steps" in capsys.readouterr().err
 
 
-STREAM = ("--training.steps", "3", "--training.batch-size", "8", "--training.sequence-length", "16",
+SHORT_RUN = ("--training.steps", "3", "--training.batch-size", "8", "--training.sequence-length", "16",
           "--training.log-every", "1", "--optimizer.warmup-steps", "1", "--sample-tokens", "8")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A short text of one's own."""
+    """Write a short text. Return its path."""
     path = tmp_path_factory.mktemp("text") / "mine.txt"
     path.write_text("Été: l'œuvre est née.\nUne autre ligne, et la fin.\n" * 60, encoding="utf-8")
     return path
 
 
 @pytest.mark.parametrize(
-    ("preset", "changes", "how"),
+    ("preset", "changes", "method"),
     [
         ("lstm", "num_layers=1 embed_dim=16 hidden_dim=16", "state carried along 8 columns"),
         ("gru", "num_layers=1 embed_dim=16 hidden_dim=16", "state carried along 8 columns"),
@@ -243,57 +248,60 @@ def text(tmp_path_factory):
         ("gated_convolutions", "embed_dim=8 blocks=((8,3,1),)", "windows of 16 tokens, a new one every 8"),
     ],
 )
-def test_every_family_is_scored_on_the_whole_held_out_parts(tmp_path, text, preset, changes, how):
+def test_every_family_is_scored_on_complete_splits(tmp_path, text, preset, changes, method):
     run = tmp_path / "run"
-    parts = ("--validation-fraction", "0.3", "--test-fraction", "0.2")
-    command = ("--preset", preset, *STREAM, *parts, "--data", text, "--output", run)
+    fractions = ("--validation-fraction", "0.3", "--test-fraction", "0.2")
+    command = ("--preset", preset, *SHORT_RUN, *fractions, "--data", text, "--output", run)
     assert main(*command, "--model.set", *changes.split()) == 0
     assert (run / "attention.json").exists() == (preset in ("transformer_xl", "llama"))
     results = read_results(run)
     scores, total = results["scores"], len(read_text(text))
     names = ("nats per character", "bits per character", "perplexity per token")
-    assert [score.name for score in scores] == [f"{part} {name}" for part in ("validation", "test") for name in names]
+    assert [score.name for score in scores] == [f"{split} {name}" for split in ("validation", "test") for name in names]
     assert scores[0].count == pytest.approx(0.3 * total, abs=2)
     assert scores[3].count == pytest.approx(0.2 * total, abs=2)
-    assert scores[0].detail == f"whole validation part, {how}"
+    assert scores[0].detail == f"whole validation split, {method}"
     assert 1.0 < scores[0].value < 5.0
     (sample,) = read_samples(run)
-    assert (
-        sample["source"] == read_text(text)[total // 2 :][: len(sample["source"])]
-    )  # the start of the validation part
-    assert len(sample["source"]) == (8 if preset == "llama" else 32)  # half of the positions of the model
+    # The source is the start of the validation split.
+    assert sample["source"] == read_text(text)[total // 2 :][: len(sample["source"])]
+    assert len(sample["source"]) == (8 if preset == "llama" else 32)  # half of the context length
     assert len(sample["output"]) == 8
 
 
-def test_streams_split_over_a_mesh_have_the_same_losses(tmp_path, text):
+def test_losses_of_a_stateful_model_on_a_mesh_are_the_same(tmp_path, text):
     small = ("--model.set", "num_layers=1", "embed_dim=16", "hidden_dim=16", "embedding_dropout=0.0",
              "input_dropout=0.0", "output_dropout=0.0", "weight_dropout=0.0")  # fmt: skip
-    command = ("--preset", "gru", *STREAM, *small, "--data", text, "--validation-fraction", "0.3")
+    command = ("--preset", "gru", *SHORT_RUN, *small, "--data", text, "--validation-fraction", "0.3")
     for name, mesh in (("one", ()), ("eight", ("--mesh", "data=8"))):
         assert main(*command, *mesh, "--output", tmp_path / name) == 0
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-4)
 
 
-def test_bytes_are_scored_by_character(tmp_path, text):
+def test_byte_models_are_scored_per_character(tmp_path, text):
     run = tmp_path / "run"
     small = ("--model.set", "num_layers=1", "num_heads=2", "embed_dim=16")
-    assert main(*STREAM, *small, "--data", text, "--tokenizer", "byte", "--prompt", "Une", "--output", run) == 0
+    assert main(*SHORT_RUN, *small, "--data", text, "--tokenizer", "byte", "--prompt", "Une", "--output", run) == 0
     nats, _, perplexity = (score.value for score in read_results(run)["scores"])
     content = read_text(text)
     assert nats == pytest.approx(np.log(perplexity) * len(content.encode()) / len(content))
 
 
-def test_a_family_that_does_not_continue_texts_is_refused(tmp_path, capsys):
+def test_a_family_that_does_not_generate_text_is_rejected(tmp_path, capsys):
     message = "a model of family 'bert' with task 'masked' does not continue texts: choose one of the families gpt"
-    assert message in refused(capsys, *STREAM, "--model.name", "bert", "--model.set", "--output", tmp_path / "run")
+    assert message in error_line(
+        capsys, *SHORT_RUN, "--model.name", "bert", "--model.set", "--output", tmp_path / "run"
+    )
 
 
-def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path, capsys):
-    said = refused(capsys, *TINY, "--validation-fraction", "0.5", "--test-fraction", "0.5", "--output", tmp_path / "r")
-    assert "validation_fraction=0.5 and test_fraction=0.5 leave nothing to train on" in said
+def test_fractions_that_leave_no_training_split_are_rejected(tmp_path, capsys):
+    message = error_line(
+        capsys, *TINY, "--validation-fraction", "0.5", "--test-fraction", "0.5", "--output", tmp_path / "r"
+    )
+    assert "validation_fraction=0.5 and test_fraction=0.5 leave nothing to train on" in message
 
 
-def test_every_preset_is_a_model_that_can_be_built():
+def test_every_preset_builds_a_model():
     sizes = {}
     for name, experiment in text_generation.PRESETS.items():
         fixed = {"vocab_size": 65}
@@ -305,22 +313,22 @@ def test_every_preset_is_a_model_that_can_be_built():
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Instead of running: what would be run, and the signal that it ends with."""
-    seen = {"interrupted": None}
+def fake_run(monkeypatch):
+    """Replace ``text_generation.run``. Return a dict with the experiment it received and the signal that ends it."""
+    record = {"interrupted": None}
 
     def run(experiment, resume=None):
-        seen["experiment"] = experiment
-        return Result(None, None, 0, None, seen["interrupted"], 0.0, 0.0, 0.0, 0)
+        record["experiment"] = experiment
+        return Result(None, None, 0, None, record["interrupted"], 0.0, 0.0, 0.0, 0)
 
     monkeypatch.setattr(text_generation, "run", run)
-    return seen
+    return record
 
 
-def test_the_preset_is_the_published_configuration(asked):
-    """nanoGPT's README, "I only have a macbook"."""
+def test_the_nanogpt_preset_is_the_published_configuration(fake_run):
+    """The configuration is in nanoGPT's README, section "I only have a macbook"."""
     assert main("--preset", "nanogpt", "--data", "tinyshakespeare.txt") == 0
-    experiment = asked["experiment"]
+    experiment = fake_run["experiment"]
     config, training = experiment.model.build(vocab_size=65, max_positions=64)[0].config, experiment.training
     assert (config.num_layers, config.num_heads, config.embed_dim) == (4, 4, 128)
     assert (training.sequence_length, training.batch_size, training.steps) == (64, 12, 2000)
@@ -329,6 +337,6 @@ def test_the_preset_is_the_published_configuration(asked):
 
 
 @pytest.mark.parametrize(("signal", "status"), [(None, 0), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_the_exit_status_tells_how_a_run_ended(asked, signal, status):
-    asked["interrupted"] = signal
+def test_the_exit_status_depends_on_the_signal(fake_run, signal, status):
+    fake_run["interrupted"] = signal
     assert main() == status

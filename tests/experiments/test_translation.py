@@ -1,4 +1,4 @@
-"""The translation experiment, small: what it leaves, the command for finished models, bad input."""
+"""A small run of the translation experiment: its files, the command ``jaxlm translate``, and invalid input."""
 
 import gzip
 
@@ -33,35 +33,35 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
+def finished_run(files, tmp_path_factory):
     run = tmp_path_factory.mktemp("translation") / "run"
     assert main(*TINY, "--data.directory", files, "--output", run) == 0
     return run
 
 
-def test_what_a_run_leaves(finished, capsys):
-    results = read_results(finished)
+def test_files_of_a_run_and_the_command(finished_run, capsys):
+    results = read_results(finished_run)
     assert [score.name.split()[0] for score in results["scores"]] == ["BLEU", "BLEU", "chrF2"]
     assert results["scores"][2].value > 99.0
-    assert (finished / "translations.txt").read_text().split() == list(NUMBERS.values())
-    assert {"source": "two", "reference": "zwei", "output": "zwei"} in read_samples(finished)
-    assert "zwei" in (finished / "report.html").read_text()
-    maps = read_attention(finished)
+    assert (finished_run / "translations.txt").read_text().split() == list(NUMBERS.values())
+    assert {"source": "two", "reference": "zwei", "output": "zwei"} in read_samples(finished_run)
+    assert "zwei" in (finished_run / "report.html").read_text()
+    maps = read_attention(finished_run)
     assert {"".join(item.rows).split("</s>")[0] for item in maps} <= set(NUMBERS.values())
-    assert (finished / "attention.png").read_bytes().startswith(b"\x89PNG")
-    model, _ = jaxlm.load_pretrained(finished / "model")
+    assert (finished_run / "attention.png").read_bytes().startswith(b"\x89PNG")
+    model, _ = jaxlm.load_pretrained(finished_run / "model")
     assert model.config.decoder_start_id == 0
-    assert cli.main(["translate", str(finished), "three", "one"]) == 0
+    assert cli.main(["translate", str(finished_run), "three", "one"]) == 0
     assert capsys.readouterr().out.split() == ["drei", "eins"]
 
 
-def test_a_missing_file_is_named(files, tmp_path, capsys):
+def test_a_missing_file_prints_its_name(files, tmp_path, capsys):
     assert main(*TINY, "--data.directory", files, "--data.target", "fr", "--output", tmp_path / "run") == 2
     assert "train.fr.gz is not a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_the_embedded_verses_are_split_without_overlap():
+def test_splits_of_the_included_verses_do_not_overlap():
     training, validation, test = translation.parts(translation.Data())
     assert len(training) + len(validation) + len(test) == 5833
     assert not set(training.column("source")) & set(test.column("source"))

@@ -2,7 +2,7 @@
 
     python -m tests.faults --flips 500 --kills 200
 
-Exit status 1 if a promise was broken; the broken ones are listed below the table.
+The exit status is 1 if an outcome was not as expected. These faults are listed below the table.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from tests.faults.kills import kills
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Run the faults, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--flips", type=int, default=500, help="flipped bits, half in a checkpoint, half in an export")
-    parser.add_argument("--kills", type=int, default=200, help="kills of a training run")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments and bits")
+    parser.add_argument(
+        "--flips", type=int, default=500, help="number of flipped bits, half in a checkpoint, half in an export"
+    )
+    parser.add_argument("--kills", type=int, default=200, help="number of kills of training runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times and bits")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         faults = list(all_flips(directory / "flips", options.flips, options.seed)) if options.flips else []
         faults += list(kills(directory / "kills", options.kills, options.seed)) if options.kills else []
     print(table(faults))
-    broken = [one for one in faults if not one.held]
-    for one in broken:
-        print(f"broken: {one.kind}, {one.fault}: {one.seen}")
-    return 1 if broken else 0
+    failed = [fault for fault in faults if not fault.passed]
+    for fault in failed:
+        print(f"not as expected: {fault.kind}, {fault.fault}: {fault.outcome}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The directories and files that the commands of ``mistakes.txt`` name, good and broken; each is made on demand."""
+"""Valid and invalid directories and files for the commands of ``mistakes.txt``. Each is created on demand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import jaxlm
 from experiments import text_generation
 from jaxlm import config as config_lib
 from jaxlm.data import ByteTokenizer, CharTokenizer, MoveTokenizer
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 
 TEXT = "To be, or not to be: that is the question.\n" * 60
 DEEP = "[" * 100_000 + "]" * 100_000
-"""JSON that Python's parser refuses with RecursionError."""
+"""JSON for which Python's parser raises RecursionError."""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt2-tiny", {}),
@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qa": ("bert-tiny", {"task": "span_qa"}),
     "smallvocab": ("gpt2-tiny", {"vocab_size": 100}),
 }
-"""Finished models with a tokenizer of bytes: variant and fields."""
+"""Exported models with a byte tokenizer: name -> (variant, fields)."""
 
 CONFIG: dict[str, Any] = {
     "n_layer_float": {"n_layer": 2.0}, "n_layer_true": {"n_layer": True}, "n_layer_text": {"n_layer": "2"},
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "positions_-5": {"n_positions": -5}, "id2label_3": {"id2label": 3}, "activation_7": {"activation_function": 7},
     "eos_text": {"eos_token_id": "x"}, "eos_float": {"eos_token_id": [1.5]},
 }  # fmt: skip
-"""Fields of ``config.json`` that are wrong, as {cfg_NAME}."""
+"""Invalid fields of ``config.json``. Commands use them as {cfg_NAME}."""
 
 CONTENTS: dict[str, dict[str, str]] = {
     "config.json": {"brace": "{", "list": "[]", "null": "null", "deep": DEEP, "empty": "{}"},
@@ -71,14 +71,14 @@ CONTENTS: dict[str, dict[str, str]] = {
         "deep": DEEP, "up": '{"weight_map":{"a":"../../x.safetensors"}}',
     },
 }  # fmt: skip
-"""Files with wrong contents, as {cfg_NAME}, {gen_NAME}, {tok_NAME}, {sum_NAME}, {hf_NAME} and {idx_NAME}."""
+"""Files with invalid contents. Commands use them as {PREFIX_NAME}, with a prefix of ``PREFIXES``."""
 
 PREFIXES = {
     "cfg": "config.json", "gen": "generation_config.json", "tok": "jaxlm_tokenizer.json", "sum": "checksums.json",
     "hf": "tokenizer.json", "idx": "model.safetensors.index.json",
 }  # fmt: skip
-REPLACES = {"tokenizer.json": "jaxlm_tokenizer.json", "model.safetensors.index.json": "model.safetensors"}
-"""Files that are read instead, if they are there."""
+PREFERRED_FILES = {"tokenizer.json": "jaxlm_tokenizer.json", "model.safetensors.index.json": "model.safetensors"}
+"""Files that jaxlm would read instead of the key, so they are removed."""
 
 FILES: dict[str, bytes] = {
     "file": b"to be\nor not\n",
@@ -113,11 +113,11 @@ RUNS: dict[str, Any] = {
     "run_type": {"temperature": "hot"}, "run_unknown": {"tempature": 1}, "run_nan": {"temperature": float("nan")},
     "run_typeT": {"training": {"steps": True}}, "run_neg": {"training": {"steps": -1}}, "run_notok": {},
 }  # fmt: skip
-"""Run directories of ``experiments.text_generation``: contents of ``config.json``, or fields that are wrong."""
+"""Run directories of ``experiments.text_generation``: contents of ``config.json``, or invalid fields."""
 
 
 class Directories(dict[str, Path]):
-    """Path of a directory or file by name, made when it is asked for. ``{out}`` is a new name at each use."""
+    """A dict from names to paths. It creates a directory or file when first used. ``{out}`` is a new path each time."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.count = root, 0
@@ -142,13 +142,13 @@ class Directories(dict[str, Path]):
         elif name in SPECIAL:
             SPECIAL[name](self, path)
         elif name == "cfg_bytes":
-            self._changed(path, lambda: (path / "config.json").write_bytes(b"\xff\xfe\x00"))
+            self._changed_model(path, lambda: (path / "config.json").write_bytes(b"\xff\xfe\x00"))
         elif prefix == "cfg" and kind in CONFIG:
             self._config(path, "gpt", **CONFIG[kind])
         elif prefix in PREFIXES:
             file = PREFIXES[prefix]
-            self._changed(path, lambda: (path / file).write_text(CONTENTS[file][kind]))
-            (path / REPLACES.get(file, "nothing")).unlink(missing_ok=True)
+            self._changed_model(path, lambda: (path / file).write_text(CONTENTS[file][kind]))
+            (path / PREFERRED_FILES.get(file, "nothing")).unlink(missing_ok=True)
         else:
             raise KeyError(f"no directory or file is called {name!r}")
 
@@ -158,18 +158,18 @@ class Directories(dict[str, Path]):
         if tokenizer is not None:
             tokenizer.save(path)
 
-    def _changed(self, path: Path, change: Callable[[], Any], of: str = "gpt") -> None:
-        """A copy of a model whose files have no checksums, so that the fault itself is found."""
-        shutil.copytree(self[of], path)
+    def _changed_model(self, path: Path, change: Callable[[], Any], source: str = "gpt") -> None:
+        """Copy a model, remove its checksums so that loading finds the fault itself, and apply ``change``."""
+        shutil.copytree(self[source], path)
         (path / "checksums.json").unlink()
         change()
 
-    def _config(self, path: Path, of: str, **fields: Any) -> None:
+    def _config(self, path: Path, source: str, **fields: Any) -> None:
         def change() -> None:
             file = path / "config.json"
             file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
-        self._changed(path, change, of)
+        self._changed_model(path, change, source)
 
     def _run(self, name: str, path: Path) -> None:
         (path / "model").mkdir(parents=True)
@@ -183,7 +183,7 @@ class Directories(dict[str, Path]):
         (path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def _weights(self, path: Path, change: Callable[[Path], Any]) -> None:
-        self._changed(path, lambda: change(path / "model.safetensors"))
+        self._changed_model(path, lambda: change(path / "model.safetensors"))
 
     def _chess(self, path: Path) -> None:
         moves = MoveTokenizer.from_games(["e4 e5 Nf3 Nc6", "d4 d5 c4 e6"], "san", min_count=1)
@@ -201,7 +201,7 @@ class Directories(dict[str, Path]):
             (path / "vocab.json").write_text(vocabulary)
             (path / "merges.txt").write_text(merges)
 
-        self._changed(path, change)
+        self._changed_model(path, change)
 
 
 def _as_directory(path: Path) -> None:
@@ -210,22 +210,22 @@ def _as_directory(path: Path) -> None:
 
 
 SPECIAL: dict[str, Callable[[Directories, Path], Any]] = {
-    "none": lambda made, path: None,
-    "emptydir": lambda made, path: path.mkdir(),
-    "dangling": lambda made, path: path.symlink_to("gone"),
+    "none": lambda dirs, path: None,
+    "emptydir": lambda dirs, path: path.mkdir(),
+    "dangling": lambda dirs, path: path.symlink_to("gone"),
     "chess": Directories._chess,
     "pairs": Directories._pairs,
-    "notok": lambda made, path: made._model(path, "gpt2-tiny", None, vocab_size=264),
-    "smalltok": lambda made, path: made._changed(path, lambda: CharTokenizer.from_text(TEXT).save(path)),
-    "cut": lambda made, path: made._weights(path, lambda file: file.write_bytes(file.read_bytes()[:-100])),
-    "head": lambda made, path: made._weights(path, lambda file: file.write_bytes(b"\xff" * 8 + b"{}")),
-    "emptyw": lambda made, path: made._weights(path, lambda file: file.write_bytes(b"")),
-    "now": lambda made, path: made._weights(path, lambda file: file.unlink()),
-    "dirw": lambda made, path: made._weights(path, _as_directory),
-    "cfg_dir": lambda made, path: made._changed(path, lambda: _as_directory(path / "config.json")),
-    "tok_dir": lambda made, path: made._changed(path, lambda: _as_directory(path / "jaxlm_tokenizer.json")),
-    "vm": lambda made, path: made._vocabulary(path, '{"a":"x"}', "a b c d\n"),
-    "vm2": lambda made, path: made._vocabulary(path, "[]", ""),
-    "lab_names": lambda made, path: made._config(path, "labels", id2label={"0": "a", "1": "b"}),
-    "lab_names2": lambda made, path: made._config(path, "labels", id2label={"x": "a"}),
+    "notok": lambda dirs, path: dirs._model(path, "gpt2-tiny", None, vocab_size=264),
+    "smalltok": lambda dirs, path: dirs._changed_model(path, lambda: CharTokenizer.from_text(TEXT).save(path)),
+    "cut": lambda dirs, path: dirs._weights(path, lambda file: file.write_bytes(file.read_bytes()[:-100])),
+    "head": lambda dirs, path: dirs._weights(path, lambda file: file.write_bytes(b"\xff" * 8 + b"{}")),
+    "emptyw": lambda dirs, path: dirs._weights(path, lambda file: file.write_bytes(b"")),
+    "now": lambda dirs, path: dirs._weights(path, lambda file: file.unlink()),
+    "dirw": lambda dirs, path: dirs._weights(path, _as_directory),
+    "cfg_dir": lambda dirs, path: dirs._changed_model(path, lambda: _as_directory(path / "config.json")),
+    "tok_dir": lambda dirs, path: dirs._changed_model(path, lambda: _as_directory(path / "jaxlm_tokenizer.json")),
+    "vm": lambda dirs, path: dirs._vocabulary(path, '{"a":"x"}', "a b c d\n"),
+    "vm2": lambda dirs, path: dirs._vocabulary(path, "[]", ""),
+    "lab_names": lambda dirs, path: dirs._config(path, "labels", id2label={"0": "a", "1": "b"}),
+    "lab_names2": lambda dirs, path: dirs._config(path, "labels", id2label={"x": "a"}),
 }  # fmt: skip

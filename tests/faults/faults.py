@@ -13,23 +13,23 @@ class Fault:
 
     Attributes:
         kind: group of the table, such as "bit flip, checkpoint".
-        fault: what was done, for example "bit 3 of byte 17 of 4/record/metadata".
-        expected: the promise, in words.
-        seen: what happened, in words; equal outcomes have equal words, so that they can be counted.
-        held: whether the promise held.
+        fault: description, for example "bit 3 of byte 17 of 4/record/metadata".
+        expected: the expected outcome, in words.
+        outcome: what happened, in words. Equal outcomes have equal words, so that they can be counted.
+        passed: whether the outcome was as expected.
     """
 
     kind: str
     fault: str
     expected: str
-    seen: str
-    held: bool
+    outcome: str
+    passed: bool
 
 
 def table(faults: Iterable[Fault]) -> str:
-    """Counts by kind and outcome, as a Markdown table ``fault | expected | seen | count | held``."""
-    counts = collections.Counter((one.kind, one.expected, one.seen, one.held) for one in faults)
+    """Return a Markdown table of counts by kind and outcome: ``fault | expected | seen | count | held``."""
+    counts = collections.Counter((fault.kind, fault.expected, fault.outcome, fault.passed) for fault in faults)
     lines = ["| fault | expected | seen | count | held |", "|---|---|---|---|---|"]
-    for (kind, expected, seen, held), count in sorted(counts.items()):
-        lines.append(f"| {kind} | {expected} | {seen} | {count} | {'yes' if held else '**no**'} |")
+    for (kind, expected, outcome, passed), count in sorted(counts.items()):
+        lines.append(f"| {kind} | {expected} | {outcome} | {count} | {'yes' if passed else '**no**'} |")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Flipped bits in the files of a checkpoint and of an export: an error names the file, or nothing read has changed."""
+"""Flip bits in the files of a checkpoint and an export.
+
+Loading must raise an error that names the file or its directory, or return the saved values.
+"""
 
 from __future__ import annotations
 
@@ -17,48 +20,52 @@ from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import CharTokenizer, load_tokenizer
 from tests.faults.faults import Fault
 
-EXPECTED = "an error that names a file of it, or the same values"
+EXPECTED = "an error that names the file or its directory, or the same values"
 
 
-def same(a: Any, b: Any) -> bool:
+def trees_equal(a: Any, b: Any) -> bool:
     """Whether two trees have equal names and equal bits."""
-    one, two = spec.flatten(a), spec.flatten(b)
-    return one.keys() == two.keys() and all(
+    leaves_a, leaves_b = spec.flatten(a), spec.flatten(b)
+    return leaves_a.keys() == leaves_b.keys() and all(
         np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
         == np.asarray(jax.random.key_data(y) if jnp.issubdtype(y.dtype, jax.dtypes.prng_key) else y).tobytes()
-        for x, y in zip(one.values(), two.values(), strict=True)
+        for x, y in zip(leaves_a.values(), leaves_b.values(), strict=True)
     )
 
 
-def flipped(directory: Path, read: Callable[[], bool], kind: str, count: int, seed: int) -> Iterator[Fault]:
-    """``count`` random bits of random files of ``directory``, one after the other; each is set back.
+def flip_bits(directory: Path, read: Callable[[], bool], kind: str, count: int, seed: int) -> Iterator[Fault]:
+    """Flip ``count`` random bits in files of ``directory``, one at a time. Restore the file after each flip.
 
-    ``read`` reads the directory and returns whether the values are those that were saved.
+    ``read`` reads the directory and returns whether the values equal the saved ones.
     """
     random = np.random.default_rng(seed)
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size)
     for _ in range(count):
         path = files[random.integers(len(files))]
-        whole = path.read_bytes()
-        at, bit = int(random.integers(len(whole))), int(random.integers(8))
-        changed = bytearray(whole)
-        changed[at] ^= 1 << bit
+        original = path.read_bytes()
+        index, bit = int(random.integers(len(original))), int(random.integers(8))
+        changed = bytearray(original)
+        changed[index] ^= 1 << bit
         path.write_bytes(changed)
         try:
-            seen, held = ("the same values", True) if read() else ("other values, silently", False)
+            outcome, passed = ("the same values", True) if read() else ("other values, silently", False)
         except (CorruptCheckpointError, ValueError) as error:
             names = [str(name) for name in (path, *path.parents) if name.is_relative_to(directory.parent)]
-            held = any(name in str(error) for name in names)
-            seen = "an error that names a file of it" if held else f"an error without a name: {str(error)[:80]}"
+            passed = any(name in str(error) for name in names)
+            outcome = (
+                "an error that names the file or its directory"
+                if passed
+                else f"an error without a name: {str(error)[:80]}"
+            )
         except Exception as error:
-            seen, held = f"{type(error).__name__}: {str(error)[:80]}", False
+            outcome, passed = f"{type(error).__name__}: {str(error)[:80]}", False
         finally:
-            path.write_bytes(whole)
-        yield Fault(kind, f"bit {bit} of byte {at} of {path.relative_to(directory)}", EXPECTED, seen, held)
+            path.write_bytes(original)
+        yield Fault(kind, f"bit {bit} of byte {index} of {path.relative_to(directory)}", EXPECTED, outcome, passed)
 
 
 def checkpoint_flips(directory: Path, count: int, seed: int = 0) -> Iterator[Fault]:
-    """Flips in the newest step of two."""
+    """Flip bits in the newer one of two checkpoints."""
     tree = {
         "weight": jax.random.normal(jax.random.key(1), (48, 48)), "step": jnp.int32(2), "key": jax.random.key(3),
         "half": jnp.arange(6, dtype=jnp.bfloat16),
@@ -70,14 +77,14 @@ def checkpoint_flips(directory: Path, count: int, seed: int = 0) -> Iterator[Fau
 
     def read() -> bool:
         with Checkpointer(directory) as checkpointer:
-            found, found_meta = checkpointer.restore(tree)
-        return same(tree, found) and found_meta == meta
+            restored, restored_meta = checkpointer.restore(tree)
+        return trees_equal(tree, restored) and restored_meta == meta
 
-    yield from flipped(directory / "2", read, "bit flip, newest checkpoint", count, seed)
+    yield from flip_bits(directory / "2", read, "bit flip, newest checkpoint", count, seed)
 
 
 def export_flips(directory: Path, count: int, seed: int = 0) -> Iterator[Fault]:
-    """Flips in the files of ``save_pretrained``."""
+    """Flip bits in the files of ``save_pretrained``."""
     tokenizer = CharTokenizer.from_text("to be, or not to be")
     model = jaxlm.get_model("gpt2-tiny", vocab_size=tokenizer.vocab_size)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -85,15 +92,19 @@ def export_flips(directory: Path, count: int, seed: int = 0) -> Iterator[Fault]:
     ids = tokenizer.encode("not to be").tolist()
 
     def read() -> bool:
-        found, found_params = jaxlm.load_pretrained(directory)
-        text = load_tokenizer(directory)
-        return found.config == model.config and same(params, found_params) and text.encode("not to be").tolist() == ids
+        loaded_model, loaded_params = jaxlm.load_pretrained(directory)
+        loaded_tokenizer = load_tokenizer(directory)
+        return (
+            loaded_model.config == model.config
+            and trees_equal(params, loaded_params)
+            and loaded_tokenizer.encode("not to be").tolist() == ids
+        )
 
-    yield from flipped(directory, read, "bit flip, export", count, seed)
+    yield from flip_bits(directory, read, "bit flip, export", count, seed)
 
 
 def all_flips(directory: Path, count: int, seed: int = 0) -> Iterator[Fault]:
-    """Half of ``count`` in a checkpoint, half in an export."""
+    """Flip ``count`` bits: half of them in a checkpoint, half in an export."""
     shutil.rmtree(directory, ignore_errors=True)
     yield from checkpoint_flips(directory / "checkpoints", count // 2, seed)
     yield from export_flips(directory / "model", count - count // 2, seed)

@@ -1,4 +1,4 @@
-"""A part of ``python -m tests.faults``, in every run of the thorough tests."""
+"""Short versions of ``python -m tests.faults`` for the thorough tests."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from tests.faults.kills import kills
 
 
 def test_the_table_counts_outcomes():
-    one = Fault("flip", "bit 1", "an error", "an error", True)
-    lines = table([one, one, Fault("flip", "bit 2", "an error", "silence", False)]).splitlines()
+    fault = Fault("flip", "bit 1", "an error", "an error", True)
+    lines = table([fault, fault, Fault("flip", "bit 2", "an error", "silence", False)]).splitlines()
     assert lines[2:] == ["| flip | an error | an error | 2 | yes |", "| flip | an error | silence | 1 | **no** |"]
 
 
@@ -19,14 +19,14 @@ def test_the_table_counts_outcomes():
 # tensorstore's threads with "Event loop is closed", which pytest reports as an unraisable exception.
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.thorough
-def test_no_flipped_bit_is_used(tmp_path: Path) -> None:
+def test_no_flipped_bit_changes_loaded_values_silently(tmp_path: Path) -> None:
     faults = list(all_flips(tmp_path, 120))
     assert len(faults) == 120
-    assert [one for one in faults if not one.held] == []
+    assert [fault for fault in faults if not fault.passed] == []
 
 
 @pytest.mark.thorough
-def test_no_kill_loses_a_run(tmp_path: Path) -> None:
+def test_killed_runs_can_be_resumed(tmp_path: Path) -> None:
     faults = list(kills(tmp_path, 8))
     assert len(faults) >= 8
-    assert [one for one in faults if not one.held] == []
+    assert [fault for fault in faults if not fault.passed] == []

@@ -1,8 +1,8 @@
-"""Every mistake of a user ends in one line that says what is wrong, with exit status 2, before anything is computed.
+"""Each mistake of a user prints one line with the reason and exits with status 2 before the computation starts.
 
 The rows are in ``mistakes.txt``: ``status | command | words of the message``. Commands are those of ``jaxlm``, or begin
-with ``experiments.NAME`` or ``benchmarks.NAME``. ``{name}`` is a directory or file of ``directories.py``. A row below
-``# thorough`` is tried by ``pytest -m thorough`` only.
+with ``experiments.NAME`` or ``benchmarks.NAME``. ``{name}`` is a directory or file of ``directories.py``. Only
+``pytest -m thorough`` runs the rows below ``# thorough``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXPERIMENTS = ("chess", "question_answering", "sentiment", "summarization", "tex
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A row of the catalogue."""
+    """A row of ``mistakes.txt``."""
 
     command: str
     status: int
@@ -41,7 +41,7 @@ class Mistake:
     thorough: bool
 
 
-def _catalogue() -> Iterator[Mistake]:
+def _read_mistakes() -> Iterator[Mistake]:
     thorough = False
     for line in (Path(__file__).parent / "mistakes.txt").read_text(encoding="utf-8").splitlines():
         thorough |= line == "# thorough"
@@ -50,7 +50,7 @@ def _catalogue() -> Iterator[Mistake]:
             yield Mistake(command, int(status), words, thorough)
 
 
-MISTAKES = list(_catalogue())
+MISTAKES = list(_read_mistakes())
 
 
 @pytest.fixture(scope="module")
@@ -59,59 +59,58 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_computed(monkeypatch: pytest.MonkeyPatch, directories: Directories) -> None:
-    """A command that gets as far as the training or the measurement has accepted the mistake."""
+def fail_if_work_starts(monkeypatch: pytest.MonkeyPatch, directories: Directories) -> None:
+    """Fail the test if a command starts to train or measure, because it should have rejected the mistake."""
 
-    def accepted(*arguments: Any, **options: Any) -> Any:
-        pytest.fail("the mistake was accepted: the work begins")
+    def fail(*arguments: Any, **options: Any) -> Any:
+        pytest.fail("the command accepted the mistake and started to work")
 
     for name in (*EXPERIMENTS, "families"):
-        monkeypatch.setattr(importlib.import_module(f"experiments.{name}"), "train", accepted)
-    monkeypatch.setattr(harness, "session", accepted)
+        monkeypatch.setattr(importlib.import_module(f"experiments.{name}"), "train", fail)
+    monkeypatch.setattr(harness, "session", fail)
     monkeypatch.chdir(directories.root)
 
 
 def outcome(command: str, directories: Directories) -> tuple[int, str]:
-    """Exit status and standard error of a command line."""
+    """Run a command. Return its exit status and standard error."""
     words = [word.format_map(directories) if "{" in word else word for word in shlex.split(command)]
     main: Callable[[list[str]], int] = cli.main
     if words[0].startswith(("experiments.", "benchmarks.")):
         main = importlib.import_module(words.pop(0)).main
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
             status: Any = main(words)
-        except SystemExit as leaving:
-            status = leaving.code
-    return status, said.getvalue()
+        except SystemExit as error:
+            status = error.code
+    return status, stderr.getvalue()
 
 
 def _check(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch, thorough: bool) -> None:
-    wrong = []
-    rows = [one for one in MISTAKES if one.command.split()[0] == group and one.thorough == thorough]
-    for one in rows:
+    failures = []
+    rows = [mistake for mistake in MISTAKES if mistake.command.split()[0] == group and mistake.thorough == thorough]
+    for mistake in rows:
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        status, error = outcome(one.command, directories)
+        status, error = outcome(mistake.command, directories)
         lines = error.splitlines()
-        if status != one.status or len(lines) != 1 or one.words not in error or "unexpected" in error:
-            wrong.append(f"{one.command}: status {status} instead of {one.status}, {one.words!r} expected in {error!r}")
-    assert not wrong, "\n".join(wrong)
+        if status != mistake.status or len(lines) != 1 or mistake.words not in error or "unexpected" in error:
+            expected = f"status {mistake.status} and {mistake.words!r}"
+            failures.append(f"{mistake.command}: expected {expected}, got status {status} and {error!r}")
+    assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("group", sorted({one.command.split()[0] for one in MISTAKES if not one.thorough}))
-def test_a_mistake_is_one_line(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", sorted({mistake.command.split()[0] for mistake in MISTAKES if not mistake.thorough}))
+def test_a_mistake_prints_one_line(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(group, directories, monkeypatch, thorough=False)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("group", sorted({one.command.split()[0] for one in MISTAKES if one.thorough}))
-def test_a_mistake_that_takes_longer_is_one_line(
-    group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("group", sorted({mistake.command.split()[0] for mistake in MISTAKES if mistake.thorough}))
+def test_a_slow_mistake_prints_one_line(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(group, directories, monkeypatch, thorough=True)
 
 
-def _named(path: str, number: int) -> OSError:
+def _os_error(path: str, number: int) -> OSError:
     return OSError(number, "words", path)
 
 
@@ -119,12 +118,12 @@ def _named(path: str, number: int) -> OSError:
     ("error", "status", "words"),
     [
         (ValueError("a\n b"), 2, "a b"),
-        (_named("x", errno.ENOENT), 2, "words: 'x' (check the path)"),
-        (_named("x", errno.EACCES), 2, "change the permissions"),
-        (_named("x", errno.ENAMETOOLONG), 2, "words: 'x'"),
-        (_named("x", errno.ENOSPC), 1, "free some disk space"),
-        (_named("x", errno.EADDRINUSE), 1, "another program uses this port"),
-        (_named("x", errno.ECONNREFUSED), 1, "no program answers at this address"),
+        (_os_error("x", errno.ENOENT), 2, "words: 'x' (check the path)"),
+        (_os_error("x", errno.EACCES), 2, "change the permissions"),
+        (_os_error("x", errno.ENAMETOOLONG), 2, "words: 'x'"),
+        (_os_error("x", errno.ENOSPC), 1, "free some disk space"),
+        (_os_error("x", errno.EADDRINUSE), 1, "another program uses this port"),
+        (_os_error("x", errno.ECONNREFUSED), 1, "no program answers at this address"),
         (BlockingIOError("x is in use by another process"), 1, "x is in use by another process"),
         (CorruptCheckpointError("step 3 is damaged"), 2, "step 3 is damaged"),
         (DivergedError("step 3: lower the learning rate", step=3), 1, "step 3: lower the learning rate"),
@@ -140,7 +139,7 @@ def _named(path: str, number: int) -> OSError:
         (TypeError("x"), 1, "unexpected TypeError: x: a bug in jaxlm or in a library (--debug shows where)"),
     ],
 )
-def test_every_error_has_a_status_and_one_line(
+def test_every_error_has_a_status_and_prints_one_line(
     error: Exception, status: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> int:
@@ -154,15 +153,15 @@ def test_every_error_has_a_status_and_one_line(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_runtime_error_of_jaxlm_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for module, shown in (("jaxlm.x", "no peer"), ("numpy", "unexpected RuntimeError: no peer")):
+def test_a_runtime_error_of_jaxlm_is_not_unexpected(capsys: pytest.CaptureFixture[str]) -> None:
+    for module, message in (("jaxlm.x", "no peer"), ("numpy", "unexpected RuntimeError: no peer")):
         namespace: dict[str, Any] = {"__name__": module}
         exec("def fail():\n    raise RuntimeError('no peer')", namespace)
         assert command_line.exit_status(namespace["fail"], "program") == 1
-        assert capsys.readouterr().err.startswith(f"program: {shown}")
+        assert capsys.readouterr().err.startswith(f"program: {message}")
 
 
-def test_a_closed_pipe_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_pipe_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise BrokenPipeError
 
@@ -173,7 +172,7 @@ def test_a_closed_pipe_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "command", ["score {none} x", "experiments.text_generation --data {none}", "benchmarks.report"]
 )
-def test_debug_adds_the_traceback(command: str, directories: Directories) -> None:
+def test_debug_prints_the_traceback(command: str, directories: Directories) -> None:
     status, plain = outcome(command, directories)
     assert outcome(f"{command} --debug", directories)[0] == status == 2
     error = outcome(f"{command} --debug", directories)[1]
@@ -190,30 +189,32 @@ TINY = (
 )
 
 
-def test_a_full_disk_is_found_before_the_training(directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_training(directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
     status, error = outcome(TINY, directories)
     assert status == 1
     assert "bytes for one checkpoint and the exported model, and 1,000 bytes are free on its disk" in error
     assert not (directories.root / f"out{directories.count}").exists()
-    without = int(
+    export_bytes = int(
         outcome(f"{TINY} --training.checkpoint-every None", directories)[1]
         .split("needs ")[1]
         .split()[0]
         .replace(",", "")
     )
-    both = int(error.split("needs ")[1].split()[0].replace(",", ""))
-    assert both == pytest.approx(4 * without, rel=0.1), "weights and two moments of AdamW, and the export"
+    total_bytes = int(error.split("needs ")[1].split()[0].replace(",", ""))
+    assert total_bytes == pytest.approx(4 * export_bytes, rel=0.1), (
+        "the checkpoint has weights and two moments of AdamW, and the export has weights"
+    )
 
 
-def test_a_directory_that_cannot_be_written_is_found_before_the_data_are_read(
+def test_an_unwritable_directory_is_reported_before_the_data_are_read(
     directories: Directories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*arguments: Any, **options: Any) -> Any:
+    def raise_permission_error(*arguments: Any, **options: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", "x")
 
-    monkeypatch.setattr(checks.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(checks.tempfile, "TemporaryFile", raise_permission_error)
     monkeypatch.setattr("experiments.text_generation.read_text", lambda path: pytest.fail("the data are read"))
     status, error = outcome(TINY, directories)
     assert (status, error) == (
@@ -222,19 +223,19 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_data_are_read(
     assert not (directories.root / f"out{directories.count}").exists()
 
 
-def test_every_setting_that_is_checked_exists() -> None:
+def test_every_checked_setting_exists() -> None:
     modules = [importlib.import_module(f"experiments.{name}") for name in EXPERIMENTS]
     names = {name.rpartition(".")[2] for module in modules for name, _ in _fields(module.Experiment())}
-    assert set(checks.LEAST) <= names
-    assert names >= checks.FRACTIONS
+    assert set(checks.MINIMUMS) <= names
+    assert names >= checks.FRACTION_SETTINGS
     dotted = {name for module in modules for name, _ in _fields(module.Experiment())}
-    assert {name for names, _, _ in checks.RULES for name in names.split()} <= dotted
+    assert {name for names, _, _ in checks.NO_EFFECT_RULES for name in names.split()} <= dotted
 
 
-def _fields(config: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{where}{field.name}.")
+            yield from _fields(value, f"{prefix}{field.name}.")
         else:
-            yield f"{where}{field.name}", value
+            yield f"{prefix}{field.name}", value

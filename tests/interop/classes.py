@@ -9,7 +9,7 @@ from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.models import FAMILIES, Model
 from jaxlm.models.model import Metadata
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 
 CLASSES = [
     (name, table, architecture)

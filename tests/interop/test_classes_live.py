@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
-from tests.helpers import add_noise, assert_trees_equal
+from jaxlm.testing.helpers import add_noise, assert_trees_equal
 from tests.interop.classes import CLASSES, model_of_class
 
 pytestmark = pytest.mark.live

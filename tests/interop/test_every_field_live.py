@@ -22,7 +22,7 @@ import pytest
 from jaxlm.interop import config_json, formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import FAMILIES, Model
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 from tests.interop.classes import CLASSES
 from tests.interop.test_classes_live import torch_class
 from tests.oracles.xlnet import perm_mask, target_mapping

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.interop.fairseq import roberta_from_fairseq
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 V, D, H, F, LAYERS, ROWS = 19, 12, 3, 20, 2, 14
 TOKENS = np.random.default_rng(1).integers(4, V, (2, 9)).astype(np.int32)

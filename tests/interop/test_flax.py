@@ -13,7 +13,7 @@ from flax import nnx
 from jaxlm import spec
 from jaxlm.interop.flax import as_linen, as_nnx
 from jaxlm.nn.loss import cross_entropy
-from tests.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
+from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
 
 SHAPE = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "remat": "none"}
 MODEL = tiny_model("gpt2-tiny", **SHAPE)

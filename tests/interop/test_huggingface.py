@@ -23,10 +23,10 @@ from jaxlm import integrity, spec
 from jaxlm.interop import config_json, formats, huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
-from jaxlm.models.model import family
+from jaxlm.models.registry import family
 from jaxlm.objectives import causal
 from jaxlm.sharding import Rules, Sharding, make_mesh
-from tests.helpers import assert_trees_equal, relative_error
+from jaxlm.testing.helpers import assert_trees_equal, relative_error
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ("tied", "untied", "padded", "base")

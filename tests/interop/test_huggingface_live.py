@@ -15,9 +15,9 @@ import pytest
 from jaxlm.interop import formats, huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
-from jaxlm.models.model import family
+from jaxlm.models.registry import family
 from jaxlm.objectives import causal
-from tests.helpers import add_noise, relative_error
+from jaxlm.testing.helpers import add_noise, relative_error
 
 pytestmark = pytest.mark.live
 

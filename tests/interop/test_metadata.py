@@ -21,7 +21,7 @@ from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 from tests.interop.classes import CLASSES, model_of_class
 
 PARAMETERS = pytest.mark.parametrize(

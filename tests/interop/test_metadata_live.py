@@ -16,7 +16,7 @@ from jaxlm.interop import config_json
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import Model, get_model
-from tests.helpers import add_noise, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, relative_error, tiny_model
 from tests.interop.classes import CLASSES, model_of_class
 from tests.interop.test_classes_live import torch_class
 from tests.interop.test_every_field_live import cases_of

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm.adapt import LoRA
 from jaxlm.interop.peft import load_adapter, save_adapter
-from tests.helpers import assert_trees_equal, tiny_model
+from jaxlm.testing.helpers import assert_trees_equal, tiny_model
 
 GPT = tiny_model("gpt2-tiny", scan_layers=True)
 LLAMA = tiny_model("llama-tiny")

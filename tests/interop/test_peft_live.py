@@ -14,7 +14,7 @@ from jaxlm.adapt import LoRA
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.interop.peft import load_adapter, save_adapter
 from jaxlm.models import Model
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 pytestmark = pytest.mark.live
 

@@ -9,7 +9,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.recurrent import from_keras, from_torch, to_keras, to_torch
 from jaxlm.nn import recurrence
-from tests.helpers import assert_trees_equal, relative_error
+from jaxlm.testing.helpers import assert_trees_equal, relative_error
 
 TORCH = ("lstm", "lstm_no_bias", "gru", "gru_no_bias")
 KERAS = ("lstm", "lstm_no_bias", "gru_after", "gru_before", "gru_after_no_bias")

@@ -11,7 +11,7 @@ from jaxlm import spec
 from jaxlm.models import alexnet, get_model
 from jaxlm.nn.convolution import convolution
 from jaxlm.nn.convolution.pooling import max_pool
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def setup(variant, length, **overrides):
@@ -130,10 +130,10 @@ def test_errors_name_bad_input():
         model.state_specs(2, 8)
     with pytest.raises(ValueError, match="max_positions=100 leaves nothing"):
         alexnet.Config(max_positions=100)
-    with pytest.raises(ValueError, match=r"kernels=\(3,\) and pools=\(3, 3\) must be equally many"):
+    with pytest.raises(ValueError, match=r"kernels=\(3,\) and pools=\(3, 3\) must have the same length"):
         alexnet.Config(kernels=(3,), pools=(3, 3))
     with pytest.raises(ValueError, match="embedding='bytes' is unknown"):
         alexnet.Config(embedding="bytes")
     headless = dataclasses.replace(model, config=dataclasses.replace(model.config, task="none"))
-    with pytest.raises(ValueError, match="task='none' has no labelling head"):
+    with pytest.raises(ValueError, match="task='none' has no head for labels"):
         headless.logits(params, jnp.zeros((1, 1, 32)))

@@ -13,7 +13,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.decoding import beam_search
 from jaxlm.models import attention_rnn, get_model
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 VARIANTS = ("attention-rnn-tiny", "attention-rnn-luong-tiny")
 COPY = "attention-rnn-copy-tiny"
@@ -173,7 +173,7 @@ def test_errors_name_bad_input(name):
         ({}, "source .to train. or state .to decode, from init_decode_state., got neither"),
         ({"source": source, "state": state}, "got both"),
         ({"state": state, "source_segment_ids": source}, "pass source_segment_ids to init_decode_state"),
-        ({"source": source[:1]}, r"source \[1, 4\] must have as many rows as tokens \[2, 3\]"),
+        ({"source": source[:1]}, r"source \[1, 4\] and tokens \[2, 3\] must have the same number of rows"),
         (
             {"source": source, "source_segment_ids": tokens},
             r"source_segment_ids \[2, 3\] must have the shape of source",

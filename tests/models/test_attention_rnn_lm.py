@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import attention_rnn_lm
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 LM, CLASSIFIER = "attention-rnn-lm-tiny", "attention-rnn-classifier-tiny"
 TOLERANCE = 2e-5
@@ -109,8 +109,8 @@ def test_errors_name_bad_input():
     model, params = small(CLASSIFIER)
     with pytest.raises(TypeError, match="only task='causal' carries a state"):
         model.state_specs(1, 4)
-    with pytest.raises(ValueError, match="carries no state: leave state out"):
+    with pytest.raises(ValueError, match="carries no state: leave state=None"):
         model.apply(params, np.zeros((1, 2), np.int32), state={})
     model, params = small(LM)
-    with pytest.raises(ValueError, match="task='causal' pools nothing"):
+    with pytest.raises(ValueError, match="task='causal' has no pooling attention"):
         model.pool(params, np.zeros((1, 2, 12), np.float32))

@@ -15,7 +15,7 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import bert, get_model
 from jaxlm.nn.loss import cross_entropy
-from tests.helpers import assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import assert_trees_equal, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "bert_pretraining"
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 3e-5

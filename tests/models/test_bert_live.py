@@ -18,7 +18,7 @@ import pytest
 
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.nn.sentence import mean_pooled
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 from tests.models.test_bert import GOLDEN, compare_pretraining
 
 pytestmark = pytest.mark.live

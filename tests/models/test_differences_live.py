@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.interop.huggingface import load_pretrained, named_tensors
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 from tests.oracles.xlnet import perm_mask, target_mapping
 
 pytestmark = pytest.mark.live

@@ -8,7 +8,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model, gpt
-from tests.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
+from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, random_tokens, tiny_model
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def test_reset_before_the_product_has_no_hidden_bias():

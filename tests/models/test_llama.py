@@ -15,7 +15,7 @@ from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretr
 from jaxlm.models import get_model
 from jaxlm.models.llama import Config
 from jaxlm.nn.attention.rotary import RotaryScaling
-from tests.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 
 def setup(batch=2, length=12, **overrides):

@@ -14,7 +14,7 @@ import pytest
 import jaxlm
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.decoding.text import GenerationConfig, generate_text
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 from tests.models import smollm2
 
 pytestmark = pytest.mark.live

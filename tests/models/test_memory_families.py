@@ -7,7 +7,7 @@ import pytest
 from jaxlm import get_model
 from jaxlm.nn import choices
 from jaxlm.nn.attention import memory
-from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, random_tokens
 
 ROWS = 3
 XLNET = "xlnet-tiny", {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models import get_model, recurrent
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 TOLERANCE = 2e-6
 

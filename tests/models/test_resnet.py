@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def setup(**overrides):
@@ -119,5 +119,5 @@ def test_errors_name_bad_input():
         resnet.Config(norm_momentum=0.0)
     headless = dataclasses.replace(model, config=dataclasses.replace(model.config, task="none"))
     assert not {"fc_1", "fc_2", "classifier"} & set(headless.specs)
-    with pytest.raises(ValueError, match="task='none' has no labelling head"):
+    with pytest.raises(ValueError, match="task='none' has no head for labels"):
         headless.logits(params, jnp.zeros((1, 1, 32)))

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 from tests.oracles import _native
 from tests.oracles import resnet as oracle
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet_lm
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def setup(length=20, **overrides):
@@ -74,13 +74,13 @@ def test_documents_over_several_calls():
 
 
 def test_errors_name_bad_input():
-    with pytest.raises(ValueError, match=r"blocks=\(\) must name at least one block"):
+    with pytest.raises(ValueError, match=r"blocks=\(\) must contain at least one block"):
         resnet_lm.Config(blocks=())
-    with pytest.raises(ValueError, match=r"block 1 of blocks is \(8, 3, 3\).* from 0 to 2 blocks back"):
+    with pytest.raises(ValueError, match=r"blocks\[1\]=\(8, 3, 3\).* from 0 to 2"):
         resnet_lm.Config(blocks=((8, 3, 1), (8, 3, 3)))
     with pytest.raises(ValueError, match=r"dropout=1.0 must be in \[0, 1\)"):
         resnet_lm.Config(dropout=1.0)
     model, params, _ = setup(task="none")
     assert "head" not in params
-    with pytest.raises(ValueError, match="task='none' has no labelling head"):
+    with pytest.raises(ValueError, match="task='none' has no head for labels"):
         model.logits(params, jnp.zeros((1, 1, 24)))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model, roberta
-from tests.helpers import assert_trees_equal, relative_error
+from jaxlm.testing.helpers import assert_trees_equal, relative_error
 from tests.models import test_bert
 from tests.models.test_bert import hidden_of
 

@@ -15,7 +15,7 @@ from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import t5
 from jaxlm.nn.attention.bucket_bias import distance_buckets
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 from tests.oracles import t5 as oracle
 
 pytestmark = pytest.mark.live

@@ -14,7 +14,7 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model
 from jaxlm.models.transformer_xl import Config
-from tests.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 from tests.oracles import GOLDENS
 
 TOLERANCE = 1e-5  # float32, with different orders of summation

@@ -11,7 +11,7 @@ from jaxlm import spec
 from jaxlm.decoding import beam_search, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 GOLDEN = Path(__file__).parent / "goldens" / "xlnet_memory"
 
@@ -200,11 +200,11 @@ def test_errors_name_bad_inputs():
     order = np.tile(np.arange(9, dtype=np.int32), (2, 1))
     with pytest.raises(ValueError, match="order and targets must be given together"):
         model.apply(params, tokens, order=order)
-    with pytest.raises(ValueError, match=r"order \[2, 5\] must be \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"order \[2, 5\] must have shape \[2, 9\]"):
         model.apply(params, tokens, order=order[:, :5], targets=order)
-    with pytest.raises(ValueError, match=r"targets \[1, 9\] must be \[2, positions\]"):
+    with pytest.raises(ValueError, match=r"targets \[1, 9\] must have shape \[2, positions\]"):
         model.apply(params, tokens, order=order, targets=order[:1])
-    with pytest.raises(ValueError, match=r"right_to_left \[1\] must be \[2\]"):
+    with pytest.raises(ValueError, match=r"right_to_left \[1\] must have shape \[2\]"):
         model.apply(params, tokens, right_to_left=np.zeros(1, bool))
     token_classifier = dataclasses.replace(model, config=dataclasses.replace(model.config, task="token_classification"))
     with pytest.raises(ValueError, match="task='token_classification' predicts no tokens"):

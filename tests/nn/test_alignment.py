@@ -16,7 +16,7 @@ from jaxlm.nn.alignment import (
     pooling_weights,
 )
 from jaxlm.spec import Uniform
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 B, S, Q, C, A = 3, 7, 4, 6, 5
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.batch_norm import batch_norm, batch_norm_specs, statistics_specs
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(3.0 * RNG.standard_normal((4, 6, 5)) + 2.0, jnp.float32)

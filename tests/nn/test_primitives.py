@@ -13,7 +13,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm
 from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import ZEROS
-from tests.helpers import assert_trees_close, assert_trees_equal, relative_error
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 
 RNG = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from jaxlm.nn.linear import linear
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.nn.recurrence import gru, gru_cell, gru_specs, lstm, lstm_cell, lstm_specs, project
 from jaxlm.nn.scan import linear_attention, linear_scan
-from tests.helpers import assert_trees_close
+from jaxlm.testing.helpers import assert_trees_close
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
 

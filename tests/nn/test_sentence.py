@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.nn.sentence import mean_pooled
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 
 def test_mean_pooled_has_the_direction_of_the_mean_over_real_tokens():

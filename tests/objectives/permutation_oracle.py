@@ -1,7 +1,7 @@
-"""The authors' permutation data, step by step as their TensorFlow and numpy code describes it, slow and dense.
+"""XLNet's permutation data: a slow reference with dense masks and the steps of the authors' TensorFlow and numpy code.
 
-Written from its description, with random draws taken from a generator in the same places, so that a test can compare
-draw for draw. Masks are 1 where i must NOT see j, as theirs are.
+It was written from a description of that code. It uses the random generator in the same order as jaxlm, so that tests
+can compare exact results. Masks are 1 if query i must NOT attend to key j, as in the authors' code.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ SEP, CLS = 4, 3
 
 
 def sample_mask(word_starts, goal, rng, alpha, beta, reverse=False, max_gram=5):
-    """Which tokens of a part are to be predicted."""
+    """Return a mask of the tokens of one part that are predicted."""
     starts = np.flip(word_starts) if reverse else word_starts
     length = len(starts)
     mask = np.zeros(length, bool)
@@ -32,7 +32,7 @@ def sample_mask(word_starts, goal, rng, alpha, beta, reverse=False, max_gram=5):
             break
         end, grams = begin + 1, 1
         while end < length:
-            if starts[begin]:  # theirs: the start is looked at again and again, not the token at the end
+            if starts[begin]:  # as in the authors' code: this checks the token at `begin`, not at `end`
                 grams += 1
                 if grams > n:
                     break
@@ -51,7 +51,10 @@ def sample_mask(word_starts, goal, rng, alpha, beta, reverse=False, max_gram=5):
 
 
 def local_perm(inputs, targets, is_masked, perm_size, shuffle):
-    """perm_mask, current tokens as targets, target_mask of a part; ``shuffle`` is how rows of indices are permuted."""
+    """Return the attention mask [T, T], the targets (the tokens themselves) and the target mask of one part.
+
+    ``shuffle`` is the permutation of the rows of indices.
+    """
     length = len(inputs)
     index = np.arange(length).reshape(-1, perm_size).T
     index = index[shuffle]
@@ -71,7 +74,7 @@ def local_perm(inputs, targets, is_masked, perm_size, shuffle):
 
 
 def join_parts(first, second):
-    """The first part sees nothing of the second, the second all of the first."""
+    """Join two parts. The first part cannot attend to the second; the second can attend to all of the first."""
     (mask_0, targets_0, target_mask_0), (mask_1, targets_1, target_mask_1) = first, second
     T0, T1 = len(targets_0), len(targets_1)
     mask = np.concatenate(
@@ -84,7 +87,7 @@ def join_parts(first, second):
 
 
 def dense_masks(perm_mask):
-    """The masks of the content stream, which may see its own place, and of the query stream."""
+    """Return the masks of the content stream, which can attend to its own position, and of the query stream."""
     query = (perm_mask > 0).astype(np.float32)
     content = ((query - np.eye(len(query))) > 0).astype(np.float32)
     return content, query

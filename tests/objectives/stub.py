@@ -1,4 +1,4 @@
-"""A model that compiles at once: what an objective needs of a model, and no attention."""
+"""A small model without attention for tests of objectives. It compiles fast."""
 
 import types
 from typing import Any
@@ -9,13 +9,16 @@ import numpy as np
 
 from jaxlm.models import heads
 from jaxlm.nn.loss import chunked_cross_entropy
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 VOCAB = 11
 
 
-class Bag:
-    """Each token's vector next to the mean of the row's real ones; a linear head with ``outputs`` logits."""
+class MeanModel:
+    """A model whose hidden state is a token's embedding and the mean embedding of its row, without padding.
+
+    A linear head computes ``outputs`` logits.
+    """
 
     def __init__(self, outputs: int) -> None:
         self.outputs = outputs
@@ -27,13 +30,13 @@ class Bag:
         return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
     def apply(self, params, tokens, *, segment_ids=None, key=None, token_types=None):
-        # As a family's: an id that does not exist gives NaN.
+        # An id outside the vocabulary gives NaN, as in the models of jaxlm.
         x = params["token"].at[tokens].get(mode="fill", fill_value=jnp.nan)
         if token_types is not None:
             x = x + params["type"][token_types]
-        real = jnp.ones(tokens.shape) if segment_ids is None else (jnp.asarray(segment_ids) > 0).astype(jnp.float32)
-        total = jnp.sum(x * real[:, :, None], axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1.0)[:, None]
-        return jnp.concatenate([x, jnp.broadcast_to(total[:, None], x.shape)], axis=2), None
+        is_token = jnp.ones(tokens.shape) if segment_ids is None else (jnp.asarray(segment_ids) > 0).astype(jnp.float32)
+        mean = jnp.sum(x * is_token[:, :, None], axis=1) / jnp.maximum(jnp.sum(is_token, axis=1), 1.0)[:, None]
+        return jnp.concatenate([x, jnp.broadcast_to(mean[:, None], x.shape)], axis=2), None
 
     def logits(self, params, hidden):
         return hidden @ params["head"]
@@ -49,15 +52,18 @@ def random_tokens(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(5).integers(0, VOCAB, (batch, length)).astype(np.int32)
 
 
-def compare(loss, literal, params) -> float:
-    """``loss`` (total, weight, state) and its gradient against a ``literal`` total; returns the weight."""
+def compare(loss, reference, params) -> float:
+    """Assert that ``loss`` (total, weight, state) and its gradient equal those of ``reference`` (total).
 
-    def ours(params):
+    Returns the weight.
+    """
+
+    def total_and_weight(params):
         total, weight, _ = loss(params)
         return total, weight
 
-    (total, weight), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-    want, want_gradient = jax.jit(jax.value_and_grad(literal))(params)
-    assert relative_error(total, want) < 1e-6
-    assert_trees_close(gradient, want_gradient, 2e-5)
+    (total, weight), gradient = jax.jit(jax.value_and_grad(total_and_weight, has_aux=True))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(reference))(params)
+    assert relative_error(total, expected) < 1e-6
+    assert_trees_close(gradient, expected_gradient, 2e-5)
     return float(weight)

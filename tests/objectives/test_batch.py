@@ -1,4 +1,4 @@
-"""What all objectives share: counts of a batch, smoothed losses and accuracy of tokens."""
+"""Functions for all objectives: counts of a batch, label smoothing and token accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_argmax
 from jaxlm.objectives import causal, seq2seq
 from jaxlm.objectives.batch import count, smoothed_token_loss, token_accuracy
-from tests.helpers import tiny_model
-from tests.objectives.stub import VOCAB, Bag, compare, random_tokens
+from jaxlm.testing.helpers import tiny_model
+from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
 
-MODEL = Bag(VOCAB)
+MODEL = MeanModel(VOCAB)
 TOKENS = random_tokens(3, 8)
 SEGMENTS = np.array([[1] * 8, [1] * 5 + [0] * 3, [0] * 8], np.int32)
 
 
-def test_examples_and_tokens_are_counted_without_padding():
+def test_count_excludes_padding():
     assert count(causal.batch(TOKENS)) == (3, 3 * 7)
     assert count(causal.batch(TOKENS, SEGMENTS)) == (2, 7 + 5)
     pair = seq2seq.batch(
@@ -29,28 +29,28 @@ def test_examples_and_tokens_are_counted_without_padding():
 def test_a_smoothed_loss_is_the_cross_entropy_to_the_smoothed_distribution():
     batch, smoothing = causal.batch(TOKENS, SEGMENTS), 0.3
 
-    def literal(params):
+    def reference(params):
         hidden, _ = MODEL.apply(params, batch.tokens, segment_ids=batch.segment_ids)
         log_probs = jax.nn.log_softmax(MODEL.logits(params, hidden))
-        wanted = (1 - smoothing) * jax.nn.one_hot(batch.targets, VOCAB) + smoothing / VOCAB
-        return -jnp.sum(batch.weights * jnp.sum(wanted * log_probs, axis=-1))
+        smoothed_targets = (1 - smoothing) * jax.nn.one_hot(batch.targets, VOCAB) + smoothing / VOCAB
+        return -jnp.sum(batch.weights * jnp.sum(smoothed_targets * log_probs, axis=-1))
 
     loss = smoothed_token_loss(smoothing)
-    assert compare(lambda p: loss(MODEL, p, batch), literal, MODEL.init()) == 7 + 4
+    assert compare(lambda p: loss(MODEL, p, batch), reference, MODEL.init()) == 7 + 4
     with pytest.raises(ValueError, match="label_smoothing=-0.1 must be in"):
         smoothed_token_loss(-0.1)
 
 
-def test_accuracy_of_tokens_counts_those_with_weight():
+def test_token_accuracy_ignores_tokens_with_weight_0():
     batch, params = causal.batch(TOKENS, SEGMENTS), MODEL.init()
     hidden, _ = MODEL.apply(params, batch.tokens, segment_ids=batch.segment_ids)
     best = np.argmax(MODEL.logits(params, hidden), axis=-1).astype(np.int32)
-    right = batch.replace(targets=np.where(np.arange(7) < 3, best, (best + 1) % VOCAB))
-    assert [float(x) for x in token_accuracy(MODEL, params, right)[:2]] == [6.0, 11.0]
+    three_correct = batch.replace(targets=np.where(np.arange(7) < 3, best, (best + 1) % VOCAB))
+    assert [float(x) for x in token_accuracy(MODEL, params, three_correct)[:2]] == [6.0, 11.0]
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 2 * 3 * VOCAB, 2**20])
-def test_accuracy_in_chunks_of_time_is_that_of_all_logits(monkeypatch, chunk_logits):
+def test_token_accuracy_in_chunks_equals_that_of_all_logits(monkeypatch, chunk_logits):
     model = tiny_model("gpt2-tiny", vocab_size=101, vocab_multiple=8)
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 12), 0, 101), np.int32)
@@ -60,12 +60,12 @@ def test_accuracy_in_chunks_of_time_is_that_of_all_logits(monkeypatch, chunk_log
     batch = batch.replace(targets=np.where(np.arange(11) % 3 == 0, best, batch.targets))
     monkeypatch.setattr(choices, "max_logits", lambda: chunk_logits)
     np.testing.assert_array_equal(chunked_argmax(model.logits, params, hidden), best)
-    right, weight, _ = jax.jit(lambda params: token_accuracy(model, params, batch))(params)
-    assert (float(right), float(weight)) == (float(np.sum(best == batch.targets)), 22.0)
-    assert 8 <= float(right) < 22
+    num_correct, weight, _ = jax.jit(lambda params: token_accuracy(model, params, batch))(params)
+    assert (float(num_correct), float(weight)) == (float(np.sum(best == batch.targets)), 22.0)
+    assert 8 <= float(num_correct) < 22
 
 
-def test_accuracy_never_holds_all_logits(monkeypatch):
+def test_token_accuracy_never_stores_all_logits(monkeypatch):
     monkeypatch.setattr(choices, "max_logits", lambda: 3 * 2 * VOCAB)
     batch = causal.batch(TOKENS)
     jaxpr = str(jax.make_jaxpr(lambda params: token_accuracy(MODEL, params, batch)[0])(MODEL.init()))

@@ -1,10 +1,12 @@
+"""The causal objective: targets, weights and loss."""
+
 import jax
 import numpy as np
 import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import causal
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
 def test_targets_are_the_next_tokens_within_a_document():
@@ -27,6 +29,6 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits():
     assert float(weight) == 30
 
 
-def test_a_window_too_short_is_named():
+def test_a_window_of_one_token_raises_an_error():
     with pytest.raises(ValueError, match=r"time at least 2, got \[4, 1\]"):
         causal.batch(np.zeros((4, 1), np.int32))

@@ -1,3 +1,5 @@
+"""The objective of classification: batches, loss and accuracy."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,44 +7,48 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import classification
-from tests.objectives.stub import VOCAB, Bag, compare, random_tokens
+from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
 
-MODEL = Bag(5)
+MODEL = MeanModel(5)
 TOKENS = random_tokens(4, 7)
 SEGMENTS = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] * 7, [0] * 2 + [1] * 5], np.int32)
 
 
-def test_loss_is_the_cross_entropy_of_the_summary_and_so_is_its_gradient():
+def test_loss_is_the_cross_entropy_of_the_pooled_output():
     batch = classification.batch(TOKENS, np.array([4, 0, classification.IGNORED, 2]), SEGMENTS, num_labels=5)
     assert batch.targets.tolist() == [4, 0, 0, 2]
     assert batch.weights.tolist() == [1, 1, 0, 1]
 
-    def literal(params):
+    def reference(params):
         hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
-        last = jnp.stack([hidden[row, at] for row, at in ((0, 6), (1, 3), (3, 6))])
+        last = jnp.stack([hidden[row, position] for row, position in ((0, 6), (1, 3), (3, 6))])
         return jnp.sum(cross_entropy(MODEL.logits(params, last), jnp.array([4, 0, 2])))
 
-    assert compare(lambda p: classification.loss(MODEL, p, batch), literal, MODEL.init()) == 3
+    assert compare(lambda p: classification.loss(MODEL, p, batch), reference, MODEL.init()) == 3
 
 
-def test_a_row_that_does_not_count_may_be_anything():
+def test_a_row_with_weight_0_does_not_change_the_loss():
     batch = classification.batch(TOKENS, np.array([1, 1, classification.IGNORED, 1]), SEGMENTS, num_labels=5)
-    broken = batch.replace(tokens=np.where(np.arange(4)[:, None] == 2, VOCAB, TOKENS))  # its hidden states are NaN
-    want, got = (classification.loss(MODEL, MODEL.init(), b)[0] for b in (batch, broken))
-    assert got == want
+    broken = batch.replace(
+        tokens=np.where(np.arange(4)[:, None] == 2, VOCAB, TOKENS)
+    )  # the hidden states of row 2 are NaN
+    expected, actual = (classification.loss(MODEL, MODEL.init(), b)[0] for b in (batch, broken))
+    assert actual == expected
 
 
-def test_summary_and_model_draw_their_dropout_from_the_key():
-    class Keyed(Bag):
+def test_model_and_pooling_receive_the_dropout_key():
+    class KeyedModel(MeanModel):
         def apply(self, params, tokens, *, key=None, **inputs):
             return super().apply(params, tokens, **inputs)[0] * (1.0 if key is None else 2.0), None
 
         def pool(self, params, hidden, segment_ids=None, key=None):
             return super().pool(params, hidden, segment_ids) * (1.0 if key is None else 0.5)
 
-    model, batch = Keyed(5), classification.batch(TOKENS, np.array([4, 0, 1, 2]), num_labels=5)
-    calm, noisy = (classification.loss(model, model.init(), batch, key=key)[0] for key in (None, jax.random.key(0)))
-    assert noisy == calm  # 2 * 0.5: both saw the key
+    model, batch = KeyedModel(5), classification.batch(TOKENS, np.array([4, 0, 1, 2]), num_labels=5)
+    without_key, with_key = (
+        classification.loss(model, model.init(), batch, key=key)[0] for key in (None, jax.random.key(0))
+    )
+    assert with_key == without_key  # 2 * 0.5 = 1, if apply and pool both receive the key
 
 
 @pytest.mark.parametrize(
@@ -53,31 +59,31 @@ def test_summary_and_model_draw_their_dropout_from_the_key():
         ([0, 1, 2], r"labels \[3\] must have one label for each row of tokens \[4, 7\]"),
     ],
 )
-def test_bad_labels_are_named(labels, message):
+def test_invalid_labels_raise_errors(labels, message):
     with pytest.raises(ValueError, match=message):
         classification.batch(np.zeros((4, 7), np.int32), np.array(labels), num_labels=5)
 
 
-def test_inputs_reach_the_model():
+def test_the_batch_has_the_additional_inputs():
     types = {"token_types": np.zeros((2, 3), np.int32)}
     batch = classification.batch(np.zeros((2, 3), np.int32), np.zeros(2, int), num_labels=2, inputs=types)
     assert batch.inputs == types
     assert batch.inputs is not types
 
 
-def test_weights_of_classes_and_smoothed_labels_are_those_of_torch_by_definition():
+def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
     labels, class_weights, smoothing = np.array([4, 0, classification.IGNORED, 2]), (1.0, 2.0, 3.0, 4.0, 0.5), 0.1
     batch = classification.batch(TOKENS, labels, SEGMENTS, num_labels=5)
     loss = classification.make_loss(label_smoothing=smoothing, class_weights=class_weights)
 
-    def literal(params):
+    def reference(params):
         hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
         log_probs = jax.nn.log_softmax(MODEL.logits(params, MODEL.pool(params, hidden, SEGMENTS))[:, 0])
-        wanted = (1 - smoothing) * jax.nn.one_hot(np.maximum(labels, 0), 5) + smoothing / 5
+        smoothed_labels = (1 - smoothing) * jax.nn.one_hot(np.maximum(labels, 0), 5) + smoothing / 5
         weights = np.where(labels >= 0, np.asarray(class_weights)[np.maximum(labels, 0)], 0.0).astype(np.float32)
-        return -jnp.sum(weights * jnp.sum(wanted * log_probs, axis=-1))
+        return -jnp.sum(weights * jnp.sum(smoothed_labels * log_probs, axis=-1))
 
-    compare(lambda p: (*loss(MODEL, p, batch)[:1], 3.0, None), literal, MODEL.init())
+    compare(lambda p: (*loss(MODEL, p, batch)[:1], 3.0, None), reference, MODEL.init())
     assert float(loss(MODEL, MODEL.init(), batch)[1]) == 0.5 + 1.0 + 3.0
     with pytest.raises(ValueError, match="2 class_weights for num_labels=5"):
         classification.make_loss(class_weights=(1.0, 2.0))(MODEL, MODEL.init(), batch)
@@ -87,12 +93,12 @@ def test_weights_of_classes_and_smoothed_labels_are_those_of_torch_by_definition
         classification.make_loss(class_weights=(0.0, 1.0))
 
 
-def test_accuracy_counts_rows_that_count():
+def test_accuracy_ignores_rows_with_weight_0():
     batch = classification.batch(TOKENS, np.array([0, 0, classification.IGNORED, 0]), SEGMENTS, num_labels=5)
     params = MODEL.init()
     hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
     best = np.argmax(MODEL.logits(params, MODEL.pool(params, hidden, SEGMENTS))[:, 0], axis=-1)
-    right = batch.replace(targets=best.astype(np.int32))
-    assert [float(x) for x in classification.accuracy(MODEL, params, right)[:2]] == [3.0, 3.0]
-    wrong = batch.replace(targets=((best + 1) % 5).astype(np.int32))
-    assert float(classification.accuracy(MODEL, params, wrong)[0]) == 0.0
+    correct_batch = batch.replace(targets=best.astype(np.int32))
+    assert [float(x) for x in classification.accuracy(MODEL, params, correct_batch)[:2]] == [3.0, 3.0]
+    wrong_batch = batch.replace(targets=((best + 1) % 5).astype(np.int32))
+    assert float(classification.accuracy(MODEL, params, wrong_batch)[0]) == 0.0

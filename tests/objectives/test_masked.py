@@ -1,16 +1,18 @@
+"""The masked-token objective: selected tokens, their replacements, whole-word masking and the loss."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import masked
-from tests.objectives.stub import VOCAB, Bag, compare, random_tokens
+from tests.objectives.stub import VOCAB, MeanModel, compare, random_tokens
 
 V, CLS, SEP, MASK = 50, 1, 2, 3
 
 
-def text(rows=400, length=50, seed=0):
-    """Ids 5.. between [CLS] and [SEP], with padding behind some rows."""
+def random_rows(rows=400, length=50, seed=0):
+    """Return random tokens and segment ids. Rows are [CLS] ids [SEP], and every third row has padding at the end."""
     tokens = np.random.default_rng(seed).integers(5, V, (rows, length)).astype(np.int32)
     tokens[:, 0], tokens[:, -1] = CLS, SEP
     segments = np.ones((rows, length), np.int32)
@@ -19,7 +21,7 @@ def text(rows=400, length=50, seed=0):
 
 
 def masked_text(seed=0, **options):
-    tokens, segments = text()
+    tokens, segments = random_rows()
     rng = np.random.default_rng(seed)
     batch = masked.batch(
         tokens, rng, mask_id=MASK, vocab_size=V, special_ids=(CLS, SEP), segment_ids=segments, **options
@@ -27,33 +29,35 @@ def masked_text(seed=0, **options):
     return tokens, segments, batch
 
 
-def fates(tokens, batch):
-    """Of the chosen tokens, the shares that are read as mask, as another id and as they are."""
-    chosen = batch.weights > 0
-    read, real = batch.tokens[chosen], tokens[chosen]
-    return np.array([np.mean(read == MASK), np.mean((read != MASK) & (read != real)), np.mean(read == real)])
+def replacement_fractions(tokens, batch):
+    """Return the fractions of selected tokens that became the mask, became another id, and did not change."""
+    selected = batch.weights > 0
+    inputs, original = batch.tokens[selected], tokens[selected]
+    return np.array(
+        [np.mean(inputs == MASK), np.mean((inputs != MASK) & (inputs != original)), np.mean(inputs == original)]
+    )
 
 
-def words_of(rows, length, seed=1):
-    """Word ids: words of 1 to 4 tokens."""
-    begins = np.random.default_rng(seed).random((rows, length)) < 0.5
-    return np.cumsum(begins, axis=1)
+def random_word_ids(rows, length, seed=1):
+    """Return ids of words with random lengths."""
+    is_word_start = np.random.default_rng(seed).random((rows, length)) < 0.5
+    return np.cumsum(is_word_start, axis=1)
 
 
-def test_fifteen_per_cent_are_chosen_and_become_mask_random_or_themselves():
+def test_15_percent_are_selected_and_become_mask_random_or_unchanged():
     tokens, segments, batch = masked_text()
     candidates = (segments > 0) & ~np.isin(tokens, [CLS, SEP])
     n = candidates.sum()
     rate = batch.weights.sum() / n
     assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / n)
-    # A random id is the mask, or the token itself, once in V.
+    # A random id is the mask, or the token itself, with probability 1 / V each.
     expected = np.array([0.8 + 0.1 / V, 0.1 * (V - 2) / V, 0.1 + 0.1 / V])
-    assert np.abs(fates(tokens, batch) - expected).max() < 4 * np.sqrt(0.16 / (0.15 * n))
+    assert np.abs(replacement_fractions(tokens, batch) - expected).max() < 4 * np.sqrt(0.16 / (0.15 * n))
     replaced = batch.tokens[(batch.weights > 0) & (batch.tokens != MASK) & (batch.tokens != tokens)]
-    assert (replaced.min(), replaced.max()) == (0, V - 1)  # from the whole vocabulary
+    assert (replaced.min(), replaced.max()) == (0, V - 1)  # random ids are from the entire vocabulary
 
 
-def test_what_is_not_chosen_and_what_is_special_stays():
+def test_tokens_that_are_not_selected_or_special_do_not_change():
     tokens, segments, batch = masked_text(rate=0.9)
     assert batch.tokens.dtype == np.int32
     assert batch.weights.dtype == np.float32
@@ -63,55 +67,55 @@ def test_what_is_not_chosen_and_what_is_special_stays():
     assert batch.segment_ids is segments
 
 
-def test_a_mask_in_the_text_is_not_predicted():
+def test_mask_tokens_of_the_text_are_not_predicted():
     batch = masked.batch(np.full((2, 40), MASK), np.random.default_rng(0), mask_id=MASK, vocab_size=V, rate=1.0)
     assert not batch.weights.any()
 
 
-def test_the_generator_decides_so_that_epochs_may_differ():
-    first, again, other = (masked_text(seed)[2] for seed in ([7, 0], [7, 0], [7, 1]))
-    assert np.array_equal(first.tokens, again.tokens)
-    assert np.array_equal(first.weights, again.weights)
-    both = np.mean((first.weights > 0) & (other.weights > 0)) / np.mean(first.weights > 0)
-    assert abs(both - 0.15) < 0.03  # independent: what was chosen once is chosen again as any other
+def test_the_selection_depends_on_the_generator():
+    batch, same_seed, other_seed = (masked_text(seed)[2] for seed in ([7, 0], [7, 0], [7, 1]))
+    assert np.array_equal(batch.tokens, same_seed.tokens)
+    assert np.array_equal(batch.weights, same_seed.weights)
+    overlap = np.mean((batch.weights > 0) & (other_seed.weights > 0)) / np.mean(batch.weights > 0)
+    assert abs(overlap - 0.15) < 0.03  # the selections are independent
 
 
-def test_shares_can_be_all_or_nothing():
+def test_replacement_fractions_can_be_0_or_1():
     tokens, _, batch = masked_text(masked=1.0, random=0.0)
-    assert np.array_equal(fates(tokens, batch), [1, 0, 0])
+    assert np.array_equal(replacement_fractions(tokens, batch), [1, 0, 0])
     tokens, _, batch = masked_text(masked=0.0, random=0.0)
-    assert np.array_equal(fates(tokens, batch), [0, 0, 1])
+    assert np.array_equal(replacement_fractions(tokens, batch), [0, 0, 1])
 
 
-def test_words_are_chosen_whole_whatever_their_length():
-    tokens, segments = text()
-    words = words_of(*tokens.shape)
+def test_complete_words_of_any_length_are_selected():
+    tokens, segments = random_rows()
+    words = random_word_ids(*tokens.shape)
     _, _, batch = masked_text(word_ids=words)
-    chosen, lengths = [], []
-    for row in range(len(tokens)):  # literally: walk along the row, word by word
-        at = 0
-        while at < tokens.shape[1]:
-            if segments[row, at] == 0 or tokens[row, at] in (CLS, SEP):
-                assert batch.weights[row, at] == 0
-                at += 1
+    selected, lengths = [], []
+    for row in range(len(tokens)):  # iterate over the words of the row
+        begin = 0
+        while begin < tokens.shape[1]:
+            if segments[row, begin] == 0 or tokens[row, begin] in (CLS, SEP):
+                assert batch.weights[row, begin] == 0
+                begin += 1
                 continue
-            end = at + 1
+            end = begin + 1
             while (
                 end < tokens.shape[1]
-                and words[row, end] == words[row, at]
+                and words[row, end] == words[row, begin]
                 and segments[row, end] > 0
                 and tokens[row, end] not in (CLS, SEP)
             ):
                 end += 1
-            assert len(set(batch.weights[row, at:end])) == 1
-            chosen.append(batch.weights[row, at])
-            lengths.append(end - at)
-            at = end
-    chosen, lengths = np.array(chosen), np.array(lengths)
-    for some in (lengths == 1, lengths == 2, lengths > 2):
-        assert abs(chosen[some].mean() - 0.15) < 4 * np.sqrt(0.1275 / some.sum())
-    # The parts of one word are replaced one by one.
-    assert np.abs(fates(tokens, batch) - [0.8, 0.1, 0.1]).max() < 0.03
+            assert len(set(batch.weights[row, begin:end])) == 1
+            selected.append(batch.weights[row, begin])
+            lengths.append(end - begin)
+            begin = end
+    selected, lengths = np.array(selected), np.array(lengths)
+    for subset in (lengths == 1, lengths == 2, lengths > 2):
+        assert abs(selected[subset].mean() - 0.15) < 4 * np.sqrt(0.1275 / subset.sum())
+    # Each token of a word is replaced independently.
+    assert np.abs(replacement_fractions(tokens, batch) - [0.8, 0.1, 0.1]).max() < 0.03
 
 
 def test_words_end_at_special_tokens_and_documents():
@@ -128,66 +132,67 @@ def test_words_end_at_special_tokens_and_documents():
     assert patterns == {(a, a, 0, b, c, c, 0, 0) for a in (0, 1) for b in (0, 1) for c in (0, 1)}
 
 
-def test_loss_counts_the_chosen_places_and_its_gradient_is_theirs():
-    model = Bag(VOCAB)
+def test_loss_is_the_cross_entropy_of_selected_tokens():
+    model = MeanModel(VOCAB)
     tokens = random_tokens(2, 9)
     types = {"token_types": np.tile((np.arange(9) > 4).astype(np.int32), (2, 1))}
     batch = masked.batch(tokens, np.random.default_rng(3), mask_id=MASK, vocab_size=VOCAB, inputs=types, rate=0.4)
     assert 0 < batch.weights.sum() < batch.weights.size
 
-    def literal(params):
+    def reference(params):
         logits = model.logits(params, model.apply(params, batch.tokens, **types)[0])
         return jnp.sum(cross_entropy(logits, tokens) * batch.weights)
 
-    assert compare(lambda p: masked.loss(model, p, batch), literal, model.init()) == batch.weights.sum()
+    assert compare(lambda p: masked.loss(model, p, batch), reference, model.init()) == batch.weights.sum()
 
 
-def test_a_fixed_number_is_predicted_at_places_of_its_own():
+def test_num_predict_selects_a_fixed_number_of_distinct_positions():
     tokens, segments, batch = masked_text(num_predict=7)
     assert batch.targets.shape == batch.weights.shape == batch.target_positions.shape == (len(tokens), 7)
     assert batch.weights.all()
     assert np.array_equal(batch.targets, np.take_along_axis(tokens, batch.target_positions, axis=1))
     assert np.all(np.diff(batch.target_positions, axis=1) > 0)
-    ordinary = (segments > 0) & ~np.isin(tokens, [CLS, SEP])
-    assert np.take_along_axis(ordinary, batch.target_positions, axis=1).all()
-    unchosen = np.ones(tokens.shape, bool)
-    np.put_along_axis(unchosen, batch.target_positions, False, axis=1)
-    assert np.array_equal(batch.tokens[unchosen], tokens[unchosen])
-    read = np.take_along_axis(batch.tokens, batch.target_positions, axis=1)
-    assert abs(np.mean(read == MASK) - 0.802) < 0.04
-    # Every place of a row is chosen equally often: 7 of 48 without padding.
-    often = (
+    is_candidate = (segments > 0) & ~np.isin(tokens, [CLS, SEP])
+    assert np.take_along_axis(is_candidate, batch.target_positions, axis=1).all()
+    not_selected = np.ones(tokens.shape, bool)
+    np.put_along_axis(not_selected, batch.target_positions, False, axis=1)
+    assert np.array_equal(batch.tokens[not_selected], tokens[not_selected])
+    inputs = np.take_along_axis(batch.tokens, batch.target_positions, axis=1)
+    assert abs(np.mean(inputs == MASK) - 0.802) < 0.04
+    # Every position is selected equally often: 7 of 48 positions in rows without padding.
+    frequency = (
         np.bincount(batch.target_positions[segments[:, -1] > 0].ravel(), minlength=50)[1:-1]
         / (segments[:, -1] > 0).sum()
     )
-    assert abs(often.mean() - 7 / 48) < 1e-9
-    assert np.abs(often - 7 / 48).max() < 5 * np.sqrt(7 / 48 / 266)
+    assert abs(frequency.mean() - 7 / 48) < 1e-9
+    assert np.abs(frequency - 7 / 48).max() < 5 * np.sqrt(7 / 48 / 266)
 
 
-def test_a_fixed_number_keeps_words_whole_and_fills_up_with_weight_0():
+def test_num_predict_selects_complete_words_and_pads_with_weight_0():
     tokens = np.array([[CLS, 7, 7, 7, 8, 9, 9, SEP]])
     words = np.array([[0, 1, 1, 1, 2, 3, 3, 4]])
     options = {"mask_id": MASK, "vocab_size": V, "special_ids": (CLS, SEP), "word_ids": words}
-    found = set()
+    selections = set()
     for seed in range(40):
         batch = masked.batch(tokens, np.random.default_rng(seed), num_predict=2, **options)
-        found.add(tuple(batch.target_positions[0, batch.weights[0] > 0].tolist()))
+        selections.add(tuple(batch.target_positions[0, batch.weights[0] > 0].tolist()))
         assert batch.weights.shape == (1, 2)
-    assert found == {(4,), (5, 6)}  # the word of three does not fit; 4 leaves room for one more, but no word of one
-    everything = masked.batch(tokens, np.random.default_rng(0), num_predict=8, **options)
-    assert everything.target_positions[0, :6].tolist() == [1, 2, 3, 4, 5, 6]
-    assert everything.weights[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    # Only words of 1 or 2 tokens fit. After the word at position 4, there is no second word of 1 token.
+    assert selections == {(4,), (5, 6)}
+    all_selected = masked.batch(tokens, np.random.default_rng(0), num_predict=8, **options)
+    assert all_selected.target_positions[0, :6].tolist() == [1, 2, 3, 4, 5, 6]
+    assert all_selected.weights[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
-def test_loss_at_places_is_that_of_all_places_with_the_same_weights():
-    model = Bag(VOCAB)
+def test_loss_at_target_positions_equals_the_loss_with_weights_at_all_positions():
+    model = MeanModel(VOCAB)
     tokens = random_tokens(3, 9)
     batch = masked.batch(tokens, np.random.default_rng(3), mask_id=2, vocab_size=VOCAB, num_predict=4)
     weights = np.zeros(tokens.shape, np.float32)
     np.put_along_axis(weights, batch.target_positions, batch.weights, axis=1)
-    everywhere = batch.replace(targets=tokens, weights=weights, target_positions=None)
+    all_positions = batch.replace(targets=tokens, weights=weights, target_positions=None)
     total = compare(
-        lambda p: masked.loss(model, p, batch), lambda p: masked.loss(model, p, everywhere)[0], model.init()
+        lambda p: masked.loss(model, p, batch), lambda p: masked.loss(model, p, all_positions)[0], model.init()
     )
     assert total == batch.weights.sum()
 
@@ -208,7 +213,7 @@ def test_loss_at_places_is_that_of_all_places_with_the_same_weights():
         ({"random": -0.1}, "masked=0.8 and random=-0.1 must be at least 0"),
     ],
 )
-def test_bad_input_is_named(change, message):
+def test_invalid_input_raises_errors(change, message):
     options = {"mask_id": MASK, "vocab_size": V, **change}
     with pytest.raises(ValueError, match=message):
         masked.batch(np.full((2, 8), 30), np.random.default_rng(0), **options)
@@ -219,8 +224,8 @@ def test_tokens_must_be_rows_of_integers():
         masked.batch(np.ones((2, 8)), np.random.default_rng(0), mask_id=MASK, vocab_size=V)
 
 
-class _Tokenizer:
-    """As much of a tokenizer as the collator of ``transformers`` asks for."""
+class _FakeTokenizer:
+    """A fake tokenizer with the attributes that the collator of ``transformers`` needs."""
 
     mask_token, mask_token_id, is_fast = "[MASK]", MASK, True
     __len__ = lambda self: V  # noqa: E731
@@ -228,37 +233,37 @@ class _Tokenizer:
 
 
 @pytest.mark.live
-def test_statistics_are_those_of_transformers():
+def test_statistics_equal_those_of_transformers():
     from transformers import DataCollatorForLanguageModeling
 
-    tokens, segments = text(rows=1500)
+    tokens, segments = random_rows(rows=1500)
     special = np.isin(tokens, [CLS, SEP]) | (segments == 0)
-    collator = DataCollatorForLanguageModeling(_Tokenizer(), mlm_probability=0.15, return_tensors="np", seed=1)
+    collator = DataCollatorForLanguageModeling(_FakeTokenizer(), mlm_probability=0.15, return_tensors="np", seed=1)
     collator.create_rng()
-    theirs, labels = collator.numpy_mask_tokens(tokens.copy(), special_tokens_mask=special.astype(int))
-    ours = masked.batch(
+    hf_tokens, labels = collator.numpy_mask_tokens(tokens.copy(), special_tokens_mask=special.astype(int))
+    batch = masked.batch(
         tokens, np.random.default_rng(2), mask_id=MASK, vocab_size=V, special_ids=(CLS, SEP), segment_ids=segments
     )
     assert np.array_equal(np.unique(labels[special]), [-100])
-    assert abs(np.mean(labels != -100) - ours.weights.mean()) < 0.005
-    their_fates = fates(tokens, ours.replace(tokens=theirs, weights=labels != -100))
-    assert np.abs(their_fates - fates(tokens, ours)).max() < 0.02
+    assert abs(np.mean(labels != -100) - batch.weights.mean()) < 0.005
+    hf_fractions = replacement_fractions(tokens, batch.replace(tokens=hf_tokens, weights=labels != -100))
+    assert np.abs(hf_fractions - replacement_fractions(tokens, batch)).max() < 0.02
 
 
 @pytest.mark.live
-def test_words_are_chosen_as_transformers_chooses_them():
+def test_whole_word_selection_agrees_with_transformers():
     from transformers import DataCollatorForLanguageModeling
 
-    tokens, segments = text()
+    tokens, segments = random_rows()
     special = np.isin(tokens, [CLS, SEP]) | (segments == 0)
-    words = words_of(*tokens.shape)
-    ours = masked.batch(
+    words = random_word_ids(*tokens.shape)
+    batch = masked.batch(
         tokens, np.random.default_rng(0), mask_id=MASK, vocab_size=V, special_ids=(CLS, SEP), segment_ids=segments,
         word_ids=words,
     )  # fmt: skip
-    numbers = np.where(special, -1, words + 1)
-    for row in numbers:  # their ids are distinct for what a special token divides
+    hf_word_ids = np.where(special, -1, words + 1)
+    for row in hf_word_ids:  # transformers needs different ids for different words
         assert (np.diff(row[row >= 0]) >= 0).all()
-    # If any token of a word is ours, all are: their function changes nothing.
-    spread = DataCollatorForLanguageModeling._whole_word_mask(numbers, ours.weights > 0)
-    assert np.array_equal(spread, ours.weights > 0)
+    # Transformers selects all tokens of a word if one is selected. This changes nothing here.
+    hf_mask = DataCollatorForLanguageModeling._whole_word_mask(hf_word_ids, batch.weights > 0)
+    assert np.array_equal(hf_mask, batch.weights > 0)

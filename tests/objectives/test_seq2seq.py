@@ -1,3 +1,5 @@
+"""The sequence-to-sequence objective: decoder inputs, packed pairs and padding."""
+
 import functools
 
 import jax
@@ -7,10 +9,10 @@ import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import seq2seq
-from tests.helpers import add_noise, random_tokens, relative_error, tiny_model
+from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
 
-def test_the_decoder_reads_the_target_before():
+def test_the_decoder_input_is_the_shifted_target():
     source, targets = np.array([[7, 8, 9, 1]]), np.array([[5, 6, 1]])
     batch = seq2seq.batch(source, targets, start_id=3)
     assert batch.tokens.tolist() == [[3, 5, 6]]
@@ -20,7 +22,7 @@ def test_the_decoder_reads_the_target_before():
     assert {name: x.tolist() for name, x in batch.inputs.items()} == {"source": [[7, 8, 9, 1]]}
 
 
-def test_every_document_begins_with_the_start_id_and_padding_does_not_count():
+def test_every_document_begins_with_the_start_id_and_padding_has_weight_0():
     source, targets = np.array([[7, 1, 8, 1, 0]]), np.array([[0, 5, 6, 1, 9, 1, 0]])
     segments, source_segments = np.array([[0, 1, 1, 1, 2, 2, 0]]), np.array([[1, 1, 2, 2, 0]])
     batch = seq2seq.batch(source, targets, start_id=3, source_segment_ids=source_segments, segment_ids=segments)
@@ -30,7 +32,7 @@ def test_every_document_begins_with_the_start_id_and_padding_does_not_count():
     assert batch.inputs["source_segment_ids"] is source_segments
 
 
-def test_packed_pairs_have_the_loss_of_the_pairs():
+def test_the_loss_of_packed_pairs_is_the_sum_over_pairs():
     model = tiny_model("t5")
     params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     source, targets = random_tokens(model, 1, 9), random_tokens(model, 1, 9, seed=1)
@@ -42,16 +44,16 @@ def test_packed_pairs_have_the_loss_of_the_pairs():
     total, weight, state = jax.jit(functools.partial(seq2seq.loss, model))(params, packed)
     assert float(weight) == 8
     assert state is None
-    pairs = [seq2seq.batch(source[:, at : at + 4], targets[:, at : at + 4], start_id=0) for at in (0, 4)]
+    pairs = [seq2seq.batch(source[:, start : start + 4], targets[:, start : start + 4], start_id=0) for start in (0, 4)]
 
     @jax.jit
     def loss_and_logits(params, pair):
         hidden, _ = model.apply(params, pair.tokens, **pair.inputs)
         return seq2seq.loss(model, params, pair)[0], jnp.sum(cross_entropy(model.logits(params, hidden), pair.targets))
 
-    parts = [loss_and_logits(params, pair) for pair in pairs]
-    assert relative_error(total, sum(loss for loss, _ in parts)) < 1e-5
-    assert relative_error(total, sum(losses for _, losses in parts)) < 1e-5
+    expected = [loss_and_logits(params, pair) for pair in pairs]
+    assert relative_error(total, sum(loss for loss, _ in expected)) < 1e-5
+    assert relative_error(total, sum(losses for _, losses in expected)) < 1e-5
 
 
 def test_rows_are_padded_on_the_right():
@@ -62,7 +64,7 @@ def test_rows_are_padded_on_the_right():
     assert seq2seq.pad([[5]], 3)[0].tolist() == [[5, 0, 0]]
 
 
-def test_bad_input_is_named():
+def test_invalid_input_raises_errors():
     source, targets = np.zeros((2, 4), np.int32), np.zeros((2, 3), np.int32)
     with pytest.raises(
         ValueError, match=r"targets \[3, 3\] must be \[batch, time\] with the batch size of source \[2, 4\]"

@@ -1,3 +1,5 @@
+"""Span corruption of T5: noise masks, and the sources and targets of texts."""
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,7 @@ from jaxlm.objectives.span_corruption import corrupt, noise_mask, text_length
 
 
 def published_noise_mask(length, rng, density, mean_span):
-    """The algorithm of T5's ``random_spans_noise_mask`` (t5/data/preprocessors.py), step by step."""
+    """Return the mask of T5's ``random_spans_noise_mask`` (t5/data/preprocessors.py), with the same steps."""
     num_noise_tokens = min(max(int(np.round(length * density)), 1), length - 1)
     num_noise_spans = max(int(np.round(num_noise_tokens / mean_span)), 1)
     num_nonnoise_tokens = length - num_noise_tokens
@@ -29,25 +31,25 @@ def published_noise_mask(length, rng, density, mean_span):
     ("length", "density", "mean_span"),
     [(2, 0.15, 3.0), (3, 0.5, 3.0), (20, 0.15, 3.0), (568, 0.15, 3.0), (90, 0.5, 1.0), (101, 0.3, 7.5)],
 )
-def test_the_mask_is_that_of_the_published_algorithm(length, density, mean_span):
+def test_noise_mask_equals_the_published_algorithm(length, density, mean_span):
     for seed in range(5):
         mask = noise_mask(length, np.random.default_rng(seed), density=density, mean_span=mean_span)
         assert mask.dtype == bool
-        want = published_noise_mask(length, np.random.default_rng(seed), density, mean_span)
-        np.testing.assert_array_equal(mask, want)
+        expected = published_noise_mask(length, np.random.default_rng(seed), density, mean_span)
+        np.testing.assert_array_equal(mask, expected)
 
 
-def test_more_spans_than_tokens_that_stay_are_made_fewer():
-    """Where the published algorithm breaks: 9 of 10 tokens go, in spans of 1."""
+def test_the_number_of_spans_is_limited_by_the_tokens_without_noise():
+    """9 of 10 tokens are noise in spans of length 1. The published algorithm fails in this case."""
     mask = noise_mask(10, np.random.default_rng(0), density=0.9, mean_span=1.0)
     assert mask.tolist() == [False] + [True] * 9
 
 
-def test_every_mask_is_equally_likely():
-    """6 tokens, 2 spans of 3 tokens in all: 2 ways to cut those that go times 2 for those that stay."""
+def test_all_noise_masks_are_equally_likely():
+    """6 tokens have 3 noise tokens in 2 spans. There are 2 ways to split the noise and 2 ways to split the rest."""
     rng = np.random.default_rng(0)
-    seen = [tuple(noise_mask(6, rng, density=0.5, mean_span=1.5)) for _ in range(2000)]
-    masks, counts = np.unique(seen, axis=0, return_counts=True)
+    samples = [tuple(noise_mask(6, rng, density=0.5, mean_span=1.5)) for _ in range(2000)]
+    masks, counts = np.unique(samples, axis=0, return_counts=True)
     assert len(masks) == 4
     assert np.all(np.abs(counts - 500) < 100)  # five standard deviations
 
@@ -58,35 +60,39 @@ def test_source_and_target_of_a_text():
     source, target = corrupt(text, mask, first_sentinel=99, end_id=1, sentinels=3)
     assert source.tolist() == [11, 12, 99, 15, 16, 17, 18, 98, 1]
     assert target.tolist() == [99, 13, 14, 98, 19, 20, 1]
-    mask[9] = False  # the text ends with a token that stays: one more sentinel ends the target
+    mask[9] = False  # the last token is not noise, so another sentinel ends the target
     source, target = corrupt(text, mask, first_sentinel=99, end_id=1, sentinels=3)
     assert source.tolist() == [11, 12, 99, 15, 16, 17, 18, 98, 20, 1]
     assert target.tolist() == [99, 13, 14, 98, 19, 97, 1]
 
 
-def test_source_and_target_together_hold_the_text_in_order():
+def test_source_and_target_can_be_merged_into_the_text():
     rng = np.random.default_rng(3)
     texts = rng.integers(2, 150, (6, 130))
     batch = span_corruption.batch(texts, rng, first_sentinel=299, end_id=1, start_id=0)
-    for text, source, target, read in zip(texts, batch.inputs["source"], batch.targets, batch.tokens, strict=True):
+    for text, source, target, decoder_input in zip(
+        texts, batch.inputs["source"], batch.targets, batch.tokens, strict=True
+    ):
         spans = dict(_spans(target))
         sentinels = [token for token in source if token >= 200]
         assert sentinels == list(range(299, 299 - len(sentinels), -1)) == list(spans)
-        restored = [piece for token in source[:-1] for piece in (spans[token] if token >= 200 else [token])]
+        restored = [
+            restored_token for token in source[:-1] for restored_token in (spans[token] if token >= 200 else [token])
+        ]
         assert restored == text.tolist()
         assert source[-1] == target[-1] == 1
-        assert read.tolist() == [0, *target[:-1]]
+        assert decoder_input.tolist() == [0, *target[:-1]]
     assert batch.weights.sum() == batch.targets.size
 
 
 def _spans(target):
-    """(sentinel, its tokens) of a target without its end."""
-    places = [*np.flatnonzero(target >= 200), len(target) - 1]
-    return [(target[a], target[a + 1 : b].tolist()) for a, b in zip(places, places[1:], strict=False)]
+    """Return pairs (sentinel, tokens of its span) of a target. The EOS token at the end is not included."""
+    boundaries = [*np.flatnonzero(target >= 200), len(target) - 1]
+    return [(target[a], target[a + 1 : b].tolist()) for a, b in zip(boundaries, boundaries[1:], strict=False)]
 
 
-def test_lengths_are_those_of_the_published_helper():
-    assert text_length(512) == (568, 114)  # of T5's pretraining
+def test_text_length_returns_the_lengths_of_t5():
+    assert text_length(512) == (568, 114)  # the values of T5's pretraining
     for source_length, density, mean_span in ((3, 0.15, 3.0), (100, 0.15, 3.0), (64, 0.5, 3.0), (77, 0.3, 1.0)):
         length, targets = text_length(source_length, density=density, mean_span=mean_span)
         batch = span_corruption.batch(
@@ -101,18 +107,18 @@ def test_lengths_are_those_of_the_published_helper():
         assert longer.inputs["source"].shape[1] > source_length
 
 
-def test_a_batch_is_a_function_of_texts_and_generator():
+def test_a_batch_depends_only_on_texts_and_generator():
     texts = np.random.default_rng(0).integers(2, 150, (3, 60)).astype(np.int32)
-    one, same, other = (
+    batch, same_seed, other_seed = (
         span_corruption.batch(texts, np.random.default_rng(seed), first_sentinel=299) for seed in (1, 1, 2)
     )
-    np.testing.assert_array_equal(one.targets, same.targets)
-    np.testing.assert_array_equal(one.inputs["source"], same.inputs["source"])
-    assert not np.array_equal(one.targets, other.targets)
-    assert one.tokens.dtype == one.targets.dtype == one.inputs["source"].dtype == np.int32
+    np.testing.assert_array_equal(batch.targets, same_seed.targets)
+    np.testing.assert_array_equal(batch.inputs["source"], same_seed.inputs["source"])
+    assert not np.array_equal(batch.targets, other_seed.targets)
+    assert batch.tokens.dtype == batch.targets.dtype == batch.inputs["source"].dtype == np.int32
 
 
-def test_bad_input_is_named():
+def test_invalid_input_raises_errors():
     rng, text = np.random.default_rng(0), np.arange(10, 50)
     with pytest.raises(ValueError, match=r"density=1.0 must be between 0 and 1"):
         noise_mask(10, rng, density=1.0)

@@ -1,55 +1,59 @@
+"""The objective of extractive question answering: batches, loss and best spans."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.objectives import span_qa
-from tests.helpers import assert_trees_close, relative_error
-from tests.objectives.stub import Bag, compare, random_tokens
+from jaxlm.testing.helpers import assert_trees_close, relative_error
+from tests.objectives.stub import MeanModel, compare, random_tokens
 
-MODEL = Bag(2)
+MODEL = MeanModel(2)
 TOKENS = random_tokens(4, 8)
 SEGMENTS = np.array([[1] * 8, [1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8], np.int32)
-SPANS = np.array([[2, 5], [0, 4], [3, 3], [6, 9]])  # the last one was cut off
+SPANS = np.array([[2, 5], [0, 4], [3, 3], [6, 9]])  # the last answer was truncated
 
 
-def test_rows_whose_answer_was_cut_off_do_not_count():
+def test_rows_with_a_truncated_answer_have_weight_0():
     batch = span_qa.batch(np.ones((4, 8), np.int32), SPANS, SEGMENTS)
     assert batch.weights.tolist() == [1, 1, 1, 0]
     assert batch.targets[:3].tolist() == SPANS[:3].tolist()
     assert batch.targets.dtype == np.int32
 
 
-def test_loss_is_that_of_two_softmaxes_over_the_real_tokens_and_so_is_its_gradient():
+def test_loss_is_the_mean_of_two_cross_entropies_over_tokens_without_padding():
     batch = span_qa.batch(TOKENS, SPANS, SEGMENTS)
 
-    def literal(params):
+    def reference(params):
         logits = MODEL.logits(params, MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)[0])
         total = 0.0
-        for row, real in enumerate((slice(0, 8), slice(0, 5), slice(2, 8))):
-            for which in (0, 1):
-                scores = logits[row, real, which]
-                total -= jax.nn.log_softmax(scores)[SPANS[row, which] - real.start] / 2
+        for row, row_slice in enumerate((slice(0, 8), slice(0, 5), slice(2, 8))):
+            for start_or_end in (0, 1):
+                scores = logits[row, row_slice, start_or_end]
+                total -= jax.nn.log_softmax(scores)[SPANS[row, start_or_end] - row_slice.start] / 2
         return total
 
-    assert compare(lambda p: span_qa.loss(MODEL, p, batch), literal, MODEL.init()) == 3
+    assert compare(lambda p: span_qa.loss(MODEL, p, batch), reference, MODEL.init()) == 3
 
 
 def test_the_loss_of_a_row_does_not_depend_on_its_padding():
     params = MODEL.init()
-    alone, _, _ = span_qa.loss(MODEL, params, span_qa.batch(TOKENS[1:2, :5], SPANS[1:2]))
+    unpadded, _, _ = span_qa.loss(MODEL, params, span_qa.batch(TOKENS[1:2, :5], SPANS[1:2]))
     padded, _, _ = span_qa.loss(MODEL, params, span_qa.batch(TOKENS[1:2], SPANS[1:2], SEGMENTS[1:2]))
-    assert relative_error(padded, alone) < 1e-6
+    assert relative_error(padded, unpadded) < 1e-6
 
 
-def test_a_row_of_padding_alone_changes_nothing():
+def test_a_row_of_padding_does_not_change_the_gradient():
     batch = span_qa.batch(TOKENS, SPANS, SEGMENTS)
-    emptied = batch.replace(segment_ids=SEGMENTS * np.array([1, 1, 1, 0])[:, None])
-    want, got = (jax.grad(lambda p, b=b: span_qa.loss(MODEL, p, b)[0])(MODEL.init()) for b in (batch, emptied))
-    assert_trees_close(got, want, 1e-6)
+    batch_with_padding_row = batch.replace(segment_ids=SEGMENTS * np.array([1, 1, 1, 0])[:, None])
+    expected, actual = (
+        jax.grad(lambda p, b=b: span_qa.loss(MODEL, p, b)[0])(MODEL.init()) for b in (batch, batch_with_padding_row)
+    )
+    assert_trees_close(actual, expected, 1e-6)
 
 
-def test_best_spans_are_the_best_of_all_pairs():
+def test_best_spans_equal_a_search_over_all_pairs():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(30, 9, 2)).astype(np.float32)
     segments = (rng.random((30, 9)) < 0.7).astype(np.int32)
@@ -70,7 +74,7 @@ def test_best_spans_are_the_best_of_all_pairs():
             assert scores[row] == pairs[best]
 
 
-def test_best_spans_without_padding_recover_what_the_loss_asks_for():
+def test_best_spans_return_the_positions_with_the_largest_logits():
     logits = np.zeros((2, 6, 2), np.float32)
     for row, (first, last) in enumerate([(1, 4), (5, 5)]):
         logits[row, first, 0] = logits[row, last, 1] = 3.0
@@ -90,22 +94,22 @@ def test_best_spans_without_padding_recover_what_the_loss_asks_for():
         ([[0, 1], [0, 1]], [[1, 1, 2, 2, 0]] * 2, "segment_ids up to 2: a row must be one document"),
     ],
 )
-def test_bad_spans_are_named(spans, segments, message):
+def test_invalid_spans_raise_errors(spans, segments, message):
     segments = None if segments is None else np.array(segments, np.int32)
     with pytest.raises(ValueError, match=message):
         span_qa.batch(np.zeros((2, 5), np.int32), np.array(spans), segments)
 
 
-def test_a_head_of_another_task_is_named():
+def test_logits_of_another_task_raise_an_error():
     batch = span_qa.batch(np.zeros((1, 5), np.int32), np.array([[0, 1]]))
     with pytest.raises(ValueError, match=r"logits \[1, 5, 3\] must be \[batch, time, 2\]"):
-        span_qa.loss(Bag(3), Bag(3).init(), batch)
+        span_qa.loss(MeanModel(3), MeanModel(3).init(), batch)
     with pytest.raises(ValueError, match="max_length=0 must be at least 1"):
         span_qa.best_spans(jnp.zeros((1, 5, 2)), max_length=0)
 
 
 @pytest.mark.live
-def test_loss_is_that_of_transformers_where_nothing_is_padded():
+def test_loss_equals_that_of_transformers_without_padding():
     import torch
     from transformers import BertConfig, BertForQuestionAnswering
 
@@ -114,16 +118,16 @@ def test_loss_is_that_of_transformers_where_nothing_is_padded():
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
         max_position_embeddings=16,
     )  # fmt: skip
-    theirs = BertForQuestionAnswering(config).eval()
-    spans = np.array([[2, 5], [0, 0], [9, 9]])  # the last answer lies beyond the row
+    hf_model = BertForQuestionAnswering(config).eval()
+    spans = np.array([[2, 5], [0, 0], [9, 9]])  # the last answer is outside the row
     tokens = torch.randint(20, (3, 8))
-    output = theirs(
+    output = hf_model(
         input_ids=tokens, start_positions=torch.tensor(spans[:, 0]), end_positions=torch.tensor(spans[:, 1])
     )
     logits = torch.stack([output.start_logits, output.end_logits], dim=-1).detach().numpy()
 
-    class Given:
-        """A model whose logits are given."""
+    class FixedLogits:
+        """A model whose parameters are its logits."""
 
         def apply(self, params, tokens, **inputs):
             return params, None
@@ -131,5 +135,5 @@ def test_loss_is_that_of_transformers_where_nothing_is_padded():
         def logits(self, params, hidden):
             return hidden
 
-    total, weight, _ = span_qa.loss(Given(), jnp.asarray(logits), span_qa.batch(tokens.numpy(), spans))
+    total, weight, _ = span_qa.loss(FixedLogits(), jnp.asarray(logits), span_qa.batch(tokens.numpy(), spans))
     assert relative_error(total / weight, output.loss.item()) < 1e-6

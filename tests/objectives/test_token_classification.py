@@ -1,13 +1,15 @@
+"""The objective of token classification: weights of labels, and the loss."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.objectives import token_classification
-from tests.objectives.stub import Bag, compare, random_tokens
+from tests.objectives.stub import MeanModel, compare, random_tokens
 
 
-def test_ignored_places_and_padding_do_not_count():
+def test_ignored_labels_and_padding_have_weight_0():
     labels = np.array([[2, token_classification.IGNORED, 0, 1, 1]])
     segments = np.array([[1, 1, 2, 2, 0]])
     batch = token_classification.batch(np.ones((1, 5), np.int32), labels, segments, num_labels=3)
@@ -19,17 +21,17 @@ def test_ignored_places_and_padding_do_not_count():
     ]
 
 
-def test_loss_is_the_cross_entropy_of_the_labels_and_so_is_its_gradient():
-    model, tokens = Bag(3), random_tokens(2, 6)
+def test_loss_is_the_cross_entropy_of_the_labels():
+    model, tokens = MeanModel(3), random_tokens(2, 6)
     labels = np.where(tokens % 4 == 3, token_classification.IGNORED, tokens % 4)
     batch = token_classification.batch(tokens, labels, num_labels=3)
     assert 0 < batch.weights.sum() < 12
 
-    def literal(params):
+    def reference(params):
         losses = cross_entropy(model.logits(params, model.apply(params, tokens)[0]), jnp.maximum(labels, 0))
         return jnp.sum(jnp.where(labels >= 0, losses, 0.0))
 
-    assert compare(lambda p: token_classification.loss(model, p, batch), literal, model.init()) == batch.weights.sum()
+    assert compare(lambda p: token_classification.loss(model, p, batch), reference, model.init()) == batch.weights.sum()
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,6 @@ def test_loss_is_the_cross_entropy_of_the_labels_and_so_is_its_gradient():
         (np.zeros((2, 4), int), r"labels \[2, 4\] must have the shape of tokens \[2, 3\]"),
     ],
 )
-def test_bad_labels_are_named(labels, message):
+def test_invalid_labels_raise_errors(labels, message):
     with pytest.raises(ValueError, match=message):
         token_classification.batch(np.zeros((2, 3), np.int32), labels, num_labels=7)

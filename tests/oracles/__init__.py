@@ -33,7 +33,7 @@ import numpy as np
 from jaxlm.interop.huggingface import load_pretrained, named_tensors
 from jaxlm.objectives import objective
 from jaxlm.objectives.batch import Batch
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 GOLDENS = Path(__file__).parent / "goldens"
 REFERENCE = "reference.npz"

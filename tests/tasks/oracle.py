@@ -1,4 +1,4 @@
-"""A causal model with exact values: it knows given games and nothing else."""
+"""A fake causal model with exact logits, computed from a list of known games."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OracleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """Its state and hidden state are a hash of what was read; its logits count what followed in the known games."""
+    """The state and the hidden state are a hash of the tokens so far. Logits count the next tokens in known games."""
 
     config: OracleConfig
     family = "oracle"
@@ -39,15 +39,15 @@ class Oracle:
     def apply(
         self, params: Any, tokens: jax.Array, *, state: Any = None, segment_ids: Any = None
     ) -> tuple[jax.Array, Any]:
-        real_BT = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+        is_token_BT = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
         hash_B = (self.init_state(*tokens.shape) if state is None else state)["hash"]
 
         def step(hash_B: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
-            token_B, real_B = x
-            hash_B = jnp.where(real_B, hash_B * FACTOR + token_B.astype(jnp.uint32), hash_B)
+            token_B, is_token_B = x
+            hash_B = jnp.where(is_token_B, hash_B * FACTOR + token_B.astype(jnp.uint32), hash_B)
             return hash_B, hash_B
 
-        hash_B, hash_TB = jax.lax.scan(step, hash_B, (tokens.T, real_BT.T))
+        hash_B, hash_TB = jax.lax.scan(step, hash_B, (tokens.T, is_token_BT.T))
         return hash_TB.T[..., None], None if state is None else {"hash": hash_B}
 
     def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
@@ -55,12 +55,15 @@ class Oracle:
 
 
 def oracle(tokenizer: MoveTokenizer, lines: Sequence[str], *, end: bool = True) -> tuple[Any, dict[str, np.ndarray]]:
-    """The model and the parameters that know ``lines``. With ``end`` False, padding follows them, not the end."""
-    following: dict[int, np.ndarray] = {}
+    """Return a model and parameters that know the games ``lines``.
+
+    After a game, the next token is the EOS token, or padding if ``end`` is False.
+    """
+    logits_of_hash: dict[int, np.ndarray] = {}
     for line in lines:
         hash, ids = 0, [*tokenizer.game(line)[:-1], tokenizer.eos_id if end else tokenizer.pad_id]
-        for id, after in zip(ids, ids[1:], strict=False):
+        for id, next_id in zip(ids, ids[1:], strict=False):
             hash = (hash * int(FACTOR) + int(id)) % 2**32
-            following.setdefault(hash, np.zeros(tokenizer.vocab_size, np.float32))[after] += 10.0
-    params = {"hash": np.array(list(following), np.uint32), "logits": np.stack(list(following.values()))}
+            logits_of_hash.setdefault(hash, np.zeros(tokenizer.vocab_size, np.float32))[next_id] += 10.0
+    params = {"hash": np.array(list(logits_of_hash), np.uint32), "logits": np.stack(list(logits_of_hash.values()))}
     return Oracle(OracleConfig(tokenizer.vocab_size)), params

@@ -1,4 +1,4 @@
-"""Attention maps: tokens of both axes, and the weights of each text alone."""
+"""Attention maps: the tokens of both axes and the weights. Other texts in the batch do not change the weights."""
 
 import jax
 import numpy as np
@@ -6,17 +6,17 @@ import pytest
 
 import jaxlm
 from jaxlm.data import ByteTokenizer
-from jaxlm.tasks.attention_maps import attention_maps, write_maps
+from jaxlm.tasks.attention_maps import attention_maps, write_attention_maps
 from jaxlm.training.report import read_attention
 
 
-def made(name, **changes):
+def model_params_tokenizer(name, **changes):
     model = jaxlm.get_model(name, vocab_size=256, **changes)
     return model, model.init(jax.random.key(0)), ByteTokenizer()
 
 
-def test_a_translation_has_a_row_for_each_token_of_the_output():
-    model, params, tokenizer = made("t5-tiny")
+def test_an_encoder_decoder_has_a_row_for_each_output_token():
+    model, params, tokenizer = model_params_tokenizer("t5-tiny")
     both = attention_maps(model, params, tokenizer, ["a house", "sun"], ["ein Haus", "die Sonne"])
     assert [item.title for item in both] == ["a house", "sun"]
     assert list(both[1].columns) == ["s", "u", "n"]
@@ -27,50 +27,50 @@ def test_a_translation_has_a_row_for_each_token_of_the_output():
 
 
 @pytest.mark.parametrize("name", ["bert-tiny", "gpt2-tiny", "transformer-xl-tiny"])
-def test_other_families_have_the_text_on_both_axes(name):
-    model, params, tokenizer = made(name)
+def test_other_families_have_the_tokens_of_the_text_on_both_axes(name):
+    model, params, tokenizer = model_params_tokenizer(name)
     item = attention_maps(model, params, tokenizer, ["a house", "sun"])[1]
     assert list(item.rows) == list(item.columns) == ["s", "u", "n"]
     np.testing.assert_allclose(np.sum(item.weights, axis=1), 1.0, rtol=1e-5)
 
 
-def test_pooling_has_a_row_for_each_hop():
-    model, params, tokenizer = made("attention-rnn-classifier-tiny")
+def test_attention_pooling_has_a_row_for_each_hop():
+    model, params, tokenizer = model_params_tokenizer("attention-rnn-classifier-tiny")
     item = attention_maps(model, params, tokenizer, ["a house", "sun"])[1]
     assert list(item.rows) == ["hop 1", "hop 2"]
     np.testing.assert_allclose(np.sum(item.weights, axis=1), 1.0, rtol=1e-5)
 
 
-def test_wrong_requests_are_refused():
-    model, params, tokenizer = made("t5-tiny")
+def test_invalid_arguments_raise_errors():
+    model, params, tokenizer = model_params_tokenizer("t5-tiny")
     with pytest.raises(ValueError, match="an encoder-decoder needs outputs"):
         attention_maps(model, params, tokenizer, ["sun"])
     with pytest.raises(ValueError, match="1 texts and 2 outputs"):
         attention_maps(model, params, tokenizer, ["sun"], ["a", "b"])
     with pytest.raises(TypeError, match="got one string"):
         attention_maps(model, params, tokenizer, "sun", ["a"])
-    model, params, tokenizer = made("bert-tiny")
+    model, params, tokenizer = model_params_tokenizer("bert-tiny")
     with pytest.raises(ValueError, match="only an encoder-decoder has outputs"):
         attention_maps(model, params, tokenizer, ["sun"], ["a"])
 
 
 def test_long_texts_are_truncated():
-    model, params, tokenizer = made("gpt2-tiny")
+    model, params, tokenizer = model_params_tokenizer("gpt2-tiny")
     [item] = attention_maps(model, params, tokenizer, ["a house in the sun"], max_tokens=7)
     assert "".join(item.columns) == "a house"
     assert np.shape(item.weights) == (7, 7)
 
 
 def test_a_file_is_written_only_for_a_family_with_attention(tmp_path):
-    write_maps(tmp_path, *made("gpt2-tiny"), [])
+    write_attention_maps(tmp_path, *model_params_tokenizer("gpt2-tiny"), [])
     assert not list(tmp_path.iterdir())
-    write_maps(tmp_path, *made("gpt2-tiny"), ["sun"])
+    write_attention_maps(tmp_path, *model_params_tokenizer("gpt2-tiny"), ["sun"])
     assert [item.title for item in read_attention(tmp_path)] == ["sun"]
 
 
 @pytest.mark.parametrize("name", ["lstm-tiny", "gru-tiny", "resnet-lm-tiny"])
 def test_no_file_is_written_for_a_family_without_attention(tmp_path, name):
-    write_maps(tmp_path, *made(name), ["sun"])
+    write_attention_maps(tmp_path, *model_params_tokenizer(name), ["sun"])
     assert not list(tmp_path.iterdir())
     with pytest.raises(TypeError, match="has no attention weights"):
-        attention_maps(*made(name), ["sun"])
+        attention_maps(*model_params_tokenizer(name), ["sun"])

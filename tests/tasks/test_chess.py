@@ -1,4 +1,7 @@
-"""Chess: legal moves against brute force, incremental reading against plain forward passes, and exact metrics."""
+"""Chess: legal moves, incremental reading of moves, and metrics.
+
+The tests compare with brute force, with forward passes over complete games, and with a fake model.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from jaxlm.tasks.chess import (
     next_move_probabilities,
 )
 from jaxlm.tasks.chess_reading import choose_ids
-from tests.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, tiny_model
 from tests.tasks.oracle import Oracle, oracle
 
 UCI = MoveTokenizer("uci")
@@ -41,15 +44,15 @@ def games(notation: str = "uci") -> tuple[str, ...]:
 
 
 @functools.cache
-def pair(name: str, vocab_size: int = UCI.vocab_size) -> tuple[Any, Any]:
+def model_and_params(name: str, vocab_size: int = UCI.vocab_size) -> tuple[Any, Any]:
     sizes = {"max_positions": 64} if name == "gpt2-tiny" else {}
     model = tiny_model(name, vocab_size=vocab_size, **sizes)
     return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
-def prefixes(count: int, longest: int = 40) -> list[str]:
-    """Beginnings of the embedded games, of various lengths."""
-    lengths = np.random.default_rng(0).integers(0, longest, count)
+def prefixes(count: int, max_length: int = 40) -> list[str]:
+    """Return beginnings of the included games, with random lengths."""
+    lengths = np.random.default_rng(0).integers(0, max_length, count)
     return [" ".join(line.split()[:length]) for line, length in zip(games(), lengths, strict=False)]
 
 
@@ -57,7 +60,7 @@ def prefixes(count: int, longest: int = 40) -> list[str]:
 
 
 @pytest.mark.parametrize("notation", ["uci", "san"])
-def test_legal_moves_against_every_move_of_the_vocabulary(notation: str) -> None:
+def test_the_legal_mask_is_correct_for_every_move_of_the_vocabulary(notation: str) -> None:
     tokenizer = MoveTokenizer.from_games(games(notation), notation)  # type: ignore[arg-type]
     legal = LegalMoves(tokenizer)
     castling = "4k2r/P6P/8/8/8/8/8/R3K2R w KQk - 0 1"
@@ -76,7 +79,7 @@ def test_legal_moves_against_every_move_of_the_vocabulary(notation: str) -> None
     assert mask[-2].sum() == 0, "no move is legal after checkmate"
 
 
-def test_san_move_with_a_needless_origin_is_legal_and_an_ambiguous_one_is_not() -> None:
+def test_san_moves_with_unnecessary_origin_are_legal_and_ambiguous_moves_are_not() -> None:
     legal = LegalMoves(MoveTokenizer("san", ["Nbc3", "Nd2"]))
     assert legal.move(chess.Board(), 4) == chess.Move.from_uci("b1c3")
     assert legal.ids(chess.Board()) == {}
@@ -87,36 +90,38 @@ def test_san_move_with_a_needless_origin_is_legal_and_an_ambiguous_one_is_not() 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_probabilities_of_a_batch_are_those_of_each_game_alone(name: str) -> None:
-    model, params = pair(name)
+def test_probabilities_do_not_depend_on_the_batch(name: str) -> None:
+    model, params = model_and_params(name)
     lines = ["", "e2e4", *prefixes(5)]
     probabilities = next_move_probabilities(model, params, UCI, lines, batch_size=4)
     assert probabilities.shape == (7, UCI.vocab_size)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
     tokens = np.array([[1, *UCI.encode(lines[3])]], np.int32)
     inputs = {"source": tokens} if model.reads_source else {}
-    read = np.full((1, 1), decoder_start_id(model, UCI)) if model.reads_source else tokens
-    logits = jax.jit(lambda params: model.logits(params, model.apply(params, read, **inputs)[0]))(params)
+    decoder_input = np.full((1, 1), decoder_start_id(model, UCI)) if model.reads_source else tokens
+    logits = jax.jit(lambda params: model.logits(params, model.apply(params, decoder_input, **inputs)[0]))(params)
     expected = jax.nn.softmax(logits[0, -1, : UCI.vocab_size])
     np.testing.assert_allclose(probabilities[3], expected, rtol=2e-3, atol=1e-7)
 
 
-def test_legal_probabilities_are_the_others_renormalised() -> None:
-    model, params = pair("lstm-tiny")
+def test_legal_only_renormalises_the_probabilities() -> None:
+    model, params = model_and_params("lstm-tiny")
     lines = ["", *prefixes(4)]
-    free = next_move_probabilities(model, params, UCI, lines)
+    probabilities = next_move_probabilities(model, params, UCI, lines)
     legal = next_move_probabilities(model, params, UCI, lines, legal_only=True)
     mask = LegalMoves(UCI).mask([board_after(line) for line in lines])
-    np.testing.assert_allclose(legal, free * mask / (free * mask).sum(axis=1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(
+        legal, probabilities * mask / (probabilities * mask).sum(axis=1, keepdims=True), rtol=1e-4
+    )
     assert (legal[~mask] == 0).all()
     with pytest.raises(ValueError, match="the vocabulary has no legal move after 'f2f3 e7e5 g2g4 d8h4'"):
         next_move_probabilities(model, params, UCI, [FOOL], legal_only=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_reader_gives_what_reading_from_the_beginning_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chess_reading, "MIN_CAPACITY", 8)  # the state must grow
-    model, params = pair(name)
+def test_incremental_reading_equals_reading_the_complete_game(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chess_reading, "MIN_CAPACITY", 8)  # so that the state must grow
+    model, params = model_and_params(name)
     reader = MoveReader(model, params, UCI)
     lines = [line.split() for line in games()[:5]]
     boards = [chess.Board() for _ in lines]
@@ -136,7 +141,7 @@ def test_a_reader_gives_what_reading_from_the_beginning_gives(name: str, monkeyp
             rows.remove(4)
         if ply % 9 == 0 or ply in (1, 5):
             check()
-            check()  # nothing new
+            check()  # again, without new moves
         if ply == 10:
             boards[3].pop()  # a move is taken back
             check()
@@ -146,9 +151,11 @@ def test_a_reader_gives_what_reading_from_the_beginning_gives(name: str, monkeyp
 
 
 def test_a_reader_reads_each_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
+    counts = []
     original = MoveReader._read
-    monkeypatch.setattr(MoveReader, "_read", lambda self, new, count: (read.append(count), original(self, new, count)))
+    monkeypatch.setattr(
+        MoveReader, "_read", lambda self, new, count: (counts.append(count), original(self, new, count))
+    )
     line = games()[0].split()
     reader = MoveReader(*oracle(UCI, games()[:1]), UCI)
     boards = [chess.Board() for _ in range(3)]
@@ -156,10 +163,10 @@ def test_a_reader_reads_each_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reader.logits(boards).argmax(axis=1).tolist() == [UCI.move_id(line[ply])] * 3
         for board in boards:
             board.push_uci(line[ply])
-    assert read == [1] * 6
+    assert counts == [1] * 6
 
 
-def test_an_interrupted_reader_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_can_be_used_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -179,13 +186,13 @@ def test_sources_are_read_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         chess_reading, "_last_logits", lambda *a, **options: (shapes.add(a[2].shape), original(*a, **options))[1]
     )
-    reader = MoveReader(*pair("t5-tiny"), UCI)
+    reader = MoveReader(*model_and_params("t5-tiny"), UCI)
     for count in (7, 6, 5):
         assert reader.logits([chess.Board()] * count).shape == (count, UCI.vocab_size)
     assert shapes == {(8, 32)}
 
 
-def test_a_move_that_a_san_vocabulary_lacks_is_read_as_unknown() -> None:
+def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
     tokenizer = MoveTokenizer("san", ["e4", "e5"])
     model, params = oracle(tokenizer, ["e4 d5 e5"])
     assert int(MoveReader(model, params, tokenizer).logits([board_after("e4 d5")]).argmax()) == 5
@@ -196,43 +203,61 @@ def test_a_move_that_a_san_vocabulary_lacks_is_read_as_unknown() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: MoveReader(*pair("bert-tiny"), UCI), ValueError, "it does not predict moves; use a language model"),
-        (lambda: MoveReader(*pair("gpt2-tiny", 100), UCI), ValueError, "1971 tokens, but the model has vocab_size=100"),
-        (lambda: MoveReader(*pair("gpt2-tiny"), "uci"), TypeError, "needs a MoveTokenizer, got a str"),
-        (lambda: MoveReader(*pair("lstm-tiny"), UCI).logits([]), ValueError, "at least one board"),
         (
-            lambda: MoveReader(*pair("lstm-tiny"), UCI).logits([chess.Board("4k3/8/8/8/8/8/8/4K3 w - - 0 1")]),
+            lambda: MoveReader(*model_and_params("bert-tiny"), UCI),
+            ValueError,
+            "it does not predict moves; use a language model",
+        ),
+        (
+            lambda: MoveReader(*model_and_params("gpt2-tiny", 100), UCI),
+            ValueError,
+            "1971 tokens, but the model has vocab_size=100",
+        ),
+        (lambda: MoveReader(*model_and_params("gpt2-tiny"), "uci"), TypeError, "needs a MoveTokenizer, got a str"),
+        (lambda: MoveReader(*model_and_params("lstm-tiny"), UCI).logits([]), ValueError, "at least one board"),
+        (
+            lambda: MoveReader(*model_and_params("lstm-tiny"), UCI).logits(
+                [chess.Board("4k3/8/8/8/8/8/8/4K3 w - - 0 1")]
+            ),
             ValueError,
             "board 0 begins at '4k3/8",
         ),
         (
-            lambda: MoveReader(*pair("gpt2-tiny"), UCI).logits([board_after("g1f3 g8f6 f3g1 f6g8 " * 16)]),
+            lambda: MoveReader(*model_and_params("gpt2-tiny"), UCI).logits([board_after("g1f3 g8f6 f3g1 f6g8 " * 16)]),
             ValueError,
             "a game of 64 moves needs 65 positions, but the model has max_positions=64",
         ),
         (
-            lambda: next_move_accuracy(*pair("gpt2-tiny"), UCI, [FOOL, "g1f3 g8f6 f3g1 f6g8 " * 17]),
+            lambda: next_move_accuracy(*model_and_params("gpt2-tiny"), UCI, [FOOL, "g1f3 g8f6 f3g1 f6g8 " * 17]),
             ValueError,
             "1 of 2 games are longer than the model's max_positions=64, first game 1 with 67 moves",
         ),
-        (lambda: next_move_accuracy(*pair("lstm-tiny"), UCI, [""]), ValueError, "at least one move each"),
-        (lambda: legal_move_rate(*pair("lstm-tiny"), UCI, games=0), ValueError, "games=0 must be at least 1"),
-        (lambda: legal_move_rate(*pair("gpt2-tiny"), UCI, max_moves=65), ValueError, "max_positions=64"),
-        (lambda: mate_in_one_accuracy(*pair("lstm-tiny"), UCI, []), ValueError, "at least one position"),
-        (lambda: mate_in_one_accuracy(*pair("lstm-tiny"), UCI, ["e2e4"]), ValueError, "no mate in one after 'e2e4'"),
+        (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, [""]), ValueError, "at least one move each"),
+        (
+            lambda: legal_move_rate(*model_and_params("lstm-tiny"), UCI, games=0),
+            ValueError,
+            "games=0 must be at least 1",
+        ),
+        (lambda: legal_move_rate(*model_and_params("gpt2-tiny"), UCI, max_moves=65), ValueError, "max_positions=64"),
+        (lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, []), ValueError, "at least one position"),
+        (
+            lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, ["e2e4"]),
+            ValueError,
+            "no mate in one after 'e2e4'",
+        ),
         (lambda: choose_ids(np.zeros((1, 3)), -1.0, np.random.default_rng(0)), ValueError, "temperature=-1.0 must be"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(make: Any, error: type[Exception], message: str) -> None:
+def test_invalid_input_raises_an_error(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
 
 
-def test_choices_follow_the_temperature() -> None:
+def test_choose_ids_samples_with_the_temperature() -> None:
     logits, rng = np.log(np.array([[0.1, 0.6, 0.3]])), np.random.default_rng(0)
     assert choose_ids(logits, 0.0, rng).tolist() == [1]
-    drawn = choose_ids(np.repeat(logits, 4000, axis=0), 1.0, rng)
-    np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.1, 0.6, 0.3], atol=0.03)
+    samples = choose_ids(np.repeat(logits, 4000, axis=0), 1.0, rng)
+    np.testing.assert_allclose(np.bincount(samples) / 4000, [0.1, 0.6, 0.3], atol=0.03)
     assert set(choose_ids(np.repeat([[0.0, -np.inf, 0.0]], 50, axis=0), 1.0, rng)) == {0, 2}
 
 
@@ -240,8 +265,8 @@ def test_choices_follow_the_temperature() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny"])
-def test_next_move_accuracy_against_each_position_alone(name: str) -> None:
-    model, params = pair(name)
+def test_next_move_accuracy_equals_a_loop_over_positions(name: str) -> None:
+    model, params = model_and_params(name)
     lines = [" ".join(line.split()[:length]) for line, length in zip(games(), (9, 4, 14), strict=False)]
     hits = np.zeros(3, int)
     for line in lines:
@@ -257,20 +282,20 @@ def test_next_move_accuracy_against_each_position_alone(name: str) -> None:
     np.testing.assert_allclose([result.top_1.value, result.top_5.value, result.legal.value], hits / 27)
 
 
-def test_next_move_accuracy_of_an_oracle_is_exact() -> None:
+def test_next_move_accuracy_of_an_oracle() -> None:
     known = games()[:4]
     model, params = oracle(UCI, known)
     result = next_move_accuracy(model, params, UCI, known)
     moves = [len(line.split()) for line in known]
-    common = sum(len({tuple(line.split()[:ply]) for line in known}) < 4 for ply in range(30))
-    assert common < 12
+    num_common = sum(len({tuple(line.split()[:ply]) for line in known}) < 4 for ply in range(30))
+    assert num_common < 12
     assert result.legal.value == 1.0
     assert result.top_5.value == 1.0
     assert 1.0 - 12 / sum(moves) < result.top_1.value <= 1.0
-    # A game that leaves the known ones: the oracle knows its first moves only.
-    left = next_move_accuracy(model, params, UCI, [f"{' '.join(known[0].split()[:2])} a2a3 a7a6"])
-    assert left.top_5.value == 0.5
-    assert left.top_1.low <= left.top_1.value <= left.top_1.high
+    # The oracle knows only the first two moves of this game.
+    unknown_game = next_move_accuracy(model, params, UCI, [f"{' '.join(known[0].split()[:2])} a2a3 a7a6"])
+    assert unknown_game.top_5.value == 0.5
+    assert unknown_game.top_1.low <= unknown_game.top_1.value <= unknown_game.top_1.high
 
 
 def test_legal_move_rate_counts_up_to_the_first_illegal_move() -> None:
@@ -278,14 +303,14 @@ def test_legal_move_rate_counts_up_to_the_first_illegal_move() -> None:
         model, params = oracle(UCI, [line], end=end)
         return legal_move_rate(model, params, UCI, games=3, max_moves=max_moves, temperature=0.0)
 
-    whole = rate(SCHOLAR)
-    assert (whole.moves.value, whole.games.value, whole.lines) == (1.0, 1.0, (SCHOLAR,) * 3)
+    complete = rate(SCHOLAR)
+    assert (complete.moves.value, complete.games.value, complete.lines) == (1.0, 1.0, (SCHOLAR,) * 3)
     illegal = rate("e2e4 e7e5 e2e4 e7e5")
     assert illegal.moves.value == pytest.approx(2 / 3)
     assert illegal.moves.count == 9
     assert (illegal.games.value, illegal.lines[0]) == (0.0, "e2e4 e7e5")
     assert rate(f"{FOOL} a2a3").moves.value == pytest.approx(4 / 5), "a move after checkmate is illegal"
-    assert rate("e2e4", end=False).moves.value == pytest.approx(1 / 2), "padding is no move"
+    assert rate("e2e4", end=False).moves.value == pytest.approx(1 / 2), "padding is not a move"
     assert rate(SCHOLAR, max_moves=3).lines[0] == "e2e4 e7e5 d1h5"
     assert (rate("").moves.value, rate("").moves.count, rate("").games.value) == (0.0, 0, 1.0)
 
@@ -297,7 +322,7 @@ def test_sampled_games_follow_the_seed() -> None:
     assert lines[0] != lines[2]
 
 
-def test_mates_in_one_are_those_that_san_marks() -> None:
+def test_mates_in_one_equal_the_moves_that_san_marks() -> None:
     lines = [SCHOLAR, FOOL, *games()[:3]]
     expected = []
     for line in lines:
@@ -313,13 +338,13 @@ def test_mates_in_one_are_those_that_san_marks() -> None:
 def test_mate_in_one_accuracy_of_oracles() -> None:
     positions = mates_in_one([SCHOLAR, FOOL])
     assert len(positions) == 2
-    mating = mate_in_one_accuracy(*oracle(UCI, [SCHOLAR, FOOL]), UCI, positions)
-    one = mate_in_one_accuracy(*oracle(UCI, [SCHOLAR, f"{positions[1]} a7a6"]), UCI, positions)
-    # An illegal move is masked: the oracle's best legal move counts.
-    assert (mating.value, one.value, mating.count) == (1.0, 0.5, 2)
+    both_known = mate_in_one_accuracy(*oracle(UCI, [SCHOLAR, FOOL]), UCI, positions)
+    one_known = mate_in_one_accuracy(*oracle(UCI, [SCHOLAR, f"{positions[1]} a7a6"]), UCI, positions)
+    # Illegal moves are masked, so the best legal move counts.
+    assert (both_known.value, one_known.value, both_known.count) == (1.0, 0.5, 2)
 
 
-def test_broken_parameters_are_named() -> None:
+def test_nan_parameters_raise_an_error() -> None:
     model, params = oracle(UCI, [FOOL])
     broken = {**params, "logits": params["logits"] * np.nan}
     assert next_move_accuracy(model, broken, UCI, [FOOL]).top_5.value == 0.0
@@ -329,7 +354,7 @@ def test_broken_parameters_are_named() -> None:
         MoveReader(model, broken, UCI).logits([chess.Board()])
 
 
-def test_oracle_is_a_model() -> None:
+def test_the_oracle_can_be_used_as_a_model() -> None:
     model, params = oracle(UCI, [FOOL])
     assert isinstance(model, Oracle)
     probabilities = next_move_probabilities(model, params, UCI, [FOOL, "e2e4"])

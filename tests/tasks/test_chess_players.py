@@ -1,4 +1,4 @@
-"""Players and matches: scripted games with known results, batched calls, engines, and the terminal."""
+"""Players and matches: scripted games with known results, batched calls, and engines."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SHUFFLE = "g1f3 g8f6 f3g1 f6g8 " * 3
 STALEMATE = "e2e3 a7a5 d1h5 a8a6 h5a5 h7h5 h2h4 a6h6 a5c7 f7f6 c7d7 e8f7 d7b7 d8d3 b7b8 d3h7 b8c8 f7g6 c8e6"
 
 
-class Script:
-    """Plays the moves of given lines: line ``n`` on board ``n`` of a call, and records the boards of each call."""
+class ScriptedPlayer:
+    """A player that plays the next move of the line that matches the game. It records the plies of each call."""
 
     def __init__(self, *lines: str, max_moves: int | None = None) -> None:
         self.lines, self.calls, self.max_moves = [line.split() for line in lines], [], max_moves  # type: ignore[var-annotated]
@@ -44,16 +44,16 @@ def counts(result: MatchResult) -> tuple[int, ...]:
     return result.wins, result.draws, result.losses, result.unfinished, result.illegal
 
 
-def test_colours_alternate_and_results_are_the_first_players() -> None:
-    script = Script(SCHOLAR)
-    result = play_match(script, Script(SCHOLAR), games=3)
+def test_players_alternate_colours_and_results_count_for_the_first_player() -> None:
+    player = ScriptedPlayer(SCHOLAR)
+    result = play_match(player, ScriptedPlayer(SCHOLAR), games=3)
     assert counts(result) == (2, 0, 1, 0, 0)
     assert result.games.moves == (SCHOLAR,) * 3
     assert result.games.results == ("1-0",) * 3
     assert result.score.value == pytest.approx(2 / 3)
-    assert script.calls[0] == [0, 0], "white in games 0 and 2"
-    assert script.calls[1:] == [[2, 1, 2], [4, 3, 4], [6, 5, 6]], "one call per turn, with all boards"
-    black = play_match(Script(FOOL), Script(FOOL), games=3)
+    assert player.calls[0] == [0, 0], "white in games 0 and 2"
+    assert player.calls[1:] == [[2, 1, 2], [4, 3, 4], [6, 5, 6]], "one call per turn, with all boards"
+    black = play_match(ScriptedPlayer(FOOL), ScriptedPlayer(FOOL), games=3)
     assert (black.wins, black.losses, black.games.results) == (1, 2, ("0-1",) * 3)
 
 
@@ -68,13 +68,13 @@ def test_colours_alternate_and_results_are_the_first_players() -> None:
         ("e2e4 e7e5 g1f3", {}, (1, 0, 1, 0, 1)),
     ],
 )
-def test_games_end_by_the_rules(line: str, options: dict, expected: tuple[int, ...]) -> None:
-    assert counts(play_match(Script(line), Script(line), games=2, **options)) == expected
+def test_results_of_games_follow_the_rules(line: str, options: dict, expected: tuple[int, ...]) -> None:
+    assert counts(play_match(ScriptedPlayer(line), ScriptedPlayer(line), games=2, **options)) == expected
 
 
-def test_one_object_can_play_itself() -> None:
-    script = Script(SCHOLAR)
-    assert counts(play_match(script, script, games=2)) == (1, 0, 1, 0, 0)
+def test_a_player_can_play_against_itself() -> None:
+    player = ScriptedPlayer(SCHOLAR)
+    assert counts(play_match(player, player, games=2)) == (1, 0, 1, 0, 0)
 
 
 def test_random_players_follow_the_seed() -> None:
@@ -86,7 +86,7 @@ def test_random_players_follow_the_seed() -> None:
     assert {move.uci() for move in moves if move} == {move.uci() for move in chess.Board().legal_moves}
 
 
-def test_openings_are_random_and_shared_by_pairs() -> None:
+def test_pairs_of_games_share_a_random_opening() -> None:
     result = play_match(RandomPlayer(), RandomPlayer(), games=4, max_moves=7, opening_moves=6, seed=5)
     openings = [line.split()[:6] for line in result.games.moves]
     assert openings[0] == openings[1]
@@ -94,19 +94,19 @@ def test_openings_are_random_and_shared_by_pairs() -> None:
     assert openings[0] != openings[2]
 
 
-def test_models_play_what_they_know_and_masks_keep_them_legal() -> None:
-    knows = ModelPlayer(*oracle(UCI, [SCHOLAR, "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 e2e4"]), UCI)
-    # With equal logits for the mate and the illegal e2e4, the unmasked player takes the smaller id, e2e4.
-    assert counts(play_match(knows, Script(SCHOLAR), games=2)) == (1, 0, 1, 0, 0)
-    free = ModelPlayer(*oracle(UCI, [SCHOLAR, "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 e2e4"]), UCI, masked=False)
-    result = play_match(free, Script(SCHOLAR), games=1)
+def test_model_players_play_legal_moves_if_masked() -> None:
+    masked_player = ModelPlayer(*oracle(UCI, [SCHOLAR, "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 e2e4"]), UCI)
+    # The checkmate and the illegal move e2e4 have equal logits. The unmasked player plays e2e4, the smaller id.
+    assert counts(play_match(masked_player, ScriptedPlayer(SCHOLAR), games=2)) == (1, 0, 1, 0, 0)
+    unmasked_player = ModelPlayer(*oracle(UCI, [SCHOLAR, "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 e2e4"]), UCI, masked=False)
+    result = play_match(unmasked_player, ScriptedPlayer(SCHOLAR), games=1)
     assert counts(result) == (0, 0, 1, 0, 1)
     assert result.games.moves == (SCHOLAR.rsplit(" ", 1)[0],)
-    ends = ModelPlayer(*oracle(UCI, [""]), UCI, masked=False)
-    assert ends.choose([chess.Board()], np.random.default_rng(0)) == [None]
+    ending_player = ModelPlayer(*oracle(UCI, [""]), UCI, masked=False)
+    assert ending_player.choose([chess.Board()], np.random.default_rng(0)) == [None]
 
 
-def test_a_model_at_a_temperature_draws_legal_moves() -> None:
+def test_a_model_player_with_a_temperature_samples_legal_moves() -> None:
     player = ModelPlayer(*oracle(UCI, ["e2e4", "d2d4", "e2e5"]), UCI, temperature=1.0)
     moves = player.choose([chess.Board()] * 60, np.random.default_rng(0))
     names = [move.uci() for move in moves if move]
@@ -116,7 +116,7 @@ def test_a_model_at_a_temperature_draws_legal_moves() -> None:
     assert all(chess.Board().is_legal(move) for move in moves if move)
 
 
-def test_a_san_player_without_a_known_move_plays_a_random_one() -> None:
+def test_a_san_player_plays_a_random_move_if_no_legal_move_is_in_the_vocabulary() -> None:
     tokenizer = MoveTokenizer("san", ["Qxf7"])
     player = ModelPlayer(*oracle(tokenizer, ["Qxf7"]), tokenizer)
     moves = player.choose([chess.Board()] * 20, np.random.default_rng(0))
@@ -126,8 +126,8 @@ def test_a_san_player_without_a_known_move_plays_a_random_one() -> None:
     ]
 
 
-def test_score_has_wilsons_interval() -> None:
-    games = play_match(Script(SCHOLAR), Script(SCHOLAR), games=1).games
+def test_the_score_has_the_wilson_interval() -> None:
+    games = play_match(ScriptedPlayer(SCHOLAR), ScriptedPlayer(SCHOLAR), games=1).games
     score = MatchResult(200, 0, 0, 0, 0, games).score
     assert (score.value, score.high) == pytest.approx((1.0, 1.0))
     assert score.low == pytest.approx(0.98115, abs=1e-5)
@@ -146,19 +146,19 @@ def test_score_has_wilsons_interval() -> None:
         ({"max_moves": 65}, "model reads games of at most 63 moves: use max_moves=64 or fewer"),
     ],
 )
-def test_bad_matches_are_refused(options: dict, message: str) -> None:
+def test_invalid_match_options_raise_errors(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        play_match(Script("", max_moves=63), RandomPlayer(), **options)
+        play_match(ScriptedPlayer("", max_moves=63), RandomPlayer(), **options)
 
 
-def test_bad_temperature_is_named() -> None:
+def test_an_invalid_temperature_raises_an_error() -> None:
     with pytest.raises(ValueError, match="temperature=-1 must be finite"):
         ModelPlayer(*oracle(UCI, [FOOL]), UCI, temperature=-1)
 
 
 # -------------------------------------------------------------------------------------------------- engines
 
-FAKE = """#!{python}
+FAKE_ENGINE = """#!{python}
 import sys, chess
 board, level = chess.Board(), None
 for line in sys.stdin:
@@ -182,20 +182,20 @@ for line in sys.stdin:
 """
 
 
-def program(folder: Path, text: str) -> Path:
+def write_program(folder: Path, text: str) -> Path:
     path = folder / "stockfish"
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
 
-def fake(folder: Path, level: int | None) -> Path:
+def write_fake_engine(folder: Path, level: int | None) -> Path:
     option = "" if level is None else "\\noption name Skill Level type spin default 20 min 0 max 20"
-    return program(folder, FAKE.format(python=sys.executable, option=option, level=level))
+    return write_program(folder, FAKE_ENGINE.format(python=sys.executable, option=option, level=level))
 
 
-def test_an_engine_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(tmp_path, 3)
+def test_an_engine_player_plays_a_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fake_engine(tmp_path, 3)
     monkeypatch.setattr(chess_players, "_engine_path", lambda: str(tmp_path))
     with EnginePlayer(skill_level=3, nodes=7) as engine:
         moves = engine.choose([chess.Board(), board_after("e2e4")], np.random.default_rng(0))
@@ -203,7 +203,7 @@ def test_an_engine_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert play_match(engine, RandomPlayer(), games=2, max_moves=4).games.moves[0].startswith("a2a3 ")
 
 
-def test_missing_and_unfit_engines_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_unsuitable_engines_raise_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chess_players, "_engine_path", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no chess engine stockfish on the PATH.*apt-get install stockfish"):
         EnginePlayer()
@@ -212,6 +212,6 @@ def test_missing_and_unfit_engines_are_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="nodes=0 must be at least 1"):
         EnginePlayer(nodes=0)
     with pytest.raises(ValueError, match="does not answer as a UCI engine"):
-        EnginePlayer(program(tmp_path, "#!/bin/sh\nexit 1\n"))
+        EnginePlayer(write_program(tmp_path, "#!/bin/sh\nexit 1\n"))
     with pytest.raises(ValueError, match="has no skill level 0"):
-        EnginePlayer(fake(tmp_path, None))
+        EnginePlayer(write_fake_engine(tmp_path, None))

@@ -1,4 +1,4 @@
-"""The board as text, and a person's game against a model, with scripted input."""
+"""The board as text, and games of a person against a model, with scripted input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks.chess import board_after
 from jaxlm.tasks.chess_terminal import draw_board, play_on_terminal
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 from tests.tasks.oracle import oracle
 
 UCI = MoveTokenizer("uci")
@@ -33,44 +33,44 @@ def test_board_has_pieces_coordinates_and_the_last_move() -> None:
         "   a  b  c  d  e  f  g  h",
         "Black to move",
     ]
-    turned = draw_board(board_after(FOOL), white_below=False).splitlines()
-    assert turned[0] == "1  ♖  ♘  ♗  ♔  ♕  ♗  ♘  ♖"
-    assert turned[3] == "4 [♛] ♙  ·  ·  ·  ·  ·  ·"
-    assert turned[8] == "   h  g  f  e  d  c  b  a"
-    assert turned[9] == "White to move, in check"
+    from_black = draw_board(board_after(FOOL), white_below=False).splitlines()
+    assert from_black[0] == "1  ♖  ♘  ♗  ♔  ♕  ♗  ♘  ♖"
+    assert from_black[3] == "4 [♛] ♙  ·  ·  ·  ·  ·  ·"
+    assert from_black[8] == "   h  g  f  e  d  c  b  a"
+    assert from_black[9] == "White to move, in check"
     assert "[" not in draw_board(chess.Board())
 
 
-def game(inputs: list[str], lines: list[str], **options: Any) -> tuple[str, list[str]]:
-    said: list[str] = []
-    typed = iter(inputs)
+def play_scripted(inputs: list[str], lines: list[str], **options: Any) -> tuple[str, list[str]]:
+    messages: list[str] = []
+    input_lines = iter(inputs)
 
     def ask(prompt: str) -> str:
         try:
-            return next(typed)
+            return next(input_lines)
         except StopIteration:
             raise EOFError from None
 
-    result = play_on_terminal(*oracle(UCI, lines), UCI, ask, said.append, **options)
-    return result, said
+    result = play_on_terminal(*oracle(UCI, lines), UCI, ask, messages.append, **options)
+    return result, messages
 
 
-def test_a_person_mates_the_model() -> None:
-    result, said = game(["e4", "d1h5", "Bc4", "Qxf7#"], [SCHOLAR])
+def test_a_person_checkmates_the_model() -> None:
+    result, messages = play_scripted(["e4", "d1h5", "Bc4", "Qxf7#"], [SCHOLAR])
     assert result == "1-0"
-    assert [text for text in said if text.startswith("The model")] == [
+    assert [text for text in messages if text.startswith("The model")] == [
         "The model plays e5.", "The model plays Nc6.", "The model plays Nf6.",
     ]  # fmt: skip
-    assert said[-1] == "Result: 1-0 (checkmate)"
+    assert messages[-1] == "Result: 1-0 (checkmate)"
 
 
-def test_the_model_mates_a_person() -> None:
-    result, said = game(["f3", "g4"], [FOOL])
+def test_the_model_checkmates_a_person() -> None:
+    result, messages = play_scripted(["f3", "g4"], [FOOL])
     assert result == "0-1"
-    assert "The model plays Qh4#." in said
-    result, said = game(["e5", "Nc6", "Nf6"], [SCHOLAR], person="black")
+    assert "The model plays Qh4#." in messages
+    result, messages = play_scripted(["e5", "Nc6", "Nf6"], [SCHOLAR], person="black")
     assert result == "1-0"
-    assert said[2].splitlines()[0].startswith("1 "), "the person's side is below"
+    assert messages[2].splitlines()[0].startswith("1 "), "the person's side is below"
 
 
 @pytest.mark.parametrize(
@@ -86,46 +86,46 @@ def test_the_model_mates_a_person() -> None:
         (" BOARD ", draw_board(chess.Board())),
     ],
 )
-def test_each_input_has_one_answer(line: str, answer: str) -> None:
-    result, said = game([line], [SCHOLAR])
+def test_each_input_gets_one_answer(line: str, answer: str) -> None:
+    result, messages = play_scripted([line], [SCHOLAR])
     assert result == "*"
-    assert len(said) == 4
-    assert said[2].startswith(answer)
-    assert said[3] == "Result: * (you quit)"
+    assert len(messages) == 4
+    assert messages[2].startswith(answer)
+    assert messages[3] == "Result: * (you quit)"
 
 
-def test_check_and_ambiguity_are_explained() -> None:
-    _, said = game(["d4", "Nf3", "Nd2"], ["d2d4 d7d5 g1f3 a7a6"])
-    assert said[-2] == "'Nd2' is ambiguous: type Nbd2 or Nfd2."
+def test_answers_explain_check_and_ambiguous_moves() -> None:
+    _, messages = play_scripted(["d4", "Nf3", "Nd2"], ["d2d4 d7d5 g1f3 a7a6"])
+    assert messages[-2] == "'Nd2' is ambiguous: type Nbd2 or Nfd2."
     promotion = "a2a4 b7b5 a4b5 a7a6 b5a6 h7h6 a6a7 h6h5 a7b8q"
     for line in ("axb8", "a7b8"):
-        _, said = game(["a4", "axb5", "bxa6", "a7", line], [promotion])
-        assert said[-2] == f"'{line}' is ambiguous: type axb8=B or axb8=N or axb8=Q or axb8=R."
-    _, said = game(["d4", "c4", "a4"], ["d2d4 e7e6 c2c4 f8b4"])
-    assert said[-2] == "'a4' is not legal here: you are in check. Type moves for a list."
+        _, messages = play_scripted(["a4", "axb5", "bxa6", "a7", line], [promotion])
+        assert messages[-2] == f"'{line}' is ambiguous: type axb8=B or axb8=N or axb8=Q or axb8=R."
+    _, messages = play_scripted(["d4", "c4", "a4"], ["d2d4 e7e6 c2c4 f8b4"])
+    assert messages[-2] == "'a4' is not legal here: you are in check. Type moves for a list."
 
 
 def test_moves_can_be_taken_back_and_games_resigned() -> None:
-    result, said = game(["f3", "undo", "e4", "resign"], [SCHOLAR, FOOL])
+    result, messages = play_scripted(["f3", "undo", "e4", "resign"], [SCHOLAR, FOOL])
     assert result == "0-1"
-    boards = [text for text in said if text.startswith("8")]
+    boards = [text for text in messages if text.startswith("8")]
     assert boards[0] == boards[2]
     assert "4  ·  ·  ·  ·  ♙" in boards[-1]
-    assert game(["resign"], [SCHOLAR], person="black")[0] == "1-0"
-    assert game(["quit"], [SCHOLAR])[0] == "*"
+    assert play_scripted(["resign"], [SCHOLAR], person="black")[0] == "1-0"
+    assert play_scripted(["quit"], [SCHOLAR])[0] == "*"
 
 
-def test_draws_have_a_reason() -> None:
-    result, said = game(["Nf3", "Ng1"] * 2, ["g1f3 g8f6 f3g1 f6g8 g1f3 g8f6 f3g1 f6g8"])
-    assert (result, said[-1]) == ("1/2-1/2", "Result: 1/2-1/2 (third repetition)")
-    said = []
+def test_the_reason_of_a_draw_is_printed() -> None:
+    result, messages = play_scripted(["Nf3", "Ng1"] * 2, ["g1f3 g8f6 f3g1 f6g8 g1f3 g8f6 f3g1 f6g8"])
+    assert (result, messages[-1]) == ("1/2-1/2", "Result: 1/2-1/2 (third repetition)")
+    messages = []
     model = tiny_model("gpt2-tiny", vocab_size=UCI.vocab_size, max_positions=4, num_layers=1)
     params = jax.jit(model.init)(jax.random.key(0))
-    typed = iter(["e4", "h4"])
-    assert play_on_terminal(model, params, UCI, lambda _: next(typed), said.append) == "1/2-1/2"
-    assert said[-1] == "Result: 1/2-1/2 (the model reads games of at most 3 moves)"
+    input_lines = iter(["e4", "h4"])
+    assert play_on_terminal(model, params, UCI, lambda _: next(input_lines), messages.append) == "1/2-1/2"
+    assert messages[-1] == "Result: 1/2-1/2 (the model reads games of at most 3 moves)"
 
 
-def test_wrong_side_is_named() -> None:
+def test_an_invalid_side_raises_an_error() -> None:
     with pytest.raises(ValueError, match="person='red' must be 'white' or 'black'"):
-        game([], [SCHOLAR], person="red")
+        play_scripted([], [SCHOLAR], person="red")

@@ -1,4 +1,4 @@
-"""Games as training examples, boards of a report, and the player that looks for mates."""
+"""Games as training examples, boards of a report, and the player that searches for a mate in one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxlm.data.games import Games
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.tasks.chess import MatchResult, MatingPlayer, RandomPlayer, board_after
 from jaxlm.tasks.chess_training import game_batches, match_boards
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 
 UCI = MoveTokenizer("uci")
 SCHOLAR = "e2e4 e7e5 d1h5 b8c6 f1c4 g8f6 h5f7"
@@ -19,39 +19,39 @@ FOOL = "f2f3 e7e5 g2g4 d8h4"
 
 def test_causal_batches_predict_every_move_and_the_end() -> None:
     model = tiny_model("gpt2-tiny", vocab_size=UCI.vocab_size, max_positions=16)
-    source, to_batch, words = game_batches(model, UCI, [SCHOLAR, FOOL], 1, 15)
+    source, to_batch, summary = game_batches(model, UCI, [SCHOLAR, FOOL], 1, 15)
     assert source.rows_per_epoch == 1
     batch = to_batch(source.batch(0, [0]))
-    assert batch.weights.sum() == 8 + 5, "moves and ends"
-    assert "0 games cut" in words
-    source, to_batch, words = game_batches(model, UCI, [SCHOLAR, FOOL], 1, 6)
-    assert "1 games cut after 6 moves" in words
+    assert batch.weights.sum() == 8 + 5, "targets are all moves and an EOS token per game"
+    assert "0 games cut" in summary
+    source, to_batch, summary = game_batches(model, UCI, [SCHOLAR, FOOL], 1, 6)
+    assert "1 games cut after 6 moves" in summary
     weights = sum(to_batch(source.batch(index, [0])).weights.sum() for index in range(source.rows_per_epoch))
-    assert weights == 6 + 5, "the rest of the long game is left out"
+    assert weights == 6 + 5, "the long game is truncated"
 
 
-def test_positions_for_an_encoder_decoder() -> None:
+def test_an_encoder_decoder_predicts_the_moves_after_a_position() -> None:
     model = tiny_model("t5-tiny", vocab_size=UCI.vocab_size)
-    source, to_batch, _ = game_batches(model, UCI, [SCHOLAR], 4, 5, cuts=4, horizon=2)
+    source, to_batch, _ = game_batches(model, UCI, [SCHOLAR], 4, 5, positions_per_game=4, target_length=2)
     batch = to_batch(source.batch(0, range(4)))
     game = UCI.game(SCHOLAR).tolist()
     for row in range(4):
-        read = [id for id in np.asarray(batch.inputs["source"][row]).tolist() if id]
-        assert read == game[: len(read)]
-        assert 1 <= len(read) <= 5
-        said = np.asarray(batch.targets[row])[np.asarray(batch.weights[row]) > 0].tolist()
-        assert said == game[len(read) : len(read) + 2]
+        source_ids = [id for id in np.asarray(batch.inputs["source"][row]).tolist() if id]
+        assert source_ids == game[: len(source_ids)]
+        assert 1 <= len(source_ids) <= 5
+        target_ids = np.asarray(batch.targets[row])[np.asarray(batch.weights[row]) > 0].tolist()
+        assert target_ids == game[len(source_ids) : len(source_ids) + 2]
 
 
-@pytest.mark.parametrize("name", ["length", "cuts", "horizon"])
-def test_numbers_below_one(name: str) -> None:
+@pytest.mark.parametrize("name", ["length", "positions_per_game", "target_length"])
+def test_options_must_be_at_least_1(name: str) -> None:
     model = tiny_model("t5-tiny", vocab_size=UCI.vocab_size)
-    options = {"length": 5, "cuts": 1, "horizon": 1, name: 0}
+    options = {"length": 5, "positions_per_game": 1, "target_length": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         game_batches(model, UCI, [SCHOLAR], 1, **options)
 
 
-def test_boards_of_a_match() -> None:
+def test_match_boards_show_captures_and_last_positions() -> None:
     games = Games((SCHOLAR, SCHOLAR, FOOL), ("1-0", "1-0", "*"), "uci")
     boards = list(match_boards("nobody", MatchResult(1, 1, 1, 0, 0, games)))
     assert [board.title for board in boards[:3]] == [
@@ -63,7 +63,7 @@ def test_boards_of_a_match() -> None:
     assert (boards[1].last_move, boards[2].text) == ("h5f7", "The model is black. The last position.")
 
 
-def test_a_mating_player_mates() -> None:
+def test_a_mating_player_plays_a_mate_in_one() -> None:
     boards = [board_after(SCHOLAR.rsplit(" ", 1)[0]), board_after(FOOL.rsplit(" ", 1)[0]), chess.Board()]
     moves = MatingPlayer(RandomPlayer()).choose(boards, np.random.default_rng(0))
     assert [str(move) for move in moves[:2]] == ["h5f7", "d8h4"]

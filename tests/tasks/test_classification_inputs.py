@@ -1,4 +1,4 @@
-"""Examples as batches of a classifier, and that every family that classifies learns from them."""
+"""Batches for a classifier, and training a classifier on them."""
 
 import jax
 import numpy as np
@@ -11,18 +11,18 @@ from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.objectives import classification as objective
 from jaxlm.tasks import classification
 from jaxlm.tasks.predict import classify
+from jaxlm.testing.helpers import FIRST_VARIANTS, tiny_model
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import read_confusion, read_samples
-from tests.helpers import FIRST_VARIANTS, tiny_model
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 LABELS = ("colour", "number")
 
 
 def examples(count=40):
-    """The label says whether the first word is a colour."""
+    """Return random texts. The label tells whether the first word is a colour or a number."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(count):
@@ -36,8 +36,8 @@ def tokenizer(template="none"):
 
 
 @pytest.mark.parametrize("name", ["bert-tiny", "xlnet-tiny"])
-def test_inputs_are_those_that_prediction_reads(name):
-    """Training and ``classify`` see the same tokens and token types: equal probabilities."""
+def test_training_and_prediction_encode_texts_in_the_same_way(name):
+    """Training and ``classify`` compute equal probabilities, because they encode texts in the same way."""
     template = {"bert-tiny": "cls_sep", "xlnet-tiny": "sep_cls"}[name]
     model = tiny_model(name, task="classification", num_labels=2).with_labels(LABELS)
     tokens, params = tokenizer(template), jax.jit(model.init)(jax.random.key(0))
@@ -46,13 +46,13 @@ def test_inputs_are_those_that_prediction_reads(name):
     assert ("token_types" in encoded[0]) == model.reads_token_types == True  # noqa: E712
     (batch,) = classification.batches(encoded, 2, 10, num_buckets=1)
     loss, _, _ = objective.loss(model, params, batch)
-    found = classify(model, params, tokens, data.column("text")).probabilities
-    want = -sum(np.log(found[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
-    assert float(loss) == pytest.approx(want, rel=1e-5)
-    np.testing.assert_allclose(classification.predict(model, params, encoded, batch_size=4), found, rtol=1e-5)
+    probabilities = classify(model, params, tokens, data.column("text")).probabilities
+    expected = -sum(np.log(probabilities[row, LABELS.index(label)]) for row, label in enumerate(data.column("label")))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(classification.predict(model, params, encoded, batch_size=4), probabilities, rtol=1e-5)
 
 
-def test_a_test_is_written_for_the_report(tmp_path):
+def test_write_test_writes_the_files_for_the_report(tmp_path):
     data = Examples([{"text": text, "label": label} for text, label in (("a", "x"), ("b", "y"), ("c", "y"))])
     score = classification.write_test(tmp_path, data, ("x", "y"), np.array([0, 0, 1]))
     assert (score.value, score.count) == (pytest.approx(2 / 3), 3)
@@ -62,7 +62,7 @@ def test_a_test_is_written_for_the_report(tmp_path):
         classification.write_test(tmp_path, Examples([{"text": "a", "label": "z"}]), ("x", "y"), np.array([0]))
 
 
-def classifies(name):
+def supports_classification(name):
     try:
         model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)
     except (TypeError, ValueError):
@@ -70,9 +70,9 @@ def classifies(name):
     return hasattr(model.module, "pool")
 
 
-@pytest.mark.parametrize("name", [name for name in FIRST_VARIANTS if classifies(name)])
-def test_rows_without_an_example_change_nothing(name):
-    """An incomplete batch has the loss and the gradient of its examples alone, and both are finite."""
+@pytest.mark.parametrize("name", [name for name in FIRST_VARIANTS if supports_classification(name)])
+def test_empty_rows_do_not_change_loss_and_gradient(name):
+    """Empty rows of an incomplete batch change neither the loss nor the gradient."""
     model = tiny_model(name, task="classification", num_labels=2, vocab_size=64)
     encoded = classification.encode(examples(3), tokenizer(), LABELS, model)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -84,11 +84,11 @@ def test_rows_without_an_example_change_nothing(name):
         results.append(evaluate(params, batch))
     (loss, gradient), (padded_loss, padded_gradient) = results
     np.testing.assert_allclose(padded_loss, loss, rtol=1e-5)
-    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(padded_gradient), strict=True):
-        np.testing.assert_allclose(other, one, atol=1e-5 * max(1.0, float(np.abs(one).max())))
+    for expected, actual in zip(jax.tree.leaves(gradient), jax.tree.leaves(padded_gradient), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
-def test_a_users_own_task_takes_ten_lines(tmp_path):
+def test_a_classifier_for_own_examples_needs_ten_lines(tmp_path):
     data, tokens = examples(), tokenizer()
     model = tiny_model("lstm-encoder-tiny", vocab_size=tokens.vocab_size, num_labels=2).with_labels(LABELS)
     encoded = classification.encode(data, tokens, LABELS, model)
@@ -102,7 +102,7 @@ def test_a_users_own_task_takes_ten_lines(tmp_path):
     assert classify(model, result.params, tokens, ["red one", "two blue"]).labels == list(LABELS)
 
 
-def test_bad_examples_are_named():
+def test_errors_name_bad_examples():
     model = tiny_model("bert-tiny", task="classification", num_labels=2)
     with pytest.raises(
         ValueError, match="example 0 of the examples has the label 'x': known labels are colour, number"

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: the same answers as its own model ``hf`` on the same files, and the command."""
+"""Tasks of lm-evaluation-harness. The answers must equal those of the harness model ``hf`` on the same files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import jaxlm
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer
-from tests.helpers import add_noise, tiny_model
+from jaxlm.testing.helpers import add_noise, tiny_model
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]  # warnings of the harness and its libraries
 
@@ -23,7 +23,7 @@ QUESTIONS = [
     {"question": "two dogs ", "choices": ["are here", "fell"], "answer": 0, "text": " ".join(LINES * 6)},
     {"question": " ".join(LINES * 5), "choices": [" snow", " the man is here"], "answer": 1, "text": "snow"},
 ]
-"""The last question and the second text are longer than 64 tokens, the most that the causal models read."""
+"""The last question and the second text are longer than 64 tokens, the context length of the causal models."""
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_generation"]
 YAML = {
     "tiny_choice": """
@@ -52,13 +52,13 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def task_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """YAML files of the three tasks. The network is off, and the harness does not collect facts about the machine."""
+    """Write YAML files of the three tasks. Disable downloads and the environment report of the harness."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
     for name, text in YAML.items():
         source = {"data_files": {"test": str(folder / "data.jsonl")}, "cache_dir": str(folder / "cache")}
-        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\ntest_split: test\n"
-        (folder / f"{name}.yaml").write_text(head + text.lstrip(), encoding="utf-8")
+        header = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(source)}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(header + text.lstrip(), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             patch.setenv(variable, "1")
@@ -69,7 +69,7 @@ def task_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def tokenizer_of(family: str) -> Any:
-    """Byte-level BPE with the special tokens and the template of the family."""
+    """Return a byte-level BPE tokenizer with the special tokens and the template of the family."""
     import tokenizers
     import transformers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -95,8 +95,8 @@ def tokenizer_of(family: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "t5"])
-def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as transformers saves it, with random weights."""
+def transformers_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory that transformers saved, with random weights."""
     import torch
     import transformers
 
@@ -125,7 +125,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def evaluate(model: Any, task_directory: Path, **options: Any) -> dict[str, Any]:
-    """Results of the three tasks."""
+    """Return the harness results of the three tasks."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -134,37 +134,39 @@ def evaluate(model: Any, task_directory: Path, **options: Any) -> dict[str, Any]
 
 
 def answers(results: dict[str, Any], task: str) -> list[Any]:
-    """The answers of the model, document by document."""
+    """Return a list of the model's answers for each document."""
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     return [np.ravel(np.array(sample["resps"], dtype=object)).tolist() for sample in samples]
 
 
-def test_the_answers_are_those_of_the_harness_with_transformers(published: Path, task_directory: Path) -> None:
+def test_answers_equal_those_of_the_harness_with_transformers(
+    transformers_directory: Path, task_directory: Path
+) -> None:
     from lm_eval.models.huggingface import HFLM
 
     from jaxlm.tasks.lm_eval import HarnessModel
 
-    want = evaluate(HFLM(pretrained=str(published), device="cpu", batch_size=3), task_directory)
-    model = HarnessModel.from_pretrained(published, batch_size=3)
-    found = evaluate(model, task_directory)
+    expected = evaluate(HFLM(pretrained=str(transformers_directory), device="cpu", batch_size=3), task_directory)
+    model = HarnessModel.from_pretrained(transformers_directory, batch_size=3)
+    actual = evaluate(model, task_directory)
     for task in TASKS:
-        for mine, theirs in zip(answers(found, task), answers(want, task), strict=True):
-            assert len(mine) == len(theirs) >= 1
-            for value, other in zip(mine, theirs, strict=True):
-                if isinstance(other, float):
-                    assert value == pytest.approx(other, rel=1e-4, abs=2e-3)
-                elif model.requests.model.reads_source and isinstance(value, str):
-                    # `hf` counts the tokens of the source as generated ones, and generates so many more.
-                    assert value
-                    assert other.startswith(value)
+        for jaxlm_answers, hf_answers in zip(answers(actual, task), answers(expected, task), strict=True):
+            assert len(jaxlm_answers) == len(hf_answers) >= 1
+            for jaxlm_answer, hf_answer in zip(jaxlm_answers, hf_answers, strict=True):
+                if isinstance(hf_answer, float):
+                    assert jaxlm_answer == pytest.approx(hf_answer, rel=1e-4, abs=2e-3)
+                elif model.requests.model.reads_source and isinstance(jaxlm_answer, str):
+                    # `hf` adds the number of source tokens to the limit of generated tokens: its text is longer.
+                    assert jaxlm_answer
+                    assert hf_answer.startswith(jaxlm_answer)
                 else:
-                    assert value == other
-        for name, other in want["results"][task].items():
-            if isinstance(other, float):
-                assert found["results"][task][name] == pytest.approx(other, rel=1e-3)
-    assert len({text for document in answers(found, "tiny_generation") for text in document}) > 1
+                    assert jaxlm_answer == hf_answer
+        for name, hf_answer in expected["results"][task].items():
+            if isinstance(hf_answer, float):
+                assert actual["results"][task][name] == pytest.approx(hf_answer, rel=1e-3)
+    assert len({text for document in answers(actual, "tiny_generation") for text in document}) > 1
     reads_source = model.requests.model.reads_source
-    assert found["config"]["truncated_requests"] == (
+    assert actual["config"]["truncated_requests"] == (
         {"log_likelihoods": 0, "rolling_log_likelihoods": 0, "generate": 0}
         if reads_source
         else {"log_likelihoods": 2, "rolling_log_likelihoods": 1, "generate": 1}
@@ -172,8 +174,8 @@ def test_the_answers_are_those_of_the_harness_with_transformers(published: Path,
 
 
 @pytest.fixture(scope="module", params=["lstm-tiny", "attention-rnn-tiny"])
-def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of a family that transformers does not have."""
+def jaxlm_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a model of a family that transformers does not have."""
     start = {"decoder_start_id": 7} if request.param == "attention-rnn-tiny" else {}
     model = tiny_model(request.param, vocab_size=264, **start)
     folder = tmp_path_factory.mktemp(request.param)
@@ -181,19 +183,19 @@ def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_the_registered_model_and_the_command_agree(
-    own: Path, task_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_registered_model_and_the_command_return_the_same_results(
+    jaxlm_directory: Path, task_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import jaxlm.tasks.lm_eval  # noqa: F401 (registers the model)
 
-    results = evaluate("jaxlm", task_directory, model_args=f"pretrained={own},max_length=40", batch_size=2)
+    results = evaluate("jaxlm", task_directory, model_args=f"pretrained={jaxlm_directory},max_length=40", batch_size=2)
     assert len(answers(results, "tiny_choice")[0]) == 2 * 3
     assert results["config"]["model_family"] in ("lstm", "attention_rnn")
 
     output = tmp_path / "results.json"
     status = cli.main([
-        "evaluate", str(own), "--tasks", *TASKS, "--include-path", str(task_directory), "--max-length", "40",
-        "--output", str(output),
+        "evaluate", str(jaxlm_directory), "--tasks", *TASKS, "--include-path", str(task_directory),
+        "--max-length", "40", "--output", str(output),
     ])  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0
@@ -206,23 +208,23 @@ def test_the_registered_model_and_the_command_agree(
                 assert content["results"][task][name] == pytest.approx(value, rel=1e-5)
 
 
-def test_wrong_commands_are_refused_in_one_line(
-    own: Path, task_directory: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_commands_print_an_error_message(
+    jaxlm_directory: Path, task_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (["--tasks", "tiny_choise", "--include-path", str(task_directory)], "unknown tasks tiny_choise"),
         (["--tasks", "tiny_choice", "--include-path", "missing"], "--include-path missing is not a directory"),
         (["--tasks", "tiny_choice", "--output", "missing/x.json"], "--output missing/x.json: there is no directory"),
         (["--tasks", "tiny_choice", "--limit", "0"], "--limit 0 must be at least 1"),
     ):
-        assert cli.main(["evaluate", str(own), *arguments]) != 0
-        assert said in capsys.readouterr().err
+        assert cli.main(["evaluate", str(jaxlm_directory), *arguments]) != 0
+        assert message in capsys.readouterr().err
 
 
-def test_wrong_arguments_of_the_model_are_named(own: Path) -> None:
+def test_invalid_model_arguments_raise_errors(jaxlm_directory: Path) -> None:
     from jaxlm.tasks.lm_eval import HarnessModel
 
     with pytest.raises(ValueError, match="the model jaxlm needs pretrained=DIR and takes batch_size.*got device, pret"):
-        HarnessModel.create_from_arg_string(f"pretrained={own}", {"device": "cuda"})
+        HarnessModel.create_from_arg_string(f"pretrained={jaxlm_directory}", {"device": "cuda"})
     with pytest.raises(ValueError, match="jaxlm does not support chat templates"):
-        HarnessModel.from_pretrained(own).apply_chat_template([])
+        HarnessModel.from_pretrained(jaxlm_directory).apply_chat_template([])

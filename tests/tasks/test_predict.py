@@ -1,4 +1,4 @@
-"""Predictions for texts: the same in every batch as for each text alone, with few shapes compiled."""
+"""Predictions for texts. They do not depend on the batch, and few shapes are compiled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import jaxlm
 from jaxlm.data import ByteTokenizer
 from jaxlm.decoding import NotFiniteError, generate, log_likelihood
 from jaxlm.tasks import predict
-from jaxlm.tasks.predict import Predictions, classify, score_texts, tag
-from tests.helpers import FIRST_VARIANTS, add_noise, tiny_model
+from jaxlm.tasks.predict import Predictions, classify, label_words, score_texts
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, tiny_model
 
 BYTES = ByteTokenizer()
 TEXTS = ["a fine film", "dull", "not so bad, after all", "a"]
@@ -23,17 +23,17 @@ CLASSIFIERS = tuple(name for name in FIRST_VARIANTS if hasattr(tiny_model(name).
 
 
 @functools.cache
-def pair(name: str, **fields: Any) -> tuple[Any, Any]:
+def model_and_params(name: str, **fields: Any) -> tuple[Any, Any]:
     model = tiny_model(name, vocab_size=264, **fields)
     return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
 
 def classifier(name: str = "bert-tiny") -> tuple[Any, Any]:
-    return pair(name, task="classification", num_labels=3)
+    return model_and_params(name, task="classification", num_labels=3)
 
 
 def words_tokenizer() -> Any:
-    """Whole words and their endings, in BERT's template."""
+    """Return a WordPiece tokenizer with the template of BERT."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, processors
 
@@ -45,7 +45,9 @@ def words_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(words[:4])
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        model_and_params="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PretrainedTokenizer(backend)
 
@@ -54,12 +56,14 @@ def words_tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_classifier_predicts_the_same_in_a_batch_and_alone(name: str) -> None:
+def test_every_classifier_predicts_the_same_with_and_without_a_batch(name: str) -> None:
     model, params = classifier(name)
-    found = classify(model, params, BYTES, TEXTS, batch_size=4)
-    assert found.probabilities.shape == (4, 3)
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1.0, rtol=1e-5)
-    assert found.labels == found.probabilities.argmax(axis=1).tolist(), "numbers, for the model knows no names"
+    predictions = classify(model, params, BYTES, TEXTS, batch_size=4)
+    assert predictions.probabilities.shape == (4, 3)
+    np.testing.assert_allclose(predictions.probabilities.sum(axis=1), 1.0, rtol=1e-5)
+    assert predictions.labels == predictions.probabilities.argmax(axis=1).tolist(), (
+        "labels are numbers, because the model has no label names"
+    )
 
     ids = BYTES.encode(TEXTS[1])[None]
     types = (
@@ -68,48 +72,48 @@ def test_every_classifier_predicts_the_same_in_a_batch_and_alone(name: str) -> N
         else {"token_types": np.zeros_like(ids)}
     )
     hidden, _ = model.apply(params, ids, **types)
-    alone = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
-    np.testing.assert_allclose(found.probabilities[1], alone, atol=2e-5)
+    expected = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
+    np.testing.assert_allclose(predictions.probabilities[1], expected, atol=2e-5)
 
 
-def test_batches_and_order_change_nothing() -> None:
-    whole = classify(*classifier(), BYTES, TEXTS).probabilities
-    np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS, batch_size=3).probabilities, whole, atol=1e-5)
-    np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS[::-1]).probabilities, whole[::-1], atol=1e-5)
+def test_batch_size_and_order_do_not_change_predictions() -> None:
+    expected = classify(*classifier(), BYTES, TEXTS).probabilities
+    np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS, batch_size=3).probabilities, expected, atol=1e-5)
+    np.testing.assert_allclose(classify(*classifier(), BYTES, TEXTS[::-1]).probabilities, expected[::-1], atol=1e-5)
 
 
-def test_compilations_are_bounded_by_the_buckets() -> None:
-    before = predict._label_probabilities._cache_size()
+def test_one_compilation_per_bucket() -> None:
+    compiled_before = predict._label_probabilities._cache_size()
     texts = ["x" * n for n in range(1, 40)]
-    model, params = pair("bert-tiny", task="classification", num_labels=5)
+    model, params = model_and_params("bert-tiny", task="classification", num_labels=5)
     classify(model, params, BYTES, texts, batch_size=2)
-    assert predict._label_probabilities._cache_size() == before + 3, "16, 32 and 48 tokens"
+    assert predict._label_probabilities._cache_size() == compiled_before + 3, "the buckets have 16, 32 and 48 tokens"
     classify(model, params, BYTES, texts[3:30], batch_size=2)
-    assert predict._label_probabilities._cache_size() == before + 3
+    assert predict._label_probabilities._cache_size() == compiled_before + 3
 
 
-def test_pairs_have_the_template_and_the_token_types_of_the_tokenizer() -> None:
+def test_pairs_use_the_template_and_token_types_of_the_tokenizer() -> None:
     tokenizer, (model, params) = words_tokenizer(), classifier()
-    found = classify(model, params, tokenizer, ["ann sings"], ["playing ."]).probabilities[0]
+    actual = classify(model, params, tokenizer, ["ann sings"], ["playing ."]).probabilities[0]
     ids, types = np.array([[2, 6, 7, 3, 4, 5, 8, 3]]), np.array([[0, 0, 0, 0, 1, 1, 1, 1]])
     hidden, _ = model.apply(params, ids, token_types=types)
-    want = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
-    np.testing.assert_allclose(found, want, atol=1e-5)
-    alone = classify(model, params, tokenizer, ["ann sings playing ."]).probabilities[0]
-    assert np.abs(found - alone).max() > 1e-3
+    expected = jax.nn.softmax(model.logits(params, model.pool(params, hidden))[0, 0])
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    single_text = classify(model, params, tokenizer, ["ann sings playing ."]).probabilities[0]
+    assert np.abs(actual - single_text).max() > 1e-3
 
 
-def test_labels_have_the_names_that_the_model_knows() -> None:
+def test_labels_have_the_label_names_of_the_model() -> None:
     assert Predictions(np.array([[0.1, 0.9], [0.6, 0.4]]), ("no", "yes")).labels == ["yes", "no"]
     model, params = classifier()
-    found = classify(model.with_labels(["bad", "good", "so-so"]), params, BYTES, TEXTS)
-    assert found.labels == [("bad", "good", "so-so")[i] for i in found.ids]
-    token_classifier, params = pair("bert-tiny", task="token_classification", num_labels=2)
-    (labels,) = tag(token_classifier.with_labels(["O", "NAME"]), params, BYTES, ["ann sings"])
-    assert {one.label for one in labels} <= {"O", "NAME"}
+    predictions = classify(model.with_labels(["bad", "good", "so-so"]), params, BYTES, TEXTS)
+    assert predictions.labels == [("bad", "good", "so-so")[i] for i in predictions.ids]
+    token_classifier, params = model_and_params("bert-tiny", task="token_classification", num_labels=2)
+    (labels,) = label_words(token_classifier.with_labels(["O", "NAME"]), params, BYTES, ["ann sings"])
+    assert {label.label for label in labels} <= {"O", "NAME"}
 
 
-def test_texts_that_cannot_be_classified() -> None:
+def test_errors_for_texts_that_cannot_be_classified() -> None:
     with pytest.raises(ValueError, match="text 1 is '', which has no tokens"):
         classify(*classifier(), BYTES, ["a", ""])
     with pytest.raises(ValueError, match="text 1 is '', which has no tokens"):
@@ -130,90 +134,95 @@ def test_texts_that_cannot_be_classified() -> None:
         classify(jaxlm.get_model("bert-tiny", task="classification", num_labels=1), {}, BYTES, ["a"])
 
 
-def not_finite_after(name: str, letter: str, **fields: Any) -> tuple[Any, Any]:
-    """A model in which the embedding of one byte is not finite."""
-    model, params = pair(name, **fields)
+def model_with_nan_embedding(name: str, letter: str, **fields: Any) -> tuple[Any, Any]:
+    """Return a model and parameters with NaN in the embedding of one byte."""
+    model, params = model_and_params(name, **fields)
     table = params["token_embedding"].at[ord(letter), :5].set(np.nan)
     return model, {**params, "token_embedding": table}
 
 
-def test_texts_whose_logits_are_not_finite_are_named() -> None:
+def test_errors_name_texts_with_nonfinite_logits() -> None:
     message = r"the logits of text 1, 3 are not finite: 1 parameter is not finite: token_embedding \(5 of \d+ values\)"
     texts = ["a fine film", "dul*", "not so bad, after all", "*"]
-    bad = not_finite_after("bert-tiny", "*", task="classification", num_labels=3)
+    nan_classifier = model_with_nan_embedding("bert-tiny", "*", task="classification", num_labels=3)
     with pytest.raises(NotFiniteError, match=message):
-        classify(*bad, BYTES, texts, batch_size=4)
-    assert np.isfinite(classify(*bad, BYTES, TEXTS, batch_size=4).probabilities).all()
+        classify(*nan_classifier, BYTES, texts, batch_size=4)
+    assert np.isfinite(classify(*nan_classifier, BYTES, TEXTS, batch_size=4).probabilities).all()
     with pytest.raises(NotFiniteError, match=message):
-        tag(*not_finite_after("bert-tiny", "*", task="token_classification", num_labels=4), BYTES, texts, batch_size=4)
-    # The last token is not read: the logits of text 1 alone are not finite.
+        label_words(
+            *model_with_nan_embedding("bert-tiny", "*", task="token_classification", num_labels=4),
+            BYTES,
+            texts,
+            batch_size=4,
+        )
+    # The last token of text 2 is not an input, so only the logits of text 1 are not finite.
     texts = ["a fine film", "d*ll", "not so bad, after all*"]
     with pytest.raises(NotFiniteError, match="the logits of text 1 are not finite: 1 parameter"):
-        score_texts(*not_finite_after("lstm-tiny", "*", tie_embeddings=False), BYTES, texts, batch_size=2)
+        score_texts(*model_with_nan_embedding("lstm-tiny", "*", tie_embeddings=False), BYTES, texts, batch_size=2)
 
 
 # ---------------------------------------------------------------------------------------------- labels of words
 
 
 def test_a_word_has_the_label_of_its_first_token() -> None:
-    model, params = pair("bert-tiny", task="token_classification", num_labels=4)
+    model, params = model_and_params("bert-tiny", task="token_classification", num_labels=4)
     tokenizer, texts = words_tokenizer(), ["ann sings", "ann playing  sings."]
     ids = tokenizer.encode_inputs(texts[1]).ids
     assert ids.tolist() == [2, 6, 4, 5, 7, 8, 3]
     hidden, _ = model.apply(params, ids[None], token_types=np.zeros((1, 7), np.int32))
-    want = np.asarray(jax.nn.softmax(model.logits(params, hidden)[0], axis=-1))
-    _, labels = tag(model, params, tokenizer, texts)
-    assert [texts[1][one.start : one.end] for one in labels] == ["ann", "playing", "sings."]
-    assert [one.label for one in labels] == want.argmax(axis=1)[[1, 2, 4]].tolist()
-    np.testing.assert_allclose([one.probability for one in labels], want.max(axis=1)[[1, 2, 4]], atol=1e-5)
-    _, labels = tag(model, params, tokenizer, texts, unit="token")
-    assert [texts[1][one.start : one.end] for one in labels] == ["ann", "play", "ing", "sings", "."]
-    assert [one.label for one in labels] == want.argmax(axis=1)[1:6].tolist()
+    expected = np.asarray(jax.nn.softmax(model.logits(params, hidden)[0], axis=-1))
+    _, labels = label_words(model, params, tokenizer, texts)
+    assert [texts[1][label.start : label.end] for label in labels] == ["ann", "playing", "sings."]
+    assert [label.label for label in labels] == expected.argmax(axis=1)[[1, 2, 4]].tolist()
+    np.testing.assert_allclose([label.probability for label in labels], expected.max(axis=1)[[1, 2, 4]], atol=1e-5)
+    _, labels = label_words(model, params, tokenizer, texts, unit="token")
+    assert [texts[1][label.start : label.end] for label in labels] == ["ann", "play", "ing", "sings", "."]
+    assert [label.label for label in labels] == expected.argmax(axis=1)[1:6].tolist()
 
 
 def test_a_byte_tokenizer_labels_words_of_several_bytes() -> None:
-    model, params = pair("bert-tiny", task="token_classification", num_labels=4)
-    (labels,) = tag(model, params, BYTES, ["né là"])
-    assert [(one.start, one.end) for one in labels] == [(0, 2), (3, 5)]
+    model, params = model_and_params("bert-tiny", task="token_classification", num_labels=4)
+    (labels,) = label_words(model, params, BYTES, ["né là"])
+    assert [(label.start, label.end) for label in labels] == [(0, 2), (3, 5)]
     with pytest.raises(ValueError, match="unit='byte' is unknown: choose from 'word', 'token'"):
-        tag(model, params, BYTES, ["a"], unit="byte")  # type: ignore[arg-type]
+        label_words(model, params, BYTES, ["a"], unit="byte")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="this is a BERT with a classification head: it does not label words"):
-        tag(*classifier(), BYTES, ["a"])
+        label_words(*classifier(), BYTES, ["a"])
 
 
 # -------------------------------------------------------------------------------------------------- likelihoods
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "lstm-tiny"])
-def test_likelihoods_of_causal_families(name: str) -> None:
-    model, params = pair(name)
+def test_causal_families_score_all_tokens_except_the_first(name: str) -> None:
+    model, params = model_and_params(name)
     texts = TEXTS[:3]
     scores = score_texts(model, params, BYTES, texts, batch_size=2)
     assert scores.num_tokens.tolist() == [len(text) - 1 for text in texts]
-    for text, found, total in zip(texts, scores.token_log_likelihoods, scores.log_likelihoods, strict=True):
-        want = np.asarray(log_likelihood(model, params, BYTES.encode(text)[None]))[0]
-        np.testing.assert_allclose(found, want, atol=2e-5)
-        assert total == pytest.approx(want.sum(), rel=1e-5)
+    for text, actual, total in zip(texts, scores.token_log_likelihoods, scores.log_likelihoods, strict=True):
+        expected = np.asarray(log_likelihood(model, params, BYTES.encode(text)[None]))[0]
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+        assert total == pytest.approx(expected.sum(), rel=1e-5)
     mean = -scores.log_likelihoods.sum() / scores.num_tokens.sum()
     assert scores.perplexity == pytest.approx(np.exp(mean))
 
 
 @pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
-def test_likelihoods_of_targets_given_sources(name: str) -> None:
-    model, params = pair(name, decoder_start_id=7)
+def test_encoder_decoders_score_targets_given_sources(name: str) -> None:
+    model, params = model_and_params(name, decoder_start_id=7)
     start = 7
     texts, sources = ["yes", "a film"], ["ja", "ein Film, ganz gut"]
     scores = score_texts(model, params, BYTES, texts, sources, batch_size=2)
     for number, (text, source) in enumerate(zip(texts, sources, strict=True)):
         ids = np.append(BYTES.encode(text), 256)
-        read = np.append(start, ids[:-1])[None].astype(np.int32)
-        hidden, _ = jax.jit(model.apply)(params, read, source=BYTES.encode(source)[None])
+        decoder_input = np.append(start, ids[:-1])[None].astype(np.int32)
+        hidden, _ = jax.jit(model.apply)(params, decoder_input, source=BYTES.encode(source)[None])
         log_probs = np.asarray(jax.nn.log_softmax(model.logits(params, hidden)[0], axis=-1))
         np.testing.assert_allclose(scores.token_log_likelihoods[number], log_probs[np.arange(ids.size), ids], atol=2e-5)
 
 
-def test_scores_are_those_of_generating() -> None:
-    model, params = pair("t5-tiny")
+def test_scores_equal_the_log_probabilities_of_generated_tokens() -> None:
+    model, params = model_and_params("t5-tiny")
     source = BYTES.encode("ja")[None]
     out = generate(
         model,
@@ -224,20 +233,20 @@ def test_scores_are_those_of_generating() -> None:
         state=model.init_decode_state(params, source, 5),
     )
     text = BYTES.decode(np.asarray(out.tokens)[0])
-    found = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]
-    assert found.size == 6
+    actual = score_texts(model, params, BYTES, [text], ["ja"]).token_log_likelihoods[0]
+    assert actual.size == 6
     hidden, _ = model.apply(params, np.append(0, np.asarray(out.tokens)[0, :4])[None], source=source)
-    missing = jax.nn.logsumexp(model.logits(params, hidden)[0, :, :128], axis=-1) - jax.nn.logsumexp(
+    log_allowed_probability = jax.nn.logsumexp(model.logits(params, hidden)[0, :, :128], axis=-1) - jax.nn.logsumexp(
         model.logits(params, hidden)[0], axis=-1
     )
-    np.testing.assert_allclose(found[:5], out.log_probs[0] + missing, atol=2e-5)
+    np.testing.assert_allclose(actual[:5], out.log_probs[0] + log_allowed_probability, atol=2e-5)
 
 
-def test_texts_that_cannot_be_scored() -> None:
-    gpt, t5 = pair("gpt2-tiny"), pair("t5-tiny")
+def test_errors_for_texts_that_cannot_be_scored() -> None:
+    gpt, t5 = model_and_params("gpt2-tiny"), model_and_params("t5-tiny")
     with pytest.raises(ValueError, match="text 1 is 'a', 1 tokens: the first token is not predicted"):
         score_texts(*gpt, BYTES, ["ab", "a"])
-    assert score_texts(*gpt, BYTES, ["x" * 65]).num_tokens.tolist() == [64], "the last token is not read"
+    assert score_texts(*gpt, BYTES, ["x" * 65]).num_tokens.tolist() == [64], "the last token is not an input"
     with pytest.raises(
         ValueError, match=r"text 0 has 66 tokens, but max_positions=64: score it in windows, with jaxlm"
     ):

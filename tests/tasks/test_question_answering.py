@@ -1,4 +1,7 @@
-"""Question answering: targets of windows, spans against brute force, and transformers' windows (live)."""
+"""Question answering: training targets of windows, and the best spans, which must equal those of a brute-force search.
+
+Live tests compare windows with those of transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from jaxlm.data.buckets import Bucketed
 from jaxlm.data.encodings import Encoding
 from jaxlm.decoding import NotFiniteError
 from jaxlm.tasks import question_answering
-from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, features, to_batch
-from tests.helpers import add_noise, tiny_model
+from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, to_batch, training_windows
+from jaxlm.testing.helpers import add_noise, tiny_model
 
 BYTES = ByteTokenizer()
 CONTEXTS = (
@@ -34,16 +37,16 @@ MODELS = ("bert-tiny", "roberta-tiny", "xlnet-tiny")
 
 
 def examples() -> list[dict[str, Any]]:
-    """One example for every occurrence of every answer."""
-    found = []
+    """Return one example for every occurrence of every answer."""
+    result = []
     for context, answers in zip(CONTEXTS, ANSWERS, strict=True):
         for text in answers:
             start = context.find(text)
             while start >= 0:
                 example = {"id": f"{text}-{start}", "question": "What is it?", "context": context}
-                found.append({**example, "answers": [text], "starts": [start]})
+                result.append({**example, "answers": [text], "starts": [start]})
                 start = context.find(text, start + 1)
-    return found
+    return result
 
 
 EXAMPLES = examples()
@@ -62,12 +65,12 @@ def tokenizer(name: str) -> Any:
             return train_tokenizer(texts, kind, 330, template=template)  # type: ignore[arg-type]
 
 
-READER = tiny_model("bert-tiny", vocab_size=400, task="span_qa", max_positions=256, num_token_types=3)
-"""A model that only makes features."""
+QA_MODEL = tiny_model("bert-tiny", vocab_size=400, task="span_qa", max_positions=256, num_token_types=3)
+"""A model for ``training_windows``, which needs no parameters."""
 
 
 @functools.cache
-def pair(name: str, **fields: Any) -> tuple[Any, Any]:
+def model_and_params(name: str, **fields: Any) -> tuple[Any, Any]:
     model = tiny_model(name, vocab_size=400, task="span_qa", **fields)
     return model, add_noise(jax.jit(model.init)(jax.random.key(0)))
 
@@ -80,26 +83,26 @@ def windows_of(name: str, example: dict[str, Any], max_length: int, stride: int)
 
 
 @pytest.mark.parametrize("name", ["bytes", "characters", "bpe cls_sep", "unigram sep_cls", "bpe bos_eos"])
-def test_targets_are_the_answer_in_every_window_that_holds_it(name: str) -> None:
+def test_targets_are_the_answer_in_every_window_that_contains_it(name: str) -> None:
     max_length, stride = 80, 30
     assert len(EXAMPLES) > 35
     for example in EXAMPLES:
         (text,), (start,) = example["answers"], example["starts"]
-        rows = features(READER, tokenizer(name), [example], max_length=max_length, stride=stride)
+        rows = training_windows(QA_MODEL, tokenizer(name), [example], max_length=max_length, stride=stride)
         windows = windows_of(name, example, max_length, stride)
-        whole = 0
+        num_windows_with_answer = 0
         for row, window in zip(rows, windows, strict=True):
             np.testing.assert_array_equal(row["tokens"], window.ids)
             offsets = window.offsets[window.sequence == 1]
             first, last = row["first"], row["last"]
             if offsets[0, 0] <= start and offsets[-1, 1] >= start + len(text):
-                whole += 1
+                num_windows_with_answer += 1
                 assert window.sequence[first] == window.sequence[last] == 1
-                got = example["context"][window.offsets[first, 0] : window.offsets[last, 1]]
-                assert text in got
+                target_text = example["context"][window.offsets[first, 0] : window.offsets[last, 1]]
+                assert text in target_text
                 if name in ("bytes", "characters"):
-                    assert got == text
-                # One token less at either side would lose a part of the answer.
+                    assert target_text == text
+                # The target has no unnecessary tokens: its first and last tokens overlap the answer.
                 inside = (window.sequence == 1) & (window.offsets[:, 1] > start)
                 inside &= window.offsets[:, 0] < start + len(text)
                 assert (first, last) == (np.flatnonzero(inside)[0], np.flatnonzero(inside)[-1])
@@ -107,37 +110,37 @@ def test_targets_are_the_answer_in_every_window_that_holds_it(name: str) -> None
                 assert first == last == window.ids.size - 1
             else:
                 assert first == last == 0
-        assert whole >= 1
+        assert num_windows_with_answer >= 1
 
 
-def test_the_target_is_the_answer_of_most_annotators() -> None:
+def test_the_target_is_the_most_frequent_answer() -> None:
     example = {**EXAMPLES[0], "answers": ["Malmö", "1998", "1998", "in 1998"], "starts": [22, 45, 37, 45]}
-    (row,) = features(READER, BYTES, [example])
+    (row,) = training_windows(QA_MODEL, BYTES, [example])
     (window,) = windows_of("bytes", example, 256, 0)
-    assert window.offsets[row["first"], 0] == 22, "each pair of text and start is given once: the first counts"
+    assert window.offsets[row["first"], 0] == 22, "all pairs of text and start are different: the first is used"
     example = {**example, "answers": ["Malmö", "1998", "1998"], "starts": [22, 37, 37]}
-    (row,) = features(READER, BYTES, [example])
+    (row,) = training_windows(QA_MODEL, BYTES, [example])
     assert window.offsets[row["first"]].tolist() == [37, 38]
 
 
-def test_white_space_around_an_answer_has_no_token() -> None:
+def test_white_space_around_an_answer_is_not_part_of_the_target() -> None:
     context = EXAMPLES[0]["context"]
     example = {**EXAMPLES[0], "answers": [" in 1998; "], "starts": [context.index(" in 1998; ")]}
-    (row,) = features(READER, tokenizer("bpe cls_sep"), [example])
+    (row,) = training_windows(QA_MODEL, tokenizer("bpe cls_sep"), [example])
     (window,) = windows_of("bpe cls_sep", example, 256, 0)
     assert context[window.offsets[row["first"], 0] : window.offsets[row["last"], 1]] == "in 1998;"
 
 
-def test_questions_without_an_answer_point_at_the_classifier_token() -> None:
+def test_the_target_of_unanswerable_questions_is_the_cls_token() -> None:
     example = {**EXAMPLES[20], "answers": [], "starts": []}
     for name in ("bytes", "bpe cls_sep", "unigram sep_cls"):
-        for row in features(READER, tokenizer(name), [example], max_length=64):
+        for row in training_windows(QA_MODEL, tokenizer(name), [example], max_length=64):
             position = row["tokens"].size - 1 if "sep_cls" in name else 0
             assert row["first"] == row["last"] == position
 
 
-def test_a_batch_has_token_types_where_the_model_reads_them_and_no_weight_in_empty_rows() -> None:
-    rows = features(READER, tokenizer("bpe cls_sep"), EXAMPLES[:3], max_length=64)
+def test_a_batch_has_token_types_and_weight_0_for_empty_rows() -> None:
+    rows = training_windows(QA_MODEL, tokenizer("bpe cls_sep"), EXAMPLES[:3], max_length=64)
     source = Bucketed(rows, batch_size=len(rows) + 2, num_buckets=1, shuffle=False)
     batch = to_batch(source.batch(0, range(len(rows) + 2)))
     assert batch.weights.tolist() == [1.0] * len(rows) + [0.0] * 2
@@ -146,8 +149,8 @@ def test_a_batch_has_token_types_where_the_model_reads_them_and_no_weight_in_emp
     assert batch.segment_ids.sum(axis=1).tolist() == [row["tokens"].size for row in rows] + [1] * 2
 
 
-def test_no_batch_is_longer_than_the_positions_of_the_model() -> None:
-    windows = features(READER, tokenizer("bpe cls_sep"), EXAMPLES[:6], max_length=30)
+def test_batches_are_not_longer_than_max_length() -> None:
+    windows = training_windows(QA_MODEL, tokenizer("bpe cls_sep"), EXAMPLES[:6], max_length=30)
     assert max(window["tokens"].size for window in windows) == 30
     lengths = [
         max(batch.tokens.shape[1] for batch in question_answering.batches(windows, 4, max_length=limit))
@@ -158,8 +161,8 @@ def test_no_batch_is_longer_than_the_positions_of_the_model() -> None:
         question_answering.batches(windows, 4, max_length=29)
 
 
-def test_questions_whose_logits_are_not_finite_are_named() -> None:
-    model, params = pair("bert-tiny")
+def test_errors_name_questions_with_nonfinite_logits() -> None:
+    model, params = model_and_params("bert-tiny")
     table = params["token_embedding"].at[ord("*"), 0].set(np.inf)
     with pytest.raises(NotFiniteError, match=r"the logits of question 1 are not finite: .*: token_embedding \(1 of"):
         answer(
@@ -168,23 +171,23 @@ def test_questions_whose_logits_are_not_finite_are_named() -> None:
         )  # fmt: skip
 
 
-def test_examples_that_have_no_target() -> None:
-    model = pair("bert-tiny")[0]
+def test_errors_for_invalid_training_examples() -> None:
+    model = model_and_params("bert-tiny")[0]
     with pytest.raises(ValueError, match="question 'q': no window has the whole answer .*: use a larger stride"):
-        features(
+        training_windows(
             model, BYTES, [{**EXAMPLES[20], "id": "q", "answers": [CONTEXTS[1][5:60]], "starts": [5]}],
             max_length=48, stride=5,
         )  # fmt: skip
     with pytest.raises(ValueError, match="question 'q': the context has no tokens: ''"):
-        features(model, BYTES, [{**EXAMPLES[0], "id": "q", "context": ""}])
+        training_windows(model, BYTES, [{**EXAMPLES[0], "id": "q", "context": ""}])
     with pytest.raises(ValueError, match="question 'q' has id 226, outside the model's 100 ids"):
-        features(tiny_model("bert-tiny", vocab_size=100, task="span_qa"), BYTES, [{**EXAMPLES[0], "id": "q"}])
+        training_windows(tiny_model("bert-tiny", vocab_size=100, task="span_qa"), BYTES, [{**EXAMPLES[0], "id": "q"}])
     with pytest.raises(ValueError, match="a masked-token head: it does not answer questions"):
-        features(tiny_model("bert-tiny"), BYTES, EXAMPLES)
+        training_windows(tiny_model("bert-tiny"), BYTES, EXAMPLES)
     with pytest.raises(ValueError, match="the tokenizer returns token type 1, but roberta has num_token_types=1"):
-        features(tiny_model("roberta-tiny", vocab_size=400, task="span_qa"), tokenizer("bpe cls_sep"), EXAMPLES)
+        training_windows(tiny_model("roberta-tiny", vocab_size=400, task="span_qa"), tokenizer("bpe cls_sep"), EXAMPLES)
     with pytest.raises(ValueError, match="max_length=65 must be at most 64, the model's max_positions"):
-        features(model, BYTES, EXAMPLES, max_length=65)
+        training_windows(model, BYTES, EXAMPLES, max_length=65)
 
 
 # -------------------------------------------------------------------------------------------------- answers
@@ -192,8 +195,8 @@ def test_examples_that_have_no_target() -> None:
 
 @functools.cache
 def logits(name: str) -> Any:
-    """Logits of one row of tokens [T, 2]."""
-    model = pair(name)[0]
+    """Return a compiled function of params, ids [T] and token types that returns logits [T, 2]."""
+    model = model_and_params(name)[0]
 
     @jax.jit
     def compute(params: Any, ids: Any, types: Any) -> Any:
@@ -203,91 +206,102 @@ def logits(name: str) -> Any:
     return compute
 
 
-def brute_force(name: str, tokens: Any, question: str, context: str, most: int, size: tuple[int, int]) -> Answer:
-    """All spans of all windows, one window at a time without padding."""
-    params = pair(name)[1]
-    best, nothing = (-np.inf, 0, 0), np.inf
+def brute_force(name: str, tokens: Any, question: str, context: str, max_tokens: int, size: tuple[int, int]) -> Answer:
+    """Return the best of all spans of all windows. Each window is a batch without padding."""
+    params = model_and_params(name)[1]
+    best, no_answer_score = (-np.inf, 0, 0), np.inf
     for window in tokens.encode_windows(question, context, max_length=size[0], stride=size[1]):
         starts, ends = np.asarray(logits(name)(params, window.ids, window.token_types)).T
-        at = window.ids.size - 1 if window.ids[-1] == tokens.special_ids.cls else 0
-        nothing = min(nothing, starts[at] + ends[at])
+        cls_position = window.ids.size - 1 if window.ids[-1] == tokens.special_ids.cls else 0
+        no_answer_score = min(no_answer_score, starts[cls_position] + ends[cls_position])
         inside = np.flatnonzero(window.sequence == 1).tolist()
         for first in inside:
             for last in inside:
-                if first <= last < first + most and starts[first] + ends[last] > best[0]:
+                if first <= last < first + max_tokens and starts[first] + ends[last] > best[0]:
                     span = int(window.offsets[first, 0]), int(window.offsets[last, 1])
                     best = (starts[first] + ends[last], *span)
-    return Answer(context[best[1] : best[2]], float(best[0] - nothing), best[1], best[2])
+    return Answer(context[best[1] : best[2]], float(best[0] - no_answer_score), best[1], best[2])
 
 
 TOKENIZER_OF = {"bert-tiny": "bpe cls_sep", "roberta-tiny": "bpe bos_eos", "xlnet-tiny": "unigram sep_cls"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_are_the_best_of_all_spans_of_all_windows(name: str) -> None:
-    most = 7
+def test_answers_are_the_best_spans_of_all_windows(name: str) -> None:
+    max_tokens = 7
     tokens = tokenizer(TOKENIZER_OF[name])
     questions = ["What is it?", "Who?", "What is it?"]
-    found = answer(
-        *pair(name), tokens, questions, CONTEXTS, max_answer_tokens=most, max_length=40, stride=13, batch_size=4
+    answers = answer(
+        *model_and_params(name),
+        tokens,
+        questions,
+        CONTEXTS,
+        max_answer_tokens=max_tokens,
+        max_length=40,
+        stride=13,
+        batch_size=4,
     )
-    for question, context, got in zip(questions, CONTEXTS, found, strict=True):
-        want = brute_force(name, tokens, question, context, most, (40, 13))
-        assert (got.text, got.start, got.end) == (want.text, want.start, want.end)
-        assert got.score == pytest.approx(want.score, abs=2e-4)
-        assert got.text == context[got.start : got.end] != ""
+    for question, context, actual in zip(questions, CONTEXTS, answers, strict=True):
+        expected = brute_force(name, tokens, question, context, max_tokens, (40, 13))
+        assert (actual.text, actual.start, actual.end) == (expected.text, expected.start, expected.end)
+        assert actual.score == pytest.approx(expected.score, abs=2e-4)
+        assert actual.text == context[actual.start : actual.end] != ""
 
 
-def test_order_and_batch_size_change_nothing_and_shapes_are_few() -> None:
+def test_order_and_batch_size_do_not_change_answers() -> None:
     questions, contexts = ["What is it?"] * len(CONTEXTS), list(CONTEXTS)
     tokens = tokenizer("bpe cls_sep")
-    whole = answer(*pair("bert-tiny"), tokens, questions, contexts)
+    expected = answer(*model_and_params("bert-tiny"), tokens, questions, contexts)
     compiled: Any = question_answering._best_spans
-    before = compiled._cache_size()
+    compiled_before = compiled._cache_size()
     for batch_size in (1, 3):
-        found = answer(*pair("bert-tiny"), tokens, questions, contexts[::-1], batch_size=batch_size)[::-1]
-        assert [one.text for one in found] == [one.text for one in whole]
-        np.testing.assert_allclose([one.score for one in found], [one.score for one in whole], atol=1e-4)
-    assert compiled._cache_size() <= before + 4, "lengths 56 and 64 at most, two batch sizes"
+        answers = answer(*model_and_params("bert-tiny"), tokens, questions, contexts[::-1], batch_size=batch_size)[::-1]
+        assert [item.text for item in answers] == [item.text for item in expected]
+        np.testing.assert_allclose([item.score for item in answers], [item.score for item in expected], atol=1e-4)
+    assert compiled._cache_size() <= compiled_before + 4, "at most two lengths, 56 and 64, and two batch sizes"
 
 
-def test_no_answer_below_the_threshold() -> None:
+def test_answers_below_the_threshold_are_empty() -> None:
     questions = ["What is it?"] * len(CONTEXTS)
     tokens = tokenizer("bpe cls_sep")
-    whole = answer(*pair("bert-tiny"), tokens, questions, CONTEXTS)
-    scores = sorted(one.score for one in whole)
-    some = answer(*pair("bert-tiny"), tokens, questions, CONTEXTS, no_answer_threshold=scores[0] + 1e-3)
-    for one, other in zip(some, whole, strict=True):
-        assert one.score == pytest.approx(other.score)
-        assert one == other if other.score > scores[0] + 1e-3 else (one.text, one.start, one.end) == ("", 0, 0)
-    assert sum(one.text == "" for one in some) == 1
+    all_answers = answer(*model_and_params("bert-tiny"), tokens, questions, CONTEXTS)
+    scores = sorted(actual.score for actual in all_answers)
+    answers = answer(*model_and_params("bert-tiny"), tokens, questions, CONTEXTS, no_answer_threshold=scores[0] + 1e-3)
+    for actual, expected in zip(answers, all_answers, strict=True):
+        assert actual.score == pytest.approx(expected.score)
+        assert (
+            actual == expected
+            if expected.score > scores[0] + 1e-3
+            else (actual.text, actual.start, actual.end) == ("", 0, 0)
+        )
+    assert sum(actual.text == "" for actual in answers) == 1
 
 
-def test_the_best_threshold_is_the_best_of_all() -> None:
+def test_best_no_answer_threshold_equals_a_search_over_thresholds() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         count = int(rng.integers(1, 12))
-        found = [
+        answers = [
             Answer(str(rng.choice(["red ball", "ball", "Mary"])), float(rng.integers(4)), 0, 1) for _ in range(count)
         ]
         references = [[] if rng.random() < 0.4 else ["red ball", "it"] for _ in range(count)]
 
-        def total(threshold: float, found: Any = found, references: Any = references) -> float:
-            texts = [one.text if one.score > threshold else "" for one in found]
-            sums = 0.0
-            for text, accepted in zip(texts, references, strict=True):
-                if accepted and text:
-                    sums += {"red ball": 1.0, "ball": 2 / 3, "Mary": 0.0}[text]
+        def total(threshold: float, answers: Any = answers, references: Any = references) -> float:
+            texts = [item.text if item.score > threshold else "" for item in answers]
+            result = 0.0
+            for text, reference_texts in zip(texts, references, strict=True):
+                if reference_texts and text:
+                    result += {"red ball": 1.0, "ball": 2 / 3, "Mary": 0.0}[text]
                 else:
-                    sums += float(not accepted and not text)
-            return sums
+                    result += float(not reference_texts and not text)
+            return result
 
         best = max(total(threshold) for threshold in np.arange(-1.5, 5.0, 0.5))
-        assert total(best_no_answer_threshold(found, references)) == pytest.approx(best)
+        assert total(best_no_answer_threshold(answers, references)) == pytest.approx(best)
 
 
-def test_questions_that_cannot_be_answered() -> None:
-    model, params = pair("bert-tiny")
+def test_errors_for_questions_that_cannot_be_answered() -> None:
+    model, params = model_and_params("bert-tiny")
     with pytest.raises(TypeError, match=r"questions must be a sequence of strings, got one string: pass \['Who\?'\]"):
         answer(model, params, BYTES, "Who?", ["Mary"])
     with pytest.raises(TypeError, match="contexts must be a sequence of strings"):
@@ -313,27 +327,28 @@ def test_questions_that_cannot_be_answered() -> None:
 
 @pytest.mark.live
 @pytest.mark.parametrize("template", ["cls_sep", "bos_eos"])
-def test_windows_and_targets_are_those_of_transformers(template: str, tmp_path: Path) -> None:
+def test_windows_and_targets_equal_those_of_transformers(template: str, tmp_path: Path) -> None:
     import transformers
 
-    ours = tokenizer(f"bpe {template}")
-    ours.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    model = pair("bert-tiny")[0]
+    jaxlm_tokenizer = tokenizer(f"bpe {template}")
+    jaxlm_tokenizer.save(tmp_path)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = model_and_params("bert-tiny")[0]
     for example in EXAMPLES:
-        rows = features(model, ours, [example], max_length=60, stride=31)
-        made = theirs(
+        rows = training_windows(model, jaxlm_tokenizer, [example], max_length=60, stride=31)
+        hf_windows = hf_tokenizer(
             example["question"], example["context"], truncation="only_second", max_length=60, stride=31,
             return_overflowing_tokens=True, return_offsets_mapping=True,
         )  # fmt: skip
-        assert [row["tokens"].tolist() for row in rows] == made["input_ids"]
+        assert [row["tokens"].tolist() for row in rows] == hf_windows["input_ids"]
         (text,), (start,) = example["answers"], example["starts"]
-        for number, (row, offsets) in enumerate(zip(rows, made["offset_mapping"], strict=True)):
-            inside = [at for at, sequence in enumerate(made.sequence_ids(number)) if sequence == 1]
-            got, want = (offsets[row["first"]][0], offsets[row["last"]][1]), (0, 0)
+        for number, (row, offsets) in enumerate(zip(rows, hf_windows["offset_mapping"], strict=True)):
+            inside = [position for position, sequence in enumerate(hf_windows.sequence_ids(number)) if sequence == 1]
+            actual, expected = (offsets[row["first"]][0], offsets[row["last"]][1]), (0, 0)
             if offsets[inside[0]][0] <= start and offsets[inside[-1]][1] >= start + len(text):
-                first = max(at for at in inside if offsets[at][0] <= start)
-                last = min(at for at in inside if offsets[at][1] >= start + len(text))
-                # Of several tokens of one character (bytes) we take all, and they take the last and the first.
-                want = (offsets[first][0], offsets[last][1])
-            assert got == want
+                first = max(position for position in inside if offsets[position][0] <= start)
+                last = min(position for position in inside if offsets[position][1] >= start + len(text))
+                # A character can have several byte tokens. jaxlm includes all of them; transformers includes only
+                # the last one of the first character and the first one of the last character.
+                expected = (offsets[first][0], offsets[last][1])
+            assert actual == expected

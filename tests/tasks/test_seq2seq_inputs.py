@@ -11,7 +11,7 @@ from jaxlm.data.examples import Examples
 from jaxlm.data.vocabularies import train_tokenizer
 from jaxlm.objectives import seq2seq as objective
 from jaxlm.tasks import seq2seq
-from tests.helpers import tiny_model
+from jaxlm.testing.helpers import tiny_model
 
 PAIRS = Examples([{"source": "a b c", "target": "c b"}, {"source": "b", "target": "b a c a"}])
 
@@ -20,7 +20,7 @@ def tokenizer(template="eos"):
     return train_tokenizer(["a b c"], "word", 20, template=template)
 
 
-def test_what_the_decoder_reads_and_says():
+def test_the_batch_has_shifted_decoder_inputs_and_targets():
     model = tiny_model("t5-tiny", decoder_start_id=0)
     tokens = tokenizer()
     a, b, c = (int(tokens.encode(word)[0]) for word in "abc")
@@ -36,24 +36,27 @@ def test_what_the_decoder_reads_and_says():
 
 
 @pytest.mark.parametrize("name", ["t5-tiny", "attention-rnn-tiny"])
-def test_rows_without_an_example_change_nothing(name):
+def test_empty_rows_do_not_change_loss_and_gradient(name):
     model, tokens = tiny_model(name), tokenizer()
     params = jax.jit(model.init)(jax.random.key(0))
-    value = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
-    (small,), (large,) = (
+    loss_and_gradient = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
+    (batch,), (padded_batch,) = (
         seq2seq.batches(seq2seq.encode(PAIRS, tokens), model, tokens, rows, num_buckets=1) for rows in (2, 4)
     )  # fmt: skip
-    (loss, gradient), (other_loss, other_gradient) = value(params, small), value(params, large)
-    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
-    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
-        np.testing.assert_allclose(other, one, atol=1e-5 * max(1.0, float(np.abs(one).max())))
+    (loss, gradient), (padded_loss, padded_gradient) = (
+        loss_and_gradient(params, batch),
+        loss_and_gradient(params, padded_batch),
+    )
+    np.testing.assert_allclose(padded_loss, loss, rtol=1e-5)
+    for expected, actual in zip(jax.tree.leaves(gradient), jax.tree.leaves(padded_gradient), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
-def test_no_batch_is_longer_than_the_positions_of_the_model():
+def test_batches_are_not_longer_than_max_positions():
     tokens, model = tokenizer(), tiny_model("t5-tiny")
     encoded = seq2seq.encode(PAIRS, tokens)
     (batch,) = seq2seq.batches(encoded, model, tokens, 2, num_buckets=1)
-    assert batch.tokens.shape == (2, 8), "T5 has no limit: a multiple of 8"
+    assert batch.tokens.shape == (2, 8), "T5 has no max_positions, so the length is a multiple of 8"
     limited = SimpleNamespace(config=SimpleNamespace(decoder_start_id=0, max_positions=5))
     (batch,) = seq2seq.batches(encoded, limited, tokens, 2, num_buckets=1)
     assert batch.tokens.shape == (2, 5)
@@ -62,7 +65,7 @@ def test_no_batch_is_longer_than_the_positions_of_the_model():
         seq2seq.batches(encoded, limited, tokens, 2)
 
 
-def test_a_tokenizer_without_an_end_is_refused():
+def test_a_tokenizer_without_an_eos_token_is_rejected():
     with pytest.raises(ValueError, match="the tokenizer adds no EOS token at the end: train a tokenizer with"):
         seq2seq.encode(PAIRS, tokenizer("none"))
     with pytest.raises(ValueError, match="the tokenizer has no EOS token"):

@@ -1,4 +1,4 @@
-"""Parts of a text, and scores of a whole part against a plain loop."""
+"""Splits of a text, and scores of a complete split. The tests compute the same scores without batches."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from jaxlm.data import CharTokenizer, Columns, RandomWindows
 from jaxlm.decoding import log_likelihood
 from jaxlm.tasks import text_generation
-from jaxlm.tasks.text_generation import Corpus, carry, check_family, scores, whole_columns
-from tests.helpers import tiny_model
+from jaxlm.tasks.text_generation import Corpus, carry_shape, check_family, column_batches, scores
+from jaxlm.testing.helpers import tiny_model
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CORPUS = Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.3, 0.2)
 
 
-def test_parts_are_consecutive() -> None:
+def test_splits_are_consecutive() -> None:
     joined = np.concatenate([CORPUS.parts[part] for part in ("training", "validation", "test")])
     assert np.array_equal(joined, CharTokenizer.from_text(TEXT).encode(TEXT))
     assert len(CORPUS.parts["validation"]) == pytest.approx(0.3 * len(TEXT), abs=1)
@@ -25,40 +25,40 @@ def test_parts_are_consecutive() -> None:
         Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, 0.5)
 
 
-def test_a_state_needs_columns_and_no_state_windows() -> None:
+def test_stateful_models_read_columns_and_others_read_windows() -> None:
     size = {"length": 8, "batch_size": 2}
-    assert isinstance(CORPUS.source("training", model=tiny_model("lstm"), **size), Columns)
-    assert isinstance(CORPUS.source("training", model=tiny_model("gpt"), **size), RandomWindows)
-    with pytest.raises(ValueError, match="validation part of the text: 50 columns of length 8"):
-        CORPUS.source("validation", model=tiny_model("gru"), length=8, batch_size=50)
-    assert carry(tiny_model("gpt"), 3) is None
-    assert carry(tiny_model("gru"), 3) == (3, 1)
+    assert isinstance(CORPUS.batches("training", model=tiny_model("lstm"), **size), Columns)
+    assert isinstance(CORPUS.batches("training", model=tiny_model("gpt"), **size), RandomWindows)
+    with pytest.raises(ValueError, match="validation split of the text: 50 columns of length 8"):
+        CORPUS.batches("validation", model=tiny_model("gru"), length=8, batch_size=50)
+    assert carry_shape(tiny_model("gpt"), 3) is None
+    assert carry_shape(tiny_model("gru"), 3) == (3, 1)
     memory = tiny_model("transformer_xl")
-    assert carry(memory, 3) == (3, memory.config.memory_length)
+    assert carry_shape(memory, 3) == (3, memory.config.memory_length)
 
 
 @pytest.mark.parametrize(("size", "rows", "length"), [(50, 4, 5), (41, 4, 5), (42, 4, 5), (7, 4, 5), (2, 1, 1)])
-def test_every_token_but_the_first_is_a_target_once(size: int, rows: int, length: int) -> None:
-    batches = whole_columns(np.arange(1, size + 1), rows, length)
-    counted = [target for batch in batches for target in batch.targets[batch.weights > 0]]
-    assert sorted(counted) == list(range(2, size + 1))
-    for before, after in zip(batches, batches[1:], strict=False):
-        assert np.array_equal(before.targets[:, -1], after.tokens[:, 0])
+def test_every_token_except_the_first_is_a_target_once(size: int, rows: int, length: int) -> None:
+    batches = column_batches(np.arange(1, size + 1), rows, length)
+    weighted_targets = [target for batch in batches for target in batch.targets[batch.weights > 0]]
+    assert sorted(weighted_targets) == list(range(2, size + 1))
+    for batch, next_batch in zip(batches, batches[1:], strict=False):
+        assert np.array_equal(batch.targets[:, -1], next_batch.tokens[:, 0])
 
 
 @pytest.mark.parametrize("name", ["lstm", "transformer_xl"])
-def test_the_score_of_a_model_with_a_state_is_that_of_its_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_generation, "COLUMNS", 1)
+def test_a_stateful_model_scores_the_complete_column(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_generation, "NUM_COLUMNS", 1)
     model = tiny_model(name)
     params = model.init(jax.random.key(0))
     ids = CORPUS.parts["test"][:25]
     corpus = Corpus("the text", {"test": ids}, 1.0)
     length = 6 if name == "lstm" else 24
     nats, bits, perplexity = scores(model, params, corpus, "test", length)
-    want = -float(log_likelihood(model, params, ids[None].astype(np.int32)).mean())
-    assert nats.value == pytest.approx(want, rel=1e-5)
-    assert bits.value == pytest.approx(want / np.log(2), rel=1e-5)
-    assert perplexity.value == pytest.approx(np.exp(want), rel=1e-5)
+    expected = -float(log_likelihood(model, params, ids[None].astype(np.int32)).mean())
+    assert nats.value == pytest.approx(expected, rel=1e-5)
+    assert bits.value == pytest.approx(expected / np.log(2), rel=1e-5)
+    assert perplexity.value == pytest.approx(np.exp(expected), rel=1e-5)
     assert nats.count == 24
 
 
@@ -70,12 +70,12 @@ def test_windows_overlap_by_half() -> None:
     first = log_likelihood(model, params, ids[None, :17])[0]
     second = log_likelihood(model, params, ids[None, 8:25])[0, 8:]
     third = log_likelihood(model, params, ids[None, 16:33])[0, 8:]
-    want = -float(np.concatenate([first, second, third]).mean())
-    assert nats.value == pytest.approx(2.0 * want, rel=1e-5)  # two tokens for each character
-    assert nats.detail == "whole validation part, windows of 16 tokens, a new one every 8"
+    expected = -float(np.concatenate([first, second, third]).mean())
+    assert nats.value == pytest.approx(2.0 * expected, rel=1e-5)  # the corpus has two tokens for each character
+    assert nats.detail == "whole validation split, windows of 16 tokens, a new one every 8"
 
 
-def test_models_that_do_not_continue_texts_are_refused() -> None:
+def test_models_that_do_not_generate_text_are_rejected() -> None:
     check_family(tiny_model("llama"))
     with pytest.raises(ValueError, match="family 'gpt' with task 'classification' does not continue texts"):
         check_family(tiny_model("gpt", task="classification"))

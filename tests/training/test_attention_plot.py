@@ -1,4 +1,4 @@
-"""The picture of attention maps: any token can be drawn."""
+"""The plot of attention maps can show any token."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from jaxlm.training.plots import save_attention
 from jaxlm.training.report import AttentionMap
 
 
-def test_tokens_that_are_no_plain_text_are_drawn(tmp_path):
+def test_tokens_with_special_characters_are_drawn(tmp_path):
     tokens = ["$\\frac", "{$", "\n", "㫨"]  # a formula, a line break, a character that the font lacks
     weights = np.eye(4)
     path = tmp_path / "attention.png"

@@ -1,4 +1,4 @@
-"""The table and the picture that compare runs."""
+"""The table and the plot that compare runs."""
 
 import pytest
 
@@ -11,8 +11,8 @@ def make_run(directory, losses, accuracies=(), **results):
     directory.mkdir(parents=True)
     file = MetricsFile(directory / "metrics.jsonl")
     for index, loss in enumerate(losses):
-        more = {"validation_accuracy": accuracies[index]} if accuracies else {}
-        file.write(step=100 * (index + 1), validation_loss=loss, **more)
+        accuracy_entry = {"validation_accuracy": accuracies[index]} if accuracies else {}
+        file.write(step=100 * (index + 1), validation_loss=loss, **accuracy_entry)
     if results:
         write_results(directory, task="sentiment", **results)
     return directory
@@ -29,8 +29,8 @@ def test_the_table_has_last_and_best_values_and_scores(tmp_path):
         scores=scores,
     )  # fmt: skip
     unfinished = make_run(tmp_path / "lstm", [None, 0.6])
-    head, rule, first, second = compare_runs([bert, unfinished]).splitlines()
-    assert cells(head) == [
+    header, rule, first, second = compare_runs([bert, unfinished]).splitlines()
+    assert cells(header) == [
         "run", "family", "parameters", "steps", "minutes", "validation loss (best)", "validation accuracy (best)",
         "accuracy",
     ]  # fmt: skip
@@ -39,24 +39,24 @@ def test_the_table_has_last_and_best_values_and_scores(tmp_path):
         "bert", "bert", "22,713,986", "300", "41.3", "0.4 (0.3)", "0.8 (0.9)", "0.905 [0.883, 0.923]",
     ]  # fmt: skip
     assert cells(second) == ["lstm", "-", "-", "200", "-", "0.6 (0.6)", "-", "-"]
-    assert len({len(line) for line in (head, rule, first, second)}) == 1  # aligned
+    assert len({len(line) for line in (header, rule, first, second)}) == 1  # columns are aligned
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+def test_runs_with_equal_names_are_listed_with_their_paths(tmp_path):
     runs = [make_run(tmp_path / parent / "lstm", [1.0]) for parent in ("a", "b")]
     table = compare_runs(runs)
     assert all(str(run) in table for run in runs)
 
 
-def test_the_picture_overlays_validation_curves(tmp_path, monkeypatch):
+def test_the_plot_overlays_validation_curves(tmp_path, monkeypatch):
     from jaxlm.training import plots
 
     runs = [make_run(tmp_path / "a", [1.0, 0.8], [0.5, 0.6]), make_run(tmp_path / "b", [0.9, 0.7])]
-    drawn = []
-    monkeypatch.setattr(plots, "save_png", lambda panels, picture: drawn.extend(panels))
+    drawn_panels = []
+    monkeypatch.setattr(plots, "save_png", lambda panels, path: drawn_panels.extend(panels))
     draw_comparison(runs, tmp_path / "unused.png")
     monkeypatch.undo()
-    loss, accuracy = drawn
+    loss, accuracy = drawn_panels
     assert (loss.ylabel, accuracy.ylabel) == ("validation loss", "validation accuracy")
     assert [(line.label, list(line.values)) for line in loss.series] == [("a", [1.0, 0.8]), ("b", [0.9, 0.7])]
     assert [line.label for line in accuracy.series] == ["a"]
@@ -65,7 +65,7 @@ def test_the_picture_overlays_validation_curves(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_directory_that_is_no_run_is_named(tmp_path):
+def test_errors_name_a_directory_without_a_run(tmp_path):
     run = make_run(tmp_path / "run", [1.0])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is not a run directory: it has neither metrics.jsonl nor results"):

@@ -1,4 +1,4 @@
-"""Runs that diverge: skipped updates, spikes, rollbacks, and the same result with and without interruptions."""
+"""Runs that diverge: skipped updates, loss spikes and rollbacks. Interrupted runs give the same results."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxlm.data import Batches
 from jaxlm.data.batching import Window
 from jaxlm.objectives import causal
+from jaxlm.testing.helpers import assert_trees_equal, tiny_model
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.report import read_metrics
 from jaxlm.training.trainer import SPIKE_WINDOW, Trainer
-from tests.helpers import assert_trees_equal, tiny_model
 
 STEPS = 20
-HUGE = 1e8
+HUGE_FACTOR = 1e8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Numbered:
-    """A source whose batch ``index`` holds the number ``index``, or a later one after ``gap`` left out at ``at``."""
+class NumberedBatches:
+    """A source whose batch ``index`` is filled with its index, or with ``index + gap`` from batch ``at`` on."""
 
     at: int = 0
     gap: int = 0
@@ -46,8 +46,8 @@ class Numbered:
         return {"kind": "Numbered", "gap": self.gap}
 
 
-class Ending(Batches):
-    """Batches that end the run while batch ``at`` is drawn: by a signal, or by an error, which saves nothing."""
+class StoppingBatches(Batches):
+    """Batches that stop the run when batch ``at`` is requested: SIGTERM saves a checkpoint, an error does not."""
 
     def __init__(self, source, at, how):
         super().__init__(source, to_batch=to_batch)
@@ -66,7 +66,7 @@ def to_batch(window):
 
 
 @functools.cache
-def model_of(**changes):
+def gpt_model(**changes):
     return tiny_model("gpt", num_layers=1, **changes)
 
 
@@ -76,33 +76,34 @@ def evaluate(params):
 
 @functools.cache
 def loss_with(nan=(), huge=(), spikes=()):
-    """A loss that depends on the parameters, the number of the batch and the key, with faults at some numbers."""
+    """A loss that depends on the parameters, the batch number and the key. Batches with given numbers have faults."""
 
     def loss(model, params, batch, *, key=None, state=None):
         number = batch.tokens[0, 0]
 
-        def at(numbers):
+        def is_among(numbers):
             return jnp.any(jnp.array([-1, *numbers]) == number)
 
         noise = jax.random.uniform(key) + 0.1 * jnp.sin(number.astype(jnp.float32))
         total = jnp.mean((params["final_norm"]["scale"] - noise) ** 2)
-        total = jnp.where(at(nan), jnp.nan, 1.0) * jnp.where(at(huge), HUGE, 1.0) * total + 50.0 * at(spikes)
+        factor = jnp.where(is_among(nan), jnp.nan, 1.0) * jnp.where(is_among(huge), HUGE_FACTOR, 1.0)
+        total = factor * total + 50.0 * is_among(spikes)
         return total, jnp.float32(1.0), None
 
     return loss
 
 
-def breaking_sgd(grads, state, params=None):
-    """SGD whose update is not finite for a large gradient."""
+def nonfinite_sgd(grads, state, params=None):
+    """SGD whose update is NaN if a gradient is large."""
     return jax.tree.map(lambda grad: jnp.where(jnp.max(jnp.abs(grad)) > 1e3, jnp.nan, -0.1) * grad, grads), state
 
 
-MOMENTUM = optax.sgd(0.1, momentum=0.9)
-BREAKING = optax.GradientTransformation(lambda params: optax.EmptyState(), breaking_sgd)
+MOMENTUM_SGD = optax.sgd(0.1, momentum=0.9)
+NONFINITE_SGD = optax.GradientTransformation(lambda params: optax.EmptyState(), nonfinite_sgd)
 
 
-class CompiledOnce(Trainer):
-    """A trainer whose step is shared with equal trainers."""
+class CachedStepTrainer(Trainer):
+    """A trainer that shares its compiled step with equal trainers."""
 
     def jit_step(self):
         return compiled_step(self)
@@ -113,150 +114,150 @@ def compiled_step(trainer):
     return Trainer.jit_step(trainer)
 
 
-def run(directory, loss, data=None, *, resume=False, optimizer=MOMENTUM, model=None, rate=None, **options):
+def run(directory, loss, data=None, *, resume=False, optimizer=MOMENTUM_SGD, model=None, rate=None, **options):
     options = {"evaluate_every": 1000, "checkpoint_every": 4, "max_skipped_in_a_row": 3, **options}
     config = TrainingConfig(options.pop("steps", STEPS), 2, 4, **options)
-    trainer = CompiledOnce(**vars(config.trainer(model or model_of(), optimizer, loss, learning_rate=rate)))
-    data = data or Batches(Numbered(), to_batch=to_batch)
+    trainer = CachedStepTrainer(**vars(config.trainer(model or gpt_model(), optimizer, loss, learning_rate=rate)))
+    data = data or Batches(NumberedBatches(), to_batch=to_batch)
     return train(trainer, data, evaluate, config, Run(directory, resume=resume))
 
 
-def saved(directory):
+def saved_steps(directory):
     with Checkpointer(directory / "checkpoints") as checkpoints:
         return checkpoints.steps()
 
 
-def without(at, gap, tmp, **options):
-    """The result of a run that has no faults and never sees ``gap`` batches at ``at``."""
-    return run(tmp / "without", loss_with(), Batches(Numbered(at, gap), to_batch=to_batch), **options)
+def run_without_batches(at, gap, tmp, **options):
+    """Return the result of a run without faults. Its data skip ``gap`` batches from batch ``at`` on."""
+    return run(tmp / "without", loss_with(), Batches(NumberedBatches(at, gap), to_batch=to_batch), **options)
 
 
 # ------------------------------------------------------------------------------------------------ rollback
 
 
-def test_a_rollback_leaves_out_the_batches_since_the_checkpoint(tmp_path, capfd):
+def test_a_rollback_skips_the_batches_since_the_checkpoint(tmp_path, capfd):
     loss = loss_with(nan=(9, 10, 11))
     result = run(tmp_path / "run", loss, max_rollbacks=2)
-    assert_trees_equal(result.state, without(8, 4, tmp_path).state)
+    assert_trees_equal(result.state, run_without_batches(8, 4, tmp_path).state)
     assert (result.step, result.rollbacks, int(result.state.skipped)) == (STEPS, 1, 0)
-    said = " ".join(capfd.readouterr().err.split())
-    assert "step 10: a loss or gradient that is not finite (loss nan" in said
-    assert "Rollback 1 of 2: training continues from step 8, without the batches of steps 9 to 12" in said
+    messages = " ".join(capfd.readouterr().err.split())
+    assert "step 10: a loss or gradient that is not finite (loss nan" in messages
+    assert "Rollback 1 of 2: training continues from step 8, without the batches of steps 9 to 12" in messages
     events = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "event" in record]
     assert events == [{"step": 12, "event": "rollback", "to_step": 8, "rollbacks": 1, "batches_left_out": 4}]
-    # However the run is interrupted, it makes the same steps: while steps are skipped, and after the rollback.
-    for name, ends in {
+    # Interruptions do not change the result, neither while steps are skipped nor after the rollback.
+    for name, stops in {
         "signals": [("signal", 6), ("signal", 10), ("signal", 13)],
         "both": [("error", 11), ("signal", 9), ("error", 15)],
     }.items():
         directory = tmp_path / name
-        for how, at in ends:
-            data = Ending(Numbered(), at, how)
+        for how, at in stops:
+            data = StoppingBatches(NumberedBatches(), at, how)
             try:
-                cut = run(directory, loss, data, max_rollbacks=2, resume=directory.exists())
-                assert cut.interrupted == "SIGTERM"
+                interrupted = run(directory, loss, data, max_rollbacks=2, resume=directory.exists())
+                assert interrupted.interrupted == "SIGTERM"
             except RuntimeError as error:
                 assert str(error) == "killed"  # noqa: PT017
-        again = run(directory, loss, max_rollbacks=2, resume=True)
-        assert_trees_equal(again.state, result.state)
-        assert (again.rollbacks, again.tokens) == (1, result.tokens)
-        assert saved(directory) == saved(tmp_path / "run") == [16, 20]
+        resumed = run(directory, loss, max_rollbacks=2, resume=True)
+        assert_trees_equal(resumed.state, result.state)
+        assert (resumed.rollbacks, resumed.tokens) == (1, result.tokens)
+        assert saved_steps(directory) == saved_steps(tmp_path / "run") == [16, 20]
 
 
-def test_rollbacks_are_bounded_and_lose_no_checkpoint(tmp_path):
+def test_rollbacks_are_limited_and_keep_the_checkpoint(tmp_path):
     loss = loss_with(nan=range(9, 200))
     with pytest.raises(DivergedError, match=r"is of step 8; the run has already gone back max_rollbacks=2 times"):
         run(tmp_path, loss, max_rollbacks=2, keep_last=1)
     events = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record.get("event") == "rollback"]
-    # After the first one, the run makes step 9 with batch 12, which is bad, too.
+    # After the first rollback, step 9 uses batch 12. The loss of this batch is not finite, either.
     assert [(event["step"], event["to_step"], event["batches_left_out"]) for event in events] == [
         (12, 8, 4),
         (11, 8, 7),
     ]
-    assert saved(tmp_path) == [8]
+    assert saved_steps(tmp_path) == [8]
     with pytest.raises(DivergedError, match="is of step 8; max_rollbacks=1 would go back to it"):
         run(tmp_path, loss, resume=True)
     with pytest.raises(DivergedError, match="There is no checkpoint yet"):
         run(tmp_path / "early", loss_with(nan=range(200)), max_rollbacks=2)
 
 
-def test_weights_that_are_not_finite_are_rolled_back(tmp_path, capfd):
-    result = run(tmp_path / "run", loss_with(huge=(9,)), optimizer=BREAKING, max_rollbacks=1)
-    assert_trees_equal(result.state, without(8, 2, tmp_path, optimizer=BREAKING).state)
+def test_nonfinite_weights_cause_a_rollback(tmp_path, capfd):
+    result = run(tmp_path / "run", loss_with(huge=(9,)), optimizer=NONFINITE_SGD, max_rollbacks=1)
+    assert_trees_equal(result.state, run_without_batches(8, 2, tmp_path, optimizer=NONFINITE_SGD).state)
     assert "step 10: the weights are not finite, although" in capfd.readouterr().err
 
 
-def test_skipped_steps_displace_no_checkpoint_and_postpone_the_next(tmp_path):
-    loss = loss_with(nan=(7, 8, 11))  # steps 8 and 9, so that the checkpoint of step 8 is that of step 10; step 12
+def test_skipped_steps_postpone_the_next_checkpoint(tmp_path):
+    loss = loss_with(nan=(7, 8, 11))  # skips steps 8, 9 and 12; step 10 is saved instead of step 8
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path, loss, Ending(Numbered(), 11, "error"))
-    assert saved(tmp_path) == [4, 10]
-    cut = run(tmp_path, loss, Ending(Numbered(), 11, "signal"), resume=True)
-    assert (cut.interrupted, int(cut.state.skipped_in_a_row)) == ("SIGTERM", 1)
-    assert saved(tmp_path) == [4, 10, 12]
+        run(tmp_path, loss, StoppingBatches(NumberedBatches(), 11, "error"))
+    assert saved_steps(tmp_path) == [4, 10]
+    interrupted = run(tmp_path, loss, StoppingBatches(NumberedBatches(), 11, "signal"), resume=True)
+    assert (interrupted.interrupted, int(interrupted.state.skipped_in_a_row)) == ("SIGTERM", 1)
+    assert saved_steps(tmp_path) == [4, 10, 12]
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path, loss, Ending(Numbered(), 14, "error"), resume=True)
-    assert saved(tmp_path) == [10, 13]
+        run(tmp_path, loss, StoppingBatches(NumberedBatches(), 14, "error"), resume=True)
+    assert saved_steps(tmp_path) == [10, 13]
 
 
 # -------------------------------------------------------------------------------------------------- spikes
 
 
-def spike_rule(losses, loss, deviations):
+def is_spike(recent_losses, loss, deviations):
     window = np.full(SPIKE_WINDOW, np.nan, np.float32)
-    window[: len(losses)] = losses
-    trainer = Trainer(model_of(), optax.sgd(0.1), causal.loss, spike_deviations=deviations)
+    window[: len(recent_losses)] = recent_losses
+    trainer = Trainer(gpt_model(), optax.sgd(0.1), causal.loss, spike_deviations=deviations)
     return bool(trainer._is_spike(jnp.float32(loss), window))
 
 
-def test_a_spike_is_defined_by_mean_and_deviation():
+def test_a_spike_is_a_loss_above_mean_plus_deviations():
     losses = np.random.default_rng(0).normal(3.0, 0.5, SPIKE_WINDOW)
     bound = losses.mean() + 4.0 * losses.std(ddof=1)
-    assert spike_rule(losses, bound + 1e-3, 4.0)
-    assert not spike_rule(losses, bound - 1e-3, 4.0)
-    assert not spike_rule(losses, bound + 1e-3, 5.0)
-    assert not spike_rule(losses, -100.0, 4.0)  # a lower loss is never a spike
+    assert is_spike(losses, bound + 1e-3, 4.0)
+    assert not is_spike(losses, bound - 1e-3, 4.0)
+    assert not is_spike(losses, bound + 1e-3, 5.0)
+    assert not is_spike(losses, -100.0, 4.0)  # a lower loss is never a spike
     few = losses[: SPIKE_WINDOW // 2]
-    assert spike_rule(few, 100.0, 4.0)
-    assert not spike_rule(few[:-1], 100.0, 4.0)
+    assert is_spike(few, 100.0, 4.0)
+    assert not is_spike(few[:-1], 100.0, 4.0)
 
 
-def test_a_spike_is_skipped_also_after_a_resume(tmp_path, capfd):
+def test_a_spike_is_skipped_in_a_resumed_run_too(tmp_path, capfd):
     steps, at = SPIKE_WINDOW + 20, SPIKE_WINDOW + 10
     options = {"steps": steps, "checkpoint_every": 50, "spike_deviations": 6.0}
     result = run(tmp_path / "run", loss_with(spikes=(10, at)), **options)
-    assert int(result.state.skipped) == 1  # the first one comes before enough losses are known
-    said = capfd.readouterr().err
-    assert f"step {at + 1}: a loss spike (loss 50." in said
-    assert "step 11:" not in said
+    assert int(result.state.skipped) == 1  # the first spike comes before there are enough losses
+    messages = capfd.readouterr().err
+    assert f"step {at + 1}: a loss spike (loss 50." in messages
+    assert "step 11:" not in messages
     skipped = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record.get("skipped_in_a_row")]
     assert [record["step"] for record in skipped] == [at + 1]
     without_policy = run(tmp_path / "off", loss_with(spikes=(10, at)), **{**options, "spike_deviations": None})
     assert int(without_policy.state.skipped) == 0
-    # The losses until the interruption are in the checkpoint. It may also come from a run without the policy.
-    data = Ending(Numbered(), SPIKE_WINDOW - 3, "signal")
+    # The checkpoint has the recent losses. The checkpoint of a run without spike_deviations has none.
+    data = StoppingBatches(NumberedBatches(), SPIKE_WINDOW - 3, "signal")
     assert run(tmp_path / "cut", loss_with(spikes=(10, at)), data, **options).interrupted == "SIGTERM"
-    again = run(tmp_path / "cut", loss_with(spikes=(10, at)), resume=True, **options)
-    assert_trees_equal(again.state, result.state)
-    switched = run(tmp_path / "off", loss_with(spikes=(steps + 80,)), resume=True, **{**options, "steps": steps + 90})
-    assert int(switched.state.skipped) == 1
+    resumed = run(tmp_path / "cut", loss_with(spikes=(10, at)), resume=True, **options)
+    assert_trees_equal(resumed.state, result.state)
+    later = run(tmp_path / "off", loss_with(spikes=(steps + 80,)), resume=True, **{**options, "steps": steps + 90})
+    assert int(later.state.skipped) == 1
 
 
-def test_a_spike_that_stays_goes_back(tmp_path):
+def test_a_lasting_spike_causes_a_rollback(tmp_path):
     steps, at = SPIKE_WINDOW, SPIKE_WINDOW - 8
     loss = loss_with(spikes=range(at, at + 3))
     result = run(tmp_path / "run", loss, steps=steps, checkpoint_every=20, spike_deviations=6.0, max_rollbacks=1)
     assert (result.rollbacks, int(result.state.skipped)) == (1, 0)
     # Step 120 is a checkpoint, and the steps 121 to 123 are skipped.
-    expected = without(at, 3, tmp_path, steps=steps, checkpoint_every=20)
+    expected = run_without_batches(at, 3, tmp_path, steps=steps, checkpoint_every=20)
     assert_trees_equal(result.state, expected.state)
 
 
-# -------------------------------------------------------------------------------- records that contradict
+# ------------------------------------------------------------------------------------ inconsistent records
 
 
 def rewrite_record(directory, step, change):
-    """Change the record of a checkpoint, with a new checksum, as a program with a fault would write it."""
+    """Change the record of a checkpoint and update its checksum, as a faulty program would."""
     path = directory / "checkpoints" / str(step) / "record" / "metadata"
     record = json.loads(path.read_text())
     del record["checksum"]
@@ -265,7 +266,7 @@ def rewrite_record(directory, step, change):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("finished")
     run(directory, loss_with(), steps=8)
     return directory
@@ -280,53 +281,55 @@ def finished(tmp_path_factory):
         ("training", "tokens", -1, "tokens is -1"),
     ],
 )
-def test_a_record_that_contradicts_its_arrays_is_refused(finished, section, name, value, message):
-    before = json.loads((finished / "checkpoints" / "8" / "record" / "metadata").read_text())["meta"][section][name]
-    rewrite_record(finished, 8, lambda record: record["meta"][section].update({name: value}))
+def test_a_checkpoint_with_an_inconsistent_record_is_rejected(finished_run, section, name, value, message):
+    path = finished_run / "checkpoints" / "8" / "record" / "metadata"
+    old_value = json.loads(path.read_text())["meta"][section][name]
+    rewrite_record(finished_run, 8, lambda record: record["meta"][section].update({name: value}))
     try:
         with pytest.raises(CorruptCheckpointError, match=f"the checkpoint of step 8 in .* is inconsistent: {message}"):
-            run(finished, loss_with(), resume=True)
+            run(finished_run, loss_with(), resume=True)
     finally:
-        rewrite_record(finished, 8, lambda record: record["meta"][section].update({name: before}))
+        rewrite_record(finished_run, 8, lambda record: record["meta"][section].update({name: old_value}))
 
 
-def test_a_resumed_run_keeps_its_model(finished):
+def test_a_resumed_run_rejects_changes_of_the_model(finished_run):
     for change, message in [({"norm_epsilon": 0.5}, "norm_epsilon=0.5 cannot change in a resumed run"), ({}, "")]:
         if change:
             with pytest.raises(ValueError, match=message):
-                run(finished, loss_with(), resume=True, model=model_of(**change))
+                run(finished_run, loss_with(), resume=True, model=gpt_model(**change))
     # Dropout, precision and memory use may change.
-    again = run(finished, loss_with(), resume=True, steps=8, model=model_of(residual_dropout=0.5, remat="none"))
-    assert again.step == 8
+    resumed = run(finished_run, loss_with(), resume=True, steps=8, model=gpt_model(residual_dropout=0.5, remat="none"))
+    assert resumed.step == 8
 
 
-def test_a_changed_schedule_is_said(tmp_path, capfd):
-    assert run(tmp_path, loss_with(), Ending(Numbered(), 2, "signal"), rate=lambda n: 0.5**n).interrupted
+def test_a_changed_schedule_is_reported(tmp_path, capfd):
+    data = StoppingBatches(NumberedBatches(), 2, "signal")
+    assert run(tmp_path, loss_with(), data, rate=lambda n: 0.5**n).interrupted
     run(tmp_path, loss_with(), resume=True, rate=lambda n: 0.5**n, steps=4)
     assert "learning rate" not in capfd.readouterr().err
     run(tmp_path, loss_with(), resume=True, rate=lambda n: 0.25**n, steps=6)
     assert "step 4: the next learning rate is 0.00390625, and it was 0.0625 when" in capfd.readouterr().err
 
 
-def test_a_complete_run_is_tidied_and_knows_its_time(finished):
-    leftovers = [finished / "checkpoints" / name for name in ("8.orbax-checkpoint-tmp-1", "3.deleted")]
+def test_resuming_a_complete_run_removes_temporary_files_and_sums_its_time(finished_run):
+    leftovers = [finished_run / "checkpoints" / name for name in ("8.orbax-checkpoint-tmp-1", "3.deleted")]
     for path in leftovers:
         (path / "state").mkdir(parents=True)
-    again = run(finished, loss_with(), resume=True, steps=8)
+    resumed = run(finished_run, loss_with(), resume=True, steps=8)
     assert not any(path.exists() for path in leftovers)
-    assert again.earlier_seconds > 0.0
-    assert again.tokens == 8 * 2 * 4
-    longer = run(finished, loss_with(), resume=True, steps=12)
+    assert resumed.earlier_seconds > 0.0
+    assert resumed.tokens == 8 * 2 * 4
+    longer = run(finished_run, loss_with(), resume=True, steps=12)
     assert longer.tokens == 12 * 2 * 4
-    assert run(finished, loss_with(), resume=True, steps=12).earlier_seconds > again.earlier_seconds
+    assert run(finished_run, loss_with(), resume=True, steps=12).earlier_seconds > resumed.earlier_seconds
 
 
-def test_a_torn_line_of_the_metrics_is_cut(finished):
-    path = finished / "metrics.jsonl"
-    before = read_metrics(path)
+def test_an_incomplete_line_of_the_metrics_is_removed(finished_run):
+    path = finished_run / "metrics.jsonl"
+    earlier_records = read_metrics(path)
     with path.open("a") as file:
         file.write('{"step": 99, "lo')
-    run(finished, loss_with(), resume=True, steps=before[-1]["step"])
+    run(finished_run, loss_with(), resume=True, steps=earlier_records[-1]["step"])
     records = read_metrics(path)
-    assert records[:-1] == before
+    assert records[:-1] == earlier_records
     assert records[-1]["event"] == "resumed"

@@ -1,4 +1,4 @@
-"""The end of a run: killed in any phase after the training, a run is finished by resuming it."""
+"""A run that is killed in any phase after the training can be resumed and completed."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from jaxlm import load_pretrained
 from jaxlm.training import experiment as lib
 from jaxlm.training.loop import TrainingConfig
 from jaxlm.training.optimizer import OptimizerConfig
-from jaxlm.training.report import curve, read_metrics, read_results, read_samples
+from jaxlm.training.report import metric_curve, read_metrics, read_results, read_samples
 
 STEPS = 3
-PHASES = [  # what is called in turn after the training
+PHASES = [  # functions that are called after the training, in this order
     (lib, "save_pretrained"),
     (lib, "draw_losses"),
     (text_generation, "write_passage"),
@@ -26,10 +26,10 @@ PHASES = [  # what is called in turn after the training
 
 
 class Killed(BaseException):
-    """Passes through handlers of ``Exception``, as no handler runs when a process is killed."""
+    """A simulated kill. ``except Exception`` does not catch it."""
 
 
-def test_every_phase_after_the_training_can_be_repeated(tmp_path, monkeypatch):
+def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path, monkeypatch):
     text, directory = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("to be, or not to be: that is the question. " * 40)
     experiment = text_generation.Experiment(
@@ -37,31 +37,31 @@ def test_every_phase_after_the_training_can_be_repeated(tmp_path, monkeypatch):
         training=TrainingConfig(STEPS, 2, 8, evaluation_batches=1),
         optimizer=OptimizerConfig(warmup_steps=1), data=text, output=directory, prompt="to", sample_tokens=3,
     )  # fmt: skip
-    weights: list[dict[str, np.ndarray]] = []
+    exports: list[dict[str, np.ndarray]] = []
 
-    def killed(*arguments: object, **options: object) -> None:
+    def raise_killed(*arguments: object, **options: object) -> None:
         raise Killed
 
     for module, name in PHASES:
-        with monkeypatch.context() as patched:
-            patched.setattr(module, name, killed)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, raise_killed)
             try:
                 text_generation.run(experiment, directory if directory.exists() else None)
             except Killed:
                 pass
             else:
                 raise AssertionError(f"{name} was not called")
-        if name != "save_pretrained":  # the model is exported before anything that may fail
-            weights.append(exported(directory))
+        if name != "save_pretrained":  # the other phases run after the export
+            exports.append(exported_params(directory))
     result = text_generation.run(experiment, directory)
-    weights.append(exported(directory))
+    exports.append(exported_params(directory))
     expected = jax.tree.leaves(jax.tree.map(np.asarray, result.params))
-    for found in weights:
-        assert all(np.array_equal(one, other) for one, other in zip(jax.tree.leaves(found), expected, strict=True))
+    for params in exports:
+        assert all(np.array_equal(actual, want) for actual, want in zip(jax.tree.leaves(params), expected, strict=True))
     assert result.step == STEPS
     records = read_metrics(directory / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]  # no step was made twice
-    assert curve(records, "validation_loss")[0] == [STEPS]
+    assert metric_curve(records, "validation_loss")[0] == [STEPS]
     assert sum(record.get("event") == "resumed" for record in records) == len(PHASES)
     assert read_results(directory)["steps"] == STEPS
     assert len(read_samples(directory)) == 1
@@ -69,6 +69,6 @@ def test_every_phase_after_the_training_can_be_repeated(tmp_path, monkeypatch):
     assert jnp.isfinite(result.validation_loss)
 
 
-def exported(directory: Path) -> dict[str, np.ndarray]:
-    """The parameters in ``model/``; their checksums are verified."""
+def exported_params(directory: Path) -> dict[str, np.ndarray]:
+    """Return the parameters in ``model/``. Loading verifies their checksums."""
     return jax.tree.map(np.asarray, load_pretrained(directory / "model")[1])

@@ -1,4 +1,4 @@
-"""The outer loop as a user meets it: interrupted, killed, resumed, diverging."""
+"""The training loop with signals, kills, resumed runs and divergence."""
 
 import functools
 import json
@@ -22,17 +22,17 @@ from jaxlm.data import Batches, RandomWindows
 from jaxlm.data.buckets import Bucketed
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error, tiny_model
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from jaxlm.training.report import curve, draw_losses, read_metrics
-from tests.helpers import assert_trees_close, assert_trees_equal, relative_error, tiny_model
+from jaxlm.training.report import draw_losses, metric_curve, read_metrics
 
 STEPS = 12
 
 
 @functools.cache
-def parts():
+def training_setup():
     model = tiny_model("gpt", num_layers=1, residual_dropout=0.1)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), model.specs, STEPS)
     tokens = np.minimum(np.random.default_rng(0).geometric(0.1, 3000), 127).astype(np.int32)
@@ -46,7 +46,7 @@ def to_batch(window):
 
 
 def run(directory, loss=causal.loss, data=None, **options):
-    model, optimizer, tokens, evaluate = parts()
+    model, optimizer, tokens, evaluate = training_setup()
     config = {
         "steps": STEPS,
         "batch_size": 8,
@@ -66,65 +66,66 @@ def run(directory, loss=causal.loss, data=None, **options):
 
 @functools.cache
 def uninterrupted(tmp):
-    return run(tmp / "whole")
+    return run(tmp / "complete_run")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete_run(tmp_path_factory):
     return uninterrupted(tmp_path_factory.getbasetemp())
 
 
-class Interrupting(Batches):
+class SignalBatches(Batches):
     """Batches that raise a signal while the batch of step ``at`` is drawn."""
 
-    def __init__(self, source, at, number):
+    def __init__(self, source, at, signal_number):
         super().__init__(source, to_batch=to_batch)
-        self.at, self.number = at, number
+        self.at, self.signal_number = at, signal_number
 
     def __next__(self):
         window = super().__next__()
         if self.state()["next"] == self.at:
-            os.kill(os.getpid(), self.number)
+            os.kill(os.getpid(), self.signal_number)
         return window
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_says_so_and_resuming_is_bitwise(tmp_path, whole, capfd, number):
-    data = Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 7, number)
-    before = signal.getsignal(number)
-    cut = run(tmp_path, data=data)
-    assert cut.interrupted == number.name
-    assert int(cut.state.step) == 7
-    assert signal.getsignal(number) is before
-    assert f"{number.name}: saved step 7 in {tmp_path / 'checkpoints'}" in capfd.readouterr().err.replace("\n", " ")
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_the_resumed_run_is_bitwise_equal(tmp_path, complete_run, capfd, signal_number):
+    data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 7, signal_number)
+    handler = signal.getsignal(signal_number)
+    interrupted = run(tmp_path, data=data)
+    assert interrupted.interrupted == signal_number.name
+    assert int(interrupted.state.step) == 7
+    assert signal.getsignal(signal_number) is handler
+    message = capfd.readouterr().err.replace("\n", " ")
+    assert f"{signal_number.name}: saved step 7 in {tmp_path / 'checkpoints'}" in message
     resumed = run(tmp_path, resume=True)
-    assert_trees_equal(resumed.state, whole.state)
-    assert resumed.validation_loss == whole.validation_loss
-    steps, losses = curve(read_metrics(tmp_path / "metrics.jsonl"), "loss")
-    want = curve(read_metrics(tmp_path.parent / "whole" / "metrics.jsonl"), "loss")
+    assert_trees_equal(resumed.state, complete_run.state)
+    assert resumed.validation_loss == complete_run.validation_loss
+    steps, losses = metric_curve(read_metrics(tmp_path / "metrics.jsonl"), "loss")
+    expected = metric_curve(read_metrics(tmp_path.parent / "complete_run" / "metrics.jsonl"), "loss")
     assert steps[-1] == STEPS
-    assert dict(zip(steps, losses, strict=True))[STEPS] == want[1][-1]
+    assert dict(zip(steps, losses, strict=True))[STEPS] == expected[1][-1]
 
 
 @pytest.mark.parametrize("where", ["evaluation", "step"])
-def test_a_signal_at_an_evaluation_is_announced_at_once(tmp_path, capfd, where):
-    model, optimizer, tokens, evaluate = parts()
-    said = []
+def test_a_signal_before_or_during_an_evaluation_is_reported_at_once(tmp_path, capfd, where):
+    model, optimizer, tokens, evaluate = training_setup()
+    messages = []
 
-    def interrupted(params):
+    def signalling_evaluate(params):
         if where == "evaluation":
             os.kill(os.getpid(), signal.SIGINT)
-        said.append(capfd.readouterr().err.replace("\n", " "))
+        messages.append(capfd.readouterr().err.replace("\n", " "))
         return evaluate(params)
 
     config = TrainingConfig(steps=STEPS, batch_size=8, sequence_length=16, evaluate_every=3, checkpoint_every=None)
     source = RandomWindows(tokens, 16, 8, seed=1)
-    data = Interrupting(source, 3 if where == "step" else 99, signal.SIGINT)
-    result = train(config.trainer(model, optimizer, causal.loss), data, interrupted, config, Run(tmp_path))
+    data = SignalBatches(source, 3 if where == "step" else 99, signal.SIGINT)
+    result = train(config.trainer(model, optimizer, causal.loss), data, signalling_evaluate, config, Run(tmp_path))
     assert result.interrupted == "SIGINT"
     assert int(result.state.step) == 3
-    (during,) = said
-    assert "SIGINT: the run ends after the evaluation of step 3; a second signal ends it now" in during
+    (message,) = messages
+    assert "SIGINT: the run ends after the evaluation of step 3; a second signal ends it now" in message
 
 
 KILLED = """
@@ -137,45 +138,45 @@ test_loop.run(Path(sys.argv[1]), resume=sys.argv[2] == "resume", checkpoint_ever
 """
 
 
-def test_resume_after_kill_9_is_bitwise(tmp_path, whole):
-    """Killed at three different moments, most of them in the middle of a save (one is made every step)."""
+def test_a_run_resumed_after_sigkill_is_bitwise_equal(tmp_path, complete_run):
+    """Kill the run at three moments. Most kills are during a save, because every step saves a checkpoint."""
     directory, resume = tmp_path / "killed", "fresh"
     for seconds in (0.0, 0.05, 0.11):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(directory), resume], cwd=Path(__file__).parents[2],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        done = int(max(_saved(directory), default=0))
-        while process.poll() is None and max(_saved(directory), default=0) <= done:
+        last_step = int(max(saved_steps(directory), default=0))
+        while process.poll() is None and max(saved_steps(directory), default=0) <= last_step:
             time.sleep(0.002)
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
         resume = "resume"
-        if max(_saved(directory)) == STEPS:
+        if max(saved_steps(directory)) == STEPS:
             break
-    resumed = run(directory, resume=True) if max(_saved(directory)) < STEPS else None
+    resumed = run(directory, resume=True) if max(saved_steps(directory)) < STEPS else None
     assert resumed is not None, "the run ended before it could be killed: make it longer"
-    assert_trees_equal(resumed.state, whole.state)
+    assert_trees_equal(resumed.state, complete_run.state)
 
 
-def _saved(directory):
+def saved_steps(directory):
     return [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
 
 
-def test_a_run_can_go_on_another_mesh(tmp_path, whole):
-    run(tmp_path, data=Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 6, signal.SIGTERM))
-    moved = run(tmp_path, resume=True, sharding=Sharding(make_mesh("fsdp=4,tensor=2")))
-    assert moved.state.params["token_embedding"].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
-    assert moved.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
+def test_a_run_can_be_resumed_on_another_mesh(tmp_path, complete_run):
+    run(tmp_path, data=SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 6, signal.SIGTERM))
+    resumed = run(tmp_path, resume=True, sharding=Sharding(make_mesh("fsdp=4,tensor=2")))
+    assert resumed.state.params["token_embedding"].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    assert resumed.validation_loss == pytest.approx(complete_run.validation_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "optax"])
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_a_run_continues_in_the_other_layer_layout(tmp_path, monkeypatch, name, scan_layers):
-    """Parameters, moments and the moving average; any Optax optimizer that treats each entry separately."""
+def test_a_run_can_be_resumed_in_the_other_layer_layout(tmp_path, monkeypatch, name, scan_layers):
+    """Convert parameters, moments and EMA. This works with any Optax optimizer that is elementwise."""
 
-    def use(scan_layers, steps):
+    def resume_with(scan_layers, steps):
         model = tiny_model("gpt", num_layers=2, scan_layers=scan_layers)
         if name == "optax":
             optimizer = optax.chain(
@@ -183,48 +184,48 @@ def test_a_run_continues_in_the_other_layer_layout(tmp_path, monkeypatch, name, 
             )
         else:
             optimizer = make_optimizer(OptimizerConfig(name, 1e-2, warmup_steps=2, epsilon=1e-3), model.specs, STEPS)
-        monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, *parts_of_data))
+        monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, *tokens_and_evaluate))
         return run(tmp_path / str(scan_layers), resume=True, steps=steps, ema_decay=0.5)
 
-    parts_of_data = parts()[2:]
-    reference = use(scan_layers, 4)
-    use(not scan_layers, 2)
+    tokens_and_evaluate = training_setup()[2:]
+    reference = resume_with(scan_layers, 4)
+    resume_with(not scan_layers, 2)
     (tmp_path / str(scan_layers)).rename(tmp_path / "reference")
     (tmp_path / str(not scan_layers)).rename(tmp_path / str(scan_layers))
-    continued = use(scan_layers, 4)
+    continued = resume_with(scan_layers, 4)
     assert jax.tree.structure(continued.state) == jax.tree.structure(reference.state)
-    # The gradients of key biases are rounding errors, which Adafactor scales to whole updates.
-    wanted, found = (
+    # The gradients of key biases are rounding errors, which Adafactor scales to updates of the usual size.
+    expected, actual = (
         {path: leaf for path, leaf in spec.flatten((state.params, state.ema)).items() if "qkv/bias" not in path}
         for state in (reference.state, continued.state)
     )
-    assert_trees_close(found, wanted, 1e-4)
+    assert_trees_close(actual, expected, 1e-4)
 
 
-def test_an_optimizer_state_that_has_no_other_layout_is_refused(tmp_path, monkeypatch):
-    """optax.adafactor factors the stacked array, so that its statistics are not those of layers."""
-    tokens_and_evaluate = parts()[2:]
+def test_an_optimizer_state_without_another_layout_is_rejected(tmp_path, monkeypatch):
+    """``optax.adafactor`` factors the stacked array. Its statistics cannot be converted to statistics of layers."""
+    tokens_and_evaluate = training_setup()[2:]
 
-    def use(scan_layers, steps):
+    def resume_with(scan_layers, steps):
         model = tiny_model("gpt", num_layers=2, scan_layers=scan_layers)
         optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=2)
-        monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, *tokens_and_evaluate))
+        monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, *tokens_and_evaluate))
         return run(tmp_path / "run", resume=True, steps=steps)
 
-    use(True, 2)
+    resume_with(True, 2)
     with pytest.raises(ValueError, match=r"the target and the checkpoint .* do not match"):
-        use(False, 4)
-    assert int(use(True, 4).state.step) == 4
+        resume_with(False, 4)
+    assert int(resume_with(True, 4).state.step) == 4
 
 
-def test_what_a_run_leaves(tmp_path, whole):
-    directory = tmp_path.parent / "whole"
+def test_metrics_and_plot_of_a_run(tmp_path, complete_run):
+    directory = tmp_path.parent / "complete_run"
     records = read_metrics(directory / "metrics.jsonl")
-    steps, losses = curve(records, "loss")
+    steps, losses = metric_curve(records, "loss")
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]
     assert losses[-1] < losses[0]
-    assert curve(records, "validation_loss")[0] == [6, 12]
-    assert curve(records, "validation_loss")[1][-1] == whole.validation_loss
+    assert metric_curve(records, "validation_loss")[0] == [6, 12]
+    assert metric_curve(records, "validation_loss")[1][-1] == complete_run.validation_loss
     assert all(record["weight"] == 8 * 16 for record in records if "weight" in record)
     draw_losses(directory / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -233,7 +234,7 @@ def test_what_a_run_leaves(tmp_path, whole):
     assert read_metrics(directory / "metrics.jsonl") == records
 
 
-def test_divergence_stops_with_a_reason_and_keeps_good_weights(tmp_path):
+def test_divergence_stops_the_run_with_a_reason(tmp_path):
     def explode(model, params, batch, *, key=None, state=None):
         total, weight, _ = causal.loss(model, params, batch, key=key)
         return total * np.float32(np.inf), weight, None
@@ -247,10 +248,10 @@ def test_divergence_stops_with_a_reason_and_keeps_good_weights(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 3.0
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    model, _, tokens, evaluate = parts()
+def test_nonfinite_weights_are_never_saved(tmp_path):
+    model, _, tokens, evaluate = training_setup()
 
-    def rate(count):  # as a schedule with a fault gives it: finite loss and gradient, weights that are not
+    def rate(count):  # a faulty schedule: loss and gradient are finite, but the new weights are not
         return jnp.where(count < 6, 1e-3, jnp.nan)
 
     config = TrainingConfig(STEPS, 8, 16, evaluate_every=100, checkpoint_every=1, keep_last=1)
@@ -262,51 +263,51 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         assert checkpoints.steps() == [6]
 
 
-def test_starting_from_given_parameters_leaves_them_alone(tmp_path):
-    model, _, _, evaluate = parts()
+def test_initial_parameters_are_not_modified(tmp_path):
+    model, _, _, evaluate = training_setup()
     params = jax.jit(model.init)(jax.random.key(5))
-    copy = jax.tree.map(np.array, params)
+    params_copy = jax.tree.map(np.array, params)
     result = run(tmp_path, initial=params)
-    assert_trees_equal(params, copy)
+    assert_trees_equal(params, params_copy)
     assert result.validation_loss < evaluate(params)["loss"]
     assert relative_error(result.state.params["final_norm"]["scale"], params["final_norm"]["scale"]) > 0
 
 
-def test_a_complete_run_gives_its_result_again(tmp_path, whole, capfd):
+def test_resuming_a_complete_run_returns_its_result(tmp_path, complete_run, capfd):
     directory = tmp_path / "copy"
-    shutil.copytree(tmp_path.parent / "whole", directory)
-    again = run(directory, resume=True)
+    shutil.copytree(tmp_path.parent / "complete_run", directory)
+    resumed = run(directory, resume=True)
     assert "the training is complete" in capfd.readouterr().err
-    assert_trees_equal(again.params, whole.params)
-    assert again.validation == pytest.approx(dict(whole.validation))
-    assert (again.step, again.interrupted) == (STEPS, None)
+    assert_trees_equal(resumed.params, complete_run.params)
+    assert resumed.validation == pytest.approx(dict(complete_run.validation))
+    assert (resumed.step, resumed.interrupted) == (STEPS, None)
     with pytest.raises(
         ValueError, match=rf"of step {STEPS}, beyond training.steps=5: set training.steps to at least {STEPS}"
     ):
         run(directory, resume=True, steps=5)
 
 
-def test_a_run_without_a_checkpoint_is_resumed_from_its_start(tmp_path, whole, capfd):
+def test_resuming_a_run_without_a_checkpoint_starts_at_step_0(tmp_path, complete_run, capfd):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')  # killed while writing
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')  # the run was killed while it wrote this line
     result = run(tmp_path / "run", resume=True)
     assert "there is no checkpoint yet" in capfd.readouterr().err
-    assert_trees_equal(result.params, whole.params)
+    assert_trees_equal(result.params, complete_run.params)
 
 
-def test_a_damaged_checkpoint_is_passed_over_only_when_asked_for(tmp_path, whole):
+def test_a_damaged_checkpoint_is_skipped_only_on_request(tmp_path, complete_run):
     directory = tmp_path / "copy"
-    shutil.copytree(tmp_path.parent / "whole", directory)
+    shutil.copytree(tmp_path.parent / "complete_run", directory)
     (directory / "checkpoints" / str(STEPS) / "record" / "metadata").write_text("{}")
     with pytest.raises(CorruptCheckpointError, match="the newest intact step before it is 8"):
         run(directory, resume=True)
     with pytest.raises(FileExistsError, match="has checkpoints of another run"):
         run(directory)
     result = run(directory, resume=True, on_corrupt="previous")
-    assert_trees_equal(result.params, whole.params)
+    assert_trees_equal(result.params, complete_run.params)
 
 
-def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
+def test_a_run_directory_is_locked_by_one_process(tmp_path):
     with integrity.locked(tmp_path), pytest.raises(BlockingIOError, match="is in use by another process"):
         run(tmp_path)
     with integrity.locked(tmp_path):
@@ -324,25 +325,25 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
         ({"spike_deviations": 0.0}, "spike_deviations=0.0 must be positive, or None"),
     ],
 )
-def test_bad_training_configs_are_named(change, message):
+def test_bad_training_configs_raise_an_error_with_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**change)
 
 
-def test_evaluation_weighs_tokens_and_not_batches():
-    model, _, tokens, _ = parts()
+def test_the_evaluation_is_a_mean_over_tokens():
+    model, _, tokens, _ = training_setup()
     params = jax.jit(model.init)(jax.random.key(0))
     long, short = causal.batch(tokens[:60].reshape(4, 15)), causal.batch(tokens[100:106].reshape(2, 3))
     totals = [causal.loss(model, params, batch)[:2] for batch in (long, short)]
-    want = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)
-    assert Evaluator(model, causal.loss, [long, short])(params)["loss"] == pytest.approx(want, rel=1e-6)
+    expected = sum(float(total) for total, _ in totals) / sum(float(weight) for _, weight in totals)
+    assert Evaluator(model, causal.loss, [long, short])(params)["loss"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="at least one batch"):
         Evaluator(model, causal.loss, [])
     with pytest.raises(ValueError, match="the batches are only padding"):
-        Evaluator(model, causal.loss, [without_weight(long)])(params)
+        Evaluator(model, causal.loss, [with_zero_weights(long)])(params)
 
 
-def without_weight(batch):
+def with_zero_weights(batch):
     return causal.Batch(batch.tokens, batch.targets, np.zeros_like(batch.weights))
 
 
@@ -351,42 +352,44 @@ def test_bits_per_character():
     assert bits_per_character(np.log(2.0), 100, 400) == pytest.approx(0.25)
 
 
-def scripted(values):
-    """An evaluation that gives the next of some values of ``score``, whatever the parameters."""
+def scripted_evaluate(values):
+    """Return an evaluation function. Its ``score`` is the next of ``values`` and does not depend on the parameters."""
     remaining = iter(values)
     return lambda params: {"loss": 1.0, "score": next(remaining)}
 
 
-def test_the_best_weights_come_back_and_training_stops_early(tmp_path, capfd, monkeypatch):
-    model, optimizer, tokens, _ = parts()
+def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, monkeypatch):
+    model, optimizer, tokens, _ = training_setup()
     best = {"best_metric": "score", "best_mode": "max", "restore_best": True, "evaluate_every": 2}
-    evaluate = scripted([0.1, 0.7, 0.5, 0.6, 0.2, 0.3])
-    monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, evaluate))
+    evaluate = scripted_evaluate([0.1, 0.7, 0.5, 0.6, 0.2, 0.3])
+    monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, evaluate))
     result = run(tmp_path / "stops", checkpoint_every=100, patience=2, **best)
     assert (result.step, int(result.state.step)) == (4, 4)
     assert result.validation == {"loss": 1.0, "score": 0.7}
-    said = capfd.readouterr().err
-    assert "step 8: score has not improved in 2 evaluations: training stops" in said
-    assert "the weights of step 4 are used, which has the best score" in said
-    assert sorted(_saved(tmp_path / "stops")) == [4, 8]
-    assert curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
+    messages = capfd.readouterr().err
+    assert "step 8: score has not improved in 2 evaluations: training stops" in messages
+    assert "the weights of step 4 are used, which has the best score" in messages
+    assert sorted(saved_steps(tmp_path / "stops")) == [4, 8]
+    assert metric_curve(read_metrics(tmp_path / "stops" / "metrics.jsonl"), "validation_score") == (
         [2, 4, 6, 8],
         [0.1, 0.7, 0.5, 0.6],
     )
     # The count of evaluations without improvement survives an interruption.
     monkeypatch.setattr(
-        sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, scripted([0.1, 0.7, 0.5]))
+        sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, scripted_evaluate([0.1, 0.7, 0.5]))
     )  # fmt: skip
-    data = Interrupting(RandomWindows(tokens, 16, 8, seed=1), 7, signal.SIGTERM)
+    data = SignalBatches(RandomWindows(tokens, 16, 8, seed=1), 7, signal.SIGTERM)
     assert run(tmp_path / "cut", data=data, checkpoint_every=100, patience=2, **best).interrupted == "SIGTERM"
-    monkeypatch.setattr(sys.modules[__name__], "parts", lambda: (model, optimizer, tokens, scripted([0.6, 0.9])))
+    monkeypatch.setattr(
+        sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, scripted_evaluate([0.6, 0.9]))
+    )
     resumed = run(tmp_path / "cut", resume=True, checkpoint_every=100, patience=2, **best)
     assert resumed.step == 4
     assert_trees_equal(resumed.params, result.params)
 
 
-def test_the_meaning_of_the_best_cannot_change_and_runs_are_not_mixed(tmp_path):
-    data = Interrupting(RandomWindows(parts()[2], 16, 8, seed=1), 3, signal.SIGTERM)
+def test_best_mode_cannot_change_and_a_directory_has_one_run(tmp_path):
+    data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 3, signal.SIGTERM)
     assert run(tmp_path, data=data).interrupted == "SIGTERM"
     with pytest.raises(ValueError, match="best_mode=max cannot change in a resumed run"):
         run(tmp_path, resume=True, best_mode="max")
@@ -394,14 +397,14 @@ def test_the_meaning_of_the_best_cannot_change_and_runs_are_not_mixed(tmp_path):
         run(tmp_path)
 
 
-def test_a_metric_that_no_evaluation_gives_is_named(tmp_path):
+def test_an_unknown_best_metric_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="best_metric='bleu' is not among the validation metrics loss: choose one"):
         run(tmp_path, best_metric="bleu")
     with pytest.raises(ValueError, match="restore_best=True needs checkpoints"):
         TrainingConfig(restore_best=True, checkpoint_every=None)
 
 
-def test_trackers_get_the_records_and_the_log_has_rates(tmp_path, monkeypatch):
+def test_trackers_receive_records_and_the_metrics_have_rates(tmp_path, monkeypatch):
     class Recorder:
         def __init__(self):
             self.records = []
@@ -412,7 +415,7 @@ def test_trackers_get_the_records_and_the_log_has_rates(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    model, optimizer, tokens, evaluate = parts()
+    model, optimizer, tokens, evaluate = training_setup()
     config = TrainingConfig(steps=3, batch_size=8, evaluate_every=3, checkpoint_every=None)
     schedule = learning_rate(OptimizerConfig(warmup_steps=2, learning_rate=1e-2), STEPS)
     trainer = config.trainer(model, optimizer, causal.loss, learning_rate=schedule)
@@ -430,8 +433,8 @@ def test_trackers_get_the_records_and_the_log_has_rates(tmp_path, monkeypatch):
     assert repr(result).startswith("Result(step=3, validation={'loss': ")
 
 
-def test_as_many_compilations_as_buckets(tmp_path, capfd):
-    model, optimizer, _, evaluate = parts()
+def test_each_bucket_is_compiled_once(tmp_path, capfd):
+    model, optimizer, _, evaluate = training_setup()
     rng = np.random.default_rng(0)
     encoded = [{"tokens": rng.integers(0, 99, rng.integers(4, 40))} for _ in range(64)]
     source = Bucketed(encoded, 8, num_buckets=2)

@@ -1,4 +1,7 @@
-"""NT-ASGD in the training loop: it starts when validation stops improving, and evaluates and exports the mean."""
+"""NT-ASGD in the training loop: averaging starts when the validation loss stops improving.
+
+After that, the loop evaluates and exports the mean of the parameters.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,21 @@ import numpy as np
 from jaxlm import spec
 from jaxlm.data import Batches, RandomWindows
 from jaxlm.objectives import causal
+from jaxlm.testing.helpers import tiny_model
 from jaxlm.training import nt_asgd
 from jaxlm.training.loop import Result, Run, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.report import read_metrics
-from tests.helpers import tiny_model
 
 LOSSES = [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5]
-"""Of ten evaluations: the eighth is the first that is worse than the best of more than five evaluations ago."""
+"""Validation losses of ten evaluations. The eighth is the first that triggers averaging.
+
+It is the first loss that is worse than the best loss of more than five evaluations ago.
+"""
 
 
 def run(directory: Path, steps: int, *, resume: bool = False) -> tuple[Result, list[Any]]:
-    """The result, and the parameters of each evaluation."""
+    """Train; return the result and the parameters that each evaluation received."""
     model = tiny_model("lstm")
     optimizer = make_optimizer(
         OptimizerConfig("nt_asgd", learning_rate=0.5, schedule="constant", warmup_steps=0, beta1=0.0), model.specs, 10
@@ -30,31 +36,31 @@ def run(directory: Path, steps: int, *, resume: bool = False) -> tuple[Result, l
     config = TrainingConfig(steps=steps, batch_size=2, sequence_length=8, evaluate_every=1, checkpoint_every=5)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 400)
     data = Batches(RandomWindows(tokens, 8, 2), to_batch=lambda window: causal.batch(window.tokens))
-    seen: list[Any] = []
-    before = 5 if resume else 0
+    evaluated_params: list[Any] = []
+    earlier_evaluations = 5 if resume else 0
 
     def evaluate(params: Any) -> dict[str, float]:
-        seen.append(jax.device_get(params))
-        return {"loss": LOSSES[before + len(seen) - 1]}
+        evaluated_params.append(jax.device_get(params))
+        return {"loss": LOSSES[earlier_evaluations + len(evaluated_params) - 1]}
 
     trainer = config.trainer(model, optimizer, causal.loss)
-    return train(trainer, data, evaluate, config, Run(directory, resume=resume)), seen
+    return train(trainer, data, evaluate, config, Run(directory, resume=resume)), evaluated_params
 
 
-def test_the_mean_is_evaluated_and_exported_after_the_start(tmp_path: Path) -> None:
-    result, seen = run(tmp_path, 10)
+def test_the_mean_is_exported_after_averaging_starts(tmp_path: Path) -> None:
+    result, evaluated_params = run(tmp_path, 10)
     events = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "event" in record]
     assert events == [{"step": 8, "event": "averaging started"}]
-    mean = nt_asgd.averaged(result.state.optimizer)
+    mean = nt_asgd.mean_params(result.state.optimizer)
     assert all(map(np.array_equal, jax.tree.leaves(result.params), jax.tree.leaves(mean)))
     last, exported = spec.flatten(result.state.params), spec.flatten(result.params)
     assert any(not np.array_equal(last[name], exported[name]) for name in last)
 
 
-def test_a_resumed_run_starts_at_the_same_evaluation(tmp_path: Path) -> None:
-    whole, _ = run(tmp_path / "whole", 10)
-    run(tmp_path / "parts", 5)
-    parts, _ = run(tmp_path / "parts", 10, resume=True)
-    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
-        assert np.array_equal(one, other)
-    assert whole.step == parts.step
+def test_a_resumed_run_starts_averaging_at_the_same_evaluation(tmp_path: Path) -> None:
+    uninterrupted, _ = run(tmp_path / "uninterrupted", 10)
+    run(tmp_path / "resumed", 5)
+    resumed, _ = run(tmp_path / "resumed", 10, resume=True)
+    for expected, actual in zip(jax.tree.leaves(uninterrupted.params), jax.tree.leaves(resumed.params), strict=True):
+        assert np.array_equal(expected, actual)
+    assert uninterrupted.step == resumed.step

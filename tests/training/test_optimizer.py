@@ -1,4 +1,7 @@
-"""Optimizers: each layer and each matrix by itself, in both layer layouts; schedules; rates by layer; recipes."""
+"""Optimizers treat each layer and each matrix separately, for stacked and per-layer parameters.
+
+Also schedules, layer-wise learning rates and recipes.
+"""
 
 import dataclasses
 import math
@@ -15,7 +18,8 @@ from jaxlm.adapt import LoRA
 from jaxlm.config import from_json, to_json
 from jaxlm.models import FAMILIES
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training.nt_asgd import averaged, start
+from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, tiny_model, with_stacked_layers
+from jaxlm.training.nt_asgd import mean_params, start_averaging
 from jaxlm.training.optimizer import (
     MUON_RMS,
     OptimizerConfig,
@@ -26,22 +30,21 @@ from jaxlm.training.optimizer import (
     optimizer_sharding,
 )
 from jaxlm.training.recipes import RECIPES, recipe
-from tests.helpers import add_noise, assert_trees_close, assert_trees_equal, tiny_model, with_stacked_layers
 
 NAMES = ("adamw", "adafactor", "muon", "sgd", "nt_asgd", "adadelta")
 T5 = tiny_model("t5", num_layers=2, num_decoder_layers=3, scan_layers=True)
 PLAIN = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "clip_norm": None}
 
 
-def trees(model, count=2):
-    """Parameters, and gradients of some steps."""
+def params_and_gradients(model, count=2):
+    """Return parameters and a list of ``count`` gradients."""
     params = add_noise(model.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(7), count)
     return params, [jax.tree.map(lambda x, k=k: jax.random.normal(k, x.shape) * (1 + x.size % 3), params) for k in keys]
 
 
-def updates_of(optimizer, params, gradients):
-    """The last update and the state after some gradients."""
+def run_optimizer(optimizer, params, gradients):
+    """Return the last updates and the optimizer state after steps with all ``gradients``."""
     update = jax.jit(optimizer.update)
     state = optimizer.init(params)
     for gradient in gradients:
@@ -53,13 +56,13 @@ def updates_of(optimizer, params, gradients):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stacked_and_per_layer_parameters_get_the_same_updates_and_states(name):
+def test_stacked_and_per_layer_parameters_get_equal_updates_and_states(name):
     sizes = {"num_layers": 1, "num_decoder_layers": 2} if name == "adafactor" else {}
     model = tiny_model("t5" if name == "adafactor" else "gpt2-tiny", **sizes, scan_layers=True)
-    config, params, gradients = OptimizerConfig(name, warmup_steps=1, layer_decay=0.5), *trees(model)
+    config, params, gradients = OptimizerConfig(name, warmup_steps=1, layer_decay=0.5), *params_and_gradients(model)
     stacked, per_layer = (make_optimizer(config, specs, 10) for specs in (model.specs, spec.unstack(model.specs)))
-    updates, state = updates_of(stacked, params, gradients)
-    other_updates, other_state = updates_of(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))
+    updates, state = run_optimizer(stacked, params, gradients)
+    other_updates, other_state = run_optimizer(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))
     assert jax.tree.structure(spec.unstack(state)) == jax.tree.structure(other_state)
     assert_trees_close(spec.unstack(updates), other_updates, 1e-4)
     assert_trees_close(spec.unstack(state), other_state, 1e-4)
@@ -67,8 +70,8 @@ def test_stacked_and_per_layer_parameters_get_the_same_updates_and_states(name):
     assert_trees_equal(spec.restack(spec.unstack(state)), state)
 
 
-def test_adafactor_keeps_statistics_of_each_layer_and_of_the_flattened_matrix():
-    """Against Optax's on one layer of matrices, wide enough to be factored."""
+def test_adafactor_factors_the_flattened_matrices_of_each_layer():
+    """Compare with ``optax.adafactor`` on the flattened matrices of one layer. They are large enough to be factored."""
     specs = {
         "layers": {
             "query": {"weight": spec.ArraySpec((3, 130, 2, 65), ("layers", "embed", "heads", "kv"))},
@@ -79,15 +82,15 @@ def test_adafactor_keeps_statistics_of_each_layer_and_of_the_flattened_matrix():
     optimizer = make_optimizer(OptimizerConfig("adafactor", **PLAIN), specs, 10)
     params = jax.tree.map(lambda s: jax.random.normal(jax.random.key(s.size), s.shape), specs)
     gradients = [jax.tree.map(lambda p, n=n: jnp.sin(p * n) * (1 + n), params) for n in (1, 2)]
-    updates, state = updates_of(optimizer, params, gradients)
+    updates, state = run_optimizer(optimizer, params, gradients)
     shapes = {"query": (130, 130), "output": (130, 140), "query_bias": (130,)}
     reference = optax.adafactor(1.0)
     for layer in range(3):
-        flat = lambda tree, layer=layer: {  # noqa: E731
+        flat_matrices = lambda tree, layer=layer: {  # noqa: E731
             name: jax.tree.leaves(leaf)[0][layer].reshape(shapes[name]) for name, leaf in tree["layers"].items()
         }
-        expected, _ = updates_of(reference, flat(params), list(map(flat, gradients)))
-        assert_trees_close(flat(updates), expected, 1e-4)
+        expected, _ = run_optimizer(reference, flat_matrices(params), list(map(flat_matrices, gradients)))
+        assert_trees_close(flat_matrices(updates), expected, 1e-4)
     factored = spec.flatten(state[0])
     assert factored["layers/output/weight/0/v_row"].shape == (3, 130)
     assert factored["layers/output/weight/0/v_col"].shape == (3, 140)
@@ -97,11 +100,13 @@ def test_adafactor_keeps_statistics_of_each_layer_and_of_the_flattened_matrix():
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny", "t5-tiny", "lstm-tiny", "resnet-tiny"])
-def test_muon_handles_every_matrix_inside_the_model(name):
+def test_muon_updates_every_matrix_except_embeddings_and_heads(name):
     model = with_stacked_layers(tiny_model(name))
     specs = spec.flatten(model.specs)
-    numbers = jax.tree.leaves(muon_dimension_numbers(model.specs), is_leaf=lambda x: x is None or hasattr(x, "_fields"))
-    handled = {path for path, number in zip(specs, numbers, strict=True) if number is not None}
+    dimension_numbers = jax.tree.leaves(
+        muon_dimension_numbers(model.specs), is_leaf=lambda x: x is None or hasattr(x, "_fields")
+    )
+    handled = {path for path, number in zip(specs, dimension_numbers, strict=True) if number is not None}
     outside = {"token_embedding", "position_embedding", "head", "classifier/weight"}
     expected = {path for path in specs if path.rsplit("/", 1)[-1].startswith("weight")} - outside
     assert handled == expected
@@ -114,8 +119,8 @@ def test_muon_handles_every_matrix_inside_the_model(name):
     assert matrices > by_default or name in ("lstm-tiny", "resnet-tiny")
 
 
-def test_muon_counts_parameters_as_optax_does():
-    """The dimension numbers also fit ``optax.contrib.muon``, whose own choice is matrices with two axes."""
+def test_optax_muon_accepts_the_dimension_numbers():
+    """``optax.contrib.muon`` accepts the dimension numbers. Its default is all arrays with two axes."""
     model = tiny_model("gpt2-tiny", scan_layers=True)
     params = model.init(jax.random.key(0))
 
@@ -131,27 +136,27 @@ def test_muon_counts_parameters_as_optax_does():
     assert handled(muon_weight_dimension_numbers=muon_dimension_numbers(model.specs)) == matrices == 24576
 
 
-def test_an_orthogonalised_update_is_that_of_the_flattened_matrix():
+def test_muon_orthogonalises_the_flattened_matrix_of_each_layer():
     model = tiny_model("llama-tiny", scan_layers=True)
     optimizer = make_optimizer(OptimizerConfig("muon", **PLAIN), model.specs, 10)
-    params, gradients = trees(model)
-    updates = updates_of(optimizer, params, gradients)[0]
+    params, gradients = params_and_gradients(model)
+    updates = run_optimizer(optimizer, params, gradients)[0]
     for path, shape in {
         "layers/attention/output/weight": (32, 32),
         "layers/attention/key/weight": (32, 16),
         "layers/mlp/up/weight": (32, 48),
     }.items():
-        alone = [spec.flatten(gradient)[path].reshape(2, *shape) for gradient in gradients]
+        flattened = [spec.flatten(gradient)[path].reshape(2, *shape) for gradient in gradients]
         scale = MUON_RMS * math.sqrt(max(shape))
         for layer, update in enumerate(spec.flatten(updates)[path].reshape(2, *shape)):
-            expected, _ = updates_of(scale_by_muon(), jnp.zeros(shape), [matrix[layer] for matrix in alone])
+            expected, _ = run_optimizer(scale_by_muon(), jnp.zeros(shape), [matrix[layer] for matrix in flattened])
             np.testing.assert_allclose(update, -scale * expected, atol=2e-4)
-            singular = jnp.linalg.svd(update, compute_uv=False) / scale
-            assert 0.3 < float(singular.min()) <= float(singular.max()) < 1.3
-            assert 0.1 < float(jnp.sqrt(jnp.mean(update**2))) < 0.25  # that of AdamW's updates
+            singular_values = jnp.linalg.svd(update, compute_uv=False) / scale
+            assert 0.3 < float(singular_values.min()) <= float(singular_values.max()) < 1.3
+            assert 0.1 < float(jnp.sqrt(jnp.mean(update**2))) < 0.25  # the size of AdamW's updates
 
 
-def test_fused_projections_and_gates_are_several_matrices():
+def test_muon_splits_fused_projections_and_gates_into_matrices():
     numbers = muon_dimension_numbers(tiny_model("gpt2-tiny", scan_layers=True).specs)
     assert numbers["layers"]["attention"]["qkv"]["weight"] == MuonDimensionNumbers((1,), (3, 4))
     assert muon_dimension_numbers(tiny_model("lstm-tiny").specs)["layer_0"]["weight_input"] == MuonDimensionNumbers(
@@ -162,21 +167,23 @@ def test_fused_projections_and_gates_are_several_matrices():
     ] == MuonDimensionNumbers((0, 1), (2,))
 
 
-def test_muon_trains_factors_of_lora():
+def test_muon_has_dimension_numbers_for_lora_factors():
     specs = LoRA(4, targets=("attention/",)).specs(T5.specs)
     numbers = muon_dimension_numbers(specs)["decoder"]["layers"]["attention"]["output"]["weight"]
     assert numbers == {"lora_a": MuonDimensionNumbers((1, 2), (3,)), "lora_b": MuonDimensionNumbers((1,), (2,))}
 
 
-# --------------------------------------------------------------------------------------- the other optimizers
+# ----------------------------------------------------------------------------------------- other optimizers
 
 
-def test_updates_outside_of_the_matrices_are_those_of_adam():
+def test_muon_updates_other_parameters_with_adam():
     model = tiny_model("lstm-tiny")
-    params, gradients = trees(model)
+    params, gradients = params_and_gradients(model)
     config = OptimizerConfig("muon", **PLAIN)
-    muon, _ = updates_of(make_optimizer(config, model.specs, 10), params, gradients)
-    adam, _ = updates_of(make_optimizer(dataclasses.replace(config, name="adamw"), model.specs, 10), params, gradients)
+    muon, _ = run_optimizer(make_optimizer(config, model.specs, 10), params, gradients)
+    adam, _ = run_optimizer(
+        make_optimizer(dataclasses.replace(config, name="adamw"), model.specs, 10), params, gradients
+    )
     muon, adam = spec.flatten(muon), spec.flatten(adam)
     close = {path for path in adam if np.allclose(muon[path], adam[path], atol=1e-5)}
     assert close == {"token_embedding", "head/bias", "layer_0/bias", "layer_1/bias"}
@@ -192,49 +199,51 @@ def test_updates_outside_of_the_matrices_are_those_of_adam():
         ({"name": "adamw", "beta2": 0.98}, optax.adam(1.0, 0.9, 0.98)),
     ],
 )
-def test_optimizers_are_those_of_optax(options, reference):
+def test_optimizers_equal_those_of_optax(options, reference):
     specs = {"w": spec.ArraySpec((4, 5), ("embed", "mlp"))}
     params, gradients = {"w": jnp.ones((4, 5))}, [{"w": jnp.arange(20.0).reshape(4, 5) - n} for n in range(3)]
-    updates, _ = updates_of(make_optimizer(OptimizerConfig(**{**PLAIN, **options}), specs, 10), params, gradients)
-    assert_trees_close(updates, updates_of(reference, params, gradients)[0], 1e-6)
+    updates, _ = run_optimizer(make_optimizer(OptimizerConfig(**{**PLAIN, **options}), specs, 10), params, gradients)
+    assert_trees_close(updates, run_optimizer(reference, params, gradients)[0], 1e-6)
 
 
-def test_nt_asgd_averages_what_sgd_gives():
+def test_nt_asgd_averages_the_iterates_of_sgd():
     specs = {"w": spec.ArraySpec((3,), ("embed",))}
     optimizer = make_optimizer(OptimizerConfig("nt_asgd", **{**PLAIN, "learning_rate": 0.1}, beta1=0.0), specs, 10)
     params, iterates = {"w": jnp.ones(3)}, []
-    state = start(optimizer.init(params))
+    state = start_averaging(optimizer.init(params))
     for _ in range(3):
         iterates.append(params["w"])
         updates, state = optimizer.update({"w": 2 * params["w"]}, state, params)
         params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(averaged(state)["w"], np.mean([*iterates, params["w"]], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(mean_params(state)["w"], np.mean([*iterates, params["w"]], axis=0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_states_are_sharded_like_parameters(name):
+def test_optimizer_states_are_sharded_like_parameters(name):
     sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
     optimizer = make_optimizer(OptimizerConfig(name), T5.specs, 1000)
-    params, _ = trees(T5)
-    placed = spec.flatten(optimizer_sharding(optimizer, T5.specs, sharding))
+    params, _ = params_and_gradients(T5)
+    shardings = spec.flatten(optimizer_sharding(optimizer, T5.specs, sharding))
     state = spec.flatten(jax.jit(optimizer.init)(params))
-    assert placed.keys() == state.keys()
-    split = {path for path, place in placed.items() if any(place.spec)}
-    moments = {
+    assert shardings.keys() == state.keys()
+    sharded_paths = {path for path, leaf_sharding in shardings.items() if any(leaf_sharding.spec)}
+    moment_paths = {
         path for path in state if path.endswith(("mlp/up/weight", "mlp/up/weight/0/mu")) or "up/weight/0/v" in path
     }
     if name == "adafactor":
-        split |= {path for path in moments if state[path].ndim < 3}  # statistics of rows and columns
-    assert moments <= split
-    assert moments or name == "sgd"
-    for path, place in placed.items():
-        place.shard_shape(state[path].shape)  # raises where a sharding does not fit
+        sharded_paths |= {
+            path for path in moment_paths if state[path].ndim < 3
+        }  # row and column statistics need no sharding
+    assert moment_paths <= sharded_paths
+    assert moment_paths or name == "sgd"
+    for path, leaf_sharding in shardings.items():
+        leaf_sharding.shard_shape(state[path].shape)  # raises if the sharding does not divide the shape
 
 
-# ------------------------------------------------------------------------------------------ rates by layer
+# ---------------------------------------------------------------------------------------- layer-wise rates
 
 
-def test_learning_rates_by_layer_are_those_of_beit():
+def test_layer_rates_equal_those_of_beit():
     rates = layer_rates(T5.specs, 0.5)
     flat = spec.flatten(rates)
     np.testing.assert_allclose(jnp.ravel(flat["decoder/layers/mlp/up/weight"]), [0.125, 0.25, 0.5])
@@ -251,16 +260,16 @@ def test_learning_rates_by_layer_are_those_of_beit():
 
 
 def test_layer_decay_multiplies_the_whole_update():
-    """Weight decay as well, in both layouts."""
+    """Including weight decay, for stacked and per-layer parameters."""
     model = tiny_model("bert", scan_layers=True)
-    params, gradients = trees(model)
+    params, gradients = params_and_gradients(model)
     config = OptimizerConfig("sgd", **{**PLAIN, "weight_decay": 0.1}, beta1=0.0)
-    plain, _ = updates_of(make_optimizer(config, model.specs, 10), params, gradients)
+    plain, _ = run_optimizer(make_optimizer(config, model.specs, 10), params, gradients)
     decayed = make_optimizer(dataclasses.replace(config, layer_decay=0.5), model.specs, 10)
     expected = jax.tree.map(lambda update, rate: update * rate, plain, layer_rates(model.specs, 0.5))
-    assert_trees_close(updates_of(decayed, params, gradients)[0], expected, 1e-6)
+    assert_trees_close(run_optimizer(decayed, params, gradients)[0], expected, 1e-6)
     per_layer = make_optimizer(dataclasses.replace(config, layer_decay=0.5), spec.unstack(model.specs), 10)
-    updates, _ = updates_of(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))
+    updates, _ = run_optimizer(per_layer, spec.unstack(params), list(map(spec.unstack, gradients)))
     assert_trees_close(updates, spec.unstack(expected), 1e-6)
 
 
@@ -272,7 +281,7 @@ def test_layer_decay_needs_layers():
 # ------------------------------------------------------------------------------------------------ schedules
 
 
-def test_inverse_square_root_rises_holds_and_falls():
+def test_inverse_square_root_has_warm_up_hold_and_decay():
     vaswani = learning_rate(OptimizerConfig(learning_rate=2.0, schedule="inverse_square_root", warmup_steps=4), 100)
     np.testing.assert_allclose([vaswani(n) for n in (0, 3, 4, 16, 64)], [0.4, 1.6, 2.0, 1.0, 0.5], rtol=1e-6)
     t5 = learning_rate(recipe("t5", 50_000), 50_000)
@@ -280,7 +289,7 @@ def test_inverse_square_root_rises_holds_and_falls():
     assert float(learning_rate(recipe("t5", 300), 300)(299)) == pytest.approx(0.01)
 
 
-def test_cosine_and_linear_hold_before_they_fall():
+def test_cosine_and_linear_hold_before_the_decay():
     config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=10, hold_steps=40, final_fraction=0.0)
     rate = learning_rate(config, 100)
     np.testing.assert_allclose([rate(n) for n in (10, 50, 75, 100)], [1.0, 1.0, 0.5, 0.0], atol=1e-6)
@@ -300,7 +309,7 @@ def test_cosine_and_linear_hold_before_they_fall():
         ({"nesterov": True}, "nesterov=True is only for sgd and nt_asgd, not for name='adamw'"),
     ],
 )
-def test_bad_configs_are_named(change, message):
+def test_bad_configs_raise_an_error_with_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**change)
 
@@ -321,7 +330,7 @@ def test_every_family_has_a_recipe_that_trains():
         assert bool(jnp.all(updates["layers"]["weight"] < 0)), family
 
 
-def test_recipes_keep_the_share_of_their_warm_up():
+def test_recipes_scale_their_warm_up_steps():
     assert recipe("bert", 1_000_000) == RECIPES["bert"].optimizer
     assert recipe("bert", 5_000).warmup_steps == 50
     assert recipe("roberta", 1_000).warmup_steps == 48

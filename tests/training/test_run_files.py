@@ -1,4 +1,4 @@
-"""The files of a run directory, the picture of its losses, and the HTML report of them."""
+"""The files of a run directory, the plot of its losses, and its HTML report."""
 
 import html.parser
 import math
@@ -11,7 +11,7 @@ import pytest
 from jaxlm.metrics import Score
 from jaxlm.training import plots, report
 from jaxlm.training.html_report import SHOWN_SAMPLES, write_report
-from jaxlm.training.report import AttentionMap, Board, MetricsFile, curve, draw_losses, read_metrics
+from jaxlm.training.report import AttentionMap, Board, MetricsFile, draw_losses, metric_curve, read_metrics
 
 # --------------------------------------------------------------------------------------------- metrics.jsonl
 
@@ -24,7 +24,7 @@ def write_metrics(path, steps=3):
     return path
 
 
-def test_a_torn_last_line_is_left_out_and_then_removed(tmp_path):
+def test_an_incomplete_last_line_is_ignored_and_then_removed(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl")
     records = read_metrics(path)
     with path.open("a") as file:
@@ -35,7 +35,7 @@ def test_a_torn_last_line_is_left_out_and_then_removed(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), [('{"step": 9,', "line 5: not JSON"), ("[1]", "line 5: list instead of")])
-def test_a_damaged_line_in_the_middle_is_named(tmp_path, line, message):
+def test_a_damaged_line_raises_an_error_with_its_line_number(tmp_path, line, message):
     path = write_metrics(tmp_path / "metrics.jsonl")
     with path.open("a") as file:
         file.write(line + "\n")
@@ -43,15 +43,15 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, line, message):
         read_metrics(path)
 
 
-def test_a_curve_takes_the_last_record_of_a_step_and_null_is_nan():
+def test_a_curve_uses_the_last_record_of_a_step_and_null_becomes_nan():
     records = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": None}, {"step": 2, "loss": 4.0}, {"event": "resumed"}]
-    steps, values = curve(records, "loss")
+    steps, values = metric_curve(records, "loss")
     assert steps == [1, 2]
     assert math.isnan(values[0])
     assert values[1] == 4.0
 
 
-def test_panels_have_the_loss_and_each_validation_metric(tmp_path):
+def test_each_panel_has_the_loss_or_one_validation_metric(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl"))
     loss, accuracy = plots.training_panels(records)
     assert [line.label for line in loss.series] == ["training (last 1.000)", "validation (last 1.500, best 1.500)"]
@@ -69,11 +69,11 @@ def test_many_training_losses_get_a_running_mean():
     assert raw.faint
     assert not smooth.faint
     assert smooth.label == "training (mean of 5 records)"
-    assert smooth.values[-1] == pytest.approx(4 / 3)  # of 1, 2, 1: the window ends with the records
+    assert smooth.values[-1] == pytest.approx(4 / 3)  # the mean of 1, 2 and 1: the last window has only three records
     assert math.isnan(smooth.values[99])
 
 
-def test_losses_are_drawn_with_a_panel_for_other_validation_metrics(tmp_path):
+def test_draw_losses_writes_a_png_file(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl")
     draw_losses(path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -86,14 +86,14 @@ def test_losses_are_drawn_with_a_panel_for_other_validation_metrics(tmp_path):
     ("name", "expected"), [("validation_loss", 1.0), ("validation_bits_per_character", 1.0), ("validation_BLEU", 3.0)]
 )
 def test_the_best_value_depends_on_the_metric(name, expected):
-    assert report.best(name, [3.0, math.nan, 1.0, 2.0]) == expected
-    assert math.isnan(report.best(name, [math.nan]))
+    assert report.best_value(name, [3.0, math.nan, 1.0, 2.0]) == expected
+    assert math.isnan(report.best_value(name, [math.nan]))
 
 
 # --------------------------------------------------------------------------------------------- other files
 
 
-def test_results_come_back_as_scores_with_processor_and_versions(tmp_path):
+def test_read_results_returns_scores_processor_and_versions(tmp_path):
     scores = [Score("BLEU", 38.2, 37.1, 39.3, 1000, "case:mixed|tok:13a"), Score("perplexity", 12.5)]
     details = {"data": "test_2016_flickr", "versions": {"jaxlm": "9"}}
     report.write_results(
@@ -102,11 +102,11 @@ def test_results_come_back_as_scores_with_processor_and_versions(tmp_path):
     results = report.read_results(tmp_path)
     assert results["scores"] == scores
     assert (results["parameters"], results["minutes"], results["data"]) == (123, 1.23, "test_2016_flickr")
-    assert results["versions"] == {"jaxlm": "9"}  # given, so not this machine's
+    assert results["versions"] == {"jaxlm": "9"}  # given versions replace the versions of this machine
     assert results["processor"]
 
 
-def test_values_that_are_not_json_are_refused(tmp_path):
+def test_values_that_are_not_json_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"results.json: a value is not JSON"):
         report.write_results(
             tmp_path, task="t", family="f", parameters=1, minutes=1.0, scores=[Score("loss", math.nan)]
@@ -117,12 +117,12 @@ def test_values_that_are_not_json_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [[[1, 2]], [[1, -1], [0, 1]], [[0.5, 0.5], [0, 1]]])
-def test_confusion_counts_must_fit_their_labels(tmp_path, counts):
+def test_confusion_counts_must_match_their_labels(tmp_path, counts):
     with pytest.raises(ValueError, match=r"must be integers >= 0 of shape \[2, 2\]"):
         report.write_confusion(tmp_path, ["a", "b"], counts)
 
 
-def test_attention_weights_must_fit_their_tokens():
+def test_attention_weights_must_match_their_tokens():
     with pytest.raises(ValueError, match=r"'x': weights \[1, 2\] must be \[2 rows, 2 columns\]"):
         AttentionMap("x", ["a", "b"], ["c", "d"], [[0.5, 0.5]])
     with pytest.raises(ValueError, match=r"weights must be in \[0, 1\]"):
@@ -135,7 +135,7 @@ def test_attention_weights_must_fit_their_tokens():
 
 
 class Page(html.parser.HTMLParser):
-    """Ids, text and outward references of a page, with a check that its elements are nested."""
+    """Parse a page. Collect ids, text and references to other files; assert that its elements are nested."""
 
     VOID = ("meta", "wbr", "br")
 
@@ -172,7 +172,7 @@ FEN = "r1bqkb1r/pppp1Qpp/2n2n2/4p3/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 0 4"
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def complete_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     write_metrics(run / "metrics.jsonl", 80)
     (run / "config.json").write_text('{"model": "<b>gpt</b>"}')
@@ -190,8 +190,8 @@ def whole_run(tmp_path_factory):
     return run, write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_report_is_one_valid_file_without_scripts(whole_run):
-    run, text = whole_run
+def test_the_report_is_one_valid_file_without_scripts(complete_run):
+    run, text = complete_run
     page = Page(text)
     assert len(page.ids) == len(set(page.ids))
     fragments = set()
@@ -202,12 +202,12 @@ def test_the_report_is_one_valid_file_without_scripts(whole_run):
     assert "<script" not in text
     assert "@import" not in text
     assert "prefers-color-scheme:dark" in text
-    assert not re.search(r"#0[123]0[0-9a-f]0[0-9a-f]", text)  # all placeholder colors became variables
-    assert write_report(run).read_text(encoding="utf-8") == text  # no dates, no random ids
+    assert not re.search(r"#0[123]0[0-9a-f]0[0-9a-f]", text)  # CSS variables have replaced all placeholder colors
+    assert write_report(run).read_text(encoding="utf-8") == text  # the same bytes: no dates, no random ids
 
 
-def test_the_report_shows_every_file(whole_run):
-    _, text = whole_run
+def test_the_report_shows_the_content_of_every_file(complete_run):
+    _, text = complete_run
     page = Page(text)
     for section in ("scores", "training", "samples", "confusion", "attention", "boards"):
         assert section in page.ids
@@ -218,14 +218,15 @@ def test_the_report_shows_every_file(whole_run):
     ):  # fmt: skip
         assert words in page.text, words
     assert page.text.count("wrong") == 1
-    assert len(re.findall("<svg", text)) == 2 + 2 + 2  # losses and accuracy, optimization, boards
+    assert len(re.findall("<svg", text)) == 2 + 2 + 2  # 2 training plots, 2 optimization plots, 2 boards
     assert "y&amp;s" in text
-    # Shades: 30 of 40 in the first row, no counts in the second; attention weights as they are.
+    # Shades of the confusion matrix are fractions of a row: 30 / 40, 10 / 40, and 0 without counts.
+    # Shades of the attention map are its weights.
     shades = [float(shade) for shade in re.findall(r"--shade:([\d.]+)", text)]
     assert shades == [0.75, 0.25, 0.0, 0.0, 0.9, 0.1, 0.2, 0.8]
 
 
-def test_missing_files_leave_their_sections_out(tmp_path):
+def test_the_report_omits_the_sections_of_missing_files(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
@@ -239,7 +240,7 @@ def test_missing_files_leave_their_sections_out(tmp_path):
     assert "<section" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
-def test_a_report_without_the_chess_package_has_the_position_as_text(tmp_path, monkeypatch):
+def test_without_the_chess_package_the_report_shows_positions_as_text(tmp_path, monkeypatch):
     report.write_results(tmp_path, task="chess", family="gpt", parameters=1, minutes=1.0, scores=[])
     report.write_boards(tmp_path, [Board("Mate", FEN, "h5f7")])
     monkeypatch.setitem(sys.modules, "chess", None)
@@ -248,15 +249,15 @@ def test_a_report_without_the_chess_package_has_the_position_as_text(tmp_path, m
     assert "pip install 'jaxlm[chess]'" in text
 
 
-def test_a_position_that_is_not_one_is_named(tmp_path):
+def test_an_invalid_chess_position_raises_an_error(tmp_path):
     report.write_results(tmp_path, task="chess", family="gpt", parameters=1, minutes=1.0, scores=[])
     report.write_boards(tmp_path, [Board("First", "not a position")])
     with pytest.raises(ValueError, match=r"board 'First' in boards.json: "):
         write_report(tmp_path)
 
 
-def test_files_of_a_run_read_back(whole_run):
-    run, _ = whole_run
+def test_written_files_can_be_read(complete_run):
+    run, _ = complete_run
     labels, counts = report.read_confusion(run)
     assert labels == ["no", "y&s"]
     np.testing.assert_array_equal(counts, [[30, 10], [0, 0]])
@@ -265,7 +266,7 @@ def test_files_of_a_run_read_back(whole_run):
     assert report.read_samples(run)[1] == {"source": "source 1", "output": "no", "label": "yes"}
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_errors_name_the_damaged_file(tmp_path):
     (tmp_path / "boards.json").write_text("[")
     with pytest.raises(ValueError, match=r"boards.json: not JSON"):
         report.read_boards(tmp_path)

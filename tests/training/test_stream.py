@@ -1,4 +1,4 @@
-"""Training along a stream: the state that a model carries from batch to batch."""
+"""Training with a model state that is carried from batch to batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Columns
 from jaxlm.objectives import causal, objective
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.trainer import Trainer
-from tests.helpers import (
+from jaxlm.testing.helpers import (
     TINY,
     add_noise,
     assert_trees_close,
@@ -30,10 +27,13 @@ from tests.helpers import (
     tiny_model,
     variant_params,
 )
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
 
 ROWS, LENGTH, MEMORY = 8, 6, 24
-STREAM = (ROWS, MEMORY)
-READERS = [name for name in TINY if decodes(tiny_model(name)) and task_of(tiny_model(name)) != "seq2seq"]
+CARRY = (ROWS, MEMORY)
+DECODERS = [name for name in TINY if decodes(tiny_model(name)) and task_of(tiny_model(name)) != "seq2seq"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,20 +41,20 @@ def loss_of(model: Any, params: Any, batch: Any, state: Any) -> Any:
     return objective(task_of(model)).loss(model, params, batch, state=state)
 
 
-@pytest.mark.parametrize("name", variant_params(READERS))
-def test_a_text_in_pieces_costs_what_it_costs_whole(name: str) -> None:
+@pytest.mark.parametrize("name", variant_params(DECODERS))
+def test_losses_of_chunks_sum_to_the_loss_of_the_text(name: str) -> None:
     model = tiny_model(name)
     params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     tokens = random_tokens(model, 2, 19)
-    whole, _, _ = loss_of(model, params, causal.batch(tokens), model.init_state(2, MEMORY))
-    pieces, state = [], model.init_state(2, MEMORY)
+    expected, _, _ = loss_of(model, params, causal.batch(tokens), model.init_state(2, MEMORY))
+    chunk_losses, state = [], model.init_state(2, MEMORY)
     for start in (0, 6, 12):
         total, _, state = loss_of(model, params, causal.batch(tokens[:, start : start + 7]), state)
-        pieces.append(float(total))
-    assert relative_error(sum(pieces), whole) < 2e-5
+        chunk_losses.append(float(total))
+    assert relative_error(sum(chunk_losses), expected) < 2e-5
 
 
-def test_no_gradient_flows_into_the_past() -> None:
+def test_no_gradient_flows_into_the_model_state() -> None:
     model = tiny_model("lstm-tiny")
     params = add_noise(jax.jit(model.init)(jax.random.key(0)))
     batch = causal.batch(random_tokens(model, 2, 7))
@@ -67,7 +67,7 @@ def test_no_gradient_flows_into_the_past() -> None:
 
 
 @functools.cache
-def setup(name: str) -> tuple[Any, Any, Any]:
+def model_optimizer_batches(name: str) -> tuple[Any, Any, Any]:
     model = tiny_model(name)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
     columns = Columns(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
@@ -76,39 +76,39 @@ def setup(name: str) -> tuple[Any, Any, Any]:
 
 
 def trainer_of(model: Any, optimizer: Any, **options: Any) -> Trainer:
-    return Trainer(model, optimizer, causal.loss, carry=STREAM, **options)
+    return Trainer(model, optimizer, causal.loss, carry_size=CARRY, **options)
 
 
-def fresh(model: Any, optimizer: Any) -> Any:
+def initial_state(model: Any, optimizer: Any) -> Any:
     return trainer_of(model, optimizer).init(jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
-def test_a_step_carries_the_state_on_and_starts_anew_where_told(name: str) -> None:
-    model, optimizer, batches = setup(name)
+def test_a_step_carries_the_model_state_and_resets_it_on_request(name: str) -> None:
+    model, optimizer, batches = model_optimizer_batches(name)
     step = trainer_of(model, optimizer).jit_step()
-    state = fresh(model, optimizer)
-    carried = []
+    state = initial_state(model, optimizer)
+    states = []
     for batch in batches[:2]:
         params = jax.tree.map(jnp.copy, state.params)
         expected = causal.loss(model, params, batch, state=state.model_state)[2]
         state, _ = step(state, batch)
         assert_trees_close(state.model_state, expected, 2e-5)
-        assert spec.diff(model.state_specs(*STREAM), state.model_state) == []
-        carried.append(jax.device_get(state.model_state))
+        assert spec.diff(model.state_specs(*CARRY), state.model_state) == []
+        states.append(jax.device_get(state.model_state))
     assert step._cache_size() == 1
-    # The fourth batch begins the next epoch: what came before is forgotten.
+    # The fourth batch begins the next epoch, so the step resets the model state.
     assert batches[3].reset.all()
     params = jax.tree.map(jnp.copy, state.params)
-    expected = causal.loss(model, params, batches[3], state=model.init_state(*STREAM))[2]
+    expected = causal.loss(model, params, batches[3], state=model.init_state(*CARRY))[2]
     state, _ = step(state, batches[3])
     assert_trees_close(state.model_state, expected, 2e-5)
 
 
-def test_a_step_that_is_skipped_carries_nothing_on() -> None:
-    model, optimizer, batches = setup("lstm-tiny")
+def test_a_skipped_step_keeps_the_model_state() -> None:
+    model, optimizer, batches = model_optimizer_batches("lstm-tiny")
     step = trainer_of(model, optimizer).jit_step()
-    state, _ = step(fresh(model, optimizer), batches[0])
+    state, _ = step(initial_state(model, optimizer), batches[0])
     before = jax.device_get(state.model_state)
     bad = batches[1].replace(tokens=np.full_like(batches[1].tokens, model.config.vocab_size))
     state, metrics = step(state, bad)
@@ -117,40 +117,40 @@ def test_a_step_that_is_skipped_carries_nothing_on() -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm-tiny", "transformer-xl-tiny"])
-def test_streams_split_over_devices_and_come_back_from_checkpoints(name: str, tmp_path: Any) -> None:
-    model, optimizer, batches = setup(name)
-    single = trainer_of(model, optimizer).jit_step()
-    want = fresh(model, optimizer)
+def test_model_states_are_sharded_and_restored_from_checkpoints(name: str, tmp_path: Any) -> None:
+    model, optimizer, batches = model_optimizer_batches(name)
+    single_step = trainer_of(model, optimizer).jit_step()
+    expected = initial_state(model, optimizer)
     for batch in batches[:2]:
-        want, _ = single(want, batch)
+        expected, _ = single_step(expected, batch)
     sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
-    split = trainer_of(model, optimizer, sharding=sharding).jit_step()
+    sharded_step = trainer_of(model, optimizer, sharding=sharding).jit_step()
     state = trainer_of(model, optimizer, sharding=sharding).init(jax.random.key(0))
-    state, _ = split(state, batches[0])
+    state, _ = sharded_step(state, batches[0])
     target = trainer_of(model, optimizer, sharding=sharding).abstract()
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, {}, wait=True)
         restored, _ = checkpoints.restore(target)
     assert_trees_equal(restored, state)
-    restored, _ = split(restored, batches[1])
-    assert_trees_close(restored.params, want.params, 1e-4)
-    assert_trees_close(restored.model_state, want.model_state, 1e-4)
+    restored, _ = sharded_step(restored, batches[1])
+    assert_trees_close(restored.params, expected.params, 1e-4)
+    assert_trees_close(restored.model_state, expected.model_state, 1e-4)
 
 
-def test_a_batch_of_streams_cannot_be_cut_into_parts() -> None:
-    model, optimizer, batches = setup("lstm-tiny")
+def test_grad_accum_steps_rejects_a_batch_with_carried_state() -> None:
+    model, optimizer, batches = model_optimizer_batches("lstm-tiny")
     step = trainer_of(model, optimizer, grad_accum_steps=2).jit_step()
     with pytest.raises(ValueError, match="grad_accum_steps=2 cannot split a batch whose rows carry state"):
-        step(fresh(model, optimizer), batches[0])
+        step(initial_state(model, optimizer), batches[0])
 
 
-def test_an_evaluation_carries_the_state_too() -> None:
-    model, _, batches = setup("lstm-tiny")
+def test_the_evaluator_carries_the_model_state() -> None:
+    model, _, batches = model_optimizer_batches("lstm-tiny")
     params = add_noise(jax.jit(model.init)(jax.random.key(0)))
-    whole = causal.batch(
+    joined = causal.batch(
         np.concatenate([batches[0].tokens, batches[1].tokens, batches[1].targets[:, -1:]], axis=1)
     )  # fmt: skip
-    total, weight, _ = causal.loss(model, params, whole)
-    evaluate = Evaluator(model, causal.loss, batches[:2], carry=STREAM)
+    total, weight, _ = causal.loss(model, params, joined)
+    evaluate = Evaluator(model, causal.loss, batches[:2], carry_size=CARRY)
     assert evaluate(params)["loss"] == pytest.approx(float(total / weight), rel=1e-5)
     assert Evaluator(model, causal.loss, batches[:2])(params)["loss"] != pytest.approx(float(total / weight), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Trackers against fake services (offline), and TensorBoard's event files read back (live)."""
+"""Trackers with fake services; live tests also read the event files of TensorBoard."""
 
 import sys
 import types
@@ -9,7 +9,7 @@ from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTra
 
 
 class FakeRun:
-    """A run of wandb or trackio that keeps what it is given."""
+    """A fake run of wandb or trackio. It records the arguments of its calls."""
 
     def __init__(self, **options):
         self.options, self.logged, self.finished = options, [], False
@@ -22,7 +22,7 @@ class FakeRun:
 
 
 @pytest.mark.parametrize(("service", "tracker_class"), [("wandb", WandbTracker), ("trackio", TrackioTracker)])
-def test_services_get_names_values_and_the_end(monkeypatch, service, tracker_class):
+def test_wandb_and_trackio_receive_config_values_and_finish(monkeypatch, service, tracker_class):
     runs = []
 
     def init(**options):
@@ -41,7 +41,7 @@ def test_services_get_names_values_and_the_end(monkeypatch, service, tracker_cla
     assert run.finished
 
 
-def test_tensorboard_gets_one_scalar_per_metric(monkeypatch, tmp_path):
+def test_tensorboard_receives_one_scalar_per_metric(monkeypatch, tmp_path):
     calls = []
 
     class Writer:
@@ -63,7 +63,7 @@ def test_tensorboard_gets_one_scalar_per_metric(monkeypatch, tmp_path):
 
 
 @pytest.mark.live
-def test_tensorboard_event_files_hold_the_values(tmp_path):
+def test_tensorboard_event_files_contain_the_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -86,7 +86,7 @@ def test_tensorboard_event_files_hold_the_values(tmp_path):
         ("trackio", "trackio", lambda: TrackioTracker("project")),
     ],
 )
-def test_a_missing_package_is_named(monkeypatch, module, package, make):
+def test_a_missing_package_raises_an_error_with_the_install_command(monkeypatch, module, package, make):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"pip install {package}"):
         make()

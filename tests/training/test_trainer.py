@@ -1,3 +1,5 @@
+"""A training step: updates, skipped steps, gradient accumulation, EMA, sharding and adaptation."""
+
 import dataclasses
 import functools
 
@@ -11,48 +13,48 @@ from jaxlm import spec
 from jaxlm.adapt import Freeze, LoRA
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, random_tokens, relative_error, tiny_model
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.trainer import Trainer
-from tests.helpers import assert_trees_close, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 
 @functools.cache
-def parts(**overrides):
+def model_optimizer_batch(**overrides):
     model = tiny_model("gpt", num_layers=1, **overrides)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1, epsilon=1e-3), model.specs, 20)
     return model, optimizer, causal.batch(random_tokens(model, 8, 13))
 
 
-def fresh(**options):
-    model, optimizer, _ = parts()
+def initial_state(**options):
+    model, optimizer, _ = model_optimizer_batch()
     return Trainer(model, optimizer, causal.loss, **options).init(jax.random.key(0))
 
 
-def poisoned(model, params, batch, *, key=None, state=None):
-    """The causal loss, not finite for a batch whose first token is 0."""
+def nan_loss(model, params, batch, *, key=None, state=None):
+    """The causal loss. It is NaN if the first token of the batch is 0."""
     total, weight, _ = causal.loss(model, params, batch, key=key)
     return total * jnp.where(batch.tokens[0, 0] == 0, jnp.nan, 1.0), weight, None
 
 
 @functools.cache
-def jitted(**options):
-    model, optimizer, _ = parts()
-    return jax.jit(Trainer(model, optimizer, poisoned, **options).step)
+def compiled_step(**options):
+    model, optimizer, _ = model_optimizer_batch()
+    return jax.jit(Trainer(model, optimizer, nan_loss, **options).step)
 
 
-def test_a_step_is_what_optax_does_by_hand():
-    model, optimizer, batch = parts()
-    state = fresh()
+def test_a_step_equals_value_and_grad_and_an_optax_update():
+    model, optimizer, batch = model_optimizer_batch()
+    state = initial_state()
     batch.tokens[0, 0] = 3
     key = jax.random.fold_in(state.key, 0)
 
-    def mean(params):
+    def mean_loss(params):
         total, weight, _ = causal.loss(model, params, batch, key=key)
         return total / weight
 
-    loss, grads = jax.jit(jax.value_and_grad(mean))(state.params)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
     updates, _ = optimizer.update(grads, state.optimizer, state.params)
-    after, metrics = jitted()(state, batch)
+    after, metrics = compiled_step()(state, batch)
     assert_trees_close(after.params, optax.apply_updates(state.params, updates), 1e-5)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
     assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
@@ -60,12 +62,12 @@ def test_a_step_is_what_optax_does_by_hand():
     assert float(metrics["weight"]) == 8 * 12
 
 
-def test_a_bad_step_changes_nothing_bit_for_bit_and_is_counted():
-    _, _, batch = parts()
-    step = jitted(ema_decay=0.9)
+def test_a_step_with_a_nan_loss_changes_no_bit_and_is_counted():
+    _, _, batch = model_optimizer_batch()
+    step = compiled_step(ema_decay=0.9)
     bad = dataclasses.replace(batch, tokens=batch.tokens.copy())
     bad.tokens[0, 0], batch.tokens[0, 0] = 0, 3
-    before, _ = step(fresh(ema_decay=0.9), batch)
+    before, _ = step(initial_state(ema_decay=0.9), batch)
     after, metrics = step(before, bad)
     for name in ("params", "optimizer", "ema"):
         assert_trees_equal(getattr(after, name), getattr(before, name))
@@ -79,91 +81,95 @@ def test_a_bad_step_changes_nothing_bit_for_bit_and_is_counted():
 
 
 @pytest.mark.parametrize("count", [2, 8])
-def test_accumulation_equals_the_whole_batch_even_with_uneven_padding(count):
-    batch = dataclasses.replace(parts()[2], weights=np.tri(8, 12, 3).astype(np.float32))
+def test_gradient_accumulation_equals_the_full_batch_with_uneven_padding(count):
+    batch = dataclasses.replace(model_optimizer_batch()[2], weights=np.tri(8, 12, 3).astype(np.float32))
     batch.tokens[0, 0] = 3
-    want, got = (jitted(grad_accum_steps=n)(fresh(), batch) for n in (1, count))
-    assert_trees_close((got[0].params, got[0].optimizer, got[1]), (want[0].params, want[0].optimizer, want[1]), 2e-5)
+    expected, actual = (compiled_step(grad_accum_steps=n)(initial_state(), batch) for n in (1, count))
+    assert_trees_close(
+        (actual[0].params, actual[0].optimizer, actual[1]),
+        (expected[0].params, expected[0].optimizer, expected[1]),
+        2e-5,
+    )
 
 
-def test_accumulation_that_does_not_divide_is_named():
+def test_grad_accum_steps_must_divide_the_batch():
     with pytest.raises(ValueError, match="grad_accum_steps=3 does not divide the batch of 8 rows"):
-        jitted(grad_accum_steps=3)(fresh(), parts()[2])
+        compiled_step(grad_accum_steps=3)(initial_state(), model_optimizer_batch()[2])
 
 
-def test_sharded_accumulation_keeps_the_split_of_rows():
-    model, optimizer, batch = parts()
+def test_gradient_accumulation_with_a_sharded_batch():
+    model, optimizer, batch = model_optimizer_batch()
     batch.tokens[0, 0] = 3
     sharding = Sharding(make_mesh("data=4", devices=jax.devices()[:4]))
     trainer = Trainer(model, optimizer, causal.loss, grad_accum_steps=2, sharding=sharding)
-    state = jax.device_put(fresh(), trainer.shardings())
-    got, want = trainer.jit_step()(state, batch), jitted()(fresh(), batch)
-    assert_trees_close((got[0].params, got[1]), (want[0].params, want[1]), 2e-5)
+    state = jax.device_put(initial_state(), trainer.shardings())
+    actual, expected = trainer.jit_step()(state, batch), compiled_step()(initial_state(), batch)
+    assert_trees_close((actual[0].params, actual[1]), (expected[0].params, expected[1]), 2e-5)
 
 
-def test_average_follows_the_weights():
-    batch = parts()[2]
+def test_ema_is_the_moving_average_of_the_parameters():
+    batch = model_optimizer_batch()[2]
     batch.tokens[0, 0] = 3
-    state = fresh(ema_decay=0.9)
+    state = initial_state(ema_decay=0.9)
     assert_trees_equal(state.ema, state.params)
-    after, _ = jitted(ema_decay=0.75)(state, batch)
-    want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
-    assert_trees_close(after.ema, want, 1e-6)
+    after, _ = compiled_step(ema_decay=0.75)(state, batch)
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
+    assert_trees_close(after.ema, expected, 1e-6)
 
 
-def test_dropout_draws_differ_by_step_and_repeat_by_seed():
-    model, optimizer, batch = parts()
-    wet = dataclasses.replace(model, config=dataclasses.replace(model.config, residual_dropout=0.3))
-    step = jax.jit(Trainer(wet, optimizer, causal.loss).step)
-    state = fresh()
-    one, again = step(state, batch)[1]["loss"], step(state, batch)[1]["loss"]
-    later = step(state.replace(step=state.step + 1), batch)[1]["loss"]
-    assert float(one) == float(again)
-    assert float(one) != float(later)
+def test_dropout_differs_by_step_and_repeats_by_seed():
+    model, optimizer, batch = model_optimizer_batch()
+    dropout_model = dataclasses.replace(model, config=dataclasses.replace(model.config, residual_dropout=0.3))
+    step = jax.jit(Trainer(dropout_model, optimizer, causal.loss).step)
+    state = initial_state()
+    loss, repeated = step(state, batch)[1]["loss"], step(state, batch)[1]["loss"]
+    next_step = step(state.replace(step=state.step + 1), batch)[1]["loss"]
+    assert float(loss) == float(repeated)
+    assert float(loss) != float(next_step)
 
 
-def test_training_from_half_precision_parameters_is_refused():
-    model, optimizer, _ = parts()
-    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh().params)
+def test_training_rejects_bfloat16_parameters():
+    model, optimizer, _ = model_optimizer_batch()
+    bfloat16_params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), initial_state().params)
     with pytest.raises(ValueError, match="training needs float32 parameters, 'final_norm/bias' is bfloat16: convert"):
-        Trainer(model, optimizer, causal.loss).init(jax.random.key(0), low)
+        Trainer(model, optimizer, causal.loss).init(jax.random.key(0), bfloat16_params)
 
 
-def test_the_optimizer_is_handed_the_norm_that_the_step_knows():
-    """One that takes none, and one that clips by it: what is handed over is what it would have computed."""
-    model, optimizer, batch = parts()
-    seen = []
+def test_a_step_passes_the_gradient_norm_to_the_optimizer():
+    """Compare an optimizer that accepts ``gradient_norm`` and clips by it with an optimizer that computes the norm."""
+    model, optimizer, batch = model_optimizer_batch()
+    argument_names = []
 
-    def update(updates, state, params=None, **others):
-        seen.append(set(others))
-        return optimizer.update(updates, state, params, **others)
+    def update(updates, state, params=None, **extra_args):
+        argument_names.append(set(extra_args))
+        return optimizer.update(updates, state, params, **extra_args)
 
     batch.tokens[0, 0] = 3
-    want, _ = jitted()(fresh(), batch)
+    expected, _ = compiled_step()(initial_state(), batch)
     plain = optax.GradientTransformation(optimizer.init, lambda grads, state, params=None: update(grads, state, params))
-    for watched in (plain, optax.GradientTransformationExtraArgs(optimizer.init, update)):
-        step = jax.jit(Trainer(model, watched, poisoned).step)
-        assert_trees_close(step(fresh(), batch)[0].params, want.params, 1e-6)
-    assert seen == [set(), {"gradient_norm"}]
+    for wrapped in (plain, optax.GradientTransformationExtraArgs(optimizer.init, update)):
+        step = jax.jit(Trainer(model, wrapped, nan_loss).step)
+        assert_trees_close(step(initial_state(), batch)[0].params, expected.params, 1e-6)
+    assert argument_names == [set(), {"gradient_norm"}]
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_abstract_state_is_the_real_one_with_shardings(scan_layers):
-    model, optimizer, _ = parts(scan_layers=scan_layers)
+def test_abstract_has_the_shapes_dtypes_and_shardings_of_the_state(scan_layers):
+    model, optimizer, _ = model_optimizer_batch(scan_layers=scan_layers)
     sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
     trainer = Trainer(model, optimizer, causal.loss, ema_decay=0.9, sharding=sharding, spike_deviations=6.0)
-    abstract, real = trainer.abstract(), trainer.init(jax.random.key(0))
-    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == described
-    layers = real.optimizer[1].mu["layers"]
+    abstract, state = trainer.abstract(), trainer.init(jax.random.key(0))
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == expected
+    layers = state.optimizer[1].mu["layers"]
     moments = (layers if scan_layers else layers[0])["mlp"]["up"]["weight"]
     assert moments.sharding.spec == jax.sharding.PartitionSpec(*[None] * scan_layers, "fsdp", "tensor")
 
 
-# ----------------------------------------------------------------------------------------------- optimizer
+# ----------------------------------------------------------------------------- optimizer and adaptation
 
 
-def test_schedule_warms_up_falls_and_ends_where_stated():
+def test_schedules_have_a_warm_up_and_the_given_final_rate():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
     rate = learning_rate(config, 110)
     assert float(rate(0)) == pytest.approx(1 / 11)
@@ -174,8 +180,8 @@ def test_schedule_warms_up_falls_and_ends_where_stated():
     assert float(learning_rate(dataclasses.replace(config, schedule="constant"), 110)(109)) == pytest.approx(1.0)
 
 
-def test_decay_touches_weights_only():
-    model, _, _ = parts()
+def test_weight_decay_applies_to_weights_only():
+    model, _, _ = model_optimizer_batch()
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, schedule="constant", clip_norm=None)
     optimizer = make_optimizer(config, model.specs, 10)
     params = jax.tree.map(lambda spec: jnp.ones(spec.shape), model.specs)
@@ -188,8 +194,8 @@ def test_decay_touches_weights_only():
     assert float(updates["layers"][0]["attention"]["qkv"]["bias"][0, 0, 0]) == 0.0
 
 
-def test_clipping_bounds_the_gradient():
-    model, _, _ = parts()
+def test_clipping_limits_the_gradient_norm():
+    model, _, _ = model_optimizer_batch()
     config = OptimizerConfig(
         learning_rate=1.0,
         warmup_steps=0,
@@ -205,8 +211,8 @@ def test_clipping_bounds_the_gradient():
     updates, _ = make_optimizer(config, model.specs, 10).update(
         grads, make_optimizer(config, model.specs, 10).init(params), params
     )
-    clipped = 1.0 / model.num_parameters**0.5
-    assert float(updates["token_embedding"][0, 0]) == pytest.approx(-clipped / (clipped + 1.0), rel=1e-4)
+    clipped_entry = 1.0 / model.num_parameters**0.5
+    assert float(updates["token_embedding"][0, 0]) == pytest.approx(-clipped_entry / (clipped_entry + 1.0), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -219,20 +225,20 @@ def test_clipping_bounds_the_gradient():
         ({"warmup_steps": -1}, "warmup_steps=-1"),
     ],
 )
-def test_bad_optimizer_configs_are_named(change, message):
+def test_bad_optimizer_configs_raise_an_error_with_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**change)
 
 
-def test_bad_schedules_are_named():
+def test_bad_schedules_raise_an_error():
     with pytest.raises(ValueError, match="warmup_steps=100 must be fewer than the 100 steps"):
         learning_rate(OptimizerConfig(), 100)
     with pytest.raises(ValueError, match="schedule='cosin' is unknown: choose from cosine"):
         learning_rate(OptimizerConfig(schedule="cosin"), 1000)
 
 
-def test_frozen_parameters_keep_their_dtype_in_the_description():
-    model, lora = parts()[0], LoRA(2)
+def test_abstract_keeps_the_dtype_of_frozen_parameters():
+    model, lora = model_optimizer_batch()[0], LoRA(2)
     trainer = Trainer(model, optax.sgd(0.1), causal.loss, adaptation=lora)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec.abstract(model.specs))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trainer.abstract(params).frozen)} == {"bfloat16"}
@@ -240,8 +246,8 @@ def test_frozen_parameters_keep_their_dtype_in_the_description():
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("adaptation", [LoRA(2, alpha=4.0), Freeze(("embedding",))])
-def test_only_the_adapted_part_is_trained_and_kept_in_the_optimizer(adaptation, scan_layers):
-    model, _, batch = parts(scan_layers=scan_layers)
+def test_only_adapted_parameters_are_trained_and_have_optimizer_state(adaptation, scan_layers):
+    model, _, batch = model_optimizer_batch(scan_layers=scan_layers)
     batch.tokens[0, 0] = 3
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), adaptation.specs(model.specs), 20)
     trainer = Trainer(model, optimizer, causal.loss, ema_decay=0.5, adaptation=adaptation)
@@ -266,8 +272,8 @@ def test_only_the_adapted_part_is_trained_and_kept_in_the_optimizer(adaptation, 
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
-def test_an_adapted_and_sharded_state_is_described_before_it_exists(name):
-    model, _, batch = parts()
+def test_abstract_describes_an_adapted_and_sharded_state(name):
+    model, _, batch = model_optimizer_batch()
     batch.tokens[0, 0] = 3
     adaptation, sharding = LoRA(4), Sharding(make_mesh("fsdp=4,tensor=2"))
     optimizer = make_optimizer(OptimizerConfig(name=name, warmup_steps=1), adaptation.specs(model.specs), 20)
@@ -275,7 +281,7 @@ def test_an_adapted_and_sharded_state_is_described_before_it_exists(name):
     state = trainer.init(jax.random.key(0))
     describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.sharding))
     assert describe(trainer.abstract()) == describe(state)
-    single = dataclasses.replace(trainer, sharding=None)
-    want, _ = single.jit_step()(single.init(jax.random.key(0)), batch)
-    got, _ = trainer.jit_step()(state, batch)
-    assert_trees_close(got.params, want.params, 2e-4)
+    unsharded = dataclasses.replace(trainer, sharding=None)
+    expected, _ = unsharded.jit_step()(unsharded.init(jax.random.key(0)), batch)
+    actual, _ = trainer.jit_step()(state, batch)
+    assert_trees_close(actual.params, expected.params, 2e-4)

@@ -1,7 +1,8 @@
 """The published formats of the families: the names of parameters and config fields in Hugging Face files.
 
 The module ``jaxlm.interop.formats.NAME`` has the formats of the family NAME in a tuple ``FORMATS``. A family without
-such a module has no published format, and ``save_pretrained`` writes jaxlm's own names.
+such a module has no published format, and ``save_pretrained`` writes jaxlm's own names. A registered family
+(``jaxlm.register_family``) has its formats in an attribute ``FORMATS``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import importlib
 import importlib.util
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format, Layout
+from jaxlm.models.registry import FAMILIES
+from jaxlm.models.registry import family as family_module
 
 __all__ = ["TRANSPOSED", "Format", "Layout", "of"]
 
@@ -23,6 +26,8 @@ def of(family: str) -> tuple[Format, ...]:
         >>> [table.model_type for table in of("gpt")]
         ['gpt2', 'openai-gpt']
     """
+    if family not in FAMILIES:
+        return tuple(getattr(family_module(family), "FORMATS", ()))
     module = f"{__name__}.{family}"
     if importlib.util.find_spec(module) is None:
         return ()

@@ -1,6 +1,6 @@
 """Scaled dot-product attention (Vaswani et al. 2017, eq. 1): one function, several implementations.
 
-Shapes: B batch, T query time, S key time, H query heads, G key and value heads (each is read by H / G query heads), K
+Shapes: B batch, T query time, S key time, H query heads, G key and value heads (H / G query heads share each), K
 head width.
 """
 
@@ -37,8 +37,8 @@ def attention(
     """``softmax(scale * q @ k.T + bias + mask) @ v`` for each head, [B, T, H, K] in ``v``'s dtype.
 
     The softmax is computed in float32. A query that may not attend to any key gives zeros. Dropout is applied to the
-    probabilities. Its mask depends only on the random key and on the indices of an entry, so that all implementations
-    drop the same entries.
+    probabilities. The dropout mask of an entry depends only on the random key and on the indices of the entry, so that
+    all implementations drop the same entries.
 
     Args:
         k_BSGK, v_BSGK: arrays, or the view of a cache (``jaxlm.nn.attention.cache``). G divides H. G = H is multi-head
@@ -49,32 +49,32 @@ def attention(
             ``jaxlm.nn.attention.distance_bias``), which are computed tile by tile; or a dense array
             [1 or B, 1 or H, T, S], which only ``reference`` supports.
         dropout: dropout rate; used only with a ``key``.
-        implementation: None chooses the fastest known for the device, the shape and the mask. The choices are
+        implementation: None chooses the fastest one known for the platform and the arguments. The choices are
 
             - ``reference``: the plain definition, O(T*S) memory.
             - ``blockwise``: O(T) memory, custom gradient.
-            - ``decode``: for few queries; reads only the filled part of a cache.
-            - ``splash``: a TPU kernel without bias, dropout and orders.
-            - ``pallas``: a TPU kernel (v5 and later) that works on whole rows, with biases and orders, up to 4096 keys,
-              without dropout.
-            - ``cudnn``: NVIDIA GPUs, half precision, without bias, dropout, orders and segments.
+            - ``decode``: for few queries; reads only the filled part of a cache; no dropout.
+            - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``.
+            - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports biases and
+              ``Mask.query_order``; at most 4096 keys, no dropout.
+            - ``cudnn``: NVIDIA GPUs, half precision; no biases, no dropout, no ``Mask.query_order``, no segments.
 
     Raises:
-        ValueError: shapes that do not match, an unknown implementation, or one that does not support a requested
-            feature or the platform.
+        ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
+            arguments or the platform.
     """
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
         raise ValueError(
-            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the heads of k "
-            "and v must divide those of q"
+            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "
+            "heads of k and v must divide that of q"
         )
-    array, biases = _split_bias(bias)
-    if array is not None and not all(
-        size in allowed for size, allowed in zip(array.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
+    dense_bias, biases = _split_bias(bias)
+    if dense_bias is not None and not all(
+        size in allowed for size, allowed in zip(dense_bias.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
     ):
-        raise ValueError(f"bias {array.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+        raise ValueError(f"bias {dense_bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
     for attention_bias in biases:
         check(attention_bias, B, H)
     if mask.causal and mask.query_order is None and T != S:
@@ -82,18 +82,20 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
-    any_bias = array if array is not None else biases or None
+    any_bias = dense_bias if dense_bias is not None else biases or None
     reasons = {
-        "blockwise": None if array is None else "takes no dense bias",
-        "decode": decode.unsupported_reason(array, key),
+        "blockwise": None if dense_bias is None else "takes no dense bias",
+        "decode": decode.unsupported_reason(dense_bias, key),
         "splash": splash.unsupported_reason(mask, any_bias, key),
-        "pallas": pallas.unsupported_reason(T, S, biases, array, key),
+        "pallas": pallas.unsupported_reason(T, S, biases, dense_bias, key),
         "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
     }
     if is_recording():
         implementation = "reference"
     elif implementation is None:
-        implementation = choices.attention(T, S, dense_bias=array is not None, biases=bool(biases), reasons=reasons)
+        implementation = choices.attention(
+            T, S, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons
+        )
     elif reasons.get(implementation) is None:
         reasons[implementation] = choices.wrong_platform(implementation)
     if reasons.get(implementation) is not None:
@@ -111,8 +113,8 @@ def attention(
         return cudnn.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale)
     if implementation == "reference":
         for attention_bias in biases:
-            array = dense(attention_bias, T, S) if array is None else array + dense(attention_bias, T, S)
-        return reference.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, bias=array, dropout=dropout, key=key)
+            dense_bias = dense(attention_bias, T, S) if dense_bias is None else dense_bias + dense(attention_bias, T, S)
+        return reference.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, bias=dense_bias, dropout=dropout, key=key)
     if implementation == "blockwise":
         return blockwise.attention(
             q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key,
@@ -124,7 +126,7 @@ def attention(
 
 
 def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[AttentionBias, ...]]:
-    """The dense array and the biases in the argument ``bias``."""
+    """The dense array (or None) and the attention biases in the argument ``bias``."""
     if isinstance(bias, AttentionBias):
         return None, (bias,)
     if bias is None or hasattr(bias, "shape"):

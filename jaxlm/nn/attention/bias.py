@@ -2,8 +2,8 @@
 
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes its gradient tile by tile. So a
-bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs, so that a tile does
-not read the whole arrays.
+bias needs no array [H, T, S]. The function gets only the slices of the arrays that the tile needs.
+
 Shapes: B batch, T query time, S key time, H heads, R rows of a tile, E columns of a tile.
 """
 
@@ -23,8 +23,8 @@ from jaxlm.nn import choices
 class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
-    ``row`` and ``column`` may be traced. A ``bias_fn`` must slice, multiply and gather with these methods, because
-    kernels override them.
+    ``row`` and ``column`` may be traced. TPU kernels override the methods. So a :class:`PaddableBiasFn` must slice,
+    multiply and gather only with these methods.
     """
 
     row: Any
@@ -56,8 +56,8 @@ class Tile(NamedTuple):
     def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
         """``scale * q @ strip`` [R, P = R + E] with its diagonals moved into columns, [R, E] float32.
 
-        Entry (i, j) of the result is entry (i, R - i + j) of the product. Without queries, the strip is one row [1, P]
-        for all queries, and it is not scaled.
+        Entry (i, j) of the result is entry (i, R - i + j) of the product. If ``q_RK`` is None, the strip has one row
+        [1, P], which replaces every row of the product, without ``scale``.
         """
         if q_RK is None:
             return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
@@ -80,7 +80,7 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
     # A reshape from rows of P to rows of P - 1 entries shifts each row relative to the row before (Dai et al. 2019,
-    # appendix B). The slice starts at entry R instead of R - 1, because R is usually a multiple of the vector width.
+    # appendix B). The slice starts at entry R, because R is usually a multiple of the vector width and R - 1 is not.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -88,7 +88,7 @@ class BiasFn(Protocol):
     """A function from arrays to the bias of a tile. It must be hashable, because it is a key of JAX's compile cache."""
 
     def required_slices(self, tile: Tile) -> Mapping[str, tuple[Any, int, int]]:
-        """``{name: (start, size, axis)}``: the slice of an array that the tile needs. Other arrays are passed whole."""
+        """``{name: (start, size, axis)}``: the slices that the tile needs. Arrays without an entry are not sliced."""
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         """The bias that is added to the scaled scores of the tile, [R, E] float32."""
@@ -130,17 +130,17 @@ def slice_for_tile(bias_fn: BiasFn, floats: Mapping[str, jax.Array], tile: Tile)
 def add_slices(
     bias_fn: BiasFn, total: Mapping[str, jax.Array], added: Mapping[str, jax.Array], tile: Tile
 ) -> dict[str, jax.Array]:
-    """The sum of ``total`` and ``added``, the gradients of whole arrays and of the slices of one tile."""
+    """The gradients ``total`` of the arrays, plus the gradients ``added`` of the slices of one tile."""
     slices = bias_fn.required_slices(tile)
 
-    def sum_of(name: str) -> jax.Array:
+    def new_total(name: str) -> jax.Array:
         if name not in slices:
             return total[name] + added[name]
         start, size, axis = slices[name]
         sums = lax.dynamic_slice_in_dim(total[name], start, size, axis) + added[name]
         return lax.dynamic_update_slice_in_dim(total[name], sums, start, axis)
 
-    return {name: sum_of(name) for name in total}
+    return {name: new_total(name) for name in total}
 
 
 def check(bias: AttentionBias, batch: int, heads: int) -> None:
@@ -158,13 +158,14 @@ def check(bias: AttentionBias, batch: int, heads: int) -> None:
 
 
 def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
-    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; for few queries and for the reference."""
+    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; for few queries and for ``reference``."""
     tile = Tile(0, queries, 0, keys)
     sizes = [x.shape[:2] for x in jax.tree.leaves(bias.floats)]
     B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(bias.integers)), 1)
     H = max(h for _, h in sizes)
 
-    # Axes of size 1 are removed and not mapped over, so that a bias shared by all heads or rows is computed only once.
+    # Axes of size 1 are removed instead of mapped over, so that a bias that all heads or rows share is computed only
+    # once.
     def head_bias(floats: Any, integers: Any) -> jax.Array:
         return bias.bias_fn(slice_for_tile(bias.bias_fn, floats, tile), integers, tile)
 
@@ -176,10 +177,10 @@ def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
 
 
 def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
-    """The arrays after axes of size 1 are removed from their first ``axes`` axes."""
+    """The arrays after each of their first ``axes`` axes that has size 1 is removed."""
     return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
 
 
 def vmap_axes(tree: Any, axis: int) -> Any:
-    """``in_axes`` of ``jax.vmap`` for arrays after :func:`drop_unit_axes`: 0, or None where ``axis`` had size 1."""
+    """``in_axes`` of ``jax.vmap`` for arrays after :func:`drop_unit_axes`: 0, or None if ``axis`` had size 1."""
     return jax.tree.map(lambda x: None if x.shape[axis] == 1 else 0, tree)

@@ -1,10 +1,11 @@
-"""Attention in blocks of queries: O(T) memory, scores recomputed in the backward pass (after Dao et al. 2022).
+"""Attention in blocks of queries: O(T) memory, scores are recomputed in the backward pass (after Dao et al. 2022).
 
-For each head, a block of queries is multiplied with all keys that it may attend to, in one matmul. For a causal mask in
-index order, these are the keys up to the diagonal (and within the window), which are known at trace time. For other
-masks over many keys, it is the range of keys that the integers of the block allow, rounded up to one of a few lengths.
-Only the output and the log-sum-exp of each row are saved.
-Shapes as in ``jaxlm.nn.attention``; R rows of a block, E keys of a block.
+For each head, one matmul multiplies a block of queries with a range of keys that contains all visible keys. For a
+causal mask by index, the range is known at trace time: it ends at the diagonal and, with a window, starts at the window
+of the first query. For other masks over many keys, the range is computed at run time from the integers of the mask, and
+rounded up to one of a few lengths. The forward pass saves only the output and the log-sum-exp of each row.
+
+Shapes as in ``jaxlm.nn.attention.api``; R rows of a block, E keys of a block.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from jaxlm.nn.attention.tile_scores import SAVED, ScoreConfig, bias_gradients, d
 from jaxlm.nn.dropout import keep_rows
 
 BLOCK_ROWS = (256, 512)
-"""Queries per block, for fewer than ``LONG_SEQUENCE`` queries and for more. Small blocks give small matmuls; large
-blocks compute more scores that are masked."""
+"""Queries per block: the first number for fewer than ``LONG_SEQUENCE`` queries, otherwise the second. Small blocks give
+small matmuls; large blocks compute more masked scores."""
 LONG_SEQUENCE = 4096
 MAX_SECTIONS = 8
-"""Maximum number of sections of the queries, for a causal mask in index order. Each section uses the keys up to its own
-end. The number is limited because each section is compiled separately, and because a CPU runs several sections at the
-same time. The blocks of a section are computed in a loop."""
+"""Maximum number of sections into which the queries are split for a causal mask by index. A section reads the keys up
+to its own end and computes its blocks in a loop. The number is limited because each section is compiled separately, and
+because a CPU runs several sections at the same time."""
 ALIGN = 128
 """The start and the end of a range of keys are multiples of this number."""
 MIN_KEYS_FOR_RANGES = 1024
-"""Minimum number of keys for which it is faster to find the range of visible keys at run time and to branch on it."""
+"""Minimum number of keys for which computing the range of visible keys at run time saves time."""
 BATCH_AXIS = "attention_rows"
-"""Name of the batch axis in ``jax.vmap``."""
+"""``axis_name`` of the batch axis in ``jax.vmap``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def attention(
     key: jax.Array | None,
     sequential: bool,
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``sequential``: loop over heads instead of computing them together."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``sequential``: a loop computes one head at a time."""
     bias_arrays = [jax.tree.leaves((bias.floats, bias.integers)) for bias in biases]
     shared = tuple(not sequential and all(x.shape[0] == 1 for x in arrays) for arrays in bias_arrays)
     static = _Static(
@@ -112,24 +113,24 @@ def _backward_block(
     static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile,
     keep: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
-    """The gradients of a block, float32: dq [R, K], and its contributions to dk and dv [K, E] and to the slices of the
-    biases."""
+    """The gradients of a block, float32: dq [R, K], and the contributions to dk and dv [K, E] and to the biases'
+    gradients."""
     weights = jnp.exp(scores(static, q_RK, k_EK, bias_arrays, integers, tile) - lse_R[:, None])
     dweights = dot(dout_RK, v_EK, 1, 1)
-    kept = weights
+    kept_weights = weights
     if keep is not None:
-        kept = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
+        kept_weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
         dweights = jnp.where(keep, dweights / (1.0 - static.dropout), 0.0)
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
-    dq_RK, dk_KE, dv_KE = products(static, q_RK, k_EK, v_EK, dout_RK, kept, dscores)
+    dq_RK, dk_KE, dv_KE = products(static, q_RK, k_EK, v_EK, dout_RK, kept_weights, dscores)
     return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, bias_arrays, integers[1], tile, dscores)
 
 
 def _all_bias_gradients(
     static: _Static, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
 ) -> tuple[Any, ...]:
-    """The contributions of a block to the gradients of the slices of each bias."""
+    """The contributions of a block to the gradients of each bias's slices."""
 
     def gradients_of_bias(bias_fn: BiasFn, shared: bool, bias_arrays: Any, integers: Any) -> Any:
         # The gradient is linear in dscores. So for a shared bias, dscores are summed over the batch first, and the
@@ -147,13 +148,15 @@ def _all_bias_gradients(
 def _loop_over_blocks(
     static: _Static, queries: int, keys: int, integers: Any, carry: Any, visit: Callable[[Any, Tile], Any]
 ) -> Any:
-    """The final carry of ``carry = visit(carry, tile)`` over all blocks of queries and the keys visible to each."""
+    """The final carry of ``carry = visit(carry, tile)``: one tile for each block of queries, with its visible keys."""
     order, _, segments, _ = integers[0]
     block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
-    diagonal = static.causal and order is None
-    # Only for one head at a time: heads computed together may need different keys, and under vmap all branches run.
-    ranges = static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
-    if diagonal and not ranges:
+    is_causal_by_index = static.causal and order is None
+    # Only if one head is computed at a time: several heads may need different keys, and vmap would run all branches.
+    find_visible_keys = (
+        static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
+    )
+    if is_causal_by_index and not find_visible_keys:
         rows = -(-max(queries // MAX_SECTIONS, 1) // block) * block
         for row in range(0, queries, rows):
             end = min(row + rows, queries)
@@ -161,8 +164,8 @@ def _loop_over_blocks(
             carry = _loop_over_section(row, end, block, carry, functools.partial(_visit_with_keys, visit, first, end))
         return carry
 
-    def choose(carry: Any, row: Any, rows: int) -> Any:
-        if not ranges:
+    def visit_visible_keys(carry: Any, row: Any, rows: int) -> Any:
+        if not find_visible_keys:
             return visit(carry, Tile(row, rows, 0, keys))
         lengths = sorted({min(-(-keys // (divisor * ALIGN)) * ALIGN, keys) for divisor in (16, 8, 4, 2, 1)})
         first, end = _visible_range(static, row, rows, queries, keys, integers[0])
@@ -174,7 +177,7 @@ def _loop_over_blocks(
         index = sum((end - first > length).astype(jnp.int32) for length in lengths[:-1])
         return lax.switch(index, [branch(length) for length in lengths], carry)
 
-    return _loop_over_section(0, queries, block, carry, choose)
+    return _loop_over_section(0, queries, block, carry, visit_visible_keys)
 
 
 def _visit_with_keys(visit: Callable[[Any, Tile], Any], first: int, end: int, carry: Any, row: Any, rows: int) -> Any:
@@ -188,8 +191,8 @@ def _loop_over_section(start: int, end: int, block: int, carry: Any, visit: Call
         carry = visit(carry, start, block)
     elif full_blocks > 1:
         carry = lax.fori_loop(0, full_blocks, lambda i, c: visit(c, start + i * block, block), carry)
-    if rest := (end - start) % block:
-        carry = visit(carry, end - rest, rest)
+    if last_rows := (end - start) % block:
+        carry = visit(carry, end - last_rows, last_rows)
     return carry
 
 
@@ -233,8 +236,8 @@ def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: A
         )
         return _write_rows(carry[0], out, tile.row), _write_rows(carry[1], lse, tile.row)
 
-    start = jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)
-    return _loop_over_blocks(static, T, S, integers, start, visit)
+    init = jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)
+    return _loop_over_blocks(static, T, S, integers, init, visit)
 
 
 def _head_backward(
@@ -269,8 +272,8 @@ def _head_backward(
             dbias,
         )
 
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k.T, v.T, bias_floats))
-    dq, dk, dv, dbias = _loop_over_blocks(static, T, S, integers, start, visit)
+    init = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k.T, v.T, bias_floats))
+    dq, dk, dv, dbias = _loop_over_blocks(static, T, S, integers, init, visit)
     return dq, dk.T, dv.T, dbias
 
 
@@ -292,16 +295,16 @@ def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax
     (B, T, H, _), v = floats[0].shape, floats[2]
     if static.sequential:
 
-        def add_head(number: Any, carry: Any) -> Any:
-            out, lse = head_fn(number, *_select_head(number, H, floats, _HEAD_AXES, integers))
-            return _write_head(carry[0], out, number, H, 2), _write_head(carry[1], lse, number, H, 1)
+        def add_head(index: Any, carry: Any) -> Any:
+            out, lse = head_fn(index, *_select_head(index, H, floats, _HEAD_AXES, integers))
+            return _write_head(carry[0], out, index, H, 2), _write_head(carry[1], lse, index, H, 1)
 
-        start = jnp.zeros((B, T, H, v.shape[3]), v.dtype), jnp.zeros((B, H, T), jnp.float32)
-        out_BTHK, lse_BHT = lax.fori_loop(0, B * H, add_head, start)
+        init = jnp.zeros((B, T, H, v.shape[3]), v.dtype), jnp.zeros((B, H, T), jnp.float32)
+        out_BTHK, lse_BHT = lax.fori_loop(0, B * H, add_head, init)
     else:
         out_BHTK, lse_BHT = _map_all_heads(head_fn, _swap_heads_and_time(floats), integers)
         out_BTHK = jnp.swapaxes(out_BHTK, 1, 2)
-    # Named, so that a remat policy can save them. To recompute them would need a second forward pass.
+    # The names let a remat policy save these arrays. Recomputing them would need a second forward pass.
     out_BTHK, lse_BHT = checkpoint_name(out_BTHK, SAVED), checkpoint_name(lse_BHT, SAVED)
     return out_BTHK, (floats, integers, key, out_BTHK, lse_BHT)
 
@@ -309,24 +312,24 @@ def _forward(static: _Static, floats: Any, integers: Any, key: Any) -> tuple[jax
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     floats, integers, key, out, lse = saved
 
-    def head_fn(number: Any, arrays: Any, integers: Any) -> Any:
+    def head_fn(index: Any, arrays: Any, integers: Any) -> Any:
         head_floats, (out, lse, dout) = arrays
-        return _head_backward(static, key, number, head_floats, integers, out, lse, dout)
+        return _head_backward(static, key, index, head_floats, integers, out, lse, dout)
 
     if static.sequential:
         B, _, H, _ = floats[0].shape
 
-        def add_head(number: Any, gradients: Any) -> Any:
+        def add_head(index: Any, gradients: Any) -> Any:
             arrays = (floats, (out, lse, dout))
-            new = head_fn(number, *_select_head(number, H, arrays, (_HEAD_AXES, (2, 1, 2)), integers))
+            new = head_fn(index, *_select_head(index, H, arrays, (_HEAD_AXES, (2, 1, 2)), integers))
 
             def add(total: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-                return _write_head(total, _read_head(total, number, H, axis) + x, number, H, axis)
+                return _write_head(total, _read_head(total, index, H, axis) + x, index, H, axis)
 
             return _map_with_axes(add, gradients, new, axes=_HEAD_AXES)
 
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), floats)
-        gradients = lax.fori_loop(0, B * H, add_head, start)
+        init = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), floats)
+        gradients = lax.fori_loop(0, B * H, add_head, init)
         return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, floats), None, None
 
     heads_first = _swap_heads_and_time(floats)
@@ -343,7 +346,7 @@ def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     B = lse.shape[0]
     devices = 1 if active is None or not any(static.shared) else math.gcd(B, active.num_shards(("batch",)))
     *dqkv, bias_floats = _map_all_heads(head_fn, arrays, integers, devices)
-    # All rows of a device have the same sum; take it once.
+    # All rows of a device have the same sum, so only the first row is used.
     first_row = lambda x: x.reshape(devices, B // devices, *x.shape[1:])[:, 0]  # noqa: E731
     bias_floats = tuple(
         jax.tree.map(first_row, x) if shared else x for x, shared in zip(bias_floats, static.shared, strict=True)
@@ -359,33 +362,33 @@ _HEAD_AXES = (2, 2, 2, 1)
 
 
 def _map_with_axes(function: Callable[..., Any], *trees: Any, axes: Any) -> Any:
-    """A tree of ``function(leaf of each tree, axis of heads)``; one entry of ``axes`` may be for a whole subtree."""
+    """A tree of ``function(leaf of each tree, axis of heads)``; an entry of ``axes`` may be for a whole subtree."""
     if isinstance(axes, int):
         return jax.tree.map(lambda *x: function(*x, axes), *trees)
     return tuple(_map_with_axes(function, *subtrees, axes=axis) for *subtrees, axis in zip(*trees, axes, strict=True))
 
 
-def _select_head(number: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
-    """The arrays and the integers of head ``number``, counted over all rows. Only these slices are copied."""
-    row = number // heads
-    head_floats = _map_with_axes(lambda x, axis: _read_head(x, number, heads, axis), floats, axes=axes)
+def _select_head(index: Any, heads: int, floats: Any, axes: Any, integers: Any) -> tuple[Any, Any]:
+    """The arrays and the integers of head ``index`` of all B * H heads. Only these slices are copied."""
+    row = index // heads
+    head_floats = _map_with_axes(lambda x, axis: _read_head(x, index, heads, axis), floats, axes=axes)
     return head_floats, jax.tree.map(lambda x: x[row if x.shape[0] > 1 else 0], integers)
 
 
-def _head_start(x: jax.Array, number: Any, heads: int, axis: int) -> list[Any]:
-    """The start indices of head ``number`` (counted over all rows) in an array that rows and heads may share."""
-    starts = [number // heads if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
-    starts[axis] = number % heads // (heads // x.shape[axis])
+def _head_start(x: jax.Array, index: Any, heads: int, axis: int) -> list[Any]:
+    """The start indices of head ``index`` of all B * H heads, in an array [1 or B, ...] with 1, G or H heads."""
+    starts = [index // heads if x.shape[0] > 1 else 0, *[0] * (x.ndim - 1)]
+    starts[axis] = index % heads // (heads // x.shape[axis])
     return starts
 
 
-def _read_head(x: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
+def _read_head(x: jax.Array, index: Any, heads: int, axis: int) -> jax.Array:
     sizes = [1 if dim in (0, axis) else size for dim, size in enumerate(x.shape)]
-    return lax.squeeze(lax.dynamic_slice(x, _head_start(x, number, heads, axis), sizes), (0, axis))
+    return lax.squeeze(lax.dynamic_slice(x, _head_start(x, index, heads, axis), sizes), (0, axis))
 
 
-def _write_head(x: jax.Array, value: jax.Array, number: Any, heads: int, axis: int) -> jax.Array:
-    return lax.dynamic_update_slice(x, jnp.expand_dims(value, (0, axis)), _head_start(x, number, heads, axis))
+def _write_head(x: jax.Array, value: jax.Array, index: Any, heads: int, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice(x, jnp.expand_dims(value, (0, axis)), _head_start(x, index, heads, axis))
 
 
 def _swap_heads_and_time(floats: Any) -> Any:
@@ -394,25 +397,25 @@ def _swap_heads_and_time(floats: Any) -> Any:
     return *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias_floats
 
 
-def _map_all_heads(function: Callable[..., Any], floats: Any, integers: Any, parts_of_batch: int = 1) -> Any:
-    """``function(head number, arrays of the head, integers of its row)`` for all heads together, [B, H, ...].
+def _map_all_heads(function: Callable[..., Any], floats: Any, integers: Any, batch_parts: int = 1) -> Any:
+    """``function(index of the head, arrays of the head, integers of its row)`` for all heads together, [B, H, ...].
 
     The arrays may have size 1 instead of B or H, and the integers size 1 instead of B.
 
     Args:
-        parts_of_batch: the batch is split into this number of parts, and a ``psum`` over :data:`BATCH_AXIS` in the
-            function sums over the rows of one part.
+        batch_parts: number of parts of the batch. A ``psum`` over :data:`BATCH_AXIS` in ``function`` sums over the
+            rows of one part.
     """
     B, H = jax.tree.leaves(floats)[0].shape[:2]
     over_heads = jax.vmap(function, in_axes=(0, vmap_axes(floats, 1), None))
     axes = 0, vmap_axes(floats, 0), vmap_axes(integers, 0)
     over_rows = jax.vmap(over_heads, in_axes=axes, axis_name=BATCH_AXIS)
     arguments = jnp.arange(B * H).reshape(B, H), drop_unit_axes(floats), drop_unit_axes(integers, 1)
-    if parts_of_batch == 1:
+    if batch_parts == 1:
         return over_rows(*arguments)
 
     def split_batch(axis: int | None, x: Any) -> Any:
-        return x if axis is None else x.reshape(parts_of_batch, -1, *x.shape[1:])
+        return x if axis is None else x.reshape(batch_parts, -1, *x.shape[1:])
 
     arguments = jax.tree.map(split_batch, axes, arguments, is_leaf=lambda axis: axis is None)
     return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), jax.vmap(over_rows, in_axes=axes)(*arguments))

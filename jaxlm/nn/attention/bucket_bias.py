@@ -1,9 +1,9 @@
-"""Position biases of T5 (Raffel et al. 2020, section 2.1): a learned number for each head and bucket of distances.
+"""Position biases of T5 (Raffel et al. 2020, section 2.1): one learned number per head and bucket of distances.
 
     bias[head, query, key] = table[bucket(key position - query position), head]
 
-Half of the buckets contain one distance each. The other buckets contain ranges of distances that grow logarithmically;
-the last one contains all distances from ``max_distance`` on. Shapes: H heads, N buckets.
+Half of the buckets contain one distance each. The other buckets contain ranges of distances, whose size grows
+exponentially. The last bucket contains all distances from ``max_distance`` on. Shapes: H heads, N buckets.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) ->
 
     Args:
         buckets: N, the number of buckets.
-        max_distance: all distances from here on share the last bucket.
+        max_distance: the last bucket contains all distances from this one on.
         bidirectional: True: the upper half of the buckets is for keys after the query. False: such keys are in bucket
             0, because they are masked anyway.
 
     Raises:
-        ValueError: too few buckets, or a ``max_distance`` that leaves no distances for the logarithmic buckets.
+        ValueError: too few buckets, or a ``max_distance`` that leaves no distances for the buckets of ranges.
     """
-    one_side = buckets // 2 if bidirectional else buckets
-    exact = one_side // 2
-    if exact < 1 or (bidirectional and buckets % 2):
+    buckets_per_side = buckets // 2 if bidirectional else buckets
+    num_exact = buckets_per_side // 2
+    if num_exact < 1 or (bidirectional and buckets % 2):
         raise ValueError(
-            f"{buckets} buckets are too few or odd: bidirectional attention needs an even number from 4 on, causal "
-            "attention at least 2"
+            f"{buckets} buckets are too few or odd: bidirectional attention needs an even number of at least 4, "
+            "causal attention at least 2"
         )
-    if max_distance <= exact:
+    if max_distance <= num_exact:
         raise ValueError(
-            f"max_distance={max_distance} must exceed {exact}, the number of distances with a bucket of their own "
+            f"max_distance={max_distance} must exceed {num_exact}, the number of buckets with one distance each "
             f"(buckets={buckets})"
         )
     distance = np.arange(-max_distance, max_distance + 1)
-    size = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
-    far = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(max_distance / exact)
+    magnitude = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
+    log_ratio = np.log(np.maximum(magnitude, num_exact).astype(np.float32) / np.float32(num_exact)) / np.float32(
+        math.log(max_distance / num_exact)
     )
-    logarithmic = exact + (far * np.float32(one_side - exact)).astype(np.int32)
-    bucket = np.where(size < exact, size, np.minimum(logarithmic, one_side - 1))
-    return (bucket + np.where(bidirectional & (distance > 0), one_side, 0)).astype(np.int32)
+    range_bucket = num_exact + (log_ratio * np.float32(buckets_per_side - num_exact)).astype(np.int32)
+    bucket = np.where(magnitude < num_exact, magnitude, np.minimum(range_bucket, buckets_per_side - 1))
+    return (bucket + np.where(bidirectional & (distance > 0), buckets_per_side, 0)).astype(np.int32)
 
 
 def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: bool) -> jax.Array:
     """The bias of each distance, [2 * max_distance + 1, H] float32; row n is for the distance ``max_distance - n``.
 
-    It is the table for ``distance_bias`` with ``longest=max_distance``.
+    This is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with ``longest=max_distance``.
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
     # There are few rows: on a CPU, this gather and its gradient are 10 times as fast as a matmul with one-hot vectors.

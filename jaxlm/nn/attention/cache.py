@@ -1,9 +1,10 @@
 """The key-value cache: the keys and values that an attention layer keeps from one call to the next.
 
-Every leaf has a ``batch`` axis, so that beam search, resets and shardings find it by name. Each row appends at its own
-``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one token; padding is
-stored too, with segment id 0, and real tokens do not attend to it. The last axis holds all heads of a slot (G * K): a
-last axis of one head's width would leave half of a TPU's vector lanes empty.
+Every array has an axis that is named ``batch``, by which beam search, resets and shardings find it. Each row appends at
+its own ``length``, so that the rows of a batch may contain different numbers of tokens. A slot stores one token.
+Padding is stored too, with segment id 0, and real tokens do not attend to it. The last axis contains all heads of a
+slot (G * K), because a last axis of width K would leave half of a TPU's vector lanes empty.
+
 Shapes: L layers, B batch, S slots, T new tokens, G heads, K head width.
 """
 
@@ -26,7 +27,7 @@ from jaxlm.spec import ArraySpec
 def cache_specs(
     layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any, *, stacked: bool
 ) -> dict[str, Any]:
-    """Specs of an empty cache for ``slots`` tokens per row and ``layers`` layers (``stacked``: see ``spec.layers``)."""
+    """Specs of an empty cache for ``slots`` tokens per row; ``stacked``: see ``jaxlm.spec.layers``."""
     keys = ArraySpec((batch, slots, heads * kv), ("batch", "slots", "heads"), dtype=dtype)
     slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
     return {
@@ -45,10 +46,9 @@ class CacheView:
     for every token.
 
     Attributes:
-        stack: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K], as in the per-layer
-            layout (``spec.layers``).
+        stack: [L, B, S, G * K]; or, if ``layer`` is None, the array of one layer [B, S, G * K].
         layer: index of the layer.
-        heads: G, to read the slots as [B, S, G, K]; None: as [B, S, G * K].
+        heads: G, if the view has the shape [B, S, G, K]; None: the shape is [B, S, G * K].
     """
 
     stack: jax.Array
@@ -71,7 +71,7 @@ class CacheView:
         return slots.reshape(self.shape[0], length, *self.shape[2:])
 
     def append(self, new_BT: jax.Array, length_B: jax.Array) -> CacheView:
-        """The view after ``new`` is written behind the first ``length`` slots of each row; see :func:`append`."""
+        """The view after ``new`` is written to the slots from ``length`` on in each row; see :func:`append`."""
         B, T = new_BT.shape[:2]
         slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
         rows = jnp.arange(B)[:, None]
@@ -102,8 +102,7 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
 
 
 def split_heads(kv: Any, heads: int) -> tuple[Any, Any]:
-    """A layer's cached keys and values as attention reads them: views [B, S, G, K], where G is ``heads``."""
-
+    """Views [B, S, G, K] of a layer's cached keys and values, for attention; G is ``heads``."""
     # The array of a single layer becomes a view as well. If it were reshaped here, XLA would write the new tokens into
     # two arrays, one of each shape.
     key, value = (x if isinstance(x, CacheView) else CacheView(x) for x in (kv["key"], kv["value"]))
@@ -128,7 +127,7 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context)
 
 
 def num_slots(specs: spec.Tree, state: Any) -> int | None:
-    """The number of slots of the cache in ``state`` (arrays or specs); None if there is no cache in it."""
+    """The number of slots of the cache in ``state`` (arrays or specs); None if it contains no cache."""
     sizes = spec.map_axis(specs, "slots", lambda leaf, at: leaf.shape[at], state, optional=True)
     return next((size for size in jax.tree.leaves(sizes) if isinstance(size, int)), None)
 
@@ -137,7 +136,7 @@ def resize(specs: spec.Tree, state: Any, slots: int) -> Any:
     """The state with ``slots`` slots in each cache.
 
     If a cache has more slots, only its first ``slots`` are kept. If it has fewer, empty slots are added at its end.
-    State that is not part of a cache has no axis ``slots`` and is returned unchanged.
+    Arrays without an axis ``slots`` are returned unchanged.
     """
 
     def resize_leaf(leaf: jax.Array, dim: int) -> jax.Array:
@@ -169,7 +168,7 @@ class Context:
 
 
 def make_context(tokens_BT: jax.Array, state: Any, segment_ids: Any, positions: Any) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state updated for them, except for the keys and values.
+    """The :class:`Context` of new tokens, and the state with these tokens, but not yet their keys and values.
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.

@@ -1,4 +1,4 @@
-"""Attention by cuDNN, through ``jax.nn.dot_product_attention``: fused, O(T) memory, half precision, NVIDIA GPUs."""
+"""Fused attention by cuDNN (``jax.nn.dot_product_attention``): O(T) memory, half precision, NVIDIA GPUs only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def unsupported_reason(mask: Mask, dtype: Any, bias: Any, key: jax.Array | None) -> str | None:
-    """Why cuDNN does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why cuDNN does not support the arguments (the predicate of an error message); None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if bias is not None:
@@ -21,7 +21,7 @@ def unsupported_reason(mask: Mask, dtype: Any, bias: Any, key: jax.Array | None)
     if key is not None:
         return "has no dropout: its dropout mask would differ from that of the other implementations"
     if mask.query_order is not None or mask.query_segments is not None:
-        return "takes no orders and no segments: its mask for them would be a dense array"
+        return "takes no query_order and no segments: they would need a dense mask"
     return None
 
 
@@ -34,7 +34,7 @@ def attention(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``implementation="xla"`` computes the same on any device."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``implementation="xla"`` computes the same on any device."""
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSGK, v_BSGK, scale=scale, is_causal=mask.causal, local_window_size=window,

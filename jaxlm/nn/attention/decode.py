@@ -1,10 +1,11 @@
-"""Attention of a few queries over a cache: the cost depends on the filled part of the cache, not on its size.
+"""Attention of a few queries over a cache. The cost depends on the filled part of the cache instead of its size.
 
-Only the slots up to the last visible one are read, rounded up to one of a few lengths; each length is a branch of a
-``lax.switch``. On CPU and TPU, all heads are computed in one matmul, ``k [E, G*K] @ q [G*K, T*H]``, where the query
-matrix has zeros for keys of other heads. This needs more arithmetic, but one matmul per head would first copy the cache
-into another layout.
-Shapes as in ``jaxlm.nn.attention``; E slots that are read.
+Only the slots up to the last visible slot are read. Their number is rounded up to one of a few lengths, each of which
+is a branch of a ``lax.switch``. On CPU and TPU, one matmul computes all heads, ``k [E, G*K] @ q [G*K, T*H]``. Its query
+matrix is block diagonal, with zeros for the keys of other heads. This needs more arithmetic, but one matmul per head
+would first copy the cache into another layout.
+
+Shapes as in ``jaxlm.nn.attention.api``; E slots that are read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxlm.nn.attention.mask import Mask, keep, softmax
 
 
 def unsupported_reason(bias: jax.Array | None, key: jax.Array | None) -> str | None:
-    """Why this implementation does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why ``decode`` does not support the arguments (the predicate of an error message); None if it supports them."""
     if bias is not None:
         return "takes no dense bias"
     return None if key is None else "has no dropout"
@@ -41,7 +42,7 @@ def attention(
     scale: float,
     biases: tuple[AttentionBias, ...],
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``."""
+    """Attention as in ``jaxlm.nn.attention.attention``."""
     S = k_BSGK.shape[1]
     lengths = [S]
     while lengths[0] > 2 * choices.MIN_DECODE_SLOTS:
@@ -59,7 +60,7 @@ def attention(
 
 
 def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
-    """The index after the last slot that is visible to any query."""
+    """The index after the last slot that any query may attend to."""
     visible_BS = jnp.ones((1, slots), bool)
     if mask.query_order is not None:
         visible_BS &= mask.key_order <= jnp.max(mask.query_order, axis=1, keepdims=True)
@@ -75,16 +76,16 @@ def attend(
     """Attention over the first E keys, [B, T, H, V]; see :func:`attention`."""
     B, T, H, K = q_BTHK.shape
     E, G, V = k_BEGK.shape[1], k_BEGK.shape[2], v_BEGK.shape[3]
-    P = sharding.num_shards(("heads",))  # devices that split the heads; each has its own matmul
+    P = sharding.num_shards(("heads",))  # number of devices that split the heads; each computes one matmul
     use_one_matmul = choices.merge_heads_for_decoding(G, P)
-    is_own_group = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if use_one_matmul else np.zeros(())
+    reads_key_head = np.arange(G // P)[:, None] == np.arange(H // P) // (H // G) if use_one_matmul else np.zeros(())
     if use_one_matmul:
         q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
-        wide_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, is_own_group.astype(q_BTHK.dtype)).reshape(
+        block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, reads_key_head.astype(q_BTHK.dtype)).reshape(
             B, P, -1, T * H // P
         )
-        wide_q = jnp.pad(wide_q, ((0, 0), (0, 0), (0, choices.lane_padding(wide_q.shape[2])), (0, 0)))
-        scores = _dot(_merge_heads(k_BEGK, P), wide_q, (((3,), (2,)), ((0, 2), (0, 1))))
+        block_q = jnp.pad(block_q, ((0, 0), (0, 0), (0, choices.lane_padding(block_q.shape[2])), (0, 0)))
+        scores = _dot(_merge_heads(k_BEGK, P), block_q, (((3,), (2,)), ((0, 2), (0, 1))))
         scores = scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
     else:
         grouped = q_BTHK.reshape(B, T, G, H // G, K)
@@ -101,17 +102,17 @@ def attend(
     probabilities = softmax(scores_BHTE, keep(mask_E, T, E)).astype(v_BEGK.dtype)
     if use_one_matmul:
         probabilities = probabilities.reshape(B, P, T * H // P, E)
-        mixed = _dot(probabilities, _merge_heads(v_BEGK, P), (((3,), (1,)), ((0, 1), (0, 2))))[..., : G // P * V]
-        mixed = mixed.reshape(B, P, H // P, T, G // P, V)
-        out = jnp.einsum("BPRTGV,GR->BTPRV", mixed, is_own_group.astype(np.float32))
+        means = _dot(probabilities, _merge_heads(v_BEGK, P), (((3,), (1,)), ((0, 1), (0, 2))))[..., : G // P * V]
+        means = means.reshape(B, P, H // P, T, G // P, V)
+        out = jnp.einsum("BPRTGV,GR->BTPRV", means, reads_key_head.astype(np.float32))
         return out.reshape(B, T, H, V).astype(v_BEGK.dtype)
     grouped = probabilities.reshape(B, G, H // G, T, E)
     return jnp.einsum("BGRTE,BEGV->BTGRV", grouped, v_BEGK).reshape(B, T, H, V)
 
 
-def _merge_heads(x_BEGK: jax.Array, pieces: int) -> jax.Array:
-    """``x`` [B, E, P, ...] with the heads of a piece in one axis, which is padded to a multiple of LANES on a TPU."""
-    x = x_BEGK.reshape(*x_BEGK.shape[:2], pieces, -1)
+def _merge_heads(x_BEGK: jax.Array, shards: int) -> jax.Array:
+    """``x`` as [B, E, shards, heads of a shard * K]; on a TPU, the last axis is padded to a multiple of LANES."""
+    x = x_BEGK.reshape(*x_BEGK.shape[:2], shards, -1)
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, choices.lane_padding(x.shape[3]))))
 
 

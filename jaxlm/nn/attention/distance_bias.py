@@ -1,12 +1,11 @@
-"""Relative attention biases: they depend on the distance between query and key.
+"""Relative attention biases, which depend on the distance between query and key.
 
-    T5 (Raffel et al. 2020, section 2.1):             a number for each head and distance
+    T5 (Raffel et al. 2020, section 2.1):             one number per head and distance
     Transformer-XL (Dai et al. 2019, section 3.3):    (q + v) . r[distance], with a vector r for each head and distance;
                                                       XLNet uses the same
 
-distance = query position - key position. The numbers or vectors are the rows of a table, in the order of descending
-distances. ``attention`` gets them as an ``AttentionBias``; its implementations compute only one tile of the bias at a
-time.
+The distance is ``query position - key position``. The numbers or vectors are the rows of a table, sorted by descending
+distance. The functions return an ``AttentionBias``, of which ``attention`` computes only one tile at a time.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, N rows of the table, D model width, R rows and E
 columns of a tile.
@@ -35,7 +34,7 @@ def sinusoids(distance_R: jax.Array, width: int) -> jax.Array:
         raise ValueError(f"sinusoids come in pairs: width={width} must be even")
     frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = frequency[:, None] * distance_R.astype(jnp.float32)[None, :]
-    # Built in the layout that ``_table_arrays`` uses. Otherwise XLA would transpose it again in every layer.
+    # The array is built in the layout that ``_table_arrays`` needs. Otherwise XLA would transpose it in every layer.
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
 
@@ -56,13 +55,13 @@ def distance_bias(
             distances outside the table, the nearest row is used.
         longest: the distance of row 0.
         queries, keys: T and S.
-        query_offset: position of query 0 relative to key 0, in every row of the batch: 0 if queries and keys start at
-            the same position, ``keys - queries`` if they end at the same position.
+        query_offset: position of query 0 relative to key 0, the same for all rows: 0 if queries and keys start at the
+            same position, ``keys - queries`` if they end at the same position.
         q_BTHK: the queries that are multiplied with the vectors of the table.
-        scale: factor of these products. Numbers are not scaled.
+        scale: factor of these products; not used for numbers.
     """
-    # Rows of the padded table: row 0 is not used for any score, but ``Tile.diagonals`` needs it. Row 1 is for the last
-    # query and the first key, which have the largest distance.
+    # Row 0 of the padded table is not used for any score, but ``Tile.diagonals`` needs it. Row 1 is for the largest
+    # distance, from the last query to the first key.
     first, rows = longest - (query_offset + queries), queries + keys
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
     before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
@@ -75,7 +74,7 @@ def distance_bias(
 def distance_bias_of_queries(
     table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
 ) -> AttentionBias:
-    """:func:`distance_bias` for queries at any positions; the position of a key is its index.
+    """The bias as in :func:`distance_bias`, for queries at any positions; the position of a key is its index.
 
     The table must have a row for every distance that occurs: ``longest - N < query position - key index <= longest``
     for all queries and keys. Otherwise the bias is undefined.
@@ -103,9 +102,9 @@ def distance_bias_of_positions(
     q_BTHK: jax.Array | None = None,
     scale: float = 1.0,
 ) -> AttentionBias:
-    """:func:`distance_bias` for any positions of queries [1 or B, T] and keys [1 or B, S], integers.
+    """The bias as in :func:`distance_bias`, for any integer positions of queries [1 or B, T] and keys [1 or B, S].
 
-    It gathers single entries, whereas :func:`distance_bias` shifts whole rows, which is faster.
+    This bias gathers single entries, so it is slower than :func:`distance_bias`, which shifts whole rows.
     """
     return AttentionBias(_ByPositions(longest, scale), _table_arrays(table, q_BTHK), {"query": query_BT, "key": key_BS})
 
@@ -119,8 +118,7 @@ def type_bias(
 
 
 def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
-    """The arrays of a bias. Distances are the last axis, so that the matmul with queries and its gradient are fast on
-    CPU."""
+    """The arrays of a bias. Distances are the last axis, because matmuls with queries are then fast on a CPU."""
     if q_BTHK is None:
         return {"table": jnp.moveaxis(table.astype(jnp.float32)[..., None], 0, -1)[None]}
     return {"table": jnp.moveaxis(table.astype(q_BTHK.dtype), 0, -1)[None], "query": jnp.moveaxis(q_BTHK, 2, 1)}
@@ -190,7 +188,7 @@ class _ByPositions:
 
 @dataclasses.dataclass(frozen=True)
 class _ByTokenTypes:
-    """Bias function that selects one of two biases of a query: for a key of the same token type, or of another type."""
+    """Bias function with two biases per query: one for keys of the same token type, one for keys of another type."""
 
     def required_slices(self, tile: Tile) -> dict[str, tuple[Any, int, int]]:
         return {"biases": (tile.row, tile.rows, 0)}

@@ -2,8 +2,8 @@
 
     keep[q, k] = segment(q) == segment(k)  and  order(k) <= order(q)  and  order(q) - order(k) < window
 
-The choice of the integers gives causal and bidirectional attention, sliding windows, packed documents, padding and
-cached decoding. Shapes: B batch, T query time, S key time.
+These integers describe causal and bidirectional attention, sliding windows, packed documents, padding and cached
+decoding. Shapes: B batch, T query time, S key time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Mask:
     """Which keys each query may attend to. ``Mask()`` masks nothing; ``Mask(causal=True)`` is the causal mask.
 
     Attributes:
-        causal: a query attends only to keys whose order is not larger than its own. The default order is the index;
-            query 0 and key 0 then have the same order.
-        window: a query attends only to the last ``window`` orders, including its own. Needs ``causal``.
+        causal: a query attends only to keys with ``order(k) <= order(q)``. The default order of a query or key is its
+            index.
+        window: a query attends only to keys with ``order(q) - order(k) < window``. Needs ``causal``.
         query_order / key_order: [B, T] / [B, S] int32; give both or neither.
         query_segments / key_segments: [B, T] / [B, S] int32; give both or neither. 0 is padding, which attends only to
             padding.
@@ -44,12 +44,12 @@ class Mask:
 
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
-        """The four integer arrays, each of which may be None; implementations slice them by tile."""
+        """The four integer arrays, each of which may be None."""
         return self.query_order, self.key_order, self.query_segments, self.key_segments
 
 
 def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
-    """The dense boolean mask [B or 1, T, S], or None if nothing is masked; for the reference and for small blocks."""
+    """The dense boolean mask [B or 1, T, S], or None if nothing is masked; for few queries or keys."""
     orders, segments = (mask.query_order, mask.key_order), (mask.query_segments, mask.key_segments)
     if mask.causal and mask.query_order is None:
         orders = jnp.arange(queries)[None], jnp.arange(keys)[None]
@@ -61,24 +61,26 @@ def keep(mask: Mask, queries: int, keys: int) -> jax.Array | None:
 
 
 def keep_pairs(mask: Mask, orders: Any, segments: Any) -> jax.Array | None:
-    """The dense mask, as :func:`keep`, from given orders and segments.
+    """The dense mask as in :func:`keep`, from orders and segments instead of a mask's arrays.
 
     Args:
-        orders: (of queries, of keys), two arrays that broadcast against each other; used for causal masks only.
-        segments: (of queries, of keys) in the same form; or None.
+        mask: only ``causal`` and ``window`` are used.
+        orders: (of queries, of keys), two arrays that broadcast against each other; not used unless ``causal``.
+        segments: (of queries, of keys), which also broadcast; None: one segment.
     """
-    kept = None if segments is None else segments[0] == segments[1]
+    visible = None if segments is None else segments[0] == segments[1]
     if mask.causal:
         distance = orders[0] - orders[1]
-        in_window = distance >= 0
+        in_order = distance >= 0
         if mask.window is not None:
-            in_window &= distance < mask.window
-        kept = in_window if kept is None else kept & in_window
-    return kept
+            in_order &= distance < mask.window
+        visible = in_order if visible is None else visible & in_order
+    return visible
 
 
 def softmax(scores_BHTS: jax.Array, kept: jax.Array | None) -> jax.Array:
-    """Softmax over the keys where ``kept`` ([B or 1, T, S], from :func:`keep`) is True; zeros for a row without any."""
+    """Softmax over the keys where ``kept`` ([B or 1, T, S], from :func:`keep`) is True; zeros for a query without a
+    visible key."""
     if kept is not None:
         scores_BHTS = jnp.where(kept[:, None], scores_BHTS, -jnp.inf)
     top = jnp.max(scores_BHTS, axis=-1, keepdims=True)

@@ -1,8 +1,8 @@
 """The rolling memory of models with segment recurrence (Transformer-XL, XLNet): the last inputs of every layer.
 
-The memory starts empty, as in the authors' code; Hugging Face attends to zeros instead. Every leaf has a ``batch``
-axis, so that beam search, resets and shardings find it by name. The newest token is last, and the oldest tokens are
-dropped. Padding never displaces a token.
+The memory starts empty, as in the authors' code; Hugging Face attends to zeros instead. The newest token is last, and
+the oldest tokens are dropped. Padding never displaces a token. Every array has an axis that is named ``batch``, by
+which beam search, resets and shardings find it.
 
 Shapes: B batch, M memory slots, T new tokens, S = M + T keys, D model width, H heads, K head width, L layers.
 """
@@ -28,8 +28,11 @@ def memory_specs(
 ) -> dict[str, Any]:
     """Specs of an empty memory for ``slots`` tokens per row.
 
-    It contains ``hidden`` [B, M, D] for each of the ``layers`` (``stacked``: see ``spec.layers``; None: one ``hidden``
-    without a key ``layers``), and ``segment_ids`` [B, M] with 0 for an empty slot.
+    The memory contains ``hidden`` [B, M, D] for each layer, and ``segment_ids`` [B, M] with 0 for an empty slot.
+
+    Args:
+        layers: number of layers; None: one ``hidden`` without the key ``layers``.
+        stacked: see ``jaxlm.spec.layers``.
 
     Raises:
         ValueError: ``slots`` is less than 1.
@@ -50,11 +53,11 @@ class Context:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the memory.
 
     Attributes:
-        query_positions: [1 or B, T]. Padding is not counted. So the distance ``query - key`` of two tokens of a
-            document depends neither on padding nor on how the text is split into calls.
+        query_positions: [1 or B, T]. Padding is not counted. So the distance of two tokens of a document depends
+            neither on padding nor on how the text is split into calls.
         key_positions: [1 or B, S] of the memory and the new tokens.
         mask: which of the S keys each of the T queries may attend to.
-        kept_indices: [B, M] indices of the keys that the next memory contains, for :func:`append`; None: the last M.
+        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`); None: the last M.
     """
 
     query_positions: jax.Array
@@ -66,7 +69,7 @@ class Context:
 def make_context(
     tokens_BT: jax.Array, state: Any, segment_ids: Any, *, causal: bool = True, window: int | None = None
 ) -> tuple[Context, Any]:
-    """The :class:`Context` of new tokens, and the state with their segment ids.
+    """The :class:`Context` of new tokens, and the state with the segment ids of these tokens.
 
     ``hidden`` of the returned state is not updated yet. The caller does this with :func:`append` or
     :func:`append_layers`.
@@ -119,9 +122,9 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -
 
 
 def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
-    """:func:`append` for all layers of a state, stacked or per layer.
+    """The next memory of all layers of a state, stacked or per layer (see :func:`append`).
 
-    It runs once after the loop over layers, because a loop that carried the memories would copy them in every layer.
+    Call it once, after the loop over layers: a loop that carried the memories would copy them in every layer.
     """
     if isinstance(memory, tuple):
         return jax.tree.map(lambda old, x: append(old, x, kept_BM), memory, new)
@@ -133,8 +136,8 @@ def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
 
     For an input h with the key ``W h``, ``q . (W h) = (q W) . h``. So these queries attend to the inputs themselves,
     and their weighted mean is then multiplied with the value weights (:func:`project_heads`). The inputs in the memory
-    are not projected again for every new token, and the memory needs half the space of keys and values.
-    ``jaxlm.nn.choices.absorbed_attention`` says when this is cheaper.
+    are not projected again for every new token, and they need half the space of cached keys and values.
+    ``jaxlm.nn.choices.absorbed_attention`` decides when this is cheaper.
     """
     return jnp.einsum("BTHK,DHK->BTHD", q_BTHK, weight_DHK.astype(q_BTHK.dtype))
 
@@ -148,5 +151,5 @@ def attend(
 
 
 def project_heads(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
-    """``x @ weight`` for each head, [B, T, H, K]: turns weighted means of inputs into weighted means of values."""
+    """``x @ weight`` for each head, [B, T, H, K]: from weighted means of inputs to weighted means of values."""
     return jnp.einsum("BTHD,DHK->BTHK", x_BTHD, weight_DHK.astype(x_BTHD.dtype))

@@ -1,14 +1,13 @@
-"""Attention on TPU over whole rows, with biases and orders: one Pallas kernel forward, and one backward.
+"""Pallas kernels for attention on TPU, with biases and ``Mask.query_order``; each block has whole rows of scores.
 
-A block of queries is multiplied with all keys at once, and its scores stay in VMEM until they are multiplied with the
-values. The kernel adds biases in VMEM. Without the kernel, XLA writes each tile of the scores to HBM, and several times
-if a relative bias moves diagonals into columns (``pallas_tile``).
+A block of queries is multiplied with all keys at once. Its scores, with biases, stay in VMEM until they are multiplied
+with the values. Without the kernel, XLA writes each tile of the scores to HBM, and it does so several times if a
+relative bias moves diagonals into columns (``jaxlm.nn.attention.pallas_tile``).
 
-The forward pass saves only its output. The backward pass recomputes the scores. Each block has whole rows of scores. So
-the backward pass also computes the sums over rows itself: it reads no log-sum-exps and no row sums of the output's
-gradient from HBM. Scores that a causal mask hides are computed as well.
+The backward pass recomputes the scores. Because a block has whole rows, it can also compute the sums over rows, so it
+reads no log-sum-exps and no row sums from HBM. Scores that a causal mask hides are computed as well.
 
-Shapes as in ``jaxlm.nn.attention``, with V width of values, R queries of a block, X and Y the last axes of a bias's
+Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a block, X and Y the last axes of a bias's
 array.
 """
 
@@ -34,16 +33,16 @@ from jaxlm.nn.attention.tile_scores import dot
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
 MAX_STRIP_ENTRIES = 512 * 1536
-"""Maximum number of entries of a strip [R, R + S] that fits into VMEM; several arrays of this size exist at once."""
+"""Maximum number of entries of a strip [R, R + S]. Several arrays of this size must fit into VMEM."""
 MAX_KEYS = 4096
-"""Maximum number of keys that fit into VMEM next to these arrays."""
+"""Maximum number of keys that fit into VMEM in addition to these arrays."""
 VMEM_LIMIT_BYTES = 32 * 2**20
 """Bytes of VMEM that a kernel may use."""
 _UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def unsupported_reason(queries: int, keys: int, biases: tuple[AttentionBias, ...], array: Any, key: Any) -> str | None:
-    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why the kernel does not support the arguments (the predicate of an error message); None if it supports them."""
     if array is not None:
         return "takes no dense bias"
     if key is not None:
@@ -77,7 +76,7 @@ def attention(
     biases: tuple[AttentionBias, ...],
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel in Pallas's interpreter, on any device."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``interpret``: use Pallas's interpreter, on any device."""
     B, _, H, _ = q_BTHK.shape
     grouped = k_BSGK.shape[2] != H
 
@@ -85,9 +84,8 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows.
 
         Each block has one head, so every array is broadcast to all heads. Query-indexed arrays are also broadcast to
-        all rows. A gradient can be summed only over consecutive grid steps: the query heads of a group, or the rows
-        that share an array. With grouped query heads, the steps of these rows are not consecutive. All arrays are then
-        broadcast to all rows.
+        all rows. The kernel can sum a gradient only over consecutive grid steps. With grouped query heads, the steps of
+        the rows that share an array are not consecutive, so all arrays are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
@@ -105,8 +103,8 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
     query_padding, key_padding = -T % LANES, -static.keys % LANES
 
     def heads_first(x_BTHK: jax.Array, padding: int) -> jax.Array:
-        # The name is given after the transpose. If remat saves these arrays, it recomputes neither the projection nor
-        # the transpose.
+        # The transposed arrays get the name. If remat saves them, it recomputes neither the projection nor the
+        # transpose.
         x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
         return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), tile_scores.SAVED)
 
@@ -151,8 +149,8 @@ def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
 def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
     """``{name: index}`` of the slices that a tile needs (``required_slices``), except for query-indexed arrays.
 
-    The grid already splits query-indexed arrays into blocks. The slices are lane-aligned, because the sizes of blocks
-    and of the padding are multiples of LANES.
+    The grid already splits query-indexed arrays into blocks. The slices are lane-aligned, because all block sizes and
+    padded lengths are multiples of LANES.
     """
     from jax.experimental import pallas as pl
 
@@ -291,7 +289,7 @@ def _layout(static: _Static, floats: Any, integers: Any) -> _Layout:
 def _map_bias_arrays(
     static: _Static, function: Callable[[BiasFn, str, jax.Array], Any], bias_floats: Any
 ) -> tuple[dict[str, Any], ...]:
-    """``function(bias_fn, array name, array)`` for each array of each bias."""
+    """The results of ``function(bias_fn, array name, array)`` for each array of each bias."""
     return tuple(
         {name: function(bias_fn, name, x) for name, x in arrays.items()}
         for bias_fn, arrays in zip(static.bias_fns, bias_floats, strict=True)

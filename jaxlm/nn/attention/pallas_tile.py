@@ -1,7 +1,8 @@
-"""A tile of attention scores in the VMEM of a TPU: the operations of biases on it, and their gradients.
+"""Operations of attention biases on a tile of scores in the VMEM of a TPU, and their gradients.
 
-Relative biases move diagonals into columns. Rotations in the vector unit do this; the gradients here are custom,
+Relative biases move diagonals into columns, by rotations in the vector unit (``pltpu.roll``). The gradients are custom,
 because JAX has no gradient for these rotations.
+
 Shapes: R queries of a block, E keys, P = R + E entries of a strip, N rows of a table, K head width, Y any width.
 """
 
@@ -21,10 +22,11 @@ from jaxlm.nn.attention.tile_scores import dot
 SUBLANES = 8
 """Rows of a vector register, in float32."""
 SUBLANE_BITS, LANE_BITS = 3, 7
+"""log2 of ``SUBLANES`` and of ``LANES``."""
 
 
 class Block(Tile):
-    """A tile in VMEM. The integers of queries are already a column in it, and those of keys a row."""
+    """A tile in VMEM. It stores the integers of queries as a column and those of keys as a row."""
 
     def indices(self) -> tuple[jax.Array, jax.Array]:
         shape = self.rows, self.columns
@@ -68,16 +70,16 @@ def _bit(x: jax.Array, bit: int) -> jax.Array:
     return (x >> bit) & 1 > 0
 
 
-def _append_zero_columns(dout_RE: jax.Array, more: int) -> jax.Array:
-    """The array with ``more`` columns of zeros added on the right."""
-    return jnp.concatenate([dout_RE, jnp.zeros((dout_RE.shape[0], more), dout_RE.dtype)], axis=1) if more else dout_RE
+def _append_zero_columns(dout_RE: jax.Array, count: int) -> jax.Array:
+    """The array with ``count`` columns of zeros appended on the right."""
+    return jnp.concatenate([dout_RE, jnp.zeros((dout_RE.shape[0], count), dout_RE.dtype)], axis=1) if count else dout_RE
 
 
 def _reverse_rows(x_RY: jax.Array) -> jax.Array:
     """The rows of ``x`` in reverse order, float32.
 
     It is a matmul with a permutation matrix, because the vector unit cannot reverse rows. Each sum has one nonzero
-    summand, so the result is exact.
+    term, so the result is exact.
     """
     row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     permutation = (row + column == LANES - 1).astype(x_RY.dtype)
@@ -104,15 +106,15 @@ _product.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather_shifted(columns: int, more: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
-    """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + more].
+def _gather_shifted(columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+    """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + max_shift].
 
-    ``first`` is at most ``more``. The shift by multiples of LANES columns comes first, because fewer columns are then
-    left to rotate.
+    ``first`` is at most ``max_shift``. The shifts by multiples of LANES come first, so that later rotations have fewer
+    columns.
     """
     from jax.experimental.pallas import tpu as pltpu
 
-    for bit in reversed(range(_vector_shift_bits(more))):
+    for bit in reversed(range(_vector_shift_bits(max_shift))):
         size = LANES << bit
         x_RN = _append_zero_columns(x_RN, max(columns + 2 * size - x_RN.shape[1], 0))
         x_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), x_RN[:, size : columns + 2 * size], x_RN[:, : columns + size])
@@ -122,23 +124,24 @@ def _gather_shifted(columns: int, more: int, x_RN: jax.Array, first_R1: jax.Arra
 
 
 def _gather_shifted_backward(
-    columns: int, more: int, first_R1: jax.Array, dout_RE: jax.Array
+    columns: int, max_shift: int, first_R1: jax.Array, dout_RE: jax.Array
 ) -> tuple[jax.Array, None]:
     dx_RN = _rotate_rows_by(_append_zero_columns(dout_RE, LANES), first_R1, LANE_BITS)
-    for bit in range(_vector_shift_bits(more)):
+    for bit in range(_vector_shift_bits(max_shift)):
         zeros = jnp.zeros((dx_RN.shape[0], LANES << bit), dx_RN.dtype)
         shifted, unshifted = (jnp.concatenate(both, axis=1) for both in ((zeros, dx_RN), (dx_RN, zeros)))
         dx_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), shifted, unshifted)
-    return _append_zero_columns(dx_RN, max(columns + more - dx_RN.shape[1], 0))[:, : columns + more], None
+    return _append_zero_columns(dx_RN, max(columns + max_shift - dx_RN.shape[1], 0))[:, : columns + max_shift], None
 
 
-def _vector_shift_bits(more: int) -> int:
-    """Number of bits of the largest shift, counted in multiples of LANES columns."""
-    return (more // LANES).bit_length()
+def _vector_shift_bits(max_shift: int) -> int:
+    """Number of bits of the largest shift in units of LANES columns."""
+    return (max_shift // LANES).bit_length()
 
 
 _gather_shifted.defvjp(
-    lambda columns, more, x, first: (_gather_shifted(columns, more, x, first), first), _gather_shifted_backward
+    lambda columns, max_shift, x, first: (_gather_shifted(columns, max_shift, x, first), first),
+    _gather_shifted_backward,
 )
 
 
@@ -154,7 +157,7 @@ def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
 
 
 def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of q and of the strip. The rows are reversed, because a rotation can only grow from row to row."""
+    """The gradients of q and of the strip. Rows are reversed, because ``roll`` can only increase the shift per row."""
     q_RK, strip_KP = saved
     R, dtype = q_RK.shape[0], q_RK.dtype
     dproduct_RP = _rotate_progressively(
@@ -173,7 +176,7 @@ def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
 
 
 def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
-    """The sums along the diagonals: first groups of rows are aligned and added, then the rows of this sum."""
+    """The sums along the diagonals. Groups of SUBLANES rows are aligned and added, then the rows of the total."""
     from jax.experimental.pallas import tpu as pltpu
 
     padded_RP = _append_zero_columns(dout_RE, R)

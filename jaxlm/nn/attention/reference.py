@@ -1,6 +1,6 @@
 """Scaled dot-product attention by its definition (Vaswani et al. 2017, eq. 1), with O(T * S) memory.
 
-Shapes as in ``jaxlm.nn.attention.api``; R query heads of each key head.
+Shapes as in ``jaxlm.nn.attention.api``; R = H / G query heads share each key head.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def attention(
     dropout: float,
     key: jax.Array | None,
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``bias`` is a dense array."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``bias`` is a dense array."""
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
-    grouped = q_BTHK.reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("BTGRK,BSGK->BGRTS", grouped, k_BSGK, preferred_element_type=jnp.float32)
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     scores_BHTS = scores.reshape(B, H, T, S) * scale
     if bias is not None:
         scores_BHTS = scores_BHTS + bias.astype(jnp.float32)
@@ -35,7 +35,7 @@ def attention(
     record(probabilities, "causal" if mask.causal else "bidirectional")
     if key is not None:
         rows = jnp.arange(B * H * T, dtype=jnp.uint32)
-        kept_rows = keep_rows(key, rows, S, dropout).reshape(B, H, T, S)
-        probabilities = jnp.where(kept_rows, probabilities / (1.0 - dropout), 0.0)
-    mixed = jnp.einsum("BGRTS,BSGK->BTGRK", probabilities.astype(v_BSGK.dtype).reshape(B, G, H // G, T, S), v_BSGK)
-    return mixed.reshape(B, T, H, v_BSGK.shape[-1])
+        keep_BHTS = keep_rows(key, rows, S, dropout).reshape(B, H, T, S)
+        probabilities = jnp.where(keep_BHTS, probabilities / (1.0 - dropout), 0.0)
+    out_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", probabilities.astype(v_BSGK.dtype).reshape(B, G, H // G, T, S), v_BSGK)
+    return out_BTGRK.reshape(B, T, H, v_BSGK.shape[-1])

@@ -1,8 +1,9 @@
-"""Rotary position embeddings (Su et al. 2021), and their scalings for longer texts.
+"""Rotary position embeddings (Su et al. 2021), and frequency scaling for long texts.
 
 The entries of a head form pairs. Each pair is rotated by an angle that is proportional to the position, so that scores
 depend on distances only. Entry ``i`` is paired with ``i + K / 2`` (as in Hugging Face's Llama), not with the next entry
-(as in the paper and in Meta's files). Both are equal up to the order of the rows of the query and key weights.
+(as in the paper and in Meta's files). The two conventions differ only in the order of the rows of the query and key
+weights.
 
 Shapes: B batch, T time, H heads, K head width, P pairs (K / 2).
 """
@@ -22,15 +23,15 @@ Kind = Literal["linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
-    """How the rotation frequencies of a model are reduced, for texts longer than those that it was trained on."""
+    """How the rotation frequencies of a model are reduced for texts that are longer than the training texts."""
 
     kind: Kind
-    """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware). llama3,
-    yarn: divide only the frequencies of slow pairs."""
+    """linear: divide all frequencies by ``factor`` (Chen et al. 2023). dynamic: use a larger base (NTK-aware). llama3
+    and yarn: divide only the frequencies of slow pairs."""
     factor: float
     """Ratio of the longest text length to ``original_positions``."""
     original_positions: int | None = None
-    """Longest sequence of the original training; not needed for linear scaling."""
+    """Length of the longest training sequence; not needed for linear scaling."""
     low_frequency_factor: float = 1.0
     """llama3: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this in
     ``original_positions`` positions."""
@@ -42,7 +43,7 @@ class RotaryScaling:
     beta_slow: float = 1.0
     """yarn: the frequency of a pair is divided by ``factor`` if the pair makes fewer turns than this."""
     truncate: bool = True
-    """yarn: round the pair indices at which the ramp between fast and slow pairs begins and ends to integers."""
+    """yarn: round to integers the pair indices between which the frequencies change from unchanged to divided."""
     attention_factor: float | None = None
     """yarn: queries and keys are multiplied by this; None: ``0.1 * log(factor) + 1``."""
 
@@ -75,10 +76,10 @@ def rotary_frequencies(
     Args:
         width: K, the width of a head.
         base: base of the geometric series of frequencies (``rope_theta``).
-        max_positions: length of the longest sequence, from which ``dynamic`` computes the base. Here the base is fixed.
-            Other libraries compute it in each call from the longest row, so cached keys may have another base than
-            later queries. Both bases are equal for sequences of length ``max_positions``. If ``max_positions`` is at
-            most ``original_positions``, they are equal for all sequences of up to ``max_positions`` tokens.
+        max_positions: length of the longest sequence, from which ``dynamic`` computes a fixed base. Other libraries
+            compute the base in each call from the longest row, so cached keys and later queries may have different
+            bases. The result is the same for sequences of length ``max_positions``; if ``max_positions`` is at most
+            ``original_positions``, also for shorter sequences.
 
     Raises:
         ValueError: an odd width.
@@ -103,7 +104,7 @@ def rotary_frequencies(
 
 
 def _ramp(frequencies: np.ndarray, width: int, base: float, scaling: RotaryScaling) -> np.ndarray:
-    """The weight of each pair's original frequency, [P]: 1 for fast pairs, 0 for slow pairs, linear in between."""
+    """The weight of each pair's original frequency, [P]: 1 for fast pairs, 0 for slow pairs, linear between them."""
     if scaling.kind == "linear":
         return np.zeros_like(frequencies)
     assert scaling.original_positions is not None
@@ -133,7 +134,7 @@ def rotary_angles(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angle of each pair at each position, times the magnitude; both are [B, T, P] float32.
 
-    They are the same for all layers. Arguments and errors: see :func:`rotary_frequencies`.
+    All layers use the same angles. Arguments and errors: see :func:`rotary_frequencies`.
     """
     frequencies_P, magnitude = rotary_frequencies(width, base, scaling, max_positions)
     angles_BTP = positions_BT.astype(jnp.float32)[..., None] * frequencies_P[None, None, :]

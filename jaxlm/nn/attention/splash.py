@@ -1,10 +1,11 @@
-"""Splash attention on TPU: JAX's Pallas kernel that skips fully masked blocks, for masks of ``jaxlm.nn.attention``.
+"""Splash attention, JAX's Pallas kernel for TPU that skips fully masked blocks.
 
 ``jax.experimental.pallas.ops.tpu.splash_attention`` has O(T) memory and a custom gradient, with one kernel in the
-forward pass and one or two in the backward pass. Its default blocks of 128 leave a TPU partly idle; the blocks here are
-as large as VMEM allows. Queries and keys are padded to multiples of ``LANES``. Pallas kernels have no partitioning
-rule, so on a mesh each device runs the kernel on its own rows and heads (``shard_map``).
-Shapes as in ``jaxlm.nn.attention``.
+forward pass and one or two in the backward pass. Its default blocks of 128 leave a TPU partly idle, so this module uses
+blocks that are as large as VMEM allows. Queries and keys are padded to multiples of ``LANES``. On a mesh, each device
+runs the kernel on its own rows and heads (``jaxlm.nn.attention.split``).
+
+Shapes as in ``jaxlm.nn.attention.api``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from jaxlm.nn.attention.mask import Mask, keep
 
 MAX_BLOCK = 1024
 """Maximum number of queries, and of keys, of a block."""
-_PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding: no query of another id attends to it
+_PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding; no other token has them
 
 
 def unsupported_reason(mask: Mask, bias: Any, key: Any) -> str | None:
-    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
+    """Why the kernel does not support the arguments (the predicate of an error message); None if it supports them."""
     if bias is not None:
         return "takes no bias"
     if key is not None:
@@ -47,47 +48,47 @@ def attention(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See ``jaxlm.nn.attention.attention``. ``interpret``: run the kernel in Pallas's interpreter, on any device."""
+    """Attention as in ``jaxlm.nn.attention.attention``. ``interpret``: use Pallas's interpreter, on any device."""
     if math.frexp(scale)[0] == 0.5:
         q_BTHK = q_BTHK * jnp.asarray(scale, q_BTHK.dtype)  # exact for a power of two; fused with the projection
     else:
         q_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
-    run = functools.partial(_rows, mask.causal, mask.window, interpret)
+    run = functools.partial(_device_attention, mask.causal, mask.window, interpret)
     out_BTHK = split.over_devices(run, (q_BTHK, k_BSGK, v_BSGK), (), (mask.query_segments, mask.key_segments))
     return _zero_fully_masked(mask, out_BTHK, k_BSGK.shape[1]).astype(v_BSGK.dtype)
 
 
 def _zero_fully_masked(mask: Mask, out_BTHK: jax.Array, keys: int) -> jax.Array:
-    """The output with zeros for queries without a visible key; the kernel would average masked values for them."""
+    """The output with zeros for queries without a visible key, for which the kernel averages masked values."""
     if mask.query_segments is None or mask.query_segments is mask.key_segments:
         return out_BTHK  # each query can attend at least to itself
-    kept = keep(mask, out_BTHK.shape[1], keys)
-    assert kept is not None
-    return jnp.where(jnp.any(kept, axis=-1)[:, :, None, None], out_BTHK, 0)  # XLA fuses the mask with the reduction
+    visible = keep(mask, out_BTHK.shape[1], keys)
+    assert visible is not None
+    return jnp.where(jnp.any(visible, axis=-1)[:, :, None, None], out_BTHK, 0)  # XLA fuses the mask with ``any``
 
 
-def _rows(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
+def _device_attention(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, segments: Any) -> jax.Array:
     """Attention for the rows and heads of one device, [B, T, H, K]; the queries are already scaled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     (q, k, v), (query, key) = qkv, segments
     (B, T, H), S = q.shape[:3], k.shape[1]
-    pads = [-T % LANES, -S % LANES]
-    if pads[1] and query is None and not causal:  # a causal mask hides padding keys anyway
+    padding = [-T % LANES, -S % LANES]
+    if padding[1] and query is None and not causal:  # without segments, only a causal mask hides padding keys
         query, key = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     q, k, v = (
-        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
-        for x, pad in ((q, pads[0]), (k, pads[1]), (v, pads[1]))
+        jnp.swapaxes(jnp.pad(x, ((0, 0), (0, size), (0, 0), (0, 0))), 1, 2)
+        for x, size in ((q, padding[0]), (k, padding[1]), (v, padding[1]))
     )
-    # Named in the layout that the kernel reads: if remat saves them, neither projection nor transpose is recomputed.
+    # The transposed arrays get the name. If remat saves them, it recomputes neither the projection nor the transpose.
     q, k, v = (checkpoint_name(x, tile_scores.SAVED) for x in (q, k, v))
-    blocks = _block_size(T + pads[0]), _block_size(S + pads[1])
-    kernel = _kernel(causal, window, T + pads[0], S + pads[1], blocks, H, interpret)
+    blocks = _block_size(T + padding[0]), _block_size(S + padding[1])
+    kernel = _kernel(causal, window, T + padding[0], S + padding[1], blocks, H, interpret)
     if query is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
-        query = jnp.pad(query, ((0, 0), (0, pads[0])), constant_values=_PADDED_QUERY)
-        key = jnp.pad(key, ((0, 0), (0, pads[1])), constant_values=_PADDED_KEY)
+        query = jnp.pad(query, ((0, 0), (0, padding[0])), constant_values=_PADDED_QUERY)
+        key = jnp.pad(key, ((0, 0), (0, padding[1])), constant_values=_PADDED_KEY)
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=query, kv=key))
     return jnp.swapaxes(out, 1, 2)[:, :T]
 
@@ -96,7 +97,7 @@ def _rows(causal: bool, window: int | None, interpret: bool, qkv: Any, _: Any, s
 def _kernel(
     causal: bool, window: int | None, queries: int, keys: int, blocks: tuple[int, int], heads: int, interpret: bool
 ) -> Any:
-    """The kernel for a mask and a shape. It lists the blocks that are not fully masked once, on the host."""
+    """The kernel for a mask and a shape. The list of blocks that are not fully masked is computed once, on the host."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -117,11 +118,10 @@ def _kernel(
             masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret,
             residual_checkpoint_name=tile_scores.SAVED,
         )  # fmt: skip
-        return jax.tree.map(
-            np.asarray, kernel
-        )  # NumPy arrays belong to no device; they become constants of each compiled program
+        # NumPy arrays are not on a device, so they become constants of each compiled program.
+        return jax.tree.map(np.asarray, kernel)
 
 
 def _block_size(length: int) -> int:
-    """The largest block that divides a length, both multiples of :data:`LANES`."""
+    """The largest block size that divides ``length``; both are multiples of :data:`LANES`."""
     return max(block for block in range(LANES, min(length, MAX_BLOCK) + 1, LANES) if length % block == 0)

@@ -1,4 +1,4 @@
-"""Pallas kernels on a mesh. They have no partitioning rule, so each device runs them on its own rows and heads."""
+"""Pallas kernels on a mesh: each device runs the kernel on its shard, because kernels have no partitioning rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxlm import sharding
 
 
 def unsupported_reason() -> str | None:
-    """Why kernels do not support the active mesh, as the end of a sentence; None if they support it."""
+    """Why kernels do not support the active mesh (the predicate of an error message); None if they support it."""
     active = sharding.active()
     if active is not None and active.named_sharding(("seq",)).spec[0] is not None:
         return "does not split queries over devices: use a mesh without a sequence axis"
@@ -20,7 +20,7 @@ def unsupported_reason() -> str | None:
 
 
 def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], floats: Any, integers: Any) -> jax.Array:
-    """``run((q, k, v), floats, integers)`` [B, T, H, K], computed by each device on its shard (``shard_map``).
+    """The result of ``run((q, k, v), floats, integers)``, [B, T, H, K]; each device computes its shard (``shard_map``).
 
     Args:
         qkv: q [B, T, H, K], k and v [B, S, G, K].
@@ -32,7 +32,7 @@ def over_devices(run: Callable[..., jax.Array], qkv: tuple[Any, Any, Any], float
         return run(qkv, floats, integers)
     q, k, v = qkv
     if k.shape[2] % active.num_shards(("heads",)):
-        # The key heads do not divide over the devices. Repeat them, so that each device has those its queries read.
+        # Devices cannot split the key heads evenly. So each key head is repeated for each query head that reads it.
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
 
     def partition_spec(x: Any, names: tuple[str | None, ...], what: str) -> Any:

@@ -1,4 +1,4 @@
-"""The scores of a tile of queries and keys, and their gradients: used by the blockwise and the pallas implementation.
+"""The scores of a tile of queries and keys, and their gradients, for the ``blockwise`` and ``pallas`` implementations.
 
 Shapes as in ``jaxlm.nn.attention.api``; R queries and E keys of a tile.
 """
@@ -32,12 +32,11 @@ class ScoreConfig:
 def scores(
     config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile
 ) -> jax.Array:
-    """The masked scores of a block, [R, E] float32, with biases.
+    """The masked scores of a tile, [R, E] float32, with biases.
 
     Args:
         bias_arrays: for each bias, the slices of its arrays that the tile needs.
-        integers: (orders of queries, of keys, segments of queries, of keys), each may be None; and the integers of each
-            bias.
+        integers: a pair: the integers of the mask (``Mask.arrays``), and a tuple with the integers of each bias.
     """
     scores_RE = dot(q_RK, k_EK, 1, 1) * config.scale
     mask_integers, bias_integers = integers
@@ -46,21 +45,21 @@ def scores(
     query_order, key_order, query_segments, key_segments = mask_integers
     orders = tile.indices() if query_order is None else (tile.query_column(query_order), tile.key_row(key_order))
     segments = None if query_segments is None else (tile.query_column(query_segments), tile.key_row(key_segments))
-    kept = keep_pairs(Mask(config.causal, config.window), orders, segments)
-    return scores_RE if kept is None else jnp.where(kept, scores_RE, -jnp.inf)
+    visible = keep_pairs(Mask(config.causal, config.window), orders, segments)
+    return scores_RE if visible is None else jnp.where(visible, scores_RE, -jnp.inf)
 
 
 def products(
     config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, dout_RK: jax.Array, kept: jax.Array,
     dscores: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The gradients of a block: dq [R, K], and its contributions to dk and dv [K, E], all float32.
+    """The gradients of a tile: dq [R, K], and the contributions to dk and dv [K, E], all float32.
 
-    The keys are the last axis of dk and dv. A matmul with a result [E, K] takes four times as long on a CPU, and on a
-    TPU it would have to transpose the larger factor.
+    The keys are the last axis of dk and dv. A matmul with a result [E, K] takes four times as long on a CPU, and would
+    transpose the larger factor on a TPU.
 
     Args:
-        kept: [R, E], the probabilities (after dropout) that were multiplied with the values.
+        kept: [R, E], the probabilities after dropout.
         dscores: [R, E], the gradient of the scores.
     """
     scaled = (dscores * config.scale).astype(q_RK.dtype)
@@ -73,5 +72,5 @@ def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
 
 
 def bias_gradients(bias_fn: BiasFn, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array) -> Any:
-    """The gradients of a bias's slices of arrays, from the gradient of the scores of the tile."""
+    """The gradients of ``bias_arrays`` (the slices of one bias), from the gradient of the scores of the tile."""
     return jax.vjp(lambda bias_arrays: bias_fn(bias_arrays, integers, tile), bias_arrays)[1](dscores)[0]

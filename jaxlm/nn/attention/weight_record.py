@@ -30,7 +30,7 @@ _RECORD: contextvars.ContextVar[list[Recorded] | None] = contextvars.ContextVar(
 
 
 def is_recording() -> bool:
-    """Whether attention weights are being recorded; attention must then compute them as an array."""
+    """Whether attention weights are being recorded, so that attention must compute them as an array."""
     return _RECORD.get() is not None
 
 
@@ -43,10 +43,10 @@ def record(weights_BHTS: jax.Array, kind: Kind) -> None:
 
 @contextlib.contextmanager
 def recorded_weights() -> Iterator[list[Recorded]]:
-    """A context that gives a list, to which each call of attention inside the context appends its weights, in order.
+    """A context manager with a list, to which each call of attention in the context appends its weights.
 
-    Inside ``jax.jit``, return the weights from the same traced function. Loops over layers must be Python loops: a
-    ``lax.scan`` or ``jax.checkpoint`` would leak its tracers.
+    A function under ``jax.jit`` must enter the context and return the weights itself. Loops over layers must be Python
+    loops: weights recorded in ``lax.scan`` or ``jax.checkpoint`` would be leaked tracers.
     """
     recorded: list[Recorded] = []
     token = _RECORD.set(recorded)

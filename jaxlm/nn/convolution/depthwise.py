@@ -1,4 +1,4 @@
-"""Depthwise convolution over time, for complete texts and for streams.
+"""Depthwise convolution over time, for complete texts and for texts that are read in several calls (streams).
 
 Shapes: B batch, T time, K taps, C channels, L steps of a block.
 """
@@ -29,7 +29,7 @@ BLOCK = 32
 def depthwise_convolution_specs(
     shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """Specs of ``weight`` [K, C] and ``bias`` [C]; ``axes`` names C.
+    """Specs of ``weight`` [K, C] and ``bias`` [C]; ``axes`` contains the logical name of C.
 
     Example:
         >>> depthwise_convolution_specs((4, 64), ("mlp",), Normal(0.02))["weight"].axes
@@ -49,10 +49,11 @@ def depthwise_convolution(
 ) -> jax.Array:
     """``y_t = bias + sum_k weight_k * x_{t + k * dilation - before}`` for each channel separately, [B, T', C].
 
-    ``before`` is the padding at the start. See :func:`jaxlm.nn.convolution.window.windows` for the options.
+    ``before`` is the padding at the start. See :func:`jaxlm.nn.convolution.window.windows` for ``padding`` and
+    ``dilation``.
 
     Args:
-        segment_ids: [B, T]; an output reads only its own segment, and inputs beyond a segment boundary count as zeros.
+        segment_ids: [B, T]; an output reads only its own segment; inputs of other segments count as zeros.
         implementation: ``reference`` (``lax.conv_general_dilated``, which does not support segments), ``shifts`` (for
             each tap, the whole input is shifted and multiplied, and the products are summed in one pass; its custom
             gradient saves only the input), or None for the fastest known: ``shifts`` on a CPU and for segments,
@@ -96,7 +97,10 @@ def depthwise_convolution(
 def causal_depthwise_convolution(
     params: dict[str, Any], stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The causal depthwise convolution over the real tokens of a stream, [B, T, C], and the tail for the next call."""
+    """The causal depthwise convolution over the real tokens of a stream, [B, T, C], and the tail for the next call.
+
+    See ``jaxlm.nn.convolution.window`` for streams and tails.
+    """
     if tail_BWC is None:
         ids = stream.segment_ids
         return depthwise_convolution(params, x_BTC, padding="causal", dilation=dilation, segment_ids=ids), None
@@ -108,8 +112,8 @@ def causal_depthwise_convolution(
 class _Taps:
     """The taps of each output.
 
-    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. Its segment id is the one
-    of ``x[t + segment_offset]``.
+    There are ``count`` outputs. Output t reads ``x[t + offset]`` for each of the ``offsets``. Its segment id is that of
+    input ``t + segment_offset``.
     """
 
     offsets: tuple[int, ...]
@@ -149,12 +153,12 @@ _shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
 def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segment: Sequence[Any]) -> jax.Array:
     """For each tap, the sum over rows and time of its inputs times the output gradients, [K, C] float32.
 
-    On a CPU it is computed in blocks of time, because one sum per tap over the whole input would read the input once
-    per tap, which is slow. The steps at both ends that do not fill a block are summed directly.
+    On a CPU it is summed over blocks of time, because one sum per tap over the whole input would read the input once
+    per tap. The steps at both ends that do not fill a block are summed without blocks.
     """
-    low, high = min(taps.offsets), max(taps.offsets)
-    begin = min(max(0, -low), taps.count)
-    blocks = max(0, min(taps.count, x_BTC.shape[1] - high) - begin) // BLOCK
+    min_offset, max_offset = min(taps.offsets), max(taps.offsets)
+    begin = min(max(0, -min_offset), taps.count)
+    blocks = max(0, min(taps.count, x_BTC.shape[1] - max_offset) - begin) // BLOCK
     if not choices.sum_depthwise_gradient_in_blocks(blocks):
         blocks = 0
     end = begin + blocks * BLOCK
@@ -164,19 +168,19 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segm
         same_BL = None if same_segment[tap] is None else same_segment[tap][:, start:stop]
         return _masked(same_BL, x_BLC * dy_BTC[:, start:stop])
 
-    def sum_directly(start: int, stop: int) -> jax.Array:
+    def sum_without_blocks(start: int, stop: int) -> jax.Array:
         return jnp.stack([jnp.sum(products(tap, start, stop), axis=(0, 1)) for tap in range(len(taps.offsets))])
 
     if not blocks:
-        return sum_directly(0, taps.count)
+        return sum_without_blocks(0, taps.count)
 
     def add_block(i: jax.Array, sums: Any) -> Any:
         start = begin + i * BLOCK
-        x_BSC = lax.dynamic_slice_in_dim(x_BTC, start + low, BLOCK + high - low, axis=1)
+        x_BSC = lax.dynamic_slice_in_dim(x_BTC, start + min_offset, BLOCK + max_offset - min_offset, axis=1)
         dy_BLC = lax.dynamic_slice_in_dim(dy_BTC, start, BLOCK, axis=1).astype(jnp.float32)
         new_sums = []
         for sum_BLC, offset, same_BT in zip(sums, taps.offsets, same_segment, strict=True):
-            x_BLC = x_BSC[:, offset - low : offset - low + BLOCK].astype(jnp.float32)
+            x_BLC = x_BSC[:, offset - min_offset : offset - min_offset + BLOCK].astype(jnp.float32)
             same_BL = None if same_BT is None else lax.dynamic_slice_in_dim(same_BT, start, BLOCK, axis=1)
             new_sums.append(sum_BLC + _masked(same_BL, x_BLC * dy_BLC))
         return tuple(new_sums)
@@ -184,11 +188,11 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_segm
     zeros_BLC = jnp.zeros((x_BTC.shape[0], BLOCK, x_BTC.shape[2]), jnp.float32)
     sums = lax.fori_loop(0, blocks, add_block, (zeros_BLC,) * len(taps.offsets))
     dweight_KC = jnp.stack([jnp.sum(sum_BLC, axis=(0, 1)) for sum_BLC in sums])
-    return dweight_KC + sum_directly(0, begin) + sum_directly(end, taps.count)
+    return dweight_KC + sum_without_blocks(0, begin) + sum_without_blocks(end, taps.count)
 
 
 def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
-    """``x[:, t + offset]`` for t in [0, count), with zeros beyond the ends of ``x``."""
+    """``x[:, t + offset]`` for t in [0, count), with zeros outside ``x``."""
     widths = [(0, 0, 0), (-offset, count + offset - x_BT.shape[1], 0)] + [(0, 0, 0)] * (x_BT.ndim - 2)
     return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
 

@@ -1,4 +1,4 @@
-"""Convolution over time with all input channels, for complete texts and for streams.
+"""Convolution over time (not depthwise), for complete texts and for texts that are read in several calls (streams).
 
 Shapes: B batch, T time, K taps, C input channels, D output channels.
 """
@@ -18,7 +18,8 @@ from jaxlm.spec import ArraySpec, Initializer
 def convolution_specs(
     shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, bias: bool = True
 ) -> dict[str, ArraySpec]:
-    """Specs of ``weight`` [K, C, D...] and ``bias`` [D...], with one or more output axes D; ``axes`` name C and D.
+    """Specs of ``weight`` [K, C, D...] and ``bias`` [D...], with one or more output axes D; ``axes`` are the
+    logical names of C and D.
 
     Example:
         >>> convolution_specs((3, 64, 128), ("embed", "mlp"), Normal(0.02))["weight"].axes
@@ -36,32 +37,35 @@ def convolution(
     dilation: int = 1,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """The convolution over time (a cross-correlation, as in all frameworks), [B, T', D...].
+    """The convolution over time (a cross-correlation, as in PyTorch), [B, T', D...].
 
     See ``jaxlm.nn.convolution.window.windows`` for the options. With ``segment_ids`` [B, T], an output reads only its
-    own segment; inputs beyond a segment boundary count as zeros.
+    own segment; inputs of other segments count as zeros.
 
     The windows are gathered into one array and multiplied with the weights in one matmul. On a CPU this is as fast as
     ``lax.conv``, gradients included, for 3 to 7 taps of 64 to 512 channels, and 3 to 7 times faster for a single step.
-    Windows also can be masked at segment boundaries, which ``lax.conv`` does not support.
+    Windows can also be masked at segment boundaries, which ``lax.conv`` does not support.
     """
 
     def convolve(params: Any, x: jax.Array, segment_ids: Any) -> jax.Array:
         kernel = params["weight"].shape[0]
-        taps = windows(x, kernel, padding=padding, stride=stride, dilation=dilation, segment_ids=segment_ids)
-        return linear(params, taps, num_input_axes=2)
+        windows_BTKC = windows(x, kernel, padding=padding, stride=stride, dilation=dilation, segment_ids=segment_ids)
+        return linear(params, windows_BTKC, num_input_axes=2)
 
-    # Remat: the input is saved for the backward pass, not its windows.
+    # Remat saves the input for the backward pass instead of its windows, which are K times as large.
     return jax.checkpoint(convolve, prevent_cse=False)(params, x_BTC, segment_ids)
 
 
 def causal_convolution(
     params: dict[str, Any], stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, *, dilation: int = 1
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The causal convolution over the real tokens of a stream, [B, T, D...], and the tail for the next call."""
+    """The causal convolution over the real tokens of a stream, [B, T, D...], and the tail for the next call.
+
+    See ``jaxlm.nn.convolution.window`` for streams and tails.
+    """
 
     def convolve(params: Any, stream: Stream, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
-        taps, tail = causal_windows(stream, x, tail, params["weight"].shape[0], dilation=dilation)
-        return linear(params, taps, num_input_axes=2), tail
+        windows_BTKC, tail = causal_windows(stream, x, tail, params["weight"].shape[0], dilation=dilation)
+        return linear(params, windows_BTKC, num_input_axes=2), tail
 
     return jax.checkpoint(convolve, prevent_cse=False)(params, stream, x_BTC, tail_BWC)

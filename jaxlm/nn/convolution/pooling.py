@@ -1,6 +1,6 @@
-"""Pooling over time.
+"""Max pooling and k-max pooling over time.
 
-Legend: B batch, T time, C channels, K entries to keep.
+Shapes: B batch, T time, C channels, K entries that are selected.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from jaxlm.nn.convolution.window import Padding, Stream, causal_windows, windows
 def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1, dilation: int = 1) -> jax.Array:
     """The maximum of each window, for each channel, [B, T', C].
 
-    See ``convolution.window.windows`` for the options. Padding counts as minus infinity. If several entries are
-    equal to the maximum, they share the gradient.
+    See ``jaxlm.nn.convolution.window.windows`` for the options. Padding counts as minus infinity. If several entries
+    are equal to the maximum, they share the gradient.
     """
-    taps = windows(x_BTC, window, padding=padding, stride=stride, dilation=dilation, fill=-jnp.inf)
-    return jnp.max(taps, axis=2)
+    windows_BTKC = windows(x_BTC, window, padding=padding, stride=stride, dilation=dilation, fill=-jnp.inf)
+    return jnp.max(windows_BTKC, axis=2)
 
 
 def causal_max_pool(
     stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array | None, window: int, *, dilation: int = 1
 ) -> tuple[jax.Array, Any]:
-    """The maximum of each causal window over the real tokens of a stream, [B, T, C], and the tail for the next call."""
-    taps, tail = causal_windows(stream, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
-    return jnp.max(taps, axis=2), tail
+    """The maximum of each causal window over the real tokens of a stream, [B, T, C], and the tail for the next call.
+
+    See ``jaxlm.nn.convolution.window`` for streams and tails.
+    """
+    windows_BTKC, tail = causal_windows(stream, x_BTC, tail_BWC, window, dilation=dilation, fill=-jnp.inf)
+    return jnp.max(windows_BTKC, axis=2), tail
 
 
 def k_max_pool(x_BTC: jax.Array, k: int) -> jax.Array:
-    """The ``k`` largest entries of each channel, in the order of time, [B, K, C].
+    """The ``k`` largest entries of each channel, in temporal order, [B, K, C].
 
-    See Kalchbrenner et al. 2014, section 3.3. Among equal entries, the earliest are kept.
+    See Kalchbrenner et al. 2014, section 3.3. Among equal entries, the earliest are selected.
 
     Raises:
         ValueError: the input has fewer than ``k`` steps.

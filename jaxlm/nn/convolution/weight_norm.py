@@ -13,11 +13,11 @@ from jaxlm.spec import ArraySpec, Constant, Normal
 def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> dict[str, ArraySpec]:
     """Specs with ``direction`` and ``gain`` (one per output) instead of ``weight``.
 
-    The gain is initialized with the expected length of a Gaussian direction, so that the initial weight has the same
-    scale as without normalisation.
+    The gain is initialized with the expected L2 norm of a direction with Gaussian entries, so that the initial weight
+    has the same scale as without weight normalisation.
 
     Args:
-        specs: the specs of ``linear`` or ``convolution``.
+        specs: from ``linear_specs`` or ``convolution_specs``.
         num_input_axes: number of input axes of the weight, which come first.
 
     Raises:
@@ -26,22 +26,22 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> di
     weight = specs["weight"]
     if not isinstance(weight.init, Normal):
         raise ValueError(f"weight normalisation needs a weight initialized by Normal(...), got {weight.init}")
-    length = weight.init.stddev * math.prod(weight.shape[:num_input_axes]) ** 0.5
-    # Weight decay acts on the gain. On the direction, it would change only the step size.
+    norm = weight.init.stddev * math.prod(weight.shape[:num_input_axes]) ** 0.5
+    # Only the gain gets weight decay. Decay of the direction would not change the weight, only the effective step size.
     return {
         "direction": ArraySpec(weight.shape, weight.axes, weight.init),
-        "gain": ArraySpec(weight.shape[num_input_axes:], weight.axes[num_input_axes:], Constant(length), decay=True),
+        "gain": ArraySpec(weight.shape[num_input_axes:], weight.axes[num_input_axes:], Constant(norm), decay=True),
         **{name: spec for name, spec in specs.items() if name != "weight"},
     }
 
 
 def weight_norm(params: dict[str, Any], *, num_input_axes: int) -> dict[str, Any]:
-    """Parameters for ``linear`` or ``convolution``, with ``weight = gain * direction / |direction|`` for each output.
+    """Parameters for ``linear`` or ``convolution``, with the normalised weight.
 
-    See Salimans and Kingma 2016, eq. 2.
+    For each output, ``weight = gain * direction / norm(direction)`` (Salimans and Kingma 2016, eq. 2).
     """
     direction = params["direction"].astype(jnp.float32)
-    length = jnp.sqrt(jnp.sum(jnp.square(direction), axis=tuple(range(num_input_axes))))
-    scale = jnp.broadcast_to(params["gain"] / length, direction.shape)
-    rest = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
-    return {"weight": direction * scale, **rest}
+    norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=tuple(range(num_input_axes))))
+    scale = jnp.broadcast_to(params["gain"] / norm, direction.shape)
+    other_params = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
+    return {"weight": direction * scale, **other_params}

@@ -1,12 +1,12 @@
-"""Windows over time: the inputs of convolution and pooling, for one call and for a text read in several calls.
+"""Windows over time for convolution and pooling, for complete texts and for texts that are read in several calls.
 
 A causal window must contain the last real tokens of its own document and must skip padding, wherever the padding is.
 So :func:`open_stream` moves the padding of each row to the row's end before the first layer, and :func:`close_stream`
-restores the original order after the last layer. In between, the real tokens of a row are adjacent, within a call and
-across calls, and a document boundary is a change of the segment id. From one call to the next, a layer carries its
-last real inputs, which are called its tail.
+restores the original order after the last layer. Between the two, the real tokens of a row are adjacent, within a call
+and across calls. A change of the segment id is a document boundary. Each layer passes its last real inputs, the tail,
+from one call to the next. A text that is read in this way is called a stream.
 
-Legend: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model.
+Shapes: B batch, T time, C channels, K taps of a window, W length of a tail, P largest W of a model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jax import lax
 from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
-"""``same``: as many outputs as inputs; each window is centred at its position (an even kernel is centred on the earlier
-of its two middle taps). ``causal``: as many outputs as inputs; each window ends at its position. ``valid``: no padding,
-only complete windows."""
+"""``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
+``same``: each window is centred at its position (for even kernels, with the earlier of the two middle taps).
+``causal``: each window ends at its position."""
 
 
 def windows(
@@ -41,9 +41,9 @@ def windows(
     Args:
         kernel: K, the number of taps of a window; taps are ``dilation`` steps apart.
         stride: steps from one window to the next.
-        segment_ids: [B, T]; a tap in another segment than the window gives ``fill``. The segment of a window is the one
-            at its position, and for ``valid`` the one at its last tap.
-        fill: the value beyond both ends of the input.
+        segment_ids: [B, T]; taps outside the window's segment give ``fill``. The segment of a window is that of its
+            position; for ``valid``, that of its last tap.
+        fill: the value of taps outside the input or the segment.
 
     Raises:
         ValueError: an unknown padding, or an input that is shorter than one window.
@@ -87,7 +87,7 @@ def padding_and_count(
 
 @struct.dataclass
 class Stream:
-    """The segments and the order of the new tokens of a call, after each row's padding was moved to the row's end.
+    """The segments and the order of the tokens of a call, after the padding of each row was moved to the row's end.
 
     Attributes:
         segment_ids: [B, T] after reordering; None: each row is one document, and there is no state.
@@ -103,7 +103,7 @@ class Stream:
 
 
 def past_specs(batch: int, reach: int) -> ArraySpec:
-    """Spec of the segment ids of the last ``reach`` real tokens; a model carries them next to its tails.
+    """Spec of the segment ids of the last ``reach`` real tokens, which are part of a model's state, like its tails.
 
     An id of 0 means that no token was read yet.
     """
@@ -111,7 +111,7 @@ def past_specs(batch: int, reach: int) -> ArraySpec:
 
 
 def tail_specs(batch: int, reach: int, channels: int, dtype: Any) -> ArraySpec:
-    """Spec of a tail: the last ``reach`` real inputs. A causal window needs ``reach = (kernel - 1) * dilation``."""
+    """Spec of a layer's last ``reach`` real inputs. Causal windows need ``reach = (kernel - 1) * dilation``."""
     return ArraySpec((batch, reach, channels), ("batch", None, "activation_embed"), dtype=dtype)
 
 
@@ -172,7 +172,7 @@ def prepend_tail(stream: Stream, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple
 
 
 def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:
-    """The last ``reach`` real entries of each row; ``x`` starts with ``reach`` old entries, before the new ones."""
+    """The last ``reach`` real entries of each row. Its first ``reach`` entries are from earlier calls."""
     return jax.vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, reach))(x_BS, count_B)
 
 
@@ -182,7 +182,7 @@ def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:
 def fixed_length(
     tokens_BT: jax.Array, segment_ids: jax.Array | None, length: int, *, reverse: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each row's real tokens first, padded to ``length``. Character-level classifiers read texts in this way.
+    """The real tokens of each row, moved to the start and padded to ``length`` (for character-level classifiers).
 
     Args:
         reverse: reverse the order of the real tokens.
@@ -199,7 +199,7 @@ def fixed_length(
         raise ValueError(f"{T} tokens exceed max_positions={length}: shorten them or enlarge the model")
     if reverse:
         tokens_BT, segment_ids = tokens_BT[:, ::-1], None if segment_ids is None else segment_ids[:, ::-1]
-    if segment_ids is None:  # nothing to sort
+    if segment_ids is None:  # no padding to move
         real_BT = jnp.broadcast_to(jnp.arange(length)[None] < T, (len(tokens_BT), length))
         return jnp.pad(tokens_BT, ((0, 0), (0, length - T))), real_BT, jnp.ones(len(tokens_BT), bool)
     single_B = jnp.all((segment_ids == 0) | (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True)), axis=1)

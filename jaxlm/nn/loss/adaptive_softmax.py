@@ -5,16 +5,17 @@ and one entry for each further cluster. A word of cluster i > 0 has the probabil
 ``p(word) = p(cluster i | head) * p(word | cluster i)``. With a ``divisor`` d > 1, the vectors of cluster i have width
 ``width / d^i`` and a projection to the model's width. With d = 1 all vectors have the same width and are in one table.
 
-Parameters (E_i width of cluster i, n_i number of its words, C clusters after the first, D model width):
+Parameters (E_i width of cluster i, n_i number of its words, C number of clusters after the first, D model width):
 
     token_embedding [n_0, E_0] (d = 1: [V, E]), token_projection [E_0, D] (d = 1: only if E is not D)
     tails/cluster_i/embedding [n_i, E_i], tails/cluster_i/projection [E_i, D]                           (d > 1)
     head/bias [n_0] (d = 1: [V]), head/cluster_weight [C, E_0], head/cluster_bias [C], head/tails/cluster_i/bias [n_i]
 
-The softmax has its own projection for the first cluster, ``head/projection``, in every published model. If the other
-projections or the tables are not tied, they are stored next to the biases as ``projection`` and ``embedding``.
-The entry of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code and in Hugging Face's files. The
-authors' PyTorch code counts from the end, so the rows of its ``cluster_weight`` and ``cluster_bias`` are reversed.
+The projection of the first cluster is never tied, as in every published model: the softmax uses ``head/projection``.
+If the other projections or the tables are not tied, they are stored next to the biases as ``projection`` and
+``embedding``. The index of cluster i in the head is ``cutoffs[0] + i - 1``, as in the TensorFlow code and in Hugging
+Face's files. The authors' PyTorch code numbers the clusters from the end, so the rows of its ``cluster_weight`` and
+``cluster_bias`` are in reverse order.
 
 Shapes: B batch, T time, D model, V vocabulary.
 """
@@ -42,6 +43,7 @@ class Clusters:
         width: width of the vectors of the first cluster.
         model_width: width of the hidden states.
         divisor: factor by which each cluster is narrower than the cluster before it.
+        multiple: each table is padded to a multiple of this number of rows. The softmax does not read the padding.
 
     Raises:
         ValueError: the cutoffs do not ascend within the vocabulary, or a cluster has width 0.
@@ -52,6 +54,7 @@ class Clusters:
     width: int
     model_width: int
     divisor: int = 1
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if any(stop <= start for start, stop in self.ranges):
@@ -82,25 +85,26 @@ class Clusters:
     def tables(self) -> tuple[tuple[int, int], ...]:
         """(rows, width) of each table: one table per cluster, or one for all clusters if they have the same width."""
         if self.divisor == 1:
-            return ((self.vocab_size, self.width),)
-        return tuple((stop - start, width) for (start, stop), width in zip(self.ranges, self.widths, strict=True))
+            return ((embedding.round_up(self.vocab_size, self.multiple), self.width),)
+        sizes = (embedding.round_up(stop - start, self.multiple) for start, stop in self.ranges)
+        return tuple(zip(sizes, self.widths, strict=True))
 
 
 def input_specs(clusters: Clusters, init: Initializer, projection_init: Initializer) -> dict[str, Any]:
     """Specs of the embedding: ``token_embedding``, and ``token_projection`` and ``tails`` if the clusters need them."""
-    (first, *others), D = clusters.tables, clusters.model_width
-    tree: dict[str, Any] = {"token_embedding": _table(first, init)}
+    (first_table, *other_tables), D = clusters.tables, clusters.model_width
+    specs: dict[str, Any] = {"token_embedding": _table(first_table, init)}
     if clusters.projected:
-        tree["token_projection"] = _projection((first[1], D), projection_init)
-    if others:
-        tree["tails"] = {
+        specs["token_projection"] = _projection((first_table[1], D), projection_init)
+    if other_tables:
+        specs["tails"] = {
             f"cluster_{i}": {
                 "embedding": _table(shape, init),
                 "projection": _projection((shape[1], D), projection_init),
             }
-            for i, shape in enumerate(others, start=1)
+            for i, shape in enumerate(other_tables, start=1)
         }
-    return tree
+    return specs
 
 
 def head_specs(
@@ -110,7 +114,7 @@ def head_specs(
 
     Args:
         tie_embeddings: share the tables with the input.
-        tie_projections: share the projections with the input, except that of the first cluster.
+        tie_projections: share the projections with the input, except the projection of the first cluster.
     """
     trees: list[dict[str, Any]] = [{} for _ in clusters.ranges]
     for tree, shape in zip(trees, clusters.tables, strict=False):
@@ -141,20 +145,20 @@ def _projection(shape: tuple[int, int], init: Initializer) -> ArraySpec:
 def embed(clusters: Clusters, params: dict[str, Any], ids_BT: jax.Array, dtype: Any) -> jax.Array:
     """The embeddings of the ids, [B, T, D] in ``dtype``. An id outside the vocabulary gives NaN."""
     if clusters.divisor == 1:
-        rows = embedding.embed(params["token_embedding"], ids_BT, dtype)
+        rows = embedding.embed(params["token_embedding"], ids_BT, dtype, size=clusters.vocab_size)
         return rows @ params["token_projection"].astype(dtype) if clusters.projected else rows
     x: Any = jnp.nan  # for ids that are in no cluster
     for i, (start, stop) in enumerate(clusters.ranges):
-        table, projection = _input(params, i)
-        inside = (ids_BT >= start) & (ids_BT < stop)
-        rows = embedding.embed(table, jnp.where(inside, ids_BT - start, 0), dtype)
-        x = jnp.where(inside[..., None], rows @ projection.astype(dtype), x)
+        table, projection = _input_table_and_projection(params, i)
+        in_cluster = (ids_BT >= start) & (ids_BT < stop)
+        rows = embedding.embed(table, jnp.where(in_cluster, ids_BT - start, 0), dtype)
+        x = jnp.where(in_cluster[..., None], rows @ projection.astype(dtype), x)
     return x
 
 
 def log_probabilities(clusters: Clusters, params: dict[str, Any], hidden_BTD: jax.Array) -> jax.Array:
     """Normalised log-probabilities of the whole vocabulary, [B, T, V] float32."""
-    head, *tails = (jax.nn.log_softmax(_logits(output, hidden_BTD)) for output in _outputs(clusters, params))
+    head, *tails = (jax.nn.log_softmax(_logits(output, hidden_BTD)) for output in _softmax_parameters(clusters, params))
     head_words = clusters.ranges[0][1]
     cluster_log_p = jnp.split(head[..., head_words:], len(tails), axis=-1) if tails else []
     return jnp.concatenate([head[..., :head_words], *map(jnp.add, cluster_log_p, tails)], axis=-1)
@@ -165,14 +169,14 @@ def cross_entropy(
 ) -> jax.Array:
     """``sum(weights * -log p(target))`` in nats, a float32 scalar. A target outside the vocabulary gives NaN.
 
-    The clusters save time here: the logits of each cluster after the first are computed only at the positions whose
-    target is in the cluster (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``.
+    The logits of each cluster after the first are computed only at the positions whose target is in the cluster, which
+    saves time (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``.
     """
-    head, *tails = _outputs(clusters, params)
+    head, *tails = _softmax_parameters(clusters, params)
     head_words = clusters.ranges[0][1]
-    outside = (targets_BT < 0) | (targets_BT >= clusters.vocab_size)
-    cluster_BT = jnp.where(outside, -1, sum((targets_BT >= cutoff).astype(jnp.int32) for cutoff in clusters.cutoffs))
-    head_targets_BT = jnp.where(cluster_BT > 0, head_words - 1 + cluster_BT, jnp.where(outside, -1, targets_BT))
+    is_invalid = (targets_BT < 0) | (targets_BT >= clusters.vocab_size)
+    cluster_BT = jnp.where(is_invalid, -1, sum((targets_BT >= cutoff).astype(jnp.int32) for cutoff in clusters.cutoffs))
+    head_targets_BT = jnp.where(cluster_BT > 0, head_words - 1 + cluster_BT, jnp.where(is_invalid, -1, targets_BT))
     total = chunked_cross_entropy(_logits, head, hidden_BTD, head_targets_BT, weights_BT)
     for i, tail in enumerate(tails, start=1):
         weights = jnp.where(cluster_BT == i, weights_BT, 0.0)
@@ -181,37 +185,39 @@ def cross_entropy(
 
 
 def _logits(output: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
-    """Logits of the words of one cluster; for the head, also of the cluster entries."""
+    """Logits of the words of one cluster; for the head, also logits of the other clusters."""
     projection, weight = output.get("projection"), output["weight"]
     x = hidden_BTD if projection is None else hidden_BTD @ projection.astype(hidden_BTD.dtype).T
     return embedding.unembed(weight, x, weight.shape[0]) + output["bias"].astype(jnp.float32)[None, None]
 
 
-def _input(params: dict[str, Any], i: int) -> tuple[jax.Array, Any]:
-    """Input table and projection (or None) of cluster i, for clusters that have separate tables."""
+def _input_table_and_projection(params: dict[str, Any], i: int) -> tuple[jax.Array, Any]:
+    """Input table and projection (or None) of cluster i, if each cluster has its own table."""
     if i == 0:
         return params["token_embedding"], params.get("token_projection")
     tail = params["tails"][f"cluster_{i}"]
     return tail["embedding"], tail["projection"]
 
 
-def _outputs(clusters: Clusters, params: dict[str, Any]) -> list[dict[str, jax.Array]]:
+def _softmax_parameters(clusters: Clusters, params: dict[str, Any]) -> list[dict[str, jax.Array]]:
     """``weight``, ``bias`` and (if there is one) ``projection`` of each cluster in the softmax.
 
-    A parameter that the head does not have is taken from the input. The first cluster, the head, has the entries of the
-    other clusters after its words.
+    Parameters that are not in ``params["head"]`` are tied, so they come from the input embedding. The first item is the
+    head of the softmax: its words, followed by one entry for each further cluster.
     """
     head = params["head"]
     heads = [head if i == 0 else head.get("tails", {}).get(f"cluster_{i}", {}) for i in range(len(clusters.ranges))]
-    inputs = [_input(params, 0 if clusters.divisor == 1 else i) for i in range(len(heads))]
+    inputs = [_input_table_and_projection(params, 0 if clusters.divisor == 1 else i) for i in range(len(heads))]
     projections = [tree.get("projection", tied) for tree, (_, tied) in zip(heads, inputs, strict=True)]
     if clusters.divisor == 1:
-        # A split and not slices: its gradient is one concatenation instead of a sum of arrays padded with zeros.
-        weights = jnp.split(head.get("embedding", inputs[0][0]), clusters.cutoffs)
-        biases = jnp.split(head["bias"], clusters.cutoffs)
+        # The gradient of a split is one concatenation. The gradient of slices would be a sum of zero-padded arrays.
+        weights = jnp.split(head.get("embedding", inputs[0][0])[: clusters.vocab_size], clusters.cutoffs)
+        biases = jnp.split(head["bias"][: clusters.vocab_size], clusters.cutoffs)
     else:
-        weights = [tree.get("embedding", tied) for tree, (tied, _) in zip(heads, inputs, strict=True)]
-        biases = [tree["bias"] for tree in heads]
+        sizes = [stop - start for start, stop in clusters.ranges]
+        tables = [tree.get("embedding", tied) for tree, (tied, _) in zip(heads, inputs, strict=True)]
+        weights = [table[:size] for table, size in zip(tables, sizes, strict=True)]
+        biases = [tree["bias"][:size] for tree, size in zip(heads, sizes, strict=True)]
     if clusters.cutoffs:
         weights[0] = jnp.concatenate([weights[0], head["cluster_weight"]])
         biases[0] = jnp.concatenate([biases[0], head["cluster_bias"]])

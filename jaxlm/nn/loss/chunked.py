@@ -27,29 +27,29 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))`` without an array [B, T, V].
 
-    The time axis is split into chunks, so that at most ``chunk_logits`` logits exist at once (None: the number in
-    ``choices.MAX_LOGITS`` on each device). The forward pass also computes the gradient of each chunk. This is possible
-    because the loss is a sum: its gradient is known except for a factor, the cotangent. So nothing is recomputed.
-    Differentiable in ``hidden`` and in the leaves of ``params`` that ``head`` reads; not in ``weights``.
+    The time axis is split into chunks, so that at most ``chunk_logits`` logits exist at once (default:
+    ``jaxlm.nn.choices.max_logits``). The forward pass also computes the gradients of each chunk, up to the cotangent of
+    the loss, which is a constant factor. So the backward pass recomputes nothing. Differentiable in ``hidden`` and in
+    the leaves of ``params`` that ``head`` reads; not in ``weights``.
 
     Returns:
         A float32 scalar, in nats.
     """
     if hidden_BTD.size == 0:
-        return jnp.zeros(())  # the sum over no target
+        return jnp.zeros(())  # an empty sum
     if chunk_logits is None:
         chunk_logits = choices.max_logits()
     leaves, tree = jax.tree.flatten(params)
-    used = _leaves_read(head, params, hidden_BTD)
+    used_indices = _used_leaf_indices(head, params, hidden_BTD)
 
     def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
-        # Leaves that the head does not read are left out. Otherwise the loop would carry their zero gradients.
+        # Leaves that the head does not read are omitted. Otherwise the loop would carry their zero gradients.
         all_leaves: list[Any] = [None] * len(leaves)
-        for index, leaf in zip(used, used_leaves, strict=True):
+        for index, leaf in zip(used_indices, used_leaves, strict=True):
             all_leaves[index] = leaf
         return head(jax.tree.unflatten(tree, all_leaves), hidden)
 
-    used_leaves = [leaves[index] for index in used]
+    used_leaves = [leaves[index] for index in used_indices]
     weights_BT = weights_BT.astype(jnp.float32)
     return _chunked(head_of_used, chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT)
 
@@ -64,19 +64,19 @@ def chunked_argmax(head: Head, params: Any, hidden_BTD: jax.Array, *, chunk_logi
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
     C = _chunk_length(head, choices.max_logits() if chunk_logits is None else chunk_logits, params, hidden_BTD)
-    best = jax.lax.map(lambda hidden: jnp.argmax(head(params, hidden), axis=-1), _split_time(hidden_BTD, C))
-    return jnp.moveaxis(best, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
+    argmax_by_chunk = jax.lax.map(lambda hidden: jnp.argmax(head(params, hidden), axis=-1), _split_time(hidden_BTD, C))
+    return jnp.moveaxis(argmax_by_chunk, 0, 1).reshape(B, -1)[:, :T].astype(jnp.int32)
 
 
-def _leaves_read(head: Head, params: Any, hidden: jax.Array) -> list[int]:
+def _used_leaf_indices(head: Head, params: Any, hidden: jax.Array) -> list[int]:
     """The indices of the leaves of ``params`` that ``head`` uses, found in its jaxpr."""
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
-    used = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
-    return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used]
+    used_indices = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used_indices]
 
 
 def _split_time(x: jax.Array, C: int) -> jax.Array:
-    """``x`` [B, T, ...] in chunks of time, [chunks, B, C, ...]; T is padded with zeros to chunks * C."""
+    """``x`` [B, T, ...] split into chunks of time, [chunks, B, C, ...]. The last chunk is padded with zeros."""
     B, T = x.shape[:2]
     chunks = -(-T // C)
     x = jnp.pad(x, ((0, 0), (0, chunks * C - T)) + ((0, 0),) * (x.ndim - 2))
@@ -129,8 +129,8 @@ def _forward(
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
     dhidden = dhidden[None]
     if hidden.shape[1] > C:
-        carry, others = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
-        dhidden = jnp.concatenate([dhidden, others])
+        carry, other_dhidden = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
+        dhidden = jnp.concatenate([dhidden, other_dhidden])
     total, dparams = carry
     B, T, D = hidden.shape
     return total, (dparams, jnp.moveaxis(dhidden, 0, 1).reshape(B, -1, D)[:, :T])

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 Head = Callable[[Any, jax.Array], jax.Array]
-"""``head(params, hidden [B, C, D]) -> logits [B, C, V]``: the ``logits`` of a family with its config filled in."""
+"""The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """``-log softmax(logits)[target]`` in nats, [B, T] float32. A target outside the vocabulary gives NaN.
 
-    With ``label_smoothing`` e, the target distribution is 1 - e on the target plus e times the uniform distribution
-    over the vocabulary, without padding rows (Szegedy et al. 2016, section 7).
+    With ``label_smoothing`` e, the target distribution is ``(1 - e) * one_hot(target) + e * uniform``. The uniform
+    distribution excludes padding rows of the vocabulary (Szegedy et al. 2016, section 7).
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -31,14 +31,14 @@ def _expected_logit(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothin
     target_logit_BT = _target_logits(logits_BTV, targets_BT)
     if label_smoothing == 0.0:
         return target_logit_BT
-    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # not a padding row; see nn.embedding.unembed
+    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # see nn.embedding.unembed
     mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / jnp.sum(in_vocabulary_BTV, axis=-1)
     return (1.0 - label_smoothing) * target_logit_BT + label_smoothing * mean_BT
 
 
 def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    # "fill" gives NaN for an id outside the vocabulary. Negative ids are mapped outside, so that they do not count from
-    # the end.
+    # "fill" gives NaN for an id outside the vocabulary. Negative ids are replaced by V, because JAX would count them
+    # from the end.
     targets_BT = jnp.where(targets_BT < 0, logits_BTV.shape[-1], targets_BT)
     return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
 
@@ -46,7 +46,7 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def loss_and_gradients(
     head: Head, label_smoothing: float, params: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """The loss of a chunk, and its gradients with respect to the parameters and the hidden states."""
+    """The weighted loss of a chunk, and its gradients with respect to the parameters and the hidden states."""
     logits, head_vjp = jax.vjp(head, params, hidden)
     loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
     return loss, *head_vjp(dlogits.astype(logits.dtype))
@@ -56,20 +56,20 @@ def _loss_and_gradient(
     logits: jax.Array, targets: jax.Array, weights: jax.Array, label_smoothing: float
 ) -> tuple[jax.Array, jax.Array]:
     logits = logits.astype(jnp.float32)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    exp = jnp.exp(logits - top)
+    max_logit = jnp.max(logits, axis=-1, keepdims=True)
+    exp = jnp.exp(logits - max_logit)
     total = jnp.sum(exp, axis=-1, keepdims=True)
-    losses = (top + jnp.log(total))[..., 0] - _expected_logit(logits, targets, label_smoothing)
+    losses = (max_logit + jnp.log(total))[..., 0] - _expected_logit(logits, targets, label_smoothing)
     # A position with weight 0 is ignored, even if its target is invalid or its hidden state is not finite.
     is_weighted = weights > 0
     loss = jnp.sum(jnp.where(is_weighted, losses * weights, 0.0))
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     if label_smoothing == 0.0:
-        expected = jnp.where(is_target, weights[..., None], 0.0)
+        weighted_targets = jnp.where(is_target, weights[..., None], 0.0)
     else:
         in_vocabulary = logits > jnp.finfo(jnp.float32).min
         uniform = label_smoothing / jnp.sum(in_vocabulary, axis=-1, keepdims=True)
         smoothed = jnp.where(is_target, 1.0 - label_smoothing + uniform, jnp.where(in_vocabulary, uniform, 0.0))
-        expected = weights[..., None] * smoothed
-    gradient = exp * (weights[..., None] / total) - expected
+        weighted_targets = weights[..., None] * smoothed
+    gradient = exp * (weights[..., None] / total) - weighted_targets
     return loss, jnp.where(is_weighted[..., None], gradient, 0.0)

@@ -1,4 +1,4 @@
-"""Cross entropy at the positions with nonzero weight, for losses that predict few of the tokens.
+"""Cross entropy at the positions with nonzero weight, for objectives that predict only some of the tokens.
 
 Shapes: B batch, T time, D model width, V vocabulary, N all positions, R positions of a block.
 """
@@ -20,11 +20,11 @@ from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients
 def selected_cross_entropy(
     head: Head, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """:func:`chunked_cross_entropy` for inputs with many zero weights: positions of weight 0 cost almost nothing.
+    """``sum(weights * cross_entropy(head(params, hidden), targets))``, with logits only where the weight is nonzero.
 
-    Positions with nonzero weight are moved to the front, and a loop computes the loss of one block of them at a time.
-    The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``; the head must read all
-    leaves of ``params``.
+    Positions with nonzero weight are sorted first, and a loop computes the loss of one block of these positions at a
+    time. The number of blocks is computed at run time. Differentiable in ``hidden`` and in ``params``; the head must
+    read all leaves of ``params``.
 
     Returns:
         A float32 scalar, in nats.
@@ -56,7 +56,7 @@ def _fold_weighted_blocks(
         init: the first carry.
 
     Returns:
-        The last carry, and the order of the positions in the loop: indices [B * T], those of nonzero weight first.
+        The last carry, and the order of the positions in the loop: indices [B * T], nonzero weights first.
     """
     hidden, targets, weights = (jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in position_arrays)
     N = len(targets)
@@ -64,7 +64,7 @@ def _fold_weighted_blocks(
     R, shards = choices.loss_block_rows(N, V), sharding.num_shards(("batch",))
     is_weighted = weights > 0
     order = jnp.argsort(~is_weighted, stable=True)
-    # The last block is filled up with copies of position 0 that have weight 0.
+    # The last block is padded with copies of position 0 that have weight 0.
     padded_order = jnp.pad(order, (0, -N % R))
     sorted_weights = jnp.pad(weights[order], (0, -N % R))
 

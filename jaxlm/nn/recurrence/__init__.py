@@ -1,4 +1,4 @@
-"""Recurrent layers and their cells: LSTM and GRU. The equations are in ``cells``."""
+"""Recurrent layers and their cells: LSTM and GRU. Their conventions are in ``jaxlm.nn.recurrence.cells``."""
 
 from jaxlm.nn.recurrence.cells import (
     GRUReset,

@@ -1,7 +1,7 @@
 """The cells of an LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and a GRU (Cho et al. 2014), and their specs.
 
-A layer first computes the contribution of the inputs to all gates (``project``), then loops over a cell, which adds the
-contribution of the state. The cells can also be used in other loops, such as a decoder with attention. The conventions
+A layer first computes the contribution of the inputs to all gates (:func:`project`), then loops over a cell, which adds
+the contribution of the state. Other loops can use the cells too, such as a decoder with attention. The conventions
 are those of torch and cuDNN: gates i, f, g, o of an LSTM and r, z, n of a GRU, with ``h' = (1 - z) * n + z * h``.
 
 The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width (K
@@ -19,12 +19,12 @@ from jaxlm.nn.linear import linear
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
 
 GRUReset = Literal["after", "before"]
-"""Where the reset gate acts: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that one
-product serves all gates; or ``before`` it, on the state itself (Cho et al. 2014)."""
+"""Where the reset gate is applied: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that
+one matmul computes all gates; or ``before`` it, to the state itself (Cho et al. 2014)."""
 
 
 def lstm_specs(inputs: int, width: int, init: Initializer | None = None) -> dict[str, ArraySpec]:
-    """The specs of one LSTM layer. The default ``init`` is torch's: uniform with the bound ``1 / sqrt(width)``."""
+    """The specs of one LSTM layer. The default ``init`` is that of torch: uniform in ``+- 1 / sqrt(width)``."""
     return _specs(4, inputs, width, init)
 
 
@@ -93,9 +93,10 @@ def lstm_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str,
 
 
 def gru_cell(params: dict[str, Any], projected_BGH: jax.Array, state: dict[str, Any]) -> dict[str, jax.Array]:
-    """The state {"hidden"} after one token, whose ``projected`` is the result of :func:`project`.
+    """The state {"hidden"} after one token; ``projected_BGH`` is the result of :func:`project` for the token.
 
-    The reset gate acts after the product if the parameters contain ``bias_hidden``, otherwise before it.
+    The reset gate is applied after the product with the hidden weights if the parameters contain ``bias_hidden``,
+    otherwise before it.
     """
     weight, hidden_BH = params["weight_hidden"].astype(projected_BGH.dtype), state["hidden"]
     projected_BGH = projected_BGH.astype(jnp.float32)

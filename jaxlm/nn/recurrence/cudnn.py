@@ -1,4 +1,4 @@
-"""The LSTM of cuDNN, through ``jax.experimental.rnn``. Shapes as in ``jaxlm.nn.recurrence.cells``; T time."""
+"""The LSTM of cuDNN (``jax.experimental.rnn``). Shapes as in ``jaxlm.nn.recurrence.cells``, with T time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lstm(
     keep_BT: jax.Array | None,
     reverse: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See ``jaxlm.nn.recurrence.lstm``.
+    """The hidden states and the last state, as in ``jaxlm.nn.recurrence.lstm``.
 
     Raises:
         ValueError: the platform is not an NVIDIA GPU, the input is not float32, or there are resets.
@@ -38,7 +38,7 @@ def lstm(
         lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # a row without tokens becomes NaN below
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     real_BT = time_BT < lengths_B[:, None]
-    # cuDNN reads only forward. To read backward, reverse the tokens of each row and leave its padding at the end.
+    # cuDNN reads only forward. To read backward, reverse the tokens of each row and keep its padding at the end.
     order_BT1 = jnp.where(real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
     if reverse:
         x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
@@ -54,7 +54,8 @@ def lstm(
         hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
     hidden_BH, cell_BH = (x[0] for x in last)
     if keep_BT is not None:
-        # The output at padding is the unchanged state. A reverse layer reads the padding first, in the initial state.
+        # The output at padding is the unchanged state. A reverse layer reads padding first, so this is the initial
+        # state.
         pad_BH = initial[0][0] if reverse else hidden_BH
         hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
         invalid_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)

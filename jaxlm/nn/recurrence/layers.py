@@ -1,4 +1,4 @@
-"""Layers of LSTM and GRU cells. The cells and their conventions are in ``jaxlm.nn.recurrence.cells``.
+"""LSTM and GRU layers. The cells and their conventions are in ``jaxlm.nn.recurrence.cells``.
 
 The state is reset to zeros before the first token of a document, and padding does not change it. Shapes: B batch, T
 time, D input width, G gates (LSTM 4, GRU 3), H hidden width.
@@ -20,8 +20,8 @@ from jaxlm.nn.segments import both_masks, check_masks
 from jaxlm.sharding import constrain
 
 Implementation = Literal["reference", "chunked", "cudnn"]
-"""``reference`` is a loop over ``lstm_cell`` or ``gru_cell``, ``chunked`` is ``jaxlm.nn.recurrence.chunked``, ``cudnn``
-is the LSTM of cuDNN."""
+"""``reference`` is a ``lax.scan`` over ``lstm_cell`` or ``gru_cell``; ``chunked`` is ``jaxlm.nn.recurrence.chunked``;
+``cudnn`` is the LSTM of cuDNN."""
 
 
 # ---------------------------------------------------------------------------------------------------------- LSTM
@@ -41,14 +41,16 @@ def lstm(
     """The hidden state of an LSTM layer after each token, [B, T, H] in the dtype of ``x``, and the last state.
 
     Args:
-        params: parameters as in :func:`lstm_specs`. For DropConnect, apply dropout to ``weight_hidden`` first.
+        params: parameters as in ``jaxlm.nn.recurrence.lstm_specs``. For DropConnect, apply dropout to ``weight_hidden``
+            first.
         state: {"hidden", "cell"}, [B, H] float32 each; None: zeros.
-        reset_BT: True where the state is reset to zeros before the token (:func:`segment_boundaries`). None: no resets.
+        reset_BT: True where the state is reset to zeros before the token (``jaxlm.nn.segments.segment_boundaries``).
+            None: no resets.
         keep_BT: False for padding: the state does not change, and the output is the unchanged state. None: no padding.
         reverse: read from the last token to the first; each output keeps the index of its token.
-        implementation: ``reference`` (short, gradient by autodiff); ``chunked`` (custom gradient); ``cudnn`` (float32
-            on an NVIDIA GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None for
-            the fastest one, which is ``chunked``.
+        implementation: ``reference`` (gradient by autodiff); ``chunked`` (custom gradient); ``cudnn`` (float32 on an
+            NVIDIA GPU, no resets; a row without tokens, or with padding before a token, gives NaN); or None, which
+            chooses ``chunked``.
         remat: recompute the gates of each chunk in the backward pass instead of storing them (only ``chunked``).
 
     Raises:
@@ -77,8 +79,8 @@ def gru(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The hidden state of a GRU layer after each token, [B, T, H] in the dtype of ``x``, and the last state {"hidden"}.
 
-    The arguments are those of :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. The reset gate
-    acts after the product if the parameters contain ``bias_hidden``, otherwise before it.
+    The arguments are those of :func:`lstm`, except that JAX has no ``cudnn`` implementation of a GRU. The reset gate is
+    applied after the product with the hidden weights if the parameters contain ``bias_hidden``, otherwise before it.
     """
     _check(params, x_BTD, reset_BT, keep_BT, implementation, remat)
     if implementation == "cudnn":
@@ -110,12 +112,12 @@ def _check(
 
 
 class _Cell(NamedTuple):
-    """A kind of cell.
+    """The implementations of a cell.
 
     Attributes:
         state: the names of the arrays of its state.
-        step: one step of the reference.
-        chunked: its functions for the chunked implementation.
+        step: the function for one step in ``reference``.
+        chunked: the functions for ``chunked``.
     """
 
     state: tuple[str, ...]
@@ -147,7 +149,7 @@ def _layer(
     }
     params = {**params, **weights}
     if state is None:
-        like_BH = project(params, x_BTD[:, 0])[:, 0]  # has the sharding of the state
+        like_BH = project(params, x_BTD[:, 0])[:, 0]  # an array with the sharding of the state
         state = {name: jnp.zeros_like(like_BH, jnp.float32) for name in cell.state}
     masks_BT1 = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], masks)
     if implementation == "reference":
@@ -162,7 +164,7 @@ def _layer(
 def _reference(
     step: Any, params: dict[str, Any], x_BTD: jax.Array, state: dict[str, Any], masks: Any, reverse: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A ``lax.scan`` over the cell; its gradient comes from autodiff."""
+    """The hidden states and the last state of a ``lax.scan`` over the cell, with the gradient of autodiff."""
 
     def scan_step(state: dict[str, Any], inputs: Any) -> Any:
         projected_BGH, mask = inputs
@@ -174,6 +176,6 @@ def _reference(
         return new, new["hidden"].astype(x_BTD.dtype)
 
     projected_BTGH = constrain(project(params, x_BTD), ("batch", None, None, "mlp"))
-    by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))
-    last, hidden_TBH = lax.scan(scan_step, state, by_time, reverse=reverse)
+    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (projected_BTGH, masks))
+    last, hidden_TBH = lax.scan(scan_step, state, time_major, reverse=reverse)
     return jnp.swapaxes(hidden_TBH, 0, 1), last

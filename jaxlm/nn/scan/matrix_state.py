@@ -1,10 +1,10 @@
-"""Linear attention with decay: a matrix as memory, ``S = decay * S + k v.T``, read as ``out = q @ S``.
+"""Linear attention with decay: a recurrence ``S = decay * S + k v.T`` whose state S is a matrix; ``out = q @ S``.
 
-(Katharopoulos et al. 2020, eq. 18 to 20, without their normaliser.)
+These are eq. 18 to 20 of Katharopoulos et al. 2020, without their normaliser. To get the normaliser, add a channel to
+the values that is always 1.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
-attention (Yang et al. 2024) uses one decay per channel of the keys. To get the normaliser, add a channel to the values
-that is always 1.
+attention (Yang et al. 2024) uses one decay per channel of the keys.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, E = 1 or
 K decays per head.
@@ -45,12 +45,12 @@ def linear_attention(
 
     Args:
         log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf sets the
-            state to zeros).
+            old state to zeros).
         state_BHKV: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (``segments.segment_boundaries``). None: no
-            resets.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
+            None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L of ``chunked``, a power of two; None: a default for the platform.
+        chunk: L, for ``chunked`` only, a power of two; None: a default for the platform.
         implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with matmuls for all steps
             of a chunk; exact for all decays), or None for the fastest known.
 
@@ -72,7 +72,7 @@ def linear_attention(
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_attention implementation {implementation!r}: choose from {choice}")
-    # Time must not be split over devices here, because the steps are computed one after the other.
+    # The time axis is not sharded, because the steps are sequential.
     axes = ("batch", None, "heads", None)
     query_BTHK, key_BTHK, value_BTHV = (sharding.constrain(x, axes) for x in (query_BTHK, key_BTHK, value_BTHV))
     log_BTHE = log_decay.astype(jnp.float32)
@@ -116,7 +116,7 @@ def _check(
 def linear_attention_step(
     query_BHK: jax.Array, key_BHK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The output of one step [B, H, V], and the new state [B, H, K, V] float32; for a custom loop, such as a decoder's.
+    """The output of one step [B, H, V], and the new state [B, H, K, V] float32; for use in a decoding loop.
 
     ``log_decay`` is [B, H] or [B, H, K].
     """
@@ -161,7 +161,7 @@ def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
-    """The outputs of :func:`_scan`; only the inputs and the state before each chunk are saved for the backward pass."""
+    """The outputs and the residuals of :func:`_scan`. The residuals are the inputs and the state before each chunk."""
 
     def step(state_BHKV: jax.Array, inputs: Any) -> Any:
         after_BHKV, out_BHLV = _chunk(state_BHKV, *inputs)
@@ -174,11 +174,11 @@ def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
 def _scan_backward(saved: Any, cotangents: Any) -> Any:
     def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
         (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
-        # In float32, because the gradient of the decays is a difference of the gradients of q and k.
+        # q and k are float32, because the gradient of the decays is a difference of their gradients.
         q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
         chunk = lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE)  # noqa: E731
-        (after_BHKV, _), pull = jax.vjp(chunk, state_BHKV, q32, k32, v)
-        dstate_BHKV, dq, dk, dv = pull((dafter_BHKV, dout_BHLV))
+        (after_BHKV, _), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v)
+        dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout_BHLV))
         dlog_BHLE = _log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv, dlog_BHLE)
 
@@ -217,14 +217,14 @@ def _chunk(
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
-    is the same sum for t = L. Decays are multiplied and never divided, so that every product stays in [0, 1].
+    is the same sum for t = L. Decays are multiplied and never divided, so that every product is in [0, 1].
     """
     dtype, decay_BHLE = v_BHLV.dtype, jnp.exp(log_BHLE)
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    if decay_BHLE.shape[-1] == 1:  # one decay per head is a factor of the scores
+    if decay_BHLE.shape[-1] == 1:  # with one decay per head, the decay is a factor of the score
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             return later * jnp.swapaxes(earlier, -1, -2)
@@ -255,8 +255,8 @@ def _pair_scores_and_decays(
 
     Blocks of 1, 2, 4, ... steps are joined in pairs. The decay between a step of the later block and a step of the
     earlier block is the product of two factors: the decays of the later block up to its step (``later``), and the
-    decays of the earlier block after its step (``earlier``). So no quotient of two products is needed, which could
-    overflow.
+    decays of the earlier block after its step (``earlier``). Quotients of products, which could overflow, are not
+    needed.
 
     Args:
         diagonal_BHL: the score of each step with itself.
@@ -264,8 +264,8 @@ def _pair_scores_and_decays(
             the later and of the earlier block of each pair, [B, H, P, S, S].
 
     Returns:
-        Scores [B, H, L, L], 0 for later steps. For each step, the product of all decays up to and including its own,
-        [B, H, L, E]. For each step, the product of all decays after it, [B, H, L, E].
+        The scores [B, H, L, L], which are 0 for keys of later steps; the product of all decays up to and including each
+        step [B, H, L, E]; and the product of all decays after each step [B, H, L, E].
     """
     B, H, L, E = decay_BHLE.shape
     prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
@@ -285,6 +285,6 @@ def _pair_scores_and_decays(
 
 
 def _block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The earlier and the later block of each pair of blocks of ``size`` steps, [B, H, P, S, K] each."""
+    """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each."""
     pairs = x_BHLK.reshape(*x_BHLK.shape[:2], -1, 2, size, x_BHLK.shape[-1])
     return pairs[:, :, :, 0], pairs[:, :, :, 1]

@@ -4,11 +4,11 @@ RG-LRU (De et al. 2024, eq. 4), minGRU (Feng et al. 2024), QRNN (Bradbury et al.
 this recurrence. They differ in how they compute the decay and the input.
 
 The recurrence needs two operations for three memory accesses, so it is bound by memory bandwidth. ``sequential`` loops
-over time and overwrites the input with the state in the same buffer. It writes nothing else, and it allocates no new
-memory if the input is not used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk
-together in log2(CHUNK) rounds; this is better for accelerators, where the number of rounds matters more than their
-size. Both have a custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). It
-saves only the decay and the states.
+over time and overwrites the input with the state in the same buffer. It allocates no new memory if the input is not
+used afterwards. ``chunked`` loops over chunks of time and computes all steps of a chunk together in log2(CHUNK) rounds.
+This is faster on accelerators, where the number of sequential operations matters more than their size. Both have a
+custom gradient, which is the same recurrence in reverse order (Martin & Cundy 2018, section 2.2). The backward pass
+needs only the decay and the states.
 
 Shapes: B batch, T time, D channels, L steps of a chunk.
 """
@@ -51,14 +51,14 @@ def linear_scan(
         decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` multiplies decays with each
             other, so decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
-        reset_BT: True where the state is set to zeros before the step (``segments.segment_boundaries``). None: no
-            resets.
-        keep_BT: False where the step is padding; the state does not change and the output repeats it. None: no padding.
-        reverse: go from the last step to the first. Output t still belongs to input t, and the last state is that of
-            step 0.
+        reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
+            None: no resets.
+        keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
+        reverse: go from the last step to the first. Output t still belongs to input t, and the returned last state is
+            that of step 0.
         implementation: ``reference`` (a short ``lax.scan``), ``sequential``, ``chunked`` (see above), or None for the
-            fastest known: ``sequential`` on a CPU, ``chunked`` otherwise. The latter two support forward-over-reverse
-            second derivatives; reverse over reverse needs ``reference``.
+            fastest known: ``sequential`` on a CPU, ``chunked`` otherwise. ``sequential`` and ``chunked`` support
+            forward-over-reverse second derivatives; reverse over reverse needs ``reference``.
 
     Raises:
         ValueError: shapes that do not match, an input without steps, or an unknown implementation.
@@ -74,7 +74,7 @@ def linear_scan(
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no linear_scan implementation {implementation!r}: choose from {choice}")
-    # Time must not be split over devices here, because the steps are computed one after the other.
+    # The time axis is not sharded, because the steps are sequential.
     decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))
     state_BD = jnp.zeros_like(input_BTD[:, 0], jnp.float32) if state_BD is None else state_BD.astype(jnp.float32)
     if implementation == "reference":
@@ -85,7 +85,7 @@ def linear_scan(
 def _check(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: Any, keep_BT: Any
 ) -> tuple[jax.Array, jax.Array] | None:
-    """The masks ``(reset_BT, keep_BT)``, or None if both are None. Checks the shapes."""
+    """Check all shapes and return the masks ``(reset_BT, keep_BT)``; None if both are None."""
     if input_BTD.ndim != 3 or decay_BTD.shape != input_BTD.shape or not input_BTD.shape[1]:
         raise ValueError(
             f"decay {list(decay_BTD.shape)} and input {list(input_BTD.shape)} must both be [batch, time, channels], "
@@ -143,7 +143,7 @@ def _forward(
 def _backward(implementation: str, reverse: bool, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     """The gradients of decay, input and initial state.
 
-    The total gradient g of a state follows the recurrence ``g = dhidden + decay_next * g_next``. The gradient of the
+    The total gradient g of a state follows the recurrence ``g = dhidden + next_decay * next_g``. The gradient of the
     input is g, and the gradient of the decay is ``g * state_before``.
     """
     masks = saved[-1]
@@ -169,7 +169,7 @@ def _sequential(
         decay_BD, new_BD = _read(decay_BTD, time_of(i)), _read(buffers[0], time_of(i))
         return (_step(states[0], decay_BD, new_BD, _masks_at(masks, time_of(i))),)
 
-    (hidden_BTD,), (last_BD,) = _replace((input_BTD,), step((state_BD,), 0, (input_BTD,)), step, time_of)
+    (hidden_BTD,), (last_BD,) = _overwrite((input_BTD,), step((state_BD,), 0, (input_BTD,)), step, time_of)
     return hidden_BTD, last_BD
 
 
@@ -190,14 +190,14 @@ def _sequential_backward(
     end = hidden_BTD.shape[1] - 1
     time_of = _step_to_time(hidden_BTD, not reverse)
 
-    def through(gradient_BD: jax.Array, i: Any) -> jax.Array:
-        """The gradient of the state before step i, from that of the state after it."""
+    def gradient_before(gradient_BD: jax.Array, i: Any) -> jax.Array:
+        """The gradient of the state before step i, from the gradient of the state after step i."""
         decayed_BD = _read(decay_BTD, time_of(i)).astype(jnp.float32) * gradient_BD
         mask = _masks_at(masks, time_of(i))
         return decayed_BD if mask is None else jnp.where(mask[1], jnp.where(mask[0], 0.0, decayed_BD), gradient_BD)
 
-    def values(incoming_BD: jax.Array, i: Any, buffers: Any) -> Any:
-        gradient_BD = _read(buffers[0], time_of(i)).astype(jnp.float32) + incoming_BD
+    def gradients_at(next_gradient_BD: jax.Array, i: Any, buffers: Any) -> Any:
+        gradient_BD = _read(buffers[0], time_of(i)).astype(jnp.float32) + next_gradient_BD
         before_BD = jnp.where(
             i == end, state_BD, _read(buffers[1], time_of(jnp.minimum(i + 1, end))).astype(jnp.float32)
         )
@@ -205,32 +205,32 @@ def _sequential_backward(
         return gradient_BD, ddecay_BD if mask is None else jnp.where(mask[1] & ~mask[0], ddecay_BD, 0.0)
 
     def step(gradients: Any, i: Any, buffers: Any) -> Any:
-        return values(through(gradients[0], i - 1), i, buffers)
+        return gradients_at(gradient_before(gradients[0], i - 1), i, buffers)
 
     buffers = (dhidden_BTD, hidden_BTD.astype(decay_BTD.dtype))
-    (dinput_BTD, ddecay_BTD), (gradient_BD, _) = _replace(buffers, values(dlast_BD, 0, buffers), step, time_of)
-    return ddecay_BTD, dinput_BTD, through(gradient_BD, end)
+    (dinput_BTD, ddecay_BTD), (gradient_BD, _) = _overwrite(buffers, gradients_at(dlast_BD, 0, buffers), step, time_of)
+    return ddecay_BTD, dinput_BTD, gradient_before(gradient_BD, end)
 
 
 def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
-    """A function from loop iteration i to its time step, an unsigned integer, so that it cannot count from the end."""
+    """A function from loop iteration i to its time step. It is unsigned, because JAX wraps negative signed indices."""
     last = x_BTD.shape[1] - 1
     return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
 
-def _replace(
+def _overwrite(
     buffers: tuple[jax.Array, ...], values: Any, step: Callable[..., Any], time_of: Callable[[Any], jax.Array]
 ) -> tuple[Any, Any]:
     """The buffers [B, T, D], overwritten with the values [B, D] of each step, and the last values.
 
-    Each iteration first writes the values of its step and then reads from the new buffer for the next step. So the old
-    buffer is never read after a write, and XLA does not copy it. If an iteration read before it wrote, fusion would
-    decide whether XLA copies the buffer, and one copy per iteration makes the scan quadratic in time.
+    Each iteration first writes the values of its step and then reads the new buffer for the next step. So the old
+    buffer is never read after a write, and XLA does not copy it. If an iteration read first, XLA would copy the buffer
+    in some fusions, and one copy per iteration makes the cost of the scan quadratic in T.
 
     Args:
         values: the values of step 0.
-        step: ``step(values of step i - 1, i, buffers)`` returns the values of step i. The buffers then contain new
-            values before step i, and old values from step i on.
+        step: ``step(values of step i - 1, i, buffers)`` returns the values of step i. At this time, the buffers contain
+            new values for the steps before i and old values from step i on.
     """
 
     def write(buffers: Any, values: Any, i: Any) -> Any:
@@ -285,8 +285,8 @@ def _chunked_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     decay_BTD, dtype = _masked_decay(decay_BTD, masks), decay_BTD.dtype
     # The gradient of a step uses the decay of the next step and the state before the step.
-    following_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
-    gradient_BTD = _by_chunks(following_BTD, dhidden_BTD, dlast_BD, not reverse)
+    next_decay_BTD = _shifted(decay_BTD, jnp.ones_like(decay_BTD[:, 0]), not reverse)
+    gradient_BTD = _by_chunks(next_decay_BTD, dhidden_BTD, dlast_BD, not reverse)
     ddecay_BTD = gradient_BTD * _shifted(hidden_BTD, state_BD, reverse).astype(jnp.float32)
     if masks is not None:
         ddecay_BTD = jnp.where((masks[1] & ~masks[0])[:, :, None], ddecay_BTD, 0.0)
@@ -296,7 +296,7 @@ def _chunked_backward(
 
 
 def _shifted(x_BTD: jax.Array, first_BD: jax.Array, reverse: bool) -> jax.Array:
-    """``x`` shifted by one step, so that each step gets the entry of the step before it; the first gets ``first``."""
+    """``x`` shifted by one step: each step gets the entry of the step before it, and the first step gets ``first``."""
     first_B1D = first_BD[:, None].astype(x_BTD.dtype)
     return jnp.concatenate((x_BTD[:, 1:], first_B1D) if reverse else (first_B1D, x_BTD[:, :-1]), axis=1)
 
@@ -312,8 +312,8 @@ def _by_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, 
     """The states after each step, [B, T, D] float32."""
     B, T, D = input_BTD.shape
     L = min(CHUNK, T)
-    missing = -T % L
-    padding = ((0, 0), (missing, 0) if reverse else (0, missing), (0, 0))  # after the last step in reading order
+    num_padding = -T % L
+    padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))  # after the last step in scan order
 
     def chunks(x_BTD: jax.Array) -> jax.Array:
         return jnp.swapaxes(jnp.pad(x_BTD, padding).reshape(B, -1, L, D), 0, 1)
@@ -329,4 +329,4 @@ def _by_chunks(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, 
 
     _, hidden_NBLD = lax.scan(chunk, state_BD, (chunks(decay_BTD), chunks(input_BTD)), reverse=reverse)
     hidden_BTD = jnp.swapaxes(hidden_NBLD, 0, 1).reshape(B, -1, D)
-    return hidden_BTD[:, missing:] if reverse else hidden_BTD[:, :T]
+    return hidden_BTD[:, num_padding:] if reverse else hidden_BTD[:, :T]

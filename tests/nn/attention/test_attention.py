@@ -16,7 +16,7 @@ from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_of_pos
 from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.sharding import Sharding, make_mesh
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 SHAPES = [(2, 40, 40, 3, 8), (1, 300, 300, 2, 16), (2, 131, 257, 2, 8)]  # B, T, S, H, K
 
@@ -391,7 +391,7 @@ def test_the_call_of_cudnn_computes_attention(causal, window):
         ("cudnn", "bfloat16", {"dropout": 0.1, "key": jax.random.key(0)}, "'cudnn' has no dropout"),
         ("cudnn", "bfloat16", {"bias": np.zeros((1, 1, 4, 4))}, "'cudnn' takes no bias"),
         ("cudnn", "bfloat16", {"mask": Mask(query_segments=np.ones((1, 4)), key_segments=np.ones((1, 4)))}, "segments"),
-        ("cudnn", "bfloat16", {}, "'cudnn' is for a gpu, and this is compiled for a cpu"),
+        ("cudnn", "bfloat16", {}, "'cudnn' runs only on gpu, but this computation is compiled for cpu"),
         ("decode", "float32", {"dropout": 0.1, "key": jax.random.key(0)}, "'decode' has no dropout"),
         ("decode", "float32", {"bias": np.zeros((1, 1, 4, 4))}, "'decode' takes no dense bias"),
     ],

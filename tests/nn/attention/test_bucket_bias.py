@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 # First distance of each of T5's 32 buckets after the exact ones: 8 * 16**(i/8) and 16 * 8**(i/16), rounded up.
 BIDIRECTIONAL = (8, 12, 16, 23, 32, 46, 64, 91)

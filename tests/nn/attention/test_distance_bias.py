@@ -18,7 +18,7 @@ from jaxlm.nn.attention.distance_bias import (
     type_bias,
 )
 from jaxlm.nn.attention.mask import Mask
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, H, K = 2, 3, 4
 SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, keys, query_offset

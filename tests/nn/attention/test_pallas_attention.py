@@ -14,7 +14,7 @@ from jaxlm.nn.attention.distance_bias import (
 )
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.sharding import Sharding, make_mesh
-from tests.helpers import assert_trees_close
+from jaxlm.testing.helpers import assert_trees_close
 
 B, H, K = 2, 2, 8
 
@@ -154,7 +154,7 @@ def test_unsupported_arguments_give_the_reason():
     def attend(**changes):
         attention(q, q, q, **{"implementation": "pallas", **changes})
 
-    with pytest.raises(ValueError, match="'pallas' is for a tpu, and this is compiled for a cpu"):
+    with pytest.raises(ValueError, match="'pallas' runs only on tpu, but this computation is compiled for cpu"):
         attend()
     with pytest.raises(ValueError, match="'pallas' has no dropout"):
         attend(dropout=0.1, key=jax.random.key(0))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotary_frequencies, rotate
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 
 def random_normal(*shape):

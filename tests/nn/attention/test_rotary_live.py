@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_frequencies
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 pytestmark = pytest.mark.live
 

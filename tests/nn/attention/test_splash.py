@@ -8,7 +8,7 @@ import pytest
 from jaxlm.nn.attention import attention, splash
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.sharding import Sharding, make_mesh
-from tests.helpers import assert_trees_close
+from jaxlm.testing.helpers import assert_trees_close
 
 
 def inputs(T, S, H, G, K):
@@ -60,7 +60,7 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "'splash' is for a tpu, and this is compiled for a cpu"),
+        ({}, "'splash' runs only on tpu, but this computation is compiled for cpu"),
         ({"bias": np.zeros((1, 1, 8, 8), np.float32)}, "'splash' takes no bias"),
         ({"dropout": 0.1, "key": jax.random.key(0)}, "'splash' has no dropout"),
         (

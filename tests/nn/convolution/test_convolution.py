@@ -9,7 +9,7 @@ from jaxlm import spec
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs, weight_norm, weight_norm_specs
 from jaxlm.nn.convolution.window import close_stream, fixed_length, open_stream, past_specs, tail_specs
 from jaxlm.spec import ONES, Normal
-from tests.helpers import relative_error
+from jaxlm.testing.helpers import relative_error
 
 RNG = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ from jaxlm.nn.convolution import (
 )
 from jaxlm.nn.convolution.window import close_stream, open_stream, past_specs, tail_specs
 from jaxlm.spec import Normal
-from tests.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
 
 B, C = 3, 5
 SHAPES = {  # (kernel, dilation, length): shorter than the window, one tap, blocks with incomplete ends

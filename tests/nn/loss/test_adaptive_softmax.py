@@ -12,13 +12,15 @@ from jaxlm.nn import choices
 from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.spec import Normal
-from tests.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
 
 CLUSTERS = {
     "one table": Clusters(20, (6, 11), 8, 8),
     "one projected table": Clusters(20, (6, 11), 4, 8),
     "narrower tails": Clusters(20, (6, 11), 8, 8, 2),
     "no clusters": Clusters(20, (), 8, 8),
+    "one padded table": Clusters(20, (6, 11), 8, 8, multiple=8),
+    "padded tables": Clusters(20, (6, 11), 8, 8, 2, multiple=4),
 }
 all_clusters = pytest.mark.parametrize("case", CLUSTERS)
 
@@ -55,6 +57,7 @@ def numpy_probabilities(clusters, params, h):
         table, bias = (cluster_params.get("embedding", table), cluster_params.get("bias", head["bias"]))
         if clusters.divisor == 1:
             table, bias = head.get("embedding", table)[start:stop], bias[start:stop]
+        table, bias = table[: stop - start], bias[: stop - start]
         projection = cluster_params.get("projection", projection)
         x = h if projection is None else h @ projection.T
         scores = x @ table.T + bias

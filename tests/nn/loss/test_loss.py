@@ -7,7 +7,7 @@ from jaxlm import host, sharding
 from jaxlm.nn import choices
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.sharding import Sharding, make_mesh
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, T, D, V = 2, 13, 8, 31
 

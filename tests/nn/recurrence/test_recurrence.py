@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxlm import sharding, spec
 from jaxlm.nn import choices, recurrence
 from jaxlm.nn.segments import segment_boundaries
-from tests.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
 
 B, T, D, H = 3, 7, 5, 4
 KINDS = ("lstm", "gru_after", "gru_before")
@@ -259,7 +259,7 @@ def test_bad_inputs_raise():
 
 def test_unsupported_arguments_of_cudnn_give_the_reason(monkeypatch):
     params, x, _ = setup("lstm")
-    with pytest.raises(ValueError, match="is for a gpu, and this is compiled for a cpu: leave it out"):
+    with pytest.raises(ValueError, match="runs only on gpu, but this computation is compiled for cpu: leave it out"):
         recurrence.lstm(params, x, implementation="cudnn")
     with pytest.raises(ValueError, match="supports only an LSTM: for a GRU, choose reference or chunked"):
         recurrence.gru(setup("gru_after")[0], x, implementation="cudnn")

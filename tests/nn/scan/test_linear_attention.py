@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn.scan import linear_attention, linear_attention_step
 from jaxlm.nn.segments import segment_boundaries
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
 DECAYS = ("head", "channel")

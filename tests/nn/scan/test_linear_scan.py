@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.nn.scan import linear_scan, vector_state
 from jaxlm.nn.segments import segment_boundaries
-from tests.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, T, D = 3, 11, 4
 IMPLEMENTATIONS = ("reference", "sequential", "chunked")

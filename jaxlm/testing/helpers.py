@@ -1,33 +1,41 @@
 """Functions and constants that several test modules use."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm.models import FAMILIES, Model, get_model
-from jaxlm.models.model import family
+from jaxlm.models import FAMILIES, Model, family_names, get_model
+from jaxlm.models.registry import family
 from jaxlm.objectives.batch import Batch
 
-TINY = tuple(variant for name in FAMILIES for variant in family(name).VARIANTS if variant.endswith("-tiny"))
-"""The tiny variants of all families. A family with several architectures has one for each of them."""
+
+def tiny_variants(families: Sequence[str]) -> tuple[str, ...]:
+    """The tiny variants of the families. A family with several architectures has one for each of them."""
+    return tuple(variant for name in families for variant in family(name).VARIANTS if variant.endswith("-tiny"))
+
+
+TINY = tiny_variants(FAMILIES)
+"""The tiny variants of all families of the package."""
 
 
 FIRST_VARIANTS = tuple(next(variant for variant in TINY if variant in family(name).VARIANTS) for name in FAMILIES)
-"""The first tiny variant of each family. Only these run by default; tests of the others are marked ``thorough``."""
+"""The first tiny variant of each family of the package. Tests of the others are marked ``thorough``."""
 
 
 def variant_params(names: Any = TINY) -> list[Any]:
-    """Arguments of ``pytest.mark.parametrize``. Names that are not in ``FIRST_VARIANTS`` have the mark ``thorough``."""
-    return [name if name in FIRST_VARIANTS else pytest.param(name, marks=pytest.mark.thorough) for name in names]
+    """Arguments of ``pytest.mark.parametrize``. All but the first variants of a family are ``thorough``."""
+    others = set(TINY) - set(FIRST_VARIANTS)
+    return [pytest.param(name, marks=pytest.mark.thorough) if name in others else name for name in names]
 
 
 def tiny_model(name: str, **overrides: Any) -> Model:
     """The model of a tiny variant, or of the first tiny variant of a family. Dropout rates are 0 unless overridden."""
-    if name in FAMILIES:
-        name = next(variant for variant in family(name).VARIANTS if variant.endswith("-tiny"))
+    if name in family_names():
+        name = next(iter(tiny_variants((name,))))
     config = get_model(name).config
     rates = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
     return get_model(name, **{**rates, **overrides})
@@ -65,8 +73,8 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     """
     inputs, next_tokens = tokens[:, :-1], tokens[:, 1:]
     source = source_of(model, len(tokens))
-    input_segments = None if segment_ids is None else segment_ids[:, :-1]
-    weights = np.ones(inputs.shape, np.float32)
+    input_segments: Any = None if segment_ids is None else segment_ids[:, :-1]
+    weights: Any = np.ones(inputs.shape, np.float32)
     task = task_of(model)
     if task in ("causal", "permutation", "seq2seq"):
         if segment_ids is not None:

@@ -1,0 +1,98 @@
+"""The families by name: those of this package, and those that users or installed packages register."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+from typing import Any
+
+FAMILIES = (
+    "gpt", "llama", "bert", "roberta", "t5", "xlnet", "transformer_xl", "lstm", "gru", "attention_rnn",
+    "attention_rnn_lm", "resnet", "resnet_lm", "alexnet",
+)  # fmt: skip
+"""Names of the families of this package, each of which is a module of ``jaxlm.models``."""
+
+ENTRY_POINT_GROUP = "jaxlm.families"
+"""Entry-point group in which an installed package lists its families, so that commands find them too."""
+
+_REQUIRED = ("Config", "specs", "apply", "logits")
+_registered: dict[str, Any] = {}
+
+
+def register_family(name: str, module: Any) -> None:
+    """Register a family of another package, so that ``get_model``, files and experiments find it by name.
+
+    A package can also list its families in its ``pyproject.toml``. Commands such as ``jaxlm generate`` then find them:
+
+        [project.entry-points."jaxlm.families"]
+        hawk = "my_package.hawk"
+
+    Args:
+        name: the name of the family.
+        module: a module, or another object, with the functions of a family (docs/tour.md, section 3). It needs
+            ``Config``, ``specs``, ``apply`` and ``logits``. ``VARIANTS`` is optional.
+
+    Raises:
+        ValueError: the name or a variant's name is taken, or is not a valid name.
+        TypeError: the module does not have the functions of a family.
+    """
+    if not name.replace("-", "_").isidentifier():
+        raise ValueError(f"name={name!r} must consist of letters, digits and '_'")
+    if name in FAMILIES or _registered.get(name, module) is not module:
+        raise ValueError(f"a family {name!r} is already registered: choose another name")
+    missing = [attribute for attribute in _REQUIRED if not hasattr(module, attribute)]
+    if missing:
+        raise TypeError(f"family {name!r} has no {', '.join(missing)}: a family needs {', '.join(_REQUIRED)}")
+    config = module.Config
+    if not (dataclasses.is_dataclass(config) and isinstance(config, type) and config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise TypeError(f"Config of family {name!r} must be a frozen dataclass: use dataclass(frozen=True)")
+    variants = getattr(module, "VARIANTS", {})
+    wrong = [variant for variant, value in variants.items() if not isinstance(value, config)]
+    if wrong:
+        raise TypeError(f"VARIANTS of family {name!r} must be instances of its Config, but {wrong[0]!r} is not")
+    taken = {variant: other for other in (*FAMILIES, *_registered) if other != name for variant in _variants(other)}
+    for variant in variants:
+        if variant in taken:
+            raise ValueError(
+                f"variant {variant!r} of family {name!r} is already a variant of family {taken[variant]!r}"
+            )
+    _registered[name] = module
+
+
+def family(name: str) -> Any:
+    """The module of a family, or the object that was registered for it.
+
+    Raises:
+        ValueError: no family has this name.
+    """
+    if name in FAMILIES:
+        return importlib.import_module(f"jaxlm.models.{name}")
+    if name not in _registered:
+        if name not in _entry_points():
+            raise ValueError(
+                f"no family is called {name!r}: choose from {', '.join(family_names())}, or register it with "
+                "jaxlm.register_family"
+            )
+        register_family(name, _entry_points()[name].load())
+    return _registered[name]
+
+
+def family_names() -> tuple[str, ...]:
+    """The names of all families: those of this package, then the registered ones and those of installed packages."""
+    return tuple(dict.fromkeys((*FAMILIES, *_registered, *_entry_points())))
+
+
+def variant_names() -> dict[str, str]:
+    """A dict from the name of every published or tiny variant to its family."""
+    return {variant: name for name in family_names() for variant in _variants(name)}
+
+
+def _variants(name: str) -> dict[str, Any]:
+    return getattr(family(name), "VARIANTS", {})
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}

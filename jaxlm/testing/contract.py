@@ -1,0 +1,745 @@
+"""Tests of the family contract (docs/tour.md, section 3), for the families of this package and of others.
+
+A test module imports all names of this module and has the names of its families in ``FAMILIES``:
+
+    import jaxlm
+    import hawk
+    from jaxlm.testing.contract import *
+
+    jaxlm.register_family("hawk", hawk)
+    FAMILIES = ("hawk",)
+
+Every test runs on all variants of these families whose name ends in ``-tiny``. The properties of a variant select what
+a test checks: a model with a state is causal and decodes, a model without a state is bidirectional, an encoder-decoder
+has a source. Tests on meshes need eight devices: set ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call
+``pytest.register_assert_rewrite("jaxlm.testing")`` in ``conftest.py`` to see the values of failed assertions.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import flax.jax_utils
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.checkpoint import Checkpointer
+from jaxlm.models import get_model
+from jaxlm.models.registry import family
+from jaxlm.objectives import objective
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import (
+    add_noise,
+    assert_trees_close,
+    assert_trees_equal,
+    batch_of,
+    decodes,
+    random_tokens,
+    relative_error,
+    source_of,
+    task_of,
+    tiny_model,
+    tiny_variants,
+    variant_params,
+    with_stacked_layers,
+)
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
+
+TOLERANCE = 2e-5  # float32; only the order of summation differs
+STEP_TOLERANCE = 1e-4  # after an Adam step, which divides by the gradient's size and so amplifies rounding errors
+
+
+def for_variants(condition):
+    """A decorator: the test runs for every tiny variant whose model has the property ``condition(model)``."""
+
+    def set_condition(test):
+        test.condition = condition
+        return test
+
+    return set_condition
+
+
+def has_layers(model):
+    """Whether the model has equal layers, whose parameters can be stacked."""
+    return hasattr(model.config, "scan_layers")
+
+
+every_variant = for_variants(lambda model: True)
+every_decoder = for_variants(decodes)
+every_layered = for_variants(has_layers)
+every_layered_decoder = for_variants(lambda model: has_layers(model) and decodes(model))
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrize the tests with the variants or families of the module that imports them."""
+    families = metafunc.module.FAMILIES
+    condition = getattr(metafunc.function, "condition", None)
+    if condition is not None:
+        names = [name for name in tiny_variants(families) if condition(tiny_model(name))]
+        metafunc.parametrize("name", variant_params(names))
+    elif "family_name" in metafunc.fixturenames:
+        metafunc.parametrize("family_name", families)
+
+
+def setup(name, batch=2, length=24, **overrides):
+    model = tiny_model(name, **overrides)
+    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
+
+
+@functools.cache
+def initial_params(model, seed=0):
+    return _init(model)(jax.random.key(seed))
+
+
+@functools.cache
+def _init(model):
+    return jax.jit(model.init)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden_of(model, params, tokens, inputs):
+    return model.apply(params, tokens, **inputs)[0]
+
+
+def hidden_of(model, params, tokens, **inputs):
+    """Hidden states of the tokens. An encoder-decoder gets the source of ``source_of`` unless ``inputs`` has one."""
+    return _hidden_of(model, params, tokens, {**source_of(model, len(tokens)), **inputs})
+
+
+def initial_state(model, params, batch_size, length):
+    """The initial decoding state. For an encoder-decoder, it contains the encoded source."""
+    if not model.reads_source:
+        return model.init_state(batch_size, length)
+    return jax.jit(model.init_decode_state, static_argnums=2)(params, source_of(model, batch_size)["source"], length)
+
+
+def hidden_of_row(model, params, tokens, row, start=0, stop=None):
+    """Hidden states [T, D] of ``tokens[row, start:stop]``, computed in a batch of one row."""
+    source = {name: x[row : row + 1] for name, x in source_of(model, len(tokens)).items()}
+    return hidden_of(model, params, tokens[row : row + 1, start:stop], **source)[0]
+
+
+def loss_of(model, params, batch, key=None):
+    total, weight, _ = objective(task_of(model)).loss(model, params, batch, key=key)
+    return total / weight
+
+
+@every_variant
+def test_config_is_frozen_and_hashable(name):
+    model = tiny_model(name)
+    assert hash(model) == hash(dataclasses.replace(model))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.config.vocab_size = 7
+
+
+def test_every_config_field_has_a_docstring(family_name):
+    bodies = {}
+    for owner in family(family_name).Config.__mro__[:-1]:  # a config may inherit fields
+        text = Path(sys.modules[owner.__module__].__file__).read_text(encoding="utf-8")
+        start = text.index(f"class {owner.__name__}")
+        bodies[owner] = (
+            text[start : text.index("def __post_init__", start)] if "__post_init__" in text[start:] else text
+        )
+    for field in dataclasses.fields(family(family_name).Config):
+        docstrings = [
+            body.split(f"\n    {field.name}:")[1] for body in bodies.values() if f"\n    {field.name}:" in body
+        ]
+        assert docstrings[-1].split("\n")[1].strip().startswith('"""'), (
+            f"{field.name} has no docstring, so --help would not explain it"
+        )
+
+
+@every_variant
+def test_specs_are_hashable_and_stable(name):
+    model = tiny_model(name)
+    first, second = spec.flatten(model.specs), spec.flatten(model.specs)
+    assert {path: hash(leaf) for path, leaf in first.items()} == {path: hash(leaf) for path, leaf in second.items()}
+    assert first == second
+    assert not any("." in part for path in first for part in path.split("/"))
+
+
+@every_variant
+def test_initial_values_depend_only_on_path_and_layer(name):
+    model = tiny_model(name)
+    flat = spec.flatten(model.specs)
+    init_each_alone = jax.jit(lambda key: {path: spec.init({path: leaf}, key)[path] for path, leaf in flat.items()})
+    expected = init_each_alone(jax.random.key(0))
+    assert_trees_equal(spec.flatten(initial_params(model)), expected)
+    seeds = zip(*(jax.tree.leaves(initial_params(model, seed)) for seed in (0, 1)), strict=True)
+    assert any(not np.array_equal(*pair) for pair in seeds)
+    if not any(leaf.axes[0] == spec.LAYERS for leaf in flat.values()):
+        return  # the model has no stacked layers
+    deeper_model = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, num_layers=model.config.num_layers + 1)
+    )
+    for path, leaf in spec.flatten(deeper_model.specs).items():
+        same_path_spec = flat.get(path)
+        if (
+            same_path_spec is not None
+            and leaf.axes[0] == spec.LAYERS
+            and same_path_spec.init == leaf.init
+            and same_path_spec.shape != leaf.shape
+        ):
+            deeper_values = spec.init({path: leaf}, jax.random.key(0))[path]
+            assert relative_error(deeper_values[: model.config.num_layers], expected[path]) < 1e-6
+
+
+@every_variant
+def test_specs_match_the_initialized_parameters(name):
+    model, params, _ = setup(name)
+    assert spec.diff(model.specs, params) == []
+    traced = jax.eval_shape(model.init, jax.random.key(0))
+    assert spec.diff(spec.abstract(model.specs), traced) == []
+    assert model.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@every_variant
+def test_jit_and_eager_results_agree(name):
+    model, params, tokens = setup(name, length=8)
+    eager_hidden, _ = model.apply(params, tokens, **source_of(model, 2))
+    assert relative_error(hidden_of(model, params, tokens), eager_hidden) < TOLERANCE
+    head_input = model.pool(params, eager_hidden) if task_of(model) == "classification" else eager_hidden
+    logits = model.logits(params, head_input)
+    assert logits.dtype == jnp.float32
+    assert relative_error(jax.jit(model.logits)(params, head_input), logits) < TOLERANCE
+
+
+@every_variant
+def test_remat_and_attention_implementation_do_not_change_loss_and_gradients(name):
+    choices = {"remat": "full", "attention_implementation": "blockwise"}
+    model, params, tokens = setup(name, length=13, **_existing_fields(name, {"remat": "none"}))
+    batch, key = batch_of(model, tokens), jax.random.key(3)
+    want = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, batch, key)))(params)
+    for change in [{field: value} for field, value in _existing_fields(name, choices).items()] + [{"remat": "dots"}]:
+        if not _existing_fields(name, change):
+            continue
+        other = dataclasses.replace(model, config=dataclasses.replace(model.config, **change))
+        got = jax.jit(jax.value_and_grad(lambda p, other=other: loss_of(other, p, batch, key)))(params)
+        assert_trees_close(got, want, TOLERANCE, floor=1e-4)
+
+
+def _existing_fields(name, change):
+    fields = {field.name for field in dataclasses.fields(tiny_model(name).config)}
+    return {field: value for field, value in change.items() if field in fields}
+
+
+@every_layered
+def test_stacked_and_per_layer_models_agree(name):
+    model, params, tokens = setup(name)
+    stacked = with_stacked_layers(model)
+    assert stacked.specs == spec.restack(model.specs) != model.specs
+    assert_trees_equal(jax.jit(stacked.init)(jax.random.key(0)), spec.restack(jax.jit(model.init)(jax.random.key(0))))
+    key, stacked_params = jax.random.key(2), spec.restack(params)
+    want = hidden_of(model, params, tokens, key=key)
+    assert relative_error(hidden_of(stacked, stacked_params, tokens, key=key), want) < TOLERANCE
+    if not decodes(model):
+        return
+    states = []
+    for variant, weights in ((model, params), (stacked, stacked_params)):
+        step = jax.jit(lambda p, t, s, variant=variant: variant.apply(p, t, state=s))
+        hidden, state = step(weights, tokens[:, :7], initial_state(variant, weights, 2, 9))
+        hidden, state = step(weights, tokens[:, 7:9], state)
+        states.append((hidden, spec.restack(state)))
+    assert_trees_close(states[1], states[0], TOLERANCE)
+
+
+@every_variant
+def test_every_dropout_rate_acts_only_with_a_key(name):
+    config = tiny_model(name).config
+    fields = [field for field in dataclasses.fields(config) if field.name.endswith("dropout")]
+    # A rate whose default is None belongs to a head that this variant may not have.
+    rates = {field.name: 0.2 for field in fields if field.default is not None}
+    model, params, tokens = setup(name, batch=8, **rates)
+    batch = batch_of(model, tokens)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(model, params, key):
+        return loss_of(model, params, batch, key)
+
+    without_dropout = loss(model, params, None)
+    first, repeated, different = (loss(model, params, jax.random.key(seed)) for seed in (1, 1, 2))
+    assert_trees_equal(first, repeated)
+    assert (relative_error(first, different) > 1e-6) == bool(rates)
+    if has_statistics(model):
+        return  # with a key, the model also normalizes with the statistics of the batch
+    assert (relative_error(first, without_dropout) > 1e-6) == bool(rates)
+    for rate in rates:
+        single_rate = dataclasses.replace(model, config=dataclasses.replace(tiny_model(name).config, **{rate: 0.2}))
+        assert relative_error(loss(single_rate, params, jax.random.key(1)), without_dropout) > 1e-5, (
+            f"{rate} does nothing"
+        )
+
+
+def has_statistics(model):
+    """Whether the model has batch normalization."""
+    return "statistics" in model.specs
+
+
+@every_decoder
+def test_no_recompilation_on_the_second_call(name):
+    model, params, tokens = setup(name)
+    step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
+    state = initial_state(model, params, 2, 16)
+    for position in range(4):
+        _, state = step(params, tokens[:, position : position + 1], state)
+    assert step._cache_size() == 1
+
+
+@for_variants(lambda model: decodes(model) and hasattr(model.module, "cross_entropy"))
+def test_custom_cross_entropy_equals_the_cross_entropy_of_the_logits(name):
+    model, params, tokens = setup(name)
+    hidden = hidden_of(model, params, tokens)
+    targets, weights = jnp.roll(tokens, -1, axis=1), jnp.asarray(tokens % 3, jnp.float32)
+
+    def loss_from_logits(params, hidden):
+        log_p = jax.nn.log_softmax(model.logits(params, hidden)[..., : model.config.vocab_size])
+        return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+
+    def custom_loss(params, hidden):
+        return model.cross_entropy(params, hidden, targets, weights)
+
+    got, want = (jax.jit(jax.value_and_grad(loss, (0, 1)))(params, hidden) for loss in (custom_loss, loss_from_logits))
+    assert_trees_close(got, want, TOLERANCE)
+
+
+@every_variant
+def test_bfloat16_is_finite_and_near_float32(name):
+    model, params, tokens = setup(name)
+    bfloat16_model = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype="bfloat16"))
+    hidden = hidden_of(bfloat16_model, params, tokens)
+    assert hidden.dtype == jnp.bfloat16
+    assert relative_error(hidden.astype(jnp.float32), hidden_of(model, params, tokens)) < 0.05
+    batch = batch_of(model, tokens)
+    grads = jax.jit(jax.grad(lambda p: loss_of(bfloat16_model, p, batch)))(params)
+    assert all(leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+@every_variant
+def test_each_position_depends_on_exactly_the_visible_positions(name):
+    """In a causal model, d hidden[t] / d embedding[s] is exactly 0 for s > t and nonzero otherwise.
+
+    In other models it is nonzero for all pairs of positions.
+    """
+    model, params, _ = setup(name)
+    if not has_full_context(model):
+        return  # the tests of the convolutional families check their receptive fields
+    tokens = np.arange(9, dtype=np.int32)[None]  # distinct, so that each embedding row belongs to one position
+    source = {"source": np.arange(9, 14, dtype=np.int32)[None]} if model.reads_source else {}
+
+    def hidden(table):
+        return model.apply({**params, "token_embedding": table}, tokens, **source)[0][0]
+
+    jacobian = np.abs(np.asarray(jax.jit(jax.jacrev(hidden))(params["token_embedding"])))
+    influence_TS = jacobian[:, :, :9].max(axis=(1, 3))
+    if decodes(model):
+        assert np.all(influence_TS[np.triu_indices(9, 1)] == 0.0)
+        assert np.all(influence_TS[np.tril_indices(9)] > 0.0)
+    else:
+        assert np.all(influence_TS > 0.0)
+    if model.reads_source:
+        assert np.all(jacobian[:, :, 9:14].max(axis=(1, 3)) > 0.0)
+
+
+def has_full_context(model):
+    """Whether a position depends on all positions that causality allows. Convolutions have a limited context."""
+    return not getattr(model.module, "LIMITED_CONTEXT", False)
+
+
+def encodes_whole_texts(model):
+    """Whether the model downsamples a text, so that hidden states have fewer positions than tokens."""
+    tokens = np.zeros((1, 24), np.int32)
+    hidden, _ = jax.eval_shape(lambda p: model.apply(p, tokens, **source_of(model, 1)), spec.abstract(model.specs))
+    return hidden.shape[1] != tokens.shape[1]
+
+
+@every_variant
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_other_positions(name, side):
+    model, params, tokens = setup(name, batch=3, length=12)
+    lengths = (12, 7, 4)
+    padded, segments = np.full((3, 12), 5, np.int32), np.zeros((3, 12), np.int32)
+    real_positions = [slice(12 - n, 12) if side == "left" else slice(0, n) for n in lengths]
+    for row, positions in enumerate(real_positions):
+        padded[row, positions], segments[row, positions] = tokens[row, : lengths[row]], 1
+    hidden = hidden_of(model, params, padded, segment_ids=segments)
+    assert np.isfinite(np.asarray(hidden)).all()
+    if encodes_whole_texts(model):
+        labels = model.logits(params, model.pool(params, hidden, segment_ids=segments))
+        for row, n in enumerate(lengths):
+            unpadded_hidden = hidden_of(model, params, tokens[row : row + 1, :n])
+            assert relative_error(labels[row], model.logits(params, model.pool(params, unpadded_hidden))[0]) < TOLERANCE
+        return
+    for row, positions in enumerate(real_positions):
+        assert (
+            relative_error(hidden[row, positions], hidden_of_row(model, params, tokens, row, 0, lengths[row]))
+            < TOLERANCE
+        )
+
+
+@every_variant
+def test_packed_documents_equal_separate_documents(name):
+    model, params, tokens = setup(name, batch=1, length=30)
+    boundaries = (0, 11, 14, 27)  # three documents, then padding
+    segments = np.zeros((1, 30), np.int32)
+    for number, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False), start=1):
+        segments[:, start:stop] = number
+    inputs = {"segment_ids": segments}
+    if model.reads_source:  # document n of the target reads document n of the source
+        source = source_of(model, 1)["source"]
+        inputs |= {"source": np.tile(source, 3), "source_segment_ids": np.repeat([[1, 2, 3]], source.shape[1], axis=1)}
+    packed = hidden_of(model, params, tokens, **inputs)
+    if encodes_whole_texts(model):
+        assert np.isnan(np.asarray(packed)).all()  # these models do not support packing
+        return
+    for start, stop in zip(boundaries, boundaries[1:], strict=False):
+        assert relative_error(packed[0, start:stop], hidden_of_row(model, params, tokens, 0, start, stop)) < TOLERANCE
+    if task_of(model) != "causal":
+        return
+    weights = batch_of(model, tokens, segments).weights[0]
+    assert np.flatnonzero(weights == 0).tolist() == [10, 13, 26, 27, 28]  # no document predicts the next document
+
+
+@every_decoder
+@pytest.mark.parametrize("cuts", [(5, 6, 7, 8), (1, 2, 3, 4, 5, 6, 7, 8), (16,), (3, 11)])
+def test_cached_equals_full_at_every_position(name, cuts):
+    """Prefill, chunks and single steps give the hidden states of one call without a state."""
+    model, params, tokens = setup(name, batch=2, length=17)
+    state, chunks = initial_state(model, params, 2, 20), []
+    for start, stop in zip((0, *cuts), (*cuts, 17), strict=True):
+        hidden, state = step_of(model, params, tokens[:, start:stop], state)
+        chunks.append(hidden)
+    assert relative_error(jnp.concatenate(chunks, axis=1), hidden_of(model, params, tokens)) < TOLERANCE
+    sizes = {"source_length": source_of(model, 2)["source"].shape[1]} if model.reads_source else {}
+    assert spec.diff(model.state_specs(2, 20, **sizes), state) == []
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step_of(model, params, tokens, state, segment_ids=None):
+    return model.apply(params, tokens, state=state, segment_ids=segment_ids)
+
+
+@every_decoder
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_unequal_length_decode_independently(name, side):
+    model, params, tokens = setup(name, batch=3, length=14)
+    lengths = (9, 4, 1)
+    prompt, segments = np.full((3, 9), 7, np.int32), np.zeros((3, 9), np.int32)
+    for row, n in enumerate(lengths):
+        positions = slice(9 - n, 9) if side == "left" else slice(0, n)
+        prompt[row, positions], segments[row, positions] = tokens[row, :n], 1
+    _, state = step_of(model, params, prompt, initial_state(model, params, 3, 14), segments)
+    outputs = []
+    for i in range(5):
+        next_tokens = np.stack([tokens[row, n + i] for row, n in enumerate(lengths)])[:, None]
+        hidden, state = step_of(model, params, next_tokens, state)
+        outputs.append(hidden[:, 0])
+    for row, n in enumerate(lengths):
+        expected = hidden_of_row(model, params, tokens, row, 0, n + 5)[n:]
+        assert relative_error(jnp.stack([output[row] for output in outputs]), expected) < TOLERANCE
+
+
+@every_decoder
+def test_take_and_reset_act_on_single_rows_of_a_state(name):
+    model, params, tokens = setup(name, batch=3, length=10)
+    sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
+    specs = model.state_specs(3, 12, **sizes)
+    assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
+    _, state = step_of(model, params, tokens[:, :8], initial_state(model, params, 3, 12))
+    order = np.array([2, 0, 0])
+    after_take, _ = step_of(model, params, tokens[order][:, 8:], spec.take(specs, state, jnp.asarray(order)))
+    for row, source_row in enumerate(order):
+        assert relative_error(after_take[row], hidden_of_row(model, params, tokens, source_row)[8:]) < TOLERANCE
+    if model.reads_source:
+        return  # a reset row would have no source
+    after_reset, _ = step_of(model, params, tokens[:, 8:], spec.reset(specs, state, jnp.array([True, False, True])))
+    for row in (0, 2):
+        assert relative_error(after_reset[row], hidden_of_row(model, params, tokens, row, 8)) < TOLERANCE
+    assert relative_error(after_reset[1], hidden_of_row(model, params, tokens, 1)[8:]) < TOLERANCE
+
+
+@every_layered_decoder
+def test_stacked_and_per_layer_states_agree(name):
+    """Prefill with padding, reordering, decoding and reset give the same results up to rounding."""
+    model, params, tokens = setup(name, batch=3, length=10)
+    stacked = with_stacked_layers(model)
+    segments = np.ones((3, 8), np.int32)
+    segments[1, :3] = 0
+    sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
+    order, results = jnp.array([1, 0, 0]), []
+    for variant, weights in ((model, params), (stacked, spec.restack(params))):
+        specs = variant.state_specs(3, 12, **sizes)
+        _, state = step_of(variant, weights, tokens[:, :8], initial_state(variant, weights, 3, 12), segments)
+        state = spec.take(specs, state, order)
+        hidden, state = step_of(variant, weights, tokens[:, 8:9], state)
+        if not model.reads_source:  # the initial state of a row has no source
+            state = spec.reset(specs, state, jnp.array([False, False, True]))
+        last_hidden, state = step_of(variant, weights, tokens[:, 9:], state)
+        assert jax.tree.structure(state) == jax.tree.structure(specs)
+        results.append((hidden, last_hidden, spec.restack(state)))
+    assert_trees_close(results[1], results[0], TOLERANCE)
+    with pytest.raises(ValueError, match=r"the parameters have one tree per layer .* but the state has stacked layers"):
+        model.apply(params, tokens[:, 9:], state=state)
+
+
+@every_decoder
+def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
+    """If shapes show that the tokens do not fit, the call raises. If only the data shows it, the result is NaN."""
+    model, params, tokens = setup(name, batch=2, length=6)
+    if has_unlimited_state(model):
+        return
+    with pytest.raises(ValueError, match="6 new tokens do not fit a state of 4 slots"):
+        model.apply(params, tokens, state=initial_state(model, params, 2, 4))
+    _, state = step_of(model, params, tokens[:, :3], initial_state(model, params, 2, 4))
+    hidden, _ = step_of(model, params, tokens[:, 3:], state)
+    assert np.isnan(np.asarray(hidden)).all()
+
+
+def has_unlimited_state(model):
+    """Whether a state accepts any number of tokens, because it has a fixed size or drops the oldest tokens."""
+    return "length" not in model.state_specs(1, 2)  # only a KV cache counts its tokens
+
+
+@every_variant
+def test_a_token_id_outside_the_vocabulary_gives_nan(name):
+    # The padding rows of the table are outside the vocabulary, too.
+    model, params, tokens = setup(name, **_existing_fields(name, {"vocab_multiple": 48}))
+    for bad in (model.config.vocab_size, -1):
+        wrong = tokens.copy()
+        wrong[0, 3] = bad
+        assert np.isnan(
+            np.asarray(hidden_of(model, params, wrong))[0, 3 if has_full_context(model) else slice(None)]
+        ).any()
+
+
+@every_variant
+def test_errors_name_the_bad_input(name):
+    model, params, tokens = setup(name)
+    source = source_of(model, 2)
+    with pytest.raises(ValueError, match=r"tokens must be integers of shape \[batch, time\], got float32"):
+        model.apply(params, tokens.astype(np.float32), **source)
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        model.apply(params, tokens[0], **source)
+    with pytest.raises(ValueError, match=r"segment_ids \[2, 3\] must have the shape of tokens \[2, 24\]"):
+        model.apply(params, tokens, segment_ids=np.ones((2, 3), np.int32), **source)
+    if model.reads_source:
+        with pytest.raises(ValueError, match=r"source must be integers of shape \[batch, time\], got float32"):
+            model.apply(params, tokens, source=tokens.astype(np.float32))
+        with pytest.raises(ValueError, match=r"source_segment_ids \[2, 3\] must have the shape of source"):
+            model.apply(params, tokens, **source, source_segment_ids=np.ones((2, 3), np.int32))
+    with pytest.raises(ValueError, match="did you mean 'vocab_size'"):
+        get_model(name, vocab_sice=3)
+
+
+@every_variant
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
+    """Without rows or without tokens: empty hidden states, loss 0, gradients 0, and an unchanged state."""
+    model = tiny_model(name)
+    params = initial_params(model)
+    task_objective = objective(task_of(model))
+
+    @jax.jit
+    def gradient(params, batch, key):
+        def loss(params):
+            total, weight, _ = task_objective.loss(model, params, batch, key=key)
+            return total, weight
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    for rows, length in ((0, 5), (2, 0)):
+        tokens = np.zeros((rows, length), np.int32)
+        segments = np.ones((rows, length), np.int32)
+        source = source_of(model, rows)
+        if length == 0 and encodes_whole_texts(model):
+            with pytest.raises(ValueError, match=r"tokens \[2, 0\] are empty, but .* whole texts"):
+                model.apply(params, tokens)
+            continue
+        hidden, state = model.apply(params, tokens, **source, segment_ids=segments)
+        full, _ = jax.eval_shape(lambda p: model.apply(p, np.zeros((1, 5), np.int32), **source_of(model, 1)), params)
+        output_length = 0 if length == 0 else full.shape[1]
+        assert (hidden.shape, hidden.dtype, state) == ((rows, output_length, *full.shape[2:]), full.dtype, None)
+        if task_of(model) == "classification" and length == 0:
+            with pytest.raises(ValueError, match=r"hidden states \[2, 0, \d+\] have no position to classify"):
+                model.pool(params, hidden)
+            continue
+        batch = batch_of(model, np.zeros((rows, length + 1), np.int32))
+        (total, weight), grads = gradient(params, batch, jax.random.key(0))
+        assert (float(total), float(weight)) == (0.0, 0.0)
+        assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+        if length == 0 and decodes(model):
+            before = initial_state(model, params, 2, 4)
+            empty_hidden, after = model.apply(params, tokens, state=before)
+            assert empty_hidden.shape == hidden.shape
+            assert_trees_equal(after, before)
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        model.apply(params, np.zeros((0, 5), np.float32), **source_of(model, 0))
+    if has_statistics(model):
+        _, new_statistics = model.apply(params, np.zeros((0, 5), np.int32), key=jax.random.key(0))
+        assert_trees_equal(new_statistics, {"statistics": params["statistics"]})
+
+
+@for_variants(lambda model: model.reads_source)
+@pytest.mark.parametrize(("rows", "length"), [(0, 6), (2, 0)])
+def test_an_empty_source_raises(name, rows, length):
+    model = tiny_model(name)
+    params, source = initial_params(model), np.zeros((rows, length), np.int32)
+    calls = (
+        lambda: model.apply(params, np.zeros((2, 3), np.int32), source=source),
+        lambda: model.encode(params, source),
+        lambda: model.init_decode_state(params, source, 4),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"source \[{rows}, {length}\] is empty: give at least one row"):
+            call()
+
+
+# ------------------------------------------------------------------------------------- training and sharding
+
+
+@functools.cache
+def training_setup(name, batch=16):
+    model = tiny_model(name, **_existing_fields(name, {"vocab_multiple": 8}))
+    return model, optimizer_of(model), batch_of(model, random_tokens(model, batch, 17))
+
+
+def optimizer_of(model):
+    # Key biases have gradients that are only rounding errors. A large epsilon keeps Adam from scaling them up.
+    return make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
+
+
+@functools.cache
+def single_step(name):
+    """The compiled step on one device: (step, function that makes a new state, result of the first step)."""
+    model, optimizer, batch = training_setup(name)
+    trainer = Trainer(model, optimizer, loss_function(model))
+    step = trainer.jit_step()
+    # With key 0, the input of one ReLU of T5 is 0 up to rounding. Its gradient then depends on the order of summation.
+    host_state = jax.device_get(trainer.init(jax.random.key(1)).replace(key=None))
+
+    def new_state():
+        return jax.tree.map(jnp.array, host_state).replace(key=jax.random.key(5))
+
+    return step, new_state, run_one_step(step, new_state(), batch)
+
+
+def loss_function(model):
+    return objective(task_of(model)).loss
+
+
+def run_one_step(step, state, batch):
+    state, metrics = step(state, batch)
+    return jax.device_get((state.params, state.optimizer, metrics))
+
+
+def assert_steps_close(got, want):
+    """Compare parameters, optimizer state and metrics. ``floor`` excludes gradients that are only rounding errors."""
+    for got_part, want_part in zip(got, want, strict=True):
+        floats = [
+            [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            for tree in (got_part, want_part)
+        ]
+        assert_trees_close(*floats, STEP_TOLERANCE, floor=1e-4)
+
+
+@every_layered
+def test_stacked_and_per_layer_training_steps_agree(name):
+    model, _, batch = training_setup(name)
+    stacked = with_stacked_layers(model)
+    _, new_state, want = single_step(name)
+    step = Trainer(stacked, optimizer_of(stacked), loss_function(stacked)).jit_step()
+    got = run_one_step(step, jax.jit(spec.restack)(new_state()), batch)
+    assert_steps_close(got, spec.restack(want))
+
+
+@every_variant
+def test_sharded_step_equals_single_device_step(name):
+    check_sharded_step(name, "data=2,fsdp=2,tensor=2")  # data parallelism, FSDP and tensor parallelism together
+
+
+def check_sharded_step(name, mesh, *, scan_layers=False):
+    """Check loss, gradients and new parameters against one device. Adam's first moment is 0.1 times the gradients."""
+    model, _, batch = training_setup(name)
+    model = with_stacked_layers(model) if scan_layers else model
+    _, new_state, want = single_step(name)
+    sharding = Sharding(make_mesh(mesh))
+    trainer = Trainer(model, optimizer_of(model), loss_function(model), sharding=sharding)
+    state = jax.device_put(spec.restack(new_state()) if scan_layers else new_state(), trainer.shardings())
+    assert_steps_close(spec.restack(run_one_step(trainer.jit_step(), state, batch)), spec.restack(want))
+
+
+@every_variant
+def test_same_seed_same_parameters_on_any_mesh(name):
+    model, _, _ = training_setup(name)
+    sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
+    split = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(jax.random.key(0))
+    assert_trees_equal(split, initial_params(model))
+
+
+@every_variant
+def test_pmap_step_equals_single_device_step(name):
+    model, optimizer, batch = training_setup(name)
+    _, new_state, want = single_step(name)
+    rows = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(2, 8, *x.shape[1:]), 0, 1), batch)
+    if has_statistics(model):  # each device normalizes over its own rows, like each step of gradient accumulation
+        accumulating = Trainer(model, optimizer, loss_function(model), grad_accum_steps=8)
+        want = run_one_step(accumulating.jit_step(), new_state(), batch)
+    step = Trainer(model, optimizer, loss_function(model)).pmap_step()
+    got = run_one_step(step, flax.jax_utils.replicate(new_state()), rows)
+    for device in (0, 7):
+        assert_steps_close(jax.tree.map(lambda x, device=device: x[device], got), want)
+
+
+@every_variant
+def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
+    model, params, tokens = setup(name, batch=8)
+    want, source = hidden_of(model, params, tokens), source_of(model, 8)
+    batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(
+        lambda p, t, s: model.apply(p, t, **s)[0], mesh=make_mesh("data=8"),
+        in_specs=(replicated, batch_sharded, batch_sharded), out_specs=batch_sharded, check_vma=False,
+    )  # fmt: skip
+    assert relative_error(jax.jit(mapped)(params, tokens, source), want) < TOLERANCE
+    mesh = make_mesh("data=8", axis_type=jax.sharding.AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        sharded_inputs = jax.device_put((params, tokens, source), (replicated, batch_sharded, batch_sharded))
+        hidden = jax.jit(lambda p, t, s: model.apply(p, t, **s)[0])(*sharded_inputs)
+    assert hidden.sharding.spec[0] == "data"
+    assert relative_error(hidden, want) < TOLERANCE
+
+
+@every_variant
+def test_checkpoint_round_trip(name, tmp_path):
+    model, optimizer, batch = training_setup(name)
+    step, new_state, _ = single_step(name)
+    state, _ = step(new_state(), batch)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"family": name}, wait=True)
+        restored, meta = checkpoints.restore(Trainer(model, optimizer, loss_function(model)).abstract())
+    assert meta["family"] == name
+    assert_trees_equal(restored, state)
+    assert_trees_equal(step(restored, batch), step(state, batch))
+
+
+@every_variant
+def test_loss_falls_in_twenty_steps_without_recompiling(name):
+    model, _, batch = training_setup(name)
+    step, new_state, _ = single_step(name)
+    compiled = step._cache_size()
+    state, losses = new_state(), []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    outputs = (
+        model.config.num_labels
+        if task_of(model) in ("classification", "token_classification")
+        else model.config.vocab_size
+    )
+    assert losses[0] == pytest.approx(
+        np.log(outputs), abs=0.7
+    )  # T5's published initialization gives logits of variance 1
+    assert losses[-1] < 0.8 * losses[0]
+    assert step._cache_size() == max(compiled, 1)

@@ -1,0 +1,92 @@
+"""A family of another package: it passes the contract; files, decoding and experiments find it by name."""
+
+import importlib.metadata
+import types
+
+import jax
+import pytest
+
+import jaxlm
+from experiments import families
+from jaxlm.cli import main
+from jaxlm.data import CharTokenizer
+from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.models import family_names, registry, variant_names
+from jaxlm.tasks import text_generation
+from jaxlm.testing.contract import *  # noqa: F403
+from jaxlm.training.optimizer import OptimizerConfig
+from jaxlm.training.recipes import recipe
+from tests import mingru
+
+jaxlm.register_family("mingru", mingru)
+FAMILIES = ("mingru",)
+
+
+def test_a_registered_family_has_its_name_and_variants():
+    assert family_names()[-1] == "mingru"
+    assert variant_names()["mingru-tiny"] == "mingru"
+    assert jaxlm.get_model("mingru", num_layers=1).config == mingru.Config(num_layers=1)
+    jaxlm.register_family("mingru", mingru)  # a module may register itself again when it is imported again
+    with pytest.raises(ValueError, match="did you mean 'mingru'"):
+        jaxlm.get_model("mingruu")
+
+
+def test_files_generation_and_training_settings_of_a_registered_family(tmp_path, capsys):
+    tokenizer = CharTokenizer.from_text("to be, or not to be")
+    model = jaxlm.get_model("mingru-tiny", vocab_size=tokenizer.vocab_size)
+    params = jax.jit(model.init)(jax.random.key(0))
+    jaxlm.save_pretrained(tmp_path, model, params, tokenizer)
+    loaded, loaded_params = jaxlm.load_pretrained(tmp_path)
+    assert loaded == model
+    (text,) = generate_text(loaded, loaded_params, tokenizer, ["to be"], GenerationConfig(max_new_tokens=5))
+    assert main(["generate", str(tmp_path), "--prompt", "to be", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert text.removeprefix("to be") in capsys.readouterr().out
+    text_generation.check_family(model)
+    assert text_generation.carry_shape(model, 3) == (3, 1)
+    assert recipe("mingru", 1000) == OptimizerConfig()
+
+
+def test_experiments_train_a_registered_family(tmp_path):
+    assert families.main(["--family", "mingru", "--steps", "3", "--output", str(tmp_path / "run")]) == 0
+    model, _ = jaxlm.load_pretrained(tmp_path / "run" / "mingru" / "model")
+    assert model.family == "mingru"
+
+
+def test_an_installed_package_lists_families_as_entry_points(monkeypatch):
+    point = importlib.metadata.EntryPoint("mingru2", "tests.mingru2", registry.ENTRY_POINT_GROUP)
+    module = types.SimpleNamespace(**{name: getattr(mingru, name) for name in ("Config", "specs", "apply", "logits")})
+    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: module)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry, "_entry_points", lambda: {"mingru2": point})
+    assert jaxlm.get_model("mingru2").module is module
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "message"),
+    [
+        ("gpt", {}, ValueError, "family 'gpt' is already registered: choose another name"),
+        ("mingru", {}, ValueError, "family 'mingru' is already registered"),
+        ("a b", {}, ValueError, "name='a b' must consist of letters"),
+        ("other", {"specs": None}, TypeError, "family 'other' has no specs"),
+        ("other", {"Config": dict}, TypeError, "must be a frozen dataclass"),
+        ("other", {"VARIANTS": {"a": 1}}, TypeError, "VARIANTS of family 'other' must be instances of its Config"),
+        ("other", {"VARIANTS": {"mingru-tiny": mingru.Config()}}, ValueError, "already a variant of family 'mingru'"),
+    ],
+)
+def test_bad_registrations_give_the_reason(name, changes, error, message):
+    names = ("Config", "specs", "apply", "logits")
+    attributes = {attribute: getattr(mingru, attribute) for attribute in names} | changes
+    module = types.SimpleNamespace(**{key: value for key, value in attributes.items() if value is not None})
+    with pytest.raises(error, match=message):
+        jaxlm.register_family(name, module)
+    assert "other" not in family_names()
+
+
+def test_files_of_an_unknown_family_name_the_fix(tmp_path):
+    model = jaxlm.get_model("mingru-tiny")
+    jaxlm.save_pretrained(tmp_path, model, jax.jit(model.init)(jax.random.key(0)))
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("jaxlm-mingru", "jaxlm-hawk"), encoding="utf-8")
+    (tmp_path / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"no family is called 'hawk': .* register it with jaxlm.register_family"):
+        jaxlm.load_pretrained(tmp_path)
