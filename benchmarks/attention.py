@@ -1,8 +1,8 @@
 """Attention: jaxlm and torch's scaled_dot_product_attention with the same random inputs, float32, causal.
 
     python -m benchmarks.attention                                 1024 and 4096 tokens, three variants
-    python -m benchmarks.attention --forms plain --lengths 1024 --json attention.json
-    python -m benchmarks.attention --forms decode                  one query over caches of different fill lengths
+    python -m benchmarks.attention --variants plain --lengths 1024 --json attention.json
+    python -m benchmarks.attention --variants decode                  one query over caches of different fill lengths
     python -m benchmarks.attention --quick                         a short test that the benchmark works
 
 ``bias`` adds T5's bias of bucketed distances. ``relative`` adds the bias of Transformer-XL. Both compute the
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from benchmarks import harness, shapes
 
 IMPLEMENTATIONS = {"jaxlm": "benchmarks.attention_baselines:Jaxlm", "torch": "benchmarks.attention_baselines:Torch"}
-FORMS = ("plain", "bias", "relative", "decode")
+VARIANTS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
 """Maximum difference of sampled elements of a result, relative to the largest sampled element."""
@@ -33,7 +33,7 @@ class Attention(harness.Options):
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
     """Repetitions of each implementation, after warm-up."""
-    forms: str = "plain,bias,relative"
+    variants: str = "plain,bias,relative"
     """Variants: plain, bias, relative, decode, separated by commas."""
     lengths: str = ",".join(map(str, shapes.ATTENTION_LENGTHS))
     """Tokens, separated by commas. For decode, the capacity of the cache is the largest number, and each number is a
@@ -42,15 +42,15 @@ class Attention(harness.Options):
 
 def run(options: Attention) -> None:
     """Measure and print the results."""
-    forms = harness.names("forms", options.forms, FORMS)
+    variants = harness.names("variants", options.variants, VARIANTS)
     lengths = [32, 48] if options.quick else harness.numbers("lengths", options.lengths)
     targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     with harness.session(None, options.device) as session:
-        for form in forms:
+        for variant in variants:
             for length in lengths:
-                shape = shapes.Attention(form, length, max(lengths), heads=2 if options.quick else 12)
-                for passes in PASSES[: 1 if form == "decode" else 2]:
+                shape = shapes.Attention(variant, length, max(lengths), heads=2 if options.quick else 12)
+                for passes in PASSES[: 1 if variant == "decode" else 2]:
                     rows += _measure(options, session, targets, shape, passes)
         print("\n" + attention_table(rows))
         harness.write_json(options.json, "attention", options, session.description, [row.record() for row in rows])
@@ -61,7 +61,7 @@ def _measure(
 ) -> list[harness.Row]:
     return session.compare(
         targets, {"passes": passes, **dataclasses.asdict(shape)},
-        f"{shape.form} {passes}", str(shape), shapes.attention_work(shape, passes),
+        f"{shape.variant} {passes}", str(shape), shapes.attention_work(shape, passes),
         warm_up=2, rounds=options.rounds, check=lambda values: harness.check_samples(values, TOLERANCE),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ class Jaxlm(JaxSampled):
         arrays = jax.device_put(shapes.attention_arrays(shape))
         dout, T, S = arrays.pop("dout"), shape.queries, shape.keys
         mask = Mask(causal=True)
-        if shape.form == "decode":
+        if shape.variant == "decode":
             slot_1S = jnp.arange(S)[None]
             segments = (slot_1S < shape.length).astype(jnp.int32)
             mask = Mask(
@@ -38,10 +38,10 @@ class Jaxlm(JaxSampled):
 
         def forward(arrays: Any, mask: Any) -> Any:
             bias = None
-            if shape.form == "bias":
+            if shape.variant == "bias":
                 table = distance_table(arrays["table"], MAX_DISTANCE, bidirectional=False)
                 bias = distance_bias(table, MAX_DISTANCE, T, S, query_offset=0)
-            if shape.form == "relative":
+            if shape.variant == "relative":
                 bias = distance_bias(
                     arrays["table"], S - 1, T, S, query_offset=0, q_BTHK=arrays["query"], scale=K**-0.5
                 )
@@ -75,7 +75,7 @@ class Torch(Implementation):
         self.arrays = {name: x.requires_grad_(passes == "both") for name, x in arrays.items()}
         T, S = self.shape.queries, self.shape.keys
         self.is_future = torch.ones(T, S, dtype=torch.bool, device=torch_device()).triu(1)
-        if self.shape.form == "bias":
+        if self.shape.variant == "bias":
             from transformers.models.t5.modeling_t5 import T5Attention
 
             distance = torch.arange(S)[None] - torch.arange(T)[:, None]
@@ -89,12 +89,12 @@ class Torch(Implementation):
 
         q, k, v = (self.arrays[name].transpose(1, 2) for name in ("query", "key", "value"))
         sdpa = torch.nn.functional.scaled_dot_product_attention
-        if self.shape.form == "plain":
+        if self.shape.variant == "plain":
             return sdpa(q, k, v, is_causal=True).transpose(1, 2)
-        if self.shape.form == "decode":
+        if self.shape.variant == "decode":
             n = self.shape.length
             return sdpa(q, k[:, :, :n], v[:, :, :n]).transpose(1, 2)
-        if self.shape.form == "bias":
+        if self.shape.variant == "bias":
             bias = self.arrays["table"][self.bucket].permute(2, 0, 1)[None]
         else:
             scores = torch.einsum("bhtk,rhk->bhtr", q, self.arrays["table"]) * self.shape.width**-0.5

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import shapes, wholes
+from benchmarks import complete_models, shapes
 from benchmarks.shapes import COPY_BYTES, GEMM_SIZE, READ_ROWS, READ_WIDTH
 from benchmarks.worker import Implementation
 
@@ -74,7 +74,7 @@ class Machine(Implementation):
         import jaxlm
         from jaxlm.plan import flops
 
-        model = wholes.build(name, quick=quick)
+        model = complete_models.build(name, quick=quick)
 
         def add_noise(leaf: Any, key: Any) -> Any:
             # Noise makes biases differ from 0 and scales from 1. Without noise, greedy decoding repeats the last token.
@@ -88,14 +88,14 @@ class Machine(Implementation):
             "family": model.family,
             "parameters": model.num_parameters,
             "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
-            "decoded_bytes": 4 * wholes.decoded_parameters(model),
+            "decoded_bytes": 4 * complete_models.decoded_parameters(model),
             "vocab_size": model.config.vocab_size,
         }
-        if model.family in wholes.SIZES:
-            data = wholes.example(model, *wholes.sizes(model, quick, batch, length))
-            wholes.save(data, directory)
+        if model.family in complete_models.SIZES:
+            data = complete_models.example(model, *complete_models.sizes(model, quick, batch, length))
+            complete_models.save(data, directory)
             flop_count = flops.training_flops(model, *data.tokens.shape) if data.target_positions is None else None
-            flop_count = flop_count or wholes.counted_flops(model, data)
+            flop_count = flop_count or complete_models.counted_flops(model, data)
             properties |= {"batch": len(data.tokens), "length": data.tokens.shape[1]}
             properties |= {"training_flops": flop_count.amount, "formula": flop_count.formula}
         return properties

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import harness, report
-from benchmarks.harness import OURS, Mistake
+from benchmarks.harness import OURS, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[
     """The rows of the baselines, by processor.
 
     Raises:
-        Mistake: the first file has no processor name, or the files have no rows of the operations.
+        UserError: the first file has no processor name, or the files have no rows of the operations.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     name = ""
@@ -45,12 +45,12 @@ def read(arguments: Sequence[str], operations: Sequence[str]) -> dict[str, list[
         prefix, equals, file = argument.rpartition("=")
         name = prefix if equals else name
         if not name:
-            raise Mistake(f"{argument} has no processor name: write NAME={argument}")
+            raise UserError(f"{argument} has no processor name: write NAME={argument}")
         measured = report.read([Path(file)])
         baselines = [row for row in measured if row["peer"] != OURS and row["op"] in operations]
         rows.setdefault(name, []).extend(baselines)
     if not any(rows.values()):
-        raise Mistake(f"no file has rows of the operations {', '.join(operations)}: choose other --operations")
+        raise UserError(f"no file has rows of the operations {', '.join(operations)}: choose other --operations")
     return rows
 
 

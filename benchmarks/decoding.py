@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import sys
 
-from benchmarks import harness, shapes, wholes
+from benchmarks import complete_models, harness, shapes
 
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.decoding_baselines:Jaxlm",
@@ -40,7 +40,7 @@ def run(options: Decoding) -> None:
     for name in options.model.replace(" ", "").split(","):
         with harness.session(name, options.device, quick=options.quick) as session:
             family = session.model["family"]
-            supported = harness.with_class(targets, family, wholes.CLASSES, wholes.DECODES)
+            supported = harness.with_class(targets, family, complete_models.CLASSES, complete_models.DECODES)
             for batch, prompt in itertools.product(batches, prompts):
                 sizes = {"family": family, "batch": batch, "prompt": prompt, "tokens": options.tokens}
                 measured = session.compare(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import wholes
+from benchmarks import complete_models
 from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
 from benchmarks.shapes import random_tokens
 from benchmarks.training_baselines import flax_model, torch_model
@@ -116,7 +116,7 @@ class Torch(Implementation):
             B, T = text.shape
             # Append one position for the next token. It attends to all earlier tokens; the other positions are causal.
             order, target = np.tile(np.arange(T + 1), (B, 1)), np.full((B, 1), T)
-            masks = wholes.perm_mask(order, target), wholes.target_mapping(target, T + 1)
+            masks = complete_models.perm_mask(order, target), complete_models.target_mapping(target, T + 1)
             perm_mask, target_mapping = (torch.from_numpy(mask).to(text.device) for mask in masks)
             padded = torch.nn.functional.pad(text, (0, 1))
             logits = self.model(padded, perm_mask=perm_mask, target_mapping=target_mapping, use_mems=False).logits

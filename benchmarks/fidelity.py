@@ -110,7 +110,7 @@ def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[d
 def run(options: Fidelity) -> None:
     """Compare and print the results."""
     if options.batch < 2 or options.length < 8:
-        raise harness.Mistake(
+        raise harness.UserError(
             f"batch {options.batch} and length {options.length} must be at least 2 and 8, for padding on both sides"
         )
     harness.choose("torch", {"jaxlm": "", "torch": ""})

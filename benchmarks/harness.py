@@ -32,7 +32,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", 
 NEEDS = {"torch": ("torch", "transformers"), "torch-compile": ("torch", "transformers"), "flax": ("transformers",)}
 """Packages that a baseline imports and that jaxlm does not depend on."""
 OURS = "jaxlm"
-WARM = 0.3
+WARM_UP_SECONDS = 0.3
 """Seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s to reach its clock
 frequency, and the OpenMP threads of torch keep spinning for 0.2 s after a repetition of torch."""
 
@@ -67,7 +67,7 @@ class Failure(Exception):
     """An error that ends a benchmark, with a message of one sentence for the user."""
 
 
-class Mistake(Failure, ValueError):
+class UserError(Failure, ValueError):
     """A user error: a wrong option, or a package that is not installed."""
 
 
@@ -135,8 +135,8 @@ class Worker:
             raise Failure(f"{self.name} ended unexpectedly (exit status {self.process.wait()}): {last_line}")
         answer = json.loads(line)
         if "error" in answer:
-            is_mistake = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
-            raise (Mistake if is_mistake else Failure)(f"{self.name}: {answer['error']}")
+            is_user_error = call == "setup" and answer["error"].startswith(("ValueError", "ImportError"))
+            raise (UserError if is_user_error else Failure)(f"{self.name}: {answer['error']}")
         return answer["result"]
 
 
@@ -222,16 +222,18 @@ def choose(against: str, implementations: dict[str, str]) -> dict[str, str]:
     """The targets of jaxlm and of the baselines in ``against``.
 
     Raises:
-        Mistake: a baseline is unknown, or a package that it needs is not installed.
+        UserError: a baseline is unknown, or a package that it needs is not installed.
     """
     names = [name for name in against.replace(" ", "").split(",") if name and name != OURS]
     for name in names:
         if name not in implementations:
             baselines = [baseline for baseline in implementations if baseline != OURS]
-            raise Mistake(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
+            raise UserError(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
         missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
-            raise Mistake(f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against")
+            raise UserError(
+                f"{name} needs {' and '.join(missing)}: pip install 'jaxlm[reference]', or choose --against"
+            )
     return {name: implementations[name] for name in (OURS, *names)}
 
 
@@ -241,10 +243,10 @@ def with_class(
     """The targets of the implementations that have a model of a family. Prints the names of the others.
 
     Raises:
-        Mistake: the benchmark does not support the family.
+        UserError: the benchmark does not support the family.
     """
     if family not in known:
-        raise Mistake(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
+        raise UserError(f"family {family!r} is not measured here: choose a model of {', '.join(known)}")
     missing = [name for name in targets if name != OURS and family not in classes[name]]
     if missing:
         print(f"{', '.join(missing)}: not measured, because it has no model of the family {family}")
@@ -255,12 +257,12 @@ def names(option: str, text: str, known: Sequence[str]) -> list[str]:
     """The names in the comma-separated text of an option.
 
     Raises:
-        Mistake: a name is not in ``known``.
+        UserError: a name is not in ``known``.
     """
     result = text.replace(" ", "").split(",")
     for name in result:
         if name not in known:
-            raise Mistake(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
+            raise UserError(f"--{option} {name!r} is unknown: choose from {', '.join(known)}")
     return result
 
 
@@ -268,14 +270,14 @@ def numbers(option: str, text: str) -> list[int]:
     """The whole numbers in the comma-separated text of an option.
 
     Raises:
-        Mistake: the text has another value, or a number below 1.
+        UserError: the text has another value, or a number below 1.
     """
     try:
         result = [int(part) for part in text.split(",")]
     except ValueError:
-        raise Mistake(f"--{option} {text!r} must be whole numbers, separated by commas") from None
+        raise UserError(f"--{option} {text!r} must be whole numbers, separated by commas") from None
     if min(result) < 1:
-        raise Mistake(f"--{option} {text!r}: each number must be at least 1")
+        raise UserError(f"--{option} {text!r}: each number must be at least 1")
     return result
 
 
@@ -385,9 +387,9 @@ def measure(
 
 
 def warm_run(worker: Worker) -> tuple[float, Any]:
-    """The seconds and the result of one repetition. Before it, repetitions run for at least :data:`WARM` seconds."""
+    """The seconds and the result of one repetition, after repetitions for at least :data:`WARM_UP_SECONDS`."""
     elapsed = worker.run()[0]
-    while elapsed < WARM:
+    while elapsed < WARM_UP_SECONDS:
         elapsed += worker.run()[0]
     return worker.run()
 
@@ -617,14 +619,14 @@ def check_options(options: Any) -> None:
     """Check numbers and output files before the measurement.
 
     Raises:
-        Mistake: a number is below 1, or a file cannot be written.
+        UserError: a number is below 1, or a file cannot be written.
     """
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**31:
-            raise Mistake(f"{option} {value} must be from 1 to {2**31 - 1}")
+            raise UserError(f"{option} {value} must be from 1 to {2**31 - 1}")
         if field.name == "json" and value is not None:
             if value.is_dir():
-                raise Mistake(f"{option} {value} is a directory: give the path of a file")
+                raise UserError(f"{option} {value} is a directory: give the path of a file")
             if not value.absolute().parent.is_dir():
-                raise Mistake(f"{option} {value}: there is no directory {value.parent}")
+                raise UserError(f"{option} {value}: there is no directory {value.parent}")

@@ -61,14 +61,14 @@ def run_torch(options: Options) -> dict[str, float]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from experiments.text_generation import PRESETS
-    from jaxlm.data import Batches, CharTokenizer, RandomWindows, read_text, split
+    from jaxlm.data import Batches, CharTokenizer, RandomWindows, read_text, split_tokens
     from jaxlm.training.optimizer import learning_rate
 
     experiment = PRESETS["nanogpt"]
     training, settings = experiment.training, experiment.optimizer
     text = read_text(options.data)
     tokenizer = CharTokenizer.from_text(text)
-    train, validation = split(tokenizer.encode(text), experiment.validation_fraction)
+    train, validation = split_tokens(tokenizer.encode(text), experiment.validation_fraction)
     length, rows = training.sequence_length, training.batch_size
     torch.manual_seed(training.seed)
     ours = experiment.model.build(vocab_size=tokenizer.vocab_size, max_positions=length)[0].config
@@ -113,7 +113,7 @@ def run_torch(options: Options) -> dict[str, float]:
 def run(options: Options) -> None:
     """Run jaxlm and torch, and print one row of results for each."""
     if not options.data.is_file():
-        raise harness.Mistake(f"--data {options.data} is not a file: give the path of a text file")
+        raise harness.UserError(f"--data {options.data} is not a file: give the path of a text file")
     if options.side == "torch":
         print(json.dumps(run_torch(options)))
         return

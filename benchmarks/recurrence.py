@@ -112,7 +112,7 @@ def _us_per_step(row: harness.Row) -> float:
 def _parse_size(text: str) -> shapes.Recurrence:
     parts = text.strip().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise harness.Mistake(f"--sizes {text!r} must be steps x rows x width, such as 128x32x512")
+        raise harness.UserError(f"--sizes {text!r} must be steps x rows x width, such as 128x32x512")
     return shapes.Recurrence(*map(int, parts))
 
 

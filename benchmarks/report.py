@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import harness
-from benchmarks.harness import OURS, Mistake
+from benchmarks.harness import OURS, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
     """The measured rows of all files, each with its ``file``, ``program`` and ``machine``.
 
     Raises:
-        Mistake: there is no file, or a file was not written by a benchmark.
+        UserError: there is no file, or a file was not written by a benchmark.
     """
     if not files:
-        raise Mistake("there are no result files: give files that benchmarks wrote with --json")
+        raise UserError("there are no result files: give files that benchmarks wrote with --json")
     rows = []
     for file in files:
         try:
@@ -50,9 +50,9 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
                 if "median" in row and "work" in row:  # fidelity and nanogpt write rows without times
                     rows.append({**row, "file": file.name, "program": record["program"], "machine": record["machine"]})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
+            raise UserError(f"{file} is not a file that a benchmark wrote with --json: {error!r}") from error
     if not rows:
-        raise Mistake(
+        raise UserError(
             "the files have no timed rows: give files of the benchmarks training, decoding, attention, recurrence or "
             "scans"
         )
@@ -69,12 +69,14 @@ def sizes(shape: str) -> dict[str, int]:
     return {name.rstrip("="): int(size) for name, size in re.findall(r"\b([A-Z]|[a-z]+=)(\d+)\b", shape)}
 
 
-def losses(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def slower_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of baselines that took less time than jaxlm in the same rounds. The lowest ratio comes first."""
     return sorted((row for row in rows if row["peer"] != OURS and row["ratio"] < 1.0), key=lambda row: row["ratio"])
 
 
-def growth(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]]:
+def rows_by_size(
+    rows: Sequence[dict[str, Any]],
+) -> dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]]:
     """Groups of two or more rows that differ in one size: (file, operation, size name) -> name -> [(size, row)]."""
     groups: dict[tuple[str, str, str], dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     for row in rows:
@@ -101,11 +103,11 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
             f"<p class=machine>{html.escape(f'{file}: {description}')}</p>",
         ]
         parts.append(_table(file_rows))
-    slower_rows = losses(rows)
+    slower = slower_rows(rows)
     parts.append("<h2>Where jaxlm is slower</h2>")
-    if slower_rows:
+    if slower:
         parts.append("<p>Every row in which a baseline took less time than jaxlm in the same rounds.</p>")
-        parts.append(_table(slower_rows))
+        parts.append(_table(slower))
     else:
         parts.append("<p>In none of these rows is a baseline faster.</p>")
     parts += [
@@ -113,7 +115,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "<p>The peak is that of a matrix product or a copy in the same rounds.</p>",
         _peak_plot(rows),
     ]
-    groups = growth(rows)
+    groups = rows_by_size(rows)
     if groups:
         parts.append("<h2>Time as a function of size</h2>")
         parts += [_curve(operation, name, lines) for (_, operation, name), lines in groups.items()]

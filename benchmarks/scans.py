@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from benchmarks import harness, shapes
-from benchmarks.harness import OURS, Mistake
+from benchmarks.harness import OURS, UserError
 
 BASELINES = {
     "linear_scan": ("lax.scan", "associative_scan"),
@@ -44,7 +44,7 @@ def run(options: Scans) -> None:
     known = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
     chosen = harness.choose(options.against, known)
     if options.only and options.only not in BASELINES:
-        raise Mistake(f"--only {options.only} is unknown: choose from {', '.join(BASELINES)}")
+        raise UserError(f"--only {options.only} is unknown: choose from {', '.join(BASELINES)}")
     cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
     if options.quick:
         cases = [case.quick() for case in cases]

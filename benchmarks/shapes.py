@@ -115,11 +115,11 @@ QUICK_RECURRENCES = (Recurrence(6, 2, 8),)
 class Attention:
     """Causal attention of one row, or one query over a cache."""
 
-    form: str
+    variant: str
     """plain, bias, relative or decode."""
     length: int
     """Tokens; for decode: tokens in the cache."""
-    slots: int
+    capacity: int
     """For decode: capacity of the cache in tokens."""
     heads: int = 12
     """Number of heads."""
@@ -129,15 +129,15 @@ class Attention:
     @property
     def queries(self) -> int:
         """Number of queries."""
-        return 1 if self.form == "decode" else self.length
+        return 1 if self.variant == "decode" else self.length
 
     @property
     def keys(self) -> int:
         """Number of keys."""
-        return self.slots if self.form == "decode" else self.length
+        return self.capacity if self.variant == "decode" else self.length
 
     def __str__(self) -> str:
-        cache = f" of {self.slots}" if self.form == "decode" else ""
+        cache = f" of {self.capacity}" if self.variant == "decode" else ""
         return f"B1 T{self.length}{cache} H{self.heads} K{self.width}"
 
 
@@ -155,7 +155,7 @@ def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
     arrays = {name: draw(1, n, H, K) for name, n in (("query", shape.queries), ("dout", shape.queries))}
     arrays |= {name: draw(1, shape.keys, H, K) for name in ("key", "value")}
     tables = {"bias": (32, H), "relative": (shape.keys, H, K)}
-    return arrays | ({"table": draw(*tables[shape.form])} if shape.form in tables else {})
+    return arrays | ({"table": draw(*tables[shape.variant])} if shape.variant in tables else {})
 
 
 QUICK_DECODING = Decoding(batch="2", prompt="8", tokens=16)
@@ -206,7 +206,7 @@ def scan_work(shape: Scan, backward: bool) -> Work:
 def attention_work(shape: Attention, passes: str) -> Work:
     """FLOPs of attention, not counting the bias; for decode, the bytes of the filled part of the cache."""
     H, K = shape.heads, shape.width
-    if shape.form == "decode":
+    if shape.variant == "decode":
         return Work(1, 2 * 4 * H * K * shape.length, "B", "bytes of the cached keys and values, relative to a copy")
     amount = 2.0 * shape.length**2 * H * K * (1 if passes == "forward" else 3.5)
     return Work(shape.length, amount, "FLOP", "2*T*T*H*K forward, 3.5 times that with backward, relative to a GEMM")

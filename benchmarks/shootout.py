@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import Mistake
+from benchmarks.harness import UserError
 
 BASES = ("parameters", "flops")
 
@@ -97,7 +97,7 @@ def run(options: Shootout) -> None:
     contexts = sorted(harness.numbers("contexts", options.contexts))
     steps = options.tokens // (options.batch * options.length)
     if steps < 8:
-        raise Mistake(
+        raise UserError(
             f"--tokens {options.tokens} gives {steps} batches of {options.batch} x {options.length}: at least 8 are "
             "needed"
         )
@@ -131,9 +131,9 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     B, T = options.batch, options.length
 
     def make_recipe(name: str) -> Any:
-        stream = RECIPES[name].state_length
+        carry_size = RECIPES[name].state_length
         return dataclasses.replace(
-            RECIPES[name], batch_size=B, length=T, state_length=T if stream is not None and stream > 1 else stream
+            RECIPES[name], batch_size=B, length=T, state_length=T if carry_size is not None and carry_size > 1 else carry_size
         )
 
     def make_builder(name: str) -> Callable[[int], Any]:
@@ -149,19 +149,19 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
     def make_step(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
         recipe = make_recipe(name)
-        stream = None if recipe.state_length is None else (B, recipe.state_length)
+        carry_size = None if recipe.state_length is None else (B, recipe.state_length)
         config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
-        return recipe, stream, make_optimizer(config, model.specs, steps), causal.loss
+        return recipe, carry_size, make_optimizer(config, model.specs, steps), causal.loss
 
     def flops(name: str) -> Callable[[Any], float]:
         def count(model: Any) -> float:
             changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
             without_remat = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
-            _, stream, optimizer, loss = make_step(name, without_remat)
-            trainer = Trainer(without_remat, optimizer, loss, carry_size=stream)
+            _, carry_size, optimizer, loss = make_step(name, without_remat)
+            trainer = Trainer(without_remat, optimizer, loss, carry_size=carry_size)
             window = jax.ShapeDtypeStruct((B, T), "int32")
             weights = jax.ShapeDtypeStruct((B, T), "float32")
-            reset = None if stream is None else jax.ShapeDtypeStruct((B,), "bool")
+            reset = None if carry_size is None else jax.ShapeDtypeStruct((B,), "bool")
             batch = causal.Batch(window, window, weights, reset=reset)
             return counted_flops(trainer.step, trainer.abstract(), batch).amount / (B * T)
 
@@ -173,9 +173,9 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     model = build_at_equal_parameters(family)
     if basis == "flops":
         model = sized(make_builder(family), flops(family), flops("gpt")(build_at_equal_parameters("gpt")))
-    recipe, stream, optimizer, loss = make_step(family, model)
+    recipe, carry_size, optimizer, loss = make_step(family, model)
     data, convert = Data.load(), to_batch(recipe)
-    trainer = Trainer(model, optimizer, loss, carry_size=stream)
+    trainer = Trainer(model, optimizer, loss, carry_size=carry_size)
     state = trainer.init(jax.random.key(0))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
@@ -199,7 +199,7 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     return {
         "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops(family)(model),
         "tokens": steps * B * T,
-        "loss": Evaluator(model, loss, validation_batches, carry_size=stream)(state.params)["loss"],
+        "loss": Evaluator(model, loss, validation_batches, carry_size=carry_size)(state.params)["loss"],
         "losses": losses, "tokens_per_second": B * T / statistics.median(seconds), "compile_seconds": compile_seconds,
         "step_bytes": arrays + memory.temp_size_in_bytes, "parameter_bytes": parameter_bytes,
         "state_bytes": state_bytes, "decode_seconds": decoded,

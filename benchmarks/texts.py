@@ -104,7 +104,7 @@ def run(options: Texts) -> None:
     """Measure and print the results."""
     harness.choose("torch", TRANSLATORS)
     if options.translator is None and options.classifier is None:
-        raise harness.Mistake("nothing to measure: give --translator and --sources, or --classifier and --texts")
+        raise harness.UserError("nothing to measure: give --translator and --sources, or --classifier and --texts")
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -117,14 +117,14 @@ def run(options: Texts) -> None:
         if directory is None:
             continue
         if file is None:
-            raise harness.Mistake(
+            raise harness.UserError(
                 f"{task} needs a file of sentences: --sources for --translator, --texts for --classifier"
             )
         directory = directory / "model" if (directory / "model").is_dir() else directory
         if not (directory / "config.json").is_file() or not file.is_file():
-            raise harness.Mistake(f"{directory} has no config.json, or {file} is not a file")
+            raise harness.UserError(f"{directory} has no config.json, or {file} is not a file")
         if not file.stat().st_size:
-            raise harness.Mistake(f"{file} is empty: give one text per line")
+            raise harness.UserError(f"{file} is empty: give one text per line")
         files = {"directory": str(directory), "file": str(file)}
         records.append(compare(task, implementations, options.rounds, **files, batch=options.batch, **settings))
         print(f"\n{show(records[-1])}", flush=True)

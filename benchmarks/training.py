@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import sys
 
-from benchmarks import harness, shapes, wholes
+from benchmarks import complete_models, harness, shapes
 
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.training_baselines:Jaxlm",
@@ -31,7 +31,7 @@ OPERATIONS = {"forward": "loss", "step": "training step"}
 UPDATES = 3
 TOLERANCES = ((0, 1e-4), (UPDATES, 1e-4))
 """Pairs of a number of updates and the maximum relative difference of the losses after them."""
-LOOSE = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
+FAMILY_TOLERANCES = {"resnet": ((0, 1e-4), (UPDATES, 2e-2))}
 """Tolerances of the steps of single families. The gradients of many parameters before a batch normalization are only
 rounding errors, and the first updates of Adam do not depend on the size of a gradient."""
 
@@ -50,9 +50,9 @@ def run(options: Training) -> None:
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}
         with harness.session(name, options.device, **sizes) as session:
             model = session.model
-            supported = harness.with_class(targets, model["family"], wholes.CLASSES, wholes.SIZES)
+            supported = harness.with_class(targets, model["family"], complete_models.CLASSES, complete_models.SIZES)
             for which in passes:
-                tolerances = LOOSE.get(model["family"], TOLERANCES) if which == "step" else TOLERANCES
+                tolerances = FAMILY_TOLERANCES.get(model["family"], TOLERANCES) if which == "step" else TOLERANCES
                 arguments = {"family": model["family"], "passes": which}
                 measured = session.compare(
                     supported, arguments, OPERATIONS[which], f"{name} B{model['batch']} T{model['length']}",

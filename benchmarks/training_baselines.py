@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import wholes
+from benchmarks import complete_models
 from benchmarks.baselines import jax_exact, jax_facts, torch_device, torch_facts
 from benchmarks.shapes import ADAMW
 from benchmarks.worker import Implementation
@@ -58,7 +58,7 @@ class Jaxlm(JaxTraining):
 
         model, params = jaxlm.load_pretrained(directory)
         self.updates = passes == "step"
-        self.batch = jax.device_put(wholes.batch_of(wholes.load(directory)))
+        self.batch = jax.device_put(complete_models.batch_of(complete_models.load(directory)))
         loss = objective(task_of(model)).loss
         if not self.updates:
 
@@ -84,14 +84,14 @@ class Flax(JaxTraining):
         import optax
 
         model = flax_model(directory, family)
-        arrays = wholes.load(directory)
+        arrays = complete_models.load(directory)
         self.updates = passes == "step"
-        self.batch = jax.device_put((wholes.inputs(family, arrays), wholes.labels(arrays)))
+        self.batch = jax.device_put((complete_models.inputs(family, arrays), complete_models.labels(arrays)))
 
         def mean_loss(params: Any, batch: Any) -> Any:
             inputs, labels = batch
             logits = model(**inputs, params=params, train=self.updates).logits
-            mask = labels != wholes.IGNORED
+            mask = labels != complete_models.IGNORED
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(mask, labels, 0))
             return jnp.sum(losses * mask) / jnp.sum(mask)
 
@@ -126,7 +126,7 @@ def flax_model(directory: str, family: str) -> Any:
     clip = jnp.clip
     if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 passes a_max, which JAX renamed to max
         vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **options: clip(x, a_min, a_max, **options)
-    return getattr(transformers, wholes.FLAX[family]).from_pretrained(directory)
+    return getattr(transformers, complete_models.FLAX[family]).from_pretrained(directory)
 
 
 class Torch(Implementation):
@@ -176,19 +176,19 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
     """The model of a directory, and a function that computes its mean loss on the batch in the directory."""
     import torch
 
-    device, arrays = torch_device(), wholes.load(directory)
+    device, arrays = torch_device(), complete_models.load(directory)
 
     def tensor(x: Any) -> Any:
         result = torch.from_numpy(x).to(device)
         return result if result.is_floating_point() else result.long()
 
-    labels = tensor(wholes.labels(arrays))
+    labels = tensor(complete_models.labels(arrays))
     model = torch_model(directory, family)
     if family == "transformer_xl":
         tokens = tensor(arrays["tokens"])
         return model, lambda: model.loss(tokens, labels)
-    if wholes.TORCH[family]:
-        inputs = {name: tensor(x) for name, x in wholes.inputs(family, arrays).items()}
+    if complete_models.TORCH[family]:
+        inputs = {name: tensor(x) for name, x in complete_models.inputs(family, arrays).items()}
         options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})
 
         def logits() -> Any:
@@ -204,7 +204,7 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
     def loss() -> Any:
         scores = logits()
         return torch.nn.functional.cross_entropy(
-            scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), ignore_index=wholes.IGNORED
+            scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), ignore_index=complete_models.IGNORED
         )
 
     return model, loss
@@ -212,10 +212,10 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
 
 def torch_model(directory: str, family: str) -> Any:
     """The torch model of a checkpoint, from transformers or ``torch_models``."""
-    if not wholes.TORCH[family]:
+    if not complete_models.TORCH[family]:
         from benchmarks import torch_models
 
         return torch_models.read(directory, family)
     import transformers
 
-    return getattr(transformers, wholes.TORCH[family]).from_pretrained(directory)
+    return getattr(transformers, complete_models.TORCH[family]).from_pretrained(directory)

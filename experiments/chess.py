@@ -1,6 +1,6 @@
 """Train a model to predict chess moves from sequences of moves, and measure how well it plays.
 
-    python -m experiments.chess                                        2,000 embedded games, Llama, about 2 minutes
+    python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
 
 With a file that has one game per line (SAN or UCI moves), or a PGN file. 144,000 master games take about an hour on two
 CPU cores:
@@ -71,7 +71,7 @@ class Experiment:
     tests: TestSizes = TestSizes()
     """The tests."""
     data: Path | None = None
-    """File of games: .txt (one game per line) or .pgn, also with .gz; None: the embedded games."""
+    """File of games: .txt (one game per line) or .pgn, also with .gz; None: the included games."""
     notation: Notation = "san"
     """Move notation that the model reads. The file may have either notation."""
     max_games: int | None = None
@@ -127,7 +127,7 @@ PRESETS = {
 
 
 def read(experiment: Experiment) -> Games:
-    """The games of the file, or the embedded games."""
+    """The games of the file, or the included games."""
     start_time = time.perf_counter()
     if experiment.data is None:
         games = chess_games(experiment.notation)
@@ -223,7 +223,7 @@ def _report(
     write_boards(directory, boards)
     lib.report(
         directory, task="chess", model=model, start_time=start_time, scores=scores, result=result,
-        data=str(experiment.data or "embedded games"), notation=experiment.notation,
+        data=str(experiment.data or "included games"), notation=experiment.notation,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python -m experiments.families                      all families
     python -m experiments.families --family lstm t5     some families
 
-The tokens are the characters of the embedded corpus. Its last 10 % is for validation. Objectives of the families:
+The tokens are the characters of the included corpus. Its last 10 % is for validation. Objectives of the families:
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character, along contiguous columns with state carried from batch to batch
@@ -38,7 +38,7 @@ import jaxlm
 from jaxlm import config as config_lib
 from jaxlm import host
 from jaxlm.command_line import Parser, exit_status, split_debug
-from jaxlm.data import Batches, CharTokenizer, Columns, RandomWindows, Source, Window, shakespeare
+from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, Window, shakespeare
 from jaxlm.data.corpora import PLAYS
 from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
@@ -192,7 +192,7 @@ class Data:
 
     @classmethod
     def load(cls) -> Data:
-        """The data of the embedded plays."""
+        """The data of the included plays."""
         text = shakespeare()
         tokens = CharTokenizer.from_text(text).encode(text)
         starts = [text.index(f"{title}\n\n") for title in PLAYS]
@@ -221,7 +221,7 @@ def source(data: Data, recipe: Recipe, part: str, seed: int) -> Source:
         return RandomWindows(data.passages(part, length, stride), length, rows, seed=seed, stride=length + 1)
     text = getattr(data, part)
     if recipe.state_length is not None:
-        return Columns(text, length, rows)
+        return ContiguousStreams(text, length, rows)
     return RandomWindows(text, length, rows, seed=seed, stride=1 if part == "training" else length)
 
 
@@ -235,19 +235,26 @@ def to_batch(recipe: Recipe) -> Callable[[Window], Batch]:
     def rng(window: Window) -> np.random.Generator:
         return np.random.default_rng(zlib.crc32(np.ascontiguousarray(window.tokens).tobytes()))
 
+    masking = masked.MaskingConfig(mask_id=MASK, vocab_size=VOCABULARY)
+    permuting = permutation.PermutationConfig(
+        reuse_length=XLNET_PART_LENGTH, permutation_length=XLNET_PART_LENGTH, num_predict=XLNET_PART_LENGTH // 3,
+        cls_id=CLS, sep_id=SEP,
+    )  # fmt: skip
+
     def masked_batch(window: Window) -> Batch:
-        return masked.batch(window.tokens[:, :-1], rng(window), mask_id=MASK, vocab_size=VOCABULARY)
+        return masked.batch(window.tokens[:, :-1], rng(window), masking)
 
     def permuted_batch(window: Window) -> Batch:
-        return permutation.batch(
-            window.tokens[:, :-1], rng(window), reuse_length=XLNET_PART_LENGTH, permutation_length=XLNET_PART_LENGTH,
-            num_predict=XLNET_PART_LENGTH // 3,
-            cls_id=CLS, sep_id=SEP,
-        )  # fmt: skip
+        return permutation.batch(window.tokens[:, :-1], rng(window), permuting)
 
     def corrupted_batch(window: Window) -> Batch:
         return span_corruption.batch(
-            window.tokens, rng(window), first_sentinel=FIRST_SENTINEL, end_id=END, start_id=START, sentinels=SENTINELS
+            window.tokens,
+            rng(window),
+            first_sentinel=FIRST_SENTINEL,
+            end_id=END,
+            start_id=START,
+            num_sentinels=SENTINELS,
         )
 
     def labelled_batch(window: Window) -> Batch:

@@ -47,7 +47,7 @@ class Data:
     """Files of labelled sentences."""
 
     train: Path | None = None
-    """.tsv or .csv with a header, or lines "label sentence" (also .gz); None: passages of the embedded plays."""
+    """.tsv or .csv with a header, or lines "label sentence" (also .gz); None: passages of the included plays."""
     test: Path | None = None
     """File of the test split; None: test_fraction of the training file."""
     encoding: str = "utf-8"
@@ -131,7 +131,7 @@ PRESETS = {
 
 
 def read_all(data: Data) -> Examples:
-    """The examples of the training file, or the embedded examples."""
+    """The examples of the training file, or the included examples."""
     return play_passages() if data.train is None else read_labelled(data.train, data.encoding)
 
 
@@ -218,7 +218,7 @@ def train_and_test(
     )
     lib.report(
         directory, task="sentiment", model=model, start_time=start_time, scores=[score],
-        data=str(experiment.data.train or "passages of the embedded plays"), result=result,
+        data=str(experiment.data.train or "passages of the included plays"), result=result,
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip
     return result, score

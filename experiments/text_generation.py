@@ -1,6 +1,6 @@
 """Train a character language model and generate text: GPT, Llama, LSTM, GRU, Transformer-XL or gated convolutions.
 
-    python -m experiments.text_generation                          a GPT on the embedded plays, 1 to 3 minutes
+    python -m experiments.text_generation                          a GPT on the included plays, 1 to 3 minutes
     python -m experiments.text_generation --preset lstm            another family on the same text, 1 to 2 minutes
     python -m experiments.text_generation --data FILE              a UTF-8 text file (also .gz)
 
@@ -58,7 +58,7 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
     """The optimizer."""
     data: Path | None = None
-    """UTF-8 text file to train on (also .gz); None: the embedded Shakespeare plays."""
+    """UTF-8 text file to train on (also .gz); None: the included Shakespeare plays."""
     tokenizer: Literal["character", "byte"] = "character"
     """Type of tokens: the characters of the text, or bytes."""
     validation_fraction: float = 0.1
@@ -70,7 +70,7 @@ class Experiment:
     output: Path | None = None
     """Run directory; None: runs/text_generation-<time>."""
     prompt: str | None = None
-    """Prompt of the passage; None: "ROMEO:" for the embedded plays, else the start of the validation split."""
+    """Prompt of the passage; None: "ROMEO:" for the included plays, else the start of the validation split."""
     sample_tokens: int = 600
     """Length of the generated passage in tokens."""
     temperature: float = 0.8
@@ -152,7 +152,7 @@ def build(experiment: Experiment, resume: Path | None) -> tuple[Corpus, Tokenize
         tokenizer = load_tokenizer(directory)
     else:
         tokenizer = CharTokenizer.from_text(text) if experiment.tokenizer == "character" else ByteTokenizer()
-    fractions, name = (experiment.validation_fraction, experiment.test_fraction), experiment.data or "the embedded text"
+    fractions, name = (experiment.validation_fraction, experiment.test_fraction), experiment.data or "the included text"
     corpus = Corpus.split(text, tokenizer, *fractions, name=str(name))
     fixed: dict[str, Any] = {}
     if config.pretrained is None:
@@ -192,7 +192,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
 
     def batches(part: str, seed: int) -> Batches:
         source = corpus.batches(part, length=length, batch_size=rows, model=model, seed=seed)
-        return Batches(source, None if sharding is None else sharding.rows(rows), to_batch=to_batch)
+        return Batches(source, None if sharding is None else sharding.local_rows(rows), to_batch=to_batch)
 
     validation, data, count = batches("validation", 0), batches("training", config.seed), config.evaluation_batches
     if state is not None:  # the carried state is valid only until the end of the columns
@@ -213,7 +213,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     result = train(trainer, data, evaluate, config, lib.make_run(directory, experiment, resume), params)
     if not lib.export(directory, experiment, model, result, tokenizer):
         return result
-    final_params = jax.tree.map(processes.on_host, result.params)
+    final_params = jax.tree.map(processes.gather_to_host, result.params)
     if processes.is_first():
         final_params = jax.tree.map(jnp.asarray, final_params)
         passage = write_passage(experiment, model, final_params, tokenizer, prompt)

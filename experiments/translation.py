@@ -1,6 +1,6 @@
 """Train a translator from scratch: a Transformer with the architecture of T5, or an RNN with attention.
 
-    python -m experiments.translation                         embedded Bible verses, English to Spanish, 2 minutes
+    python -m experiments.translation                         included Bible verses, English to Spanish, 2 minutes
 
 Multi30k (task 1, files train.en, train.de, val.en, ...), English to German:
 
@@ -41,7 +41,7 @@ class Data:
     """Parallel texts: line n of the target file is the translation of line n of the source file."""
 
     directory: Path | None = None
-    """Directory with two files per split, such as train.en and train.de (also .gz). None: the embedded verses."""
+    """Directory with two files per split, such as train.en and train.de (also .gz). None: the included verses."""
     train: str = "train"
     """Name of the training split."""
     validation: str = "val"
@@ -161,7 +161,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     model, params, tokenizer = build(experiment, training, resume)
     source = Bucketed(
         seq2seq.encode(training, tokenizer), config.batch_size, experiment.buckets, seed=config.seed, equal_tokens=True,
-        multiple=4,
+        length_multiple=4,
     )  # fmt: skip
     config = dataclasses.replace(config, steps=round(experiment.epochs * source.steps_per_epoch))
     held_out = seq2seq.batches(seq2seq.encode(validation, tokenizer), model, tokenizer, config.batch_size)
@@ -208,7 +208,7 @@ def translate(
     seq2seq.write_test(directory, model, result.params, tokenizer, sources, references, outputs)
     lib.report(
         directory, task="translation", model=model, start_time=start_time, scores=scores,
-        data=str(experiment.data.directory or "embedded verses"), result=result, beams=experiment.num_beams,
+        data=str(experiment.data.directory or "included verses"), result=result, beams=experiment.num_beams,
         test_examples_per_second=round(rate, 1),
     )  # fmt: skip
 

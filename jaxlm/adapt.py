@@ -186,9 +186,9 @@ class LoRA:
     [vocab, embed], whose rows are the vocabulary, A is initialized with zeros and B randomly.
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each weight. The frozen tree has all base
-    parameters except those in ``train``. The merged weights are computed in each step, so the gradients of the full
-    weights temporarily need memory. The optimizer state and the checkpoints of the trained tree are small. No dropout
-    is applied to the input of the factors.
+    parameters except those in ``full_training_patterns``. The merged weights are computed in each step, so the
+    gradients of the full weights temporarily need memory. The optimizer state and the checkpoints of the trained tree
+    are small. No dropout is applied to the input of the factors.
     """
 
     rank: int
@@ -198,7 +198,7 @@ class LoRA:
     targets: tuple[str, ...] = (r"attention/(query|value|qkv)/weight$",)
     """Regular expressions that are searched anywhere (``re.search``) in the path of a weight. Biases and other leaves
     that are not matrices are ignored. By default, the query and value projections are adapted, as in the paper."""
-    train: tuple[str, ...] = ()
+    full_training_patterns: tuple[str, ...] = ()
     """Regular expressions for parameters that are trained in full, such as ``"^classifier/"`` for a new head."""
 
     def __post_init__(self) -> None:
@@ -207,7 +207,7 @@ class LoRA:
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0.0):
             raise ValueError(f"alpha={self.alpha} must be a positive number, or None")
         _check_patterns("targets", self.targets)
-        _check_patterns("train", self.train)
+        _check_patterns("full_training_patterns", self.full_training_patterns)
         if not self.targets:
             raise ValueError("targets=() adapts nothing: name weights, for example targets=('attention/',)")
 
@@ -220,7 +220,7 @@ class LoRA:
         """Specs of the trained tree.
 
         Raises:
-            ValueError: a pattern matches nothing, or a weight matches both ``targets`` and ``train``.
+            ValueError: a pattern matches nothing, or a weight matches both ``targets`` and ``full_training_patterns``.
         """
         fully_trained = self._fully_trained_paths(model_specs)
         return _union(self._factor_specs(model_specs), _filter(model_specs, lambda name: name in fully_trained))
@@ -258,10 +258,13 @@ class LoRA:
         return {name: weights[name] for name in sorted(_matching_paths("targets", self.targets, weights))}
 
     def _fully_trained_paths(self, model_specs: spec.Tree) -> frozenset[str]:
-        fully_trained = _matching_paths("train", self.train, _leaves(model_specs))
+        fully_trained = _matching_paths("full_training_patterns", self.full_training_patterns, _leaves(model_specs))
         in_both = sorted(fully_trained & set(self.target_paths(model_specs)))
         if in_both:
-            raise ValueError(f"{', '.join(in_both)} match targets={self.targets} and train={self.train}: choose one")
+            raise ValueError(
+                f"{', '.join(in_both)} match targets={self.targets} and full_training_patterns="
+                f"{self.full_training_patterns}: choose one"
+            )
         return fully_trained
 
     def _factor_specs(self, model_specs: spec.Tree) -> spec.Tree:

@@ -281,7 +281,7 @@ class Checkpointer:
         record = json.loads(json.dumps(record))  # a copy, because orbax writes it later in another thread
         record["checksum"] = _digest(record)
         self._last_saved, self._needs_sync = step, True
-        with integrity.explained(self.directory, "the earlier checkpoints are unchanged"):
+        with integrity.explain_disk_errors(self.directory, "the earlier checkpoints are unchanged"):
             self._orbax.save(
                 path, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
             )
@@ -290,7 +290,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until the last save is complete and old steps are deleted. Raises the errors of the save."""
-        with integrity.explained(self.directory, "the earlier checkpoints are unchanged"):
+        with integrity.explain_disk_errors(self.directory, "the earlier checkpoints are unchanged"):
             self._orbax.wait_until_finished()
             if self._last_saved is not None and processes.is_first():
                 if self._needs_sync:
@@ -479,7 +479,7 @@ class Checkpointer:
                 reason = str(error)
                 if on_corrupt == "stop" or not any(other < newest for other in intact):
                     raise CorruptCheckpointError(f"{reason}; {self._alternatives(newest)}") from error
-            processes.from_first(functools.partial(self._rename_damaged, newest, reason))
+            processes.call_in_first_process(functools.partial(self._rename_damaged, newest, reason))
 
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest intact step that is not ``extra``. Newer steps are deleted.
@@ -491,7 +491,7 @@ class Checkpointer:
             CorruptCheckpointError: an array of this step is damaged.
         """
         self.wait()
-        processes.wait("checkpoint saved")  # so that no process reads old steps while the first process deletes them
+        processes.barrier("checkpoint saved")  # so that no process reads old steps while the first process deletes them
         records = self._scan()[0]
         step = max((step for step in records if not _is_extra(records[step])), default=None)
         if step is None:
@@ -500,7 +500,7 @@ class Checkpointer:
         if processes.is_first():
             self._delete(later for later in records if later > step)
             self.remove_leftovers()
-        processes.wait("newer checkpoints deleted")
+        processes.barrier("newer checkpoints deleted")
         self._last_saved = None
         return restored
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 DEBUG = "--debug"
 INTERRUPTED, BROKEN_PIPE = 130, 141
-LONGEST = 2000
+MAX_MESSAGE_LENGTH = 2000
 """Maximum length of a message in characters. The middle of a longer message is left out."""
 
 _USER_ERRORS = (
@@ -76,10 +76,10 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
             check_numbers(config)
     except SystemExit as error:
         if error.code == 2:
-            refuse(program, _parse_error_box(stderr.getvalue(), program))
+            exit_with_error(program, _parse_error_box(stderr.getvalue(), program))
         raise
     except ValueError as error:
-        refuse(program, str(error))
+        exit_with_error(program, str(error))
     sys.stderr.write(stderr.getvalue())
     return config
 
@@ -118,10 +118,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and end with status 2."""
-        refuse(self.prog, f"{message}; {self.prog} --help lists the options")
+        exit_with_error(self.prog, f"{message}; {self.prog} --help lists the options")
 
 
-def refuse(program: str, message: str) -> NoReturn:
+def exit_with_error(program: str, message: str) -> NoReturn:
     """Print one line and raise ``SystemExit(2)``."""
     print(f"{program.removeprefix('python -m ')}: {_one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
@@ -147,10 +147,10 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
         if debug:
             traceback.print_exc()
         print(f"{program}: {describe(error)}", file=sys.stderr)
-        return 2 if is_mistake(error) else 1
+        return 2 if is_user_error(error) else 1
 
 
-def is_mistake(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether an error is a user error, which a retry would repeat, instead of a failure of the run."""
     if isinstance(error, BlockingIOError):
         return False
@@ -225,7 +225,11 @@ def _message_has_fix(error: BaseException) -> bool:
 
 def _one_line(text: str) -> str:
     line = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return (
+        line
+        if len(line) <= MAX_MESSAGE_LENGTH
+        else f"{line[: MAX_MESSAGE_LENGTH // 2]} ... {line[-MAX_MESSAGE_LENGTH // 2 :]}"
+    )
 
 
 _HELP_HINT = re.compile(r"For full helptext")

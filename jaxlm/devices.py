@@ -64,7 +64,7 @@ def by_name(name: str) -> Device | None:
     return next((device for device in DEVICES if device.name == name), None)
 
 
-def peak_share(flops_per_second: float, device: Any) -> float | None:
+def peak_fraction(flops_per_second: float, device: Any) -> float | None:
     """``flops_per_second`` as a fraction of the peak of a ``jax.Device`` or device kind; None for an unknown peak."""
     known = by_kind(getattr(device, "device_kind", device))
     return None if known is None else flops_per_second / (known.tflops * 1e12)

@@ -1,7 +1,7 @@
 """Reliable files: checksums, atomic replacement, directory locks, and clear errors for a full or read-only disk.
 
 The files of a directory are replaced in two steps. First, the new files are written to a temporary directory inside it
-(:func:`staged`). When they are complete, they are moved to their final names (:func:`install`).
+(:func:`staging_directory`). When they are complete, they are moved to their final names (:func:`install_files`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def forget_checksums(directory: Path, names: Collection[str]) -> None:
+def remove_checksums(directory: Path, names: Collection[str]) -> None:
     """Remove these files from ``checksums.json``, because they are about to change."""
     checksums = _read_checksums(directory)
     if any(name in checksums for name in names):
@@ -62,8 +62,8 @@ def forget_checksums(directory: Path, names: Collection[str]) -> None:
 
 
 @contextlib.contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A context manager with a temporary directory inside ``directory``, for new files before :func:`install`.
+def staging_directory(directory: Path) -> Iterator[Path]:
+    """A context manager with a temporary directory inside ``directory``, for new files before :func:`install_files`.
 
     ``directory`` is created if it does not exist. The temporary directory is removed at the end, also after an error.
     Temporary directories of killed processes are removed at the start. Only one process at a time may write to
@@ -72,7 +72,7 @@ def staged(directory: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, or the directory is not writable.
     """
-    with explained(directory, "the previous files are unchanged"):
+    with explain_disk_errors(directory, "the previous files are unchanged"):
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(f"{_STAGING}*"):
             shutil.rmtree(leftover)
@@ -80,7 +80,7 @@ def staged(directory: Path) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
+def install_files(temporary: Path, directory: Path, names: Sequence[str]) -> None:
     """Move these files from ``temporary`` to ``directory`` and write their checksums.
 
     All files are written to the disk (fsync) before the first one is moved. ``checksums.json`` is moved first, so that
@@ -95,11 +95,11 @@ def install(temporary: Path, directory: Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def explained(directory: Path, kept: str) -> Iterator[None]:
+def explain_disk_errors(directory: Path, unchanged: str) -> Iterator[None]:
     """A context manager that re-raises errors of a full or read-only disk with a message that contains the fix.
 
     Args:
-        kept: the part of the message that says which files are valid, such as "the previous files are unchanged".
+        unchanged: the part of the message that says which files are valid, such as "the previous files are unchanged".
 
     Raises:
         OSError: an error with the same ``errno`` (a ``PermissionError`` if a permission is missing). Its message is one
@@ -115,9 +115,9 @@ def explained(directory: Path, kept: str) -> Iterator[None]:
         if error_number in _DISK_FULL:
             free = _format_bytes(shutil.disk_usage(_nearest_existing(directory)).free)
             reason = f"{os.strerror(error_number)}, {free} free"
-            message = f"the disk of {directory} is full ({reason}): {kept}. Free some space and try again"
+            message = f"the disk of {directory} is full ({reason}): {unchanged}. Free some space and try again"
         elif error_number in _NOT_WRITABLE:
-            message = f"{directory} is not writable ({error}): {kept}. Change its permissions and try again"
+            message = f"{directory} is not writable ({error}): {unchanged}. Change its permissions and try again"
         else:
             raise
         raise _os_error(error_number, message) from error
@@ -145,7 +145,7 @@ def _format_bytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """A context manager that locks a directory against other processes. The lock also ends when the process ends.
 
     Raises:

@@ -68,7 +68,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_first(make: Callable[[], str]) -> str:
+def call_in_first_process(make: Callable[[], str]) -> str:
     """Call ``make`` in the first process only, and return its result in every process.
 
     Use it for actions that must happen once (create a directory) and values that must be equal (a name with the time).
@@ -98,10 +98,10 @@ def from_first(make: Callable[[], str]) -> str:
     return message
 
 
-def wait(why: str) -> None:
-    """Wait until every process has called this function. ``why`` must be equal in all processes; errors contain it."""
+def barrier(name: str) -> None:
+    """Wait until every process has called this function. ``name`` must be equal in all processes; errors contain it."""
     if jax.process_count() > 1:
-        _multihost_utils().sync_global_devices(why)
+        _multihost_utils().sync_global_devices(name)
 
 
 def request_end() -> None:
@@ -140,7 +140,7 @@ def require_shared(directory: Path) -> None:
         os.close(file)
         return Path(path).name
 
-    path = directory / from_first(create_file)
+    path = directory / call_in_first_process(create_file)
     exists = _multihost_utils().process_allgather(np.array(path.exists())).reshape(-1)
     if is_first():
         path.unlink()
@@ -152,7 +152,7 @@ def require_shared(directory: Path) -> None:
         )
 
 
-def on_host(array: Any) -> np.ndarray:
+def gather_to_host(array: Any) -> np.ndarray:
     """The complete array as a NumPy array in every process, even if it is sharded over devices of several processes."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(_multihost_utils().process_allgather(array, tiled=True))
@@ -262,7 +262,7 @@ def _check_coordinator(coordinator: str, *, serve: bool) -> None:
         raise SystemExit(_USER_ERROR)
 
 
-def watched() -> bool:
+def is_joined() -> bool:
     """Whether :func:`run` has joined this process with others."""
     return _watch is not None
 

@@ -233,7 +233,7 @@ class Sharding:
         """The sharding of an array that has a full copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def rows(self, batch_size: int) -> list[int]:
+    def local_rows(self, batch_size: int) -> list[int]:
         """The sorted indices of the batch rows on the devices of this process; with one process, all rows.
 
         If tensor parallelism spans processes, several processes hold the same rows.
@@ -320,7 +320,7 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.named_sharding(axes, x.shape, "activation"))
 
 
-def gathered(ids: jax.Array) -> NamedSharding | None:
+def gather_sharding(ids: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of ``table.at[ids].get(...)``: the sharding of ``ids``, and an unsharded last axis.
 
     None unless the mesh has Explicit axes, because JAX needs ``out_sharding`` only for them.

@@ -290,20 +290,20 @@ def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
     return lines
 
 
-def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True, most: int = 20) -> None:
+def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True, max_shown: int = 20) -> None:
     """Check that ``actual`` has the leaves, shapes and (unless ``dtypes`` is False) dtypes of ``expected``.
 
     Args:
         what: name of the compared trees in the error message, for example ``"parameters of gpt"``.
-        most: maximum number of differences in the error message; further differences are only counted.
+        max_shown: maximum number of differences in the error message; further differences are only counted.
 
     Raises:
         ValueError: the trees differ; the message lists the differences (:func:`diff`).
     """
     lines = diff(expected, actual, dtypes=dtypes)
     if lines:
-        shown = "\n  ".join(lines[:most])
-        rest = f"\n  ... and {len(lines) - most} more" if len(lines) > most else ""
+        shown = "\n  ".join(lines[:max_shown])
+        rest = f"\n  ... and {len(lines) - max_shown} more" if len(lines) > max_shown else ""
         raise ValueError(f"{what} do not match ({len(lines)} differences):\n  {shown}{rest}")
 
 
@@ -332,7 +332,7 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
     return jax.tree_util.tree_map_with_path(map_leaf, specs, *trees)
 
 
-def take(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
+def take_rows(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
     """``tree`` with each leaf gathered at ``indices`` of a named axis. Beam search uses it to reorder a model state.
 
     Indices must be in range. They are not checked, because a check would cost a pass over every leaf.

@@ -33,7 +33,7 @@ ADAPTATIONS = (
     Freeze(("attention/", "^pooler/"), first_layers=1),
     Freeze((), first_layers=2),
     LoRA(2),
-    LoRA(3, alpha=6.0, targets=("attention/output", "mlp/up"), train=("^classifier/", "norm")),
+    LoRA(3, alpha=6.0, targets=("attention/output", "mlp/up"), full_training_patterns=("^classifier/", "norm")),
     EVERY_MATRIX,
 )
 
@@ -132,7 +132,7 @@ def test_gradients_of_the_trained_tree_follow_from_those_of_the_parameters():
 
 def test_the_trained_tree_can_be_checkpointed_and_exported_after_merge(tmp_path):
     """Save and restore the trained tree, merge it, and export it as a Hugging Face directory."""
-    lora = LoRA(2, train=("^classifier/",))
+    lora = LoRA(2, full_training_patterns=("^classifier/",))
     params = params_of(BERT)
     trained, frozen = lora.split(BERT.specs, params, jax.random.key(0))
     trained = random_like(trained)
@@ -180,8 +180,14 @@ def test_the_first_layers_of_every_stack_are_frozen():
         (lambda: LoRA(2, targets=()), r"targets=\(\) adapts nothing"),
         (lambda: LoRA(2, targets="query"), "targets='query' must be a tuple"),
         (lambda: LoRA(2, targets=("query/bias",)).specs(BERT.specs), "targets: 'query/bias' matches none"),
-        (lambda: LoRA(2, train=("head",)).specs(BERT.specs), "train: 'head' matches none of the paths"),
-        (lambda: LoRA(2, targets=("mlp",), train=("mlp",)).specs(BERT.specs), r"mlp/down/weight.* match targets="),
+        (
+            lambda: LoRA(2, full_training_patterns=("head",)).specs(BERT.specs),
+            "full_training_patterns: 'head' matches none of the paths",
+        ),
+        (
+            lambda: LoRA(2, targets=("mlp",), full_training_patterns=("mlp",)).specs(BERT.specs),
+            r"mlp/down/weight.* match targets=",
+        ),
     ],
 )
 def test_errors_name_the_bad_adaptation(make, message):

@@ -15,7 +15,7 @@ import pytest
 import jaxlm
 from jaxlm import integrity
 from jaxlm.data import CharTokenizer, load_tokenizer
-from jaxlm.integrity import CHECKSUMS, install, staged, verify_checksums, write_checksums
+from jaxlm.integrity import CHECKSUMS, install_files, staging_directory, verify_checksums, write_checksums
 from jaxlm.models import get_model
 
 
@@ -122,10 +122,10 @@ def contents(directory):
 
 
 def replace(directory):
-    with staged(directory) as temporary:
+    with staging_directory(directory) as temporary:
         for name in NAMES:
             (temporary / name).write_text(f"new {name}")
-        install(temporary, directory, NAMES)
+        install_files(temporary, directory, NAMES)
 
 
 def test_install_replaces_all_files_and_keeps_others(old):
@@ -151,10 +151,10 @@ def replace(*paths):
         left -= 1
     real(*paths)
 os.replace = replace
-with integrity["staged"](directory) as temporary:
+with integrity["staging_directory"](directory) as temporary:
     for name in ("weights", "index", "config"):
         (temporary / name).write_text(f"new {name}")
-    integrity["install"](temporary, directory, ["weights", "index", "config"])
+    integrity["install_files"](temporary, directory, ["weights", "index", "config"])
 """
 
 
@@ -188,7 +188,7 @@ def test_a_mixture_of_old_and_new_files_after_a_kill_is_detected(old, renames):
 )  # fmt: skip
 def test_an_unwritable_disk_keeps_the_old_files_and_raises(old, error, number, message):
     before = contents(old)
-    with pytest.raises(OSError, match=message) as caught, staged(old):
+    with pytest.raises(OSError, match=message) as caught, staging_directory(old):
         raise error
     assert caught.value.errno == number
     assert str(old) in str(caught.value)
@@ -197,6 +197,6 @@ def test_an_unwritable_disk_keeps_the_old_files_and_raises(old, error, number, m
 
 
 def test_other_errors_propagate(old):
-    with pytest.raises(ZeroDivisionError), staged(old):
+    with pytest.raises(ZeroDivisionError), staging_directory(old):
         raise ZeroDivisionError
     assert sorted(os.listdir(old)) == sorted([*NAMES, CHECKSUMS, "mine.txt"])

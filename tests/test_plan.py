@@ -124,7 +124,7 @@ def test_loops_branches_fusions_kernels_and_collectives_are_counted():
     assert costs.cycles == 3653
     assert costs.unknown_loops == ["jit(step)/while"]
     assert [operation.instruction.op_name for operation in costs.kernels] == ["jit(step)/pallas_call"]
-    assert [operation.instruction.readable for operation in costs.operations] == [
+    assert [operation.instruction.display_name for operation in costs.operations] == [
         "loop/tanh", "u.double", "pallas_call", "d.copy",
     ]  # fmt: skip
     assert costs.collectives == [
@@ -324,10 +324,13 @@ def test_abstract_batches_have_the_shapes_of_real_batches():
     tokens = random_tokens(gpt, 4, 33)
     cases = [
         (gpt, 32, causal.batch(tokens)),
-        (bert, 33, masked.batch(tokens, rng, mask_id=3, vocab_size=128)),
+        (bert, 33, masked.batch(tokens, rng, masked.MaskingConfig(mask_id=3, vocab_size=128))),
         (
             xlnet, 36,
-            permutation.batch(tokens, rng, reuse_length=18, permutation_length=18, num_predict=6),
+            permutation.batch(
+                tokens, rng,
+                permutation.PermutationConfig(reuse_length=18, permutation_length=18, num_predict=6),
+            ),
         ),
     ]  # fmt: skip
     text_length, _ = span_corruption.text_length(32)
@@ -347,12 +350,14 @@ def test_error_for_an_indivisible_batch():
 @pytest.fixture
 def cpu_topology(monkeypatch):
     """Make plans use the eight virtual CPU devices. These plans have no compiler estimates."""
-    monkeypatch.setattr(planning.topology, "get", lambda name: topology.Topology(name, tuple(jax.devices()), None))
+    monkeypatch.setattr(
+        planning.topology, "get_topology", lambda name: topology.Topology(name, tuple(jax.devices()), None)
+    )
 
 
 def test_a_plan_compiles_the_step_that_training_runs(cpu_topology):
     model, mesh = tiny_model("gpt2-tiny"), "data=2,fsdp=4"
-    result = plan(model, "here", mesh, batch=16, sequence=32, name="gpt2-tiny")
+    result = plan(model, "here", mesh, batch=16, sequence=32)
     sharding = Sharding(make_mesh(mesh))
     update = make_optimizer(OptimizerConfig(), model.specs, 1000)
     state = Trainer(model, update, causal.loss, sharding=sharding).init(jax.random.key(0))
@@ -453,8 +458,8 @@ def test_an_unknown_device_has_no_peak():
     assert devices.by_kind("TPU v5 lite").tflops == 197
     assert devices.by_name("v6e").kind == "TPU v6 lite"
     assert devices.by_kind("TFRT_CPU") is None
-    assert devices.peak_share(98.5e12, "TPU v5 lite") == 0.5
-    assert devices.peak_share(1e12, jax.devices()[0]) is None
+    assert devices.peak_fraction(98.5e12, "TPU v5 lite") == 0.5
+    assert devices.peak_fraction(1e12, jax.devices()[0]) is None
 
 
 # ------------------------------------------------------------------------------------- the TPU compiler (live)
@@ -465,7 +470,7 @@ live = pytest.mark.live
 @functools.cache
 def estimated_seconds(name, function, *shapes):
     """The compiler's estimate in seconds for a function with replicated arguments, and the device."""
-    target = topology.get(name)
+    target = topology.get_topology(name)
     mesh = make_mesh({"data": len(target.devices)}, devices=target.devices)
     replicated = Sharding(mesh).replicated()
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=replicated) for shape, dtype in shapes]
@@ -499,7 +504,7 @@ TOPOLOGIES = {"v5e:2x2": 0.9, "v5p:2x2x1": 0.9, "v6e:2x2": 0.65}
 def test_compiler_estimates_of_a_matmul_and_a_copy(name):
     shapes = ((1024, 4096), jnp.bfloat16), ((4096, 16384), jnp.bfloat16)
     seconds, device = estimated_seconds(name, matmul, *shapes)
-    assert TOPOLOGIES[name] < devices.peak_share(2 * 1024 * 4096 * 16384 / seconds, device.kind) < 1.0
+    assert TOPOLOGIES[name] < devices.peak_fraction(2 * 1024 * 4096 * 16384 / seconds, device.kind) < 1.0
     square = (2048, 2048), jnp.bfloat16
     few, many = (estimated_seconds(name, times, square, square)[0] for times in (seven_times, twenty_one_times))
     assert 2.8 < many / few < 3.1
@@ -519,8 +524,8 @@ def test_a_training_step_is_planned(name):
     assert 0.0 < result.mfu_exposed < result.mfu < 0.5
     assert result.memory.limit == devices.by_name(name.partition(":")[0]).memory
     assert {traffic.kind for traffic in result.collectives} >= {"all-gather", "all-reduce"}
-    assert len(result.top) == planning.NUM_TOP_OPERATIONS
-    assert result.top[0].cycles >= result.top[-1].cycles
+    assert len(result.most_expensive) == planning.NUM_TOP_OPERATIONS
+    assert result.most_expensive[0].cycles >= result.most_expensive[-1].cycles
     assert not result.notes
 
 

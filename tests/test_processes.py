@@ -20,7 +20,7 @@ import pytest
 import jaxlm
 from jaxlm import processes
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.data import Batches, Columns, Packed, RandomWindows
+from jaxlm.data import Batches, ContiguousStreams, PackedDocuments, RandomWindows
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, tiny_model
@@ -60,10 +60,10 @@ def program(
     stream = (ROWS, LENGTH) if what == "stream" else None
     if what == "packed":
         documents = np.split(tokens, np.cumsum(np.random.default_rng(1).integers(2, 20, 250)))
-        source = Packed([document for document in documents if len(document)], LENGTH, ROWS, seed=1)
+        source = PackedDocuments([document for document in documents if len(document)], LENGTH, ROWS, seed=1)
     else:
-        source = Columns(tokens, LENGTH, ROWS) if stream else RandomWindows(tokens, LENGTH, ROWS, seed=1)
-    rows = sharding.rows(ROWS)
+        source = ContiguousStreams(tokens, LENGTH, ROWS) if stream else RandomWindows(tokens, LENGTH, ROWS, seed=1)
+    rows = sharding.local_rows(ROWS)
     held_out = Batches(source, rows)
     optimizer = optimizer or OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
     config = TrainingConfig(
@@ -98,12 +98,12 @@ class InterruptedBatches(Batches):
 
 
 def work_together(directory):
-    """The program of ``test_two_processes_train_like_one_process``: test ``from_first`` and errors, then train."""
+    """The program of ``test_two_processes_train_like_one_process``: test ``call_in_first_process``, then train."""
     index = jax.process_index()
-    assert processes.from_first(lambda: f"said by {index} é") == "said by 0 é"
-    assert processes.from_first(lambda: "") == ""
+    assert processes.call_in_first_process(lambda: f"said by {index} é") == "said by 0 é"
+    assert processes.call_in_first_process(lambda: "") == ""
     with pytest.raises(ValueError if index == 0 else RuntimeError, match="there is no room"):
-        processes.from_first(lambda: (_ for _ in ()).throw(ValueError("there is no room")))
+        processes.call_in_first_process(lambda: (_ for _ in ()).throw(ValueError("there is no room")))
     with pytest.raises(ValueError, match="2 processes without a mesh would each train .* over all 4 devices"):
         train(Trainer(tiny_model("gpt"), None, None), None, None, TrainingConfig(), Run(directory))
 
@@ -112,9 +112,9 @@ def work_together(directory):
     assert not embedding.is_fully_addressable
     jaxlm.save_pretrained(directory / "model", model, result.state.params)
     assert (directory / "model" / "model.safetensors").exists()  # also in the process that did not write the file
-    assert processes.on_host(embedding).shape == embedding.shape
+    assert processes.gather_to_host(embedding).shape == embedding.shape
     local = jax.numpy.arange(3) + index
-    assert processes.on_host(local).tolist() == [
+    assert processes.gather_to_host(local).tolist() == [
         index,
         index + 1,
         index + 2,

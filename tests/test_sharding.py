@@ -102,7 +102,7 @@ def test_rules_are_hashable_and_merge():
 @pytest.mark.parametrize("mesh", ["data=4,fsdp=2", "tensor=2,data=4", "tensor=8"])
 def test_one_process_has_all_rows_and_from_rows_shards_them(mesh):
     sharding = Sharding(make_mesh(mesh))
-    assert sharding.rows(16) == list(range(16))
+    assert sharding.local_rows(16) == list(range(16))
     local = np.arange(48).reshape(16, 3)
     rows = sharding.from_rows(local)
     np.testing.assert_array_equal(rows, local)
@@ -111,6 +111,6 @@ def test_one_process_has_all_rows_and_from_rows_shards_them(mesh):
 
 def test_error_for_an_indivisible_number_of_rows():
     sharding = Sharding(make_mesh("data=4,fsdp=2"))
-    for call in (lambda: sharding.rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
+    for call in (lambda: sharding.local_rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
         with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 does not divide over .* \(8 shards\)"):
             call()

@@ -117,13 +117,13 @@ def test_diff_names_every_kind_of_difference():
     with pytest.raises(ValueError, match=r"the weights do not match \(3 differences\):\n  missing: b/d"):
         spec.require_same(expected, actual, "the weights")
     with pytest.raises(ValueError, match="and 2 more"):
-        spec.require_same(expected, actual, "the weights", most=1)
+        spec.require_same(expected, actual, "the weights", max_shown=1)
 
 
 def test_take_and_reset_find_the_axis_by_name():
     specs = {"k": ArraySpec((2, 3, 4), ("layers", "batch", None), ZEROS), "n": ArraySpec((3,), ("batch",), ONES)}
     tree = {"k": jnp.arange(24.0).reshape(2, 3, 4), "n": jnp.array([5.0, 6.0, 7.0])}
-    taken = spec.take(specs, tree, jnp.array([2, 2, 0]))
+    taken = spec.take_rows(specs, tree, jnp.array([2, 2, 0]))
     np.testing.assert_array_equal(taken["k"], np.asarray(tree["k"])[:, [2, 2, 0]])
     assert taken["n"].tolist() == [7.0, 7.0, 5.0]
     reset = spec.reset(specs, tree, jnp.array([False, True, False]))
@@ -131,10 +131,10 @@ def test_take_and_reset_find_the_axis_by_name():
     np.testing.assert_array_equal(reset["k"][:, 1], 0)
     np.testing.assert_array_equal(reset["k"][:, 0], np.asarray(tree["k"])[:, 0])
     per_layer = spec.unstack({"layers": {"k": specs["k"]}}), spec.unstack({"layers": {"k": tree["k"]}})
-    taken_per_layer = spec.take(*per_layer, jnp.array([2, 2, 0]))
+    taken_per_layer = spec.take_rows(*per_layer, jnp.array([2, 2, 0]))
     np.testing.assert_array_equal(taken_per_layer["layers"][1]["k"], taken["k"][1])
     with pytest.raises(ValueError, match=r"'w' has axes \('embed',\): none of them is 'batch'"):
-        spec.take({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
+        spec.take_rows({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
 
 
 def test_decay_mask_follows_the_specs():

@@ -17,7 +17,7 @@ class Chess:
 
     directory: Directory
     """A run directory of experiments.chess, or a model in Hugging Face layout with its move tokenizer."""
-    person: Literal["white", "black"] = "white"
+    color: Literal["white", "black"] = "white"
     """Your color."""
     temperature: float = 0.0
     """Sampling temperature of the model's moves; 0 plays the most probable legal move."""
@@ -35,6 +35,6 @@ class Chess:
                 f"{type(tokenizer).__name__}; train a chess model with python -m experiments.chess"
             )
         play_on_terminal(
-            model, params, tokenizer, person=self.person, temperature=self.temperature, seed=self.seed
+            model, params, tokenizer, color=self.color, temperature=self.temperature, seed=self.seed
         )  # fmt: skip
         return 0

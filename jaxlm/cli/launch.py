@@ -10,7 +10,7 @@ import shlex
 from jaxlm import processes
 from jaxlm.launch import run_local, script
 
-LARGEST = 8960
+MAX_CHIPS = 8960
 """Chips of a TPU v5p pod, the largest TPU pod."""
 
 
@@ -55,8 +55,8 @@ class Launch:
             if value is not None and not re.fullmatch(r"[\w.@:-]+", value):
                 raise ValueError(f"--{option} {value!r} must have only letters, digits and . @ : _ -")
         chips = math.prod(map(int, re.findall(r"\d+", self.topology.partition(":")[2])))
-        if chips > LARGEST:
-            raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest slice has {LARGEST:,}")
+        if chips > MAX_CHIPS:
+            raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest slice has {MAX_CHIPS:,}")
         command = None if self.command is None else shlex.split(self.command)
         print(
             script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""

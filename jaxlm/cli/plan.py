@@ -35,7 +35,7 @@ class Plan:
     """Compute dtype."""
     param_dtype: str = "float32"
     """Dtype of the parameters for --decode; training uses float32 parameters."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Gradient accumulation: number of micro-batches per batch."""
     dropout: bool = True
     """Use the dropout rates of the config; --no-dropout sets all of them to 0."""
@@ -59,10 +59,10 @@ class Plan:
             with console.status(f"compiling for {self.topology}, {mesh}"):
                 result = plan.plan(
                     model, self.topology, mesh, batch=self.batch, sequence=self.sequence, decode=self.decode,
-                    accumulate=self.accumulate, param_dtype=self.param_dtype,
-                    name=self.model, xla=xla,
+                    grad_accum_steps=self.grad_accum_steps, param_dtype=self.param_dtype,
+                    compiler_options=xla,
                 )  # fmt: skip
-            plans.append(result)
+            plans.append(dataclasses.replace(result, model=self.model))
         plan.show(plans, console)
         if self.json is not None:
             self.json.write_text(json.dumps([dataclasses.asdict(item) for item in plans], indent=2) + "\n", "utf-8")

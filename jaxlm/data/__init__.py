@@ -1,6 +1,6 @@
 """Texts, tokenizers, token files and batches. This package computes with numpy on the host, without JAX."""
 
-from jaxlm.data.batching import Batches, Columns, Packed, RandomWindows, Source, Window
+from jaxlm.data.batching import Batches, ContiguousStreams, PackedDocuments, RandomWindows, Source, Window
 from jaxlm.data.corpora import shakespeare
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.games import Games, chess_games, read_games, split_games
@@ -15,18 +15,18 @@ from jaxlm.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
 )
-from jaxlm.data.tokens import check_tokens, open_tokens, split, split_documents, write_tokens
+from jaxlm.data.tokens import check_tokens, open_tokens, split_documents, split_tokens, write_tokens
 from jaxlm.data.vocabularies import train_tokenizer
 
 __all__ = [
     "Batches",
     "ByteTokenizer",
     "CharTokenizer",
-    "Columns",
+    "ContiguousStreams",
     "Encoding",
     "Games",
     "MoveTokenizer",
-    "Packed",
+    "PackedDocuments",
     "PretrainedTokenizer",
     "RandomAccess",
     "RandomWindows",
@@ -41,9 +41,9 @@ __all__ = [
     "read_games",
     "read_text",
     "shakespeare",
-    "split",
     "split_documents",
     "split_games",
+    "split_tokens",
     "train_tokenizer",
     "write_tokens",
 ]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxlm.data.tokens import check_row, check_tokens
+from jaxlm.data.tokens import check_ids_1d, check_tokens
 
 
 class Window(NamedTuple):
@@ -151,7 +151,7 @@ class RandomWindows:
     def __post_init__(self) -> None:
         check_min(1, length=self.length, batch_size=self.batch_size, stride=self.stride)
         check_min(0, seed=self.seed)
-        check_row(self.tokens, self.length + 1, f"random windows of length {self.length} (plus 1 target)")
+        check_ids_1d(self.tokens, self.length + 1, f"random windows of length {self.length} (plus 1 target)")
 
     @property
     def rows_per_epoch(self) -> int:
@@ -169,12 +169,12 @@ class RandomWindows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Columns:
+class ContiguousStreams:
     """``batch_size`` contiguous streams of one token array. Each batch continues the rows of the previous batch.
 
     This is the order for truncated backpropagation through time. Tokens at the end of a stream that do not fill a
-    window are dropped (``left_out`` counts them). ``reset`` is True in the first batch of an epoch, because this batch
-    begins at the start of every stream.
+    window are dropped (``num_dropped_tokens`` counts them). ``reset`` is True in the first batch of an epoch, because
+    this batch begins at the start of every stream.
 
     Args:
         tokens: ``[N]`` ids.
@@ -192,7 +192,7 @@ class Columns:
     def __post_init__(self) -> None:
         check_min(1, length=self.length, batch_size=self.batch_size)
         description = f"{self.batch_size} columns of length {self.length} (plus 1 target)"
-        check_row(self.tokens, self.batch_size * self.length + 1, description)
+        check_ids_1d(self.tokens, self.batch_size * self.length + 1, description)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -203,7 +203,7 @@ class Columns:
         return self.steps_per_epoch * self.batch_size
 
     @property
-    def left_out(self) -> int:
+    def num_dropped_tokens(self) -> int:
         """Number of tokens that are not a target in any batch, except the first token, which is never a target."""
         return len(self.tokens) - 1 - self.rows_per_epoch * self.length
 
@@ -221,7 +221,7 @@ class Columns:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packed:
+class PackedDocuments:
     """Documents packed into rows. ``segment_ids`` distinguish the documents of a row.
 
     A document that is longer than a row is split into pieces, and each piece is a separate segment. A piece begins with
@@ -254,7 +254,7 @@ class Packed:
         if not len(self.documents):
             raise ValueError("no documents to pack")
         for number, document in enumerate(self.documents):
-            check_row(document, what=f"document {number}")
+            check_ids_1d(document, name=f"document {number}")
         pieces = np.asarray(
             [
                 (number, start, min(start + self.length + 1, len(document)))
@@ -291,9 +291,9 @@ class Packed:
         return Window(tokens, segment_ids)
 
     def check(self, vocab_size: int) -> None:
-        check_tokens(np.asarray([self.pad_id]), vocab_size, what="pad_id")
+        check_tokens(np.asarray([self.pad_id]), vocab_size, name="pad_id")
         for number, document in enumerate(self.documents):
-            check_tokens(document, vocab_size, what=f"document {number}")
+            check_tokens(document, vocab_size, name=f"document {number}")
 
     def fingerprint(self) -> dict[str, Any]:
         lengths = np.asarray([len(document) for document in self.documents])
@@ -332,6 +332,18 @@ def source_fingerprint(source: Any, **data_summary: int) -> dict[str, Any]:
     return {"kind": type(source).__name__, **numbers, **data_summary}
 
 
+def _with_current_names(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A saved fingerprint with the current names of classes and fields, so that states of version 0.1 remain valid."""
+    match fingerprint.get("kind"):
+        case "Columns":
+            return {**fingerprint, "kind": "ContiguousStreams"}
+        case "Packed":
+            return {**fingerprint, "kind": "PackedDocuments"}
+        case "Bucketed":
+            return {"length_multiple" if name == "multiple" else name: value for name, value in fingerprint.items()}
+    return fingerprint
+
+
 class Batches(Iterator[Any]):
     """An infinite iterator over the batches of a source. Each batch has only the rows of this process.
 
@@ -341,7 +353,8 @@ class Batches(Iterator[Any]):
 
     Args:
         source: the data set.
-        rows: the rows of this process. With several processes, pass ``sharding.rows(batch_size)``. None: all rows.
+        rows: the rows of this process. With several processes, pass ``sharding.local_rows(batch_size)``. None: all
+            rows.
         to_batch: a pure function from the source's batch (for example a ``Window``) to the batch of an objective. None:
             the iterator yields the source's batch.
         prefetch: number of batches that are made in advance.
@@ -408,7 +421,7 @@ class Batches(Iterator[Any]):
                 pass
             case _:
                 raise ValueError(f"not the state of an iterator: {state!r}")
-        current = self._fingerprint
+        current, saved = self._fingerprint, _with_current_names(saved)
         differences = [
             f"{name}: saved {saved.get(name)!r}, now {current.get(name)!r}"
             for name in {**current, **saved}

@@ -21,7 +21,7 @@ Encoded = Mapping[str, Any]
 """An encoded example: 1-D integer arrays, which are padded, and scalars."""
 
 
-class Rows(NamedTuple):
+class BucketBatch(NamedTuple):
     """A batch of examples from one bucket, padded to the lengths of the bucket.
 
     Attributes:
@@ -63,7 +63,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucketed:
-    """A source of :class:`Rows`. Each epoch visits every example exactly once. Each batch has examples of one bucket.
+    """A source of :class:`BucketBatch`. Each epoch visits every example once. Each batch has examples of one bucket.
 
     Each epoch shuffles the examples within each bucket, and the order of the batches.
 
@@ -76,7 +76,7 @@ class Bucketed:
             of tokens. The number of rows is a multiple of ``batch_size``. False: every batch has ``batch_size`` rows.
         shuffle: False visits the buckets in order of length, for evaluation.
         pad_id: the id of padding.
-        multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
+        length_multiple: lengths are rounded up to a multiple of this number, but not above ``max_length``.
         max_length: maximum length of an array, for example the number of positions of the model. None: no limit.
 
     Raises:
@@ -91,12 +91,12 @@ class Bucketed:
     equal_tokens: bool = False
     shuffle: bool = True
     pad_id: int = 0
-    multiple: int = 8
+    length_multiple: int = 8
     max_length: int | None = None
     buckets: tuple[Bucket, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, multiple=self.multiple)
+        check_min(1, batch_size=self.batch_size, num_buckets=self.num_buckets, length_multiple=self.length_multiple)
         check_min(0, seed=self.seed, pad_id=self.pad_id)
         if self.max_length is not None:
             check_min(1, max_length=self.max_length)
@@ -124,7 +124,7 @@ class Bucketed:
 
     def _make_buckets(self) -> list[Bucket]:
         lengths = np.asarray([[len(example[name]) for name in self._array_fields] for example in self.examples])
-        rounded = -(-lengths // self.multiple) * self.multiple
+        rounded = -(-lengths // self.length_multiple) * self.length_multiple
         if self.max_length is not None:
             rounded = np.minimum(rounded, self.max_length)
         # Try both orders of the examples, because the better order depends on the correlation of the field lengths.
@@ -171,8 +171,8 @@ class Bucketed:
             batches += [(number, indices) for indices in padded_members.reshape(bucket.steps, bucket.rows)]
         return [batches[number] for number in rng.permutation(len(batches))] if self.shuffle else batches
 
-    def batch(self, index: int, rows: Sequence[int]) -> Rows:
-        """The ``Rows`` of step ``index``.
+    def batch(self, index: int, rows: Sequence[int]) -> BucketBatch:
+        """The ``BucketBatch`` of step ``index``.
 
         If a batch of the bucket has ``k * batch_size`` rows, entry i of ``rows`` selects its rows ``i * k`` to
         ``(i + 1) * k - 1``. So a process with contiguous ``rows`` gets a contiguous block of the global batch.
@@ -184,7 +184,7 @@ class Bucketed:
         indices = indices.reshape(self.batch_size, factor)[np.asarray(rows, np.int64)].ravel()
         return self.collate(indices, bucket)
 
-    def collate(self, indices: np.ndarray, bucket: Bucket) -> Rows:
+    def collate(self, indices: np.ndarray, bucket: Bucket) -> BucketBatch:
         """The examples with these indices, padded to the lengths of the bucket. Index -1 gives an empty row."""
         fields: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
@@ -201,12 +201,12 @@ class Bucketed:
             else:
                 values = [self.examples[index][name] if index >= 0 else 0 for index in indices]
                 fields[name] = np.asarray(values, np.asarray(first_value).dtype)
-        return Rows(fields, lengths, indices)
+        return BucketBatch(fields, lengths, indices)
 
     def check(self, vocab_size: int) -> None:
         for number, example in enumerate(self.examples):
             for name in self._array_fields:
-                check_tokens(np.asarray(example[name]), vocab_size, what=f"{name} of example {number}")
+                check_tokens(np.asarray(example[name]), vocab_size, name=f"{name} of example {number}")
 
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0

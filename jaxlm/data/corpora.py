@@ -22,7 +22,7 @@ def verses() -> Examples:
     ``VERSES.md`` in this directory has the source and the licence.
     """
     pairs = (line.split("\t") for line in _read_embedded("verses_en_es.tsv.gz").splitlines())
-    return Examples([{"source": source, "target": target} for source, target in pairs], "the embedded verses")
+    return Examples([{"source": source, "target": target} for source, target in pairs], "the included verses")
 
 
 def _read_embedded(name: str) -> str:
@@ -57,4 +57,4 @@ def play_passages(words: int = 60) -> Examples:
             if len(passage) >= words:
                 rows.append({"text": " ".join(passage), "label": title})
                 passage = []
-    return Examples(rows, "the passages of the embedded plays")
+    return Examples(rows, "the passages of the included plays")

@@ -14,9 +14,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-HASHES = 64
+NUM_HASHES = 64
 """Number of hash functions per signature. The standard error of an estimated similarity of 0.5 is 0.06."""
-BAND = 4
+BAND_SIZE = 4
 """Number of hash values in a band. The probability that two texts agree in at least one of the 16 bands is 0.64 for a
 similarity of 0.5, and 0.99 for a similarity of 0.7."""
 _PRIME = 2**31 - 1
@@ -61,9 +61,9 @@ def group_similar(
     for index, key in enumerate(keys or ()):
         merge(first_index.setdefault(key, index), index)
     signatures = _signatures(texts)
-    for start in range(0, HASHES, BAND):
+    for start in range(0, NUM_HASHES, BAND_SIZE):
         buckets: dict[bytes, list[int]] = collections.defaultdict(list)
-        for index, band in enumerate(np.ascontiguousarray(signatures[:, start : start + BAND])):
+        for index, band in enumerate(np.ascontiguousarray(signatures[:, start : start + BAND_SIZE])):
             # To save comparisons, a bucket has only the first text of each set of near-duplicates.
             bucket = buckets[band.tobytes()]
             match = next((i for i in bucket if np.mean(signatures[i] == signatures[index]) >= similarity), None)
@@ -81,15 +81,15 @@ def trigrams(text: str) -> set[str]:
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray:
-    """The MinHash signatures, [texts, HASHES] int64: the minimum of each hash function over the trigrams of a text."""
+    """The MinHash signatures, [texts, NUM_HASHES] int64: the minimum of each hash function over a text's trigrams."""
     rng = np.random.default_rng(0)
-    factors, shifts = rng.integers(1, _PRIME, HASHES), rng.integers(0, _PRIME, HASHES)
+    factors, shifts = rng.integers(1, _PRIME, NUM_HASHES), rng.integers(0, _PRIME, NUM_HASHES)
     items, starts = [], [0]
     for text in texts:
         items += [zlib.crc32(gram.encode()) % _PRIME for gram in trigrams(text)]
         starts.append(len(items))
     values = np.asarray(items, np.int64)
-    signatures = np.empty((len(texts), HASHES), np.int64)
+    signatures = np.empty((len(texts), NUM_HASHES), np.int64)
     for column, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
         if len(texts):
             signatures[:, column] = np.minimum.reduceat((values * factor + shift) % _PRIME, starts[:-1])

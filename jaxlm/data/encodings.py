@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 SPECIAL = -1
-"""The entry of :attr:`Encoding.sequence` for a special token of the template."""
+"""The entry of :attr:`Encoding.sequence_ids` for a special token of the template."""
 
 
 class Encoding(NamedTuple):
@@ -21,33 +21,33 @@ class Encoding(NamedTuple):
         token_types: int32 [T], the token types of the template; for BERT, 0 in the first text and 1 in the second.
         offsets: int32 [T, 2]. Token ``t`` covers the characters ``offsets[t, 0]`` to ``offsets[t, 1]`` (exclusive) of
             its text. The offsets of special tokens are (0, 0).
-        sequence: int32 [T], the number of the text of each token: 0 for the first text, 1 for the second, -1 for a
+        sequence_ids: int32 [T], the number of the text of each token: 0 for the first text, 1 for the second, -1 for a
             special token of the template.
     """
 
     ids: np.ndarray
     token_types: np.ndarray
     offsets: np.ndarray
-    sequence: np.ndarray
+    sequence_ids: np.ndarray
 
 
-def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
+def concatenate(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
     """The encoding of concatenated texts, without special tokens.
 
     Args:
         parts: the ids [tokens] and the offsets [tokens, 2] of each text.
     """
     numbers = [np.full(len(ids), number, np.int32) for number, (ids, _) in enumerate(parts)]
-    sequence = np.concatenate(numbers)
+    sequence_ids = np.concatenate(numbers)
     return Encoding(
         ids=np.concatenate([ids for ids, _ in parts]).astype(np.int32),
-        token_types=sequence,
+        token_types=sequence_ids,
         offsets=np.concatenate([offsets.reshape(-1, 2) for _, offsets in parts]).astype(np.int32),
-        sequence=sequence.copy(),
+        sequence_ids=sequence_ids.copy(),
     )
 
 
-def truncated(encoding: Encoding, max_length: int) -> Encoding:
+def truncate(encoding: Encoding, max_length: int) -> Encoding:
     """The encoding with at most ``max_length`` tokens.
 
     Tokens are removed from the end of the longer text until both texts have equal length, and then from the ends of
@@ -58,7 +58,7 @@ def truncated(encoding: Encoding, max_length: int) -> Encoding:
     """
     if len(encoding.ids) <= max_length:
         return encoding
-    first, second = (int(np.sum(encoding.sequence == number)) for number in (0, 1))
+    first, second = (int(np.sum(encoding.sequence_ids == number)) for number in (0, 1))
     budget = max_length - (len(encoding.ids) - first - second)
     if budget < (first > 0) + (second > 0):
         raise ValueError(
@@ -72,7 +72,7 @@ def truncated(encoding: Encoding, max_length: int) -> Encoding:
     return _select_tokens(encoding, {0: (0, first), 1: (0, second)})
 
 
-def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
+def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
     """Encodings of at most ``max_length`` tokens, each with the whole first text and a window of the second text.
 
     Two consecutive windows share ``stride`` tokens of the second text. The last window ends at the end of this text.
@@ -82,7 +82,7 @@ def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
     """
     if stride < 0:
         raise ValueError(f"stride={stride} must be at least 0: it is the number of tokens that two windows share")
-    context = int(np.sum(encoding.sequence == 1))
+    context = int(np.sum(encoding.sequence_ids == 1))
     budget = max_length - (len(encoding.ids) - context)
     if len(encoding.ids) <= max_length:
         return [encoding]
@@ -92,15 +92,15 @@ def windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:
             f"{len(encoding.ids) - context} tokens of the question and special tokens, but it must leave more than "
             f"stride={stride}: use a larger max_length, a smaller stride or a shorter question"
         )
-    question = int(np.sum(encoding.sequence == 0))
+    question = int(np.sum(encoding.sequence_ids == 0))
     starts = range(0, context - stride, budget - stride)
     return [_select_tokens(encoding, {0: (0, question), 1: (start, min(start + budget, context))}) for start in starts]
 
 
-def swapped(encoding: Encoding) -> Encoding:
+def swap_texts(encoding: Encoding) -> Encoding:
     """The encoding with the numbers of the two texts exchanged."""
-    sequence = np.where(encoding.sequence == SPECIAL, SPECIAL, 1 - encoding.sequence)
-    return encoding._replace(sequence=sequence.astype(np.int32))
+    sequence_ids = np.where(encoding.sequence_ids == SPECIAL, SPECIAL, 1 - encoding.sequence_ids)
+    return encoding._replace(sequence_ids=sequence_ids.astype(np.int32))
 
 
 def _select_tokens(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> Encoding:
@@ -109,7 +109,7 @@ def _select_tokens(encoding: Encoding, ranges: dict[int, tuple[int, int]]) -> En
     Args:
         ranges: text number -> (start, stop), token positions in the text.
     """
-    keep = encoding.sequence == SPECIAL
+    keep = encoding.sequence_ids == SPECIAL
     for number, (start, stop) in ranges.items():
-        keep[np.flatnonzero(encoding.sequence == number)[start:stop]] = True
+        keep[np.flatnonzero(encoding.sequence_ids == number)[start:stop]] = True
     return Encoding(*(field[keep] for field in encoding))

@@ -267,16 +267,16 @@ def _class_name(number: Any, names: Sequence[str], column: str, example: int) ->
     return names[number]
 
 
-def label_ids(labels: Sequence[Any], names: Sequence[str], what: str = "the examples") -> np.ndarray:
+def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the examples") -> np.ndarray:
     """The index of each label in ``names``, int32 [N].
 
     Raises:
         ValueError: a label is not in ``names``.
     """
-    index = {name: number for number, name in enumerate(names)}
+    index = {label: number for number, label in enumerate(names)}
     for number, label in enumerate(labels):
         if str(label) not in index:
-            raise ValueError(f"example {number} of {what} has the label {label!r}: known labels are {', '.join(names)}")
+            raise ValueError(f"example {number} of {name} has the label {label!r}: known labels are {', '.join(names)}")
     return np.asarray([index[str(label)] for label in labels], np.int32)
 
 

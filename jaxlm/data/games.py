@@ -38,7 +38,7 @@ _PGN_COMMENT = re.compile(r"\{[^}]*\}|;[^\n]*|^%[^\n]*", re.MULTILINE)
 _PGN_VARIATION = re.compile(r"\([^()]*\)")
 _PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)\d+\.+|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
-GAMES_PER_PROCESS = 2000
+GAMES_PER_EXTRA_PROCESS = 2000
 """Number of games for each additional process. A process takes one or two seconds to start."""
 
 
@@ -83,20 +83,20 @@ class Games:
         """The lists of ``groups`` that have more than one game."""
         return [group for group in self.groups() if len(group) > 1]
 
-    def report(self, most: int = 5) -> str:
-        """A text with the numbers of games, rejected games and duplicates, and with up to ``most`` rejected games."""
+    def report(self, max_rejected: int = 5) -> str:
+        """A text with the numbers of games, rejected games and duplicates, and ``max_rejected`` rejected games."""
         repeated = sum(len(group) - 1 for group in self.duplicates())
         lines = [f"{self.source}: {len(self):,} games, {len(self.rejected):,} rejected, {repeated:,} duplicates"]
-        lines += [f"  {self.source}, line {game.line}: {game.reason}" for game in self.rejected[:most]]
-        if len(self.rejected) > most:
-            lines.append(f"  and {len(self.rejected) - most:,} more rejected games")
+        lines += [f"  {self.source}, line {game.line}: {game.reason}" for game in self.rejected[:max_rejected]]
+        if len(self.rejected) > max_rejected:
+            lines.append(f"  and {len(self.rejected) - max_rejected:,} more rejected games")
         return "\n".join(lines)
 
 
 def chess_games(notation: Notation = "uci") -> Games:
-    """The 2,000 embedded master games; public domain. ``CHESS.md`` in this directory describes their source."""
+    """The 2,000 included master games; public domain. ``CHESS.md`` in this directory describes their source."""
     with importlib.resources.as_file(importlib.resources.files("jaxlm.data") / "chess_games.txt.gz") as path:
-        # The embedded games are legal SAN, so only the conversion to UCI needs the rules.
+        # The included games are legal SAN, so only the conversion to UCI needs the rules.
         games = read_games(path, notation, check="syntax" if notation == "san" else "rules", workers=1)
     return dataclasses.replace(games, source="chess_games.txt.gz")
 
@@ -145,7 +145,7 @@ def read_games(
         import_chess()
     reader = "pgn" if is_pgn else check
     if workers is None:
-        workers = min(os.cpu_count() or 1, 1 + len(items) // GAMES_PER_PROCESS) if check == "rules" else 1
+        workers = min(os.cpu_count() or 1, 1 + len(items) // GAMES_PER_EXTRA_PROCESS) if check == "rules" else 1
     parsed_games = _read_all(reader, items, notation, workers)
     accepted = [game for game in parsed_games if not game.reason]
     rejected = tuple(Rejected(game.line, game.reason) for game in parsed_games if game.reason)

@@ -126,7 +126,7 @@ class MoveTokenizer(EncodeInputsMixin):
             ids.append(self._id_of_other_word(word, number) if id is None else id)
         return np.array(ids, np.int32)
 
-    def game(self, line: str) -> np.ndarray:
+    def encode_game(self, line: str) -> np.ndarray:
         """The ids of a whole game as a training document: beginning, moves, end; int32 [moves + 2]."""
         return np.concatenate([[self.bos_id], self.encode(line), [self.eos_id]]).astype(np.int32)
 

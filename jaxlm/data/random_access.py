@@ -16,7 +16,7 @@ from jaxlm.data.batching import check_min, shuffled_items, source_fingerprint
 from jaxlm.data.examples import check_random_access
 from jaxlm.data.tokens import check_tokens
 
-SAMPLES = 16
+FINGERPRINT_SAMPLES = 16
 """Maximum number of elements that :meth:`RandomAccess.fingerprint` reads."""
 
 
@@ -97,11 +97,11 @@ class RandomAccess:
         for number in range(self.rows_per_epoch):
             for name, array in self._read(number).items():
                 if array.ndim and array.dtype.kind in "iu":
-                    check_tokens(array, vocab_size, what=f"{name} of element {number}")
+                    check_tokens(array, vocab_size, name=f"{name} of element {number}")
 
     def fingerprint(self) -> dict[str, Any]:
         checksum = 0
-        for number in range(0, self.rows_per_epoch, -(-self.rows_per_epoch // SAMPLES)):
+        for number in range(0, self.rows_per_epoch, -(-self.rows_per_epoch // FINGERPRINT_SAMPLES)):
             for name, array in sorted(self._read(number).items()):
                 checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes(), checksum)
         return source_fingerprint(self, elements=self.rows_per_epoch, checksum=checksum)

@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-ALWAYS_UNPACKED = 64 * 2**20
+MIN_UNPACKED_LIMIT = 64 * 2**20
 """Decompressed size in bytes that is allowed for every ``.gz`` file."""
-UNPACKED_RATIO = 50
+MAX_UNPACKED_RATIO = 50
 """Maximum ratio of decompressed size to file size for ``.gz`` files that decompress to more than
-:data:`ALWAYS_UNPACKED`. The ratio is 3 to 10 for text, and 1,000 for a decompression bomb."""
+:data:`MIN_UNPACKED_LIMIT`. The ratio is 3 to 10 for text, and 1,000 for a decompression bomb."""
 
 _CHUNK = 2**20
 
@@ -95,7 +95,7 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
                 yield data
         yield b""
         return
-    limit, size = max(ALWAYS_UNPACKED, UNPACKED_RATIO * path.stat().st_size), 0
+    limit, size = max(MIN_UNPACKED_LIMIT, MAX_UNPACKED_RATIO * path.stat().st_size), 0
     with gzip.open(path, "rb") as file:
         while True:
             try:
@@ -107,8 +107,8 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
             size += len(data)
             if size > limit:
                 raise ValueError(
-                    f"{path} unpacks to more than {limit} bytes ({UNPACKED_RATIO} times its size, but at least "
-                    f"{ALWAYS_UNPACKED}), so it may be a decompression bomb. If you trust the file, run "
+                    f"{path} unpacks to more than {limit} bytes ({MAX_UNPACKED_RATIO} times its size, but at least "
+                    f"{MIN_UNPACKED_LIMIT}), so it may be a decompression bomb. If you trust the file, run "
                     f"`gunzip -k {path}` and pass the unpacked file, which has no limit"
                 )
             yield data

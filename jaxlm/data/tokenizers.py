@@ -149,14 +149,14 @@ class EncodeInputsMixin:
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"each text needs one pair: got {len(texts)} texts and {len(pairs)} pairs")
         encoded = self._encodings(texts, pairs)
-        return encoded if max_length is None else [encodings.truncated(encoding, max_length) for encoding in encoded]
+        return encoded if max_length is None else [encodings.truncate(encoding, max_length) for encoding in encoded]
 
     def encode_windows(self, question: str, context: str, *, max_length: int, stride: int) -> list[Encoding]:
         """Overlapping windows of the context, each with the whole question, as for SQuAD.
 
-        In every window, ``sequence`` is 0 for the question and 1 for the context. The ``offsets`` of context tokens are
-        positions in the whole context. If the template ends with the classifier token (XLNet), the context is before
-        the question.
+        In every window, ``sequence_ids`` is 0 for the question and 1 for the context. The ``offsets`` of context tokens
+        are positions in the whole context. If the template ends with the classifier token (XLNet), the context is
+        before the question.
 
         Args:
             max_length: maximum number of tokens of a window, including special tokens.
@@ -171,13 +171,13 @@ class EncodeInputsMixin:
             [[97, 98, 99, 100], [97, 100, 101, 102]]
         """
         if self._context_first:
-            encoding = encodings.swapped(self.encode_inputs(context, question))
+            encoding = encodings.swap_texts(self.encode_inputs(context, question))
         else:
             encoding = self.encode_inputs(question, context)
         for number, (name, text) in enumerate((("question", question), ("context", context))):
-            if not np.any(encoding.sequence == number):
+            if not np.any(encoding.sequence_ids == number):
                 raise ValueError(f"the {name} has no tokens: {text!r}")
-        return encodings.windows(encoding, max_length, stride)
+        return encodings.split_windows(encoding, max_length, stride)
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
@@ -377,7 +377,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers and ``load_tokenizer`` read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        integrity.forget_checksums(directory, TOKENIZER_FILES)
+        integrity.remove_checksums(directory, TOKENIZER_FILES)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
         if "tokenizer_config.json" not in self._files:
@@ -477,12 +477,12 @@ def _declared_tokens(directory: Path, backend: Any) -> dict[str, str | None]:
 
 def _as_encoding(encoding: Any) -> Encoding:
     """The arrays of a ``tokenizers.Encoding``."""
-    sequence = [encodings.SPECIAL if number is None else number for number in encoding.sequence_ids]
+    sequence_ids = [encodings.SPECIAL if number is None else number for number in encoding.sequence_ids]
     return Encoding(
         ids=np.asarray(encoding.ids, np.int32),
         token_types=np.asarray(encoding.type_ids, np.int32),
         offsets=np.asarray(encoding.offsets, np.int32).reshape(-1, 2),
-        sequence=np.asarray(sequence, np.int32),
+        sequence_ids=np.asarray(sequence_ids, np.int32),
     )
 
 
@@ -495,7 +495,7 @@ def encode_without_template(
         ids_and_offsets: a function that returns the ids [tokens] and the offsets [tokens, 2] of a text.
     """
     rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
-    return [encodings.joined([ids_and_offsets(text) for text in row]) for row in rows]
+    return [encodings.concatenate([ids_and_offsets(text) for text in row]) for row in rows]
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -532,5 +532,5 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    integrity.forget_checksums(path.parent, (path.name,))
+    integrity.remove_checksums(path.parent, (path.name,))
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

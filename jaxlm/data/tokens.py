@@ -16,35 +16,35 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def check_row(ids: np.ndarray, needed: int = 1, what: str = "tokens") -> None:
-    """Raise ``ValueError`` if ``ids`` is not a 1-D array of at least ``needed`` integers.
+def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> None:
+    """Raise ``ValueError`` if ``ids`` is not a 1-D array of at least ``min_length`` integers.
 
     Args:
-        what: the name of the ids. The message begins with this name.
+        name: the name of the ids. The message begins with this name.
     """
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{what}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
-    if len(ids) < needed:
+        raise ValueError(f"{name}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
+    if len(ids) < min_length:
         count = f"{len(ids)} tokens" if len(ids) else "no tokens"
-        raise ValueError(f"{what}: {count}, at least {needed} needed; use more data, or a smaller length or batch")
+        raise ValueError(f"{name}: {count}, at least {min_length} needed; use more data, or a smaller length or batch")
 
 
-def check_tokens(ids: np.ndarray, vocab_size: int, needed: int = 1, what: str = "tokens", first: int = 0) -> None:
-    """Raise ``ValueError`` if :func:`check_row` raises, or if an id is outside the vocabulary.
+def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: str = "tokens", first: int = 0) -> None:
+    """Raise ``ValueError`` if :func:`check_ids_1d` raises, or if an id is outside the vocabulary.
 
     The function reads all ids, one chunk at a time.
 
     Args:
-        what: the name of the ids in messages, for example the name of a file.
+        name: the name of the ids in messages, for example the name of a file.
         first: the position of ``ids[0]`` in the data set, for messages.
     """
-    check_row(ids, needed, what)
+    check_ids_1d(ids, min_length, name)
     for start in range(0, len(ids), _CHUNK):
         chunk = ids[start : start + _CHUNK]
         if chunk.min() < 0 or chunk.max() >= vocab_size:
             index = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             raise ValueError(
-                f"{what}: id {chunk[index]} at position {first + start + index} is outside the vocabulary of "
+                f"{name}: id {chunk[index]} at position {first + start + index} is outside the vocabulary of "
                 f"{vocab_size} ids; use the tokenizer that wrote them, or a model with a larger vocab_size"
             )
 
@@ -76,7 +76,7 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
                     raise ValueError(
                         f"ids for {path} must be an array or an iterable of arrays, got {type(chunk).__name__}"
                     )
-                check_tokens(chunk, vocab_size, needed=0, what=f"ids for {path}", first=total)
+                check_tokens(chunk, vocab_size, min_length=0, name=f"ids for {path}", first=total)
                 file.write(chunk.astype(dtype).tobytes())
                 total += len(chunk)
             if not total:
@@ -108,11 +108,11 @@ def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a complete token file (.npy): {error}") from error
-    check_tokens(ids, vocab_size, what=str(path))
+    check_tokens(ids, vocab_size, name=str(path))
     return ids
 
 
-def split(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_tokens(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Split ``tokens`` into two views (training, validation). The validation split is the end of the tokens."""
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")

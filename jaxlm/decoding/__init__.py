@@ -4,7 +4,7 @@ Decoding uses only ``apply``, ``logits``, ``init_decode_state`` and ``state_spec
 contents of the model state.
 """
 
-from jaxlm.decoding.beam import Beams, beam_search
+from jaxlm.decoding.beam import BeamConfig, Beams, beam_search
 from jaxlm.decoding.config import GenerationConfig
 from jaxlm.decoding.finite import NotFiniteError
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
@@ -13,6 +13,7 @@ from jaxlm.decoding.text import decoder_start_id, generate_text, stream_text
 
 __all__ = [
     "GREEDY",
+    "BeamConfig",
     "Beams",
     "Generation",
     "GenerationConfig",

@@ -25,7 +25,7 @@ from jaxlm.models import Model
 from jaxlm.nn.attention import cache
 from jaxlm.sharding import Sharding, active
 
-SMALLEST_CACHE = 16
+MIN_CACHE_SLOTS = 16
 """A cache of at most twice this number of slots has its full size from the start. A larger cache grows in stages."""
 
 
@@ -47,6 +47,34 @@ class Beams:
     finite: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class BeamConfig:
+    """The settings of :func:`beam_search`.
+
+    Raises:
+        ValueError: ``num_beams`` is below 1, the length penalty is not finite, or ``early_stopping`` is unknown.
+    """
+
+    num_beams: int
+    """Number of live hypotheses per prompt, and of finished hypotheses that are kept."""
+    length_penalty: float = 1.0
+    """The score is the sum of log-probabilities divided by ``length ** length_penalty``. The length includes the end
+    token. 0 favours short hypotheses, 1 gives the mean, larger values favour long hypotheses. Wu et al. (2016, section
+    7) use another formula."""
+    early_stopping: EarlyStopping = "never"
+    """When the search of a row ends. "never": when no live hypothesis can reach a better score than the worst of
+    ``num_beams`` finished hypotheses. False (the default of Hugging Face): when no live hypothesis would have a better
+    score if it ended now. True: when the condition of False holds or ``num_beams`` hypotheses are finished."""
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams={self.num_beams} must be at least 1")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty} must be finite")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
+
+
 def beam_search(
     model: Model,
     params: Any,
@@ -54,36 +82,27 @@ def beam_search(
     segment_ids: Array | None = None,
     *,
     max_new_tokens: int | Array,
-    beams: int,
-    length_penalty: float = 1.0,
-    early_stopping: EarlyStopping = "never",
+    beams: BeamConfig,
     end_id: EndId = None,
     allowed_ids: int | None = None,
     state: Any = None,
 ) -> Beams:
-    """The best continuations of each prompt that a beam search with ``beams`` live hypotheses finds.
+    """The best continuations of each prompt that a beam search finds.
 
     A hypothesis is finished when it ends with ``end_id`` or has ``max_new_tokens`` tokens. A finished hypothesis is
-    kept if it is among the ``beams`` best candidates of its step. Hugging Face's ``generate`` has the same rules.
+    kept if it is among the ``num_beams`` best candidates of its step. Hugging Face's ``generate`` has the same rules.
 
     Args:
         prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
         max_new_tokens: maximum number of new tokens: one number for all rows, or [B] with one number per row.
-        length_penalty: the score is the sum of log-probabilities divided by ``length ** length_penalty``. The length
-            includes the end token. 0 favours short hypotheses, 1 gives the mean, larger values favour long hypotheses.
-            Wu et al. (2016, section 7) use another formula.
-        early_stopping: when the search of a row ends. "never": when no live hypothesis can reach a better score than
-            the worst of ``beams`` finished hypotheses. False (the default of Hugging Face): when no live hypothesis
-            would have a better score if it ended now. True: when the condition of False holds or ``beams`` hypotheses
-            are finished.
 
     Raises:
         TypeError: the family has no model state.
-        ValueError: ``beams`` is below 1, the length penalty is not finite, or an argument is invalid for ``generate``.
+        ValueError: an argument is invalid for ``generate``.
         NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
     Example:
-        >>> beam_search(model, params, prompts, max_new_tokens=8, beams=4).tokens[:, 0]   # doctest: +SKIP
+        >>> beam_search(model, params, prompts, max_new_tokens=8, beams=BeamConfig(4)).tokens[:, 0]   # doctest: +SKIP
     """
     limits = np.asarray(max_new_tokens)
     if limits.ndim and (limits.shape != prompts.shape[:1] or limits.min() < 1):
@@ -93,14 +112,11 @@ def beam_search(
         model, prompts, segment_ids,
         max_new_tokens=largest_limit, end_id=end_id, allowed_ids=allowed_ids, state=state,
     )  # fmt: skip
-    if beams < 1:
-        raise ValueError(f"beams={beams} must be at least 1")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty={length_penalty} must be finite")
-    if early_stopping not in (True, False, "never"):
-        raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
-    rules = _Rules(limits_B, jnp.float32(length_penalty), beams, early_stopping, end_ids_of(end_id), num_ids, active())
+    rules = _Rules(
+        limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, end_ids_of(end_id), num_ids,
+        active(),
+    )  # fmt: skip
     length = prompts.shape[1]
     sizes = _cache_sizes(model, state, length, slots)
     search = _start_search(
@@ -126,7 +142,7 @@ def _cache_sizes(model: Model, state: Any, prompt_length: int, slots: int) -> li
     sizes = [current_slots or slots]
     if current_slots != slots:
         return sizes
-    while sizes[0] > 2 * max(prompt_length, SMALLEST_CACHE):
+    while sizes[0] > 2 * max(prompt_length, MIN_CACHE_SLOTS):
         sizes.insert(0, -(-sizes[0] // 2))
     return sizes
 
@@ -137,7 +153,7 @@ class _Rules:
 
     Attributes:
         limits_B: [B] int32, maximum number of new tokens of each row.
-        length_penalty, beams, early_stopping: as in :func:`beam_search`.
+        length_penalty, num_beams, early_stopping: as in :class:`BeamConfig`.
         end_ids: ids that finish a hypothesis.
         num_ids: only ids below this number are generated.
         sharding: the active sharding; a static field, because ``constrain`` reads it during tracing.
@@ -145,7 +161,7 @@ class _Rules:
 
     limits_B: jax.Array
     length_penalty: jax.Array
-    beams: int = struct.field(pytree_node=False)
+    num_beams: int = struct.field(pytree_node=False)
     early_stopping: EarlyStopping = struct.field(pytree_node=False)
     end_ids: tuple[int, ...] = struct.field(pytree_node=False)
     num_ids: int = struct.field(pytree_node=False)
@@ -195,14 +211,14 @@ def _start_search(
     Args:
         slots: number of cache slots for the prompts and all new tokens.
     """
-    B, K, N = prompts_BT.shape[0], rules.beams, max_new_tokens
+    B, K, N = prompts_BT.shape[0], rules.num_beams, max_new_tokens
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
     row_state, source = _split_source(model, state)
     row_specs, _ = _split_source(model, model.state_specs(B, slots))
     parents = jnp.repeat(jnp.arange(B), K)
     tokens_BKN = jnp.full((B, K, N), rules.end_ids[0] if rules.end_ids else 0, jnp.int32)
     search = _Search(
-        state=spec.take(row_specs, cache.resize(row_specs, row_state, first_slots), parents),
+        state=spec.take_rows(row_specs, cache.resize(row_specs, row_state, first_slots), parents),
         source=source,
         parents=jnp.arange(B * K),
         step=jnp.zeros((), jnp.int32),
@@ -228,7 +244,7 @@ def _continue_search(
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)
 
     def extend(search: _Search) -> _Search:
-        state = spec.take(specs, search.state, search.parents)
+        state = spec.take_rows(specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jaxlm import spec
 from jaxlm.models import Model
 
-NAMED = 3
+MAX_NAMED = 3
 """Maximum number of parameters, and of rows, that an error message names. The message counts the others."""
 
 
@@ -30,8 +30,8 @@ class NotFiniteError(ValueError):
     """
 
     def __init__(self, what: str, rows: Sequence[int], cause: str) -> None:
-        more = "" if len(rows) <= NAMED else f" and {len(rows) - NAMED} more"
-        super().__init__(f"the logits of {what} {', '.join(map(str, rows[:NAMED]))}{more} are not finite: {cause}")
+        more = "" if len(rows) <= MAX_NAMED else f" and {len(rows) - MAX_NAMED} more"
+        super().__init__(f"the logits of {what} {', '.join(map(str, rows[:MAX_NAMED]))}{more} are not finite: {cause}")
         self.rows, self.cause = list(rows), cause
 
 
@@ -56,7 +56,7 @@ def check_finite(model: Model, params: Any, finite_B: jax.Array, state: Any = No
 
 
 @contextlib.contextmanager
-def named_rows(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]:
+def rename_rows_in_errors(what: str, numbers: Sequence[int] | np.ndarray) -> Iterator[None]:
     """Context manager: the message of a :class:`NotFiniteError` has "``what`` ``numbers[n]``" instead of "row n"."""
     try:
         yield
@@ -82,9 +82,9 @@ def _cause(model: Model, params: Any, state: Any) -> str:
 
 def _not_finite_text(found: Sequence[str], what: str) -> str:
     """Text that says which arrays are not finite: their number and their first names."""
-    more = "" if len(found) <= NAMED else f", and {len(found) - NAMED} more"
+    more = "" if len(found) <= MAX_NAMED else f", and {len(found) - MAX_NAMED} more"
     subject = f"1 {what} is" if len(found) == 1 else f"{len(found)} {what}s are"
-    return f"{subject} not finite: {', '.join(found[:NAMED])}{more}"
+    return f"{subject} not finite: {', '.join(found[:MAX_NAMED])}{more}"
 
 
 def _not_finite(tree: Any) -> tuple[list[str], str]:

@@ -170,13 +170,14 @@ def read_prompts(
 
 
 def read_tokens(
-    model: Model, params: Any, state: Any, tokens_B: jax.Array, real_B: jax.Array | None = None
+    model: Model, params: Any, state: Any, tokens_B: jax.Array, reads_token_B: jax.Array | None = None
 ) -> tuple[Any, jax.Array]:
     """The model state after one more token in each row, and the logits [B, V] of the next token.
 
     Args:
-        real_B: bool, whether the row reads its token. The other rows read padding. Default: all rows read their token.
+        reads_token_B: bool, whether the row reads its token. The other rows read padding. Default: all rows read their
+            token.
     """
-    segment_ids_B1 = None if real_B is None else real_B.astype(jnp.int32)[:, None]
+    segment_ids_B1 = None if reads_token_B is None else reads_token_B.astype(jnp.int32)[:, None]
     hidden_B1D, state = model.apply(params, tokens_B[:, None], state=state, segment_ids=segment_ids_B1)
     return state, model.logits(params, hidden_B1D)[:, 0]

@@ -104,11 +104,11 @@ def filter_logits(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array |
     return logits_BV
 
 
-def check_top_k(sampling: Sampling, ids: int) -> None:
+def check_top_k(sampling: Sampling, num_ids: int) -> None:
     """Raise ``ValueError`` if ``top_k`` exceeds the number of ids that may be generated."""
-    if sampling.top_k is not None and sampling.top_k > ids:
+    if sampling.top_k is not None and sampling.top_k > num_ids:
         raise ValueError(
-            f"top_k={sampling.top_k} exceeds the {ids} ids that may be generated: use a lower number, or None"
+            f"top_k={sampling.top_k} exceeds the {num_ids} ids that may be generated: use a lower number, or None"
         )
 
 
@@ -131,7 +131,7 @@ class Progress:
         keys: one random key per row; None for greedy decoding.
         sampling: how tokens are drawn.
         end_ids: the ids that end a row.
-        ids: only ids below this number are generated.
+        num_ids: only ids below this number are generated.
     """
 
     state: Any
@@ -145,7 +145,7 @@ class Progress:
     keys: jax.Array | None
     sampling: Sampling = struct.field(pytree_node=False)
     end_ids: tuple[int, ...] = struct.field(pytree_node=False)
-    ids: int = struct.field(pytree_node=False)
+    num_ids: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -214,14 +214,8 @@ def generate(
         >>> generate(model, params, prompts, segment_ids, max_new_tokens=4).tokens.shape
         (2, 4)
     """
-    num_ids, slots = _check_arguments(
-        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
-    )
-    generation = _generate(
-        model, params, prompts, segment_ids, key, state,
-        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), num_ids=num_ids, slots=slots,
-        sharding=active(),
-    )  # fmt: skip
+    settings = _settings(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    generation = _generate(model, params, prompts, segment_ids, key, state, settings)
     check_finite(model, params, generation.finite, state)
     return generation
 
@@ -243,14 +237,8 @@ def prefill(
 
     The arguments and errors are the same as in :func:`generate`.
     """
-    num_ids, slots = _check_arguments(
-        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
-    )
-    progress = _prefill(
-        model, params, prompts, segment_ids, key, state,
-        max_new_tokens=max_new_tokens, sampling=sampling, end_ids=end_ids_of(end_id), num_ids=num_ids, slots=slots,
-        sharding=active(),
-    )  # fmt: skip
+    settings = _settings(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    progress = _prefill(model, params, prompts, segment_ids, key, state, settings)
     check_finite(model, params, progress.finite, state)
     return progress
 
@@ -268,7 +256,25 @@ def advance(model: Model, params: Any, progress: Progress, steps: int | jax.Arra
     return progress
 
 
-def _check_arguments(
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The static arguments of a generation: a new value needs a new compilation.
+
+    Attributes:
+        num_ids: only ids below this number are generated.
+        slots: number of cache slots.
+        sharding: the active sharding, because ``constrain`` reads it during tracing.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    end_ids: tuple[int, ...]
+    num_ids: int
+    slots: int
+    sharding: Sharding | None
+
+
+def _settings(
     model: Model,
     prompts: Array,
     segment_ids: Array | None,
@@ -278,8 +284,8 @@ def _check_arguments(
     end_id: EndId,
     allowed_ids: int | None,
     state: Any,
-) -> tuple[int, int]:
-    """Check all arguments. Return the number of ids that may be generated, and the number of cache slots."""
+) -> _Settings:
+    """The static arguments of a generation. Checks all arguments."""
     num_ids, slots = check_prompts(
         model, prompts, segment_ids,
         max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
@@ -291,7 +297,7 @@ def _check_arguments(
         )
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
-    return num_ids, slots
+    return _Settings(max_new_tokens, sampling, end_ids_of(end_id), num_ids, slots, active())
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
@@ -304,28 +310,16 @@ def _has_row_keys(key: jax.Array) -> bool:
     return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
-# `constrain` reads the active sharding during tracing, so the sharding must be part of each jit cache key.
-_STATIC = ("model", "max_new_tokens", "sampling", "end_ids", "num_ids", "slots", "sharding")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _generate(
-    model: Model,
-    params: Any,
-    prompts_BT: jax.Array,
-    segment_ids_BT: Any,
-    key: Any,
-    state: Any,
-    *,
-    max_new_tokens: int,
-    **static: Any,
+    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: Any, key: Any, state: Any, settings: _Settings
 ) -> Generation:
-    progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, max_new_tokens=max_new_tokens, **static)
-    progress = _advance(model, params, progress, max_new_tokens - 1, sharding=static["sharding"])
+    progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, settings)
+    progress = _advance(model, params, progress, settings.max_new_tokens - 1, sharding=settings.sharding)
     return Generation(progress.tokens, progress.lengths, progress.log_probs, progress.finite)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _prefill(
     model: Model,
     params: Any,
@@ -333,17 +327,13 @@ def _prefill(
     segment_ids_BT: jax.Array | None,
     key: jax.Array | None,
     state: Any,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    end_ids: tuple[int, ...],
-    num_ids: int,
-    slots: int,
-    sharding: Sharding | None,
+    settings: _Settings,
 ) -> Progress:
-    B = prompts_BT.shape[0]
-    rows_B = jnp.arange(B)
-    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
+    B, rows_B = prompts_BT.shape[0], jnp.arange(prompts_BT.shape[0])
+    max_new_tokens, sampling, end_ids, num_ids = (
+        settings.max_new_tokens, settings.sampling, settings.end_ids, settings.num_ids
+    )  # fmt: skip
+    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
     seen_BV = None
     if sampling.repetition_penalty != 1.0:
         seen_BT = prompts_BT
@@ -366,7 +356,7 @@ def _prefill(
         keys=keys_B,
         sampling=sampling,
         end_ids=end_ids,
-        ids=num_ids,
+        num_ids=num_ids,
     )
     return _draw(progress, logits_BV)
 
@@ -374,7 +364,7 @@ def _prefill(
 def _draw(progress: Progress, logits_BV: jax.Array) -> Progress:
     """The generation after drawing one token for each row that has not ended."""
     rows_B = jnp.arange(logits_BV.shape[0])
-    logits_BV = logits_BV[:, : progress.ids]
+    logits_BV = logits_BV[:, : progress.num_ids]
     filtered_BV = filter_logits(progress.sampling, logits_BV, progress.seen)
     if progress.keys is None:
         drawn_B = jnp.argmax(filtered_BV, axis=-1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
+from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import Array, check_ids, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.nn.loss import cross_entropy
@@ -253,7 +253,7 @@ def perplexity(
         # Repeat the last window in the last batch, so that all batches have one shape.
         rows = np.minimum(np.arange(first, first + batch_size), starts.size - 1)
         windows = ids[starts[rows][:, None] + np.arange(window)].astype(np.int32)
-        with named_rows("window", rows):
+        with rename_rows_in_errors("window", rows):
             log_probs = np.asarray(log_likelihood(model, params, windows), np.float64)
         for row, log_probs_T in zip(rows[: starts.size - first], log_probs, strict=False):
             total -= float(log_probs_T[window - 1 - num_new[row] :].sum())

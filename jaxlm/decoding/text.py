@@ -16,18 +16,18 @@ import numpy as np
 from jaxlm.data.encodings import SPECIAL
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import length_batches, pad_rows
-from jaxlm.decoding.beam import beam_search
+from jaxlm.decoding.beam import BeamConfig, beam_search
 from jaxlm.decoding.config import FILE, GenerationConfig, num_ids
 from jaxlm.decoding.describe import require_task
-from jaxlm.decoding.finite import named_rows
+from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.windows import TokenRequest, Windows, pad_prompts, read_sources
+from jaxlm.decoding.windows import TokenRequest, WindowedGeneration, pad_prompts, read_sources
 from jaxlm.models import Model
 
 CHUNK = 8
 """Number of tokens between two searches for stop strings."""
 
-NOT_GIVEN = GenerationConfig()
+UNSET_CONFIG = GenerationConfig()
 """A request in which no field is set."""
 
 
@@ -36,7 +36,7 @@ def generate_text(
     params: Any,
     tokenizer: Tokenizer,
     texts: Sequence[str] | Sequence[np.ndarray],
-    config: GenerationConfig = NOT_GIVEN,
+    config: GenerationConfig = UNSET_CONFIG,
     *,
     key: jax.Array | None = None,
 ) -> list[str]:
@@ -86,7 +86,7 @@ def stream_text(
     params: Any,
     tokenizer: Tokenizer,
     text: str,
-    config: GenerationConfig = NOT_GIVEN,
+    config: GenerationConfig = UNSET_CONFIG,
     *,
     key: jax.Array | None = None,
     chunk: int = CHUNK,
@@ -204,7 +204,7 @@ class _TextGenerator:
         elif self._model.reads_source:
             encodings = self._tokenizer.encode_inputs_batch(strings)
             rows = [encoding.ids for encoding in encodings]
-            empty = [bool(np.all(encoding.sequence == SPECIAL)) for encoding in encodings]
+            empty = [bool(np.all(encoding.sequence_ids == SPECIAL)) for encoding in encodings]
         else:
             rows = [self._tokenizer.encode(text) for text in strings]
             empty = [ids.size == 0 for ids in rows]
@@ -242,11 +242,11 @@ class _TextGenerator:
         else:
             state = read_sources(request, batch, int(limits.max()))
             tokens_BT, segment_ids_BT = pad_rows(prompts, 1)
-        with named_rows(self._input_name, numbers):
+        with rename_rows_in_errors(self._input_name, numbers):
             beams = beam_search(
-                request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self.num_beams,
-                length_penalty=self._length_penalty, early_stopping=self._early_stopping, end_id=request.end_ids,
-                allowed_ids=request.num_ids, state=state,
+                request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits,
+                beams=BeamConfig(self.num_beams, self._length_penalty, self._early_stopping),
+                end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
             )  # fmt: skip
         best_BN, lengths_B = np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0])
         rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, best_BN, lengths_B, strict=True)]
@@ -264,8 +264,8 @@ class _TextGenerator:
         prompts = batch if self._start is None else [self._start] * len(batch)
         limits = self._limits(prompts)
         request = dataclasses.replace(self._request, max_new_tokens=int(limits.max()))
-        with named_rows(self._input_name, numbers):
-            windows = Windows(request, prompts, numbers, None if self._start is None else batch)
+        with rename_rows_in_errors(self._input_name, numbers):
+            windows = WindowedGeneration(request, prompts, numbers, None if self._start is None else batch)
         chunk = request.max_new_tokens if chunk is None else chunk
         while True:
             # Copy the arrays, because their buffers are donated to the next call.
@@ -278,14 +278,14 @@ class _TextGenerator:
                 ended[row] |= ids.size >= limit
                 ids = ids[:limit]
                 text = self._decode(ids, prompts[row].size)
-                text, stopped = _final_part(text, self.stop, is_complete=windows.over or bool(ended[row]))
+                text, stopped = _final_part(text, self.stop, is_complete=windows.is_finished or bool(ended[row]))
                 texts.append(text)
                 has_stop.append(stopped)
             yield texts
             ended |= np.array(has_stop)
-            if windows.over or ended.all():
+            if windows.is_finished or ended.all():
                 return
-            with named_rows(self._input_name, numbers):
+            with rename_rows_in_errors(self._input_name, numbers):
                 windows.advance(ended, chunk)
 
     def _decode(self, ids: np.ndarray, prompt_length: int) -> str:

@@ -81,7 +81,7 @@ def _read_sources(
     return model.init_decode_state(params, source_BS, length, segment_ids=segment_ids_BS)
 
 
-class Windows:
+class WindowedGeneration:
     """Generation of a batch in one or more windows.
 
     When a window is full, the last ``max_positions // 2`` tokens of each row are the prompt of the next window. Models
@@ -129,14 +129,14 @@ class Windows:
         )  # fmt: skip
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the current window has no space for more tokens."""
         return int(self.progress.step) == self.progress.tokens.shape[1]
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all requested tokens have been generated."""
-        return self.full and self.progress.tokens.shape[1] == self._remaining
+        return self.is_full and self.progress.tokens.shape[1] == self._remaining
 
     def advance(self, ended: np.ndarray, chunk: int) -> None:
         """Generate up to ``chunk`` more tokens for each row that has not ended. If the window is full, open another.
@@ -144,7 +144,7 @@ class Windows:
         Args:
             ended: bool [B], rows that need no more tokens.
         """
-        if not self.full:
+        if not self.is_full:
             progress = dataclasses.replace(self.progress, ended=jnp.asarray(ended))
             self.progress = advance(self._request.model, self._request.params, progress, chunk)
             return

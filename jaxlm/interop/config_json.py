@@ -36,15 +36,15 @@ class Description:
 
     Attributes:
         model: the model with the overrides. Its metadata has no generation config.
-        table: the format of the files, which contains the tensor names.
-        stored: the model in the files, without the overrides, if the overrides select a head. In this case, the head of
-            ``model`` may be missing in the files, and the files may have another head. None: the files must have
-            exactly the parameters of ``model``.
+        format: the format of the files, which contains the tensor names.
+        saved_model: the model in the files, without the overrides, if the overrides select a head. In this case, the
+            head of ``model`` may be missing in the files, and the files may have another head. None: the files must
+            have exactly the parameters of ``model``.
     """
 
     model: Model
-    table: Format
-    stored: Model | None
+    format: Format
+    saved_model: Model | None
 
 
 def format_of(model: Model) -> Format:
@@ -61,7 +61,7 @@ def format_of(model: Model) -> Format:
         return _native_format(model)
     loaded = None if model.metadata is None else model.metadata.config.get("model_type")
     for table in sorted(choices, key=lambda table: table.model_type != loaded):
-        fixed = {field: value for field, value in table.implied.items() if field not in table.fields}
+        fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
         if _has_values(model, fixed) and any(_has_values(model, implied) for implied in table.architectures.values()):
             return table
     names = ", ".join(f"{table.model_type} ({', '.join(table.architectures)})" for table in choices)
@@ -88,7 +88,7 @@ def _native_format(model: Model) -> Format:
         path, layer = spec.split_layer(path)
         names[path] = name(path, is_layer=layer is not None or is_stacked(leaf))
     return Format(
-        architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", fields={}, tensors=names,
+        architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
         renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
         table = None
     else:
         name, table, implied = _find_format(config, path, overrides)
-        fields = {**table.implied, **_published_fields(config, table, family(name).Config, path)}
+        fields = {**table.default_fields, **_published_fields(config, table, family(name).Config, path)}
     try:
         if table is not None and table.read_fields is not None:
             fields |= table.read_fields(config)
@@ -124,7 +124,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
                 fields["num_labels"] = len(labels)
             elif config.get("num_labels") is not None:
                 fields["num_labels"] = config["num_labels"]
-        stored = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
+        saved_model = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
         if "task" in overrides and overrides["task"] != implied.get("task"):
             implied = {}
         model = get_model(name, **{**fields, **implied, **overrides})
@@ -134,7 +134,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
     if getattr(model.config, "task", None) not in _LABEL_TASKS:
         labels = None
     metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config), config=config)
-    return Description(dataclasses.replace(model, metadata=metadata), table, stored)
+    return Description(dataclasses.replace(model, metadata=metadata), table, saved_model)
 
 
 def _native_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type,
             )
     hints = typing.get_type_hints(config_class)
     fields = {}
-    for name, hf_name in table.fields.items():
+    for name, hf_name in table.hf_name_of_field.items():
         if hf_name not in config:
             continue
         value = config[hf_name]
@@ -246,7 +246,7 @@ def token_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def their_config(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """The contents of ``config.json`` for saving a model.
 
     Args:
@@ -284,7 +284,7 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
     if not formats.of(model.family):
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
-    for name, hf_name in table.fields.items():
+    for name, hf_name in table.hf_name_of_field.items():
         value = getattr(model.config, name)
         if hf_name in table.values:
             hf_values = [hf_value for hf_value, jaxlm_value in table.values[hf_name].items() if jaxlm_value == value]
@@ -311,7 +311,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
         description = describe(dict(loaded), Path("config.json"), {})
     except ValueError:  # the loaded class is not supported; it was loaded with task=...
         return result
-    previous = _model_fields(description.model, description.table)
+    previous = _model_fields(description.model, description.format)
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
         result.pop(field, None)
     for field, value in model_fields.items():
@@ -320,12 +320,12 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
                 result[field] = loaded[field]
             else:  # the default of the field is this value
                 del result[field]
-    for alias, field in description.table.aliases.items():
+    for alias, field in description.format.aliases.items():
         if alias in result:
             result[alias] = result[field]
     if model_fields.get("id2label") != previous.get("id2label"):  # the loaded num_labels may be wrong
         result.pop("num_labels", None)
-    if model.metadata is not None and model.metadata.fresh:
+    if model.metadata is not None and model.metadata.initialized:
         result.pop("problem_type", None)  # describes the loaded head, which is not in this model
     return result
 
@@ -372,7 +372,7 @@ def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
         )
 
 
-def their_generation_config(model: Model, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
+def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
     """The contents of ``generation_config.json`` for saving a model; None if the directory does not need this file.
 
     Without this file, transformers uses the special token ids in ``config.json``.

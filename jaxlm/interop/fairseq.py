@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import spec
-from jaxlm.interop.huggingface import params_of_tensors
+from jaxlm.interop.huggingface import params_from_tensors
 from jaxlm.models.model import Metadata, Model, get_model
 from jaxlm.models.roberta import FIRST_POSITION
 
@@ -54,8 +54,8 @@ def roberta_from_fairseq(
 ) -> tuple[Model, spec.Tree]:
     """The model and the parameters of a fairseq RoBERTa checkpoint.
 
-    fairseq's RoBERTa has no token types, so the embedding of the only token type is zeros. ``model.metadata.unused``
-    lists the tensors of heads that the model does not have.
+    fairseq's RoBERTa has no token types, so the embedding of the only token type is zeros.
+    ``model.metadata.unused_tensors`` lists the tensors of heads that the model does not have.
 
     Args:
         weights: the arrays of the checkpoint, by fairseq's names.
@@ -99,8 +99,8 @@ def roberta_from_fairseq(
         fields["num_labels"] = len(tensors["classifier.out_proj.bias"])
     model = get_model("roberta", **{**fields, **overrides})
     tensors[_TOKEN_TYPES] = np.zeros((1, width), tensors["roberta.embeddings.word_embeddings.weight"].dtype)
-    metadata = Metadata(token_ids={"bos": 0, "pad": 1, "eos": 2}, unused=tuple(unused))
-    return Model(model.family, model.config, metadata), params_of_tensors(model, tensors)
+    metadata = Metadata(token_ids={"bos": 0, "pad": 1, "eos": 2}, unused_tensors=tuple(unused))
+    return Model(model.family, model.config, metadata), params_from_tensors(model, tensors)
 
 
 def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:

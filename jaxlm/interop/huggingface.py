@@ -40,19 +40,20 @@ from jaxlm.interop.config_json import (
     Description,
     describe,
     format_of,
+    generation_config_json,
     is_stacked,
-    their_config,
-    their_generation_config,
+    model_config_json,
     token_fields,
 )
 from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, inside, write_json
-from jaxlm.interop.formats import Format, Layout
+from jaxlm.interop.formats import Format
+from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
 from jaxlm.sharding import Sharding
 
-__all__ = ["load_pretrained", "named_tensors", "params_of_tensors", "save_pretrained"]
+__all__ = ["load_pretrained", "named_tensors", "params_from_tensors", "save_pretrained"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -75,9 +76,9 @@ def load_pretrained(
 
     The overrides ``task`` and ``num_labels`` select another head than the head in the files. Then parameters that the
     files do not contain are initialised as in ``model.init``, and tensors of other heads are not loaded.
-    ``model.metadata.fresh`` lists the initialised parameters, ``model.metadata.unused`` lists the tensors that are not
-    loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain exactly the tensors of
-    the model.
+    ``model.metadata.initialized`` lists the initialised parameters, ``model.metadata.unused_tensors`` lists the tensors
+    that are not loaded, and the logger "jaxlm" reports both. Without these overrides, the files must contain exactly
+    the tensors of the model.
 
     In addition to the result, host memory holds only one parameter at a time (all layers of a stacked parameter).
 
@@ -92,7 +93,7 @@ def load_pretrained(
     Example:
         >>> model, params = load_pretrained("gpt2-directory", attention_dropout=0.0)    # doctest: +SKIP
         >>> model, params = load_pretrained("bert-directory", task="classification", num_labels=3)   # doctest: +SKIP
-        >>> model.metadata.fresh                                                        # doctest: +SKIP
+        >>> model.metadata.initialized                                                        # doctest: +SKIP
         ('classifier/bias', 'classifier/weight')
 
     Raises:
@@ -108,7 +109,7 @@ def load_pretrained(
     description = _read_description(directory, overrides)
     model = description.model
     with contextlib.ExitStack() as stack:
-        tensors = _with_current_names(_open_tensors(directory, stack), description.table, directory)
+        tensors = _with_current_names(_open_tensors(directory, stack), description.format, directory)
         num_layers = getattr(model.config, "num_layers", 0)
         # Checked before the specs are built, because the specs of a wrong, huge number of layers would fill memory.
         if num_layers > len(tensors):
@@ -119,12 +120,12 @@ def load_pretrained(
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
         match = _match_tensors(description, tensors, directory)
         dtypes = _dtypes(match.locations, tensors, param_dtype)
-        fresh = spec.init({path: specs[path] for path in match.fresh}, jax.random.key(seed))
-        fresh_dtype = param_dtype or jnp.result_type(*dtypes.values())
+        initialized = spec.init({path: specs[path] for path in match.initialized}, jax.random.key(seed))
+        new_dtype = param_dtype or jnp.result_type(*dtypes.values())
         leaves = []
         for path, leaf in specs.items():
-            if path in fresh:
-                array = np.asarray(fresh.pop(path).astype(fresh_dtype))
+            if path in initialized:
+                array = np.asarray(initialized.pop(path).astype(new_dtype))
             else:
                 array = _read_parameter(leaf, match.locations[path], tensors, dtypes[path])
             if shardings is None:
@@ -174,18 +175,18 @@ def save_pretrained(
     for path, leaf in flat.items():
         if str(leaf.dtype) not in _DTYPES.values():
             raise ValueError(f"{path} is {leaf.dtype}: cast it to one of {', '.join(_DTYPES.values())} before saving")
-    configs = {CONFIG: their_config(model, jnp.result_type(*(leaf.dtype for leaf in flat.values())), tokenizer)}
-    generation_config = their_generation_config(model, tokenizer)
+    configs = {CONFIG: model_config_json(model, jnp.result_type(*(leaf.dtype for leaf in flat.values())), tokenizer)}
+    generation_config = generation_config_json(model, tokenizer)
     if generation_config is not None:
         configs = {GENERATION_CONFIG: generation_config, **configs}
 
     is_distributed = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in flat.values())
     if is_distributed and not processes.is_first():
         collections.deque(named_tensors(model, params), maxlen=0)  # all processes must take part in each all-gather
-        processes.wait("saved")
+        processes.barrier("saved")
         return
     directory = Path(directory)
-    with integrity.staged(directory) as temporary:
+    with integrity.staging_directory(directory) as temporary:
         for name, content in configs.items():
             write_json(temporary / name, content)
         if tokenizer is not None:
@@ -196,7 +197,7 @@ def save_pretrained(
         if INDEX in weights:
             # Shards are moved one by one. Without the index, a mixture of old and new shards cannot be loaded.
             (directory / INDEX).unlink(missing_ok=True)
-        integrity.install(temporary, directory, written)
+        integrity.install_files(temporary, directory, written)
     for file in os.listdir(directory):
         is_model_file = file in (INDEX, GENERATION_CONFIG) or _WEIGHTS_OR_SHARD.fullmatch(file)
         is_tokenizer_file = tokenizer is not None and file in TOKENIZER_FILES
@@ -204,7 +205,7 @@ def save_pretrained(
             (directory / file).unlink()
     integrity.sync(directory)
     if is_distributed:
-        processes.wait("saved")
+        processes.barrier("saved")
 
 
 def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_bytes: int) -> list[str]:
@@ -212,7 +213,7 @@ def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_b
     flat = spec.flatten(params)
     sizes = [
         (name, math.prod(location.file_shape) * flat[path].dtype.itemsize)
-        for path, location in _locations(model, format_of(model)).items()
+        for path, location in locations_of(model, format_of(model)).items()
         for name in location.names
     ]
     shards = _split_into_shards(sizes, max_shard_bytes)
@@ -245,19 +246,19 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
         (32, 96)
     """
     flat, specs = spec.flatten(tree), spec.flatten(model.specs)
-    for path, location in _locations(model, format_of(model)).items():
-        array = processes.on_host(flat[path])
+    for path, location in locations_of(model, format_of(model)).items():
+        array = processes.gather_to_host(flat[path])
         for name, layer in zip(location.names, array if is_stacked(specs[path]) else [array], strict=True):
             yield name, location.to_file(layer)
 
 
-def params_of_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
+def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
     """The parameters of the model from ``{name: tensor}``: the inverse of :func:`named_tensors`. Dtypes do not change.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape.
     """
-    specs, locations = spec.flatten(model.specs), _locations(model, format_of(model))
+    specs, locations = spec.flatten(model.specs), locations_of(model, format_of(model))
     shapes = {name: location.file_shape for location in locations.values() for name in location.names}
     found = {name: tuple(np.shape(tensor)) for name, tensor in tensors.items()}
     if found != shapes:
@@ -276,61 +277,6 @@ def params_of_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
 
 
 # --------------------------------------------------------------------------------------- locations of parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class _Location:
-    """The tensor names and the layout of one parameter in files.
-
-    Attributes:
-        names: the tensor name for each layer; a single name if the parameter is not stacked.
-        model_shape: shape of one layer in the model, without vocabulary padding.
-        layout: how the axes of ``model_shape`` are ordered and merged in the files.
-    """
-
-    names: tuple[str, ...]
-    model_shape: tuple[int, ...]
-    layout: Layout
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the files."""
-        return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
-
-    @property
-    def _file_axis_order(self) -> list[int]:
-        return [axis for group in self.layout for axis in group]
-
-    def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The tensor in files, from one layer of the parameter. Vocabulary padding is removed."""
-        array = array[tuple(slice(size) for size in self.model_shape)]
-        return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.file_shape))
-
-    def to_model(self, array: np.ndarray) -> np.ndarray:
-        """One layer of the parameter, without vocabulary padding, from its tensor in files."""
-        sizes = [self.model_shape[axis] for axis in self._file_axis_order]
-        return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
-
-
-def _locations(model: Model, table: Format, prefix: str | None = None) -> dict[str, _Location]:
-    """The :class:`_Location` of every parameter of the model, by path, in the order of the specs.
-
-    Args:
-        prefix: name prefix of the base model's tensors; None: the prefix in transformers classes with a head.
-    """
-    prefix = table.prefix if prefix is None else prefix
-    specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
-    names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
-    locations = {}
-    for path, leaf in specs.items():
-        name, layer = spec.split_layer(path)
-        if name not in names:
-            raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {name} of {model.family}")
-        shape = leaf.shape[1:] if is_stacked(leaf) else leaf.shape
-        layers = range(leaf.shape[0]) if is_stacked(leaf) else [layer]
-        layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
-        locations[path] = _Location(tuple(names[name].format(layer=layer) for layer in layers), shape, layout)
-    return locations
 
 
 # -------------------------------------------------------------------------------------------------------- files
@@ -469,34 +415,34 @@ class _Match:
 
     Attributes:
         locations: the locations of the parameters that the files contain, by path.
-        fresh: paths of the parameters that the files do not contain.
+        initialized: paths of the parameters that the files do not contain.
         unused: names of the tensors that are not parameters of the model.
     """
 
-    locations: dict[str, _Location]
-    fresh: tuple[str, ...]
+    locations: dict[str, Location]
+    initialized: tuple[str, ...]
     unused: tuple[str, ...]
 
 
 def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Match the parameters of the model with the tensors in the files.
 
-    If ``description.stored`` is given, the files may lack a head of the model, and may have other heads.
+    If ``description.saved_model`` is given, the files may lack a head of the model, and may have other heads.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape; or two tensors that must be equal
             differ.
     """
-    model, table = description.model, description.table
+    model, table = description.model, description.format
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
-    locations = _locations(model, table, prefix)
-    stored: dict[str, _Location] = {}  # the locations of the saved model, without the overrides
-    if description.stored is not None:
-        stored_table = table if formats.of(model.family) else format_of(description.stored)
-        stored = _locations(description.stored, stored_table, prefix)
+    locations = locations_of(model, table, prefix)
+    stored: dict[str, Location] = {}  # the locations of the saved model, without the overrides
+    if description.saved_model is not None:
+        stored_table = table if formats.of(model.family) else format_of(description.saved_model)
+        stored = locations_of(description.saved_model, stored_table, prefix)
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
-    fresh = _fresh_paths(description, locations, stored, tensors) if stored else []
-    locations = {path: location for path, location in locations.items() if path not in fresh}
+    initialized = _missing_paths(description, locations, stored, tensors) if stored else []
+    locations = {path: location for path, location in locations.items() if path not in initialized}
     expected = {
         name: _Tensor(None, name, location.file_shape, tensors[name].dtype if name in tensors else "tensor")
         for location in locations.values()
@@ -504,7 +450,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
     }
     copies = {
         name: path
-        for name, path in table.copies.items()
+        for name, path in table.tied_tensors.items()
         if name in tensors and name not in expected and name not in stored_path_of and path in locations
     }
     extra = {
@@ -518,7 +464,7 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
     def belongs_to_another_head(name: str) -> bool:
         outside_base_model = bool(prefix) and not name.startswith(prefix)
         removed = name in stored_path_of and stored_path_of[name] not in locations
-        return outside_base_model or name in table.copies or removed
+        return outside_base_model or name in table.tied_tensors or removed
 
     unused = [name for name in extra if stored and belongs_to_another_head(name)]
     actual = {name: tensor for name, tensor in tensors.items() if name in expected}
@@ -531,13 +477,13 @@ def _match_tensors(description: Description, tensors: dict[str, _Tensor], direct
                 f"{directory}: {copy} must equal {name}, because both are the parameter {path} with this {CONFIG}, but "
                 "they differ"
             )
-    return _Match(locations, tuple(fresh), tuple(unused))
+    return _Match(locations, tuple(initialized), tuple(unused))
 
 
-def _fresh_paths(
+def _missing_paths(
     description: Description,
-    locations: dict[str, _Location],
-    stored: dict[str, _Location],
+    locations: dict[str, Location],
+    stored: dict[str, Location],
     tensors: dict[str, _Tensor],
 ) -> list[str]:
     """Paths of the head and pooler parameters that must be initialised, because the files do not contain them.
@@ -545,16 +491,16 @@ def _fresh_paths(
     Either all parameters of a head are initialised, or all are loaded. If the files contain only some parameters of a
     head, the paths of this head are not returned. The check of the tensors then reports the missing parameters.
     """
-    assert description.stored is not None
-    config, stored_config = description.model.config, description.stored.config
+    assert description.saved_model is not None
+    config, stored_config = description.model.config, description.saved_model.config
     stored_path_of = {name: path for path, location in stored.items() for name in location.names}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:
         head, _, _ = path.partition("/")
-        in_head = path in description.table.head or head in (*HEADS.values(), "pooler")
+        in_head = path in description.format.unprefixed_tensors or head in (*HEADS.values(), "pooler")
         if in_head or (path not in stored and head != spec.LAYERS):
             paths_of_head.setdefault(head, []).append(path)
-    fresh = []
+    initialized = []
     for head, paths in paths_of_head.items():
         # Heads of different tasks may use the same tensor name. So the path of the saved parameter must match, too.
         found = [
@@ -570,20 +516,20 @@ def _fresh_paths(
         )
         other_task = head in HEADS.values() and config.task != stored_config.task
         if other_task or not found or (resized and head in HEADS.values()):
-            fresh += paths
-    return fresh
+            initialized += paths
+    return initialized
 
 
 def _with_load_report(model: Model, match: _Match, directory: Path) -> Model:
-    """The model with ``fresh`` and ``unused`` in its metadata. The logger reports both."""
+    """The model with ``initialized`` and ``unused_tensors`` in its metadata. The logger reports both."""
     assert model.metadata is not None
-    metadata = dataclasses.replace(model.metadata, fresh=match.fresh, unused=match.unused)
-    if any(path.partition("/")[0] in HEADS.values() for path in match.fresh):
+    metadata = dataclasses.replace(model.metadata, initialized=match.initialized, unused_tensors=match.unused)
+    if any(path.partition("/")[0] in HEADS.values() for path in match.initialized):
         metadata = dataclasses.replace(metadata, labels=None)
-    if match.fresh or match.unused:
+    if match.initialized or match.unused:
         _LOG.info(
-            "%s: freshly initialised: %s; not loaded: %s",
-            directory, ", ".join(match.fresh) or "nothing", ", ".join(match.unused) or "nothing",
+            "%s: initialised: %s; not loaded: %s",
+            directory, ", ".join(match.initialized) or "nothing", ", ".join(match.unused) or "nothing",
         )  # fmt: skip
     return dataclasses.replace(model, metadata=metadata)
 
@@ -599,7 +545,7 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
     )
 
 
-def _dtypes(locations: dict[str, _Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
+def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
     """The dtype of each parameter, by path. All layers of a parameter have the same dtype, even if not stacked."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
@@ -625,7 +571,7 @@ def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype
     return _DTYPES[found[0]]
 
 
-def _read_parameter(leaf: spec.ArraySpec, location: _Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
+def _read_parameter(leaf: spec.ArraySpec, location: Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
     """One parameter, with all layers if it is stacked. Vocabulary padding, which is not in the files, is zero."""
     array = np.zeros(leaf.shape, dtype)
     for name, layer in zip(location.names, array if is_stacked(leaf) else [array], strict=True):

@@ -31,9 +31,10 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import integrity, processes, spec
 from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, matrix_rows
 from jaxlm.interop import formats
-from jaxlm.interop.config_json import format_of, is_stacked
+from jaxlm.interop.config_json import format_of
 from jaxlm.interop.directory import inside, write_json
 from jaxlm.interop.formats import Layout
+from jaxlm.interop.locations import Location, locations_of
 from jaxlm.json_files import read_object
 from jaxlm.models.model import Model
 
@@ -106,7 +107,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     fully_trained = {weight_of[name].path for name, suffix in names_and_suffixes if not suffix}
     if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
-    lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), train=_exact_patterns(fully_trained))
+    lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
     reader = _Reader(directory, tensors, rank)
     leaves = {path: weights[path].full_weight_to_model(reader.full_weight(weights[path])) for path in fully_trained}
     for path in lora_paths:
@@ -116,7 +117,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], model: Model, lora: LoRA, trained: spec.Tree, *, base: str | None = None
+    directory: str | os.PathLike[str], model: Model, lora: LoRA, trained: spec.Tree, *, base_model: str | None = None
 ) -> None:
     """Save an adapter in a directory that ``peft.PeftModel.from_pretrained(transformers_model, directory)`` can load.
 
@@ -125,7 +126,7 @@ def save_adapter(
         model: the base model.
         lora: the adaptation.
         trained: the trained parameters, a tree with the specs ``lora.specs(model.specs)``.
-        base: directory or name of the base model, for ``peft.AutoPeftModel``.
+        base_model: directory or name of the base model, for ``peft.AutoPeftModel``.
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
@@ -136,7 +137,9 @@ def save_adapter(
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
     weights = _weights(model, with_prefix=getattr(model.config, "task", None) != "none")
-    flat = {name: np.asarray(processes.on_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()}
+    flat = {
+        name: np.asarray(processes.gather_to_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()
+    }
     tensors: dict[str, np.ndarray] = {}
     for path in lora.target_paths(model.specs):
         tensors |= weights[path].factors_to_peft(flat[f"{path}/{LORA_A}"], flat[f"{path}/{LORA_B}"])
@@ -153,7 +156,7 @@ def save_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_model,
         "r": lora.rank,
         "lora_alpha": lora.rank if lora.alpha is None else lora.alpha,
         "lora_dropout": 0.0,
@@ -166,12 +169,12 @@ def save_adapter(
     if not processes.is_first():
         return
     directory = Path(directory)
-    with integrity.staged(directory) as temporary:
+    with integrity.staging_directory(directory) as temporary:
         save_file(
             {_NAME_PREFIX + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
         )
         write_json(temporary / CONFIG, config)
-        integrity.install(temporary, directory, (WEIGHTS, CONFIG))
+        integrity.install_files(temporary, directory, (WEIGHTS, CONFIG))
 
 
 # ------------------------------------------------------------------------------------------------- one weight
@@ -183,29 +186,33 @@ class _Weight:
 
     Attributes:
         path: path of the parameter in the model.
-        names: the transformers tensor name for each layer; a single name if the parameter is not stacked.
-        stacked: whether the parameter has a leading axis of layers.
-        shape: shape of one layer in the model, without vocabulary padding.
+        location: its names and its layout in the files of a transformers class.
         padded_shape: shape of one layer in the model, with vocabulary padding.
-        layout: the order of the axes of ``shape`` in files, see :data:`~jaxlm.interop.formats.Layout`.
-        row_axes: number of leading axes of ``shape`` that form the rows of the weight matrix (see ``matrix_rows``);
+        row_axes: number of leading axes of the shape that form the rows of the weight matrix (see ``matrix_rows``);
             None: the parameter is not a matrix.
         is_table: whether the parameter is a token embedding or an output head, whose rows are the vocabulary.
     """
 
     path: str
-    names: tuple[str, ...]
-    stacked: bool
-    shape: tuple[int, ...]
+    location: Location
     padded_shape: tuple[int, ...]
-    layout: Layout
     row_axes: int | None
     is_table: bool
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The tensor name for each layer; a single name if the parameter is not stacked."""
+        return self.location.names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one layer in the model, without vocabulary padding."""
+        return self.location.model_shape
+
+    @property
     def is_conv1d(self) -> bool:
         """Whether the transformers weight has the shape [in, out], as in GPT-2's ``Conv1D``."""
-        return not self.is_table and self.row_axes is not None and self.layout == self._rows_and_columns
+        return not self.is_table and self.row_axes is not None and self.location.layout == self._rows_and_columns
 
     @property
     def _rows_and_columns(self) -> Layout:
@@ -219,7 +226,7 @@ class _Weight:
         is_head = self.is_table and self.path.split("/")[0] == "head"
         matrix_layouts = () if self.row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
         if (
-            self.layout not in matrix_layouts
+            self.location.layout not in matrix_layouts
             or (self.is_table and not is_head)
             or not self.names[0].endswith(".weight")
         ):
@@ -260,35 +267,21 @@ class _Weight:
         if self.is_table:
             lora_a = np.pad(lora_a, ((0, 0), (0, self.padded_shape[0] - self.shape[0]), (0, 0)))
         factors = {f"{self.path}/{LORA_A}": lora_a, f"{self.path}/{LORA_B}": lora_b}
-        return factors if self.stacked else {path: x[0] for path, x in factors.items()}
-
-    @property
-    def _file_axis_order(self) -> list[int]:
-        return [axis for group in self.layout for axis in group]
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's tensor in files."""
-        return tuple(math.prod(self.shape[axis] for axis in group) for group in self.layout)
+        return factors if self.location.stacked else {path: x[0] for path, x in factors.items()}
 
     def full_weight_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
         """PEFT's ``{name: tensor}``, from a parameter that is trained in full."""
-        without_padding = tuple(slice(size) for size in self.shape)
-        return {
-            name: np.ascontiguousarray(layer[without_padding].transpose(self._file_axis_order).reshape(self.file_shape))
-            for name, layer in zip(self.names, self._layers(x), strict=True)
-        }
+        return {name: self.location.to_file(layer) for name, layer in zip(self.names, self._layers(x), strict=True)}
 
     def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
         """jaxlm's parameter that is trained in full, from the tensor of each layer."""
-        sizes = [self.shape[axis] for axis in self._file_axis_order]
-        x = np.stack([tensor.reshape(sizes).transpose(np.argsort(self._file_axis_order)) for tensor in tensors])
+        x = np.stack([self.location.to_model(tensor) for tensor in tensors])
         padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
         x = np.pad(x, [(0, 0), *padding])
-        return x if self.stacked else x[0]
+        return x if self.location.stacked else x[0]
 
     def _layers(self, x: np.ndarray) -> np.ndarray:
-        return x if self.stacked else x[None]
+        return x if self.location.stacked else x[None]
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
@@ -303,26 +296,17 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
     if not formats.of(model.family):
         raise ValueError(f"family {model.family!r} has no class in transformers, so PEFT has no adapters for it")
     table = format_of(model)
-    prefix = table.prefix if with_prefix else ""
-    names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.head)
-    specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
-    padded_specs = spec.flatten(model.specs)
-    weights = {}
-    for path, leaf in specs.items():
-        stacked = is_stacked(leaf)
-        num_layers, first_axis = (leaf.shape[0], 1) if stacked else (1, 0)
-        shape = leaf.shape[first_axis:]
-        weights[path] = _Weight(
+    locations = locations_of(model, table, table.prefix if with_prefix else "")
+    return {
+        path: _Weight(
             path=path,
-            names=tuple(names[path].format(layer=layer) for layer in range(num_layers)),
-            stacked=stacked,
-            shape=shape,
-            padded_shape=padded_specs[path].shape[first_axis:],
-            layout=table.layouts.get(path, tuple((axis,) for axis in range(len(shape)))),
+            location=locations[path],
+            padded_shape=leaf.shape[1:] if locations[path].stacked else leaf.shape,
             row_axes=matrix_rows(path, leaf),
             is_table=is_table(path, leaf),
         )
-    return weights
+        for path, leaf in spec.flatten(model.specs).items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -409,7 +393,7 @@ class _Reader:
 
     def full_weight(self, weight: _Weight) -> list[np.ndarray]:
         """The tensor of each layer of a weight that is trained in full."""
-        return [self._read(name, weight.file_shape) for name in weight.names]
+        return [self._read(name, weight.location.file_shape) for name in weight.names]
 
     def factors(self, weight: _Weight) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """PEFT's A of each layer, and PEFT's B of each layer."""
@@ -448,6 +432,6 @@ def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str]) -> l
             if name.rpartition(".")[0] in modules and name not in trained_names:
                 raise ValueError(
                     f"{weight.path} ({name}) is not trained, but another parameter of its module is: PEFT saves only "
-                    "complete modules, so LoRA.train must select both"
+                    "complete modules, so LoRA.full_training_patterns must select both"
                 )
     return modules

@@ -29,16 +29,16 @@ class Metadata:
             None, or a list if several tokens end a text.
         config: the whole ``config.json``; ``save_pretrained`` keeps the fields that jaxlm does not set.
         generation_config: the whole ``generation_config.json``; None if there is no such file.
-        fresh: paths of the parameters that the files do not contain; they have initial values.
-        unused: names of the tensors in the files that the model does not use.
+        initialized: paths of the parameters that the files do not contain; they have initial values.
+        unused_tensors: names of the tensors in the files that the model does not use.
     """
 
     labels: tuple[str, ...] | None = None
     token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation_config: Mapping[str, Any] | None = None
-    fresh: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
+    unused_tensors: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention, cache
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
-from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_of_positions
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
@@ -262,7 +262,7 @@ def _bias_fn(
         table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
         if position_pair is None:
             return distance_bias(table, cfg.max_distance, length, length, query_offset=0)
-        return distance_bias_of_positions(table, cfg.max_distance, *position_pair)
+        return distance_bias_at_positions(table, cfg.max_distance, *position_pair)
 
     if cfg.bias_per_layer:
         return layer_bias

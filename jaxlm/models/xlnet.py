@@ -31,8 +31,8 @@ from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
-    distance_bias_of_positions,
-    distance_bias_of_queries,
+    distance_bias_at_positions,
+    distance_bias_at_queries,
     sinusoids,
     type_bias,
 )
@@ -192,9 +192,9 @@ def _attention(
 
         query_kwargs: dict[str, Any] = {"q_BTHK": absorb("relative", add_bias("position_bias")), "scale": scale}
         if stream.positions is not None:
-            biases = [distance_bias_of_positions(table, S, *stream.positions, **query_kwargs)]
+            biases = [distance_bias_at_positions(table, S, *stream.positions, **query_kwargs)]
         elif stream.query_indices is not None:
-            biases = [distance_bias_of_queries(table, S, stream.query_indices, S, **query_kwargs)]
+            biases = [distance_bias_at_queries(table, S, stream.query_indices, S, **query_kwargs)]
         else:
             biases = [distance_bias(table, S, q_BTHK.shape[1], S, query_offset=stream.query_offset, **query_kwargs)]
         if stream.token_types is not None:
@@ -370,13 +370,20 @@ def _attention_inputs(
     kept_indices = None
     if state is not None:
         num_remembered = _num_remembered(cfg, T, order)
-        remembered_segments = None if segment_ids is None else segment_ids[:, :num_remembered]
-        remembered_context, state = memory.make_context(tokens[:, :num_remembered], state, remembered_segments)
-        kept_indices = remembered_context.kept_indices
         types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
-        new_types = memory.append(state["token_types"], types_BT[:, :num_remembered], kept_indices)
-        state = {**state, "token_types": new_types}
+        state, kept_indices = _add_to_memory(
+            state, *(None if x is None else x[:, :num_remembered] for x in (tokens, segment_ids, types_BT))
+        )
     return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept_indices), state
+
+
+def _add_to_memory(state: Any, tokens: Any, segment_ids: Any, token_types: Any) -> tuple[Any, Any]:
+    """The state with the tokens' segments and types, and the indices of its entries; ``hidden`` is not updated yet."""
+    context, state = memory.make_context(tokens, state, segment_ids)
+    return {
+        **state,
+        "token_types": memory.append(state["token_types"], token_types, context.kept_indices),
+    }, context.kept_indices
 
 
 def _num_remembered(cfg: Config, T: int, order: Any) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.linear import linear
-from jaxlm.sharding import constrain, gathered
+from jaxlm.sharding import constrain, gather_sharding
 
 
 def embed(
@@ -29,7 +29,7 @@ def embed(
     if size is not None and size < table_VD.shape[0]:
         ids_BT = jnp.where(ids_BT < size, ids_BT, table_VD.shape[0])
     rows_BTD = table_VD.at[ids_BT].get(
-        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=gathered(ids_BT)
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=gather_sharding(ids_BT)
     )
     return rows_BTD.astype(dtype)
 

@@ -16,7 +16,7 @@ from jaxlm.models import Model, common
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.objectives.batch import Batch, Loss, hidden_states
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """The label of ignored targets, as in ``transformers`` and torch."""
 
 
@@ -28,7 +28,7 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of tokens [B, T] with one label per row, [B]. A row labelled ``IGNORED`` has weight 0.
+    """A batch of tokens [B, T] with one label per row, [B]. A row labelled ``IGNORED_LABEL`` has weight 0.
 
     Args:
         num_labels: number of labels. Labels are in [0, num_labels).
@@ -40,20 +40,22 @@ def batch(
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape[:1]:
         raise ValueError(f"labels {list(labels.shape)} must have one label for each row of tokens {list(tokens.shape)}")
-    targets, weights = counted(labels, num_labels)
+    targets, weights = targets_and_weights(labels, num_labels)
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))
 
 
-def counted(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The targets (int32) and weights (float32) for labels. Both are 0 for the label ``IGNORED``.
+def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The targets (int32) and weights (float32) for labels. Both are 0 for the label ``IGNORED_LABEL``.
 
     Raises:
-        ValueError: a label is neither ``IGNORED`` nor in [0, num_labels).
+        ValueError: a label is neither ``IGNORED_LABEL`` nor in [0, num_labels).
     """
-    wrong = np.unique(labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_labels))])
+    wrong = np.unique(labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= num_labels))])
     if wrong.size:
-        raise ValueError(f"label {wrong[0]} is not in [0, num_labels={num_labels}); use {IGNORED} for ignored targets")
-    return np.where(labels == IGNORED, 0, labels).astype(np.int32), (labels != IGNORED).astype(np.float32)
+        raise ValueError(
+            f"label {wrong[0]} is not in [0, num_labels={num_labels}); use {IGNORED_LABEL} for ignored targets"
+        )
+    return np.where(labels == IGNORED_LABEL, 0, labels).astype(np.int32), (labels != IGNORED_LABEL).astype(np.float32)
 
 
 def pooled_states(model: Model, params: Any, batch: Batch, key: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:

@@ -17,6 +17,7 @@ Shapes: B batch, T time, P target positions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,84 +28,99 @@ from jaxlm.objectives.batch import Batch, token_loss
 
 loss = token_loss
 
-RATE = 0.15
-"""Fraction of the tokens that are selected."""
-MASKED, RANDOM = 0.8, 0.1
-"""Fractions of the selected tokens that are replaced by the mask token and by a random id. Others are unchanged."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """The settings of :func:`batch`.
+
+    Raises:
+        ValueError: an id is outside the vocabulary, or a fraction is out of range.
+    """
+
+    mask_id: int
+    """The id of the mask token."""
+    vocab_size: int
+    """Random ids are below ``vocab_size``. As in the published code, they may be special ids."""
+    special_ids: Sequence[int] = ()
+    """Ids that are never selected, such as ``[CLS]`` and ``[SEP]``. The mask token and padding (segment 0) are never
+    selected either."""
+    rate: float = 0.15
+    """Fraction of the tokens that are selected."""
+    num_predict: int | None = None
+    """P, the number of tokens to select in each row, instead of ``rate``. The batch then has ``target_positions``. If
+    fewer tokens are selected in a row, the other positions have weight 0."""
+    mask_fraction: float = 0.8
+    """Fraction of the selected tokens that are replaced by the mask token."""
+    random_fraction: float = 0.1
+    """Fraction of the selected tokens that are replaced by a random id. The others are unchanged."""
+
+    def __post_init__(self) -> None:
+        self.check_ids("mask_id", [self.mask_id])
+        self.check_ids("special_ids", self.special_ids)
+        if not 0.0 < self.rate <= 1.0:
+            raise ValueError(f"rate={self.rate} must be in (0, 1]")
+        if self.num_predict is not None and self.rate != MaskingConfig.rate:
+            raise ValueError(
+                f"num_predict={self.num_predict} and rate={self.rate} exclude each other: set only one of them"
+            )
+        if min(self.mask_fraction, self.random_fraction) < 0.0 or self.mask_fraction + self.random_fraction > 1.0:
+            raise ValueError(
+                f"mask_fraction={self.mask_fraction} and random_fraction={self.random_fraction} must be at least 0, "
+                "and their sum at most 1"
+            )
+
+    def check_ids(self, name: str, ids: Any) -> None:
+        """Raise ``ValueError`` if an id is outside the vocabulary."""
+        outside = np.asarray(ids)[(np.asarray(ids) < 0) | (np.asarray(ids) >= self.vocab_size)]
+        if outside.size:
+            raise ValueError(f"{name}: id {outside[0]} is outside the vocabulary of {self.vocab_size} ids")
 
 
 def batch(
     tokens: np.ndarray,
     rng: np.random.Generator,
+    config: MaskingConfig,
     *,
-    mask_id: int,
-    vocab_size: int,
-    special_ids: Sequence[int] = (),
     segment_ids: np.ndarray | None = None,
     word_ids: np.ndarray | None = None,
     inputs: dict[str, Any] | None = None,
-    rate: float = RATE,
-    num_predict: int | None = None,
-    masked: float = MASKED,
-    random: float = RANDOM,
 ) -> Batch:
     """A batch of masked tokens [B, T]. The targets are the original tokens. A short row may have no target.
 
     Args:
-        mask_id: the id of the mask token.
-        vocab_size: random ids are below ``vocab_size``. As in the published code, they may be special ids.
-        special_ids: ids that are never selected, such as ``[CLS]`` and ``[SEP]``. The mask token and padding (segment
-            0) are also never selected.
         word_ids: [B, T] integers. Adjacent tokens with equal word ids are a word, which is selected as a whole. None:
             every token is a word.
         inputs: further keyword arguments of ``apply``, such as ``token_types``.
-        rate: fraction of the tokens that are selected.
-        num_predict: P, the number of tokens to select in each row, instead of ``rate``. The batch then has
-            ``target_positions``. If fewer tokens are selected in a row, the other positions have weight 0.
-        masked: fraction of the selected tokens that are replaced by the mask token.
-        random: fraction of the selected tokens that are replaced by a random id.
 
     Raises:
-        ValueError: the shapes do not match, an id is outside the vocabulary, or a fraction is out of range.
+        ValueError: the shapes do not match, an id is outside the vocabulary, or a row is shorter than ``num_predict``.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     if word_ids is not None and word_ids.shape != tokens.shape:
         raise ValueError(f"word_ids {list(word_ids.shape)} must have the shape of tokens {list(tokens.shape)}")
-    for name, ids in (("mask_id", [mask_id]), ("special_ids", special_ids), ("tokens", tokens)):
-        outside = np.asarray(ids)[(np.asarray(ids) < 0) | (np.asarray(ids) >= vocab_size)]
-        if outside.size:
-            raise ValueError(f"{name}: id {outside[0]} is outside the vocabulary of {vocab_size} ids")
-    _check_fractions(rate, num_predict, masked, random, tokens.shape[1])
+    config.check_ids("tokens", tokens)
+    num_predict, length = config.num_predict, tokens.shape[1]
+    if num_predict is not None and not 1 <= num_predict <= length:
+        raise ValueError(f"num_predict={num_predict} must be from 1 to the {length} tokens of a row")
 
-    is_special = np.isin(tokens, [mask_id, *special_ids])
+    is_special = np.isin(tokens, [config.mask_id, *config.special_ids])
     if segment_ids is not None:
         is_special |= segment_ids == 0
     words = _word_indices(is_special, segment_ids, word_ids)
     if num_predict is None:
-        selected = np.take_along_axis(rng.random(tokens.shape) < rate, words, axis=1) & ~is_special
+        selected = np.take_along_axis(rng.random(tokens.shape) < config.rate, words, axis=1) & ~is_special
     else:
         selected = _select_words(is_special, words, num_predict, rng)
     draws = rng.random(tokens.shape)
-    random_ids = rng.integers(vocab_size, size=tokens.shape, dtype=tokens.dtype)
-    replacement = np.where(draws < masked, np.asarray(mask_id, tokens.dtype), random_ids)
-    masked_tokens = np.where(selected & (draws < masked + random), replacement, tokens)
+    random_ids = rng.integers(config.vocab_size, size=tokens.shape, dtype=tokens.dtype)
+    replacement = np.where(draws < config.mask_fraction, np.asarray(config.mask_id, tokens.dtype), random_ids)
+    masked_tokens = np.where(selected & (draws < config.mask_fraction + config.random_fraction), replacement, tokens)
     weights, inputs = selected.astype(np.float32), dict(inputs or {})
     if num_predict is None:
         return Batch(masked_tokens, tokens, weights, segment_ids, inputs)
     positions = np.argsort(~selected, axis=1, kind="stable")[:, :num_predict].astype(np.int32)
     targets, weights = (np.take_along_axis(x, positions, axis=1) for x in (tokens, weights))
     return Batch(masked_tokens, targets, weights, segment_ids, inputs, target_positions=positions)
-
-
-def _check_fractions(rate: float, num_predict: int | None, masked: float, random: float, length: int) -> None:
-    if not 0.0 < rate <= 1.0:
-        raise ValueError(f"rate={rate} must be in (0, 1]")
-    if num_predict is not None and not 1 <= num_predict <= length:
-        raise ValueError(f"num_predict={num_predict} must be from 1 to the {length} tokens of a row")
-    if num_predict is not None and rate != RATE:
-        raise ValueError(f"num_predict={num_predict} and rate={rate} exclude each other: set only one of them")
-    if min(masked, random) < 0.0 or masked + random > 1.0:
-        raise ValueError(f"masked={masked} and random={random} must be at least 0, and their sum at most 1")
 
 
 def _word_indices(is_special: np.ndarray, segment_ids: np.ndarray | None, word_ids: np.ndarray | None) -> np.ndarray:

@@ -15,6 +15,7 @@ Shapes: B batch, N tokens of a window, T tokens of a row or of a part of a row.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -32,22 +33,51 @@ UNORDERED = -1
 """The order of context tokens, which are visible to all tokens of their part."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PermutationConfig:
+    """The settings of :func:`batch`. The defaults are those of the published model."""
+
+    reuse_length: int = 256
+    """Number of tokens in the first part of a row."""
+    permutation_length: int = 256
+    """Number of tokens that are permuted together. It must divide the lengths of both parts."""
+    num_predict: int = 85
+    """Number of targets per row, half of them in each part. Separators in a span are not predicted; targets of weight 0
+    replace them."""
+    alpha: int = 6
+    """About ``beta`` of every ``alpha`` tokens are predicted."""
+    beta: int = 1
+    """See ``alpha``."""
+    max_span_length: int = 5
+    """Maximum number of tokens in a predicted span."""
+    cls_id: int = CLS_ID
+    """The id of ``<cls>``."""
+    sep_id: int = SEP_ID
+    """The id of ``<sep>``."""
+
+    def check_window(self, length: int) -> None:
+        """Raise ``ValueError`` if windows of ``length`` tokens cannot be split into two parts."""
+        first, second = self.reuse_length, length + 3 - self.reuse_length
+        if first < 1 or second < 5:
+            raise ValueError(
+                f"a window of {length} tokens is too short for two sentences after reuse_length={self.reuse_length}"
+            )
+        if first % self.permutation_length or second % self.permutation_length:
+            raise ValueError(
+                f"permutation_length={self.permutation_length} must divide the lengths of both parts, {first} and "
+                f"{second}"
+            )
+
+
 def batch(
     tokens: np.ndarray,
     rng: np.random.Generator,
+    config: PermutationConfig = PermutationConfig(),
     *,
     word_starts: np.ndarray | None = None,
     sentences: np.ndarray | None = None,
     right_to_left: np.ndarray | None = None,
     reset: np.ndarray | None = None,
-    reuse_length: int = 256,
-    permutation_length: int = 256,
-    num_predict: int = 85,
-    alpha: int = 6,
-    beta: int = 1,
-    longest_span: int = 5,
-    cls_id: int = CLS_ID,
-    sep_id: int = SEP_ID,
 ) -> Batch:
     """A batch of rows [B, N + 3] from windows [B, N] of a text. ``num_predict`` tokens of each row are targets.
 
@@ -59,22 +89,20 @@ def batch(
             None: A ends at any position.
         right_to_left: [B] bool, True for rows with reversed tokens, such as from :func:`both_directions`.
         reset: as in ``Batch``.
-        reuse_length: number of tokens in the first part.
-        permutation_length: number of tokens that are permuted together. It must divide the lengths of both parts.
-        num_predict: number of targets per row, half of them in each part. Separators in a span are not predicted;
-            targets of weight 0 replace them.
-        alpha, beta: about ``beta`` of every ``alpha`` tokens are predicted.
-        longest_span: maximum number of tokens in a predicted span.
 
     Raises:
         ValueError: the shapes do not match, or a part is too short or not a multiple of ``permutation_length``.
     """
-    _check(tokens, word_starts, sentences, right_to_left, reuse_length, permutation_length)
+    _check_shapes(tokens, word_starts, sentences, right_to_left)
     B, N = tokens.shape
+    config.check_window(N)
+    reuse_length, num_predict, sep_id, cls_id = config.reuse_length, config.num_predict, config.sep_id, config.cls_id
     starts = np.ones((B, N), bool) if word_starts is None else word_starts
     is_reversed = np.zeros(B, bool) if right_to_left is None else right_to_left
-    make_mask = functools.partial(span_mask, alpha=alpha, beta=beta, longest=longest_span)
-    make_order = functools.partial(local_order, length=permutation_length)
+    make_mask = functools.partial(
+        span_mask, alpha=config.alpha, beta=config.beta, max_span_length=config.max_span_length
+    )
+    make_order = functools.partial(local_order, length=config.permutation_length)
     rows: list[tuple[np.ndarray, ...]] = []
     for row in range(B):
         others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
@@ -102,15 +130,9 @@ def batch(
     return Batch(text, target_ids, weights, inputs=inputs, reset=reset)
 
 
-def _check(
-    tokens: np.ndarray,
-    word_starts: np.ndarray | None,
-    sentences: np.ndarray | None,
-    right_to_left: np.ndarray | None,
-    reuse_length: int,
-    permutation_length: int,
+def _check_shapes(
+    tokens: np.ndarray, word_starts: np.ndarray | None, sentences: np.ndarray | None, right_to_left: np.ndarray | None
 ) -> None:
-    """Raise ``ValueError`` if the shapes or the lengths of the two parts of a row are invalid."""
     if tokens.ndim != 2:
         raise ValueError(f"windows must be [batch, time], got {list(tokens.shape)}")
     B, N = tokens.shape
@@ -119,13 +141,6 @@ def _check(
     ):  # fmt: skip
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} {list(x.shape)} must be {list(shape)} for windows {list(tokens.shape)}")
-    first, second = reuse_length, N + 3 - reuse_length
-    if first < 1 or second < 5:
-        raise ValueError(f"a window of {N} tokens is too short for two sentences after reuse_length={reuse_length}")
-    if first % permutation_length or second % permutation_length:
-        raise ValueError(
-            f"permutation_length={permutation_length} must divide the lengths of both parts, {first} and {second}"
-        )
 
 
 def _choose_sentences(
@@ -174,27 +189,33 @@ def _predicted_and_order(
 
 
 def span_mask(
-    word_starts: np.ndarray, goal: int, rng: np.random.Generator, *, alpha: int = 6, beta: int = 1, longest: int = 5
+    word_starts: np.ndarray,
+    num_targets: int,
+    rng: np.random.Generator,
+    *,
+    alpha: int = 6,
+    beta: int = 1,
+    max_span_length: int = 5,
 ) -> np.ndarray:
-    """A mask of exactly ``goal`` tokens, [T] bool.
+    """A mask of exactly ``num_targets`` tokens, [T] bool.
 
-    The mask has spans of n tokens, each in a context of ``n * alpha / beta`` tokens. n is drawn from 1 to ``longest``
-    with probability proportional to 1 / n. A span begins at the start of a word. As in the authors' code, n counts
-    tokens instead of words, and single tokens at random positions are added at the end until the mask has ``goal``
-    tokens.
+    The mask has spans of n tokens, each in a context of ``n * alpha / beta`` tokens. n is drawn from 1 to
+    ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a word. As in the authors'
+    code, n counts tokens instead of words, and single tokens at random positions are added at the end until the mask
+    has ``num_targets`` tokens.
 
     Raises:
-        ValueError: ``goal`` is above T, or ``beta`` is not in [1, ``alpha``].
+        ValueError: ``num_targets`` is above T, or ``beta`` is not in [1, ``alpha``].
     """
     T = len(word_starts)
-    if goal > T:
-        raise ValueError(f"num_predict needs {goal} targets in a part of {T} tokens: lower num_predict")
+    if num_targets > T:
+        raise ValueError(f"num_predict needs {num_targets} targets in a part of {T} tokens: lower num_predict")
     if not 1 <= beta <= alpha:
         raise ValueError(f"beta={beta} must be between 1 and alpha={alpha}: beta of every alpha tokens are predicted")
     mask = np.zeros(T, bool)
-    sizes = np.arange(1, longest + 1)
+    sizes = np.arange(1, max_span_length + 1)
     probabilities = (1.0 / sizes) / np.sum(1.0 / sizes)
-    position, missing = 0, goal
+    position, missing = 0, num_targets
     while position < T and missing > 0:
         size = min(int(rng.choice(sizes, p=probabilities)), missing)
         context_size = size * alpha // beta

@@ -35,7 +35,7 @@ def batch(
     start_id: int = 0,
     density: float = DENSITY,
     mean_span: float = MEAN_SPAN,
-    sentinels: int = 100,
+    num_sentinels: int = 100,
 ) -> Batch:
     """A batch for an encoder-decoder from texts [B, N], corrupted independently. :func:`text_length` helps to choose N.
 
@@ -46,7 +46,7 @@ def batch(
         start_id: first input of the decoder.
         density: fraction of the tokens that are removed.
         mean_span: mean number of tokens of a removed span.
-        sentinels: number of sentinels in the vocabulary.
+        num_sentinels: number of sentinels in the vocabulary.
 
     Raises:
         ValueError: an argument is out of range, or a text is too short, needs more sentinels or contains a sentinel.
@@ -56,7 +56,7 @@ def batch(
     pairs = [
         corrupt(
             row, noise_mask(len(row), rng, density=density, mean_span=mean_span),
-            first_sentinel=first_sentinel, end_id=end_id, sentinels=sentinels,
+            first_sentinel=first_sentinel, end_id=end_id, num_sentinels=num_sentinels,
         )
         for row in tokens
     ]  # fmt: skip
@@ -75,7 +75,7 @@ def noise_mask(
 
 
 def corrupt(
-    tokens: np.ndarray, mask: np.ndarray, *, first_sentinel: int, end_id: int, sentinels: int = 100
+    tokens: np.ndarray, mask: np.ndarray, *, first_sentinel: int, end_id: int, num_sentinels: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
     """The source and target of a text [N].
 
@@ -87,13 +87,14 @@ def corrupt(
     if mask.shape != tokens.shape or mask[0]:
         raise ValueError("a mask must have the shape of its text and begin with a token that is kept")
     num_used = max(_run_starts(mask).sum(), _run_starts(~mask).sum())
-    if num_used > sentinels:
+    if num_used > num_sentinels:
         raise ValueError(
-            f"{num_used} spans need {num_used} sentinels, but sentinels={sentinels}: use a shorter text or longer spans"
+            f"{num_used} spans need {num_used} sentinels, but num_sentinels={num_sentinels}: use a shorter text or "
+            "longer spans"
         )
-    last_sentinel = first_sentinel - sentinels + 1
+    last_sentinel = first_sentinel - num_sentinels + 1
     if last_sentinel < 0:
-        raise ValueError(f"{sentinels} sentinels with descending ids from {first_sentinel} need negative ids")
+        raise ValueError(f"{num_sentinels} sentinels with descending ids from {first_sentinel} need negative ids")
     if np.any((tokens >= last_sentinel) & (tokens <= first_sentinel)):
         raise ValueError(f"the text contains sentinels, ids {last_sentinel} to {first_sentinel}: remove them")
 

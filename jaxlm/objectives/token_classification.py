@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
-from jaxlm.objectives.classification import IGNORED, counted
+from jaxlm.objectives.classification import IGNORED_LABEL, targets_and_weights
 
-__all__ = ["IGNORED", "batch", "loss"]
+__all__ = ["IGNORED_LABEL", "batch", "loss"]
 
 loss = token_loss
 
@@ -27,7 +27,7 @@ def batch(
     num_labels: int,
     inputs: dict[str, Any] | None = None,
 ) -> Batch:
-    """A batch of tokens [B, T] and their labels [B, T]. The label ``IGNORED`` and labels of padding have weight 0.
+    """A batch of tokens [B, T] and their labels [B, T]. ``IGNORED_LABEL`` and labels of padding have weight 0.
 
     Args:
         num_labels: number of labels. Labels are in [0, num_labels).
@@ -39,7 +39,7 @@ def batch(
     common.check_tokens(tokens, segment_ids, None, None)
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {list(labels.shape)} must have the shape of tokens {list(tokens.shape)}")
-    targets, weights = counted(labels, num_labels)
+    targets, weights = targets_and_weights(labels, num_labels)
     if segment_ids is not None:
         weights = np.where(segment_ids > 0, weights, np.float32(0.0))
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))

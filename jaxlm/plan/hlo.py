@@ -43,7 +43,7 @@ class Instruction:
     operands: tuple[str, ...]
     text: str
     rest: str
-    root: bool
+    is_root: bool
 
     @property
     def cycles(self) -> int | None:
@@ -58,13 +58,13 @@ class Instruction:
         return match[1] if match else self.name
 
     @property
-    def kernel(self) -> bool:
+    def is_kernel(self) -> bool:
         """Whether the instruction calls a Pallas kernel."""
         match = _TARGET.search(self.rest) if self.opcode == "custom-call" else None
         return match is not None and match[1] in KERNELS
 
     @property
-    def readable(self) -> str:
+    def display_name(self) -> str:
         """``op_name`` without the name of the jitted function and the inner functions of ``lax.scan``."""
         scopes = self.op_name.split("/")
         scopes = [scope for scope in scopes[1:] if scope not in ("closed_call", "body")] if len(scopes) > 1 else scopes
@@ -176,7 +176,7 @@ def trip_count(program: Program, computation: Iterable[Instruction], loop: Instr
     if stated:
         return int(stated[1])
     condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
-    test = next(i for i in condition if i.root)
+    test = next(i for i in condition if i.is_root)
     test = _through_copies(condition, test)
     direction = re.search(r"direction=(\w+)", test.rest)
     if test.opcode != "compare" or direction is None or len(test.operands) != 2:
@@ -243,7 +243,7 @@ def _initial_constants(computation: Iterable[Instruction], loop: Instruction) ->
 
 
 def _body_output(body: list[Instruction], index: int) -> Instruction | None:
-    root = next(i for i in body if i.root)
+    root = next(i for i in body if i.is_root)
     if root.opcode != "tuple" or index >= len(root.operands):
         return None
     value = _instruction_named(body, root.operands[index])
@@ -322,7 +322,7 @@ class Costs:
     @property
     def kernels(self) -> list[Operation]:
         """The Pallas kernels, for which the compiler has no estimate."""
-        return [operation for operation in self.operations if operation.instruction.kernel]
+        return [operation for operation in self.operations if operation.instruction.is_kernel]
 
 
 def costs(program: Program) -> Costs:
@@ -365,7 +365,7 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             total.collectives.append(_collective(computation, i, kind, times))
-        if i.cycles is not None or i.kernel:
+        if i.cycles is not None or i.is_kernel:
             total.operations.append(Operation(i, name, times))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.devices import Device, peak_share
+from jaxlm.devices import Device, peak_fraction
 from jaxlm.models import Model
 from jaxlm.plan import flops, hlo, kernels, program, topology
 from jaxlm.sharding import Sharding, make_mesh
@@ -62,7 +62,7 @@ class CollectiveStats:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fusion:
+class OperationStats:
     """All operations with the same JAX name.
 
     Attributes:
@@ -79,7 +79,7 @@ class Fusion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class KernelStats:
     """A Pallas kernel.
 
     Attributes:
@@ -134,8 +134,8 @@ class Plan:
     mfu_exposed: float | None
     memory_bound: float | None
     collectives: list[CollectiveStats]
-    top: list[Fusion]
-    kernels: list[Kernel]
+    most_expensive: list[OperationStats]
+    kernels: list[KernelStats]
     notes: list[str]
     compile_seconds: float
 
@@ -149,10 +149,9 @@ def plan(
     sequence: int | None = None,
     decode: bool = False,
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     param_dtype: str = "float32",
-    name: str | None = None,
-    xla: Mapping[str, str] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of a model's training step (with ``decode``, of a decoding step), compiled for a topology.
 
@@ -162,12 +161,11 @@ def plan(
         batch: rows, summed over all devices.
         decode: plan a decoding step instead of a training step.
         optimizer: the optimizer of the training step.
-        accumulate: number of micro-batches per training step (``Trainer.grad_accum_steps``).
+        grad_accum_steps: number of micro-batches per training step (``Trainer.grad_accum_steps``).
         sequence: tokens per row. None: the model's ``max_positions`` (512 if there is no limit), at most 1024. For
             decoding, the number of tokens before the new token.
         param_dtype: dtype of the parameters for decoding; training keeps float32 parameters.
-        name: the model's name in the plan; None: the name of the family.
-        xla: compiler options, such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
+        compiler_options: such as ``{"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}``.
 
     Raises:
         ValueError: the topology or dtype is unknown, a number is below 1, the mesh has another number of devices than
@@ -175,24 +173,26 @@ def plan(
         ImportError: the compiler for the topology is not installed.
         TypeError: the family cannot decode.
     """
-    for what, value in (("batch", batch), ("sequence", sequence), ("accumulate", accumulate)):
+    for what, value in (("batch", batch), ("sequence", sequence), ("grad_accum_steps", grad_accum_steps)):
         if value is not None and value < 1:
             raise ValueError(f"{what}={value} must be at least 1")
     if param_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
-    devices = topology.get(topology_name)
+    devices = topology.get_topology(topology_name)
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
     if decode:
         step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
     else:
-        step = program.training_step(model, sharding, batch, sequence, optimizer=optimizer, accumulate=accumulate)
+        step = program.training_step(
+            model, sharding, batch, sequence, optimizer=optimizer, grad_accum_steps=grad_accum_steps
+        )
     start = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
     common_fields: dict[str, Any] = {
-        "model": name or model.family, "topology": topology_name, "mesh": mesh, "objective": step.objective,
+        "model": model.family, "topology": topology_name, "mesh": mesh, "objective": step.objective,
         "dtype": str(getattr(model.config, "dtype", "float32")), "batch": batch, "sequence": sequence,
         "tokens": step.tokens, "devices": len(devices.devices), "device_kind": devices.devices[0].device_kind,
         "flops": step.flops.amount, "flops_formula": step.flops.formula,
@@ -201,16 +201,12 @@ def plan(
     if decode and devices.device is not None:
         memory_bound = (parts["parameters"] + parts["state"]) / devices.device.bandwidth
     try:
-        compiled = traced.lower().compile(compiler_options=dict(xla or {}))
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" in str(error):
-            raise ValueError(f"the compiler rejects the options {dict(xla or {})}: {error}") from error
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        compiled = _compile(traced, dict(compiler_options or {}))
+    except MemoryError as error:
         unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
         return Plan(
             **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=memory_bound,
-            collectives=[], top=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - start,
+            collectives=[], most_expensive=[], kernels=[], notes=[], compile_seconds=time.perf_counter() - start,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     costs = hlo.costs(hlo.parse(compiled.as_text()))
@@ -225,11 +221,28 @@ def plan(
         memory=memory,
         memory_bound=memory_bound,
         collectives=_collective_stats(costs, devices.device),
-        top=_most_expensive(costs, kernel_stats),
+        most_expensive=_most_expensive(costs, kernel_stats),
         kernels=kernel_stats,
         notes=_notes(costs, kernel_stats),
         compile_seconds=seconds,
     )
+
+
+def _compile(traced: Any, options: dict[str, str]) -> Any:
+    """The compiled program.
+
+    Raises:
+        ValueError: the compiler does not know an option.
+        MemoryError: the program does not fit into the memory of the device.
+    """
+    try:
+        return traced.lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            raise ValueError(f"the compiler rejects the options {options}: {error}") from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 def _reason(message: str) -> str:
@@ -254,7 +267,7 @@ def _memory(analysis: Any, parts: dict[str, int], device: Device | None, *, trai
 
 
 def _estimates(
-    costs: hlo.Costs, kernel_stats: list[Kernel], model_flops: float, devices: topology.Topology
+    costs: hlo.Costs, kernel_stats: list[KernelStats], model_flops: float, devices: topology.Topology
 ) -> dict[str, Any]:
     device, count = devices.device, len(devices.devices)
     seconds = mfu = exposed = None
@@ -265,9 +278,9 @@ def _estimates(
     communication = sum(collective_seconds) if len(collective_seconds) == len(collectives) else None
     if device is not None and device.clock is not None and cycles is not None:
         seconds = cycles / device.clock
-        mfu = peak_share(model_flops / (seconds * count), device.kind)
+        mfu = peak_fraction(model_flops / (seconds * count), device.kind)
         if communication is not None:
-            exposed = peak_share(model_flops / ((seconds + communication) * count), device.kind)
+            exposed = peak_fraction(model_flops / ((seconds + communication) * count), device.kind)
     return {
         "cycles": cycles, "seconds": seconds, "communication": communication, "mfu": mfu, "mfu_exposed": exposed,
     }  # fmt: skip
@@ -290,19 +303,19 @@ def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[Collectiv
     ]
 
 
-def _most_expensive(costs: hlo.Costs, kernel_stats: list[Kernel]) -> list[Fusion]:
+def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[OperationStats]:
     totals_of_name: dict[str, list[int]] = {}
     for operation in costs.operations:
-        totals = totals_of_name.setdefault(operation.instruction.readable, [0, 0])
+        totals = totals_of_name.setdefault(operation.instruction.display_name, [0, 0])
         totals[0] += operation.cycles
         totals[1] = max(totals[1], operation.times)
     total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in kernel_stats), 1)
     largest = sorted(totals_of_name.items(), key=lambda item: -item[1][0])[:NUM_TOP_OPERATIONS]
-    return [Fusion(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
+    return [OperationStats(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
-def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[Kernel]:
-    kernel_stats: list[Kernel] = []
+def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[KernelStats]:
+    kernel_stats: list[KernelStats] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
         name = operation.instruction.name
@@ -312,11 +325,13 @@ def _kernels(costs: hlo.Costs, grids: dict[str, int]) -> list[Kernel]:
         schedule = schedules[key] = kernels.schedule_of(name) or schedules.get(key)
         grid = grids.get(kind)
         cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
-        kernel_stats.append(Kernel(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles))
+        kernel_stats.append(
+            KernelStats(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles)
+        )
     return kernel_stats
 
 
-def _notes(costs: hlo.Costs, kernel_stats: list[Kernel]) -> list[str]:
+def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
     notes = [f"loop of unknown length, counted once: {name}" for name in costs.unknown_loops]
     for kernel in kernel_stats:
         if kernel.cycles is None:

@@ -93,11 +93,11 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
         target = span_corruption.text_length(sequence)[1]
         source = {"source": tokens}
         return Batch(array(target), array(target), array(target, dtype=jnp.float32), inputs=source)
-    reset = array(dtype=jnp.bool_) if stream_of(model, batch) is not None else None
+    reset = array(dtype=jnp.bool_) if carry_of(model, batch) is not None else None
     return Batch(tokens, tokens, array(sequence, dtype=jnp.float32), reset=reset)
 
 
-def stream_of(model: Model, batch: int) -> Carry | None:
+def carry_of(model: Model, batch: int) -> Carry | None:
     """The :class:`Carry` (batch, state length) of training with carried state; None if training carries no state."""
     length = model.carried_state_length
     return None if length is None else (batch, length)
@@ -110,7 +110,7 @@ def training_step(
     sequence: int,
     *,
     optimizer: OptimizerConfig,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
 ) -> Step:
     """The step that ``jaxlm.training.loop.train`` runs: the state is donated and sharded by the rules of ``sharding``.
 
@@ -119,10 +119,10 @@ def training_step(
     """
     task = task_of(model)
     update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
-    stream = stream_of(model, batch)
+    stream = carry_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(
-        model, update, objective(task).loss, grad_accum_steps=accumulate, carry_size=stream, sharding=sharding
+        model, update, objective(task).loss, grad_accum_steps=grad_accum_steps, carry_size=stream, sharding=sharding
     )  # fmt: skip
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
@@ -140,14 +140,14 @@ def _layout_note(model: Model) -> str:
     return ", scanned layers" if getattr(model.config, "scan_layers", False) else ""
 
 
-def plain_form(model: Model) -> Model:
+def without_recomputation(model: Model) -> Model:
     """The same model without remat and with reference attention, so that counted FLOPs contain no recomputation."""
     return model.with_fields(remat="none", attention_implementation="reference")
 
 
 def _count_flops(trainer: Trainer, state: Any, data: Any) -> flops_lib.Flops:
     """FLOPs counted in the jaxpr of the same step without recomputation."""
-    plain = dataclasses.replace(trainer, model=plain_form(trainer.model), grad_accum_steps=1, sharding=None)
+    plain = dataclasses.replace(trainer, model=without_recomputation(trainer.model), grad_accum_steps=1, sharding=None)
     unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, data))
     return flops_lib.counted_flops(plain.step, *unsharded)
 

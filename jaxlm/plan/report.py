@@ -58,11 +58,11 @@ def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
         console.print(f"\n{plan.topology} {plan.mesh}", style="bold", highlight=False)
     if plan.reason:
         console.print(f"does not fit: {plan.reason}", highlight=False, markup=False)
-    if plan.top:
+    if plan.most_expensive:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name, justify in (("cycles", "right"), ("share", "right"), ("times", "right"), ("operation", "left")):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for operation in plan.top:
+        for operation in plan.most_expensive:
             cells = f"{operation.cycles:,}", f"{operation.share:.1%}", str(operation.times)
             table.add_row(*cells, _escape(operation.op_name))
         console.print(table)

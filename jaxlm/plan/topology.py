@@ -57,7 +57,7 @@ def known() -> str:
     return "; ".join([*(f"{name}:SHAPE with {shapes}" for name, shapes in TPUS.items()), "h100:COUNT"])
 
 
-def get(name: str) -> Topology:
+def get_topology(name: str) -> Topology:
     """The topology called ``name``: ``v5e:4x4``, ``v5p:2x2x1``, ``v6e:2x2``, ``h100:8``.
 
     Raises:

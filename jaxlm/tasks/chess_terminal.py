@@ -51,7 +51,7 @@ def play_on_terminal(
     ask: Callable[[str], str] = input,
     say: Callable[[str], object] = print,
     *,
-    person: Literal["white", "black"] = "white",
+    color: Literal["white", "black"] = "white",
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
@@ -64,18 +64,18 @@ def play_on_terminal(
     Args:
         ask: a function that shows a prompt and returns the line that the person types. ``EOFError`` means ``quit``.
         say: a function that shows a text.
-        person: the color of the person.
+        color: the color of the person.
         temperature: the sampling temperature, as for ``ModelPlayer``.
         seed: the seed of the model's random choices.
 
     Raises:
-        ValueError: ``person`` is neither "white" nor "black", or an argument is invalid for ``ModelPlayer``.
+        ValueError: ``color`` is neither "white" nor "black", or an argument is invalid for ``ModelPlayer``.
     """
-    if person not in ("white", "black"):
-        raise ValueError(f"person={person!r} must be 'white' or 'black'")
-    board, white = import_chess().Board(), person == "white"
+    if color not in ("white", "black"):
+        raise ValueError(f"color={color!r} must be 'white' or 'black'")
+    board, white = import_chess().Board(), color == "white"
     player, rng = ModelPlayer(model, params, tokenizer, temperature), np.random.default_rng(seed)
-    say(f"You play {person}. Type {HELP}.")
+    say(f"You play {color}. Type {HELP}.")
     if white:
         say(draw_board(board))
     outcome = None

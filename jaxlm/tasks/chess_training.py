@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data import Packed, Source, Window
+from jaxlm.data import PackedDocuments, Source, Window
 from jaxlm.data.buckets import Bucketed, Encoded
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
@@ -54,7 +54,7 @@ def game_batches(
     ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    encoded = [tokenizer.game(line) for line in games]
+    encoded = [tokenizer.encode_game(line) for line in games]
     truncated = f"{sum(len(game) > length + 1 for game in encoded)} games cut after {length} moves"
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()
@@ -63,7 +63,7 @@ def game_batches(
                 rows.append({"source": game[:cut], "target": game[cut : cut + target_length]})
         bucketed = Bucketed(rows, batch_size, seed=seed, equal_tokens=True)
         return bucketed, seq2seq.to_batch(model, tokenizer), f"{bucketed.describe()}, {truncated}"
-    packed = Packed([game[: length + 1] for game in encoded], length, batch_size, seed)
+    packed = PackedDocuments([game[: length + 1] for game in encoded], length, batch_size, seed)
     return packed, _packed_batch, f"{1 - packed.efficiency:.0%} padding, {truncated}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.data.buckets import Bucketed, Encoded, Rows
+from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.metrics import Score, accuracy, confusion
@@ -53,14 +53,14 @@ def encode(
     return encoded
 
 
-def to_batch(num_labels: int) -> Callable[[Rows], Batch]:
+def to_batch(num_labels: int) -> Callable[[BucketBatch], Batch]:
     """A function that converts rows of encoded examples to a batch of the objective."""
 
-    def make(rows: Rows) -> Batch:
+    def make(rows: BucketBatch) -> Batch:
         segment_ids = rows.segment_ids("tokens")
         # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.
         segment_ids[rows.indices < 0, 0] = 1
-        labels = np.where(rows.indices < 0, classification.IGNORED, rows.fields["label"])
+        labels = np.where(rows.indices < 0, classification.IGNORED_LABEL, rows.fields["label"])
         inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
         return classification.batch(rows.fields["tokens"], labels, segment_ids, num_labels=num_labels, inputs=inputs)
 

@@ -22,7 +22,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
 from jaxlm.decoding.describe import require_task
-from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
+from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import target_token_scores, token_scores
 from jaxlm.decoding.text import check_vocabulary
@@ -164,7 +164,7 @@ def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int,
 
     With unit "token", yield these numbers for each token, without special tokens.
     """
-    text_positions = np.flatnonzero(encoding.sequence != SPECIAL)
+    text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL)
     starts, ends = encoding.offsets[text_positions].T
     if unit == "token":
         yield from zip(text_positions.tolist(), starts.tolist(), ends.tolist(), strict=True)
@@ -353,14 +353,14 @@ def score_ids(
             # The model does not read the last token, so only the other tokens are padded to a bucket length.
             length = 1 + bucket_length(max(context.size + ids.size for context, ids in batch) - 1, limit)
             tokens_BT, segment_ids_BT = pad_rows([np.concatenate(pair) for pair in batch], length)
-            with named_rows("text", numbers):
+            with rename_rows_in_errors("text", numbers):
                 scores = token_scores(model, params, tokens_BT, segment_ids_BT)
         else:
             # Sources and targets are padded to the same length, because two bucket lengths would give too many shapes.
             length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
             source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
             targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
-            with named_rows("text", numbers):
+            with rename_rows_in_errors("text", numbers):
                 scores = target_token_scores(
                     model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
                     segment_ids=segment_ids_BT,
@@ -399,7 +399,7 @@ def _encode(model: Model, tokenizer: Tokenizer, texts: Sequence[str], pairs: Seq
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
         what = f"text {number}"
-        if np.all(encoding.sequence == SPECIAL):
+        if np.all(encoding.sequence_ids == SPECIAL):
             raise ValueError(f"{what} is {texts[number]!r}, which has no tokens: pass at least one character")
         check_vocabulary(encoding.ids, source_vocab_size(model), what)
         _check_length(encoding.ids.size, max_positions(model), what)
@@ -434,7 +434,7 @@ def _checked_probabilities(model: Model, params: Any, batch: _InputBatch, *, poo
     probabilities, finite_B = _label_probabilities(
         model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool, sharding=active()
     )
-    with named_rows("text", batch.numbers):
+    with rename_rows_in_errors("text", batch.numbers):
         check_finite(model, params, finite_B)
     return np.asarray(probabilities)
 

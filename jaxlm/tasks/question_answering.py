@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data.buckets import Bucketed, Encoded, Rows
+from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL, Encoding
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
-from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
+from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.text import check_vocabulary
 from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1, word_f1
 from jaxlm.models import Model
@@ -80,7 +80,7 @@ def training_windows(
     return encoded
 
 
-def to_batch(rows: Rows) -> Batch:
+def to_batch(rows: BucketBatch) -> Batch:
     """The batch of ``jaxlm.objectives.span_qa`` for rows of :func:`training_windows`.
 
     Rows without an example have weight 0.
@@ -138,7 +138,7 @@ def _targets(
 def _overlapping(window: Encoding, first: int, last: int) -> np.ndarray:
     """The positions of the context tokens that overlap ``context[first:last]``."""
     starts, ends = window.offsets.T
-    return np.flatnonzero((window.sequence == 1) & (ends > first) & (starts < last))
+    return np.flatnonzero((window.sequence_ids == 1) & (ends > first) & (starts < last))
 
 
 # -------------------------------------------------------------------------------------------------- answers
@@ -208,7 +208,7 @@ def answer(
         new_windows = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
         windows += new_windows
         question_numbers += [number] * len(new_windows)
-    with named_rows("question", question_numbers):
+    with rename_rows_in_errors("question", question_numbers):
         spans, scores, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
     best_windows = np.full(len(questions), -1)
     no_answer_logits = np.full(len(questions), np.inf)
@@ -293,13 +293,15 @@ def _score(
     scores, no_answer = np.zeros((2, len(windows)), np.float32)
     for batch in input_batches(model, windows, batch_size):
         chosen = [windows[number] for number in batch.numbers]
-        in_context, _ = pad_rows([(window.sequence == 1).astype(np.int32) for window in chosen], batch.tokens.shape[1])
+        in_context, _ = pad_rows(
+            [(window.sequence_ids == 1).astype(np.int32) for window in chosen], batch.tokens.shape[1]
+        )
         positions = np.array([_no_answer_position(tokenizer, window) for window in chosen], np.int32)
         *results, finite_B = _best_spans(
             model, params, batch.tokens, batch.segment_ids, in_context, positions, batch.inputs,
             max_answer_tokens=max_answer_tokens, sharding=active(),
         )  # fmt: skip
-        with named_rows("window", batch.numbers):
+        with rename_rows_in_errors("window", batch.numbers):
             check_finite(model, params, finite_B)
         spans[batch.numbers], scores[batch.numbers], no_answer[batch.numbers] = (np.asarray(array) for array in results)
     return spans, scores, no_answer
@@ -358,7 +360,7 @@ def _check_token_types(model: Model, window: Encoding) -> None:
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
     """The position of the classifier token in a window, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
-    positions = np.flatnonzero((window.ids == cls) & (window.sequence == SPECIAL))
+    positions = np.flatnonzero((window.ids == cls) & (window.sequence_ids == SPECIAL))
     return int(positions[0]) if positions.size else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.buckets import Bucketed, Encoded, Rows
+from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
@@ -51,11 +51,11 @@ def encode(
     return [{"source": source.ids, "target": target.ids} for source, target in zip(sources, targets, strict=True)]
 
 
-def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[Rows], Batch]:
+def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batch]:
     """A function that converts rows of encoded examples to a batch of the objective."""
     start_id = decoder_start_id(model, tokenizer)
 
-    def make(rows: Rows) -> Batch:
+    def make(rows: BucketBatch) -> Batch:
         segments = {name: rows.segment_ids(name) for name in ("source", "target")}
         for segment_ids in segments.values():
             # A row without an example has weight 0. It needs one unmasked token so that its loss is finite.

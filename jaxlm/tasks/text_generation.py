@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data import Columns, RandomWindows, Tokenizer, Window
-from jaxlm.data.tokens import split
+from jaxlm.data import ContiguousStreams, RandomWindows, Tokenizer, Window
+from jaxlm.data.tokens import split_tokens
 from jaxlm.decoding.describe import describe, require_task
 from jaxlm.decoding.score import perplexity
 from jaxlm.metrics import Score
@@ -72,13 +72,15 @@ class Corpus:
             )
         parts, remaining = {}, tokens
         if test_fraction:
-            remaining, parts["test"] = split(tokens, test_fraction)
-        parts["training"], parts["validation"] = split(remaining, validation_fraction * len(tokens) / len(remaining))
+            remaining, parts["test"] = split_tokens(tokens, test_fraction)
+        parts["training"], parts["validation"] = split_tokens(
+            remaining, validation_fraction * len(tokens) / len(remaining)
+        )
         return cls(name, parts, len(tokens) / len(text))
 
     def batches(
         self, part: str, *, length: int, batch_size: int, model: Model, seed: int = 0
-    ) -> Columns | RandomWindows:
+    ) -> ContiguousStreams | RandomWindows:
         """The batches of a split: contiguous columns if training carries a state, else windows in random order.
 
         In the training split, a window can start at any token. In the other splits, windows do not overlap.
@@ -86,11 +88,11 @@ class Corpus:
         Raises:
             ValueError: the split is too short, or has ids outside the vocabulary of the model.
         """
-        source: Columns | RandomWindows
+        source: ContiguousStreams | RandomWindows
         stride = 1 if part == "training" else length
         try:
             if model.carried_state_length is not None:
-                source = Columns(self.parts[part], length, batch_size)
+                source = ContiguousStreams(self.parts[part], length, batch_size)
             else:
                 source = RandomWindows(self.parts[part], length, batch_size, seed=seed, stride=stride)
         except ValueError as error:

@@ -273,7 +273,7 @@ class TextRequests:
         """The ids of each text, with its special tokens, and the number of special tokens before the text."""
         rows: list[tuple[np.ndarray, int]] = []
         for text, encoding in zip(texts, self.tokenizer.encode_inputs_batch(texts), strict=True):
-            text_positions = np.flatnonzero(encoding.sequence != SPECIAL)
+            text_positions = np.flatnonzero(encoding.sequence_ids != SPECIAL)
             if self._prefix_text and text.startswith(self._prefix_text):
                 rows.append((self.tokenizer.encode(text), 0))  # the text already begins with the prefix token
             elif text_positions.size == 0:

@@ -451,7 +451,7 @@ def test_take_and_reset_act_on_single_rows_of_a_state(name):
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
     _, state = step_of(model, params, tokens[:, :8], initial_state(model, params, 3, 12))
     order = np.array([2, 0, 0])
-    after_take, _ = step_of(model, params, tokens[order][:, 8:], spec.take(specs, state, jnp.asarray(order)))
+    after_take, _ = step_of(model, params, tokens[order][:, 8:], spec.take_rows(specs, state, jnp.asarray(order)))
     for row, source_row in enumerate(order):
         assert relative_error(after_take[row], hidden_of_row(model, params, tokens, source_row)[8:]) < TOLERANCE
     if model.reads_source:
@@ -474,7 +474,7 @@ def test_stacked_and_per_layer_states_agree(name):
     for variant, weights in ((model, params), (stacked, spec.restack(params))):
         specs = variant.state_specs(3, 12, **sizes)
         _, state = step_of(variant, weights, tokens[:, :8], initial_state(variant, weights, 3, 12), segments)
-        state = spec.take(specs, state, order)
+        state = spec.take_rows(specs, state, order)
         hidden, state = step_of(variant, weights, tokens[:, 8:9], state)
         if not model.reads_source:  # the initial state of a row has no source
             state = spec.reset(specs, state, jnp.array([False, False, True]))

@@ -102,7 +102,7 @@ def command_line(
                 checks.check_output(output, resume=resume is not None)
             return ""
 
-        processes.from_first(check_output)
+        processes.call_in_first_process(check_output)
         return EXIT_STATUS[run(experiment, resume).interrupted]
 
     return exit_status(command, f"experiments.{name}", debug=debug)
@@ -143,7 +143,7 @@ def prepare_run(
             config_lib.write(experiment, directory / "config.json")
         return str(directory)
 
-    return Path(processes.from_first(create))
+    return Path(processes.call_in_first_process(create))
 
 
 def check_unchanged(experiment: Any, resume: Path | None, fields: Sequence[str]) -> None:

@@ -224,7 +224,7 @@ def train(
     if config.checkpoint_every is not None:
         processes.require_shared(run.directory)
     checkpointer = Checkpointer(run.directory / "checkpoints", keep_last=config.keep_last)
-    lock = integrity.locked(run.directory) if processes.is_first() else contextlib.nullcontext()
+    lock = integrity.lock_directory(run.directory) if processes.is_first() else contextlib.nullcontext()
     with lock, checkpointer as checkpoints, _Signals() as signals:
         loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
         loop.start(params)
@@ -298,7 +298,10 @@ class _Loop:
         evaluation = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
             _require_same(name, getattr(self._config, name), evaluation.get(name, getattr(self._config, name)))
-        saved_model, model = saved.get("model", {}), self._model_metadata()
+        saved_model, model = dict(saved.get("model", {})), self._model_metadata()
+        if saved_model.get("adaptation") is not None:
+            # A checkpoint of version 0.1 has the old name of the field.
+            saved_model["adaptation"] = saved_model["adaptation"].replace(", train=(", ", full_training_patterns=(")
         for name in ("family", "adaptation"):
             _require_same(name, model[name], saved_model.get(name, model[name]))
         for name, value in saved_model.get("config", {}).items():
@@ -731,7 +734,7 @@ class _Signals:
         return stop
 
     def __enter__(self) -> _Signals:
-        handles_sigterm = self._single_process or processes.watched()
+        handles_sigterm = self._single_process or processes.is_joined()
         for number in (signal.SIGINT, signal.SIGTERM) if handles_sigterm else (signal.SIGINT,):
             try:
                 self._previous_handlers[number] = signal.signal(number, self._catch)

@@ -391,6 +391,6 @@ def to_global_batch(batch: Any, sharding: Sharding | None) -> Any:
     """The global batch [B, ...], with its rows sharded over the mesh; ``batch`` itself if ``sharding`` is None.
 
     Args:
-        batch: the rows of the global batch that this process loads (``sharding.rows``).
+        batch: the rows of the global batch that this process loads (``sharding.local_rows``).
     """
     return batch if sharding is None else jax.tree.map(sharding.from_rows, batch)

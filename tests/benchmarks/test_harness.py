@@ -252,19 +252,19 @@ def test_attention_is_measured_in_every_variant(tmp_path: Path, capsys: pytest.C
         "",
         "--rounds",
         "1",
-        "--forms",
+        "--variants",
         "plain,bias,relative,decode",
         "--json",
         str(path),
     ]
     assert attention.main(arguments) == 0
     rows = json.loads(path.read_text())["rows"]
-    both_ways = {f"{form} {passes}" for form in ("plain", "bias", "relative") for passes in ("forward", "both")}
+    both_ways = {f"{variant} {passes}" for variant in ("plain", "bias", "relative") for passes in ("forward", "both")}
     assert {row["op"] for row in rows} == {*both_ways, "decode forward"}
     assert all(row["median"] > 0 for row in rows)
     assert "/plain" in capsys.readouterr().out
-    assert attention.main(["--forms", "flash"]) == 2
-    assert "--forms 'flash' is unknown: choose from plain, bias, relative, decode" in capsys.readouterr().err
+    assert attention.main(["--variants", "flash"]) == 2
+    assert "--variants 'flash' is unknown: choose from plain, bias, relative, decode" in capsys.readouterr().err
     assert attention.main(["--lengths", "1k"]) == 2
     assert "--lengths '1k' must be whole numbers" in capsys.readouterr().err
 

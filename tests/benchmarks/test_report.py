@@ -46,7 +46,7 @@ def test_the_page_says_if_no_row_is_slower(tmp_path):
 
 
 def test_each_curve_has_rows_that_differ_in_one_size():
-    curves = report.growth([{**result, "file": "a.json"} for result in ROWS])
+    curves = report.rows_by_size([{**result, "file": "a.json"} for result in ROWS])
     assert list(curves) == [("a.json", "lstm forward, T ... B32 H512", "T")]
     (lines,) = curves.values()
     assert {implementation: [size for size, _ in line] for implementation, line in lines.items()} == {

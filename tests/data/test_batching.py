@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxlm.data import Batches, Columns, Packed, RandomWindows, batching
+from jaxlm.data import Batches, ContiguousStreams, PackedDocuments, RandomWindows, batching
 from jaxlm.data.batching import permute
 
 TOKENS = np.arange(1, 1004, dtype=np.uint16)  # a token is its position + 1, so that 0 can only be padding
@@ -19,8 +19,10 @@ def documents(seed=0, count=60, max_length=40):
 
 SOURCES = {
     "windows": lambda **kw: RandomWindows(**{"tokens": TOKENS, "length": 10, "batch_size": 8, "seed": 3, **kw}),
-    "columns": lambda **kw: Columns(**{"tokens": TOKENS, "length": 10, "batch_size": 8, **kw}),
-    "packed": lambda **kw: Packed(**{"documents": documents(), "length": 16, "batch_size": 8, "seed": 3, **kw}),
+    "columns": lambda **kw: ContiguousStreams(**{"tokens": TOKENS, "length": 10, "batch_size": 8, **kw}),
+    "packed": lambda **kw: PackedDocuments(
+        **{"documents": documents(), "length": 16, "batch_size": 8, "seed": 3, **kw}
+    ),
 }
 each_source = pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
 
@@ -133,7 +135,7 @@ def test_a_state_of_other_settings_is_rejected(make, field, value):
         (
             SOURCES["windows"](),
             SOURCES["columns"](),
-            r"kind: saved 'RandomWindows', now 'Columns'\n  seed: saved 3, now N",
+            r"kind: saved 'RandomWindows', now 'ContiguousStreams'\n  seed: saved 3, now N",
         ),
         (SOURCES["windows"](tokens=TOKENS[:-1]), SOURCES["windows"](), r"tokens: saved 1002, now 1003"),
         (SOURCES["columns"](tokens=TOKENS[::-1]), SOURCES["columns"](), r"data:\n  checksum: saved \d+, now \d+$"),
@@ -148,6 +150,15 @@ def test_a_state_of_other_settings_is_rejected(make, field, value):
 def test_a_state_of_other_data_is_rejected(saved, now, message):
     with pytest.raises(ValueError, match=message):
         Batches(now).restore(Batches(saved).state())
+
+
+@pytest.mark.parametrize(("name", "old_kind"), [("columns", "Columns"), ("packed", "Packed")])
+def test_a_state_with_the_old_name_of_a_source_is_valid(name, old_kind):
+    state = {**Batches(SOURCES[name]()).state(), "next": 2}
+    state["source"]["kind"] = old_kind
+    iterator = Batches(SOURCES[name]())
+    iterator.restore(state)
+    assert iterator.state()["next"] == 2
 
 
 @pytest.mark.parametrize("state", [{}, {"next": -1, "source": {}}, {"next": "3", "source": {}}, {"next": 3}])
@@ -234,7 +245,7 @@ def test_windows_need_length_plus_1_tokens():
 @pytest.mark.parametrize(("tokens", "steps", "left_out"), [(1003, 12, 42), (961, 12, 0), (960, 11, 79), (81, 1, 0)])
 def test_columns_continue_across_batches_and_reset_each_epoch(tokens, steps, left_out):
     source = SOURCES["columns"](tokens=TOKENS[:tokens])
-    assert (source.steps_per_epoch, source.left_out) == (steps, left_out)
+    assert (source.steps_per_epoch, source.num_dropped_tokens) == (steps, left_out)
     first = global_batch(source, 0)
     assert first.reset.all()
     width = (tokens - 1) // 8
@@ -274,7 +285,7 @@ def segments(window):
 @pytest.mark.parametrize("max_length", [3, 17, 40, 100])
 def test_packed_rows_contain_every_document(max_length):
     original = documents(max_length=max_length)
-    source = Packed(original, length=16, batch_size=1, seed=1)
+    source = PackedDocuments(original, length=16, batch_size=1, seed=1)
     for epoch in range(2):
         steps = range(epoch * source.rows_per_epoch, (epoch + 1) * source.rows_per_epoch)
         chunks = sorted(chunk for step in steps for chunk in segments(global_batch(source, step)))
@@ -289,17 +300,19 @@ def test_packed_rows_contain_every_document(max_length):
 
 def test_packing_has_little_padding_and_reports_its_efficiency():
     original = documents(count=2000)
-    source = Packed(original, length=63, batch_size=4)
+    source = PackedDocuments(original, length=63, batch_size=4)
     windows = [source.batch(0, range(row, row + 1)) for row in range(source.rows_per_epoch)]
     num_tokens = sum((window.segment_ids > 0).sum() for window in windows)
     assert num_tokens == sum(map(len, original))
     assert source.efficiency == pytest.approx(num_tokens / (64 * source.rows_per_epoch))
     assert source.efficiency > 0.97
-    assert Packed([np.arange(8)] * 6, length=15, batch_size=1).efficiency == 1.0, "two documents fill a row exactly"
+    assert PackedDocuments([np.arange(8)] * 6, length=15, batch_size=1).efficiency == 1.0, (
+        "two documents fill a row exactly"
+    )
 
 
 def test_padding_has_segment_id_0():
-    source = Packed([np.asarray([5, 6]), np.asarray([7])], length=4, batch_size=1, pad_id=9)
+    source = PackedDocuments([np.asarray([5, 6]), np.asarray([7])], length=4, batch_size=1, pad_id=9)
     window = global_batch(source, 0)
     assert sorted(segments(window)) == [[5, 6], [7]]
     assert window.tokens[0, 3:].tolist() == [9, 9]
@@ -311,7 +324,7 @@ def test_padding_has_segment_id_0():
 
 @pytest.mark.parametrize(("tokens", "num_chunks"), [(1, 1), (5, 1), (6, 2), (9, 2), (10, 3)])
 def test_a_long_document_is_split_into_overlapping_chunks(tokens, num_chunks):
-    source = Packed([np.arange(1, tokens + 1)], length=4, batch_size=1)
+    source = PackedDocuments([np.arange(1, tokens + 1)], length=4, batch_size=1)
     chunks = [chunk for step in range(source.rows_per_epoch) for chunk in segments(global_batch(source, step))]
     assert len(chunks) == num_chunks
     targets = sorted(token for chunk in chunks for token in chunk[1:])
@@ -320,8 +333,8 @@ def test_a_long_document_is_split_into_overlapping_chunks(tokens, num_chunks):
 
 def test_errors_for_documents_that_cannot_be_packed():
     with pytest.raises(ValueError, match="no documents to pack"):
-        Packed([], length=4, batch_size=1)
+        PackedDocuments([], length=4, batch_size=1)
     with pytest.raises(ValueError, match="document 1: no tokens"):
-        Packed([np.arange(3), np.arange(0)], length=4, batch_size=1)
+        PackedDocuments([np.arange(3), np.arange(0)], length=4, batch_size=1)
     with pytest.raises(ValueError, match=r"document 0: expected a 1-D array of integer ids, got int64\[1, 3\]"):
-        Packed([np.ones((1, 3), np.int64)], length=4, batch_size=1)
+        PackedDocuments([np.ones((1, 3), np.int64)], length=4, batch_size=1)

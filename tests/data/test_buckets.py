@@ -78,7 +78,7 @@ def test_examples_are_sorted_by_the_length_that_needs_less_padding():
     similar_lengths = [{"a": np.ones(n, int), "b": np.ones(max(1, n + rng.integers(-6, 7)), int)} for n in lengths]
     proportional_lengths = [{"a": np.ones(n, int), "b": np.ones(n // 8 + 1, int)} for n in lengths]
     for data in (similar_lengths, proportional_lengths):
-        source = Bucketed(data, 4, num_buckets=4, multiple=1)
+        source = Bucketed(data, 4, num_buckets=4, length_multiple=1)
         sizes = np.asarray([[len(example[name]) for name in "ab"] for example in data])
         padded_size = sum(sum(bucket.lengths.values()) * len(bucket.members) for bucket in source.buckets)
         for order in (sizes.sum(axis=1), sizes.max(axis=1)):

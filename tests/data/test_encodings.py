@@ -24,7 +24,7 @@ def token_texts(encoding, texts) -> list[list[str]]:
     return [
         [
             text[start:stop]
-            for (start, stop), text_index in zip(encoding.offsets, encoding.sequence, strict=True)
+            for (start, stop), text_index in zip(encoding.offsets, encoding.sequence_ids, strict=True)
             if text_index == number
         ]
         for number, text in enumerate(texts)
@@ -34,7 +34,7 @@ def token_texts(encoding, texts) -> list[list[str]]:
 def test_byte_and_char_encodings_have_no_special_tokens():
     encoding = ByteTokenizer().encode_inputs("aé", "b")
     assert encoding.ids.tolist() == [97, 195, 169, 98]
-    assert encoding.sequence.tolist() == encoding.token_types.tolist() == [0, 0, 0, 1]
+    assert encoding.sequence_ids.tolist() == encoding.token_types.tolist() == [0, 0, 0, 1]
     assert encoding.offsets.tolist() == [[0, 1], [1, 2], [1, 2], [0, 1]]
     encoding = CharTokenizer("abc").encode_inputs("ab", "c")
     assert encoding.ids.tolist() == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_templates_add_special_tokens_and_token_types(template, expected, types)
     assert tokenizer.decode(encoding.ids) == expected
     assert encoding.token_types.tolist() == types
     assert token_texts(encoding, ["who is it", "it was"]) == [["who", "is", "it"], ["it", "was"]]
-    assert not encoding.offsets[encoding.sequence == -1].any()
+    assert not encoding.offsets[encoding.sequence_ids == -1].any()
     assert all(field.dtype == np.int32 for field in encoding)
     (batched,) = tokenizer.encode_inputs_batch(["who is it"], ["it was"])
     for expected_field, field in zip(encoding, batched, strict=True):
@@ -71,13 +71,13 @@ def test_max_length_truncates_the_longer_text_first():
     lengths = {}
     for max_length in range(5, 16):
         encoding = tokenizer.encode_inputs("who is it", "it was the best of times it was", max_length=max_length)
-        first, second = (int(np.sum(encoding.sequence == number)) for number in (0, 1))
+        first, second = (int(np.sum(encoding.sequence_ids == number)) for number in (0, 1))
         assert len(encoding.ids) == min(max_length, 14)
         lengths[max_length] = (first, second)
     assert lengths[15] == lengths[14] == (3, 8)
     assert [lengths[n] for n in (10, 9, 8, 7, 5)] == [(3, 4), (3, 3), (2, 3), (2, 2), (1, 1)]
     swapped_texts = tokenizer.encode_inputs("it was the best of times it was", "who is it", max_length=8)
-    assert [int(np.sum(swapped_texts.sequence == number)) for number in (0, 1)] == [3, 2]
+    assert [int(np.sum(swapped_texts.sequence_ids == number)) for number in (0, 1)] == [3, 2]
     assert tokenizer.decode(tokenizer.encode_inputs("who is it", max_length=4).ids) == "[CLS] who is [SEP]"
     with pytest.raises(ValueError, match="max_length=4 is too short: 3 special tokens leave room for 1 tokens of two"):
         tokenizer.encode_inputs("who is it", "it was", max_length=4)
@@ -127,7 +127,7 @@ def test_the_context_is_first_if_the_cls_token_is_last():
         "was the <sep> who is it <sep> <cls>",
         "the best <sep> who is it <sep> <cls>",
     ]
-    assert windows[0].sequence.tolist() == [1, 1, -1, 0, 0, 0, -1, -1]
+    assert windows[0].sequence_ids.tolist() == [1, 1, -1, 0, 0, 0, -1, -1]
     assert windows[0].token_types.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
 
 

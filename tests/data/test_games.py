@@ -116,7 +116,7 @@ def test_lines_in_both_notations_are_read_and_bad_lines_are_reported(tmp_path: P
         10: "move 1 of black, '0000', is a null move",
     }
     assert games.duplicates() == [[0, 1]]
-    report = games.report(most=2).splitlines()
+    report = games.report(max_rejected=2).splitlines()
     assert report[0].endswith("games.txt: 3 games, 7 rejected, 1 duplicates")
     assert report[1].endswith("games.txt, line 4: move 2 of white, 'Ke3', is illegal")
     assert report[-1] == "  and 5 more rejected games"

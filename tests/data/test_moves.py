@@ -57,7 +57,7 @@ def test_san_vocabulary_is_sorted_by_frequency_and_has_an_unknown_token() -> Non
 def test_a_game_has_bos_and_eos_tokens() -> None:
     tokenizer = MoveTokenizer("uci")
     first, second = tokenizer.encode("e2e4 e7e5").tolist()
-    assert tokenizer.game("e2e4 e7e5").tolist() == [1, first, second, 2]
+    assert tokenizer.encode_game("e2e4 e7e5").tolist() == [1, first, second, 2]
     assert tokenizer.move_text(first) == "e2e4"
     assert tokenizer.move_id("e7e5") == second
     assert tokenizer.move_id("e7e4e5") is None
@@ -68,9 +68,9 @@ def test_a_game_has_bos_and_eos_tokens() -> None:
 def test_encodings_have_the_character_offsets_of_each_move() -> None:
     tokenizer = MoveTokenizer("uci")
     encoding = tokenizer.encode_inputs("e2e4  e7e5")
-    assert encoding.ids.tolist() == tokenizer.game("e2e4 e7e5")[:-1].tolist()
+    assert encoding.ids.tolist() == tokenizer.encode_game("e2e4 e7e5")[:-1].tolist()
     assert encoding.offsets.tolist() == [[0, 0], [0, 4], [6, 10]]
-    assert encoding.sequence.tolist() == [-1, 0, 0]
+    assert encoding.sequence_ids.tolist() == [-1, 0, 0]
     assert tokenizer.encode_inputs("").ids.tolist() == [1]
     assert len(tokenizer.encode_inputs("e2e4 e7e5 g1f3", max_length=2).ids) == 2
 

@@ -154,7 +154,9 @@ def test_a_restored_iterator_does_not_read_earlier_elements():
 
 def test_elements_of_different_lengths_need_buckets():
     source = LazyElements(9, lambda n: {"ids": np.arange(1, n + 2), "label": n})
-    bucketed = Bucketed(Examples.from_random_access(source, {"tokens": "ids", "label": "label"}), 3, 2, multiple=1)
+    bucketed = Bucketed(
+        Examples.from_random_access(source, {"tokens": "ids", "label": "label"}), 3, 2, length_multiple=1
+    )
     rows = [bucketed.batch(step, range(3)) for step in range(bucketed.steps_per_epoch)]
     seen = itertools.chain.from_iterable(batch.indices.tolist() for batch in rows)
     assert sorted(index for index in seen if index >= 0) == list(range(9))

@@ -122,7 +122,7 @@ def test_every_reader_raises_an_error_with_the_path_of_a_bad_file(tmp_path, read
 
 @every_reader
 def test_every_reader_rejects_a_decompression_bomb(tmp_path, reader, monkeypatch):
-    monkeypatch.setattr(text_files, "ALWAYS_UNPACKED", 2**20)
+    monkeypatch.setattr(text_files, "MIN_UNPACKED_LIMIT", 2**20)
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(b"1" * (2**20 + 1)))
     with pytest.raises(ValueError, match=r"bomb\.gz unpacks to more than 1048576 bytes.*gunzip -k .*bomb\.gz"):
@@ -130,9 +130,9 @@ def test_every_reader_rejects_a_decompression_bomb(tmp_path, reader, monkeypatch
 
 
 def test_the_size_limit_of_gzip_files_is_a_ratio(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "ALWAYS_UNPACKED", 100)
+    monkeypatch.setattr(text_files, "MIN_UNPACKED_LIMIT", 100)
     for ratio, allowed in ((50, False), (2000, True)):
-        monkeypatch.setattr(text_files, "UNPACKED_RATIO", ratio)
+        monkeypatch.setattr(text_files, "MAX_UNPACKED_RATIO", ratio)
         path = write(tmp_path / "a.gz", "1" * 100_000)
         if allowed:
             assert read_text(path) == "1" * 100_000
@@ -150,7 +150,7 @@ def test_a_decompression_bomb_is_rejected_with_limited_memory(tmp_path):
     with pytest.raises(ValueError, match="unpacks to more than 67108864 bytes"):
         sizes.extend(len(text) for text in text_chunks(path))
     assert max(sizes) <= 2**20
-    assert sum(sizes) == text_files.ALWAYS_UNPACKED
+    assert sum(sizes) == text_files.MIN_UNPACKED_LIMIT
 
 
 def test_only_text_files_opens_text_files_of_the_package():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxlm.data import ByteTokenizer, check_tokens, open_tokens, split, split_documents, tokens, write_tokens
+from jaxlm.data import ByteTokenizer, check_tokens, open_tokens, split_documents, split_tokens, tokens, write_tokens
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
@@ -83,27 +83,27 @@ def test_the_error_names_the_first_invalid_id_in_any_chunk(monkeypatch, bad, pos
     ids[position] = bad
     ids[-1] = bad
     with pytest.raises(ValueError, match=f"train: id {bad} at position {position} is outside the vocabulary of 50 ids"):
-        check_tokens(ids, 50, what="train")
+        check_tokens(ids, 50, name="train")
 
 
 def test_the_error_for_too_few_tokens_has_the_minimum():
     with pytest.raises(ValueError, match="train: no tokens, at least 1 needed"):
-        check_tokens(np.zeros(0, np.int32), 50, what="train")
+        check_tokens(np.zeros(0, np.int32), 50, name="train")
     with pytest.raises(ValueError, match="train: 3 tokens, at least 5 needed; use more data"):
-        check_tokens(np.zeros(3, np.int32), 50, needed=5, what="train")
+        check_tokens(np.zeros(3, np.int32), 50, min_length=5, name="train")
 
 
 def test_the_last_tokens_are_the_validation_split():
     ids = np.arange(1000)
-    train, validation = split(ids, 0.1)
+    train, validation = split_tokens(ids, 0.1)
     np.testing.assert_array_equal(train, ids[:900])
     np.testing.assert_array_equal(validation, ids[900:])
     assert train.base is ids
     for fraction in (0.0, 1.0, -0.1):
         with pytest.raises(ValueError, match=f"between 0 and 1, got {fraction}"):
-            split(ids, fraction)
+            split_tokens(ids, fraction)
     with pytest.raises(ValueError, match="1 tokens cannot be split"):
-        split(ids[:1], 0.5)
+        split_tokens(ids[:1], 0.5)
 
 
 def test_split_documents_cuts_after_each_end_id():

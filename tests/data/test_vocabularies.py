@@ -32,7 +32,7 @@ def test_offsets_of_subwords_refer_to_the_original_text():
     text, pair = "FirstCitizen", "éspeak"
     encoding = tokenizer.encode_inputs(text, pair)
     for number, original in enumerate((text, pair)):
-        spans = encoding.offsets[encoding.sequence == number]
+        spans = encoding.offsets[encoding.sequence_ids == number]
         assert spans[0, 0] == 0
         covered = {position for start, stop in spans for position in range(start, stop)}
         assert covered == set(range(len(original)))

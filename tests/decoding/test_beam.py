@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
-from jaxlm.decoding import beam_search, generate
+from jaxlm.decoding import BeamConfig, beam_search, generate
 
 Pair = tuple[Any, Any]
 Pad = Callable[[list[list[int]], str], tuple[np.ndarray, np.ndarray]]
@@ -44,8 +44,12 @@ def test_wide_beam_search_equals_brute_force(
     prompts = pad(PROMPTS, "lrr")
     for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
         out = beam_search(
-            *tiny_pair, *prompts, max_new_tokens=NUM_NEW, beams=beams, length_penalty=penalty, end_id=end_id
-        )  # fmt: skip
+            *tiny_pair,
+            *prompts,
+            max_new_tokens=NUM_NEW,
+            end_id=end_id,
+            beams=BeamConfig(num_beams=beams, length_penalty=penalty),
+        )
         for row, prompt in enumerate(PROMPTS):
             expected = all_hypotheses(tiny_pair, next_log_probs, prompt, end_id, penalty)
             np.testing.assert_allclose(out.scores[row], [score for score, _ in expected[:beams]], rtol=1e-4, atol=1e-5)
@@ -90,8 +94,12 @@ def test_narrow_beams_with_early_stop_equal_the_reference_search(
 ) -> None:
     for penalty in (0.0, 0.6, 1.0, 2.0, -1.0):
         out = beam_search(
-            *tiny_pair, *pad(PROMPTS, "rll"), max_new_tokens=10, beams=3, length_penalty=penalty, end_id=2
-        )  # fmt: skip
+            *tiny_pair,
+            *pad(PROMPTS, "rll"),
+            max_new_tokens=10,
+            end_id=2,
+            beams=BeamConfig(num_beams=3, length_penalty=penalty),
+        )
         for row, prompt in enumerate(PROMPTS):
             expected = reference_search(tiny_pair, next_log_probs, prompt, 10, 3, 2, penalty)
             assert [
@@ -131,9 +139,8 @@ def test_the_loop_stops_when_nothing_can_improve(tiny_pair: Pair, next_log_probs
             params,
             np.array([[4]]),
             max_new_tokens=16,
-            beams=1,
             end_id=end_id,
-            length_penalty=penalty,
+            beams=BeamConfig(num_beams=1, length_penalty=penalty),
         )
         jax.block_until_ready(out)
         jax.effects_barrier()
@@ -146,7 +153,7 @@ def test_the_loop_stops_when_nothing_can_improve(tiny_pair: Pair, next_log_probs
 
 def test_one_beam_without_an_end_is_greedy(pair: Pair, pad: Pad) -> None:
     prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
-    out = beam_search(*pair, *prompts, max_new_tokens=6, beams=1)
+    out = beam_search(*pair, *prompts, max_new_tokens=6, beams=BeamConfig(num_beams=1))
     greedy = generate(*pair, *prompts, max_new_tokens=6)
     np.testing.assert_array_equal(out.tokens[:, 0], greedy.tokens)
     np.testing.assert_allclose(out.scores[:, 0], greedy.log_probs.mean(axis=1), rtol=1e-4)
@@ -156,8 +163,12 @@ def test_a_growing_cache_does_not_change_results(pair: Pair, pad: Pad, monkeypat
     prompts = pad([[5, 6, 7, 8], [11], [3, 20]], "lrl")
     results = []
     for smallest in (2, 100):
-        monkeypatch.setattr("jaxlm.decoding.beam.SMALLEST_CACHE", smallest)
-        results.append(beam_search(*pair, *prompts, max_new_tokens=14, beams=3, early_stopping="never", end_id=2))
+        monkeypatch.setattr("jaxlm.decoding.beam.MIN_CACHE_SLOTS", smallest)
+        results.append(
+            beam_search(
+                *pair, *prompts, max_new_tokens=14, end_id=2, beams=BeamConfig(num_beams=3, early_stopping="never")
+            )
+        )
     np.testing.assert_array_equal(results[0].tokens, results[1].tokens)
     np.testing.assert_allclose(results[0].scores, results[1].scores, rtol=1e-5)
 
@@ -166,13 +177,15 @@ def test_a_given_state_keeps_its_tokens(gpt: Pair) -> None:
     model, params = gpt
     text = np.array([[5, 6, 7, 8], [11, 3, 20, 4]], np.int32)
     _, state = model.apply(params, text[:, :2], state=model.init_state(2, 48))
-    want = beam_search(model, params, text, max_new_tokens=30, beams=2)
-    got = beam_search(model, params, text[:, 2:], max_new_tokens=30, beams=2, state=state)
+    want = beam_search(model, params, text, max_new_tokens=30, beams=BeamConfig(num_beams=2))
+    got = beam_search(model, params, text[:, 2:], max_new_tokens=30, state=state, beams=BeamConfig(num_beams=2))
     np.testing.assert_array_equal(want.tokens, got.tokens)
 
 
 def test_fewer_hypotheses_than_beams(tiny_pair: Pair) -> None:
-    out = beam_search(*tiny_pair, np.array([[1]]), max_new_tokens=1, beams=7, allowed_ids=3, end_id=2)
+    out = beam_search(
+        *tiny_pair, np.array([[1]]), max_new_tokens=1, allowed_ids=3, end_id=2, beams=BeamConfig(num_beams=7)
+    )
     assert out.lengths.tolist() == [[1, 1, 1, 0, 0, 0, 0]]
     assert sorted(out.tokens[0, :3, 0].tolist()) == [0, 1, 2]
     assert np.isfinite(out.scores[0]).tolist() == [True] * 3 + [False] * 4
@@ -190,20 +203,37 @@ def test_a_state_without_a_batch_axis_is_an_error(tiny_pair: Pair) -> None:
             return spec.init(self.model.state_specs(batch, length))
 
     with pytest.raises(ValueError, match=r"has axes .* none of them is 'batch'"):
-        beam_search(WithoutBatchAxis(tiny_pair[0]), tiny_pair[1], np.array([[1]]), max_new_tokens=2, beams=2)
+        beam_search(
+            WithoutBatchAxis(tiny_pair[0]),
+            tiny_pair[1],
+            np.array([[1]]),
+            max_new_tokens=2,
+            beams=BeamConfig(num_beams=2),
+        )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"beams": 0}, r"beams=0 must be at least 1"),
-        ({"length_penalty": float("inf")}, r"length_penalty=inf must be finite"),
         ({"max_new_tokens": 64}, r"65 tokens exceeds max_positions=64"),
         ({"end_id": -1}, r"end_id=-1 can never be generated"),
         ({"segment_ids": np.zeros((1, 2), int)}, r"row 0 of the prompts is all padding"),
     ],
 )
 def test_errors_name_bad_input(gpt: Pair, arguments: dict[str, Any], message: str) -> None:
-    given = {"prompts": np.array([[5, 6]]), "max_new_tokens": 4, "beams": 2, **arguments}
+    given = {"prompts": np.array([[5, 6]]), "max_new_tokens": 4, "beams": BeamConfig(2), **arguments}
     with pytest.raises(ValueError, match=message):
         beam_search(*gpt, **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 0}, "num_beams=0 must be at least 1"),
+        ({"num_beams": 2, "length_penalty": float("inf")}, "length_penalty=inf must be finite"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon' must be True, False or 'never'"),
+    ],
+)
+def test_invalid_settings_give_the_reason(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BeamConfig(**arguments)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.decoding import beam_search, generate
+from jaxlm.decoding import BeamConfig, beam_search, generate
 from jaxlm.testing.helpers import (
     TINY,
     add_noise,
@@ -58,9 +58,15 @@ def test_wide_beam_search_equals_brute_force(name: str) -> None:
     model, params = pair(name)
     beams = IDS ** (NUM_NEW - 1)
     out = beam_search(
-        model, params, PROMPTS, SEGMENTS,
-        max_new_tokens=NUM_NEW, beams=beams, length_penalty=0.0, allowed_ids=IDS, state=initial_state(model, params),
-    )  # fmt: skip
+        model,
+        params,
+        PROMPTS,
+        SEGMENTS,
+        max_new_tokens=NUM_NEW,
+        allowed_ids=IDS,
+        state=initial_state(model, params),
+        beams=BeamConfig(num_beams=beams, length_penalty=0.0),
+    )
     continuations = np.array(list(itertools.product(range(IDS), repeat=NUM_NEW)), np.int32)
     for row in range(2):
         prompt = PROMPTS[row][SEGMENTS[row] == 1]

@@ -25,7 +25,7 @@ from jaxlm.decoding import (
     stream_text,
     target_log_likelihood,
 )
-from jaxlm.decoding.finite import check_finite, named_rows, rows_finite
+from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.testing.helpers import tiny_model
 from tests.decoding.conftest import Recurrent, RecurrentConfig, context_sensitive_params
 
@@ -110,7 +110,10 @@ def test_error_shortens_long_lists_and_names_low_precision() -> None:
     count = len(jax.tree.leaves(good))
     with pytest.raises(NotFiniteError, match=rf"{count} parameters .*layers/\w+.*, and {count - 3} more\. Load"):
         check_finite(model, bad, flags)
-    with pytest.raises(NotFiniteError, match="the logits of text 4, 7 are"), named_rows("text", [7, 7, 7, 4, 4]):
+    with (
+        pytest.raises(NotFiniteError, match="the logits of text 4, 7 are"),
+        rename_rows_in_errors("text", [7, 7, 7, 4, 4]),
+    ):
         check_finite(model, bad, flags)
 
 

@@ -12,7 +12,16 @@ import pytest
 
 import jaxlm
 from jaxlm.data import ByteTokenizer, CharTokenizer
-from jaxlm.decoding import GREEDY, GenerationConfig, Sampling, beam_search, generate, generate_text, stream_text
+from jaxlm.decoding import (
+    GREEDY,
+    BeamConfig,
+    GenerationConfig,
+    Sampling,
+    beam_search,
+    generate,
+    generate_text,
+    stream_text,
+)
 from jaxlm.models.model import Metadata
 
 TOKENIZER = ByteTokenizer()
@@ -180,9 +189,13 @@ def test_beams_end_at_any_of_several_end_ids(gpt: Any) -> None:
     model, params = gpt
     prompts = np.array([[5, 6, 7], [11, 3, 9]], np.int32)
     # Without a length penalty, hypotheses that end early have larger sums, so the search finds both ends.
-    without_end = beam_search(model, params, prompts, max_new_tokens=8, beams=2, length_penalty=0.0)
+    without_end = beam_search(
+        model, params, prompts, max_new_tokens=8, beams=BeamConfig(num_beams=2, length_penalty=0.0)
+    )
     ends = (int(without_end.tokens[0, 0, 1]), int(without_end.tokens[1, 0, 2]))
-    out = beam_search(model, params, prompts, max_new_tokens=8, beams=2, end_id=ends, length_penalty=0.0)
+    out = beam_search(
+        model, params, prompts, max_new_tokens=8, end_id=ends, beams=BeamConfig(num_beams=2, length_penalty=0.0)
+    )
     last_tokens = set()
     for row in range(2):
         for tokens, length in zip(np.asarray(out.tokens)[row], np.asarray(out.lengths)[row], strict=True):
@@ -196,16 +209,20 @@ def test_beams_end_at_any_of_several_end_ids(gpt: Any) -> None:
 def test_beams_with_a_limit_per_row_equal_separate_searches(gpt: Any) -> None:
     model, params = gpt
     prompts, limits = np.array([[5, 6, 7], [11, 3, 9]], np.int32), [3, 7]
-    together = beam_search(model, params, prompts, max_new_tokens=np.array(limits), beams=3, end_id=5)
+    together = beam_search(
+        model, params, prompts, max_new_tokens=np.array(limits), end_id=5, beams=BeamConfig(num_beams=3)
+    )
     for row, limit in enumerate(limits):
-        separate = beam_search(model, params, prompts[row : row + 1], max_new_tokens=limit, beams=3, end_id=5)
+        separate = beam_search(
+            model, params, prompts[row : row + 1], max_new_tokens=limit, end_id=5, beams=BeamConfig(num_beams=3)
+        )
         np.testing.assert_array_equal(together.tokens[row, :, :limit], separate.tokens[0])
         np.testing.assert_array_equal(together.lengths[row], separate.lengths[0])
     for bad in (np.array([3]), np.array([3, 0])):
         with pytest.raises(ValueError, match=r"must be one number of at least 1 for each prompt"):
-            beam_search(model, params, prompts, max_new_tokens=bad, beams=3)
+            beam_search(model, params, prompts, max_new_tokens=bad, beams=BeamConfig(num_beams=3))
     with pytest.raises(ValueError, match="early_stopping='soon' must be True, False or 'never'"):
-        beam_search(model, params, prompts, max_new_tokens=3, beams=3, early_stopping="soon")  # type: ignore[arg-type]
+        beam_search(model, params, prompts, max_new_tokens=3, beams=BeamConfig(num_beams=3, early_stopping="soon"))  # type: ignore[arg-type]
 
 
 def test_text_ends_at_any_of_several_end_ids_of_a_loaded_directory(letter_model: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import jaxlm
 from jaxlm.data import load_tokenizer
-from jaxlm.decoding import GenerationConfig, Sampling, beam_search, filter_logits, generate, generate_text
+from jaxlm.decoding import BeamConfig, GenerationConfig, Sampling, beam_search, filter_logits, generate, generate_text
 
 pytestmark = pytest.mark.live
 
@@ -89,9 +89,8 @@ def test_beam_search_equals_transformers(
         prompts,
         segment_ids,
         max_new_tokens=NUM_NEW,
-        beams=4,
-        length_penalty=length_penalty,
         end_id=end_id,
+        beams=BeamConfig(num_beams=4, length_penalty=length_penalty),
     )
     np.testing.assert_array_equal(beams.tokens[:, :, : expected.shape[2]], expected)
     np.testing.assert_allclose(beams.scores, out.sequences_scores.numpy().reshape(3, 4), rtol=1e-4)

@@ -15,6 +15,7 @@ from jaxlm.data import ByteTokenizer
 from jaxlm.data.tokenizers import PretrainedTokenizer
 from jaxlm.decoding import (
     GREEDY,
+    BeamConfig,
     GenerationConfig,
     Sampling,
     batches,
@@ -60,7 +61,7 @@ def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
     if num_beams == 1:
         out = generate(model, params, ids, **options)
         return BYTES.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
-    beams = beam_search(model, params, ids, beams=num_beams, **options)
+    beams = beam_search(model, params, ids, beams=BeamConfig(num_beams=num_beams), **options)
     return BYTES.decode(np.asarray(beams.tokens)[0, 0, : int(beams.lengths[0, 0])])
 
 
@@ -153,7 +154,13 @@ def test_sources_have_special_tokens_and_outputs_have_none(num_beams: int) -> No
     config = GenerationConfig(20, num_beams=num_beams)
     state = model.init_decode_state(params, ids[None], 20)
     out = beam_search(
-        model, params, np.zeros((1, 1), np.int32), max_new_tokens=20, beams=num_beams, end_id=1, state=state
+        model,
+        params,
+        np.zeros((1, 1), np.int32),
+        max_new_tokens=20,
+        end_id=1,
+        state=state,
+        beams=BeamConfig(num_beams=num_beams),
     )
     tokens = np.asarray(out.tokens)[0, 0, : int(out.lengths[0, 0])].tolist()
     (output_text,) = generate_text(model, params, tokenizer, ["w3 w9"], config)

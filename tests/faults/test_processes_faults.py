@@ -256,7 +256,7 @@ def work_restarted(steps, option, directory):
     if processes.is_first() and option == "--output":
         directory.mkdir(parents=True)
         (directory / "config.json").write_text("{}")
-    processes.wait("there is a directory")
+    processes.barrier("there is a directory")
     program(
         "packed", directory, MESHES["fsdp"], resume=option == "--resume", steps=int(steps), batches=SlowBatches,
         optimizer=SGD, evaluate_every=1000, log_every=1,

@@ -22,7 +22,9 @@ CLASSES = [
 def model_of_class(name: str, table: Format, architecture: str) -> Model:
     """A small model for this class. A classifier has 3 labels."""
     model = tiny_model(name)
-    implied_fields = {field: value for field, value in table.implied.items() if field not in table.fields}
+    implied_fields = {
+        field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field
+    }
     config = dataclasses.replace(model.config, **{**implied_fields, **table.architectures[architecture]})
     if table.model_type == "mistral":
         config = dataclasses.replace(config, window=4)

@@ -378,7 +378,10 @@ class ConfigComparison:
             output = jaxlm_output(model, params)
         except ValueError as error:
             table = TABLES[content["model_type"]]
-            names = [field, *(jaxlm_output for jaxlm_output, theirs in table.fields.items() if theirs == field)]
+            names = [
+                field,
+                *(jaxlm_output for jaxlm_output, theirs in table.hf_name_of_field.items() if theirs == field),
+            ]
             return "refused" if any(name in str(error) for name in names) else f"refused without its name: {error}"
         if output.shape != reference.output.shape:
             return f"has shape {output.shape}, but {reference.output.shape} in transformers"

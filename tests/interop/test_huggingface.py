@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import integrity, spec
 from jaxlm.interop import config_json, formats, huggingface
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
+from jaxlm.interop.locations import Location
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives import causal
@@ -160,12 +161,12 @@ def test_every_family_round_trips(name: str, variant: str, tmp_path: Path) -> No
     reloaded_model, reloaded_params = load_pretrained(tmp_path)
     assert reloaded_model.specs == model.specs
     # A field that is None in the model can have an explicit value after loading.
-    assert config_json.their_config(reloaded_model, "float32") == config_json.their_config(model, "float32")
+    assert config_json.model_config_json(reloaded_model, "float32") == config_json.model_config_json(model, "float32")
     assert_trees_equal(reloaded_params, params)
     fields = {field.name for field in dataclasses.fields(model.config)}
     for table in formats.of(name):
-        assert set(table.layouts) <= {*table.tensors, *table.head}
-        assert {*table.fields, *table.implied} <= fields
+        assert set(table.layouts) <= {*table.tensors, *table.unprefixed_tensors}
+        assert {*table.hf_name_of_field, *table.default_fields} <= fields
         assert all(set(implied) <= fields for implied in table.architectures.values())
 
 
@@ -189,8 +190,8 @@ def test_one_layer_of_qkv_has_the_layout_of_the_file() -> None:
 
 def test_layouts_transpose_and_merge() -> None:
     weight = np.arange(24).reshape(2, 3, 4)  # [D, H, K]
-    merged = huggingface._Location(("a",), (2, 3, 4), ((0,), (1, 2)))
-    transposed = huggingface._Location(("a",), (2, 3, 4), ((1, 2), (0,)))
+    merged = Location(("a",), False, (2, 3, 4), ((0,), (1, 2)))
+    transposed = Location(("a",), False, (2, 3, 4), ((1, 2), (0,)))
     assert merged.file_shape == (2, 12)
     assert transposed.file_shape == (12, 2)
     np.testing.assert_array_equal(merged.to_file(weight), weight.reshape(2, 12))
@@ -357,7 +358,7 @@ def test_contents_of_a_saved_config(tmp_path: Path) -> None:
     }
     mode = (tmp_path / "config.json").stat().st_mode
     assert (tmp_path / "model.safetensors").stat().st_mode == mode
-    assert config_json.their_config(get_model("gpt2"), "float32")["eos_token_id"] == 50256
+    assert config_json.model_config_json(get_model("gpt2"), "float32")["eos_token_id"] == 50256
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

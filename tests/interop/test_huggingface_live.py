@@ -204,9 +204,9 @@ def test_defaults_of_missing_fields_equal_transformers(name: str, number: int) -
     table = formats.of(name)[number]
     expected = AutoConfig.for_model(table.model_type).to_dict()
     defaults = dataclasses.replace(
-        family(name).Config(), **{**table.implied, **next(iter(table.architectures.values()))}
+        family(name).Config(), **{**table.default_fields, **next(iter(table.architectures.values()))}
     )
-    for field_name, file_name in table.fields.items():
+    for field_name, file_name in table.hf_name_of_field.items():
         value, value_names = getattr(defaults, field_name), table.values.get(file_name)
         if value is None or file_name == "decoder_start_token_id":
             continue  # its default follows from another field, or generation sets it

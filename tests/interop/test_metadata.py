@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm import spec
 from jaxlm.data import ByteTokenizer, load_tokenizer, train_tokenizer
-from jaxlm.interop import config_json, formats, huggingface
+from jaxlm.interop import config_json, formats
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
+from jaxlm.interop.locations import locations_of
 from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Metadata
@@ -129,9 +130,9 @@ def test_an_overridden_field_is_written(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "c", get_model("llama-tiny"))
     edit(directory, rope_scaling={"rope_type": "linear", "factor": 2.0})
     model, params = load_pretrained(directory)
-    assert config_json.their_config(model, "float32")["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config_json.model_config_json(model, "float32")["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     model, params = load_pretrained(directory, rotary_scaling=None)
-    assert "rope_scaling" not in config_json.their_config(model, "float32")
+    assert "rope_scaling" not in config_json.model_config_json(model, "float32")
 
 
 def test_the_model_type_survives_if_another_format_also_fits(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_the_model_type_survives_if_another_format_also_fits(tmp_path: Path) -> 
     save_pretrained(tmp_path / "b", model, params)
     assert read(tmp_path / "b") == before
     qkv_bias_model = dataclasses.replace(model, config=dataclasses.replace(model.config, qkv_bias=True))
-    config = config_json.their_config(qkv_bias_model, "float32")  # the Mistral format does not support qkv_bias
+    config = config_json.model_config_json(qkv_bias_model, "float32")  # the Mistral format does not support qkv_bias
     assert (config["model_type"], "sliding_window" in config) == ("qwen2", False)
 
 
@@ -150,24 +151,24 @@ def test_an_overridden_decoder_start_id_is_written_into_both_files(tmp_path: Pat
     directory = save_model(tmp_path, get_model("t5-tiny"))
     (directory / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, "eos_token_id": 5}))
     model, _ = load_pretrained(directory)
-    assert config_json.their_generation_config(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
+    assert config_json.generation_config_json(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
     model, _ = load_pretrained(directory, decoder_start_id=6)
-    assert config_json.their_generation_config(model) == {"decoder_start_token_id": 6, "eos_token_id": 5}
-    assert config_json.their_config(model, "float32")["decoder_start_token_id"] == 6
+    assert config_json.generation_config_json(model) == {"decoder_start_token_id": 6, "eos_token_id": 5}
+    assert config_json.model_config_json(model, "float32")["decoder_start_token_id"] == 6
     edit(directory, decoder_start_token_id=None, pad_token_id=3)  # T5 starts with its padding id
     model, _ = load_pretrained(directory)
     assert model.config.decoder_start_id == 3
-    assert config_json.their_generation_config(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
-    assert config_json.their_config(model, "float32")["decoder_start_token_id"] is None
+    assert config_json.generation_config_json(model) == {"decoder_start_token_id": 0, "eos_token_id": 5}
+    assert config_json.model_config_json(model, "float32")["decoder_start_token_id"] is None
 
 
 def test_an_alias_must_equal_its_field_and_is_updated_with_it(tmp_path: Path) -> None:
     directory = save_model(tmp_path, get_model("gpt2-tiny"))
     edit(directory, num_attention_heads=4)
     model, _ = load_pretrained(directory)
-    assert config_json.their_config(model, "float32")["num_attention_heads"] == 4
+    assert config_json.model_config_json(model, "float32")["num_attention_heads"] == 4
     changed = dataclasses.replace(model, config=dataclasses.replace(model.config, num_heads=2))
-    config = config_json.their_config(changed, "float32")
+    config = config_json.model_config_json(changed, "float32")
     assert (config["n_head"], config["num_attention_heads"]) == (2, 2)
     edit(directory, num_attention_heads=8)
     with pytest.raises(ValueError, match="num_attention_heads=8 is an alias of n_head, which is 4: set only n_head"):
@@ -200,7 +201,7 @@ def test_the_mlp_of_t5_follows_from_all_its_fields(fields: dict[str, Any], mlp: 
     else:
         model = config_json.describe(config, Path("config.json"), {}).model
         assert model.config.mlp == mlp
-        assert config_json.their_config(model, "float32") == {**config, "torch_dtype": "float32"}
+        assert config_json.model_config_json(model, "float32") == {**config, "torch_dtype": "float32"}
 
 
 def test_a_missing_field_is_not_added(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_missing_field_is_not_added(tmp_path: Path) -> None:
     config = {name: value for name, value in read(directory).items() if name not in ("is_decoder", "pruned_heads")}
     (directory / "config.json").write_text(json.dumps(config))
     model, _ = load_pretrained(directory)
-    assert config_json.their_config(model, "float32") == config
+    assert config_json.model_config_json(model, "float32") == config
 
 
 def test_a_removed_window_is_not_written(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_removed_window_is_not_written(tmp_path: Path) -> None:
     directory = save_model(tmp_path, model_of_class("llama", table, "Qwen2ForCausalLM"))
     edit(directory, use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 2)
     assert load_pretrained(directory)[0].config.window == 3
-    config = config_json.their_config(load_pretrained(directory, window=None)[0], "float32")
+    config = config_json.model_config_json(load_pretrained(directory, window=None)[0], "float32")
     assert (config["use_sliding_window"], set(config["layer_types"])) == (False, {"full_attention"})
 
 
@@ -382,13 +383,13 @@ def test_every_class_loads_for_every_task(name: str, table: Format, architecture
             for path in spec.flatten(loaded.specs)
             if path not in saved_params or (path.partition("/")[0] in ("classifier", "token_classifier"))
         }
-        assert set(loaded.metadata.fresh) == expected
+        assert set(loaded.metadata.initialized) == expected
         for path, leaf in spec.flatten(params).items():
             reference = spec.flatten(initial_params)[path] if path in expected else saved_params[path]
             np.testing.assert_array_equal(leaf, reference, err_msg=path)
         dropped = set(saved_params) - set(spec.flatten(loaded.specs)) | (set(saved_params) & expected)
-        locations = huggingface._locations(model, config_json.format_of(model))
-        assert set(loaded.metadata.unused) == {name for path in dropped for name in locations[path].names}
+        locations = locations_of(model, config_json.format_of(model))
+        assert set(loaded.metadata.unused_tensors) == {name for path in dropped for name in locations[path].names}
         assert loaded.labels is None
 
 
@@ -398,7 +399,7 @@ def test_a_base_model_loads_as_a_classifier(variant: str, tmp_path: Path, caplog
     save_model(tmp_path, base)
     with caplog.at_level(logging.INFO, logger="jaxlm"):
         model, params = load_pretrained(tmp_path, task="classification", num_labels=4)
-    assert "freshly initialised: classifier" in caplog.text
+    assert "initialised: classifier" in caplog.text
     tokens = np.ones((2, 5), np.int32)
     hidden, _ = model.apply(model.init(jax.random.key(0)), tokens)
     assert model.logits(params, model.pool(params, hidden)).shape == (2, 1, 4)
@@ -411,11 +412,11 @@ def test_families_without_published_formats_get_new_heads(tmp_path: Path) -> Non
     save_model(tmp_path, tiny_model("lstm-encoder-tiny", task="classification", num_labels=2))
     model, _ = load_pretrained(tmp_path, num_labels=3)
     assert model.metadata is not None
-    assert {path.partition("/")[0] for path in model.metadata.fresh} == {"classifier"}
+    assert {path.partition("/")[0] for path in model.metadata.initialized} == {"classifier"}
     model, _ = load_pretrained(tmp_path, task="token_classification", num_labels=2)
     assert model.metadata is not None
-    assert {path.partition("/")[0] for path in model.metadata.fresh} == {"token_classifier"}
-    assert {name.partition(".")[0] for name in model.metadata.unused} == {"classifier"}
+    assert {path.partition("/")[0] for path in model.metadata.initialized} == {"token_classifier"}
+    assert {name.partition(".")[0] for name in model.metadata.unused_tensors} == {"classifier"}
 
 
 def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
@@ -423,7 +424,7 @@ def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
     save_model(tmp_path, model)
     loaded, params = load_pretrained(tmp_path, task="classification", num_labels=2)
     assert loaded.metadata is not None
-    assert (loaded.labels, loaded.metadata.fresh, loaded.metadata.unused) == (("a", "b"), (), ())
+    assert (loaded.labels, loaded.metadata.initialized, loaded.metadata.unused_tensors) == (("a", "b"), (), ())
     np.testing.assert_array_equal(
         params["classifier"]["weight"], params_with_distinct_entries(model)["classifier"]["weight"]
     )
@@ -431,8 +432,8 @@ def test_a_head_of_the_same_task_and_size_is_loaded(tmp_path: Path) -> None:
     edit(tmp_path, problem_type="multi_label_classification")
     loaded, params = load_pretrained(tmp_path, num_labels=3)
     assert loaded.metadata is not None
-    assert (loaded.labels, set(loaded.metadata.fresh)) == (None, {"classifier/weight", "classifier/bias"})
-    config = config_json.their_config(loaded, "float32")
+    assert (loaded.labels, set(loaded.metadata.initialized)) == (None, {"classifier/weight", "classifier/bias"})
+    config = config_json.model_config_json(loaded, "float32")
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert "problem_type" not in config
 
@@ -445,8 +446,8 @@ def test_an_unsupported_class_loads_as_its_base_model(tmp_path: Path) -> None:
         load_pretrained(directory)
     model, _ = load_pretrained(directory, task="classification", num_labels=1)
     assert model.metadata is not None
-    assert set(model.metadata.fresh) == {"classifier/weight", "classifier/bias"}
-    assert config_json.their_config(model, "float32")["architectures"] == ["BertForSequenceClassification"]
+    assert set(model.metadata.initialized) == {"classifier/weight", "classifier/bias"}
+    assert config_json.model_config_json(model, "float32")["architectures"] == ["BertForSequenceClassification"]
 
 
 def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
@@ -477,8 +478,8 @@ def test_only_tensors_of_heads_may_be_missing_or_unused(tmp_path: Path) -> None:
         load_pretrained(directory)
     model, _ = load_pretrained(directory, task="masked")
     assert model.metadata is not None
-    assert all(path.startswith("masked/") for path in model.metadata.fresh)
-    assert len(model.metadata.fresh) == 5
+    assert all(path.startswith("masked/") for path in model.metadata.initialized)
+    assert len(model.metadata.initialized) == 5
 
 
 def test_new_parameters_have_the_dtype_of_the_others(tmp_path: Path) -> None:

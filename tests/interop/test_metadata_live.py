@@ -82,7 +82,7 @@ def test_every_field_of_transformers_survives_every_value(name: str, table: Form
         except ValueError:
             num_unsupported += 1  # test_every_field_live checks that the error names the field
             continue
-        written = config_json.their_config(model, "float32")
+        written = config_json.model_config_json(model, "float32")
         if field != "torch_dtype":
             written.pop("torch_dtype", None)
         if field in ("dtype", "torch_dtype"):  # the dtype of the saved parameters is written

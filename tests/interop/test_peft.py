@@ -43,9 +43,17 @@ def rewrite(directory, config, tensors):
         ("gpt2-tiny", {}, LoRA(4, targets=("attention/", "mlp/"))),
         ("gpt2-tiny", {"task": "none"}, LoRA(4)),
         ("llama-tiny", {"vocab_size": 61, "vocab_multiple": 8}, LoRA(2, alpha=3.5, targets=("weight", "^head$"))),
-        ("bert", {"task": "classification"}, LoRA(3, targets=("weight",), train=("^layers/mlp_norm/", "^embedding"))),
+        (
+            "bert",
+            {"task": "classification"},
+            LoRA(3, targets=("weight",), full_training_patterns=("^layers/mlp_norm/", "^embedding")),
+        ),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
-        ("roberta", {"task": "token_classification", "num_labels": 5}, LoRA(2, train=("^token_classifier/",))),
+        (
+            "roberta",
+            {"task": "token_classification", "num_labels": 5},
+            LoRA(2, full_training_patterns=("^token_classifier/",)),
+        ),
     ],
 )
 def test_adapters_round_trip(name, overrides, lora, tmp_path):
@@ -82,12 +90,12 @@ def test_names_and_layouts_equal_those_of_peft(tmp_path):
 
 def test_fully_trained_modules_are_saved(tmp_path):
     model = tiny_model("bert", task="classification")
-    lora = LoRA(2, train=("^classifier/",))
+    lora = LoRA(2, full_training_patterns=("^classifier/",))
     config, tensors = save_random_adapter(tmp_path, model, lora)
     assert config["modules_to_save"] == ["classifier"]
     assert config["task_type"] == "SEQ_CLS"
     assert tensors["base_model.model.classifier.weight"].shape == (2, 32)
-    partial_lora = LoRA(2, train=("classifier/weight",))
+    partial_lora = LoRA(2, full_training_patterns=("classifier/weight",))
     trained = random_adapter(model, partial_lora)
     with pytest.raises(ValueError, match=r"classifier/bias \(classifier.bias\) is not trained, but another parameter"):
         save_adapter(tmp_path, model, partial_lora, trained)

@@ -111,7 +111,7 @@ def test_adapters_of_peft_give_the_same_outputs_and_round_trip(case: str, tmp_pa
     assert relative_error(run(merged), expected) < 1e-5
     assert relative_error(run(params), expected) > 1e-2  # the adapters change the outputs
 
-    save_adapter(tmp_path / "back", model, lora, trained, base=str(tmp_path / "base"))
+    save_adapter(tmp_path / "back", model, lora, trained, base_model=str(tmp_path / "base"))
     architecture = getattr(transformers, CASES[case][0])
     base = architecture.from_pretrained(tmp_path / "base").eval()
     reloaded_model = peft.PeftModel.from_pretrained(base, tmp_path / "back").eval()

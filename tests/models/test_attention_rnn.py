@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxlm import spec
-from jaxlm.decoding import beam_search
+from jaxlm.decoding import BeamConfig, beam_search
 from jaxlm.models import attention_rnn, get_model
 from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
 
@@ -61,9 +61,13 @@ def test_beam_search_finds_all_continuations(name, overrides):
     segments = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], np.int32)
     prompts = np.array([[1], [2]], np.int32)
     out = beam_search(
-        model, params, prompts, max_new_tokens=num_new, beams=V ** (num_new - 1), length_penalty=0.0,
+        model,
+        params,
+        prompts,
+        max_new_tokens=num_new,
         state=init_decode_state(model, params, source, segments),
-    )  # fmt: skip
+        beams=BeamConfig(num_beams=V ** (num_new - 1), length_penalty=0.0),
+    )
     continuations = np.array(list(itertools.product(range(V), repeat=num_new)), np.int32)
     for row in range(2):
         decoder_input = np.concatenate(

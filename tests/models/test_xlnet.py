@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
-from jaxlm.decoding import beam_search, log_likelihood
+from jaxlm.decoding import BeamConfig, beam_search, log_likelihood
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import get_model, xlnet
 from jaxlm.testing.helpers import add_noise, random_tokens, relative_error, tiny_model
@@ -125,7 +125,7 @@ def test_no_gradient_flows_into_the_memory():
 
 def test_beam_scores_equal_scores_of_whole_texts():
     model, params, tokens = setup(batch=2, length=5)
-    beams = beam_search(model, params, tokens, max_new_tokens=4, beams=3, length_penalty=0.0)
+    beams = beam_search(model, params, tokens, max_new_tokens=4, beams=BeamConfig(num_beams=3, length_penalty=0.0))
     for row in range(2):
         texts = np.concatenate([np.tile(tokens[row], (3, 1)), beams.tokens[row]], axis=1)
         scores = np.asarray(log_likelihood(model, params, texts))[:, -4:].sum(axis=1)

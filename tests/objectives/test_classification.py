@@ -15,7 +15,7 @@ SEGMENTS = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] * 7, [0] * 2 + [1] * 5], np
 
 
 def test_loss_is_the_cross_entropy_of_the_pooled_output():
-    batch = classification.batch(TOKENS, np.array([4, 0, classification.IGNORED, 2]), SEGMENTS, num_labels=5)
+    batch = classification.batch(TOKENS, np.array([4, 0, classification.IGNORED_LABEL, 2]), SEGMENTS, num_labels=5)
     assert batch.targets.tolist() == [4, 0, 0, 2]
     assert batch.weights.tolist() == [1, 1, 0, 1]
 
@@ -28,7 +28,7 @@ def test_loss_is_the_cross_entropy_of_the_pooled_output():
 
 
 def test_a_row_with_weight_0_does_not_change_the_loss():
-    batch = classification.batch(TOKENS, np.array([1, 1, classification.IGNORED, 1]), SEGMENTS, num_labels=5)
+    batch = classification.batch(TOKENS, np.array([1, 1, classification.IGNORED_LABEL, 1]), SEGMENTS, num_labels=5)
     broken = batch.replace(
         tokens=np.where(np.arange(4)[:, None] == 2, VOCAB, TOKENS)
     )  # the hidden states of row 2 are NaN
@@ -72,7 +72,7 @@ def test_the_batch_has_the_additional_inputs():
 
 
 def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
-    labels, class_weights, smoothing = np.array([4, 0, classification.IGNORED, 2]), (1.0, 2.0, 3.0, 4.0, 0.5), 0.1
+    labels, class_weights, smoothing = np.array([4, 0, classification.IGNORED_LABEL, 2]), (1.0, 2.0, 3.0, 4.0, 0.5), 0.1
     batch = classification.batch(TOKENS, labels, SEGMENTS, num_labels=5)
     loss = classification.make_loss(label_smoothing=smoothing, class_weights=class_weights)
 
@@ -94,7 +94,7 @@ def test_class_weights_and_label_smoothing_are_defined_as_in_torch():
 
 
 def test_accuracy_ignores_rows_with_weight_0():
-    batch = classification.batch(TOKENS, np.array([0, 0, classification.IGNORED, 0]), SEGMENTS, num_labels=5)
+    batch = classification.batch(TOKENS, np.array([0, 0, classification.IGNORED_LABEL, 0]), SEGMENTS, num_labels=5)
     params = MODEL.init()
     hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
     best = np.argmax(MODEL.logits(params, MODEL.pool(params, hidden, SEGMENTS))[:, 0], axis=-1)

@@ -20,10 +20,16 @@ def random_rows(rows=400, length=50, seed=0):
     return tokens, segments
 
 
+def masked_batch(tokens, rng, *, segment_ids=None, word_ids=None, inputs=None, **config):
+    """``masked.batch`` with the fields of its config as keyword arguments."""
+    config = masked.MaskingConfig(**config)
+    return masked.batch(tokens, rng, config, segment_ids=segment_ids, word_ids=word_ids, inputs=inputs)
+
+
 def masked_text(seed=0, **options):
     tokens, segments = random_rows()
     rng = np.random.default_rng(seed)
-    batch = masked.batch(
+    batch = masked_batch(
         tokens, rng, mask_id=MASK, vocab_size=V, special_ids=(CLS, SEP), segment_ids=segments, **options
     )
     return tokens, segments, batch
@@ -68,7 +74,7 @@ def test_tokens_that_are_not_selected_or_special_do_not_change():
 
 
 def test_mask_tokens_of_the_text_are_not_predicted():
-    batch = masked.batch(np.full((2, 40), MASK), np.random.default_rng(0), mask_id=MASK, vocab_size=V, rate=1.0)
+    batch = masked_batch(np.full((2, 40), MASK), np.random.default_rng(0), mask_id=MASK, vocab_size=V, rate=1.0)
     assert not batch.weights.any()
 
 
@@ -81,9 +87,9 @@ def test_the_selection_depends_on_the_generator():
 
 
 def test_replacement_fractions_can_be_0_or_1():
-    tokens, _, batch = masked_text(masked=1.0, random=0.0)
+    tokens, _, batch = masked_text(mask_fraction=1.0, random_fraction=0.0)
     assert np.array_equal(replacement_fractions(tokens, batch), [1, 0, 0])
-    tokens, _, batch = masked_text(masked=0.0, random=0.0)
+    tokens, _, batch = masked_text(mask_fraction=0.0, random_fraction=0.0)
     assert np.array_equal(replacement_fractions(tokens, batch), [0, 0, 1])
 
 
@@ -122,7 +128,7 @@ def test_words_end_at_special_tokens_and_documents():
     tokens = np.array([[7, 7, CLS, 7, 7, 7, 7, 7]])
     segments = np.array([[1, 1, 1, 1, 2, 2, 0, 0]])
     weights = [
-        masked.batch(
+        masked_batch(
             tokens, np.random.default_rng(seed), mask_id=MASK, vocab_size=V, special_ids=[CLS], segment_ids=segments,
             word_ids=np.zeros_like(tokens), rate=0.5,
         ).weights[0]
@@ -136,7 +142,7 @@ def test_loss_is_the_cross_entropy_of_selected_tokens():
     model = MeanModel(VOCAB)
     tokens = random_tokens(2, 9)
     types = {"token_types": np.tile((np.arange(9) > 4).astype(np.int32), (2, 1))}
-    batch = masked.batch(tokens, np.random.default_rng(3), mask_id=MASK, vocab_size=VOCAB, inputs=types, rate=0.4)
+    batch = masked_batch(tokens, np.random.default_rng(3), mask_id=MASK, vocab_size=VOCAB, inputs=types, rate=0.4)
     assert 0 < batch.weights.sum() < batch.weights.size
 
     def reference(params):
@@ -174,12 +180,12 @@ def test_num_predict_selects_complete_words_and_pads_with_weight_0():
     options = {"mask_id": MASK, "vocab_size": V, "special_ids": (CLS, SEP), "word_ids": words}
     selections = set()
     for seed in range(40):
-        batch = masked.batch(tokens, np.random.default_rng(seed), num_predict=2, **options)
+        batch = masked_batch(tokens, np.random.default_rng(seed), num_predict=2, **options)
         selections.add(tuple(batch.target_positions[0, batch.weights[0] > 0].tolist()))
         assert batch.weights.shape == (1, 2)
     # Only words of 1 or 2 tokens fit. After the word at position 4, there is no second word of 1 token.
     assert selections == {(4,), (5, 6)}
-    all_selected = masked.batch(tokens, np.random.default_rng(0), num_predict=8, **options)
+    all_selected = masked_batch(tokens, np.random.default_rng(0), num_predict=8, **options)
     assert all_selected.target_positions[0, :6].tolist() == [1, 2, 3, 4, 5, 6]
     assert all_selected.weights[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
 
@@ -187,7 +193,7 @@ def test_num_predict_selects_complete_words_and_pads_with_weight_0():
 def test_loss_at_target_positions_equals_the_loss_with_weights_at_all_positions():
     model = MeanModel(VOCAB)
     tokens = random_tokens(3, 9)
-    batch = masked.batch(tokens, np.random.default_rng(3), mask_id=2, vocab_size=VOCAB, num_predict=4)
+    batch = masked_batch(tokens, np.random.default_rng(3), mask_id=2, vocab_size=VOCAB, num_predict=4)
     weights = np.zeros(tokens.shape, np.float32)
     np.put_along_axis(weights, batch.target_positions, batch.weights, axis=1)
     all_positions = batch.replace(targets=tokens, weights=weights, target_positions=None)
@@ -209,19 +215,19 @@ def test_loss_at_target_positions_equals_the_loss_with_weights_at_all_positions(
         ({"num_predict": 0}, "num_predict=0 must be from 1 to the 8 tokens of a row"),
         ({"num_predict": 9}, "num_predict=9 must be from 1 to the 8 tokens of a row"),
         ({"num_predict": 3, "rate": 0.2}, "num_predict=3 and rate=0.2 exclude each other"),
-        ({"masked": 0.95}, "masked=0.95 and random=0.1 must be at least 0, and their sum at most 1"),
-        ({"random": -0.1}, "masked=0.8 and random=-0.1 must be at least 0"),
+        ({"mask_fraction": 0.95}, "mask_fraction=0.95 and random_fraction=0.1 must be at least 0, and their sum"),
+        ({"random_fraction": -0.1}, "mask_fraction=0.8 and random_fraction=-0.1 must be at least 0"),
     ],
 )
 def test_invalid_input_raises_errors(change, message):
     options = {"mask_id": MASK, "vocab_size": V, **change}
     with pytest.raises(ValueError, match=message):
-        masked.batch(np.full((2, 8), 30), np.random.default_rng(0), **options)
+        masked_batch(np.full((2, 8), 30), np.random.default_rng(0), **options)
 
 
 def test_tokens_must_be_rows_of_integers():
     with pytest.raises(ValueError, match=r"tokens must be integers of shape \[batch, time\]"):
-        masked.batch(np.ones((2, 8)), np.random.default_rng(0), mask_id=MASK, vocab_size=V)
+        masked_batch(np.ones((2, 8)), np.random.default_rng(0), mask_id=MASK, vocab_size=V)
 
 
 class _FakeTokenizer:
@@ -241,7 +247,7 @@ def test_statistics_equal_those_of_transformers():
     collator = DataCollatorForLanguageModeling(_FakeTokenizer(), mlm_probability=0.15, return_tensors="np", seed=1)
     collator.create_rng()
     hf_tokens, labels = collator.numpy_mask_tokens(tokens.copy(), special_tokens_mask=special.astype(int))
-    batch = masked.batch(
+    batch = masked_batch(
         tokens, np.random.default_rng(2), mask_id=MASK, vocab_size=V, special_ids=(CLS, SEP), segment_ids=segments
     )
     assert np.array_equal(np.unique(labels[special]), [-100])
@@ -257,7 +263,7 @@ def test_whole_word_selection_agrees_with_transformers():
     tokens, segments = random_rows()
     special = np.isin(tokens, [CLS, SEP]) | (segments == 0)
     words = random_word_ids(*tokens.shape)
-    batch = masked.batch(
+    batch = masked_batch(
         tokens, np.random.default_rng(0), mask_id=MASK, vocab_size=V, special_ids=(CLS, SEP), segment_ids=segments,
         word_ids=words,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.objectives import permutation
+from jaxlm.objectives.permutation import PermutationConfig
 from jaxlm.testing.helpers import add_noise, relative_error, tiny_model
 from tests.objectives.permutation_oracle import CLS, SEP, dense_masks, join_parts, local_perm, sample_mask
 
@@ -54,7 +55,7 @@ def test_one_in_alpha_tokens_is_predicted_and_span_lengths_have_probability_1_ov
 @pytest.mark.parametrize("seed", range(6))
 def test_orders_give_the_authors_dense_masks(seed):
     """Compare the [T, T] masks of both streams with the authors' algorithm, which joins the masks of both parts."""
-    batch = permutation.batch(windows(), np.random.default_rng(seed), **SMALL)
+    batch = permutation.batch(windows(), np.random.default_rng(seed), PermutationConfig(**SMALL))
     for row in range(4):
         orders, expected_parts = batch.inputs["order"][row], []
         for start, (tokens, predicted) in zip((0, 12), parts_of(batch, row), strict=True):
@@ -93,7 +94,7 @@ def test_rows_have_the_format_of_pretraining():
     sentences = np.cumsum(np.arange(33) % 5 == 0)[None].repeat(4, axis=0)
     b_follows_a = []
     for seed in range(20):
-        batch = permutation.batch(tokens, np.random.default_rng(seed), sentences=sentences, **SMALL)
+        batch = permutation.batch(tokens, np.random.default_rng(seed), PermutationConfig(**SMALL), sentences=sentences)
         assert batch.tokens.shape == (4, 36)
         assert batch.tokens.dtype == np.int32
         assert batch.targets.shape == batch.weights.shape == batch.inputs["targets"].shape == (4, 8)
@@ -113,7 +114,7 @@ def test_rows_have_the_format_of_pretraining():
                 for start in range(34 - len(text_b))
             )  # fmt: skip
     assert 0.35 < np.mean(b_follows_a) < 0.65
-    single_row = permutation.batch(tokens[:1], np.random.default_rng(0), **SMALL)
+    single_row = permutation.batch(tokens[:1], np.random.default_rng(0), PermutationConfig(**SMALL))
     assert np.array_equal(
         np.sort(np.delete(single_row.tokens[0], np.flatnonzero(single_row.tokens[0] < 5))), np.sort(tokens[0])
     )
@@ -122,7 +123,9 @@ def test_rows_have_the_format_of_pretraining():
 def test_separators_are_never_predicted_and_have_weight_0():
     num_padding = 0
     for seed in range(20):
-        batch = permutation.batch(windows(), np.random.default_rng(seed), **{**SMALL, "num_predict": 24})
+        batch = permutation.batch(
+            windows(), np.random.default_rng(seed), PermutationConfig(**{**SMALL, "num_predict": 24})
+        )
         for row in range(4):
             is_target = batch.weights[row] > 0
             assert not np.isin(batch.targets[row][is_target], (SEP, CLS)).any()
@@ -149,8 +152,8 @@ def test_spans_begin_at_word_starts_in_both_directions():
     hits = misses = 0
     for seed in range(20):
         batch = permutation.batch(
-            tokens, np.random.default_rng(seed), word_starts=starts, right_to_left=right_to_left,
-            **{**SMALL, "num_predict": 2}, alpha=2,
+            tokens, np.random.default_rng(seed), PermutationConfig(**{**SMALL, "num_predict": 2}, alpha=2),
+            word_starts=starts, right_to_left=right_to_left,
         )  # fmt: skip
         assert batch.inputs["right_to_left"] is right_to_left
         predicted = batch.targets[batch.weights > 0].tolist()  # one token in each part
@@ -162,7 +165,7 @@ def test_spans_begin_at_word_starts_in_both_directions():
 
 def test_a_batch_depends_only_on_the_generator():
     batch, same_seed, other_seed = (
-        permutation.batch(windows(), np.random.default_rng(seed), **SMALL) for seed in (1, 1, 2)
+        permutation.batch(windows(), np.random.default_rng(seed), PermutationConfig(**SMALL)) for seed in (1, 1, 2)
     )
     for expected, actual in zip(jax.tree.leaves(batch), jax.tree.leaves(same_seed), strict=True):
         assert np.array_equal(expected, actual)
@@ -188,20 +191,20 @@ def test_invalid_numbers_raise_errors():
     with pytest.raises(ValueError, match="reuse_length=256"):
         permutation.batch(windows(), rng)
     with pytest.raises(ValueError, match="permutation_length=7 must divide the lengths of both parts, 12 and 24"):
-        permutation.batch(windows(), rng, **{**SMALL, "permutation_length": 7})
+        permutation.batch(windows(), rng, PermutationConfig(**{**SMALL, "permutation_length": 7}))
     with pytest.raises(ValueError, match="num_predict needs 15 targets in a part of 12 tokens"):
-        permutation.batch(windows(), rng, **{**SMALL, "num_predict": 30})
+        permutation.batch(windows(), rng, PermutationConfig(**{**SMALL, "num_predict": 30}))
     with pytest.raises(ValueError, match="beta=7 must be between 1 and alpha=6"):
-        permutation.batch(windows(), rng, **SMALL, beta=7)
+        permutation.batch(windows(), rng, PermutationConfig(**SMALL, beta=7))
     with pytest.raises(ValueError, match=r"right_to_left \[3\] must be \[4\]"):
-        permutation.batch(windows(), rng, right_to_left=np.zeros(3, bool), **SMALL)
+        permutation.batch(windows(), rng, PermutationConfig(**SMALL), right_to_left=np.zeros(3, bool))
 
 
 def test_the_loss_is_the_cross_entropy_of_the_targets():
     model = tiny_model("xlnet")
     params = add_noise(model.init(jax.random.key(0)))
     tokens, right_to_left = permutation.both_directions(windows(2))
-    batch = permutation.batch(tokens, np.random.default_rng(0), right_to_left=right_to_left, **SMALL)
+    batch = permutation.batch(tokens, np.random.default_rng(0), PermutationConfig(**SMALL), right_to_left=right_to_left)
     total, weight, state = jax.jit(lambda p, b: permutation.loss(model, p, b))(params, batch)
     assert state is None
     assert float(weight) == batch.weights.sum()

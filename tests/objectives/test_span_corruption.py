@@ -57,11 +57,11 @@ def test_all_noise_masks_are_equally_likely():
 def test_source_and_target_of_a_text():
     text = np.array([11, 12, 13, 14, 15, 16, 17, 18, 19, 20])
     mask = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 1], bool)
-    source, target = corrupt(text, mask, first_sentinel=99, end_id=1, sentinels=3)
+    source, target = corrupt(text, mask, first_sentinel=99, end_id=1, num_sentinels=3)
     assert source.tolist() == [11, 12, 99, 15, 16, 17, 18, 98, 1]
     assert target.tolist() == [99, 13, 14, 98, 19, 20, 1]
     mask[9] = False  # the last token is not noise, so another sentinel ends the target
-    source, target = corrupt(text, mask, first_sentinel=99, end_id=1, sentinels=3)
+    source, target = corrupt(text, mask, first_sentinel=99, end_id=1, num_sentinels=3)
     assert source.tolist() == [11, 12, 99, 15, 16, 17, 18, 98, 20, 1]
     assert target.tolist() == [99, 13, 14, 98, 19, 97, 1]
 
@@ -126,12 +126,12 @@ def test_invalid_input_raises_errors():
         noise_mask(10, rng, mean_span=0.5)
     with pytest.raises(ValueError, match="a text of 1 tokens cannot be corrupted"):
         noise_mask(1, rng)
-    with pytest.raises(ValueError, match="20 spans need 20 sentinels, but sentinels=5"):
-        corrupt(text, np.arange(40) % 2 == 1, first_sentinel=99, end_id=1, sentinels=5)
+    with pytest.raises(ValueError, match="20 spans need 20 sentinels, but num_sentinels=5"):
+        corrupt(text, np.arange(40) % 2 == 1, first_sentinel=99, end_id=1, num_sentinels=5)
     with pytest.raises(ValueError, match="100 sentinels with descending ids from 60 need negative ids"):
         corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1)
     with pytest.raises(ValueError, match="the text contains sentinels, ids 45 to 60"):
-        corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1, sentinels=16)
+        corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1, num_sentinels=16)
     with pytest.raises(ValueError, match="begin with a token that is kept"):
         corrupt(text, np.arange(40) == 0, first_sentinel=99, end_id=1)
     with pytest.raises(ValueError, match="source_length=2 is too short"):

@@ -10,7 +10,7 @@ from tests.objectives.stub import MeanModel, compare, random_tokens
 
 
 def test_ignored_labels_and_padding_have_weight_0():
-    labels = np.array([[2, token_classification.IGNORED, 0, 1, 1]])
+    labels = np.array([[2, token_classification.IGNORED_LABEL, 0, 1, 1]])
     segments = np.array([[1, 1, 2, 2, 0]])
     batch = token_classification.batch(np.ones((1, 5), np.int32), labels, segments, num_labels=3)
     assert batch.targets.tolist() == [[2, 0, 0, 1, 1]]
@@ -23,7 +23,7 @@ def test_ignored_labels_and_padding_have_weight_0():
 
 def test_loss_is_the_cross_entropy_of_the_labels():
     model, tokens = MeanModel(3), random_tokens(2, 6)
-    labels = np.where(tokens % 4 == 3, token_classification.IGNORED, tokens % 4)
+    labels = np.where(tokens % 4 == 3, token_classification.IGNORED_LABEL, tokens % 4)
     batch = token_classification.batch(tokens, labels, num_labels=3)
     assert 0 < batch.weights.sum() < 12
 

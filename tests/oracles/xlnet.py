@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.wholes import perm_mask, target_mapping
+from benchmarks.complete_models import perm_mask, target_mapping
 
 CASES = ("tagging", "permutation", "causal", "classification")
 LIVE = ("base", "span_qa", "wide", "clamped", "bare")

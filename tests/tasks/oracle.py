@@ -61,7 +61,7 @@ def oracle(tokenizer: MoveTokenizer, lines: Sequence[str], *, end: bool = True) 
     """
     logits_of_hash: dict[int, np.ndarray] = {}
     for line in lines:
-        hash, ids = 0, [*tokenizer.game(line)[:-1], tokenizer.eos_id if end else tokenizer.pad_id]
+        hash, ids = 0, [*tokenizer.encode_game(line)[:-1], tokenizer.eos_id if end else tokenizer.pad_id]
         for id, next_id in zip(ids, ids[1:], strict=False):
             hash = (hash * int(FACTOR) + int(id)) % 2**32
             logits_of_hash.setdefault(hash, np.zeros(tokenizer.vocab_size, np.float32))[next_id] += 10.0

@@ -68,7 +68,7 @@ def test_the_model_checkmates_a_person() -> None:
     result, messages = play_scripted(["f3", "g4"], [FOOL])
     assert result == "0-1"
     assert "The model plays Qh4#." in messages
-    result, messages = play_scripted(["e5", "Nc6", "Nf6"], [SCHOLAR], person="black")
+    result, messages = play_scripted(["e5", "Nc6", "Nf6"], [SCHOLAR], color="black")
     assert result == "1-0"
     assert messages[2].splitlines()[0].startswith("1 "), "the person's side is below"
 
@@ -111,7 +111,7 @@ def test_moves_can_be_taken_back_and_games_resigned() -> None:
     boards = [text for text in messages if text.startswith("8")]
     assert boards[0] == boards[2]
     assert "4  ·  ·  ·  ·  ♙" in boards[-1]
-    assert play_scripted(["resign"], [SCHOLAR], person="black")[0] == "1-0"
+    assert play_scripted(["resign"], [SCHOLAR], color="black")[0] == "1-0"
     assert play_scripted(["quit"], [SCHOLAR])[0] == "*"
 
 
@@ -127,5 +127,5 @@ def test_the_reason_of_a_draw_is_printed() -> None:
 
 
 def test_an_invalid_side_raises_an_error() -> None:
-    with pytest.raises(ValueError, match="person='red' must be 'white' or 'black'"):
-        play_scripted([], [SCHOLAR], person="red")
+    with pytest.raises(ValueError, match="color='red' must be 'white' or 'black'"):
+        play_scripted([], [SCHOLAR], color="red")

@@ -34,7 +34,7 @@ def test_an_encoder_decoder_predicts_the_moves_after_a_position() -> None:
     model = tiny_model("t5-tiny", vocab_size=UCI.vocab_size)
     source, to_batch, _ = game_batches(model, UCI, [SCHOLAR], 4, 5, positions_per_game=4, target_length=2)
     batch = to_batch(source.batch(0, range(4)))
-    game = UCI.game(SCHOLAR).tolist()
+    game = UCI.encode_game(SCHOLAR).tolist()
     for row in range(4):
         source_ids = [id for id in np.asarray(batch.inputs["source"][row]).tolist() if id]
         assert source_ids == game[: len(source_ids)]

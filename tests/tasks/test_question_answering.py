@@ -93,17 +93,17 @@ def test_targets_are_the_answer_in_every_window_that_contains_it(name: str) -> N
         num_windows_with_answer = 0
         for row, window in zip(rows, windows, strict=True):
             np.testing.assert_array_equal(row["tokens"], window.ids)
-            offsets = window.offsets[window.sequence == 1]
+            offsets = window.offsets[window.sequence_ids == 1]
             first, last = row["first"], row["last"]
             if offsets[0, 0] <= start and offsets[-1, 1] >= start + len(text):
                 num_windows_with_answer += 1
-                assert window.sequence[first] == window.sequence[last] == 1
+                assert window.sequence_ids[first] == window.sequence_ids[last] == 1
                 target_text = example["context"][window.offsets[first, 0] : window.offsets[last, 1]]
                 assert text in target_text
                 if name in ("bytes", "characters"):
                     assert target_text == text
                 # The target has no unnecessary tokens: its first and last tokens overlap the answer.
-                inside = (window.sequence == 1) & (window.offsets[:, 1] > start)
+                inside = (window.sequence_ids == 1) & (window.offsets[:, 1] > start)
                 inside &= window.offsets[:, 0] < start + len(text)
                 assert (first, last) == (np.flatnonzero(inside)[0], np.flatnonzero(inside)[-1])
             elif "sep_cls" in name:
@@ -214,7 +214,7 @@ def brute_force(name: str, tokens: Any, question: str, context: str, max_tokens:
         starts, ends = np.asarray(logits(name)(params, window.ids, window.token_types)).T
         cls_position = window.ids.size - 1 if window.ids[-1] == tokens.special_ids.cls else 0
         no_answer_score = min(no_answer_score, starts[cls_position] + ends[cls_position])
-        inside = np.flatnonzero(window.sequence == 1).tolist()
+        inside = np.flatnonzero(window.sequence_ids == 1).tolist()
         for first in inside:
             for last in inside:
                 if first <= last < first + max_tokens and starts[first] + ends[last] > best[0]:

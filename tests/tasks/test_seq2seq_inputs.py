@@ -27,7 +27,7 @@ def test_the_batch_has_shifted_decoder_inputs_and_targets():
     encoded = seq2seq.encode(PAIRS, tokens)
     assert encoded[0]["source"].tolist() == [a, b, c, 1]
     assert encoded[0]["target"].tolist() == [c, b, 1]
-    source = Bucketed(encoded, 3, num_buckets=1, shuffle=False, multiple=1)
+    source = Bucketed(encoded, 3, num_buckets=1, shuffle=False, length_multiple=1)
     batch = seq2seq.to_batch(model, tokens)(source.batch(0, range(3)))
     assert batch.tokens.tolist() == [[0, c, b, 0, 0], [0, b, a, c, a], [0, 0, 0, 0, 0]]
     assert batch.targets.tolist() == [[c, b, 1, 0, 0], [b, a, c, a, 1], [0, 0, 0, 0, 0]]

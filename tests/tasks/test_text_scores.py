@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.data import CharTokenizer, Columns, RandomWindows
+from jaxlm.data import CharTokenizer, ContiguousStreams, RandomWindows
 from jaxlm.decoding import log_likelihood
 from jaxlm.tasks import text_generation
 from jaxlm.tasks.text_generation import Corpus, carry_shape, check_family, column_batches, scores
@@ -27,7 +27,7 @@ def test_splits_are_consecutive() -> None:
 
 def test_stateful_models_read_columns_and_others_read_windows() -> None:
     size = {"length": 8, "batch_size": 2}
-    assert isinstance(CORPUS.batches("training", model=tiny_model("lstm"), **size), Columns)
+    assert isinstance(CORPUS.batches("training", model=tiny_model("lstm"), **size), ContiguousStreams)
     assert isinstance(CORPUS.batches("training", model=tiny_model("gpt"), **size), RandomWindows)
     with pytest.raises(ValueError, match="validation split of the text: 50 columns of length 8"):
         CORPUS.batches("validation", model=tiny_model("gru"), length=8, batch_size=50)

@@ -308,9 +308,9 @@ def test_a_damaged_checkpoint_is_skipped_only_on_request(tmp_path, complete_run)
 
 
 def test_a_run_directory_is_locked_by_one_process(tmp_path):
-    with integrity.locked(tmp_path), pytest.raises(BlockingIOError, match="is in use by another process"):
+    with integrity.lock_directory(tmp_path), pytest.raises(BlockingIOError, match="is in use by another process"):
         run(tmp_path)
-    with integrity.locked(tmp_path):
+    with integrity.lock_directory(tmp_path):
         pass
 
 

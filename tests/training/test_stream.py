@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.data import Columns
+from jaxlm.data import ContiguousStreams
 from jaxlm.objectives import causal, objective
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import (
@@ -70,7 +70,7 @@ def test_no_gradient_flows_into_the_model_state() -> None:
 def model_optimizer_batches(name: str) -> tuple[Any, Any, Any]:
     model = tiny_model(name)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
-    columns = Columns(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
+    columns = ContiguousStreams(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
     batches = [columns.batch(i, range(ROWS)) for i in range(4)]
     return model, optimizer, [causal.batch(window.tokens, reset=window.reset) for window in batches]
 

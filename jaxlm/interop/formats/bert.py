@@ -17,7 +17,7 @@ BERT = Format(
     },
     model_type="bert",
     prefix="bert.",
-    fields={
+    hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
         "num_token_types": "type_vocab_size",
@@ -32,7 +32,7 @@ BERT = Format(
         "attention_dropout": "attention_probs_dropout_prob",
         "classifier_dropout": "classifier_dropout",
     },
-    implied={"mlp_dim": 3072},
+    default_fields={"mlp_dim": 3072},
     write_fields=lambda cfg: {"intermediate_size": mlp_dim(cfg)},
     values={
         "hidden_act": {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"},
@@ -71,7 +71,7 @@ BERT = Format(
         "pooler/weight": "pooler.dense.weight",
         "pooler/bias": "pooler.dense.bias",
     },
-    head={
+    unprefixed_tensors={
         "masked/dense/weight": "cls.predictions.transform.dense.weight",
         "masked/dense/bias": "cls.predictions.transform.dense.bias",
         "masked/norm/scale": "cls.predictions.transform.LayerNorm.weight",
@@ -86,7 +86,7 @@ BERT = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    copies={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
+    tied_tensors={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
     layouts={
         "layers/attention/query/weight": ((1, 2), (0,)),
         "layers/attention/query/bias": ((0, 1),),

@@ -24,8 +24,8 @@ TRANSPOSED: Layout = ((1,), (0,))
 class Format:
     """The names of one HF ``model_type``. A family has a tuple of formats.
 
-    A field that ``config.json`` lacks has its value in ``implied``, or else the default of jaxlm's ``Config``. So
-    these values must be equal to the HF defaults.
+    A field that ``config.json`` lacks has its value in ``default_fields``, or else the default of jaxlm's ``Config``.
+    So these values must be equal to the HF defaults.
 
     Attributes:
         architectures: class name in ``config.json`` -> the jaxlm config fields that this class implies, such as
@@ -33,10 +33,11 @@ class Format:
             are not supported.
         model_type: ``model_type`` in ``config.json``.
         prefix: the name prefix of all tensors of the base model, in files of classes with a head.
-        fields: jaxlm config field -> HF config field. Both have the same value, except for the fields in ``values``.
-        implied: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set it
-            (through ``fields``). Fields that are not in ``fields`` also select the format in which a model is saved:
-            the first format of the family whose implied fields have the values of the model.
+        hf_name_of_field: jaxlm config field -> HF config field. Both have the same value, except for the fields in
+            ``values``.
+        default_fields: jaxlm config field -> its value in models of this ``model_type`` if ``config.json`` does not set
+            it (through ``hf_name_of_field``). Fields that are not in ``hf_name_of_field`` also select the format in
+            which a model is saved: the first format of the family whose default fields have the values of the model.
         read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. If the
             function raises a ``ValueError``, the caller adds the path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
@@ -49,9 +50,9 @@ class Format:
             other values from the field.
         token_ids: HF config field of a special token -> its id. The field is written as null if the id is outside the
             vocabulary.
-        head: as ``tensors``, for tensors whose names never have the ``prefix``.
+        unprefixed_tensors: as ``tensors``, for tensors whose names never have the ``prefix``.
         layouts: path of a jaxlm parameter -> :data:`Layout` of one layer, if the HF tensor has another shape.
-        copies: name of a tensor (without ``prefix``) that a file may additionally contain -> path of the jaxlm
+        tied_tensors: name of a tensor (without ``prefix``) that a file may additionally contain -> path of the jaxlm
             parameter that must be equal to the tensor.
         renamed: suffix of a tensor name in old files -> suffix of the current name.
         ignored: regular expressions of names (without ``prefix``) of tensors that are not parameters.
@@ -60,17 +61,17 @@ class Format:
     architectures: Mapping[str, Mapping[str, Any]]
     model_type: str
     prefix: str
-    fields: Mapping[str, str]
+    hf_name_of_field: Mapping[str, str]
     tensors: Mapping[str, str]
-    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    default_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     write_fields: Callable[[Any], dict[str, Any]] | None = None
     values: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     token_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    head: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unprefixed_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
-    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()

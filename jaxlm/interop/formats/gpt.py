@@ -16,8 +16,8 @@ _GPT2 = Format(
     },
     model_type="gpt2",
     prefix="transformer.",
-    implied={"norm_position": "before"},
-    fields={
+    default_fields={"norm_position": "before"},
+    hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "n_positions",
         "num_layers": "n_layer",
@@ -72,7 +72,7 @@ _GPT2 = Format(
         "final_norm/scale": "ln_f.weight",
         "final_norm/bias": "ln_f.bias",
     },
-    head={
+    unprefixed_tensors={
         "head": "lm_head.weight",
         "classifier/weight": "score.weight",
         "token_classifier/weight": "classifier.weight",
@@ -80,7 +80,7 @@ _GPT2 = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    copies={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
     # GPT-2's Conv1D stores weights as [in, out]. So the weights in layers are not transposed; only axes are merged.
     layouts={
         "layers/attention/qkv/weight": ((0,), (1, 2, 3)),
@@ -98,9 +98,9 @@ _GPT1 = dataclasses.replace(
         "OpenAIGPTForSequenceClassification": {"task": "classification"},
     },
     model_type="openai-gpt",
-    implied={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},
-    fields={
-        **{name: hf_name for name, hf_name in _GPT2.fields.items() if name not in ("mlp_dim", "activation")},
+    default_fields={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},
+    hf_name_of_field={
+        **{name: hf_name for name, hf_name in _GPT2.hf_name_of_field.items() if name not in ("mlp_dim", "activation")},
         "activation": "afn",
     },
     values={"afn": {"gelu": "gelu_tanh", "relu": "relu"}},  # GPT-1's "gelu" is the tanh approximation

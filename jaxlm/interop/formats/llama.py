@@ -132,8 +132,8 @@ _LLAMA = Format(
     },
     model_type="llama",
     prefix="model.",
-    implied={"qkv_bias": False, "window": None},
-    fields={
+    default_fields={"qkv_bias": False, "window": None},
+    hf_name_of_field={
         "vocab_size": "vocab_size",
         "max_positions": "max_position_embeddings",
         "num_layers": "num_hidden_layers",
@@ -166,7 +166,7 @@ _LLAMA = Format(
         "layers/mlp/down/weight": "layers.{layer}.mlp.down_proj.weight",
         "final_norm/scale": "norm.weight",
     },
-    head={
+    unprefixed_tensors={
         "head": "lm_head.weight",
         "classifier/weight": "score.weight",
         "token_classifier/weight": "score.weight",
@@ -174,7 +174,7 @@ _LLAMA = Format(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    copies={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
     layouts={
         **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
         **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("query", "key", "value")},
@@ -194,7 +194,7 @@ _MISTRAL = dataclasses.replace(
         "MistralForQuestionAnswering": {"task": "span_qa"},
     },
     model_type="mistral",
-    implied={"qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
+    default_fields={"qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
     read_fields=_read_mistral,
     write_fields=_write_mistral,
     required={"hidden_act": "silu"},
@@ -208,7 +208,7 @@ _QWEN2 = dataclasses.replace(
         "Qwen2ForTokenClassification": {"task": "token_classification"},
     },
     model_type="qwen2",
-    implied={"qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
+    default_fields={"qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
     read_fields=_read_qwen2,
     write_fields=_write_qwen2,
     required={"hidden_act": "silu"},
@@ -220,7 +220,7 @@ def _span_qa(table: Format, architecture: str) -> Format:
     """The format of a question-answering class, in which the base model has another prefix than in other classes."""
     return dataclasses.replace(
         table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
-        implied={**table.implied, "task": "span_qa"},
+        default_fields={**table.default_fields, "task": "span_qa"},
     )  # fmt: skip
 
 

@@ -34,15 +34,15 @@ _ROBERTA = dataclasses.replace(
     },
     model_type="roberta",
     prefix="roberta.",
-    fields={name: hf_name for name, hf_name in BERT.fields.items() if name != "max_positions"},
+    hf_name_of_field={name: hf_name for name, hf_name in BERT.hf_name_of_field.items() if name != "max_positions"},
     # Defaults of transformers' config class. No published model has these values.
-    implied={**BERT.implied, "norm_epsilon": 1e-12, "num_token_types": 2},
+    default_fields={**BERT.default_fields, "norm_epsilon": 1e-12, "num_token_types": 2},
     read_fields=_read_fields,
     write_fields=_write_fields,
     values={"hidden_act": {"gelu": "gelu"}},  # the head in transformers always uses gelu
     required={**BERT.required, "pad_token_id": FIRST_POSITION - 1},
     token_ids={"bos_token_id": 0, "eos_token_id": 2},
-    head={
+    unprefixed_tensors={
         "masked/dense/weight": "lm_head.dense.weight",
         "masked/dense/bias": "lm_head.dense.bias",
         "masked/norm/scale": "lm_head.layer_norm.weight",
@@ -57,7 +57,7 @@ _ROBERTA = dataclasses.replace(
         "span/weight": "qa_outputs.weight",
         "span/bias": "qa_outputs.bias",
     },
-    copies={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
+    tied_tensors={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
     layouts={
         **{path: layout for path, layout in BERT.layouts.items() if not path.startswith("next_sentence")},
         "classifier_dense/weight": TRANSPOSED,

@@ -95,14 +95,14 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
         },
         model_type=model_type,
         prefix="",
-        fields={
+        hf_name_of_field={
             "vocab_size": "vocab_size", "num_layers": "num_layers", "num_decoder_layers": "num_decoder_layers",
             "num_heads": "num_heads", "embed_dim": "d_model", "head_dim": "d_kv", "mlp_dim": "d_ff",
             "tie_embeddings": "tie_word_embeddings",
             "num_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance",
             "norm_epsilon": "layer_norm_epsilon", "dropout": "dropout_rate",
         },
-        implied=implied,
+        default_fields=implied,
         read_fields=_reader(_MLPS[implied.get("mlp", "relu")][0]),
         write_fields=_write_fields,
         required={"tie_encoder_decoder": False, "pruned_heads": {}},
@@ -112,8 +112,8 @@ def _format(model_type: str, prefix: str, implied: dict[str, Any]) -> Format:
         },
         token_ids={"pad_token_id": 0, "eos_token_id": 1},
         tensors=_TENSORS,
-        head={"head": "lm_head.weight"},
-        copies=dict.fromkeys(_COPIES, "token_embedding"),
+        unprefixed_tensors={"head": "lm_head.weight"},
+        tied_tensors=dict.fromkeys(_COPIES, "token_embedding"),
         layouts={path: _layout(path) for path in _TENSORS if path.endswith("/weight")},
         # An unused embedding in files of v1.0.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),

@@ -54,7 +54,7 @@ FORMATS = (
         },
         model_type="transfo-xl",
         prefix="transformer.",
-        fields={
+        hf_name_of_field={
             "vocab_size": "vocab_size",
             "embedding_divisor": "div_val",
             "num_layers": "n_layer",
@@ -105,7 +105,7 @@ FORMATS = (
             "layers/mlp_norm/scale": "layers.{layer}.pos_ff.layer_norm.weight",
             "layers/mlp_norm/bias": "layers.{layer}.pos_ff.layer_norm.bias",
         },
-        head={
+        unprefixed_tensors={
             "head/bias": "crit.out_layers.0.bias",
             "head/embedding": "crit.out_layers.0.weight",
             "head/projection": "crit.out_projs.0",
@@ -116,7 +116,7 @@ FORMATS = (
             **{f"head/tails/cluster_{i}/projection": f"crit.out_projs.{i}" for i in _CLUSTERS},
             "classifier/weight": "score.weight",
         },
-        copies={  # in files of tied models
+        tied_tensors={  # in files of tied models
             "crit.out_layers.0.weight": "token_embedding",
             **{f"crit.out_layers.{i}.weight": f"tails/cluster_{i}/embedding" for i in _CLUSTERS},
             **{f"crit.out_projs.{i}": f"tails/cluster_{i}/projection" for i in _CLUSTERS},

@@ -38,7 +38,7 @@ FORMATS = (
         },
         model_type="xlnet",
         prefix="transformer.",
-        fields={
+        hf_name_of_field={
             "vocab_size": "vocab_size",
             "num_layers": "n_layer",
             "num_heads": "n_head",
@@ -94,7 +94,7 @@ FORMATS = (
             "layers/mlp_norm/scale": "layer.{layer}.ff.layer_norm.weight",
             "layers/mlp_norm/bias": "layer.{layer}.ff.layer_norm.bias",
         },
-        head={
+        unprefixed_tensors={
             "output_bias": "lm_loss.bias",
             "pool/weight": "sequence_summary.summary.weight",
             "pool/bias": "sequence_summary.summary.bias",
@@ -105,7 +105,7 @@ FORMATS = (
             "span/weight": "qa_outputs.weight",
             "span/bias": "qa_outputs.bias",
         },
-        copies={"lm_loss.weight": "token_embedding"},
+        tied_tensors={"lm_loss.weight": "token_embedding"},
         layouts={
             "mask_embedding": ((), (), (0,)),
             "layers/attention/output/weight": ((2,), (0,), (1,)),

@@ -63,45 +63,13 @@ def attention(
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
             arguments or the platform.
     """
-    B, T, H, K = q_BTHK.shape
-    S, G = k_BSGK.shape[1:3]
-    if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
-        raise ValueError(
-            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "
-            "heads of k and v must divide that of q"
-        )
+    (_, T, _, K), S = q_BTHK.shape, k_BSGK.shape[1]
     dense_bias, biases = _split_bias(bias)
-    if dense_bias is not None and not all(
-        size in allowed for size, allowed in zip(dense_bias.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
-    ):
-        raise ValueError(f"bias {dense_bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
-    for attention_bias in biases:
-        check(attention_bias, B, H)
-    if mask.causal and mask.query_order is None and T != S:
-        raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
+    _check_shapes(q_BTHK, k_BSGK, v_BSGK, mask, dense_bias, biases)
     if scale is None:
         scale = 1.0 / math.sqrt(K)
     key = key if dropout > 0.0 else None
-    any_bias = dense_bias if dense_bias is not None else biases or None
-    reasons = {
-        "blockwise": None if dense_bias is None else "takes no dense bias",
-        "decode": decode.unsupported_reason(dense_bias, key),
-        "splash": splash.unsupported_reason(mask, any_bias, key),
-        "pallas": pallas.unsupported_reason(T, S, biases, dense_bias, key),
-        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
-    }
-    if is_recording():
-        implementation = "reference"
-    elif implementation is None:
-        implementation = choices.attention(
-            T, S, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons
-        )
-    elif reasons.get(implementation) is None:
-        reasons[implementation] = choices.wrong_platform(implementation)
-    if reasons.get(implementation) is not None:
-        raise ValueError(
-            f"attention implementation {implementation!r} {reasons[implementation]}: leave the implementation out"
-        )
+    implementation = _choose(q_BTHK, S, mask, dense_bias, biases, key, implementation)
     if implementation == "decode":
         return decode.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
     k_BSGK, v_BSGK = (x.read(S) if isinstance(x, CacheView) else x for x in (k_BSGK, v_BSGK))
@@ -115,14 +83,57 @@ def attention(
         for attention_bias in biases:
             dense_bias = dense(attention_bias, T, S) if dense_bias is None else dense_bias + dense(attention_bias, T, S)
         return reference.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, bias=dense_bias, dropout=dropout, key=key)
-    if implementation == "blockwise":
-        return blockwise.attention(
-            q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key,
-            sequential=choices.loop_over_heads(),
-        )  # fmt: skip
-    raise ValueError(
-        f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
-    )
+    return blockwise.attention(
+        q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases, dropout=dropout, key=key,
+        sequential=choices.loop_over_heads(),
+    )  # fmt: skip
+
+
+def _check_shapes(
+    q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...]
+) -> None:
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or H % G:
+        raise ValueError(
+            f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must agree in batch and width, and the number of "
+            "heads of k and v must divide that of q"
+        )
+    if dense_bias is not None and not all(
+        size in allowed for size, allowed in zip(dense_bias.shape, ((1, B), (1, H), (T,), (S,)), strict=True)
+    ):
+        raise ValueError(f"bias {dense_bias.shape} must be [1 or {B}, 1 or {H}, {T}, {S}]")
+    for attention_bias in biases:
+        check(attention_bias, B, H)
+    if mask.causal and mask.query_order is None and T != S:
+        raise ValueError(f"a causal mask over {T} queries and {S} keys needs query_order and key_order")
+
+
+def _choose(
+    q_BTHK: jax.Array, keys: int, mask: Mask, dense_bias: Any, biases: tuple[AttentionBias, ...], key: Any,
+    implementation: Implementation | None,
+) -> Implementation:  # fmt: skip
+    """The implementation to run: the given one, or the fastest that supports the arguments."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"no attention implementation {implementation!r}: choose from {', '.join(get_args(Implementation))}"
+        )
+    if is_recording():
+        return "reference"
+    T, any_bias = q_BTHK.shape[1], dense_bias if dense_bias is not None else biases or None
+    reasons = {
+        "blockwise": None if dense_bias is None else "takes no dense bias",
+        "decode": decode.unsupported_reason(dense_bias, key),
+        "splash": splash.unsupported_reason(mask, any_bias, key),
+        "pallas": pallas.unsupported_reason(T, keys, biases, dense_bias, key),
+        "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, any_bias, key),
+    }
+    if implementation is None:
+        return choices.attention(T, keys, dense_bias=dense_bias is not None, biases=bool(biases), reasons=reasons)
+    reason = reasons.get(implementation) or choices.wrong_platform(implementation)
+    if reason is not None:
+        raise ValueError(f"attention implementation {implementation!r} {reason}: leave the implementation out")
+    return implementation
 
 
 def _split_bias(bias: Any) -> tuple[jax.Array | None, tuple[AttentionBias, ...]]:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +90,36 @@ def _dropout_mask(static: _Static, key: Any, head: Any, queries: int, keys: int,
     return lax.dynamic_slice_in_dim(keep_rows(key, rows, keys, static.dropout), tile.column, tile.columns, axis=1)
 
 
-def _forward_block(
-    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile,
-    keep: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    scores_RE = scores(static, q_RK, k_EK, bias_arrays, integers, tile)
+class _Block(NamedTuple):
+    """The inputs of a block: its tile, and the slices of the arrays of a head that the tile needs.
+
+    Attributes:
+        keep: [R, E], the dropout mask of the probabilities; None: no dropout.
+    """
+
+    tile: Tile
+    q_RK: jax.Array
+    k_EK: jax.Array
+    v_EK: jax.Array
+    bias_arrays: Any
+    keep: jax.Array | None
+
+    @classmethod
+    def slice(cls, static: _Static, tile: Tile, key: Any, head: Any, floats: Any) -> _Block:
+        """The block of a tile, from the arrays of a head."""
+        q, k, v, bias_floats = floats
+        bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
+        keep = _dropout_mask(static, key, head, q.shape[0], k.shape[0], tile)
+        return cls(tile, tile.slice_queries(q), tile.slice_keys(k), tile.slice_keys(v), bias_arrays, keep)
+
+    def scores(self, static: _Static, integers: Any) -> jax.Array:
+        """The masked scores, [R, E] float32."""
+        return scores(static, self.q_RK, self.k_EK, self.bias_arrays, integers, self.tile)
+
+
+def _forward_block(static: _Static, block: _Block, integers: Any) -> tuple[jax.Array, jax.Array]:
+    """The output [R, K] of the queries of a block, and the log-sum-exp of their scores, [R]."""
+    scores_RE, keep, v_EK = block.scores(static, integers), block.keep, block.v_EK
     top_R = jnp.max(scores_RE, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # -inf for a query that may not attend to any key
     weights = jnp.exp(scores_RE - top_R[:, None])
@@ -110,21 +135,20 @@ def _forward_block(
 
 
 def _backward_block(
-    static: _Static, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, bias_arrays: Any, integers: Any, tile: Tile,
-    keep: jax.Array | None, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, Any]:  # fmt: skip
+    static: _Static, block: _Block, integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """The gradients of a block, float32: dq [R, K], and the contributions to dk and dv [K, E] and to the biases'
     gradients."""
-    weights = jnp.exp(scores(static, q_RK, k_EK, bias_arrays, integers, tile) - lse_R[:, None])
-    dweights = dot(dout_RK, v_EK, 1, 1)
+    weights, keep = jnp.exp(block.scores(static, integers) - lse_R[:, None]), block.keep
+    dweights = dot(dout_RK, block.v_EK, 1, 1)
     kept_weights = weights
     if keep is not None:
         kept_weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
         dweights = jnp.where(keep, dweights / (1.0 - static.dropout), 0.0)
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
-    dq_RK, dk_KE, dv_KE = products(static, q_RK, k_EK, v_EK, dout_RK, kept_weights, dscores)
-    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, bias_arrays, integers[1], tile, dscores)
+    dq_RK, dk_KE, dv_KE = products(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
+    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, block.bias_arrays, integers[1], block.tile, dscores)
 
 
 def _all_bias_gradients(
@@ -225,15 +249,11 @@ def _add_columns(x_KS: jax.Array, value_KE: jax.Array, tile: Tile) -> jax.Array:
 
 
 def _head_forward(static: _Static, key: Any, head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
-    q, k, v, bias_floats = floats
+    q, k, v, _ = floats
     T, S = q.shape[0], k.shape[0]
 
     def visit(carry: Any, tile: Tile) -> Any:
-        keep = _dropout_mask(static, key, head, T, S, tile)
-        bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
-        out, lse = _forward_block(
-            static, tile.slice_queries(q), tile.slice_keys(k), tile.slice_keys(v), bias_arrays, integers, tile, keep
-        )
+        out, lse = _forward_block(static, _Block.slice(static, tile, key, head, floats), integers)
         return _write_rows(carry[0], out, tile.row), _write_rows(carry[1], lse, tile.row)
 
     init = jnp.zeros((T, v.shape[1]), v.dtype), jnp.zeros((T,), jnp.float32)
@@ -248,29 +268,16 @@ def _head_backward(
 
     def visit(carry: Any, tile: Tile) -> Any:
         dq, dk, dv, dbias = carry
-        keep = _dropout_mask(static, key, head, T, S, tile)
-        bias_arrays = tuple(slice_for_tile(bias_fn, x, tile) for bias_fn, x in zip(static.bias_fns, bias_floats))
+        block = _Block.slice(static, tile, key, head, floats)
         rows = (tile.slice_queries(x) for x in (out, lse, dout))
-        block = _backward_block(
-            static,
-            tile.slice_queries(q),
-            tile.slice_keys(k),
-            tile.slice_keys(v),
-            bias_arrays,
-            integers,
-            tile,
-            keep,
-            *rows,
-        )
+        block_dq, block_dk, block_dv, block_dbias = _backward_block(static, block, integers, *rows)
         dbias = tuple(
-            add_slices(bias_fn, old, new, tile) for bias_fn, old, new in zip(static.bias_fns, dbias, block[3])
+            add_slices(bias_fn, old, new, tile) for bias_fn, old, new in zip(static.bias_fns, dbias, block_dbias)
         )
         return (
-            _write_rows(dq, block[0], tile.row),
-            _add_columns(dk, block[1], tile),
-            _add_columns(dv, block[2], tile),
+            _write_rows(dq, block_dq, tile.row), _add_columns(dk, block_dk, tile), _add_columns(dv, block_dv, tile),
             dbias,
-        )
+        )  # fmt: skip
 
     init = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, k.T, v.T, bias_floats))
     dq, dk, dv, dbias = _loop_over_blocks(static, T, S, integers, init, visit)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.sharding import gathered
+from jaxlm.sharding import gather_sharding
 
 
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
@@ -61,4 +61,4 @@ def distance_table(table_NH: jax.Array, max_distance: int, *, bidirectional: boo
     """
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
     # There are few rows: on a CPU, this gather and its gradient are 10 times as fast as a matmul with one-hot vectors.
-    return table_NH.astype(jnp.float32).at[buckets].get(mode="promise_in_bounds", out_sharding=gathered(buckets))
+    return table_NH.astype(jnp.float32).at[buckets].get(mode="promise_in_bounds", out_sharding=gather_sharding(buckets))

@@ -71,7 +71,7 @@ def distance_bias(
     return AttentionBias(_ByDistance(queries, scale), floats)
 
 
-def distance_bias_of_queries(
+def distance_bias_at_queries(
     table: jax.Array, longest: int, query_BT: jax.Array, keys: int, *, q_BTHK: jax.Array, scale: float = 1.0
 ) -> AttentionBias:
     """The bias as in :func:`distance_bias`, for queries at any positions; the position of a key is its index.
@@ -93,7 +93,7 @@ def distance_bias_of_queries(
     return AttentionBias(_ByQueryPosition(longest, keys, scale), _table_arrays(table, q_BTHK), {"query": query_BT})
 
 
-def distance_bias_of_positions(
+def distance_bias_at_positions(
     table: jax.Array,
     longest: int,
     query_BT: jax.Array,

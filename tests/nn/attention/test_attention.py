@@ -12,7 +12,7 @@ import pytest
 from jaxlm import sharding
 from jaxlm.nn.attention import attention, blockwise, cudnn, pallas, splash
 from jaxlm.nn.attention.cache import CacheView, Context, append, append_and_read
-from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_of_positions
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, keep
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.sharding import Sharding, make_mesh
@@ -293,7 +293,7 @@ def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, mask):
         def attend(q, k, v, table):
-            bias = distance_bias_of_positions(table, 5, mask.query_order, mask.key_order)
+            bias = distance_bias_at_positions(table, 5, mask.query_order, mask.key_order)
             return attention(q, k, v, mask, bias=bias, implementation=implementation)
 
         out, vjp_fn = jax.vjp(attend, q, k, v, table)

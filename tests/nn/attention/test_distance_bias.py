@@ -12,8 +12,8 @@ from jaxlm.nn.attention import attention, blockwise
 from jaxlm.nn.attention.bias import AttentionBias, dense
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
-    distance_bias_of_positions,
-    distance_bias_of_queries,
+    distance_bias_at_positions,
+    distance_bias_at_queries,
     sinusoids,
     type_bias,
 )
@@ -82,7 +82,7 @@ def test_distance_bias(queries, keys, query_offset, vectors):
 
 
 @pytest.mark.parametrize("vectors", [False, True])
-def test_distance_bias_of_positions(vectors):
+def test_distance_bias_at_positions(vectors):
     """Each row of the batch has its own positions, in any order; outside the table, the nearest row is used."""
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 9, (B, 5)), rng.integers(0, 9, (B, 7))
@@ -91,7 +91,7 @@ def test_distance_bias_of_positions(vectors):
     def function(table, *q):
         query_vectors = q[0] if q else None
         return dense(
-            distance_bias_of_positions(
+            distance_bias_at_positions(
                 table, 5, jnp.asarray(query), jnp.asarray(key), q_BTHK=query_vectors, scale=0.5
             ), 5, 7,
         )  # fmt: skip
@@ -100,17 +100,17 @@ def test_distance_bias_of_positions(vectors):
     compare(function, lambda table, *q: gathered_bias(table, 5, distance, *q), table, *(() if q is None else (q,)))
 
 
-def test_distance_bias_of_queries():
+def test_distance_bias_at_queries():
     query = np.random.default_rng(0).integers(0, 7, (B, 5))
     table, q = arrays(5, 13, True)
 
     def function(table, q):
-        return dense(distance_bias_of_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
+        return dense(distance_bias_at_queries(table, 6, jnp.asarray(query), 7, q_BTHK=q, scale=0.5), 5, 7)
 
     distance = query[:, :, None] - np.arange(7)
     compare(function, lambda table, q: gathered_bias(table, 6, distance, q), table, q)
     with pytest.raises(ValueError, match="a table of 13 distances is too short for 14 keys"):
-        distance_bias_of_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
+        distance_bias_at_queries(table, 6, jnp.asarray(query), 14, q_BTHK=q)
 
 
 def test_type_bias():
@@ -129,13 +129,13 @@ def bias_of(kind, table, vectors, q, types):
     if kind == "numbers":
         return distance_bias(table, 12, T, T, query_offset=0)
     if kind == "numbers of positions":
-        return distance_bias_of_positions(table, 12, positions, positions)
+        return distance_bias_at_positions(table, 12, positions, positions)
     if kind == "vectors":
         return distance_bias(vectors, T, T, T, query_offset=0, q_BTHK=q, scale=0.5)
     if kind == "vectors of queries":
-        return distance_bias_of_queries(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
+        return distance_bias_at_queries(vectors, T, positions % T, T, q_BTHK=q, scale=0.5)
     return [
-        distance_bias_of_positions(vectors, T, positions // 2, positions // 2, q_BTHK=q, scale=0.5),
+        distance_bias_at_positions(vectors, T, positions // 2, positions // 2, q_BTHK=q, scale=0.5),
         type_bias(q, types, positions % 3, positions % 2, scale=0.5),
     ]
 

@@ -8,8 +8,8 @@ import pytest
 from jaxlm.nn.attention import attention, pallas
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
-    distance_bias_of_positions,
-    distance_bias_of_queries,
+    distance_bias_at_positions,
+    distance_bias_at_queries,
     type_bias,
 )
 from jaxlm.nn.attention.mask import Mask
@@ -45,7 +45,7 @@ def make_biases(kinds, q, numbers, vectors, types, S):
         "numbers": lambda: distance_bias(numbers, 12, T, S, query_offset=S - T),
         "numbers of all heads": lambda: distance_bias(numbers[:, :1], 12, T, S, query_offset=0),
         "vectors": lambda: distance_bias(vectors, S, T, S, query_offset=S - T, q_BTHK=q, scale=0.5),
-        "vectors of queries": lambda: distance_bias_of_queries(
+        "vectors of queries": lambda: distance_bias_at_queries(
             vectors, S, S - T + np.random.default_rng(3).integers(0, T, (B, T)), S, q_BTHK=q, scale=0.5
         ),
         "types": lambda: type_bias(
@@ -161,7 +161,7 @@ def test_unsupported_arguments_give_the_reason():
     with pytest.raises(ValueError, match="'pallas' takes no dense bias"):
         attend(bias=jnp.zeros((1, 1, 8, 8)))
     with pytest.raises(ValueError, match="does not support the bias ByPositions, which gathers single entries"):
-        attend(bias=distance_bias_of_positions(jnp.zeros((9, H)), 4, positions, positions))
+        attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
     assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, 8192, (), None, None)
     with Sharding(make_mesh("data=4,sequence=2")).scope():
         assert "without a sequence axis" in pallas.unsupported_reason(128, 128, (), None, None)

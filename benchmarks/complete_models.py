@@ -76,13 +76,13 @@ def decoded_parameters(model: Any) -> int:
 
 
 def counted_flops(model: Any, batch: Any) -> Any:
-    """FLOPs of a training step on a batch: three times the FLOPs of the forward pass of ``plain_form(model)``."""
+    """FLOPs of a training step: three times the forward pass of ``without_recomputation(model)``."""
     from jaxlm import spec
     from jaxlm.objectives import objective
     from jaxlm.plan import flops
-    from jaxlm.plan.program import plain_form, task_of
+    from jaxlm.plan.program import task_of, without_recomputation
 
-    model, loss = plain_form(model), objective(task_of(model)).loss
+    model, loss = without_recomputation(model), objective(task_of(model)).loss
     forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
     return flops.Flops(
         3 * forward.amount, "3 * dots and convolutions of the forward pass, only at the predicted positions"
@@ -100,13 +100,13 @@ def example(model: Any, batch: int, length: int) -> Any:
     if model.family == "transformer_xl":
         return causal.batch(shapes.zipf_tokens(cfg.vocab_size, batch, length + 1))
     if task == "masked":
-        count = max(1, round(masked.RATE * length))
-        return masked.batch(tokens, rng, mask_id=0, vocab_size=cfg.vocab_size, num_predict=count)
+        count = max(1, round(masked.MaskingConfig.rate * length))
+        config = masked.MaskingConfig(mask_id=0, vocab_size=cfg.vocab_size, num_predict=count)
+        return masked.batch(tokens, rng, config)
     if task == "permutation":
         half = length // 2
-        return permutation.batch(
-            tokens[:, : length - 3], rng, reuse_length=half, permutation_length=half, num_predict=length // 6
-        )
+        permuting = permutation.PermutationConfig(reuse_length=half, permutation_length=half, num_predict=length // 6)
+        return permutation.batch(tokens[:, : length - 3], rng, permuting)
     if task == "classification":
         labels = rng.integers(0, cfg.num_labels, batch).astype(np.int32)
         return classification.batch(tokens, labels, num_labels=cfg.num_labels)

@@ -1,0 +1,71 @@
+"""The names and layouts of a model's parameters in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jaxlm import spec
+from jaxlm.interop.config_json import is_stacked
+from jaxlm.interop.formats import Format, Layout
+from jaxlm.models.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """The tensor names and the layout of one parameter in files.
+
+    Attributes:
+        names: the tensor name for each layer; a single name if the parameter is not stacked.
+        stacked: whether the parameter has a leading axis of layers.
+        model_shape: shape of one layer in the model, without vocabulary padding.
+        layout: how the axes of ``model_shape`` are ordered and merged in the files.
+    """
+
+    names: tuple[str, ...]
+    stacked: bool
+    model_shape: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the files."""
+        return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
+
+    @property
+    def _file_axis_order(self) -> list[int]:
+        return [axis for group in self.layout for axis in group]
+
+    def to_file(self, array: np.ndarray) -> np.ndarray:
+        """The tensor in files, from one layer of the parameter. Vocabulary padding is removed."""
+        array = array[tuple(slice(size) for size in self.model_shape)]
+        return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.file_shape))
+
+    def to_model(self, array: np.ndarray) -> np.ndarray:
+        """One layer of the parameter, without vocabulary padding, from its tensor in files."""
+        sizes = [self.model_shape[axis] for axis in self._file_axis_order]
+        return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
+
+
+def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict[str, Location]:
+    """The location of every parameter of the model, by path, in the order of the specs.
+
+    Args:
+        prefix: name prefix of the base model's tensors; None: the prefix in transformers classes with a head.
+    """
+    prefix = table.prefix if prefix is None else prefix
+    specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
+    names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.unprefixed_tensors)
+    locations = {}
+    for path, leaf in specs.items():
+        name, layer = spec.split_layer(path)
+        if name not in names:
+            raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {name} of {model.family}")
+        shape = leaf.shape[1:] if is_stacked(leaf) else leaf.shape
+        layers = range(leaf.shape[0]) if is_stacked(leaf) else [layer]
+        layer_names = tuple(names[name].format(layer=layer) for layer in layers)
+        layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
+        locations[path] = Location(layer_names, is_stacked(leaf), shape, layout)
+    return locations
