@@ -133,7 +133,10 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     def make_recipe(name: str) -> Any:
         carry_size = RECIPES[name].state_length
         return dataclasses.replace(
-            RECIPES[name], batch_size=B, length=T, state_length=T if carry_size is not None and carry_size > 1 else carry_size
+            RECIPES[name],
+            batch_size=B,
+            length=T,
+            state_length=T if carry_size is not None and carry_size > 1 else carry_size,
         )
 
     def make_builder(name: str) -> Callable[[int], Any]:

@@ -55,7 +55,7 @@ class Data:
     test_fraction: float = 0.04
     """Fraction of the groups for the test split."""
     largest_group: int = 100
-    """Larger groups are in the training split, because their similar texts would dominate the other scores."""
+    """Larger groups are in the training split, because their similar texts would dominate validation or test scores."""
     similarity: float = 0.5
     """Two texts are similar if the Jaccard similarity of their word trigrams is at least this number."""
 

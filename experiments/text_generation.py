@@ -40,11 +40,12 @@ from jaxlm.decoding import GenerationConfig, Sampling, stream_text
 from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.tasks.text_generation import Corpus, carry_shape, check_family, scores, to_batch, write_sample
+from jaxlm.tasks.text_generation import Corpus, check_family, scores, to_batch, write_sample
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxlm.training.trainer import carry_size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     corpus, tokenizer, model, params = build(experiment, resume)
     prompt = passage_prompt(experiment, corpus, tokenizer, model)
     sharding = None if experiment.mesh is None else Sharding(make_mesh(experiment.mesh))
-    length, rows, state = config.sequence_length, config.batch_size, carry_shape(model, config.batch_size)
+    length, rows, state = config.sequence_length, config.batch_size, carry_size_of(model, config.batch_size)
 
     def batches(part: str, seed: int) -> Batches:
         source = corpus.batches(part, length=length, batch_size=rows, model=model, seed=seed)

@@ -19,12 +19,6 @@ from jaxlm.json_files import read_object
 
 C = TypeVar("C")
 
-RENAMED_FIELDS = {
-    "cuts": "positions_per_game", "horizon": "target_length", "look_for_mate": "search_mate_in_one",
-    "shifted": "extra_tests",
-}  # fmt: skip
-"""Old and new names of config fields. Files with the old names are read."""
-
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config as a dict of JSON values; paths become strings."""
@@ -40,7 +34,6 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values = {_current_name(name, fields, values): value for name, value in values.items()}
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
@@ -54,12 +47,6 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     return kind(**{name: _parse_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-
-
-def _current_name(name: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """The new name of a renamed field, or ``name``."""
-    new = RENAMED_FIELDS.get(name, name)
-    return new if name not in fields and new in fields and new not in values else name
 
 
 def _parse_value(hint: Any, value: Any, where: str) -> Any:

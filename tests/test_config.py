@@ -62,18 +62,6 @@ def test_values_of_the_wrong_type_raise(values, message):
         config_lib.from_json(Outer, values)
 
 
-def test_old_names_of_fields_are_read():
-    @dataclasses.dataclass(frozen=True)
-    class Renamed:
-        positions_per_game: int = 4
-
-    assert config_lib.from_json(Renamed, {"cuts": 7}) == Renamed(7)
-    with pytest.raises(ValueError, match="unknown field 'cuts'"):
-        config_lib.from_json(Renamed, {"cuts": 7, "positions_per_game": 3})
-    with pytest.raises(ValueError, match="unknown field 'cuts'"):
-        config_lib.from_json(Outer, {"cuts": 7})
-
-
 def test_get_model_rejects_values_of_the_wrong_type():
     for name, value in (("num_layers", 2.0), ("num_layers", True), ("num_layers", "2"), ("norm_epsilon", "small")):
         with pytest.raises(ValueError, match=f"{name}={value!r} must be"):

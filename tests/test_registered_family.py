@@ -16,6 +16,7 @@ from jaxlm.tasks import text_generation
 from jaxlm.testing.contract import *  # noqa: F403
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
+from jaxlm.training.trainer import carry_size_of
 from tests import mingru
 
 jaxlm.register_family("mingru", mingru)
@@ -42,7 +43,7 @@ def test_files_generation_and_training_settings_of_a_registered_family(tmp_path,
     assert main(["generate", str(tmp_path), "--prompt", "to be", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     assert text.removeprefix("to be") in capsys.readouterr().out
     text_generation.check_family(model)
-    assert text_generation.carry_shape(model, 3) == (3, 1)
+    assert carry_size_of(model, 3) == (3, 1)
     assert recipe("mingru", 1000) == OptimizerConfig()
 
 

@@ -332,18 +332,6 @@ def source_fingerprint(source: Any, **data_summary: int) -> dict[str, Any]:
     return {"kind": type(source).__name__, **numbers, **data_summary}
 
 
-def _with_current_names(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """A saved fingerprint with the current names of classes and fields, so that states of version 0.1 remain valid."""
-    match fingerprint.get("kind"):
-        case "Columns":
-            return {**fingerprint, "kind": "ContiguousStreams"}
-        case "Packed":
-            return {**fingerprint, "kind": "PackedDocuments"}
-        case "Bucketed":
-            return {"length_multiple" if name == "multiple" else name: value for name, value in fingerprint.items()}
-    return fingerprint
-
-
 class Batches(Iterator[Any]):
     """An infinite iterator over the batches of a source. Each batch has only the rows of this process.
 
@@ -421,7 +409,7 @@ class Batches(Iterator[Any]):
                 pass
             case _:
                 raise ValueError(f"not the state of an iterator: {state!r}")
-        current, saved = self._fingerprint, _with_current_names(saved)
+        current = self._fingerprint
         differences = [
             f"{name}: saved {saved.get(name)!r}, now {current.get(name)!r}"
             for name in {**current, **saved}

@@ -21,7 +21,7 @@ from jaxlm.objectives.batch import Batch
 from jaxlm.plan import flops as flops_lib
 from jaxlm.sharding import Sharding
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
-from jaxlm.training.trainer import Carry, Trainer
+from jaxlm.training.trainer import Trainer, carry_size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +93,8 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
         target = span_corruption.text_length(sequence)[1]
         source = {"source": tokens}
         return Batch(array(target), array(target), array(target, dtype=jnp.float32), inputs=source)
-    reset = array(dtype=jnp.bool_) if carry_of(model, batch) is not None else None
+    reset = array(dtype=jnp.bool_) if model.carried_state_length is not None else None
     return Batch(tokens, tokens, array(sequence, dtype=jnp.float32), reset=reset)
-
-
-def carry_of(model: Model, batch: int) -> Carry | None:
-    """The :class:`Carry` (batch, state length) of training with carried state; None if training carries no state."""
-    length = model.carried_state_length
-    return None if length is None else (batch, length)
 
 
 def training_step(
@@ -119,20 +113,20 @@ def training_step(
     """
     task = task_of(model)
     update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
-    stream = carry_of(model, batch)
+    carry_size = carry_size_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(
-        model, update, objective(task).loss, grad_accum_steps=grad_accum_steps, carry_size=stream, sharding=sharding
+        model, update, objective(task).loss, grad_accum_steps=grad_accum_steps, carry_size=carry_size, sharding=sharding
     )  # fmt: skip
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
     if flops is None:
         flops = _count_flops(trainer, state, data)
     parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
-    if stream is not None:
+    if carry_size is not None:
         parts["carried state"] = state.model_state
     tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
-    name = f"train, {task}" + (", with carried state" if stream is not None else "") + _layout_note(model)
+    name = f"train, {task}" + (", with carried state" if carry_size is not None else "") + _layout_note(model)
     return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
 
 

@@ -30,7 +30,7 @@ from jaxlm.objectives.batch import Batch
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.training.evaluation import Evaluator, bits_per_character
 from jaxlm.training.report import write_samples
-from jaxlm.training.trainer import Carry
+from jaxlm.training.trainer import carry_size_of
 
 NUM_COLUMNS = 8
 """Number of contiguous columns in which a model with a state scores a split.
@@ -114,12 +114,6 @@ def check_family(model: Model) -> None:
     model.state_specs(1, 1)  # raises TypeError if the family cannot decode
 
 
-def carry_shape(model: Model, rows: int) -> Carry | None:
-    """The batch size and the length of the carried model state. None: the family reads windows and carries no state."""
-    length = model.carried_state_length
-    return None if length is None else (rows, length)
-
-
 def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:
     """Batches [rows, length] along contiguous columns. Every token except the first is a target exactly once.
 
@@ -150,7 +144,7 @@ def scores(model: Model, params: Any, corpus: Corpus, part: str, length: int) ->
     ids = corpus.parts[part]
     if model.carried_state_length is not None:
         evaluate = Evaluator(
-            model, causal.loss, column_batches(ids, NUM_COLUMNS, length), carry_size=carry_shape(model, NUM_COLUMNS)
+            model, causal.loss, column_batches(ids, NUM_COLUMNS, length), carry_size=carry_size_of(model, NUM_COLUMNS)
         )
         nats, how = evaluate(params)["loss"], f"state carried along {NUM_COLUMNS} columns"
     else:

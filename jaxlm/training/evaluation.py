@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss
 from jaxlm.sharding import Sharding
-from jaxlm.training.trainer import Carry, to_global_batch
+from jaxlm.training.trainer import CarrySize, to_global_batch
 
 
 class Evaluator:
@@ -47,7 +47,7 @@ class Evaluator:
         batches: Iterable[Any],
         *,
         sharding: Sharding | None = None,
-        carry_size: Carry | None = None,
+        carry_size: CarrySize | None = None,
         extra_metrics: Callable[[Any], Mapping[str, float]] | None = None,
         extra_metric_names: tuple[str, ...] = (),
     ) -> None:

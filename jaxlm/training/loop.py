@@ -298,10 +298,7 @@ class _Loop:
         evaluation = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
             _require_same(name, getattr(self._config, name), evaluation.get(name, getattr(self._config, name)))
-        saved_model, model = dict(saved.get("model", {})), self._model_metadata()
-        if saved_model.get("adaptation") is not None:
-            # A checkpoint of version 0.1 has the old name of the field.
-            saved_model["adaptation"] = saved_model["adaptation"].replace(", train=(", ", full_training_patterns=(")
+        saved_model, model = saved.get("model", {}), self._model_metadata()
         for name in ("family", "adaptation"):
             _require_same(name, model[name], saved_model.get(name, model[name]))
         for name, value in saved_model.get("config", {}).items():

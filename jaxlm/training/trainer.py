@@ -23,13 +23,19 @@ from jaxlm.sharding import Sharding
 from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import optimizer_sharding
 
-Carry = tuple[int, int]
+CarrySize = tuple[int, int]
 """Size (rows, tokens) of the model state that is carried from batch to batch, as arguments of ``Model.init_state``."""
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 SPIKE_WINDOW = 128
 """Number of recent losses with which the next loss is compared to detect a spike (``Trainer.spike_deviations``)."""
+
+
+def carry_size_of(model: Model, rows: int) -> CarrySize | None:
+    """The size of the model state that training carries along a text; None if the family reads independent windows."""
+    length = model.carried_state_length
+    return None if length is None else (rows, length)
 
 
 @struct.dataclass
@@ -97,7 +103,7 @@ class Trainer:
     loss: Loss
     grad_accum_steps: int = 1
     ema_decay: float | None = None
-    carry_size: Carry | None = None
+    carry_size: CarrySize | None = None
     adaptation: Adaptation | None = None
     learning_rate: Callable[[Any], Any] | None = None
     sharding: Sharding | None = None

@@ -152,15 +152,6 @@ def test_a_state_of_other_data_is_rejected(saved, now, message):
         Batches(now).restore(Batches(saved).state())
 
 
-@pytest.mark.parametrize(("name", "old_kind"), [("columns", "Columns"), ("packed", "Packed")])
-def test_a_state_with_the_old_name_of_a_source_is_valid(name, old_kind):
-    state = {**Batches(SOURCES[name]()).state(), "next": 2}
-    state["source"]["kind"] = old_kind
-    iterator = Batches(SOURCES[name]())
-    iterator.restore(state)
-    assert iterator.state()["next"] == 2
-
-
 @pytest.mark.parametrize("state", [{}, {"next": -1, "source": {}}, {"next": "3", "source": {}}, {"next": 3}])
 def test_an_invalid_state_is_rejected(state):
     with pytest.raises(ValueError, match="not the state of an iterator"):

@@ -9,8 +9,9 @@ import pytest
 from jaxlm.data import CharTokenizer, ContiguousStreams, RandomWindows
 from jaxlm.decoding import log_likelihood
 from jaxlm.tasks import text_generation
-from jaxlm.tasks.text_generation import Corpus, carry_shape, check_family, column_batches, scores
+from jaxlm.tasks.text_generation import Corpus, check_family, column_batches, scores
 from jaxlm.testing.helpers import tiny_model
+from jaxlm.training.trainer import carry_size_of
 
 TEXT = "To be, or not to be: that is the question.\n" * 8
 CORPUS = Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.3, 0.2)
@@ -31,10 +32,10 @@ def test_stateful_models_read_columns_and_others_read_windows() -> None:
     assert isinstance(CORPUS.batches("training", model=tiny_model("gpt"), **size), RandomWindows)
     with pytest.raises(ValueError, match="validation split of the text: 50 columns of length 8"):
         CORPUS.batches("validation", model=tiny_model("gru"), length=8, batch_size=50)
-    assert carry_shape(tiny_model("gpt"), 3) is None
-    assert carry_shape(tiny_model("gru"), 3) == (3, 1)
+    assert carry_size_of(tiny_model("gpt"), 3) is None
+    assert carry_size_of(tiny_model("gru"), 3) == (3, 1)
     memory = tiny_model("transformer_xl")
-    assert carry_shape(memory, 3) == (3, memory.config.memory_length)
+    assert carry_size_of(memory, 3) == (3, memory.config.memory_length)
 
 
 @pytest.mark.parametrize(("size", "rows", "length"), [(50, 4, 5), (41, 4, 5), (42, 4, 5), (7, 4, 5), (2, 1, 1)])
