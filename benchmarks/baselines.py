@@ -77,7 +77,7 @@ class Machine(Implementation):
         model = complete_models.build(name, quick=quick)
 
         def add_noise(leaf: Any, key: Any) -> Any:
-            # Noise makes biases differ from 0 and scales from 1. Without noise, greedy decoding repeats the last token.
+            # With noise, biases are not 0 and scales are not 1. Without noise, greedy decoding repeats the last token.
             return leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
         leaves, tree = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))

@@ -20,8 +20,8 @@ def keep_freed_memory() -> bool:
 
     Call it before JAX computes anything, because it does not affect threads that are already running. The
     experiments call it at their start; call it in your own programs too. Fragmentation may let the process grow to
-    twice the memory that it needs, so do not use it for a job that fills the memory of the machine. It does nothing on
-    systems without glibc (Linux).
+    twice the memory that it needs, so do not use it for a job that fills the memory of the machine. It has an effect
+    only on Linux with glibc.
     """
     global _enabled
     if sys.platform != "linux":

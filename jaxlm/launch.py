@@ -214,7 +214,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _USER_ERROR = 2  # exit status of a command after a user error
-_GRACE_SECONDS = 10.0  # seconds after the first failure in which the other processes may end by themselves
+_GRACE_SECONDS = 10.0  # after the first failure, the other processes have this time to end by themselves
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:

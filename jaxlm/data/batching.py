@@ -62,7 +62,7 @@ class Source(Protocol):
 
 
 def permute(index: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Map the indices ``[n]`` to ``[n]`` with a pseudo-random permutation of ``range(count)``, in O(1) memory.
+    """The images of the indices ``[n]`` under a pseudo-random permutation of ``range(count)``; it needs O(1) memory.
 
     A Feistel network permutes the numbers below a power of four that is at least ``count``. The network is applied
     repeatedly until the value is below ``count`` (cycle walking: Black and Rogaway 2002, "Ciphers with Arbitrary Finite
@@ -191,7 +191,7 @@ class ContiguousStreams:
 
     def __post_init__(self) -> None:
         check_min(1, length=self.length, batch_size=self.batch_size)
-        description = f"{self.batch_size} columns of length {self.length} (plus 1 target)"
+        description = f"{self.batch_size} streams of length {self.length} (plus 1 target)"
         check_ids_1d(self.tokens, self.batch_size * self.length + 1, description)
 
     @property

@@ -82,7 +82,7 @@ class MoveTokenizer(EncodeInputsMixin):
         pattern = UCI_MOVE if notation == "uci" else SAN_MOVE
         for move in moves:
             if not pattern.fullmatch(move) or move[-1] in "+#":
-                raise ValueError(f"{move!r} is not a {notation} move without signs for check and mate")
+                raise ValueError(f"{move!r} is not a {notation} move, or it ends with '+' or '#': remove these signs")
         repeated = [move for move, count in Counter(moves).items() if count > 1]
         if repeated or not moves:
             raise ValueError(f"the moves of a vocabulary must be distinct, got {repeated[0]!r} twice" if repeated

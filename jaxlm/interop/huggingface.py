@@ -276,9 +276,6 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
 
-# --------------------------------------------------------------------------------------- locations of parameters
-
-
 # -------------------------------------------------------------------------------------------------------- files
 
 
@@ -427,7 +424,8 @@ class _Match:
 def _match_tensors(description: Description, tensors: dict[str, _Tensor], directory: Path) -> _Match:
     """Match the parameters of the model with the tensors in the files.
 
-    If ``description.saved_model`` is given, the files may lack a head of the model, and may have other heads.
+    If the overrides select a head (``description.saved_model`` is then the model without the overrides), the files may
+    lack the head of the model, and may have other heads.
 
     Raises:
         ValueError: a tensor is missing, is not in the model, or has a wrong shape; or two tensors that must be equal
@@ -502,7 +500,8 @@ def _missing_paths(
             paths_of_head.setdefault(head, []).append(path)
     initialized = []
     for head, paths in paths_of_head.items():
-        # Heads of different tasks may use the same tensor name. So the path of the saved parameter must match, too.
+        # Heads of different tasks may use the same tensor name. So a tensor counts only if it has the same parameter
+        # path in the saved model.
         found = [
             path
             for path in paths

@@ -23,7 +23,8 @@ class ModelConfig:
     vocab_multiple: int = 1
     """Pad the vocabulary axis of token tables to a multiple of this number, so that the axis can be sharded."""
     dtype: ComputeDtype = "float32"
-    """Compute dtype of activations; parameters keep their own dtype, and recurrent state is float32."""
+    """Compute dtype of activations; also the dtype of caches and memories. Parameters and the state of RNNs have
+    their own dtypes."""
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_multiple")

@@ -36,9 +36,10 @@ def register_family(name: str, module: Any) -> None:
 
     Raises:
         ValueError: the name or a variant's name is taken, or is not a valid name.
-        TypeError: the module does not have the functions of a family.
+        TypeError: the module does not have the functions of a family, or its ``Config`` or ``VARIANTS`` are of another
+            kind.
     """
-    if not name.replace("-", "_").isidentifier():
+    if not name.isidentifier():
         raise ValueError(f"name={name!r} must consist of letters, digits and '_'")
     if name in FAMILIES or _registered.get(name, module) is not module:
         raise ValueError(f"a family {name!r} is already registered: choose another name")

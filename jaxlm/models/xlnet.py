@@ -76,7 +76,7 @@ class Config(common.TransformerConfig):
     dropout: float = 0.1
     """Dropout rate on embeddings, distance encodings, attention probabilities, MLPs, sublayer outputs and output."""
     pool_dropout: float | None = None
-    """Dropout rate on the input of the classifier; None means dropout."""
+    """Dropout rate on the input of the classifier; None: the same as ``dropout``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +117,8 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias, unlike equal types for all tokens.
+            depends on whether their types are equal. Default: no such bias. (Equal types for all tokens would add the
+            bias of equal types.)
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the factorization order (Yang et al. 2019, eq. 3). The content stream attends to positions
             of the same or a lower order; the query stream attends only to positions of a lower order.
@@ -378,7 +379,7 @@ def _attention_inputs(
 
 
 def _add_to_memory(state: Any, tokens: Any, segment_ids: Any, token_types: Any) -> tuple[Any, Any]:
-    """The state with the tokens' segments and types, and the indices of its entries; ``hidden`` is not updated yet."""
+    """The state with the segments and types of the tokens, and ``kept_indices``; ``hidden`` is not updated yet."""
     context, state = memory.make_context(tokens, state, segment_ids)
     return {
         **state,

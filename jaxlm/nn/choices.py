@@ -20,7 +20,7 @@ PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 
 
 def wrong_platform(implementation: str | None) -> str | None:
-    """Why the implementation cannot run on the platform (the predicate of an error message); None if it can run."""
+    """Why the implementation cannot run on the platform, as the end of a sentence; None if it can run."""
     platform = sharding.platform()
     needed = PLATFORM.get(implementation or "", platform)
     return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"

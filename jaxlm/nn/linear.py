@@ -68,16 +68,17 @@ def _add_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _add_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows = tuple(range(dy.ndim - bias.ndim))
-    ones = jnp.ones((*(dy.shape[axis] for axis in rows), SUBLANES), dy.dtype)
-    sums = lax.dot_general(ones, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    row_axes = tuple(range(dy.ndim - bias.ndim))
+    ones = jnp.ones((*(dy.shape[axis] for axis in row_axes), SUBLANES), dy.dtype)
+    sums = lax.dot_general(ones, dy, ((row_axes, row_axes), ((), ())), preferred_element_type=jnp.float32)
     return dy, sums[0].astype(bias.dtype)
 
 
 _add_with_matmul_vjp.defvjp(_add_forward, _add_backward)
 
 SUBLANES = 8
-"""Number of rows of ones in ``_add_backward``. The TPU compiler would replace a matmul with one row by a sum."""
+"""Number of rows of ones in ``_add_backward``. With one row of ones, the TPU compiler would turn the matmul
+into a sum."""
 
 
 def _product(x: jax.Array, weight: jax.Array, num_input_axes: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
     row        [previous text of the stream | A <sep> B <sep> <cls>], token types 0 | 0 0 1 1 2
     targets    spans of 1 to 5 tokens in each of the two parts, about one token in six, but never separators
-    order      -1 for context tokens (not predicted, visible to their whole part), else an index in a permutation
+    order      an index in a permutation; context tokens, which are not predicted, have the lowest order of their part
 
 The code follows the authors' ``data_utils.py``, because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
@@ -27,7 +27,7 @@ loss = token_loss
 
 PAD_ID, CLS_ID, SEP_ID = 5, 3, 4
 """Ids of special tokens in the published vocabulary."""
-FIRST, SECOND, CLS, PAD = 0, 1, 2, 4
+FIRST_TYPE, SECOND_TYPE, CLS_TYPE, PAD_TYPE = 0, 1, 2, 4
 """Token types of the first sentence, the second sentence (both with their separator), ``<cls>`` and padding."""
 UNORDERED = -1
 """The order of context tokens, which are visible to all tokens of their part."""
@@ -109,7 +109,7 @@ def batch(
         a, b = _choose_sentences(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
         text, types = pair(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
         text = np.concatenate([tokens[row, :reuse_length], text])
-        types = np.concatenate([np.full(reuse_length, FIRST, np.int32), types])
+        types = np.concatenate([np.full(reuse_length, FIRST_TYPE, np.int32), types])
         row_starts = np.concatenate([starts[row, :reuse_length], starts[a], [True], starts[b], [True, True]])
         is_special = (text == sep_id) | (text == cls_id)
         parts = (
@@ -146,7 +146,7 @@ def _check_shapes(
 def _choose_sentences(
     N: int, row: int, start: int, others: np.ndarray, sentences: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
-    """The (row, slice) in the windows of A and of B.
+    """For A and for B: a row of the windows, and the slice of this row that contains the text.
 
     A begins at ``start``. With probability 0.5, B is text from one of the rows ``others``, else the text after A.
     """
@@ -252,8 +252,8 @@ def local_order(ordered: np.ndarray, length: int, rng: np.random.Generator) -> n
 def both_directions(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a text [B, N] followed by the same rows reversed, [2 B, N], and a mask of reversed rows, [2 B] bool.
 
-    If the model carries a memory from window to window, pass whole streams, because a reversed row begins at the end of
-    its text.
+    If the model has a memory, pass whole texts and cut the windows afterwards. If windows were reversed one by one,
+    consecutive windows would not continue each other.
     """
     return np.concatenate([tokens, tokens[:, ::-1]]), np.repeat([False, True], len(tokens))
 
@@ -270,8 +270,8 @@ def pair(
     """
     texts = [text for text in (first, second) if text is not None]
     tokens = [np.append(text, sep_id) for text in texts]
-    types = [np.full(len(text) + 1, kind) for text, kind in zip(texts, (FIRST, SECOND), strict=False)]
-    return np.concatenate([*tokens, [cls_id]]).astype(np.int32), np.concatenate([*types, [CLS]]).astype(np.int32)
+    types = [np.full(len(text) + 1, kind) for text, kind in zip(texts, (FIRST_TYPE, SECOND_TYPE), strict=False)]
+    return np.concatenate([*tokens, [cls_id]]).astype(np.int32), np.concatenate([*types, [CLS_TYPE]]).astype(np.int32)
 
 
 def pad_left(
@@ -285,6 +285,6 @@ def pad_left(
     num_pads = length - len(tokens)
     if num_pads < 0:
         raise ValueError(f"{len(tokens)} tokens do not fit a row of {length}: truncate the text")
-    columns = ((tokens, pad_id), (token_types, PAD), (np.ones_like(token_types), 0))
+    columns = ((tokens, pad_id), (token_types, PAD_TYPE), (np.ones_like(token_types), 0))
     padded = [np.pad(column, (num_pads, 0), constant_values=value) for column, value in columns]
     return padded[0], padded[1], padded[2]

@@ -66,16 +66,16 @@ class OperationStats:
     """All operations with the same JAX name.
 
     Attributes:
-        op_name: the name without the jit prefix, in which the body of a scan is ``loop``.
+        op_name: the JAX name without ``jit(...)/``; the body of a scan appears in it as ``loop``.
         cycles: estimated cycles in a step.
         share: share of all cycles of the step, including kernel cycles.
-        times: number of executions in a step.
+        count: number of executions in a step.
     """
 
     op_name: str
     cycles: int
     share: float
-    times: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,8 @@ class KernelStats:
     Attributes:
         calls: number of calls in a step.
         grid: grid steps per call; None if unknown.
-        bundles: bundles at each loop depth (see ``plan.kernels``); None if there is no schedule.
+        bundles: number of VLIW instruction bundles (one per cycle) at each loop depth (see ``plan.kernels``); None if
+            there is no schedule.
         cycles: upper bound of the cycles of all calls; None if the schedule or the grid is unknown.
     """
 
@@ -340,6 +341,6 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "kernel cycles are bundles times grid steps: all predicated code is counted, and waiting for memory is not"
+            "kernel cycles are bundles times grid steps: code that a step skips is counted, waiting for memory is not"
         )
     return notes

@@ -63,7 +63,7 @@ def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
         for name, justify in (("cycles", "right"), ("share", "right"), ("times", "right"), ("operation", "left")):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for operation in plan.most_expensive:
-            cells = f"{operation.cycles:,}", f"{operation.share:.1%}", str(operation.times)
+            cells = f"{operation.cycles:,}", f"{operation.share:.1%}", str(operation.count)
             table.add_row(*cells, _escape(operation.op_name))
         console.print(table)
     if plan.kernels:

@@ -429,8 +429,8 @@ class _Loop:
             state, saved = self._checkpoints.roll_back(self._abstract_state)
         except FileNotFoundError:
             raise DivergedError(f"{error}. There is no earlier checkpoint to go back to", error.step) from error
-        # Training continues with the batch after the failed step, `error.step`. Metrics are read late, so `self.step`
-        # may be a later step, and the difference depends on when the run was resumed.
+        # Training continues with the batch after the failed step, `error.step`. `self.step` may be a later step,
+        # because metrics are read late.
         next_batch = self._dropped_batches + error.step
         self._data.restore({**self._data.state(), "next": next_batch})
         self._resume_from(state, saved)
@@ -552,7 +552,7 @@ _MAY_CHANGE = re.compile(r".*dropout.*|(.*_)?init_.*|norm_momentum|dtype|remat|s
 
 def _require_same(name: str, value: Any, saved: Any) -> None:
     if value != saved:
-        raise ValueError(f"{name}={value} cannot change in a resumed run (saved value: {saved}): leave it out")
+        raise ValueError(f"{name}={value} cannot change in a resumed run (saved value: {saved}): remove the setting")
 
 
 def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:

@@ -178,10 +178,12 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe(family: str, steps: int) -> OptimizerConfig:
-    """The published optimizer settings of a family, for a training of ``steps`` updates; AdamW for a registered family.
+    """The published optimizer settings of a family, for a training of ``steps`` updates.
 
     The warm-up is the same fraction of the training as in the paper; all other values are those of the paper. Use
     ``dataclasses.replace(recipe(...), learning_rate=...)`` to change values.
+
+    A family of another package has no published recipe; it gets the default settings (AdamW).
 
     Raises:
         ValueError: the family is unknown, or ``steps`` is less than 1.

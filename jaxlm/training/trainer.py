@@ -199,9 +199,9 @@ class Trainer:
     def model_params(self, state: TrainState) -> Any:
         """The parameters of the model for evaluation and export, including frozen parameters.
 
-        With ``ema_decay``, the trained parameters are their exponential moving average. Otherwise, if the optimizer is
-        NT-ASGD, they are its mean, which is equal to the current parameters before averaging starts. In all other
-        cases, they are the current parameters.
+        With ``ema_decay``, the result has the moving average of the trained parameters. Otherwise, with NT-ASGD, it has
+        the mean that the optimizer computes (before averaging starts, the current parameters). In all other cases, it
+        has the current parameters.
         """
         trained = state.params if state.ema is None else state.ema
         if state.ema is None and nt_asgd.has_averaging(state.optimizer):

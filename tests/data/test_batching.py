@@ -254,7 +254,7 @@ def test_columns_continue_across_batches_and_reset_each_epoch(tokens, steps, lef
 
 
 def test_columns_need_enough_tokens_for_a_batch():
-    with pytest.raises(ValueError, match=r"8 columns of length 10 .*: 80 tokens, at least 81 needed"):
+    with pytest.raises(ValueError, match=r"8 streams of length 10 .*: 80 tokens, at least 81 needed"):
         SOURCES["columns"](tokens=TOKENS[:80])
 
 

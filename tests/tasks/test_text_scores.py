@@ -30,7 +30,7 @@ def test_stateful_models_read_columns_and_others_read_windows() -> None:
     size = {"length": 8, "batch_size": 2}
     assert isinstance(CORPUS.batches("training", model=tiny_model("lstm"), **size), ContiguousStreams)
     assert isinstance(CORPUS.batches("training", model=tiny_model("gpt"), **size), RandomWindows)
-    with pytest.raises(ValueError, match="validation split of the text: 50 columns of length 8"):
+    with pytest.raises(ValueError, match="validation split of the text: 50 streams of length 8"):
         CORPUS.batches("validation", model=tiny_model("gru"), length=8, batch_size=50)
     assert carry_size_of(tiny_model("gpt"), 3) is None
     assert carry_size_of(tiny_model("gru"), 3) == (3, 1)

@@ -54,10 +54,12 @@ class Tile(NamedTuple):
         return self.slice_keys(x_S)[None, :]
 
     def diagonals(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
-        """``scale * q @ strip`` [R, P = R + E] with its diagonals moved into columns, [R, E] float32.
+        """Row i of ``scale * q @ strip`` [R, P = R + E], shifted left by R - i entries and cut to E entries, [R, E]
+        float32.
 
-        Entry (i, j) of the result is entry (i, R - i + j) of the product. If ``q_RK`` is None, the strip has one row
-        [1, P], which replaces every row of the product, without ``scale``.
+        So entry (i, j) of the result is entry (i, R - i + j) of the product. ``strip`` [K, P] is the slice of a table
+        of distances that the tile needs. If ``q_RK`` is None, the strip has one row [1, P], which replaces every row
+        of the product, without ``scale``.
         """
         if q_RK is None:
             return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
@@ -80,7 +82,8 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
     # A reshape from rows of P to rows of P - 1 entries shifts each row relative to the row before (Dai et al. 2019,
-    # appendix B). The slice starts at entry R, because R is usually a multiple of the vector width and R - 1 is not.
+    # appendix B, where the slice starts at entry R - 1). This strip has one more column, so that the slice starts at
+    # entry R, which is usually a multiple of the vector width.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -96,7 +99,7 @@ class BiasFn(Protocol):
 
 @runtime_checkable
 class PaddableBiasFn(BiasFn, Protocol):
-    """A bias function that TPU kernels support: it does not gather single entries."""
+    """A bias function that TPU kernels support: it gathers only with ``Tile.gather_shifted``, never single entries."""
 
     def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
         """A function and arrays for an input that is padded at the end by ``queries`` queries and ``keys`` keys.
@@ -158,7 +161,7 @@ def check(bias: AttentionBias, batch: int, heads: int) -> None:
 
 
 def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
-    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; for few queries and for ``reference``."""
+    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; used by ``reference`` and ``decode``."""
     tile = Tile(0, queries, 0, keys)
     sizes = [x.shape[:2] for x in jax.tree.leaves(bias.floats)]
     B = max(*(b for b, _ in sizes), *(x.shape[0] for x in jax.tree.leaves(bias.integers)), 1)
@@ -177,7 +180,7 @@ def dense(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
 
 
 def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
-    """The arrays after each of their first ``axes`` axes that has size 1 is removed."""
+    """The arrays without those of their first ``axes`` axes that have size 1."""
     return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
 
 

@@ -25,10 +25,10 @@ from jaxlm.spec import ArraySpec
 
 
 def cache_specs(
-    layers: int, batch: int, slots: int, heads: int, kv: int, dtype: Any, *, stacked: bool
+    layers: int, batch: int, slots: int, heads: int, head_width: int, dtype: Any, *, stacked: bool
 ) -> dict[str, Any]:
     """Specs of an empty cache for ``slots`` tokens per row; ``stacked``: see ``jaxlm.spec.layers``."""
-    keys = ArraySpec((batch, slots, heads * kv), ("batch", "slots", "heads"), dtype=dtype)
+    keys = ArraySpec((batch, slots, heads * head_width), ("batch", "slots", "heads"), dtype=dtype)
     slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
     return {
         spec.LAYERS: spec.layers(layers, {"key": keys, "value": keys}, stacked=stacked),
@@ -80,9 +80,9 @@ class CacheView:
         return dataclasses.replace(self, stack=self.stack.at[index].set(new, unique_indices=True))
 
 
-def updates_in_place(state: Any, new: int) -> bool:
+def updates_in_place(state: Any, num_new: int) -> bool:
     """Whether a loop over layers should update the cache in place, because it has many more slots than new tokens."""
-    return state is not None and _is_small_update(new, state["segment_ids"].shape[1])
+    return state is not None and _is_small_update(num_new, state["segment_ids"].shape[1])
 
 
 def _is_small_update(num_new: int, slots: int) -> bool:
@@ -103,8 +103,8 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
 
 def split_heads(kv: Any, heads: int) -> tuple[Any, Any]:
     """Views [B, S, G, K] of a layer's cached keys and values, for attention; G is ``heads``."""
-    # The array of a single layer becomes a view as well. If it were reshaped here, XLA would write the new tokens into
-    # two arrays, one of each shape.
+    # A plain array becomes a view as well. If it were reshaped to [B, S, G, K] here, XLA would keep a copy in each
+    # shape and write the new tokens into both.
     key, value = (x if isinstance(x, CacheView) else CacheView(x) for x in (kv["key"], kv["value"]))
     return dataclasses.replace(key, heads=heads), dataclasses.replace(value, heads=heads)
 

@@ -13,7 +13,7 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def unsupported_reason(mask: Mask, dtype: Any, bias: Any, key: jax.Array | None) -> str | None:
-    """Why cuDNN does not support the arguments (the predicate of an error message); None if it supports them."""
+    """Why cuDNN does not support the arguments, as the end of a sentence; None if it supports them."""
     if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if bias is not None:

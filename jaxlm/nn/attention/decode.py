@@ -27,7 +27,7 @@ from jaxlm.nn.attention.mask import Mask, keep, softmax
 
 
 def unsupported_reason(bias: jax.Array | None, key: jax.Array | None) -> str | None:
-    """Why ``decode`` does not support the arguments (the predicate of an error message); None if it supports them."""
+    """Why ``decode`` does not support the arguments, as the end of a sentence; None if it supports them."""
     if bias is not None:
         return "takes no dense bias"
     return None if key is None else "has no dropout"

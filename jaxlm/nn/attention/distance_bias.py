@@ -55,8 +55,8 @@ def distance_bias(
             distances outside the table, the nearest row is used.
         longest: the distance of row 0.
         queries, keys: T and S.
-        query_offset: position of query 0 relative to key 0, the same for all rows: 0 if queries and keys start at the
-            same position, ``keys - queries`` if they end at the same position.
+        query_offset: position of query 0 relative to key 0, the same for the whole batch: 0 if queries and keys start
+            at the same position, ``keys - queries`` if they end at the same position.
         q_BTHK: the queries that are multiplied with the vectors of the table.
         scale: factor of these products; not used for numbers.
     """

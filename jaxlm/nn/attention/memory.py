@@ -31,7 +31,7 @@ def memory_specs(
     The memory contains ``hidden`` [B, M, D] for each layer, and ``segment_ids`` [B, M] with 0 for an empty slot.
 
     Args:
-        layers: number of layers; None: one ``hidden`` without the key ``layers``.
+        layers: number of layers; None: the specs of one layer, with ``hidden`` directly in the dict.
         stacked: see ``jaxlm.spec.layers``.
 
     Raises:

@@ -33,19 +33,22 @@ from jaxlm.nn.attention.tile_scores import dot
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
 MAX_STRIP_ENTRIES = 512 * 1536
-"""Maximum number of entries of a strip [R, R + S]. Several arrays of this size must fit into VMEM."""
+"""Maximum number of entries of an array [R, R + S] from which the bias of a block is made. Several arrays of this size
+must fit into VMEM."""
 MAX_KEYS = 4096
-"""Maximum number of keys that fit into VMEM in addition to these arrays."""
+"""Maximum number of keys. Keys and values of a head must fit into VMEM beside the arrays of a block."""
 VMEM_LIMIT_BYTES = 32 * 2**20
 """Bytes of VMEM that a kernel may use."""
 _UNSUPPORTED_TPUS = ("TPU v2", "TPU v3", "TPU v4")
 
 
-def unsupported_reason(queries: int, keys: int, biases: tuple[AttentionBias, ...], array: Any, key: Any) -> str | None:
-    """Why the kernel does not support the arguments (the predicate of an error message); None if it supports them."""
-    if array is not None:
+def unsupported_reason(
+    queries: int, keys: int, biases: tuple[AttentionBias, ...], dense_bias: Any, dropout_key: Any
+) -> str | None:
+    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
+    if dense_bias is not None:
         return "takes no dense bias"
-    if key is not None:
+    if dropout_key is not None:
         return "has no dropout: set the rate to 0"
     for bias in biases:
         if not isinstance(bias.bias_fn, PaddableBiasFn):
@@ -103,8 +106,8 @@ def _device_attention(static: _Static, qkv: Any, bias_floats: Any, integers: Any
     query_padding, key_padding = -T % LANES, -static.keys % LANES
 
     def heads_first(x_BTHK: jax.Array, padding: int) -> jax.Array:
-        # The transposed arrays get the name. If remat saves them, it recomputes neither the projection nor the
-        # transpose.
+        # The checkpoint name marks the transposed arrays. If remat saves them, it recomputes neither the projection nor
+        # the transpose.
         x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
         return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), tile_scores.SAVED)
 

@@ -29,7 +29,7 @@ _PADDED_QUERY, _PADDED_KEY = -1, -2  # segment ids of padding; no other token ha
 
 
 def unsupported_reason(mask: Mask, bias: Any, key: Any) -> str | None:
-    """Why the kernel does not support the arguments (the predicate of an error message); None if it supports them."""
+    """Why the kernel does not support the arguments, as the end of a sentence; None if it supports them."""
     if bias is not None:
         return "takes no bias"
     if key is not None:

@@ -22,7 +22,7 @@ from jaxlm.spec import ArraySpec
 
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` give one output per input (with stride 1), ``valid`` one output per complete window.
-``same``: each window is centred at its position (for even kernels, with the earlier of the two middle taps).
+``same``: the middle tap of each window is at its position; of the two middle taps of an even kernel, the earlier one.
 ``causal``: each window ends at its position."""
 
 

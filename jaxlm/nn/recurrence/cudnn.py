@@ -1,4 +1,4 @@
-"""The LSTM of cuDNN (``jax.experimental.rnn``). Shapes as in ``jaxlm.nn.recurrence.cells``, with T time."""
+"""The LSTM of cuDNN (``jax.experimental.rnn``). Shapes as in ``jaxlm.nn.recurrence.cells``; T is time."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ def lstm(
         hidden_BTH = jnp.take_along_axis(hidden_BTH, order_BT1, axis=1)
     hidden_BH, cell_BH = (x[0] for x in last)
     if keep_BT is not None:
-        # The output at padding is the unchanged state. A reverse layer reads padding first, so this is the initial
-        # state.
+        # The output at padding is the unchanged state. In a reverse layer, padding at the end of a row comes before all
+        # tokens, so its state is the initial state.
         pad_BH = initial[0][0] if reverse else hidden_BH
         hidden_BTH = jnp.where(real_BT[:, :, None], hidden_BTH, pad_BH[:, None])
+        # cuDNN supports padding only at the end of a row. Other rows give NaN.
         invalid_B1 = jnp.any(real_BT != keep_BT, axis=1, keepdims=True)
         hidden_BTH = jnp.where(invalid_B1[:, :, None], jnp.nan, hidden_BTH)
         hidden_BH, cell_BH = (jnp.where(invalid_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))

@@ -213,7 +213,7 @@ def _sequential_backward(
 
 
 def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]:
-    """A function from loop iteration i to its time step. It is unsigned, because JAX wraps negative signed indices."""
+    """A function from loop iteration i to its time step, unsigned, because JAX wraps negative signed indices."""
     last = x_BTD.shape[1] - 1
     return lambda i: jnp.asarray(last - i if reverse else i).astype(jnp.uint32)
 
