@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import harness
 from benchmarks.harness import UserError
@@ -117,14 +117,21 @@ def run(options: Shootout) -> None:
     print(f"\n{table(rows)}\n{directory}")
 
 
-def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: Sequence[int]) -> dict[str, Any]:
+class _Setup(NamedTuple):
+    """The model of a family with the size of the comparison, and its training."""
+
+    model: Any
+    recipe: Any
+    trainer: Any
+    flops_per_token: float
+
+
+def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Sequence[int]) -> _Setup:
     import jax
 
-    from experiments.families import RECIPES, Data, source, to_batch
-    from jaxlm.data import Batches
+    from experiments.families import RECIPES
     from jaxlm.objectives import causal
     from jaxlm.plan.flops import counted_flops
-    from jaxlm.training.evaluation import Evaluator
     from jaxlm.training.optimizer import make_optimizer
     from jaxlm.training.trainer import Trainer
 
@@ -150,21 +157,20 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
 
         return build
 
-    def make_step(name: str, model: Any) -> tuple[Any, Any, Any, Any]:
+    def make_trainer(name: str, model: Any) -> Trainer:
         recipe = make_recipe(name)
         carry_size = None if recipe.state_length is None else (B, recipe.state_length)
         config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
-        return recipe, carry_size, make_optimizer(config, model.specs, steps), causal.loss
+        return Trainer(model, make_optimizer(config, model.specs, steps), causal.loss, carry_size=carry_size)
 
     def flops(name: str) -> Callable[[Any], float]:
         def count(model: Any) -> float:
             changes = {"remat": "none"} if hasattr(model.config, "remat") else {}
             without_remat = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
-            _, carry_size, optimizer, loss = make_step(name, without_remat)
-            trainer = Trainer(without_remat, optimizer, loss, carry_size=carry_size)
+            trainer = make_trainer(name, without_remat)
             window = jax.ShapeDtypeStruct((B, T), "int32")
             weights = jax.ShapeDtypeStruct((B, T), "float32")
-            reset = None if carry_size is None else jax.ShapeDtypeStruct((B,), "bool")
+            reset = None if trainer.carry_size is None else jax.ShapeDtypeStruct((B,), "bool")
             batch = causal.Batch(window, window, weights, reset=reset)
             return counted_flops(trainer.step, trainer.abstract(), batch).amount / (B * T)
 
@@ -176,9 +182,19 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
     model = build_at_equal_parameters(family)
     if basis == "flops":
         model = sized(make_builder(family), flops(family), flops("gpt")(build_at_equal_parameters("gpt")))
-    recipe, carry_size, optimizer, loss = make_step(family, model)
+    return _Setup(model, make_recipe(family), make_trainer(family, model), flops(family)(model))
+
+
+def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: Sequence[int]) -> dict[str, Any]:
+    import jax
+
+    from experiments.families import Data, source, to_batch
+    from jaxlm.data import Batches
+    from jaxlm.training.evaluation import Evaluator
+
+    model, recipe, trainer, flops_per_token = _set_up(family, basis, options, steps, contexts)
     data, convert = Data.load(), to_batch(recipe)
-    trainer = Trainer(model, optimizer, loss, carry_size=carry_size)
+    tokens_per_step = options.batch * options.length
     state = trainer.init(jax.random.key(0))
     parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     training = Batches(source(data, recipe, "training", 0))
@@ -196,14 +212,15 @@ def _measure(family: str, basis: str, options: Shootout, steps: int, contexts: S
         batch = convert(next(training))
     validation = Batches(source(data, recipe, "validation", 0))
     validation_batches = [convert(next(validation)) for _ in range(2 if options.quick else 16)]
+    evaluate = Evaluator(model, trainer.loss, validation_batches, carry_size=trainer.carry_size)
     memory = step.memory_analysis()
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     decoded, state_bytes = _decode(model, state.params, contexts)
     return {
-        "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops(family)(model),
-        "tokens": steps * B * T,
-        "loss": Evaluator(model, loss, validation_batches, carry_size=carry_size)(state.params)["loss"],
-        "losses": losses, "tokens_per_second": B * T / statistics.median(seconds), "compile_seconds": compile_seconds,
+        "family": family, "equal": basis, "parameters": model.num_parameters, "flops_per_token": flops_per_token,
+        "tokens": steps * tokens_per_step, "loss": evaluate(state.params)["loss"],
+        "losses": losses, "tokens_per_second": tokens_per_step / statistics.median(seconds),
+        "compile_seconds": compile_seconds,
         "step_bytes": arrays + memory.temp_size_in_bytes, "parameter_bytes": parameter_bytes,
         "state_bytes": state_bytes, "decode_seconds": decoded,
     }  # fmt: skip

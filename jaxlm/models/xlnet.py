@@ -362,11 +362,7 @@ def _attention_inputs(
         streams = [stream_inputs(identity, 0, None, consecutive=True)]
 
     lowest_distance = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
-    distance_R = jnp.arange(S, lowest_distance - 1, -1)
-    if cfg.clamp_length is not None:
-        distance_R = jnp.clip(distance_R, -cfg.clamp_length, cfg.clamp_length)
-    # The authors' code draws a dropout mask for each row; here all rows share one mask.
-    encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
+    encoded_RD = _encode_distances(cfg, jnp.arange(S, lowest_distance - 1, -1), key)
 
     kept_indices = None
     if state is not None:
@@ -375,7 +371,16 @@ def _attention_inputs(
         state, kept_indices = _add_to_memory(
             state, *(None if x is None else x[:, :num_remembered] for x in (tokens, segment_ids, types_BT))
         )
-    return _AttentionInputs(tuple(streams), types_BS, encoded_RD.astype(cfg.dtype), kept_indices), state
+    return _AttentionInputs(tuple(streams), types_BS, encoded_RD, kept_indices), state
+
+
+def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None) -> jax.Array:
+    """The encodings of the distances after dropout, [R, D] in the compute dtype."""
+    if cfg.clamp_length is not None:
+        distance_R = jnp.clip(distance_R, -cfg.clamp_length, cfg.clamp_length)
+    # The authors' code draws a dropout mask for each row; here all rows share one mask.
+    encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_name(key, "distance"))
+    return encoded_RD.astype(cfg.dtype)
 
 
 def _add_to_memory(state: Any, tokens: Any, segment_ids: Any, token_types: Any) -> tuple[Any, Any]:

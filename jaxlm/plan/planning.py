@@ -174,11 +174,7 @@ def plan(
         ImportError: the compiler for the topology is not installed.
         TypeError: the family cannot decode.
     """
-    for what, value in (("batch", batch), ("sequence", sequence), ("grad_accum_steps", grad_accum_steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"{what}={value} must be at least 1")
-    if param_dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
+    _check_arguments(param_dtype, batch=batch, sequence=sequence, grad_accum_steps=grad_accum_steps)
     devices = topology.get_topology(topology_name)
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
     sequence = program.default_sequence(model) if sequence is None else sequence
@@ -198,9 +194,7 @@ def plan(
         "tokens": step.tokens, "devices": len(devices.devices), "device_kind": devices.devices[0].device_kind,
         "flops": step.flops.amount, "flops_formula": step.flops.formula,
     }  # fmt: skip
-    memory_bound = None
-    if decode and devices.device is not None:
-        memory_bound = (parts["parameters"] + parts["state"]) / devices.device.bandwidth
+    memory_bound = _memory_bound(parts, devices.device) if decode else None
     try:
         compiled = _compile(traced, dict(compiler_options or {}))
     except MemoryError as error:
@@ -227,6 +221,19 @@ def plan(
         notes=_notes(costs, kernel_stats),
         compile_seconds=seconds,
     )
+
+
+def _check_arguments(param_dtype: str, **numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if param_dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
+
+
+def _memory_bound(parts: dict[str, int], device: Device | None) -> float | None:
+    """Seconds to read the parameters and the state once; None for an unknown device."""
+    return None if device is None else (parts["parameters"] + parts["state"]) / device.bandwidth
 
 
 def _compile(traced: Any, options: dict[str, str]) -> Any:
