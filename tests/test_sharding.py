@@ -53,7 +53,7 @@ def test_error_for_an_indivisible_axis_suggests_a_fix():
         r"multiple of 4 or change the mesh data=2,tensor=4 \(for vocab: vocab_multiple\)",
     ):
         sharding.tree({"head": ArraySpec((65, 32), ("vocab", "embed"))})
-    with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 3 .* \(2 pieces\)"):
+    with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 3 .* \(2 shards\)"):
         sharding.named_sharding(("batch", "seq"), (3, 8), "a batch")
 
 

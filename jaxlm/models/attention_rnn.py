@@ -37,11 +37,11 @@ import jax.numpy as jnp
 from jaxlm.models import common
 from jaxlm.nn import recurrence
 from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context, copied_tokens, mix_copied
-from jaxlm.nn.attention.weight_record import record
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Constant, Uniform, fold_name
 

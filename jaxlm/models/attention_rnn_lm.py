@@ -34,12 +34,12 @@ from jaxlm.nn.alignment import (
     pooling_weights,
 )
 from jaxlm.nn.attention import memory
-from jaxlm.nn.attention.weight_record import record
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Uniform, fold_name
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxlm import spec
 from jaxlm.config import check_value
 from jaxlm.models.registry import family, family_names, variant_names
-from jaxlm.nn.attention.weight_record import recorded_weights
 from jaxlm.nn.loss import chunked_cross_entropy
+from jaxlm.nn.weight_record import recorded_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,7 +288,7 @@ def test_byte_models_are_scored_per_character(tmp_path, text):
 
 
 def test_a_family_that_does_not_generate_text_is_rejected(tmp_path, capsys):
-    message = "a model of family 'bert' with task 'masked' does not continue texts: choose one of the families gpt"
+    message = "this is a BERT with a masked-token head: it does not continue texts; choose a causal family"
     assert message in error_line(
         capsys, *SHORT_RUN, "--model.name", "bert", "--model.set", "--output", tmp_path / "run"
     )

@@ -128,7 +128,7 @@ def test_errors_name_bad_input():
         model.apply(params, tokens, state={})
     with pytest.raises(TypeError, match="task='classification' reads whole texts and carries no state"):
         model.state_specs(2, 8)
-    with pytest.raises(ValueError, match="max_positions=100 leaves nothing"):
+    with pytest.raises(ValueError, match="max_positions=100 is too short"):
         alexnet.Config(max_positions=100)
     with pytest.raises(ValueError, match=r"kernels=\(3,\) and pools=\(3, 3\) must have the same length"):
         alexnet.Config(kernels=(3,), pools=(3, 3))

@@ -176,7 +176,7 @@ def test_errors_name_bad_input(name):
     for inputs, message in (
         ({}, "source .to train. or state .to decode, from init_decode_state., got neither"),
         ({"source": source, "state": state}, "got both"),
-        ({"state": state, "source_segment_ids": source}, "pass source_segment_ids to init_decode_state"),
+        ({"state": state, "source_segment_ids": source}, "pass them to init_decode_state as segment_ids"),
         ({"source": source[:1]}, r"source \[1, 4\] and tokens \[2, 3\] must have the same number of rows"),
         (
             {"source": source, "source_segment_ids": tokens},

@@ -151,9 +151,9 @@ def test_errors_name_bad_input():
         model.apply(params, np.zeros((1, 65), np.int32))
     with pytest.raises(ValueError, match="task='masked' has no pooler"):
         model.pool(params, hidden)
-    with pytest.raises(ValueError, match="take next_sentence=True"):
+    with pytest.raises(ValueError, match="use next_sentence=True"):
         bert.next_sentence_logits(model.config, params, hidden)
-    with pytest.raises(ValueError, match="not with task='token_classification'"):
+    with pytest.raises(ValueError, match="got task='token_classification'"):
         bert.Config(task="token_classification", next_sentence=True)
     with pytest.raises(ValueError, match="task='causal' is unknown"):
         bert.Config(task="causal")

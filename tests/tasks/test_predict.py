@@ -46,7 +46,7 @@ def words_tokenizer() -> Any:
     backend.add_special_tokens(words[:4])
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
-        model_and_params="[CLS] $A [SEP] $B:1 [SEP]:1",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PretrainedTokenizer(backend)

@@ -78,5 +78,5 @@ def test_windows_overlap_by_half() -> None:
 
 def test_models_that_do_not_generate_text_are_rejected() -> None:
     check_family(tiny_model("llama"))
-    with pytest.raises(ValueError, match="family 'gpt' with task 'classification' does not continue texts"):
+    with pytest.raises(ValueError, match="this is a GPT with a classification head: it does not continue texts"):
         check_family(tiny_model("gpt", task="classification"))

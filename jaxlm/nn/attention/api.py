@@ -17,7 +17,7 @@ from jaxlm.nn.attention import blockwise, cudnn, decode, pallas, reference, spla
 from jaxlm.nn.attention.bias import AttentionBias, check, dense
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.nn.attention.weight_record import is_recording
+from jaxlm.nn.weight_record import is_recording
 
 Implementation = choices.AttentionImplementation
 

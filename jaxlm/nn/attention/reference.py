@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.attention.mask import Mask, keep, softmax
-from jaxlm.nn.attention.weight_record import record
 from jaxlm.nn.dropout import keep_rows
+from jaxlm.nn.weight_record import record
 
 
 def attention(
