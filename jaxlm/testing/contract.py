@@ -11,7 +11,7 @@ A test module imports all names of this module and has the names of its families
 
 Every test runs on all variants of these families whose name ends in ``-tiny``. The properties of a variant select what
 a test checks: a model with a state is causal and decodes, a model without a state is bidirectional, an encoder-decoder
-has a source. Tests on meshes need eight devices: set ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call
+has a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call
 ``pytest.register_assert_rewrite("jaxlm.testing")`` in ``conftest.py`` to see the values of failed assertions.
 """
 
