@@ -172,7 +172,8 @@ def recipe_of(name: str) -> Recipe:
     """The recipe of a family. A registered family has no own recipe: its first tiny variant is trained with AdamW."""
     if name in RECIPES:
         return RECIPES[name]
-    variant = next((variant for variant, family in variant_names().items() if family == name), name)
+    variants = [variant for variant, family in variant_names().items() if family == name]
+    variant = min(variants, key=lambda variant: not variant.endswith("-tiny"), default=name)
     model = get_model(variant)
     if getattr(model.config, "task", "causal") != "causal" or model.reads_source:
         raise ValueError(f"family {name!r} has no recipe in experiments.families: only a causal family needs none")

@@ -36,13 +36,20 @@ _finished = 0
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for ``--dist loadgroup``: one process runs all tests of a group and compiles its models once.
 
-    A group is a module. In test_contract.py, a group is the tests of one variant.
+    A group is a module. In test_contract.py, a group is the tests of one variant. Contract tests that apply to no
+    variant of a module are removed.
     """
+    items[:] = [item for item in items if not _has_no_parameters(item)]
     for item in items:
         group = item.nodeid.split("::")[0]
         if group.endswith("test_contract.py"):
             group += str(item.callspec.params.get("name", "")) if hasattr(item, "callspec") else ""
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _has_no_parameters(item: pytest.Item) -> bool:
+    """Whether the set of parameters of a test is empty; pytest would skip it."""
+    return any("empty parameter set" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skip"))
 
 
 def pytest_runtest_teardown() -> None:

@@ -60,6 +60,8 @@ def test_an_installed_package_lists_families_as_entry_points(monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.setattr(registry, "_entry_points", lambda: {"mingru2": point})
     assert jaxlm.get_model("mingru2").module is module
+    with pytest.raises(ValueError, match="family .mingru2. has no variant whose name ends in .-tiny."):
+        tiny_model("mingru2")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,9 @@ def test_an_installed_package_lists_families_as_entry_points(monkeypatch):
     [
         ("gpt", {}, ValueError, "family 'gpt' is already registered: choose another name"),
         ("mingru", {}, ValueError, "family 'mingru' is already registered"),
-        ("a b", {}, ValueError, "name='a b' must consist of letters"),
+        ("a b", {}, ValueError, "name='a b' must be a Python identifier"),
+        ("gpt2", {}, ValueError, "name='gpt2' is a variant of family 'gpt'"),
+        ("other", {"VARIANTS": {"gpt": mingru.Config()}}, ValueError, "variant 'gpt' has the name of a family"),
         ("other", {"specs": None}, TypeError, "family 'other' has no specs"),
         ("other", {"Config": dict}, TypeError, "must be a frozen dataclass"),
         ("other", {"VARIANTS": {"a": 1}}, TypeError, "VARIANTS of family 'other' must be instances of its Config"),
@@ -81,6 +85,14 @@ def test_bad_registrations_give_the_reason(name, changes, error, message):
     with pytest.raises(error, match=message):
         jaxlm.register_family(name, module)
     assert "other" not in family_names()
+
+
+def test_a_package_that_cannot_be_loaded_is_named_and_does_not_break_other_families(monkeypatch):
+    point = importlib.metadata.EntryPoint("broken", "tests.no_such_module", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "_entry_points", lambda: {"broken": point})
+    assert jaxlm.get_model("gpt2-tiny").family == "gpt"
+    with pytest.raises(ImportError, match=r"family 'broken' \(tests.no_such_module\) .* cannot be loaded: No module"):
+        jaxlm.get_model("broken")
 
 
 def test_files_of_an_unknown_family_name_the_fix(tmp_path):

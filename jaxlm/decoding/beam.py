@@ -97,13 +97,15 @@ def beam_search(
         max_new_tokens: maximum number of new tokens: one number for all rows, or [B] with one number per row.
 
     Raises:
-        TypeError: the family has no model state.
+        TypeError: the family has no model state, or ``beams`` is not a ``BeamConfig``.
         ValueError: an argument is invalid for ``generate``.
         NotFiniteError: as in :func:`jaxlm.decoding.generate`. Inside ``jit`` no error is raised; check ``finite``.
 
     Example:
         >>> beam_search(model, params, prompts, max_new_tokens=8, beams=BeamConfig(4)).tokens[:, 0]   # doctest: +SKIP
     """
+    if not isinstance(beams, BeamConfig):
+        raise TypeError(f"beams={beams!r} must be a BeamConfig: pass BeamConfig(num_beams=4)")
     limits = np.asarray(max_new_tokens)
     if limits.ndim and (limits.shape != prompts.shape[:1] or limits.min() < 1):
         raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")

@@ -21,7 +21,7 @@ from jaxlm.data.tokenizers import ROLES, Tokenizer
 from jaxlm.interop import formats
 from jaxlm.interop.formats import Format
 from jaxlm.models.model import Metadata, Model, get_model
-from jaxlm.models.registry import family, family_names
+from jaxlm.models.registry import FAMILIES, family, family_names
 
 _MODEL_TYPE_PREFIX = "jaxlm-"
 _LABEL_TASKS = ("classification", "token_classification")
@@ -154,7 +154,10 @@ def _find_format(
 ) -> tuple[str, Format, Mapping[str, Any]]:
     """The family, the format of the files, and the ``Config`` fields that the architecture implies."""
     model_type = config.get("model_type")
-    known = [(name, table) for name in family_names() for table in formats.of(name)]
+    # Formats of installed packages are read only if no other family has the model type.
+    known = [(name, table) for name in FAMILIES for table in formats.of(name)]
+    if model_type not in [table.model_type for _, table in known]:
+        known = [(name, table) for name in family_names() for table in formats.of(name)]
     supported = "; ".join(f"{table.model_type} ({', '.join(table.architectures)})" for _, table in known)
     candidates = [(name, table) for name, table in known if table.model_type == model_type]
     if not candidates:

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 
 from jaxlm import spec
 from jaxlm.config import check_value
-from jaxlm.models.registry import family, family_names, variant_names
+from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import recorded_weights
+
+
+class NoAttentionWeightsError(TypeError):
+    """The model has no attention weights that can be recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +234,7 @@ class Model:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
 
         Raises:
-            TypeError: the family has no attention that can be recorded.
+            NoAttentionWeightsError: the family has no attention that can be recorded.
         """
         # Recorded weights are tracers, which may not leave a scan or a rematerialized block.
         model = self.with_fields(remat="none", scan_layers=False)
@@ -254,7 +258,7 @@ class Model:
 
         weights = compute_weights(params, tokens, inputs)
         if not weights:
-            raise TypeError(f"family {self.family!r} has no attention weights that can be recorded")
+            raise NoAttentionWeightsError(f"family {self.family!r} has no attention weights that can be recorded")
         return weights
 
     @property
@@ -320,13 +324,12 @@ def get_model(name: str, **overrides: Any) -> Model:
     Raises:
         ValueError: the name or a field is unknown (the message suggests a similar one), or a value has the wrong type.
     """
-    variants = {} if name in family_names() else variant_names()
     if name in family_names():
         family_name, config = name, family(name).Config()
-    elif name in variants:
-        family_name, config = variants[name], family(variants[name]).VARIANTS[name]
+    elif (owner := family_of_variant(name)) is not None:
+        family_name, config = owner, family(owner).VARIANTS[name]
     else:
-        known = sorted({*family_names(), *variants})
+        known = sorted({*family_names(), *variant_names()})
         raise ValueError(f"no model is called {name!r}: {_suggest(name, known)}choose from {', '.join(known)}")
     fields = [field.name for field in dataclasses.fields(config)]
     hints = typing.get_type_hints(type(config))

@@ -35,14 +35,17 @@ def register_family(name: str, module: Any) -> None:
             ``Config``, ``specs``, ``apply`` and ``logits``. ``VARIANTS`` is optional.
 
     Raises:
-        ValueError: the name or a variant's name is taken, or is not a valid name.
+        ValueError: the name is not an identifier, or the name or a variant's name is taken.
         TypeError: the module does not have the functions of a family, or its ``Config`` or ``VARIANTS`` are of another
             kind.
     """
     if not name.isidentifier():
-        raise ValueError(f"name={name!r} must consist of letters, digits and '_'")
+        raise ValueError(f"name={name!r} must be a Python identifier, such as 'my_family'")
     if name in FAMILIES or _registered.get(name, module) is not module:
         raise ValueError(f"a family {name!r} is already registered: choose another name")
+    family_of = {variant: other for other in (*FAMILIES, *_registered) if other != name for variant in _variants(other)}
+    if name in family_of:
+        raise ValueError(f"name={name!r} is a variant of family {family_of[name]!r}: choose another name")
     missing = [attribute for attribute in _REQUIRED if not hasattr(module, attribute)]
     if missing:
         raise TypeError(f"family {name!r} has no {', '.join(missing)}: a family needs {', '.join(_REQUIRED)}")
@@ -53,12 +56,11 @@ def register_family(name: str, module: Any) -> None:
     wrong = [variant for variant, value in variants.items() if not isinstance(value, config)]
     if wrong:
         raise TypeError(f"VARIANTS of family {name!r} must be instances of its Config, but {wrong[0]!r} is not")
-    taken = {variant: other for other in (*FAMILIES, *_registered) if other != name for variant in _variants(other)}
     for variant in variants:
-        if variant in taken:
-            raise ValueError(
-                f"variant {variant!r} of family {name!r} is already a variant of family {taken[variant]!r}"
-            )
+        if variant in family_of:
+            raise ValueError(f"variant {variant!r} is already a variant of family {family_of[variant]!r}: rename it")
+        if variant != name and variant in (*FAMILIES, *_registered):
+            raise ValueError(f"variant {variant!r} has the name of a family: rename it")
     _registered[name] = module
 
 
@@ -67,6 +69,7 @@ def family(name: str) -> Any:
 
     Raises:
         ValueError: no family has this name.
+        ImportError: the package of the family cannot be loaded.
     """
     if name in FAMILIES:
         return importlib.import_module(f"jaxlm.models.{name}")
@@ -76,7 +79,13 @@ def family(name: str) -> Any:
                 f"no family is called {name!r}: choose from {', '.join(family_names())}, or register it with "
                 "jaxlm.register_family"
             )
-        register_family(name, _entry_points()[name].load())
+        point = _entry_points()[name]
+        try:
+            register_family(name, point.load())
+        except Exception as error:  # any error in the code of another package
+            raise ImportError(
+                f"family {name!r} ({point.value}) of an installed package cannot be loaded: {error}"
+            ) from error
     return _registered[name]
 
 
@@ -88,6 +97,11 @@ def family_names() -> tuple[str, ...]:
 def variant_names() -> dict[str, str]:
     """A dict from the name of every published or tiny variant to its family."""
     return {variant: name for name in family_names() for variant in _variants(name)}
+
+
+def family_of_variant(variant: str) -> str | None:
+    """The family of a variant, or None. Families of installed packages are loaded only if no other family has it."""
+    return next((name for name in family_names() if variant in _variants(name)), None)
 
 
 def _variants(name: str) -> dict[str, Any]:

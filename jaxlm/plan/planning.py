@@ -197,7 +197,7 @@ def plan(
     memory_bound = _memory_bound(parts, devices.device) if decode else None
     try:
         compiled = _compile(traced, dict(compiler_options or {}))
-    except MemoryError as error:
+    except _DoesNotFitError as error:
         unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_exposed"))
         return Plan(
             **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None, memory_bound=memory_bound,
@@ -236,12 +236,16 @@ def _memory_bound(parts: dict[str, int], device: Device | None) -> float | None:
     return None if device is None else (parts["parameters"] + parts["state"]) / device.bandwidth
 
 
+class _DoesNotFitError(Exception):
+    """The program does not fit into the memory of the device. The message is that of the compiler."""
+
+
 def _compile(traced: Any, options: dict[str, str]) -> Any:
     """The compiled program.
 
     Raises:
         ValueError: the compiler does not know an option.
-        MemoryError: the program does not fit into the memory of the device.
+        _DoesNotFitError: the program does not fit into the memory of the device.
     """
     try:
         return traced.lower().compile(compiler_options=options)
@@ -249,7 +253,7 @@ def _compile(traced: Any, options: dict[str, str]) -> Any:
         if "No such compile option" in str(error):
             raise ValueError(f"the compiler rejects the options {options}: {error}") from error
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise MemoryError(str(error)) from error
+            raise _DoesNotFitError(str(error)) from error
         raise
 
 

@@ -19,6 +19,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.models import Model
+from jaxlm.models.model import NoAttentionWeightsError
 from jaxlm.training.report import AttentionMap, write_attention
 
 
@@ -28,7 +29,7 @@ def has_attention_maps(model: Model) -> bool:
     source = {"source": tokens} if model.reads_source else {}
     try:
         jax.eval_shape(lambda params: model.attention_weights(params, tokens, **source), spec.abstract(model.specs))
-    except TypeError:
+    except NoAttentionWeightsError:
         return False
     return True
 

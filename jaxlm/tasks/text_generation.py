@@ -109,9 +109,8 @@ def to_batch(window: Window) -> Batch:
 def check_family(model: Model) -> None:
     """Raise ``ValueError`` if the model cannot be trained to continue a text."""
     require_task(model, ("causal",), "it does not continue texts", "choose a causal family, such as gpt or lstm")
-    if model.reads_source:
-        raise ValueError(f"this is {describe(model)}: it reads a source; choose a causal family, such as gpt or lstm")
-    model.state_specs(1, 1)  # raises TypeError if the family cannot decode
+    if model.reads_source or not hasattr(model.module, "state_specs"):
+        raise ValueError(f"this is {describe(model)}: it cannot decode; choose a causal family, such as gpt or lstm")
 
 
 def column_batches(ids: np.ndarray, rows: int, length: int) -> list[Batch]:

@@ -11,8 +11,9 @@ A test module imports all names of this module and has the names of its families
 
 Every test runs on all variants of these families whose name ends in ``-tiny``. The properties of a variant select what
 a test checks: a model with a state is causal and decodes, a model without a state is bidirectional, an encoder-decoder
-has a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set ``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call
-``pytest.register_assert_rewrite("jaxlm.testing")`` in ``conftest.py`` to see the values of failed assertions.
+has a source. A test that applies to no variant is skipped. Tests on meshes need eight devices: set
+``XLA_FLAGS=--xla_force_host_platform_device_count=8``. Call ``pytest.register_assert_rewrite("jaxlm.testing")`` in
+``conftest.py`` to see the values of failed assertions.
 """
 
 import dataclasses
@@ -78,6 +79,8 @@ every_layered_decoder = for_variants(lambda model: has_layers(model) and decodes
 def pytest_generate_tests(metafunc):
     """Parametrize the tests with the variants or families of the module that imports them."""
     families = metafunc.module.FAMILIES
+    for family_name in families:
+        tiny_model(family_name)  # raises if the family has no tiny variant
     condition = getattr(metafunc.function, "condition", None)
     if condition is not None:
         names = [name for name in tiny_variants(families) if condition(tiny_model(name))]

@@ -15,7 +15,9 @@ from jaxlm.objectives.batch import Batch
 
 def tiny_variants(families: Sequence[str]) -> tuple[str, ...]:
     """The tiny variants of the families. A family with several architectures has one for each of them."""
-    return tuple(variant for name in families for variant in family(name).VARIANTS if variant.endswith("-tiny"))
+    return tuple(
+        variant for name in families for variant in getattr(family(name), "VARIANTS", {}) if variant.endswith("-tiny")
+    )
 
 
 TINY = tiny_variants(FAMILIES)
@@ -35,7 +37,10 @@ def variant_params(names: Any = TINY) -> list[Any]:
 def tiny_model(name: str, **overrides: Any) -> Model:
     """The model of a tiny variant, or of the first tiny variant of a family. Dropout rates are 0 unless overridden."""
     if name in family_names():
-        name = next(iter(tiny_variants((name,))))
+        variants = tiny_variants((name,))
+        if not variants:
+            raise ValueError(f"family {name!r} has no variant whose name ends in '-tiny': add one to its VARIANTS")
+        name = variants[0]
     config = get_model(name).config
     rates = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout")}
     return get_model(name, **{**rates, **overrides})

@@ -226,6 +226,11 @@ def test_errors_name_bad_input(gpt: Pair, arguments: dict[str, Any], message: st
         beam_search(*gpt, **given)
 
 
+def test_a_number_of_beams_gives_the_fix(gpt: Pair) -> None:
+    with pytest.raises(TypeError, match=r"beams=4 must be a BeamConfig: pass BeamConfig\(num_beams=4\)"):
+        beam_search(*gpt, np.array([[5, 6]]), max_new_tokens=2, beams=4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

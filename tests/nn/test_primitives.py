@@ -118,6 +118,9 @@ def test_embedding_rows_gradient_and_bad_ids():
     grad = jax.grad(lambda t: jnp.sum(embed(t, jnp.asarray(ids), jnp.float32)))(jnp.asarray(table))
     np.testing.assert_array_equal(np.asarray(grad)[:, 0], [1, 0, 0, 2, 0, 0, 0, 0, 1])
     assert np.isnan(embed(table, np.array([[9, -1]]), jnp.float32)).all()
+    padded = jnp.ones((256, 3))  # the number of rows does not fit into uint8
+    out = embed(padded, np.array([[249, 250]], np.uint8), jnp.float32, size=250)
+    assert np.isnan(out).all(axis=-1).tolist() == [[False, True]]
 
 
 def test_unembed_masks_padding_rows():
