@@ -14,6 +14,7 @@ from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.models import family_names, registry, variant_names
 from jaxlm.tasks import text_generation
 from jaxlm.testing.contract import *  # noqa: F403
+from jaxlm.testing.helpers import tiny_model
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
 from jaxlm.training.trainer import carry_size_of
