@@ -78,9 +78,10 @@ def decoded_parameters(model: Any) -> int:
 def counted_flops(model: Any, batch: Any) -> Any:
     """FLOPs of a training step: three times the forward pass of ``without_recomputation(model)``."""
     from jaxlm import spec
+    from jaxlm.decoding.describe import task_of
     from jaxlm.objectives import objective
     from jaxlm.plan import flops
-    from jaxlm.plan.program import task_of, without_recomputation
+    from jaxlm.plan.program import without_recomputation
 
     model, loss = without_recomputation(model), objective(task_of(model)).loss
     forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
@@ -91,8 +92,8 @@ def counted_flops(model: Any, batch: Any) -> Any:
 
 def example(model: Any, batch: int, length: int) -> Any:
     """A batch of random tokens for the objective of the model, created with ``jaxlm.objectives``."""
+    from jaxlm.decoding.describe import task_of
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq
-    from jaxlm.plan.program import task_of
 
     cfg, rng = model.config, np.random.default_rng(1)
     tokens = shapes.random_tokens(cfg.vocab_size, batch, length)

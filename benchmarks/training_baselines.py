@@ -51,8 +51,8 @@ class Jaxlm(JaxTraining):
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
         import jaxlm
+        from jaxlm.decoding.describe import task_of
         from jaxlm.objectives import objective
-        from jaxlm.plan.program import task_of
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
         from jaxlm.training.trainer import Trainer
 

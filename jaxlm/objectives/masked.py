@@ -71,7 +71,8 @@ class MaskingConfig:
 
     def check_ids(self, name: str, ids: Any) -> None:
         """Raise ``ValueError`` if an id is outside the vocabulary."""
-        outside = np.asarray(ids)[(np.asarray(ids) < 0) | (np.asarray(ids) >= self.vocab_size)]
+        ids = np.asarray(ids)
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"{name}: id {outside[0]} is outside the vocabulary of {self.vocab_size} ids")
 

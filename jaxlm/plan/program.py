@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
+from jaxlm.decoding.describe import task_of
 from jaxlm.decoding.prompts import read_tokens
 from jaxlm.models import Model
 from jaxlm.objectives import objective, span_corruption
@@ -53,11 +54,6 @@ def device_bytes(tree: Any) -> int:
         size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
         total += math.prod(shape) * size
     return total
-
-
-def task_of(model: Model) -> str:
-    """The name of the objective that trains the model."""
-    return getattr(model.config, "task", "causal")
 
 
 def default_sequence(model: Model) -> int:

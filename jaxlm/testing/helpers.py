@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.decoding.describe import task_of
 from jaxlm.models import FAMILIES, Model, family_names, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives.batch import Batch
@@ -49,11 +50,6 @@ def tiny_model(name: str, **overrides: Any) -> Model:
 def with_stacked_layers(model: Model) -> Model:
     """The model with ``scan_layers=True``; the same model if its family has no such field."""
     return model.with_fields(scan_layers=True)
-
-
-def task_of(model: Model) -> str:
-    """The task of a model; "causal" if its config has no task."""
-    return getattr(model.config, "task", "causal")
 
 
 def decodes(model: Model) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import choices
-from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients
+from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
 
 
 def chunked_cross_entropy(
@@ -139,7 +139,7 @@ def _forward(
 def _backward(
     head: Head, chunk_logits: int, label_smoothing: float, gradients: Any, cotangent: jax.Array
 ) -> tuple[Any, ...]:
-    dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    dparams, dhidden = scale_gradients(gradients, cotangent)
     return dparams, dhidden, None, None
 
 

@@ -73,3 +73,8 @@ def _loss_and_gradient(
         weighted_targets = weights[..., None] * smoothed
     gradient = exp * (weights[..., None] / total) - weighted_targets
     return loss, jnp.where(is_weighted[..., None], gradient, 0.0)
+
+
+def scale_gradients(gradients: Any, cotangent: jax.Array) -> Any:
+    """The gradients of a loss times the cotangent of the loss, in the dtypes of the gradients."""
+    return jax.tree.map(lambda gradient: (gradient * cotangent).astype(gradient.dtype), gradients)

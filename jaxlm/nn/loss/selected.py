@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients
+from jaxlm.nn.loss.cross_entropy import Head, cross_entropy, loss_and_gradients, scale_gradients
 
 
 def selected_cross_entropy(
@@ -95,7 +95,7 @@ def _selected_forward(head: Head, params: Any, hidden: jax.Array, targets: jax.A
 
 
 def _selected_backward(head: Head, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    dparams, dhidden = jax.tree.map(lambda g: (g * cotangent).astype(g.dtype), gradients)
+    dparams, dhidden = scale_gradients(gradients, cotangent)
     return dparams, dhidden, None, None
 
 

@@ -19,7 +19,7 @@ from jaxlm.nn.linear import linear
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
 
 GRUReset = Literal["after", "before"]
-"""Where the reset gate is applied: ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that
+"""The reset gate is applied ``after`` the product with the hidden weights (cuDNN, torch, Keras, Flax), so that
 one matmul computes all gates; or ``before`` it, to the state itself (Cho et al. 2014)."""
 
 
