@@ -34,8 +34,8 @@ def run(options: Decoding) -> None:
     if options.quick:
         quick = shapes.QUICK_DECODING
         options = dataclasses.replace(options, batch=quick.batch, prompt=quick.prompt, tokens=quick.tokens)
-    targets = harness.choose(options.against, IMPLEMENTATIONS)
     batches, prompts = harness.numbers("batch", options.batch), harness.numbers("prompt", options.prompt)
+    targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     for name in options.model.replace(" ", "").split(","):
         with harness.session(name, options.device, quick=options.quick) as session:

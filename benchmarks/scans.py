@@ -41,10 +41,10 @@ class Scans(harness.Options):
 
 def run(options: Scans) -> None:
     """Measure and print the results."""
-    known = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
-    chosen = harness.choose(options.against, known)
     if options.only and options.only not in BASELINES:
         raise UserError(f"--only {options.only} is unknown: choose from {', '.join(BASELINES)}")
+    known = {OURS: "", **{name: "" for names in BASELINES.values() for name in names}}
+    chosen = harness.choose(options.against, known)
     cases = [case for case in shapes.SCANS if not options.only or case.op == options.only]
     if options.quick:
         cases = [case.quick() for case in cases]

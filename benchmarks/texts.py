@@ -102,33 +102,43 @@ def show(record: dict[str, Any]) -> str:
 
 def run(options: Texts) -> None:
     """Measure and print the results."""
-    harness.choose("torch", TRANSLATORS)
     if options.translator is None and options.classifier is None:
         raise harness.UserError("nothing to measure: give --translator and --sources, or --classifier and --texts")
+    translation = f"translation, {options.num_beams} beams"
+    files = {
+        translation: _check_files(translation, options.translator, options.sources),
+        "classification": _check_files("classification", options.classifier, options.texts),
+    }
+    harness.choose("torch", TRANSLATORS)
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
     records = []
     beams = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    for task, implementations, directory, file, settings in (
-        (f"translation, {options.num_beams} beams", TRANSLATORS, options.translator, options.sources, beams),
-        ("classification", CLASSIFIERS, options.classifier, options.texts, {}),
+    for task, implementations, settings in (
+        (translation, TRANSLATORS, beams),
+        ("classification", CLASSIFIERS, {}),
     ):
-        if directory is None:
-            continue
-        if file is None:
-            raise harness.UserError(
-                f"{task} needs a file of sentences: --sources for --translator, --texts for --classifier"
-            )
-        directory = directory / "model" if (directory / "model").is_dir() else directory
-        if not (directory / "config.json").is_file() or not file.is_file():
-            raise harness.UserError(f"{directory} has no config.json, or {file} is not a file")
-        if not file.stat().st_size:
-            raise harness.UserError(f"{file} is empty: give one text per line")
-        files = {"directory": str(directory), "file": str(file)}
-        records.append(compare(task, implementations, options.rounds, **files, batch=options.batch, **settings))
-        print(f"\n{show(records[-1])}", flush=True)
+        if paths := files[task]:
+            records.append(compare(task, implementations, options.rounds, **paths, batch=options.batch, **settings))
+            print(f"\n{show(records[-1])}", flush=True)
     harness.write_json(options.json, "texts", options, description, records)
+
+
+def _check_files(task: str, directory: Path | None, file: Path | None) -> dict[str, str] | None:
+    """The paths of the model and of the sentences for a task; None without a model."""
+    if directory is None:
+        return None
+    if file is None:
+        raise harness.UserError(
+            f"{task} needs a file of sentences: --sources for --translator, --texts for --classifier"
+        )
+    directory = directory / "model" if (directory / "model").is_dir() else directory
+    if not (directory / "config.json").is_file() or not file.is_file():
+        raise harness.UserError(f"{directory} has no config.json, or {file} is not a file")
+    if not file.stat().st_size:
+        raise harness.UserError(f"{file} is empty: give one text per line")
+    return {"directory": str(directory), "file": str(file)}
 
 
 def main(arguments: list[str] | None = None) -> int:

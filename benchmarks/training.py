@@ -43,8 +43,8 @@ class Training(shapes.Training, harness.Options):
 
 def run(options: Training) -> None:
     """Measure and print the results."""
-    targets = harness.choose(options.against, IMPLEMENTATIONS)
     passes = harness.names("passes", options.passes, ("forward", "step"))
+    targets = harness.choose(options.against, IMPLEMENTATIONS)
     rows: list[harness.Row] = []
     for name in options.model.replace(" ", "").split(","):
         sizes = {"batch": options.batch, "length": options.length, "quick": options.quick}

@@ -2,7 +2,7 @@
 
 The rows are in ``mistakes.txt``: ``status | command | words of the message``. Commands are those of ``jaxlm``, or begin
 with ``experiments.NAME`` or ``benchmarks.NAME``. ``{name}`` is a directory or file of ``directories.py``. Only
-``pytest -m thorough`` runs the rows below ``# thorough``.
+``pytest -m live`` runs the rows below ``# live``, and only ``pytest -m thorough`` runs the rows below ``# thorough``.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ class Mistake:
     command: str
     status: int
     words: str
-    thorough: bool
+    mark: str
 
 
 def _read_mistakes() -> Iterator[Mistake]:
-    thorough = False
+    mark = ""
     for line in (Path(__file__).parent / "mistakes.txt").read_text(encoding="utf-8").splitlines():
-        thorough |= line == "# thorough"
-        if line and not line.startswith("#"):
+        if line in ("# live", "# thorough"):
+            mark = line.removeprefix("# ")
+        elif line and not line.startswith("#"):
             status, command, words = line.split(" | ", 2)
-            yield Mistake(command, int(status), words, thorough)
+            yield Mistake(command, int(status), words, mark)
 
 
 MISTAKES = list(_read_mistakes())
@@ -86,10 +87,21 @@ def outcome(command: str, directories: Directories) -> tuple[int, str]:
     return status, stderr.getvalue()
 
 
-def _check(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch, thorough: bool) -> None:
+def _groups() -> Iterator[Any]:
+    """A command and a mark for each group of rows with both in common."""
+    for command, mark in sorted({(mistake.command.split()[0], mistake.mark) for mistake in MISTAKES}):
+        marks = [getattr(pytest.mark, mark)] if mark else []
+        yield pytest.param(command, mark, id=f"{command}-{mark}" if mark else command, marks=marks)
+
+
+@pytest.mark.parametrize(("command", "mark"), list(_groups()))
+def test_a_mistake_prints_one_line(
+    command: str, mark: str, directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures = []
-    rows = [mistake for mistake in MISTAKES if mistake.command.split()[0] == group and mistake.thorough == thorough]
-    for mistake in rows:
+    for mistake in MISTAKES:
+        if (mistake.command.split()[0], mistake.mark) != (command, mark):
+            continue
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
         status, error = outcome(mistake.command, directories)
         lines = error.splitlines()
@@ -97,17 +109,6 @@ def _check(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch
             expected = f"status {mistake.status} and {mistake.words!r}"
             failures.append(f"{mistake.command}: expected {expected}, got status {status} and {error!r}")
     assert not failures, "\n".join(failures)
-
-
-@pytest.mark.parametrize("group", sorted({mistake.command.split()[0] for mistake in MISTAKES if not mistake.thorough}))
-def test_a_mistake_prints_one_line(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
-    _check(group, directories, monkeypatch, thorough=False)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("group", sorted({mistake.command.split()[0] for mistake in MISTAKES if mistake.thorough}))
-def test_a_slow_mistake_prints_one_line(group: str, directories: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
-    _check(group, directories, monkeypatch, thorough=True)
 
 
 def _os_error(path: str, number: int) -> OSError:
