@@ -230,24 +230,59 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
         ValueError: a leaf has a random initializer and ``key`` is None.
     """
 
-    def init_leaf(path: tuple[Any, ...], spec: ArraySpec) -> jax.Array:
-        if isinstance(spec.init, Constant):
-            return spec.init(None, spec.shape, spec.dtype)
-        if key is None:
-            raise ValueError(
-                f"{path_name(path)!r} has the random initializer {spec.init}: pass a key, e.g. jax.random.key(0)"
-            )
-        name, layer = split_layer(path_name(path))
-        leaf_key = fold_name(key, name)
-        assert leaf_key is not None
-        if layer is not None:
-            leaf_key = jax.random.fold_in(leaf_key, layer)
-        if spec.axes[0] == LAYERS:
-            keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(jnp.arange(spec.shape[0]))
-            return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.dtype))(keys)
-        return spec.init(leaf_key, spec.shape, spec.dtype)
+    named, tree = jax.tree_util.tree_flatten_with_path(specs)
+    random = {path_name(path): spec for path, spec in named if not isinstance(spec.init, Constant)}
+    if random and key is None:
+        name, spec = next(iter(random.items()))
+        raise ValueError(f"{name!r} has the random initializer {spec.init}: pass a key, e.g. jax.random.key(0)")
+    drawn = _draw(random, key) if random else {}
+    leaves = [
+        spec.init(None, spec.shape, spec.dtype) if isinstance(spec.init, Constant) else drawn[path_name(path)]
+        for path, spec in named
+    ]
+    return jax.tree.unflatten(tree, leaves)
 
-    return jax.tree_util.tree_map_with_path(init_leaf, specs)
+
+MAX_GROUPED_SIZE = 2**20
+"""Arrays of at most this many entries are drawn in one operation with the arrays of equal shape, axes and initializer.
+
+The program that initializes a model is then several times smaller. Larger arrays are drawn alone, which needs less
+memory.
+"""
+
+
+def _draw(specs: dict[str, ArraySpec], key: Any) -> dict[str, jax.Array]:
+    """``{path name: array}`` for ``{path name: spec}`` with random initializers."""
+    groups: dict[Any, list[str]] = {}
+    for name, spec in specs.items():
+        is_stacked = spec.axes[:1] == (LAYERS,)
+        shape, axes = spec.shape[is_stacked:], spec.axes[is_stacked:]
+        alone = name if math.prod(shape) > MAX_GROUPED_SIZE else None
+        groups.setdefault((spec.init, shape, axes, spec.dtype, alone), []).append(name)
+    leaf_keys = _leaf_keys({name: specs[name] for names in groups.values() for name in names}, key)
+    drawn, start = {}, 0
+    for (initializer, shape, _, dtype, _), names in groups.items():
+        counts = [specs[name].shape[0] if specs[name].axes[:1] == (LAYERS,) else 1 for name in names]
+        keys = leaf_keys[start : start + sum(counts)]
+        values = jax.vmap(functools.partial(initializer, shape=shape, dtype=dtype))(keys)
+        for name, value in zip(names, jnp.split(values, np.cumsum(counts)[:-1]), strict=True):
+            drawn[name] = value if specs[name].axes[:1] == (LAYERS,) else value[0]
+        start += sum(counts)
+    return drawn
+
+
+def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
+    """The random keys of leaves in one array: one key per layer for a stacked leaf, one key for any other leaf."""
+    hashes: list[int] = []
+    numbers: list[int | None] = []
+    for path, spec in specs.items():
+        name, number = split_layer(path)
+        layers = range(spec.shape[0]) if spec.axes[:1] == (LAYERS,) else (number,)
+        numbers += layers
+        hashes += [zlib.crc32(name.encode())] * len(layers)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(hashes, np.uint32))
+    layer_keys = jax.vmap(jax.random.fold_in)(keys, np.array([number or 0 for number in numbers], np.uint32))
+    return jnp.where(np.array([number is None for number in numbers]), keys, layer_keys)
 
 
 def abstract(specs: Tree) -> Tree:
