@@ -232,6 +232,11 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     )
 
 
+def rollback(cfg: Config, state: dict[str, Any], dropped: jax.Array) -> dict[str, Any]:
+    """The state without the last ``dropped`` [B] tokens of each row."""
+    return cache.rollback(state, dropped)
+
+
 VARIANTS = {
     "gpt2": Config(),
     "gpt2-medium": Config(num_layers=24, num_heads=16, embed_dim=1024),

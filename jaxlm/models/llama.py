@@ -254,6 +254,11 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     )
 
 
+def rollback(cfg: Config, state: dict[str, Any], dropped: jax.Array) -> dict[str, Any]:
+    """The state without the last ``dropped`` [B] tokens of each row."""
+    return cache.rollback(state, dropped)
+
+
 VARIANTS = {
     "llama-2-7b": Config(max_positions=4096, norm_epsilon=1e-5),
     "llama-3-8b": Config(

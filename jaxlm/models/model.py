@@ -297,6 +297,42 @@ class Model:
             raise TypeError(f"family {self.family!r} carries no state between calls, so it cannot decode or stream")
         return self.module.state_specs(self.config, batch, length, **sizes)
 
+    def rollback(
+        self,
+        params: spec.Tree,
+        before: spec.Tree,
+        tokens: jax.Array,
+        after: spec.Tree,
+        count: jax.Array,
+        segment_ids: jax.Array | None = None,
+    ) -> spec.Tree:
+        """The state of a call that had read only the first ``count`` tokens of each row.
+
+        The continuation of each row is the same as after such a call. A family with a key-value cache frees the slots
+        of the other tokens (its function ``rollback``). Any other family reads the first tokens again, from the state
+        ``before``.
+
+        Args:
+            before: the state before the call.
+            tokens: [B, T], the tokens of the call.
+            after: the state that the call returned.
+            count: [B], from 0 to T, the number of tokens that each row keeps, padding included.
+            segment_ids: [B, T], the segment ids of the call. Default: all tokens belong to document 1.
+
+        Example:
+            >>> model = get_model("lstm-tiny")
+            >>> params, tokens = model.init(jax.random.key(0)), jax.numpy.array([[5, 6, 7]])
+            >>> before = model.init_state(1, 8)
+            >>> _, after = model.apply(params, tokens, state=before)
+            >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))  # has read 5 and 6
+        """
+        T = tokens.shape[1]
+        if hasattr(self.module, "rollback"):
+            return self.module.rollback(self.config, after, T - count)
+        is_kept = jnp.arange(T)[None, :] < count[:, None]
+        segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
+        return self.apply(params, tokens, state=before, segment_ids=segments)[1]
+
     @property
     def carried_state_length(self) -> int | None:
         """The length of the state that training carries along a text; None: training reads independent windows."""

@@ -325,6 +325,11 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     return {**decoder_cache_specs(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
 
 
+def rollback(cfg: Config, state: dict[str, Any], dropped: jax.Array) -> dict[str, Any]:
+    """The state without the last ``dropped`` [B] tokens of each row."""
+    return cache.rollback(state, dropped)
+
+
 def _source_kv_from_encoder(
     cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: jax.Array | None, key: jax.Array | None
 ) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:

@@ -148,6 +148,13 @@ def resize(specs: spec.Tree, state: Any, slots: int) -> Any:
     return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
 
 
+def rollback(state: Any, dropped_B: jax.Array) -> Any:
+    """The state without the last ``dropped`` tokens of each row, padding included. Their slots are free again."""
+    length_B = state["length"] - dropped_B.astype(state["length"].dtype)
+    is_kept_BS = jnp.arange(state["segment_ids"].shape[1])[None, :] < length_B[:, None]
+    return {**state, "length": length_B, "segment_ids": jnp.where(is_kept_BS, state["segment_ids"], 0)}
+
+
 @struct.dataclass
 class Context:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
