@@ -9,6 +9,7 @@ from jaxlm.decoding.config import GenerationConfig
 from jaxlm.decoding.finite import NotFiniteError
 from jaxlm.decoding.sample import GREEDY, Generation, Progress, Sampling, advance, filter_logits, generate, prefill
 from jaxlm.decoding.score import Perplexity, log_likelihood, perplexity, target_log_likelihood
+from jaxlm.decoding.speculative import SpeculativeGeneration, SpeculativeModels, speculative_generate
 from jaxlm.decoding.text import decoder_start_id, generate_text, stream_text
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Perplexity",
     "Progress",
     "Sampling",
+    "SpeculativeGeneration",
+    "SpeculativeModels",
     "advance",
     "beam_search",
     "decoder_start_id",
@@ -30,6 +33,7 @@ __all__ = [
     "log_likelihood",
     "perplexity",
     "prefill",
+    "speculative_generate",
     "stream_text",
     "target_log_likelihood",
 ]

@@ -214,7 +214,7 @@ def generate(
         >>> generate(model, params, prompts, segment_ids, max_new_tokens=4).tokens.shape
         (2, 4)
     """
-    settings = _settings(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    settings = settings_of(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     generation = _generate(model, params, prompts, segment_ids, key, state, settings)
     check_finite(model, params, generation.finite, state)
     return generation
@@ -237,7 +237,7 @@ def prefill(
 
     The arguments and errors are the same as in :func:`generate`.
     """
-    settings = _settings(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
+    settings = settings_of(model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state)
     progress = _prefill(model, params, prompts, segment_ids, key, state, settings)
     check_finite(model, params, progress.finite, state)
     return progress
@@ -257,7 +257,7 @@ def advance(model: Model, params: Any, progress: Progress, steps: int | jax.Arra
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class Settings:
     """The static arguments of a generation: a new value needs a new compilation.
 
     Attributes:
@@ -274,7 +274,7 @@ class _Settings:
     sharding: Sharding | None
 
 
-def _settings(
+def settings_of(
     model: Model,
     prompts: Array,
     segment_ids: Array | None,
@@ -284,7 +284,7 @@ def _settings(
     end_id: EndId,
     allowed_ids: int | None,
     state: Any,
-) -> _Settings:
+) -> Settings:
     """The static arguments of a generation. Checks all arguments."""
     num_ids, slots = check_prompts(
         model, prompts, segment_ids,
@@ -297,12 +297,20 @@ def _settings(
         )
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
-    return _Settings(max_new_tokens, sampling, end_ids_of(end_id), num_ids, slots, active())
+    return Settings(max_new_tokens, sampling, end_ids_of(end_id), num_ids, slots, active())
 
 
 def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
     """Random keys [B]: ``key`` folded with the number of each row."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
+
+
+def draw_keys(settings: Settings, key: jax.Array | None, batch: int) -> jax.Array | None:
+    """One random key per row [B], from the argument ``key`` of :func:`generate`; None for greedy decoding."""
+    if settings.sampling.temperature == 0.0:
+        return None
+    assert key is not None
+    return key if _has_row_keys(key) else row_keys(key, jnp.arange(batch))
 
 
 def _has_row_keys(key: jax.Array) -> bool:
@@ -312,7 +320,7 @@ def _has_row_keys(key: jax.Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _generate(
-    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: Any, key: Any, state: Any, settings: _Settings
+    model: Model, params: Any, prompts_BT: jax.Array, segment_ids_BT: Any, key: Any, state: Any, settings: Settings
 ) -> Generation:
     progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, settings)
     progress = _advance(model, params, progress, settings.max_new_tokens - 1, sharding=settings.sharding)
@@ -327,7 +335,7 @@ def _prefill(
     segment_ids_BT: jax.Array | None,
     key: jax.Array | None,
     state: Any,
-    settings: _Settings,
+    settings: Settings,
 ) -> Progress:
     B, rows_B = prompts_BT.shape[0], jnp.arange(prompts_BT.shape[0])
     max_new_tokens, sampling, end_ids, num_ids = (
@@ -340,10 +348,6 @@ def _prefill(
         if segment_ids_BT is not None:  # padding becomes the id `num_ids`, which mode="drop" ignores
             seen_BT = jnp.where(segment_ids_BT > 0, prompts_BT.astype(jnp.int32), num_ids)
         seen_BV = jnp.zeros((B, num_ids), bool).at[rows_B[:, None], seen_BT].set(True, mode="drop")
-    keys_B = None
-    if sampling.temperature > 0.0:
-        assert key is not None
-        keys_B = key if _has_row_keys(key) else row_keys(key, rows_B)
     progress = Progress(
         state=state,
         tokens=jnp.full((B, max_new_tokens), end_ids[0] if end_ids else 0, jnp.int32),
@@ -353,7 +357,7 @@ def _prefill(
         step=jnp.zeros((), jnp.int32),
         finite=jnp.ones((B,), bool),
         seen=seen_BV,
-        keys=keys_B,
+        keys=draw_keys(settings, key, B),
         sampling=sampling,
         end_ids=end_ids,
         num_ids=num_ids,

@@ -1,0 +1,317 @@
+"""Speculative decoding: a small draft model proposes tokens, and the target model reads all of them in one call.
+
+The generated tokens have exactly the distribution of the target model (Leviathan et al. 2023, "Fast Inference from
+Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding they are the tokens of
+:func:`jaxlm.decoding.generate`. Both models may be of any family with a model state.
+
+In each round, the draft model draws K tokens one by one. The target model reads the newest token and these K tokens,
+which gives the target distribution p of each token and of the token after the last one. A proposed token x from the
+draft distribution q is accepted with probability ``min(1, p(x) / q(x))``. After the first rejected token, one token is
+drawn from ``max(p - q, 0)``, normalised. If all are accepted, one more token is drawn from p. So a round generates 1 to
+K + 1 tokens. ``Model.rollback`` then removes the rejected tokens from both model states.
+
+Shapes: B batch, T prompt length, N new tokens, K proposed tokens per round, V ids that may be generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.decoding.finite import check_finite, rows_finite
+from jaxlm.decoding.prompts import Array, EndId, is_end, read_prompts, read_tokens
+from jaxlm.decoding.sample import GREEDY, Generation, Sampling, Settings, draw_keys, filter_logits, settings_of
+from jaxlm.models import Model
+
+
+@struct.dataclass
+class SpeculativeModels:
+    """A target model and a draft model with the same token ids.
+
+    Attributes:
+        target, target_params: the model whose distribution the tokens have.
+        draft, draft_params: a smaller model, which proposes tokens.
+        num_proposed: K, number of tokens that the draft model proposes in each round. A good value is higher the more
+            proposals are accepted, and the faster the draft model is.
+    """
+
+    target: Model = struct.field(pytree_node=False)
+    target_params: Any
+    draft: Model = struct.field(pytree_node=False)
+    draft_params: Any
+    num_proposed: int = struct.field(pytree_node=False, default=4)
+
+
+@struct.dataclass
+class SpeculativeGeneration:
+    """Generated tokens, and how many proposals were accepted.
+
+    Attributes:
+        generation: the tokens, as from :func:`jaxlm.decoding.generate`.
+        rounds: [B] int32, number of calls of the target model in which the row took part, without that for the prompt.
+        accepted: [B] int32, number of accepted proposals. The acceptance rate is ``accepted / (rounds * K)``.
+        draft_finite: [B] bool, whether all logits of the draft model that were used are finite.
+    """
+
+    generation: Generation
+    rounds: jax.Array
+    accepted: jax.Array
+    draft_finite: jax.Array
+
+
+def speculative_generate(
+    models: SpeculativeModels,
+    prompts: Array,
+    segment_ids: Array | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+    end_id: EndId = None,
+    allowed_ids: int | None = None,
+    states: tuple[Any, Any] | None = None,
+) -> SpeculativeGeneration:
+    """Up to ``max_new_tokens`` new tokens for each prompt, with the distribution of the target model.
+
+    The arguments are those of :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. The random draws of
+    a row depend only on ``key`` and the number of the row, as there.
+
+    Args:
+        states: the initial states of the target model and of the draft model; required if a model is an
+            encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed`` tokens.
+
+    Raises:
+        TypeError, ValueError: as :func:`jaxlm.decoding.generate`, for either model. Both models need
+            ``num_proposed`` positions more than the text. Also: the models have different vocabulary sizes and
+            ``allowed_ids`` is None, ``num_proposed`` is below 1, or there is a repetition penalty.
+        NotFiniteError: logits of a model are not finite.
+
+    Example:
+        >>> from jaxlm import get_model
+        >>> target, draft = get_model("gpt2-tiny"), get_model("lstm-tiny")
+        >>> params, draft_params = target.init(jax.random.key(0)), draft.init(jax.random.key(1))
+        >>> models = SpeculativeModels(target, params, draft, draft_params)
+        >>> result = speculative_generate(models, jnp.array([[5, 6, 7]]), max_new_tokens=6)
+        >>> result.generation.tokens.shape
+        (1, 6)
+    """
+    if models.num_proposed < 1:
+        raise ValueError(f"num_proposed={models.num_proposed} must be at least 1")
+    sizes = models.target.config.vocab_size, models.draft.config.vocab_size
+    if allowed_ids is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the target model has {sizes[0]} token ids and the draft model {sizes[1]}: use models with the same "
+            "tokenizer, and set allowed_ids to the number of its ids"
+        )
+    if sampling.repetition_penalty != 1.0:
+        raise ValueError(
+            f"repetition_penalty={sampling.repetition_penalty} is not supported in speculative decoding: set it to 1"
+        )
+    target_state, draft_state = (None, None) if states is None else states
+    options = (max_new_tokens + models.num_proposed, sampling, key, end_id, allowed_ids)
+    settings = settings_of(models.target, prompts, segment_ids, *options, target_state)
+    settings_of(models.draft, prompts, segment_ids, *options, draft_state)
+    settings = dataclasses.replace(settings, max_new_tokens=max_new_tokens)
+    result = _generate(models, prompts, segment_ids, key, (target_state, draft_state), settings)
+    check_finite(models.target, models.target_params, result.generation.finite, target_state)
+    check_finite(models.draft, models.draft_params, result.draft_finite, draft_state)
+    return result
+
+
+@struct.dataclass
+class _Progress:
+    """The loop's values. ``states``: those of both models, after all tokens except the newest token of each row.
+
+    ``newest``: [B]. ``ended``: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
+    """
+
+    states: tuple[Any, Any]
+    newest: jax.Array
+    ended: jax.Array
+    keys: jax.Array | None
+    result: SpeculativeGeneration
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _generate(
+    models: SpeculativeModels,
+    prompts_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    key: jax.Array | None,
+    states: tuple[Any, Any],
+    settings: Settings,
+) -> SpeculativeGeneration:
+    B, N = prompts_BT.shape[0], settings.max_new_tokens
+    pairs = (models.target, models.target_params), (models.draft, models.draft_params)
+    (target_state, logits_BV), (draft_state, _) = (
+        read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
+        for (model, params), state in zip(pairs, states, strict=True)
+    )
+    keys_B = draw_keys(settings, key, B)
+    logits_BV = logits_BV[:, : settings.num_ids]
+    newest_B = _draw(settings, keys_B, jnp.zeros(B, jnp.int32), _log_probs(settings, logits_BV))
+    result = SpeculativeGeneration(
+        Generation(
+            tokens=jnp.full((B, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32).at[:, 0].set(newest_B),
+            lengths=jnp.ones(B, jnp.int32),
+            log_probs=jnp.zeros((B, N)).at[:, 0].set(_chosen(jax.nn.log_softmax(logits_BV), newest_B)),
+            finite=rows_finite(logits_BV),
+        ),
+        rounds=jnp.zeros(B, jnp.int32),
+        accepted=jnp.zeros(B, jnp.int32),
+        draft_finite=jnp.ones(B, bool),
+    )
+    ended_B = is_end(newest_B, settings.end_ids) | (N == 1)
+    progress = _Progress((target_state, draft_state), newest_B, ended_B, keys_B, result)
+    round_ = functools.partial(_round, models, settings)
+    return jax.lax.while_loop(lambda progress: ~jnp.all(progress.ended), round_, progress).result
+
+
+def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -> _Progress:
+    """One round: K proposals, one call of the target model, and the new tokens of each row."""
+    K, active_B, lengths_B = models.num_proposed, ~progress.ended, progress.result.generation.lengths
+    target_state, draft_state = progress.states
+
+    def propose(carry: Any, step: jax.Array) -> Any:
+        state, newest_B = carry
+        state, logits_BV = read_tokens(models.draft, models.draft_params, state, newest_B, active_B)
+        q_BV = _log_probs(settings, logits_BV[:, : settings.num_ids])
+        drawn_B = _draw(settings, progress.keys, lengths_B + step, q_BV)
+        return (state, drawn_B), (drawn_B, q_BV, rows_finite(logits_BV[:, : settings.num_ids]))
+
+    # The last step only reads the last proposal, so that both states contain the same tokens.
+    (draft_after, _), drawn = jax.lax.scan(propose, (draft_state, progress.newest), jnp.arange(K + 1))
+    proposed_BK, q_BKV, draft_finite_BK = (jnp.swapaxes(x, 0, 1)[:, :K] for x in drawn)
+    read_BT = jnp.concatenate([progress.newest[:, None], proposed_BK], axis=1)  # T = K + 1
+    segments_BT = jnp.broadcast_to(active_B[:, None], read_BT.shape).astype(jnp.int32)
+    hidden_BTD, target_after = models.target.apply(
+        models.target_params, read_BT, state=target_state, segment_ids=segments_BT
+    )
+    logits_BTV = models.target.logits(models.target_params, hidden_BTD)[..., : settings.num_ids]
+    p_BTV = jax.vmap(functools.partial(_log_probs, settings), 1, 1)(logits_BTV)
+
+    accepts_BK = _accepts(settings, progress.keys, lengths_B, proposed_BK, p_BTV[:, :K], q_BKV)
+    accepted_B = jnp.sum(jnp.cumprod(accepts_BK, axis=1), axis=1, dtype=jnp.int32)
+    p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
+    q_BV = jnp.take_along_axis(
+        jnp.pad(q_BKV, ((0, 0), (0, 1), (0, 0)), constant_values=-jnp.inf), accepted_B[:, None, None], axis=1
+    )[:, 0]
+    last_B = _draw(settings, progress.keys, lengths_B + accepted_B, _residual(settings, p_BV, q_BV), stream=2)
+
+    index_T = jnp.arange(K + 1)[None, :]
+    new_BT = jnp.where(index_T < accepted_B[:, None], jnp.pad(proposed_BK, ((0, 0), (0, 1))), last_B[:, None])
+    ends_BT = is_end(new_BT, settings.end_ids)
+    # A token is new if the round generated it, no earlier token of the round is an end token, and it fits.
+    is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
+    is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
+    count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)
+    result = _append(progress.result, new_BT, is_new_BT, jax.nn.log_softmax(logits_BTV))
+    used_finite_BT = rows_finite(logits_BTV) | (index_T > accepted_B[:, None])
+    used_draft_BK = draft_finite_BK | (index_T[:, :K] > accepted_B[:, None])
+    result = dataclasses.replace(
+        result,
+        generation=dataclasses.replace(
+            result.generation, finite=result.generation.finite & (jnp.all(used_finite_BT, axis=1) | progress.ended)
+        ),
+        rounds=result.rounds + active_B,
+        accepted=result.accepted + jnp.where(active_B, jnp.minimum(accepted_B, count_B), 0),
+        draft_finite=result.draft_finite & (jnp.all(used_draft_BK, axis=1) | progress.ended),
+    )
+    keep_B = jnp.where(active_B, accepted_B + 1, 0)
+    rollback = functools.partial(_rollback, read_BT, segments_BT, keep_B)
+    states = (
+        rollback(models.target, models.target_params, target_state, target_after),
+        rollback(models.draft, models.draft_params, draft_state, draft_after),
+    )
+    ended_B = progress.ended | jnp.any(ends_BT & is_new_BT, axis=1)
+    ended_B |= result.generation.lengths >= settings.max_new_tokens
+    return _Progress(states, last_B, ended_B, progress.keys, result)
+
+
+def _rollback(
+    read_BT: jax.Array, segments_BT: jax.Array, keep_B: jax.Array, model: Model, params: Any, before: Any, after: Any
+) -> Any:
+    return model.rollback(params, before, read_BT, after, keep_B, segments_BT)
+
+
+def _append(
+    result: SpeculativeGeneration, new_BT: jax.Array, is_new_BT: jax.Array, log_probs_BTV: jax.Array
+) -> SpeculativeGeneration:
+    """The result with the new tokens and their log-probabilities after the tokens of each row."""
+    generation = result.generation
+    B, N = generation.tokens.shape
+    index_BT = jnp.where(is_new_BT, generation.lengths[:, None] + jnp.arange(new_BT.shape[1])[None, :], N)
+    at = (jnp.arange(B)[:, None], index_BT)
+    generation = dataclasses.replace(
+        generation,
+        tokens=generation.tokens.at[at].set(new_BT, mode="drop"),
+        log_probs=generation.log_probs.at[at].set(_chosen(log_probs_BTV, new_BT), mode="drop"),
+        lengths=generation.lengths + jnp.sum(is_new_BT, axis=1, dtype=jnp.int32),
+    )
+    return dataclasses.replace(result, generation=generation)
+
+
+def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
+    """The log-probabilities of the distribution from which tokens are drawn; greedy: 0 for one token, else -inf."""
+    filtered_BV = filter_logits(settings.sampling, logits_BV)
+    if settings.sampling.temperature > 0.0:
+        return jax.nn.log_softmax(filtered_BV)
+    is_top_BV = jnp.argmax(filtered_BV, axis=-1, keepdims=True) == jnp.arange(filtered_BV.shape[-1])[None, :]
+    return jnp.where(is_top_BV, 0.0, -jnp.inf)
+
+
+def _draw(
+    settings: Settings, keys_B: jax.Array | None, index_B: jax.Array, log_probs_BV: jax.Array, stream: int = 0
+) -> jax.Array:
+    """One token for each row. ``index_B``: number of the token in its row, which selects the random numbers."""
+    if keys_B is None:
+        return jnp.argmax(log_probs_BV, axis=-1).astype(jnp.int32)
+    drawn_B = jax.vmap(jax.random.categorical)(_token_keys(keys_B, index_B, stream), log_probs_BV)
+    return drawn_B.astype(jnp.int32)
+
+
+def _token_keys(keys_B: jax.Array, index_B: jax.Array, stream: int) -> jax.Array:
+    """Keys [B] for one use (``stream``) of random numbers: 0 a proposal, 1 its acceptance, 2 the last token."""
+    return jax.vmap(lambda key, index: jax.random.fold_in(jax.random.fold_in(key, index), stream))(keys_B, index_B)
+
+
+def _accepts(
+    settings: Settings,
+    keys_B: jax.Array | None,
+    lengths_B: jax.Array,
+    proposed_BK: jax.Array,
+    p_BKV: jax.Array,
+    q_BKV: jax.Array,
+) -> jax.Array:
+    """Whether each proposal passes its test, bool [B, K]."""
+    log_ratio_BK = _chosen(p_BKV, proposed_BK) - _chosen(q_BKV, proposed_BK)
+    if keys_B is None:
+        return log_ratio_BK >= 0.0  # the proposal is also the target model's most likely token
+    uniform_BK = jnp.stack(
+        [
+            jax.vmap(jax.random.uniform)(_token_keys(keys_B, lengths_B + index, 1))
+            for index in range(proposed_BK.shape[1])
+        ],
+        axis=1,
+    )
+    return jnp.log(uniform_BK) < log_ratio_BK
+
+
+def _residual(settings: Settings, p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
+    """The log of ``max(p - q, 0)``, not normalised, from log-probabilities; greedy: p itself."""
+    if settings.sampling.temperature == 0.0:
+        return p_BV
+    residual_BV = jnp.maximum(jnp.exp(p_BV) - jnp.exp(q_BV), 0.0)
+    # If p and q are equal up to rounding, a rejection has probability 0, but rounding may let it happen.
+    is_empty_B1 = jnp.sum(residual_BV, axis=-1, keepdims=True) <= 0.0
+    return jnp.where(is_empty_B1, p_BV, jnp.log(residual_BV))
+
+
+def _chosen(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The log-probability of each token: ``log_probs`` [..., V] at ``tokens`` [...]."""
+    return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]

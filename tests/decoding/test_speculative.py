@@ -1,0 +1,141 @@
+"""Tests of speculative decoding: greedy tokens equal ``generate``, drawn tokens have the target's distribution."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxlm.decoding import (
+    GREEDY,
+    NotFiniteError,
+    Sampling,
+    SpeculativeModels,
+    filter_logits,
+    generate,
+    speculative_generate,
+)
+from jaxlm.testing.helpers import add_noise, relative_error, source_of, tiny_model
+
+PROMPTS = np.array([[5, 6, 7, 9], [0, 8, 9, 3], [0, 0, 0, 2]], np.int32)
+SEGMENTS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], np.int32)
+END = 11
+
+
+@functools.cache
+def model_and_params(name, seed=0, **overrides):
+    model = tiny_model(name, **overrides)
+    return model, add_noise(jax.jit(model.init)(jax.random.key(seed)))
+
+
+def models_of(target, draft, num_proposed=3, **overrides):
+    return SpeculativeModels(
+        *model_and_params(target, **overrides), *model_and_params(draft, 1, **overrides), num_proposed
+    )
+
+
+@pytest.mark.parametrize(("target", "draft"), [("gpt", "lstm"), ("gru", "llama"), ("transformer_xl", "resnet_lm")])
+def test_greedy_tokens_equal_those_of_generate(target, draft):
+    models = models_of(target, draft)
+    want = generate(
+        models.target, models.target_params, PROMPTS, SEGMENTS, max_new_tokens=9, end_id=END, allowed_ids=64
+    )
+    options = {"max_new_tokens": 9, "end_id": END, "allowed_ids": 64}
+    got = speculative_generate(models, PROMPTS, SEGMENTS, **options)
+    np.testing.assert_array_equal(got.generation.tokens, want.tokens)
+    np.testing.assert_array_equal(got.generation.lengths, want.lengths)
+    assert relative_error(got.generation.log_probs, want.log_probs) < 1e-5
+    # Each round generates its accepted proposals and one more token. The prompt gives the first token.
+    assert np.all(want.lengths <= 1 + got.rounds + got.accepted)
+
+
+def test_a_model_accepts_its_own_proposals():
+    model, params = model_and_params("gpt")
+    models = SpeculativeModels(model, params, model, params, 3)
+    for sampling in (GREEDY, Sampling(temperature=0.8, top_k=20)):
+        result = speculative_generate(
+            models, PROMPTS, SEGMENTS, max_new_tokens=9, sampling=sampling, key=jax.random.key(0)
+        )
+        np.testing.assert_array_equal(result.rounds, 2)
+        np.testing.assert_array_equal(result.accepted, 6)
+        np.testing.assert_array_equal(result.generation.lengths, 9)
+
+
+def test_an_encoder_decoder_with_a_decoder_as_draft():
+    models = models_of("t5", "lstm")
+    source = source_of(models.target, 3)["source"]
+    prompts = np.zeros((3, 1), np.int32)
+    state = models.target.init_decode_state(models.target_params, source, 20)
+    want = generate(models.target, models.target_params, prompts, max_new_tokens=8, allowed_ids=64, state=state)
+    states = state, models.draft.init_state(3, 20)
+    got = speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
+    np.testing.assert_array_equal(got.generation.tokens, want.tokens)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
+def test_drawn_tokens_have_the_distribution_of_the_target_model(sampling):
+    """A chi-square test of the first three tokens of 8,000 rows, over all texts of three tokens."""
+    rows, ids = 8000, 5
+    models = models_of("gpt", "gru", 2, vocab_size=ids)
+    prompts = np.tile(np.array([[1, 3]], np.int32), (rows, 1))
+    key = jax.random.key(7)
+    result = speculative_generate(models, prompts, max_new_tokens=3, sampling=sampling, key=key)
+    assert 0 < np.mean(result.accepted) < 2  # proposals are accepted and rejected
+
+    def p_value(tokens, model, params):
+        expected = rows * _probabilities(model, params, prompts[0], sampling, ids)
+        observed = np.bincount(np.asarray(tokens) @ np.array([ids**2, ids, 1]), minlength=ids**3)
+        assert np.all(observed[expected == 0.0] == 0)
+        rare = expected < 5
+        cells = [np.append(x[~rare], x[rare].sum()) for x in (observed, expected)]
+        observed, expected = (x[cells[1] > 0] for x in cells)
+        return stats.chisquare(observed, expected * (observed.sum() / expected.sum())).pvalue
+
+    assert p_value(result.generation.tokens, models.target, models.target_params) > 1e-3
+    # The draft model passes its own test, and its distribution is far from that of the target model.
+    draft = generate(models.draft, models.draft_params, prompts, max_new_tokens=3, sampling=sampling, key=key)
+    assert p_value(draft.tokens, models.draft, models.draft_params) > 1e-3
+    target_texts = _probabilities(models.target, models.target_params, prompts[0], sampling, ids)
+    draft_texts = _probabilities(models.draft, models.draft_params, prompts[0], sampling, ids)
+    assert np.abs(target_texts - draft_texts).sum() > 0.3
+
+
+def _probabilities(model, params, prompt, sampling, ids):
+    """The probability of each text of three tokens, [ids ** 3]."""
+    texts = np.stack(np.meshgrid(*[np.arange(ids)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    tokens = np.concatenate([np.tile(prompt, (len(texts), 1)), texts], axis=1)
+    hidden, _ = jax.jit(model.apply)(params, tokens)
+    logits = model.logits(params, hidden)[:, len(prompt) - 1 : -1, :ids]
+    log_p = jax.nn.log_softmax(jax.vmap(functools.partial(filter_logits, sampling), 1, 1)(logits))
+    return np.exp(np.take_along_axis(np.asarray(log_p, np.float64), texts[..., None], -1)[..., 0].sum(axis=1))
+
+
+def test_the_draws_of_a_row_do_not_depend_on_the_other_rows():
+    models = models_of("gpt", "lstm", vocab_size=64)
+    keys = jax.random.split(jax.random.key(3), 3)
+    options = {"max_new_tokens": 7, "sampling": Sampling(temperature=0.9)}
+    together = speculative_generate(models, PROMPTS, SEGMENTS, key=keys, **options)
+    alone = speculative_generate(models, PROMPTS[1:2], SEGMENTS[1:2], key=keys[1:2], **options)
+    np.testing.assert_array_equal(alone.generation.tokens[0], together.generation.tokens[1])
+
+
+def test_bad_input():
+    models = models_of("gpt", "lstm")
+    run = functools.partial(speculative_generate, prompts=PROMPTS, max_new_tokens=4)
+    with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):
+        run(models.replace(num_proposed=0))
+    draft, draft_params = model_and_params("transformer_xl")
+    with pytest.raises(ValueError, match=r"128 token ids and the draft model 64: .* set allowed_ids"):
+        run(models.replace(draft=draft, draft_params=draft_params))
+    with pytest.raises(ValueError, match="repetition_penalty=1.2 is not supported in speculative decoding"):
+        run(models, sampling=Sampling(repetition_penalty=1.2), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="temperature=1.0 draws at random: pass a key"):
+        run(models, sampling=Sampling())
+    positions = models.target.config.max_positions
+    with pytest.raises(ValueError, match=f"max_positions={positions}"):
+        run(models, max_new_tokens=positions - 4)
+    broken = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), models.draft_params)
+    with pytest.raises(NotFiniteError, match="parameters are not finite: head/bias"):
+        run(models.replace(draft_params=broken))
