@@ -78,12 +78,11 @@ def decoded_parameters(model: Any) -> int:
 def counted_flops(model: Any, batch: Any) -> Any:
     """FLOPs of a training step: three times the forward pass of ``without_recomputation(model)``."""
     from jaxlm import spec
-    from jaxlm.decoding.describe import task_of
     from jaxlm.objectives import objective
     from jaxlm.plan import flops
     from jaxlm.plan.program import without_recomputation
 
-    model, loss = without_recomputation(model), objective(task_of(model)).loss
+    model, loss = without_recomputation(model), objective(model.task).loss
     forward = flops.counted_flops(lambda params: loss(model, params, batch)[0], spec.abstract(model.specs))
     return flops.Flops(
         3 * forward.amount, "3 * dots and convolutions of the forward pass, only at the predicted positions"
@@ -92,12 +91,11 @@ def counted_flops(model: Any, batch: Any) -> Any:
 
 def example(model: Any, batch: int, length: int) -> Any:
     """A batch of random tokens for the objective of the model, created with ``jaxlm.objectives``."""
-    from jaxlm.decoding.describe import task_of
     from jaxlm.objectives import causal, classification, masked, permutation, seq2seq
 
     cfg, rng = model.config, np.random.default_rng(1)
     tokens = shapes.random_tokens(cfg.vocab_size, batch, length)
-    task = task_of(model)
+    task = model.task
     if model.family == "transformer_xl":
         return causal.batch(shapes.zipf_tokens(cfg.vocab_size, batch, length + 1))
     if task == "masked":

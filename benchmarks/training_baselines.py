@@ -51,7 +51,6 @@ class Jaxlm(JaxTraining):
     def __init__(self, directory: str, family: str, passes: str) -> None:
         jax = jax_exact()
         import jaxlm
-        from jaxlm.decoding.describe import task_of
         from jaxlm.objectives import objective
         from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
         from jaxlm.training.trainer import Trainer
@@ -59,7 +58,7 @@ class Jaxlm(JaxTraining):
         model, params = jaxlm.load_pretrained(directory)
         self.updates = passes == "step"
         self.batch = jax.device_put(complete_models.batch_of(complete_models.load(directory)))
-        loss = objective(task_of(model)).loss
+        loss = objective(model.task).loss
         if not self.updates:
 
             def mean_loss(params: Any, batch: Any) -> Any:

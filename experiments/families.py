@@ -40,7 +40,6 @@ from jaxlm import host
 from jaxlm.command_line import Parser, exit_status, split_debug
 from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, Window, shakespeare
 from jaxlm.data.corpora import PLAYS
-from jaxlm.decoding.describe import task_of
 from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
 from jaxlm.objectives import causal, classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
@@ -176,7 +175,7 @@ def recipe_of(name: str) -> Recipe:
     variants = [variant for variant, family in variant_names().items() if family == name]
     variant = min(variants, key=lambda variant: not variant.endswith("-tiny"), default=name)
     model = get_model(variant)
-    if task_of(model) != "causal" or model.reads_source:
+    if model.task != "causal" or model.reads_source:
         raise ValueError(f"family {name!r} has no recipe in experiments.families: only a causal family needs none")
     return Recipe(variant, {}, "causal", 1000, state_length=model.carried_state_length, optimizer_changes=adamw(3e-3))
 

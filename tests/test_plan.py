@@ -18,7 +18,7 @@ from jaxlm.models import FAMILIES, get_model
 from jaxlm.objectives import causal, masked, objective, permutation, span_corruption
 from jaxlm.plan import flops, hlo, kernels, plan, planning, program, show, topology
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import FIRST_VARIANTS, decodes, random_tokens, task_of, tiny_model, with_stacked_layers
+from jaxlm.testing.helpers import FIRST_VARIANTS, decodes, random_tokens, tiny_model, with_stacked_layers
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer
 
@@ -293,7 +293,7 @@ def test_the_flops_formula_agrees_with_the_counted_flops(name):
     formula = flops.training_flops(model, B, T)
     update = make_optimizer(OptimizerConfig(), model.specs, 1000)
     data = program.abstract_batch(model, B, T, Sharding(make_mesh("data=1", devices=jax.devices()[:1])))
-    trainer = Trainer(model, update, objective(task_of(model)).loss)
+    trainer = Trainer(model, update, objective(model.task).loss)
     counted = program._count_flops(trainer, trainer.abstract(), data).amount
     cfg = model.config
     attention = 12 * cfg.num_layers * cfg.embed_dim * T * B * T

@@ -23,11 +23,6 @@ _HEADS = {
 }
 
 
-def task_of(model: Model) -> str:
-    """The task of the model's head, such as "causal"."""
-    return getattr(model.config, "task", "causal")
-
-
 def describe(model: Model) -> str:
     """The family and the head of a model in words.
 
@@ -37,7 +32,7 @@ def describe(model: Model) -> str:
         'a BERT with a masked-token head'
     """
     name = _FAMILIES.get(getattr(model, "family", ""), getattr(model, "family", "model"))
-    task = task_of(model)
+    task = model.task
     article = "an" if name[0] in "aeiouAEIOU" or name[:2] in ("LS", "XL") else "a"
     return f"{article} {name} with {_HEADS.get(task, f'task={task!r}')}"
 
@@ -49,5 +44,5 @@ def require_task(model: Model, tasks: Sequence[str], problem: str, remedy: str) 
         problem: a clause about the missing ability, for example "it cannot classify texts".
         remedy: a clause that tells the user which model to load or which function to call instead.
     """
-    if task_of(model) not in tasks:
+    if model.task not in tasks:
         raise ValueError(f"this is {describe(model)}: {problem}; {remedy}")

@@ -131,7 +131,7 @@ def describe(config: dict[str, Any], path: Path, overrides: dict[str, Any]) -> D
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
     table = _native_format(model) if table is None else table
-    if getattr(model.config, "task", None) not in _LABEL_TASKS:
+    if model.task not in _LABEL_TASKS:
         labels = None
     metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config), config=config)
     return Description(dataclasses.replace(model, metadata=metadata), table, saved_model)
@@ -281,7 +281,7 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
 def _model_fields(model: Model, table: Format) -> dict[str, Any]:
     """The fields of ``config.json`` that describe the model, without special token ids and dtype."""
     fields: dict[str, Any] = {}
-    if getattr(model.config, "task", None) in _LABEL_TASKS and (formats.of(model.family) or model.labels is not None):
+    if model.task in _LABEL_TASKS and (formats.of(model.family) or model.labels is not None):
         labels = model.labels or [f"LABEL_{number}" for number in range(model.config.num_labels)]
         fields["id2label"] = {str(number): label for number, label in enumerate(labels)}
         fields["label2id"] = {label: number for number, label in enumerate(labels)}
@@ -361,7 +361,7 @@ def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
     ``tokenizer.end_id``.
     """
     ids = dataclasses.asdict(tokenizer.special_ids)
-    if ids["eos"] is None and getattr(model.config, "task", "causal") in _GENERATION_TASKS:
+    if ids["eos"] is None and model.task in _GENERATION_TASKS:
         ids["eos"] = tokenizer.end_id
     return ids
 
@@ -381,7 +381,7 @@ def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> 
     Without this file, transformers uses the special token ids in ``config.json``.
     """
     loaded = None if model.metadata is None else model.metadata.generation_config
-    generates = getattr(model.config, "task", "causal") in _GENERATION_TASKS
+    generates = model.task in _GENERATION_TASKS
     if loaded is None and (tokenizer is None or not generates):
         return None
     result = dict(loaded or {})

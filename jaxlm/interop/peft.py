@@ -136,7 +136,7 @@ def save_adapter(
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
-    weights = _weights(model, with_prefix=getattr(model.config, "task", None) != "none")
+    weights = _weights(model, with_prefix=model.task != "none")
     flat = {
         name: np.asarray(processes.gather_to_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()
     }
@@ -148,7 +148,7 @@ def save_adapter(
     for path in fully_trained:
         tensors |= weights[path].full_weight_to_peft(flat[path])
     modules_to_save = _modules_to_save(weights, fully_trained)
-    task = _PEFT_TASKS.get(getattr(model.config, "task", ""))
+    task = _PEFT_TASKS.get(model.task)
     # For these tasks, PEFT adds the head to `modules_to_save`. If the file then has no tensors of the head, PEFT fails.
     # So the task is saved only if the head is trained.
     if not modules_to_save and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):

@@ -69,6 +69,11 @@ class Model:
         return family(self.family)
 
     @property
+    def task(self) -> str:
+        """The task of the output head, such as "classification"; "causal" if the config has no field ``task``."""
+        return getattr(self.config, "task", "causal")
+
+    @property
     def labels(self) -> tuple[str, ...] | None:
         """The names of the labels, in the order of the logits; None if they have no names."""
         return None if self.metadata is None else self.metadata.labels
@@ -86,7 +91,7 @@ class Model:
         """
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"labels must be a sequence of strings, got {names!r}")
-        task = getattr(self.config, "task", None)
+        task = self.task
         if task not in ("classification", "token_classification"):
             raise ValueError(
                 f"a model with task={task!r} has no labels: use task='classification' or 'token_classification'"
@@ -243,7 +248,7 @@ class Model:
         def compute_weights(params: spec.Tree, tokens: jax.Array, inputs: dict[str, Any]) -> dict[str, list[jax.Array]]:
             with recorded_weights() as records:
                 hidden, _ = model.apply(spec.unstack(params), tokens, **inputs)
-                if getattr(self.config, "task", None) == "classification" and hasattr(self.module, "pool"):
+                if self.task == "classification" and hasattr(self.module, "pool"):
                     model.pool(params, hidden, segment_ids=inputs.get("segment_ids"))
             weights: dict[str, list[jax.Array]] = {}
             for index, (layer_weights, kind) in enumerate(records):
@@ -337,7 +342,7 @@ class Model:
     def carried_state_length(self) -> int | None:
         """The length of the state that training carries along a text; None: training reads independent windows."""
         function = getattr(self.module, "carried_state_length", None)
-        causal = getattr(self.config, "task", "causal") == "causal"
+        causal = self.task == "causal"
         return function(self.config) if function is not None and causal else None
 
     def init_state(self, batch: int, length: int) -> spec.Tree:

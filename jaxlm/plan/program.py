@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.decoding.describe import task_of
 from jaxlm.decoding.prompts import read_tokens
 from jaxlm.models import Model
 from jaxlm.objectives import objective, span_corruption
@@ -69,7 +68,7 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     Raises:
         ValueError: the batch is not divisible by its mesh axes, or no objective trains the task.
     """
-    task = task_of(model)
+    task = model.task
     objective(task)  # raises ValueError if no objective trains the task
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
 
@@ -107,7 +106,7 @@ def training_step(
     Raises:
         ValueError: a size is not divisible by its mesh axes, or the model cannot read the batch.
     """
-    task = task_of(model)
+    task = model.task
     update = make_optimizer(optimizer, model.specs, optimizer.warmup_steps + 1000)
     carry_size = carry_size_of(model, batch)
     data = abstract_batch(model, batch, sequence, sharding)

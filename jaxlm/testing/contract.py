@@ -42,7 +42,6 @@ from jaxlm.testing.helpers import (
     random_tokens,
     relative_error,
     source_of,
-    task_of,
     tiny_model,
     tiny_variants,
     variant_params,
@@ -128,7 +127,7 @@ def hidden_of_row(model, params, tokens, row, start=0, stop=None):
 
 
 def loss_of(model, params, batch, key=None):
-    total, weight, _ = objective(task_of(model)).loss(model, params, batch, key=key)
+    total, weight, _ = objective(model.task).loss(model, params, batch, key=key)
     return total / weight
 
 
@@ -170,9 +169,11 @@ def test_specs_are_hashable_and_stable(name):
 def test_initial_values_depend_only_on_path_and_layer(name):
     model = tiny_model(name)
     flat = spec.flatten(model.specs)
-    init_each_alone = jax.jit(lambda key: {path: spec.init({path: leaf}, key)[path] for path, leaf in flat.items()})
-    expected = init_each_alone(jax.random.key(0))
-    assert_trees_equal(spec.flatten(initial_params(model)), expected)
+    expected = {}
+    for start in (0, 1):  # each half of the leaves is initialized without the other half
+        half = dict(list(flat.items())[start::2])
+        expected |= jax.jit(functools.partial(spec.init, half))(jax.random.key(0))
+    assert_trees_equal(spec.flatten(initial_params(model)), {path: expected[path] for path in flat})
     seeds = zip(*(jax.tree.leaves(initial_params(model, seed)) for seed in (0, 1)), strict=True)
     assert any(not np.array_equal(*pair) for pair in seeds)
     if not any(leaf.axes[0] == spec.LAYERS for leaf in flat.values()):
@@ -180,6 +181,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
     deeper_model = dataclasses.replace(
         model, config=dataclasses.replace(model.config, num_layers=model.config.num_layers + 1)
     )
+    deeper_values = spec.flatten(initial_params(deeper_model))
     for path, leaf in spec.flatten(deeper_model.specs).items():
         same_path_spec = flat.get(path)
         if (
@@ -188,8 +190,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
             and same_path_spec.init == leaf.init
             and same_path_spec.shape != leaf.shape
         ):
-            deeper_values = spec.init({path: leaf}, jax.random.key(0))[path]
-            assert relative_error(deeper_values[: model.config.num_layers], expected[path]) < 1e-6
+            assert relative_error(deeper_values[path][: model.config.num_layers], expected[path]) < 1e-6
 
 
 @every_variant
@@ -206,7 +207,7 @@ def test_jit_and_eager_results_agree(name):
     model, params, tokens = setup(name, length=8)
     eager_hidden, _ = model.apply(params, tokens, **source_of(model, 2))
     assert relative_error(hidden_of(model, params, tokens), eager_hidden) < TOLERANCE
-    head_input = model.pool(params, eager_hidden) if task_of(model) == "classification" else eager_hidden
+    head_input = model.pool(params, eager_hidden) if model.task == "classification" else eager_hidden
     logits = model.logits(params, head_input)
     assert logits.dtype == jnp.float32
     assert relative_error(jax.jit(model.logits)(params, head_input), logits) < TOLERANCE
@@ -214,12 +215,12 @@ def test_jit_and_eager_results_agree(name):
 
 @every_variant
 def test_remat_and_attention_implementation_do_not_change_loss_and_gradients(name):
-    choices = {"remat": "full", "attention_implementation": "blockwise"}
     model, params, tokens = setup(name, length=13, **_existing_fields(name, {"remat": "none"}))
     batch, key = batch_of(model, tokens), jax.random.key(3)
     want = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, batch, key)))(params)
-    for change in [{field: value} for field, value in _existing_fields(name, choices).items()] + [{"remat": "dots"}]:
-        if not _existing_fields(name, change):
+    for choice in ({"remat": "full", "attention_implementation": "blockwise"}, {"remat": "dots"}):
+        change = _existing_fields(name, choice)
+        if not change:
             continue
         other = dataclasses.replace(model, config=dataclasses.replace(model.config, **change))
         got = jax.jit(jax.value_and_grad(lambda p, other=other: loss_of(other, p, batch, key)))(params)
@@ -236,19 +237,10 @@ def test_stacked_and_per_layer_models_agree(name):
     model, params, tokens = setup(name)
     stacked = with_stacked_layers(model)
     assert stacked.specs == spec.restack(model.specs) != model.specs
-    assert_trees_equal(jax.jit(stacked.init)(jax.random.key(0)), spec.restack(jax.jit(model.init)(jax.random.key(0))))
+    assert_trees_equal(initial_params(stacked), spec.restack(initial_params(model)))
     key, stacked_params = jax.random.key(2), spec.restack(params)
     want = hidden_of(model, params, tokens, key=key)
     assert relative_error(hidden_of(stacked, stacked_params, tokens, key=key), want) < TOLERANCE
-    if not decodes(model):
-        return
-    states = []
-    for variant, weights in ((model, params), (stacked, stacked_params)):
-        step = jax.jit(lambda p, t, s, variant=variant: variant.apply(p, t, state=s))
-        hidden, state = step(weights, tokens[:, :7], initial_state(variant, weights, 2, 9))
-        hidden, state = step(weights, tokens[:, 7:9], state)
-        states.append((hidden, spec.restack(state)))
-    assert_trees_close(states[1], states[0], TOLERANCE)
 
 
 @every_variant
@@ -386,9 +378,9 @@ def test_padding_does_not_change_the_other_positions(name, side):
 
 @every_variant
 def test_packed_documents_equal_separate_documents(name):
-    model, params, tokens = setup(name, batch=1, length=30)
-    boundaries = (0, 11, 14, 27)  # three documents, then padding
-    segments = np.zeros((1, 30), np.int32)
+    model, params, tokens = setup(name, batch=1, length=26)
+    boundaries = (0, 12, 16, 23)  # three documents, then padding
+    segments = np.zeros((1, 26), np.int32)
     for number, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False), start=1):
         segments[:, start:stop] = number
     inputs = {"segment_ids": segments}
@@ -401,14 +393,14 @@ def test_packed_documents_equal_separate_documents(name):
         return
     for start, stop in zip(boundaries, boundaries[1:], strict=False):
         assert relative_error(packed[0, start:stop], hidden_of_row(model, params, tokens, 0, start, stop)) < TOLERANCE
-    if task_of(model) != "causal":
+    if model.task != "causal":
         return
     weights = batch_of(model, tokens, segments).weights[0]
-    assert np.flatnonzero(weights == 0).tolist() == [10, 13, 26, 27, 28]  # no document predicts the next document
+    assert np.flatnonzero(weights == 0).tolist() == [11, 15, 22, 23, 24]  # no document predicts the next document
 
 
 @every_decoder
-@pytest.mark.parametrize("cuts", [(5, 6, 7, 8), (1, 2, 3, 4, 5, 6, 7, 8), (16,), (3, 11)])
+@pytest.mark.parametrize("cuts", [(5, 6, 7, 8), (1, 2, 3, 4, 5, 6, 7, 8), (16,), (9, 14, 15, 16)])
 def test_cached_equals_full_at_every_position(name, cuts):
     """Prefill, chunks and single steps give the hidden states of one call without a state."""
     model, params, tokens = setup(name, batch=2, length=17)
@@ -429,26 +421,26 @@ def step_of(model, params, tokens, state, segment_ids=None):
 @every_decoder
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_unequal_length_decode_independently(name, side):
-    model, params, tokens = setup(name, batch=3, length=14)
+    model, params, tokens = setup(name, batch=3, length=12)
     lengths = (9, 4, 1)
     prompt, segments = np.full((3, 9), 7, np.int32), np.zeros((3, 9), np.int32)
     for row, n in enumerate(lengths):
         positions = slice(9 - n, 9) if side == "left" else slice(0, n)
         prompt[row, positions], segments[row, positions] = tokens[row, :n], 1
-    _, state = step_of(model, params, prompt, initial_state(model, params, 3, 14), segments)
+    _, state = step_of(model, params, prompt, initial_state(model, params, 3, 12), segments)
     outputs = []
-    for i in range(5):
+    for i in range(3):
         next_tokens = np.stack([tokens[row, n + i] for row, n in enumerate(lengths)])[:, None]
         hidden, state = step_of(model, params, next_tokens, state)
         outputs.append(hidden[:, 0])
     for row, n in enumerate(lengths):
-        expected = hidden_of_row(model, params, tokens, row, 0, n + 5)[n:]
+        expected = hidden_of_row(model, params, tokens, row, 0, n + 3)[n:]
         assert relative_error(jnp.stack([output[row] for output in outputs]), expected) < TOLERANCE
 
 
 @every_decoder
 def test_take_and_reset_act_on_single_rows_of_a_state(name):
-    model, params, tokens = setup(name, batch=3, length=10)
+    model, params, tokens = setup(name, batch=3, length=12)
     sizes = {"source_length": source_of(model, 3)["source"].shape[1]} if model.reads_source else {}
     specs = model.state_specs(3, 12, **sizes)
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
@@ -563,7 +555,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
     """Without rows or without tokens: empty hidden states, loss 0, gradients 0, and an unchanged state."""
     model = tiny_model(name)
     params = initial_params(model)
-    task_objective = objective(task_of(model))
+    task_objective = objective(model.task)
 
     @jax.jit
     def gradient(params, batch, key):
@@ -585,7 +577,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
         full, _ = jax.eval_shape(lambda p: model.apply(p, np.zeros((1, 5), np.int32), **source_of(model, 1)), params)
         output_length = 0 if length == 0 else full.shape[1]
         assert (hidden.shape, hidden.dtype, state) == ((rows, output_length, *full.shape[2:]), full.dtype, None)
-        if task_of(model) == "classification" and length == 0:
+        if model.task == "classification" and length == 0:
             with pytest.raises(ValueError, match=r"hidden states \[2, 0, \d+\] have no position to classify"):
                 model.pool(params, hidden)
             continue
@@ -650,7 +642,7 @@ def single_step(name):
 
 
 def loss_function(model):
-    return objective(task_of(model)).loss
+    return objective(model.task).loss
 
 
 def run_one_step(step, state, batch):
@@ -757,9 +749,7 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     outputs = (
-        model.config.num_labels
-        if task_of(model) in ("classification", "token_classification")
-        else model.config.vocab_size
+        model.config.num_labels if model.task in ("classification", "token_classification") else model.config.vocab_size
     )
     assert losses[0] == pytest.approx(
         np.log(outputs), abs=0.7

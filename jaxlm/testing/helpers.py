@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.decoding.describe import task_of
 from jaxlm.models import FAMILIES, Model, family_names, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives.batch import Batch
@@ -76,7 +75,7 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
     source = source_of(model, len(tokens))
     input_segments: Any = None if segment_ids is None else segment_ids[:, :-1]
     weights: Any = np.ones(inputs.shape, np.float32)
-    task = task_of(model)
+    task = model.task
     if task in ("causal", "permutation", "seq2seq"):
         if segment_ids is not None:
             weights = ((input_segments == segment_ids[:, 1:]) & (input_segments > 0)).astype(np.float32)

@@ -47,7 +47,7 @@ def test_a_saved_batch_is_loaded_and_has_a_loss(family: str, tmp_path: Path) -> 
     for expected, actual in zip(jax.tree.leaves(batch), jax.tree.leaves(loaded), strict=True):
         assert np.array_equal(expected, actual)
     params = spec.abstract(model.specs)
-    loss = objective(getattr(model.config, "task", "causal")).loss
+    loss = objective(model.task).loss
     total, weight, _ = jax.eval_shape(lambda params: loss(model, params, loaded), params)
     assert (total.shape, weight.shape) == ((), ())
     labels = complete_models.labels(arrays)

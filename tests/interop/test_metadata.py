@@ -106,7 +106,7 @@ def test_every_field_survives_load_and_save(name: str, table: Format, architectu
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not formats.of(name)])
 def test_families_without_published_formats_keep_fields_and_labels(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    has_labels = getattr(model.config, "task", None) == "classification"
+    has_labels = model.task == "classification"
     if has_labels:
         model = model.with_labels([f"label {number}" for number in range(model.config.num_labels)])
     save_model(tmp_path / "a", model)
@@ -308,7 +308,7 @@ def test_special_ids_come_from_the_tokenizer(variant: str, template: Any, expect
     save_model(tmp_path, model, tokenizer=tokenizer)
     assert {role: read(tmp_path)[f"{role}_token_id"] for role in expected} == expected
     assert load_tokenizer(tmp_path).special_ids == tokenizer.special_ids
-    if getattr(model.config, "task", "causal") in ("causal", "seq2seq", "permutation"):
+    if model.task in ("causal", "seq2seq", "permutation"):
         generation = read(tmp_path, "generation_config.json")
         special_ids = {role: generation.get(f"{role}_token_id") for role in expected}
         assert special_ids == expected

@@ -59,7 +59,7 @@ def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, floa
     inputs = {key.removeprefix("input/"): x for key, x in reference.items() if key.startswith("input/")}
     tokens, segment_ids = inputs.pop("tokens"), inputs.pop("segment_ids", None)
     targets, weights = reference.get("targets"), reference.get("weights")
-    task = getattr(model.config, "task", "causal")
+    task = model.task
 
     @jax.jit
     def outputs(params: Any, tokens: Any, segment_ids: Any, inputs: Any) -> Any:

@@ -16,14 +16,14 @@ from jaxlm.data.tokenizers import PretrainedTokenizer
 from jaxlm.decoding import GREEDY, GenerationConfig, generate_text, score
 from jaxlm.decoding.batches import bucket_length
 from jaxlm.tasks.text_requests import TextRequests, rolling_windows
-from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decodes, task_of, tiny_model
+from jaxlm.testing.helpers import FIRST_VARIANTS, add_noise, decodes, tiny_model
 
 BYTES = ByteTokenizer()
 PREFIX = BYTES.end_id
 NAMES = [
     name
     for name in FIRST_VARIANTS
-    if decodes(tiny_model(name)) and task_of(tiny_model(name)) in ("causal", "permutation", "seq2seq")
+    if decodes(tiny_model(name)) and tiny_model(name).task in ("causal", "permutation", "seq2seq")
 ]
 LENGTH = 64
 PAIRS = [("a man is ", "here"), ("the sea", " is"), ("", "o sea"), ("a man is here", " x")]

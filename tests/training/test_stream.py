@@ -23,7 +23,6 @@ from jaxlm.testing.helpers import (
     decodes,
     random_tokens,
     relative_error,
-    task_of,
     tiny_model,
     variant_params,
 )
@@ -33,12 +32,12 @@ from jaxlm.training.trainer import Trainer
 
 ROWS, LENGTH, MEMORY = 8, 6, 24
 CARRY = (ROWS, MEMORY)
-DECODERS = [name for name in TINY if decodes(tiny_model(name)) and task_of(tiny_model(name)) != "seq2seq"]
+DECODERS = [name for name in TINY if decodes(tiny_model(name)) and tiny_model(name).task != "seq2seq"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_of(model: Any, params: Any, batch: Any, state: Any) -> Any:
-    return objective(task_of(model)).loss(model, params, batch, state=state)
+    return objective(model.task).loss(model, params, batch, state=state)
 
 
 @pytest.mark.parametrize("name", variant_params(DECODERS))
