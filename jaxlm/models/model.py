@@ -315,7 +315,7 @@ class Model:
 
         The continuation of each row is the same as after such a call. A family with a key-value cache frees the slots
         of the other tokens (its function ``rollback``). Any other family reads the first tokens again, from the state
-        ``before``.
+        ``before``; if its state contains a cache, too, the slots of the other tokens are then freed.
 
         Args:
             before: the state before the call.
@@ -336,7 +336,10 @@ class Model:
             return self.module.rollback(self.config, after, T - count)
         is_kept = jnp.arange(T)[None, :] < count[:, None]
         segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
-        return self.apply(params, tokens, state=before, segment_ids=segments)[1]
+        _, state = self.apply(params, tokens, state=before, segment_ids=segments)
+        from jaxlm.nn.attention import cache  # here, because it imports flax and `import jaxlm` does not
+
+        return cache.rollback(state, T - count) if "length" in state else state
 
     @property
     def carried_state_length(self) -> int | None:
