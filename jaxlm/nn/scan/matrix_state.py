@@ -6,8 +6,8 @@ the values that is always 1.
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
 
-Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, E = 1 or
-K decays per head.
+Shapes: B batch, T time, H heads, G groups of heads, R = H / G heads of a group, K width of queries and keys, V width of
+values, C chunks, L steps of a chunk, E = 1 or K decays per head.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Implementation = Literal["reference", "chunked"]
 
 
 def linear_attention(
-    query_BTHK: jax.Array,
-    key_BTHK: jax.Array,
+    query_BTGK: jax.Array,
+    key_BTGK: jax.Array,
     value_BTHV: jax.Array,
     log_decay: jax.Array,
     state_BHKV: jax.Array | None = None,
@@ -44,6 +44,8 @@ def linear_attention(
     Matmul inputs have the dtype of the values; everything else is float32.
 
     Args:
+        query_BTGK, key_BTGK: G is H, or, with one decay per head, a divisor of H. Then each query and key belongs to
+            H / G consecutive heads. The scores of a group are computed only once.
         log_decay: [B, T, H], one per head, or [B, T, H, K], one per channel of the keys; at most 0 (-inf sets the
             old state to zeros).
         state_BHKV: the state before the first step; None: zeros.
@@ -63,10 +65,10 @@ def linear_attention(
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([1.0, 1.5, 1.75], [1.75])
     """
-    _check(query_BTHK, key_BTHK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
+    _check(query_BTGK, key_BTGK, value_BTHV, log_decay, state_BHKV, reset_BT, keep_BT)
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
         raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
-    T = query_BTHK.shape[1]
+    T, G, H = *query_BTGK.shape[1:3], value_BTHV.shape[2]
     if implementation is None:
         implementation = choices.linear_attention(T)
     if implementation not in get_args(Implementation):
@@ -74,19 +76,22 @@ def linear_attention(
         raise ValueError(f"no linear_attention implementation {implementation!r}: choose from {choice}")
     # The time axis is not sharded, because the steps are sequential.
     axes = ("batch", None, "heads", None)
-    query_BTHK, key_BTHK, value_BTHV = (sharding.constrain(x, axes) for x in (query_BTHK, key_BTHK, value_BTHV))
+    group_axes = axes if G == H else ("batch", None, None, None)
+    query_BTGK, key_BTGK = (sharding.constrain(x, group_axes) for x in (query_BTGK, key_BTGK))
+    value_BTHV = sharding.constrain(value_BTHV, axes)
     log_BTHE = log_decay.astype(jnp.float32)
     log_BTHE = sharding.constrain(log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE, axes)
     if reset_BT is not None:
         log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     if keep_BT is not None:
         keep_BT11 = keep_BT[:, :, None, None]
-        query_BTHK, key_BTHK, value_BTHV, log_BTHE = (
-            jnp.where(keep_BT11, x, 0) for x in (query_BTHK, key_BTHK, value_BTHV, log_BTHE)
+        query_BTGK, key_BTGK, value_BTHV, log_BTHE = (
+            jnp.where(keep_BT11, x, 0) for x in (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
         )
     if state_BHKV is None:
-        state_BHKV = jnp.zeros_like(key_BTHK[:, 0, :, :, None] * value_BTHV[:, 0, :, None, :], jnp.float32)
-    inputs = (query_BTHK, key_BTHK, value_BTHV, log_BTHE)
+        key_BHK = _per_head(key_BTGK[:, 0], H)
+        state_BHKV = jnp.zeros_like(key_BHK[:, :, :, None] * value_BTHV[:, 0, :, None, :], jnp.float32)
+    inputs = (query_BTGK, key_BTGK, value_BTHV, log_BTHE)
     if implementation == "reference":
         return _reference(inputs, state_BHKV.astype(jnp.float32))
     if chunk is None:
@@ -97,35 +102,52 @@ def linear_attention(
 def _check(
     query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: Any, reset: Any, keep: Any
 ) -> None:
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1] or not query.shape[1]:
+    if (
+        (query.ndim, value.ndim) != (4, 4)
+        or key.shape != query.shape
+        or value.shape[:2] != query.shape[:2]
+        or not query.shape[1]
+    ):
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
             f"least one step, and value {list(value.shape)} [batch, time, heads, value width]"
         )
-    if log_decay.shape not in (query.shape[:-1], query.shape):
+    (B, T, G, K), (H, V) = query.shape, value.shape[2:]
+    if H % G:
+        raise ValueError(f"the {G} heads of query and key must divide the {H} heads of value")
+    if log_decay.shape not in ((B, T, H), (B, T, H, K)):
         raise ValueError(
-            f"log_decay {list(log_decay.shape)} must be {list(query.shape[:-1])}, one for each head, or "
-            f"{list(query.shape)}, one for each channel of the keys"
+            f"log_decay {list(log_decay.shape)} must be {[B, T, H]}, one for each head, or "
+            f"{[B, T, H, K]}, one for each channel of the keys"
         )
-    (B, T, H, K), V = query.shape, value.shape[-1]
+    if log_decay.ndim == 4 and G != H:
+        raise ValueError(
+            f"log_decay {list(log_decay.shape)} has one decay per channel, which needs a query and a key for each head: "
+            f"repeat the {G} heads of query and key {H // G} times"
+        )
     if state is not None and state.shape != (B, H, K, V):
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, key width, value width], {[B, H, K, V]}")
     check_masks(reset, keep, (B, T), "query")
 
 
 def linear_attention_step(
-    query_BHK: jax.Array, key_BHK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
+    query_BGK: jax.Array, key_BGK: jax.Array, value_BHV: jax.Array, log_decay: jax.Array, state_BHKV: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The output of one step [B, H, V], and the new state [B, H, K, V] float32; for use in a decoding loop.
 
     ``log_decay`` is [B, H] or [B, H, K].
     """
     log_BHE = log_decay.astype(jnp.float32)
-    return _step(state_BHKV, query_BHK, key_BHK, value_BHV, log_BHE[..., None] if log_decay.ndim == 2 else log_BHE)
+    return _step(state_BHKV, query_BGK, key_BGK, value_BHV, log_BHE[..., None] if log_decay.ndim == 2 else log_BHE)
 
 
-def _step(state_BHKV: jax.Array, q_BHK: jax.Array, k_BHK: jax.Array, v_BHV: jax.Array, log_BHE: jax.Array) -> Any:
-    q, k, v = (x.astype(jnp.float32) for x in (q_BHK, k_BHK, v_BHV))
+def _per_head(x_BG: jax.Array, heads: int) -> jax.Array:
+    """The array of each head [B, H, ...], from one array for each group of consecutive heads [B, G, ...]."""
+    return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
+
+
+def _step(state_BHKV: jax.Array, q_BGK: jax.Array, k_BGK: jax.Array, v_BHV: jax.Array, log_BHE: jax.Array) -> Any:
+    q, k, v = (_per_head(x.astype(jnp.float32), v_BHV.shape[1]) for x in (q_BGK, k_BGK, v_BHV))
     state_BHKV = jnp.exp(log_BHE)[..., None] * state_BHKV + k[..., None] * v[:, :, None, :]
     return jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype), state_BHKV
 
@@ -143,14 +165,14 @@ def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-    B, T, H, _ = inputs[0].shape
+    B, T, H, V = inputs[2].shape
 
     def chunks(x_BTHX: jax.Array) -> jax.Array:
         x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))  # padding steps do not change the state
-        return x_BTHX.reshape(B, -1, L, H, x_BTHX.shape[-1]).transpose(1, 0, 3, 2, 4)
+        return x_BTHX.reshape(B, -1, L, *x_BTHX.shape[2:]).transpose(1, 0, 3, 2, 4)
 
     out_CBHLV, state_BHKV = _scan(tuple(map(chunks, inputs)), state_BHKV)
-    out_BTHV = out_CBHLV.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, out_CBHLV.shape[-1])
+    out_BTHV = out_CBHLV.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, V)
     return out_BTHV[:, :T], state_BHKV
 
 
@@ -174,34 +196,41 @@ def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
 def _scan_backward(saved: Any, cotangents: Any) -> Any:
     def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
         (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
-        # q and k are float32, because the gradient of the decays is a difference of their gradients.
-        q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-        chunk = lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE)  # noqa: E731
-        (after_BHKV, _), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v)
-        dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout_BHLV))
-        dlog_BHLE = _log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
-        return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv, dlog_BHLE)
+        # The arguments are float32, because the gradient of the decays is a difference of products of their gradients.
+        arguments = state_BHKV, *(x.astype(jnp.float32) for x in (q, k, v))
+        chunk = lambda *arguments: _float32_chunk(*arguments, log_BHLE, v.dtype)  # noqa: E731
+        (after_BHKV, out), vjp = jax.vjp(chunk, *arguments)
+        dout = dout_BHLV.astype(jnp.float32)
+        dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout))
+        if log_BHLE.shape[-1] == 1:
+            dsum_BHLE = jnp.sum(out * dout - arguments[3] * dv, axis=-1, keepdims=True)
+        else:
+            dsum_BHLE = arguments[1] * dq - arguments[2] * dk
+        dlog_BHLE = _log_decay_gradient(dsum_BHLE, after_BHKV * dafter_BHKV, log_BHLE)
+        return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_BHLE)
 
     dout_CBHLV, dlast_BHKV = cotangents
     dstate_BHKV, dinputs = lax.scan(step, dlast_BHKV, (*saved, dout_CBHLV), reverse=True)
     return dinputs, dstate_BHKV
 
 
-def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
+def _log_decay_gradient(dsum_BHLE: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
     """The gradient of the log decays of a chunk, without differentiating the products of decays.
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
     on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
-    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of step t is a summand of b_s
-    for all steps s >= t, so its gradient is the sum of their gradients.
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. With one decay per head, it is the sum of
+    this over the channels. Because the outputs are linear in q_t, and because k_t occurs only in ``k_t v_t.T``, the sum
+    is equal to ``out_t @ dout_t - v_t @ dv_t``, also if several heads share q and k. The log decay of step t is a
+    summand of b_s for all steps s >= t, so its gradient is the sum of their gradients.
 
     Args:
-        dsum_BHLK: ``q * dq - k * dk``.
+        dsum_BHLE: the gradients of b_t.
         state_dstate_BHKV: the state after the chunk times its gradient.
     """
-    dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(state_dstate_BHKV, axis=-1)
+    dlast_BHE = jnp.sum(state_dstate_BHKV, axis=-1)
     if log_BHLE.shape[-1] == 1:
-        dsum_BHLE, dlast_BHE = (jnp.sum(x, axis=-1, keepdims=True) for x in (dsum_BHLE, dlast_BHE))
+        dlast_BHE = jnp.sum(dlast_BHE, axis=-1, keepdims=True)
     later_LM = jnp.triu(jnp.ones((log_BHLE.shape[2],) * 2, jnp.float32))
     dlog_BHLE = jnp.einsum("LM,BHME->BHLE", later_LM, dsum_BHLE, precision=lax.Precision.HIGHEST)
     return jnp.where(log_BHLE == -jnp.inf, 0.0, dlog_BHLE + dlast_BHE[:, :, None])
@@ -211,41 +240,55 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _chunk(
-    state_BHKV: jax.Array, q_BHLK: jax.Array, k_BHLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
+    state_BHKV: jax.Array, q_BGLK: jax.Array, k_BGLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk, and the outputs of its steps.
+    """The state after a chunk, and the outputs of its steps in the dtype of the values."""
+    state_BHKV, out_BHLV = _float32_chunk(state_BHKV, q_BGLK, k_BGLK, v_BHLV, log_BHLE, v_BHLV.dtype)
+    return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
+
+
+def _float32_chunk(
+    state_BHKV: jax.Array, q_BGLK: jax.Array, k_BGLK: jax.Array, v_BHLV: jax.Array, log_BHLE: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The state after a chunk, and the outputs of its steps, both float32. The inputs of matmuls have the ``dtype``.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_s D(s, t) * k_s v_s.T)`` with s <= t. The state after the chunk
     is the same sum for t = L. Decays are multiplied and never divided, so that every product is in [0, 1].
     """
-    dtype, decay_BHLE = v_BHLV.dtype, jnp.exp(log_BHLE)
+    decay_BHLE = jnp.exp(log_BHLE)
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    if decay_BHLE.shape[-1] == 1:  # with one decay per head, the decay is a factor of the score
+    if decay_BHLE.shape[-1] == 1:  # with one decay per head, the decay is a factor of the score and of the value
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             return later * jnp.swapaxes(earlier, -1, -2)
 
+        def groups(x_BHXV: jax.Array) -> jax.Array:
+            B, H, X, V = x_BHXV.shape
+            return x_BHXV.reshape(B, q_BGLK.shape[1], -1, X, V)
+
         diagonal_BHL = jnp.ones(decay_BHLE.shape[:3], jnp.float32)
         decay_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
-        scores_BHLM = product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM
+        scores_BHLM = _per_head(product("BGLK,BGMK->BGLM", q_BGLK, k_BGLK), v_BHLV.shape[1]) * decay_BHLM
+        from_state_BHLV = product("BGLK,BGRKV->BGRLV", q_BGLK, groups(state_BHKV)).reshape(v_BHLV.shape) * prefix_BHLE
+        new_BHKV = product("BGLK,BGRLV->BGRKV", k_BGLK, groups(v_BHLV * suffix_BHLE)).reshape(state_BHKV.shape)
     else:
 
         def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
             size = later.shape[3]
-            q_BHPSK, k_BHPSK = _block_pairs(q_BHLK, size)[1], _block_pairs(k_BHLK, size)[0]
+            q_BHPSK, k_BHPSK = _block_pairs(q_BGLK, size)[1], _block_pairs(k_BGLK, size)[0]
             return product("BHPSK,BHPRK->BHPSR", q_BHPSK * later, k_BHPSK * earlier)
 
-        diagonal_BHL = jnp.sum(q_BHLK.astype(jnp.float32) * k_BHLK.astype(jnp.float32), axis=-1)
+        diagonal_BHL = jnp.sum(q_BGLK.astype(jnp.float32) * k_BGLK.astype(jnp.float32), axis=-1)
         scores_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
-    out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV)
-    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLE, state_BHKV)
+        from_state_BHLV = product("BHLK,BHKV->BHLV", q_BGLK * prefix_BHLE, state_BHKV)
+        new_BHKV = product("BHLK,BHLV->BHKV", k_BGLK * suffix_BHLE, v_BHLV)
+    out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV) + from_state_BHLV
     total_BHE1 = jnp.swapaxes(prefix_BHLE[:, :, -1:], 2, 3)
-    state_BHKV = total_BHE1 * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLE, v_BHLV)
-    return state_BHKV, out_BHLV.astype(dtype)
+    return total_BHE1 * state_BHKV + new_BHKV, out_BHLV
 
 
 def _pair_scores_and_decays(

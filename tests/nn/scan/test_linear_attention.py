@@ -12,12 +12,14 @@ from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
 
 B, T, H, K, V = 2, 13, 2, 3, 4
-DECAYS = ("head", "channel")
+DECAYS = ("head", "channel", "grouped")
+"""One decay per head or per channel; grouped: one decay per head, and pairs of heads that share queries and keys."""
 
 
 def arrays(decay, strength=1.0, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 5)
-    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)[: 3 if decay == "head" else 4], (B, H, K, V)]
+    keys, heads = jax.random.split(jax.random.key(seed), 5), 2 * H if decay == "grouped" else H
+    decays = (B, T, H, K) if decay == "channel" else (B, T, heads)
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, heads, V), decays, (B, heads, K, V)]
     q, k, v, g, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     return q, k, v, -strength * jnp.exp(g), state
 
@@ -30,6 +32,7 @@ def masks():
 
 def reference_loop(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
     """The equations as a loop over steps."""
+    q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
     steps = []
     for t in range(T):
         factor = jnp.exp(log_decay[:, t])
@@ -164,6 +167,10 @@ def test_bad_inputs_raise():
         linear_attention(q, k, v, log_decay, state[..., :3])
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
         linear_attention(q, k, v, log_decay, reset_BT=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="the 2 heads of query and key must divide the 3 heads of value"):
+        linear_attention(q, k, jnp.concatenate([v, v[:, :, :1]], axis=2), log_decay)
+    with pytest.raises(ValueError, match=r"one decay per channel, .*: repeat the 1 heads of query and key 2 times"):
+        linear_attention(q[:, :, :1], k[:, :, :1], v, arrays("channel")[3])
     with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
         linear_attention(q, k, v, log_decay, chunk=24)
     with pytest.raises(
