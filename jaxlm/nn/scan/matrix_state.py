@@ -202,11 +202,9 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
         (after_BHKV, out), vjp = jax.vjp(chunk, *arguments)
         dout = dout_BHLV.astype(jnp.float32)
         dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout))
-        if log_BHLE.shape[-1] == 1:
-            dsum_BHLE = jnp.sum(out * dout - arguments[3] * dv, axis=-1, keepdims=True)
-        else:
-            dsum_BHLE = arguments[1] * dq - arguments[2] * dk
-        dlog_BHLE = _log_decay_gradient(dsum_BHLE, after_BHKV * dafter_BHKV, log_BHLE)
+        _, q32, k32, v32 = arguments
+        dsum = out * dout - v32 * dv if log_BHLE.shape[-1] == 1 else q32 * dq - k32 * dk
+        dlog_BHLE = _log_decay_gradient(dsum, after_BHKV * dafter_BHKV, log_BHLE)
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_BHLE)
 
     dout_CBHLV, dlast_BHKV = cotangents
@@ -214,23 +212,23 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
     return dinputs, dstate_BHKV
 
 
-def _log_decay_gradient(dsum_BHLE: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
+def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
     """The gradient of the log decays of a chunk, without differentiating the products of decays.
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
     on the decays only through ``exp(b_t) * q_t``, ``exp(-b_t) * k_t`` and, for the state after the chunk,
-    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. With one decay per head, it is the sum of
-    this over the channels. Because the outputs are linear in q_t, and because k_t occurs only in ``k_t v_t.T``, the sum
-    is equal to ``out_t @ dout_t - v_t @ dv_t``, also if several heads share q and k. The log decay of step t is a
-    summand of b_s for all steps s >= t, so its gradient is the sum of their gradients.
+    ``exp(b_L) * S``. So the gradient of b_t is ``q_t * dq_t - k_t * dk_t``. The log decay of step t is a summand of b_s
+    for all steps s >= t, so its gradient is the sum of their gradients.
 
     Args:
-        dsum_BHLE: the gradients of b_t.
+        dsum_BHLK: ``q * dq - k * dk``. With one decay per head, only the sum over the last axis matters, and ``out *
+            dout - v * dv`` has the same sum, because the output is linear in q and k occurs only in ``k v.T``. This
+            also holds if several heads share q and k, whose gradients are then sums over these heads.
         state_dstate_BHKV: the state after the chunk times its gradient.
     """
-    dlast_BHE = jnp.sum(state_dstate_BHKV, axis=-1)
+    dsum_BHLE, dlast_BHE = dsum_BHLK, jnp.sum(state_dstate_BHKV, axis=-1)
     if log_BHLE.shape[-1] == 1:
-        dlast_BHE = jnp.sum(dlast_BHE, axis=-1, keepdims=True)
+        dsum_BHLE, dlast_BHE = (jnp.sum(x, axis=-1, keepdims=True) for x in (dsum_BHLE, dlast_BHE))
     later_LM = jnp.triu(jnp.ones((log_BHLE.shape[2],) * 2, jnp.float32))
     dlog_BHLE = jnp.einsum("LM,BHME->BHLE", later_LM, dsum_BHLE, precision=lax.Precision.HIGHEST)
     return jnp.where(log_BHLE == -jnp.inf, 0.0, dlog_BHLE + dlast_BHE[:, :, None])

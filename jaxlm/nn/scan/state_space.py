@@ -1,0 +1,69 @@
+"""The selective state space model of Mamba-2, which is linear attention with one decay per head (SSD).
+
+Dao & Gu 2024 ("Transformers are SSMs"), section 5: the state space model with a scalar decay and the masked attention
+``(L * C B.T) x`` with ``L[t, s] = exp(A * (dt_{s+1} + ... + dt_t))`` are the same function, and the algorithm of
+section 6 computes it with matmuls in chunks. In the words of attention, C is the query, B the key and ``dt * x`` the
+value, so :func:`jaxlm.nn.scan.linear_attention` is this algorithm.
+
+Shapes: B batch, T time, H heads, P width of a head, G groups of heads, N state size (d_state).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.scan.matrix_state import Implementation, linear_attention
+
+
+def ssd(
+    x_BTHP: jax.Array,
+    dt_BTH: jax.Array,
+    A_H: jax.Array,
+    B_BTGN: jax.Array,
+    C_BTGN: jax.Array,
+    state_BHNP: jax.Array | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    chunk: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``y_t = C_t h_t`` with ``h_t = exp(A * dt_t) * h_{t-1} + dt_t * B_t x_t.T``, and the last state.
+
+    The output is [B, T, H, P] in the dtype of ``x``; the state is [B, H, N, P] float32. The skip connection ``D * x``
+    is not included. Matmul inputs have the dtype of ``x``; everything else is float32.
+
+    Args:
+        dt_BTH: the step sizes, at least 0.
+        A_H: one number per head, at most 0. It is the same for all channels of the state.
+        B_BTGN, C_BTGN: each group is shared by H / G consecutive heads. B, C and ``A * dt`` are the discretized
+            parameters of the state space model, which depend on the input.
+        state_BHNP: the state before the first step; None: zeros.
+        reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
+
+    Raises:
+        ValueError: shapes that do not match, or an error of ``linear_attention``.
+
+    Example:
+        >>> ones = jnp.ones((1, 3, 1, 1))
+        >>> y, state = ssd(ones, ones[..., 0], jnp.log(jnp.array([0.5])), ones, ones)
+        >>> y.ravel().tolist(), state.ravel().tolist()
+        ([1.0, 1.5, 1.75], [1.75])
+    """
+    if x_BTHP.ndim != 4 or dt_BTH.shape != x_BTHP.shape[:3] or A_H.shape != x_BTHP.shape[2:3]:
+        raise ValueError(
+            f"x {list(x_BTHP.shape)} must be [batch, time, heads, width], dt {list(dt_BTH.shape)} [batch, time, heads] "
+            f"and A {list(A_H.shape)} [heads]"
+        )
+    if B_BTGN.ndim != 4 or B_BTGN.shape != C_BTGN.shape or x_BTHP.shape[2] % B_BTGN.shape[2]:
+        raise ValueError(
+            f"B {list(B_BTGN.shape)} and C {list(C_BTGN.shape)} must both be [batch, time, groups, state size], and "
+            f"the number of groups must divide the {x_BTHP.shape[2]} heads of x"
+        )
+    dt_BTH = dt_BTH.astype(jnp.float32)
+    value_BTHP = (dt_BTH[..., None] * x_BTHP.astype(jnp.float32)).astype(x_BTHP.dtype)
+    return linear_attention(
+        C_BTGN, B_BTGN, value_BTHP, A_H.astype(jnp.float32)[None, None] * dt_BTH, state_BHNP,
+        reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
+    )  # fmt: skip
