@@ -47,7 +47,7 @@ from jaxlm.interop.config_json import (
 )
 from jaxlm.interop.directory import CONFIG, GENERATION_CONFIG, inside, write_json
 from jaxlm.interop.formats import Format
-from jaxlm.interop.locations import Location, locations_of
+from jaxlm.interop.locations import Location, locations_of, tensor_groups
 from jaxlm.json_files import read_object
 from jaxlm.models.heads import HEADS
 from jaxlm.models.model import Model
@@ -211,10 +211,11 @@ def save_pretrained(
 def _write_weights(directory: Path, model: Model, params: spec.Tree, max_shard_bytes: int) -> list[str]:
     """Write ``params`` to files, and return the file names. Several files need an index, which is the last name."""
     flat = spec.flatten(params)
+    locations = locations_of(model, format_of(model))
     sizes = [
-        (name, math.prod(location.file_shape) * flat[path].dtype.itemsize)
-        for path, location in locations_of(model, format_of(model)).items()
-        for name in location.names
+        (name, math.prod(locations[paths[0]].file_shape) * jnp.result_type(*(flat[path] for path in paths)).itemsize)
+        for names, paths in tensor_groups(locations).items()
+        for name in names
     ]
     shards = _split_into_shards(sizes, max_shard_bytes)
     count = len(shards)
@@ -245,11 +246,15 @@ def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarr
         >>> tensors["transformer.h.1.attn.c_attn.weight"].shape
         (32, 96)
     """
-    flat, specs = spec.flatten(tree), spec.flatten(model.specs)
-    for path, location in locations_of(model, format_of(model)).items():
-        array = processes.gather_to_host(flat[path])
-        for name, layer in zip(location.names, array if is_stacked(specs[path]) else [array], strict=True):
-            yield name, location.to_file(layer)
+    flat, locations = spec.flatten(tree), locations_of(model, format_of(model))
+    for names, paths in tensor_groups(locations).items():
+        arrays = [processes.gather_to_host(flat[path]) for path in paths]
+        for number, name in enumerate(names):
+            layers = [
+                array[number] if locations[path].stacked else array for path, array in zip(paths, arrays, strict=True)
+            ]
+            parts = [locations[path].to_file(layer) for path, layer in zip(paths, layers, strict=True)]
+            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
@@ -271,7 +276,7 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
         arrays = [np.asarray(tensors[name]) for name in location.names]
         array = np.zeros(leaf.shape, np.result_type(*arrays))
         for layer, tensor in zip(array if is_stacked(leaf) else [array], arrays, strict=True):
-            layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor)
+            layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor[location.rows])
         leaves.append(jnp.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
 
@@ -574,5 +579,9 @@ def _read_parameter(leaf: spec.ArraySpec, location: Location, tensors: dict[str,
     """One parameter, with all layers if it is stacked. Vocabulary padding, which is not in the files, is zero."""
     array = np.zeros(leaf.shape, dtype)
     for name, layer in zip(location.names, array if is_stacked(leaf) else [array], strict=True):
-        layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensors[name].read())
+        tensor = tensors[name]
+        values = (
+            tensor.read() if location.num_rows is None else tensor.read_rows(location.rows.start, location.rows.stop)
+        )
+        layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(values)
     return array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -22,29 +23,46 @@ class Location:
         stacked: whether the parameter has a leading axis of layers.
         model_shape: shape of one layer in the model, without vocabulary padding.
         layout: how the axes of ``model_shape`` are ordered and merged in the files.
+        first_row: index of the parameter's first row in the tensor.
+        num_rows: number of rows of a tensor that contains several parameters; None: it contains only this parameter.
     """
 
     names: tuple[str, ...]
     stacked: bool
     model_shape: tuple[int, ...]
     layout: Layout
+    first_row: int = 0
+    num_rows: int | None = None
+
+    @property
+    def shape_in_file(self) -> tuple[int, ...]:
+        """Shape of the parameter in each tensor in the files."""
+        return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """Shape of each tensor in the files."""
-        return tuple(math.prod(self.model_shape[axis] for axis in group) for group in self.layout)
+        shape = self.shape_in_file
+        return shape if self.num_rows is None else (self.num_rows, *shape[1:])
+
+    @property
+    def rows(self) -> slice:
+        """The rows of each tensor that contain the parameter; all rows if it is the only parameter."""
+        if self.num_rows is None:
+            return slice(None)
+        return slice(self.first_row, self.first_row + self.shape_in_file[0])
 
     @property
     def _file_axis_order(self) -> list[int]:
         return [axis for group in self.layout for axis in group]
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The tensor in files, from one layer of the parameter. Vocabulary padding is removed."""
+        """The :attr:`rows` of the tensor in files, from one layer of the parameter. Vocabulary padding is removed."""
         array = array[tuple(slice(size) for size in self.model_shape)]
-        return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.file_shape))
+        return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file))
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
-        """One layer of the parameter, without vocabulary padding, from its tensor in files."""
+        """One layer of the parameter, without vocabulary padding, from the :attr:`rows` of its tensor in files."""
         sizes = [self.model_shape[axis] for axis in self._file_axis_order]
         return array.reshape(sizes).transpose(np.argsort(self._file_axis_order))
 
@@ -68,4 +86,21 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
         layer_names = tuple(names[name].format(layer=layer) for layer in layers)
         layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
         locations[path] = Location(layer_names, is_stacked(leaf), shape, layout)
+    order = {name: number for number, name in enumerate(names)}
+    for paths in tensor_groups(locations).values():
+        if len(paths) > 1:
+            paths.sort(key=lambda path: order[spec.split_layer(path)[0]])
+            sizes = [locations[path].shape_in_file[0] for path in paths]
+            for number, path in enumerate(paths):
+                locations[path] = dataclasses.replace(
+                    locations[path], first_row=sum(sizes[:number]), num_rows=sum(sizes)
+                )
     return locations
+
+
+def tensor_groups(locations: Mapping[str, Location]) -> dict[tuple[str, ...], list[str]]:
+    """``{names of tensors: paths of the parameters in them}``; the paths are in the order of their rows."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for path, location in locations.items():
+        groups.setdefault(location.names, []).append(path)
+    return {names: sorted(paths, key=lambda path: locations[path].first_row) for names, paths in groups.items()}

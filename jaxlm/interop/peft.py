@@ -227,6 +227,7 @@ class _Weight:
         matrix_layouts = () if self.row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
         if (
             self.location.layout not in matrix_layouts
+            or self.location.num_rows is not None
             or (self.is_table and not is_head)
             or not self.names[0].endswith(".weight")
         ):
@@ -271,14 +272,24 @@ class _Weight:
 
     def full_weight_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
         """PEFT's ``{name: tensor}``, from a parameter that is trained in full."""
+        self._require_own_tensor()
         return {name: self.location.to_file(layer) for name, layer in zip(self.names, self._layers(x), strict=True)}
 
     def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
         """jaxlm's parameter that is trained in full, from the tensor of each layer."""
+        self._require_own_tensor()
         x = np.stack([self.location.to_model(tensor) for tensor in tensors])
         padding = [(0, padded - size) for size, padded in zip(self.shape, self.padded_shape, strict=True)]
         x = np.pad(x, [(0, 0), *padding])
         return x if self.location.stacked else x[0]
+
+    def _require_own_tensor(self) -> None:
+        """Raise ``ValueError`` if the tensor contains several parameters, because an adapter describes only one."""
+        if self.location.num_rows is not None:
+            raise ValueError(
+                f"{self.path} is a part of {self.names[0]} in the transformers class, so it cannot be saved or loaded "
+                "in PEFT's format"
+            )
 
     def _layers(self, x: np.ndarray) -> np.ndarray:
         return x if self.location.stacked else x[None]

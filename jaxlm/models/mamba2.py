@@ -129,7 +129,7 @@ def apply(
     common.check_tokens(tokens, segment_ids, None, None)
     past = None if state is None else state["segment_ids"]
     tokens, stream = open_stream(tokens, segment_ids, past)
-    masks = {}
+    masks: dict[str, Any] = {}
     if stream.segment_ids is not None:
         reset_BT, keep_BT, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
         masks = {"reset_BT": reset_BT, "keep_BT": keep_BT}
@@ -151,7 +151,7 @@ def apply(
 
 
 def _mixer(
-    cfg: Config, weights: dict[str, Any], u_BTD: jax.Array, state: Any, stream: Stream, masks: dict[str, jax.Array]
+    cfg: Config, weights: dict[str, Any], u_BTD: jax.Array, state: Any, stream: Stream, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a mixer, [B, T, D], and its new state (None without a state)."""
     B, T, _ = u_BTD.shape
@@ -239,9 +239,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     layer = {
         "x": tail_specs(batch, reach, cfg.expand * cfg.embed_dim, dtype),
         "BC": tail_specs(batch, reach, 2 * cfg.num_groups * cfg.state_size, dtype),
-        "hidden": ArraySpec(
-            (batch, num_heads(cfg), cfg.state_size, cfg.head_dim), ("batch", "heads", None, None)
-        ),
+        "hidden": ArraySpec((batch, num_heads(cfg), cfg.state_size, cfg.head_dim), ("batch", "heads", None, None)),
     }
     layers = spec.layers(cfg.num_layers, layer, stacked=cfg.scan_layers)
     return {"layers": layers, "segment_ids": past_specs(batch, reach)}

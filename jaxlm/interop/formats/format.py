@@ -42,7 +42,8 @@ class Format:
             function raises a ``ValueError``, the caller adds the path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
         tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` is the number of the layer. If a model
-            has no parameter with this path, its files do not contain the tensor.
+            has no parameter with this path, its files do not contain the tensor. If several parameters of a model have
+            the same tensor, the tensor is their concatenation along the first axis, in the order of this mapping.
         values: HF config field -> {HF value: jaxlm value} of all supported values, for fields whose values differ.
         required: HF config field -> the only value that the family supports. A missing field has this value.
         aliases: other name of an HF config field -> the name that is read and written. An alias is accepted only if

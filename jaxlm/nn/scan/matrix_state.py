@@ -122,7 +122,7 @@ def _check(
         )
     if log_decay.ndim == 4 and G != H:
         raise ValueError(
-            f"log_decay {list(log_decay.shape)} has one decay per channel, which needs a query and a key for each head: "
+            f"log_decay {list(log_decay.shape)} has one decay per channel, which needs queries and keys for each head: "
             f"repeat the {G} heads of query and key {H // G} times"
         )
     if state is not None and state.shape != (B, H, K, V):
@@ -197,12 +197,12 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
     def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
         (q, k, v, log_BHLE), state_BHKV, dout_BHLV = inputs
         # The arguments are float32, because the gradient of the decays is a difference of products of their gradients.
-        arguments = state_BHKV, *(x.astype(jnp.float32) for x in (q, k, v))
-        chunk = lambda *arguments: _float32_chunk(*arguments, log_BHLE, v.dtype)  # noqa: E731
-        (after_BHKV, out), vjp = jax.vjp(chunk, *arguments)
+        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        dtype = v.dtype
+        chunk = lambda state, q, k, v: _float32_chunk(state, q, k, v, log_BHLE, dtype)  # noqa: E731
+        (after_BHKV, out), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v32)
         dout = dout_BHLV.astype(jnp.float32)
         dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout))
-        _, q32, k32, v32 = arguments
         dsum = out * dout - v32 * dv if log_BHLE.shape[-1] == 1 else q32 * dq - k32 * dk
         dlog_BHLE = _log_decay_gradient(dsum, after_BHKV * dafter_BHKV, log_BHLE)
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_BHLE)
