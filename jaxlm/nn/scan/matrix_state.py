@@ -268,7 +268,7 @@ def _float32_chunk(
             B, H, X, V = x_BHXV.shape
             return x_BHXV.reshape(B, q_BGLK.shape[1], -1, X, V)
 
-        diagonal_BHL = jnp.ones(decay_BHLE.shape[:3], jnp.float32)
+        diagonal_BHL = jnp.ones_like(decay_BHLE[..., 0])  # keeps the sharding
         decay_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
         scores_BHLM = _per_head(product("BGLK,BGMK->BGLM", q_BGLK, k_BGLK), v_BHLV.shape[1]) * decay_BHLM
         from_state_BHLV = product("BGLK,BGRKV->BGRLV", q_BGLK, groups(state_BHKV)).reshape(v_BHLV.shape) * prefix_BHLE
