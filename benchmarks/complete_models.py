@@ -16,18 +16,19 @@ from benchmarks import shapes
 
 SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
-    "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024),
+    "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024), "mamba2": (2, 256),
 }  # fmt: skip
 """Default training batch of each family: rows, and tokens per row. The sizes of the LSTM are from Zaremba et al. 2014.
 A VDCNN reads texts of 1024 characters. For T5, the source and the target have this number of tokens each."""
 TORCH = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
+    "mamba2": "Mamba2ForCausalLM",
 }  # fmt: skip
 """Class name in transformers, by family; empty: the class is in ``torch_models``."""
 FLAX = {name: f"Flax{TORCH[name]}" for name in ("gpt", "llama", "bert", "t5")}
 """Name of the deprecated Flax class in transformers, by family."""
-DECODES = ("gpt", "llama", "t5", "xlnet", "lstm")
+DECODES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
 CLASSES = {"torch": TORCH, "torch-compile": TORCH, "flax": FLAX}
 FILE = "batch.npz"

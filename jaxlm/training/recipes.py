@@ -173,6 +173,16 @@ RECIPES: dict[str, Recipe] = {
         "The paper halves the learning rate every 3 epochs, 10 times; the number of samples in an epoch depends on the "
         "data set. The causal model is not published, so it has no published recipe.",
     ),
+    "mamba2": Recipe(
+        OptimizerConfig(
+            learning_rate=3e-3, schedule="cosine", warmup_steps=480, final_fraction=1 / 300, beta1=0.9, beta2=0.95,
+            epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
+        ),
+        4_800, "0.5 M tokens",
+        "Gu & Dao 2023 (Mamba), appendix E.2.1: the improved recipe, for 125 M parameters; Dao & Gu 2024 also use it",
+        "The learning rate is 5 times that of GPT-3 for this size, with a cosine decay to 1e-5. The length of the "
+        "warm-up is our choice. These values have not been checked a second time against the paper.",
+    ),
 }  # fmt: skip
 """The published recipe of each family."""
 

@@ -24,6 +24,7 @@ from jaxlm.testing.helpers import relative_error
 NAMES = {
     "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
     "transformer_xl": "transformer-xl-base", "lstm": "lstm-zaremba-medium", "resnet": "vdcnn-9",
+    "mamba2": "mamba2-130m",
 }  # fmt: skip
 
 

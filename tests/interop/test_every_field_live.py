@@ -78,6 +78,10 @@ TINY: dict[str, dict[str, Any]] = {
         "vocab_size": 40, "cutoffs": [20, 30], "div_val": 2, "n_layer": 2, "n_head": 2, "d_head": 5, "d_model": 16,
         "d_embed": 16, "d_inner": 20, "mem_len": 6, "clamp_len": 9, "same_length": True, "trainer_compatible": True,
     },
+    "mamba2": {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 4, "state_size": 6,
+        "n_groups": 2, "time_step_limit": [0.2, 1.5],
+    },
 }  # fmt: skip
 """Fields of the tiny configurations that differ from the defaults of their class."""
 
@@ -132,6 +136,11 @@ _WORDS: dict[str, list[Any]] = {
     "relative_attention_num_buckets": [16, 7, 2, None],
     "mem_len": [3, 0, None],
     "sliding_window": [3, None, 100],
+    "time_step_limit": [[0.0, 0.9], [0.5, float("inf")], [0.5], None, "none"],
+    "time_step_rank": [1, "auto"],
+    "expand": [1, 3, None],
+    "num_heads": [4, 16, None],
+    "n_groups": [1, 4, 3, None],
 }
 """Values of fields whose valid values do not follow from their type."""
 
@@ -159,10 +168,11 @@ _UNREAD = {
     "additional outputs":
         "return_dict output_hidden_states output_attentions torchscript use_cache use_mems_eval",
     "details or the dtype of the computation, or no effect":
-        "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp use_bfloat16 dtype torch_dtype n_ctx",
+        "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp use_bfloat16 dtype torch_dtype n_ctx "
+        "chunk_size time_step_rank",
     "training: initial weights, the loss, or dropout of heads that have no dropout in jaxlm":
         "initializer_factor init init_range problem_type tf_legacy_loss use_mems_train trainer_compatible "
-        "summary_first_dropout summary_last_dropout classifier_dropout hidden_dropout",
+        "summary_first_dropout summary_last_dropout classifier_dropout hidden_dropout rescale_prenorm_residual",
     "metadata for tokenization or generation, which jaxlm keeps":
         "is_encoder_decoder pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id prefix "
         "task_specific_params tokenizer_class finetuning_task label2id",
@@ -213,6 +223,8 @@ class Reference:
         ):  # transformers must know that the layers share u and v
             layers = range(config.n_layer)
             model._dynamic_tied_weights_keys = [f"transformer.layers.{i}.dec_attn.r_[wr]_bias" for i in layers]
+        if config.model_type == "mamba2" and config.tie_word_embeddings:  # transformers does not know it either
+            model._dynamic_tied_weights_keys = ["lm_head.weight"]
         ids = torch.from_numpy(TOKENS).long()
         inputs: dict[str, Any] = {"input_ids": ids}
         if config.model_type == "transfo-xl":  # without a given memory, the model attends to zeros

@@ -1,0 +1,217 @@
+"""Mamba-2: published sizes, initial values, the gate, the residual stream, errors, and supported fields of files."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_from_tensors, save_pretrained
+from jaxlm.models import get_model
+from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
+
+
+def setup(batch=2, length=12, **overrides):
+    model = tiny_model("mamba2-tiny", **overrides)
+    return model, add_noise(jax.jit(model.init)(jax.random.key(0))), random_tokens(model, batch, length)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mamba2-130m", 128_989_632),
+        ("mamba2-370m", 368_346_624),
+        ("mamba2-780m", 780_161_280),
+        ("mamba2-1.3b", 1_343_757_312),
+        ("mamba2-2.7b", 2_702_599_680),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    assert spec.count(get_model(name).specs) == count
+
+
+def test_a_long_text_has_a_small_state():
+    model = get_model("mamba2-130m")
+    assert spec.count(model.state_specs(1, 10**9)) == 24 * (24 * 128 * 64 + 3 * (1536 + 256)) + 3
+
+
+def test_initial_values_are_in_the_published_ranges():
+    model = get_model("mamba2-tiny", embed_dim=512, num_layers=1)
+    (layer,) = jax.jit(model.init)(jax.random.key(0))["layers"]
+    mixer = layer["mixer"]
+    decay_rates, dt = jnp.exp(mixer["A_log"]), jax.nn.softplus(mixer["dt_bias"])
+    assert 1.0 <= decay_rates.min() < 2.0
+    assert 15.0 < decay_rates.max() < 16.0
+    assert dt.min() * (1 + 1e-5) >= 0.001
+    assert dt.max() <= 0.1 * (1 + 1e-5)
+    assert np.mean(dt < 0.01) == pytest.approx(0.5, abs=0.15)  # the logarithm is uniform
+    assert (mixer["D"] == 1.0).all()
+    assert np.abs(mixer["output"]["weight"]).max() <= 1024**-0.5
+    no_low_dt = tiny_model("mamba2-tiny", init_dt_floor=0.05).specs["layers"][0]["mixer"]["dt_bias"]
+    floored = jax.nn.softplus(spec.init({"dt_bias": no_low_dt}, jax.random.key(0))["dt_bias"])
+    assert floored.min() == pytest.approx(0.05)
+
+
+def test_only_matrices_and_taps_decay():
+    model = get_model("mamba2-tiny", linear_bias=True, tie_embeddings=False)
+    decayed = {spec.split_layer(name)[0] for name, leaf in spec.flatten(model.specs).items() if leaf.decay}
+    mixer = {f"layers/mixer/{name}/weight" for name in ("zx", "BC", "dt", "x_convolution", "BC_convolution", "output")}
+    assert decayed == {"token_embedding", "head", *mixer}
+
+
+def reference_mixer(cfg, weights, u_TD):
+    """The mixer as the equations of the paper, for one text: a loop over steps and heads in float64."""
+    weights = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
+    (T, _), H, P, G, N = u_TD.shape, 8, cfg.head_dim, cfg.num_groups, cfg.state_size
+    silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
+
+    def convolution(params, x_TC):
+        padded = np.concatenate([np.zeros((cfg.conv_kernel - 1, x_TC.shape[1])), x_TC])
+        taps = [params["weight"][k] * padded[k : k + T] for k in range(cfg.conv_kernel)]
+        return silu(sum(taps) + params["bias"])
+
+    z, x = (
+        u_TD @ weights["zx"]["weight"][:, 0],
+        convolution(weights["x_convolution"], u_TD @ weights["zx"]["weight"][:, 1]),
+    )
+    B, C = np.split(convolution(weights["BC_convolution"], u_TD @ weights["BC"]["weight"]), 2, axis=1)
+    dt = np.log1p(np.exp(u_TD @ weights["dt"]["weight"] + weights["dt_bias"]))
+    dt = np.clip(dt, cfg.dt_limit_min, cfg.dt_limit_max)
+    y = np.zeros((T, H, P))
+    for head in range(H):
+        group, state = head // (H // G), np.zeros((N, P))
+        for t in range(T):
+            new = np.outer(B[t].reshape(G, N)[group], x[t].reshape(H, P)[head])
+            state = np.exp(-np.exp(weights["A_log"][head]) * dt[t, head]) * state + dt[t, head] * new
+            y[t, head] = C[t].reshape(G, N)[group] @ state + weights["D"][head] * x[t].reshape(H, P)[head]
+    y = y.reshape(T, H * P)
+    norm = lambda y: weights["norm"]["scale"] * y / np.sqrt(np.mean(y**2, axis=1, keepdims=True) + cfg.norm_epsilon)  # noqa: E731
+    y = norm(y) * silu(z) if cfg.norm_before_gate else norm(y * silu(z))
+    return y @ weights["output"]["weight"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"norm_before_gate": True, "dt_limit_min": 0.4, "dt_limit_max": 0.8}])
+def test_a_layer_equals_the_equations_of_the_paper(fields):
+    model, params, tokens = setup(batch=1, num_layers=1, task="none", **fields)
+    (layer,) = params["layers"]
+    embedded = np.asarray(params["token_embedding"], np.float64)[tokens[0]]
+    norm = lambda x, weights: (  # noqa: E731
+        np.asarray(weights["scale"]) * x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + model.config.norm_epsilon)
+    )
+    x = embedded + reference_mixer(model.config, layer["mixer"], norm(embedded, layer["norm"]))
+    assert relative_error(jax.jit(model.apply)(params, tokens)[0][0], norm(x, params["final_norm"])) < 2e-6
+
+
+def test_the_residual_stream_is_float32_by_default():
+    """Each of 24 layers adds 0.003 to half of the channels, which are 1. In bfloat16, 1 + 0.003 is 1."""
+    model = tiny_model("mamba2-tiny", num_layers=24, scan_layers=True, linear_bias=True, dtype="bfloat16")
+    params = jax.tree.map(jnp.ones_like, model.init(jax.random.key(0)))
+    mixer = params["layers"]["mixer"]
+    output = {"weight": 0.0 * mixer["output"]["weight"], "bias": jnp.full((24, 32), 0.003).at[:, 16:].set(0.0)}
+    params["layers"] = {**params["layers"], "mixer": {**mixer, "output": output}}
+    ratios = []
+    for variant in (model, model.with_fields(residual_in_float32=False)):
+        hidden, _ = jax.jit(variant.apply)(params, np.zeros((1, 1), np.int32))
+        assert hidden.dtype == jnp.bfloat16
+        ratios.append(float(hidden[0, 0, 0] / hidden[0, 0, 31]))
+    assert ratios == [pytest.approx(1.072, abs=0.01), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"head_dim": 7}, r"head_dim=7 does not divide expand \* embed_dim = 64"),
+        ({"num_groups": 3}, "num_groups=3 does not divide the 8 heads"),
+        ({"state_size": 0}, "state_size=0 must be at least 1"),
+        ({"conv_kernel": 1}, "conv_kernel=1 must be at least 2"),
+        ({"dt_limit_max": 0.0}, "dt_limit_min=0.0 must be at least 0 and below dt_limit_max=0.0"),
+        ({"init_dt_min": 0.2}, "init_dt_min=0.2, init_dt_max=0.1 and init_dt_floor=0.0001 must be above 0"),
+        ({"init_dt_floor": 0.0}, "init_dt_floor=0.0 must be above 0"),
+        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'none'"),
+    ],
+)
+def test_errors_name_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        get_model("mamba2-tiny", **fields)
+
+
+def test_task_none_has_no_head():
+    model, params, tokens = setup(task="none", tie_embeddings=False)
+    assert "head" not in params
+    with pytest.raises(ValueError, match="task='none' has no output head"):
+        model.logits(params, model.apply(params, tokens)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+SHAPES = {
+    "tied": {},
+    "untied": {"tie_embeddings": False, "linear_bias": True, "dt_limit_min": 0.1},
+    "limits": {"dt_limit_max": 0.5, "conv_bias": False, "task": "none"},
+}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_files_round_trip(name, scan_layers, tmp_path):
+    model = tiny_model("mamba2-tiny", **SHAPES[name], scan_layers=scan_layers)
+    params = add_noise(model.init(jax.random.key(0)))
+    save_pretrained(tmp_path, model, params, max_shard_bytes=9000)
+    loaded_model, loaded_params = load_pretrained(tmp_path, scan_layers=scan_layers)
+    assert loaded_model == model
+    assert_trees_equal(loaded_params, params)
+    assert_trees_equal(params_from_tensors(model, dict(named_tensors(model, params))), params)
+
+
+def test_the_parts_of_a_tensor_are_in_the_order_of_transformers():
+    model, params, _ = setup()
+    tensors, mixer = dict(named_tensors(model, params)), params["layers"][1]["mixer"]
+    in_proj = tensors["backbone.layers.1.mixer.in_proj.weight"]
+    assert in_proj.shape == (64 + 64 + 24 + 24 + 8, 32)  # z, x, B, C, dt
+    assert np.array_equal(in_proj[64:128], mixer["zx"]["weight"][:, 1].T)
+    assert np.array_equal(in_proj[128:176], mixer["BC"]["weight"].T)
+    assert np.array_equal(in_proj[176:], mixer["dt"]["weight"].T)
+    conv = tensors["backbone.layers.1.mixer.conv1d.weight"]
+    assert conv.shape == (64 + 48, 1, 4)
+    assert np.array_equal(conv[64:, 0], mixer["BC_convolution"]["weight"].T)
+
+
+def save_with_fields(tmp_path: Path, **fields) -> Path:
+    """Save a model and change fields of its ``config.json``; returns the directory."""
+    model = tiny_model("mamba2-tiny")
+    save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    (tmp_path / "checksums.json").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rms_norm": False}, "rms_norm=False is not supported"),
+        ({"num_heads": 4}, r"num_heads=4 with head_dim=8 must equal expand \* hidden_size = 64"),
+        ({"time_step_limit": [0.1]}, r"time_step_limit=\[0.1\] must be a list of two numbers"),
+        ({"time_step_limit": [math.inf, 1.0]}, "of which the first is finite"),
+        ({"time_step_limit": ["a", 1.0]}, r"time_step_limit=\['a', 1.0\] must be a list of two numbers"),
+    ],
+)
+def test_unsupported_settings_raise(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(save_with_fields(tmp_path, **fields))
+
+
+def test_infinite_limits_of_transformers_5_are_read(tmp_path):
+    model, _ = load_pretrained(save_with_fields(tmp_path, time_step_limit=[0.01, {"__float__": "Infinity"}]))
+    assert (model.config.dt_limit_min, model.config.dt_limit_max) == (0.01, None)
+
+
+def test_the_norm_before_the_gate_has_no_class_in_transformers(tmp_path):
+    model = tiny_model("mamba2-tiny", norm_before_gate=True)
+    with pytest.raises(ValueError, match="no Hugging Face class can represent"):
+        save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))
