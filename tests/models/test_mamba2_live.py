@@ -1,0 +1,90 @@
+"""Compare Mamba-2 with torch: cached decoding after prompts of several lengths, padded prompts, and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.decoding import generate
+from jaxlm.testing.helpers import relative_error
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """A random model of transformers, the same model loaded by jaxlm, and its parameters."""
+    import torch
+    import transformers
+
+    torch.manual_seed(request.param)
+    config = transformers.Mamba2Config(
+        vocab_size=31, hidden_size=24, num_hidden_layers=2, num_heads=6, head_dim=8, state_size=5,
+        n_groups=request.param, chunk_size=4, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch_model = transformers.Mamba2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            parameter.add_(0.25 * torch.randn(parameter.shape))
+    directory: Path = tmp_path_factory.mktemp("mamba2")
+    torch_model.save_pretrained(directory)
+    return (torch_model, *jaxlm.load_pretrained(directory))
+
+
+@pytest.mark.parametrize("prompt", [2, 9])
+def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -> None:
+    import torch
+
+    torch_model, model, params = pair
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 16)).astype(np.int32)
+    step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
+    cache, state = None, model.init_state(2, 16)
+    for start, stop in [(0, prompt), *((position, position + 1) for position in range(prompt, 16))]:
+        with torch.no_grad():
+            output = torch_model(
+                torch.from_numpy(tokens[:, start:stop]).long(), cache_params=cache, use_cache=True,
+                cache_position=torch.tensor([start]),
+            )  # fmt: skip
+        cache = output.cache_params
+        hidden, state = step(params, tokens[:, start:stop], state)
+        assert relative_error(model.logits(params, hidden), output.logits) < 1e-5
+    for number, layer in enumerate(state["layers"]):  # transformers has the axes of a state in the other order
+        assert relative_error(layer["hidden"], cache.ssm_states[number].mT) < 1e-5
+        tail = np.concatenate([layer["x"], layer["BC"]], axis=-1)
+        assert relative_error(tail, cache.conv_states[number].mT[:, 1:]) < 1e-5
+
+
+def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]) -> None:
+    import torch
+
+    torch_model, model, params = pair
+    prompts = np.random.default_rng(1).integers(1, 31, (3, 7)).astype(np.int32)
+    segments = (np.arange(7)[None] >= np.array([[0], [3], [6]])).astype(np.int32)  # padding on the left
+    expected = torch_model.generate(
+        torch.from_numpy(prompts).long(), attention_mask=torch.from_numpy(segments).long(), max_new_tokens=8,
+        do_sample=False,
+    )  # fmt: skip
+    generated = generate(model, params, prompts, segment_ids=segments, max_new_tokens=8)
+    assert generated.tokens.tolist() == expected[:, 7:].tolist()
+
+
+def test_bfloat16_is_as_near_to_float32_as_torch(pair: tuple[Any, Any, Any]) -> None:
+    import copy
+
+    import torch
+
+    torch_model, model, params = pair
+    tokens = np.random.default_rng(2).integers(0, 31, (2, 24)).astype(np.int32)
+    ids = torch.from_numpy(tokens).long()
+    with torch.no_grad():
+        want = torch_model(ids).logits.numpy()
+        torch_error = relative_error(copy.deepcopy(torch_model).bfloat16()(ids).logits, want)
+    half = model.with_fields(dtype="bfloat16")
+    assert relative_error(half.logits(params, jax.jit(half.apply)(params, tokens)[0]), want) < max(
+        1.5 * torch_error, 0.02
+    )
