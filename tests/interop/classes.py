@@ -19,6 +19,12 @@ CLASSES = [
 ]
 
 
+def declare_tied_head(torch_model: Any) -> None:
+    """Declare the tied head of a Mamba-2. Without this, transformers 4.57 raises an error when it saves the model."""
+    if torch_model.config.model_type == "mamba2" and torch_model.config.tie_word_embeddings:
+        torch_model._dynamic_tied_weights_keys = ["lm_head.weight"]
+
+
 def model_of_class(name: str, table: Format, architecture: str) -> Model:
     """A small model for this class. A classifier has 3 labels."""
     model = tiny_model(name)

@@ -16,7 +16,7 @@ import pytest
 from jaxlm.interop.formats import Format
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.testing.helpers import add_noise, assert_trees_equal
-from tests.interop.classes import CLASSES, model_of_class
+from tests.interop.classes import CLASSES, declare_tied_head, model_of_class
 
 pytestmark = pytest.mark.live
 
@@ -46,6 +46,7 @@ def check(name: str, table: Format, architecture: str, directory: Path) -> None:
     for tensor, array in named_tensors(model, params):
         torch_name = tensor if tensor in state else tensor.removeprefix(table.prefix)  # a base class has no prefix
         assert torch.equal(state[torch_name], torch.from_numpy(np.array(array))), tensor
+    declare_tied_head(torch_model)
     torch_model.save_pretrained(directory / "theirs")
     reloaded_model, reloaded_params = load_pretrained(directory / "theirs")
     assert reloaded_model.specs == model.specs

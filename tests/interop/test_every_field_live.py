@@ -23,7 +23,7 @@ from jaxlm.interop import config_json, formats
 from jaxlm.interop.huggingface import load_pretrained
 from jaxlm.models import FAMILIES, Model
 from jaxlm.testing.helpers import relative_error
-from tests.interop.classes import CLASSES
+from tests.interop.classes import CLASSES, declare_tied_head
 from tests.interop.test_classes_live import torch_class
 from tests.oracles.xlnet import perm_mask, target_mapping
 
@@ -223,8 +223,7 @@ class Reference:
         ):  # transformers must know that the layers share u and v
             layers = range(config.n_layer)
             model._dynamic_tied_weights_keys = [f"transformer.layers.{i}.dec_attn.r_[wr]_bias" for i in layers]
-        if config.model_type == "mamba2" and config.tie_word_embeddings:  # transformers does not know it either
-            model._dynamic_tied_weights_keys = ["lm_head.weight"]
+        declare_tied_head(model)
         ids = torch.from_numpy(TOKENS).long()
         inputs: dict[str, Any] = {"input_ids": ids}
         if config.model_type == "transfo-xl":  # without a given memory, the model attends to zeros

@@ -118,6 +118,11 @@ CASES = {
         linear_attention_loss("reference"),
         {"qkv": (q, k, v), "decay": v + q},
     ),
+    "linear_attention with groups": (
+        linear_attention_loss("chunked"),
+        linear_attention_loss("reference"),
+        {"qkv": (q[:, :, :1], k[:, :, :1], v), "decay": (v + q)[..., 0]},
+    ),
     "depthwise_convolution": (
         convolution_loss("shifts"),
         convolution_loss("reference"),

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.interop.classes import declare_tied_head
+
 _TINY = {"vocab_size": 31, "n_positions": 12, "n_embd": 9, "n_layer": 2, "n_head": 3}
 _WIDE = {"vocab_size": 131, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4}
 _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, side of the padding
@@ -46,8 +48,7 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     with torch.no_grad():
         for parameter in model.parameters():  # so that biases are not 0 and scales are not 1
             parameter.add_(0.25 * torch.randn(parameter.shape))
-    if config.model_type == "mamba2" and config.tie_word_embeddings:
-        model._dynamic_tied_weights_keys = ["lm_head.weight"]  # without it, transformers does not save a tied head
+    declare_tied_head(model)
     model.save_pretrained(directory)
 
     B, T = 3, min(getattr(config, "max_position_embeddings", 24), 24)  # Mamba-2 has no longest text
