@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
-from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, Normal, Uniform
+from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, InverseSoftplus, LogOfUniform, Normal, Uniform
 from jaxlm.testing.helpers import assert_trees_equal
 
 
@@ -28,12 +28,28 @@ def test_spec_counts_and_compares_by_value():
 
 @pytest.mark.parametrize(
     ("init", "mean", "deviation"),
-    [(Normal(0.02), 0.0, 0.02), (Uniform(0.3), 0.0, 0.3 / 3**0.5), (ONES, 1.0, 0.0), (Constant(-2.0), -2.0, 0.0)],
+    [
+        (Normal(0.02), 0.0, 0.02),
+        (Uniform(0.3), 0.0, 0.3 / 3**0.5),
+        (ONES, 1.0, 0.0),
+        (Constant(-2.0), -2.0, 0.0),
+        (LogOfUniform(1.0, 16.0), 1.95743, 0.67331),
+    ],
 )
 def test_initial_values_have_the_stated_moments(init, mean, deviation):
     (values,) = jax.tree.leaves(spec.init({"w": ArraySpec((400, 300), (None, None), init)}, jax.random.key(0)))
     assert np.mean(values) == pytest.approx(mean, abs=3e-3)
     assert np.std(values) == pytest.approx(deviation, abs=3e-3)
+
+
+def test_inverse_softplus_of_a_number_with_a_uniform_logarithm():
+    values = InverseSoftplus(0.001, 0.1, 1e-4)(jax.random.key(0), (400, 300), jnp.float32)
+    logs = jnp.log(jax.nn.softplus(values))
+    assert np.mean(logs) == pytest.approx(0.5 * np.log(0.001 * 0.1), abs=0.01)
+    assert np.std(logs) == pytest.approx(np.log(100) / 12**0.5, abs=0.01)
+    floored = jax.nn.softplus(InverseSoftplus(0.001, 0.1, 0.01)(jax.random.key(0), (400,), jnp.float32))
+    assert np.min(floored) == pytest.approx(0.01)
+    assert np.mean(floored > 0.011) == pytest.approx(0.48, abs=0.1)
 
 
 def test_init_without_a_key_works_only_for_constants():
