@@ -49,6 +49,7 @@ def rewrite(directory, config, tensors):
             LoRA(3, targets=("weight",), full_training_patterns=("^layers/mlp_norm/", "^embedding")),
         ),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
+        ("mamba2", {}, LoRA(2, targets=("mixer/output/weight",), full_training_patterns=("mixer/norm",))),
         (
             "roberta",
             {"task": "token_classification", "num_labels": 5},
@@ -68,6 +69,26 @@ def test_adapters_round_trip(name, overrides, lora, tmp_path):
         assert not jnp.any(loaded_params["head"]["lora_a"][61:])
         trained["head"]["lora_a"] = trained["head"]["lora_a"].at[61:].set(0)
     assert_trees_equal(loaded_params, trained)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            LoRA(2, targets=("zx/weight",)),
+            r"mixer/zx/weight \(.*layers.0.mixer.in_proj.weight\) is not the weight of a",
+        ),
+        (
+            LoRA(2, targets=("output/weight",), full_training_patterns=("convolution/",)),
+            "BC_convolution/bias is a part of backbone.layers.0.mixer.conv1d.bias in the transformers class",
+        ),
+    ],
+)
+def test_parts_of_tensors_have_no_adapters(lora, message, tmp_path):
+    """A tensor of transformers' Mamba-2 contains several parameters of jaxlm."""
+    model = tiny_model("mamba2")
+    with pytest.raises(ValueError, match=message):
+        save_adapter(tmp_path, model, lora, random_adapter(model, lora))
 
 
 def test_names_and_layouts_equal_those_of_peft(tmp_path):

@@ -73,6 +73,24 @@ def test_generation_after_padded_prompts_equals_torch(pair: tuple[Any, Any, Any]
     assert generated.tokens.tolist() == expected[:, 7:].tolist()
 
 
+def test_transformers_ignores_the_mask_of_a_single_row(pair: tuple[Any, Any, Any]) -> None:
+    """With one row, transformers reads padding as text. jaxlm does not, as transformers with several rows."""
+    import torch
+
+    torch_model, model, params = pair
+    tokens = np.random.default_rng(3).integers(1, 31, (1, 9)).astype(np.int32)
+    mask = np.array([[0] * 3 + [1] * 6], np.int32)
+    ids, torch_mask = torch.from_numpy(tokens).long(), torch.from_numpy(mask).long()
+    with torch.no_grad():
+        masked, unmasked = (torch_model(ids, attention_mask=m).logits.numpy() for m in (torch_mask, None))
+        alone = torch_model(ids[:, 3:]).logits.numpy()
+    assert np.array_equal(masked, unmasked)
+    hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=mask)
+    logits = np.asarray(model.logits(params, hidden))[:, 3:]
+    assert relative_error(logits, alone) < 1e-5
+    assert relative_error(logits, masked[:, 3:]) > 1e-2
+
+
 def test_bfloat16_is_as_near_to_float32_as_torch(pair: tuple[Any, Any, Any]) -> None:
     import copy
 
