@@ -166,7 +166,7 @@ RECIPES = {
         "causal", 2600, optimizer_changes=adamw(1e-3),
     ),
     "mamba2": Recipe(
-        "mamba2", {"num_layers": 4, "embed_dim": 128, "head_dim": 32, "state_size": 64}, "causal", 900, state_length=1,
+        "mamba2", {"num_layers": 4, "embed_dim": 128, "head_dim": 32, "state_size": 64}, "causal", 600, state_length=1,
         optimizer_changes=SMALL,
     ),
 }  # fmt: skip
