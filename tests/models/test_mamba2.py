@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, params_from_tensors, save_pretrained
 from jaxlm.models import get_model
+from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 
@@ -61,6 +63,25 @@ def test_only_matrices_and_taps_decay():
     decayed = {spec.split_layer(name)[0] for name, leaf in spec.flatten(model.specs).items() if leaf.decay}
     mixer = {f"layers/mixer/{name}/weight" for name in ("zx", "BC", "dt", "x_convolution", "BC_convolution", "output")}
     assert decayed == {"token_embedding", "head", *mixer}
+
+
+def test_tensor_parallelism_needs_two_sums_per_layer():
+    """Section 8.1 of the paper: heads are split over devices. One sum is for the output, a small one for the norm."""
+    sharding = Sharding(make_mesh("data=4,tensor=2"))
+    counts = []
+    for num_layers in (1, 2):
+        model = get_model("mamba2-tiny", num_layers=num_layers, embed_dim=64, num_groups=1)
+
+        def forward(params, tokens, model=model):
+            with sharding.scope():
+                return model.apply(params, tokens)[0]
+
+        tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.named_sharding(("batch", None)))
+        text = jax.jit(forward).lower(sharding.abstract(model.specs), tokens).compile().as_text()
+        operations = re.findall(r" (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text)
+        assert set(operations) == {"all-reduce"}
+        counts.append(len(operations))
+    assert counts[1] - counts[0] == 2
 
 
 def reference_mixer(cfg, weights, u_TD):
