@@ -132,7 +132,7 @@ def _document_starts(x_BTW: jax.Array, state_BW: Any, reset_BT: Any, keep_BT: An
 def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
-    log_decay = -MAX_LOG_DECAY * jax.nn.softplus(params["lambda"]) * recurrence_gate
+    log_decay = -MAX_LOG_DECAY * _with_rank(jax.nn.softplus(params["lambda"]), x.ndim) * recurrence_gate
     # expm1 is exact for decays near 1, where 1 - a^2 would lose its digits.
     scale = jnp.where(is_first, 1.0, _sqrt(-jnp.expm1(2.0 * log_decay)))
     return jnp.exp(log_decay), scale * (input_gate * x.astype(jnp.float32))
@@ -142,8 +142,12 @@ def _gate(params: dict[str, Any], x: jax.Array) -> jax.Array:
     """``sigmoid(W x + b)`` [..., W] float32, with a block-diagonal matrix."""
     weight_NPQ, bias_NP = params["weight"].astype(x.dtype), params["bias"]
     blocks = x.reshape(*x.shape[:-1], *bias_NP.shape)
-    product = jnp.einsum("...NP,NPQ->...NQ", blocks, weight_NPQ, preferred_element_type=jnp.float32)
-    return jax.nn.sigmoid(product + bias_NP).reshape(x.shape)
+    product = jnp.einsum("...NP,NPQ->...NQ", blocks, weight_NPQ).astype(jnp.float32)
+    return jax.nn.sigmoid(product + _with_rank(bias_NP, product.ndim)).reshape(x.shape)
+
+
+def _with_rank(x: jax.Array, rank: int) -> jax.Array:
+    return jnp.expand_dims(x, range(rank - x.ndim))
 
 
 @jax.custom_jvp
