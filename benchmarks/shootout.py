@@ -67,6 +67,7 @@ _WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
     "attention_rnn_lm": lambda u: {"embed_dim": 16 * u, "hidden_dim": 32 * u, "attention_dim": 16 * u},
     "resnet_lm": lambda u: {"embed_dim": 8 * u, "blocks": ((16 * u, 4, 1),) * 5},
     "alexnet": lambda u: {"embed_dim": 8 * u, "channels": 16 * u, "fc_dim": 32 * u},
+    "griffin": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
 }
 _WIDEST = 64
 

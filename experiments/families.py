@@ -7,7 +7,7 @@ The tokens are the characters of the included corpus. Its last 10 % is for valid
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character, along contiguous columns with state carried from batch to batch
-                                                               transformer_xl lstm gru
+                                                               transformer_xl lstm gru griffin
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
@@ -164,6 +164,11 @@ RECIPES = {
         {"embed_dim": 64, "channels": 128, "kernels": (7, 7, 3, 3), "pools": (3, 1, 1, 1), "fc_dim": 256,
          "init_stddev": 0.05},
         "causal", 2600, optimizer_changes=adamw(1e-3),
+    ),
+    "griffin": Recipe(
+        "griffin",
+        {**SMALL_TRANSFORMER, "mlp_dim": 384, "window": 64, "scale_embeddings": False, "logits_soft_cap": None},
+        "causal", 600, state_length=1, optimizer_changes=SMALL,
     ),
 }  # fmt: skip
 

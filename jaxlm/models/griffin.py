@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, window_cache
 from jaxlm.nn.attention.rotary import rotary_angles, rotate

@@ -34,9 +34,7 @@ def embed(
     return rows_BTD.astype(dtype)
 
 
-def unembed(
-    table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft_cap: float | None = None
-) -> jax.Array:
+def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft_cap: float | None = None) -> jax.Array:
     """Logits ``hidden @ table.T``, [B, T, V] float32.
 
     The rows of the table after ``vocab_size`` are padding, so that the table can be split over devices. Their logits

@@ -173,6 +173,16 @@ RECIPES: dict[str, Recipe] = {
         "The paper halves the learning rate every 3 epochs, 10 times; the number of samples in an epoch depends on the "
         "data set. The causal model is not published, so it has no published recipe.",
     ),
+    "griffin": Recipe(
+        OptimizerConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, final_fraction=0.1, beta1=0.9, beta2=0.95,
+            epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
+        ),
+        None, "not published",
+        "De et al. 2024, section 3.1, names AdamW and no values, so the values are those of llama",
+        "The paper tunes learning rate, weight decay and beta2 at small sizes and extrapolates them. Models with a few "
+        "million parameters use ten times this learning rate.",
+    ),
 }  # fmt: skip
 """The published recipe of each family."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format
-from jaxlm.models.griffin import Config, lru_width
+from jaxlm.models.griffin import Config, Mixer, lru_width
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,8 +19,12 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in (("num_key_value_heads", kv_heads), ("intermediate_size", mlp_dim)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer")
-    if not isinstance(pattern, list | tuple) or not all(isinstance(mixer, str) for mixer in pattern):
-        raise ValueError(f"block_types={pattern!r} must be a list of names")
+    num_heads, embed_dim = config.get("num_attention_heads", 10), config.get("hidden_size", 2560)
+    head_dim = config.get("head_dim")
+    if head_dim is not None and type(num_heads) is type(embed_dim) is int and head_dim * num_heads != embed_dim:
+        raise ValueError(f"head_dim={head_dim!r} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
+    if not isinstance(pattern, list | tuple) or not pattern or not all(mixer in get_args(Mixer) for mixer in pattern):
+        raise ValueError(f"block_types={pattern!r} must be a list of {' and '.join(get_args(Mixer))}")
     return {"num_kv_heads": kv_heads, "mlp_dim": mlp_dim // 2, "pattern": tuple(pattern)}
 
 
@@ -71,8 +75,10 @@ FORMATS = (
         read_fields=_read_fields,
         write_fields=_write_fields,
         required={
-            "hidden_activation": "gelu_pytorch_tanh", "partial_rotary_factor": 0.5, "attention_bias": False,
-        },  # fmt: skip
+            "hidden_activation": "gelu_pytorch_tanh",
+            "partial_rotary_factor": 0.5,
+            "attention_bias": False,
+        },
         token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
         tensors={
             "token_embedding": "embed_tokens.weight",
