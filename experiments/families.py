@@ -167,7 +167,7 @@ RECIPES = {
     ),
     "griffin": Recipe(
         "griffin",
-        {**SMALL_TRANSFORMER, "mlp_dim": 384, "window": 64, "scale_embeddings": False, "logits_soft_cap": None},
+        {**SMALL_TRANSFORMER, "mlp_dim": 384, "window": 64},
         "causal", 600, state_length=1, optimizer_changes=SMALL,
     ),
 }  # fmt: skip

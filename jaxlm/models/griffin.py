@@ -2,7 +2,8 @@
 
 A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
 recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
-blocks. The layers differ, so they have no stacked layout (``scan_layers``): a Python loop runs them.
+blocks. The layers differ, so they have no stacked layout (``scan_layers``): a Python loop runs them. As in
+RecurrentGemma, token vectors are scaled by sqrt(D) and logits have a soft bound; the paper's own models have neither.
 
 Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
 G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
@@ -57,10 +58,8 @@ class Config(common.LayeredConfig):
     """Number of tokens that a token attends to, itself included."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions, which rotate the first half of each head."""
-    scale_embeddings: bool = True
-    """Multiply the token vectors by sqrt(embed_dim), rounded to bfloat16 (RecurrentGemma)."""
-    logits_soft_cap: float | None = 30.0
-    """Bound c of the logits, as c * tanh(logits / c) (RecurrentGemma); None means no bound."""
+    logits_soft_cap: float = 30.0
+    """Bound c of the logits, as c * tanh(logits / c)."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     tie_embeddings: bool = True
@@ -94,8 +93,8 @@ class Config(common.LayeredConfig):
                 f"a head width of {self.embed_dim // self.num_heads} (embed_dim / num_heads) is not a multiple of 4: "
                 "rotary positions rotate pairs in half of each head"
             )
-        if self.logits_soft_cap is not None and self.logits_soft_cap <= 0.0:
-            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive, or None for no bound")
+        if self.logits_soft_cap <= 0.0:
+            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive")
 
 
 def apply(
@@ -125,8 +124,7 @@ def apply(
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    if cfg.scale_embeddings:
-        x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)
+    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)  # rounded as in the published training
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -273,17 +271,9 @@ def carried_state_length(cfg: Config) -> int:
     return 1
 
 
-_PAPER_7B = Config(
-    num_layers=32, num_heads=32, embed_dim=4096, lru_width=5632, mlp_dim=12288, window=1024, scale_embeddings=False,
-    logits_soft_cap=None,
-)  # fmt: skip
 VARIANTS = {
-    # The sizes are those of the authors' code (github.com/google-deepmind/recurrentgemma), also its vocabulary for the
-    # models of the paper.
     "recurrentgemma-2b": Config(),
     "recurrentgemma-9b": Config(num_layers=38, num_heads=16, embed_dim=4096, mlp_dim=12288),
-    "griffin-7b": _PAPER_7B,
-    "hawk-7b": dataclasses.replace(_PAPER_7B, pattern=("recurrent",)),
     "griffin-tiny": Config(
         vocab_size=128, num_layers=4, num_heads=4, embed_dim=32, lru_width=48, mlp_dim=48, window=6
     ),

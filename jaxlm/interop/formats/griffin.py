@@ -57,7 +57,6 @@ FORMATS = (
         architectures={"RecurrentGemmaForCausalLM": {"task": "causal"}, "RecurrentGemmaModel": {"task": "none"}},
         model_type="recurrent_gemma",
         prefix="model.",
-        default_fields={"scale_embeddings": True},
         hf_name_of_field={
             "vocab_size": "vocab_size",
             "num_layers": "num_hidden_layers",

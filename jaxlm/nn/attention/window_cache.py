@@ -1,7 +1,8 @@
 """The cache of local attention: the keys and values of the last W tokens of each row, where W is the window.
 
 The cache has a fixed size for any length of the text. Token n of a row is in slot ``n % W``, so that a new token
-replaces the token that leaves the window. Padding is not stored. The state of a model has these arrays beside the layers:
+replaces the token that leaves the window. Padding is not stored. The state of a model has two more arrays, which all
+layers share:
 
     num_tokens      [B] number of tokens that each row has read, without padding
     document_start  [B] number of tokens before the current document
