@@ -49,6 +49,8 @@ def rewrite(directory, config, tensors):
             LoRA(3, targets=("weight",), full_training_patterns=("^layers/mlp_norm/", "^embedding")),
         ),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
+        ("griffin", {}, LoRA(2, targets=("attention/", "recurrent/(gate|input)/", "mlp/"))),
+        ("griffin", {"pattern": ("recurrent",)}, LoRA(2, targets=("mlp/",))),
         (
             "roberta",
             {"task": "token_classification", "num_labels": 5},
