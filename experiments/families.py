@@ -7,7 +7,7 @@ The tokens are the characters of the included corpus. Its last 10 % is for valid
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character, along contiguous columns with state carried from batch to batch
-                                                               transformer_xl lstm gru mamba2
+                                                               transformer_xl lstm gru mamba2 griffin
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
@@ -168,6 +168,11 @@ RECIPES = {
     "mamba2": Recipe(
         "mamba2", {"num_layers": 4, "embed_dim": 128, "head_dim": 32, "state_size": 64}, "causal", 600, state_length=1,
         optimizer_changes=SMALL,
+    ),
+    "griffin": Recipe(
+        "griffin",
+        {**SMALL_TRANSFORMER, "mlp_dim": 384, "window": 64},
+        "causal", 600, state_length=1, optimizer_changes=SMALL,
     ),
 }  # fmt: skip
 

@@ -91,7 +91,8 @@ class InverseSoftplus:
         return y + jnp.log(-jnp.expm1(-y))
 
 
-Initializer = Normal | Uniform | Constant | Identity | LogOfUniform | InverseSoftplus
+Initializer = Callable[[Any, tuple[int, ...], Any], jax.Array]
+"""A function ``(key, shape, dtype)``; an instance of a frozen dataclass, so that specs can be compared."""
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
@@ -220,7 +221,10 @@ def unstack(tree: Tree) -> Tree:
 
 
 def restack(tree: Tree) -> Tree:
-    """``tree`` in the stacked layout: the inverse of :func:`unstack`."""
+    """``tree`` in the stacked layout: the inverse of :func:`unstack`.
+
+    Layers of different kinds (``griffin``) have no stacked layout. They stay per-layer.
+    """
 
     def stack_leaves(*leaves: Any) -> Any:
         if isinstance(leaves[0], ArraySpec):
@@ -228,6 +232,8 @@ def restack(tree: Tree) -> Tree:
         return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
     def stack_layers(layers: tuple[Tree, ...]) -> Tree:
+        if len({jax.tree.structure(layer) for layer in layers}) > 1:
+            return layers
         return jax.tree.map(stack_leaves, *layers)
 
     return _map_layers(lambda child: stack_layers(child) if isinstance(child, tuple) else child, tree)

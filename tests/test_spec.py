@@ -79,6 +79,13 @@ def test_layers_have_the_same_values_in_both_layouts():
     assert spec.count(stacked) == spec.count(per_layer)
 
 
+def test_layers_of_different_kinds_stay_per_layer():
+    layer = {"w": np.ones(2), "b": np.ones(2)}
+    tree = {"layers": (layer, {"w": np.zeros(2)}, layer)}
+    assert spec.restack(tree)["layers"] == tree["layers"]
+    assert spec.restack({"layers": (layer, layer)})["layers"]["w"].shape == (2, 2)
+
+
 def test_split_layer_and_join_layer():
     for name, parts in {
         "layers/3/mlp/up": ("layers/mlp/up", 3),

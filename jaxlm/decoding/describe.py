@@ -11,6 +11,7 @@ _FAMILIES = {
     "transformer_xl": "Transformer-XL", "lstm": "LSTM", "gru": "GRU", "attention_rnn": "attention RNN",
     "attention_rnn_lm": "attention RNN", "resnet": "ResNet", "resnet_lm": "gated convolution", "alexnet": "AlexNet",
     "mamba2": "Mamba-2",
+    "griffin": "Griffin",
 }  # fmt: skip
 _HEADS = {
     "causal": "a next-token head",

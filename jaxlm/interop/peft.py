@@ -103,15 +103,18 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     weights = _weights(model, with_prefix=_has_prefix(model, tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
     names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
-    lora_paths = {weight_of[name].path for name, suffix in names_and_suffixes if suffix}
-    fully_trained = {weight_of[name].path for name, suffix in names_and_suffixes if not suffix}
+    lora_paths = {weight_of[name].path_of_all_layers for name, suffix in names_and_suffixes if suffix}
+    fully_trained = {weight_of[name].path_of_all_layers for name, suffix in names_and_suffixes if not suffix}
     if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
     lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
     reader = _Reader(directory, tensors, rank)
-    leaves = {path: weights[path].full_weight_to_model(reader.full_weight(weights[path])) for path in fully_trained}
-    for path in lora_paths:
-        leaves |= weights[path].factors_to_model(*reader.factors(weights[path]))
+    leaves = {}
+    for path, weight in weights.items():
+        if weight.path_of_all_layers in fully_trained:
+            leaves[path] = weight.full_weight_to_model(reader.full_weight(weight))
+        elif weight.path_of_all_layers in lora_paths:
+            leaves |= weight.factors_to_model(*reader.factors(weight))
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
     return lora, jax.tree.map(jnp.asarray, spec.unstack(trained) if per_layer else trained)
 
@@ -135,14 +138,17 @@ def save_adapter(
             module are trained in full.
     """
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
-    model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
+    if hasattr(model.config, "scan_layers"):  # so that one _Weight describes a parameter in all layers
+        model, trained = model.with_fields(scan_layers=True), spec.restack(trained)
     weights = _weights(model, with_prefix=model.task != "none")
     flat = {
         name: np.asarray(processes.gather_to_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()
     }
     tensors: dict[str, np.ndarray] = {}
-    for path in lora.target_paths(model.specs):
-        tensors |= weights[path].factors_to_peft(flat[f"{path}/{LORA_A}"], flat[f"{path}/{LORA_B}"])
+    lora_paths = lora.target_paths(model.specs)
+    lora_weights = [weight for weight in weights.values() if weight.path_of_all_layers in lora_paths]
+    for weight in lora_weights:
+        tensors |= weight.factors_to_peft(flat[f"{weight.path}/{LORA_A}"], flat[f"{weight.path}/{LORA_B}"])
     targets = [name.removesuffix(_A_SUFFIX) for name in tensors if name.endswith(_A_SUFFIX)]
     fully_trained = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
     for path in fully_trained:
@@ -163,7 +169,7 @@ def save_adapter(
         "bias": "none",
         "target_modules": targets,
         "modules_to_save": modules_to_save or None,
-        "fan_in_fan_out": any(weights[path].is_conv1d for path in lora.target_paths(model.specs)),
+        "fan_in_fan_out": any(weight.is_conv1d for weight in lora_weights),
         "inference_mode": True,
     }
     if not processes.is_first():
@@ -198,6 +204,11 @@ class _Weight:
     padded_shape: tuple[int, ...]
     row_axes: int | None
     is_table: bool
+
+    @property
+    def path_of_all_layers(self) -> str:
+        """The path without the number of the layer, if layers of different kinds have one parameter each."""
+        return spec.split_layer(self.path)[0]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -34,17 +34,22 @@ def embed(
     return rows_BTD.astype(dtype)
 
 
-def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int) -> jax.Array:
+def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft_cap: float | None = None) -> jax.Array:
     """Logits ``hidden @ table.T``, [B, T, V] float32.
 
     The rows of the table after ``vocab_size`` are padding, so that the table can be split over devices. Their logits
     are the lowest float32 number, so that their probability is 0.
+
+    Args:
+        soft_cap: bound c of the logits of the vocabulary, as ``c * tanh(logits / c)``. None: no bound.
     """
     table_VD = table_VD.astype(hidden_BTD.dtype)
     if hidden_BTD.dtype == jnp.float32:
         logits_BTV = linear({"weight": table_VD.T}, hidden_BTD)  # its gradient is faster than einsum's on a CPU
     else:
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
     if table_VD.shape[0] == vocab_size:
         return logits_BTV
     real = jnp.arange(table_VD.shape[0]) < vocab_size

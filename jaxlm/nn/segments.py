@@ -42,7 +42,11 @@ def positions_in_segments(
 
 
 def segment_boundaries(
-    segment_ids_BT: jax.Array, last_segment_B: jax.Array | None = None, *, reverse: bool = False
+    segment_ids_BT: jax.Array,
+    last_segment_B: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    include_first: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The masks ``(reset_BT, keep_BT)`` for recurrent layers and scans, and the last segment of each row, [B].
 
@@ -53,6 +57,7 @@ def segment_boundaries(
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
         last_segment_B: the last segment of the previous call, 0 for none.
         reverse: for a layer that reads from the last token to the first.
+        include_first: whether ``reset_BT`` is also True at the first token of the first document of a row.
 
     Example:
         >>> reset, keep, last = segment_boundaries(jnp.array([[0, 1, 1, 2, 0, 2]]))
@@ -67,7 +72,9 @@ def segment_boundaries(
     index_BT = jnp.where(all_BT > 0, jnp.arange(T + 1, dtype=jnp.int32)[None, :], 0)
     last_real_BT = jnp.take_along_axis(all_BT, lax.cummax(index_BT, axis=1), axis=1)
     keep_BT = segment_ids_BT > 0
-    reset_BT = keep_BT & (last_real_BT[:, :-1] > 0) & (last_real_BT[:, :-1] != segment_ids_BT)
+    reset_BT = keep_BT & (last_real_BT[:, :-1] != segment_ids_BT)
+    if not include_first:
+        reset_BT &= last_real_BT[:, :-1] > 0
     if reverse:
         reset_BT, keep_BT = jnp.flip(reset_BT, axis=1), jnp.flip(keep_BT, axis=1)
     return reset_BT, keep_BT, last_real_BT[:, -1]

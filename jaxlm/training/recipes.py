@@ -183,6 +183,16 @@ RECIPES: dict[str, Recipe] = {
         "The learning rate is 5 times that of GPT-3 for this size, with a cosine decay to 1e-5. The length of the "
         "warm-up is our choice. These values have not been checked a second time against the paper.",
     ),
+    "griffin": Recipe(
+        OptimizerConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=0, final_fraction=0.1, beta1=0.9, beta2=0.95,
+            epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
+        ),
+        None, "not published",
+        "De et al. 2024, section 3.1, names AdamW and no values, so the values are those of llama, without a warm-up",
+        "The paper tunes learning rate, weight decay and beta2 at small sizes and extrapolates them. Models with a few "
+        "million parameters use ten times this learning rate.",
+    ),
 }  # fmt: skip
 """The published recipe of each family."""
 

@@ -82,6 +82,10 @@ TINY: dict[str, dict[str, Any]] = {
         "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 4, "state_size": 6,
         "n_groups": 2, "time_step_limit": [0.2, 1.5],
     },
+    "recurrent_gemma": {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "lru_width": 12, "attention_window_size": 32, "logits_soft_cap": 5.0,
+    },
 }  # fmt: skip
 """Fields of the tiny configurations that differ from the defaults of their class."""
 
@@ -101,7 +105,7 @@ _SCALINGS = [
     },
     {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0]},
 ]  # fmt: skip
-_ACTIVATION_FIELDS = ("activation_function", "afn", "hidden_act", "ff_activation", "dense_act_fn")
+_ACTIVATION_FIELDS = ("activation_function", "afn", "hidden_act", "ff_activation", "dense_act_fn", "hidden_activation")
 _ACTIVATIONS = [
     "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_10", "quick_gelu", "relu", "relu6", "relu2", "silu",
     "swish", "mish", "tanh", "sigmoid", "linear", "laplace", None,
@@ -130,6 +134,7 @@ _WORDS: dict[str, list[Any]] = {
     "torch_dtype": ["bfloat16", "float16"],
     "max_window_layers": [1, 2, 5],
     "partial_rotary_factor": [0.5, 1.0],
+    "block_types": [["attention"], ["recurrent", "attention"], ["mamba"], []],
     "proj_share_all_but_first": [False, True],
     "head_dim": [8, 4, 2, None],
     "d_kv": [8, 3],
@@ -171,8 +176,9 @@ _UNREAD = {
         "chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp use_bfloat16 dtype torch_dtype n_ctx "
         "chunk_size time_step_rank",
     "training: initial weights, the loss, or dropout of heads that have no dropout in jaxlm":
-        "initializer_factor init init_range problem_type tf_legacy_loss use_mems_train trainer_compatible "
-        "summary_first_dropout summary_last_dropout classifier_dropout hidden_dropout rescale_prenorm_residual",
+        "initializer_factor init init_range w_init_variance_scale final_w_init_variance_scale problem_type "
+        "tf_legacy_loss use_mems_train trainer_compatible summary_first_dropout summary_last_dropout "
+        "classifier_dropout hidden_dropout rescale_prenorm_residual",
     "metadata for tokenization or generation, which jaxlm keeps":
         "is_encoder_decoder pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id prefix "
         "task_specific_params tokenizer_class finetuning_task label2id",

@@ -50,6 +50,8 @@ def rewrite(directory, config, tensors):
         ),
         ("t5", {"num_decoder_layers": 3}, LoRA(2, targets=("attention/", "mlp"))),
         ("mamba2", {}, LoRA(2, targets=("mixer/output/weight",), full_training_patterns=("mixer/norm",))),
+        ("griffin", {}, LoRA(2, targets=("attention/", "recurrent/(gate|input)/", "mlp/"))),
+        ("griffin", {"pattern": ("recurrent",)}, LoRA(2, targets=("mlp/",))),
         (
             "roberta",
             {"task": "token_classification", "num_labels": 5},

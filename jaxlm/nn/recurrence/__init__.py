@@ -1,4 +1,4 @@
-"""Recurrent layers and their cells: LSTM and GRU. Their conventions are in ``jaxlm.nn.recurrence.cells``."""
+"""Recurrent layers and their cells: LSTM, GRU (conventions in ``jaxlm.nn.recurrence.cells``) and RG-LRU."""
 
 from jaxlm.nn.recurrence.cells import (
     GRUReset,
@@ -11,6 +11,7 @@ from jaxlm.nn.recurrence.cells import (
     project,
 )
 from jaxlm.nn.recurrence.layers import Implementation, gru, lstm
+from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
 
 __all__ = [
     "GRUReset",
@@ -24,4 +25,7 @@ __all__ = [
     "lstm_specs",
     "lstm_state_specs",
     "project",
+    "rg_lru",
+    "rg_lru_cell",
+    "rg_lru_specs",
 ]

@@ -203,6 +203,10 @@ def test_boundaries_of_documents_that_continue_across_padding_and_calls():
     assert keep_BT.tolist() == (segments > 0).tolist()
     assert last_B.tolist() == [2, 2, 1]
     assert segment_boundaries(segments)[0].astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
+    reset_BT, _, _ = segment_boundaries(segments, jnp.array([1, 2, 0]), include_first=True)
+    assert reset_BT.astype(int).tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
+    reset_BT, _, _ = segment_boundaries(segments, include_first=True)
+    assert reset_BT.astype(int).tolist() == [[1, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
     reset_BT, _, last_B = segment_boundaries(segments, reverse=True)
     assert reset_BT.astype(int).tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
     assert last_B.tolist() == [1, 0, 3]

@@ -1,0 +1,108 @@
+"""Format of :mod:`jaxlm.models.griffin`: RecurrentGemma."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.models.griffin import Config, Mixer, lru_width
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    kv_heads = config.get("num_key_value_heads")
+    if kv_heads is None:
+        kv_heads = config.get("num_attention_heads", 10)
+    # transformers halves the width, because the authors' code stores gate and up as one matrix
+    mlp_dim = config.get("intermediate_size", 7680)
+    pattern = config.get("block_types", Config.pattern)
+    for name, value in (("num_key_value_heads", kv_heads), ("intermediate_size", mlp_dim)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive integer")
+    num_heads, embed_dim = config.get("num_attention_heads", 10), config.get("hidden_size", 2560)
+    head_dim = config.get("head_dim")
+    if head_dim is not None and type(num_heads) is type(embed_dim) is int and head_dim * num_heads != embed_dim:
+        raise ValueError(f"head_dim={head_dim!r} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
+    if not isinstance(pattern, list | tuple) or not pattern or not all(mixer in get_args(Mixer) for mixer in pattern):
+        raise ValueError(f"block_types={pattern!r} must be a list of {' and '.join(get_args(Mixer))}")
+    return {"num_kv_heads": kv_heads, "mlp_dim": mlp_dim // 2, "pattern": tuple(pattern)}
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": cfg.num_kv_heads, "intermediate_size": 2 * cfg.mlp_dim,
+        "block_types": list(cfg.pattern), "lru_width": lru_width(cfg),
+    }  # fmt: skip
+
+
+_LAYER = "layers.{layer}"
+_RECURRENT = f"{_LAYER}.temporal_block"
+_LINEAR = {  # path of a matrix and its bias in a layer -> name of the HF layer
+    "recurrent/gate": "temporal_block.linear_y",
+    "recurrent/input": "temporal_block.linear_x",
+    "recurrent/output": "temporal_block.linear_out",
+    "recurrent/convolution": "temporal_block.conv_1d",
+    "attention/query": "temporal_block.q_proj",
+    "attention/key": "temporal_block.k_proj",
+    "attention/value": "temporal_block.v_proj",
+    "attention/output": "temporal_block.o_proj",
+    "mlp/gate": "mlp_block.gate_proj",
+    "mlp/up": "mlp_block.up_proj",
+    "mlp/down": "mlp_block.down_proj",
+}
+_RG_LRU = {"recurrence_gate": "recurrent_gate", "input_gate": "input_gate"}
+
+FORMATS = (
+    Format(
+        architectures={"RecurrentGemmaForCausalLM": {"task": "causal"}, "RecurrentGemmaModel": {"task": "none"}},
+        model_type="recurrent_gemma",
+        prefix="model.",
+        hf_name_of_field={
+            "vocab_size": "vocab_size",
+            "num_layers": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "embed_dim": "hidden_size",
+            "lru_width": "lru_width",
+            "conv_width": "conv1d_width",
+            "window": "attention_window_size",
+            "rotary_base": "rope_theta",
+            "logits_soft_cap": "logits_soft_cap",
+            "norm_epsilon": "rms_norm_eps",
+            "tie_embeddings": "tie_word_embeddings",
+            "attention_dropout": "attention_dropout",
+        },
+        read_fields=_read_fields,
+        write_fields=_write_fields,
+        required={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "partial_rotary_factor": 0.5,
+            "attention_bias": False,
+        },
+        token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+        tensors={
+            "token_embedding": "embed_tokens.weight",
+            "layers/mixer_norm/scale_minus_one": f"{_LAYER}.temporal_pre_norm.weight",
+            "layers/mlp_norm/scale_minus_one": f"{_LAYER}.channel_pre_norm.weight",
+            **{
+                f"layers/{path}/{kind}": f"{_LAYER}.{name}.{kind}"
+                for path, name in _LINEAR.items()
+                for kind in ("weight", "bias")
+            },
+            **{
+                f"layers/recurrent/rg_lru/{path}/{kind}": f"{_RECURRENT}.rg_lru.{name}_{kind}"
+                for path, name in _RG_LRU.items()
+                for kind in ("weight", "bias")
+            },
+            "layers/recurrent/rg_lru/lambda": f"{_RECURRENT}.rg_lru.recurrent_param",
+            "final_norm/scale_minus_one": "final_norm.weight",
+        },
+        unprefixed_tensors={"head": "lm_head.weight"},
+        tied_tensors={"lm_head.weight": "token_embedding"},
+        layouts={
+            **{f"layers/{path}/weight": TRANSPOSED for path in _LINEAR},
+            "layers/recurrent/convolution/weight": ((1,), (), (0,)),
+            **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
+            "layers/attention/output/weight": ((2,), (0, 1)),
+        },
+    ),
+)

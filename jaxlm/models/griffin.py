@@ -1,0 +1,280 @@
+"""Griffin and Hawk (De et al. 2024), and RecurrentGemma (Botev et al. 2024), which is a Griffin.
+
+A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
+recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
+blocks. The layers differ, so they have no stacked layout (``scan_layers``): a Python loop runs them. As in
+RecurrentGemma, token vectors are scaled by sqrt(D) and logits have a soft bound; the paper's own models have neither.
+
+Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
+G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models import common, heads
+from jaxlm.nn.attention import Implementation, attention, window_cache
+from jaxlm.nn.attention.rotary import rotary_angles, rotate
+from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs, window
+from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import rms_norm, rms_norm_specs
+from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.sharding import constrain
+from jaxlm.spec import ArraySpec, Normal, fold_name
+
+Mixer = Literal["recurrent", "attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.LayeredConfig):
+    """Shape and behaviour of a Griffin. The defaults are RecurrentGemma-2B."""
+
+    vocab_size: int = 256000
+    """Number of token ids."""
+    num_layers: int = 26
+    """Number of layers."""
+    pattern: tuple[Mixer, ...] = ("recurrent", "recurrent", "attention")
+    """Temporal-mixing blocks of the layers. The pattern repeats, and the last repetition may be incomplete."""
+    num_heads: int = 10
+    """Query heads of an attention block, and diagonal blocks in each gate of an RG-LRU."""
+    num_kv_heads: int = 1
+    """Key-value heads, each shared by num_heads / num_kv_heads query heads."""
+    embed_dim: int = 2560
+    """Model width."""
+    lru_width: int | None = None
+    """Width of the RG-LRU; None means embed_dim."""
+    mlp_dim: int = 7680
+    """Hidden width of the MLP."""
+    conv_width: int = 4
+    """Number of tokens that the convolution of a recurrent block reads, the current one included."""
+    window: int = 2048
+    """Number of tokens that a token attends to, itself included."""
+    rotary_base: float = 10000.0
+    """Base of the frequencies of rotary positions, which rotate the first half of each head."""
+    logits_soft_cap: float = 30.0
+    """Bound c of the logits, as c * tanh(logits / c)."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMS norms."""
+    tie_embeddings: bool = True
+    """Use the token table as the output head."""
+    task: Literal["causal", "none"] = "causal"
+    """Output head: next token (causal) or none."""
+    attention_dropout: float = 0.0
+    """Dropout rate on attention probabilities."""
+    attention_implementation: Implementation | None = None
+    """Name of the attention implementation; None selects one for the device and the shapes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(
+            self, "vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "window"
+        )  # fmt: skip
+        common.check_rates(self, "attention_dropout")
+        common.check_choices(
+            self, task=("causal", "none"), attention_implementation=(None, *get_args(Implementation))
+        )  # fmt: skip
+        if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
+            raise ValueError(f"pattern={self.pattern!r} must name at least one of {', '.join(get_args(Mixer))}")
+        common.check_divides(self, "num_heads", "embed_dim")
+        common.check_divides(self, "num_kv_heads", "num_heads")
+        if self.conv_width < 2:
+            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
+        if lru_width(self) < 1 or lru_width(self) % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide lru_width={self.lru_width}: change one")
+        if self.embed_dim // self.num_heads % 4:
+            raise ValueError(
+                f"a head width of {self.embed_dim // self.num_heads} (embed_dim / num_heads) is not a multiple of 4: "
+                "rotary positions rotate pairs in half of each head"
+            )
+        if self.logits_soft_cap <= 0.0:
+            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive")
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``, continued by ``tokens``; its size does not depend on the number of tokens.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
+        key: random key for dropout; None: no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, None, None)
+    tokens, stream = window.open_stream(tokens, segment_ids, None if state is None else state["past"])
+    start, keep = None, None  # one document in each row
+    if stream.segment_ids is not None:
+        last_segment = None if state is None else state["past"][:, -1]
+        start, keep, _ = segment_boundaries(stream.segment_ids, last_segment, include_first=True)
+    context, new_state = window_cache.make_context(tokens, state, start, keep, cfg.window)
+    angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
+
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
+    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)  # rounded as in the published training
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, layer_state, layer_key = layer
+        normed = rms_norm(weights["mixer_norm"], x, cfg.norm_epsilon)
+        if "attention" in weights:
+            mixed, layer_state = _attention(
+                cfg, weights["attention"], normed, layer_state, context, angles, fold_name(layer_key, "attention")
+            )
+        else:
+            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, stream, start, keep)
+        x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
+        x = x + _mlp(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+        return constrain(x, ("batch", "seq", "activation_embed")), layer_state
+
+    layers = None if state is None else state["layers"]
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, past = window.close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    return x, None if state is None else {**new_state, "layers": layers, "past": past}
+
+
+def _recurrent(
+    weights: dict[str, Any], x: jax.Array, state: Any, stream: window.Stream, start: Any, keep: Any
+) -> tuple[jax.Array, Any]:
+    """The output of a recurrent block, [B, T, D], and its new state."""
+    gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
+    tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
+    x, tail = causal_depthwise_convolution(weights["convolution"], stream, x, tail)
+    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=start, keep_BT=keep)
+    x = linear(weights["output"], jax.nn.gelu(gate) * x)
+    return x, None if state is None else {"tail": tail, "hidden": hidden}
+
+
+def _attention(
+    cfg: Config,
+    weights: dict[str, Any],
+    x: jax.Array,
+    kv: Any,
+    context: window_cache.Context,
+    angles: tuple[jax.Array, jax.Array],
+    key: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """The output of local attention, [B, T, D], and its new cache."""
+    q, k, v = (linear(weights[name], x) for name in ("query", "key", "value"))
+    q = constrain(q, ("batch", "seq", "heads", "kv"))  # the few key-value heads are on every device
+    q, k = _rotate_half(q, angles), _rotate_half(k, angles)
+    kv, (k, v) = window_cache.append_and_read(kv, (k, v), context)
+    x = attention(
+        q, k, v, context.mask, dropout=cfg.attention_dropout, key=key, implementation=cfg.attention_implementation
+    )
+    return linear(weights["output"], x, num_input_axes=2), kv
+
+
+def _rotate_half(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries or keys whose first half is rotated by the angles of their positions."""
+    rotated, unrotated = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([rotate(rotated, angles), unrotated], axis=-1)
+
+
+def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
+    gate, up = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "up"))
+    return linear(weights["down"], jax.nn.gelu(gate) * up)
+
+
+def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
+    if cfg.task != "causal":
+        return heads.head_logits(cfg.task, params, hidden)  # raises: there is no head
+    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
+    values = unembed(table, hidden, cfg.vocab_size, soft_cap=cfg.logits_soft_cap)
+    return constrain(values, ("batch", None, "vocab"))
+
+
+def lru_width(cfg: Config) -> int:
+    """The width of the RG-LRU."""
+    return cfg.embed_dim if cfg.lru_width is None else cfg.lru_width
+
+
+def mixers(cfg: Config) -> tuple[Mixer, ...]:
+    """The temporal-mixing block of each layer."""
+    return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters, with the initial values of the authors' code."""
+    D, F, H, G, W = cfg.embed_dim, cfg.mlp_dim, cfg.num_heads, cfg.num_kv_heads, lru_width(cfg)
+    K, V = D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
+    normal = Normal(D**-0.5)
+    from_model, from_lru, from_mlp = (Normal((2.0 / cfg.num_layers / width) ** 0.5) for width in (D, W, F))
+    norm = rms_norm_specs(D, minus_one=True)
+    recurrent = {
+        "gate": linear_specs((D, W), ("embed", "mlp"), normal),
+        "input": linear_specs((D, W), ("embed", "mlp"), normal),
+        "convolution": depthwise_convolution_specs((cfg.conv_width, W), ("mlp",), Normal(0.1 * cfg.conv_width**-0.5)),
+        "rg_lru": rg_lru_specs(W, H),
+        "output": linear_specs((W, D), ("mlp", "embed"), from_lru),
+    }
+    attention = {
+        "query": linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=False),
+        "key": linear_specs((D, G, K), ("embed", None, "kv"), normal, bias=False),
+        "value": linear_specs((D, G, K), ("embed", None, "kv"), normal, bias=False),
+        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), from_model, num_input_axes=2),
+    }
+    mlp = {
+        "gate": linear_specs((D, F), ("embed", "mlp"), normal),
+        "up": linear_specs((D, F), ("embed", "mlp"), normal),
+        "down": linear_specs((F, D), ("mlp", "embed"), from_mlp),
+    }
+    blocks = {"recurrent": recurrent, "attention": attention}
+    table = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
+    tree = {
+        "token_embedding": table,
+        "layers": tuple(
+            {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in mixers(cfg)
+        ),
+        "final_norm": norm,
+    }
+    return tree if cfg.tie_embeddings or cfg.task != "causal" else {**tree, "head": table}
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the state of ``batch`` rows for any ``length``.
+
+    A recurrent block has its RG-LRU's state and the last inputs of its convolution. An attention block has the keys and
+    values of the last ``window`` tokens.
+    """
+    dtype, W, head_dim = jnp.dtype(cfg.dtype), lru_width(cfg), cfg.embed_dim // cfg.num_heads
+    layer_specs = {
+        "recurrent": {
+            "tail": window.tail_specs(batch, cfg.conv_width - 1, W, dtype),
+            "hidden": ArraySpec((batch, W), ("batch", "mlp")),
+        },
+        "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
+    }
+    return {
+        "layers": tuple(layer_specs[mixer] for mixer in mixers(cfg)),
+        "past": window.past_specs(batch, cfg.conv_width - 1),
+        **window_cache.row_specs(batch),
+    }
+
+
+def carried_state_length(cfg: Config) -> int:
+    """The ``length`` of :func:`state_specs` for training along a text. The state has the same size for any length."""
+    return 1
+
+
+VARIANTS = {
+    "recurrentgemma-2b": Config(),
+    "recurrentgemma-9b": Config(num_layers=38, num_heads=16, embed_dim=4096, mlp_dim=12288),
+    "griffin-tiny": Config(
+        vocab_size=128, num_layers=4, num_heads=4, embed_dim=32, lru_width=48, mlp_dim=48, window=6
+    ),
+}  # fmt: skip

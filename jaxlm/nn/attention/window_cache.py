@@ -1,0 +1,138 @@
+"""The cache of local attention: the keys and values of the last W tokens of each row, where W is the window.
+
+The cache has a fixed size for any length of the text. Token n of a row is in slot ``n % W``, so that a new token
+replaces the token that leaves the window. Padding is not stored. The state of a model has two more arrays, which all
+layers share:
+
+    num_tokens      [B] number of tokens that each row has read, without padding
+    document_start  [B] number of tokens before the current document
+
+Every array has an axis that is named ``batch``, by which beam search, resets and shardings find it.
+
+Shapes: B batch, W window and number of slots, T new tokens, S = W + T keys, G heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.nn.attention import cache
+from jaxlm.nn.attention.mask import Mask
+from jaxlm.spec import ArraySpec
+
+
+def row_specs(batch: int) -> dict[str, ArraySpec]:
+    """Specs of ``num_tokens`` and ``document_start``, which all layers share."""
+    return dict.fromkeys(("num_tokens", "document_start"), ArraySpec((batch,), ("batch",), dtype=jnp.int32))
+
+
+def layer_specs(batch: int, window: int, heads: int, head_width: int, dtype: Any) -> dict[str, ArraySpec]:
+    """Specs of the keys and values of one layer, each [B, W, G * K]."""
+    return dict.fromkeys(
+        ("key", "value"), ArraySpec((batch, window, heads * head_width), ("batch", None, None), dtype=dtype)
+    )
+
+
+@struct.dataclass
+class Context:
+    """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
+
+    Attributes:
+        positions: [1 or B, T], the number of tokens of the same document before each new token.
+        mask: which keys each new token may attend to. The keys are those of :func:`append_and_read`.
+        slots: [B, T], the slot of each new token; W for a token that is not stored. None without a state.
+    """
+
+    positions: jax.Array
+    mask: Mask
+    slots: jax.Array | None
+
+
+def make_context(
+    tokens_BT: jax.Array, state: Any, start_BT: jax.Array | None, keep_BT: jax.Array | None, window: int
+) -> tuple[Context, Any]:
+    """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start``.
+
+    Args:
+        state: ``num_tokens`` and ``document_start`` (and other entries); None: no earlier tokens.
+        start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``); None:
+            each row is one document, without padding and state.
+        keep_BT: False at padding. Without a state, padding must not be between two tokens of a document, because the
+            window counts it (``real_tokens_first`` moves it to the end of the rows).
+        window: number of tokens that a token attends to, itself included.
+    """
+    B, T = tokens_BT.shape
+    if start_BT is None or keep_BT is None:
+        return Context(jnp.arange(T, dtype=jnp.int32)[None], Mask(causal=True, window=window), None), None
+    zeros_B = jnp.zeros_like(tokens_BT[:, 0], jnp.int32)
+    before_B, document_B = (zeros_B, zeros_B) if state is None else (state["num_tokens"], state["document_start"])
+    order_BT = before_B[:, None] + jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1
+    first_BT = jax.lax.cummax(jnp.where(start_BT, order_BT, document_B[:, None]), axis=1)
+    # A document is identified by the number of its first token, because callers may use a segment id again. Padding is
+    # segment 0.
+    document_BT = jnp.where(keep_BT, first_BT + 1, 0)
+    positions_BT = jnp.where(keep_BT, order_BT - first_BT, 0)
+    if state is None:
+        mask = Mask(causal=True, window=window, query_segments=document_BT, key_segments=document_BT)
+        return Context(positions_BT, mask, None), None
+    after_B = order_BT[:, -1] + 1
+    is_stored_BT = keep_BT & (order_BT >= after_B[:, None] - window)
+    slots_BT = jnp.where(is_stored_BT, order_BT % window, window)
+    state = {**state, "num_tokens": after_B, "document_start": first_BT[:, -1]}
+    if T == 1:  # the new token replaces the only token outside its window, so attention reads the updated cache
+        key_order, key_document = _slots(after_B, first_BT[:, -1], window)
+    else:
+        key_order, key_document = (
+            jnp.concatenate([old, new], axis=1)
+            for old, new in zip(_slots(before_B, document_B, window), (order_BT, document_BT), strict=True)
+        )
+    mask = Mask(
+        causal=True, window=window, query_order=order_BT, key_order=key_order, query_segments=document_BT,
+        key_segments=key_document,
+    )  # fmt: skip
+    return Context(positions_BT, mask, slots_BT), state
+
+
+def _slots(num_tokens_B: jax.Array, document_start_B: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """The number of the token in each slot [B, W], and its document [B, W].
+
+    The document is 0 for empty slots and for tokens of earlier documents, to which no new token may attend.
+    """
+    last_B1 = num_tokens_B[:, None] - 1
+    order_BW = last_B1 - (last_B1 - jnp.arange(window, dtype=jnp.int32)[None, :]) % window
+    start_B1 = document_start_B[:, None]
+    return order_BW, jnp.where((order_BW >= 0) & (order_BW >= start_B1), start_B1 + 1, 0)
+
+
+def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context) -> tuple[Any, tuple[Any, Any]]:
+    """A layer's cache with ``new`` keys and values, and the keys and values that attention reads.
+
+    Args:
+        kv: ``key`` and ``value`` of the layer; None: no cache, attention reads only the new keys and values.
+        new: keys and values of the new tokens, each [B, T, G, K].
+
+    Returns:
+        The cache in the layout of ``kv``, and (keys, values). For one new token, these are the slots of the updated
+        cache [B, W, G, K]. For more tokens, they are the slots before the update, then the new ones [B, W + T, G, K].
+    """
+    if kv is None:
+        return None, new
+    assert context.slots is not None
+    B, T, G, _ = new[0].shape
+    rows_B1 = jnp.arange(B)[:, None]
+    named = dict(zip(("key", "value"), new, strict=True))
+    updated = {
+        name: kv[name].at[rows_B1, context.slots].set(x.reshape(B, T, -1).astype(kv[name].dtype), mode="drop")
+        for name, x in named.items()
+    }
+    if T == 1:
+        return updated, cache.split_heads(updated, G)
+    keys, values = (
+        jnp.concatenate([kv[name].reshape(B, -1, *x.shape[2:]), x.astype(kv[name].dtype)], axis=1)
+        for name, x in named.items()
+    )
+    return updated, (keys, values)

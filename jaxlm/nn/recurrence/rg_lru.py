@@ -1,0 +1,162 @@
+"""The real-gated linear recurrent unit, RG-LRU (De et al. 2024, section 2.4): a recurrence with one state per channel.
+
+    r_t = sigmoid(W_a x_t + b_a)                                recurrence gate (eq. 1)
+    i_t = sigmoid(W_x x_t + b_x)                                input gate (eq. 2)
+    a_t = exp(-8 * softplus(lambda) * r_t)                      decay (eq. 3)
+    h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)         state and output (eq. 4)
+
+The matrices ``W_a`` and ``W_x`` are block diagonal. At the first step of a document there is no state before, and the
+input scale is 1 instead of ``sqrt(1 - a_t^2)``, as in the authors' code. The scale has an infinite slope at a decay of
+1, so the gradient of the square root is at most 1000, also as in the authors' code.
+
+Shapes: B batch, T time, W width, N blocks, P = W / N width of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.scan import linear_scan
+from jaxlm.nn.scan.vector_state import Implementation
+from jaxlm.nn.segments import check_masks
+from jaxlm.spec import ZEROS, ArraySpec, Normal
+
+MAX_LOG_DECAY = 8.0
+"""The constant c of the paper: the factor of the recurrence gate in the exponent."""
+
+MAX_SQRT_SLOPE = 1000.0
+"""Upper bound of the derivative of the square root in the input scale."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayInit:
+    """Initial ``lambda``: with ``a = exp(-softplus(lambda))``, a^2 is uniform on [min_decay^2, max_decay^2).
+
+    This is the initialization of the authors' code. In the paper, a^8 is uniform on [0.9, 0.999].
+    """
+
+    min_decay: float = 0.9
+    max_decay: float = 0.999
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        square = jax.random.uniform(key, shape, dtype, self.min_decay**2, self.max_decay**2)
+        return jnp.log(jnp.expm1(-0.5 * jnp.log(square)))
+
+
+def rg_lru_specs(width: int, blocks: int) -> dict[str, Any]:
+    """Specs of ``recurrence_gate`` and ``input_gate`` (weight [N, P, P], bias [N, P]), and of ``lambda`` [W].
+
+    Raises:
+        ValueError: ``blocks`` does not divide ``width``.
+
+    Example:
+        >>> rg_lru_specs(64, 4)["input_gate"]["weight"].shape
+        (4, 16, 16)
+    """
+    if blocks < 1 or width % blocks:
+        raise ValueError(f"blocks={blocks} must divide width={width}")
+    size = width // blocks
+    gate = {
+        "weight": ArraySpec((blocks, size, size), ("heads", None, None), Normal(size**-0.5), decay=True),
+        "bias": ArraySpec((blocks, size), ("heads", None), ZEROS),
+    }
+    return {"recurrence_gate": gate, "input_gate": gate, "lambda": ArraySpec((width,), ("mlp",), DecayInit())}
+
+
+def rg_lru_cell(
+    params: dict[str, Any], x_BW: jax.Array, state_BW: jax.Array, first_B: jax.Array | None = None
+) -> jax.Array:
+    """The state after one step, [B, W] float32.
+
+    Args:
+        state_BW: the state before the step.
+        first_B: whether the step is the first of a document, so that the state before it has no effect. None: no.
+    """
+    first_B1 = jnp.zeros((len(x_BW), 1), bool) if first_B is None else first_B[:, None]
+    decay_BW, input_BW = _decay_and_input(params, x_BW, first_B1)
+    return decay_BW * jnp.where(first_B1, 0.0, state_BW) + input_BW
+
+
+def rg_lru(
+    params: dict[str, Any],
+    x_BTW: jax.Array,
+    state_BW: jax.Array | None = None,
+    *,
+    reset_BT: jax.Array | None = None,
+    keep_BT: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The state after each step, [B, T, W] in the dtype of ``x``, and the last state, [B, W] float32.
+
+    It is the same as a loop of :func:`rg_lru_cell`. All gates are computed at once, and the recurrence is a
+    ``jaxlm.nn.scan.linear_scan``. Matmul inputs of the gates have the dtype of ``x``; everything else is float32.
+
+    Args:
+        params: see :func:`rg_lru_specs`.
+        state_BW: the state before the first step. None: the first real step of each row starts a document.
+        reset_BT: True at each step that starts a document (``segment_boundaries`` with ``include_first=True``). None:
+            no further document starts.
+        keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
+        implementation: see ``linear_scan``.
+
+    Raises:
+        ValueError: shapes that do not match, an input without steps, or an unknown implementation.
+    """
+    W = params["lambda"].shape[0]
+    if x_BTW.ndim != 3 or x_BTW.shape[-1] != W:
+        raise ValueError(f"x {list(x_BTW.shape)} must be [batch, time, width] with the width {W} of the parameters")
+    check_masks(reset_BT, keep_BT, x_BTW.shape[:2])
+    if keep_BT is not None:  # padding may be NaN, which would make the gradients of the gates NaN
+        x_BTW = jnp.where(keep_BT[:, :, None], x_BTW, 0)
+    first_BT = _document_starts(x_BTW, state_BW, reset_BT, keep_BT)
+    decay_BTW, input_BTW = _decay_and_input(params, x_BTW, first_BT[:, :, None])
+    hidden_BTW, last_BW = linear_scan(
+        decay_BTW, input_BTW, state_BW, reset_BT=reset_BT, keep_BT=keep_BT, implementation=implementation
+    )
+    return hidden_BTW.astype(x_BTW.dtype), last_BW
+
+
+def _document_starts(x_BTW: jax.Array, state_BW: Any, reset_BT: Any, keep_BT: Any) -> jax.Array:
+    """Whether each step is the first of a document, [B, T]."""
+    starts_BT = jnp.zeros_like(x_BTW[:, :, 0], bool) if reset_BT is None else reset_BT
+    if state_BW is not None:
+        return starts_BT
+    real_BT = jnp.ones_like(starts_BT) if keep_BT is None else keep_BT
+    return starts_BT | (real_BT & (jnp.cumsum(real_BT, axis=1) == 1))
+
+
+def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
+    recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
+    log_decay = -MAX_LOG_DECAY * _with_rank(jax.nn.softplus(params["lambda"]), x.ndim) * recurrence_gate
+    # expm1 is exact for decays near 1, where 1 - a^2 would lose its digits.
+    scale = jnp.where(is_first, 1.0, _sqrt(-jnp.expm1(2.0 * log_decay)))
+    return jnp.exp(log_decay), scale * (input_gate * x.astype(jnp.float32))
+
+
+def _gate(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """``sigmoid(W x + b)`` [..., W] float32, with a block-diagonal matrix."""
+    weight_NPQ, bias_NP = params["weight"].astype(x.dtype), params["bias"]
+    blocks = x.reshape(*x.shape[:-1], *bias_NP.shape)
+    product = jnp.einsum("...NP,NPQ->...NQ", blocks, weight_NPQ).astype(jnp.float32)
+    return jax.nn.sigmoid(product + _with_rank(bias_NP, product.ndim)).reshape(x.shape)
+
+
+def _with_rank(x: jax.Array, rank: int) -> jax.Array:
+    return jnp.expand_dims(x, range(rank - x.ndim))
+
+
+@jax.custom_jvp
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with a derivative of at most ``MAX_SQRT_SLOPE``."""
+    return jnp.sqrt(x)
+
+
+@_sqrt.defjvp
+def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    root = jnp.sqrt(primals[0])
+    return root, tangents[0] * 0.5 / jnp.maximum(root, 0.5 / MAX_SQRT_SLOPE)

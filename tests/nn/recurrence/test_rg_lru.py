@@ -1,0 +1,195 @@
+"""Tests of the RG-LRU against the paper's equations as a loop over steps in float64, with gradients of all inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import spec
+from jaxlm.nn.recurrence import rg_lru, rg_lru_cell, rg_lru_specs
+from jaxlm.nn.recurrence.rg_lru import MAX_SQRT_SLOPE, DecayInit
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
+
+B, T, W, N = 2, 13, 12, 3
+IMPLEMENTATIONS = ("reference", "sequential", "chunked")
+SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 3, 3, 3, 3, 0, 0]], np.int32)
+
+
+def arguments():
+    params = add_noise(spec.init(rg_lru_specs(W, N), jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), 2)
+    return params, 2.0 * jax.random.normal(keys[0], (B, T, W)), jax.random.normal(keys[1], (B, W))
+
+
+def equations(params, x_BTW, state_BW, start_BT, keep_BT):
+    """Equations 1 to 4 of the paper, with full matrices instead of blocks. Padding does not change the state."""
+    blocks = params["recurrence_gate"]["weight"].shape[0]
+
+    def gate(name, x_BW):
+        weight, bias = params[name]["weight"], params[name]["bias"]
+        matrix = jax.scipy.linalg.block_diag(*(weight[block] for block in range(blocks)))
+        return jax.nn.sigmoid(x_BW @ matrix + bias.reshape(1, -1))
+
+    steps = []
+    for t in range(x_BTW.shape[1]):
+        x_BW, start_B1, keep_B1 = x_BTW[:, t], start_BT[:, t, None], keep_BT[:, t, None]
+        a = jax.nn.sigmoid(-params["lambda"])[None] ** (8.0 * gate("recurrence_gate", x_BW))
+        scale = jnp.where(start_B1, 1.0, jnp.sqrt(1.0 - a**2))
+        new = a * jnp.where(start_B1, 0.0, state_BW) + scale * (gate("input_gate", x_BW) * x_BW)
+        state_BW = jnp.where(keep_B1, new, state_BW)
+        steps.append(state_BW)
+    return jnp.stack(steps, axis=1), state_BW
+
+
+def masks(kind, with_state):
+    """The masks that the equations and ``rg_lru`` get: all starts, all real steps; and the arguments of ``rg_lru``."""
+    last = jnp.array([1, 1]) if with_state else None
+    segments = SEGMENTS if kind == "documents" else np.ones_like(SEGMENTS)
+    start, keep, _ = segment_boundaries(jnp.asarray(segments), last, include_first=True)
+    if kind == "documents":
+        return start, keep, {"reset_BT": start, "keep_BT": keep}
+    return start, keep, {}
+
+
+def results(function, arguments):
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
+
+    def loss(*arguments):
+        outputs = function(*arguments)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
+
+    numbers = tuple(range(len(arguments)))
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, numbers, has_aux=True))(*arguments)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("kind", ["one document", "documents"])
+def test_values_and_all_gradients_equal_the_equations(kind, with_state):
+    start, keep, options = masks(kind, with_state)
+    inputs = arguments() if with_state else arguments()[:2]
+    with jax.enable_x64(True):
+        inputs64 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), inputs)
+        zeros = (jnp.zeros((B, W)),) if not with_state else ()
+        want = results(lambda *given: equations(*given, *zeros, start, keep), inputs64)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
+    for implementation in IMPLEMENTATIONS:
+        got = results(lambda *given: rg_lru(*given, **options, implementation=implementation), inputs)  # noqa: B023
+        assert_trees_close(got, want, 5e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_several_calls_and_single_steps_equal_one_call(implementation):
+    params, x, _ = arguments()
+    want, want_last = rg_lru(params, x, implementation=implementation)
+    state, outputs = None, []
+    for chunk in (slice(0, 1), slice(1, 8), slice(8, T)):
+        out, state = rg_lru(params, x[:, chunk], state, implementation=implementation)
+        outputs.append(out)
+    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(state, want_last) < 1e-6
+    state = jnp.full((B, W), jnp.nan)  # the first step of a document does not read the state
+    for t in range(T):
+        state = rg_lru_cell(params, x[:, t], state, jnp.full(B, t == 0))
+        assert relative_error(state, want[:, t]) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
+    params, x, _ = arguments()
+    reset, keep, _ = segment_boundaries(jnp.asarray(SEGMENTS))  # without the first documents: the state is None
+
+    def loss(params, x):
+        out, last = rg_lru(params, x, reset_BT=reset, keep_BT=keep, implementation=implementation)
+        return jnp.sum(jnp.sin(jnp.where(keep[:, :, None], out, 0.0))), (out, last)
+
+    with_nan = jnp.where(keep[:, :, None], x, jnp.nan)
+    gradients, (out, last) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, with_nan)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
+    assert (np.asarray(gradients[1])[~np.asarray(keep)] == 0.0).all()
+    for row in range(B):
+        for document in range(1, SEGMENTS[row].max() + 1):
+            index = np.flatnonzero(SEGMENTS[row] == document)
+            separate, separate_last = rg_lru(params, x[row : row + 1, index])
+            assert relative_error(out[row, index], separate[0]) < 1e-6
+        assert relative_error(last[row], separate_last[0]) < 1e-6
+
+
+def test_a_decay_of_one_has_finite_gradients():
+    """With a closed recurrence gate, the decay is 1: the state does not change, and the input scale is 0."""
+    params, x, state = arguments()
+    params["recurrence_gate"]["bias"] = jnp.full((N, W // N), -1e4)
+
+    def loss(params, x, state):
+        out, _ = rg_lru(params, x, state)
+        return jnp.sum(out), out
+
+    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(params, x, state)
+    assert np.array_equal(out, np.broadcast_to(state[:, None], x.shape))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_weak_decay_keeps_its_digits():
+    """With decay 1 - 5e-7, ``sqrt(1 - decay^2)`` in float32 would have an error of 3 %."""
+    params, x, state = arguments()
+    params = {**params, "lambda": jnp.full(W, -16.0)}
+    params["recurrence_gate"] = jax.tree.map(jnp.zeros_like, params["recurrence_gate"])
+    out, _ = rg_lru(params, x, jnp.zeros_like(state))
+    with jax.enable_x64(True):
+        params64, x64 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), (params, x))
+        want, _ = equations(params64, x64, jnp.zeros((B, W)), np.zeros((B, T), bool), np.ones((B, T), bool))
+    assert relative_error(out, want) < 2e-6
+
+
+def test_the_slope_of_the_scale_is_bounded():
+    """One step from a zero state: d output / d gate bias = slope * d(1 - a^2) / d bias, with a bounded slope."""
+    params, x, _ = arguments()
+    params = {**params, "lambda": jnp.full(W, -40.0)}  # 1 - a^2 is about 1e-17 in exact arithmetic
+    gate = lambda x: jax.nn.sigmoid(x)  # noqa: E731
+    zero = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("recurrence_gate", "input_gate")}
+    params = {**params, **zero}
+    out = lambda bias: rg_lru_cell(  # noqa: E731
+        {**params, "recurrence_gate": {**zero["recurrence_gate"], "bias": bias}}, x[:, 0], jnp.zeros((B, W))
+    ).sum()
+    got = jax.grad(out)(jnp.zeros((N, W // N)))
+    d_square = 16.0 * jax.nn.softplus(-40.0) * 0.25  # d(1 - a^2) / d bias at gate 0.5
+    want = MAX_SQRT_SLOPE * d_square * jnp.sum(x[:, 0] * gate(0.0), axis=0).reshape(N, W // N)
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_keeps_a_float32_state(implementation):
+    params, x, state = arguments()
+    run = lambda x: results(lambda *given: rg_lru(*given, implementation=implementation), (params, x, state))  # noqa: E731
+    (out, last), gradients = run(x.astype(jnp.bfloat16))
+    assert (out.dtype, last.dtype, gradients[1].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    assert_trees_close(((out, last), gradients), run(x), 0.03)
+
+
+def test_initial_decays_are_in_the_ring():
+    values = DecayInit()(jax.random.key(0), (4000,), jnp.float32)
+    decay = np.exp(-np.asarray(jax.nn.softplus(values)))
+    assert 0.8999 < decay.min() < 0.901
+    assert 0.998 < decay.max() < 0.9991
+    assert np.mean(decay**2) == pytest.approx((0.9**2 + 0.999**2) / 2, abs=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_BTW": jnp.ones((B, T, 7))}, r"x \[2, 13, 7\] must be \[batch, time, width\] with the width 12"),
+        ({"state_BW": jnp.ones((B, 5))}, r"state_BD \[2, 5\] must be"),
+        ({"reset_BT": jnp.ones((B, 5), bool)}, r"reset_BT \[2, 5\] must be \[batch, time\] of the input"),
+        ({"implementation": "fast"}, "no linear_scan implementation 'fast'"),
+    ],
+)
+def test_wrong_arguments_raise(change, message):
+    params, x, state = arguments()
+    with pytest.raises(ValueError, match=message):
+        rg_lru(params, **{"x_BTW": x, "state_BW": state, **change})
+
+
+def test_blocks_must_divide_the_width():
+    with pytest.raises(ValueError, match="blocks=5 must divide width=12"):
+        rg_lru_specs(12, 5)
