@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxlm.nn.scan import linear_scan
 from jaxlm.nn.scan.vector_state import Implementation
@@ -132,22 +133,22 @@ def _document_starts(x_BTW: jax.Array, state_BW: Any, reset_BT: Any, keep_BT: An
 def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
-    log_decay = -MAX_LOG_DECAY * _with_rank(jax.nn.softplus(params["lambda"]), x.ndim) * recurrence_gate
-    # expm1 is exact for decays near 1, where 1 - a^2 would lose its digits.
-    scale = jnp.where(is_first, 1.0, _sqrt(-jnp.expm1(2.0 * log_decay)))
-    return jnp.exp(log_decay), scale * (input_gate * x.astype(jnp.float32))
+    softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"]), range(x.ndim - 1))
+    log_decay = -MAX_LOG_DECAY * softplus * recurrence_gate
+    # With m = a - 1, 1 - a^2 is -m (2 + m), which keeps its digits for decays near 1.
+    minus_one = jnp.expm1(log_decay)
+    scale = jnp.where(is_first, 1.0, _sqrt(-minus_one * (2.0 + minus_one)))
+    return 1.0 + minus_one, scale * (input_gate * x.astype(jnp.float32))
 
 
 def _gate(params: dict[str, Any], x: jax.Array) -> jax.Array:
     """``sigmoid(W x + b)`` [..., W] float32, with a block-diagonal matrix."""
-    weight_NPQ, bias_NP = params["weight"].astype(x.dtype), params["bias"]
-    blocks = x.reshape(*x.shape[:-1], *bias_NP.shape)
-    product = jnp.einsum("...NP,NPQ->...NQ", blocks, weight_NPQ).astype(jnp.float32)
-    return jax.nn.sigmoid(product + _with_rank(bias_NP, product.ndim)).reshape(x.shape)
-
-
-def _with_rank(x: jax.Array, rank: int) -> jax.Array:
-    return jnp.expand_dims(x, range(rank - x.ndim))
+    weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"]
+    # With the blocks as the first axis, a CPU computes products and gradients twice as fast as einsum does.
+    blocks = jnp.moveaxis(x.reshape(*x.shape[:-1], *bias_NP.shape), -2, 0)  # [N, ..., P]
+    product = lax.dot_general(blocks, weight_NPP, (((x.ndim,), (1,)), ((0,), (0,))))
+    product = jnp.moveaxis(product, 0, -2).astype(jnp.float32)  # [..., N, P]
+    return jax.nn.sigmoid(product + jnp.expand_dims(bias_NP, range(x.ndim - 1))).reshape(x.shape)
 
 
 @jax.custom_jvp
