@@ -115,10 +115,10 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
-    tokens, stream = window.open_stream(tokens, segment_ids, None if state is None else state["past"])
+    tokens, stream = window.open_stream(tokens, segment_ids, None if state is None else state["segment_ids"])
     start, keep = None, None  # one document in each row
     if stream.segment_ids is not None:
-        last_segment = None if state is None else state["past"][:, -1]
+        last_segment = None if state is None else state["segment_ids"][:, -1]
         start, keep, _ = segment_boundaries(stream.segment_ids, last_segment, include_first=True)
     context, new_state = window_cache.make_context(tokens, state, start, keep, cfg.window)
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
@@ -142,8 +142,8 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    x, past = window.close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
-    return x, None if state is None else {**new_state, "layers": layers, "past": past}
+    x, segments = window.close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    return x, None if state is None else {**new_state, "layers": layers, "segment_ids": segments}
 
 
 def _recurrent(
@@ -261,7 +261,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     }
     return {
         "layers": tuple(layer_specs[mixer] for mixer in mixers(cfg)),
-        "past": window.past_specs(batch, cfg.conv_width - 1),
+        "segment_ids": window.past_specs(batch, cfg.conv_width - 1),
         **window_cache.row_specs(batch),
     }
 
