@@ -1,6 +1,10 @@
-"""Linear recurrences: ``linear_scan``, whose state is a vector, and ``linear_attention``, whose state is a matrix."""
+"""Linear recurrences.
 
+``linear_scan`` has a vector as its state; ``linear_attention`` and ``gated_delta_rule`` have a matrix.
+"""
+
+from jaxlm.nn.scan.delta_rule import gated_delta_rule
 from jaxlm.nn.scan.matrix_state import linear_attention, linear_attention_step
 from jaxlm.nn.scan.vector_state import linear_scan
 
-__all__ = ["linear_attention", "linear_attention_step", "linear_scan"]
+__all__ = ["gated_delta_rule", "linear_attention", "linear_attention_step", "linear_scan"]

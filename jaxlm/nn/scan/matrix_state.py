@@ -143,15 +143,21 @@ def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-    B, T, H, _ = inputs[0].shape
+    out_CBHLV, state_BHKV = _scan(tuple(split_into_chunks(x, L) for x in inputs), state_BHKV)
+    return join_chunks(out_CBHLV, inputs[0].shape[1]), state_BHKV
 
-    def chunks(x_BTHX: jax.Array) -> jax.Array:
-        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))  # padding steps do not change the state
-        return x_BTHX.reshape(B, -1, L, H, x_BTHX.shape[-1]).transpose(1, 0, 3, 2, 4)
 
-    out_CBHLV, state_BHKV = _scan(tuple(map(chunks, inputs)), state_BHKV)
-    out_BTHV = out_CBHLV.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, out_CBHLV.shape[-1])
-    return out_BTHV[:, :T], state_BHKV
+def split_into_chunks(x_BTHX: jax.Array, L: int) -> jax.Array:
+    """Chunks of L steps, [C, B, H, L, X]. The last chunk is padded with zeros, which must not change the state."""
+    B, T, H, X = x_BTHX.shape
+    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
+    return x_BTHX.reshape(B, -1, L, H, X).transpose(1, 0, 3, 2, 4)
+
+
+def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
+    """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
+    _, B, H, _, X = x_CBHLX.shape
+    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, X)[:, :T]
 
 
 @jax.custom_vjp
@@ -179,7 +185,7 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
         chunk = lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE)  # noqa: E731
         (after_BHKV, _), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v)
         dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout_BHLV))
-        dlog_BHLE = _log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
+        dlog_BHLE = log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv, dlog_BHLE)
 
     dout_CBHLV, dlast_BHKV = cotangents
@@ -187,7 +193,7 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
     return dinputs, dstate_BHKV
 
 
-def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
+def log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
     """The gradient of the log decays of a chunk, without differentiating the products of decays.
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
@@ -225,12 +231,7 @@ def _chunk(
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
     if decay_BHLE.shape[-1] == 1:  # with one decay per head, the decay is a factor of the score
-
-        def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
-            return later * jnp.swapaxes(earlier, -1, -2)
-
-        diagonal_BHL = jnp.ones(decay_BHLE.shape[:3], jnp.float32)
-        decay_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
+        decay_BHLM, prefix_BHLE, suffix_BHLE = decay_products(decay_BHLE)
         scores_BHLM = product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM
     else:
 
@@ -246,6 +247,21 @@ def _chunk(
     total_BHE1 = jnp.swapaxes(prefix_BHLE[:, :, -1:], 2, 3)
     state_BHKV = total_BHE1 * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLE, v_BHLV)
     return state_BHKV, out_BHLV.astype(dtype)
+
+
+def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Products of the decays of a chunk, for one decay per head. No decay is divided, so a decay may be 0.
+
+    Returns:
+        For steps t and s, the product of the decays of steps s + 1 to t, [B, H, L, L], which is 0 for s > t; the
+        product of all decays up to and including each step [B, H, L, 1]; and the product of all decays after each step
+        [B, H, L, 1].
+    """
+
+    def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
+        return later * jnp.swapaxes(earlier, -1, -2)
+
+    return _pair_scores_and_decays(decay_BHL1, jnp.ones(decay_BHL1.shape[:3], jnp.float32), pair_scores)
 
 
 def _pair_scores_and_decays(
