@@ -66,7 +66,32 @@ class Identity:
         return jnp.eye(rows, columns, dtype=dtype)
 
 
-Initializer = Normal | Uniform | Constant | Identity
+@dataclasses.dataclass(frozen=True)
+class LogOfUniform:
+    """The logarithm of a number that is uniform on [low, high)."""
+
+    low: float
+    high: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, self.low, self.high))
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSoftplus:
+    """A number x, where log(softplus(x)) is uniform on [log(low), log(high)); softplus(x) is at least ``minimum``."""
+
+    low: float
+    high: float
+    minimum: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        logs = jax.random.uniform(key, shape, dtype, math.log(self.low), math.log(self.high))
+        y = jnp.maximum(jnp.exp(logs), self.minimum)
+        return y + jnp.log(-jnp.expm1(-y))
+
+
+Initializer = Normal | Uniform | Constant | Identity | LogOfUniform | InverseSoftplus
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
@@ -195,7 +220,10 @@ def unstack(tree: Tree) -> Tree:
 
 
 def restack(tree: Tree) -> Tree:
-    """``tree`` in the stacked layout: the inverse of :func:`unstack`."""
+    """``tree`` in the stacked layout: the inverse of :func:`unstack`.
+
+    Layers of different kinds (``gated_deltanet``) have no stacked layout. They stay per-layer.
+    """
 
     def stack_leaves(*leaves: Any) -> Any:
         if isinstance(leaves[0], ArraySpec):
@@ -203,6 +231,8 @@ def restack(tree: Tree) -> Tree:
         return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
     def stack_layers(layers: tuple[Tree, ...]) -> Tree:
+        if len({jax.tree.structure(layer) for layer in layers}) > 1:
+            return layers
         return jax.tree.map(stack_leaves, *layers)
 
     return _map_layers(lambda child: stack_layers(child) if isinstance(child, tuple) else child, tree)

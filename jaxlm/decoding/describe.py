@@ -10,6 +10,7 @@ _FAMILIES = {
     "gpt": "GPT", "llama": "Llama", "bert": "BERT", "roberta": "RoBERTa", "t5": "T5", "xlnet": "XLNet",
     "transformer_xl": "Transformer-XL", "lstm": "LSTM", "gru": "GRU", "attention_rnn": "attention RNN",
     "attention_rnn_lm": "attention RNN", "resnet": "ResNet", "resnet_lm": "gated convolution", "alexnet": "AlexNet",
+    "gated_deltanet": "Gated DeltaNet",
 }  # fmt: skip
 _HEADS = {
     "causal": "a next-token head",

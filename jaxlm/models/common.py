@@ -32,20 +32,26 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig(ModelConfig):
-    """Base class for the ``Config`` of a family with identical layers, which :func:`run_layers` runs."""
+class LayeredConfig(ModelConfig):
+    """Base class for the ``Config`` of a family whose layers :func:`run_layers` runs. The layers may differ."""
 
     remat: Remat = "dots"
     """Activations that the backward pass recomputes: none, all except outputs of matmuls and attention (dots), or all
     inside a block (full)."""
-    scan_layers: bool = False
-    """True: stack the parameters of the layers and run the layers with ``lax.scan``, which compiles only one layer.
-    False: one tree of parameters per layer and a Python loop. Steps are faster, but compilation takes longer
-    (docs/labbook.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, remat=get_args(Remat))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(LayeredConfig):
+    """Base class for the ``Config`` of a family with identical layers, which :func:`run_layers` runs."""
+
+    scan_layers: bool = False
+    """True: stack the parameters of the layers and run the layers with ``lax.scan``, which compiles only one layer.
+    False: one tree of parameters per layer and a Python loop. Steps are faster, but compilation takes longer
+    (docs/labbook.md)."""
 
 
 def run_layers(
@@ -69,7 +75,7 @@ def run_layers(
             layer for a Python loop.
         state: state of all layers, in the same layout as ``weights``; None: the layers have no state.
         key: random key; layer i gets ``jax.random.fold_in(key, i)``. None: every layer gets None.
-        remat: see :class:`TransformerConfig`.
+        remat: see :class:`LayeredConfig`.
         in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``) instead of
             slices, so that the state of a layer is not copied.
 
@@ -108,7 +114,7 @@ def run_layers(
 
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:
-    """The block with the rematerialization that ``remat`` selects (:class:`TransformerConfig`)."""
+    """The block with the rematerialization that ``remat`` selects (:class:`LayeredConfig`)."""
     prevent_cse = choices.prevent_cse_in_remat(unrolled=unrolled)
     if remat == "full":
         return jax.checkpoint(block, prevent_cse=prevent_cse)

@@ -35,8 +35,14 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     return (normalised * scale + bias).astype(x.dtype)
 
 
-def rms_norm_specs(width: int) -> dict[str, ArraySpec]:
-    """Specs of ``scale`` [width], initialized with ones."""
+def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpec]:
+    """Specs of ``scale`` [width], initialized with ones.
+
+    Args:
+        minus_one: instead of the scale, the parameter is ``scale_minus_one``, initialized with zeros (Gemma).
+    """
+    if minus_one:
+        return {"scale_minus_one": ArraySpec((width,), ("norm",), ZEROS)}
     return {"scale": ArraySpec((width,), ("norm",), ONES)}
 
 
@@ -45,4 +51,12 @@ def rms_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``."""
     x32 = x.astype(jnp.float32)
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (normalised * lax.broadcast_in_dim(params["scale"], x.shape, (x.ndim - 1,))).astype(x.dtype)
+    scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"]
+    return (normalised * lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
+def l2_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """``x / sqrt(sum(x**2) + epsilon)`` over the last axis, a vector of length 1, in the dtype of ``x``."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

@@ -77,19 +77,17 @@ def gated_delta_rule(
     if implementation not in get_args(Implementation):
         choice = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"no gated_delta_rule implementation {implementation!r}: choose from {choice}")
-    inputs = (
-        query_BTHK, key_BTHK, value_BTHV,
-        log_decay_BTH[..., None].astype(jnp.float32), beta_BTH[..., None].astype(jnp.float32),
-    )  # fmt: skip
-    # The time axis is not sharded, because the steps are sequential.
-    q, k, v, log_BTH1, beta_BTH1 = (sharding.constrain(x, ("batch", None, "heads", None)) for x in inputs)
+    log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
     if reset_BT is not None:
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
-    inputs = (q, k, v, log_BTH1, beta_BTH1)
+    # The time axis is not sharded, because the steps are sequential.
+    axes = ("batch", None, "heads", None)
+    inputs = [sharding.constrain(x, axes) for x in (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1)]
     if keep_BT is not None:
-        inputs = tuple(jnp.where(keep_BT[:, :, None, None], x, 0) for x in inputs)
+        inputs = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in inputs]
     if state_BHKV is None:
-        state_BHKV = jnp.zeros_like(inputs[1][:, 0, :, :, None] * inputs[2][:, 0, :, None, :], jnp.float32)
+        _, k, v, _, _ = inputs
+        state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
     if implementation == "reference":
         return _reference(inputs, state_BHKV.astype(jnp.float32))
     L = min(choices.gated_delta_rule_chunk() if chunk is None else chunk, 1 << (T - 1).bit_length())
