@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan.matrix_state import decay_products, join_chunks, log_decay_gradient, split_into_chunks
+from jaxlm.nn.scan.matrix_state import decay_products, join_chunks, split_into_chunks
 from jaxlm.nn.segments import check_masks
 
 Implementation = Literal["reference", "chunked"]
@@ -55,8 +55,8 @@ def gated_delta_rule(
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         chunk: L, for ``chunked`` only, a power of two; None: a default for the platform.
         implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with a triangular system and
-            matmuls for all steps of a chunk; its custom gradient saves the state before each chunk and no other
-            intermediate result), or None for the fastest known.
+            matmuls for all steps of a chunk; the gradient saves the state before each chunk and computes everything
+            else again), or None for the fastest known.
 
     Raises:
         ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
@@ -90,9 +90,9 @@ def gated_delta_rule(
         state_BHKV = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], jnp.float32)
     if implementation == "reference":
         return _reference(inputs, state_BHKV.astype(jnp.float32))
-    L = min(choices.gated_delta_rule_chunk() if chunk is None else chunk, 1 << (T - 1).bit_length())
-    out_CBHLV, state_BHKV = _scan(tuple(split_into_chunks(x, L) for x in inputs), state_BHKV.astype(jnp.float32))
-    return join_chunks(out_CBHLV, T), state_BHKV
+    if chunk is None:
+        chunk = choices.gated_delta_rule_chunk()
+    return _chunked(inputs, state_BHKV.astype(jnp.float32), min(chunk, 1 << (T - 1).bit_length()))
 
 
 def _check(
@@ -128,66 +128,19 @@ def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-@jax.custom_vjp
-def _scan(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: _chunk(state, *_two_keys(inputs)), state_BHKV, inputs)
-    return out_CBHLV, state_BHKV
-
-
-def _scan_forward(inputs: Any, state_BHKV: jax.Array) -> Any:
-    """The outputs and the residuals of :func:`_scan`. The residuals are the inputs and the state before each chunk."""
-
-    def step(state_BHKV: jax.Array, inputs: Any) -> Any:
-        after_BHKV, out_BHLV = _chunk(state_BHKV, *_two_keys(inputs))
-        return after_BHKV, (out_BHLV, state_BHKV)
-
-    last_BHKV, (out_CBHLV, states_CBHKV) = lax.scan(step, state_BHKV, inputs)
-    return (out_CBHLV, last_BHKV), (inputs, states_CBHKV)
-
-
-def _scan_backward(saved: Any, cotangents: Any) -> Any:
-    """The gradients of the inputs and of the initial state.
-
-    A chunk is computed again and differentiated with constant decays. Its results depend on the decays only through
-    ``exp(b_t) * q_t``, ``exp(b_t) * k_t`` of the key that reads, ``exp(-b_t) * k_t`` of the key that writes and, for
-    the state after the chunk, ``exp(b_L) * S``, where b_t is the sum of the log decays up to step t. So the gradients
-    of these factors give the gradient of the log decays (:func:`log_decay_gradient`).
-    """
-
-    def step(dafter_BHKV: jax.Array, inputs: Any) -> Any:
-        (q, k, v, log_BHL1, beta_BHL1), state_BHKV, dout_BHLV = inputs
-        # q and k are float32, because the gradient of the decays is a difference of their gradients.
-        q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-
-        def chunk(state: jax.Array, q: jax.Array, reading: jax.Array, writing: jax.Array, v: Any, beta: Any) -> Any:
-            return _chunk(state, q, reading, writing, v, log_BHL1, beta)
-
-        (after_BHKV, _), vjp = jax.vjp(chunk, state_BHKV, q32, k32, k32, v, beta_BHL1)
-        dstate_BHKV, dq, dreading, dwriting, dv, dbeta_BHL1 = vjp((dafter_BHKV, dout_BHLV))
-        dsum_BHLK = q32 * dq + k32 * (dreading - dwriting)
-        dlog_BHL1 = log_decay_gradient(dsum_BHLK, after_BHKV * dafter_BHKV, log_BHL1)
-        dk = (dreading + dwriting).astype(k.dtype)
-        return dstate_BHKV, (dq.astype(q.dtype), dk, dv, dlog_BHL1, dbeta_BHL1)
-
-    dout_CBHLV, dlast_BHKV = cotangents
-    dstate_BHKV, dinputs = lax.scan(step, dlast_BHKV, (*saved, dout_CBHLV), reverse=True)
-    return dinputs, dstate_BHKV
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-def _two_keys(inputs: Any) -> Any:
-    """The arguments of :func:`_chunk`: the same keys read the old values and write the new ones."""
-    q, k, v, log_BHL1, beta_BHL1 = inputs
-    return q, k, k, v, log_BHL1, beta_BHL1
+def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
+    # The backward pass computes a chunk again and differentiates it. The products of decays are differentiated, too: as
+    # a difference of the gradients of q and k (``linear_attention``), the gradient of strong decays would lose digits.
+    chunk = jax.checkpoint(_chunk, prevent_cse=False)
+    chunks = [split_into_chunks(x, L) for x in inputs]
+    state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: chunk(state, *inputs), state_BHKV, chunks)
+    return join_chunks(out_CBHLV, inputs[0].shape[1]), state_BHKV
 
 
 def _chunk(
     state_BHKV: jax.Array,
     q_BHLK: jax.Array,
-    reading_BHLK: jax.Array,
-    writing_BHLK: jax.Array,
+    k_BHLK: jax.Array,
     v_BHLV: jax.Array,
     log_BHL1: jax.Array,
     beta_BHL1: jax.Array,
@@ -207,13 +160,13 @@ def _chunk(
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)
 
-    overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", reading_BHLK, writing_BHLK), -1)
-    old_BHLV = product("BHLK,BHKV->BHLV", reading_BHLK * prefix_BHL1, state_BHKV)
+    overlap_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
+    old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
     new_BHLV = lax.linalg.triangular_solve(
         overlap_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV), left_side=True, lower=True,
         unit_diagonal=True,
     )  # fmt: skip
-    out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, writing_BHLK) * decay_BHLM, new_BHLV)
+    out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, new_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
-    state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", writing_BHLK * suffix_BHL1, new_BHLV)
+    state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
     return state_BHKV, out_BHLV.astype(dtype)

@@ -185,7 +185,7 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
         chunk = lambda state, q, k, v: _chunk(state, q, k, v, log_BHLE)  # noqa: E731
         (after_BHKV, _), vjp = jax.vjp(chunk, state_BHKV, q32, k32, v)
         dstate_BHKV, dq, dk, dv = vjp((dafter_BHKV, dout_BHLV))
-        dlog_BHLE = log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
+        dlog_BHLE = _log_decay_gradient(q32 * dq - k32 * dk, after_BHKV * dafter_BHKV, log_BHLE)
         return dstate_BHKV, (dq.astype(q.dtype), dk.astype(k.dtype), dv, dlog_BHLE)
 
     dout_CBHLV, dlast_BHKV = cotangents
@@ -193,7 +193,7 @@ def _scan_backward(saved: Any, cotangents: Any) -> Any:
     return dinputs, dstate_BHKV
 
 
-def log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
+def _log_decay_gradient(dsum_BHLK: jax.Array, state_dstate_BHKV: jax.Array, log_BHLE: jax.Array) -> jax.Array:
     """The gradient of the log decays of a chunk, without differentiating the products of decays.
 
     See Yang et al. 2024, section 4.3. Let b_t be the sum of the log decays up to step t. The results of a chunk depend
