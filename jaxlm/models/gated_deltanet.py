@@ -100,9 +100,8 @@ class Config(common.LayeredConfig):
             "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
             *(["max_positions"] if self.max_positions is not None else []),
         )  # fmt: skip
-        common.check_choices(
-            self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation))
-        )  # fmt: skip
+        choices = (None, *get_args(Implementation))
+        common.check_choices(self, task=get_args(Task), attention_implementation=choices)
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
         if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
@@ -182,14 +181,15 @@ def _delta_rule(
     q, k, v = jnp.split(jax.nn.silu(qkv_BTC), (G * K, 2 * G * K), axis=-1)
     q, k = (jnp.repeat(l2_norm(part.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for part in (q, k))
 
-    beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)  # [B, T, G, 2, R]
+    beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)
     beta, decay = (beta_decay[:, :, :, i].reshape(B, T, H) for i in (0, 1))
     beta = jax.nn.sigmoid(beta) * (2.0 if cfg.negative_eigenvalues else 1.0)
     A_log, dt_bias = (weights[name][None, None, :] for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
     out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
 
-    out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * jax.nn.silu(gate.reshape(B, T, H, V))
+    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # a sharded axis can be split, then merged
+    out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
     return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
 
 
@@ -230,8 +230,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
     H, G, K, bias = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.attention_bias
     G_delta, H_delta, V_delta = cfg.delta_key_heads, cfg.delta_value_heads, cfg.delta_value_dim
-    R = H_delta // G_delta
-    norm = rms_norm_specs(D, minus_one=True)
+    R, norm = H_delta // G_delta, rms_norm_specs(D, minus_one=True)
     delta_rule = {
         "query_key_value_gate": linear_specs(
             (D, G_delta, 2 * cfg.delta_key_dim + 2 * R * V_delta), ("embed", "heads", "kv"), normal, bias=False
@@ -290,9 +289,10 @@ def carried_state_length(cfg: Config) -> int | None:
     return None if "attention" in mixers(cfg) else 1
 
 
-_TINY = Config(
-    vocab_size=128, max_positions=64, num_layers=4, embed_dim=32, mlp_dim=48, delta_key_heads=2, delta_value_heads=4,
-    delta_key_dim=8, delta_value_dim=6, num_heads=4, num_kv_heads=2, head_dim=16,
+_TINY = Config(  # a larger epsilon than in published models, because a random delta rule has small outputs
+    vocab_size=128, max_positions=64, num_layers=3, pattern=("delta_rule", "attention"), embed_dim=32, mlp_dim=48,
+    delta_key_heads=2, delta_value_heads=4, delta_key_dim=16, delta_value_dim=6, num_heads=4, head_dim=16,
+    norm_epsilon=1e-3,
 )  # fmt: skip
 VARIANTS = {
     "gated_deltanet-tiny": dataclasses.replace(_TINY, max_positions=None, num_layers=2, pattern=("delta_rule",)),

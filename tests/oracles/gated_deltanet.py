@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.oracles.gpt import reference_results
 
-# The delta rule's output for the first token is q @ k times the value. Its RMS norm is nearly the sign of q @ k. So with
+# The delta rule's output for the first token is q @ k times the value. Its RMS norm is nearly the sign of q @ k. With
 # the published epsilon of 1e-6, both libraries amplify rounding errors where q @ k is small.
 _EPSILON = 0.03
 _TINY: dict[str, Any] = {

@@ -261,7 +261,7 @@ def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
         return later * jnp.swapaxes(earlier, -1, -2)
 
-    return _pair_scores_and_decays(decay_BHL1, jnp.ones(decay_BHL1.shape[:3], jnp.float32), pair_scores)
+    return _pair_scores_and_decays(decay_BHL1, jnp.ones_like(decay_BHL1[..., 0]), pair_scores)
 
 
 def _pair_scores_and_decays(
