@@ -7,7 +7,7 @@ The tokens are the characters of the included corpus. Its last 10 % is for valid
 
     causal             the next character                      gpt llama resnet_lm alexnet attention_rnn_lm
     causal, streamed   the next character, along contiguous columns with state carried from batch to batch
-                                                               transformer_xl lstm gru
+                                                               transformer_xl lstm gru gated_deltanet
     masked             masked characters, bidirectional        bert roberta
     permutation        some characters, in a random order      xlnet
     span_corruption    the spans removed from the source       t5 attention_rnn
@@ -165,6 +165,12 @@ RECIPES = {
         {"embed_dim": 64, "channels": 128, "kernels": (7, 7, 3, 3), "pools": (3, 1, 1, 1), "fc_dim": 256,
          "init_stddev": 0.05},
         "causal", 2600, optimizer_changes=adamw(1e-3),
+    ),
+    "gated_deltanet": Recipe(
+        "gated_deltanet",
+        {"num_layers": 4, "embed_dim": 128, "mlp_dim": 352, "pattern": ("delta_rule",), "max_positions": None,
+         "delta_key_heads": 4, "delta_value_heads": 4, "delta_key_dim": 32, "delta_value_dim": 32},
+        "causal", 600, state_length=1, optimizer_changes=SMALL,
     ),
 }  # fmt: skip
 
