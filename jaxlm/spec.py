@@ -223,7 +223,7 @@ def unstack(tree: Tree) -> Tree:
 def restack(tree: Tree) -> Tree:
     """``tree`` in the stacked layout: the inverse of :func:`unstack`.
 
-    Layers of different kinds (``griffin``) have no stacked layout. They stay per-layer.
+    Layers of different kinds (as in ``griffin``) have no stacked layout. They stay per-layer.
     """
 
     def stack_leaves(*leaves: Any) -> Any:

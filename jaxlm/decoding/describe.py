@@ -12,6 +12,7 @@ _FAMILIES = {
     "attention_rnn_lm": "attention RNN", "resnet": "ResNet", "resnet_lm": "gated convolution", "alexnet": "AlexNet",
     "mamba2": "Mamba-2",
     "griffin": "Griffin",
+    "gated_deltanet": "Gated DeltaNet",
 }  # fmt: skip
 _HEADS = {
     "causal": "a next-token head",

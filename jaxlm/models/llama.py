@@ -25,7 +25,7 @@ from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, fold_name
+from jaxlm.spec import ArraySpec, Initializer, Normal, fold_name
 
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
@@ -136,7 +136,7 @@ def apply(
         attended, kv = _attention(cfg, weights["attention"], normed, kv, context, angles, layer_key)
         x = constrain(x + attended, ("batch", "seq", "activation_embed"))
         normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
-        x = x + _mlp(weights["mlp"], normed)
+        x = x + mlp(weights["mlp"], normed)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else state["layers"]
@@ -169,7 +169,8 @@ def _attention(
     return linear(weights["output"], x, num_input_axes=2), kv
 
 
-def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
+def mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The output of the SwiGLU MLP (Shazeer 2020), [B, T, D]."""
     gate, up = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "up"))
     return linear(weights["down"], jax.nn.silu(gate) * up)
 
@@ -214,6 +215,15 @@ def head_sizes(cfg: Config) -> tuple[int, int, int]:
     return cfg.num_heads, kv_heads, cfg.embed_dim // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
 
 
+def mlp_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
+    """The specs of :func:`mlp`."""
+    return {
+        "gate": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
+        "up": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
+        "down": linear_specs((hidden, width), ("mlp", "embed"), init, bias=False),
+    }
+
+
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, F, (H, G, K) = cfg.embed_dim, cfg.mlp_dim, head_sizes(cfg)
@@ -228,11 +238,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
         },
         "mlp_norm": rms_norm_specs(D),
-        "mlp": {
-            "gate": linear_specs((D, F), ("embed", "mlp"), normal, bias=False),
-            "up": linear_specs((D, F), ("embed", "mlp"), normal, bias=False),
-            "down": linear_specs((F, D), ("mlp", "embed"), normal, bias=False),
-        },
+        "mlp": mlp_specs(D, F, normal),
     }
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),

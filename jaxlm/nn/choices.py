@@ -162,7 +162,7 @@ def linear_scan() -> Literal["sequential", "chunked"]:
 
 
 MIN_CHUNKED_STEPS = 8
-"""Minimum number of steps for which ``linear_attention`` runs in chunks."""
+"""Minimum number of steps for which ``linear_attention`` and ``gated_delta_rule`` run in chunks."""
 LINEAR_ATTENTION_CHUNK = {"cpu": 32}
 """Steps of a chunk of ``linear_attention``, by platform. The matrix units of other platforms need more rows."""
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
@@ -176,6 +176,23 @@ def linear_attention(steps: int) -> Literal["reference", "chunked"]:
 def linear_attention_chunk() -> int:
     """The number of steps of a chunk of ``linear_attention``."""
     return LINEAR_ATTENTION_CHUNK.get(sharding.platform(), LINEAR_ATTENTION_CHUNK_ACCELERATOR)
+
+
+def gated_delta_rule(steps: int) -> Literal["reference", "chunked"]:
+    """The implementation of ``gated_delta_rule``."""
+    return "chunked" if steps >= MIN_CHUNKED_STEPS else "reference"
+
+
+GATED_DELTA_RULE_CHUNK = {"cpu": 32}
+"""Steps of a chunk of ``gated_delta_rule``, by platform."""
+GATED_DELTA_RULE_CHUNK_ACCELERATOR = 64
+"""The paper's chunk size. The triangular system of a chunk makes larger chunks more expensive than in
+``linear_attention``."""
+
+
+def gated_delta_rule_chunk() -> int:
+    """The number of steps of a chunk of ``gated_delta_rule``."""
+    return GATED_DELTA_RULE_CHUNK.get(sharding.platform(), GATED_DELTA_RULE_CHUNK_ACCELERATOR)
 
 
 def depthwise_convolution(segment_ids: Any) -> Literal["reference", "shifts"]:

@@ -53,3 +53,10 @@ def rms_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
     normalised = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"]
     return (normalised * lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
+def l2_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """``x / sqrt(sum(x**2) + epsilon)`` over the last axis, a vector of length 1, in the dtype of ``x``."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

@@ -193,6 +193,16 @@ RECIPES: dict[str, Recipe] = {
         "The paper tunes learning rate, weight decay and beta2 at small sizes and extrapolates them. Models with a few "
         "million parameters use ten times this learning rate.",
     ),
+    "gated_deltanet": Recipe(
+        OptimizerConfig(
+            learning_rate=4e-4, schedule="cosine", warmup_steps=2_000, final_fraction=0.0, beta1=0.9, beta2=0.95,
+            epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
+        ),
+        200_000, "0.5 M tokens",
+        "Yang et al. 2024, section 4 (1.3 B parameters, 100 billion tokens)",
+        "These values have not been checked a second time against the paper. The paper does not state the betas, "
+        "epsilon and the last learning rate. Small models use a larger learning rate.",
+    ),
 }  # fmt: skip
 """The published recipe of each family."""
 

@@ -54,6 +54,12 @@ _LLAMA: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32,
 }  # fmt: skip
+_QWEN3_NEXT: dict[str, Any] = {
+    **_LLAMA, "full_attention_interval": 2, "head_dim": 8, "partial_rotary_factor": 0.5, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6, "num_experts": 4,
+    "mlp_only_layers": [0, 1], "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "rms_norm_eps": 0.03,
+    "use_cache": False,  # the cache of transformers needs layers of both kinds
+}  # fmt: skip
 _BERT: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20,
     "max_position_embeddings": 34, "type_vocab_size": 2,
@@ -68,6 +74,7 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "sliding_window": 6},
     "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    "qwen3_next": _QWEN3_NEXT,
     "bert": _BERT,
     "roberta": {**_BERT, "type_vocab_size": 1},
     "t5": _T5,
@@ -122,7 +129,14 @@ _WORDS: dict[str, list[Any]] = {
     "prefix": ["summarize: "],
     "tokenizer_class": ["BertTokenizer"],
     "rope_scaling": _SCALINGS,
-    "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2, ["sliding_attention", "full_attention"]],
+    "layer_types": [
+        ["full_attention"] * 2,
+        ["sliding_attention"] * 2,
+        ["sliding_attention", "full_attention"],
+        ["linear_attention"] * 2,
+    ],
+    "full_attention_interval": [1, 3, 0, None],
+    "mlp_only_layers": [[0], [], [1, 0]],
     "id2label": [{"0": "a", "1": "b", "2": "c"}, {"0": "only"}],
     "label2id": [{"a": 0, "b": 1}],
     "num_labels": [3, 1, 2],
@@ -160,6 +174,7 @@ UNDECLARED: dict[str, tuple[str, ...]] = {
     "llama": ("partial_rotary_factor",),
     "mistral": ("rope_scaling", "partial_rotary_factor", "layer_types"),
     "qwen2": ("head_dim", "partial_rotary_factor"),
+    "qwen3_next": ("full_attention_interval",),
     "xlnet": ("d_head", "summary_proj_to_labels", "summary_first_dropout", "use_cache"),
 }
 """Fields that the config class does not declare, but that the model reads or published files have."""
@@ -186,6 +201,9 @@ _UNREAD = {
         "id2label num_labels is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
         "pruned_heads summary_type summary_use_proj summary_activation summary_proj_to_labels start_n_top end_n_top "
         "layer_types partial_rotary_factor",
+    "details of experts, which no supported model has":
+        "moe_intermediate_size shared_expert_intermediate_size num_experts_per_tok norm_topk_prob output_router_logits "
+        "router_aux_loss_coef",
     "the length of the memory (an argument of init_state), and the number of reused tokens": "mem_len reuse_len",
 }  # fmt: skip
 EXPLAINED = {field: reason for reason, fields in _UNREAD.items() for field in fields.split()}

@@ -76,3 +76,11 @@ class Format:
     tied_tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+
+
+def integer(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:
+    """The value of a field of ``config.json``, checked to be an integer or null; ``default`` if it is missing."""
+    value = config.get(name, default)
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{name}={value!r} is not an integer")
+    return value

@@ -4,85 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.format import TRANSPOSED, Format, integer
+from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, head_sizes
-from jaxlm.nn.attention.rotary import Kind, RotaryScaling
-
-_SCALING = {
-    "factor": ("factor", get_args(Kind)),
-    "original_positions": ("original_max_position_embeddings", ("llama3", "yarn")),
-    "low_frequency_factor": ("low_freq_factor", ("llama3",)),
-    "high_frequency_factor": ("high_freq_factor", ("llama3",)),
-    "beta_fast": ("beta_fast", ("yarn",)),
-    "beta_slow": ("beta_slow", ("yarn",)),
-    "truncate": ("truncate", ("yarn",)),
-    "attention_factor": ("attention_factor", ("yarn",)),
-}
-"""Field of ``RotaryScaling`` -> its name in Hugging Face files, and the kinds of scaling that have this field."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    kv_heads, num_heads = _integer(config, "num_key_value_heads"), _integer(config, "num_attention_heads", 32)
+    kv_heads, num_heads = integer(config, "num_key_value_heads"), integer(config, "num_attention_heads", 32)
     if kv_heads is not None and (kv_heads < 1 or num_heads % kv_heads):
         raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={num_heads}")
-    fields: dict[str, Any] = {
-        "num_kv_heads": kv_heads,
-        "head_dim": _integer(config, "head_dim"),
-    }
-    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    hf_scaling = config.get(name) or {}
-    if not isinstance(hf_scaling, dict):
-        raise ValueError(f"{name}={hf_scaling!r} must be a JSON object or null")
-    hf_scaling = dict(hf_scaling)
-    if "rope_theta" in hf_scaling:  # transformers 5 writes the field here
-        fields["rotary_base"] = hf_scaling.pop("rope_theta")
-    old_kind = hf_scaling.pop("type", "default")
-    kind = hf_scaling.pop("rope_type", old_kind)
-    if kind == "default":
-        return fields
-    if kind == "dynamic":
-        hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read it
-    if kind not in get_args(Kind):
-        raise ValueError(
-            f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"
-        )
-    field_of = {name: field for field, (name, kinds) in _SCALING.items() if kind in kinds}
-    for name, value in hf_scaling.items():
-        if name not in field_of or isinstance(value, str):
-            raise ValueError(
-                f"{name}={value!r} of {kind} rope_scaling is not supported: the supported fields are "
-                f"{', '.join(field_of)}; their values must not be strings"
-            )
-    scaling = {field_of[name]: value for name, value in hf_scaling.items() if value is not None}
-    if "factor" not in scaling:
-        raise ValueError(f"rope_scaling of type {kind} lacks its factor")
-    if kind in ("dynamic", "yarn"):
-        scaling.setdefault("original_positions", config.get("max_position_embeddings"))
-    return {**fields, "rotary_scaling": RotaryScaling(kind, **scaling)}
+    return {"num_kv_heads": kv_heads, "head_dim": integer(config, "head_dim"), **read_rotary(config)}
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:
     fields: dict[str, Any] = {"num_key_value_heads": head_sizes(cfg)[1]}
     if cfg.head_dim is not None:
         fields["head_dim"] = cfg.head_dim
-    scaling = cfg.rotary_scaling
-    if scaling is None:
-        return fields
-    if scaling.kind == "dynamic" and scaling.original_positions != cfg.max_positions:
-        raise ValueError(
-            f"dynamic rotary scaling from {scaling.original_positions} to max_positions={cfg.max_positions} has no "
-            "counterpart in Hugging Face files, because transformers computes the base from the length of each text"
-        )
-    hf_scaling = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
-    hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
-    return {**fields, "rope_scaling": {"rope_type": scaling.kind, **hf_scaling}}
+    return {**fields, **write_rotary(cfg.rotary_scaling, cfg.max_positions)}
 
 
 def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 8, "sliding_window": 4096, **config}  # Mistral's defaults
-    return {**_read_fields(config), "window": _integer(config, "sliding_window")}
+    return {**_read_fields(config), "window": integer(config, "sliding_window")}
 
 
 def _write_mistral(cfg: Config) -> dict[str, Any]:
@@ -91,9 +36,9 @@ def _write_mistral(cfg: Config) -> dict[str, Any]:
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 32, **config}  # Qwen2's default
-    window, layers = None, _integer(config, "num_hidden_layers", 32)
+    window, layers = None, integer(config, "num_hidden_layers", 32)
     if config.get("use_sliding_window", False):
-        first = _integer(config, "max_window_layers", 28)
+        first = integer(config, "max_window_layers", 28)
         kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
         num_windowed = kinds.count("sliding_attention")
         if 0 < num_windowed < layers:
@@ -101,7 +46,7 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"a sliding window in {num_windowed} of {layers} layers is not supported: use it in all layers or none "
                 f"(max_window_layers={first}, layer_types={config.get('layer_types')!r})"
             )
-        window = _integer(config, "sliding_window", 4096) if num_windowed else None
+        window = integer(config, "sliding_window", 4096) if num_windowed else None
     return {**_read_fields(config), "window": window}
 
 
@@ -114,13 +59,6 @@ def _write_qwen2(cfg: Config) -> dict[str, Any]:
         "layer_types": [kind] * cfg.num_layers,
     }
     return fields if cfg.window is None else {**fields, "sliding_window": cfg.window, "max_window_layers": 0}
-
-
-def _integer(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:
-    value = config.get(name, default)
-    if value is not None and type(value) is not int:
-        raise ValueError(f"{name}={value!r} is not an integer")
-    return value
 
 
 _LLAMA = Format(

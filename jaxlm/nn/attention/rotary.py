@@ -144,6 +144,8 @@ def rotary_angles(
 def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Queries or keys rotated by the angles of their positions (from :func:`rotary_angles`), in the dtype of ``x``.
 
+    If there are angles for fewer than K / 2 pairs, only the first 2 P entries are rotated.
+
     Example:
         >>> angles = rotary_angles(jnp.array([[0, 5]]), 4, 10000.0)
         >>> rotated = rotate(jnp.ones((1, 2, 1, 4)), angles)
@@ -151,5 +153,7 @@ def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
         (True, False)
     """
     cos, sin = (table_BTP[:, :, None, :] for table_BTP in angles)
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
+    pairs = cos.shape[-1]
+    first, second, rest = jnp.split(x_BTHK.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x_BTHK.dtype)

@@ -165,15 +165,21 @@ def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-    B, T, H, V = inputs[2].shape
+    out_CBHLV, state_BHKV = _scan(tuple(split_into_chunks(x, L) for x in inputs), state_BHKV)
+    return join_chunks(out_CBHLV, inputs[0].shape[1]), state_BHKV
 
-    def chunks(x_BTHX: jax.Array) -> jax.Array:
-        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))  # padding steps do not change the state
-        return x_BTHX.reshape(B, -1, L, *x_BTHX.shape[2:]).transpose(1, 0, 3, 2, 4)
 
-    out_CBHLV, state_BHKV = _scan(tuple(map(chunks, inputs)), state_BHKV)
-    out_BTHV = out_CBHLV.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, V)
-    return out_BTHV[:, :T], state_BHKV
+def split_into_chunks(x_BTHX: jax.Array, L: int) -> jax.Array:
+    """Chunks of L steps, [C, B, H, L, X]. The last chunk is padded with zeros, which must not change the state."""
+    B, T, H, X = x_BTHX.shape
+    x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
+    return x_BTHX.reshape(B, -1, L, H, X).transpose(1, 0, 3, 2, 4)
+
+
+def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
+    """The first T steps of the chunks, [B, T, H, X]: the inverse of :func:`split_into_chunks`."""
+    _, B, H, _, X = x_CBHLX.shape
+    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, X)[:, :T]
 
 
 @jax.custom_vjp
@@ -261,15 +267,11 @@ def _float32_chunk(
 
     if decay_BHLE.shape[-1] == 1:  # with one decay per head, the decay is a factor of the score and of the value
 
-        def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
-            return later * jnp.swapaxes(earlier, -1, -2)
-
         def groups(x_BHXV: jax.Array) -> jax.Array:
             B, H, X, V = x_BHXV.shape
             return x_BHXV.reshape(B, q_BGLK.shape[1], -1, X, V)
 
-        diagonal_BHL = jnp.ones_like(decay_BHLE[..., 0])  # keeps the sharding
-        decay_BHLM, prefix_BHLE, suffix_BHLE = _pair_scores_and_decays(decay_BHLE, diagonal_BHL, pair_scores)
+        decay_BHLM, prefix_BHLE, suffix_BHLE = decay_products(decay_BHLE)
         scores_BHLM = _per_head(product("BGLK,BGMK->BGLM", q_BGLK, k_BGLK), v_BHLV.shape[1]) * decay_BHLM
         from_state_BHLV = product("BGLK,BGRKV->BGRLV", q_BGLK, groups(state_BHKV)).reshape(v_BHLV.shape) * prefix_BHLE
         new_BHKV = product("BGLK,BGRLV->BGRKV", k_BGLK, groups(v_BHLV * suffix_BHLE)).reshape(state_BHKV.shape)
@@ -287,6 +289,22 @@ def _float32_chunk(
     out_BHLV = product("BHLM,BHMV->BHLV", scores_BHLM, v_BHLV) + from_state_BHLV
     total_BHE1 = jnp.swapaxes(prefix_BHLE[:, :, -1:], 2, 3)
     return total_BHE1 * state_BHKV + new_BHKV, out_BHLV
+
+
+def decay_products(decay_BHL1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Products of the decays of a chunk, for one decay per head. No decay is divided, so a decay may be 0.
+
+    Returns:
+        For steps t and s, the product of the decays of steps s + 1 to t, [B, H, L, L], which is 0 for s > t; the
+        product of all decays up to and including each step [B, H, L, 1]; and the product of all decays after each step
+        [B, H, L, 1].
+    """
+
+    def pair_scores(later: jax.Array, earlier: jax.Array) -> jax.Array:
+        return later * jnp.swapaxes(earlier, -1, -2)
+
+    diagonal_BHL = jnp.ones_like(decay_BHL1[..., 0])  # keeps the sharding
+    return _pair_scores_and_decays(decay_BHL1, diagonal_BHL, pair_scores)
 
 
 def _pair_scores_and_decays(

@@ -1,0 +1,157 @@
+"""Format of :mod:`jaxlm.models.gated_deltanet`: Qwen3-Next without experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.interop.formats.format import TRANSPOSED, Format, integer
+from jaxlm.interop.formats.rotary import read_rotary, write_rotary
+from jaxlm.models.gated_deltanet import Config, Mixer, mixers
+
+_LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attention": "attention"}
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    num_layers = integer(config, "num_hidden_layers", Config.num_layers)
+    _check_no_experts(config, num_layers)
+    return {"pattern": _pattern(config, num_layers), **read_rotary(config)}
+
+
+def _check_no_experts(config: Mapping[str, Any], num_layers: int) -> None:
+    """Raise ``ValueError`` if transformers would make a mixture of experts in any layer."""
+    num_experts, sparse_step = integer(config, "num_experts", 512), integer(config, "decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"mlp_only_layers={dense!r} must be a list of layer numbers")
+    if num_experts is None or sparse_step is None or sparse_step < 1:
+        raise ValueError(
+            f"num_experts={num_experts} and decoder_sparse_step={sparse_step} must be integers, and "
+            "decoder_sparse_step must be at least 1"
+        )
+    sparse = [i for i in range(num_layers) if i not in dense and num_experts > 0 and (i + 1) % sparse_step == 0]
+    if sparse:
+        raise ValueError(
+            f"layers {', '.join(map(str, sparse[:8]))}{', ...' if len(sparse) > 8 else ''} are mixtures of experts "
+            f"(num_experts={num_experts}, decoder_sparse_step={sparse_step}, mlp_only_layers={dense}, "
+            f"num_hidden_layers={num_layers}), which this family does not support: every layer must have an MLP "
+            "(num_experts=0, or all layers in mlp_only_layers)"
+        )
+
+
+def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
+    """The shortest pattern that gives the mixers of all layers."""
+    types = config.get("layer_types")
+    if types is None:
+        interval = integer(config, "full_attention_interval", 4)
+        if interval is None or interval < 1:
+            raise ValueError(f"full_attention_interval={interval} must be at least 1")
+        types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers or not all(name in _LAYER_TYPES for name in types):
+        raise ValueError(
+            f"layer_types={types!r} must name the mixer of each of num_hidden_layers={num_layers} layers: "
+            f"{', '.join(_LAYER_TYPES)}"
+        )
+    size = next((n for n in range(1, num_layers) if all(types[i] == types[i % n] for i in range(num_layers))), None)
+    return tuple(_LAYER_TYPES[name] for name in types[:size])
+
+
+def _write_fields(cfg: Config) -> dict[str, Any]:
+    name_of = {mixer: name for name, mixer in _LAYER_TYPES.items()}
+    return {
+        "layer_types": [name_of[mixer] for mixer in mixers(cfg)],
+        "mlp_only_layers": list(range(cfg.num_layers)),
+        **write_rotary(cfg.rotary_scaling, cfg.max_positions),
+    }
+
+
+_ATTENTION = {"query_gate": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_QWEN3_NEXT = Format(
+    architectures={
+        "Qwen3NextForCausalLM": {"task": "causal"},
+        "Qwen3NextModel": {"task": "none"},
+        "Qwen3NextForSequenceClassification": {"task": "classification"},
+        "Qwen3NextForTokenClassification": {"task": "token_classification"},
+    },
+    model_type="qwen3_next",
+    prefix="model.",
+    default_fields={"negative_eigenvalues": False},
+    hf_name_of_field={
+        "vocab_size": "vocab_size",
+        "max_positions": "max_position_embeddings",
+        "num_layers": "num_hidden_layers",
+        "embed_dim": "hidden_size",
+        "mlp_dim": "intermediate_size",
+        "delta_key_heads": "linear_num_key_heads",
+        "delta_value_heads": "linear_num_value_heads",
+        "delta_key_dim": "linear_key_head_dim",
+        "delta_value_dim": "linear_value_head_dim",
+        "conv_width": "linear_conv_kernel_dim",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "attention_bias": "attention_bias",
+        "rotary_fraction": "partial_rotary_factor",
+        "rotary_base": "rope_theta",
+        "norm_epsilon": "rms_norm_eps",
+        "init_stddev": "initializer_range",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    read_fields=_read_fields,
+    write_fields=_write_fields,
+    required={"hidden_act": "silu", "attention_dropout": 0.0},
+    tensors={
+        "token_embedding": "embed_tokens.weight",
+        "layers/mixer_norm/scale_minus_one": "layers.{layer}.input_layernorm.weight",
+        "layers/delta_rule/query_key_value_gate/weight": "layers.{layer}.linear_attn.in_proj_qkvz.weight",
+        "layers/delta_rule/beta_decay/weight": "layers.{layer}.linear_attn.in_proj_ba.weight",
+        "layers/delta_rule/convolution/weight": "layers.{layer}.linear_attn.conv1d.weight",
+        "layers/delta_rule/A_log": "layers.{layer}.linear_attn.A_log",
+        "layers/delta_rule/dt_bias": "layers.{layer}.linear_attn.dt_bias",
+        "layers/delta_rule/norm/scale": "layers.{layer}.linear_attn.norm.weight",
+        "layers/delta_rule/output/weight": "layers.{layer}.linear_attn.out_proj.weight",
+        **{
+            f"layers/attention/{name}/{kind}": f"layers.{{layer}}.self_attn.{hf_name}.{kind}"
+            for name, hf_name in _ATTENTION.items()
+            for kind in ("weight", "bias")
+        },
+        "layers/attention/query_norm/scale_minus_one": "layers.{layer}.self_attn.q_norm.weight",
+        "layers/attention/key_norm/scale_minus_one": "layers.{layer}.self_attn.k_norm.weight",
+        "layers/mlp_norm/scale_minus_one": "layers.{layer}.post_attention_layernorm.weight",
+        **{f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf_name}.weight" for name, hf_name in _MLP.items()},
+        "final_norm/scale_minus_one": "norm.weight",
+    },
+    unprefixed_tensors={
+        "head": "lm_head.weight",
+        "classifier/weight": "score.weight",
+        "token_classifier/weight": "score.weight",
+        "token_classifier/bias": "score.bias",
+        "span/weight": "qa_outputs.weight",
+        "span/bias": "qa_outputs.bias",
+    },
+    tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
+    layouts={
+        "layers/delta_rule/query_key_value_gate/weight": ((1, 2), (0,)),
+        "layers/delta_rule/beta_decay/weight": ((1, 2, 3), (0,)),
+        "layers/delta_rule/convolution/weight": ((1,), (), (0,)),
+        "layers/attention/query_gate/weight": ((1, 2, 3), (0,)),
+        "layers/attention/query_gate/bias": ((0, 1, 2),),
+        **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("key", "value")},
+        **{f"layers/attention/{name}/bias": ((0, 1),) for name in ("key", "value")},
+        **{f"layers/{mixer}/output/weight": ((2,), (0, 1)) for mixer in ("delta_rule", "attention")},
+        **{f"layers/mlp/{name}/weight": TRANSPOSED for name in _MLP},
+        **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
+    },
+    ignored=(r"mtp\..*",),  # layers that predict further tokens, which transformers ignores, too
+)
+
+FORMATS = (
+    # In the class for question answering, the base model has another prefix than in the other classes.
+    dataclasses.replace(
+        _QWEN3_NEXT, architectures={"Qwen3NextForQuestionAnswering": {"task": "span_qa"}}, prefix="transformer.",
+        default_fields={**_QWEN3_NEXT.default_fields, "task": "span_qa"},
+    ),
+    _QWEN3_NEXT,
+)  # fmt: skip

@@ -1,0 +1,69 @@
+"""Rotary positions in Hugging Face config files: the base and the scaling of frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from jaxlm.nn.attention.rotary import Kind, RotaryScaling
+
+_SCALING = {
+    "factor": ("factor", get_args(Kind)),
+    "original_positions": ("original_max_position_embeddings", ("llama3", "yarn")),
+    "low_frequency_factor": ("low_freq_factor", ("llama3",)),
+    "high_frequency_factor": ("high_freq_factor", ("llama3",)),
+    "beta_fast": ("beta_fast", ("yarn",)),
+    "beta_slow": ("beta_slow", ("yarn",)),
+    "truncate": ("truncate", ("yarn",)),
+    "attention_factor": ("attention_factor", ("yarn",)),
+}
+"""Field of ``RotaryScaling`` -> its name in Hugging Face files, and the kinds of scaling that have this field."""
+
+
+def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields ``rotary_base`` and ``rotary_scaling`` of jaxlm's config, as far as ``rope_scaling`` sets them."""
+    fields: dict[str, Any] = {}
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    hf_scaling = config.get(name) or {}
+    if not isinstance(hf_scaling, dict):
+        raise ValueError(f"{name}={hf_scaling!r} must be a JSON object or null")
+    hf_scaling = dict(hf_scaling)
+    if "rope_theta" in hf_scaling:  # transformers 5 writes the field here
+        fields["rotary_base"] = hf_scaling.pop("rope_theta")
+    old_kind = hf_scaling.pop("type", "default")
+    kind = hf_scaling.pop("rope_type", old_kind)
+    if kind == "default":
+        return fields
+    if kind == "dynamic":
+        hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read it
+    if kind not in get_args(Kind):
+        raise ValueError(
+            f"rope_type={kind!r} is not supported in rope_scaling: choose from default, {', '.join(get_args(Kind))}"
+        )
+    field_of = {name: field for field, (name, kinds) in _SCALING.items() if kind in kinds}
+    for name, value in hf_scaling.items():
+        if name not in field_of or isinstance(value, str):
+            raise ValueError(
+                f"{name}={value!r} of {kind} rope_scaling is not supported: the supported fields are "
+                f"{', '.join(field_of)}; their values must not be strings"
+            )
+    scaling = {field_of[name]: value for name, value in hf_scaling.items() if value is not None}
+    if "factor" not in scaling:
+        raise ValueError(f"rope_scaling of type {kind} lacks its factor")
+    if kind in ("dynamic", "yarn"):
+        scaling.setdefault("original_positions", config.get("max_position_embeddings"))
+    return {**fields, "rotary_scaling": RotaryScaling(kind, **scaling)}
+
+
+def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> dict[str, Any]:
+    """The field ``rope_scaling`` of a config file; empty without scaling."""
+    if scaling is None:
+        return {}
+    if scaling.kind == "dynamic" and scaling.original_positions != max_positions:
+        raise ValueError(
+            f"dynamic rotary scaling from {scaling.original_positions} to max_positions={max_positions} has no "
+            "counterpart in Hugging Face files, because transformers computes the base from the length of each text"
+        )
+    hf_scaling = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
+    hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
+    return {"rope_scaling": {"rope_type": scaling.kind, **hf_scaling}}

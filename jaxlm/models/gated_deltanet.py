@@ -1,0 +1,300 @@
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), and its hybrid with gated attention: Qwen3-Next (Qwen team 2025).
+
+A causal model with pre-norm blocks. The mixer of a block is either a gated delta rule, whose state has a fixed size, or
+attention. The delta rule reads queries, keys and values after a short convolution; its queries and keys have length 1.
+Attention has norms of queries and keys, rotary positions in a part of each head, and an output gate (Qiu et al. 2025).
+
+Shapes: B batch, T time, D model width, G key heads, H value heads (delta rule) or query heads (attention), R = H / G,
+K width of queries and keys, V width of values, C channels of the convolution, W its taps, F hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models import common, heads
+from jaxlm.models.llama import Task, logits, mlp, mlp_specs, pool
+from jaxlm.nn.attention import Implementation, attention, cache
+from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
+from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
+from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
+from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.norm import l2_norm, rms_norm, rms_norm_specs
+from jaxlm.nn.scan import gated_delta_rule
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.sharding import constrain
+from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Uniform
+
+__all__ = ["VARIANTS", "Config", "apply", "carried_state_length", "logits", "pool", "specs", "state_specs"]
+
+Mixer = Literal["delta_rule", "attention"]
+L2_EPSILON = 1e-6
+"""Added to the sum of squares of queries and keys of the delta rule before they are divided by its root."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.LayeredConfig):
+    """Shape and behaviour of a Gated DeltaNet. The defaults are those of Qwen3-Next, with MLPs instead of experts."""
+
+    vocab_size: int = 151936
+    """Number of token ids."""
+    max_positions: int | None = 32768
+    """Maximum length of a sequence; None: no limit. No parameter depends on it."""
+    num_layers: int = 48
+    """Number of blocks."""
+    pattern: tuple[Mixer, ...] = ("delta_rule", "delta_rule", "delta_rule", "attention")
+    """The mixers of the first blocks, delta_rule or attention. The pattern is repeated for the other blocks."""
+    embed_dim: int = 2048
+    """Model width."""
+    mlp_dim: int = 5632
+    """Hidden width of the MLP."""
+    delta_key_heads: int = 16
+    """Heads of the queries and keys of the delta rule, each shared by delta_value_heads / delta_key_heads heads."""
+    delta_value_heads: int = 32
+    """Heads of the delta rule: each has a state, values, a decay and a beta."""
+    delta_key_dim: int = 128
+    """Width of a query or key of the delta rule."""
+    delta_value_dim: int = 128
+    """Width of a value of the delta rule."""
+    conv_width: int = 4
+    """Number of tokens that the convolution before the delta rule reads, the current token included."""
+    negative_eigenvalues: bool = False
+    """Beta is in [0, 2] instead of [0, 1], so that a step can reflect the state (Grazzi et al. 2024)."""
+    num_heads: int = 16
+    """Query heads of attention."""
+    num_kv_heads: int = 2
+    """Key-value heads of attention, each shared by num_heads / num_kv_heads query heads."""
+    head_dim: int = 256
+    """Width of a head of attention."""
+    attention_bias: bool = False
+    """Whether queries, keys, values and the output of attention have biases."""
+    rotary_fraction: float = 0.25
+    """Fraction of the entries of a head that rotary positions rotate."""
+    rotary_base: float = 10000.0
+    """Base of the frequencies of rotary positions."""
+    rotary_scaling: RotaryScaling | None = None
+    """Scaling of rotary positions for sequences that are longer than in pretraining; None means no scaling."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMS norms."""
+    init_stddev: float = 0.02
+    """Standard deviation of initial weights."""
+    tie_embeddings: bool = False
+    """Use the token table as the output head."""
+    task: Task = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or token_classification."""
+    attention_implementation: Implementation | None = None
+    """Name of the attention implementation; None selects one for the device and the shapes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.check_positive(
+            self, "vocab_size", "num_layers", "embed_dim", "mlp_dim", "delta_key_heads", "delta_value_heads",
+            "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
+            *(["max_positions"] if self.max_positions is not None else []),
+        )  # fmt: skip
+        choices = (None, *get_args(Implementation))
+        common.check_choices(self, task=get_args(Task), attention_implementation=choices)
+        common.check_divides(self, "delta_key_heads", "delta_value_heads")
+        common.check_divides(self, "num_kv_heads", "num_heads")
+        if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
+            raise ValueError(f"pattern={self.pattern!r} must name at least one mixer: {', '.join(get_args(Mixer))}")
+        if self.conv_width < 2:
+            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
+        if not 0.0 < self.rotary_fraction <= 1.0 or rotary_width(self) < 2 or rotary_width(self) % 2:
+            raise ValueError(
+                f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be an even number of entries "
+                "and at least 2, because rotary positions rotate pairs"
+            )
+
+
+def apply(
+    cfg: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    *,
+    state: Any = None,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
+
+    Args:
+        tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
+        state: from ``state_specs``, continued by ``tokens``. With attention, rows that exceed the cache give NaN.
+        segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
+        key: not used, because the model has no dropout.
+    """
+    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    past = None if state is None else state["past"]
+    tokens, stream = open_stream(tokens, segment_ids, past)
+    masks: dict[str, Any] = {}
+    if stream.segment_ids is not None:
+        reset, keep, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
+        masks = {"reset_BT": reset, "keep_BT": keep}
+    if "attention" in mixers(cfg):
+        context, state = cache.make_context(tokens, state, stream.segment_ids, None)
+        angles = rotary_angles(
+            context.positions, rotary_width(cfg), cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions
+        )
+
+    x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
+    x = constrain(x, ("batch", "seq", "activation_embed"))
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, layer_state, _ = layer
+        normed = rms_norm(weights["mixer_norm"], x, cfg.norm_epsilon)
+        if "attention" in weights:
+            mixed, layer_state = _attention(cfg, weights["attention"], normed, layer_state, context, angles)
+        else:
+            mixed, layer_state = _delta_rule(cfg, weights["delta_rule"], normed, layer_state, stream, masks)
+        x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
+        x = x + mlp(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+        return constrain(x, ("batch", "seq", "activation_embed")), layer_state
+
+    layers = None if state is None else state["layers"]
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    if "attention" in mixers(cfg):
+        hidden, state = common.decoder_outputs(hidden, layers, context, state)
+    return hidden, None if state is None else {**state, "layers": layers, "past": past}
+
+
+def _delta_rule(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, state: Any, stream: Stream, masks: dict[str, Any]
+) -> tuple[jax.Array, Any]:
+    """The output of a gated delta rule, [B, T, D], and its new state."""
+    (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
+    K, V, R = cfg.delta_key_dim, cfg.delta_value_dim, H // G
+    projected = constrain(linear(weights["query_key_value_gate"], x), ("batch", "seq", "heads", "kv"))
+    *qkv, gate = jnp.split(projected, (K, 2 * K, 2 * K + R * V), axis=-1)
+    qkv_BTC = jnp.concatenate([part.reshape(B, T, -1) for part in qkv], axis=-1)
+    tail, memory = (None, None) if state is None else (state["tail"], state["memory"])
+    qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], stream, qkv_BTC, tail)
+    q, k, v = jnp.split(jax.nn.silu(qkv_BTC), (G * K, 2 * G * K), axis=-1)
+    q, k = (jnp.repeat(l2_norm(part.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for part in (q, k))
+
+    beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)
+    beta, decay = (beta_decay[:, :, :, i].reshape(B, T, H) for i in (0, 1))
+    beta = jax.nn.sigmoid(beta) * (2.0 if cfg.negative_eigenvalues else 1.0)
+    A_log, dt_bias = (weights[name][None, None, :] for name in ("A_log", "dt_bias"))
+    log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
+    out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
+
+    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # a sharded axis can be split, then merged
+    out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
+    return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
+
+
+def _attention(
+    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: Any, context: cache.Context, angles: Any
+) -> tuple[jax.Array, Any]:
+    """The output of gated attention, [B, T, D], and its new cache."""
+    query_gate = constrain(linear(weights["query_gate"], x), ("batch", "seq", "heads", None, "kv"))
+    q, gate = query_gate[:, :, :, 0], query_gate[:, :, :, 1]
+    k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+    q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
+    kv, (k, v) = cache.append_and_read(kv, (rotate(k, angles), v), context)
+    x = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)
+    return linear(weights["output"], x * jax.nn.sigmoid(gate), num_input_axes=2), kv
+
+
+def mixers(cfg: Config) -> tuple[Mixer, ...]:
+    """The mixer of each block."""
+    return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
+
+
+def rotary_width(cfg: Config) -> int:
+    """The number of entries of a head that rotary positions rotate."""
+    return int(cfg.rotary_fraction * cfg.head_dim)
+
+
+def conv_channels(cfg: Config) -> int:
+    """The number of channels of the convolution: all queries, then all keys, then all values of a token."""
+    return 2 * cfg.delta_key_heads * cfg.delta_key_dim + cfg.delta_value_heads * cfg.delta_value_dim
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """The specs of all parameters. The initial convolution, ``A_log`` and ``dt_bias`` are those of the authors' code.
+
+    ``query_key_value_gate`` has, for each key head, a query, a key, R values and R output gates. ``beta_decay`` has,
+    for each key head, R betas and R decays.
+    """
+    D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
+    H, G, K, bias = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.attention_bias
+    G_delta, H_delta, V_delta = cfg.delta_key_heads, cfg.delta_value_heads, cfg.delta_value_dim
+    R, norm = H_delta // G_delta, rms_norm_specs(D, minus_one=True)
+    delta_rule = {
+        "query_key_value_gate": linear_specs(
+            (D, G_delta, 2 * cfg.delta_key_dim + 2 * R * V_delta), ("embed", "heads", "kv"), normal, bias=False
+        ),
+        "convolution": depthwise_convolution_specs(
+            (cfg.conv_width, conv_channels(cfg)), ("mlp",), Uniform(cfg.conv_width**-0.5), bias=False
+        ),
+        "beta_decay": linear_specs((D, G_delta, 2, R), ("embed", "heads", None, None), normal, bias=False),
+        "A_log": ArraySpec((H_delta,), ("heads",), LogOfUniform(1e-3, 16.0)),
+        "dt_bias": ArraySpec((H_delta,), ("heads",), InverseSoftplus(1e-3, 0.1, 1e-4)),
+        "norm": rms_norm_specs(V_delta),
+        "output": linear_specs((H_delta, V_delta, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
+    }
+    attention = {
+        "query_gate": linear_specs((D, H, 2, K), ("embed", "heads", None, "kv"), normal, bias=bias),
+        "key": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=bias),
+        "value": linear_specs((D, G, K), ("embed", "heads", "kv"), normal, bias=bias),
+        "query_norm": rms_norm_specs(K, minus_one=True),
+        "key_norm": rms_norm_specs(K, minus_one=True),
+        "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=bias),
+    }
+    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp_specs(D, cfg.mlp_dim, normal)}
+    mixer_specs = {"delta_rule": delta_rule, "attention": attention}
+    tree = {
+        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+        "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in mixers(cfg)),
+        "final_norm": norm,
+        **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
+    }
+    if cfg.task == "causal" and not cfg.tie_embeddings:
+        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
+    return tree
+
+
+def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
+    """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
+
+    A delta rule has its state (``memory``) and the last inputs of its convolution, which have the same size for any
+    ``length``. Attention has a key-value cache.
+    """
+    dtype, H, reach = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
+    memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
+    delta_rule = {"tail": tail_specs(batch, reach, conv_channels(cfg), dtype), "memory": memory}
+    state = {"layers": (delta_rule,) * cfg.num_layers, "past": past_specs(batch, reach)}
+    if "attention" not in mixers(cfg):
+        return state
+    if cfg.max_positions is not None:
+        common.check_state_length(cfg, length)
+    caches = cache.cache_specs(cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
+    layers = zip(mixers(cfg), caches["layers"], strict=True)
+    return {**caches, **state, "layers": tuple(kv if mixer == "attention" else delta_rule for mixer, kv in layers)}
+
+
+def carried_state_length(cfg: Config) -> int | None:
+    """The ``length`` of :func:`state_specs` for training along a text; None with attention, whose cache would fill."""
+    return None if "attention" in mixers(cfg) else 1
+
+
+_TINY = Config(  # a larger epsilon than in published models, because a random delta rule has small outputs
+    vocab_size=128, max_positions=64, num_layers=3, pattern=("delta_rule", "attention"), embed_dim=32, mlp_dim=48,
+    delta_key_heads=2, delta_value_heads=4, delta_key_dim=16, delta_value_dim=6, num_heads=4, head_dim=16,
+    norm_epsilon=1e-3,
+)  # fmt: skip
+VARIANTS = {
+    "gated_deltanet-tiny": dataclasses.replace(_TINY, max_positions=None, num_layers=2, pattern=("delta_rule",)),
+    "gated_deltanet-hybrid-tiny": _TINY,
+}

@@ -1,0 +1,202 @@
+"""Tests of the gated delta rule against a loop over steps in float64: gradients, state, documents, padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn.scan import gated_delta_rule, linear_attention
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.testing.helpers import assert_trees_close, relative_error
+
+B, T, H, K, V = 2, 13, 2, 3, 4
+
+
+def arrays(strength=1.0, seed=0):
+    """Queries, keys of length 1, values, log decays, betas in [0, 2], and an initial state."""
+    keys = jax.random.split(jax.random.key(seed), 6)
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H), (B, H, K, V)]
+    q, k, v, g, b, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    return q, k, v, -strength * jnp.exp(g), 2 * jax.nn.sigmoid(2 * b), state
+
+
+def masks():
+    rng = np.random.default_rng(4)
+    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
+    return {"reset_BT": jnp.asarray(reset & keep), "keep_BT": jnp.asarray(keep)}
+
+
+def reference_loop(q, k, v, log_decay, beta, state, reset_BT=None, keep_BT=None):
+    """The equation with the matrix ``exp(g) * (I - beta k k.T)``, as a loop over steps."""
+    steps = []
+    for t in range(T):
+        before = state if reset_BT is None else jnp.where(reset_BT[:, t, None, None, None], 0.0, state)
+        weighted_key = beta[:, t, :, None] * k[:, t]
+        erase = jnp.eye(K)[None, None] - weighted_key[..., :, None] * k[:, t, :, None, :]
+        new = jnp.exp(log_decay[:, t])[..., None, None] * jnp.einsum("BHKL,BHLV->BHKV", erase, before)
+        new = new + weighted_key[..., None] * v[:, t, :, None, :]
+        out = jnp.sum(q[:, t, :, :, None] * new, axis=2)
+        real = jnp.ones(B, bool) if keep_BT is None else keep_BT[:, t]
+        state = jnp.where(real[:, None, None, None], new, state)
+        steps.append(jnp.where(real[:, None, None], out, 0.0))
+    return jnp.stack(steps, axis=1), state
+
+
+def results(rule, arguments, **options):
+    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
+
+    def weighted(*arguments):
+        outputs = rule(*arguments, **options)
+        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, range(6), has_aux=True))(*arguments)
+    return outputs, gradients
+
+
+def float64_results(arguments, **options):
+    with jax.enable_x64(True):
+        return results(reference_loop, [jnp.asarray(np.asarray(x), jnp.float64) for x in arguments], **options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_all_gradients_equal_those_of_the_loop(masked):
+    arguments, options = arrays(), masks() if masked else {}
+    want = float64_results(arguments, **options)
+    assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
+    assert_trees_close(results(gated_delta_rule, arguments, **options, implementation="reference"), want, 2e-6)
+    for chunk in (1, 4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
+        got = results(gated_delta_rule, arguments, **options, chunk=chunk, implementation="chunked")
+        assert_trees_close(got, want, 2e-6)
+
+
+def test_strong_and_weak_decays():
+    """One chunk has log decays whose sum is -1e4 (``exp(-sum)`` would overflow), weak decays, and decays of 0."""
+    q, k, v, log_decay, beta, state = arrays()
+    log_decay = log_decay * jnp.asarray(np.random.default_rng(1).choice([0.0, 1e-3, 1.0, 1e3], log_decay.shape))
+    arguments = (q, k, v, log_decay.at[:, 5].set(-jnp.inf), beta, state)
+    want = float64_results(arguments)
+    for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
+        got = results(gated_delta_rule, arguments, **options)
+        assert_trees_close(got, want, 2e-6)
+        assert (got[1][3][:, 5] == 0.0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_step_with_beta_one_stores_the_value_and_with_beta_two_reflects_the_state(implementation):
+    q, k, v, _, _, state = arrays()
+    k = jnp.broadcast_to(k[:, :1], k.shape)  # the same key in all steps
+    gate = jnp.zeros((B, T, H))
+    rule = functools.partial(gated_delta_rule, implementation=implementation)
+    out, _ = rule(k, k, v, gate, gate + 1.0, state)
+    assert relative_error(out, v) < 1e-6
+    out, _ = rule(k, k, jnp.zeros_like(v), gate, gate + 2.0, state)
+    old = jnp.einsum("BHK,BHKV->BHV", k[:, 0], state)
+    signs = (-1.0) ** jnp.arange(1, T + 1)
+    assert relative_error(out, signs[None, :, None, None] * old[:, None]) < 1e-5  # |k| is 1 only up to rounding
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_orthogonal_keys_give_linear_attention(implementation):
+    """With orthogonal keys and an empty state, no step finds an old value: the rule adds ``beta k v.T``."""
+    keys = jnp.broadcast_to(jnp.eye(8)[None, :, None], (B, 8, H, 8))
+    q, v = (jax.random.normal(jax.random.key(seed), (B, 8, H, width)) for seed, width in ((0, 8), (1, V)))
+    _, _, _, log_decay, beta, _ = (x[:, :8] for x in arrays())
+    got = gated_delta_rule(q, keys, v, log_decay, beta, implementation=implementation)
+    want = linear_attention(q, keys, beta[..., None] * v, log_decay, implementation="reference")
+    assert_trees_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_several_calls_equal_one_call(implementation):
+    *inputs, state = arrays()
+    rule = functools.partial(gated_delta_rule, implementation=implementation)
+    want, want_last = rule(*inputs, state)
+    outputs = []
+    for steps in (slice(0, 1), slice(1, 2), slice(2, 9), slice(9, T)):
+        out, state = rule(*(x[:, steps] for x in inputs), state)
+        outputs.append(out)
+    assert relative_error(jnp.concatenate(outputs, axis=1), want) < 1e-6
+    assert relative_error(state, want_last) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
+    segments = jnp.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
+    reset_BT, keep_BT, _ = segment_boundaries(segments)
+    without_nan = arrays()[:5]
+    with_nan = [jnp.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, jnp.nan) for x in without_nan]
+    rule = functools.partial(gated_delta_rule, implementation=implementation, chunk=4)
+
+    def loss(*arguments):
+        out, last = rule(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
+        return jnp.sum(jnp.sin(out)), (out, last)
+
+    gradients, (out, last) = jax.grad(loss, range(5), has_aux=True)(*with_nan)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, out, last)))
+    assert all((np.asarray(leaf)[~np.asarray(keep_BT)] == 0.0).all() for leaf in (out, *gradients))
+    for row in range(B):
+        for document in (1, 2):
+            index = np.flatnonzero(segments[row] == document)
+            separate, separate_last = rule(*(x[row : row + 1, index] for x in without_nan))
+            assert relative_error(out[row, index], separate[0]) < 1e-6
+        assert relative_error(last[row], separate_last[0]) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_bfloat16_keeps_a_float32_state(implementation):
+    arguments = arrays()
+    bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
+    rounded = [x.astype(jnp.float32) for x in bfloat16_arguments]
+    (out, last), gradients = results(gated_delta_rule, bfloat16_arguments, implementation=implementation, chunk=4)
+    assert out.dtype == jnp.bfloat16
+    assert last.dtype == jnp.float32
+    assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
+    assert_trees_close(((out, last), gradients), float64_results(rounded), 0.03)
+
+
+def test_a_long_text_with_reflections_keeps_its_precision():
+    """3000 steps without decay and with betas up to 2: the chunked form stays near the loop, and both stay bounded."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 3000, 1, 8)).astype(np.float32) for _ in range(3))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    beta = rng.uniform(0.0, 2.0, (1, 3000, 1)).astype(np.float32)
+    (reference, _), (chunked, _) = (
+        jax.jit(functools.partial(gated_delta_rule, implementation=name))(q, k, v, np.zeros_like(beta), beta)
+        for name in ("reference", "chunked")
+    )
+    assert np.abs(reference).max() < 200
+    assert relative_error(chunked, reference) < 1e-5
+
+
+def test_only_inputs_and_one_state_per_chunk_are_saved():
+    arguments = arrays()
+    rule = functools.partial(gated_delta_rule, implementation="chunked", chunk=4)
+    _, vjp_fn = jax.vjp(rule, *arguments)
+    padded = B * 16 * H
+    saved = sum(leaf.size for leaf in jax.tree.leaves(vjp_fn))
+    assert saved <= padded * (2 * K + V + 2) + 4 * arguments[-1].size + B * T
+
+
+def test_bad_inputs_raise():
+    q, k, v, log_decay, beta, state = arrays()
+    with pytest.raises(ValueError, match=r"query \[2, 13, 2, 3\] and key \[2, 13, 2, 2\] must both be"):
+        gated_delta_rule(q, k[..., :2], v, log_decay, beta)
+    with pytest.raises(ValueError, match="at least one step"):
+        gated_delta_rule(q[:, :0], k[:, :0], v[:, :0], log_decay[:, :0], beta[:, :0])
+    with pytest.raises(ValueError, match=r"log_decay \[2, 13, 2, 1\] must be \[batch, time, heads\], \[2, 13, 2\]"):
+        gated_delta_rule(q, k, v, log_decay[..., None], beta)
+    with pytest.raises(ValueError, match=r"beta \[2, 13\] must be \[batch, time, heads\], \[2, 13, 2\]"):
+        gated_delta_rule(q, k, v, log_decay, beta[..., 0])
+    with pytest.raises(ValueError, match=r"state \[2, 2, 3, 3\] must be \[batch, heads, key width, value width\]"):
+        gated_delta_rule(q, k, v, log_decay, beta, state[..., :3])
+    with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
+        gated_delta_rule(q, k, v, log_decay, beta, reset_BT=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
+        gated_delta_rule(q, k, v, log_decay, beta, chunk=24)
+    with pytest.raises(
+        ValueError, match="no gated_delta_rule implementation 'fast': choose from 'reference', 'chunked'"
+    ):
+        gated_delta_rule(q, k, v, log_decay, beta, implementation="fast")
