@@ -220,8 +220,8 @@ def check_tokens(
 
 
 def check_state_length(cfg: Any, length: int) -> None:
-    """Raise ``ValueError`` if a state for ``length`` tokens exceeds the model's ``max_positions``."""
-    if length > cfg.max_positions:
+    """Raise ``ValueError`` if a state for ``length`` tokens exceeds the model's ``max_positions`` (None: no limit)."""
+    if cfg.max_positions is not None and length > cfg.max_positions:
         raise ValueError(
             f"a state of {length} tokens exceeds max_positions={cfg.max_positions}: shorten prompt or output"
         )

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models import common, heads
-from jaxlm.models.llama import Task, logits, mlp, mlp_specs, pool
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
@@ -27,12 +26,12 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.scan import gated_delta_rule
 from jaxlm.nn.segments import segment_boundaries
+from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Uniform
 
-__all__ = ["VARIANTS", "Config", "apply", "carried_state_length", "logits", "pool", "specs", "state_specs"]
-
 Mixer = Literal["delta_rule", "attention"]
+Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 L2_EPSILON = 1e-6
 """Added to the sum of squares of queries and keys of the delta rule before they are divided by its root."""
 
@@ -100,8 +99,7 @@ class Config(common.LayeredConfig):
             "delta_key_dim", "delta_value_dim", "num_heads", "num_kv_heads", "head_dim", "num_labels",
             *(["max_positions"] if self.max_positions is not None else []),
         )  # fmt: skip
-        choices = (None, *get_args(Implementation))
-        common.check_choices(self, task=get_args(Task), attention_implementation=choices)
+        common.check_choices(self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)))
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
         if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
@@ -156,7 +154,7 @@ def apply(
         else:
             mixed, layer_state = _delta_rule(cfg, weights["delta_rule"], normed, layer_state, stream, masks)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
-        x = x + mlp(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
+        x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon))
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
 
     layers = None if state is None else state["layers"]
@@ -187,7 +185,6 @@ def _delta_rule(
     A_log, dt_bias = (weights[name][None, None, :] for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
     out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
-
     gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # a sharded axis can be split, then merged
     out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
     return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
@@ -204,6 +201,10 @@ def _attention(
     kv, (k, v) = cache.append_and_read(kv, (rotate(k, angles), v), context)
     x = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)
     return linear(weights["output"], x * jax.nn.sigmoid(gate), num_input_axes=2), kv
+
+
+logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 def mixers(cfg: Config) -> tuple[Mixer, ...]:
@@ -252,7 +253,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "key_norm": rms_norm_specs(K, minus_one=True),
         "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=bias),
     }
-    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp_specs(D, cfg.mlp_dim, normal)}
+    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, normal)}
     mixer_specs = {"delta_rule": delta_rule, "attention": attention}
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
@@ -277,8 +278,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     state = {"layers": (delta_rule,) * cfg.num_layers, "past": past_specs(batch, reach)}
     if "attention" not in mixers(cfg):
         return state
-    if cfg.max_positions is not None:
-        common.check_state_length(cfg, length)
+    common.check_state_length(cfg, length)
     caches = cache.cache_specs(cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
     layers = zip(mixers(cfg), caches["layers"], strict=True)
     return {**caches, **state, "layers": tuple(kv if mixer == "attention" else delta_rule for mixer, kv in layers)}

@@ -17,7 +17,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.embedding import unembed
 from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer
 
 Task = Literal[
@@ -37,6 +39,18 @@ def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Arr
     if task not in HEADS:
         raise ValueError(f"a model with task={task!r} has no head for labels: choose a task from {', '.join(HEADS)}")
     return linear(params[HEADS[task]], hidden).astype(jnp.float32)
+
+
+def decoder_logits(cfg: Any, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
+
+    The head for the next token is ``head``, or ``token_embedding`` if ``cfg.tie_embeddings``. See :func:`head_logits`
+    for labels. For task classification, ``hidden`` is the output of :func:`pool_last_token`.
+    """
+    if cfg.task != "causal":
+        return head_logits(cfg.task, params, hidden)
+    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
+    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
 
 
 def head_specs(
@@ -63,3 +77,14 @@ def last_token_state(hidden_BTD: jax.Array, segment_ids_BT: jax.Array | None) ->
         return hidden_BTD[:, -1:]
     index_B = jnp.max(jnp.where(segment_ids_BT > 0, jnp.arange(hidden_BTD.shape[1])[None, :], 0), axis=1)
     return jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)
+
+
+def pool_last_token(
+    cfg: Any,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    segment_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The pooled output of a decoder: the hidden state of each row's last token that is not padding, [B, 1, D]."""
+    return last_token_state(hidden, segment_ids)

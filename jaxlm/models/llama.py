@@ -21,11 +21,12 @@ from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
+from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Initializer, Normal, fold_name
+from jaxlm.spec import ArraySpec, Normal, fold_name
 
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
@@ -136,7 +137,7 @@ def apply(
         attended, kv = _attention(cfg, weights["attention"], normed, kv, context, angles, layer_key)
         x = constrain(x + attended, ("batch", "seq", "activation_embed"))
         normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon)
-        x = x + mlp(weights["mlp"], normed)
+        x = x + swiglu(weights["mlp"], normed)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else state["layers"]
@@ -169,12 +170,6 @@ def _attention(
     return linear(weights["output"], x, num_input_axes=2), kv
 
 
-def mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
-    """The output of the SwiGLU MLP (Shazeer 2020), [B, T, D]."""
-    gate, up = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "up"))
-    return linear(weights["down"], jax.nn.silu(gate) * up)
-
-
 def _with_window(mask: Mask, window: int, state: Any) -> Mask:
     """The mask with a sliding window.
 
@@ -187,41 +182,14 @@ def _with_window(mask: Mask, window: int, state: Any) -> Mask:
     return dataclasses.replace(mask, window=window, query_order=query_order, key_order=count_BS)
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
-
-    See ``heads.head_logits`` for labels. For task classification, ``hidden`` is the output of :func:`pool`.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
-
-
-def pool(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """The pooled output: the hidden state of each row's last token that is not padding, [B, 1, D]."""
-    return heads.last_token_state(hidden, segment_ids)
+logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 def head_sizes(cfg: Config) -> tuple[int, int, int]:
     """The number of query heads, the number of key-value heads, and the width of a head."""
     kv_heads = cfg.num_heads if cfg.num_kv_heads is None else cfg.num_kv_heads
     return cfg.num_heads, kv_heads, cfg.embed_dim // cfg.num_heads if cfg.head_dim is None else cfg.head_dim
-
-
-def mlp_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
-    """The specs of :func:`mlp`."""
-    return {
-        "gate": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
-        "up": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
-        "down": linear_specs((hidden, width), ("mlp", "embed"), init, bias=False),
-    }
 
 
 def specs(cfg: Config) -> dict[str, Any]:
@@ -238,7 +206,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
         },
         "mlp_norm": rms_norm_specs(D),
-        "mlp": mlp_specs(D, F, normal),
+        "mlp": swiglu_specs(D, F, normal),
     }
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),

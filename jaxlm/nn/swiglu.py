@@ -1,0 +1,26 @@
+"""The SwiGLU MLP (Shazeer 2020): ``(silu(x @ gate) * (x @ up)) @ down``, without biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.sharding import constrain
+from jaxlm.spec import Initializer
+
+
+def swiglu_specs(width: int, hidden: int, init: Initializer) -> dict[str, Any]:
+    """The specs of ``gate`` and ``up``, [width, hidden], and ``down``, [hidden, width]."""
+    return {
+        "gate": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
+        "up": linear_specs((width, hidden), ("embed", "mlp"), init, bias=False),
+        "down": linear_specs((hidden, width), ("mlp", "embed"), init, bias=False),
+    }
+
+
+def swiglu(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+    """The output of the MLP, [B, T, D]."""
+    gate, up = (constrain(linear(params[name], x_BTD), ("batch", "seq", "mlp")) for name in ("gate", "up"))
+    return linear(params["down"], jax.nn.silu(gate) * up)
