@@ -31,6 +31,7 @@ class Reciter:
 
     config: ReciterConfig = ReciterConfig()
     reads_source = False
+    task = "causal"
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:
         return {"read": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
