@@ -25,7 +25,7 @@ FAMILIES = ("mingru",)
 
 
 def test_a_registered_family_has_its_name_and_variants():
-    assert family_names()[-1] == "mingru"
+    assert "mingru" in family_names()
     assert variant_names()["mingru-tiny"] == "mingru"
     assert jaxlm.get_model("mingru", num_layers=1).config == mingru.Config(num_layers=1)
     jaxlm.register_family("mingru", mingru)  # a module may register itself again when it is imported again
