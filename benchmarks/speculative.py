@@ -1,9 +1,9 @@
-"""Measure speculative decoding against plain decoding of the same target model, both in jaxlm, in one process.
+"""Compare the speed of speculative decoding with that of ``generate`` for the same target model, in one process.
 
     python -m benchmarks.speculative --target runs/large --draft runs/small --prompt "ROMEO:"
 
-Both directories are run directories, or models in Hugging Face layout with a tokenizer. The models must be trained,
-because the gain depends on how many proposals are accepted.
+``--target`` and ``--draft`` are run directories, or directories in Hugging Face layout with a tokenizer. Use trained
+models, because the speed depends on how many proposals the target model accepts.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class Speculative:
     target: Path
     """Run directory or model directory of the target model."""
     draft: Path
-    """Run directory or model directory of the draft model, which has the same tokenizer."""
+    """Run directory or model directory of the draft model. It needs the tokenizer of the target model."""
     prompt: str = "ROMEO:"
     """The prompt of every row."""
     batch: int = 1
-    """Rows."""
+    """Number of rows."""
     tokens: int = 256
-    """New tokens per row."""
+    """Number of new tokens per row."""
     proposed: str = "2,4,8"
-    """Proposals per round, separated by commas; each number is measured."""
+    """Numbers of proposals per round, separated by commas. Each number is measured."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     rounds: int = 7
-    """Repetitions, after warm-up."""
+    """Number of measurements of each implementation, after warm-up."""
     json: Path | None = None
-    """Write all results to this JSON file too."""
+    """Also write all results to this JSON file."""
 
 
 def run(options: Speculative) -> None:

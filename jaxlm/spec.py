@@ -79,7 +79,7 @@ class LogOfUniform:
 
 @dataclasses.dataclass(frozen=True)
 class InverseSoftplus:
-    """A number x, where log(softplus(x)) is uniform on [log(low), log(high)); softplus(x) is at least ``minimum``."""
+    """The inverse softplus of ``max(y, minimum)``, where log(y) is uniform on [log(low), log(high))."""
 
     low: float
     high: float
@@ -92,7 +92,10 @@ class InverseSoftplus:
 
 
 Initializer = Callable[[Any, tuple[int, ...], Any], jax.Array]
-"""A function ``(key, shape, dtype)``; an instance of a frozen dataclass, so that specs can be compared."""
+"""A function ``(key, shape, dtype)`` that returns an array.
+
+Use an instance of a frozen dataclass, so that specs can be compared.
+"""
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
@@ -253,9 +256,9 @@ def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 
-    The key of a leaf is ``key`` folded with the path of the leaf and the number of its layer. So the values of a leaf
-    do not depend on other leaves, on the number or layout of the layers, or (under jit with ``out_shardings``) on the
-    number of devices.
+    The key of a leaf is ``key``, folded with the path of the leaf and with the index of its layer. So the values of a
+    leaf do not depend on other leaves, on the number of layers, or on their layout (stacked or per-layer). Under jit
+    with ``out_shardings``, they do not depend on the number of devices.
 
     Raises:
         ValueError: a leaf has a random initializer and ``key`` is None.
@@ -275,21 +278,21 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
 
 
 MAX_GROUPED_SIZE = 2**20
-"""Arrays of at most this many entries are drawn in one operation with the arrays of equal shape, axes and initializer.
+"""Maximum number of entries, per layer, of arrays that :func:`init` draws together.
 
-The program that initializes a model is then several times smaller. Larger arrays are drawn alone, which needs less
-memory.
+Arrays of equal shape, axes, dtype and initializer are drawn in one vmap. The compiled program is then several times
+smaller than with one operation per array. Each larger array is drawn in its own operation, which needs less memory.
 """
 
 
 def _draw(specs: dict[str, ArraySpec], key: Any) -> dict[str, jax.Array]:
-    """``{path name: array}`` for ``{path name: spec}`` with random initializers."""
+    """The initial values ``{path name: array}`` of ``{path name: spec}``; all initializers are random."""
     groups: dict[Any, list[str]] = {}
     for name, spec in specs.items():
         is_stacked = spec.axes[:1] == (LAYERS,)
         shape, axes = spec.shape[is_stacked:], spec.axes[is_stacked:]
-        alone = name if math.prod(shape) > MAX_GROUPED_SIZE else None
-        groups.setdefault((spec.init, shape, axes, spec.dtype, alone), []).append(name)
+        ungrouped_name = name if math.prod(shape) > MAX_GROUPED_SIZE else None
+        groups.setdefault((spec.init, shape, axes, spec.dtype, ungrouped_name), []).append(name)
     leaf_keys = _leaf_keys({name: specs[name] for names in groups.values() for name in names}, key)
     drawn, start = {}, 0
     for (initializer, shape, _, dtype, _), names in groups.items():
@@ -303,7 +306,7 @@ def _draw(specs: dict[str, ArraySpec], key: Any) -> dict[str, jax.Array]:
 
 
 def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
-    """The random keys of leaves in one array: one key per layer for a stacked leaf, one key for any other leaf."""
+    """One array with the random keys of all leaves in order. A stacked leaf has one key per layer, others have one."""
     hashes: list[int] = []
     numbers: list[int | None] = []
     for path, spec in specs.items():
@@ -317,7 +320,7 @@ def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
 
 
 def abstract(specs: Tree) -> Tree:
-    """A tree of ``jax.ShapeDtypeStruct``, as ``jax.eval_shape(init, specs, key)`` returns it, but without tracing."""
+    """A tree of ``jax.ShapeDtypeStruct``, equal to ``jax.eval_shape(init, specs, key)`` but without tracing."""
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
 
 
@@ -340,9 +343,9 @@ def _describe(leaf: Any) -> str:
 
 
 def diff(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[str]:
-    """One line for each leaf that is missing, is extra, or has another shape (or dtype); empty if the trees agree.
+    """One line for each leaf that is missing, extra, or of another shape or dtype; an empty list if the trees agree.
 
-    The leaves of both trees may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`.
+    Leaves may be arrays, ``ShapeDtypeStruct`` or :class:`ArraySpec`. ``dtypes=False`` compares only shapes.
     """
     want, have = flatten(expected), flatten(actual)
     lines = [f"missing: {name} {_describe(want[name])}" for name in want if name not in have]
@@ -361,10 +364,10 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 
     Args:
         what: name of the compared trees in the error message, for example ``"parameters of gpt"``.
-        max_shown: maximum number of differences in the error message; further differences are only counted.
+        max_shown: maximum number of differences in the error message. The message counts the others.
 
     Raises:
-        ValueError: the trees differ; the message lists the differences (:func:`diff`).
+        ValueError: the trees differ. The message lists the differences (:func:`diff`).
     """
     lines = diff(expected, actual, dtypes=dtypes)
     if lines:

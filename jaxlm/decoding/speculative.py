@@ -4,11 +4,12 @@ The generated tokens have exactly the distribution of the target model (Leviatha
 Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding they are the tokens of
 :func:`jaxlm.decoding.generate`. Both models may be of any family with a model state.
 
-In each round, the draft model draws K tokens one by one. The target model reads the newest token and these K tokens,
-which gives the target distribution p of each token and of the token after the last one. A proposed token x from the
-draft distribution q is accepted with probability ``min(1, p(x) / q(x))``. After the first rejected token, one token is
-drawn from ``max(p - q, 0)``, normalised. If all are accepted, one more token is drawn from p. So a round generates 1 to
-K + 1 tokens. ``Model.rollback`` then removes the rejected tokens from both model states.
+In each round, the draft model draws K tokens one by one. Then the target model reads the newest token and these K
+tokens in one call. This call gives the target distributions p of the K proposed tokens and of the token after them. A
+token x that was drawn from the draft distribution q is accepted with probability ``min(1, p(x) / q(x))``. The first
+rejected token is replaced by a token drawn from ``max(p - q, 0)``, normalised, and the proposals after it are
+discarded. If all proposals are accepted, one more token is drawn from p. So a round generates 1 to K + 1 tokens.
+``Model.rollback`` then removes the rejected tokens from both model states.
 
 Shapes: B batch, T prompt length, N new tokens, K proposed tokens per round, V ids that may be generated.
 """
@@ -34,10 +35,10 @@ class SpeculativeModels:
     """A target model and a draft model with the same token ids.
 
     Attributes:
-        target, target_params: the model whose distribution the tokens have.
+        target, target_params: the model that defines the distribution of the generated tokens.
         draft, draft_params: a smaller model, which proposes tokens.
-        num_proposed: K, number of tokens that the draft model proposes in each round. A good value is higher the more
-            proposals are accepted, and the faster the draft model is.
+        num_proposed: K, number of tokens that the draft model proposes in each round. The best value increases with the
+            acceptance rate and with the speed of the draft model.
     """
 
     target: Model = struct.field(pytree_node=False)
@@ -53,9 +54,11 @@ class SpeculativeGeneration:
 
     Attributes:
         generation: the tokens, as from :func:`jaxlm.decoding.generate`.
-        rounds: [B] int32, number of calls of the target model in which the row took part, without that for the prompt.
+        rounds: [B] int32, number of rounds until the row ended: calls of the target model, except the call for the
+            prompt.
         accepted: [B] int32, number of accepted proposals. The acceptance rate is ``accepted / (rounds * K)``.
-        draft_finite: [B] bool, whether all logits of the draft model that were used are finite.
+        draft_finite: [B] bool, whether the logits of the draft model are finite. The logits after a rejected token are
+            not checked.
     """
 
     generation: Generation
@@ -78,17 +81,18 @@ def speculative_generate(
 ) -> SpeculativeGeneration:
     """Up to ``max_new_tokens`` new tokens for each prompt, with the distribution of the target model.
 
-    The arguments are those of :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. The random draws of
-    a row depend only on ``key`` and the number of the row, as there.
+    The arguments are those of :func:`jaxlm.decoding.generate`. ``sampling`` applies to both models. As in ``generate``,
+    the random draws of a row depend only on ``key`` and the number of the row.
 
     Args:
         states: the initial states of the target model and of the draft model; required if a model is an
             encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed`` tokens.
 
     Raises:
-        TypeError, ValueError: as :func:`jaxlm.decoding.generate`, for either model. Both models need
-            ``num_proposed`` positions more than the text. Also: the models have different vocabulary sizes and
-            ``allowed_ids`` is None, ``num_proposed`` is below 1, or there is a repetition penalty.
+        TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
+            ``num_proposed`` more positions than ``generate``.
+        ValueError: the models have different vocabulary sizes and ``allowed_ids`` is None, ``num_proposed`` is below 1,
+            or ``sampling`` has a repetition penalty.
         NotFiniteError: logits of a model are not finite.
 
     Example:
@@ -106,7 +110,7 @@ def speculative_generate(
     if allowed_ids is None and sizes[0] != sizes[1]:
         raise ValueError(
             f"the target model has {sizes[0]} token ids and the draft model {sizes[1]}: use models with the same "
-            "tokenizer, and set allowed_ids to the number of its ids"
+            "tokenizer, and set allowed_ids to the vocabulary size of the tokenizer"
         )
     if sampling.repetition_penalty != 1.0:
         raise ValueError(
@@ -125,9 +129,14 @@ def speculative_generate(
 
 @struct.dataclass
 class _Progress:
-    """The loop's values. ``states``: those of both models, after all tokens except the newest token of each row.
+    """The values that the loop updates in each round.
 
-    ``newest``: [B]. ``ended``: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
+    Attributes:
+        states: the states of the target model and of the draft model. They contain all tokens of a row except its
+            newest token.
+        newest: [B], the newest token of each row.
+        ended: [B] bool, whether the row has an end token or ``max_new_tokens`` tokens.
+        keys: [B], the random key of each row; None for greedy decoding.
     """
 
     states: tuple[Any, Any]
@@ -159,7 +168,7 @@ def _generate(
         Generation(
             tokens=jnp.full((B, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32).at[:, 0].set(newest_B),
             lengths=jnp.ones(B, jnp.int32),
-            log_probs=jnp.zeros((B, N)).at[:, 0].set(_chosen(jax.nn.log_softmax(logits_BV), newest_B)),
+            log_probs=jnp.zeros((B, N)).at[:, 0].set(_at_tokens(jax.nn.log_softmax(logits_BV), newest_B)),
             finite=rows_finite(logits_BV),
         ),
         rounds=jnp.zeros(B, jnp.int32),
@@ -173,7 +182,7 @@ def _generate(
 
 
 def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -> _Progress:
-    """One round: K proposals, one call of the target model, and the new tokens of each row."""
+    """The progress after one round: K proposals, one call of the target model, and the new tokens of each row."""
     K, active_B, lengths_B = models.num_proposed, ~progress.ended, progress.result.generation.lengths
     target_state, draft_state = progress.states
 
@@ -184,29 +193,29 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
         drawn_B = _draw(settings, progress.keys, lengths_B + step, q_BV)
         return (state, drawn_B), (drawn_B, q_BV, rows_finite(logits_BV[:, : settings.num_ids]))
 
-    # The last step only reads the last proposal, so that both states contain the same tokens.
+    # Step K + 1 only reads the last proposal, so that the draft state contains the same tokens as the target state.
     (draft_after, _), drawn = jax.lax.scan(propose, (draft_state, progress.newest), jnp.arange(K + 1))
     proposed_BK, q_BKV, draft_finite_BK = (jnp.swapaxes(x, 0, 1)[:, :K] for x in drawn)
-    read_BT = jnp.concatenate([progress.newest[:, None], proposed_BK], axis=1)  # T = K + 1
-    segments_BT = jnp.broadcast_to(active_B[:, None], read_BT.shape).astype(jnp.int32)
+    inputs_BT = jnp.concatenate([progress.newest[:, None], proposed_BK], axis=1)  # T = K + 1
+    segments_BT = jnp.broadcast_to(active_B[:, None], inputs_BT.shape).astype(jnp.int32)
     hidden_BTD, target_after = models.target.apply(
-        models.target_params, read_BT, state=target_state, segment_ids=segments_BT
+        models.target_params, inputs_BT, state=target_state, segment_ids=segments_BT
     )
     logits_BTV = models.target.logits(models.target_params, hidden_BTD)[..., : settings.num_ids]
     p_BTV = jax.vmap(functools.partial(_log_probs, settings), 1, 1)(logits_BTV)
 
-    accepts_BK = _accepts(settings, progress.keys, lengths_B, proposed_BK, p_BTV[:, :K], q_BKV)
-    accepted_B = jnp.sum(jnp.cumprod(accepts_BK, axis=1), axis=1, dtype=jnp.int32)
+    is_accepted_BK = _is_accepted(settings, progress.keys, lengths_B, proposed_BK, p_BTV[:, :K], q_BKV)
+    accepted_B = jnp.sum(jnp.cumprod(is_accepted_BK, axis=1), axis=1, dtype=jnp.int32)
     p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
     q_BV = jnp.take_along_axis(
         jnp.pad(q_BKV, ((0, 0), (0, 1), (0, 0)), constant_values=-jnp.inf), accepted_B[:, None, None], axis=1
     )[:, 0]
-    last_B = _draw(settings, progress.keys, lengths_B + accepted_B, _residual(settings, p_BV, q_BV), stream=2)
+    last_B = _draw(settings, progress.keys, lengths_B + accepted_B, _residual(settings, p_BV, q_BV), purpose=2)
 
     index_T = jnp.arange(K + 1)[None, :]
     new_BT = jnp.where(index_T < accepted_B[:, None], jnp.pad(proposed_BK, ((0, 0), (0, 1))), last_B[:, None])
     ends_BT = is_end(new_BT, settings.end_ids)
-    # A token is new if the round generated it, no earlier token of the round is an end token, and it fits.
+    # A token is new if it was accepted or drawn last, follows no end token, and does not exceed max_new_tokens.
     is_new_BT = (index_T <= accepted_B[:, None]) & (jnp.cumsum(ends_BT, axis=1) - ends_BT == 0) & active_B[:, None]
     is_new_BT &= lengths_B[:, None] + index_T < settings.max_new_tokens
     count_B = jnp.sum(is_new_BT, axis=1, dtype=jnp.int32)
@@ -223,7 +232,7 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
         draft_finite=result.draft_finite & (jnp.all(used_draft_BK, axis=1) | progress.ended),
     )
     keep_B = jnp.where(active_B, accepted_B + 1, 0)
-    rollback = functools.partial(_rollback, read_BT, segments_BT, keep_B)
+    rollback = functools.partial(_rollback, inputs_BT, segments_BT, keep_B)
     states = (
         rollback(models.target, models.target_params, target_state, target_after),
         rollback(models.draft, models.draft_params, draft_state, draft_after),
@@ -234,15 +243,15 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
 
 
 def _rollback(
-    read_BT: jax.Array, segments_BT: jax.Array, keep_B: jax.Array, model: Model, params: Any, before: Any, after: Any
+    inputs_BT: jax.Array, segments_BT: jax.Array, keep_B: jax.Array, model: Model, params: Any, before: Any, after: Any
 ) -> Any:
-    return model.rollback(params, before, read_BT, after, keep_B, segments_BT)
+    return model.rollback(params, before, inputs_BT, after, keep_B, segments_BT)
 
 
 def _append(
     result: SpeculativeGeneration, new_BT: jax.Array, is_new_BT: jax.Array, log_probs_BTV: jax.Array
 ) -> SpeculativeGeneration:
-    """The result with the new tokens and their log-probabilities after the tokens of each row."""
+    """The result, with the new tokens and their log-probabilities appended to each row."""
     generation = result.generation
     B, N = generation.tokens.shape
     index_BT = jnp.where(is_new_BT, generation.lengths[:, None] + jnp.arange(new_BT.shape[1])[None, :], N)
@@ -250,14 +259,14 @@ def _append(
     generation = dataclasses.replace(
         generation,
         tokens=generation.tokens.at[at].set(new_BT, mode="drop"),
-        log_probs=generation.log_probs.at[at].set(_chosen(log_probs_BTV, new_BT), mode="drop"),
+        log_probs=generation.log_probs.at[at].set(_at_tokens(log_probs_BTV, new_BT), mode="drop"),
         lengths=generation.lengths + jnp.sum(is_new_BT, axis=1, dtype=jnp.int32),
     )
     return dataclasses.replace(result, generation=generation)
 
 
 def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
-    """The log-probabilities of the distribution from which tokens are drawn; greedy: 0 for one token, else -inf."""
+    """The log-probabilities from which tokens are drawn. Greedy: 0 for the most likely token, -inf for the others."""
     filtered_BV = filter_logits(settings.sampling, logits_BV)
     if settings.sampling.temperature > 0.0:
         return jax.nn.log_softmax(filtered_BV)
@@ -266,21 +275,21 @@ def _log_probs(settings: Settings, logits_BV: jax.Array) -> jax.Array:
 
 
 def _draw(
-    settings: Settings, keys_B: jax.Array | None, index_B: jax.Array, log_probs_BV: jax.Array, stream: int = 0
+    settings: Settings, keys_B: jax.Array | None, index_B: jax.Array, log_probs_BV: jax.Array, purpose: int = 0
 ) -> jax.Array:
-    """One token for each row. ``index_B``: number of the token in its row, which selects the random numbers."""
+    """One token for each row. ``index_B`` is the index of the token in its row; it selects the random key."""
     if keys_B is None:
         return jnp.argmax(log_probs_BV, axis=-1).astype(jnp.int32)
-    drawn_B = jax.vmap(jax.random.categorical)(_token_keys(keys_B, index_B, stream), log_probs_BV)
+    drawn_B = jax.vmap(jax.random.categorical)(_token_keys(keys_B, index_B, purpose), log_probs_BV)
     return drawn_B.astype(jnp.int32)
 
 
-def _token_keys(keys_B: jax.Array, index_B: jax.Array, stream: int) -> jax.Array:
-    """Keys [B] for one use (``stream``) of random numbers: 0 a proposal, 1 its acceptance, 2 the last token."""
-    return jax.vmap(lambda key, index: jax.random.fold_in(jax.random.fold_in(key, index), stream))(keys_B, index_B)
+def _token_keys(keys_B: jax.Array, index_B: jax.Array, purpose: int) -> jax.Array:
+    """Random keys [B]. ``purpose`` is 0 to draw a proposal, 1 to accept it, 2 to draw the last token of a round."""
+    return jax.vmap(lambda key, index: jax.random.fold_in(jax.random.fold_in(key, index), purpose))(keys_B, index_B)
 
 
-def _accepts(
+def _is_accepted(
     settings: Settings,
     keys_B: jax.Array | None,
     lengths_B: jax.Array,
@@ -288,10 +297,10 @@ def _accepts(
     p_BKV: jax.Array,
     q_BKV: jax.Array,
 ) -> jax.Array:
-    """Whether each proposal passes its test, bool [B, K]."""
-    log_ratio_BK = _chosen(p_BKV, proposed_BK) - _chosen(q_BKV, proposed_BK)
+    """Whether each proposal is accepted if all proposals before it are, bool [B, K]."""
+    log_ratio_BK = _at_tokens(p_BKV, proposed_BK) - _at_tokens(q_BKV, proposed_BK)
     if keys_B is None:
-        return log_ratio_BK >= 0.0  # the proposal is also the target model's most likely token
+        return log_ratio_BK >= 0.0  # True if the proposal is the most likely token of the target model, too
     uniform_BK = jnp.stack(
         [
             jax.vmap(jax.random.uniform)(_token_keys(keys_B, lengths_B + index, 1))
@@ -303,15 +312,15 @@ def _accepts(
 
 
 def _residual(settings: Settings, p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
-    """The log of ``max(p - q, 0)``, not normalised, from log-probabilities; greedy: p itself."""
+    """``log(max(p - q, 0))``, not normalised, from the log-probabilities of p and q; greedy: ``log(p)``."""
     if settings.sampling.temperature == 0.0:
         return p_BV
     residual_BV = jnp.maximum(jnp.exp(p_BV) - jnp.exp(q_BV), 0.0)
-    # If p and q are equal up to rounding, a rejection has probability 0, but rounding may let it happen.
+    # If p = q, no token is rejected, except because of rounding. The residual is then 0, and p is used instead.
     is_empty_B1 = jnp.sum(residual_BV, axis=-1, keepdims=True) <= 0.0
     return jnp.where(is_empty_B1, p_BV, jnp.log(residual_BV))
 
 
-def _chosen(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+def _at_tokens(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
     """The log-probability of each token: ``log_probs`` [..., V] at ``tokens`` [...]."""
     return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]

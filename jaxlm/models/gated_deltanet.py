@@ -1,11 +1,12 @@
 """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), and its hybrid with gated attention: Qwen3-Next (Qwen team 2025).
 
 A causal model with pre-norm blocks. The mixer of a block is either a gated delta rule, whose state has a fixed size, or
-attention. The delta rule reads queries, keys and values after a short convolution; its queries and keys have length 1.
-Attention has norms of queries and keys, rotary positions in a part of each head, and an output gate (Qiu et al. 2025).
+attention. The queries, keys and values of the delta rule pass through a short convolution, and its queries and keys
+are scaled to length 1. Attention normalizes queries and keys, rotates only a part of each head (rotary positions), and
+has an output gate (Qiu et al. 2025).
 
 Shapes: B batch, T time, D model width, G key heads, H value heads (delta rule) or query heads (attention), R = H / G,
-K width of queries and keys, V width of values, C channels of the convolution, W its taps, F hidden width of the MLP.
+K width of queries and keys, V width of values, C channels of the convolution.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Uniform
 Mixer = Literal["delta_rule", "attention"]
 Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 L2_EPSILON = 1e-6
-"""Added to the sum of squares of queries and keys of the delta rule before they are divided by its root."""
+"""Added to the sum of squares in the L2 norm of the queries and keys of the delta rule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Config(common.LayeredConfig):
     num_layers: int = 48
     """Number of blocks."""
     pattern: tuple[Mixer, ...] = ("delta_rule", "delta_rule", "delta_rule", "attention")
-    """The mixers of the first blocks, delta_rule or attention. The pattern is repeated for the other blocks."""
+    """The mixers of the first blocks. The other blocks repeat the pattern. The last repetition may be incomplete."""
     embed_dim: int = 2048
     """Model width."""
     mlp_dim: int = 5632
     """Hidden width of the MLP."""
     delta_key_heads: int = 16
-    """Heads of the queries and keys of the delta rule, each shared by delta_value_heads / delta_key_heads heads."""
+    """Query and key heads of the delta rule, each shared by delta_value_heads / delta_key_heads value heads."""
     delta_value_heads: int = 32
-    """Heads of the delta rule: each has a state, values, a decay and a beta."""
+    """Value heads of the delta rule. Each has its own state, decay and beta."""
     delta_key_dim: int = 128
     """Width of a query or key of the delta rule."""
     delta_value_dim: int = 128
@@ -63,7 +64,8 @@ class Config(common.LayeredConfig):
     conv_width: int = 4
     """Number of tokens that the convolution before the delta rule reads, the current token included."""
     negative_eigenvalues: bool = False
-    """Beta is in [0, 2] instead of [0, 1], so that a step can reflect the state (Grazzi et al. 2024)."""
+    """Beta is in [0, 2] instead of [0, 1], so that the matrix of a step can have negative eigenvalues (Grazzi et al.
+    2024)."""
     num_heads: int = 16
     """Query heads of attention."""
     num_kv_heads: int = 2
@@ -73,11 +75,11 @@ class Config(common.LayeredConfig):
     attention_bias: bool = False
     """Whether queries, keys, values and the output of attention have biases."""
     rotary_fraction: float = 0.25
-    """Fraction of the entries of a head that rotary positions rotate."""
+    """Fraction of the head_dim entries of a head that rotary positions rotate."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None
-    """Scaling of rotary positions for sequences that are longer than in pretraining; None means no scaling."""
+    """Scaling of rotary frequencies for sequences longer than those in pretraining; None means no scaling."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     init_stddev: float = 0.02
@@ -103,13 +105,15 @@ class Config(common.LayeredConfig):
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
         if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
-            raise ValueError(f"pattern={self.pattern!r} must name at least one mixer: {', '.join(get_args(Mixer))}")
+            raise ValueError(
+                f"pattern={self.pattern!r} must not be empty, and each entry must be {' or '.join(get_args(Mixer))}"
+            )
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if not 0.0 < self.rotary_fraction <= 1.0 or rotary_width(self) < 2 or rotary_width(self) % 2:
             raise ValueError(
-                f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be an even number of entries "
-                "and at least 2, because rotary positions rotate pairs"
+                f"rotary_fraction={self.rotary_fraction} must be at most 1, and rotary_fraction * "
+                f"head_dim={self.head_dim} must be even and at least 2, because rotary positions rotate pairs"
             )
 
 
@@ -126,7 +130,8 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``, continued by ``tokens``. With attention, rows that exceed the cache give NaN.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``. If the model has attention,
+            rows that exceed the cache give NaN.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
@@ -185,7 +190,7 @@ def _delta_rule(
     A_log, dt_bias = (weights[name][None, None, :] for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
     out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
-    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # a sharded axis can be split, then merged
+    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # two steps, to keep the sharding of G
     out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
     return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
 
@@ -218,7 +223,7 @@ def rotary_width(cfg: Config) -> int:
 
 
 def conv_channels(cfg: Config) -> int:
-    """The number of channels of the convolution: all queries, then all keys, then all values of a token."""
+    """The number of channels of the convolution. The channels are all queries, all keys and all values of a token."""
     return 2 * cfg.delta_key_heads * cfg.delta_key_dim + cfg.delta_value_heads * cfg.delta_value_dim
 
 
@@ -269,8 +274,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
-    A delta rule has its state (``memory``) and the last inputs of its convolution, which have the same size for any
-    ``length``. Attention has a key-value cache.
+    A layer with a delta rule has the state of the delta rule (``memory``) and the last inputs of the convolution
+    (``tail``). Their sizes do not depend on ``length``. A layer with attention has a key-value cache.
     """
     dtype, H, reach = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
@@ -285,11 +290,14 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int | None:
-    """The ``length`` of :func:`state_specs` for training along a text; None with attention, whose cache would fill."""
+    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works.
+
+    None if a layer is attention, because its cache has a limited size.
+    """
     return None if "attention" in mixers(cfg) else 1
 
 
-_TINY = Config(  # a larger epsilon than in published models, because a random delta rule has small outputs
+_TINY = Config(  # larger norm_epsilon than in published models: with random weights, delta rules have small outputs
     vocab_size=128, max_positions=64, num_layers=3, pattern=("delta_rule", "attention"), embed_dim=32, mlp_dim=48,
     delta_key_heads=2, delta_value_heads=4, delta_key_dim=16, delta_value_dim=6, num_heads=4, head_dim=16,
     norm_epsilon=1e-3,

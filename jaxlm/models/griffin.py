@@ -2,8 +2,8 @@
 
 A decoder with pre-norm blocks: a temporal-mixing block, then a gated MLP. The temporal-mixing block of a layer is a
 recurrent block (RG-LRU) or local attention with rotary positions, in the order of ``pattern``. Hawk has only recurrent
-blocks. The layers differ, so they have no stacked layout (``scan_layers``): a Python loop runs them. As in
-RecurrentGemma, token vectors are scaled by sqrt(D) and logits have a soft bound; the paper's own models have neither.
+blocks. A Python loop runs the layers; they cannot be stacked for ``lax.scan``, because they differ. As in
+RecurrentGemma, token vectors are multiplied by sqrt(D) and logits are soft-capped. The models of the paper do neither.
 
 Shapes: B batch, T time, S keys, D model width, W width of the RG-LRU, H query heads and blocks of the RG-LRU's gates,
 G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
@@ -43,7 +43,7 @@ class Config(common.LayeredConfig):
     pattern: tuple[Mixer, ...] = ("recurrent", "recurrent", "attention")
     """Temporal-mixing blocks of the layers. The pattern repeats, and the last repetition may be incomplete."""
     num_heads: int = 10
-    """Query heads of an attention block, and diagonal blocks in each gate of an RG-LRU."""
+    """Number of query heads of an attention block, and of diagonal blocks in each gate matrix of an RG-LRU."""
     num_kv_heads: int = 1
     """Key-value heads, each shared by num_heads / num_kv_heads query heads."""
     embed_dim: int = 2560
@@ -53,13 +53,13 @@ class Config(common.LayeredConfig):
     mlp_dim: int = 7680
     """Hidden width of the MLP."""
     conv_width: int = 4
-    """Number of tokens that the convolution of a recurrent block reads, the current one included."""
+    """Number of tokens that the convolution of a recurrent block reads, the current token included."""
     window: int = 2048
     """Number of tokens that a token attends to, itself included."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions, which rotate the first half of each head."""
     logits_soft_cap: float = 30.0
-    """Bound c of the logits, as c * tanh(logits / c)."""
+    """The logits are c * tanh(logits / c), with this c."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMS norms."""
     tie_embeddings: bool = True
@@ -81,13 +81,17 @@ class Config(common.LayeredConfig):
             self, task=("causal", "none"), attention_implementation=(None, *get_args(Implementation))
         )  # fmt: skip
         if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
-            raise ValueError(f"pattern={self.pattern!r} must name at least one of {', '.join(get_args(Mixer))}")
+            raise ValueError(
+                f"pattern={self.pattern!r} must not be empty, and each entry must be {' or '.join(get_args(Mixer))}"
+            )
         common.check_divides(self, "num_heads", "embed_dim")
         common.check_divides(self, "num_kv_heads", "num_heads")
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if lru_width(self) < 1 or lru_width(self) % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide lru_width={self.lru_width}: change one")
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide lru_width={self.lru_width}: change one of them"
+            )
         if self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 f"a head width of {self.embed_dim // self.num_heads} (embed_dim / num_heads) is not a multiple of 4: "
@@ -110,7 +114,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN.
-        state: from ``state_specs``, continued by ``tokens``; its size does not depend on the number of tokens.
+        state: the state after earlier tokens (``state_specs``), continued by ``tokens``.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
@@ -124,7 +128,7 @@ def apply(
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
-    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)  # rounded as in the published training
+    x = x * jnp.asarray(cfg.embed_dim**0.5, jnp.bfloat16).astype(x.dtype)  # bfloat16 as in RecurrentGemma's training
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -169,7 +173,7 @@ def _attention(
 ) -> tuple[jax.Array, Any]:
     """The output of local attention, [B, T, D], and its new cache."""
     q, k, v = (linear(weights[name], x) for name in ("query", "key", "value"))
-    q = constrain(q, ("batch", "seq", "heads", "kv"))  # the few key-value heads are on every device
+    q = constrain(q, ("batch", "seq", "heads", "kv"))  # key-value heads are few and not sharded
     q, k = _rotate_half(q, angles), _rotate_half(k, angles)
     kv, (k, v) = window_cache.append_and_read(kv, (k, v), context)
     x = attention(
@@ -179,7 +183,7 @@ def _attention(
 
 
 def _rotate_half(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Queries or keys whose first half is rotated by the angles of their positions."""
+    """Queries or keys, of which the first half of each head is rotated by the angles of the positions."""
     rotated, unrotated = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([rotate(rotated, angles), unrotated], axis=-1)
 
@@ -248,8 +252,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows for any ``length``.
 
-    A recurrent block has its RG-LRU's state and the last inputs of its convolution. An attention block has the keys and
-    values of the last ``window`` tokens.
+    A recurrent block has the state of its RG-LRU (``hidden``) and the last inputs of its convolution (``tail``). An
+    attention block has the keys and values of the last ``window`` tokens.
     """
     dtype, W, head_dim = jnp.dtype(cfg.dtype), lru_width(cfg), cfg.embed_dim // cfg.num_heads
     layer_specs = {
@@ -267,7 +271,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` for training along a text. The state has the same size for any length."""
+    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
     return 1
 
 

@@ -1,10 +1,10 @@
 """Mamba-2 (Dao & Gu 2024, "Transformers are SSMs").
 
 A causal model without attention and without positions. Each block has one mixer: a causal depthwise convolution, a
-selective state space model (SSD), and a gate. The state has a fixed size for any length of the text.
+selective state space model (SSD), and a gate. The size of the state does not depend on the length of the text.
 
-The names of the paper: z gate, x input of the state space model, B and C its input and output weights, dt step sizes
-(Delta), A decay rates, D skip connection.
+The names in the code are those of the paper: z is the gate, x the input of the state space model, B its input weights,
+C its output weights, dt the step sizes (Delta), A the decay rates, and D the weights of the skip connection.
 
 Shapes: B batch, T time, D model width, I width of the mixer (expand * D), H heads, P width of a head, G groups of
 heads, N state size, K taps of the convolution, V vocabulary.
@@ -58,7 +58,8 @@ class Config(common.TransformerConfig):
     dt_limit_max: float | None = None
     """Upper limit of the step sizes dt; None means no limit."""
     norm_before_gate: bool = False
-    """Order at the end of the mixer: norm(y) * silu(z) if True, norm(y * silu(z)) if False."""
+    """Whether the mixer normalizes its output before it multiplies by the gate: norm(y) * silu(z) if True,
+    norm(y * silu(z)) if False."""
     linear_bias: bool = False
     """Whether the linear layers have biases."""
     conv_bias: bool = True
@@ -72,11 +73,11 @@ class Config(common.TransformerConfig):
     init_stddev: float = 0.02
     """Standard deviation of initial embeddings."""
     init_dt_min: float = 0.001
-    """Lower end of the initial step sizes, whose logarithms are uniform."""
+    """Minimum of the initial step sizes dt. Their logarithms are drawn from a uniform distribution."""
     init_dt_max: float = 0.1
-    """Upper end of the initial step sizes."""
+    """Maximum of the initial step sizes dt."""
     init_dt_floor: float = 1e-4
-    """Minimum of the initial step sizes."""
+    """Initial step sizes below this value are set to it."""
     task: Task = "causal"
     """Output head: next token (causal) or none."""
 
@@ -183,7 +184,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
         ValueError: the task is none, so there is no head.
     """
     if cfg.task == "none":
-        raise ValueError("task='none' has no output head: use the hidden states, or choose another task")
+        raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
     return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
 
@@ -201,7 +202,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     block = {
         "norm": rms_norm_specs(D),
         "mixer": {
-            # B and C are not split over the mesh axis of the heads, because heads share them.
+            # B and C are not sharded like the heads, because several heads share them.
             "zx": linear_specs((D, 2, width), ("embed", None, "mlp"), inputs, bias=cfg.linear_bias),
             "BC": linear_specs((D, BC), ("embed", None), inputs, bias=cfg.linear_bias),
             "dt": linear_specs((D, H), ("embed", "heads"), inputs, bias=cfg.linear_bias),
@@ -213,7 +214,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "A_log": ArraySpec((H,), ("heads",), LogOfUniform(1.0, 16.0)),
             "D": ArraySpec((H,), ("heads",), ONES),
             "norm": rms_norm_specs(width),
-            # The residual stream is a sum of num_layers outputs.
+            # Divided by sqrt(num_layers), because the residual stream sums the outputs of num_layers blocks.
             "output": linear_specs(
                 (width, D), ("mlp", "embed"), Uniform((width * cfg.num_layers) ** -0.5), bias=cfg.linear_bias
             ),
@@ -232,8 +233,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state for any ``length``.
 
-    ``hidden`` [B, H, N, P] is the state of a mixer; ``x`` and ``BC`` are the last K - 1 inputs of its convolutions;
-    ``segment_ids`` are those of the last K - 1 tokens.
+    ``hidden`` [B, H, N, P] is the state of a mixer. ``x`` and ``BC`` are the last K - 1 inputs of its convolutions.
+    ``segment_ids`` are the segment ids of the last K - 1 tokens.
     """
     reach, dtype = cfg.conv_kernel - 1, jnp.dtype(cfg.dtype)
     layer = {
@@ -246,7 +247,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 
 def carried_state_length(cfg: Config) -> int:
-    """The ``length`` of :func:`state_specs` for training along a text. The state has the same size for any length."""
+    """The ``length`` of :func:`state_specs` with which training carries the state along a text; any value works."""
     return 1
 
 

@@ -311,25 +311,26 @@ class Model:
         count: jax.Array,
         segment_ids: jax.Array | None = None,
     ) -> spec.Tree:
-        """The state of a call that had read only the first ``count`` tokens of each row.
+        """The state as if the last call had read only the first ``count`` tokens of each row.
 
-        The continuation of each row is the same as after such a call. A family with a key-value cache frees the slots
-        of the other tokens (its function ``rollback``). Any other family reads the first tokens again, from the state
-        ``before``; if its state contains a cache, too, the slots of the other tokens are then freed.
+        Later calls give the same results as after such a call. If the module of the family has a function ``rollback``
+        (``gpt``, ``llama``, ``t5``), it frees the cache slots of the other tokens in ``after``. Otherwise the model
+        starts from ``before`` and reads the first ``count`` tokens again. The other tokens are padding in this second
+        call, and if the state has a key-value cache, their slots are freed.
 
         Args:
-            before: the state before the call.
-            tokens: [B, T], the tokens of the call.
-            after: the state that the call returned.
+            before: the state before the last call.
+            tokens: [B, T], the tokens of the last call.
+            after: the state that the last call returned.
             count: [B], from 0 to T, the number of tokens that each row keeps, padding included.
-            segment_ids: [B, T], the segment ids of the call. Default: all tokens belong to document 1.
+            segment_ids: [B, T], the segment ids of the last call. Default: all tokens belong to document 1.
 
         Example:
             >>> model = get_model("lstm-tiny")
             >>> params, tokens = model.init(jax.random.key(0)), jax.numpy.array([[5, 6, 7]])
             >>> before = model.init_state(1, 8)
             >>> _, after = model.apply(params, tokens, state=before)
-            >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))  # has read 5 and 6
+            >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))  # as after 5 and 6
         """
         T = tokens.shape[1]
         if hasattr(self.module, "rollback"):

@@ -218,7 +218,7 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"rms_norm": False}, "rms_norm=False is not supported"),
         ({"num_heads": 4}, r"num_heads=4 with head_dim=8 must equal expand \* hidden_size = 64"),
         ({"time_step_limit": [0.1]}, r"time_step_limit=\[0.1\] must be a list of two numbers"),
-        ({"time_step_limit": [math.inf, 1.0]}, "of which the first is finite"),
+        ({"time_step_limit": [math.inf, 1.0]}, "the first must be finite"),
         ({"time_step_limit": ["a", 1.0]}, r"time_step_limit=\['a', 1.0\] must be a list of two numbers"),
     ],
 )

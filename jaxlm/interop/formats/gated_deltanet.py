@@ -20,7 +20,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_no_experts(config: Mapping[str, Any], num_layers: int) -> None:
-    """Raise ``ValueError`` if transformers would make a mixture of experts in any layer."""
+    """Raise ``ValueError`` if any layer is a mixture of experts in transformers."""
     num_experts, sparse_step = integer(config, "num_experts", 512), integer(config, "decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
@@ -35,13 +35,13 @@ def _check_no_experts(config: Mapping[str, Any], num_layers: int) -> None:
         raise ValueError(
             f"layers {', '.join(map(str, sparse[:8]))}{', ...' if len(sparse) > 8 else ''} are mixtures of experts "
             f"(num_experts={num_experts}, decoder_sparse_step={sparse_step}, mlp_only_layers={dense}, "
-            f"num_hidden_layers={num_layers}), which this family does not support: every layer must have an MLP "
-            "(num_experts=0, or all layers in mlp_only_layers)"
+            f"num_hidden_layers={num_layers}). gated_deltanet has no mixtures of experts: every layer must have an "
+            "MLP (num_experts=0, or all layers in mlp_only_layers)"
         )
 
 
 def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
-    """The shortest pattern that gives the mixers of all layers."""
+    """The shortest pattern whose repetition gives the mixers of all layers."""
     types = config.get("layer_types")
     if types is None:
         interval = integer(config, "full_attention_interval", 4)
@@ -144,11 +144,11 @@ _QWEN3_NEXT = Format(
         **{f"layers/mlp/{name}/weight": TRANSPOSED for name in _MLP},
         **{f"{name}/weight": TRANSPOSED for name in ("classifier", "token_classifier", "span")},
     },
-    ignored=(r"mtp\..*",),  # layers that predict further tokens, which transformers ignores, too
+    ignored=(r"mtp\..*",),  # multi-token prediction layers, which transformers also ignores
 )
 
 FORMATS = (
-    # In the class for question answering, the base model has another prefix than in the other classes.
+    # The class for question answering has another prefix than the other classes.
     dataclasses.replace(
         _QWEN3_NEXT, architectures={"Qwen3NextForQuestionAnswering": {"task": "span_qa"}}, prefix="transformer.",
         default_fields={**_QWEN3_NEXT.default_fields, "task": "span_qa"},

@@ -13,7 +13,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kv_heads = config.get("num_key_value_heads")
     if kv_heads is None:
         kv_heads = config.get("num_attention_heads", 10)
-    # transformers halves the width, because the authors' code stores gate and up as one matrix
+    # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for gate and up
     mlp_dim = config.get("intermediate_size", 7680)
     pattern = config.get("block_types", Config.pattern)
     for name, value in (("num_key_value_heads", kv_heads), ("intermediate_size", mlp_dim)):
@@ -37,7 +37,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 _LAYER = "layers.{layer}"
 _RECURRENT = f"{_LAYER}.temporal_block"
-_LINEAR = {  # path of a matrix and its bias in a layer -> name of the HF layer
+_LINEAR = {  # path of a weight and its bias in a layer -> module name in transformers
     "recurrent/gate": "temporal_block.linear_y",
     "recurrent/input": "temporal_block.linear_x",
     "recurrent/output": "temporal_block.linear_out",

@@ -10,7 +10,7 @@ from jaxlm.interop.formats.format import TRANSPOSED, Format
 from jaxlm.models.mamba2 import Config, num_heads
 
 _INFINITY = {"__float__": "Infinity"}
-"""Infinity in files of transformers 5, because JSON has no infinity. Older versions write ``Infinity``."""
+"""How transformers 5 writes infinity in ``config.json``. Older versions write ``Infinity``, which is not valid JSON."""
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"time_step_limit={limit!r} must be a list of two numbers")
     low, high = (math.inf if x == _INFINITY else x for x in limit)
     if not all(type(x) in (int, float) for x in (low, high)) or math.isinf(low):
-        raise ValueError(f"time_step_limit={limit!r} must be a list of two numbers, of which the first is finite")
+        raise ValueError(f"time_step_limit={limit!r} must be a list of two numbers, and the first must be finite")
     return {"dt_limit_min": low, "dt_limit_max": None if high == math.inf else high}
 
 
@@ -71,7 +71,7 @@ FORMATS = (
         write_fields=_write_fields,
         required={"hidden_act": "silu", "rms_norm": True},
         token_ids={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-        # The tensors in_proj and conv1d contain several parameters: z and x, then B and C, then dt.
+        # Some tensors contain several parameters: in_proj has z, x, B, C and dt in this order; conv1d has x, B and C.
         tensors={
             "token_embedding": "embeddings.weight",
             "layers/norm/scale": "layers.{layer}.norm.weight",
@@ -99,9 +99,9 @@ FORMATS = (
             "layers/mixer/zx/weight": ((1, 2), (0,)),
             "layers/mixer/zx/bias": ((0, 1),),
             **{f"layers/mixer/{name}/weight": TRANSPOSED for name in ("BC", "dt", "output")},
-            # torch's grouped convolution has the shape [channels, 1, taps].
+            # A depthwise convolution of torch has a weight of shape [channels, 1, taps].
             **{f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")},
         },
-        renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # in files of the authors' code
+        renamed={"backbone.embedding.weight": "backbone.embeddings.weight"},  # the name in files of the authors' code
     ),
 )

@@ -1,4 +1,4 @@
-"""Rotary positions in Hugging Face config files: the base and the scaling of frequencies."""
+"""Rotary positions in Hugging Face config files: the base of the frequencies, and their scaling."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ _SCALING = {
 
 
 def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields ``rotary_base`` and ``rotary_scaling`` of jaxlm's config, as far as ``rope_scaling`` sets them."""
+    """The fields ``rotary_base`` and ``rotary_scaling`` of jaxlm's config, if a Hugging Face config sets them.
+
+    They are read from ``rope_parameters`` (transformers 5) or ``rope_scaling``. If this object has no ``rope_theta``,
+    the result has no ``rotary_base``.
+    """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     hf_scaling = config.get(name) or {}
     if not isinstance(hf_scaling, dict):
         raise ValueError(f"{name}={hf_scaling!r} must be a JSON object or null")
     hf_scaling = dict(hf_scaling)
-    if "rope_theta" in hf_scaling:  # transformers 5 writes the field here
+    if "rope_theta" in hf_scaling:  # transformers 5 writes rope_theta into rope_parameters
         fields["rotary_base"] = hf_scaling.pop("rope_theta")
     old_kind = hf_scaling.pop("type", "default")
     kind = hf_scaling.pop("rope_type", old_kind)
@@ -49,20 +53,20 @@ def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
             )
     scaling = {field_of[name]: value for name, value in hf_scaling.items() if value is not None}
     if "factor" not in scaling:
-        raise ValueError(f"rope_scaling of type {kind} lacks its factor")
+        raise ValueError(f"rope_scaling of type {kind} has no field factor: add it")
     if kind in ("dynamic", "yarn"):
         scaling.setdefault("original_positions", config.get("max_position_embeddings"))
     return {**fields, "rotary_scaling": RotaryScaling(kind, **scaling)}
 
 
 def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> dict[str, Any]:
-    """The field ``rope_scaling`` of a config file; empty without scaling."""
+    """``{"rope_scaling": ...}`` for a Hugging Face config; an empty dict without scaling."""
     if scaling is None:
         return {}
     if scaling.kind == "dynamic" and scaling.original_positions != max_positions:
         raise ValueError(
-            f"dynamic rotary scaling from {scaling.original_positions} to max_positions={max_positions} has no "
-            "counterpart in Hugging Face files, because transformers computes the base from the length of each text"
+            f"dynamic rotary scaling from {scaling.original_positions} to max_positions={max_positions} cannot be "
+            "written to a Hugging Face file, because transformers computes the base from the length of each text"
         )
     hf_scaling = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
     hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}

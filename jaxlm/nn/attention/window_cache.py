@@ -1,13 +1,13 @@
 """The cache of local attention: the keys and values of the last W tokens of each row, where W is the window.
 
-The cache has a fixed size for any length of the text. Token n of a row is in slot ``n % W``, so that a new token
-replaces the token that leaves the window. Padding is not stored. The state of a model has two more arrays, which all
-layers share:
+The size of the cache does not depend on the length of the text. Token n of a row is in slot ``n % W``, so that a new
+token replaces the token that leaves the window. Padding is not stored. The state of a model has two more arrays, which
+all layers share:
 
     num_tokens      [B] number of tokens that each row has read, without padding
-    document_start  [B] number of tokens before the current document
+    document_start  [B] number of these tokens that are before the current document
 
-Every array has an axis that is named ``batch``, by which beam search, resets and shardings find it.
+Every array has an axis ``batch``, which beam search, state resets and shardings need.
 
 Shapes: B batch, W window and number of slots, T new tokens, S = W + T keys, G heads, K head width.
 """
@@ -42,9 +42,9 @@ class Context:
     """The positions and the mask of the new tokens of a call, relative to the tokens in the cache.
 
     Attributes:
-        positions: [1 or B, T], the number of tokens of the same document before each new token.
+        positions: [1 or B, T], the position of each new token in its document.
         mask: which keys each new token may attend to. The keys are those of :func:`append_and_read`.
-        slots: [B, T], the slot of each new token; W for a token that is not stored. None without a state.
+        slots: [B, T], the slot of each new token. W means that the token is not stored. None without a state.
     """
 
     positions: jax.Array
@@ -58,11 +58,12 @@ def make_context(
     """The :class:`Context` of new tokens, and the state with the new ``num_tokens`` and ``document_start``.
 
     Args:
-        state: ``num_tokens`` and ``document_start`` (and other entries); None: no earlier tokens.
-        start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``); None:
-            each row is one document, without padding and state.
-        keep_BT: False at padding. Without a state, padding must not be between two tokens of a document, because the
-            window counts it (``real_tokens_first`` moves it to the end of the rows).
+        state: a dict with ``num_tokens`` and ``document_start``; other entries are returned unchanged. None: no
+            earlier tokens.
+        start_BT: True at the first token of each document (``segment_boundaries`` with ``include_first=True``). None:
+            each row is one document without padding, and ``state`` is None.
+        keep_BT: False at padding. Without a state, no padding may be between two tokens of a document, because the
+            window would count it. ``real_tokens_first`` moves padding to the end of the rows.
         window: number of tokens that a token attends to, itself included.
     """
     B, T = tokens_BT.shape
@@ -72,8 +73,8 @@ def make_context(
     before_B, document_B = (zeros_B, zeros_B) if state is None else (state["num_tokens"], state["document_start"])
     order_BT = before_B[:, None] + jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1
     first_BT = jax.lax.cummax(jnp.where(start_BT, order_BT, document_B[:, None]), axis=1)
-    # A document is identified by the number of its first token, because callers may use a segment id again. Padding is
-    # segment 0.
+    # The id of a document is 1 + the index of its first token in the row, because segment ids may occur again. The id
+    # of padding is 0.
     document_BT = jnp.where(keep_BT, first_BT + 1, 0)
     positions_BT = jnp.where(keep_BT, order_BT - first_BT, 0)
     if state is None:
@@ -83,7 +84,7 @@ def make_context(
     is_stored_BT = keep_BT & (order_BT >= after_B[:, None] - window)
     slots_BT = jnp.where(is_stored_BT, order_BT % window, window)
     state = {**state, "num_tokens": after_B, "document_start": first_BT[:, -1]}
-    if T == 1:  # the new token replaces the only token outside its window, so attention reads the updated cache
+    if T == 1:  # the new token replaces the only cached token outside its window, so attention reads the updated cache
         key_order, key_document = _slots(after_B, first_BT[:, -1], window)
     else:
         key_order, key_document = (
@@ -98,9 +99,9 @@ def make_context(
 
 
 def _slots(num_tokens_B: jax.Array, document_start_B: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    """The number of the token in each slot [B, W], and its document [B, W].
+    """The index in the row of the token in each slot, and the id of its document, both [B, W].
 
-    The document is 0 for empty slots and for tokens of earlier documents, to which no new token may attend.
+    The id is 0 for empty slots and for tokens of earlier documents, because no new token may attend to them.
     """
     last_B1 = num_tokens_B[:, None] - 1
     order_BW = last_B1 - (last_B1 - jnp.arange(window, dtype=jnp.int32)[None, :]) % window
@@ -112,12 +113,12 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context)
     """A layer's cache with ``new`` keys and values, and the keys and values that attention reads.
 
     Args:
-        kv: ``key`` and ``value`` of the layer; None: no cache, attention reads only the new keys and values.
+        kv: the cached ``key`` and ``value`` of the layer. None: no cache, so attention reads only ``new``.
         new: keys and values of the new tokens, each [B, T, G, K].
 
     Returns:
-        The cache in the layout of ``kv``, and (keys, values). For one new token, these are the slots of the updated
-        cache [B, W, G, K]. For more tokens, they are the slots before the update, then the new ones [B, W + T, G, K].
+        The updated cache in the layout of ``kv``, and (keys, values). If T is 1, keys and values are the updated cache,
+        [B, W, G, K]. Otherwise they are the old cache followed by ``new``, [B, W + T, G, K].
     """
     if kv is None:
         return None, new

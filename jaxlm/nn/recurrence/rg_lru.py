@@ -1,13 +1,13 @@
-"""The real-gated linear recurrent unit, RG-LRU (De et al. 2024, section 2.4): a recurrence with one state per channel.
+"""The real-gated linear recurrent unit, RG-LRU (De et al. 2024, section 2.4). The state of a channel is one number.
 
     r_t = sigmoid(W_a x_t + b_a)                                recurrence gate (eq. 1)
     i_t = sigmoid(W_x x_t + b_x)                                input gate (eq. 2)
     a_t = exp(-8 * softplus(lambda) * r_t)                      decay (eq. 3)
     h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * x_t)         state and output (eq. 4)
 
-The matrices ``W_a`` and ``W_x`` are block diagonal. At the first step of a document there is no state before, and the
-input scale is 1 instead of ``sqrt(1 - a_t^2)``, as in the authors' code. The scale has an infinite slope at a decay of
-1, so the gradient of the square root is at most 1000, also as in the authors' code.
+The matrices ``W_a`` and ``W_x`` are block diagonal. Two details are from the authors' code. At the first step of a
+document, the previous state is 0 and the input scale is 1 instead of ``sqrt(1 - a_t^2)``. The derivative of the square
+root, which is infinite at ``a_t = 1``, is limited to 1000.
 
 Shapes: B batch, T time, W width, N blocks, P = W / N width of a block.
 """
@@ -27,7 +27,7 @@ from jaxlm.nn.segments import check_masks
 from jaxlm.spec import ZEROS, ArraySpec, Normal
 
 MAX_LOG_DECAY = 8.0
-"""The constant c of the paper: the factor of the recurrence gate in the exponent."""
+"""The constant c of the paper: the decay is ``exp(-c * softplus(lambda) * r_t)``."""
 
 MAX_SQRT_SLOPE = 1000.0
 """Upper bound of the derivative of the square root in the input scale."""
@@ -35,9 +35,9 @@ MAX_SQRT_SLOPE = 1000.0
 
 @dataclasses.dataclass(frozen=True)
 class DecayInit:
-    """Initial ``lambda``: with ``a = exp(-softplus(lambda))``, a^2 is uniform on [min_decay^2, max_decay^2).
+    """Initial ``lambda``, such that a^2 is uniform on [min_decay^2, max_decay^2), where a = exp(-softplus(lambda)).
 
-    This is the initialization of the authors' code. In the paper, a^8 is uniform on [0.9, 0.999].
+    This is the initialization in the authors' code. In the paper, a^8 is uniform on [0.9, 0.999].
     """
 
     min_decay: float = 0.9
@@ -49,7 +49,7 @@ class DecayInit:
 
 
 def rg_lru_specs(width: int, blocks: int) -> dict[str, Any]:
-    """Specs of ``recurrence_gate`` and ``input_gate`` (weight [N, P, P], bias [N, P]), and of ``lambda`` [W].
+    """Specs of ``recurrence_gate`` and ``input_gate`` (each weight [N, P, P], bias [N, P]), and of ``lambda`` [W].
 
     Raises:
         ValueError: ``blocks`` does not divide ``width``.
@@ -75,7 +75,8 @@ def rg_lru_cell(
 
     Args:
         state_BW: the state before the step.
-        first_B: whether the step is the first of a document, so that the state before it has no effect. None: no.
+        first_B: whether the step is the first of a document, so that the state before it has no effect. None: the step
+            is not the first in any row.
     """
     first_B1 = jnp.zeros((len(x_BW), 1), bool) if first_B is None else first_B[:, None]
     decay_BW, input_BW = _decay_and_input(params, x_BW, first_B1)
@@ -93,14 +94,15 @@ def rg_lru(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after each step, [B, T, W] in the dtype of ``x``, and the last state, [B, W] float32.
 
-    It is the same as a loop of :func:`rg_lru_cell`. All gates are computed at once, and the recurrence is a
-    ``jaxlm.nn.scan.linear_scan``. Matmul inputs of the gates have the dtype of ``x``; everything else is float32.
+    The result equals a loop of :func:`rg_lru_cell`. The gates of all steps are computed at once, and
+    ``jaxlm.nn.scan.linear_scan`` computes the recurrence. Matmul inputs of the gates have the dtype of ``x``;
+    everything else is float32.
 
     Args:
         params: see :func:`rg_lru_specs`.
         state_BW: the state before the first step. None: the first real step of each row starts a document.
         reset_BT: True at each step that starts a document (``segment_boundaries`` with ``include_first=True``). None:
-            no further document starts.
+            no document starts, except as described for ``state_BW``.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         implementation: see ``linear_scan``.
 
@@ -111,7 +113,7 @@ def rg_lru(
     if x_BTW.ndim != 3 or x_BTW.shape[-1] != W:
         raise ValueError(f"x {list(x_BTW.shape)} must be [batch, time, width] with the width {W} of the parameters")
     check_masks(reset_BT, keep_BT, x_BTW.shape[:2])
-    if keep_BT is not None:  # padding may be NaN, which would make the gradients of the gates NaN
+    if keep_BT is not None:  # inputs at padding may be NaN, and the gradients of the gates would then be NaN
         x_BTW = jnp.where(keep_BT[:, :, None], x_BTW, 0)
     first_BT = _document_starts(x_BTW, state_BW, reset_BT, keep_BT)
     decay_BTW, input_BTW = _decay_and_input(params, x_BTW, first_BT[:, :, None])
@@ -135,7 +137,7 @@ def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) 
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
     softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"]), range(x.ndim - 1))
     log_decay = -MAX_LOG_DECAY * softplus * recurrence_gate
-    # With m = a - 1, 1 - a^2 is -m (2 + m), which keeps its digits for decays near 1.
+    # With m = a - 1, 1 - a^2 = -m (2 + m). This form is accurate for decays near 1.
     minus_one = jnp.expm1(log_decay)
     scale = jnp.where(is_first, 1.0, _sqrt(-minus_one * (2.0 + minus_one)))
     return 1.0 + minus_one, scale * (input_gate * x.astype(jnp.float32))
@@ -144,7 +146,7 @@ def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) 
 def _gate(params: dict[str, Any], x: jax.Array) -> jax.Array:
     """``sigmoid(W x + b)`` [..., W] float32, with a block-diagonal matrix."""
     weight_NPP, bias_NP = params["weight"].astype(x.dtype), params["bias"]
-    # With the blocks as the first axis, a CPU computes products and gradients twice as fast as einsum does.
+    # On a CPU, dot_general with the blocks as the first axis is twice as fast as einsum, also in the backward pass.
     blocks = jnp.moveaxis(x.reshape(*x.shape[:-1], *bias_NP.shape), -2, 0)  # [N, ..., P]
     product = lax.dot_general(blocks, weight_NPP, (((x.ndim,), (1,)), ((0,), (0,))))
     product = jnp.moveaxis(product, 0, -2).astype(jnp.float32)  # [..., N, P]
@@ -153,7 +155,7 @@ def _gate(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with a derivative of at most ``MAX_SQRT_SLOPE``."""
+    """The square root, with its derivative limited to ``MAX_SQRT_SLOPE``."""
     return jnp.sqrt(x)
 
 

@@ -3,10 +3,10 @@
     S_t = exp(g_t) * (I - beta_t k_t k_t.T) @ S_{t-1} + beta_t k_t v_t.T
     out_t = q_t @ S_t
 
-The state maps keys to values. A step first decays the state. Then it replaces the value of the key k_t by a mean of the
-old value ``k_t @ S`` and of v_t, with the weight beta_t. (The paper writes the transposed state.) With ``g = 0``, this
-is the delta rule (Schlag et al. 2021; Yang et al. 2024). For keys of length 1, the eigenvalues of ``I - beta k k.T``
-are 1 and ``1 - beta``; with beta in [0, 2], they are in [-1, 1] (Grazzi et al. 2024).
+The state maps keys to values. A step first decays the state. Then it replaces the old value of the key, ``k_t @ S``, by
+``(1 - beta_t) * old value + beta_t * v_t`` (for keys of length 1). The paper writes the transposed state. With
+``g = 0``, this is the delta rule (Schlag et al. 2021; Yang et al. 2024). For keys of length 1, the eigenvalues of
+``I - beta k k.T`` are 1 and ``1 - beta``. With beta in [0, 2], they are in [-1, 1] (Grazzi et al. 2024).
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk.
 """
@@ -40,23 +40,23 @@ def gated_delta_rule(
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``out_t = q_t @ S_t`` with the gated delta rule (see above), and the last state.
+    """The outputs ``q_t @ S_t`` of the gated delta rule (equations: see the module), and the last state.
 
     The output is [B, T, H, V] in the dtype of the values; the state is [B, H, K, V] float32. Queries and keys are
     neither scaled nor normalised. Matmul inputs have the dtype of the values; everything else is float32.
 
     Args:
-        key_BTHK: usually of length 1. If ``beta * |k|**2`` exceeds 2, the state can grow exponentially.
-        log_decay_BTH: g, at most 0 (-inf sets the old state to zeros).
+        key_BTHK: keys, usually of length 1. If ``beta * |k|**2`` exceeds 2, the state can grow exponentially.
+        log_decay_BTH: g, at most 0; -inf sets the old state to zeros.
         beta_BTH: the weight of the new value, in [0, 2].
         state_BHKV: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, for ``chunked`` only, a power of two; None: a default for the platform.
-        implementation: ``reference`` (a loop over steps), ``chunked`` (a loop over chunks, with a triangular system and
-            matmuls for all steps of a chunk; the gradient saves the state before each chunk and computes everything
-            else again), or None for the fastest known.
+        chunk: L, a power of two, used only by ``chunked``; None: a default for the platform.
+        implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
+            matmuls compute all steps of a chunk. For the backward pass, it saves the state before each chunk and
+            recomputes everything else. None selects the fastest known implementation.
 
     Raises:
         ValueError: shapes that do not match, a chunk that is not a power of two, or an unknown implementation.
@@ -129,8 +129,9 @@ def _reference(inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _chunked(inputs: Any, state_BHKV: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-    # The backward pass computes a chunk again and differentiates it. The products of decays are differentiated, too: as
-    # a difference of the gradients of q and k (``linear_attention``), the gradient of strong decays would lose digits.
+    # The backward pass recomputes each chunk and differentiates it by autodiff, including the products of decays.
+    # ``linear_attention`` instead computes the gradient of the decays as a difference of gradients of q and k. Here,
+    # this difference would be inaccurate for strong decays.
     chunk = jax.checkpoint(_chunk, prevent_cse=False)
     chunks = [split_into_chunks(x, L) for x in inputs]
     state_BHKV, out_CBHLV = lax.scan(lambda state, inputs: chunk(state, *inputs), state_BHKV, chunks)
@@ -147,10 +148,11 @@ def _chunk(
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a chunk, and the outputs of its steps.
 
-    Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). With
-    the rows ``u_t = beta_t * (v_t - old value of k_t)``, the state after step t is that of linear attention with the
-    values u, ``D(0, t) * S + sum_s D(s, t) * k_s u_s.T`` with s <= t. The old value of k_t also depends on the rows
-    before step t, so the rows solve a triangular system (the UT transform of the paper, section 3.3):
+    The steps of the chunk are 1 to L. Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state
+    before the chunk. Let ``u_t = beta_t * (v_t - old value of k_t)``. Then the state after step t is
+    ``D(0, t) * S + sum_{s <= t} D(s, t) * k_s u_s.T``, as in linear attention with the values u. The old value of k_t
+    depends on all u_s with s < t. So the vectors u solve a triangular system (the UT transform of the paper, section
+    3.3):
 
         u_t + beta_t * sum_{s < t} D(s, t) * (k_t @ k_s) * u_s = beta_t * (v_t - D(0, t) * k_t @ S)
     """

@@ -1,9 +1,9 @@
 """The selective state space model of Mamba-2, which is linear attention with one decay per head (SSD).
 
-Dao & Gu 2024 ("Transformers are SSMs"), section 5: the state space model with a scalar decay and the masked attention
-``(L * C B.T) x`` with ``L[t, s] = exp(A * (dt_{s+1} + ... + dt_t))`` are the same function, and the algorithm of
-section 6 computes it with matmuls in chunks. In the words of attention, C is the query, B the key and ``dt * x`` the
-value, so :func:`jaxlm.nn.scan.linear_attention` is this algorithm.
+Dao & Gu 2024 ("Transformers are SSMs") show in section 5 that the state space model with a scalar decay equals the
+masked attention ``(L * C B.T) (dt * x)`` with ``L[t, s] = exp(A * (dt_{s+1} + ... + dt_t))``: C is the query, B the key
+and ``dt * x`` the value. Section 6 computes it in chunks with matmuls. :func:`jaxlm.nn.scan.linear_attention` is this
+algorithm.
 
 Shapes: B batch, T time, H heads, P width of a head, G groups of heads, N state size (d_state).
 """
@@ -29,16 +29,16 @@ def ssd(
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``y_t = C_t h_t`` with ``h_t = exp(A * dt_t) * h_{t-1} + dt_t * B_t x_t.T``, and the last state.
+    """The outputs ``y_t = C_t h_t`` with ``h_t = exp(A * dt_t) * h_{t-1} + dt_t * B_t x_t.T``, and the last state h.
 
     The output is [B, T, H, P] in the dtype of ``x``; the state is [B, H, N, P] float32. The skip connection ``D * x``
     is not included. Matmul inputs have the dtype of ``x``; everything else is float32.
 
     Args:
         dt_BTH: the step sizes, at least 0.
-        A_H: one number per head, at most 0. It is the same for all channels of the state.
-        B_BTGN, C_BTGN: each group is shared by H / G consecutive heads. B, C and ``A * dt`` are the discretized
-            parameters of the state space model, which depend on the input.
+        A_H: the decay rate of each head, at most 0.
+        B_BTGN, C_BTGN: input and output weights of the state, computed from the input. H / G consecutive heads share
+            each group.
         state_BHNP: the state before the first step; None: zeros.
         reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
 
