@@ -268,7 +268,7 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     random = {path_name(path): spec for path, spec in named if not isinstance(spec.init, Constant)}
     if random and key is None:
         name, spec = next(iter(random.items()))
-        raise ValueError(f"{name!r} has the random initializer {spec.init}: pass a key, e.g. jax.random.key(0)")
+        raise ValueError(f"{name!r} has the initializer {spec.init}, which needs a key: pass e.g. jax.random.key(0)")
     drawn = _draw(random, key) if random else {}
     leaves = [
         spec.init(None, spec.shape, spec.dtype) if isinstance(spec.init, Constant) else drawn[path_name(path)]
@@ -277,7 +277,7 @@ def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     return jax.tree.unflatten(tree, leaves)
 
 
-MAX_GROUPED_SIZE = 2**20
+MAX_GROUPED_ENTRIES = 2**20
 """Maximum number of entries, per layer, of arrays that :func:`init` draws together.
 
 Arrays of equal shape, axes, dtype and initializer are drawn in one vmap. The compiled program is then several times
@@ -291,7 +291,7 @@ def _draw(specs: dict[str, ArraySpec], key: Any) -> dict[str, jax.Array]:
     for name, spec in specs.items():
         is_stacked = spec.axes[:1] == (LAYERS,)
         shape, axes = spec.shape[is_stacked:], spec.axes[is_stacked:]
-        ungrouped_name = name if math.prod(shape) > MAX_GROUPED_SIZE else None
+        ungrouped_name = name if math.prod(shape) > MAX_GROUPED_ENTRIES else None
         groups.setdefault((spec.init, shape, axes, spec.dtype, ungrouped_name), []).append(name)
     leaf_keys = _leaf_keys({name: specs[name] for names in groups.values() for name in names}, key)
     drawn, start = {}, 0

@@ -54,7 +54,7 @@ def test_inverse_softplus_of_a_number_with_a_uniform_logarithm():
 
 def test_init_without_a_key_works_only_for_constants():
     assert np.all(np.asarray(spec.init({"s": ArraySpec((2,), ("batch",), ONES)})["s"]) == 1)
-    with pytest.raises(ValueError, match=r"'a/w' has the random initializer Normal\(stddev=1.0\): pass a key"):
+    with pytest.raises(ValueError, match=r"'a/w' has the initializer Normal\(stddev=1.0\), which needs a key"):
         spec.init({"a": {"w": ArraySpec((2,), (None,), Normal(1.0))}})
 
 

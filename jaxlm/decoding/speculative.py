@@ -1,8 +1,8 @@
 """Speculative decoding: a small draft model proposes tokens, and the target model reads all of them in one call.
 
 The generated tokens have exactly the distribution of the target model (Leviathan et al. 2023, "Fast Inference from
-Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding they are the tokens of
-:func:`jaxlm.decoding.generate`. Both models may be of any family with a model state.
+Transformers via Speculative Decoding"; Chen et al. 2023). With greedy decoding they are, up to rounding, the
+tokens of :func:`jaxlm.decoding.generate`. Both models may be of any family with a model state.
 
 In each round, the draft model draws K tokens one by one. Then the target model reads the newest token and these K
 tokens in one call. This call gives the target distributions p of the K proposed tokens and of the token after them. A
@@ -86,7 +86,7 @@ def speculative_generate(
 
     Args:
         states: the initial states of the target model and of the draft model; required if a model is an
-            encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed`` tokens.
+            encoder-decoder. Each state needs room for the prompt and ``max_new_tokens + num_proposed - 1`` tokens.
 
     Raises:
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
@@ -117,10 +117,13 @@ def speculative_generate(
             f"repetition_penalty={sampling.repetition_penalty} is not supported in speculative decoding: set it to 1"
         )
     target_state, draft_state = (None, None) if states is None else states
-    options = (max_new_tokens + models.num_proposed, sampling, key, end_id, allowed_ids)
+    options = (max_new_tokens, sampling, key, end_id, allowed_ids)
     settings = settings_of(models.target, prompts, segment_ids, *options, target_state)
     settings_of(models.draft, prompts, segment_ids, *options, draft_state)
-    settings = dataclasses.replace(settings, max_new_tokens=max_new_tokens)
+    # The last round may read num_proposed tokens that do not become part of the text.
+    settings = dataclasses.replace(settings, slots=settings.slots + models.num_proposed)
+    for model in (models.target, models.draft):
+        model.state_specs(prompts.shape[0], settings.slots)  # raises if the model has fewer positions
     result = _generate(models, prompts, segment_ids, key, (target_state, draft_state), settings)
     check_finite(models.target, models.target_params, result.generation.finite, target_state)
     check_finite(models.draft, models.draft_params, result.draft_finite, draft_state)

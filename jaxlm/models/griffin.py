@@ -90,7 +90,8 @@ class Config(common.LayeredConfig):
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if lru_width(self) < 1 or lru_width(self) % self.num_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} does not divide lru_width={self.lru_width}: change one of them"
+                f"lru_width={self.lru_width} must be a positive multiple of num_heads={self.num_heads}: change one of "
+                "them"
             )
         if self.embed_dim // self.num_heads % 4:
             raise ValueError(

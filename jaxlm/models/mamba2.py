@@ -51,7 +51,7 @@ class Config(common.TransformerConfig):
     """Width of B and C. The state of a head has state_size * head_dim numbers."""
     num_groups: int = 1
     """Groups of heads. The heads of a group share B and C."""
-    conv_kernel: int = 4
+    conv_width: int = 4
     """Number of tokens that the convolution reads, the current token included."""
     dt_limit_min: float = 0.0
     """Lower limit of the step sizes dt, after softplus."""
@@ -97,8 +97,8 @@ class Config(common.TransformerConfig):
                 f"num_groups={self.num_groups} does not divide the {num_heads(self)} heads (expand * embed_dim / "
                 "head_dim): change one of them"
             )
-        if self.conv_kernel < 2:
-            raise ValueError(f"conv_kernel={self.conv_kernel} must be at least 2")
+        if self.conv_width < 2:
+            raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if not 0.0 <= self.dt_limit_min < (float("inf") if self.dt_limit_max is None else self.dt_limit_max):
             raise ValueError(
                 f"dt_limit_min={self.dt_limit_min} must be at least 0 and below dt_limit_max={self.dt_limit_max}"
@@ -196,7 +196,7 @@ def num_heads(cfg: Config) -> int:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the authors' code."""
-    D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_kernel
+    D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
     V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.expand * cfg.embed_dim
     inputs, taps = Uniform(D**-0.5), Uniform(K**-0.5)
     block = {
@@ -236,7 +236,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     ``hidden`` [B, H, N, P] is the state of a mixer. ``x`` and ``BC`` are the last K - 1 inputs of its convolutions.
     ``segment_ids`` are the segment ids of the last K - 1 tokens.
     """
-    reach, dtype = cfg.conv_kernel - 1, jnp.dtype(cfg.dtype)
+    reach, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
     layer = {
         "x": tail_specs(batch, reach, cfg.expand * cfg.embed_dim, dtype),
         "BC": tail_specs(batch, reach, 2 * cfg.num_groups * cfg.state_size, dtype),

@@ -325,6 +325,9 @@ class Model:
             count: [B], from 0 to T, the number of tokens that each row keeps, padding included.
             segment_ids: [B, T], the segment ids of the last call. Default: all tokens belong to document 1.
 
+        Raises:
+            ValueError: ``count`` does not have the shape [B].
+
         Example:
             >>> model = get_model("lstm-tiny")
             >>> params, tokens = model.init(jax.random.key(0)), jax.numpy.array([[5, 6, 7]])
@@ -332,7 +335,11 @@ class Model:
             >>> _, after = model.apply(params, tokens, state=before)
             >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))  # as after 5 and 6
         """
-        T = tokens.shape[1]
+        B, T = tokens.shape
+        if jnp.shape(count) != (B,):
+            raise ValueError(
+                f"count {list(jnp.shape(count))} must be [batch], {[B]}: one number for each row of tokens"
+            )
         if hasattr(self.module, "rollback"):
             return self.module.rollback(self.config, after, T - count)
         is_kept = jnp.arange(T)[None, :] < count[:, None]

@@ -131,6 +131,8 @@ def test_bad_input():
         run(models.replace(draft=draft, draft_params=draft_params))
     with pytest.raises(ValueError, match="repetition_penalty=1.2 is not supported in speculative decoding"):
         run(models, sampling=Sampling(repetition_penalty=1.2), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        run(models, max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature=1.0 draws at random: pass a key"):
         run(models, sampling=Sampling())
     positions = models.target.config.max_positions

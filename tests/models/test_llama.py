@@ -236,5 +236,5 @@ def test_field_names_of_transformers_5_are_read(tmp_path):
 
 def test_writing_unsupported_dynamic_scaling_raises(tmp_path):
     model = tiny_model("llama-tiny", rotary_scaling=RotaryScaling("dynamic", 2.0, 32))
-    with pytest.raises(ValueError, match="dynamic rotary scaling from 32 to max_positions=64 has no counterpart"):
+    with pytest.raises(ValueError, match="dynamic rotary scaling from 32 to max_positions=64 cannot be written"):
         save_pretrained(tmp_path, model, spec.init(model.specs, jax.random.key(0)))

@@ -91,8 +91,8 @@ def reference_mixer(cfg, weights, u_TD):
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
 
     def convolution(params, x_TC):
-        padded = np.concatenate([np.zeros((cfg.conv_kernel - 1, x_TC.shape[1])), x_TC])
-        taps = [params["weight"][k] * padded[k : k + T] for k in range(cfg.conv_kernel)]
+        padded = np.concatenate([np.zeros((cfg.conv_width - 1, x_TC.shape[1])), x_TC])
+        taps = [params["weight"][k] * padded[k : k + T] for k in range(cfg.conv_width)]
         return silu(sum(taps) + params["bias"])
 
     z, x = (
@@ -148,7 +148,7 @@ def test_the_residual_stream_is_float32_by_default():
         ({"head_dim": 7}, r"head_dim=7 does not divide expand \* embed_dim = 64"),
         ({"num_groups": 3}, "num_groups=3 does not divide the 8 heads"),
         ({"state_size": 0}, "state_size=0 must be at least 1"),
-        ({"conv_kernel": 1}, "conv_kernel=1 must be at least 2"),
+        ({"conv_width": 1}, "conv_width=1 must be at least 2"),
         ({"dt_limit_max": 0.0}, "dt_limit_min=0.0 must be at least 0 and below dt_limit_max=0.0"),
         ({"init_dt_min": 0.2}, "init_dt_min=0.2, init_dt_max=0.1 and init_dt_floor=0.0001 must be above 0"),
         ({"init_dt_floor": 0.0}, "init_dt_floor=0.0 must be above 0"),

@@ -16,7 +16,7 @@ _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attent
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     num_layers = integer(config, "num_hidden_layers", Config.num_layers)
     _check_no_experts(config, num_layers)
-    return {"pattern": _pattern(config, num_layers), **read_rotary(config)}
+    return {"pattern": _pattern(config, num_layers), **read_rotary(config, None)}
 
 
 def _check_no_experts(config: Mapping[str, Any], num_layers: int) -> None:

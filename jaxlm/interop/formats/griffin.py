@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format
+from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
 
@@ -25,7 +26,10 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"head_dim={head_dim!r} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
     if not isinstance(pattern, list | tuple) or not pattern or not all(mixer in get_args(Mixer) for mixer in pattern):
         raise ValueError(f"block_types={pattern!r} must be a list of {' and '.join(get_args(Mixer))}")
-    return {"num_kv_heads": kv_heads, "mlp_dim": mlp_dim // 2, "pattern": tuple(pattern)}
+    rotary = read_rotary(config, 0.5)
+    if "rotary_scaling" in rotary:
+        raise ValueError(f"scaled rotary positions are not supported: {rotary['rotary_scaling']}")
+    return {"num_kv_heads": kv_heads, "mlp_dim": mlp_dim // 2, "pattern": tuple(pattern), **rotary}
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:

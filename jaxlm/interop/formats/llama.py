@@ -15,7 +15,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kv_heads, num_heads = integer(config, "num_key_value_heads"), integer(config, "num_attention_heads", 32)
     if kv_heads is not None and (kv_heads < 1 or num_heads % kv_heads):
         raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={num_heads}")
-    return {"num_kv_heads": kv_heads, "head_dim": integer(config, "head_dim"), **read_rotary(config)}
+    return {"num_kv_heads": kv_heads, "head_dim": integer(config, "head_dim"), **read_rotary(config, 1.0)}
 
 
 def _write_fields(cfg: Config) -> dict[str, Any]:

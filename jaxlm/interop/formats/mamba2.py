@@ -56,7 +56,7 @@ FORMATS = (
             "head_dim": "head_dim",
             "state_size": "state_size",
             "num_groups": "n_groups",
-            "conv_kernel": "conv_kernel",
+            "conv_width": "conv_kernel",
             "linear_bias": "use_bias",
             "conv_bias": "use_conv_bias",
             "norm_epsilon": "layer_norm_epsilon",

@@ -20,11 +20,15 @@ _SCALING = {
 """Field of ``RotaryScaling`` -> its name in Hugging Face files, and the kinds of scaling that have this field."""
 
 
-def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields ``rotary_base`` and ``rotary_scaling`` of jaxlm's config, if a Hugging Face config sets them.
+def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, Any]:
+    """The fields ``rotary_base``, ``rotary_fraction`` and ``rotary_scaling`` of jaxlm's config.
 
-    They are read from ``rope_parameters`` (transformers 5) or ``rope_scaling``. If this object has no ``rope_theta``,
-    the result has no ``rotary_base``.
+    They are read from ``rope_parameters`` (transformers 5) or ``rope_scaling``. Fields that this object does not set
+    are not in the result.
+
+    Args:
+        fraction: the fraction of the entries of a head that the family rotates; None: the family has the config field
+            ``rotary_fraction``.
     """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -34,6 +38,10 @@ def read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     hf_scaling = dict(hf_scaling)
     if "rope_theta" in hf_scaling:  # transformers 5 writes rope_theta into rope_parameters
         fields["rotary_base"] = hf_scaling.pop("rope_theta")
+    if "partial_rotary_factor" in hf_scaling:
+        fields["rotary_fraction"] = hf_scaling.pop("partial_rotary_factor")
+        if fraction is not None and fields.pop("rotary_fraction") != fraction:
+            raise ValueError(f"partial_rotary_factor in {name} must be {fraction}: this family has no other fraction")
     old_kind = hf_scaling.pop("type", "default")
     kind = hf_scaling.pop("rope_type", old_kind)
     if kind == "default":

@@ -82,11 +82,13 @@ def rotary_frequencies(
             ``original_positions``, also for shorter sequences.
 
     Raises:
-        ValueError: an odd width.
+        ValueError: an odd width, or a width below 4 with dynamic scaling.
     """
     if width % 2:
         raise ValueError(f"rotary embeddings rotate pairs of entries: a head width of {width} is odd")
     if scaling is not None and scaling.kind == "dynamic":
+        if width < 4:
+            raise ValueError(f"dynamic rotary scaling needs at least 4 rotated entries per head, not {width}")
         assert scaling.original_positions is not None
         length_ratio = max(max_positions or 0, scaling.original_positions) / scaling.original_positions
         base *= (scaling.factor * length_ratio - (scaling.factor - 1.0)) ** (width / (width - 2))

@@ -26,7 +26,7 @@ from jaxlm.nn.scan.vector_state import Implementation
 from jaxlm.nn.segments import check_masks
 from jaxlm.spec import ZEROS, ArraySpec, Normal
 
-MAX_LOG_DECAY = 8.0
+LOG_DECAY_SCALE = 8.0
 """The constant c of the paper: the decay is ``exp(-c * softplus(lambda) * r_t)``."""
 
 MAX_SQRT_SLOPE = 1000.0
@@ -48,22 +48,22 @@ class DecayInit:
         return jnp.log(jnp.expm1(-0.5 * jnp.log(square)))
 
 
-def rg_lru_specs(width: int, blocks: int) -> dict[str, Any]:
+def rg_lru_specs(width: int, num_blocks: int) -> dict[str, Any]:
     """Specs of ``recurrence_gate`` and ``input_gate`` (each weight [N, P, P], bias [N, P]), and of ``lambda`` [W].
 
     Raises:
-        ValueError: ``blocks`` does not divide ``width``.
+        ValueError: ``num_blocks`` does not divide ``width``.
 
     Example:
         >>> rg_lru_specs(64, 4)["input_gate"]["weight"].shape
         (4, 16, 16)
     """
-    if blocks < 1 or width % blocks:
-        raise ValueError(f"blocks={blocks} must divide width={width}")
-    size = width // blocks
+    if num_blocks < 1 or width % num_blocks:
+        raise ValueError(f"num_blocks={num_blocks} must divide width={width}")
+    size = width // num_blocks
     gate = {
-        "weight": ArraySpec((blocks, size, size), ("heads", None, None), Normal(size**-0.5), decay=True),
-        "bias": ArraySpec((blocks, size), ("heads", None), ZEROS),
+        "weight": ArraySpec((num_blocks, size, size), ("heads", None, None), Normal(size**-0.5), decay=True),
+        "bias": ArraySpec((num_blocks, size), ("heads", None), ZEROS),
     }
     return {"recurrence_gate": gate, "input_gate": gate, "lambda": ArraySpec((width,), ("mlp",), DecayInit())}
 
@@ -136,7 +136,7 @@ def _decay_and_input(params: dict[str, Any], x: jax.Array, is_first: jax.Array) 
     """The decay ``a`` and the scaled input ``sqrt(1 - a^2) * (i * x)`` of each step, [..., W] float32."""
     recurrence_gate, input_gate = (_gate(params[name], x) for name in ("recurrence_gate", "input_gate"))
     softplus = jnp.expand_dims(jax.nn.softplus(params["lambda"]), range(x.ndim - 1))
-    log_decay = -MAX_LOG_DECAY * softplus * recurrence_gate
+    log_decay = -LOG_DECAY_SCALE * softplus * recurrence_gate
     # With m = a - 1, 1 - a^2 = -m (2 + m). This form is accurate for decays near 1.
     minus_one = jnp.expm1(log_decay)
     scale = jnp.where(is_first, 1.0, _sqrt(-minus_one * (2.0 + minus_one)))

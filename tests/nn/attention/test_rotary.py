@@ -93,3 +93,8 @@ def test_bad_scalings_raise(fields, message):
 def test_an_odd_width_raises():
     with pytest.raises(ValueError, match="a head width of 7 is odd"):
         rotary_frequencies(7, 100.0)
+
+
+def test_dynamic_scaling_of_one_pair_raises():
+    with pytest.raises(ValueError, match="dynamic rotary scaling needs at least 4 rotated entries per head, not 2"):
+        rotary_frequencies(2, 100.0, RotaryScaling("dynamic", 4.0, original_positions=16), 32)
