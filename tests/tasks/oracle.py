@@ -28,6 +28,7 @@ class Oracle:
 
     config: OracleConfig
     family = "oracle"
+    task = "causal"
     reads_source = False
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:
