@@ -70,7 +70,7 @@ def matrix_rows(name: str, leaf: ArraySpec) -> int | None:
         2
         >>> matrix_rows("attention/query/bias", ArraySpec((4, 8), ("heads", "kv")))
     """
-    axes = leaf.axes[1:] if leaf.axes[:1] == (LAYERS,) else leaf.axes
+    axes = leaf.axes[1:] if leaf.is_stacked else leaf.axes
     last_key = name.rsplit("/", 1)[-1]
     if len(axes) < 2:
         return None
@@ -274,7 +274,7 @@ class LoRA:
     def _weight_factor_specs(self, name: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
         rows = matrix_rows(name, leaf)
         assert rows is not None
-        first = 1 if leaf.axes[0] == LAYERS else 0  # the first axis of the matrix
+        first = 1 if leaf.is_stacked else 0  # the first axis of the matrix
         shape, axes = leaf.shape, leaf.axes
         row_axes, column_axes = slice(first, first + rows), slice(first + rows, None)
         a_init: Initializer = Uniform(math.prod(shape[row_axes]) ** -0.5)

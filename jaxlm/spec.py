@@ -136,6 +136,11 @@ class ArraySpec:
         return math.prod(self.shape)
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether the first axis is the axis ``layers`` (:func:`stack`)."""
+        return self.axes[:1] == (LAYERS,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the complete (unsharded) array."""
         return self.size * self.dtype.itemsize
@@ -289,18 +294,17 @@ def _draw(specs: dict[str, ArraySpec], key: Any) -> dict[str, jax.Array]:
     """The initial values ``{path name: array}`` of ``{path name: spec}``; all initializers are random."""
     groups: dict[Any, list[str]] = {}
     for name, spec in specs.items():
-        is_stacked = spec.axes[:1] == (LAYERS,)
-        shape, axes = spec.shape[is_stacked:], spec.axes[is_stacked:]
+        shape, axes = spec.shape[spec.is_stacked :], spec.axes[spec.is_stacked :]
         ungrouped_name = name if math.prod(shape) > MAX_GROUPED_ENTRIES else None
         groups.setdefault((spec.init, shape, axes, spec.dtype, ungrouped_name), []).append(name)
     leaf_keys = _leaf_keys({name: specs[name] for names in groups.values() for name in names}, key)
     drawn, start = {}, 0
     for (initializer, shape, _, dtype, _), names in groups.items():
-        counts = [specs[name].shape[0] if specs[name].axes[:1] == (LAYERS,) else 1 for name in names]
+        counts = [specs[name].shape[0] if specs[name].is_stacked else 1 for name in names]
         keys = leaf_keys[start : start + sum(counts)]
         values = jax.vmap(functools.partial(initializer, shape=shape, dtype=dtype))(keys)
         for name, value in zip(names, jnp.split(values, np.cumsum(counts)[:-1]), strict=True):
-            drawn[name] = value if specs[name].axes[:1] == (LAYERS,) else value[0]
+            drawn[name] = value if specs[name].is_stacked else value[0]
         start += sum(counts)
     return drawn
 
@@ -311,7 +315,7 @@ def _leaf_keys(specs: dict[str, ArraySpec], key: Any) -> jax.Array:
     numbers: list[int | None] = []
     for path, spec in specs.items():
         name, number = split_layer(path)
-        layers = range(spec.shape[0]) if spec.axes[:1] == (LAYERS,) else (number,)
+        layers = range(spec.shape[0]) if spec.is_stacked else (number,)
         numbers += layers
         hashes += [zlib.crc32(name.encode())] * len(layers)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(hashes, np.uint32))

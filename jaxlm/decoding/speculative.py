@@ -47,6 +47,11 @@ class SpeculativeModels:
     draft_params: Any
     num_proposed: int = struct.field(pytree_node=False, default=4)
 
+    @property
+    def pairs(self) -> tuple[tuple[Model, Any], tuple[Model, Any]]:
+        """Both models with their parameters, the target model first."""
+        return (self.target, self.target_params), (self.draft, self.draft_params)
+
 
 @struct.dataclass
 class SpeculativeGeneration:
@@ -159,10 +164,9 @@ def _generate(
     settings: Settings,
 ) -> SpeculativeGeneration:
     B, N = prompts_BT.shape[0], settings.max_new_tokens
-    pairs = (models.target, models.target_params), (models.draft, models.draft_params)
     (target_state, logits_BV), (draft_state, _) = (
         read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
-        for (model, params), state in zip(pairs, states, strict=True)
+        for (model, params), state in zip(models.pairs, states, strict=True)
     )
     keys_B = draw_keys(settings, key, B)
     logits_BV = logits_BV[:, : settings.num_ids]
@@ -207,7 +211,7 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
     logits_BTV = models.target.logits(models.target_params, hidden_BTD)[..., : settings.num_ids]
     p_BTV = jax.vmap(functools.partial(_log_probs, settings), 1, 1)(logits_BTV)
 
-    is_accepted_BK = _is_accepted(settings, progress.keys, lengths_B, proposed_BK, p_BTV[:, :K], q_BKV)
+    is_accepted_BK = _is_accepted(progress.keys, lengths_B, proposed_BK, p_BTV[:, :K], q_BKV)
     accepted_B = jnp.sum(jnp.cumprod(is_accepted_BK, axis=1), axis=1, dtype=jnp.int32)
     p_BV = jnp.take_along_axis(p_BTV, accepted_B[:, None, None], axis=1)[:, 0]
     q_BV = jnp.take_along_axis(
@@ -235,20 +239,15 @@ def _round(models: SpeculativeModels, settings: Settings, progress: _Progress) -
         draft_finite=result.draft_finite & (jnp.all(used_draft_BK, axis=1) | progress.ended),
     )
     keep_B = jnp.where(active_B, accepted_B + 1, 0)
-    rollback = functools.partial(_rollback, inputs_BT, segments_BT, keep_B)
-    states = (
-        rollback(models.target, models.target_params, target_state, target_after),
-        rollback(models.draft, models.draft_params, draft_state, draft_after),
+    target_state, draft_state = (
+        model.rollback(params, before, inputs_BT, after, keep_B, segments_BT)
+        for (model, params), before, after in zip(
+            models.pairs, progress.states, (target_after, draft_after), strict=True
+        )
     )
     ended_B = progress.ended | jnp.any(ends_BT & is_new_BT, axis=1)
     ended_B |= result.generation.lengths >= settings.max_new_tokens
-    return _Progress(states, last_B, ended_B, progress.keys, result)
-
-
-def _rollback(
-    inputs_BT: jax.Array, segments_BT: jax.Array, keep_B: jax.Array, model: Model, params: Any, before: Any, after: Any
-) -> Any:
-    return model.rollback(params, before, inputs_BT, after, keep_B, segments_BT)
+    return _Progress((target_state, draft_state), last_B, ended_B, progress.keys, result)
 
 
 def _append(
@@ -293,7 +292,6 @@ def _token_keys(keys_B: jax.Array, index_B: jax.Array, purpose: int) -> jax.Arra
 
 
 def _is_accepted(
-    settings: Settings,
     keys_B: jax.Array | None,
     lengths_B: jax.Array,
     proposed_BK: jax.Array,

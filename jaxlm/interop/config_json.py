@@ -72,11 +72,6 @@ def _has_values(model: Model, fields: Mapping[str, Any]) -> bool:
     return all(getattr(model.config, field) == value for field, value in fields.items())
 
 
-def is_stacked(leaf: spec.ArraySpec) -> bool:
-    """Whether a parameter has a leading axis ``layers``."""
-    return leaf.axes[0] == spec.LAYERS
-
-
 def _native_format(model: Model) -> Format:
     """jaxlm's own format, for a family without a published format. The parameter paths are the tensor names."""
 
@@ -86,7 +81,7 @@ def _native_format(model: Model) -> Format:
     names = {}
     for path, leaf in spec.flatten(model.specs).items():
         path, layer = spec.split_layer(path)
-        names[path] = name(path, is_layer=layer is not None or is_stacked(leaf))
+        names[path] = name(path, is_layer=layer is not None or leaf.is_stacked)
     return Format(
         architectures={}, model_type=_MODEL_TYPE_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
         renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},

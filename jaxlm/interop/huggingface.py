@@ -41,7 +41,6 @@ from jaxlm.interop.config_json import (
     describe,
     format_of,
     generation_config_json,
-    is_stacked,
     model_config_json,
     token_fields,
 )
@@ -275,7 +274,7 @@ def params_from_tensors(model: Model, tensors: Mapping[str, Any]) -> spec.Tree:
         location = locations[path]
         arrays = [np.asarray(tensors[name]) for name in location.names]
         array = np.zeros(leaf.shape, np.result_type(*arrays))
-        for layer, tensor in zip(array if is_stacked(leaf) else [array], arrays, strict=True):
+        for layer, tensor in zip(array if leaf.is_stacked else [array], arrays, strict=True):
             layer[tuple(slice(size) for size in location.model_shape)] = location.to_model(tensor[location.rows])
         leaves.append(jnp.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(model.specs), leaves)
@@ -578,7 +577,7 @@ def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype
 def _read_parameter(leaf: spec.ArraySpec, location: Location, tensors: dict[str, _Tensor], dtype: str) -> np.ndarray:
     """One parameter, with all layers if it is stacked. Vocabulary padding, which is not in the files, is zero."""
     array = np.zeros(leaf.shape, dtype)
-    for name, layer in zip(location.names, array if is_stacked(leaf) else [array], strict=True):
+    for name, layer in zip(location.names, array if leaf.is_stacked else [array], strict=True):
         tensor = tensors[name]
         values = (
             tensor.read() if location.num_rows is None else tensor.read_rows(location.rows.start, location.rows.stop)

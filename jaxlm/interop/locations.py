@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxlm import spec
-from jaxlm.interop.config_json import is_stacked
 from jaxlm.interop.formats import Format, Layout
 from jaxlm.models.model import Model
 
@@ -81,11 +80,11 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
         name, layer = spec.split_layer(path)
         if name not in names:
             raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {name} of {model.family}")
-        shape = leaf.shape[1:] if is_stacked(leaf) else leaf.shape
-        layers = range(leaf.shape[0]) if is_stacked(leaf) else [layer]
+        shape = leaf.shape[1:] if leaf.is_stacked else leaf.shape
+        layers = range(leaf.shape[0]) if leaf.is_stacked else [layer]
         layer_names = tuple(names[name].format(layer=layer) for layer in layers)
         layout = table.layouts.get(name, tuple((axis,) for axis in range(len(shape))))
-        locations[path] = Location(layer_names, is_stacked(leaf), shape, layout)
+        locations[path] = Location(layer_names, leaf.is_stacked, shape, layout)
     order = {name: number for number, name in enumerate(names)}
     for paths in tensor_groups(locations).values():
         if len(paths) > 1:

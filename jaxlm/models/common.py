@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -217,6 +217,17 @@ def check_tokens(
         raise ValueError(
             f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
         )
+
+
+def check_pattern(cfg: Any, mixers: Sequence[str]) -> None:
+    """Raise ``ValueError`` if ``cfg.pattern`` is empty or has an entry that is not in ``mixers``."""
+    if not cfg.pattern or not set(cfg.pattern) <= set(mixers):
+        raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(mixers)}")
+
+
+def mixers(cfg: Any) -> tuple[Any, ...]:
+    """The mixer of each layer: ``cfg.pattern``, repeated for ``cfg.num_layers`` layers."""
+    return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
 
 
 def check_state_length(cfg: Any, length: int) -> None:

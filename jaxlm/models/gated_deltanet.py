@@ -104,10 +104,7 @@ class Config(common.LayeredConfig):
         common.check_choices(self, task=get_args(Task), attention_implementation=(None, *get_args(Implementation)))
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
-        if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
-            raise ValueError(
-                f"pattern={self.pattern!r} must not be empty, and each entry must be {' or '.join(get_args(Mixer))}"
-            )
+        common.check_pattern(self, get_args(Mixer))
         if self.conv_width < 2:
             raise ValueError(f"conv_width={self.conv_width} must be at least 2")
         if not 0.0 < self.rotary_fraction <= 1.0 or rotary_width(self) < 2 or rotary_width(self) % 2:
@@ -142,7 +139,7 @@ def apply(
     if stream.segment_ids is not None:
         reset, keep, _ = segment_boundaries(stream.segment_ids, None if past is None else past[:, -1])
         masks = {"reset_BT": reset, "keep_BT": keep}
-    if "attention" in mixers(cfg):
+    if "attention" in common.mixers(cfg):
         context, state = cache.make_context(tokens, state, stream.segment_ids, None)
         angles = rotary_angles(
             context.positions, rotary_width(cfg), cfg.rotary_base, cfg.rotary_scaling, cfg.max_positions
@@ -165,7 +162,7 @@ def apply(
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
     hidden, past = close_stream(stream, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
-    if "attention" in mixers(cfg):
+    if "attention" in common.mixers(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
     return hidden, None if state is None else {**state, "layers": layers, "past": past}
 
@@ -210,11 +207,6 @@ def _attention(
 
 logits = heads.decoder_logits
 pool = heads.pool_last_token
-
-
-def mixers(cfg: Config) -> tuple[Mixer, ...]:
-    """The mixer of each block."""
-    return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
 
 
 def rotary_width(cfg: Config) -> int:
@@ -262,7 +254,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     mixer_specs = {"delta_rule": delta_rule, "attention": attention}
     tree = {
         "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
-        "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in mixers(cfg)),
+        "layers": tuple({**shared, mixer: mixer_specs[mixer]} for mixer in common.mixers(cfg)),
         "final_norm": norm,
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
     }
@@ -281,11 +273,11 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
     delta_rule = {"tail": tail_specs(batch, reach, conv_channels(cfg), dtype), "memory": memory}
     state = {"layers": (delta_rule,) * cfg.num_layers, "past": past_specs(batch, reach)}
-    if "attention" not in mixers(cfg):
+    if "attention" not in common.mixers(cfg):
         return state
     common.check_state_length(cfg, length)
     caches = cache.cache_specs(cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
-    layers = zip(mixers(cfg), caches["layers"], strict=True)
+    layers = zip(common.mixers(cfg), caches["layers"], strict=True)
     return {**caches, **state, "layers": tuple(kv if mixer == "attention" else delta_rule for mixer, kv in layers)}
 
 
@@ -294,7 +286,7 @@ def carried_state_length(cfg: Config) -> int | None:
 
     None if a layer is attention, because its cache has a limited size.
     """
-    return None if "attention" in mixers(cfg) else 1
+    return None if "attention" in common.mixers(cfg) else 1
 
 
 _TINY = Config(  # larger norm_epsilon than in published models: with random weights, delta rules have small outputs

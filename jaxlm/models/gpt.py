@@ -23,7 +23,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
@@ -169,26 +169,8 @@ def _project_qkv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.
     return project(0), project(1), project(2)
 
 
-def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
-
-    See ``heads.head_logits`` for labels. For task classification, ``hidden`` is the output of :func:`pool`.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
-
-
-def pool(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """The pooled output: the hidden state of each row's last token that is not padding, [B, 1, D]."""
-    return heads.last_token_state(hidden, segment_ids)
+logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 def specs(cfg: Config) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, window_cache
 from jaxlm.nn.attention.rotary import rotary_angles, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs, window
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
@@ -80,10 +80,7 @@ class Config(common.LayeredConfig):
         common.check_choices(
             self, task=("causal", "none"), attention_implementation=(None, *get_args(Implementation))
         )  # fmt: skip
-        if not self.pattern or not set(self.pattern) <= set(get_args(Mixer)):
-            raise ValueError(
-                f"pattern={self.pattern!r} must not be empty, and each entry must be {' or '.join(get_args(Mixer))}"
-            )
+        common.check_pattern(self, get_args(Mixer))
         common.check_divides(self, "num_heads", "embed_dim")
         common.check_divides(self, "num_kv_heads", "num_heads")
         if self.conv_width < 2:
@@ -175,18 +172,12 @@ def _attention(
     """The output of local attention, [B, T, D], and its new cache."""
     q, k, v = (linear(weights[name], x) for name in ("query", "key", "value"))
     q = constrain(q, ("batch", "seq", "heads", "kv"))  # key-value heads are few and not sharded
-    q, k = _rotate_half(q, angles), _rotate_half(k, angles)
+    q, k = rotate(q, angles), rotate(k, angles)  # the first half of each head
     kv, (k, v) = window_cache.append_and_read(kv, (k, v), context)
     x = attention(
         q, k, v, context.mask, dropout=cfg.attention_dropout, key=key, implementation=cfg.attention_implementation
     )
     return linear(weights["output"], x, num_input_axes=2), kv
-
-
-def _rotate_half(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Queries or keys, of which the first half of each head is rotated by the angles of the positions."""
-    rotated, unrotated = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([rotate(rotated, angles), unrotated], axis=-1)
 
 
 def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -196,21 +187,12 @@ def _mlp(weights: dict[str, Any], x: jax.Array) -> jax.Array:
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """The logits of the next token, [B, T, V] float32 (V padded to ``vocab_multiple``)."""
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)  # raises: there is no head
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    values = unembed(table, hidden, cfg.vocab_size, soft_cap=cfg.logits_soft_cap)
-    return constrain(values, ("batch", None, "vocab"))
+    return heads.decoder_logits(cfg, params, hidden, soft_cap=cfg.logits_soft_cap)
 
 
 def lru_width(cfg: Config) -> int:
     """The width of the RG-LRU."""
     return cfg.embed_dim if cfg.lru_width is None else cfg.lru_width
-
-
-def mixers(cfg: Config) -> tuple[Mixer, ...]:
-    """The temporal-mixing block of each layer."""
-    return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
 
 
 def specs(cfg: Config) -> dict[str, Any]:
@@ -243,7 +225,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     tree = {
         "token_embedding": table,
         "layers": tuple(
-            {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in mixers(cfg)
+            {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp} for mixer in common.mixers(cfg)
         ),
         "final_norm": norm,
     }
@@ -265,7 +247,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
     }
     return {
-        "layers": tuple(layer_specs[mixer] for mixer in mixers(cfg)),
+        "layers": tuple(layer_specs[mixer] for mixer in common.mixers(cfg)),
         "segment_ids": window.past_specs(batch, cfg.conv_width - 1),
         **window_cache.row_specs(batch),
     }

@@ -41,16 +41,19 @@ def head_logits(task: str, params: dict[str, Any], hidden: jax.Array) -> jax.Arr
     return linear(params[HEADS[task]], hidden).astype(jnp.float32)
 
 
-def decoder_logits(cfg: Any, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def decoder_logits(cfg: Any, params: dict[str, Any], hidden: jax.Array, *, soft_cap: float | None = None) -> jax.Array:
     """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
 
     The head for the next token is ``head``, or ``token_embedding`` if ``cfg.tie_embeddings``. See :func:`head_logits`
     for labels. For task classification, ``hidden`` is the output of :func:`pool_last_token`.
+
+    Args:
+        soft_cap: bound of the logits of the next token, see ``jaxlm.nn.embedding.unembed``.
     """
     if cfg.task != "causal":
         return head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
+    return constrain(unembed(table, hidden, cfg.vocab_size, soft_cap=soft_cap), ("batch", None, "vocab"))
 
 
 def head_specs(

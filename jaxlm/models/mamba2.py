@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common
+from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
@@ -185,8 +185,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """
     if cfg.task == "none":
         raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
+    return heads.decoder_logits(cfg, params, hidden)
 
 
 def num_heads(cfg: Config) -> int:

@@ -176,7 +176,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
     assert_trees_equal(spec.flatten(initial_params(model)), {path: expected[path] for path in flat})
     seeds = zip(*(jax.tree.leaves(initial_params(model, seed)) for seed in (0, 1)), strict=True)
     assert any(not np.array_equal(*pair) for pair in seeds)
-    if not any(leaf.axes[0] == spec.LAYERS for leaf in flat.values()):
+    if not any(leaf.is_stacked for leaf in flat.values()):
         return  # the model has no stacked layers
     deeper_model = dataclasses.replace(
         model, config=dataclasses.replace(model.config, num_layers=model.config.num_layers + 1)
@@ -186,7 +186,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
         same_path_spec = flat.get(path)
         if (
             same_path_spec is not None
-            and leaf.axes[0] == spec.LAYERS
+            and leaf.is_stacked
             and same_path_spec.init == leaf.init
             and same_path_spec.shape != leaf.shape
         ):

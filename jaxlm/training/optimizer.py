@@ -228,7 +228,7 @@ def _dimension_numbers(name: str, leaf: ArraySpec) -> MuonDimensionNumbers | Non
     is_head = name.split("/")[0] in (*HEADS.values(), "next_sentence")
     if rows is None or is_head or is_table(name, leaf):
         return None
-    first = 1 if leaf.axes[0] == LAYERS else 0
+    first = 1 if leaf.is_stacked else 0
     outputs = tuple(range(first + rows, len(leaf.axes)))
     named_outputs = tuple(axis for axis in outputs if leaf.axes[axis] is not None)
     return MuonDimensionNumbers(tuple(range(first, first + rows)), named_outputs or outputs)
@@ -259,7 +259,7 @@ def _for_each_matrix(
         flatten: whether to reshape matrices to [rows, columns] and all other leaves to vectors.
     """
     leaves = {spec.split_layer(path)[0]: leaf for path, leaf in spec.flatten(specs).items()}
-    stacked_names = {name for name, leaf in leaves.items() if leaf.axes[:1] == (LAYERS,)}
+    stacked_names = {name for name, leaf in leaves.items() if leaf.is_stacked}
     layer_specs = {}
     for name, leaf in leaves.items():
         if name in stacked_names:
@@ -321,7 +321,7 @@ def layer_rates(specs: spec.Tree, decay: float) -> spec.Tree:
     """
     leaves = spec.flatten(specs)
     numbered = {name: match for name in leaves if (match := re.search(rf"(^|.*/)(?:layer_|{LAYERS}/)(\d+)/", name))}
-    counts = {name: leaf.shape[0] for name, leaf in leaves.items() if leaf.axes[:1] == (LAYERS,)}
+    counts = {name: leaf.shape[0] for name, leaf in leaves.items() if leaf.is_stacked}
     for name, match in numbered.items():
         numbers = [int(other[2]) for other in numbered.values() if other[1] == match[1]]
         counts[name] = max(numbers) + 1

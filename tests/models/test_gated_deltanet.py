@@ -13,7 +13,8 @@ from jaxlm.config import from_json, to_json
 from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import gated_deltanet, get_model
-from jaxlm.models.gated_deltanet import Config, mixers
+from jaxlm.models.common import mixers
+from jaxlm.models.gated_deltanet import Config
 from jaxlm.nn.attention.rotary import RotaryScaling
 from jaxlm.nn.scan import gated_delta_rule
 from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model

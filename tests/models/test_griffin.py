@@ -11,7 +11,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model
-from jaxlm.models.griffin import mixers
+from jaxlm.models.common import mixers
 from jaxlm.testing.helpers import add_noise, assert_trees_equal, random_tokens, relative_error, tiny_model
 
 

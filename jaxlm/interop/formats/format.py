@@ -78,6 +78,17 @@ class Format:
     ignored: tuple[str, ...] = ()
 
 
+DECODER_HEADS = {
+    "head": "lm_head.weight",
+    "classifier/weight": "score.weight",
+    "token_classifier/weight": "score.weight",
+    "token_classifier/bias": "score.bias",
+    "span/weight": "qa_outputs.weight",
+    "span/bias": "qa_outputs.bias",
+}
+"""``unprefixed_tensors`` of the heads that most decoders of transformers have."""
+
+
 def integer(config: Mapping[str, Any], name: str, default: int | None = None) -> Any:
     """The value of a field of ``config.json``, checked to be an integer or null; ``default`` if it is missing."""
     value = config.get(name, default)

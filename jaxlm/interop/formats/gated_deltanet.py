@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format, integer
+from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
-from jaxlm.models.gated_deltanet import Config, Mixer, mixers
+from jaxlm.models.common import mixers
+from jaxlm.models.gated_deltanet import Config, Mixer
 
 _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attention": "attention"}
 
@@ -123,14 +124,7 @@ _QWEN3_NEXT = Format(
         **{f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf_name}.weight" for name, hf_name in _MLP.items()},
         "final_norm/scale_minus_one": "norm.weight",
     },
-    unprefixed_tensors={
-        "head": "lm_head.weight",
-        "classifier/weight": "score.weight",
-        "token_classifier/weight": "score.weight",
-        "token_classifier/bias": "score.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
-    },
+    unprefixed_tensors=DECODER_HEADS,
     tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
     layouts={
         "layers/delta_rule/query_key_value_gate/weight": ((1, 2), (0,)),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import TRANSPOSED, Format, integer
+from jaxlm.interop.formats.format import DECODER_HEADS, TRANSPOSED, Format, integer
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, head_sizes
 
@@ -104,14 +104,7 @@ _LLAMA = Format(
         "layers/mlp/down/weight": "layers.{layer}.mlp.down_proj.weight",
         "final_norm/scale": "norm.weight",
     },
-    unprefixed_tensors={
-        "head": "lm_head.weight",
-        "classifier/weight": "score.weight",
-        "token_classifier/weight": "score.weight",
-        "token_classifier/bias": "score.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
-    },
+    unprefixed_tensors=DECODER_HEADS,
     tied_tensors={"lm_head.weight": "token_embedding"},  # in files of models with a tied head
     layouts={
         **{f"layers/attention/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value")},
