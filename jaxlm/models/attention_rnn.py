@@ -1,24 +1,14 @@
 """Recurrent encoder-decoders with attention: Bahdanau et al. 2015 ("RNNsearch") and Luong et al. 2015.
 
-    bahdanau  A bidirectional GRU encoder and a GRU decoder. The decoder attends with the state *before* the token,
-              s[t-1]; the context is an input of the GRU. A maxout layer of s[t-1], embedding and context feeds the
-              head. The initial state is tanh(W h), where h is the backward encoder's state at the first source token.
-    luong     Stacked LSTMs; the decoder starts with the final states of the encoder. It attends with the state *after*
-              the token, h[t]. The attentional state h~[t] = tanh(W [c; h]) feeds the head and the first layer at the
-              next token (input feeding).
+``jaxlm.models.bahdanau`` and ``jaxlm.models.luong`` have the encoder, the decoder step and the initial state of the two
+forms. This module has what they share: the loop over target tokens, attention, copying, the head and the state.
 
-Bahdanau's maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code
-(GroundHog). The GRU's reset gate is applied before the recurrent matmul, as in the paper. Its update gate z is the
-weight of the old state, as in ``recurrence``. Initial weights are uniform in both forms, as in Luong et al. Layers and
-heads have biases; attention scores have none. Luong's best models read the source backwards. To reproduce this, reverse
-the source before the call.
+Initial weights are uniform in both forms, as in Luong et al. Layers and heads have biases; attention scores have none.
+Luong's best models read the source backwards. To reproduce this, reverse the source before the call.
 
-With ``copy``, both forms can copy source tokens (See et al. 2017, eq. 8 and 9, with all source ids in the shared
-vocabulary; Gulcehre et al. 2016 and Gu et al. 2016 describe variants). The next token is generated with probability
-sigmoid(w_s s + w_x x + w_c c + b), for the decoder state s, the embedding x and the context c. Otherwise it is copied
-from source position i, with the attention weight of i as the probability. ``apply`` then returns the concatenation
-[features D; gate 1; copied V]: the features, the logit of the generation probability, and the distribution of copied
-tokens. ``logits`` computes the mixture from it.
+With ``copy``, both forms can copy source tokens (``jaxlm.nn.copying``; all source ids are in the shared vocabulary).
+``apply`` then returns the concatenation [features D; gate 1; copied V]: the features, the logit of the generation
+probability, and the distribution of copied tokens. ``logits`` computes the mixture from it.
 
 Shapes: B batch, T target time, S source time, E embedding, C encoder width (bahdanau 2H, luong H), G gates, H hidden
 width, D width of the head's input, V vocabulary.
@@ -28,28 +18,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import common
-from jaxlm.nn import recurrence
-from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context, copied_tokens, mix_copied
+from jaxlm.models import bahdanau, common, luong
+from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context
+from jaxlm.nn.attention.source import group_rows_by_source
+from jaxlm.nn.copying import copied_tokens, copy_gate, copy_gate_specs, mix_copied
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
-from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.recurrence import project_time_major, select_state
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.weight_record import record
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Constant, Uniform, fold_name
+from jaxlm.spec import ArraySpec, Uniform, fold_name
 
 Attention = Literal["bahdanau", "luong"]
 Task = Literal["seq2seq", "none"]
-
-Attend = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""A function from queries [B, H] to context vectors [B, C] and attention weights [B, S]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +80,14 @@ class Config(common.ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "output_dim")
-        for name in ("source_vocab_size", "window", "attention_dim"):
-            if getattr(self, name) is not None:
-                common.check_positive(self, name)
+        common.check_positive(self, "source_vocab_size", "window", "attention_dim")
         common.check_rates(self, "dropout")
         common.check_start_id(self)
         common.check_choices(self, attention=get_args(Attention), score=get_args(Score), task=get_args(Task))
         if self.attention == "bahdanau":
-            for name, required in (("num_layers", 1), ("score", "concat"), ("window", None)):
-                if getattr(self, name) != required:
-                    raise ValueError(
-                        f"attention='bahdanau' requires {name}={required!r}, got {getattr(self, name)!r}: change it, "
-                        "or use attention='luong'"
-                    )
+            common.check_values(self, "attention='bahdanau'", num_layers=1, score="concat", window=None)
         if self.copy:
-            for name, required in (("source_vocab_size", None), ("window", None), ("task", "seq2seq")):
-                if getattr(self, name) != required:
-                    raise ValueError(f"copy=True needs {name}={required!r}, got {getattr(self, name)!r}")
+            common.check_values(self, "copy=True", source_vocab_size=None, window=None, task="seq2seq")
 
 
 def apply(
@@ -134,17 +112,17 @@ def apply(
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
         state: from :func:`init_decode_state`, or the state after earlier tokens, continued by ``tokens``. Several rows
-            may share a source (``common.group_rows_by_source``).
+            may share a source (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     common.check_source(tokens, source, source_segment_ids, state)
-    params = _gather_weights(cfg, params)
+    form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
     initial = state
     if state is None:
         assert source is not None
-        initial = _init_state(cfg, params, source, source_segment_ids, key)
+        initial = init_decode_state(cfg, params, source, tokens.shape[1], segment_ids=source_segment_ids, key=key)
     source_state, segments = initial["source"], common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, document = segment_boundaries(segments, initial["document"])
     one_document = state is None and segment_ids is None and source_segment_ids is None
@@ -157,20 +135,17 @@ def apply(
     def step(carry: Any, inputs: Any) -> Any:
         projected_BGH, segment_B, reset_B, keep_B, initial_state, step_key = inputs
         if initial_state is not None:
-            carry = _where(reset_B, initial_state, carry)
+            carry = select_state(reset_B, initial_state, carry)
         attend = functools.partial(_attend, cfg, params, source_state, segment_B)
-        if cfg.attention == "bahdanau":
-            new_carry, outputs = _bahdanau_step(params["decoder"], attend, projected_BGH, carry)
-        else:
-            new_carry, outputs = _luong_step(cfg, params, attend, projected_BGH, carry, step_key)
-        return _where(keep_B, new_carry, carry), outputs
+        new_carry, outputs = form.step(cfg, params, attend, projected_BGH, carry, step_key)
+        return select_state(keep_B, new_carry, carry), outputs
 
     time_major = jax.tree.map(lambda x_BT: jnp.swapaxes(x_BT, 0, 1), (segments, reset, keep, initial_states))
-    projected_TBGH = _project_time_major(params["decoder"]["layer_0"], x)
+    projected_TBGH = project_time_major(params["decoder"]["layer_0"], x)
     decoder, outputs = jax.lax.scan(step, initial["decoder"], (projected_TBGH, *time_major, step_keys))
     outputs = jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), outputs)
     record(outputs["weights"][:, None], "source")
-    hidden = _maxout(params["output"], x, outputs) if cfg.attention == "bahdanau" else outputs["attentional"]
+    hidden = form.features(params["output"], x, outputs)
     hidden = constrain(dropout(hidden, cfg.dropout, fold_name(key, "output")), ("batch", "seq", "activation_embed"))
     if cfg.copy:
         hidden = _with_copied(cfg, params["copy"], hidden, x, outputs, source_state["tokens"])
@@ -183,8 +158,8 @@ def _attend(
     """Context vectors [B, C] and attention weights [B, S] of one query per row, over the row's current document.
 
     Args:
-        source: the source state from :func:`_init_state`. Several rows may share a source
-            (``common.group_rows_by_source``).
+        source: the source state from :func:`init_decode_state`. Several rows may share a source
+            (``jaxlm.nn.attention.source``).
         segment_B: the current document of each row.
     """
 
@@ -197,62 +172,20 @@ def _attend(
     num_rows, num_sources = query_BH.shape[0], source["segment_ids"].shape[0]
     if num_rows == num_sources:
         return attend(query_BH, segment_B)
-    queries, segments = (common.group_rows_by_source(x[:, None], num_sources) for x in (query_BH, segment_B))
+    queries, segments = (group_rows_by_source(x[:, None], num_sources) for x in (query_BH, segment_B))
     outputs = jax.vmap(attend, in_axes=1, out_axes=1)(queries, segments)
     return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), outputs)
 
 
-def _bahdanau_step(weights: dict[str, Any], attend: Attend, projected_BGH: jax.Array, carry: Any) -> tuple[Any, Any]:
-    """The next state, and s[t-1], c[t] and the attention weights (Bahdanau et al. 2015, appendix A.2.2)."""
-    state_BH = carry["layer_0"]["hidden"].astype(projected_BGH.dtype)
-    context_BC, weights_BS = attend(state_BH)
-    projected_BGH = projected_BGH + linear(weights["context"], context_BC)
-    new_carry = {"layer_0": recurrence.gru_cell(weights["layer_0"], projected_BGH, carry["layer_0"])}
-    return new_carry, {"state": state_BH, "context": context_BC, "weights": weights_BS}
-
-
-def _maxout(weights: dict[str, Any], x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
-    """The maximum of each pair of units of U s + V e + C c (Goodfellow et al. 2013), [B, T, D]."""
-    inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
-    pairs_BTD2 = sum(linear(weights[name], x) for name, x in inputs.items())
-    return jnp.max(pairs_BTD2, axis=-1)
-
-
-def _luong_step(
-    cfg: Config, params: dict[str, Any], attend: Attend, projected_BGH: jax.Array, carry: Any, key: jax.Array | None
-) -> tuple[Any, Any]:
-    """The next state, and h[t], c[t], the attention weights and h~[t] (Luong et al. 2015, section 3)."""
-    weights, output, dtype = params["decoder"], params["output"], projected_BGH.dtype
-    projected_BGH = projected_BGH + linear(weights["feed"], carry["feed"].astype(dtype))
-    new_carry = {"layer_0": recurrence.lstm_cell(weights["layer_0"], projected_BGH, carry["layer_0"])}
-    x_BH = new_carry["layer_0"]["hidden"].astype(dtype)
-    for name in _layer_names(cfg)[1:]:
-        projected_BGH = recurrence.project(weights[name], dropout(x_BH, cfg.dropout, fold_name(key, name)))
-        new_carry[name] = recurrence.lstm_cell(weights[name], projected_BGH, carry[name])
-        x_BH = new_carry[name]["hidden"].astype(dtype)
-    context_BC, weights_BS = attend(x_BH)
-    attentional_BD = jnp.tanh(linear(output["state"], x_BH) + linear(output["context"], context_BC))
-    outputs = {"state": x_BH, "context": context_BC, "weights": weights_BS, "attentional": attentional_BD}
-    return {**new_carry, "feed": attentional_BD.astype(jnp.float32)}, outputs
-
-
 def _with_copied(
-    cfg: Config,
-    params: dict[str, Any],
-    features_BTD: jax.Array,
-    x_BTE: jax.Array,
-    outputs: dict[str, jax.Array],
-    source_BS: jax.Array,
+    cfg: Config, params: dict[str, Any], features: jax.Array, x: jax.Array, outputs: Any, source_BS: jax.Array
 ) -> jax.Array:
-    """[features D; gate 1; copied V] (See et al. 2017: the gate of eq. 8, the sum over source positions of eq. 9)."""
-    inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
-    bias_BT1 = params["bias"].astype(features_BTD.dtype)[None, None, :]
-    gate_BT1 = sum((linear(params[name], x) for name, x in inputs.items()), bias_BT1)
-    weights_BTS = common.group_rows_by_source(outputs["weights"], source_BS.shape[0])
-    copied_BTV = copied_tokens(weights_BTS, source_BS, round_up(cfg.vocab_size, cfg.vocab_multiple))
-    copied_BTV = copied_BTV.reshape(*x_BTE.shape[:2], -1)
-    hidden = jnp.concatenate([features_BTD, gate_BT1, copied_BTV.astype(features_BTD.dtype)], axis=-1)
-    return constrain(hidden, ("batch", "seq", "activation_embed"))
+    """The concatenation [features D; gate 1; copied V], from which :func:`logits` computes the mixture."""
+    gate = copy_gate(params, outputs["state"], x, outputs["context"])
+    weights = group_rows_by_source(outputs["weights"], source_BS.shape[0])
+    copied = copied_tokens(weights, source_BS, round_up(cfg.vocab_size, cfg.vocab_multiple))
+    copied = copied.reshape(*x.shape[:2], -1).astype(features.dtype)
+    return constrain(jnp.concatenate([features, gate, copied], axis=-1), ("batch", "seq", "activation_embed"))
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
@@ -273,16 +206,8 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return constrain(mix_copied(scores, gate_BT1, copied_BTV), ("batch", None, "vocab"))
 
 
-# ------------------------------------------------------------------------------------------------------- encoder
-
-
 def encode(
-    cfg: Config,
-    params: dict[str, Any],
-    source: jax.Array,
-    *,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
+    cfg: Config, params: dict[str, Any], source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or of the last layer (luong).
 
@@ -308,57 +233,19 @@ def _encode(
         table, size = params["source_embedding"], cfg.source_vocab_size
     x = _embed(cfg, table, source, size, key)
     segments = common.segment_ids_or_ones(source, segment_ids)
+    encoded = _FORMS[cfg.attention].encode(cfg, weights, x, segments, key)
     tokens = {"tokens": jnp.asarray(source, jnp.int32)} if cfg.copy else {}
-    reset, keep, _ = segment_boundaries(segments)
-    if cfg.attention == "bahdanau":
-        forward = recurrence.gru(weights["forward"], x, reset_BT=reset, keep_BT=keep)[0]
-        reset = segment_boundaries(segments, reverse=True)[0]
-        backward = recurrence.gru(weights["backward"], x, reset_BT=reset, keep_BT=keep, reverse=True)[0]
-        encoded = constrain(jnp.concatenate([forward, backward], axis=-1), ("batch", None, "activation_embed"))
-        return {"encoded": encoded, "segment_ids": segments, **tokens}
-    states: dict[str, Any] = {}
-    for name in _layer_names(cfg):
-        if states:
-            x = dropout(x, cfg.dropout, fold_name(key, name))
-        states[name] = _lstm_states(weights[name], x, reset, keep)
-        x = constrain(states[name]["hidden"].astype(x.dtype), ("batch", None, "activation_embed"))
-    return {"encoded": x, "segment_ids": segments, "states": states, **tokens}
-
-
-def _lstm_states(
-    params: dict[str, Any], x_BSE: jax.Array, reset_BS: jax.Array, keep_BS: jax.Array
-) -> dict[str, jax.Array]:
-    """Hidden and cell state after each token, [B, S, H] float32; ``recurrence.lstm`` returns only the last cell."""
-
-    def step(state: Any, inputs: Any) -> Any:
-        projected_BGH, reset_B, keep_B = inputs
-        state = _where(reset_B, jax.tree.map(jnp.zeros_like, state), state)
-        state = _where(keep_B, recurrence.lstm_cell(params, projected_BGH, state), state)
-        return state, state
-
-    projected_SBGH = _project_time_major(params, x_BSE)
-    zeros_BH = jnp.zeros_like(projected_SBGH[0, :, 0], jnp.float32)
-    _, states = jax.lax.scan(step, {"hidden": zeros_BH, "cell": zeros_BH}, (projected_SBGH, reset_BS.T, keep_BS.T))
-    return jax.tree.map(lambda x_SBH: jnp.swapaxes(x_SBH, 0, 1), states)
-
-
-# --------------------------------------------------------------------------------------------------------- state
+    return {**encoded, "segment_ids": segments, **tokens}
 
 
 def init_decode_state(
-    cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: jax.Array | None = None
+    cfg: Config, params: dict[str, Any], source: jax.Array, length: int, *, segment_ids: Any = None, key: Any = None
 ) -> dict[str, Any]:
     """The decode state for ``source`` [B, S], before the first token of its first document; ``length`` is not used.
 
-    Target tokens without segment ids are document 1 and attend to document 1 of the source.
+    Target tokens without segment ids are document 1 and attend to document 1 of the source. With a ``key``, the encoder
+    has dropout.
     """
-    return _init_state(cfg, params, source, segment_ids, None)
-
-
-def _init_state(
-    cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: Any, key: jax.Array | None
-) -> dict[str, Any]:
-    """The decode state after the source is encoded, before the first target token."""
     source_state = _encode(cfg, params, source, segment_ids, key)
     segments = source_state["segment_ids"]
     if cfg.score != "dot":
@@ -374,25 +261,13 @@ def _initial_states(
     """The decoder's state before the first token of each given document, [B, T, ...].
 
     The state is zero for a document that the source does not contain. Several rows may share a source
-    (``common.group_rows_by_source``).
+    (``jaxlm.nn.attention.source``).
     """
-    shape, documents_BT = documents_BT.shape, common.group_rows_by_source(documents_BT, source["segment_ids"].shape[0])
+    shape, documents_BT = documents_BT.shape, group_rows_by_source(documents_BT, source["segment_ids"].shape[0])
     in_document_BTS = source["segment_ids"][:, None, :] == documents_BT[:, :, None]
     has_source_BT = jnp.any(in_document_BTS, axis=-1)
-
-    def take(x_BSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x_BSH, positions_BT[:, :, None], axis=1)
-
-    if cfg.attention == "bahdanau":
-        first_BT = jnp.argmax(in_document_BTS, axis=-1)
-        backward_BTH = take(source["encoded"][:, :, cfg.hidden_dim :], first_BT)
-        hidden_BTH = jnp.tanh(linear(params["decoder"]["begin"], backward_BTH)).astype(jnp.float32)
-        state: dict[str, Any] = {"layer_0": {"hidden": hidden_BTH}}
-    else:
-        last_BT = in_document_BTS.shape[-1] - 1 - jnp.argmax(jnp.flip(in_document_BTS, axis=-1), axis=-1)
-        state = jax.tree.map(lambda x_BSH: take(x_BSH, last_BT), source["states"])
-        state["feed"] = jnp.zeros((*documents_BT.shape, cfg.output_dim))
-    state = _where(has_source_BT, state, jax.tree.map(jnp.zeros_like, state))
+    state = _FORMS[cfg.attention].initial_states(cfg, params["decoder"], source, in_document_BTS)
+    state = select_state(has_source_BT, state, jax.tree.map(jnp.zeros_like, state))
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), state)
 
 
@@ -406,98 +281,40 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     def source_spec(width: int, dtype: Any) -> ArraySpec:
         return ArraySpec((batch, source_length, width), ("batch", None, "activation_embed"), dtype=dtype)
 
-    H = cfg.hidden_dim
+    form = _FORMS[cfg.attention]
     segments = ArraySpec((batch, source_length), ("batch", None), dtype=jnp.int32)
-    source: dict[str, Any] = {"encoded": source_spec(H, cfg.dtype), "segment_ids": segments}
+    decoder, states = form.state_specs(cfg, batch, source_spec)
+    source = {"encoded": source_spec(form.encoder_width(cfg), cfg.dtype), "segment_ids": segments, **states}
     if cfg.copy:
         source["tokens"] = segments
-    if cfg.attention == "bahdanau":
-        decoder: dict[str, Any] = {"layer_0": recurrence.gru_state_specs(batch, H)}
-        source["encoded"] = source_spec(2 * H, cfg.dtype)
-    else:
-        decoder = {name: recurrence.lstm_state_specs(batch, H) for name in _layer_names(cfg)}
-        decoder["feed"] = ArraySpec((batch, cfg.output_dim), ("batch", "activation_embed"))
-        state = {name: source_spec(H, jnp.float32) for name in ("hidden", "cell")}
-        source["states"] = dict.fromkeys(_layer_names(cfg), state)
     if cfg.score == "concat":
-        source["key"] = source_spec(H if cfg.attention_dim is None else cfg.attention_dim, cfg.dtype)
+        source["key"] = source_spec(cfg.attention_dim or cfg.hidden_dim, cfg.dtype)
     elif cfg.score == "general":
-        source["key"] = source_spec(H, cfg.dtype)
+        source["key"] = source_spec(cfg.hidden_dim, cfg.dtype)
     return {"decoder": decoder, "document": ArraySpec((batch,), ("batch",), dtype=jnp.int32), "source": source}
-
-
-# ---------------------------------------------------------------------------------------------------- parameters
 
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, round_up(cfg.vocab_size, cfg.vocab_multiple)
-    A = H if cfg.attention_dim is None else cfg.attention_dim
     uniform = Uniform(cfg.init_bound)
     tree: dict[str, Any] = {"token_embedding": ArraySpec((V, E), ("vocab", "embed"), uniform, decay=True)}
     if cfg.source_vocab_size is not None:
         rows = round_up(cfg.source_vocab_size, cfg.vocab_multiple)
         tree["source_embedding"] = ArraySpec((rows, E), ("vocab", "embed"), uniform, decay=True)
-    C = 2 * H if cfg.attention == "bahdanau" else H
-    tree |= _bahdanau_specs(cfg, uniform) if cfg.attention == "bahdanau" else _luong_specs(cfg, uniform)
-    alignment = alignment_specs(cfg.score, H, C, A, uniform, local=cfg.window is not None)
+    form = _FORMS[cfg.attention]
+    C = form.encoder_width(cfg)
+    recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
+    tree |= form.specs(cfg, uniform, recurrent_init)
+    alignment = alignment_specs(cfg.score, H, C, cfg.attention_dim or H, uniform, local=cfg.window is not None)
     if alignment:
         tree["alignment"] = alignment
     if cfg.copy:
-        tree["copy"] = {
-            name: linear_specs((width, 1), ("embed", None), uniform, bias=False)
-            for name, width in (("state", H), ("embedding", E), ("context", C))
-        }
-        # The initial bias favours generation, because copying with untrained attention gives targets low probability.
-        tree["copy"]["bias"] = ArraySpec((1,), (None,), Constant(1.0))
+        tree["copy"] = copy_gate_specs(H, E, C, uniform)
     if cfg.task == "seq2seq":
         weight = ArraySpec((V, D), ("vocab", "embed"), uniform, decay=True)
         tree["head"] = {"weight": weight, "bias": ArraySpec((V,), ("vocab",))}
     return tree
-
-
-def _bahdanau_specs(cfg: Config, uniform: Uniform) -> dict[str, Any]:
-    E, H, D, C = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, 2 * cfg.hidden_dim
-    layer = recurrence.gru_specs(E, H, _recurrent_init(cfg), reset="before")
-    return {
-        "encoder": {"forward": layer, "backward": layer},
-        "decoder": {
-            "begin": linear_specs((H, H), ("embed", "mlp"), uniform),
-            "layer_0": layer,
-            "context": linear_specs((C, 3, H), ("embed", None, "mlp"), uniform, bias=False),  # C_r, C_z, C of the paper
-        },
-        "output": {
-            "state": linear_specs((H, D, 2), ("embed", "mlp", None), uniform),
-            "embedding": linear_specs((E, D, 2), ("embed", "mlp", None), uniform, bias=False),
-            "context": linear_specs((C, D, 2), ("embed", "mlp", None), uniform, bias=False),
-        },
-    }
-
-
-def _luong_specs(cfg: Config, uniform: Uniform) -> dict[str, Any]:
-    E, H, D = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim
-    layers = {
-        name: recurrence.lstm_specs(H if i else E, H, _recurrent_init(cfg)) for i, name in enumerate(_layer_names(cfg))
-    }
-    return {
-        "encoder": layers,
-        "decoder": {**layers, "feed": linear_specs((D, 4, H), ("embed", None, "mlp"), uniform, bias=False)},
-        "output": {  # both halves of W_c of the paper
-            "state": linear_specs((H, D), ("embed", "mlp"), uniform),
-            "context": linear_specs((H, D), ("embed", "mlp"), uniform, bias=False),
-        },
-    }
-
-
-def _recurrent_init(cfg: Config) -> Uniform | None:
-    return None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
-
-
-def _layer_names(cfg: Config) -> list[str]:
-    return [f"layer_{index}" for index in range(cfg.num_layers)]
-
-
-# ------------------------------------------------------------------------------------------------------- helpers
 
 
 def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax.Array | None) -> jax.Array:
@@ -507,47 +324,27 @@ def _embed(cfg: Config, table_VE: jax.Array, ids: jax.Array, size: int, key: jax
 
 
 def _gather_weights(cfg: Config, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, with all-gathered weights for the loops over time, so that these are not sharded over ``fsdp``.
-
-    So the weights are gathered once, instead of in each step of a loop. This is also needed for correctness: if weights
-    in a loop are sharded over ``fsdp``, XLA computes wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2 on CPU;
-    the contract test of the sharded step shows it).
-    """
-
-    def gather(leaf: ArraySpec, x: jax.Array) -> jax.Array:
-        return constrain(x, tuple("activation_embed" if axis == "embed" else axis for axis in leaf.axes))
-
+    """The parameters, with all-gathered weights of the loops over time (``common.gather_weights``)."""
     names_in_loops = ("encoder", "decoder", "alignment", "output")
     loop_specs = {name: tree for name, tree in specs(cfg).items() if name in names_in_loops}
-    return {**params, **jax.tree.map(gather, loop_specs, {name: params[name] for name in loop_specs})}
+    return {**params, **common.gather_weights(loop_specs, {name: params[name] for name in loop_specs})}
 
 
-def _project_time_major(params: dict[str, Any], x_BTE: jax.Array) -> jax.Array:
-    """The input's contribution to the gates, [T, B, G, H]. Time is not sharded, because steps are sequential."""
-    return constrain(recurrence.project(params, jnp.swapaxes(x_BTE, 0, 1)), (None, "batch", None, "mlp"))
-
-
-def _where(condition: jax.Array, x: Any, y: Any) -> Any:
-    """``jnp.where(condition, x, y)`` for trees ``x`` and ``y`` with leaves [..., H] and a condition of shape [...]."""
-    return jax.tree.map(lambda a, b: jnp.where(condition[..., None], a, b), x, y)
-
-
-_LUONG = Config(
-    vocab_size=50000, source_vocab_size=50000, attention="luong", score="dot", num_layers=4, embed_dim=1000,
-    output_dim=1000, dropout=0.2, recurrent_init_bound=0.1,
-)  # fmt: skip
+_FORMS = {"bahdanau": bahdanau, "luong": luong}
 # With smaller initial values, the gradients of such a small model would be too small to learn in a few steps.
 _TINY = Config(
     vocab_size=128, source_vocab_size=None, embed_dim=24, hidden_dim=32, output_dim=24, dropout=0.1, init_bound=0.4,
     recurrent_init_bound=0.5,
 )  # fmt: skip
-
 VARIANTS = {
     "bahdanau-2015": Config(),
-    "luong-2015": _LUONG,
+    "luong-2015": Config(
+        vocab_size=50000, source_vocab_size=50000, attention="luong", score="dot", num_layers=4, embed_dim=1000,
+        output_dim=1000, dropout=0.2, recurrent_init_bound=0.1,
+    ),
     "attention-rnn-tiny": _TINY,
     "attention-rnn-luong-tiny": dataclasses.replace(
         _TINY, attention="luong", score="general", num_layers=2, init_bound=0.6
     ),
     "attention-rnn-copy-tiny": dataclasses.replace(_TINY, copy=True),
-}
+}  # fmt: skip

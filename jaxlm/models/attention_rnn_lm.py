@@ -81,10 +81,8 @@ class Config(common.ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(
-            self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "attention_dim", "hops", "num_labels"
+            self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "window", "attention_dim", "hops", "num_labels"
         )
-        if self.window is not None:
-            common.check_positive(self, "window")
         common.check_rates(self, "dropout")
         common.check_choices(self, parts=(1, 2, 3), task=get_args(Task))
         common.check_divides(self, "parts", "hidden_dim")

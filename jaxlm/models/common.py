@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
+from jaxlm.sharding import constrain
+from jaxlm.spec import ArraySpec
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -127,6 +129,20 @@ def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> C
     return block
 
 
+def gather_weights(specs: Any, params: Any) -> Any:
+    """The parameters, all-gathered over mesh axes that shard ``embed``; for weights that a loop over time uses.
+
+    So the weights are gathered once, instead of in each step of the loop. This is also needed for correctness: if
+    weights in a loop are sharded over ``fsdp``, XLA computes wrong gradients for data=2, fsdp=2, tensor=2 (jax 0.10.2
+    on CPU; the contract test of the sharded step shows it).
+    """
+
+    def gather(leaf: ArraySpec, x: jax.Array) -> jax.Array:
+        return constrain(x, tuple("activation_embed" if axis == "embed" else axis for axis in leaf.axes))
+
+    return jax.tree.map(gather, specs, params)
+
+
 def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: Any) -> tuple[jax.Array, Any]:
     """The outputs of ``apply``: the hidden states, and the state with the new caches ``kv`` (None without a state).
 
@@ -136,15 +152,6 @@ def decoder_outputs(x_BTD: jax.Array, kv: Any, context: cache.Context, state: An
         return x_BTD, None
     assert context.valid_B is not None
     return jnp.where(context.valid_B[:, None, None], x_BTD, jnp.nan), {**state, "layers": kv}
-
-
-def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
-    """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...]: one row per source.
-
-    Row r of ``x`` has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. With the
-    new shape, attention reads the keys of a source once for all rows of the source.
-    """
-    return x.reshape(sources, -1, *x.shape[2:])
 
 
 def segment_ids_or_ones(ids: jax.Array, segment_ids: Any) -> jax.Array:
@@ -157,16 +164,16 @@ def segment_ids_or_ones(ids: jax.Array, segment_ids: Any) -> jax.Array:
 
 
 def check_positive(cfg: Any, *names: str) -> None:
-    """Raise ``ValueError`` unless every named field is at least 1."""
+    """Raise ``ValueError`` unless every named field is at least 1 or None."""
     for name in names:
-        if getattr(cfg, name) < 1:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
 
 
 def check_rates(cfg: Any, *names: str) -> None:
-    """Raise ``ValueError`` unless every named field is a dropout rate in [0, 1)."""
+    """Raise ``ValueError`` unless every named field is a dropout rate in [0, 1) or None."""
     for name in names:
-        if not 0.0 <= getattr(cfg, name) < 1.0:
+        if getattr(cfg, name) is not None and not 0.0 <= getattr(cfg, name) < 1.0:
             raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1)")
 
 
@@ -175,6 +182,13 @@ def check_choices(cfg: Any, **choices: tuple[Any, ...]) -> None:
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"{name}={getattr(cfg, name)!r} is unknown: choose from {', '.join(map(repr, allowed))}")
+
+
+def check_values(cfg: Any, reason: str, **required: Any) -> None:
+    """Raise ``ValueError`` unless every named field has the value that ``reason`` (such as ``"copy=True"``) needs."""
+    for name, value in required.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"{reason} needs {name}={value!r}, got {getattr(cfg, name)!r}: change one of them")
 
 
 def check_divides(cfg: Any, divisor: str, dividend: str) -> None:

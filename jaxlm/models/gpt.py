@@ -214,9 +214,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     )
 
 
-def rollback(cfg: Config, state: dict[str, Any], dropped: jax.Array) -> dict[str, Any]:
-    """The state without the last ``dropped`` [B] tokens of each row."""
-    return cache.rollback(state, dropped)
+rollback = cache.rollback
 
 
 VARIANTS = {

@@ -313,10 +313,10 @@ class Model:
     ) -> spec.Tree:
         """The state as if the last call had read only the first ``count`` tokens of each row.
 
-        Later calls give the same results as after such a call. If the module of the family has a function ``rollback``
-        (``gpt``, ``llama``, ``t5``), it frees the cache slots of the other tokens in ``after``. Otherwise the model
-        starts from ``before`` and reads the first ``count`` tokens again. The other tokens are padding in this second
-        call, and if the state has a key-value cache, their slots are freed.
+        Later calls give the same results as after such a call. If the family has ``rollback(state, dropped)`` (``gpt``,
+        ``llama``, ``t5``), it frees the cache slots of the other tokens in ``after``. Otherwise the model starts from
+        ``before`` and reads the first ``count`` tokens again. The other tokens are padding in this second call, and if
+        the state has a key-value cache, their slots are freed.
 
         Args:
             before: the state before the last call.
@@ -341,7 +341,7 @@ class Model:
                 f"count {list(jnp.shape(count))} must be [batch], {[B]}: one number for each row of tokens"
             )
         if hasattr(self.module, "rollback"):
-            return self.module.rollback(self.config, after, T - count)
+            return self.module.rollback(after, T - count)
         is_kept = jnp.arange(T)[None, :] < count[:, None]
         segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
         _, state = self.apply(params, tokens, state=before, segment_ids=segments)

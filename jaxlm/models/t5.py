@@ -16,6 +16,7 @@ width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,7 @@ from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.bucket_bias import distance_buckets, distance_table
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_once, read_projected
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -97,12 +99,7 @@ class Config(common.TransformerConfig):
 
 
 def encode(
-    cfg: Config,
-    params: dict[str, Any],
-    source: jax.Array,
-    *,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
+    cfg: Config, params: dict[str, Any], source: jax.Array, *, segment_ids: Any = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The hidden states of the encoder after its final norm, [B, S, D].
 
@@ -121,9 +118,8 @@ def encode(
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         weights, _, layer_key = layer
         normed = _norm(cfg, weights["attention_norm"], x)
-        k, v = _project_kv(weights["attention"], normed)
-        attention_key = fold_name(layer_key, "attention")
-        x = x + _attention(cfg, weights["attention"], normed, k, v, mask, bias_fn(weights), attention_key)
+        kv, bias = _project_kv(weights["attention"], normed), bias_fn(weights)
+        x = x + _attention(cfg, weights["attention"], normed, kv, mask, bias, fold_name(layer_key, "attention"))
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
@@ -153,7 +149,7 @@ def apply(
         source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
             source.
         state: from :func:`init_decode_state`, with the cache of earlier tokens, continued by ``tokens``. Rows that
-            exceed the cache give NaN. Several rows may share a source (``common.group_rows_by_source``).
+            exceed the cache give NaN. Several rows may share a source (``jaxlm.nn.attention.source``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
@@ -164,64 +160,60 @@ def apply(
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     if state is None:
         assert source is not None
-        position_pair = None if positions is None else (positions, positions)
-        layers, source_kv = _source_kv_from_encoder(cfg, params, source, source_segment_ids, key)
+        bias_positions = None if positions is None else (positions, positions)
+        encoded = encode(cfg, params, source, segment_ids=source_segment_ids, key=key)
+        layers = params["decoder"]["layers"]
+        source_kv: SourceKV = functools.partial(_project_source, encoded)
         source_segments = common.segment_ids_or_ones(source, source_segment_ids)
     else:
-        position_pair = context.positions, state["positions"]
-        layers, source_kv = _source_kv_from_state(cfg, params, state["source"]["layers"])
+        bias_positions = context.positions, state["positions"]
+        layers, source_kv = read_projected(params["decoder"]["layers"], state["source"]["layers"], cfg.num_heads)
         source_segments = state["source"]["segment_ids"]
     num_sources = source_segments.shape[0]
-    segments = common.group_rows_by_source(common.segment_ids_or_ones(tokens, segment_ids), num_sources)
+    segments = group_rows_by_source(common.segment_ids_or_ones(tokens, segment_ids), num_sources)
     cross_mask = Mask(query_segments=segments, key_segments=source_segments)
     key = fold_name(key, "decoder")
-    bias_fn = _bias_fn(cfg, params["decoder"], tokens.shape[1], position_pair, bidirectional=False)
+    bias_fn = _bias_fn(cfg, params["decoder"], tokens.shape[1], bias_positions, bidirectional=False)
     x = _embed(cfg, params, tokens, key)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, kv, layer_key = layer
         normed = _norm(cfg, weights["attention_norm"], x)
-        kv, (k, v) = cache.append_and_read(kv, _project_kv(weights["attention"], normed), context)
+        kv, cached = cache.append_and_read(kv, _project_kv(weights["attention"], normed), context)
         attention_key = fold_name(layer_key, "attention")
-        x = x + _attention(cfg, weights["attention"], normed, k, v, context.mask, bias_fn(weights), attention_key)
+        x = x + _attention(cfg, weights["attention"], normed, cached, context.mask, bias_fn(weights), attention_key)
 
-        normed = common.group_rows_by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
-        k, v = source_kv(weights)
+        normed = group_rows_by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
         attention_key = fold_name(layer_key, "cross_attention")
-        attended = _attention(cfg, weights["cross_attention"], normed, k, v, cross_mask, None, attention_key)
+        cross_weights, kv_of_source = weights["cross_attention"], source_kv(weights)
+        attended = _attention(cfg, cross_weights, normed, kv_of_source, cross_mask, None, attention_key)
         x = x + attended.reshape(x.shape)
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), kv
 
     kv = None if state is None else state["layers"]
-    x, kv = common.run_layers(
-        block, x, layers, kv, key, remat=cfg.remat,
-        in_place=cache.updates_in_place(state, tokens.shape[1]),
-    )  # fmt: skip
+    in_place = cache.updates_in_place(state, tokens.shape[1])
+    x, kv = common.run_layers(block, x, layers, kv, key, remat=cfg.remat, in_place=in_place)
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_name(key, "output"))
     return common.decoder_outputs(x, kv, context, state)
 
 
 def _attention(
-    cfg: Config,
-    weights: dict[str, Any],
-    x: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Mask,
-    bias: AttentionBias | None,
-    key: jax.Array | None,
+    cfg: Config, weights: dict[str, Any], x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
 ) -> jax.Array:
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
-    x = attention(
-        q, k, v, mask, scale=1.0, bias=bias, dropout=cfg.dropout, key=fold_name(key, "probabilities")
-    )  # fmt: skip
-    return dropout(linear(weights["output"], x, num_input_axes=2), cfg.dropout, fold_name(key, "output"))
+    key, probabilities_key = fold_name(key, "output"), fold_name(key, "probabilities")
+    x = attention(q, *kv, mask, scale=1.0, bias=bias, dropout=cfg.dropout, key=probabilities_key)
+    return dropout(linear(weights["output"], x, num_input_axes=2), cfg.dropout, key)
 
 
 def _project_kv(weights: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
     k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
     return k, v
+
+
+def _project_source(encoded: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
+    return _project_kv(weights["cross_attention"], encoded)
 
 
 def _mlp(cfg: Config, weights: dict[str, Any], x: jax.Array, residual_dtype: Any, key: jax.Array | None) -> jax.Array:
@@ -247,27 +239,23 @@ def _embed(cfg: Config, params: dict[str, Any], tokens: jax.Array, key: jax.Arra
 
 
 def _bias_fn(
-    cfg: Config, params: dict[str, Any], length: int, position_pair: Any, *, bidirectional: bool
+    cfg: Config, params: dict[str, Any], length: int, positions: Any, *, bidirectional: bool
 ) -> Callable[[Any], AttentionBias]:
-    """A function that takes the weights of a layer and returns the position bias of the layer.
-
-    If the layers share a table, the bias is computed only once, here.
+    """A function from the weights of a layer to its position bias. A table that layers share is read once, here.
 
     Args:
         params: the parameters of the encoder or of the decoder.
-        position_pair: (positions of queries, positions of keys); None: 0, 1, ... ``length - 1`` for both.
+        positions: (positions of queries, positions of keys); None: 0, 1, ... ``length - 1`` for both.
     """
 
-    def layer_bias(weights: Any) -> AttentionBias:
+    def bias(weights: Any) -> AttentionBias:
         table = distance_table(weights["relative_bias"], cfg.max_distance, bidirectional=bidirectional)
-        if position_pair is None:
+        if positions is None:
             return distance_bias(table, cfg.max_distance, length, length, query_offset=0)
-        return distance_bias_at_positions(table, cfg.max_distance, *position_pair)
+        return distance_bias_at_positions(table, cfg.max_distance, *positions)
 
-    if cfg.bias_per_layer:
-        return layer_bias
-    shared_bias = layer_bias(params)
-    return lambda weights: shared_bias
+    shared = None if cfg.bias_per_layer else bias(params)
+    return bias if shared is None else lambda weights: shared
 
 
 def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
@@ -278,14 +266,10 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """
     if cfg.task == "none":
         raise ValueError("a T5 with task='none' has no head: set task='seq2seq' for logits of target tokens")
-    if cfg.tie_embeddings:
-        table, hidden = params["token_embedding"], hidden * cfg.embed_dim**-0.5
-    else:
-        table = params["head"]
-    return constrain(unembed(table, hidden, cfg.vocab_size), ("batch", None, "vocab"))
-
-
-# ------------------------------------------------------------------------------------------- source and state
+    if not cfg.tie_embeddings:
+        return constrain(unembed(params["head"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
+    hidden = hidden * cfg.embed_dim**-0.5
+    return constrain(unembed(params["token_embedding"], hidden, cfg.vocab_size), ("batch", None, "vocab"))
 
 
 def init_decode_state(
@@ -297,14 +281,8 @@ def init_decode_state(
     """
     _require_decoder(cfg)
     encoded = encode(cfg, params, source, segment_ids=segment_ids)
-    layers = params["decoder"]["layers"]
-
-    def source_kv(weights: Any) -> dict[str, jax.Array]:
-        k, v = _project_kv(weights["cross_attention"], encoded)
-        return {name: x.reshape(*x.shape[:2], -1) for name, x in (("key", k), ("value", v))}
-
     state = spec.init(state_specs(cfg, source.shape[0], length, source.shape[1]))
-    source_layers = jax.lax.map(source_kv, layers) if cfg.scan_layers else tuple(map(source_kv, layers))
+    source_layers = project_once(functools.partial(_project_source, encoded), params["decoder"]["layers"])
     source_state = {"layers": source_layers, "segment_ids": common.segment_ids_or_ones(source, segment_ids)}
     return {**state, "source": source_state}
 
@@ -316,49 +294,14 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
     """
 
     def decoder_cache_specs(slots: int) -> dict[str, Any]:
-        return cache.cache_specs(
-            _num_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype),
-            stacked=cfg.scan_layers,
-        )  # fmt: skip
+        shape = _num_decoder_layers(cfg), batch, slots, cfg.num_heads, cfg.head_dim
+        return cache.cache_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers)
 
     source = decoder_cache_specs(source_length)
     return {**decoder_cache_specs(length), "source": {name: source[name] for name in ("layers", "segment_ids")}}
 
 
-def rollback(cfg: Config, state: dict[str, Any], dropped: jax.Array) -> dict[str, Any]:
-    """The state without the last ``dropped`` [B] tokens of each row."""
-    return cache.rollback(state, dropped)
-
-
-def _source_kv_from_encoder(
-    cfg: Config, params: dict[str, Any], source: jax.Array, segment_ids: jax.Array | None, key: jax.Array | None
-) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """The weights of the decoder layers, and a function from one layer's weights to the keys and values of the source.
-
-    The function projects the output of the encoder.
-    """
-    encoded = encode(cfg, params, source, segment_ids=segment_ids, key=key)
-    return params["decoder"]["layers"], lambda weights: _project_kv(weights["cross_attention"], encoded)
-
-
-def _source_kv_from_state(
-    cfg: Config, params: dict[str, Any], source_kv: Any
-) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """The same as :func:`_source_kv_from_encoder`, for keys and values that are already in the state.
-
-    The weights of a layer get an additional entry: its ``source_kv``, or, for stacked layers, the ``index`` of the
-    layer. With the index, a layer reads its slice of the stack in place; a scan over the stack would copy the slice.
-    """
-    layers = params["decoder"]["layers"]
-    if not cfg.scan_layers:
-        layers = tuple({**layer, "source_kv": kv} for layer, kv in zip(layers, source_kv, strict=True))
-        return layers, lambda weights: cache.split_heads(weights["source_kv"], cfg.num_heads)
-
-    def read_in_place(weights: Any) -> tuple[Any, Any]:
-        views = jax.tree.map(lambda stack: cache.CacheView(stack, weights["index"]), source_kv)
-        return cache.split_heads(views, cfg.num_heads)
-
-    return {**layers, "index": jnp.arange(_num_decoder_layers(cfg))}, read_in_place
+rollback = cache.rollback
 
 
 def _require_decoder(cfg: Config) -> None:
@@ -370,25 +313,20 @@ def _num_decoder_layers(cfg: Config) -> int:
     return cfg.num_layers if cfg.num_decoder_layers is None else cfg.num_decoder_layers
 
 
-# -------------------------------------------------------------------------------------------------- parameters
-
-
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
     V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(D**-0.5)
 
-    def projection(init: Normal) -> dict[str, ArraySpec]:
-        return linear_specs((D, H, K), ("embed", "heads", "kv"), init, bias=False)
-
+    stddevs = {"query": (D * K) ** -0.5, "key": D**-0.5, "value": D**-0.5}
+    output = linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), num_input_axes=2, bias=False)
     attention_specs = {
-        "query": projection(Normal((D * K) ** -0.5)),
-        "key": projection(normal),
-        "value": projection(normal),
-        "output": linear_specs(
-            (H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), num_input_axes=2, bias=False
-        ),
+        **{
+            name: linear_specs((D, H, K), ("embed", "heads", "kv"), Normal(stddev), bias=False)
+            for name, stddev in stddevs.items()
+        },
+        "output": output,
     }
     bias = ArraySpec((cfg.num_buckets, H), (None, "heads"), normal)
     up_projections = ["up"] if cfg.mlp == "relu" else ["gate", "gated"]
@@ -419,24 +357,19 @@ def specs(cfg: Config) -> dict[str, Any]:
     return tree
 
 
-# --------------------------------------------------------------------------------------------- published sizes
-
-_V1_1 = {"mlp": "gated_gelu", "tie_embeddings": False, "mlp_dim": 1024, "num_layers": 8, "num_heads": 6}
-
-
-def _v1_1(**fields: Any) -> Config:
-    return Config(**{**_V1_1, **fields})
-
+_V1_1 = functools.partial(dataclasses.replace, Config(
+    mlp="gated_gelu", tie_embeddings=False, mlp_dim=1024, num_layers=8, num_heads=6
+))  # fmt: skip
 
 VARIANTS = {
     "t5-small": Config(),
     "t5-base": Config(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=3072),
     "t5-large": Config(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=4096),
     "t5-3b": Config(num_layers=24, num_heads=32, embed_dim=1024, head_dim=128, mlp_dim=16384),
-    "t5-v1.1-small": _v1_1(),
-    "t5-v1.1-base": _v1_1(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=2048),
-    "t5-v1.1-large": _v1_1(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=2816),
-    "mt5-small": _v1_1(vocab_size=250112),
-    "umt5-small": _v1_1(vocab_size=256384, bias_per_layer=True),
+    "t5-v1.1-small": _V1_1(),
+    "t5-v1.1-base": _V1_1(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=2048),
+    "t5-v1.1-large": _V1_1(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=2816),
+    "mt5-small": _V1_1(vocab_size=250112),
+    "umt5-small": _V1_1(vocab_size=256384, bias_per_layer=True),
     "t5-tiny": Config(vocab_size=128, num_layers=2, num_heads=4, embed_dim=32, head_dim=16, mlp_dim=64),
 }

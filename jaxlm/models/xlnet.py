@@ -3,9 +3,8 @@
 The input of the content stream is the token of each position. The input of the query stream is one learned vector at
 all positions. The query stream does not attend to the token of its own position, so that the head can predict this
 token from the query stream. Both streams share all weights, and only the content stream (and the memory) provides keys
-and values. So a block processes the concatenated streams, except that attention runs once per stream. Each position has
-an integer, its order. The content stream attends to positions of the same or a lower order; the query stream attends
-only to positions of a lower order.
+and values. So a block processes the concatenated streams, except that attention runs once per stream
+(``jaxlm.nn.attention.two_streams``).
 
 The code follows the authors' code and the weights of Hugging Face. The published weights were trained with the tanh
 approximation of GELU, which ``VARIANTS`` use. Hugging Face uses the exact GELU, as do models loaded from its files.
@@ -17,26 +16,18 @@ width, H heads, K head width (D / H), F hidden width of the MLP, R distances, V 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn import choices
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import attention, memory
-from jaxlm.nn.attention.distance_bias import (
-    distance_bias,
-    distance_bias_at_positions,
-    distance_bias_at_queries,
-    sinusoids,
-    type_bias,
-)
-from jaxlm.nn.attention.mask import Mask
+from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
+from jaxlm.nn.attention.two_streams import Kind, Stream, make_streams
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
@@ -81,14 +72,12 @@ class Config(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_positive(self, "vocab_size", "num_layers", "num_heads", "embed_dim", "mlp_dim", "num_labels")
-        common.check_rates(self, "dropout", *(["pool_dropout"] if self.pool_dropout is not None else []))
+        common.check_rates(self, "dropout", "pool_dropout")
         common.check_choices(self, activation=get_args(Activation), task=("permutation", *heads.HEADS, "none"))
         common.check_divides(self, "num_heads", "embed_dim")
         if self.embed_dim % 2:
             raise ValueError(f"embed_dim={self.embed_dim} must be even: distances are encoded as sines and cosines")
-        for name in ("clamp_length", "reuse_length"):
-            if getattr(self, name) is not None:
-                common.check_positive(self, name)
+        common.check_positive(self, "clamp_length", "reuse_length")
 
 
 def apply(
@@ -128,21 +117,31 @@ def apply(
     _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
     dtype = jnp.dtype(cfg.dtype)
     T = tokens.shape[1]
-    inputs, state = _attention_inputs(cfg, tokens, state, segment_ids, key, token_types, right_to_left, order, targets)
+    two_streams = cfg.task == "permutation"
+    kind: Kind = "bidirectional" if not two_streams else "left_to_right" if order is None else "permuted"
+    streams = make_streams(
+        tokens, state, segment_ids, kind, token_types=token_types, right_to_left=right_to_left, order=order,
+        targets=targets,
+    )  # fmt: skip
+    S = T if state is None else T + state["segment_ids"].shape[1]
+    lowest_distance = -S if right_to_left is not None else 0 if kind == "left_to_right" else 1 - T
+    distances = _encode_distances(cfg, jnp.arange(S, lowest_distance - 1, -1), key)
 
     x = embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size)
-    if cfg.task == "permutation":
+    if two_streams:
         is_inside_BP = jnp.ones_like(tokens, bool) if targets is None else (targets >= 0) & (targets < T)
         query_BPD = jnp.where(is_inside_BP[..., None], params["mask_embedding"].astype(dtype)[None, None], jnp.nan)
         x = jnp.concatenate([x, query_BPD], axis=1)
     x = dropout(x, cfg.dropout, fold_name(key, "embedding"))
     x = constrain(x, ("batch", "seq", "activation_embed"))
 
+    num_remembered = T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
+
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
         old_inputs = None if layer_memory is None else layer_memory["hidden"]
-        attended = _attention(cfg, weights["attention"], x, T, old_inputs, inputs, layer_key)
-        new_inputs = None if layer_memory is None else {"hidden": x[:, : _num_remembered(cfg, T, order)]}
+        attended = _attention(cfg, weights["attention"], x, T, old_inputs, streams, distances, layer_key)
+        new_inputs = None if layer_memory is None else {"hidden": x[:, :num_remembered]}
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
@@ -150,11 +149,14 @@ def apply(
 
     memories = None if state is None else state["layers"]
     x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
-    hidden = dropout(x[:, T:] if cfg.task == "permutation" else x, cfg.dropout, fold_name(key, "output"))
-    return hidden, None if state is None else {
-        **state,
-        "layers": memory.append_layers(memories, new_inputs, inputs.kept_indices),
-    }
+    hidden = dropout(x[:, T:] if two_streams else x, cfg.dropout, fold_name(key, "output"))
+    if state is None:
+        return hidden, None
+    types_BT = jnp.zeros_like(tokens) if token_types is None else token_types
+    new_segments = None if segment_ids is None else segment_ids[:, :num_remembered]
+    return hidden, _add_to_memory(
+        state, tokens[:, :num_remembered], new_segments, types_BT[:, :num_remembered], new_inputs
+    )
 
 
 def _attention(
@@ -163,46 +165,40 @@ def _attention(
     x_BQD: jax.Array,
     T: int,
     memory_BMD: jax.Array | None,
-    inputs: _AttentionInputs,
+    streams: tuple[Stream, ...],
+    encoded_RD: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
     """The output of attention for the concatenated streams ``x``, [B, Q, D].
 
     Args:
         memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
+        encoded_RD: the encodings of the distances S, S - 1, ..., down to the lowest distance that occurs.
     """
     q = constrain(linear(weights["query"], x_BQD), ("batch", "seq", "heads", "kv"))
     context = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, context.shape[1]
     use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, context, dropout=cfg.dropout, key=key)
     if use_absorbed:
-        table = inputs.sinusoids[:, None]
+        table = encoded_RD[:, None]
     else:
         k, v = (constrain(linear(weights[name], context), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
-        table = linear(weights["relative"], inputs.sinusoids)
+        table = linear(weights["relative"], encoded_RD)
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
         """The queries multiplied with the named weight if attention is absorbed, else the unchanged queries."""
         return memory.absorb_weight(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
 
     outputs = []
-    for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), inputs.streams, ("content", "query")):
+    for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), streams, ("content", "query")):
 
         def add_bias(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
             return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
 
-        query_kwargs: dict[str, Any] = {"q_BTHK": absorb("relative", add_bias("position_bias")), "scale": scale}
-        if stream.positions is not None:
-            biases = [distance_bias_at_positions(table, S, *stream.positions, **query_kwargs)]
-        elif stream.query_indices is not None:
-            biases = [distance_bias_at_queries(table, S, stream.query_indices, S, **query_kwargs)]
-        else:
-            biases = [distance_bias(table, S, q_BTHK.shape[1], S, query_offset=stream.query_offset, **query_kwargs)]
+        biases = [stream.position_bias(table, S, absorb("relative", add_bias("position_bias")), scale)]
         if stream.token_types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
-            biases.append(
-                type_bias(add_bias("type_bias"), types_2HK, stream.token_types, inputs.key_types, scale=scale)
-            )
+            biases.append(type_bias(add_bias("type_bias"), types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", add_bias("content_bias"))
         if use_absorbed:
             outputs.append(memory.attend(content_q, context, stream.mask, scale=scale, biases=biases))
@@ -238,11 +234,7 @@ def logits(cfg: Config, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
 
 
 def pool(
-    cfg: Config,
-    params: dict[str, Any],
-    hidden: jax.Array,
-    segment_ids: jax.Array | None = None,
-    key: jax.Array | None = None,
+    cfg: Config, params: dict[str, Any], hidden: jax.Array, segment_ids: Any = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The input of the classifier, [B, 1, D]: a tanh layer on the hidden state of each row's last real token."""
     last = jnp.tanh(linear(params["pool"], heads.last_token_state(hidden, segment_ids)))
@@ -254,126 +246,6 @@ def pool_dropout(cfg: Config) -> float:
     return cfg.dropout if cfg.pool_dropout is None else cfg.pool_dropout
 
 
-_MEMORY_ORDER = -(2**30)
-"""The order of all memory slots: lower than the order of any token. Differences from it do not overflow int32."""
-
-
-@struct.dataclass
-class _StreamInputs:
-    """The inputs of attention for one stream. Positions are relative to the first of the S keys.
-
-    Attributes:
-        mask: which keys each query may attend to.
-        query_offset: the position of the first query, if the positions of the queries are consecutive.
-        query_indices: [1 or B, P] positions of the queries; None: the positions are consecutive.
-        positions: positions of queries [1 or B, T or P] and keys [1 or B, S]; None: the position of a key is its index.
-        token_types: [B, T or P] token types of the queries, or None.
-    """
-
-    mask: Mask
-    query_offset: int = struct.field(pytree_node=False)
-    query_indices: Any
-    positions: Any
-    token_types: Any
-
-
-@struct.dataclass
-class _AttentionInputs:
-    """The inputs of attention that all layers share.
-
-    Attributes:
-        streams: the content stream and, for the task ``permutation``, the query stream.
-        key_types: [B, S] token types of the keys, or None.
-        sinusoids: [R, D] encodings of the distances S, S - 1, ..., down to the lowest distance that occurs.
-        kept_indices: see ``memory.Context``.
-    """
-
-    streams: tuple[_StreamInputs, ...]
-    key_types: Any
-    sinusoids: Any
-    kept_indices: Any
-
-
-def _attention_inputs(
-    cfg: Config,
-    tokens: jax.Array,
-    state: Any,
-    segment_ids: Any,
-    key: jax.Array | None,
-    token_types: Any,
-    right_to_left: Any,
-    order: Any,
-    targets: Any,
-) -> tuple[_AttentionInputs, Any]:
-    """The inputs of attention, and the state with the new tokens; its ``hidden`` is not updated yet."""
-    B, T = tokens.shape
-    two_streams = cfg.task == "permutation"
-    memory_context, _ = memory.make_context(tokens, state, segment_ids, causal=two_streams)
-    M = 0 if state is None else state["segment_ids"].shape[1]
-    S = M + T
-    types_BS = token_types
-    if token_types is not None and state is not None:
-        types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
-    sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
-
-    def at_targets(x_BT: Any) -> Any:
-        """The entries of a per-position array at the target positions, [B, P]; all entries if there are no targets."""
-        if x_BT is None or targets is None:
-            return x_BT
-        return jnp.take_along_axis(jnp.broadcast_to(x_BT, (B, T)), targets, axis=1, mode="clip")
-
-    def stream_inputs(select: Callable[[Any], Any], offset: int, order_BT: Any, consecutive: bool) -> _StreamInputs:
-        """The inputs of a stream.
-
-        Args:
-            select: a function that gets an array with one entry per new token and returns the entries of the queries.
-            offset: position of a query minus position of its token.
-            order_BT: the highest order that each query may attend to; None: its index if the mask is causal, else no
-                limit.
-            consecutive: whether the positions of the queries are consecutive.
-        """
-        mask = Mask(
-            causal=two_streams,
-            query_order=order_BT,
-            key_order=None if order_BT is None else key_order,
-            query_segments=select(memory_context.mask.query_segments),
-            key_segments=memory_context.mask.key_segments,
-        )
-        positions = None
-        if segment_ids is not None or right_to_left is not None:
-            positions = (select(memory_context.query_positions) + offset) * sign, memory_context.key_positions * sign
-        query_indices = None if consecutive else M + offset + select(jnp.arange(T)[None])
-        return _StreamInputs(mask, M + offset, query_indices, positions, token_types=select(token_types))
-
-    def identity(x: Any) -> Any:
-        return x
-
-    key_order = None
-    if order is not None:
-        key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_MEMORY_ORDER)
-        content = stream_inputs(identity, 0, order, consecutive=True)
-        streams = [content, stream_inputs(at_targets, 0, at_targets(order) - 1, consecutive=False)]
-    elif two_streams:
-        key_order = memory_context.key_positions
-        order_BT = None if state is None and segment_ids is None else memory_context.query_positions
-        # A query has the position after its token, because it predicts the next token.
-        streams = [stream_inputs(identity, offset, order_BT, consecutive=True) for offset in (0, 1)]
-    else:
-        streams = [stream_inputs(identity, 0, None, consecutive=True)]
-
-    lowest_distance = -S if right_to_left is not None else 0 if two_streams and order is None else 1 - T
-    encoded_RD = _encode_distances(cfg, jnp.arange(S, lowest_distance - 1, -1), key)
-
-    kept_indices = None
-    if state is not None:
-        num_remembered = _num_remembered(cfg, T, order)
-        types_BT = jnp.zeros((B, T), jnp.int32) if token_types is None else token_types
-        state, kept_indices = _add_to_memory(
-            state, *(None if x is None else x[:, :num_remembered] for x in (tokens, segment_ids, types_BT))
-        )
-    return _AttentionInputs(tuple(streams), types_BS, encoded_RD, kept_indices), state
-
-
 def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None) -> jax.Array:
     """The encodings of the distances after dropout, [R, D] in the compute dtype."""
     if cfg.clamp_length is not None:
@@ -383,18 +255,12 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
     return encoded_RD.astype(cfg.dtype)
 
 
-def _add_to_memory(state: Any, tokens: Any, segment_ids: Any, token_types: Any) -> tuple[Any, Any]:
-    """The state with the segments and types of the tokens, and ``kept_indices``; ``hidden`` is not updated yet."""
-    context, state = memory.make_context(tokens, state, segment_ids)
-    return {
-        **state,
-        "token_types": memory.append(state["token_types"], token_types, context.kept_indices),
-    }, context.kept_indices
-
-
-def _num_remembered(cfg: Config, T: int, order: Any) -> int:
-    """The number of first tokens of a call that are added to the memory."""
-    return T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
+def _add_to_memory(state: Any, tokens: Any, segment_ids: Any, token_types: Any, new_inputs: Any) -> Any:
+    """The state with the segments and types of the tokens, and with their inputs of all layers."""
+    context, new_state = memory.make_context(tokens, state, segment_ids)
+    layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)
+    types = memory.append(state["token_types"], token_types, context.kept_indices)
+    return {**new_state, "layers": layers, "token_types": types}
 
 
 def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
@@ -469,12 +335,9 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
         raise TypeError(
             f"task={cfg.task!r} reads whole texts and carries no state: only task='permutation' can decode or stream"
         )
-    return {
-        **memory.memory_specs(
-            cfg.num_layers, batch, length, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
-        ),
-        "token_types": ArraySpec((batch, length), ("batch", None), dtype=jnp.int32),
-    }
+    shape = cfg.num_layers, batch, length, cfg.embed_dim
+    token_types = ArraySpec((batch, length), ("batch", None), dtype=jnp.int32)
+    return {**memory.memory_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers), "token_types": token_types}
 
 
 VARIANTS = {

@@ -116,40 +116,6 @@ def context(weights_BS: jax.Array, source_BSC: jax.Array) -> jax.Array:
     return jnp.einsum("BS,BSC->BC", weights_BS.astype(source_BSC.dtype), source_BSC)
 
 
-def copied_tokens(weights_BTS: jax.Array, source_BS: jax.Array, vocab_size: int) -> jax.Array:
-    """The copy distribution: for each token id, the sum of the attention weights on its source positions.
-
-    The result is [B, T, V] float32 (See et al. 2017, eq. 9). Source ids outside the vocabulary are ignored.
-
-    Example:
-        >>> copied_tokens(jnp.array([[[0.5, 0.25, 0.25]]]), jnp.array([[2, 0, 2]]), 4).tolist()
-        [[[0.25, 0.0, 0.75, 0.0]]]
-    """
-    in_vocabulary_BS = (source_BS >= 0) & (source_BS < vocab_size)
-    weights_BTS = jnp.where(in_vocabulary_BS[:, None, :], weights_BTS.astype(jnp.float32), 0.0)
-    ids_BS = jnp.where(in_vocabulary_BS, source_BS, 0)
-
-    def sum_weights_by_id(weights_TS: jax.Array, ids_S: jax.Array) -> jax.Array:
-        # On a CPU this is six times as fast as a scatter with an index for each (t, s).
-        return jnp.zeros((weights_TS.shape[0], vocab_size)).at[:, ids_S].add(weights_TS)
-
-    return jax.vmap(sum_weights_by_id)(weights_BTS, ids_BS)
-
-
-def mix_copied(logits_BTV: jax.Array, gate_BT1: jax.Array, copied_BTV: jax.Array) -> jax.Array:
-    """Log-probabilities ``log(p softmax(logits) + (1 - p) copied)`` with p = sigmoid(gate), [B, T, V] float32.
-
-    See et al. 2017, eq. 9. The sum is computed from logarithms (``logaddexp``), so the result is finite even for an
-    unlikely token that is not in the source.
-    """
-    gate_BT1, copied_BTV = gate_BT1.astype(jnp.float32), copied_BTV.astype(jnp.float32)
-    generated_BTV = jax.nn.log_sigmoid(gate_BT1) + jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
-    is_copied_BTV = copied_BTV > 0
-    # The inner ``where`` avoids log(0), whose infinite gradient times 0 would be NaN.
-    log_copied_BTV = jax.nn.log_sigmoid(-gate_BT1) + jnp.log(jnp.where(is_copied_BTV, copied_BTV, 1.0))
-    return jnp.where(is_copied_BTV, jnp.logaddexp(generated_BTV, log_copied_BTV), generated_BTV)
-
-
 def pooling_specs(source: int, width: int, hops: int, init: Initializer) -> dict[str, Any]:
     """Specs of the parameters of :func:`pooling_weights`."""
     return {

@@ -149,9 +149,9 @@ def test_separate_source_and_target_vocabularies(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 2}, "attention='bahdanau' requires num_layers=1, got 2"),
-        ({"score": "dot"}, "attention='bahdanau' requires score='concat', got 'dot'"),
-        ({"window": 3}, "attention='bahdanau' requires window=None, got 3"),
+        ({"num_layers": 2}, "attention='bahdanau' needs num_layers=1, got 2"),
+        ({"score": "dot"}, "attention='bahdanau' needs score='concat', got 'dot'"),
+        ({"window": 3}, "attention='bahdanau' needs window=None, got 3"),
         ({"attention": "luong", "window": 0}, "window=0 must be at least 1"),
         ({"attention": "vaswani"}, "attention='vaswani' is unknown"),
         ({"source_vocab_size": 0}, "source_vocab_size=0 must be at least 1"),

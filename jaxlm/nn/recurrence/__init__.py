@@ -9,8 +9,10 @@ from jaxlm.nn.recurrence.cells import (
     lstm_specs,
     lstm_state_specs,
     project,
+    project_time_major,
+    select_state,
 )
-from jaxlm.nn.recurrence.layers import Implementation, gru, lstm
+from jaxlm.nn.recurrence.layers import Implementation, gru, lstm, lstm_states
 from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
 
 __all__ = [
@@ -24,8 +26,11 @@ __all__ = [
     "lstm_cell",
     "lstm_specs",
     "lstm_state_specs",
+    "lstm_states",
     "project",
+    "project_time_major",
     "rg_lru",
     "rg_lru_cell",
     "rg_lru_specs",
+    "select_state",
 ]

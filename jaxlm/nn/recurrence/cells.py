@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.linear import linear
+from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Uniform
 
 GRUReset = Literal["after", "before"]
@@ -69,6 +70,16 @@ def project(params: dict[str, Any], x: jax.Array) -> jax.Array:
     """
     check_width(params, x)
     return linear({"weight": params["weight_input"], "bias": params["bias"]}, x)
+
+
+def project_time_major(params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+    """The result of :func:`project` for a loop over time, [T, B, G, H]. The time axis is not sharded."""
+    return constrain(project(params, jnp.swapaxes(x_BTD, 0, 1)), (None, "batch", None, "mlp"))
+
+
+def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
+    """``jnp.where(condition, x, y)`` for trees ``x`` and ``y`` with leaves [..., H] and a condition of shape [...]."""
+    return jax.tree.map(lambda a, b: jnp.where(condition[..., None], a, b), x, y)
 
 
 def check_width(params: dict[str, Any], x: jax.Array) -> None:

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxlm.nn import choices
 from jaxlm.nn.recurrence import chunked, cudnn
-from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project
+from jaxlm.nn.recurrence.cells import check_width, gru_cell, lstm_cell, project, project_time_major, select_state
 from jaxlm.nn.segments import both_masks, check_masks
 from jaxlm.sharding import constrain
 
@@ -61,6 +61,26 @@ def lstm(
         return cudnn.lstm(params, x_BTD, state, reset_BT, keep_BT, reverse)
     masks = both_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     return _layer(_LSTM, params, x_BTD, state, masks, reverse, implementation, remat)
+
+
+def lstm_states(
+    params: dict[str, Any], x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """The state of an LSTM layer after each token: ``hidden`` and ``cell``, [B, T, H] float32.
+
+    :func:`lstm`, which is faster, returns the cell of the last token only. The masks are those of :func:`lstm`.
+    """
+
+    def step(state: Any, inputs: Any) -> Any:
+        projected_BGH, reset_B, keep_B = inputs
+        state = select_state(reset_B, jax.tree.map(jnp.zeros_like, state), state)
+        state = select_state(keep_B, lstm_cell(params, projected_BGH, state), state)
+        return state, state
+
+    projected_TBGH = project_time_major(params, x_BTD)
+    zeros_BH = jnp.zeros_like(projected_TBGH[0, :, 0], jnp.float32)
+    _, states = lax.scan(step, {"hidden": zeros_BH, "cell": zeros_BH}, (projected_TBGH, reset_BT.T, keep_BT.T))
+    return jax.tree.map(lambda x_TBH: jnp.swapaxes(x_TBH, 0, 1), states)
 
 
 # ----------------------------------------------------------------------------------------------------------- GRU

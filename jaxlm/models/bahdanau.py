@@ -1,0 +1,107 @@
+"""The Bahdanau form of ``jaxlm.models.attention_rnn``: RNNsearch (Bahdanau et al. 2015).
+
+A bidirectional GRU encoder and a GRU decoder. The decoder attends with the state *before* the token, s[t-1]; the
+context is an input of the GRU. A maxout layer of s[t-1], embedding and context feeds the head. The initial state is
+tanh(W h), where h is the backward encoder's state at the first source token.
+
+The maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code (GroundHog).
+The GRU's reset gate is applied before the recurrent matmul, as in the paper. Its update gate z is the weight of the old
+state, as in ``jaxlm.nn.recurrence``.
+
+Shapes: B batch, T target time, S source time, E embedding, C = 2H encoder width, G gates, H hidden width, D width of
+the head's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn import recurrence
+from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.sharding import constrain
+from jaxlm.spec import ArraySpec, Uniform
+
+if TYPE_CHECKING:
+    from jaxlm.models.attention_rnn import Config
+
+
+def encode(
+    cfg: Config, weights: dict[str, Any], x_BSE: jax.Array, segments_BS: jax.Array, key: jax.Array | None
+) -> dict[str, Any]:
+    """The states of both directions at each source token: {"encoded": [B, S, C]}."""
+    reset, keep, _ = segment_boundaries(segments_BS)
+    forward, _ = recurrence.gru(weights["forward"], x_BSE, reset_BT=reset, keep_BT=keep)
+    reset, _, _ = segment_boundaries(segments_BS, reverse=True)
+    backward, _ = recurrence.gru(weights["backward"], x_BSE, reset_BT=reset, keep_BT=keep, reverse=True)
+    encoded = jnp.concatenate([forward, backward], axis=-1)
+    return {"encoded": constrain(encoded, ("batch", None, "activation_embed"))}
+
+
+def initial_states(
+    cfg: Config, weights: dict[str, Any], source: dict[str, Any], in_document_BTS: jax.Array
+) -> dict[str, Any]:
+    """The decoder's states [B, T, ...] from the backward states at the first source tokens of documents."""
+    first_BT = jnp.argmax(in_document_BTS, axis=-1)
+    backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
+    backward_BTH = jnp.take_along_axis(backward_BSH, first_BT[:, :, None], axis=1)
+    return {"layer_0": {"hidden": jnp.tanh(linear(weights["begin"], backward_BTH)).astype(jnp.float32)}}
+
+
+def step(
+    cfg: Config,
+    params: dict[str, Any],
+    attend: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    projected_BGH: jax.Array,
+    state: dict[str, Any],
+    key: jax.Array | None,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The next state, and s[t-1], c[t] and the attention weights (appendix A.2.2)."""
+    weights = params["decoder"]
+    state_BH = state["layer_0"]["hidden"].astype(projected_BGH.dtype)
+    context_BC, weights_BS = attend(state_BH)
+    projected_BGH = projected_BGH + linear(weights["context"], context_BC)
+    new_state = {"layer_0": recurrence.gru_cell(weights["layer_0"], projected_BGH, state["layer_0"])}
+    return new_state, {"state": state_BH, "context": context_BC, "weights": weights_BS}
+
+
+def features(weights: dict[str, Any], x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
+    """The maximum of each pair of units of U s + V e + C c (Goodfellow et al. 2013), [B, T, D]."""
+    inputs = {"state": outputs["state"], "embedding": x_BTE, "context": outputs["context"]}
+    pairs_BTD2 = sum(linear(weights[name], x) for name, x in inputs.items())
+    return jnp.max(pairs_BTD2, axis=-1)
+
+
+def specs(cfg: Config, init: Uniform, recurrent_init: Uniform | None) -> dict[str, Any]:
+    """The specs of encoder, decoder and output layer."""
+    E, H, D, C = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, 2 * cfg.hidden_dim
+    layer = recurrence.gru_specs(E, H, recurrent_init, reset="before")
+    return {
+        "encoder": {"forward": layer, "backward": layer},
+        "decoder": {
+            "begin": linear_specs((H, H), ("embed", "mlp"), init),
+            "layer_0": layer,
+            "context": linear_specs((C, 3, H), ("embed", None, "mlp"), init, bias=False),  # C_r, C_z, C of the paper
+        },
+        "output": {
+            "state": linear_specs((H, D, 2), ("embed", "mlp", None), init),
+            "embedding": linear_specs((E, D, 2), ("embed", "mlp", None), init, bias=False),
+            "context": linear_specs((C, D, 2), ("embed", "mlp", None), init, bias=False),
+        },
+    }
+
+
+def encoder_width(cfg: Config) -> int:
+    """C: the width of the encoded source."""
+    return 2 * cfg.hidden_dim
+
+
+def state_specs(
+    cfg: Config, batch: int, source_spec: Callable[[int, Any], ArraySpec]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The specs of the decoder's state, and of the entries of the source state that only this form has (none)."""
+    return {"layer_0": recurrence.gru_state_specs(batch, cfg.hidden_dim)}, {}

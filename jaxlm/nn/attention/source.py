@@ -1,0 +1,61 @@
+"""Attention of a decoder to its source: keys and values that are computed once, and rows that share a source.
+
+Shapes: B rows, N sources, S source time, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.attention import cache
+
+SourceKV = Callable[[Any], tuple[Any, Any]]
+"""A function from the weights of a decoder layer to the keys and values of the source, [N, S, H, K] each."""
+
+
+def group_rows_by_source(x: jax.Array, sources: int) -> jax.Array:
+    """``x`` [R, T, ...] reshaped to [sources, R / sources * T, ...]: one row per source.
+
+    Row r of ``x`` has source ``r // (R / sources)``. In beam search, the rows of a source are its hypotheses. With the
+    new shape, attention reads the keys of a source once for all rows of the source.
+    """
+    return x.reshape(sources, -1, *x.shape[2:])
+
+
+def project_once(project: SourceKV, layers: Any) -> Any:
+    """The keys and values of the source for all layers, each [N, S, H * K]: part of a decode state.
+
+    Args:
+        project: projects the encoded source with the weights of a layer.
+        layers: the weights of all layers, stacked or as a tuple with one tree per layer (``spec.layers``).
+    """
+
+    def layer_kv(weights: Any) -> dict[str, jax.Array]:
+        return {name: x.reshape(*x.shape[:2], -1) for name, x in zip(("key", "value"), project(weights), strict=True)}
+
+    return tuple(map(layer_kv, layers)) if isinstance(layers, tuple) else jax.lax.map(layer_kv, layers)
+
+
+def read_projected(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, SourceKV]:
+    """The weights of the decoder layers, and a function from the weights of one layer to its keys and values.
+
+    The weights of a layer get an additional entry: its ``source_kv``, or, for stacked layers, the ``index`` of the
+    layer. With the index, a layer reads its slice of the stack in place; a scan over the stack would copy the slice.
+
+    Args:
+        source_kv: from :func:`project_once`.
+    """
+    if isinstance(layers, tuple):
+        layers = tuple({**layer, "source_kv": kv} for layer, kv in zip(layers, source_kv, strict=True))
+        return layers, lambda weights: cache.split_heads(weights["source_kv"], num_heads)
+
+    def read_in_place(weights: Any) -> tuple[Any, Any]:
+        views = jax.tree.map(lambda stack: cache.CacheView(stack, weights["index"]), source_kv)
+        return cache.split_heads(views, num_heads)
+
+    num_layers = jax.tree.leaves(source_kv)[0].shape[0]
+    return {**layers, "index": jnp.arange(num_layers)}, read_in_place

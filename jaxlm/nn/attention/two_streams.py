@@ -1,0 +1,133 @@
+"""The queries of XLNet's two streams: their masks and positions (Yang et al. 2019, section 2.3).
+
+The content stream has a query at each token. The query stream has a query at each position to predict; it does not
+attend to the token of its own position. Both streams attend to the same keys, the memory and the tokens. Each position
+has an integer, its order: the content stream attends to positions of the same or a lower order, the query stream only
+to positions of a lower order.
+
+Shapes: B batch, T tokens, P positions of the query stream, M memory slots, S = M + T keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.nn.attention import memory
+from jaxlm.nn.attention.bias import AttentionBias
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions, distance_bias_at_queries
+from jaxlm.nn.attention.mask import Mask
+
+Kind = Literal["permuted", "left_to_right", "bidirectional"]
+"""``permuted``: two streams with a factorization order. ``left_to_right``: two streams; query t of the query stream has
+the position after token t. ``bidirectional``: only the content stream, without a causal mask."""
+
+_MEMORY_ORDER = -(2**30)
+"""The order of all memory slots: lower than the order of any token. Differences from it do not overflow int32."""
+
+
+@struct.dataclass
+class Stream:
+    """The queries of one stream. Positions are relative to the first of the S keys.
+
+    Attributes:
+        mask: which keys each query may attend to.
+        query_offset: the position of the first query, if the positions of the queries are consecutive.
+        query_indices: [1 or B, P] positions of the queries; None: the positions are consecutive.
+        positions: positions of queries [1 or B, T or P] and keys [1 or B, S]; None: the position of a key is its index.
+        token_types: token types of queries [B, T or P] and keys [B, S]; None: no types.
+    """
+
+    mask: Mask
+    query_offset: int = struct.field(pytree_node=False)
+    query_indices: Any
+    positions: Any
+    token_types: Any
+
+    def position_bias(self, table: jax.Array, keys: int, q_BTHK: jax.Array, scale: float) -> AttentionBias:
+        """The bias of relative positions for the queries ``q``; row n of ``table`` is for the distance ``keys - n``."""
+        if self.positions is not None:
+            return distance_bias_at_positions(table, keys, *self.positions, q_BTHK=q_BTHK, scale=scale)
+        if self.query_indices is not None:
+            return distance_bias_at_queries(table, keys, self.query_indices, keys, q_BTHK=q_BTHK, scale=scale)
+        queries = q_BTHK.shape[1]
+        return distance_bias(table, keys, queries, keys, query_offset=self.query_offset, q_BTHK=q_BTHK, scale=scale)
+
+
+def make_streams(
+    tokens_BT: jax.Array,
+    state: Any,
+    segment_ids: Any,
+    kind: Kind,
+    *,
+    token_types: Any = None,
+    right_to_left: Any = None,
+    order: Any = None,
+    targets: Any = None,
+) -> tuple[Stream, ...]:
+    """The content stream and, unless ``kind`` is bidirectional, the query stream.
+
+    Args:
+        state: a state as in ``memory.memory_specs``, with ``token_types`` [B, M]; None: there is no memory, and S = T.
+        segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. Default: one document.
+        token_types: [B, T] integers, or None.
+        right_to_left: [B] bool, True for rows whose positions are negated.
+        order: [B, T] integers, the factorization order, for ``kind="permuted"``.
+        targets: [B, P] integers, the positions to predict, for ``kind="permuted"``.
+    """
+    B, T = tokens_BT.shape
+    causal = kind != "bidirectional"
+    context, _ = memory.make_context(tokens_BT, state, segment_ids, causal=causal)
+    M = 0 if state is None else state["segment_ids"].shape[1]
+    sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
+    types_BS = token_types
+    if token_types is not None and state is not None:
+        types_BS = jnp.concatenate([state["token_types"], token_types.astype(jnp.int32)], axis=1)
+    key_order = None
+    if order is not None:
+        key_order = jnp.pad(order, ((0, 0), (M, 0)), constant_values=_MEMORY_ORDER)
+    elif causal:
+        key_order = context.key_positions
+
+    def at_tokens(x_BT: Any) -> Any:
+        return x_BT
+
+    def at_targets(x_BT: Any) -> Any:
+        if x_BT is None:
+            return None
+        return jnp.take_along_axis(jnp.broadcast_to(x_BT, (B, T)), targets, axis=1, mode="clip")
+
+    def stream(select: Callable[[Any], Any], offset: int, order_BT: Any) -> Stream:
+        """A stream.
+
+        Args:
+            select: a function that gets an array with one entry per token and returns the entries of the queries.
+            offset: position of a query minus position of its token.
+            order_BT: the highest order that each query may attend to; None: its index if the mask is causal, else no
+                limit.
+        """
+        mask = Mask(
+            causal=causal,
+            query_order=order_BT,
+            key_order=None if order_BT is None else key_order,
+            query_segments=select(context.mask.query_segments),
+            key_segments=context.mask.key_segments,
+        )
+        positions = None
+        if segment_ids is not None or right_to_left is not None:
+            positions = (select(context.query_positions) + offset) * sign, context.key_positions * sign
+        query_indices = None if select is at_tokens else M + offset + select(jnp.arange(T)[None])
+        types = None if token_types is None else (select(token_types), types_BS)
+        return Stream(mask, M + offset, query_indices, positions, types)
+
+    if kind == "permuted":
+        return stream(at_tokens, 0, order), stream(at_targets, 0, at_targets(order) - 1)
+    if kind == "bidirectional":
+        return (stream(at_tokens, 0, None),)
+    order_BT = None if state is None and segment_ids is None else context.query_positions
+    # A query has the position after its token, because it predicts the next token.
+    return stream(at_tokens, 0, order_BT), stream(at_tokens, 1, order_BT)
