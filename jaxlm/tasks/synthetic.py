@@ -1,0 +1,271 @@
+"""Synthetic tasks on which architectures differ, with the definitions of the papers that published results.
+
+    recall              multi-query associative recall (Arora et al. 2024, "Zoology")
+    FORMAL_LANGUAGES    length generalization on formal languages (Deletang et al. 2023)
+    word_problem        products of group elements: state tracking (Merrill et al. 2024; Grazzi et al. 2025)
+    copying             repeat a string after a separator (Jelassi et al. 2024)
+    induction           recall the token after a special token (Gu and Dao 2024, section 4.1.2)
+
+Each function draws a batch with a numpy generator, so equal generators give equal batches. All batches suit causal
+models: the loss and the metrics count only ``target_positions``.
+
+Shapes: N rows, L length of an input, T tokens of a row, P targets of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.objectives.batch import Batch
+
+# ---------------------------------------------------------------------------------------------- associative recall
+
+
+def recall(
+    rng: np.random.Generator, rows: int, length: int, pairs: int, *, vocab_size: int = 8192, power: float = 0.01
+) -> Batch:
+    """A batch of multi-query associative recall, [N, length] tokens with ``pairs`` targets per row.
+
+    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more, and the target at
+    this position is its value. Keys are ids from 1 to vocab_size / 2 - 1, values are the upper half of the ids. Short
+    gaps between a pair and its query are more probable: the gap g has a probability proportional to g ** (power - 1).
+    All other tokens are random ids (Arora et al. 2024, appendix E.1, and the authors' code).
+
+    Args:
+        length: number of tokens, even and at least 4 * pairs.
+        vocab_size: number of token ids; more than ``length``.
+        power: exponent of the distribution of gaps; 1: uniform.
+
+    Raises:
+        ValueError: the length is odd or too small for the pairs, or the vocabulary is too small.
+    """
+    if length % 2 or length < 4 * pairs:
+        raise ValueError(f"length={length} must be even and at least 4 * pairs={4 * pairs}")
+    if vocab_size // 2 <= pairs or vocab_size <= length:
+        raise ValueError(f"vocab_size={vocab_size} must exceed length={length} and 2 * pairs={2 * pairs}")
+    keys = _distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
+    values = _distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
+    slots = (length - 2 * pairs) // 2
+    gaps = _distinct(rng, rows, pairs, np.arange(1, slots + 1) ** (power - 1.0))
+    positions = 2 * pairs + 2 * gaps
+    tokens = rng.integers(0, vocab_size, (rows, length))
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    np.put_along_axis(tokens, positions, keys, axis=1)
+    return _batch(tokens, values, positions)
+
+
+def _distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
+    """``count`` distinct indices per row, [rows, count], drawn one after the other in proportion to ``weights``."""
+    # The largest perturbed log-weights are a sample without replacement (Gumbel-top-k trick; Kool et al. 2019).
+    noisy = -np.log(weights) - rng.gumbel(size=(rows, len(weights)))
+    chosen = np.argpartition(noisy, count - 1, axis=1)[:, :count]
+    order = np.argsort(np.take_along_axis(noisy, chosen, axis=1), axis=1)
+    return np.take_along_axis(chosen, order, axis=1)
+
+
+# ------------------------------------------------------------------------------------------------ formal languages
+
+
+class FormalLanguage(NamedTuple):
+    """A task of Deletang et al. 2023.
+
+    Attributes:
+        sample: a function ``(rng, rows, length)`` that returns inputs [N, length] and answers [N, P].
+        num_symbols: number of input symbols. The next id marks the positions of the answer.
+        num_answers: number of answer symbols; the accuracy of guessing is 1 / num_answers.
+        level: level in the Chomsky hierarchy: regular, deterministic context-free (dcf), context-sensitive (cs).
+        answers_all: whether the answer is as long as the input, instead of one symbol.
+    """
+
+    sample: Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
+    num_symbols: int
+    num_answers: int
+    level: str
+    answers_all: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that a model needs."""
+        return max(self.num_symbols + 1, self.num_answers)
+
+
+def _even_pairs(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    bits = rng.integers(0, 2, (rows, length))
+    return bits, np.sum(bits[:, 1:] != bits[:, :-1], axis=1, keepdims=True) % 2
+
+
+def _parity(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    bits = rng.integers(0, 2, (rows, length))
+    return bits, np.sum(bits, axis=1, keepdims=True) % 2
+
+
+def _cycle_navigation(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    moves = rng.integers(0, 3, (rows, length))  # 0: left, 1: stay, 2: right
+    return moves, np.sum(moves - 1, axis=1, keepdims=True) % 5
+
+
+def _modular_arithmetic(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Expressions of numbers 0 to 4 (ids 0 to 4) and the operators +, -, * (ids 5, 6, 7), and their values modulo 5.
+
+    An even length is reduced by one, because an expression has an odd number of symbols.
+    """
+    length -= 1 - length % 2
+    numbers = rng.integers(0, 5, (rows, (length + 1) // 2))
+    operators = rng.integers(5, 8, (rows, length // 2))
+    tokens = np.empty((rows, length), np.int64)
+    tokens[:, 0::2], tokens[:, 1::2] = numbers, operators
+    total, term = np.zeros(rows, np.int64), numbers[:, 0]
+    for operator, number in zip(operators.T, numbers.T[1:], strict=True):
+        is_product = operator == 7
+        total = np.where(is_product, total, (total + term) % 5)
+        term = np.where(is_product, term * number, np.where(operator == 5, number, -number)) % 5
+    return tokens, ((total + term) % 5)[:, None]
+
+
+def _reverse_string(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    bits = rng.integers(0, 2, (rows, length))
+    return bits, bits[:, ::-1]
+
+
+def _bucket_sort(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    symbols = rng.integers(0, 5, (rows, length))
+    return symbols, np.sort(symbols, axis=1)
+
+
+FORMAL_LANGUAGES = {
+    "even_pairs": FormalLanguage(_even_pairs, 2, 2, "regular"),
+    "modular_arithmetic": FormalLanguage(_modular_arithmetic, 8, 5, "regular"),
+    "parity": FormalLanguage(_parity, 2, 2, "regular"),
+    "cycle_navigation": FormalLanguage(_cycle_navigation, 3, 5, "regular"),
+    "reverse_string": FormalLanguage(_reverse_string, 2, 2, "dcf", answers_all=True),
+    "bucket_sort": FormalLanguage(_bucket_sort, 5, 5, "cs", answers_all=True),
+}
+"""Six tasks of Deletang et al. 2023, table 1."""
+
+
+def formal_language(name: str, rng: np.random.Generator, rows: int, length: int, padded_length: int) -> Batch:
+    """A batch of a formal language: inputs of one length, each followed by one token for every symbol of the answer.
+
+    These tokens are all equal, so the model writes the answer without seeing its own symbols, as in the paper. Rows are
+    padded on the right. So batches of several lengths can have the same shape.
+
+    Args:
+        name: a key of :data:`FORMAL_LANGUAGES`.
+        length: number of symbols of the input.
+        padded_length: the input length to which rows (and answers, if they are as long) are padded.
+
+    Raises:
+        ValueError: the name is unknown, or the input is longer than ``padded_length``.
+    """
+    if name not in FORMAL_LANGUAGES:
+        raise ValueError(f"name={name!r} is unknown: choose from {', '.join(FORMAL_LANGUAGES)}")
+    if not 1 <= length <= padded_length:
+        raise ValueError(f"length={length} must be at least 1 and at most padded_length={padded_length}")
+    language = FORMAL_LANGUAGES[name]
+    inputs, answers = language.sample(rng, rows, length)
+    num_inputs, num_answers = inputs.shape[1], answers.shape[1]
+    padded_answers = padded_length if language.answers_all else 1
+    answer_tokens = np.full((rows, num_answers), language.num_symbols)
+    tokens = np.concatenate([inputs, answer_tokens], axis=1)
+    tokens = _pad(tokens, padded_length + padded_answers)
+    segment_ids = np.broadcast_to(np.arange(tokens.shape[1]) < num_inputs + num_answers, tokens.shape)
+    positions = np.broadcast_to(num_inputs + np.arange(num_answers), answers.shape)
+    weights = _pad(np.ones((rows, num_answers)), padded_answers)
+    return _batch(tokens, _pad(answers, padded_answers), _pad(positions, padded_answers), weights, segment_ids)
+
+
+def _pad(x: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(x, ((0, 0), (0, length - x.shape[1])))
+
+
+# --------------------------------------------------------------------------------------------------- group products
+
+GROUPS = ("S5", "A5", "Z60", "Z2")
+"""Names of groups: permutations of 5 things, even permutations of 5 things, sums modulo 60, sums modulo 2 (parity)."""
+
+
+@functools.cache
+def multiplication_table(group: str) -> np.ndarray:
+    """The products of all pairs of elements of a group, [G, G]; element 0 is the identity.
+
+    The entry [a, b] is the product that applies a first, then b.
+
+    Raises:
+        ValueError: the group is unknown.
+    """
+    if group in ("Z60", "Z2"):
+        elements = np.arange(int(group[1:]))
+        return (elements[:, None] + elements[None, :]) % len(elements)
+    if group not in GROUPS:
+        raise ValueError(f"group={group!r} is unknown: choose from {', '.join(GROUPS)}")
+    permutations = list(itertools.permutations(range(5)))
+    if group == "A5":
+        permutations = [p for p in permutations if _is_even(p)]
+    index = {permutation: number for number, permutation in enumerate(permutations)}
+    return np.array([[index[tuple(b[i] for i in a)] for b in permutations] for a in permutations])
+
+
+def _is_even(permutation: tuple[int, ...]) -> bool:
+    return sum(a > b for a, b in itertools.combinations(permutation, 2)) % 2 == 0
+
+
+def word_problem(group: str, rng: np.random.Generator, rows: int, length: int) -> Batch:
+    """A batch of random group elements, [N, length]; the target at each position is the product up to this position."""
+    table = multiplication_table(group)
+    tokens = rng.integers(0, len(table), (rows, length))
+    products = np.empty_like(tokens)
+    products[:, 0] = tokens[:, 0]
+    for position in range(1, length):
+        products[:, position] = table[products[:, position - 1], tokens[:, position]]
+    return _batch(tokens, products, np.broadcast_to(np.arange(length), tokens.shape))
+
+
+# ------------------------------------------------------------------------------------------- copying and induction
+
+
+def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int = 27) -> Batch:
+    """A batch of random strings [N, length], a separator (id vocab_size - 1) and the string again: 2 * length tokens.
+
+    The targets are the symbols of the second string. A model reads its earlier symbols, as in language modelling.
+    """
+    symbols = rng.integers(0, vocab_size - 1, (rows, length))
+    tokens = np.concatenate([symbols, np.full((rows, 1), vocab_size - 1), symbols[:, :-1]], axis=1)
+    return _batch(tokens, symbols, np.broadcast_to(length + np.arange(length), symbols.shape))
+
+
+def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int = 16) -> Batch:
+    """A batch of random tokens, [N, length], in which a special token (id vocab_size - 1) occurs twice.
+
+    The second occurrence is the last token. The target there is the token after the first occurrence.
+
+    Raises:
+        ValueError: the length is less than 3.
+    """
+    if length < 3:
+        raise ValueError(f"length={length} must be at least 3")
+    tokens = rng.integers(0, vocab_size - 1, (rows, length))
+    first = rng.integers(0, length - 2, (rows, 1))
+    targets = np.take_along_axis(tokens, first + 1, axis=1)
+    np.put_along_axis(tokens, first, vocab_size - 1, axis=1)
+    tokens[:, -1] = vocab_size - 1
+    return _batch(tokens, targets, np.full((rows, 1), length - 1))
+
+
+def _batch(
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    positions: np.ndarray,
+    weights: np.ndarray | None = None,
+    segment_ids: np.ndarray | None = None,
+) -> Batch:
+    weights = np.ones(targets.shape) if weights is None else weights
+    return Batch(
+        tokens.astype(np.int32), targets.astype(np.int32), weights.astype(np.float32),
+        segment_ids=None if segment_ids is None else segment_ids.astype(np.int32),
+        target_positions=positions.astype(np.int32),
+    )  # fmt: skip
