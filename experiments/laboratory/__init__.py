@@ -1,0 +1,1 @@
+"""The laboratory: published comparisons of architectures, repeated with all causal families."""

@@ -1,0 +1,101 @@
+"""Train all causal models on experiments that others have published, and compare the results with the claims.
+
+    python -m experiments.laboratory recall                       one experiment, all models: about 90 minutes
+    python -m experiments.laboratory recall --model gpt mamba2    some models
+    python -m experiments.laboratory --quick                      all experiments with 30 steps, about 3 minutes
+    python -m experiments.laboratory --page                       write docs/laboratory.md from the results
+
+Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products).
+The results of an experiment are in OUTPUT/NAME.jsonl, one line per run. A run that has a line is not run again, so an
+interrupted command continues when it is repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments.laboratory import page
+from experiments.laboratory.catalogue import EXPERIMENTS, Experiment
+from experiments.laboratory.models import MODELS
+from experiments.laboratory.runs import Result, Results, run_model
+from jaxlm import host
+from jaxlm.command_line import Parser, exit_status, split_debug
+
+QUICK_STEPS = 30
+
+
+def quick(experiment: Experiment) -> Experiment:
+    """The experiment with few steps, one learning rate, one seed, the smallest width and small tests."""
+    plan = experiment.plan
+    plan = dataclasses.replace(
+        plan, steps=QUICK_STEPS, widths=plan.widths[:1], learning_rates=plan.learning_rates[:1], seeds=1, test_batches=2
+    )
+    return dataclasses.replace(experiment, plan=plan)
+
+
+def processor() -> str:
+    """The name of the processor, and the versions of Python and JAX."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, Python {platform.python_version()}, JAX {jax.__version__} on {jax.default_backend()}"
+
+
+def run(names: list[str], models: list[str], directory: Path, *, is_quick: bool = False) -> None:
+    """Run the experiments with the models. Results are appended to the files in the directory."""
+    for name in names:
+        experiment = quick(EXPERIMENTS[name]) if is_quick else EXPERIMENTS[name]
+        results = Results(directory / f"{name}.jsonl")
+        for model in (model for model in experiment.models if model in models):
+            for case_name, case in experiment.cases.items():
+                for width in experiment.plan.widths:
+                    run_model(name, case_name, case, experiment.plan, model, width, results, _report)
+
+
+def _report(result: Result) -> None:
+    accuracies = ", ".join(f"{test} {accuracy:.3f}" for test, accuracy in result.accuracy.items())
+    print(
+        f"{result.experiment} · {result.case} · {result.model} · width {result.width} · "
+        f"rate {result.learning_rate:g} · seed {result.seed} · {result.steps} steps · {result.seconds:.0f} s · "
+        f"{accuracies}",
+        flush=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments, debug = split_debug(arguments)
+    parser = Parser(
+        prog="python -m experiments.laboratory", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("experiment", nargs="*", choices=[*EXPERIMENTS, []], help="experiments (default: all)")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="models (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("runs/laboratory"), help="directory of the results")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one learning rate and one seed")
+    parser.add_argument(
+        "--page", type=Path, nargs="?", const=Path("docs"), help="write laboratory.md to this directory"
+    )
+    parsed = parser.parse_args(arguments)
+    names = parsed.experiment or list(EXPERIMENTS)
+    directory = parsed.output / "quick" if parsed.quick else parsed.output
+
+    def command() -> int:
+        if parsed.page is None:
+            run(names, parsed.model, directory, is_quick=parsed.quick)
+            return 0
+        results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
+        print(page.write(results, processor(), parsed.page))
+        return 0
+
+    return exit_status(command, "experiments.laboratory", debug=debug)
+
+
+if __name__ == "__main__":
+    host.keep_freed_memory()
+    sys.exit(main())

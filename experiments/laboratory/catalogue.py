@@ -1,0 +1,191 @@
+"""The experiments: their data, their training and the claims that they test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments.laboratory.models import MODELS
+from experiments.laboratory.runs import VALIDATION, Case, Plan, Sample
+from jaxlm.objectives.batch import Batch
+from jaxlm.tasks import synthetic
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A published statement.
+
+    Attributes:
+        text: the statement.
+        source: where it is published.
+        models: the models of this experiment that it is about.
+        test: the test that decides about it; for each case the mean accuracy over the seeds is compared.
+        minimum, maximum: the accuracies that agree with the statement; None: no limit.
+        cases: the cases that it is about; None: all.
+    """
+
+    text: str
+    source: str
+    models: tuple[str, ...]
+    test: str
+    minimum: float | None = None
+    maximum: float | None = None
+    cases: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment: cases, models, training and claims.
+
+    Attributes:
+        title: heading of the page.
+        description: the task, and what differs from the published experiment.
+        cases: the data of each case.
+        plan: the training.
+        claims: published statements.
+        chance: accuracy of guessing for each case.
+        models: names of the models.
+    """
+
+    title: str
+    description: str
+    cases: Mapping[str, Case]
+    plan: Plan
+    claims: tuple[Claim, ...]
+    chance: Mapping[str, float]
+    models: tuple[str, ...] = MODELS
+
+
+# ---------------------------------------------------------------------------------------------- associative recall
+
+
+def _recall_case(length: int, pairs: int) -> Case:
+    def sample(rng: np.random.Generator) -> Batch:
+        return synthetic.recall(rng, 64, length, pairs, vocab_size=8192)
+
+    return Case(8192, length, sample, {VALIDATION: sample})
+
+
+_RECALL = Experiment(
+    title="Associative recall",
+    description=(
+        "Multi-query associative recall (MQAR): a row lists keys with their values, then asks for the value of each "
+        "key, with a vocabulary of 8,192. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 to "
+        "512 and widths from 64 to 512. Here the rows are new in each step, at most 192,000, and fewer lengths and "
+        "widths are measured."
+    ),
+    cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in ((64, 4), (128, 8))},
+    plan=Plan(steps=3000, widths=(64, 128), layers=2, learning_rates=(1e-3, 3e-3, 1e-2), stop_at=0.995),
+    claims=(
+        Claim(
+            "Attention solves the task at all lengths and widths (1.00)", "Arora et al. 2024 (Zoology), figure 2",
+            ("gpt", "llama"), VALIDATION, minimum=0.95,
+        ),
+        Claim(
+            "Gated convolutions of width 64 do not solve 8 pairs in 128 tokens (BaseConv 0.37, Hyena 0.18)",
+            "Arora et al. 2024 (Zoology), figure 2", ("resnet_lm",), VALIDATION, maximum=0.9,
+            cases=("128 tokens, 8 pairs",),
+        ),
+    ),
+    chance={f"{length} tokens, {pairs} pairs": 1 / 4096 for length, pairs in ((64, 4), (128, 8))},
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------ formal languages
+
+_TRAINING_LENGTH, _TEST_LENGTHS = 40, ((41, 100), (101, 500))
+
+
+def _language_case(name: str) -> Case:
+    def sample_lengths(shortest: int, longest: int, rows: int, rng: np.random.Generator) -> Batch:
+        return synthetic.formal_language(name, rng, rows, int(rng.integers(shortest, longest + 1)), longest)
+
+    def training(rng: np.random.Generator) -> Batch:
+        return sample_lengths(1, _TRAINING_LENGTH, 128, rng)
+
+    def test(bounds: tuple[int, int]) -> tuple[str, Sample]:
+        return f"lengths {bounds[0]} to {bounds[1]}", lambda rng: sample_lengths(*bounds, 32, rng)
+
+    language = synthetic.FORMAL_LANGUAGES[name]
+    longest = _TEST_LENGTHS[-1][1]
+    max_length = 2 * longest if language.answers_all else longest + 1
+    tests = {VALIDATION: training, **dict(test(bounds) for bounds in _TEST_LENGTHS)}
+    return Case(language.vocab_size, max_length, training, tests)
+
+
+_REGULAR = tuple(name for name, language in synthetic.FORMAL_LANGUAGES.items() if language.level == "regular")
+_DELETANG = "Delétang et al. 2023, abstract and table 1"
+_GRAZZI = "Grazzi et al. 2025, abstract and figure 1"
+_FORMAL_LANGUAGES = Experiment(
+    title="Formal languages",
+    description=(
+        "Length generalization on six tasks of the Chomsky hierarchy: training on inputs of 1 to 40 symbols, tests on "
+        "longer inputs. The published runs have a million steps of 128 rows and report the best of several seeds and "
+        "learning rates; here the steps are fewer, and the table has the mean over the seeds."
+    ),
+    cases={name: _language_case(name) for name in synthetic.FORMAL_LANGUAGES},
+    plan=Plan(steps=4000, widths=(64,), layers=2, learning_rates=(1e-3, 5e-3), test_batches=16),
+    claims=(
+        Claim("LSTMs solve regular languages", _DELETANG, ("lstm",), "lengths 41 to 100", minimum=0.9, cases=_REGULAR),
+        Claim(
+            "Transformers do not generalize on parity and cycle navigation", _DELETANG, ("gpt", "llama"),
+            "lengths 41 to 100", maximum=0.8, cases=("parity", "cycle_navigation"),
+        ),
+        Claim(
+            "No linear recurrence with eigenvalues in [0, 1] solves parity", _GRAZZI,
+            ("mamba2", "hawk", "gated_deltanet"), "lengths 41 to 100", maximum=0.8, cases=("parity",),
+        ),
+        Claim(
+            "The delta rule with eigenvalues in [-1, 1] solves parity", _GRAZZI, ("gated_deltanet [-1, 1]",),
+            "lengths 41 to 100", minimum=0.9, cases=("parity",),
+        ),
+    ),
+    chance={name: 1 / language.num_answers for name, language in synthetic.FORMAL_LANGUAGES.items()},
+)  # fmt: skip
+
+# -------------------------------------------------------------------------------------------------- state tracking
+
+
+def _word_case(group: str) -> Case:
+    def sample(length: int, rng: np.random.Generator) -> Batch:
+        return synthetic.word_problem(group, rng, 64, length)
+
+    tests = {
+        VALIDATION: lambda rng: sample(16, rng),
+        "length 32": lambda rng: sample(32, rng),
+        "length 64": lambda rng: sample(64, rng),
+    }
+    order = len(synthetic.multiplication_table(group))
+    return Case(order, 64, lambda rng: sample(16, rng), tests)
+
+
+_WORD_GROUPS = ("S5", "A5", "Z60")
+_MERRILL = "Merrill et al. 2024, sections 4 and 5"
+_STATE_TRACKING = Experiment(
+    title="State tracking",
+    description=(
+        "Word problems: the target at each position is the product of all group elements so far. Training on 16 "
+        "elements, tests on 16, 32 and 64. The published experiment trains one model per length and counts the layers "
+        "that are needed."
+    ),
+    cases={group: _word_case(group) for group in _WORD_GROUPS},
+    plan=Plan(steps=4000, widths=(128,), layers=2, learning_rates=(1e-3, 3e-3)),
+    claims=(
+        Claim(
+            "A nonlinear recurrence tracks the state of all groups", _MERRILL, ("lstm", "gru"), VALIDATION, minimum=0.95
+        ),
+        Claim(
+            "Transformers and linear recurrences of fixed depth do not track S5 and A5", _MERRILL,
+            ("gpt", "llama", "mamba2"), "length 64", maximum=0.9, cases=("S5", "A5"),
+        ),
+    ),
+    chance={group: 1 / len(synthetic.multiplication_table(group)) for group in _WORD_GROUPS},
+)  # fmt: skip
+
+EXPERIMENTS = {
+    "recall": _RECALL,
+    "formal_languages": _FORMAL_LANGUAGES,
+    "state_tracking": _STATE_TRACKING,
+}
+"""The experiments by name."""

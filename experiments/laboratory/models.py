@@ -1,0 +1,52 @@
+"""Models of all causal families for a given width, number of layers and vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlm.models import Model, get_model
+
+HEAD_WIDTH = 32
+"""Width of an attention head."""
+
+
+def _sizes(width: int, max_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each model name, the family or variant and its config fields, without those that all models share."""
+    heads, mlp = max(1, width // HEAD_WIDTH), 8 * width // 3
+    attention = {"num_heads": heads, "max_positions": max_length}
+    delta_rule = {
+        "pattern": ("delta_rule",), "max_positions": None, "mlp_dim": mlp, "delta_key_heads": heads,
+        "delta_value_heads": heads, "delta_key_dim": width // heads, "delta_value_dim": width // heads,
+    }  # fmt: skip
+    recurrent = {"hidden_dim": width, "init_bound": 0.5}
+    return {
+        "gpt": ("gpt2", attention),
+        "llama": ("llama", {**attention, "mlp_dim": mlp}),
+        "lstm": ("lstm", recurrent),
+        "gru": ("gru", recurrent),
+        "attention_rnn_lm": ("attention_rnn_lm", {"hidden_dim": width, "attention_dim": width, "window": None}),
+        "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1), (width, 4, 1))}),
+        "mamba2": ("mamba2", {"head_dim": 2 * width // heads, "state_size": 64}),
+        "griffin": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "window": 64}),
+        "hawk": ("griffin", {"num_heads": heads, "mlp_dim": mlp, "pattern": ("recurrent",)}),
+        "gated_deltanet": ("gated_deltanet", delta_rule),
+        "gated_deltanet [-1, 1]": ("gated_deltanet", {**delta_rule, "negative_eigenvalues": True}),
+    }
+
+
+MODELS = tuple(_sizes(64, 64))
+"""Names of the models: families, and families with another setting."""
+
+
+def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length: int) -> Model:
+    """The model without dropout.
+
+    Args:
+        name: an entry of :data:`MODELS`.
+        max_length: length of the longest row in training and tests, for models with a maximum number of positions.
+    """
+    variant, fields = _sizes(width, max_length)[name]
+    model = get_model(variant, vocab_size=vocab_size, embed_dim=width, **fields)
+    return model.with_fields(
+        num_layers=layers, **{field: 0.0 for field in vars(model.config) if field.endswith("dropout")}
+    )

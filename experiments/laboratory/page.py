@@ -1,0 +1,165 @@
+"""The page of the laboratory: one section per experiment, with its claims, its results and a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from experiments.laboratory.catalogue import EXPERIMENTS, Claim, Experiment
+from experiments.laboratory.runs import Result
+
+# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
+_T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+Group = tuple[str, str, int]
+"""Case, model and width."""
+
+
+def selected(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
+    """The runs of each case, model and width with the learning rate that has the most runs.
+
+    After all runs, this is the learning rate that validation selected.
+    """
+    groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.case in experiment.cases and result.model in experiment.models:
+            groups[result.case, result.model, result.width][result.learning_rate].append(result)
+
+    def preference(runs: list[Result]) -> tuple[int, float]:
+        return len(runs), max(run.accuracy["validation"] for run in runs)
+
+    return {group: max(rates.values(), key=preference) for group, rates in groups.items()}
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """The mean as text, with the half width of its 95 % interval (Student's t) if there are several values."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    quantile = _T_QUANTILES[min(len(values) - 2, len(_T_QUANTILES) - 1)]
+    return f"{mean:.3f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str]:
+    """Our accuracies as text, and "yes", "no" or "not measured": whether all of them agree with the claim."""
+    means = {}
+    for (case, model, width), group in runs.items():
+        if model in claim.models and (claim.cases is None or case in claim.cases):
+            means[model, case, width] = statistics.mean(run.accuracy[claim.test] for run in group)
+    if not means:
+        return "", "not measured"
+    low, high = min(means.values()), max(means.values())
+    agrees = (claim.minimum is None or low >= claim.minimum) and (claim.maximum is None or high <= claim.maximum)
+    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}", "yes" if agrees else "no"
+
+
+def section(name: str, experiment: Experiment, results: Iterable[Result], picture: str | None) -> str:
+    """The Markdown of one experiment."""
+    runs = selected(experiment, results)
+    command = f"python -m experiments.laboratory {name}"
+    lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
+    plan = experiment.plan
+    rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
+    lines += [
+        f"{plan.layers} layers; {plan.steps:,} steps; learning rates {rates}, selected by validation for each row of "
+        f"the table; {plan.seeds} seeds. Accuracies are means over the seeds with 95 % intervals (Student's t).",
+        "",
+        "| published | source | models | accuracy that agrees | ours | agrees |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in experiment.claims:
+        limit = f"at least {claim.minimum}" if claim.minimum is not None else f"at most {claim.maximum}"
+        ours, agrees = agreement(claim, runs)
+        models, cases = ", ".join(claim.models), "" if claim.cases is None else f" ({', '.join(claim.cases)})"
+        lines.append(f"| {claim.text} | {claim.source} | {models}{cases} | {limit}, {claim.test} | {ours} | {agrees} |")
+    if picture is not None:
+        lines += ["", f"![{experiment.title}]({picture})"]
+    tests = list(next(iter(experiment.cases.values())).tests)
+    lines += [
+        "",
+        f"| case | model | width | parameters | {' | '.join(tests)} | learning rate | seeds | minutes |",
+        "|" + "---|" * (len(tests) + 7),
+    ]
+    for case in experiment.cases:
+        for model in experiment.models:
+            for width in plan.widths:
+                group = runs.get((case, model, width))
+                if group is None:
+                    continue
+                accuracies = " | ".join(mean_and_interval([run.accuracy[test] for run in group]) for test in tests)
+                minutes = statistics.mean(run.seconds for run in group) / 60
+                lines.append(
+                    f"| {case} | {model} | {width} | {group[0].parameters:,} | {accuracies} | "
+                    f"{group[0].learning_rate:g} | {len(group)} | {minutes:.1f} |"
+                )
+        lines.append(f"| {case} | guessing | | | {' | '.join([f'{experiment.chance[case]:.3f}'] * len(tests))} | | | |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(experiment: Experiment, results: Iterable[Result], path: Path) -> None:
+    """Draw a table of colored cells: the accuracy of each model (row) on each case, width and test (column)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs, plan = selected(experiment, results), experiment.plan
+    tests = list(next(iter(experiment.cases.values())).tests)
+    shown_tests = tests if len(tests) == 1 else tests[:2]
+    columns = [(case, width, test) for case in experiment.cases for width in plan.widths for test in shown_tests]
+    measured = {(case, width) for case, _, width in runs}
+    columns = [column for column in columns if column[:2] in measured]
+    models = [model for model in experiment.models if any(group[1] == model for group in runs)]
+
+    def accuracy(model: str, column: tuple[str, int, str]) -> float:
+        case, width, test = column
+        group = runs.get((case, model, width), [])
+        return statistics.mean(run.accuracy[test] for run in group) if group else math.nan
+
+    values = [[accuracy(model, column) for column in columns] for model in models]
+    figure = Figure(figsize=(2.2 + 0.75 * len(columns), 2.2 + 0.36 * len(models)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(values, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
+    for row, accuracies in enumerate(values):
+        for column, value in enumerate(accuracies):
+            text, color = ("", "black") if math.isnan(value) else (f"{value:.2f}", "white" if value > 0.6 else "black")
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    labels = [
+        "\n".join([case, *([f"width {width}"] if len(plan.widths) > 1 else []), *([test] if len(tests) > 1 else [])])
+        for case, width, test in columns
+    ]
+    axes.set_xticks(range(len(columns)), labels, fontsize=7, rotation=90)
+    axes.set_yticks(range(len(models)), models, fontsize=8)
+    axes.xaxis.tick_top()
+    axes.set_title(f"{experiment.title}: accuracy", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def write(results: Mapping[str, Iterable[Result]], machine: str, directory: Path) -> Path:
+    """Write ``laboratory.md`` and its pictures to a directory, and return the path of the page.
+
+    Args:
+        results: the results of each experiment that was run.
+        machine: the processor and the versions of the packages.
+    """
+    pictures = directory / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# Laboratory\n\nThe same causal models on published experiments. This page is written by\n"
+        "`python -m experiments.laboratory --page`; do not edit it.\n\n"
+        f"All runs: {machine}. All models have no dropout and are trained with AdamW,\n"
+        "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
+        "`hawk` is `griffin` without attention; `[-1, 1]` means that the eigenvalues of a step may be negative.\n"
+    ]
+    for name, experiment in EXPERIMENTS.items():
+        runs = list(results.get(name, ()))
+        if not runs:
+            continue
+        path = pictures / f"laboratory_{name}.png"
+        draw(experiment, runs, path)
+        parts.append(section(name, experiment, runs, f"pictures/{path.name}"))
+    page = directory / "laboratory.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page

@@ -1,0 +1,201 @@
+"""One training run, and the file with the results of all runs of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.laboratory.models import model_of
+from jaxlm.objectives.batch import Batch, token_accuracy, token_loss
+from jaxlm.training.evaluation import Evaluator
+from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
+from jaxlm.training.trainer import Trainer
+
+Sample = Callable[[np.random.Generator], Batch]
+VALIDATION = "validation"
+"""Name of the test whose batches are drawn like those of the training. It selects the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The data of one setting of an experiment.
+
+    Attributes:
+        vocab_size: number of token ids.
+        max_length: tokens of the longest row.
+        training: a function that draws a training batch.
+        tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
+    """
+
+    vocab_size: int
+    max_length: int
+    training: Sample
+    tests: Mapping[str, Sample]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the models of an experiment are trained.
+
+    Attributes:
+        steps: number of updates.
+        widths: widths of the models.
+        layers: number of layers of the models.
+        learning_rates: peak learning rates; validation selects one for each model, width and case.
+        seeds: number of runs with the selected learning rate.
+        stop_at: validation accuracy at which a run ends early; None: runs never end early.
+        evaluate_every: updates between two evaluations on the validation batches.
+        test_batches: number of batches of each test.
+    """
+
+    steps: int
+    widths: tuple[int, ...]
+    layers: int
+    learning_rates: tuple[float, ...]
+    seeds: int = 3
+    stop_at: float | None = None
+    evaluate_every: int = 500
+    test_batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of a run.
+
+    Attributes:
+        experiment, case, model, width, learning_rate, seed: what was trained.
+        accuracy: accuracy of each test, in [0, 1].
+        parameters: number of parameters.
+        steps: number of updates.
+        loss: training loss of the last update, in nats per target.
+        seconds: duration, with compilation.
+    """
+
+    experiment: str
+    case: str
+    model: str
+    width: int
+    learning_rate: float
+    seed: int
+    accuracy: dict[str, float]
+    parameters: int
+    steps: int
+    loss: float
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, str, int, float, int]:
+        """What identifies a run."""
+        return self.experiment, self.case, self.model, self.width, self.learning_rate, self.seed
+
+
+def train(
+    experiment: str,
+    case_name: str,
+    case: Case,
+    plan: Plan,
+    model_name: str,
+    width: int,
+    learning_rate: float,
+    seed: int,
+) -> Result:
+    """Train a model, test it and return the result. Equal arguments give equal results on one machine.
+
+    All models and learning rates of a seed see the same training batches. The batches of tests are the same for all
+    runs of a case.
+    """
+    start = time.perf_counter()
+    model = model_of(
+        model_name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length
+    )
+    optimizer = OptimizerConfig(
+        learning_rate=learning_rate, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1
+    )
+    trainer = Trainer(model, make_optimizer(optimizer, model.specs, plan.steps), token_loss)
+    state, step = trainer.init(jax.random.key(seed)), trainer.jit_step()
+    evaluators = {
+        name: Evaluator(model, {"accuracy": token_accuracy}, _test_batches(case_name, name, sample, plan.test_batches))
+        for name, sample in case.tests.items()
+    }
+    rng, loss, count = np.random.default_rng(seed), float("nan"), 0
+    while count < plan.steps:
+        state, metrics = step(state, case.training(rng))
+        count += 1
+        if plan.stop_at is None or count % plan.evaluate_every:
+            continue
+        if evaluators[VALIDATION](state.params)["accuracy"] >= plan.stop_at:
+            break
+    loss = float(metrics["loss"])
+    accuracy = {name: evaluate(state.params)["accuracy"] for name, evaluate in evaluators.items()}
+    return Result(
+        experiment, case_name, model_name, width, learning_rate, seed, accuracy, model.num_parameters, count, loss,
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list[Batch]:
+    rng = np.random.default_rng(zlib.crc32(f"{case_name}, {test}".encode()))
+    return [sample(rng) for _ in range(count)]
+
+
+class Results:
+    """The results in a file with one JSON object per line. A run that has a line is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._results = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                result = Result(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is not a result: delete the line to repeat its run") from error
+            self._results[result.key] = result
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self._results.values())
+
+    def get(self, key: tuple[str, str, str, int, float, int]) -> Result | None:
+        """The result of a run, or None."""
+        return self._results.get(key)
+
+    def add(self, result: Result) -> None:
+        """Append a result to the file."""
+        self._results[result.key] = result
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+
+
+def run_model(
+    experiment: str,
+    case_name: str,
+    case: Case,
+    plan: Plan,
+    model_name: str,
+    width: int,
+    results: Results,
+    report: Callable[[Result], None],
+) -> None:
+    """Run one model on one case: all learning rates with seed 0, then the other seeds with the best learning rate."""
+
+    def run(learning_rate: float, seed: int) -> Result:
+        key = experiment, case_name, model_name, width, learning_rate, seed
+        result = results.get(key)
+        if result is None:
+            result = train(experiment, case_name, case, plan, model_name, width, learning_rate, seed)
+            results.add(result)
+            report(result)
+        return result
+
+    first = [run(learning_rate, 0) for learning_rate in plan.learning_rates]
+    best = max(first, key=lambda result: result.accuracy[VALIDATION])
+    for seed in range(1, plan.seeds):
+        run(best.learning_rate, seed)
