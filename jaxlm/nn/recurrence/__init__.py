@@ -1,4 +1,4 @@
-"""Recurrent layers and their cells: LSTM, GRU (conventions in ``jaxlm.nn.recurrence.cells``) and RG-LRU."""
+"""Recurrent layers and their cells: LSTM, GRU (conventions in ``jaxlm.nn.recurrence.cells``), RG-LRU and sLSTM."""
 
 from jaxlm.nn.recurrence.cells import (
     GRUReset,
@@ -12,6 +12,7 @@ from jaxlm.nn.recurrence.cells import (
 )
 from jaxlm.nn.recurrence.layers import Implementation, gru, lstm
 from jaxlm.nn.recurrence.rg_lru import rg_lru, rg_lru_cell, rg_lru_specs
+from jaxlm.nn.recurrence.slstm import slstm, slstm_cell, slstm_specs, slstm_state_specs
 
 __all__ = [
     "GRUReset",
@@ -28,4 +29,8 @@ __all__ = [
     "rg_lru",
     "rg_lru_cell",
     "rg_lru_specs",
+    "slstm",
+    "slstm_cell",
+    "slstm_specs",
+    "slstm_state_specs",
 ]
