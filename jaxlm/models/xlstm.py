@@ -29,7 +29,7 @@ from jaxlm.nn.scan import mlstm, mlstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ONES, ZEROS, ArraySpec, Constant, Normal, Uniform
+from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Uniform
 
 Mixer = Literal["mlstm", "slstm"]
 

@@ -1,4 +1,4 @@
-"""Format of :mod:`jaxlm.models.xlstm`: xLSTM 7B. Models with sLSTM layers have no class in transformers."""
+"""Format of :mod:`jaxlm.models.xlstm`: xLSTM 7B. transformers has no sLSTM layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from jaxlm.interop.formats.format import TRANSPOSED, Format
 from jaxlm.models.xlstm import Config
+
+NATIVE_IF_UNPUBLISHED = True
+"""A model with sLSTM layers is saved with jaxlm's own names."""
 
 _SAME = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 """Second name of a field -> its first name. transformers reads both, in different places."""
