@@ -23,7 +23,7 @@ from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolu
 from jaxlm.nn.convolution.window import Stream, close_stream, open_stream, past_specs, tail_specs
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.norm import multi_head_layer_norm, multi_head_layer_norm_specs, rms_norm, rms_norm_specs
+from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.scan import mlstm, mlstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
@@ -217,7 +217,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "output_gate": linear_specs((D, H, V), ("embed", "heads", "kv"), small, bias=False),
         "input_gate": gate(Constant(-10.0)),
         "forget_gate": gate(ForgetBias()),
-        "norm": multi_head_layer_norm_specs(H, V),
+        "norm": rms_norm_specs(cfg.value_dim),
         "output": linear_specs(
             (H, V, D), ("heads", "kv", "embed"), Normal(2 / L * D**-0.5), num_input_axes=2, bias=False
         ),
@@ -228,7 +228,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "input_forget": block_diagonal,
         "cell_output": block_diagonal,
         "cell": slstm_specs(H, P, ZEROS, ForgetBias(gate=1)),
-        "norm": multi_head_layer_norm_specs(H, P),
+        "norm": norm,
     }
     mlp = {
         **swiglu_specs(D, F, small),

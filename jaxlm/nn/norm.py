@@ -35,16 +35,15 @@ def layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Arra
     return (normalised * scale + bias).astype(x.dtype)
 
 
-def multi_head_layer_norm_specs(heads: int, width: int) -> dict[str, ArraySpec]:
-    """Specs of ``scale`` [heads, width], initialized with ones."""
-    return {"scale": ArraySpec((heads, width), ("heads", "kv"), ONES)}
-
-
 def multi_head_layer_norm(params: dict[str, Any], x: jax.Array, epsilon: float) -> jax.Array:
-    """:func:`layer_norm` of each head of ``x`` [..., heads, width], with its own scale and without a bias."""
-    ones = jnp.ones_like(params["scale"][0])
+    """:func:`layer_norm` of each head of ``x`` [..., heads, width], without a bias.
+
+    ``scale`` [heads * width] has the specs of :func:`rms_norm_specs`.
+    """
+    ones = jnp.ones((x.shape[-1],), jnp.float32)
     normalised = layer_norm({"scale": ones, "bias": jnp.zeros_like(ones)}, x, epsilon)
-    return normalised * jnp.expand_dims(params["scale"].astype(x.dtype), range(x.ndim - 2))
+    scale = params["scale"].astype(x.dtype).reshape(x.shape[-2:])
+    return normalised * lax.broadcast_in_dim(scale, x.shape, (x.ndim - 2, x.ndim - 1))
 
 
 def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpec]:

@@ -103,7 +103,7 @@ def _head_norm(cfg: Any, weights: dict[str, Any], x: Any) -> Any:
     import torch
 
     normalised = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=cfg.norm_epsilon)
-    return normalised * weights["norm/scale"]
+    return normalised * weights["norm/scale"].reshape(x.shape[-2:])
 
 
 def _mlstm(cfg: Any, weights: dict[str, Any], x: Any) -> Any:

@@ -106,7 +106,6 @@ FORMATS = (
         layouts={
             **{f"layers/mlstm/{name}/weight": ((1, 2), (0,)) for name in ("query", "key", "value", "output_gate")},
             **{f"layers/mlstm/{name}/weight": TRANSPOSED for name in ("input_gate", "forget_gate")},
-            "layers/mlstm/norm/scale": ((0, 1),),
             "layers/mlstm/output/weight": ((2,), (0, 1)),
             **{f"layers/mlp/{name}/weight": TRANSPOSED for name in _MLP},
         },

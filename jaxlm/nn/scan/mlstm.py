@@ -175,7 +175,7 @@ def _chunked(
     m_BTH = _stabilizers(log_i, log_f, state["stabilizer"], masks)
     before_BTH = jnp.concatenate([state["stabilizer"][:, None], m_BTH[:, :-1]], axis=1)
     log_scale_BTH, log_decay_BTH = log_i - m_BTH, log_f + before_BTH - m_BTH  # the reset sets the decay to 0
-    if masks is not None:
+    if keep is not None:
         log_scale_BTH, log_decay_BTH = (jnp.where(keep[:, :, None], x, 0.0) for x in (log_scale_BTH, log_decay_BTH))
     # A value that is always 1 makes n the last column of the state.
     key_BTHK = (jnp.exp(log_scale_BTH)[..., None] * k).astype(k.dtype)
