@@ -44,8 +44,9 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
         "num_blocks": cfg.num_layers,
         "qk_dim_factor": _factor(cfg.key_dim, cfg.embed_dim),
         "v_dim_factor": _factor(cfg.value_dim, cfg.embed_dim),
-        "ffn_proj_factor": _factor(cfg.mlp_dim, cfg.embed_dim),
-        "ffn_round_up_to_multiple_of": 1,
+        # Two fields give the width of the MLP. Both change if the width changes, so that neither keeps a loaded value.
+        "ffn_proj_factor": cfg.mlp_dim / cfg.embed_dim,
+        "ffn_round_up_to_multiple_of": cfg.mlp_dim,
     }
 
 
