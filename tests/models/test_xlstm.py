@@ -177,6 +177,19 @@ def test_sizes_of_the_published_config():
     assert read_fields(hidden_size=100, ffn_proj_factor=1.5, ffn_round_up_to_multiple_of=32)["mlp_dim"] == 160
 
 
+def test_a_changed_mlp_width_replaces_the_loaded_fields(tmp_path):
+    model = tiny_model("xlstm-tiny", mlp_dim=48)
+    save_with_fields(tmp_path / "a", ffn_proj_factor=1.2, ffn_round_up_to_multiple_of=16)  # also 48
+    loaded, params = load_pretrained(tmp_path / "a")
+    assert loaded.config == model.config
+    save_pretrained(tmp_path / "b", loaded, params)
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (written["ffn_proj_factor"], written["ffn_round_up_to_multiple_of"]) == (1.2, 16)
+    wider = loaded.with_fields(mlp_dim=50)
+    save_pretrained(tmp_path / "c", wider, wider.init(jax.random.key(0)))
+    assert load_pretrained(tmp_path / "c")[0].config.mlp_dim == 50
+
+
 def save_with_fields(tmp_path: Path, **fields) -> Path:
     """Save a model and change fields of its ``config.json``; returns the directory."""
     model = tiny_model("xlstm-tiny")
