@@ -199,7 +199,11 @@ class ForgetBias:
 
 
 def specs(cfg: Config) -> dict[str, Any]:
-    """The specs of all parameters, with the initial values of the authors' code."""
+    """The specs of all parameters, with initial values as in transformers.
+
+    Two differences: output gates and MLP gates have random weights (transformers: zeros), and the biases of an sLSTM
+    are those of an option of the authors' code (``small_init``).
+    """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
     K, V, P, rows = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
     small, norm = Normal((2 / (5 * D)) ** 0.5), rms_norm_specs(D)

@@ -34,7 +34,7 @@ def test_a_long_text_has_a_small_state():
     assert model.carried_state_length == 1
 
 
-def test_initial_values_are_those_of_the_authors_code():
+def test_initial_values_of_gates_and_weights():
     model = get_model(SLSTM, embed_dim=64, num_layers=4, mlp_dim=256)
     slstm, mlstm, *_ = jax.jit(model.init)(jax.random.key(0))["layers"]
     gates = [mlstm["mlstm"][f"{name}_gate"] for name in ("input", "forget")]
